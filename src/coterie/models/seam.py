@@ -1,0 +1,268 @@
+"""The one place where coterie meets Hugging Face's Mixture-of-Experts models.
+
+transformers 5 sends every MoE layer of the families behind its experts interface through a registered function.
+coterie registers one, ``"coterie"``. Behind it sits one small interface, `ExpertsImplementation`: local weights,
+experts hosted elsewhere, or experts fetched a layer at a time. A family needs no code of its own.
+
+Shape letters: N tokens (batch and time flattened), K experts chosen per token, E experts of the layer,
+R routed rows (one per chosen (token, expert) pair), D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from coterie.errors import ModelError
+from coterie.models.grouped import GroupedLinear
+
+NAME = "coterie"
+_BINDING = "coterie_binding"
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How a family stores its expert weights; read here only, with the defaults of older transformers.
+
+    ``gate_up_proj`` is [E, O, I], or [E, I, O] when ``is_transposed``; without a gate it is called ``up_proj``.
+    """
+
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_post_expert_norm: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ExpertsLayout:
+        """The layout flags of an experts module."""
+        return cls(**{name: bool(getattr(module, name, getattr(cls, name))) for name in cls.__annotations__})
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The stacked parameters, first dimension E, in the order they are used."""
+        names = (self.up_name, "down_proj")
+        return names + tuple(f"{name}_bias" for name in names) if self.has_bias else names
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One MoE layer of a model.
+
+    Attributes:
+        index: position among the model's MoE layers, from 0: the ``layer`` of every (layer, expert, parameter) key.
+        name: dotted path of the experts module inside the model.
+        num_experts: E.
+        layout: storage flags.
+        module: the family's experts module; its parameters may be on the meta device.
+    """
+
+    index: int
+    name: str
+    num_experts: int
+    layout: ExpertsLayout
+    module: nn.Module
+
+    def activate(self, pre_RG: Tensor) -> Tensor:
+        """The family's own elementwise gate or activation, [R, G] to [R, F]. Touches no parameter."""
+        if self.layout.has_gate:
+            return self.module._apply_gate(pre_RG)  # type: ignore[operator]
+        return self.module.act_fn(pre_RG)  # type: ignore[operator]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The stacked expert parameters that the module holds, by name."""
+        return {name: getattr(self.module, name) for name in self.layout.parameter_names}
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """What a MoE layer asks for: the combined output of the chosen experts, [N, D] in ``hidden_ND``'s dtype."""
+
+    layer: ExpertLayer
+    hidden_ND: Tensor
+    expert_ids_NK: Tensor
+    expert_weights_NK: Tensor
+
+
+class ExpertsImplementation(Protocol):
+    """Computes one MoE layer. Called in the model's forward, and again when a checkpointed layer is recomputed."""
+
+    def __call__(self, call: ExpertsCall) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """The chosen (token, expert) pairs, sorted by expert and, within an expert, by token.
+
+    Attributes:
+        pair_R: index into the flattened [N * K] pairs.
+        token_R: index into the N tokens. Because the sort is stable, it ascends within each expert, so rows of one
+            sample are contiguous there.
+        ends_E: cumulative row counts, int64.
+        num_tokens: N.
+        top_k: K.
+    """
+
+    pair_R: Tensor
+    token_R: Tensor
+    ends_E: Tensor
+    num_tokens: int
+    top_k: int
+
+    @classmethod
+    def of(cls, expert_ids_NK: Tensor, num_experts: int) -> RoutedRows:
+        """Sort the pairs. Ids outside [0, num_experts) mean "no expert": such pairs get no row and add zero."""
+        num_tokens, top_k = expert_ids_NK.shape
+        ids, pair_R = torch.sort(expert_ids_NK.reshape(-1), stable=True)
+        valid = (ids >= 0) & (ids < num_experts)
+        if not bool(valid.all()):
+            ids, pair_R = ids[valid], pair_R[valid]
+        ends_E = torch.bincount(ids, minlength=num_experts).cumsum(0)
+        return cls(pair_R, pair_R // top_k, ends_E, num_tokens, top_k)
+
+    def combine(self, out_RD: Tensor, expert_weights_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weight each row and sum the rows of each token: [N, D]. Deterministic: no scattered addition."""
+        weighted_RD = out_RD * expert_weights_NK.reshape(-1)[self.pair_R].unsqueeze(-1)
+        if self.pair_R.shape[0] == self.num_tokens * self.top_k:
+            inverse = torch.empty_like(self.pair_R)
+            inverse[self.pair_R] = torch.arange(self.pair_R.shape[0], device=self.pair_R.device)
+            pairs = weighted_RD[inverse]
+        else:
+            empty = weighted_RD.new_zeros(self.num_tokens * self.top_k, out_RD.shape[-1])
+            pairs = empty.index_copy(0, self.pair_R, weighted_RD)
+        return pairs.view(self.num_tokens, self.top_k, -1).sum(dim=1).to(dtype)
+
+
+def bias_rows(bias_EO: Tensor, ends_E: Tensor) -> Tensor:
+    """The bias of each row's expert, [R, O]."""
+    counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+    return torch.repeat_interleave(bias_EO, counts, dim=0)
+
+
+Linear = Callable[[str, Tensor, Tensor], Tensor]
+"""``linear(parameter_name, x_RI, ends_E)``: one expert matrix applied to its rows, bias included."""
+
+
+def expert_rows(layer: ExpertLayer, x_RD: Tensor, ends_E: Tensor, linear: Linear) -> Tensor:
+    """Output of each row's expert, before routing weights: the one description of what an expert computes. [R, D]."""
+    pre_RG = linear(layer.layout.up_name, x_RD, ends_E)
+    out_RD = linear("down_proj", layer.activate(pre_RG), ends_E)
+    if layer.layout.has_post_expert_norm:
+        out_RD = layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
+    return out_RD
+
+
+class LocalExperts:
+    """The weights are in the module: plain training on one machine."""
+
+    def __call__(self, call: ExpertsCall) -> Tensor:
+        layer, weights = call.layer, call.layer.parameters()
+
+        def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+            weight, bias = weights[name], weights.get(f"{name}_bias")
+            dtype = _compute_dtype(x_RI, weight)
+            out = GroupedLinear.apply(x_RI.to(dtype), weight.to(dtype), ends_E, layer.layout.is_transposed)
+            return out if bias is None else out + bias_rows(bias.to(dtype), ends_E)
+
+        rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
+        out_RD = expert_rows(layer, call.hidden_ND[rows.token_R], rows.ends_E, linear)
+        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The weight's dtype, or the autocast dtype where autocast is on (grouped products are not on its list)."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
+
+
+def expert_layers(model: nn.Module) -> list[ExpertLayer]:
+    """Every MoE layer of a model that goes through the experts interface, in the model's own order.
+
+    Empty for a dense model or a family outside the interface.
+    """
+    found = [(name, module) for name, module in model.named_modules() if _is_experts(module)]
+    return [
+        ExpertLayer(index, name, _num_experts(module), ExpertsLayout.of(module), module)
+        for index, (name, module) in enumerate(found)
+    ]
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+
+def _num_experts(module: nn.Module) -> int:
+    down = module.down_proj
+    assert isinstance(down, Tensor)
+    return down.shape[0]
+
+
+def select(model: nn.Module, implementation: ExpertsImplementation | None = None) -> list[ExpertLayer]:
+    """Route every MoE layer of ``model`` through coterie, computed by ``implementation`` (default: local weights).
+
+    Call it again after every load: Hugging Face resets the choice to its own.
+
+    Raises:
+        ModelError: the model has no MoE layer behind the experts interface.
+    """
+    layers = expert_layers(model)
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} has no Mixture-of-Experts layer that coterie can reach.",
+            code="model-no-experts",
+            why="its experts are not behind the transformers experts interface, or it is a dense model",
+            fix="choose a family from docs/models.md, or turn a dense model into one with `coterie upcycle`",
+        )
+    implementation = implementation or LocalExperts()
+    for layer in layers:
+        layer.module.config._experts_implementation = NAME  # type: ignore[union-attr]
+        setattr(layer.module, _BINDING, (implementation, layer))
+    return layers
+
+
+def check_selected(model: nn.Module) -> None:
+    """Make sure that every MoE layer still goes through coterie.
+
+    Raises:
+        ModelError: something (a reload, a config change) put another implementation in its place.
+    """
+    for layer in expert_layers(model):
+        current = getattr(layer.module.config, "_experts_implementation", None)
+        if current != NAME or not hasattr(layer.module, _BINDING):
+            raise ModelError(
+                f"{layer.name} computes its experts with `{current}`, not through coterie.",
+                code="model-seam-lost",
+                why="experts outside coterie would skip the exchange and, in private training, the clipping",
+                fix="call coterie.models.seam.select(model) again after loading or reconfiguring the model",
+            )
+
+
+def bindings(model: nn.Module) -> Iterator[tuple[ExpertLayer, ExpertsImplementation]]:
+    """The layers that were selected, with what computes them."""
+    for module in model.modules():
+        bound = getattr(module, _BINDING, None)
+        if bound is not None:
+            yield bound[1], bound[0]
+
+
+def _experts_function(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls. A module that was never bound computes with its own weights."""
+    bound = getattr(module, _BINDING, None)
+    if bound is None:
+        layer = ExpertLayer(0, "experts", _num_experts(module), ExpertsLayout.of(module), module)
+        bound = (LocalExperts(), layer)
+    implementation, layer = bound
+    return implementation(ExpertsCall(layer, hidden_states, top_k_index, top_k_weights))
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_function)
