@@ -1,0 +1,40 @@
+"""Settings files as frozen models: train.yaml, federation.yaml, party.yaml.
+
+An unknown key is an error, every field has a description, and `load_yaml` reports all problems of a file at once.
+"""
+
+from coterie.config.base import LocalPath, Spec
+from coterie.config.data import DataSpec, TokenizerSpec, TokenizerTraining
+from coterie.config.federation import (
+    Address,
+    FederationConfig,
+    FederationTrainSpec,
+    PartyConfig,
+    party_privacy,
+)
+from coterie.config.load import dump_yaml, load_yaml
+from coterie.config.model import ModelSpec
+from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec
+from coterie.config.train import OptimSpec, TrainConfig, TrainSpec
+
+__all__ = [
+    "Address",
+    "DataSpec",
+    "FederationConfig",
+    "FederationTrainSpec",
+    "LocalPath",
+    "ModelSpec",
+    "OptimSpec",
+    "PartyConfig",
+    "PartyPrivacy",
+    "PrivacyRules",
+    "PrivacySpec",
+    "Spec",
+    "TokenizerSpec",
+    "TokenizerTraining",
+    "TrainConfig",
+    "TrainSpec",
+    "dump_yaml",
+    "load_yaml",
+    "party_privacy",
+]

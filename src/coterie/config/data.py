@@ -1,0 +1,71 @@
+"""Where the text is and how it becomes sequences."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from coterie.config.base import LocalPath, Spec
+
+
+class TokenizerTraining(Spec):
+    """A byte-level BPE tokenizer made for this run. Its vocabulary repeats its files, so they must be public."""
+
+    files: tuple[LocalPath, ...] = Field(
+        min_length=1, description="Public text files to learn the vocabulary from (jsonl, txt, csv, parquet)."
+    )
+    vocab_size: int = Field(default=4096, ge=260, description="Number of tokens, 256 bytes and end of text included.")
+
+
+class TokenizerSpec(Spec):
+    """Where the tokenizer comes from. Empty (or the word `model`): the one beside the model."""
+
+    path: LocalPath | None = Field(default=None, description="Folder with a tokenizer, or a tokenizer.json.")
+    train: TokenizerTraining | None = Field(default=None, description="Make one from public text.")
+    provenance: str | None = Field(
+        default=None,
+        pattern=r"^(public|private|dp:\S+)$",
+        description="What the vocabulary was made from, as for the model; private training asks for it with `path`.",
+    )
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> TokenizerSpec:
+        if self.path is not None and self.train is not None:
+            raise ValueError("name `path` or `train`, not both")
+        return self
+
+
+class DataSpec(Spec):
+    """Text to train and test on. Format by file suffix: .jsonl/.json, .txt, .csv/.tsv, .parquet."""
+
+    train: tuple[LocalPath, ...] = Field(min_length=1, description="Files to train on.")
+    test: tuple[LocalPath, ...] = Field(default=(), description="Held-out files; without them nothing is evaluated.")
+    format: Literal["jsonl", "txt", "csv", "parquet"] | None = Field(
+        default=None, description="Format of all files, when the suffix does not tell."
+    )
+    text: str = Field(default="text", description="Column that holds the text (not for txt files).")
+    split_text: Literal["file", "paragraph", "line"] = Field(
+        default="file", description="What one document is in a txt file; paragraphs end at an empty line."
+    )
+    sequence_length: int = Field(default=512, ge=2, description="Most tokens in one sequence.")
+    packing: Literal["chunks", "records", "documents"] = Field(
+        default="chunks",
+        description="`chunks`: a document is cut into sequences, none holds text of two. `records`: one sequence per "
+        "document, the rest is cut off. `documents`: several documents share a sequence and see each other.",
+    )
+    tokenizer: TokenizerSpec = Field(
+        default=TokenizerSpec(), description="`model`, a path, or a block with `path` or `train`."
+    )
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {} if value == "model" else {"path": value}
+        return value
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value

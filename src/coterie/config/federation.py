@@ -1,0 +1,179 @@
+"""federation.yaml, which all parties share, and party.yaml, which is one party's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from coterie.config.base import LocalPath, Spec
+from coterie.config.data import DataSpec
+from coterie.config.model import ModelSpec
+from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
+from coterie.config.train import Device, OptimSpec, TrainSpec
+from coterie.errors import ConfigError
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
+        raise ValueError(f"{name!r} is not a name: use a lowercase letter, then up to 31 of a-z 0-9 _ -")
+    return name
+
+
+def _check_endpoint(endpoint: str) -> str:
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", endpoint)
+    if match is None or not 0 < int(match[2]) < 65536:
+        raise ValueError(f"{endpoint!r} is not `host:port` with a port from 1 to 65535")
+    return endpoint
+
+
+PartyName = Annotated[str, AfterValidator(_check_name)]
+Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
+
+
+class Address(Spec):
+    """Where a process of the federation listens."""
+
+    endpoint: Endpoint = Field(description="`host:port` that the other parties connect to.")
+
+
+class FederationTrainSpec(TrainSpec):
+    """How much is trained; `batch_size` counts one party's sequences."""
+
+    in_flight: int = Field(
+        default=2, ge=1, le=8, description="Micro-batches on the way at once, so that waiting overlaps."
+    )
+
+
+class FederationConfig(Spec):
+    """federation.yaml: what all parties agree on. Its hash is in the roster that every party signs."""
+
+    name: PartyName = Field(description="Short name of the federation.")
+    model: ModelSpec = Field(description="The model whose experts are shared.")
+    parties: dict[PartyName, Address] = Field(min_length=1, description="Every party by name.")
+    coordinator: Address = Field(description="The keeper of rounds; sees no tensor and no text.")
+    optim: OptimSpec = Field(default=OptimSpec(), description="The optimiser, of experts and trunks alike.")
+    train: FederationTrainSpec = Field(description="Length and batch.")
+    exchange: Literal["experts", "tokens"] = Field(
+        default="experts",
+        description="`experts`: weights travel to the data, noised sums back. `tokens`: hidden vectors travel, and "
+        "their hosts can read the text.",
+    )
+    privacy: PrivacyRules | Literal["none"] | None = Field(
+        default=None, description="For `experts`: a budget, or the word `none`. Each party keeps its own ledger."
+    )
+    mixed_privacy: bool = Field(
+        default=False, description="Allow parties that write `privacy: none` beside private ones."
+    )
+    trunk: Literal["private", "shared"] = Field(
+        default="private", description="Whether the non-expert weights stay each party's own or are trained together."
+    )
+    placement: Literal["round_robin"] | dict[int, dict[int, PartyName]] = Field(
+        default="round_robin",
+        description="Who hosts which expert: dealt in turn, or a table layer -> expert -> party.",
+    )
+    combine: Literal["host", "owner"] = Field(
+        default="host", description="For `tokens`: who weights and sums a token's expert outputs; `host` sends less."
+    )
+    deadline_s: float = Field(
+        default=60.0, gt=0, description="Seconds a party may keep another waiting for one message."
+    )
+    lost_party: Literal["pause", "continue"] = Field(
+        default="pause", description="When a party is gone: wait for it, or go on without its experts."
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> FederationConfig:
+        if self.exchange == "experts" and self.privacy is None:
+            raise ValueError("`exchange: experts` (the default) needs `privacy`: a budget, or the word `none`")
+        if self.exchange == "tokens" and isinstance(self.privacy, PrivacyRules):
+            raise ValueError("`exchange: tokens` cannot keep a privacy budget: hosts see every token's hidden vector")
+        if self.exchange == "tokens" and self.trunk == "shared":
+            raise ValueError("`trunk: shared` needs `exchange: experts`")
+        listening = [*self.parties.items(), ("coordinator", self.coordinator)]
+        for index, (name, address) in enumerate(listening):
+            for other, elsewhere in listening[:index]:
+                if address.endpoint == elsewhere.endpoint:
+                    raise ValueError(f"`{other}` and `{name}` both listen on {address.endpoint}")
+        if isinstance(self.placement, dict):
+            hosts = {party for experts in self.placement.values() for party in experts.values()}
+            unknown = sorted(hosts - set(self.parties))
+            if unknown:
+                raise ValueError(f"placement names {', '.join(unknown)}: no such party")
+        return self
+
+    def content_hash(self) -> str:
+        """Hex SHA-256 of the settings: the same on every party's machine.
+
+        A path counts by its last component only, because it starts from each party's own folder.
+        """
+        canonical = json.dumps(_portable(self.model_dump()), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _portable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable(item) for item in value]
+    return value.name if isinstance(value, Path) else value
+
+
+class PartyConfig(Spec):
+    """party.yaml: what one party keeps to itself."""
+
+    party: PartyName = Field(description="This party's name in the federation.")
+    federation: LocalPath = Field(description="The shared federation.yaml.")
+    kit: LocalPath = Field(description="Folder with this party's key, certificate, the CA's and the signed roster.")
+    data: DataSpec = Field(description="This party's text; it never leaves.")
+    trunk: LocalPath = Field(description="Trunk file written by `coterie split`.")
+    shard: LocalPath = Field(description="Shard file written by `coterie split`: the experts this party hosts.")
+    run_dir: LocalPath = Field(description="Folder for metrics, checkpoints and the log.")
+    device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
+    privacy: PartyPrivacy | Literal["none"] | None = Field(
+        default=None, description="Local choices and own budget; `none` only where the federation allows mixing."
+    )
+
+
+def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySpec | None:
+    """The privacy settings one party trains under: the shared mechanism with its own choices. None: without privacy.
+
+    Returns:
+        The settings with `lot_size` filled in, because the others divide by it.
+
+    Raises:
+        ConfigError: the party's block does not fit the federation's: a budget above the agreed one, `none` where
+            mixing was not agreed, an undeclared starting artefact.
+    """
+    rules, own = federation.privacy, party.privacy
+    if not isinstance(rules, PrivacyRules):
+        if isinstance(own, PartyPrivacy):
+            raise _misfit(party, "has a `privacy` block, but the federation trains without privacy")
+        return None
+    if own == "none":
+        if not federation.mixed_privacy:
+            raise _misfit(party, "says `privacy: none`, but the federation did not agree on `mixed_privacy`")
+        return None
+    local = own.model_dump(exclude_none=True) if isinstance(own, PartyPrivacy) else {}
+    for name in ("epsilon", "delta"):
+        if local.get(name, 0.0) > getattr(rules, name):
+            raise _misfit(party, f"asks for {name} {local[name]}, above the agreed {getattr(rules, name)}")
+    if (rules.unit == "user") != ("user_column" in local):
+        raise _misfit(party, "must name `privacy.user_column` exactly when the federation's `unit` is `user`")
+    undeclared = undeclared_artefacts(federation.model, party.data)
+    if undeclared:
+        raise _misfit(party, "; ".join(undeclared))
+    return PrivacySpec(**{**rules.model_dump(), "lot_size": rules.lot_size or federation.train.batch_size, **local})
+
+
+def _misfit(party: PartyConfig, problem: str) -> ConfigError:
+    return ConfigError(
+        f"party {party.party}: party.yaml {problem}.",
+        code="config-privacy-misfit",
+        why="the privacy statement is made for all parties together, from the agreed rules",
+        fix="change party.yaml, or agree on a new federation.yaml and sign the roster again",
+    )

@@ -1,0 +1,107 @@
+"""Differential privacy: the budget, the mechanism and what one record is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from coterie.config.base import LocalPath, Spec
+from coterie.config.data import DataSpec
+from coterie.config.model import ModelSpec
+
+
+class PrivacyRules(Spec):
+    """The mechanism: in a federation the same for all parties, and public."""
+
+    epsilon: float = Field(gt=0, description="Budget of the whole run: smaller is more private.")
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="Allowed failure probability; well below 1 / records.")
+    clip_norm: float = Field(default=1.0, gt=0, description="C: most that one record may move the gradient sum.")
+    clipping: Literal["flat", "per_layer", "per_group", "automatic"] = Field(
+        default="flat", description="One norm over all parameters, one per layer or group, or normalisation (AUTO-S)."
+    )
+    lot_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="Expected records per round; absent: `train.batch_size`. Real lots vary around it.",
+    )
+    sampler: Literal["poisson", "truncated_poisson"] = Field(
+        default="poisson", description="How a round's records are drawn; truncated never draws more than `max_lot`."
+    )
+    max_lot: int | None = Field(default=None, gt=0, description="Most records of a truncated lot.")
+    unit: Literal["record", "user"] = Field(
+        default="record", description="What is protected: one sequence of the prepared data, or all of one user's."
+    )
+    balance: Literal["off", "per_sequence", "private_load", "bias"] = Field(
+        default="off",
+        description="Keeps experts evenly used; the last two spend part of the mechanism on the expert loads.",
+    )
+    balance_coefficient: float = Field(
+        default=0.01, gt=0, description="Weight of the balance loss, or step of the bias."
+    )
+    load_share: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of the clip norm that goes to the released expert loads."
+    )
+    load_smoothing: float = Field(
+        default=0.9, ge=0, lt=1, description="Running average of released loads over rounds."
+    )
+
+    @model_validator(mode="after")
+    def _lot_fits_sampler(self) -> PrivacyRules:
+        if (self.sampler == "truncated_poisson") != (self.max_lot is not None):
+            raise ValueError("`max_lot` and `sampler: truncated_poisson` belong together: set both or neither")
+        if self.max_lot is not None and self.lot_size is not None and self.max_lot < self.lot_size:
+            raise ValueError(f"`max_lot` {self.max_lot} is below `lot_size` {self.lot_size}")
+        return self
+
+
+class LocalPrivacy(Spec):
+    """What a party decides for itself: none of it changes what others may rely on, except a smaller budget."""
+
+    method: Literal["auto", "book_keeping", "ghost"] = Field(
+        default="auto",
+        description="One backward and more memory, two and less, or chosen by an estimate; same result.",
+    )
+    physical_batch: int = Field(default=16, gt=0, description="Records computed at once; never changes the result.")
+    user_column: str | None = Field(default=None, description="Column that names the user, for `unit: user`.")
+    records_per_user: int = Field(
+        default=16, gt=0, description="Most sequences of one user per lot, for `unit: user`."
+    )
+    ledger: LocalPath | None = Field(
+        default=None,
+        description="Folder of the privacy ledger; absent: ~/.local/share/coterie/ledger. Outside run folders.",
+    )
+    seeded: bool = Field(
+        default=False, description="Noise and lots from the seed. For tests; the run is then NOT private."
+    )
+
+
+class PrivacySpec(PrivacyRules, LocalPrivacy):
+    """The `privacy` block of train.yaml: mechanism and local choices together."""
+
+    @model_validator(mode="after")
+    def _user_is_named(self) -> PrivacySpec:
+        if (self.unit == "user") != (self.user_column is not None):
+            raise ValueError("`unit: user` and `user_column` belong together: set both or neither")
+        return self
+
+
+class PartyPrivacy(LocalPrivacy):
+    """The `privacy` block of party.yaml: local choices, and a budget of one's own if it is to be smaller."""
+
+    epsilon: float | None = Field(
+        default=None, gt=0, description="This party's own budget; absent: the federation's."
+    )
+    delta: float | None = Field(
+        default=None, gt=0, lt=1, description="This party's own delta; absent: the federation's."
+    )
+
+
+def undeclared_artefacts(model: ModelSpec, data: DataSpec) -> list[str]:
+    """Starting artefacts whose provenance private training has to know and the config does not say."""
+    problems = []
+    if model.path is not None and model.provenance is None:
+        problems.append("private training starts from `model.path`: declare `model.provenance`")
+    if data.tokenizer.path is not None and data.tokenizer.provenance is None:
+        problems.append("private training uses `data.tokenizer.path`: declare `data.tokenizer.provenance`")
+    return problems

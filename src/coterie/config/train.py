@@ -1,0 +1,76 @@
+"""How long and how fast to train; the file of `coterie train`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from coterie.config.base import LocalPath, Spec
+from coterie.config.data import DataSpec
+from coterie.config.model import ModelSpec
+from coterie.config.privacy import PrivacySpec, undeclared_artefacts
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class OptimSpec(Spec):
+    """AdamW. The learning rate is a function of the round alone, so all parties agree on it without talking."""
+
+    lr: float = Field(default=3e-4, gt=0, description="Highest learning rate.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="Decay of the two running averages, each in [0, 1)."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay, applied to every parameter.")
+    schedule: Literal["constant", "cosine"] = Field(default="cosine", description="Course of the rate after warm-up.")
+    warmup_rounds: int = Field(default=0, ge=0, description="Rounds over which the rate rises linearly from zero.")
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Where `cosine` ends, as a share of `lr`.")
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimSpec:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"each of `betas` must be in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class TrainSpec(Spec):
+    """How much is trained. One round is one optimiser step."""
+
+    rounds: int = Field(gt=0, description="Number of optimiser steps; fixed in advance.")
+    batch_size: int = Field(default=32, gt=0, description="Sequences per round (per party in a federation).")
+    micro_batch: int = Field(
+        default=8, gt=0, description="Sequences computed at once; the last group may be smaller."
+    )
+    seed: int = Field(default=0, ge=0, description="Starting weights and data order. Never used for privacy noise.")
+    eval_every: int = Field(default=50, ge=0, description="Rounds between evaluations; 0: only after the last round.")
+    checkpoint_every: int = Field(
+        default=100, ge=0, description="Rounds between checkpoints; 0: only after the last round."
+    )
+
+
+class TrainConfig(Spec):
+    """train.yaml: one party trains by itself."""
+
+    model: ModelSpec = Field(description="The model.")
+    data: DataSpec = Field(description="The text.")
+    optim: OptimSpec = Field(default=OptimSpec(), description="The optimiser.")
+    train: TrainSpec = Field(description="Length and batch.")
+    privacy: PrivacySpec | None = Field(default=None, description="Differential privacy; absent: trained without.")
+    run_dir: LocalPath = Field(description="Folder for metrics, checkpoints and the final model.")
+    device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainConfig:
+        tokenizer = self.data.tokenizer
+        if self.model.family is not None and tokenizer.path is None and tokenizer.train is None:
+            raise ValueError(
+                "a model given by `family` brings no tokenizer: set data.tokenizer to a path or a `train` block"
+            )
+        if self.privacy is not None:
+            problems = undeclared_artefacts(self.model, self.data)
+            if self.data.packing == "documents":
+                problems.append("packing `documents` mixes records in a sequence; use `chunks` or `records`")
+            if problems:
+                raise ValueError("; ".join(problems))
+        return self
