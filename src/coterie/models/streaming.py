@@ -1,0 +1,195 @@
+"""Experts brought to the device one layer at a time.
+
+At most two layers' experts are on the device at any moment, the one that computes and the one that comes next, and
+gradients of at most one. The forward needs a layer once and the backward needs it once more; both read the cache,
+so nothing here ever waits for the network.
+
+Shape letters as in `coterie.models.seam`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from coterie.models import expert_math
+from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows
+from coterie.models.weight_cache import LayerWeights, WeightCache
+
+
+class WeightSource(Protocol):
+    """Lends the weights of one layer to the device, for the length of a ``with`` block."""
+
+    def layer(self, index: int) -> AbstractContextManager[LayerWeights]: ...
+
+
+class GradientSink(Protocol):
+    """Takes one layer's summed expert gradients off the device."""
+
+    def add(self, layer: int, gradients: LayerWeights) -> None: ...
+
+
+class LayerStreamer:
+    """A `WeightSource` over a `WeightCache` that keeps at most two layers on the device.
+
+    While layer i is lent, its neighbour in the direction of travel (up in the forward, down in the backward) is
+    copied by a side thread, on CUDA along a side stream.
+
+    Args:
+        cache: the layers off the device.
+        device: where experts are computed.
+        dtype: what they are computed in.
+
+    Attributes:
+        peak_layers: most layers that were on the device at once; never above 2.
+        peak_bytes: most bytes of expert weights that were on the device at once.
+    """
+
+    def __init__(self, cache: WeightCache, device: torch.device, dtype: torch.dtype) -> None:
+        self._cache = cache
+        self._device = device
+        self._dtype = dtype
+        self._slots: dict[int, Future[LayerWeights]] = {}
+        self._last = -1
+        self._step = 1
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="coterie-prefetch")
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.peak_layers = 0
+        self.peak_bytes = 0
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[LayerWeights]:
+        """Lend layer ``index``. The tensors must not be kept after the block."""
+        self._turn_towards(index)
+        for other in [slot for slot in self._slots if slot != index]:
+            self._drop(other)
+        self._start(index)
+        weights = self._slots[index].result()
+        self._wait_for_copy(weights)
+        following = index + self._step
+        if 0 <= following < self._cache.num_layers:
+            self._start(following)
+        self._note_peak(weights)
+        yield weights
+
+    def drop_all(self) -> None:
+        """Free every layer on the device (at the end of a lot, or when the cache gets new bytes)."""
+        for index in list(self._slots):
+            self._drop(index)
+
+    def close(self) -> None:
+        """Free the device and end the side thread."""
+        self.drop_all()
+        self._pool.shutdown(wait=True)
+
+    def _turn_towards(self, index: int) -> None:
+        if index != self._last:
+            self._step = 1 if index > self._last else -1
+        if index == self._cache.num_layers - 1:
+            self._step = -1
+        if index == 0:
+            self._step = 1
+        self._last = index
+
+    def _start(self, index: int) -> None:
+        if index not in self._slots:
+            self._slots[index] = self._pool.submit(self._load, index)
+
+    def _drop(self, index: int) -> None:
+        future = self._slots.pop(index)
+        if not future.cancel():
+            future.exception()
+
+    def _load(self, index: int) -> LayerWeights:
+        weights = self._cache.get(index)
+        if self._side is None:
+            return {name: t.to(self._device, self._dtype, copy=True) for name, t in weights.items()}
+        with torch.cuda.stream(self._side):
+            return {name: t.to(self._device, non_blocking=True).to(self._dtype) for name, t in weights.items()}
+
+    def _wait_for_copy(self, weights: LayerWeights) -> None:
+        if self._side is None:
+            return
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._side)
+        for tensor in weights.values():
+            tensor.record_stream(current)
+
+    def _note_peak(self, weights: LayerWeights) -> None:
+        size = sum(tensor.nbytes for tensor in weights.values())
+        self.peak_layers = max(self.peak_layers, len(self._slots))
+        self.peak_bytes = max(self.peak_bytes, size * len(self._slots))
+
+
+class HostGradients:
+    """A `GradientSink` that sums in float32 in host memory.
+
+    Attributes:
+        sums: layer to parameter name to [E, ...] float32.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[int, dict[str, Tensor]] = {}
+
+    def add(self, layer: int, gradients: LayerWeights) -> None:
+        into = self.sums.setdefault(layer, {})
+        for name, gradient in gradients.items():
+            if name in into:
+                into[name] += gradient.to("cpu", torch.float32)
+            else:
+                into[name] = gradient.to("cpu", torch.float32, copy=True)
+
+
+class StreamedExperts:
+    """Computes experts whose weights are lent by a `WeightSource`; their gradients go to a `GradientSink`.
+
+    Guarantee: forward and every gradient equal training with the weights in the module.
+    """
+
+    def __init__(self, source: WeightSource, sink: GradientSink) -> None:
+        self._source = source
+        self._sink = sink
+
+    def __call__(self, call: ExpertsCall) -> Tensor:
+        layer = call.layer
+        rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
+        # The anchor makes autograd visit the backward even where the rows themselves need no gradient.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        out_RD = _StreamedRows.apply(
+            call.hidden_ND[rows.token_R], rows.ends_E, anchor, layer, self._source, self._sink
+        )
+        if layer.layout.has_post_expert_norm:
+            out_RD = layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
+        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+
+
+class _StreamedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        ends_E: Tensor,
+        anchor: Tensor,
+        layer: ExpertLayer,
+        source: WeightSource,
+        sink: GradientSink,
+    ) -> Tensor:
+        with source.layer(layer.index) as weights:
+            out_RD, pre_RG = expert_math.forward_rows(layer, weights, x_RD, ends_E)
+        ctx.save_for_backward(x_RD, pre_RG, ends_E)
+        ctx.layer, ctx.source, ctx.sink = layer, source, sink
+        return out_RD
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_RD: Tensor) -> tuple[Any, ...]:
+        x_RD, pre_RG, ends_E = ctx.saved_tensors
+        layer: ExpertLayer = ctx.layer
+        with ctx.source.layer(layer.index) as weights:
+            rows = expert_math.backward_rows(layer, weights, pre_RG, grad_out_RD, ends_E)
+        ctx.sink.add(layer.index, expert_math.weight_gradients(layer, x_RD, rows, grad_out_RD, ends_E))
+        return rows.grad_x_RD.to(x_RD.dtype), None, None, None, None, None

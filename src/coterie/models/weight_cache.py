@@ -1,0 +1,148 @@
+"""Expert weights kept off the device, a layer at a time, each layer known by its digest.
+
+An owner in the `experts` exchange holds here what the hosts sent. The cache lives in host memory (pinned where a
+GPU will read it) or in one memory-mapped safetensors file a layer.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coterie.errors import CheckpointError, RoundError
+
+LayerWeights = Mapping[str, Tensor]
+
+
+class LayerStore(Protocol):
+    """Where layers lie between uses."""
+
+    def put(self, layer: int, weights: LayerWeights) -> None: ...
+
+    def get(self, layer: int) -> LayerWeights: ...
+
+
+class MemoryStore:
+    """Layers in host memory.
+
+    Args:
+        pinned: page-lock them, so that a copy to a GPU runs beside its compute. Needs CUDA.
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._layers: dict[int, LayerWeights] = {}
+
+    def put(self, layer: int, weights: LayerWeights) -> None:
+        self._layers[layer] = {
+            name: tensor.pin_memory() if self._pinned else tensor for name, tensor in weights.items()
+        }
+
+    def get(self, layer: int) -> LayerWeights:
+        return self._layers[layer]
+
+
+class FileStore:
+    """One safetensors file a layer, read through a memory map: host memory holds only what is in use."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, layer: int, weights: LayerWeights) -> None:
+        path = self._path(layer)
+        aside = path.with_suffix(".part")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside)
+        except Exception as error:
+            aside.unlink(missing_ok=True)
+            raise _cannot_write(path, error) from error
+        os.replace(aside, path)
+
+    def get(self, layer: int) -> LayerWeights:
+        return load_file(self._path(layer))
+
+    def _path(self, layer: int) -> Path:
+        return self._folder / f"layer-{layer:04d}.safetensors"
+
+
+def _cannot_write(path: Path, error: Exception) -> CheckpointError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return CheckpointError(
+        f"the expert cache cannot write {path.name}: {'the disk is full' if full else error}.",
+        code="cache-full" if full else "cache-write",
+        where=str(path.parent),
+        why="the round needs every layer; nothing was sent and the earlier file is untouched",
+        fix="free space, or move the cache with `cache_dir`, then resume",
+    )
+
+
+def digest_layer(weights: LayerWeights) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of one layer's tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().contiguous().cpu()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class WeightCache:
+    """The layers of one model, each pinned to a digest for the length of a round.
+
+    Guarantee: between `begin_round` calls a layer's bytes never change: a second `put` with other bytes raises.
+    """
+
+    def __init__(self, store: LayerStore, num_layers: int) -> None:
+        self._store = store
+        self.num_layers = num_layers
+        self._digests: dict[int, str] = {}
+        self._pinned: set[int] = set()
+
+    def begin_round(self) -> None:
+        """Let every layer be replaced once."""
+        self._pinned.clear()
+
+    def put(self, layer: int, weights: LayerWeights) -> str:
+        """Store a layer and pin it until the next round; returns its digest.
+
+        Raises:
+            RoundError: the layer is pinned in this round to other bytes.
+            CheckpointError: the store cannot be written.
+        """
+        digest = digest_layer(weights)
+        if layer in self._pinned and digest != self._digests[layer]:
+            raise RoundError(
+                f"layer {layer} came twice in one round with different bytes "
+                f"({self._digests[layer][:8]}.. and {digest[:8]}..).",
+                code="weights-changed",
+                why="the two passes of clipping must see the same weights, or the clipped norm is not bounded",
+                fix="the round is aborted; ask the host of this layer why it served two versions",
+            )
+        if self._digests.get(layer) != digest:
+            self._store.put(layer, weights)
+        self._digests[layer] = digest
+        self._pinned.add(layer)
+        return digest
+
+    def get(self, layer: int) -> LayerWeights:
+        """The stored tensors, off the device. Raises CheckpointError for a layer that never came."""
+        if layer not in self._digests:
+            raise CheckpointError(
+                f"the weights of MoE layer {layer} are not in the cache.",
+                code="cache-missing-layer",
+                fix="fetch every layer before the lot is processed",
+            )
+        return self._store.get(layer)
+
+    def digests(self) -> dict[int, str]:
+        """Digest of every cached layer."""
+        return dict(self._digests)

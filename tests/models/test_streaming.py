@@ -1,0 +1,135 @@
+"""Streamed experts against weights in the module, and the limits the stream promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
+
+from coterie.errors import CheckpointError, RoundError
+from coterie.models import seam
+from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
+from coterie.models.weight_cache import FileStore, MemoryStore, WeightCache
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def small_model(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if family == "olmoe":
+        model: PreTrainedModel = OlmoeForCausalLM(OlmoeConfig(**SMALL, num_experts=8))
+    else:
+        model = GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=8))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def cache_of(model: PreTrainedModel, store: MemoryStore | FileStore) -> WeightCache:
+    layers = seam.expert_layers(model)
+    cache = WeightCache(store, len(layers))
+    for layer in layers:
+        cache.put(layer.index, {name: p.detach().clone() for name, p in layer.parameters().items()})
+    return cache
+
+
+def loss_and_gradients(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids = torch.randint(0, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    loss = (model(ids).logits ** 2).mean()
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_streamed_experts_equal_weights_in_the_module(family, checkpointing, on_disk, tmp_path):
+    model = small_model(family)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    seam.select(model)
+    loss, expected = loss_and_gradients(model)
+
+    cache = cache_of(model, FileStore(tmp_path) if on_disk else MemoryStore())
+    layers = seam.expert_layers(model)
+    for layer in layers:
+        for name in layer.layout.parameter_names:
+            stand_in = torch.full_like(getattr(layer.module, name), torch.nan)
+            setattr(layer.module, name, torch.nn.Parameter(stand_in, requires_grad=False))
+    streamer, sink = LayerStreamer(cache, torch.device("cpu"), torch.float32), HostGradients()
+    seam.select(model, StreamedExperts(streamer, sink))
+    streamed_loss, streamed = loss_and_gradients(model)
+    streamer.close()
+
+    torch.testing.assert_close(streamed_loss, loss, rtol=1e-6, atol=0)
+    for layer in layers:
+        for name in layer.layout.parameter_names:
+            streamed[f"{layer.name}.{name}"] = sink.sums[layer.index][name]
+    assert streamed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (streamed[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert streamer.peak_layers == 2
+    one_layer = sum(p.nbytes for p in layers[0].parameters().values())
+    assert streamer.peak_bytes <= 2 * one_layer
+
+
+def test_experts_get_gradients_though_no_trunk_parameter_is_trained():
+    model = small_model("olmoe")
+    layers = seam.select(model)
+    _, expected = loss_and_gradients(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    streamer = LayerStreamer(cache_of(model, MemoryStore()), torch.device("cpu"), torch.float32)
+    sink = HostGradients()
+    seam.select(model, StreamedExperts(streamer, sink))
+    loss_and_gradients(model)
+    streamer.close()
+    for layer in layers:
+        gradient = expected[f"{layer.name}.down_proj"]
+        assert (sink.sums[layer.index]["down_proj"] - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_a_host_that_serves_other_bytes_in_the_same_round_aborts_it():
+    cache = WeightCache(MemoryStore(), 1)
+    cache.begin_round()
+    cache.put(0, {"down_proj": torch.zeros(2, 3, 4)})
+    cache.put(0, {"down_proj": torch.zeros(2, 3, 4)})
+    with pytest.raises(RoundError, match="layer 0 came twice in one round with different bytes"):
+        cache.put(0, {"down_proj": torch.ones(2, 3, 4)})
+    assert cache.get(0)["down_proj"].sum() == 0
+    cache.begin_round()
+    cache.put(0, {"down_proj": torch.ones(2, 3, 4)})
+    assert cache.get(0)["down_proj"].sum() == 24
+
+
+def test_a_layer_that_never_came_is_named():
+    with pytest.raises(CheckpointError, match="MoE layer 3"):
+        WeightCache(MemoryStore(), 5).get(3)
+
+
+def test_a_full_disk_keeps_the_earlier_file_and_says_so(tmp_path, monkeypatch):
+    cache = WeightCache(FileStore(tmp_path), 1)
+    cache.put(0, {"down_proj": torch.zeros(4)})
+    cache.begin_round()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coterie.models.weight_cache.save_file", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        cache.put(0, {"down_proj": torch.ones(4)})
+    assert cache.get(0)["down_proj"].sum() == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "layer-0000.safetensors"]
