@@ -1,0 +1,119 @@
+"""The `coterie` command: a table of commands, each loaded when it is used, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from coterie import __version__
+from coterie.cli.output import error_console, fail
+from coterie.errors import CoterieError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train", "Train one party's model on its own text."),
+    "resume": ("resume", "Go on with a run that was stopped."),
+    "eval": ("eval", "Held-out loss of a trained run."),
+    "generate": ("generate", "Continue a prompt with a trained run's model."),
+    "explain": ("explain", "What an error code means and what to do."),
+}
+"""Command name to (module in coterie.cli, one-line help), in the order of the help page."""
+
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
+
+class _LazyCommand(TyperCommand):
+    """Stands for a command in the help page; imports its module when the command itself is called."""
+
+    def __init__(self, name: str, module: str, summary: str) -> None:
+        super().__init__(name, help=summary)
+        self._module = module
+
+    def load(self) -> TyperCommand:
+        """The command with its options."""
+        function = importlib.import_module(f"coterie.cli.{self._module}").command
+        text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\nExample:")
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        epilog = "\b\nExample:\n" + example.strip("\n") if example else None
+        single.command(self.name, help=text, epilog=epilog, context_settings=_SETTINGS)(function)
+        command = typer.main.get_command(single)
+        assert isinstance(command, TyperCommand)
+        return command
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        return self.load().make_context(*args, **extra)
+
+
+class _LazyGroup(TyperGroup):
+    """The group of all commands in the table."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, (module, summary) in COMMANDS.items():
+            self.commands[name] = _LazyCommand(name, module, summary)
+
+
+app = typer.Typer(
+    cls=_LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=_SETTINGS,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train Mixture-of-Experts language models on private text, alone or together."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given  # accepted anywhere: people add it to the end of the line that failed
+    try:
+        try:
+            app([argument for argument in given if argument != "--debug"], prog_name="coterie")
+        except CoterieError as error:
+            if debug:
+                traceback.print_exc()
+            fail(error)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except KeyboardInterrupt:
+        error_console().print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone; that is its right
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        problem = (
+            f"Error internal: {type(error).__name__}: {error}\n  fix    add --debug for the traceback and report it"
+        )
+        error_console().print(problem, style="red", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Everything commands print: figures on standard output, errors and progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from coterie.errors import CoterieError
+
+EXIT_ERROR = 1
+
+
+def console() -> Console:
+    """Standard output; lines are not wrapped when it is a file or a pipe."""
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def error_console() -> Console:
+    """Standard error, for progress and errors."""
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+
+
+def say(text: str = "") -> None:
+    """One plain line (no markup is read in it)."""
+    console().print(escape(text))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
+    """Print rows under their column names; columns whose cells are all numbers are aligned right.
+
+    On a terminal it has rules and fits the width, elsewhere columns are separated by two spaces.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
+    if not sys.stdout.isatty():
+        widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+        if title:
+            print(title)
+        for line in [list(columns), *cells]:
+            padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)]
+            print("  ".join(padded).rstrip())
+        return
+    shown = Table(title=title, title_justify="left")
+    for name, right in zip(columns, numeric, strict=True):
+        shown.add_column(name, justify="right" if right else "left")
+    for line in cells:
+        shown.add_row(*[escape(cell) for cell in line])
+    console().print(shown)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) or value is None
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write figures as JSON, whole or not at all. A number that is not finite becomes null."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Advance(Protocol):
+    """Call it after each step: ``advance("loss 2.31")``; ``steps`` when more than one was made."""
+
+    def __call__(self, note: str = "", *, steps: int = 1) -> None: ...
+
+
+@contextmanager
+def progress(description: str, total: int, *, done: int = 0, lines: int = 20) -> Iterator[Advance]:
+    """Show how far a loop is: a bar on a terminal, otherwise about ``lines`` plain lines over the whole length."""
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=error_console()) as bars:
+            task = bars.add_task(escape(description), total=total, completed=done, note="")
+
+            def move(note: str = "", *, steps: int = 1) -> None:
+                bars.update(task, advance=steps, note=escape(note))
+
+            yield move
+        return
+    every = max(1, total // lines)
+    count = done
+
+    def line(note: str = "", *, steps: int = 1) -> None:
+        nonlocal count
+        before, count = count, count + steps
+        if count // every > before // every or count >= total:
+            print(f"{description} {count}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    yield line
+
+
+def fail(error: CoterieError) -> NoReturn:
+    """Print the error's four lines on standard error and end the command with exit code 1."""
+    shown = error_console()
+    shown.print(f"[bold red]Error[/] [bold]{escape(error.code)}[/]: {escape(error.message)}")
+    for name, text in error.details():
+        if text:
+            shown.print(f"  [dim]{name:<6}[/] {escape(text)}")
+    raise typer.Exit(EXIT_ERROR)
