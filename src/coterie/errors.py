@@ -35,6 +35,7 @@ class CoterieError(Exception):
         where: file and line, layer, peer or step.
         why: what would happen if this were ignored.
         fix: what to do about it.
+        field: name of the setting or header field at fault. Code and field are all that may cross to a peer.
     """
 
     code = "error"
@@ -47,6 +48,7 @@ class CoterieError(Exception):
         where: str | None = None,
         why: str | None = None,
         fix: str | None = None,
+        field: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -55,6 +57,7 @@ class CoterieError(Exception):
         self.where = where
         self.why = why
         self.fix = fix
+        self.field = field
 
     def __str__(self) -> str:
         lines = [self.message]

@@ -1,0 +1,102 @@
+"""Requests one side has sent to one peer on one lane and that are not answered yet."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from coterie.errors import CoterieError, DeadlineError
+from coterie.federation.transport import Lane, Message
+
+
+@dataclass
+class _Entry:
+    future: Future[Message]
+    until: float
+    deadline_s: float
+    kind: str
+    claimed: bool = False
+
+    def claim(self) -> bool:
+        """True once: whoever gets it sets the future. Called under the lock of the table."""
+        first, self.claimed = not self.claimed, True
+        return first
+
+    def finish(self, result: Message | CoterieError) -> None:
+        if isinstance(result, Message):
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(result)
+
+
+class PendingReplies:
+    """Futures by correlation number, at most ``window`` of them.
+
+    A request that ran out of time keeps its slot until the peer answers or the connection ends: the peer still holds
+    the request in its own queue, which has room for ``window`` of them and no more.
+    """
+
+    def __init__(self, peer: str, lane: Lane, window: int) -> None:
+        self._peer, self._lane, self._window = peer, lane, window
+        self._entries: dict[int, _Entry] = {}
+        self._changed = threading.Condition()
+        # A random start keeps a late answer to a process that has since restarted from matching anything.
+        self._next = secrets.randbits(48)
+
+    def add(self, kind: str, deadline_s: float) -> tuple[int, Future[Message]]:
+        """A correlation number and a future for its reply; waits for room until the deadline.
+
+        Raises:
+            DeadlineError: ``window`` earlier requests stayed unanswered.
+        """
+        until = time.monotonic() + deadline_s
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._entries) < self._window, timeout=deadline_s):
+                raise DeadlineError(
+                    f"{self._window} earlier requests to {self._peer} are unanswered; "
+                    f"`{kind}` waited {deadline_s:g} s for room.",
+                    code="queue-full",
+                    where=f"lane {self._lane.name.lower()} to {self._peer}",
+                    why="queues are bounded so that a slow peer cannot fill the memory of a fast one",
+                    fix=f"see what {self._peer} is busy with, or allow a longer deadline",
+                )
+            self._next += 1
+            future: Future[Message] = Future()
+            future.set_running_or_notify_cancel()  # a request on its way cannot be taken back
+            self._entries[self._next] = _Entry(future, until, deadline_s, kind)
+            return self._next, future
+
+    def settle(self, correlation: int, result: Message | CoterieError) -> bool:
+        """Deliver a reply and free its slot; False if nobody waits for it."""
+        with self._changed:
+            entry = self._entries.pop(correlation, None)
+            claimed = entry is not None and entry.claim()
+            self._changed.notify()
+        if entry is not None and claimed:
+            entry.finish(result)
+        return entry is not None
+
+    def expire(self, now: float) -> None:
+        """Fail the requests whose deadline has passed."""
+        with self._changed:
+            late = [entry for entry in self._entries.values() if entry.until <= now and entry.claim()]
+        for entry in late:
+            entry.finish(
+                DeadlineError(
+                    f"{self._peer} did not answer `{entry.kind}` within {entry.deadline_s:g} s.",
+                    where=f"lane {self._lane.name.lower()} to {self._peer}",
+                    fix=f"see {self._peer}'s log; if it is only slow, allow a longer deadline",
+                )
+            )
+
+    def fail_all(self, error: CoterieError) -> None:
+        """The connection is gone: fail every request and free all slots."""
+        with self._changed:
+            unanswered = [entry for entry in self._entries.values() if entry.claim()]
+            self._entries.clear()
+            self._changed.notify_all()
+        for entry in unanswered:
+            entry.finish(error)
