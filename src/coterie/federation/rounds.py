@@ -1,0 +1,463 @@
+"""The round as a transaction: what the coordinator decides, with no input or output of its own.
+
+`advance` looks at what is durable (`State`, `History`) and at the newest report of every party (`View`) and says what
+comes next, or nothing. It is a plain function, so every case can be tested without a network, a clock or a disk.
+
+Reports carry a party's standing, not events: whoever lost messages, or restarted, catches up with the next one.
+
+::
+
+    gather -> restore -> compute -> step -> [evaluate] -> [checkpoint] -> compute ... -> end
+                            |         |          |              |
+                            +---------+----------+--------------+--> gather   (error, deadline, missed lease)
+
+Between compute and step the commit is made durable: before it an attempt can be dropped by everybody, after it by
+nobody. docs/concepts/rounds.md tells the same in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Literal
+
+
+class Phase(StrEnum):
+    """What the federation is doing; every party does the same thing at the same time."""
+
+    GATHER = "gather"  # stop what you do, be idle, say what you hold
+    RESTORE = "restore"  # load the named checkpoint
+    COMPUTE = "compute"  # one attempt at a round: forward, backward, stage gradients
+    STEP = "step"  # the attempt is committed: apply it
+    EVALUATE = "evaluate"  # held-out text, everybody hosting
+    CHECKPOINT = "checkpoint"  # write your state, sync, report its digest
+    END = "end"  # leave
+
+
+class Ending(StrEnum):
+    """Why a run ended."""
+
+    NONE = ""
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the parties agreed on before they began.
+
+    Attributes:
+        parties: names, in the order of the roster.
+        rounds: optimiser steps in all.
+        evaluate_every, checkpoint_every: rounds between; 0 means only after the last round.
+        deadline_s: how long one phase may take.
+        lease_s: silence after which a party counts as lost.
+        join_s: how long to wait for a party before the run ends.
+        max_attempts: failures in a row after which the run ends.
+        lost_party: wait for a lost party, or go on without its experts.
+    """
+
+    parties: tuple[str, ...]
+    rounds: int
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+    deadline_s: float = 1800.0
+    lease_s: float = 30.0
+    join_s: float = 300.0
+    max_attempts: int = 3
+    lost_party: Literal["pause", "continue"] = "pause"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One party's checkpoint: the rounds behind it and the digest of its manifest. Round 0 is the split model."""
+
+    round: int
+    digest: str
+
+
+FIRST = Saved(0, "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A published checkpoint of the federation: what each party has to load to go on from ``round``."""
+
+    round: int
+    files: dict[str, Saved]
+
+
+@dataclass(frozen=True)
+class History:
+    """What the coordinator remembers for ever.
+
+    Attributes:
+        records: published checkpoints, oldest first.
+        attempts: highest attempt ever handed out, per round; a number is never used twice, rollbacks included.
+    """
+
+    records: tuple[Record, ...] = ()
+    attempts: Mapping[int, int] = field(default_factory=dict)
+
+    def next_attempt(self, round: int) -> int:
+        return self.attempts.get(round, 0) + 1
+
+    @property
+    def newest(self) -> int:
+        """Rounds behind the newest published checkpoint."""
+        return self.records[-1].round if self.records else 0
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the federation is. Written to disk before anybody is told.
+
+    Attributes:
+        seq: grows by one with every change; parties answer to it.
+        phase, round, attempt: what is being done. ``round`` is the round being made (compute, step) or the number of
+            rounds behind the model (everything else).
+        committed, committed_attempt: newest durable commit on the current line.
+        epoch: grows when a party leaves or comes back under ``lost_party: continue``.
+        failures: failed attempts in a row.
+        begun: everybody was there once.
+        evaluated: rounds behind the newest evaluation, -1 before the first.
+        absent: parties the others go on without. rejoining: absent ones on their way back.
+        sources: what to load, in restore.
+        ending, code, note: how it ended; why the last change happened, in words without data.
+    """
+
+    seq: int = 1
+    phase: Phase = Phase.GATHER
+    round: int = 0
+    attempt: int = 0
+    committed: int = 0
+    committed_attempt: int = 0
+    epoch: int = 0
+    failures: int = 0
+    begun: bool = False
+    evaluated: int = -1
+    absent: tuple[str, ...] = ()
+    rejoining: tuple[str, ...] = ()
+    sources: dict[str, Saved] = field(default_factory=dict)
+    ending: Ending = Ending.NONE
+    code: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a party says in every heartbeat.
+
+    Attributes:
+        instance: random name of the process; a new one means that memory was lost.
+        count: grows with every report of a process; an older one that arrives late is ignored.
+        done: newest ``seq`` carried out. failed: ``seq`` that failed, or 0. code: of the error.
+        live: rounds behind the state in memory; None when there is none.
+        held: checkpoints on disk that can be loaded.
+        saved: digest of the checkpoint written in this phase.
+        stop: somebody asked this party to stop.
+    """
+
+    instance: str
+    count: int = 0
+    done: int = 0
+    failed: int = 0
+    code: str = ""
+    live: int | None = None
+    held: tuple[Saved, ...] = ()
+    saved: str = ""
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """The newest report of a party and when it came."""
+
+    report: Report
+    heard_at: float
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Now, and when the present state was entered (or the coordinator restarted); seconds of one clock."""
+
+    now: float
+    entered: float
+
+
+@dataclass(frozen=True)
+class Move:
+    """A decision, to be made durable as a whole before anybody hears of it.
+
+    Attributes:
+        state: the next state.
+        committed: a round was committed by this move.
+        record: a checkpoint published by this move.
+        back_to: rounds and records after this one no longer count; None when nothing is undone.
+    """
+
+    state: State
+    committed: bool = False
+    record: Record | None = None
+    back_to: int | None = None
+
+
+def advance(
+    plan: Plan, state: State, history: History, views: Mapping[str, View], clock: Clock, stop: str = ""
+) -> Move | None:
+    """What comes next, or None while there is something to wait for.
+
+    Args:
+        stop: who asked the run to stop; empty while nobody did.
+    """
+    if state.phase is Phase.END:
+        return None
+    return _RULES[state.phase](_Scene(plan, state, history, views, clock, stop))
+
+
+def missing(plan: Plan, state: State, views: Mapping[str, View], clock: Clock) -> tuple[str, ...]:
+    """Parties that should be here and were not heard within the lease."""
+    return _Scene(plan, state, History(), views, clock, "").lost
+
+
+@dataclass(frozen=True)
+class _Scene:
+    plan: Plan
+    state: State
+    history: History
+    views: Mapping[str, View]
+    clock: Clock
+    stop: str
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return tuple(name for name in self.plan.parties if name not in self.state.absent)
+
+    def fresh(self, party: str) -> bool:
+        view = self.views.get(party)
+        return view is not None and self.clock.now - view.heard_at <= self.plan.lease_s
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Silent for longer than the lease. Whoever was not heard since the coordinator started has one lease, too."""
+        if self.state.phase is Phase.GATHER or self.clock.now - self.clock.entered > self.plan.lease_s:
+            return tuple(name for name in self.active if not self.fresh(name))
+        return tuple(name for name in self.active if name in self.views and not self.fresh(name))
+
+    def done(self, party: str) -> bool:
+        view = self.views.get(party)
+        return view is not None and view.report.done == self.state.seq
+
+    @property
+    def all_done(self) -> bool:
+        return all(self.done(name) for name in self.active)
+
+    def live(self, party: str) -> int | None:
+        return self.views[party].report.live
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        return tuple(
+            name for name in self.active if name in self.views and self.views[name].report.failed == self.state.seq
+        )
+
+    def restarted(self, *allowed: int | None) -> tuple[str, ...]:
+        """Parties whose memory does not fit the phase: they came back as a new process."""
+        return tuple(name for name in self.active if name in self.views and self.live(name) not in allowed)
+
+    @property
+    def overdue(self) -> bool:
+        return self.clock.now - self.clock.entered > self.plan.deadline_s
+
+    def to(self, phase: Phase, **changes: object) -> State:
+        base = {"attempt": 0, "sources": {}, "note": "", "code": ""}
+        return replace(self.state, seq=self.state.seq + 1, phase=phase, **{**base, **changes})  # type: ignore[arg-type]
+
+    def gather(self, note: str, **changes: object) -> Move:
+        return Move(self.to(Phase.GATHER, round=self.state.committed, note=note, **changes))
+
+    def fail(self, code: str, note: str) -> Move:
+        return Move(self.to(Phase.END, round=self.state.committed, ending=Ending.FAILED, code=code, note=note))
+
+    def again(self, code: str, note: str) -> Move:
+        """Everybody drops the attempt; the run ends after too many in a row."""
+        failures = self.state.failures + 1
+        if failures >= self.plan.max_attempts:
+            return self.fail(code, f"{note}, {failures} times in a row")
+        return self.gather(note, failures=failures)
+
+    def trouble(self, *allowed: int | None) -> Move | None:
+        """The way back to gather, when something is wrong with the present phase."""
+        what = f"{self.state.phase} of round {self.state.round}"
+        if self.failed:
+            codes = sorted({self.views[name].report.code for name in self.failed})
+            return self.again(codes[0], f"{_names(self.failed)} failed in {what} ({', '.join(codes)})")
+        if self.lost:
+            return self.gather(f"lost {_names(self.lost)} in {what}")
+        if self.restarted(*allowed):
+            return self.gather(f"{_names(self.restarted(*allowed))} came back as a new process")
+        if self.overdue:
+            late = tuple(name for name in self.active if not self.done(name))
+            return self.again("round-deadline", f"{_names(late)} not done with {what} in {self.plan.deadline_s:g} s")
+        return None
+
+    def after(self, state: State, history: History, **carry: object) -> Move:
+        """The next activity once the model of ``state.committed`` rounds is live at everybody."""
+        here = replace(self, state=state, history=history)
+        round, last = state.committed, state.committed >= self.plan.rounds
+        due = _due(round, self.plan.evaluate_every) or last
+        if due and round > state.evaluated and not (self.stop and not last):
+            nxt = here.to(Phase.EVALUATE, round=round, attempt=state.failures + 1)
+        elif round > history.newest and (_due(round, self.plan.checkpoint_every) or last or self.stop):
+            nxt = here.to(Phase.CHECKPOINT, round=round)
+        elif last:
+            nxt = here.to(Phase.END, round=round, ending=Ending.FINISHED)
+        elif self.stop:
+            nxt = here.to(Phase.END, round=round, ending=Ending.STOPPED, note=f"{self.stop} asked to stop")
+        elif back := tuple(name for name in state.absent if self.fresh(name)):
+            left = tuple(name for name in state.absent if name not in back)
+            note = f"{_names(back)} came back"
+            nxt = here.to(Phase.GATHER, round=round, absent=left, rejoining=back, epoch=state.epoch + 1, note=note)
+        else:
+            nxt = here.to(Phase.COMPUTE, round=round + 1, attempt=history.next_attempt(round + 1))
+        # One move, one number: what led here and what follows are made durable together.
+        return Move(replace(nxt, seq=self.state.seq + 1), **carry)  # type: ignore[arg-type]
+
+
+def _gather(scene: _Scene) -> Move | None:
+    state, plan = scene.state, scene.plan
+    lost = scene.lost
+    if not lost and scene.all_done:
+        begun = replace(state, begun=True)
+        behind = [name for name in scene.active if scene.live(name) != state.committed]
+        if not behind:
+            return scene.after(replace(begun, rejoining=()), scene.history)
+        scene = replace(scene, state=begun)
+        return _rejoin(scene) if set(behind) <= set(state.rejoining) else _roll_back(scene)
+    if scene.stop and lost:
+        note = f"{scene.stop} asked to stop while {_names(lost)} was missing"
+        return Move(scene.to(Phase.END, round=state.committed, ending=Ending.STOPPED, note=note))
+    waited = scene.clock.now - scene.clock.entered
+    can_go_on = plan.lost_party == "continue" and state.begun and len(lost) < len(scene.active)
+    if lost and can_go_on and waited > plan.lease_s:
+        absent = tuple(name for name in plan.parties if name in state.absent or name in lost)
+        rejoining = tuple(name for name in state.rejoining if name not in lost)
+        note = f"going on without {_names(lost)}"
+        return scene.gather(note, absent=absent, rejoining=rejoining, epoch=state.epoch + 1)
+    if waited > plan.join_s:
+        late = lost or tuple(name for name in scene.active if not scene.done(name))
+        return scene.fail("round-party-missing", f"{_names(late)} did not arrive within {plan.join_s:g} s")
+    return None
+
+
+def _rejoin(scene: _Scene) -> Move:
+    """Parties that come back under ``lost_party: continue`` load their own newest checkpoint; nobody else goes back."""
+    published = [record.files for record in scene.history.records]
+    sources = {}
+    for name in scene.state.rejoining:
+        held = scene.views[name].report.held
+        known = [files[name] for files in published if name in files and files[name] in held]
+        sources[name] = max(known, key=lambda saved: saved.round, default=FIRST)
+    note = f"{_names(scene.state.rejoining)} takes up its experts again"
+    return Move(scene.to(Phase.RESTORE, round=scene.state.committed, sources=sources, note=note))
+
+
+def _roll_back(scene: _Scene) -> Move:
+    """Everybody loads the newest published checkpoint that all hold."""
+    held = {name: scene.views[name].report.held for name in scene.active}
+    lacking: tuple[str, ...] = ()
+    for record in reversed(scene.history.records):
+        without = tuple(name for name in scene.active if record.files[name] not in held[name])
+        if not without:
+            return _load(scene, record)
+        lacking = lacking or without
+    if lacking:
+        return scene.fail(
+            "checkpoint-none-common",
+            f"no published checkpoint is whole at every party; {_names(lacking)} lacks round {scene.history.newest}",
+        )
+    return _load(scene, Record(0, dict.fromkeys(scene.active, FIRST)))
+
+
+def _load(scene: _Scene, record: Record) -> Move:
+    state = scene.to(
+        Phase.RESTORE,
+        round=record.round,
+        sources=dict(record.files),
+        committed=record.round,
+        committed_attempt=0,
+        evaluated=min(scene.state.evaluated, record.round),
+        rejoining=(),
+        note=f"from round {record.round}" if record.round else "from the split model",
+    )
+    return Move(state, back_to=record.round)
+
+
+def _restore(scene: _Scene) -> Move | None:
+    if scene.all_done:
+        return scene.after(replace(scene.state, rejoining=()), scene.history)
+    return scene.trouble(*_any_live(scene))
+
+
+def _any_live(scene: _Scene) -> tuple[int | None, ...]:
+    """In restore any memory is acceptable: it is about to be replaced."""
+    return tuple({scene.live(name) for name in scene.active if name in scene.views})
+
+
+def _compute(scene: _Scene) -> Move | None:
+    state = scene.state
+    if scene.all_done:
+        step = scene.to(
+            Phase.STEP,
+            round=state.round,
+            attempt=state.attempt,
+            committed=state.round,
+            committed_attempt=state.attempt,
+            failures=0,
+        )
+        return Move(step, committed=True)
+    return scene.trouble(state.round - 1)
+
+
+def _step(scene: _Scene) -> Move | None:
+    if scene.all_done:
+        return scene.after(scene.state, scene.history)
+    return scene.trouble(scene.state.round - 1, scene.state.round)
+
+
+def _evaluate(scene: _Scene) -> Move | None:
+    if scene.all_done:
+        return scene.after(replace(scene.state, evaluated=scene.state.round, failures=0), scene.history)
+    return scene.trouble(scene.state.round)
+
+
+def _checkpoint(scene: _Scene) -> Move | None:
+    round = scene.state.round
+    if not scene.all_done:
+        return scene.trouble(round)
+    before = scene.history.records[-1].files if scene.history.records else {}
+    files = {name: before.get(name, FIRST) for name in scene.state.absent}
+    files |= {name: Saved(round, scene.views[name].report.saved) for name in scene.active}
+    record = Record(round, {name: files[name] for name in scene.plan.parties})
+    history = replace(scene.history, records=(*scene.history.records, record))
+    return scene.after(replace(scene.state, failures=0), history, record=record)
+
+
+def _due(round: int, every: int) -> bool:
+    return every > 0 and round % every == 0
+
+
+def _names(parties: Sequence[str]) -> str:
+    return ", ".join(parties) if len(parties) < 2 else f"{', '.join(parties[:-1])} and {parties[-1]}"
+
+
+_RULES: dict[Phase, Callable[[_Scene], Move | None]] = {
+    Phase.GATHER: _gather,
+    Phase.RESTORE: _restore,
+    Phase.COMPUTE: _compute,
+    Phase.STEP: _step,
+    Phase.EVALUATE: _evaluate,
+    Phase.CHECKPOINT: _checkpoint,
+}

@@ -1,0 +1,454 @@
+"""The round transaction, tried without network, clock or disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from coterie.federation.rounds import (
+    Clock,
+    Ending,
+    History,
+    Phase,
+    Plan,
+    Record,
+    Report,
+    Saved,
+    State,
+    View,
+    advance,
+    missing,
+)
+from coterie.federation.standing import Act, Standing, acts, after_act
+
+PARTIES = ("alder", "birch", "cedar")
+PLAN = Plan(
+    PARTIES,
+    rounds=6,
+    evaluate_every=2,
+    checkpoint_every=2,
+    deadline_s=100,
+    lease_s=10,
+    join_s=300,
+    max_attempts=3,
+)
+
+
+def views(now: float = 0.0, **reports: Report) -> dict[str, View]:
+    return {name: View(report, now) for name, report in reports.items()}
+
+
+def everyone(now: float = 0.0, **fields: object) -> dict[str, View]:
+    return views(now, **{name: Report(f"{name}-1", **fields) for name in PARTIES})  # type: ignore[arg-type]
+
+
+AT_START = Clock(now=1.0, entered=0.0)
+
+
+# ---- one decision at a time -----------------------------------------------------------------------------------
+
+
+def test_nothing_happens_before_everyone_is_there():
+    state = State()
+    assert advance(PLAN, state, History(), {}, AT_START) is None
+    two = views(alder=Report("a", done=1, live=0), birch=Report("b", done=1, live=0))
+    assert advance(PLAN, state, History(), two, AT_START) is None
+    assert missing(PLAN, state, two, AT_START) == ("cedar",)
+
+
+def test_party_that_never_arrives_ends_the_run_and_is_named_with_the_deadline():
+    two = views(300.5, alder=Report("a", done=1, live=0), birch=Report("b", done=1, live=0))
+    move = advance(PLAN, State(), History(), two, Clock(now=301.0, entered=0.0))
+    assert move is not None
+    assert (move.state.phase, move.state.ending) == (Phase.END, Ending.FAILED)
+    assert move.state.code == "round-party-missing"
+    assert move.state.note == "cedar did not arrive within 300 s"
+
+
+def test_new_processes_load_the_split_model_first():
+    move = advance(PLAN, State(), History(), everyone(done=1), AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.round) == (Phase.RESTORE, 0)
+    assert move.state.sources == dict.fromkeys(PARTIES, Saved(0, ""))
+
+
+def test_commit_needs_every_party():
+    state = State(seq=5, phase=Phase.COMPUTE, round=3, attempt=2, committed=2)
+    two = everyone(done=5, live=2)
+    two["cedar"] = View(Report("cedar-1", done=4, live=2), 0.0)
+    assert advance(PLAN, state, History(), two, AT_START) is None
+    move = advance(PLAN, state, History(), everyone(done=5, live=2), AT_START)
+    assert move is not None
+    assert move.committed
+    assert (move.state.phase, move.state.committed, move.state.committed_attempt) == (Phase.STEP, 3, 2)
+
+
+@pytest.mark.parametrize("phase", [Phase.COMPUTE, Phase.EVALUATE, Phase.CHECKPOINT, Phase.RESTORE, Phase.STEP])
+def test_failure_in_any_phase_gathers_everyone_and_counts(phase: Phase):
+    state = State(seq=9, phase=phase, round=2, attempt=1, committed=2 if phase is not Phase.COMPUTE else 1)
+    live = 1 if phase is Phase.COMPUTE else 2
+    reports = everyone(done=8, live=live)
+    reports["birch"] = View(Report("birch-1", done=8, failed=9, code="deadline", live=live), 0.0)
+    move = advance(PLAN, state, History(), reports, AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.failures, move.committed) == (Phase.GATHER, 1, False)
+    assert "birch failed" in move.state.note
+    assert "deadline" in move.state.note
+
+
+def test_too_many_failures_in_a_row_end_the_run_with_the_last_reason():
+    state = State(seq=9, phase=Phase.COMPUTE, round=2, attempt=3, committed=1, failures=2)
+    reports = everyone(done=8, live=1)
+    reports["birch"] = View(Report("birch-1", done=8, failed=9, code="data", live=1), 0.0)
+    move = advance(PLAN, state, History(), reports, AT_START)
+    assert move is not None
+    assert (move.state.ending, move.state.code) == (Ending.FAILED, "data")
+    assert "3 times in a row" in move.state.note
+
+
+@pytest.mark.parametrize("phase", [Phase.COMPUTE, Phase.EVALUATE, Phase.CHECKPOINT, Phase.RESTORE, Phase.STEP])
+def test_missed_lease_in_any_phase_gathers_and_names_who_is_lost(phase: Phase):
+    state = State(seq=9, phase=phase, round=2, committed=1 if phase is Phase.COMPUTE else 2)
+    reports = everyone(now=50.0, done=8, live=1 if phase is Phase.COMPUTE else 2)
+    reports["cedar"] = replace(reports["cedar"], heard_at=30.0)
+    move = advance(PLAN, state, History(), reports, Clock(now=50.0, entered=20.0))
+    assert move is not None
+    assert move.state.phase is Phase.GATHER
+    assert "lost cedar" in move.state.note
+    assert move.state.committed == state.committed
+
+
+def test_lost_party_does_not_undo_a_commit():
+    state = State(seq=9, phase=Phase.STEP, round=2, attempt=1, committed=2, committed_attempt=1)
+    reports = everyone(now=50.0, done=9, live=2)
+    reports["cedar"] = View(Report("cedar-1", done=8, live=1), 30.0)
+    move = advance(PLAN, state, History(), reports, Clock(now=50.0, entered=20.0))
+    assert move is not None
+    assert (move.state.phase, move.state.committed, move.back_to) == (Phase.GATHER, 2, None)
+    # It comes back with its memory: told of the commit it steps, and nobody goes back.
+    told = move.state
+    assert acts("cedar", Standing(1, (2, 1)), told) == (Act.STEP,)
+    move = advance(PLAN, told, History(), everyone(now=60.0, done=told.seq, live=2), Clock(60.0, 50.0))
+    assert move is not None
+    assert (move.state.phase, move.state.round) == (Phase.EVALUATE, 2)
+
+
+def test_party_that_lost_its_memory_takes_everyone_back_to_the_newest_common_checkpoint():
+    records = tuple(Record(r, {name: Saved(r, f"{name}{r}") for name in PARTIES}) for r in (2, 4))
+    history = History(records, {5: 3})
+    state = State(seq=12, phase=Phase.GATHER, round=5, committed=5, committed_attempt=1, begun=True, evaluated=4)
+    reports = {}
+    for name in PARTIES:
+        held = (Saved(2, f"{name}2"), Saved(4, f"{name}4" if name != "birch" else "torn"))
+        reports[name] = View(Report(name, done=12, live=None if name == "cedar" else 5, held=held), 0.0)
+    move = advance(PLAN, state, history, reports, AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.round, move.back_to) == (Phase.RESTORE, 2, 2)
+    assert move.state.sources["cedar"] == Saved(2, "cedar2")
+    assert (move.state.committed, move.state.evaluated) == (2, 2)
+
+
+def test_no_common_checkpoint_is_an_error_and_never_a_silent_restart():
+    history = History((Record(4, {name: Saved(4, name) for name in PARTIES}),))
+    state = State(seq=12, phase=Phase.GATHER, round=5, committed=5, begun=True)
+    reports = everyone(done=12, held=(Saved(4, "alder"),))
+    move = advance(PLAN, state, history, reports, AT_START)
+    assert move is not None
+    assert move.state.code == "checkpoint-none-common"
+    assert "birch and cedar lacks round 4" in move.state.note
+
+
+def test_attempt_numbers_are_never_used_twice_even_after_going_back():
+    history = History((), {1: 2})
+    state = State(seq=4, phase=Phase.RESTORE, round=0, committed=0, begun=True, evaluated=0)
+    move = advance(PLAN, state, history, everyone(done=4, live=0), AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.round, move.state.attempt) == (Phase.COMPUTE, 1, 3)
+
+
+def test_stop_finishes_the_round_writes_a_checkpoint_and_ends():
+    state = State(seq=7, phase=Phase.STEP, round=3, attempt=1, committed=3, evaluated=2)
+    move = advance(PLAN, state, History(), everyone(done=7, live=3), AT_START, stop="birch")
+    assert move is not None
+    assert (move.state.phase, move.state.round) == (Phase.CHECKPOINT, 3)
+    move = advance(PLAN, move.state, History(), everyone(done=8, live=3, saved="x"), AT_START, stop="birch")
+    assert move is not None
+    assert move.record is not None
+    assert (move.state.ending, move.state.note) == (Ending.STOPPED, "birch asked to stop")
+
+
+def test_stop_while_somebody_is_missing_does_not_wait_for_it():
+    state = State(seq=7, phase=Phase.GATHER, round=3, committed=3, begun=True)
+    move = advance(PLAN, state, History(), views(alder=Report("a", done=7, live=3)), AT_START, stop="alder")
+    assert move is not None
+    assert (move.state.ending, move.record) == (Ending.STOPPED, None)
+
+
+def test_slow_phase_is_given_up_after_its_deadline_and_the_late_are_named():
+    state = State(seq=7, phase=Phase.COMPUTE, round=3, attempt=1, committed=2)
+    reports = everyone(now=200.0, done=7, live=2)
+    reports["alder"] = View(Report("alder-1", done=6, live=2), 200.0)
+    move = advance(PLAN, state, History(), reports, Clock(now=200.0, entered=99.0))
+    assert move is not None
+    assert move.state.phase is Phase.GATHER
+    assert move.state.note.startswith("alder not done with compute of round 3")
+
+
+def test_restarted_coordinator_grants_a_lease_before_it_misses_anyone():
+    state = State(seq=7, phase=Phase.COMPUTE, round=3, attempt=1, committed=2)
+    assert advance(PLAN, state, History(), {}, Clock(now=9.0, entered=0.0)) is None
+    move = advance(PLAN, state, History(), {}, Clock(now=11.0, entered=0.0))
+    assert move is not None
+    assert move.state.phase is Phase.GATHER
+
+
+CONTINUE = replace(PLAN, lost_party="continue")
+
+
+def test_continue_goes_on_without_a_lost_party_under_a_new_epoch_and_keeps_its_checkpoint():
+    state = State(seq=7, phase=Phase.GATHER, round=2, committed=2, begun=True, evaluated=2)
+    two = everyone(now=20.0, done=7, live=2)
+    two["cedar"] = replace(two["cedar"], heard_at=1.0)
+    move = advance(CONTINUE, state, History(), two, Clock(now=20.0, entered=5.0))
+    assert move is not None
+    assert (move.state.absent, move.state.epoch) == (("cedar",), 1)
+    assert acts("cedar", Standing(2, (3, 1)), move.state) == (Act.DROP,)
+    before = Record(2, {name: Saved(2, name) for name in PARTIES})
+    saving = State(seq=30, phase=Phase.CHECKPOINT, round=4, committed=4, absent=("cedar",), evaluated=4)
+    two = everyone(now=20.0, done=30, live=4, saved="four")
+    two["cedar"] = replace(two["cedar"], heard_at=1.0)
+    move = advance(CONTINUE, saving, History((before,)), two, Clock(now=20.0, entered=19.0))
+    assert move is not None
+    assert move.record == Record(
+        4, {"alder": Saved(4, "four"), "birch": Saved(4, "four"), "cedar": Saved(2, "cedar")}
+    )
+
+
+def test_party_that_comes_back_under_continue_loads_its_own_checkpoint_and_nobody_else_goes_back():
+    before = Record(2, {name: Saved(2, name) for name in PARTIES})
+    state = State(seq=40, phase=Phase.STEP, round=5, attempt=1, committed=5, absent=("cedar",), evaluated=4, epoch=1)
+    reports = everyone(done=40, live=5)
+    reports["cedar"] = View(Report("cedar-2", done=0, held=(Saved(2, "cedar"),)), 0.0)
+    move = advance(CONTINUE, state, History((before,)), reports, AT_START)
+    assert move is not None
+    told = move.state
+    assert (told.phase, told.absent, told.rejoining, told.epoch) == (Phase.GATHER, (), ("cedar",), 2)
+    reports = everyone(done=41, live=5)
+    reports["cedar"] = View(Report("cedar-2", done=41, held=(Saved(2, "cedar"),)), 0.0)
+    move = advance(CONTINUE, told, History((before,)), reports, AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.round, move.back_to) == (Phase.RESTORE, 5, None)
+    assert move.state.sources == {"cedar": Saved(2, "cedar")}
+    assert acts("alder", Standing(5), move.state) == ()
+    assert acts("cedar", Standing(None), move.state) == (Act.LOAD,)
+
+
+# ---- everything at once ---------------------------------------------------------------------------------------
+
+
+class SimulatedParty:
+    """One party that follows `standing.acts`; its model is the list of rounds applied to it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.disk: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.lives = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.lives += 1
+        self.standing, self.model = Standing(), ()
+        self.told: State | None = None
+        self.todo: list[Act] = []
+        self.report = Report(f"{self.name}-{self.lives}", held=self._held())
+
+    def _held(self) -> tuple[Saved, ...]:
+        return tuple(Saved(round, digest) for round, (digest, _) in sorted(self.disk.items()))
+
+    def hear(self, state: State) -> None:
+        if self.told is None or state.seq > self.told.seq:
+            self.told = state
+            self.todo = list(acts(self.name, self.standing, state))
+            if not self.todo:
+                self._answer()
+
+    def act(self, committed: set[tuple[int, int]], fails: bool) -> None:
+        act, told = self.todo.pop(0), self.told
+        assert told is not None
+        if act is Act.REFUSE or fails:
+            self.todo = []
+            if fails and act is Act.STEP:  # a torn model is no model
+                self.standing = Standing()
+            self.report = replace(self.report, failed=told.seq, code="boom", live=self.standing.live)
+            self.report = replace(self.report, count=self.report.count + 1)
+            return
+        saved = ""
+        if act is Act.STEP:
+            assert self.standing.prepared in committed, "stepped what was not committed"
+            self.model = (*self.model, self.standing.prepared[0])
+        elif act is Act.LOAD:
+            source = told.sources[self.name]
+            if source.round:
+                digest, self.model = self.disk[source.round]
+                assert digest == source.digest
+            else:
+                self.model = ()
+        elif act is Act.SAVE:
+            saved = f"{self.name}:{told.round}:{self.model}"
+            self.disk[told.round] = (saved, self.model)
+        elif act in (Act.COMPUTE, Act.EVALUATE):
+            assert len(self.model) == (told.round - 1 if act is Act.COMPUTE else told.round)
+        self.standing = after_act(act, self.standing, told)
+        if not self.todo:
+            self._answer(saved)
+
+    def _answer(self, saved: str = "") -> None:
+        assert self.told is not None
+        self.report = replace(
+            self.report,
+            count=self.report.count + 1,
+            done=self.told.seq,
+            live=self.standing.live,
+            held=self._held(),
+            saved=saved,
+        )
+
+
+class Transaction(RuleBasedStateMachine):
+    """Messages late, doubled and lost; parties and coordinator killed anywhere; disks that lose a checkpoint."""
+
+    @initialize(max_attempts=st.integers(2, 50))
+    def begin(self, max_attempts: int) -> None:
+        self.plan = replace(PLAN, max_attempts=max_attempts)
+        self.parties = {name: SimulatedParty(name) for name in PARTIES}
+        self.state, self.history = State(), History()
+        self.commits: set[tuple[int, int]] = set()
+        self.handed_out: set[tuple[int, int]] = set()
+        self.now = self.entered = 0.0
+        self.views: dict[str, View] = {}
+        self.delayed: list[tuple[str, Report]] = []
+
+    def _take(self, name: str, report: Report) -> None:
+        old = self.views.get(name)
+        if old is not None and old.report.instance == report.instance and old.report.count > report.count:
+            return
+        self.views[name] = View(report, self.now)
+
+    def _decide(self) -> None:
+        while True:
+            clock = Clock(self.now, self.entered)
+            move = advance(self.plan, self.state, self.history, self.views, clock)
+            if move is None:
+                return
+            assert move.state.seq == self.state.seq + 1
+            self._check(move.state, move.committed)
+            if move.back_to is not None:
+                kept = tuple(record for record in self.history.records if record.round <= move.back_to)
+                self.history = replace(self.history, records=kept)
+            if move.record is not None:
+                for name, saved in move.record.files.items():
+                    assert self.parties[name].disk[saved.round][0] == saved.digest, "published what nobody holds"
+                self.history = replace(self.history, records=(*self.history.records, move.record))
+            if move.state.phase is Phase.COMPUTE:
+                used = {**self.history.attempts, move.state.round: move.state.attempt}
+                self.history = replace(self.history, attempts=used)
+            self.state, self.entered = move.state, self.now
+
+    def _check(self, state: State, committed: bool) -> None:
+        if state.phase is Phase.COMPUTE:
+            tag = (state.round, state.attempt)
+            assert tag not in self.handed_out, "an attempt number was used twice"
+            self.handed_out.add(tag)
+        if committed:
+            tag = (state.round, state.attempt)
+            self.commits.add(tag)
+            for name in PARTIES:
+                party = self.parties[name]
+                lives_on = self.views[name].report.instance == party.report.instance
+                assert not lives_on or party.standing.prepared == tag, "committed what somebody had not prepared"
+
+    def _talk(self, name: str) -> None:
+        party = self.parties[name]
+        self._take(name, party.report)
+        self._decide()
+        party.hear(self.state)
+
+    @rule(name=st.sampled_from(PARTIES))
+    def heartbeat(self, name: str) -> None:
+        self._talk(name)
+
+    @rule(name=st.sampled_from(PARTIES))
+    def report_is_delayed(self, name: str) -> None:
+        self.delayed.append((name, self.parties[name].report))
+
+    @precondition(lambda self: self.delayed)
+    @rule(data=st.data())
+    def delayed_report_arrives(self, data: st.DataObject) -> None:
+        name, report = self.delayed.pop(data.draw(st.integers(0, len(self.delayed) - 1)))
+        if report.instance == self.parties[name].report.instance:  # a dead process' connection is gone
+            self._take(name, report)
+            self._decide()
+
+    @rule(name=st.sampled_from(PARTIES), fails=st.integers(0, 9))
+    def work(self, name: str, fails: int) -> None:
+        party = self.parties[name]
+        if party.todo:
+            party.act(self.commits, fails == 9)
+
+    @rule()
+    def everyone_works(self) -> None:
+        for name, party in self.parties.items():
+            while party.todo:
+                party.act(self.commits, False)
+            self._talk(name)
+
+    @rule(name=st.sampled_from(PARTIES))
+    def party_is_killed(self, name: str) -> None:
+        self.parties[name].restart()
+
+    @rule()
+    def coordinator_is_killed(self) -> None:
+        self.views, self.entered = {}, self.now
+
+    @rule(seconds=st.sampled_from([1.0, 11.0, 101.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self._decide()
+
+    @rule(name=st.sampled_from(PARTIES))
+    def disk_loses_the_newest_checkpoint(self, name: str) -> None:
+        party = self.parties[name]
+        if len(party.disk) > 1 and len(self.history.records) > 1:
+            del party.disk[max(party.disk)]
+            party.restart()
+
+    @invariant()
+    def models_only_hold_whole_rounds_in_order(self) -> None:
+        for party in getattr(self, "parties", {}).values():
+            assert party.model == tuple(range(1, len(party.model) + 1))
+            assert party.standing.live is None or party.standing.live == len(party.model)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "parties"):
+            return
+        for _ in range(200):
+            self.now += 1.0
+            self.everyone_works()
+            if self.state.phase is Phase.END:
+                break
+        assert self.state.phase is Phase.END
+        if self.state.ending is Ending.FINISHED:
+            for party in self.parties.values():
+                assert party.model == tuple(range(1, PLAN.rounds + 1))
+        else:
+            assert self.state.code in {"boom", "round-deadline", "round-party-missing", "checkpoint-none-common"}
+
+
+Transaction.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestTransaction = Transaction.TestCase
