@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coterie.federation.rounds import (
+from coterie.federation.round_state import (
     Clock,
     Ending,
     History,
@@ -20,9 +20,8 @@ from coterie.federation.rounds import (
     Saved,
     State,
     View,
-    advance,
-    missing,
 )
+from coterie.federation.rounds import advance, missing
 from coterie.federation.standing import Act, Standing, acts, after_act
 
 PARTIES = ("alder", "birch", "cedar")

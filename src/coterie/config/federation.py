@@ -82,6 +82,11 @@ class FederationConfig(Spec):
     deadline_s: float = Field(
         default=60.0, gt=0, description="Seconds a party may keep another waiting for one message."
     )
+    round_deadline_s: float = Field(1800.0, gt=0, description="Seconds one try at a round may take in all.")
+    join_deadline_s: float = Field(
+        300.0, gt=0, description="Seconds to wait for a missing party; then the run ends."
+    )
+    max_attempts: int = Field(3, ge=1, description="Failed tries at a round in a row after which the run ends.")
     lost_party: Literal["pause", "continue"] = Field(
         default="pause", description="When a party is gone: wait for it, or go on without its experts."
     )

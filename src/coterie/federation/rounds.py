@@ -18,190 +18,21 @@ nobody. docs/concepts/rounds.md tells the same in words.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Literal
+from dataclasses import dataclass, replace
 
-
-class Phase(StrEnum):
-    """What the federation is doing; every party does the same thing at the same time."""
-
-    GATHER = "gather"  # stop what you do, be idle, say what you hold
-    RESTORE = "restore"  # load the named checkpoint
-    COMPUTE = "compute"  # one attempt at a round: forward, backward, stage gradients
-    STEP = "step"  # the attempt is committed: apply it
-    EVALUATE = "evaluate"  # held-out text, everybody hosting
-    CHECKPOINT = "checkpoint"  # write your state, sync, report its digest
-    END = "end"  # leave
-
-
-class Ending(StrEnum):
-    """Why a run ended."""
-
-    NONE = ""
-    FINISHED = "finished"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the parties agreed on before they began.
-
-    Attributes:
-        parties: names, in the order of the roster.
-        rounds: optimiser steps in all.
-        evaluate_every, checkpoint_every: rounds between; 0 means only after the last round.
-        deadline_s: how long one phase may take.
-        lease_s: silence after which a party counts as lost.
-        join_s: how long to wait for a party before the run ends.
-        max_attempts: failures in a row after which the run ends.
-        lost_party: wait for a lost party, or go on without its experts.
-    """
-
-    parties: tuple[str, ...]
-    rounds: int
-    evaluate_every: int = 0
-    checkpoint_every: int = 0
-    deadline_s: float = 1800.0
-    lease_s: float = 30.0
-    join_s: float = 300.0
-    max_attempts: int = 3
-    lost_party: Literal["pause", "continue"] = "pause"
-
-
-@dataclass(frozen=True)
-class Saved:
-    """One party's checkpoint: the rounds behind it and the digest of its manifest. Round 0 is the split model."""
-
-    round: int
-    digest: str
-
-
-FIRST = Saved(0, "")
-
-
-@dataclass(frozen=True)
-class Record:
-    """A published checkpoint of the federation: what each party has to load to go on from ``round``."""
-
-    round: int
-    files: dict[str, Saved]
-
-
-@dataclass(frozen=True)
-class History:
-    """What the coordinator remembers for ever.
-
-    Attributes:
-        records: published checkpoints, oldest first.
-        attempts: highest attempt ever handed out, per round; a number is never used twice, rollbacks included.
-    """
-
-    records: tuple[Record, ...] = ()
-    attempts: Mapping[int, int] = field(default_factory=dict)
-
-    def next_attempt(self, round: int) -> int:
-        return self.attempts.get(round, 0) + 1
-
-    @property
-    def newest(self) -> int:
-        """Rounds behind the newest published checkpoint."""
-        return self.records[-1].round if self.records else 0
-
-
-@dataclass(frozen=True)
-class State:
-    """Where the federation is. Written to disk before anybody is told.
-
-    Attributes:
-        seq: grows by one with every change; parties answer to it.
-        phase, round, attempt: what is being done. ``round`` is the round being made (compute, step) or the number of
-            rounds behind the model (everything else).
-        committed, committed_attempt: newest durable commit on the current line.
-        epoch: grows when a party leaves or comes back under ``lost_party: continue``.
-        failures: failed attempts in a row.
-        begun: everybody was there once.
-        evaluated: rounds behind the newest evaluation, -1 before the first.
-        absent: parties the others go on without. rejoining: absent ones on their way back.
-        sources: what to load, in restore.
-        ending, code, note: how it ended; why the last change happened, in words without data.
-    """
-
-    seq: int = 1
-    phase: Phase = Phase.GATHER
-    round: int = 0
-    attempt: int = 0
-    committed: int = 0
-    committed_attempt: int = 0
-    epoch: int = 0
-    failures: int = 0
-    begun: bool = False
-    evaluated: int = -1
-    absent: tuple[str, ...] = ()
-    rejoining: tuple[str, ...] = ()
-    sources: dict[str, Saved] = field(default_factory=dict)
-    ending: Ending = Ending.NONE
-    code: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a party says in every heartbeat.
-
-    Attributes:
-        instance: random name of the process; a new one means that memory was lost.
-        count: grows with every report of a process; an older one that arrives late is ignored.
-        done: newest ``seq`` carried out. failed: ``seq`` that failed, or 0. code: of the error.
-        live: rounds behind the state in memory; None when there is none.
-        held: checkpoints on disk that can be loaded.
-        saved: digest of the checkpoint written in this phase.
-        stop: somebody asked this party to stop.
-    """
-
-    instance: str
-    count: int = 0
-    done: int = 0
-    failed: int = 0
-    code: str = ""
-    live: int | None = None
-    held: tuple[Saved, ...] = ()
-    saved: str = ""
-    stop: bool = False
-
-
-@dataclass(frozen=True)
-class View:
-    """The newest report of a party and when it came."""
-
-    report: Report
-    heard_at: float
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Now, and when the present state was entered (or the coordinator restarted); seconds of one clock."""
-
-    now: float
-    entered: float
-
-
-@dataclass(frozen=True)
-class Move:
-    """A decision, to be made durable as a whole before anybody hears of it.
-
-    Attributes:
-        state: the next state.
-        committed: a round was committed by this move.
-        record: a checkpoint published by this move.
-        back_to: rounds and records after this one no longer count; None when nothing is undone.
-    """
-
-    state: State
-    committed: bool = False
-    record: Record | None = None
-    back_to: int | None = None
+from coterie.federation.round_state import (
+    FIRST,
+    Clock,
+    Ending,
+    History,
+    Move,
+    Phase,
+    Plan,
+    Record,
+    Saved,
+    State,
+    View,
+)
 
 
 def advance(
@@ -241,7 +72,7 @@ class _Scene:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """Silent for longer than the lease. Whoever was not heard since the coordinator started has one lease, too."""
+        """Silent for longer than the lease; one lease is granted after a change and after a restart."""
         if self.state.phase is Phase.GATHER or self.clock.now - self.clock.entered > self.plan.lease_s:
             return tuple(name for name in self.active if not self.fresh(name))
         return tuple(name for name in self.active if name in self.views and not self.fresh(name))
@@ -353,7 +184,7 @@ def _gather(scene: _Scene) -> Move | None:
 
 
 def _rejoin(scene: _Scene) -> Move:
-    """Parties that come back under ``lost_party: continue`` load their own newest checkpoint; nobody else goes back."""
+    """Who comes back under ``lost_party: continue`` loads its own newest checkpoint; nobody else goes back."""
     published = [record.files for record in scene.history.records]
     sources = {}
     for name in scene.state.rejoining:

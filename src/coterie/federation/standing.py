@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from coterie.federation.rounds import Phase, State
+from coterie.federation.round_state import Phase, State
 
 
 class Act(StrEnum):
