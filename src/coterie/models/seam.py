@@ -139,7 +139,7 @@ class RoutedRows:
         else:
             empty = weighted_RD.new_zeros(self.num_tokens * self.top_k, out_RD.shape[-1])
             pairs = empty.index_copy(0, self.pair_R, weighted_RD)
-        return pairs.view(self.num_tokens, self.top_k, -1).sum(dim=1).to(dtype)
+        return pairs.view(self.num_tokens, self.top_k, out_RD.shape[-1]).sum(dim=1).to(dtype)
 
 
 def bias_rows(bias_EO: Tensor, ends_E: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ _FAMILY: Mapping[str, Mapping[str, Any]] = {
     "qwen3_5_moe_text": {"layer_types": _LINEAR},
     "qwen3_next": {"layer_types": _LINEAR},
     "qwen4_exp_text": {
-        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "layer_types": _LINEAR,
         "hc_count": 2,
         "hc_lowrank": 8,
         "ple_layer_ids": [3],
