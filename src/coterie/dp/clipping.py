@@ -1,0 +1,140 @@
+"""From per-sample norms to the factor that each record's gradient is multiplied with.
+
+Shape letters: B records of a physical batch, G gradient groups (one for flat clipping).
+
+Whatever the policy, the factor of record b in group k obeys ``factor * norm <= threshold_k``, so one record moves
+group k's sum by at most ``threshold_k`` and the whole release by at most ``sqrt(sum_k threshold_k ** 2)``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coterie.errors import PrivacyError
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks)\.(\d+)\.")
+_KINDS = (
+    ("router", re.compile(r"\.(?:gate|router)(?:\.|$)")),
+    ("experts", re.compile(r"\.experts\.")),
+    ("attention", re.compile(r"attn|attention|mixer|mamba|conv")),
+    ("norms", re.compile(r"norm", re.IGNORECASE)),
+    ("embeddings", re.compile(r"embed|lm_head|wte|wpe|score|classifier")),
+)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One norm over all parameters, clipped to ``clip_norm``: the DP-SGD of Abadi et al. 2016.
+
+    Args:
+        clip_norm: C > 0, in units of the loss gradient.
+    """
+
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        _check_clip_norm(self.clip_norm)
+
+    def group_of(self, name: str) -> str:
+        return "all"
+
+    def thresholds(self, groups: Sequence[str]) -> Tensor:
+        """[G] float64: equal shares whose squares sum to C squared."""
+        return torch.full((len(groups),), self.clip_norm / math.sqrt(max(len(groups), 1)), dtype=torch.float64)
+
+    def factors(self, norms_GB: Tensor, thresholds_G: Tensor) -> Tensor:
+        """[G, B]: ``min(1, threshold / norm)``, given upper bounds of the norms."""
+        return (thresholds_G[:, None] / norms_GB.clamp_min(torch.finfo(norms_GB.dtype).tiny)).clamp_max(1.0)
+
+
+@dataclass(frozen=True)
+class PerLayer(Flat):
+    """Every decoder layer, and the rest of the model, has its own threshold (McMahan et al. 2018)."""
+
+    def group_of(self, name: str) -> str:
+        layer = _LAYER.search(name)
+        return f"layer {layer.group(1)}" if layer else "outside layers"
+
+
+@dataclass(frozen=True)
+class PerGroup(Flat):
+    """Groups of parameters have their own thresholds (He et al. 2022, arXiv:2212.01539).
+
+    Args:
+        groups: group name to substrings of parameter names, first match wins; empty: router, experts, attention,
+            norms, embeddings, other.
+    """
+
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def group_of(self, name: str) -> str:
+        for group, parts in self.groups.items():
+            if any(part in name for part in parts):
+                return group
+        if not self.groups:
+            for group, pattern in _KINDS:
+                if pattern.search(name):
+                    return group
+        return "other"
+
+
+@dataclass(frozen=True)
+class Automatic(Flat):
+    """AUTO-S (Bu et al. 2023, arXiv:2206.07136): ``C / (norm + gamma)``, which never exceeds ``C / norm``.
+
+    Args:
+        gamma: stability constant; small gradients keep a size that depends on their norm.
+    """
+
+    gamma: float = 0.01
+
+    def factors(self, norms_GB: Tensor, thresholds_G: Tensor) -> Tensor:
+        return thresholds_G[:, None] / (norms_GB + self.gamma)
+
+
+Clipping = Flat
+"""Every policy is a `Flat` with something replaced."""
+
+
+def policy(name: str, clip_norm: float) -> Clipping:
+    """The policy a config names: ``flat``, ``per_layer``, ``per_group`` or ``automatic``."""
+    kinds = {"flat": Flat, "per_layer": PerLayer, "per_group": PerGroup, "automatic": Automatic}
+    if name not in kinds:
+        raise PrivacyError(
+            f"`{name}` is not a way of clipping.", code="dp-clipping", fix="choose one of: " + ", ".join(kinds)
+        )
+    return kinds[name](clip_norm)
+
+
+def quantile_update(
+    thresholds_G: Tensor, noisy_fraction_G: Tensor, target: float = 0.5, rate: float = 0.2
+) -> Tensor:
+    """Next round's thresholds: ``C * exp(-rate * (fraction - target))`` (Andrew et al. 2021, arXiv:1905.03871).
+
+    Args:
+        thresholds_G: current thresholds.
+        noisy_fraction_G: *released* share of records whose norm was at or below the threshold; it must come out of
+            the round's one Gaussian (DESIGN.md, invariant 9), never from raw indicators.
+        target: share of records that should stay unclipped.
+        rate: step on the logarithm of the threshold.
+
+    Returns:
+        [G], same dtype as ``thresholds_G``.
+    """
+    return thresholds_G * torch.exp(-rate * (noisy_fraction_G.to(thresholds_G) - target))
+
+
+def _check_clip_norm(clip_norm: float) -> None:
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise PrivacyError(
+            f"The clip norm must be a positive number, not {clip_norm}.",
+            code="dp-clip-norm",
+            why="it bounds what one record may contribute; without it no noise is enough",
+            fix="set clip_norm to a positive number, such as 1.0",
+        )
