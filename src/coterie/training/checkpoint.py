@@ -1,0 +1,210 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, written aside, synced, renamed, with digests.
+
+``FOLDER/round-00000100/`` holds the tensor files and ``manifest.json``, which names the run, the round and the size
+and SHA-256 of every file. A folder that ends in ``.part`` was being written when the process died; it is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coterie.errors import CheckpointError
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"round-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint.
+
+    Attributes:
+        round: rounds that were finished when it was written.
+        path: its folder.
+        digest: SHA-256 of the manifest, and so of everything in it.
+        state: the JSON values that were saved with it.
+    """
+
+    round: int
+    path: Path
+    digest: str
+    state: Mapping[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, or of one party's part of it.
+
+    Args:
+        folder: where they are; made when the first one is written.
+        run: identity of the run, for example the hash of its settings. A checkpoint of another is refused.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder = folder
+        self.run = run
+
+    def write(
+        self, round_index: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Save after ``round_index`` finished rounds.
+
+        Args:
+            tensors: file stem (``weights``, ``optimizer``) to named tensors; written as ``{stem}.safetensors``.
+            state: small values that JSON can hold.
+        """
+        final = self._path(round_index)
+        aside = final.with_name(final.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        files = {}
+        for stem, named in tensors.items():
+            path = aside / f"{stem}.safetensors"
+            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+            _sync(path)
+            files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
+        manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}
+        _write_synced(aside / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        _sync(aside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _sync(self.folder)
+        return self._read_manifest(round_index)
+
+    def rounds(self) -> list[int]:
+        """Rounds of which a complete checkpoint is here, ascending."""
+        if not self.folder.is_dir():
+            return []
+        found = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return sorted(int(match[1]) for match in found)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint, or None when there is none yet."""
+        rounds = self.rounds()
+        return self._read_manifest(rounds[-1]) if rounds else None
+
+    def get(self, round_index: int) -> Checkpoint:
+        """The checkpoint of one round.
+
+        Raises:
+            CheckpointError: it is not there, torn, or of another run.
+        """
+        return self._read_manifest(round_index)
+
+    def load(self, checkpoint: Checkpoint, stem: str, device: str = "cpu") -> dict[str, Tensor]:
+        """The tensors of one file, after its digest was compared.
+
+        Raises:
+            CheckpointError: the file is missing or its bytes are not those that were written.
+        """
+        path = checkpoint.path / f"{stem}.safetensors"
+        manifest = json.loads((checkpoint.path / _MANIFEST).read_text("utf-8"))
+        entry = manifest["files"].get(path.name)
+        if entry is None or not path.is_file():
+            raise self._torn(checkpoint.path, f"{path.name} is missing")
+        if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+            raise self._torn(checkpoint.path, f"{path.name} is not what was written")
+        try:
+            return load_file(path, device=device)
+        except SafetensorError as error:
+            raise self._torn(checkpoint.path, f"{path.name}: {error}") from None
+
+    def keep_last(self, count: int) -> None:
+        """Delete all but the newest ``count`` checkpoints."""
+        for round_index in self.rounds()[:-count]:
+            shutil.rmtree(self._path(round_index))
+
+    def _path(self, round_index: int) -> Path:
+        return self.folder / f"round-{round_index:08d}"
+
+    def _read_manifest(self, round_index: int) -> Checkpoint:
+        path = self._path(round_index)
+        try:
+            raw = (path / _MANIFEST).read_bytes()
+            manifest = json.loads(raw)
+            run, stored, version, state = (manifest[key] for key in ("run", "round", "format", "state"))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise self._torn(path, f"{_MANIFEST} cannot be read") from None
+        if version != FORMAT:
+            raise CheckpointError(
+                f"{path} has checkpoint format {version}; this version reads {FORMAT}.",
+                code="checkpoint-format",
+                fix="resume with the version of coterie that wrote it",
+            )
+        if run != self.run or stored != round_index:
+            raise CheckpointError(
+                f"{path} belongs to another run ({run[:12]}, round {stored}), not to this one ({self.run[:12]}).",
+                code="checkpoint-foreign",
+                why="its weights were trained with other settings",
+                fix="resume with the settings of that run, or choose another run_dir",
+            )
+        return Checkpoint(round_index, path, hashlib.sha256(raw).hexdigest(), state)
+
+    def _torn(self, path: Path, what: str) -> CheckpointError:
+        others = [number for number in self.rounds() if self._path(number) != path]
+        return CheckpointError(
+            f"The checkpoint {path} is damaged: {what}.",
+            code="checkpoint-torn",
+            why="training on from damaged weights would not be noticed later",
+            fix=f"delete that folder to go on from round {others[-1]}" if others else "start the run again",
+        )
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name; tied ones once, under their first name."""
+    saved = model.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in saved})
+    return tensors
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into a model of the same shape.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs.
+    """
+    own = model_tensors(model)
+    different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    if different:
+        raise CheckpointError(
+            f"The saved weights do not fit the model: {len(different)} tensors differ, first `{different[0]}`.",
+            code="checkpoint-weights",
+            why="a partly loaded model would train on random weights",
+            fix="resume with the model settings the run was started with",
+        )
+    for name, tensor in own.items():
+        tensor.data.copy_(tensors[name])
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

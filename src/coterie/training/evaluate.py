@@ -1,0 +1,103 @@
+"""Held-out loss, sequence by sequence, and whether one model is better than another beyond chance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coterie.errors import DataError
+from coterie.training.loop import sequence_losses, to_device
+from coterie.training.packing import Sequences
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses on held-out text.
+
+    Attributes:
+        loss_S: summed cross-entropy of each sequence in nats, float64.
+        tokens_S: predicted tokens of each sequence.
+    """
+
+    loss_S: Tensor
+    tokens_S: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean per token, nats: long sequences weigh more."""
+        return float(self.loss_S.sum() / self.tokens_S.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tokens_S.sum())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, sequences: Sequences, *, micro_batch: int = 8) -> Evaluation:
+    """Loss of every sequence, with dropout off. The model is put back into the mode it was in."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    losses, tokens = [], []
+    try:
+        for start in range(0, len(sequences), micro_batch):
+            rows = range(start, min(start + micro_batch, len(sequences)))
+            loss_B, tokens_B = sequence_losses(model, to_device(sequences.batch(rows), device))
+            losses.append(loss_B.double().cpu())
+            tokens.append(tokens_B.cpu())
+    finally:
+        model.train(was_training)
+    return Evaluation(torch.cat(losses), torch.cat(tokens))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much lower one model's loss is, with its 95 % interval.
+
+    Attributes:
+        mean: loss of a minus loss of b, nats per token; negative: a is better.
+        low, high: bounds of the interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_tie(self) -> bool:
+        """Zero lies inside the interval."""
+        return self.low <= 0.0 <= self.high
+
+
+def paired_bootstrap(a: Evaluation, b: Evaluation, *, resamples: int = 2000, seed: int = 0) -> Difference:
+    """Compare two models on the same sequences.
+
+    Sequences are resampled with replacement, the same ones for both models, and the difference of the token-level
+    losses is taken each time; the interval is the middle 95 % (Efron's percentile method).
+
+    Raises:
+        DataError: the two were not measured on the same sequences.
+    """
+    if a.tokens_S.shape != b.tokens_S.shape or not torch.equal(a.tokens_S, b.tokens_S):
+        raise DataError(
+            f"The two evaluations cover different text ({a.tokens} and {b.tokens} tokens).",
+            code="data-unpaired",
+            why="a paired interval needs both models measured on the same sequences",
+            fix="evaluate both with the same test files, tokenizer and sequence length",
+        )
+    difference_S, weight_S = a.loss_S - b.loss_S, a.tokens_S.double()
+    size = difference_S.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.empty(resamples, dtype=torch.float64)
+    for index in range(resamples):
+        rows = torch.randint(size, (size,), generator=generator)
+        drawn[index] = difference_S[rows].sum() / weight_S[rows].sum()
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Difference(float(difference_S.sum() / weight_S.sum()), low, high)

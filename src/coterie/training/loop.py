@@ -1,0 +1,140 @@
+"""One round of training, and the pieces the federated party and private training reuse.
+
+The loss is a sum over tokens and the gradient is divided once, by the tokens of the whole round: so micro-batches,
+parties and processes may share a round in any way without changing its gradient. Labels are never given to the model:
+its own loss would be a mean over the micro-batch.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from coterie.training.optim import AdamW, set_lr
+from coterie.training.packing import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round did.
+
+    Attributes:
+        loss_sum: summed cross-entropy in nats, before the step.
+        tokens: predicted tokens it was summed over.
+    """
+
+    loss_sum: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean per token, nats."""
+        return self.loss_sum / self.tokens
+
+
+def sequence_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed next-token cross-entropy of each sequence and its number of predicted tokens: [B] float32, [B] int64.
+
+    Entry b depends on sequence b alone (up to rounding), and positions labelled -100 count nowhere.
+    """
+    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
+        :, :-1
+    ]
+    targets_BT = batch["labels"][:, 1:]
+    losses_BT = functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets_BT.shape)
+    return losses_BT.sum(1), (targets_BT != IGNORED).sum(1)
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Summed next-token cross-entropy of a micro-batch (scalar, nats) and the tokens it counts."""
+    losses_B, tokens_B = sequence_losses(model, batch)
+    return losses_B.sum(), int(tokens_B.sum())
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def train_round(model: nn.Module, optimizer: AdamW, micro_batches: Iterable[Batch], *, lr: float) -> RoundResult:
+    """One optimiser step from the micro-batches of a round."""
+    total, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    optimizer.zero_grad()
+    for batch in micro_batches:
+        loss, counted = loss_sum(model, to_device(batch, device))
+        torch.autograd.backward(loss)
+        optimizer.gather()
+        total += loss.item()
+        tokens += counted
+    finish_round(optimizer, tokens, lr=lr)
+    return RoundResult(total, tokens)
+
+
+@torch.no_grad()
+def finish_round(optimizer: AdamW, tokens: int, *, lr: float) -> None:
+    """Divide the summed gradients by the round's tokens and step every parameter, also those without a gradient."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.requires_grad:
+                optimizer.gradient(param).div_(tokens)
+    set_lr(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def seed_round(seed: int, round_index: int) -> None:
+    """Seed torch's generators for one round, so that dropout in a resumed run repeats the uninterrupted one."""
+    torch.manual_seed((seed * 1_000_003 + round_index) % 2**63)
+
+
+def use_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in backward (non-reentrant: hooks and the seam see the second forward too)."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+
+class StopFlag:
+    """Becomes true when someone asks the run to stop; the loop looks at it between rounds."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def set(self) -> None:
+        """Ask for a stop after the current round."""
+        self._event.set()
+
+
+@contextmanager
+def stop_on_signals(flag: StopFlag) -> Iterator[None]:
+    """Turn the first Ctrl-C (or SIGTERM) into a request to stop after the round; a second one interrupts at once.
+
+    Signals can be caught in the main thread only; elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if flag:
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,168 @@
+"""Cut tokenised documents into sequences.
+
+Three ways, by ``data.packing``:
+
+- ``chunks``: every document is cut by itself; its last sequence is shorter. No sequence holds text of two documents,
+  so attention cannot cross a document boundary, whatever the family does with masks or positions.
+- ``records``: one sequence per document, the rest is cut off. For private training: one record, one row.
+- ``documents``: all documents, separated by the end token, are joined and cut. No padding, but a sequence may hold
+  several documents that see each other (a block mask would need support by every family; hybrids have none).
+
+Sequences are kept without padding; a batch is padded on the right to its longest row, with labels -100 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coterie.errors import DataError
+
+IGNORED = -100
+"""Label of a position that is not predicted, as in Hugging Face."""
+
+Packing = Literal["chunks", "records", "documents"]
+Batch = dict[str, Tensor]
+"""``input_ids``, ``attention_mask``, ``labels``, each int64 [B, T]; labels are the ids themselves (not shifted)."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokenised text, ready to be batched. Works as a map-style dataset: ``len`` and ``[row]``.
+
+    Attributes:
+        tokens: all ids, one sequence after the other, int32.
+        starts: [S + 1] where each begins and the last ends.
+        document_S: document that each sequence begins in.
+        pad_id: filler of short rows; masked everywhere.
+        users: whose text each sequence is, when known.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    document_S: Tensor
+    pad_id: int = 0
+    users: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return self.starts.shape[0] - 1
+
+    def __getitem__(self, row: int) -> Batch:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        ids_T = self.tokens[int(self.starts[row]) : int(self.starts[row + 1])].long()
+        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": ids_T.clone()}
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] tokens per sequence."""
+        return torch.diff(self.starts)
+
+    @property
+    def predicted_tokens(self) -> int:
+        """Tokens that have a prediction: all but the first of each sequence."""
+        return int((self.lengths - 1).sum())
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Some sequences, padded on the right to the longest of them."""
+        return self.collate([self[row] for row in rows])
+
+    def collate(self, items: Sequence[Batch]) -> Batch:
+        """Pad and stack what ``[row]`` gives, as a Hugging Face collator does."""
+        fillers = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence([item[name] for item in items], True, float(filler))
+            for name, filler in fillers.items()
+        }
+
+    def with_users(self, document_users: Sequence[str]) -> Sequences:
+        """The same sequences, each belonging to the user of its document."""
+        return replace(self, users=tuple(document_users[document] for document in self.document_S.tolist()))
+
+
+def pack(
+    documents: Iterable[Sequence[int]], *, sequence_length: int, packing: Packing, end_id: int | None, pad_id: int = 0
+) -> Sequences:
+    """Cut documents, given as token ids, into sequences of at most ``sequence_length`` tokens.
+
+    Args:
+        documents: token ids of each document, with whatever begins a text for this tokenizer.
+        end_id: appended to a document that does not end with it; None for tokenizers without one.
+
+    Raises:
+        DataError: nothing is left to train on: every piece is a single token, which predicts nothing.
+    """
+    pieces: list[Sequence[int]] = []
+    owners: list[int] = []
+    stream: list[int] = []
+    stream_owners: list[int] = []
+    for index, ids in enumerate(documents):
+        whole = [*ids] if end_id is None or (len(ids) and ids[-1] == end_id) else [*ids, end_id]
+        if packing == "documents":
+            stream.extend(whole)
+            stream_owners.extend([index] * len(whole))
+        else:
+            stops = len(whole) if packing == "chunks" else min(len(whole), 1)
+            for start in range(0, stops, sequence_length):
+                pieces.append(whole[start : start + sequence_length])
+                owners.append(index)
+    for start in range(0, len(stream), sequence_length):
+        pieces.append(stream[start : start + sequence_length])
+        owners.append(stream_owners[start])
+    kept = [(piece, owner) for piece, owner in zip(pieces, owners, strict=True) if len(piece) > 1]
+    if not kept:
+        raise DataError(
+            "No sequence of two or more tokens can be made from the text.",
+            code="data-no-sequence",
+            why="a single token predicts nothing",
+            fix="check data.sequence_length and the text column",
+        )
+    lengths = torch.tensor([len(piece) for piece, _ in kept])
+    return Sequences(
+        tokens=torch.tensor([token for piece, _ in kept for token in piece], dtype=torch.int32),
+        starts=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        document_S=torch.tensor([owner for _, owner in kept]),
+        pad_id=pad_id,
+    )
+
+
+@dataclass(frozen=True)
+class RoundOrder:
+    """Which sequences each round takes: a shuffled pass over the data after the other, from the seed.
+
+    A pure function of the round, so that a resumed run, and a second process with the same config, take the same.
+
+    Attributes:
+        num_rows: sequences in the data.
+        batch_size: sequences per round; a round may reach into the next pass.
+        seed: of the shuffles.
+    """
+
+    num_rows: int
+    batch_size: int
+    seed: int
+
+    def rows(self, round_index: int) -> list[int]:
+        """The sequences of a round, counted from 0."""
+        taken: list[int] = []
+        position = round_index * self.batch_size
+        while len(taken) < self.batch_size:
+            shuffled = self._shuffled(position // self.num_rows)
+            start = position % self.num_rows
+            part = shuffled[start : start + self.batch_size - len(taken)]
+            taken.extend(part)
+            position += len(part)
+        return taken
+
+    def micro_batches(self, round_index: int, size: int) -> list[list[int]]:
+        """The sequences of a round in groups of ``size``; the last group may be smaller."""
+        rows = self.rows(round_index)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _shuffled(self, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        return torch.randperm(self.num_rows, generator=generator).tolist()
