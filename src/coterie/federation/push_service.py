@@ -1,0 +1,227 @@
+"""Noised sums on their way up: an owner pushes spooled bytes, a host stages them once and sums over parties.
+
+A push is identified by (party, round, part) and its digest. The same bytes may come any number of times, after a
+broken line, a restart or a retry of the attempt, and count once; other bytes under the same name are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coterie.errors import FrameError, RoundError, TransportError
+from coterie.federation.parts import Part, spans
+from coterie.federation.transport import Lane, Message, Transport
+
+BEGIN, CHUNK_KIND, END = "push-begin", "push-chunk", "push-end"
+LANE = Lane.BACKWARD
+
+
+@dataclass
+class _Incoming:
+    digest: str
+    blob: Tensor
+    seen: set[int] = field(default_factory=set)
+
+
+class PushService:
+    """The host's side: pushes of the present round, staged until the commit.
+
+    Args:
+        parts: the parts this party stores.
+        dtype: what crosses, float32 or bfloat16.
+        parties: who may push, in the order in which sums are added up.
+    """
+
+    def __init__(self, parts: tuple[Part, ...], dtype: torch.dtype, parties: tuple[str, ...]) -> None:
+        self._parts = {part.number: part for part in parts}
+        self._dtype = dtype
+        self._parties = parties
+        self._round = -1
+        self._weights: Mapping[int, str] = {}
+        self._incoming: dict[tuple[str, int], _Incoming] = {}
+        self._staged: dict[tuple[str, int], tuple[str, Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def begin_round(self, round: int, weights: Mapping[int, str]) -> None:
+        """Take pushes of this round, computed on weights with these digests by part number.
+
+        What was staged for the same round and weights stays: a retry of the attempt need not send it again.
+        """
+        with self._lock:
+            if (round, weights) != (self._round, self._weights):
+                self._incoming.clear()
+                self._staged.clear()
+            self._round, self._weights = round, dict(weights)
+
+    def handle(self, peer: str, message: Message) -> Message:
+        """Answer one step of a push; the reply of ``push-begin`` names the chunks that are missing.
+
+        Raises:
+            RoundError: another round, another version of the weights, a party outside the roster, other bytes
+                than before (code push-changed), or a value that is not finite (code push-not-finite).
+            FrameError: wrong size or span.
+        """
+        with self._lock:
+            part = self._check(peer, message)
+            key = (peer, part.number)
+            if message.kind == BEGIN:
+                missing = self._begin(key, part, message)
+                return Message(BEGIN, message.round, layer=part.number, body={"missing": missing})
+            if message.kind == CHUNK_KIND:
+                self._chunk(key, message)
+            elif key not in self._staged:
+                self._finish(key, part)
+            return Message(message.kind, message.round, layer=part.number)
+
+    def sums(self, number: int, contributing: tuple[str, ...]) -> dict[str, Tensor]:
+        """The staged sums of one part added up in roster order, float32.
+
+        Raises:
+            RoundError: a contributing party's push is not complete.
+        """
+        with self._lock:
+            part, total = self._parts[number], None
+            for party in self._parties:
+                if party not in contributing:
+                    continue
+                if (party, number) not in self._staged:
+                    raise RoundError(f"the push of {party} for part {number} is not complete.", code="push-missing")
+                values = self._staged[party, number][1].view(self._dtype).to(torch.float32)
+                total = values.clone() if total is None else total.add_(values)
+            if total is None:
+                total = torch.zeros(part.num_values)
+            return part.decode(total.view(torch.uint8), torch.float32)
+
+    def complete(self, party: str) -> bool:
+        """Whether every part of this party's push is staged."""
+        with self._lock:
+            return all((party, number) in self._staged for number in self._parts)
+
+    def _check(self, peer: str, message: Message) -> Part:
+        if peer not in self._parties:
+            raise RoundError(f"{peer} is not a party of this federation.", code="push-stranger")
+        if message.round != self._round:
+            raise RoundError(
+                f"{peer} pushed for round {message.round}; round {self._round} is open.", code="push-round"
+            )
+        part = self._parts.get(message.layer)
+        if part is None:
+            raise RoundError(f"part {message.layer} is not stored here.", code="push-not-here")
+        return part
+
+    def _begin(self, key: tuple[str, int], part: Part, message: Message) -> list[int]:
+        digest, size = message.body.get("digest"), message.body.get("size")
+        if not isinstance(digest, str) or len(digest) != 64 or size != part.num_bytes(self._dtype):
+            raise FrameError(f"{key[0]} announces part {part.number} with {size} bytes.", code="part-size")
+        if message.body.get("weights") != self._weights.get(part.number):
+            raise RoundError(
+                f"{key[0]} computed part {part.number} on other weights than this round's.",
+                code="push-stale-weights",
+                why="a sum for one version of the weights must not be applied to another",
+                fix="the round is burned at that party and drawn anew",
+            )
+        known = self._staged[key][0] if key in self._staged else None
+        if key in self._incoming:
+            known = self._incoming[key].digest
+        if known is not None and known != digest:
+            raise RoundError(
+                f"{key[0]} pushed part {part.number} of round {message.round} twice with different bytes.",
+                code="push-changed",
+                why="two noised results for one lot would reveal more than the ledger says",
+                fix="the second one is refused; the party's spool should hold the first",
+            )
+        if key in self._staged:
+            return []
+        incoming = self._incoming.setdefault(
+            key, _Incoming(digest, torch.empty(part.num_bytes(self._dtype), dtype=torch.uint8))
+        )
+        return [number for number in range(len(spans(incoming.blob.numel()))) if number not in incoming.seen]
+
+    def _chunk(self, key: tuple[str, int], message: Message) -> None:
+        if key in self._staged:
+            return
+        incoming = self._incoming.get(key)
+        number = int(message.exchange)
+        if incoming is None or number >= len(spans(incoming.blob.numel())):
+            raise FrameError(f"a chunk of a push that {key[0]} did not begin.", code="push-span")
+        start, end = spans(incoming.blob.numel())[number]
+        (chunk,) = message.tensors
+        if chunk.dtype != torch.uint8 or tuple(chunk.shape) != (end - start,):
+            raise FrameError(f"chunk {number} of {key[0]}'s push has another size.", code="push-span")
+        incoming.blob[start:end] = chunk
+        incoming.seen.add(number)
+
+    def _finish(self, key: tuple[str, int], part: Part) -> None:
+        incoming = self._incoming.pop(key, None)
+        if incoming is None or len(incoming.seen) != len(spans(incoming.blob.numel())):
+            raise FrameError(f"{key[0]} ended a push before all its chunks came.", code="push-short")
+        if hashlib.sha256(incoming.blob.numpy().tobytes()).hexdigest() != incoming.digest:
+            raise FrameError(f"{key[0]}'s push of part {part.number} has another digest.", code="push-digest")
+        if not bool(torch.isfinite(incoming.blob.view(self._dtype)).all()):
+            raise RoundError(
+                f"{key[0]}'s push of part {part.number} holds NaN or infinity.",
+                code="push-not-finite",
+                why="it would ruin the shared weights for everybody",
+                fix="nothing of it is applied; the attempt is aborted",
+            )
+        self._staged[key] = (incoming.digest, incoming.blob)
+
+
+class Pusher:
+    """The owner's side: sends bytes that were already spooled, as often as needed."""
+
+    def __init__(self, transport: Transport, *, deadline_s: float, retries: int = 3) -> None:
+        self._transport = transport
+        self._deadline_s = deadline_s
+        self._retries = retries
+
+    def push(self, part: Part, round: int, blob: Tensor, digest: str, weights: str) -> None:
+        """Bring one part to its host; returns when the host has staged it.
+
+        Args:
+            blob: uint8, exactly the spooled bytes.
+            weights: digest of this part's weights that the sum was computed on.
+
+        Raises:
+            TransportError: the host did not answer, also after retries.
+            RoundError, FrameError: the host refused it.
+        """
+        for tries_left in range(self._retries, -1, -1):
+            try:
+                self._once(part, round, blob, digest, weights)
+                return
+            except TransportError as error:
+                if tries_left == 0 or isinstance(error, FrameError):
+                    raise
+
+    def _once(self, part: Part, round: int, blob: Tensor, digest: str, weights: str) -> None:
+        body = {"digest": digest, "size": blob.numel(), "weights": weights}
+        reply = self._ask(part, Message(BEGIN, round, layer=part.number, body=body)).result()
+        all_spans = spans(blob.numel())
+        missing = [int(number) for number in reply.body["missing"]]
+        waiting = [
+            self._ask(
+                part,
+                Message(
+                    CHUNK_KIND,
+                    round,
+                    layer=part.number,
+                    exchange=number,
+                    tensors=(blob[all_spans[number][0] : all_spans[number][1]],),
+                ),
+            )
+            for number in missing
+        ]
+        for future in waiting:
+            future.result()
+        self._ask(part, Message(END, round, layer=part.number)).result()
+
+    def _ask(self, part: Part, message: Message) -> Future[Message]:
+        return self._transport.request_async(part.host, LANE, message, self._deadline_s)

@@ -1,0 +1,159 @@
+"""Weights on their way down: a host serves its parts, an owner fetches all of them, the same way every round."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.errors import CoterieError, FrameError, RoundError, TransportError
+from coterie.federation.parts import Part, digest_of, spans
+from coterie.federation.transport import Lane, Message, Transport
+
+OFFER, CHUNK_KIND = "weights-offer", "weights-chunk"
+LANE = Lane.FORWARD
+
+
+class WeightService:
+    """The host's side: the parts it stores, frozen for the length of a round.
+
+    Args:
+        parts: the parts this party stores.
+        read: the present weights of a part, any dtype.
+        dtype: what crosses.
+
+    Guarantee: between two calls of `begin_round` a part is read once and always the same bytes are served.
+    """
+
+    def __init__(
+        self, parts: tuple[Part, ...], read: Callable[[Part], Mapping[str, Tensor]], dtype: torch.dtype
+    ) -> None:
+        self._parts = {part.number: part for part in parts}
+        self._read = read
+        self._dtype = dtype
+        self._round = -1
+        self._blobs: dict[int, tuple[Tensor, str]] = {}
+        self._lock = threading.Lock()
+
+    def begin_round(self, round: int) -> None:
+        """Serve the weights as they are now under this number, and no other number."""
+        with self._lock:
+            if round != self._round:
+                self._blobs.clear()
+                self._round = round
+
+    def handle(self, message: Message) -> Message:
+        """Answer an offer or a chunk request.
+
+        Raises:
+            RoundError: another round, or a part that is not stored here.
+            FrameError: a span outside the part.
+        """
+        blob, digest = self.frozen(message.layer, message.round)
+        if message.kind == OFFER:
+            return Message(OFFER, message.round, layer=message.layer, body={"digest": digest, "size": blob.numel()})
+        start, end = int(message.body["start"]), int(message.body["end"])
+        if not 0 <= start < end <= blob.numel():
+            raise FrameError(f"bytes {start}:{end} are outside part {message.layer}.", code="part-span")
+        return Message(CHUNK_KIND, message.round, layer=message.layer, tensors=(blob[start:end],))
+
+    def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
+        """Bytes and digest of a part in this round."""
+        with self._lock:
+            if round != self._round:
+                raise RoundError(
+                    f"weights of round {round} were asked for, but round {self._round} is being served.",
+                    code="weights-round",
+                    fix="both sides report to the coordinator, which starts the attempt again",
+                )
+            if number not in self._parts:
+                raise RoundError(f"part {number} is not stored here.", code="weights-not-here")
+            if number not in self._blobs:
+                part = self._parts[number]
+                blob = part.encode(self._read(part), self._dtype)
+                self._blobs[number] = (blob, digest_of(blob))
+            return self._blobs[number]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A part as it arrived: ``blob`` is None when the owner already holds these bytes."""
+
+    part: Part
+    digest: str
+    blob: Tensor | None
+
+
+class WeightFetcher:
+    """The owner's side: every part, in the fixed order, whatever the lot.
+
+    A part whose digest the owner already holds does not cross again. A transfer that breaks goes on with the chunks
+    that are missing; only the lack of an answer within ``deadline_s`` ends it.
+    """
+
+    def __init__(self, transport: Transport, *, deadline_s: float, retries: int = 3) -> None:
+        self._transport = transport
+        self._deadline_s = deadline_s
+        self._retries = retries
+
+    def fetch(self, part: Part, round: int, dtype: torch.dtype, have: str | None) -> Fetched:
+        """One part.
+
+        Args:
+            have: digest of the bytes the owner holds, or None.
+
+        Raises:
+            TransportError: the host did not answer, also after retries.
+            RoundError: the bytes do not have the digest that was offered.
+        """
+        offer = self._ask(part, Message(OFFER, round, layer=part.number)).result()
+        digest, size = offer.body.get("digest"), offer.body.get("size")
+        if not isinstance(digest, str) or size != part.num_bytes(dtype):
+            raise FrameError(f"{part.host} offers part {part.number} with {size} bytes.", code="part-size")
+        if digest == have:
+            return Fetched(part, digest, None)
+        blob = torch.empty(part.num_bytes(dtype), dtype=torch.uint8)
+        missing = spans(blob.numel())
+        for tries_left in range(self._retries, -1, -1):
+            missing, error = self._fill(part, round, blob, missing)
+            if not missing:
+                break
+            if tries_left == 0 and error is not None:
+                raise error
+        if digest_of(blob) != digest:
+            raise RoundError(
+                f"{part.host} served part {part.number} with other bytes than it offered.",
+                code="weights-changed",
+                why="every pass over a record must see the same weights",
+                fix="the attempt is aborted; look at the host's own log",
+            )
+        return Fetched(part, digest, blob)
+
+    def _fill(
+        self, part: Part, round: int, blob: Tensor, wanted: list[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], CoterieError | None]:
+        """Ask for all wanted chunks; returns those that did not come, with the first error."""
+        asked: list[tuple[tuple[int, int], Future[Message]]] = []
+        missing, first = [], None
+        for start, end in wanted:
+            message = Message(CHUNK_KIND, round, layer=part.number, body={"start": start, "end": end})
+            try:
+                asked.append(((start, end), self._ask(part, message)))
+            except TransportError as error:
+                missing.append((start, end))
+                first = first or error
+        for (start, end), future in asked:
+            try:
+                (chunk,) = future.result().tensors
+                blob[start:end] = chunk
+            except TransportError as error:
+                missing.append((start, end))
+                first = first or error
+        return sorted(missing), first
+
+    def _ask(self, part: Part, message: Message) -> Future[Message]:
+        return self._transport.request_async(part.host, LANE, message, self._deadline_s)

@@ -1,0 +1,266 @@
+"""Weights down and sums up: whole parts, pinned for a round, counted once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from coterie.errors import FrameError, RoundError, TransportError
+from coterie.federation.inprocess import InProcessHub
+from coterie.federation.parts import CHUNK, Part, digest_of, expert_parts
+from coterie.federation.push_service import Pusher, PushService
+from coterie.federation.transport import Lane, Message
+from coterie.federation.weight_service import CHUNK_KIND, WeightFetcher, WeightService
+
+PARTIES = ("alder", "birch")
+SHAPES = [{"gate_up_proj": (4, 6, 5), "down_proj": (4, 5, 3)}] * 2
+HOSTS = [["alder", "birch", "alder", "birch"]] * 2
+
+
+def parts() -> tuple[Part, ...]:
+    return expert_parts(SHAPES, HOSTS, PARTIES, {"embed": (7, 3), "norm": (3,), "head": (7, 3)})
+
+
+def values_of(part: Part, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed + part.number)
+    return {name: torch.randn(shape, generator=generator) for name, shape in part.shapes}
+
+
+def test_every_value_of_the_model_is_in_exactly_one_part():
+    found = parts()
+    values = sum(part.num_values for part in found)
+    assert values == 2 * (4 * 6 * 5 + 4 * 5 * 3) + 2 * 7 * 3 + 3
+    trunk = [name for part in found if part.layer == -1 for name, _ in part.shapes]
+    assert sorted(trunk) == ["embed", "head", "norm"]
+    assert {part.host for part in found if part.layer == -1} == set(PARTIES)
+    for layer in (0, 1):
+        experts = sorted(expert for part in found if part.layer == layer for expert in part.experts)
+        assert experts == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_survives_the_wire_form(dtype):
+    part = parts()[2]
+    sent = values_of(part)
+    arrived = part.decode(part.encode(sent, dtype), dtype)
+    for name, tensor in sent.items():
+        torch.testing.assert_close(arrived[name], tensor.to(dtype), rtol=0, atol=0)
+    with pytest.raises(FrameError, match="down_proj` is missing"):
+        part.encode({"gate_up_proj": sent["gate_up_proj"]}, dtype)
+    with pytest.raises(FrameError, match="has shape"):
+        part.encode({**sent, "down_proj": sent["down_proj"][:1]}, dtype)
+    with pytest.raises(FrameError, match="bytes, not"):
+        part.decode(torch.zeros(3, dtype=torch.uint8), dtype)
+
+
+BIG = Part(0, "birch", 0, (0,), (("down_proj", (3, CHUNK // 4)),))
+
+
+class Federation:
+    """alder fetches from birch and pushes to it."""
+
+    def __init__(self, part: Part = BIG) -> None:
+        self.hub = InProcessHub(PARTIES)
+        self.weights = {name: torch.randn(shape) for name, shape in part.shapes}
+        self.service = WeightService((part,), lambda _: self.weights, torch.float32)
+        self.pushes = PushService((part,), torch.float32, PARTIES)
+        self.seen: list[Message] = []
+        self.break_at: int | None = None
+        self.alder = self.hub.transport("alder")
+        birch = self.hub.transport("birch")
+        self.alder.start(lambda *_: None)
+        birch.start(self.handle)
+        self.alder.connect(5)
+        self.ends = (self.alder, birch)
+
+    def handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        self.seen.append(message)
+        if self.break_at is not None and len(self.seen) == self.break_at:
+            self.break_at = None
+            raise TransportError("the line broke")
+        if message.kind.startswith("weights"):
+            return self.service.handle(message)
+        return self.pushes.handle(peer, message)
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.close()
+
+
+@pytest.fixture
+def federation():
+    running = Federation()
+    yield running
+    running.close()
+
+
+def test_a_fetched_part_is_the_hosts_own_bytes_and_does_not_cross_twice(federation):
+    federation.service.begin_round(4)
+    fetcher = WeightFetcher(federation.alder, deadline_s=5)
+    first = fetcher.fetch(BIG, 4, torch.float32, None)
+    torch.testing.assert_close(BIG.decode(first.blob, torch.float32), federation.weights, rtol=0, atol=0)
+    assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 3
+    federation.seen.clear()
+    federation.service.begin_round(5)
+    assert fetcher.fetch(BIG, 5, torch.float32, first.digest).blob is None
+    assert [message.kind for message in federation.seen] == ["weights-offer"]
+
+
+def test_a_broken_transfer_goes_on_at_the_missing_chunk(federation):
+    federation.service.begin_round(1)
+    federation.break_at = 3
+    fetched = WeightFetcher(federation.alder, deadline_s=5).fetch(BIG, 1, torch.float32, None)
+    torch.testing.assert_close(BIG.decode(fetched.blob, torch.float32), federation.weights, rtol=0, atol=0)
+    assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 4
+
+
+def test_weights_are_frozen_while_a_round_is_open(federation):
+    federation.service.begin_round(1)
+    fetcher = WeightFetcher(federation.alder, deadline_s=5)
+    before = fetcher.fetch(BIG, 1, torch.float32, None)
+    federation.weights["down_proj"].add_(1)
+    assert fetcher.fetch(BIG, 1, torch.float32, None).digest == before.digest
+    federation.service.begin_round(2)
+    assert fetcher.fetch(BIG, 2, torch.float32, None).digest != before.digest
+    with pytest.raises(RoundError, match="weights-round"):
+        fetcher.fetch(BIG, 1, torch.float32, None)
+
+
+def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation):
+    federation.service.begin_round(1)
+    honest = federation.service.handle
+
+    def dishonest(message: Message) -> Message:
+        reply = honest(message)
+        if message.kind != CHUNK_KIND:
+            return reply
+        return Message(CHUNK_KIND, 1, tensors=(reply.tensors[0] ^ 1,))
+
+    federation.service.handle = dishonest
+    with pytest.raises(RoundError, match="other bytes than it offered"):
+        WeightFetcher(federation.alder, deadline_s=5).fetch(BIG, 1, torch.float32, None)
+
+
+def push(federation: Federation, blob: torch.Tensor, *, round: int = 7, weights: str = "w") -> None:
+    Pusher(federation.alder, deadline_s=5).push(BIG, round, blob, digest_of(blob), weights)
+
+
+@pytest.fixture
+def open_round(federation):
+    federation.pushes.begin_round(7, {0: "w"})
+    return federation
+
+
+def blob_of(value: float) -> torch.Tensor:
+    return BIG.encode({"down_proj": torch.full((3, CHUNK // 4), value)}, torch.float32)
+
+
+def test_a_push_sent_twice_counts_once(open_round):
+    push(open_round, blob_of(2.0))
+    chunks = sum(message.kind == "push-chunk" for message in open_round.seen)
+    push(open_round, blob_of(2.0))
+    assert sum(message.kind == "push-chunk" for message in open_round.seen) == chunks
+    assert open_round.pushes.complete("alder")
+    assert float(open_round.pushes.sums(0, ("alder",))["down_proj"].max()) == 2.0
+
+
+def test_a_broken_push_is_resumed_byte_for_byte(open_round):
+    open_round.break_at = 3
+    push(open_round, blob_of(3.0))
+    assert float(open_round.pushes.sums(0, ("alder",))["down_proj"].min()) == 3.0
+    assert sum(message.kind == "push-chunk" for message in open_round.seen) == 4
+
+
+def test_a_retry_of_the_attempt_keeps_what_was_staged(open_round):
+    push(open_round, blob_of(2.0))
+    open_round.pushes.begin_round(7, {0: "w"})
+    assert open_round.pushes.complete("alder")
+    open_round.pushes.begin_round(7, {0: "other weights"})
+    assert not open_round.pushes.complete("alder")
+
+
+@pytest.mark.parametrize(
+    ("blob", "options", "code"),
+    [
+        (blob_of(float("nan")), {}, "push-not-finite"),
+        (blob_of(float("inf")), {}, "push-not-finite"),
+        (blob_of(1.0)[:-4], {}, "part-size"),
+        (blob_of(1.0), {"round": 6}, "push-round"),
+        (blob_of(1.0), {"weights": "older"}, "push-stale-weights"),
+    ],
+)
+def test_a_push_that_does_not_fit_is_refused_by_its_code_and_leaves_nothing(open_round, blob, options, code):
+    with pytest.raises((RoundError, FrameError)) as caught:
+        push(open_round, blob, **options)
+    assert caught.value.code == code
+    assert not open_round.pushes.complete("alder")
+
+
+def test_other_bytes_for_the_same_round_are_refused_and_the_first_stay(open_round):
+    push(open_round, blob_of(2.0))
+    with pytest.raises(RoundError) as caught:
+        push(open_round, blob_of(5.0))
+    assert caught.value.code == "push-changed"
+    assert float(open_round.pushes.sums(0, ("alder",))["down_proj"].max()) == 2.0
+
+
+def test_a_party_outside_the_roster_cannot_push():
+    service = PushService((BIG,), torch.float32, PARTIES)
+    service.begin_round(7, {0: "w"})
+    with pytest.raises(RoundError, match="cedar is not a party"):
+        service.handle("cedar", Message("push-begin", 7))
+
+
+def test_sums_are_added_in_roster_order_whatever_arrived_first():
+    sums = []
+    for order in (PARTIES, PARTIES[::-1]):
+        service = PushService((BIG,), torch.float32, PARTIES)
+        service.begin_round(1, {0: "w"})
+        for party in order:
+            blob = BIG.encode({"down_proj": torch.randn((3, CHUNK // 4), generator=seeded(party))}, torch.float32)
+            begin = {"digest": digest_of(blob), "size": blob.numel(), "weights": "w"}
+            service.handle(party, Message("push-begin", 1, body=begin))
+            for number in (2, 0, 1):
+                chunk = blob[number * CHUNK : (number + 1) * CHUNK]
+                service.handle(party, Message("push-chunk", 1, exchange=number, tensors=(chunk,)))
+            service.handle(party, Message("push-end", 1))
+        sums.append(service.sums(0, PARTIES)["down_proj"])
+    assert torch.equal(*sums)
+    only_alder = torch.randn((3, CHUNK // 4), generator=seeded("alder"))
+    birch = torch.randn((3, CHUNK // 4), generator=seeded("birch"))
+    assert torch.equal(sums[0], only_alder + birch)
+
+
+def seeded(party: str) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(map(ord, party)))
+
+
+def test_a_missing_push_is_named():
+    service = PushService((BIG,), torch.float32, PARTIES)
+    service.begin_round(1, {0: "w"})
+    with pytest.raises(RoundError, match="push of birch for part 0 is not complete"):
+        service.sums(0, ("birch",))
+
+
+def test_two_owners_can_push_at_the_same_time():
+    service = PushService((BIG,), torch.float32, PARTIES)
+    service.begin_round(1, {0: "w"})
+    blob = blob_of(1.0)
+
+    def whole(party: str) -> None:
+        service.handle(
+            party, Message("push-begin", 1, body={"digest": digest_of(blob), "size": blob.numel(), "weights": "w"})
+        )
+        for number in range(3):
+            chunk = blob[number * CHUNK : (number + 1) * CHUNK]
+            service.handle(party, Message("push-chunk", 1, exchange=number, tensors=(chunk,)))
+        service.handle(party, Message("push-end", 1))
+
+    threads = [threading.Thread(target=whole, args=(party,)) for party in PARTIES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert float(service.sums(0, PARTIES)["down_proj"].min()) == 2.0
