@@ -1,0 +1,66 @@
+"""What may be spent, and what was: epsilon and delta, checked where they enter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from coterie.errors import BudgetError
+
+
+class PrivacyWarning(UserWarning):
+    """A privacy setting that is allowed but weaker than it looks."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The (epsilon, delta) that a run may spend, for adding or removing one record (or one user).
+
+    Args:
+        epsilon: above 0, finite.
+        delta: in (0, 1); choose it well below 1 / number of records.
+
+    Raises:
+        BudgetError: a value outside its range.
+    """
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise BudgetError(
+                f"epsilon is {self.epsilon}, it must be a number above 0.",
+                code="dp-epsilon",
+                why="epsilon 0 allows nothing to be learned, and an infinite one promises nothing",
+                fix="choose an epsilon between about 0.5 and 10",
+            )
+        if not 0 < self.delta < 1:
+            raise BudgetError(
+                f"delta is {self.delta}, it must lie between 0 and 1.",
+                code="dp-delta",
+                why="delta is the probability with which the epsilon bound may fail",
+                fix="choose a delta well below 1 / number of records",
+            )
+
+    def warn_for(self, units: int, unit: str = "record") -> None:
+        """Warn when delta is so large that publishing one whole record at random would satisfy it."""
+        if self.delta >= 1 / units:
+            warnings.warn(
+                f"delta {self.delta:.3g} is not below 1/N = {1 / units:.3g} (N = {units} {unit}s): a mechanism that "
+                f"publishes one {unit} chosen at random would pass; choose a smaller delta.",
+                PrivacyWarning,
+                stacklevel=3,
+            )
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was spent: for any outputs, P[with the record] <= e^epsilon P[without] + delta, and the reverse."""
+
+    epsilon: float
+    delta: float
+
+    def __str__(self) -> str:
+        return f"epsilon {self.epsilon:.3f} at delta {self.delta:.3g}"
