@@ -3,7 +3,7 @@
 An unknown key is an error, every field has a description, and `load_yaml` reports all problems of a file at once.
 """
 
-from coterie.config.base import LocalPath, Spec
+from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec, TokenizerSpec, TokenizerTraining
 from coterie.config.federation import (
     Address,
@@ -34,6 +34,7 @@ __all__ = [
     "TokenizerTraining",
     "TrainConfig",
     "TrainSpec",
+    "content_hash",
     "dump_yaml",
     "load_yaml",
     "party_privacy",

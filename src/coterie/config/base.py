@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,3 +28,24 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
 
 LocalPath = Annotated[Path, AfterValidator(_resolve)]
 """A path; in a YAML file it starts from that file's folder."""
+
+
+def content_hash(spec: Spec, *, without: Set[str] = frozenset()) -> str:
+    """Hex SHA-256 of settings: the same on every machine, for every order of keys.
+
+    A path counts by its last component only, because it starts from a folder that differs between machines.
+
+    Args:
+        without: top-level keys that do not count.
+    """
+    values = _portable(spec.model_dump(exclude=set(without)))
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _portable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable(item) for item in value]
+    return value.name if isinstance(value, Path) else value

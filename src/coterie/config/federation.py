@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from coterie.config.base import LocalPath, Spec
+from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec
 from coterie.config.model import ModelSpec
 from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
@@ -83,9 +80,7 @@ class FederationConfig(Spec):
         default=60.0, gt=0, description="Seconds a party may keep another waiting for one message."
     )
     round_deadline_s: float = Field(1800.0, gt=0, description="Seconds one try at a round may take in all.")
-    join_deadline_s: float = Field(
-        300.0, gt=0, description="Seconds to wait for a missing party; then the run ends."
-    )
+    join_deadline_s: float = Field(300.0, gt=0, description="Seconds to wait for a missing party; then the run ends.")
     max_attempts: int = Field(3, ge=1, description="Failed tries at a round in a row after which the run ends.")
     lost_party: Literal["pause", "continue"] = Field(
         default="pause", description="When a party is gone: wait for it, or go on without its experts."
@@ -112,20 +107,8 @@ class FederationConfig(Spec):
         return self
 
     def content_hash(self) -> str:
-        """Hex SHA-256 of the settings: the same on every party's machine.
-
-        A path counts by its last component only, because it starts from each party's own folder.
-        """
-        canonical = json.dumps(_portable(self.model_dump()), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _portable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _portable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    return value.name if isinstance(value, Path) else value
+        """Hex SHA-256 of the settings: the same on every party's machine. Paths count by their last component."""
+        return content_hash(self)
 
 
 class PartyConfig(Spec):

@@ -76,7 +76,7 @@ class CheckpointStore:
             _sync(path)
             files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
         manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}
-        _write_synced(aside / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        write_json(aside / _MANIFEST, manifest)
         _sync(aside)
         if final.exists():
             shutil.rmtree(final)
@@ -195,11 +195,15 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file so that it is old, or new, but never torn."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(aside, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coterie.errors import DataError
@@ -37,6 +39,26 @@ class Evaluation:
     @property
     def tokens(self) -> int:
         return int(self.tokens_S.sum())
+
+    def save(self, path: Path) -> None:
+        """Keep the losses of all sequences, for later comparison."""
+        save_file({"loss": self.loss_S, "tokens": self.tokens_S}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Evaluation:
+        """What `save` wrote.
+
+        Raises:
+            DataError: there is no such file.
+        """
+        if not path.is_file():
+            raise DataError(
+                f"There is no evaluation {path}.",
+                code="data-no-evaluation",
+                fix="the run has not finished, or has no data.test: see `coterie eval`",
+            )
+        saved = load_file(path)
+        return cls(saved["loss"], saved["tokens"])
 
 
 @torch.no_grad()

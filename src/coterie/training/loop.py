@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coterie.models.seam import check_selected
 from coterie.training.optim import AdamW, set_lr
 from coterie.training.packing import IGNORED, Batch
 
@@ -67,7 +68,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def train_round(model: nn.Module, optimizer: AdamW, micro_batches: Iterable[Batch], *, lr: float) -> RoundResult:
-    """One optimiser step from the micro-batches of a round."""
+    """One optimiser step from the micro-batches of a round.
+
+    Raises:
+        ModelError: something put other code than coterie's behind the model's experts.
+    """
+    check_selected(model)
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
     optimizer.zero_grad()

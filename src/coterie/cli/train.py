@@ -1,0 +1,34 @@
+"""`coterie train`: one party trains by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli.output import say
+
+
+def command(
+    settings: Annotated[Path, typer.Argument(help="train.yaml; every setting is in docs/reference/config.md.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Train one party's model on its own text, without a federation.
+
+    Ctrl-C finishes the round, writes a checkpoint and ends; `coterie resume` goes on from there.
+
+    Example:
+        coterie train train.yaml --json result.json
+    """
+    from coterie.config import TrainConfig, load_yaml
+
+    config = load_yaml(settings, TrainConfig)
+    say(f"training {config.model.family or config.model.path or config.model.hub} for {config.train.rounds} rounds")
+
+    from coterie.cli.training_progress import report, watched
+    from coterie.training.run import start
+
+    with watched(config.train.rounds) as (stop, watch):
+        result = start(config, stop=stop, watch=watch)
+    report(result, json_file)
