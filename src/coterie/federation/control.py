@@ -1,0 +1,90 @@
+"""What parties and coordinator say to each other, as checked JSON in the body of control messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from coterie.errors import FrameError
+from coterie.federation.round_state import Report, State
+from coterie.federation.transport import Message
+
+COORDINATOR = "coordinator"
+"""The coordinator's name in the roster and on the wire."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Party to coordinator: a heartbeat with everything the party has to say.
+
+    Attributes:
+        agreement: hash of the signed agreement the party works under.
+        run: the run it has been in, empty for a party that is new to it.
+    """
+
+    report: Report
+    agreement: str
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Directive:
+    """Coordinator to party: the newest state. Sent when it changes, and as the answer to every call.
+
+    Attributes:
+        run: random name of the run; checkpoints carry it.
+        newest: rounds behind the newest published checkpoint; older ones may be removed.
+        missing: who is being waited for.
+    """
+
+    run: str
+    state: State
+    newest: int = 0
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Coordinator to party: you cannot take part. Codes and hashes only."""
+
+    code: str
+    here: str = ""
+
+
+_Body = TypeVar("_Body", Call, Directive, Refusal)
+_KINDS: Mapping[type, tuple[str, TypeAdapter[Any]]] = {
+    Call: ("report", TypeAdapter(Call)),
+    Directive: ("directive", TypeAdapter(Directive)),
+    Refusal: ("refused", TypeAdapter(Refusal)),
+}
+
+
+def encode(body: Call | Directive | Refusal) -> Message:
+    """The control message for one of the three bodies."""
+    kind, adapter = _KINDS[type(body)]
+    return Message(kind, body=adapter.dump_python(body, mode="json"))
+
+
+def is_kind(message: Message, kind: type) -> bool:
+    """Whether a message carries this body."""
+    return message.kind == _KINDS[kind][0]
+
+
+def decode(message: Message, kind: type[_Body]) -> _Body:
+    """The body of a control message.
+
+    Raises:
+        FrameError: another kind of message, or a field that does not fit; the value is not repeated.
+    """
+    name, adapter = _KINDS[kind]
+    if message.kind != name:
+        raise FrameError(f"expected `{name}`, got `{message.kind}`.", code="control-kind")
+    try:
+        value: _Body = adapter.validate_python(dict(message.body))
+    except ValidationError as error:
+        field = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise FrameError(f"`{name}` has a bad field `{field}`.", code="control-body", field=field) from None
+    return value

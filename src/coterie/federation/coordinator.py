@@ -1,0 +1,216 @@
+"""The coordinator: hears every party, decides with `rounds.advance`, writes the decision down, tells everybody.
+
+It holds no model, sees no tensor and no loss, and can be killed at any time: what it needs is in its journal, the
+rest comes with the next heartbeats.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from coterie.errors import RoundError, TransportError
+from coterie.federation.control import Call, Directive, Refusal, decode, encode
+from coterie.federation.journal import Journal
+from coterie.federation.round_state import Clock, Ending, Move, Phase, Plan, Report, State, View
+from coterie.federation.rounds import advance, missing
+from coterie.federation.transport import Lane, Message, Transport
+
+_TICK_S = 0.2
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What the coordinator shows of itself after each change.
+
+    Attributes:
+        state: the newest durable state.
+        missing: parties that are waited for.
+        refused: parties that were turned away, with the code.
+        left_s: seconds until the run ends for want of a party; None while nobody is missing.
+    """
+
+    state: State
+    missing: tuple[str, ...]
+    refused: dict[str, str]
+    left_s: float | None = None
+
+
+class Coordinator:
+    """Runs one federation from the first arrival to the end.
+
+    Args:
+        plan: what was agreed.
+        transport: not started yet; the coordinator's own end.
+        journal: its memory.
+        agreement: hash every party has to name.
+        notify: called after every change, never while a lock is held.
+        notice_every_s: how often `notify` is called while somebody is missing.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        transport: Transport,
+        journal: Journal,
+        agreement: str,
+        notify: Callable[[Notice], None] = lambda notice: None,
+        notice_every_s: float = 10.0,
+    ) -> None:
+        self._plan, self._transport, self._journal, self._agreement = plan, transport, journal, agreement
+        self._notify, self._notice_every_s = notify, notice_every_s
+        self._views: dict[str, View] = {}
+        self._retired: set[str] = set()
+        self._refused: dict[str, str] = {}
+        self._stop = ""
+        self._changed = threading.Condition()
+        self._entered = time.monotonic()
+
+    def stop(self, who: str = "the coordinator") -> None:
+        """End the run after the round in progress, with a checkpoint."""
+        # No lock: this is called from a signal handler, which may interrupt a holder of the lock.
+        self._stop = self._stop or who
+
+    def run(self) -> State:
+        """Serve until the run has ended and everybody who is there knows it.
+
+        Returns:
+            The last state: finished or stopped.
+
+        Raises:
+            RoundError: the run failed; code and sentence say why, and `coterie coordinator` can take it up again.
+        """
+        self._begin()
+        self._transport.start(self._handle)
+        told = 0
+        shown: tuple[object, ...] = ()
+        shown_at = time.monotonic()
+        while True:
+            with self._changed:
+                self._decide()
+                notice = self._notice()
+                over = self._over(notice)
+            state = notice.state
+            if state.seq != told:
+                self._tell()
+            due = bool(notice.missing) and time.monotonic() - shown_at > self._notice_every_s
+            if due or shown != (state.seq, notice.missing, notice.refused):
+                self._notify(notice)
+                shown, shown_at = (state.seq, notice.missing, notice.refused), time.monotonic()
+            told = state.seq
+            if over:
+                break
+            with self._changed:
+                if self._journal.state.seq == told:
+                    self._changed.wait(_TICK_S)
+        if state.ending is Ending.FAILED:
+            raise self._failure(state)
+        return state
+
+    def _begin(self) -> None:
+        """Take up a run that was stopped or failed; one that was cut off simply goes on."""
+        state = self._journal.state
+        if state.phase is Phase.END and state.ending is not Ending.FINISHED:
+            again = replace(
+                state,
+                seq=state.seq + 1,
+                phase=Phase.GATHER,
+                failures=0,
+                begun=False,
+                absent=(),
+                rejoining=(),
+                ending=Ending.NONE,
+                code="",
+                note="taken up again",
+            )
+            self._journal.write(Move(again))
+        self._entered = time.monotonic()
+
+    def _handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        call = decode(message, Call)
+        with self._changed:
+            refusal = self._refuse(peer, call)
+            if refusal is not None:
+                self._refused[peer] = refusal.code
+                return encode(refusal)
+            self._refused.pop(peer, None)
+            self._take(peer, call.report)
+            self._decide()
+            self._changed.notify_all()
+            return self._directive()
+
+    def _refuse(self, peer: str, call: Call) -> Refusal | None:
+        if peer not in self._plan.parties:
+            return Refusal("roster-stranger")
+        if call.agreement != self._agreement:
+            return Refusal("config-mismatch", self._agreement)
+        if call.run not in ("", self._journal.run):
+            return Refusal("checkpoint-other-run", self._journal.run)
+        if call.report.instance in self._retired:
+            return Refusal("round-superseded")
+        return None
+
+    def _take(self, peer: str, report: Report) -> None:
+        old = self._views.get(peer)
+        if old is not None and old.report.instance != report.instance:
+            self._retired.add(old.report.instance)
+        elif old is not None and old.report.count > report.count:
+            report = old.report  # it arrived late, but it still says that the party is alive
+        self._views[peer] = View(report, time.monotonic())
+        if report.stop:
+            self.stop(peer)
+
+    def _decide(self) -> None:
+        """Write down and take up every decision that is due. Called with the lock held."""
+        while True:
+            clock = Clock(time.monotonic(), self._entered)
+            move = advance(self._plan, self._journal.state, self._journal.history, self._views, clock, self._stop)
+            if move is None:
+                return
+            self._journal.write(move)
+            self._entered = time.monotonic()
+
+    def _notice(self) -> Notice:
+        state, clock = self._journal.state, Clock(time.monotonic(), self._entered)
+        absent = missing(self._plan, state, self._views, clock) if state.phase is Phase.GATHER else ()
+        left = max(0.0, self._plan.join_s - (clock.now - clock.entered)) if absent else None
+        return Notice(state, absent, dict(self._refused), left)
+
+    def _directive(self) -> Message:
+        journal = self._journal
+        return encode(Directive(journal.run, journal.state, journal.history.newest, self._notice().missing))
+
+    def _tell(self) -> None:
+        """Say what is new to everybody connected; who misses it hears it in the answer to its next heartbeat."""
+        with self._changed:
+            message = self._directive()
+        for party in self._plan.parties:
+            if party in self._transport.connected():
+                try:
+                    self._transport.send(party, Lane.CONTROL, message)
+                except TransportError:
+                    continue
+
+    def _over(self, notice: Notice) -> bool:
+        state, now = notice.state, time.monotonic()
+        if state.phase is not Phase.END:
+            return False
+        told = [self._views[name].report.done >= state.seq for name in self._plan.parties if self._here(name, now)]
+        return all(told) or now - self._entered > self._plan.lease_s
+
+    def _here(self, party: str, now: float) -> bool:
+        view = self._views.get(party)
+        return view is not None and now - view.heard_at <= self._plan.lease_s
+
+    def _failure(self, state: State) -> RoundError:
+        refused = [f"{name} was turned away with `{code}`" for name, code in sorted(self._refused.items())]
+        return RoundError(
+            f"the run ended at round {state.committed} of {self._plan.rounds}: {state.note}.",
+            code=state.code or "round-failed",
+            where="; ".join(refused) or None,
+            why="every process of the run was told to end; published checkpoints are kept",
+            fix="mend the cause, then start the coordinator and the parties again: they go on from the newest "
+            "checkpoint that all hold",
+        )

@@ -1,0 +1,165 @@
+"""A party's main loop: hear a directive, do what `standing.acts` says, report. What "do" means is the `Actor`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from coterie.errors import CoterieError, RoundError
+from coterie.federation.control import Directive
+from coterie.federation.membership import Membership
+from coterie.federation.round_state import Ending, Saved, State
+from coterie.federation.standing import Act, Standing, acts, after_act
+
+GOODBYE_S = 3.0
+
+
+class Actor(Protocol):
+    """One party's model, data and hosted experts. All methods but `interrupt` are called from one thread."""
+
+    def held(self) -> tuple[Saved, ...]:
+        """Checkpoints on disk that could be loaded."""
+        ...
+
+    def load(self, source: Saved, told: State) -> None:
+        """Put the named checkpoint into memory; round 0 is the split model. ``told.round`` rounds lie behind it."""
+        ...
+
+    def compute(self, told: State) -> None:
+        """One attempt: forward, backward, gradients staged here and at the hosts. Changes no parameter."""
+        ...
+
+    def drop(self, round: int, attempt: int) -> None:
+        """Forget whatever an attempt staged here; it may be unfinished, or never have begun."""
+        ...
+
+    def step(self, round: int, attempt: int) -> None:
+        """Apply a prepared attempt to trunk and hosted experts."""
+        ...
+
+    def evaluate(self, told: State) -> None: ...
+
+    def save(self, told: State) -> str:
+        """Write a checkpoint so that it survives a crash; its digest."""
+        ...
+
+    def interrupt(self) -> None:
+        """Called from another thread: what is being done no longer counts. Make it raise soon; returns at once."""
+        ...
+
+
+class Participant:
+    """Follows the coordinator until the run ends.
+
+    Args:
+        party: this party's name.
+        actor: what is done.
+        notify: called with each directive before it is carried out.
+        failed: called with each error that was reported to the coordinator; only its code crosses.
+    """
+
+    def __init__(
+        self,
+        party: str,
+        actor: Actor,
+        notify: Callable[[Directive], None] = lambda directive: None,
+        failed: Callable[[CoterieError], None] = lambda error: None,
+    ) -> None:
+        self._party, self._actor, self._notify, self._failed = party, actor, notify, failed
+        self._standing = Standing()
+        self._membership: Membership | None = None
+        self._working = 0
+
+    def on_news(self) -> None:
+        """For `Membership`: interrupts work that a newer directive made pointless."""
+        membership, working = self._membership, self._working
+        if membership is not None and working and not membership.current(working):
+            self._actor.interrupt()
+
+    def run(self, membership: Membership) -> State:
+        """Take part from joining to the end.
+
+        Returns:
+            The last state: finished or stopped.
+
+        Raises:
+            RoundError: the run failed, here or elsewhere.
+            CoterieError: the coordinator is gone or refused this party.
+        """
+        self._membership = membership
+        membership.say(held=self._actor.held())
+        membership.start()
+        seq = 0
+        while True:
+            directive = membership.wait(after=seq)
+            state, seq = directive.state, directive.state.seq
+            self._notify(directive)
+            todo = acts(self._party, self._standing, state)
+            if Act.LEAVE in todo:
+                self._leave(todo, state)
+                membership.say(done=seq, live=self._standing.live)
+                membership.flush(GOODBYE_S)
+                if state.ending is Ending.FAILED:
+                    raise RoundError(
+                        f"the run ended at round {state.committed}: {state.note}.",
+                        code=state.code or "round-failed",
+                        fix="mend the cause, then start coordinator and parties again: they go on from the newest "
+                        "checkpoint that all hold",
+                    )
+                return state
+            self._follow(membership, todo, state)
+
+    def _follow(self, membership: Membership, todo: tuple[Act, ...], state: State) -> None:
+        saved = ""
+        act: Act | None = None
+        self._working = state.seq
+        try:
+            for act in todo:
+                saved = self._do(act, state) or saved
+                self._standing = after_act(act, self._standing, state)
+        except CoterieError as error:
+            self._clean_up(act, state)
+            if membership.current(state.seq):
+                self._failed(error)
+                membership.say(failed=state.seq, code=error.code, live=self._standing.live, held=self._actor.held())
+            return
+        except BaseException:
+            membership.say(failed=state.seq, code="internal", live=None)
+            membership.flush(GOODBYE_S)
+            raise
+        finally:
+            self._working = 0
+        membership.say(done=state.seq, live=self._standing.live, held=self._actor.held(), saved=saved)
+
+    def _do(self, act: Act, state: State) -> str:
+        match act:
+            case Act.STEP | Act.DROP:
+                assert self._standing.prepared is not None
+                (self._actor.step if act is Act.STEP else self._actor.drop)(*self._standing.prepared)
+            case Act.LOAD:
+                self._actor.load(state.sources[self._party], state)
+            case Act.COMPUTE:
+                self._actor.compute(state)
+            case Act.EVALUATE:
+                self._actor.evaluate(state)
+            case Act.SAVE:
+                return self._actor.save(state)
+            case Act.REFUSE:
+                raise RoundError(
+                    f"asked for {state.phase} of round {state.round}, but memory holds round {self._standing.live}.",
+                    code="round-out-of-step",
+                )
+        return ""
+
+    def _clean_up(self, act: Act | None, state: State) -> None:
+        """Leave nothing half done: a torn model counts as none, an unfinished attempt as never begun."""
+        if act in (Act.STEP, Act.LOAD):
+            self._standing = Standing()
+        elif act is Act.COMPUTE:
+            self._actor.drop(state.round, state.attempt)
+
+    def _leave(self, todo: tuple[Act, ...], state: State) -> None:
+        """At the end an attempt that was committed meanwhile is still applied, and any other dropped."""
+        for act in todo[:-1]:
+            self._do(act, state)
+            self._standing = after_act(act, self._standing, state)

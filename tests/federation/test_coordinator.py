@@ -1,0 +1,385 @@
+"""Coordinator and parties over the in-process transport; the parties' model is a list of rounds."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coterie.errors import CheckpointError, CoterieError, RoundError
+from coterie.federation.control import COORDINATOR, Call, Directive, decode, encode
+from coterie.federation.coordinator import Coordinator, Notice
+from coterie.federation.inprocess import InProcessHub
+from coterie.federation.journal import Journal
+from coterie.federation.membership import Membership
+from coterie.federation.participant import Participant
+from coterie.federation.round_state import Ending, Move, Phase, Plan, Record, Report, Saved, State
+from coterie.federation.transport import Lane, Message
+
+PARTIES = ("alder", "birch", "cedar")
+AGREEMENT = "a" * 64
+
+
+def plan(**changes: object) -> Plan:
+    base = {"rounds": 4, "checkpoint_every": 2, "deadline_s": 20.0, "lease_s": 1.0, "join_s": 10.0}
+    return Plan(PARTIES, **{**base, **changes})  # type: ignore[arg-type]
+
+
+class Killed(BaseException):
+    """The end of a process that nobody expected."""
+
+
+class ListActor:
+    """An actor whose model is the list of rounds applied; ``on_compute`` lets a test interfere."""
+
+    def __init__(self, disk: dict[int, list[int]], on_compute: Callable[[State], None] = lambda told: None) -> None:
+        self.disk, self.on_compute = disk, on_compute
+        self.model: list[int] = []
+        self.staged: tuple[int, int] | None = None
+        self.computed: list[tuple[int, int]] = []
+        self.evaluated: list[int] = []
+        self.interrupted = threading.Event()
+
+    def held(self) -> tuple[Saved, ...]:
+        return tuple(Saved(round, str(model)) for round, model in self.disk.items())
+
+    def load(self, source: Saved, told: State) -> None:
+        self.model = list(self.disk[source.round]) if source.round else []
+
+    def compute(self, told: State) -> None:
+        self.interrupted.clear()
+        self.on_compute(told)
+        if self.interrupted.is_set():
+            raise RoundError("interrupted")
+        self.staged = (told.round, told.attempt)
+        self.computed.append(self.staged)
+
+    def drop(self, round: int, attempt: int) -> None:
+        self.staged = None
+
+    def step(self, round: int, attempt: int) -> None:
+        assert self.staged == (round, attempt)
+        self.model.append(round)
+        self.staged = None
+
+    def evaluate(self, told: State) -> None:
+        self.evaluated.append(told.round)
+
+    def save(self, told: State) -> str:
+        self.disk[told.round] = list(self.model)
+        return str(self.model)
+
+    def interrupt(self) -> None:
+        self.interrupted.set()
+
+
+class Federation:
+    """One coordinator and parties as threads, each of which can be killed and started again."""
+
+    def __init__(self, folder: Path, the_plan: Plan) -> None:
+        self.folder, self.plan = folder, the_plan
+        self.hub = InProcessHub(PARTIES, coordinator=COORDINATOR)
+        self.disks: dict[str, dict[int, list[int]]] = {name: {} for name in PARTIES}
+        self.actors: dict[str, ListActor] = {}
+        self.ends: dict[str, State | CoterieError] = {}
+        self.notices: list[Notice] = []
+        self.threads: dict[str, threading.Thread] = {}
+        self.transports: dict[str, object] = {}
+        self.members: dict[str, Membership] = {}
+        self.agreements = dict.fromkeys(PARTIES, AGREEMENT)
+
+    def coordinate(self) -> None:
+        transport = self.hub.transport(COORDINATOR)
+        journal = Journal(self.folder, "grove", AGREEMENT)
+        self.journal = journal
+        self.coordinator = Coordinator(self.plan, transport, journal, AGREEMENT, self.notices.append, 0.3)
+        self.transports[COORDINATOR] = transport
+
+        def serve() -> None:
+            try:
+                self.ends[COORDINATOR] = self.coordinator.run()
+            except CoterieError as error:
+                self.ends[COORDINATOR] = error
+            except sqlite3.ProgrammingError:
+                pass  # killed: see `kill_coordinator`
+            finally:
+                transport.close()
+                journal.close()
+
+        self._thread(COORDINATOR, serve)
+
+    def up(self, name: str, on_compute: Callable[[State], None] = lambda told: None, **changes: object) -> None:
+        actor = self.actors[name] = ListActor(self.disks[name], on_compute)
+        transport = self.transports[name] = self.hub.transport(name)
+        participant = Participant(name, actor)
+        member = self.members[name] = Membership(
+            transport,
+            self.agreements[name],
+            heartbeat_s=0.1,
+            on_news=participant.on_news,
+            **{"patience_s": 5.0, **changes},  # type: ignore[arg-type]
+        )
+
+        def handle(peer: str, lane: Lane, message: Message) -> None:
+            if peer == COORDINATOR:
+                member.handle(message)
+
+        def take_part() -> None:
+            transport.start(handle)
+            try:
+                self.ends[name] = participant.run(member)
+            except CoterieError as error:
+                self.ends[name] = error
+            except Killed:
+                pass
+            finally:
+                member.close()
+                transport.close()
+
+        self._thread(name, take_part)
+
+    def _thread(self, name: str, target: Callable[[], None]) -> None:
+        self.ends.pop(name, None)
+        self.threads[name] = threading.Thread(target=target, daemon=True)
+        self.threads[name].start()
+
+    def kill(self, name: str) -> None:
+        """The wire of a process ends at once; what it still does reaches nobody."""
+        self.members[name].close()
+        self.transports[name].close()  # type: ignore[attr-defined]
+
+    def kill_coordinator(self) -> None:
+        """Its wire ends and it can write nothing more; the file is all that remains of it."""
+        self.transports[COORDINATOR].close()  # type: ignore[attr-defined]
+        self.journal.close()
+        self.threads[COORDINATOR].join(10)
+
+    def join(self, timeout: float = 20.0) -> None:
+        until = time.monotonic() + timeout
+        for name, thread in self.threads.items():
+            thread.join(max(0.0, until - time.monotonic()))
+            assert not thread.is_alive(), f"{name} did not end"
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        until = time.monotonic() + 15.0
+        while not holds():
+            assert time.monotonic() < until, "waited in vain"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def grove(tmp_path: Path) -> Federation:
+    return Federation(tmp_path / "coordinator", plan())
+
+
+def everyone_finished(grove: Federation) -> None:
+    grove.join()
+    for name in PARTIES:
+        end = grove.ends[name]
+        assert isinstance(end, State), end
+        assert end.ending is Ending.FINISHED
+        assert grove.actors[name].model == [1, 2, 3, 4]
+        assert sorted(grove.disks[name]) == [2, 4]
+
+
+def test_federation_trains_every_round_once_and_evaluates_at_the_end(grove: Federation):
+    grove.coordinate()
+    for name in PARTIES:
+        grove.up(name)
+    everyone_finished(grove)
+    for actor in grove.actors.values():
+        assert actor.computed == [(1, 1), (2, 1), (3, 1), (4, 1)]
+        assert actor.evaluated == [4]
+
+
+def test_failure_at_one_party_aborts_the_attempt_everywhere_and_it_is_tried_again(grove: Federation):
+    def fail_once(told: State) -> None:
+        if (told.round, told.attempt) == (3, 1):
+            raise CoterieError("disk on fire", code="on-fire")
+
+    def slow(told: State) -> None:
+        if (told.round, told.attempt) == (3, 1):
+            assert grove.actors["birch"].interrupted.wait(10)
+
+    grove.coordinate()
+    grove.up("alder", fail_once)
+    grove.up("birch", slow)
+    grove.up("cedar")
+    everyone_finished(grove)
+    assert (3, 2) in grove.actors["birch"].computed
+    assert (3, 1) not in grove.actors["birch"].computed
+    assert any("alder failed" in notice.state.note and "on-fire" in notice.state.note for notice in grove.notices)
+
+
+def test_killed_party_comes_back_and_all_go_on_from_the_newest_common_checkpoint(grove: Federation):
+    def die(told: State) -> None:
+        if told.round == 4 and "cedar" not in grove.ends:
+            grove.kill("cedar")
+            raise Killed
+
+    grove.coordinate()
+    grove.up("alder")
+    grove.up("birch")
+    grove.up("cedar", die)
+    grove.until(lambda: any(notice.missing == ("cedar",) for notice in grove.notices if notice.state.begun))
+    grove.up("cedar")
+    everyone_finished(grove)
+    # Round 3 was rolled back and computed again, under a number of its own.
+    assert [tag for tag in grove.actors["alder"].computed if tag[0] == 3] == [(3, 1), (3, 2)]
+
+
+def test_coordinator_killed_in_a_round_takes_it_up_where_it_was(grove: Federation):
+    gate, reached = threading.Event(), threading.Event()
+
+    def wait(told: State) -> None:
+        if told.round == 3:
+            reached.set()
+            assert gate.wait(10)
+
+    grove.coordinate()
+    for name in PARTIES:
+        grove.up(name, wait)
+    assert reached.wait(10)
+    grove.kill_coordinator()
+    gate.set()
+    grove.coordinate()
+    for name in PARTIES:
+        grove.threads[name].join(15)
+    for name in PARTIES:
+        assert grove.actors[name].model == [1, 2, 3, 4]
+        assert (3, 1) in grove.actors[name].computed
+        assert (3, 2) not in grove.actors[name].computed
+
+
+def test_party_that_never_arrives_is_named_with_the_deadline(tmp_path: Path):
+    grove = Federation(tmp_path, plan(join_s=0.8, lease_s=0.2))
+    grove.coordinate()
+    grove.up("alder")
+    grove.up("birch")
+    grove.join()
+    for name in ("alder", "birch", COORDINATOR):
+        error = grove.ends[name]
+        assert isinstance(error, RoundError)
+        assert error.code == "round-party-missing"
+        assert "cedar did not arrive within 0.8 s" in error.message
+    assert grove.notices[0].missing == PARTIES
+    assert grove.notices[-2].missing == ("cedar",)
+
+
+def test_party_with_another_config_is_turned_away_with_both_hashes(tmp_path: Path):
+    grove = Federation(tmp_path, plan(join_s=1.0))
+    grove.agreements["birch"] = "b" * 64
+    grove.coordinate()
+    for name in PARTIES:
+        grove.up(name)
+    grove.join()
+    error = grove.ends["birch"]
+    assert isinstance(error, CoterieError)
+    assert error.code == "config-mismatch"
+    assert "bbbbbbbb" in error.message
+    assert "aaaaaaaa" in error.message
+    failure = grove.ends[COORDINATOR]
+    assert isinstance(failure, RoundError)
+    assert failure.where == "birch was turned away with `config-mismatch`"
+
+
+def test_stop_ends_everyone_after_the_round_with_a_checkpoint_and_a_later_start_goes_on(grove: Federation):
+    def stop(told: State) -> None:
+        if told.round == 3:
+            grove.members["birch"].ask_to_stop()
+            time.sleep(0.3)
+
+    grove.coordinate()
+    for name in PARTIES:
+        grove.up(name, stop)
+    grove.join()
+    for name in PARTIES:
+        end = grove.ends[name]
+        assert isinstance(end, State)
+        assert (end.ending, end.note) == (Ending.STOPPED, "birch asked to stop")
+        assert 3 in grove.disks[name]
+    grove.coordinate()
+    for name in PARTIES:
+        grove.up(name)
+    grove.join()
+    for name in PARTIES:
+        assert grove.actors[name].model == [1, 2, 3, 4]
+        assert grove.actors[name].computed == [(4, 1)]
+
+
+def test_coordinator_that_stays_away_ends_the_party_with_a_reason(grove: Federation):
+    grove.up("alder", patience_s=0.5)
+    grove.join()
+    error = grove.ends["alder"]
+    assert isinstance(error, CoterieError)
+    assert error.code == "coordinator-gone"
+
+
+def test_newer_process_of_a_party_takes_over_and_the_older_one_is_told(grove: Federation):
+    grove.coordinate()
+    coordinator_handle = grove.coordinator._handle
+    old, new = Report("old", 1), Report("new", 1)
+    for report in (old, new):
+        reply = coordinator_handle("alder", Lane.CONTROL, encode(Call(report, AGREEMENT)))
+        assert decode(reply, Directive).state.phase is Phase.GATHER
+    reply = coordinator_handle("alder", Lane.CONTROL, encode(Call(old, AGREEMENT)))
+    assert reply.kind == "refused"
+    assert reply.body["code"] == "round-superseded"
+    grove.coordinator.stop()
+    grove.join()
+
+
+def test_stranger_and_malformed_report_are_refused(grove: Federation):
+    grove.coordinate()
+    reply = grove.coordinator._handle("dogwood", Lane.CONTROL, encode(Call(Report("x"), AGREEMENT)))
+    assert reply.body["code"] == "roster-stranger"
+    with pytest.raises(CoterieError) as caught:
+        grove.coordinator._handle("alder", Lane.CONTROL, Message("report", body={"report": {"instance": 3}}))
+    assert caught.value.code == "control-body"
+    grove.coordinator.stop()
+    grove.join()
+
+
+# ---- the journal ----------------------------------------------------------------------------------------------
+
+
+def test_journal_remembers_moves_and_undoes_what_was_rolled_back(tmp_path: Path):
+    journal = Journal(tmp_path, "grove", AGREEMENT)
+    run = journal.run
+    journal.write(Move(State(seq=2, phase=Phase.COMPUTE, round=1, attempt=1)))
+    journal.write(Move(State(seq=3, phase=Phase.STEP, round=1, committed=1, committed_attempt=1), committed=True))
+    record = Record(1, {"alder": Saved(1, "x")})
+    journal.write(Move(State(seq=4, phase=Phase.COMPUTE, round=2, attempt=1, committed=1), record=record))
+    journal.close()
+    journal = Journal(tmp_path, "grove", AGREEMENT)
+    assert journal.run == run
+    assert journal.state.seq == 4
+    assert journal.history.records == (record,)
+    assert journal.history.attempts == {1: 1, 2: 1}
+    journal.write(Move(State(seq=5, phase=Phase.RESTORE, sources={"alder": Saved(0, "")}), back_to=0))
+    assert journal.history.records == ()
+    assert journal.history.next_attempt(1) == 2
+    journal.close()
+    assert Journal(tmp_path, "grove", AGREEMENT).state.sources == {"alder": Saved(0, "")}
+
+
+def test_journal_of_another_agreement_is_refused(tmp_path: Path):
+    Journal(tmp_path, "grove", AGREEMENT).close()
+    with pytest.raises(CheckpointError) as caught:
+        Journal(tmp_path, "grove", "b" * 64)
+    assert caught.value.code == "checkpoint-other-run"
+
+
+def test_move_that_cannot_be_written_changes_nothing(tmp_path: Path):
+    journal = Journal(tmp_path, "grove", AGREEMENT)
+    step = State(seq=2, phase=Phase.STEP, round=1, committed=1, committed_attempt=1)
+    journal.write(Move(step, committed=True))
+    with pytest.raises(Exception, match="UNIQUE"):
+        journal.write(Move(State(seq=3, phase=Phase.STEP, committed=1, committed_attempt=1), committed=True))
+    assert journal.state == step
+    journal.close()
+    assert Journal(tmp_path, "grove", AGREEMENT).state == step
