@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from coterie.errors import DeadlineError, FrameError, RoundError, TransportError
+from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.inprocess import InProcessHub
+from coterie.federation.provision import local_kits
+from coterie.federation.roster import load_roster
 from coterie.federation.switchboard import Settings
 from coterie.federation.transport import Handler, Lane, Message, Transport
 
@@ -57,7 +60,12 @@ def _in_process(names: tuple[str, ...], coordinator: str | None, folder: Path) -
     return {name: hub.transport(name) for name in everybody}
 
 
-@pytest.fixture(params=[_in_process], ids=["inprocess"])
+def _grpc(names: tuple[str, ...], coordinator: str | None, folder: Path) -> dict[str, Transport]:
+    kits = local_kits(folder / "kits", names, coordinator=coordinator is not None)
+    return {name: GrpcTransport(name, load_roster(kit), kit, settings=SETTINGS) for name, kit in kits.items()}
+
+
+@pytest.fixture(params=[_in_process, _grpc], ids=["inprocess", "grpc"])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     with ExitStack() as stack:
         yield World(lambda names, coordinator: request.param(names, coordinator, tmp_path), stack)
@@ -332,14 +340,14 @@ def test_a_missing_peer_is_named_when_the_deadline_passes(world: World) -> None:
 
 
 def test_the_coordinator_has_the_control_lane_alone_and_sees_no_tensor(world: World) -> None:
-    members = world.started({"clerk": echo, "alder": echo, "birch": echo}, coordinator="clerk")
-    assert members["alder"].request("clerk", Lane.CONTROL, Message("ready", 4), 5.0).round == 4
-    assert members["clerk"].request("alder", Lane.CONTROL, Message("begin", 5), 5.0).round == 5
+    members = world.started({"coordinator": echo, "alder": echo, "birch": echo}, coordinator="coordinator")
+    assert members["alder"].request("coordinator", Lane.CONTROL, Message("ready", 4), 5.0).round == 4
+    assert members["coordinator"].request("alder", Lane.CONTROL, Message("begin", 5), 5.0).round == 5
     with pytest.raises(TransportError) as caught:
-        members["alder"].request("clerk", Lane.FORWARD, Message("dispatch"), 5.0)
+        members["alder"].request("coordinator", Lane.FORWARD, Message("dispatch"), 5.0)
     assert caught.value.code == "no-such-lane"
     with pytest.raises(TransportError) as caught:
-        members["alder"].request("clerk", Lane.CONTROL, Message("ready", tensors=(torch.ones(1),)), 5.0)
+        members["alder"].request("coordinator", Lane.CONTROL, Message("ready", tensors=(torch.ones(1),)), 5.0)
     assert caught.value.code == "tensors-on-control"
 
 

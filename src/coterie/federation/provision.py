@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from coterie.federation.files import PRIVATE, new_folder, write_whole
-from coterie.federation.identity import CERT_DAYS, Member, cert_pem, key_pem, new_authority, new_key
-from coterie.federation.kit import CA_FILE, CA_FOLDER, CERT_FILE, KEY_FILE, ROSTER_FILE, save_authority
+from coterie.federation.identity import CERT_DAYS, Member, cert_pem, key_pem, members_of, new_authority, new_key
+from coterie.federation.kit import CA_FILE, CA_FOLDER, CERT_FILE, KEY_FILE, ROSTER_FILE, Kit, load_kit, save_authority
 from coterie.federation.roster import Roster, draft, save_roster, sign, verify
 
 
@@ -49,3 +51,35 @@ def provision(
             write_whole(folder / CA_FILE, cert_pem(authority.certificate))
             save_roster(roster, folder / ROSTER_FILE)
     return roster
+
+
+def free_endpoints(count: int) -> list[str]:
+    """Different ``127.0.0.1:port`` that were free a moment ago; another process may still be quicker."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+
+
+def local_kits(
+    folder: Path,
+    parties: Iterable[str],
+    *,
+    coordinator: bool = False,
+    federation: str = "local",
+    config_hash: str = "",
+    placement_hash: str = "",
+    membership_epoch: int = 1,
+) -> dict[str, Kit]:
+    """A federation on this machine with free ports, provisioned under ``folder``; kits by name, in roster order."""
+    parties = tuple(parties)
+    endpoints = free_endpoints(len(parties) + coordinator)
+    members = members_of(dict(zip(parties, endpoints, strict=False)), endpoints[-1] if coordinator else None)
+    provision(
+        *(federation, members, folder),
+        config_hash=config_hash,
+        placement_hash=placement_hash,
+        membership_epoch=membership_epoch,
+    )
+    return {member.name: load_kit(folder / member.name) for member in members}

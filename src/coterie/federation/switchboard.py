@@ -48,6 +48,8 @@ class Settings:
         heartbeat_s: an idle connection sends a heartbeat this often.
         silence_s: a connection that brought nothing for so long counts as broken.
         handshake_s: a new connection has to introduce itself within this time.
+        refusal_s: how long a definite refusal (another run, a wrong certificate) has to last before `connect` raises
+            it; until then the other side may just be restarting.
         redial_s: first pause before dialling again; doubles up to 16 times that.
         close_s: how long `close` waits for handlers that are running.
     """
@@ -57,6 +59,7 @@ class Settings:
     heartbeat_s: float = 5.0
     silence_s: float = 25.0
     handshake_s: float = 10.0
+    refusal_s: float = 3.0
     redial_s: float = 0.1
     close_s: float = 5.0
 
@@ -173,10 +176,16 @@ class Switchboard(ABC):
 
     def connect(self, deadline_s: float, peers: Collection[str] | None = None) -> None:
         wanted = [peer for peer in self._peers if peers is None or peer in peers]
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._stopped.is_set() or self.connected().issuperset(wanted), timeout=deadline_s
-            )
+        until = time.monotonic() + deadline_s
+        while (now := time.monotonic()) < until and not self._stopped.is_set():
+            missing = [peer for peer in wanted if peer not in self.connected()]
+            for peer in missing:
+                refusal = self._refusal(peer, now)
+                if refusal is not None:
+                    raise refusal
+            with self._changed:
+                if self._changed.wait_for(lambda: self.connected().issuperset(wanted), min(0.2, until - now)):
+                    return
         missing = [peer for peer in wanted if peer not in self.connected()]
         if missing:
             seen = [f"{peer} ({self._last_seen(peer)})" for peer in missing]
@@ -243,6 +252,10 @@ class Switchboard(ABC):
     def _last_seen(self, peer: str) -> str:
         """What is known about a peer that is not connected, for `connect`'s message."""
         return "never seen"
+
+    def _refusal(self, peer: str, now: float) -> CoterieError | None:
+        """A lasting reason why ``peer`` cannot connect (another run, a wrong certificate), for `connect` to raise."""
+        return None
 
     def _tick(self, now: float) -> None:  # noqa: B027 - nothing to do is a fine default
         """Called by the clock about twenty times a second; must not block."""

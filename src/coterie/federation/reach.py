@@ -1,0 +1,128 @@
+"""Why a member cannot be reached, or cannot listen, in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+
+import grpc
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
+from coterie.errors import CoterieError, IdentityError, TransportError
+from coterie.federation import identity
+from coterie.federation.roster import Roster
+
+_PROBE_S = 2.0
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[v6]:port``."""
+    host, _, port = endpoint.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def cannot_listen(me: str, listen: str) -> TransportError:
+    """The reason why a port could not be opened, found by trying once more with a plain socket."""
+    host, port = split_endpoint(listen)
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            reason = 0
+    except OSError as error:
+        reason = error.errno or 0
+    if reason in (errno.EADDRNOTAVAIL, -2, socket.EAI_NONAME):
+        return TransportError(
+            f"{me} cannot listen on {listen}: this machine has no such address.",
+            code="address-not-here",
+            why="the others dial the endpoint in the roster",
+            fix="start on the machine the roster names, or give the local address to listen on",
+        )
+    return TransportError(
+        f"{me} cannot listen on {listen}: the port is taken by another process.",
+        code="port-taken",
+        why="the others dial this endpoint, so it cannot be changed without a new roster",
+        fix="end the other process (is this member running already?), or sign a roster with another port",
+    )
+
+
+def why_refused(peer: str, roster: Roster, authority: x509.Certificate, error: grpc.RpcError) -> CoterieError:
+    """What a failed call to ``peer`` means for a person.
+
+    Codes that start with ``peer-`` or come from the peer's own check are definite; ``unreachable`` may pass.
+    """
+    endpoint = roster.entry(peer).endpoint
+    details = error.details() or "" if isinstance(error, grpc.Call) else ""
+    status = error.code() if isinstance(error, grpc.Call) else None
+    if status in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        code = details if re.fullmatch(r"[a-z-]{1,64}", details) else "peer-refused"
+        return TransportError(
+            f"{peer} refused our connection: {_REFUSALS.get(code, 'see its log')}.",
+            code=code,
+            where=f"{peer} at {endpoint}; no data was sent",
+            fix=f"compare `coterie roster show` here and at {peer}",
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
+        return _other_certificate(peer, roster, authority)
+    if "Connection refused" in details:
+        return TransportError(f"{endpoint} refuses connections; {peer} is not running there.", code="unreachable")
+    if "handshake" in details.lower() or "ALERT" in details:
+        return TransportError(
+            f"{peer} at {endpoint} ended the TLS handshake; it may not accept our certificate.",
+            code="unreachable",
+            fix=f"check at {peer} that both kits come from the same CA and that no certificate has expired",
+        )
+    reason = re.sub(r"\s+", " ", details)[:160] or str(status)
+    return TransportError(f"{peer} cannot be reached at {endpoint}: {reason}.", code="unreachable")
+
+
+_REFUSALS = {
+    "roster-not-listed": "our certificate is valid but not in its roster",
+    "roster-role": "our certificate has another role than its roster lists",
+    "identity-no-name": "our certificate names no member of a federation",
+    "handshake-direction": "it expects to dial us, so the two rosters have another order",
+    "handshake-lane": "it has no such lane to us",
+    "handshake-damaged": "it did not understand our first message",
+}
+
+
+def _other_certificate(peer: str, roster: Roster, authority: x509.Certificate) -> IdentityError:
+    """Look at the certificate the endpoint shows, without trusting it, and say what is wrong with it."""
+    entry = roster.entry(peer)
+    where = f"{peer} at {entry.endpoint}; no data was sent"
+    why = "whoever answers there is not the member that signed the roster"
+    shown = _presented(entry.endpoint)
+    if shown is None:
+        return IdentityError(
+            f"The certificate shown at {entry.endpoint} is not {peer}'s.",
+            code="peer-certificate",
+            where=where,
+            why=why,
+        )
+    try:
+        identity.check_issued(shown, authority, f"The certificate shown by {peer}")
+    except IdentityError as error:
+        return IdentityError(error.message, code=f"peer-{error.code}", where=where, why=why, fix=error.fix)
+    return IdentityError(
+        f"The certificate shown at {entry.endpoint} is valid, but it is not the one the roster lists for {peer}.",
+        code="peer-certificate",
+        where=f"{where}; shown {identity.fingerprint(shown)[:11]}.., listed {entry.cert_fingerprint[:11]}..",
+        why=why,
+        fix=f"ask {peer} which certificate it uses; sign a new roster if it was renewed",
+    )
+
+
+def _presented(endpoint: str) -> x509.Certificate | None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # only looked at; nothing is sent
+    try:
+        with (
+            socket.create_connection(split_endpoint(endpoint), timeout=_PROBE_S) as plain,
+            context.wrap_socket(plain) as secured,
+        ):
+            der = secured.getpeercert(binary_form=True)
+            return x509.load_der_x509_certificate(der) if der else None
+    except (OSError, ValueError, InvalidSignature):
+        return None
