@@ -1,0 +1,46 @@
+"""What all tests share: one thread, small models, real text where it is present."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from coterie.models import seam
+from coterie.models.tiny import tiny_model
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Several test processes share the machine; small matrices are faster on one thread anyway."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_tiny() -> Callable[..., PreTrainedModel]:
+    """``make_tiny("olmoe", seed=1, vocab_size=64)``: a tiny random model whose experts go through the seam."""
+
+    def make(family: str = "olmoe", **settings: object) -> PreTrainedModel:
+        model = tiny_model(family, **settings)
+        seam.select(model)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_text_dir() -> Path:
+    """Folder of real text: COTERIE_TEST_DATA, or shared/data beside the repository. Skips the test when absent."""
+    named = os.environ.get("COTERIE_TEST_DATA")
+    folder = Path(named) if named else _ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(
+            f"no real text in {folder}; set COTERIE_TEST_DATA to a folder that holds tiny_shakespeare/ and others"
+        )
+    return folder
