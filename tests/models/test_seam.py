@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from coterie.errors import ModelError
 from coterie.models import seam
 from coterie.models.catalogue import causal_lm_types
-from coterie.models.seam import ExpertLayer, ExpertsCall, LocalExperts, expert_layers
-from coterie.models.tiny import VOCAB, tiny_model
+from coterie.models.seam import ExpertLayer, ExpertsCall, ExpertsLayout, LocalExperts, expert_layers
+from coterie.models.tiny import VOCAB, fill_random, tiny_model
 
 FAMILIES = list(causal_lm_types())
 REFERENCES = ["eager", "grouped_mm"]
@@ -275,3 +277,37 @@ def test_a_changed_implementation_is_caught():
     model.set_experts_implementation("eager")
     with pytest.raises(ModelError, match="with `eager`"):
         seam.check_selected(model)
+
+
+def special_layer(module_name: str, class_name: str, config_name: str, **sizes: object) -> ExpertLayer:
+    """The experts of a family without a causal LM: two storage layouts occur nowhere else."""
+    folder = f"transformers.models.{module_name}"
+    if importlib.util.find_spec(folder) is None:
+        pytest.skip(f"this transformers has no {module_name}")
+    config = getattr(importlib.import_module(f"{folder}.configuration_{module_name}"), config_name)(**sizes)
+    experts = getattr(importlib.import_module(f"{folder}.modeling_{module_name}"), class_name)(config)
+    fill_random(experts, torch.Generator().manual_seed(0))
+    return ExpertLayer(0, "experts", 8, ExpertsLayout.of(experts), experts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("which", ["bias without interleaving", "norm after the expert"])
+def test_layouts_that_only_other_models_use_are_honoured_too(which, dtype):
+    if which == "bias without interleaving":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 8}
+        names = ("openai_privacy_filter", "OpenAIPrivacyFilterExperts", "OpenAIPrivacyFilterConfig")
+        layer = special_layer(*names, **sizes)
+        assert layer.layout == ExpertsLayout(has_bias=True, is_transposed=True)
+    else:
+        sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_hidden_layers": 2}
+        layer = special_layer("muse_spark", "MuseSparkExperts", "MuseSparkTextConfig", **sizes)
+        assert layer.layout == ExpertsLayout(has_post_expert_norm=True)
+    layer.module.to(dtype)
+    width = layer.module.down_proj.shape[2 if layer.layout.is_transposed else 1]
+    ids, weights = routing("usual", 20, 2, layer.num_experts)
+    hidden = torch.randn(20, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+    got = run_experts(layer, seam_experts(layer), hidden, ids, weights.to(dtype))
+    for reference in REFERENCES:
+        expected = run_experts(layer, reference_experts(layer, reference), hidden, ids, weights.to(dtype))
+        for name in expected:
+            assert relative_error(got[name], expected[name]) < TOLERANCE[dtype], f"{reference}, {name}"

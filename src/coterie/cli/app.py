@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("resume", "Go on with a run that was stopped."),
     "eval": ("eval", "Held-out loss of a trained run."),
     "generate": ("generate", "Continue a prompt with a trained run's model."),
+    "models": ("models", "Families of models that can be trained, and why others cannot."),
     "explain": ("explain", "What an error code means and what to do."),
 }
 """Command name to (module in coterie.cli, one-line help), in the order of the help page."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from coterie.errors import ModelError
-from coterie.models.catalogue import causal_lm_types
+from coterie.models.catalogue import causal_lm_class, causal_lm_types, own_config
 
 VOCAB = 96
 EXPERTS = 8
@@ -123,6 +123,7 @@ _FAMILY: Mapping[str, Mapping[str, Any]] = {
         "global_head_dim": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
+    "gpt_oss": {"max_position_embeddings": 32 * 4096},  # what its default rotary scaling assumes
     "granitemoe_swa": {"layer_types": _SLIDING, "layer_rope_theta": [1e4, 1e4, 1e4]},
     "granitemoehybrid": {"layer_types": _LINEAR, "mamba_n_heads": 4, "mamba_chunk_size": 8},
     "inkling_text": {
@@ -154,6 +155,7 @@ _FAMILY: Mapping[str, Mapping[str, Any]] = {
         "index_topk_blocks": 2,
         "num_experts_per_tok": TOP_K,
     },
+    "mistral4": {"max_position_embeddings": 128 * 8192},  # likewise
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"],
         "ssm_state_size": 8,
@@ -243,7 +245,8 @@ def tiny_model(
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model_class = causal_lm_class(model_type)
+        model = model_class._from_config(own_config(model_class, config), dtype=dtype)
     fill_random(model, torch.Generator().manual_seed(seed))
     return model.to(device).eval()
 
