@@ -110,7 +110,7 @@ class State:
         epoch: grows when a party leaves or comes back under ``lost_party: continue``.
         failures: failed attempts in a row.
         begun: everybody was there once.
-        evaluated: rounds behind the newest evaluation, -1 before the first.
+        evaluated: rounds behind the newest evaluation.
         absent: parties the others go on without. rejoining: absent ones on their way back.
         sources: what to load, in restore.
         ending, code, note: how it ended; why the last change happened, in words without data.
@@ -125,7 +125,7 @@ class State:
     epoch: int = 0
     failures: int = 0
     begun: bool = False
-    evaluated: int = -1
+    evaluated: int = 0
     absent: tuple[str, ...] = ()
     rejoining: tuple[str, ...] = ()
     sources: dict[str, Saved] = field(default_factory=dict)

@@ -1,0 +1,56 @@
+"""`coterie coordinator`: keep the rounds of a federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli.output import say, write_json
+
+
+def command(
+    settings: Annotated[Path, typer.Argument(help="The federation.yaml that every party signed.")],
+    kit: Annotated[
+        Path | None, typer.Option(help="The coordinator's kit; default: kits/coordinator beside federation.yaml.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of its journal; default: runs/coordinator beside federation.yaml.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="Address to listen on, where it differs from the agreed endpoint.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write how it ended to this file.")] = None,
+) -> None:
+    """Keep the rounds of a federation: who is there, what is committed, which checkpoint counts.
+
+    It sees no text, no tensor and no loss. Ctrl-C ends the run after the round in progress, with a checkpoint;
+    started again, it goes on where it was.
+
+    Example:
+        coterie coordinator federation.yaml --kit kits/coordinator --run-dir runs/coordinator
+    """
+    from coterie.cli.rounds_progress import RoundLines, stop_signals
+    from coterie.config import FederationConfig, load_yaml
+    from coterie.federation.coordinator_process import CoordinatorProcess, status_of
+
+    config = load_yaml(settings, FederationConfig)
+    base = settings.parent
+    lines = RoundLines(config.train.rounds)
+    process = CoordinatorProcess(
+        config,
+        kit or base / "kits" / "coordinator",
+        run_dir or base / "runs" / "coordinator",
+        lambda notice: lines.show(notice.state, notice.missing, notice.left_s, notice.refused),
+        listen,
+    )
+    say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")
+    with stop_signals(process.stop), lines:
+        state = process.run()
+    if json_file is not None:
+        write_json(json_file, status_of(state))
+    if state.ending == "stopped":
+        say(f"stopped after round {state.committed} ({state.note}); start everybody again to go on")
+    else:
+        say(f"finished: {state.committed} rounds")

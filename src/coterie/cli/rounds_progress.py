@@ -1,0 +1,103 @@
+"""What `coterie coordinator` and `coterie up` show while rounds go by. Nothing in it comes from data."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import FrameType, TracebackType
+from typing import Protocol
+
+from coterie.cli.output import Advance, progress
+
+
+class Progressing(Protocol):
+    """The fields of `federation.round_state.State` that are shown."""
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def round(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def committed(self) -> int: ...
+    @property
+    def note(self) -> str: ...
+
+
+class RoundLines:
+    """Shows rounds as they are committed, and every event that is not routine."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._stack = ExitStack()
+        self._advance: Advance | None = None
+        self._shown = 0
+        self._said = ""
+
+    def __enter__(self) -> RoundLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def show(
+        self,
+        state: Progressing,
+        missing: Collection[str],
+        left_s: float | None = None,
+        refused: Mapping[str, str] | None = None,
+    ) -> None:
+        """Tell what changed."""
+        for name, code in (refused or {}).items():
+            self._say(f"{name} was turned away: {code}", key=f"{name}{code}")
+        if missing:
+            left = f", {left_s:.0f} s left" if left_s is not None else ""
+            reason = f" ({state.note})" if state.note else ""
+            self._line(f"waiting for {', '.join(sorted(missing))}{left}{reason}")
+        elif state.note and state.phase in ("gather", "restore", "end"):
+            self._say(f"{state.note}" if state.phase != "restore" else f"restoring {state.note}", key=state.note)
+        if state.committed < self._shown:
+            self._stack.close()
+            self._advance, self._shown = None, 0
+        if state.committed > self._shown:
+            if self._advance is None:
+                done = state.committed - 1
+                self._advance = self._stack.enter_context(progress("round", self._rounds, done=done))
+                self._shown = done
+            again = f"attempt {state.attempt}" if state.phase == "step" and state.attempt > 1 else ""
+            self._advance(again, steps=state.committed - self._shown)
+            self._shown = state.committed
+
+    def _say(self, text: str, key: str) -> None:
+        if key != self._said:
+            self._said = key
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stop_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a clean end after the round; a second one interrupts at once."""
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("stopping after this round; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        ask()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
