@@ -287,6 +287,7 @@ def special_layer(module_name: str, class_name: str, config_name: str, **sizes: 
     config = getattr(importlib.import_module(f"{folder}.configuration_{module_name}"), config_name)(**sizes)
     experts = getattr(importlib.import_module(f"{folder}.modeling_{module_name}"), class_name)(config)
     fill_random(experts, torch.Generator().manual_seed(0))
+    assert experts.down_proj.shape[0] == 8
     return ExpertLayer(0, "experts", 8, ExpertsLayout.of(experts), experts)
 
 
@@ -299,7 +300,8 @@ def test_layouts_that_only_other_models_use_are_honoured_too(which, dtype):
         layer = special_layer(*names, **sizes)
         assert layer.layout == ExpertsLayout(has_bias=True, is_transposed=True)
     else:
-        sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_hidden_layers": 2}
+        sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_local_experts": 8, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_hidden_size": 24}
         layer = special_layer("muse_spark", "MuseSparkExperts", "MuseSparkTextConfig", **sizes)
         assert layer.layout == ExpertsLayout(has_post_expert_norm=True)
     layer.module.to(dtype)
