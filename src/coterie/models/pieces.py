@@ -3,9 +3,9 @@
 A piece begins at a *restart*: a tensor with the value of its *source* and no history. The gradient that arrives at a
 restart is handed to its source: unchanged at a border, through whoever computes the experts at an experts call.
 
-Restarts are visited last to first. Sources wait until all of their gradient is known, and are run backward together
-with every other source that leads to the same border: so a piece is usually run once. Before that, at an experts call,
-autograd is asked for the gradient at the call's restart alone; it visits the short path there and nothing else.
+Restarts are visited last to first. Sources wait until all of their gradient is known, and are run backward
+together with every other source that leads to the same border: so a piece is usually run once. At an experts call,
+before that, autograd is asked for the gradient at the call's restart alone, and visits only the short path there.
 
 The result does not depend on where the restarts are. A restart's gradient is the sum over all sources that lead to
 it; those are recorded later than it, so each has its whole gradient before it is run; and each is run exactly once

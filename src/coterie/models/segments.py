@@ -53,8 +53,8 @@ class Exchange(Protocol):
 
         Returns:
             A new tensor and a ticket for `backward`. The tensor is the weighted sum [N, D] in the hidden states'
-            dtype; or, where `answers_rows`, [R, D] in the order of ``RoutedRows.of(expert_ids)``, before a post-expert
-            norm and the routing weights.
+            dtype; or, where `answers_rows`, [R, D] in the order of ``RoutedRows.of(expert_ids)``, before a
+            post-expert norm and the routing weights.
         """
         ...
 
@@ -239,7 +239,8 @@ class Tape:
         Raises:
             ModelError: the loss has no history, or depends on another micro-batch's graph.
         """
-        assert self._holding and not self._in_backward, "backward belongs inside the recording, once"
+        assert self._holding, "backward belongs inside the recording"
+        assert not self._in_backward, "a recording can be run backward once"
         self._in_backward = True
         self._pieces.backward(loss, sink or AddToGrad(), self._ask_backward)
 
@@ -276,10 +277,7 @@ class Tape:
 
     def experts(self, call: ExpertsCall) -> Tensor:
         """Ask the exchange; in a recomputation, return what it answered in the forward."""
-        if self._in_backward:
-            out = self._answer_again(call.layer)
-        else:
-            out = self._ask_forward(call)
+        out = self._answer_again(call.layer) if self._in_backward else self._ask_forward(call)
         if not self._exchange.answers_rows(call.layer):
             return out
         if call.layer.layout.has_post_expert_norm:
