@@ -15,28 +15,6 @@ STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"
 
 
-def write_whole(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a torn one."""
-    aside = path.with_name(f"{path.name}.part")
-    with aside.open("wb") as file:
-        file.write(data)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(aside, path)
-    if sync:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class RunFolder:
     """A run folder held by this process until `close`.
 
@@ -62,7 +40,9 @@ class RunFolder:
     def status(self, **fields: Any) -> None:
         """Replace the status file. Never anything derived from data in it: no loss, no count of tokens."""
         text = json.dumps({"at": time.time(), **fields}, indent=2, default=str) + "\n"
-        write_whole(self.path / STATUS_FILE, text.encode(), sync=False)
+        aside = self.path / f"{STATUS_FILE}.part"
+        aside.write_text(text, encoding="utf-8")  # not synced: only the newest one matters, and only for a while
+        os.replace(aside, self.path / STATUS_FILE)
 
     def close(self) -> None:
         if self._lock >= 0:
