@@ -87,6 +87,18 @@ def _root(
     """Train Mixture-of-Experts language models on private text, alone or together."""
 
 
+def help_of(name: str | None) -> str:
+    """The help page of one command, or of `coterie` itself, 100 columns wide."""
+    group = typer.main.get_command(app)
+    with group.make_context("coterie", [], resilient_parsing=True, terminal_width=100, max_content_width=100) as root:
+        if name is None:
+            return group.get_help(root)
+        assert isinstance(group, _LazyGroup)
+        command = group.commands[name]
+        with command.make_context(name, [], parent=root, resilient_parsing=True) as context:
+            return context.command.get_help(context)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)

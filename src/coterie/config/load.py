@@ -210,12 +210,11 @@ def _unknown_key_hint(model: type[Spec], keys: KeyPath) -> str:
     wrong = str(keys[-1])
     specs = list(_specs_at(model, keys[:-1]))
     allowed = sorted({name for spec in specs for name in spec.model_fields})
+    sections = [section for section, spec in _sections(model) if wrong in spec.model_fields]
     close = difflib.get_close_matches(wrong, allowed, n=1, cutoff=0.6)
-    if close:
-        guess = f"did you mean `{close[0]}`? "
-    else:
-        sections = [section for section, spec in _sections(model) if wrong in spec.model_fields]
-        guess = f"it belongs in `{sections[0] or 'the top level'}`. " if sections else ""
+    guess = f"did you mean `{close[0]}`? " if close else ""
+    if sections:
+        guess = f"it belongs in `{sections[0]}`. " if sections[0] else "it belongs at the top level. "
     return f"{guess}allowed here: {', '.join(allowed)}"
 
 

@@ -1,6 +1,6 @@
 """`coterie train`: one party trains by itself, in a run folder that holds everything.
 
-The folder: ``config.yaml`` (the settings in full), ``run.json`` (identity), ``tokenizer/``, ``metrics.jsonl``,
+The folder: ``config.yaml`` (the settings), ``run.json`` (identity), ``tokenizer/``, ``metrics.jsonl``,
 ``tensorboard/``, ``checkpoints/``; after the last round also ``model/`` (a Hugging Face checkpoint),
 ``evaluation.safetensors`` (held-out loss of every sequence) and ``result.json``.
 """

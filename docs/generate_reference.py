@@ -1,0 +1,151 @@
+"""Write docs/reference/config.md and docs/reference/cli.md from the code: ``python docs/generate_reference.py``.
+
+With ``--check`` nothing is written and the exit code says whether the pages are current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from coterie.config import FederationConfig, PartyConfig, TrainConfig
+from coterie.config.load import specs_in
+
+REFERENCE = Path(__file__).parent / "reference"
+HEAD = "<!-- Made by docs/generate_reference.py; change the code, then run it again. -->\n"
+
+
+def config_page() -> str:
+    """Every setting of every file: type, default, meaning."""
+    roots = {"train.yaml": TrainConfig, "federation.yaml": FederationConfig, "party.yaml": PartyConfig}
+    lines = [
+        HEAD,
+        "# Settings",
+        "",
+        "Unknown keys are refused. Relative paths start from the folder of the file they are written in. YAML 1.2",
+        "words: only `true` and `false` are booleans, so `off` and `none` are plain words; `1e-5` is a number.",
+        "",
+    ]
+    blocks: list[type[BaseModel]] = []
+    for file, root in roots.items():
+        lines += [f"## {file}", "", *_block(root)]
+        blocks += [spec for spec in _below(root) if spec not in blocks]
+    lines += ["## Blocks", ""]
+    for spec in blocks:
+        lines += [f"### {spec.__name__}", "", *_block(spec)]
+    return "\n".join(lines)
+
+
+def _below(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for field in model.model_fields.values():
+        for spec in specs_in(field.annotation):
+            yield spec
+            yield from _below(spec)
+
+
+def _block(model: type[BaseModel]) -> list[str]:
+    rows = [
+        f"| `{name}` | {_type(field)} | {_default(field)} | {field.description} |"
+        for name, field in model.model_fields.items()
+    ]
+    return [
+        inspect.cleandoc(model.__doc__ or ""),
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _type(field: FieldInfo) -> str:
+    limits = []
+    for item in field.metadata:
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+            if getattr(item, name, None) is not None:
+                limits.append(f"{sign} {getattr(item, name)}")
+    return _words(field.annotation) + (f", {', '.join(limits)}" if limits else "")
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _words(arguments[0])
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_words(part) for part in arguments if part is not type(None))
+    if origin is tuple:
+        return f"list of {_words(arguments[0])}"
+    if origin is dict:
+        return f"table {_words(arguments[0])} -> {_words(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", Any: "any value"}
+    return names[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if value is PydanticUndefined:
+        return "required"
+    if value is None or value in ((), {}):
+        return "-"
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    if isinstance(value, tuple):
+        return f"`{list(value)}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def cli_page() -> str:
+    """The help of every command."""
+    from coterie.cli.app import COMMANDS, help_of
+
+    lines = [
+        HEAD,
+        "# Commands",
+        "",
+        "Exit codes: 0 done, 1 an error (explained on standard error), 2 wrong usage.",
+        "",
+    ]
+    lines += ["```", help_of(None), "```", ""]
+    for name in COMMANDS:
+        lines += [f"## coterie {name}", "", "```", help_of(name), "```", ""]
+    return "\n".join(lines)
+
+
+PAGES = {"config": config_page, "cli": cli_page}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("pages", nargs="*", choices=[*PAGES, []], help="default: all")
+    given = parser.parse_args()
+    stale = []
+    for name in given.pages or PAGES:
+        path, text = REFERENCE / f"{name}.md", PAGES[name]().rstrip() + "\n"
+        if given.check:
+            if not path.is_file() or path.read_text("utf-8") != text:
+                stale.append(path.name)
+        else:
+            REFERENCE.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run: python docs/generate_reference.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

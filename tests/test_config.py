@@ -1,0 +1,300 @@
+"""Settings files: every problem is reported, with its line; what is loaded cannot change."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from coterie.config import (
+    FederationConfig,
+    PartyConfig,
+    PrivacySpec,
+    Spec,
+    TrainConfig,
+    dump_yaml,
+    load_yaml,
+    party_privacy,
+)
+from coterie.errors import ConfigError
+
+TRAIN = """\
+model:
+  family: olmoe
+data:
+  train: [private.jsonl]
+  tokenizer: {train: {files: [public.txt]}}
+train:
+  rounds: 10
+run_dir: run
+"""
+
+FEDERATION = """\
+name: trio
+model: {path: start}
+parties:
+  alder: {endpoint: "127.0.0.1:7001"}
+  birch: {endpoint: "127.0.0.1:7002"}
+coordinator: {endpoint: "127.0.0.1:7000"}
+train: {rounds: 5}
+"""
+
+PARTY = """\
+party: alder
+federation: federation.yaml
+kit: kit
+data: {train: a.jsonl}
+trunk: trunk.safetensors
+shard: shard.safetensors
+run_dir: run
+"""
+
+
+def load(folder: Path, text: str, model: type[Spec]) -> Any:
+    path = folder / "settings.yaml"
+    path.write_text(text)
+    return load_yaml(path, model)
+
+
+def refusal(folder: Path, text: str, model: type[Spec] = TrainConfig) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, text, model)
+    return caught.value
+
+
+def test_paths_start_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, TRAIN, TrainConfig)
+    assert config.data.train == (tmp_path / "private.jsonl",)
+    assert config.data.tokenizer.train.files == (tmp_path / "public.txt",)
+    assert config.run_dir == tmp_path / "run"
+    absolute = load(tmp_path, TRAIN.replace("private.jsonl", "/data/private.jsonl"), TrainConfig)
+    assert absolute.data.train == (Path("/data/private.jsonl"),)
+
+
+def test_settings_cannot_be_changed_after_loading(tmp_path: Path) -> None:
+    config = load(tmp_path, TRAIN, TrainConfig)
+    with pytest.raises(pydantic.ValidationError):
+        config.train.rounds = 3
+
+
+def test_an_unknown_key_is_refused_with_line_section_and_guess(tmp_path: Path) -> None:
+    error = refusal(tmp_path, TRAIN.replace("  rounds: 10", "  rounds: 10\n  batch_sise: 4"))
+    assert error.code == "config-unknown-key"
+    assert error.message == "`train.batch_sise` is not a setting."
+    assert error.where == "settings.yaml:8, section train"
+    assert error.fix is not None
+    assert error.fix.startswith("did you mean `batch_size`? allowed here: batch_size, checkpoint_every")
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
+    error = refusal(tmp_path, TRAIN.replace("  rounds: 10", "  rounds: 10\n  warmup_rounds: 4"))
+    assert error.fix is not None
+    assert error.fix.startswith("it belongs in `optim`.")
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    text = (
+        TRAIN.replace("rounds: 10", "rounds: 0").replace("family: olmoe", "familly: olmoe").replace("run_dir", "dir")
+    )
+    message = refusal(tmp_path, text).message
+    for part in (
+        "settings.yaml:2, section model: `model.familly` is not a setting; did you mean `family`?",
+        "settings.yaml:7, section train: `train.rounds`: input should be greater than 0 (got 0)",
+        "settings.yaml:8: `dir` is not a setting; did you mean `run_dir`?",
+        "`run_dir` is missing",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            ("family: olmoe", "family: olmoe\n  path: x"),
+            "exactly one of `path`, `hub`, `family` (found: path and family)",
+        ),
+        (("family: olmoe", "config: {}"), "exactly one of `path`, `hub`, `family` (found: none)"),
+        (("family: olmoe", "family: olmoe\n  revision: main"), "`revision` belongs to `hub`"),
+        (("tokenizer: {train: {files: [public.txt]}}", "tokenizer: model"), "brings no tokenizer"),
+        (("tokenizer: {train: {files: [public.txt]}}", "sequence_length: 1"), "greater than or equal to 2 (got 1)"),
+        (("tokenizer: {train: {files: [public.txt]}}", "packing: pages"), "'chunks', 'records' or 'documents'"),
+        (("rounds: 10", "rounds: ten"), "valid integer"),
+        (("run_dir: run", "run_dir: run\noptim: {lr: .nan}"), "`optim.lr`"),
+        (("run_dir: run", "run_dir: run\noptim: {betas: [0.9, 1.0]}"), "in [0, 1)"),
+        (("run_dir: run", "run_dir: run\nprivacy: {epsilon: 0}"), "greater than 0 (got 0)"),
+        (("run_dir: run", "run_dir: run\nprivacy: {epsilon: 8, clip_norm: -1}"), "greater than 0 (got -1)"),
+        (("run_dir: run", "run_dir: run\nprivacy: {epsilon: 8, delta: 1}"), "less than 1 (got 1)"),
+        (("run_dir: run", "run_dir: run\nprivacy: {epsilon: 8, unit: user}"), "`user_column` belong together"),
+        (("run_dir: run", "run_dir: run\nprivacy: {epsilon: 8, max_lot: 9}"), "`sampler: truncated_poisson` belong"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_in_words(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    assert words in refusal(tmp_path, TRAIN.replace(*change)).message
+
+
+def test_private_training_asks_where_its_starting_weights_come_from(tmp_path: Path) -> None:
+    text = TRAIN.replace("family: olmoe", "path: start") + "privacy: {epsilon: 8}\n"
+    assert "declare `model.provenance`" in refusal(tmp_path, text).message
+    load(tmp_path, text.replace("path: start", "path: start\n  provenance: public"), TrainConfig)
+
+
+def test_private_training_refuses_sequences_that_mix_documents(tmp_path: Path) -> None:
+    text = TRAIN.replace("train: [private.jsonl]", "train: [private.jsonl]\n  packing: documents")
+    load(tmp_path, text, TrainConfig)
+    assert "mixes records" in refusal(tmp_path, text + "privacy: {epsilon: 8}\n").message
+
+
+def test_words_that_yaml_11_takes_for_booleans_stay_words(tmp_path: Path) -> None:
+    config = load(tmp_path, TRAIN + "privacy: {epsilon: 8, balance: off, delta: 1e-6}\n", TrainConfig)
+    assert config.privacy.balance == "off"
+    assert config.privacy.delta == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "where"),
+    [
+        ("model: [1\ntrain: 2", "config-yaml", ":2"),
+        ("model: {family: a}\nmodel: {family: b}", "config-duplicate-key", ":1"),
+        ("- a\n- b", "config-empty", ""),
+        ("", "config-empty", ""),
+    ],
+)
+def test_a_file_that_is_not_settings_is_refused(tmp_path: Path, text: str, code: str, where: str) -> None:
+    error = refusal(tmp_path, text)
+    assert error.code == code
+    assert where in (error.where or "")
+
+
+def test_a_missing_file_and_binary_noise_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no settings file .*nowhere\.yaml"):
+        load_yaml(tmp_path / "nowhere.yaml", TrainConfig)
+    noise = tmp_path / "noise.yaml"
+    noise.write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_yaml(noise, TrainConfig)
+
+
+def test_written_settings_are_read_back_equal(tmp_path: Path) -> None:
+    text = TRAIN.replace("family: olmoe", "family: olmoe\n  config: {rope_theta: 1e6, tie: false}")
+    config = load(tmp_path, text + "privacy: {epsilon: 8, balance: bias, delta: 1e-7}\n", TrainConfig)
+    dump_yaml(tmp_path / "again.yaml", config)
+    assert load_yaml(tmp_path / "again.yaml", TrainConfig) == config
+
+
+def test_exchange_defaults_to_experts_which_asks_for_privacy(tmp_path: Path) -> None:
+    assert "needs `privacy`: a budget, or the word `none`" in refusal(tmp_path, FEDERATION, FederationConfig).message
+    assert load(tmp_path, FEDERATION + "privacy: none\n", FederationConfig).exchange == "experts"
+    assert load(tmp_path, FEDERATION + "privacy: {epsilon: 8}\n", FederationConfig).privacy.epsilon == 8.0
+    assert load(tmp_path, FEDERATION + "exchange: tokens\n", FederationConfig).privacy is None
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ("exchange: tokens\nprivacy: {epsilon: 8}", "cannot keep a privacy budget"),
+        ("exchange: tokens\ntrunk: shared", "`trunk: shared` needs"),
+        ("privacy: {epsilo: 8}", "did you mean `epsilon`?"),
+        ("privacy: maybe", "block of settings"),
+        ("privacy: none\nplacement: {0: {0: elm}}", "placement names elm: no such party"),
+        ("privacy: none\nplacement: random", "'round_robin'"),
+        ("privacy: none\ndeadline_s: 0", "greater than 0"),
+    ],
+)
+def test_federation_settings_that_contradict_are_refused(tmp_path: Path, added: str, words: str) -> None:
+    error = refusal(tmp_path, FEDERATION + added + "\n", FederationConfig)
+    assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("7002", "7001"), "`alder` and `birch` both listen on 127.0.0.1:7001"),
+        (("7002", "70000"), "'127.0.0.1:70000' is not `host:port`"),
+        (('"127.0.0.1:7002"', "localhost"), "'localhost' is not `host:port`"),
+        (("birch", "Birch"), "'Birch' is not a name"),
+    ],
+)
+def test_addresses_and_names_are_checked(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+    text = FEDERATION.replace(*change) + "exchange: tokens\n"
+    assert words in refusal(tmp_path, text, FederationConfig).message
+
+
+def test_an_explicit_placement_is_read_with_integer_layers_and_experts(tmp_path: Path) -> None:
+    config = load(tmp_path, FEDERATION + "exchange: tokens\nplacement: {0: {0: alder, 1: birch}}\n", FederationConfig)
+    assert config.placement == {0: {0: "alder", 1: "birch"}}
+
+
+def test_the_hash_is_the_same_wherever_the_file_lies_and_changes_with_any_setting(tmp_path: Path) -> None:
+    text = FEDERATION + "exchange: tokens\n"
+    hashes = set()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        hashes.add(load(tmp_path / name, text, FederationConfig).content_hash())
+    reordered = "exchange: tokens\n" + FEDERATION
+    hashes.add(load(tmp_path, reordered, FederationConfig).content_hash())
+    assert len(hashes) == 1
+    for change in (("rounds: 5", "rounds: 6"), ("7002", "7003"), ("path: start", "path: other")):
+        hashes.add(load(tmp_path, text.replace(*change), FederationConfig).content_hash())
+    assert len(hashes) == 4
+
+
+def federation_and_party(folder: Path, rules: str, own: str, provenance: str = "public") -> tuple[Any, Any]:
+    text = FEDERATION.replace("path: start", f"path: start, provenance: {provenance}")
+    federation = load(folder, text + rules + "\n", FederationConfig)
+    return federation, load(folder, PARTY + own + "\n", PartyConfig)
+
+
+def test_a_party_trains_under_the_shared_rules_and_its_own_smaller_budget(tmp_path: Path) -> None:
+    pair = federation_and_party(
+        tmp_path, "privacy: {epsilon: 8, clip_norm: 2}", "privacy: {epsilon: 3, seeded: true}"
+    )
+    spec = party_privacy(*pair)
+    assert isinstance(spec, PrivacySpec)
+    assert (spec.epsilon, spec.clip_norm, spec.seeded) == (3.0, 2.0, True)
+    assert spec.lot_size == pair[0].train.batch_size
+
+
+@pytest.mark.parametrize(
+    ("rules", "own", "words"),
+    [
+        ("privacy: {epsilon: 8}", "privacy: {epsilon: 9}", "asks for epsilon 9.0, above the agreed 8.0"),
+        ("privacy: {epsilon: 8}", "privacy: none", "did not agree on `mixed_privacy`"),
+        ("privacy: none", "privacy: {epsilon: 1}", "trains without privacy"),
+        ("privacy: {epsilon: 8, unit: user}", "", "must name `privacy.user_column`"),
+    ],
+)
+def test_a_party_cannot_weaken_the_shared_rules(tmp_path: Path, rules: str, own: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        party_privacy(*federation_and_party(tmp_path, rules, own))
+    assert words in caught.value.message
+
+
+def test_a_party_without_privacy_is_possible_only_where_agreed(tmp_path: Path) -> None:
+    pair = federation_and_party(tmp_path, "privacy: {epsilon: 8}\nmixed_privacy: true", "privacy: none")
+    assert party_privacy(*pair) is None
+    assert party_privacy(*federation_and_party(tmp_path, "privacy: none", "")) is None
+
+
+def models_below(model: type[pydantic.BaseModel]) -> set[type[pydantic.BaseModel]]:
+    from coterie.config.load import specs_in
+
+    inner = {spec for field in model.model_fields.values() for spec in specs_in(field.annotation)}
+    return {model}.union(*(models_below(spec) for spec in inner))
+
+
+@pytest.mark.parametrize("root", [TrainConfig, FederationConfig, PartyConfig])
+def test_every_setting_has_a_description_and_refuses_unknown_keys(root: type[Spec]) -> None:
+    for model in models_below(root):
+        assert model.model_config.get("frozen")
+        assert model.model_config.get("extra") == "forbid"
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+
+
+def test_the_reference_page_is_current() -> None:
+    script = Path(__file__).parent.parent / "docs" / "generate_reference.py"
+    subprocess.run([sys.executable, str(script), "--check", "config"], check=True)
