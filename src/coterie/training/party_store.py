@@ -1,0 +1,140 @@
+"""One party's checkpoints in a federation: trunk, hosted experts and their optimisers, under the run they belong to.
+
+``RUN_DIR/run.json`` names the run (the coordinator chose it), the party and the agreement; ``RUN_DIR/checkpoints/``
+holds `CheckpointStore` folders. A checkpoint counts once the coordinator has published its record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from coterie.errors import CheckpointError
+from coterie.federation.round_state import Saved
+from coterie.training.checkpoint import CheckpointStore, write_json
+
+_MARKER = "run.json"
+_KEPT = 3
+"""The newest is not published yet when it is written; one more is kept in case a record is torn somewhere."""
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+class PartyStore:
+    """Checkpoints in a party's run folder.
+
+    Args:
+        run_dir: exists.
+        party: this party's name.
+        agreement: hash of the settings all parties signed.
+
+    Attributes:
+        run: name of the run; empty until `adopt`.
+
+    Raises:
+        CheckpointError: the folder is another party's, or was used under another agreement.
+    """
+
+    def __init__(self, run_dir: Path, party: str, agreement: str) -> None:
+        self._run_dir, self._party, self._agreement = run_dir, party, agreement
+        self._bad: set[Saved] = set()
+        self.run = self._read_marker()
+
+    def adopt(self, run: str) -> None:
+        """Remember the run's name, on first contact with the coordinator.
+
+        Raises:
+            CheckpointError: the folder belongs to another run.
+        """
+        if self.run == run:
+            return
+        if self.run:
+            raise self._foreign(f"run {self.run[:8]}, not of {run[:8]}")
+        self.run = run
+        marker = {"kind": "federation", "run": run, "party": self._party, "agreement": self._agreement}
+        write_json(self._run_dir / _MARKER, marker)
+
+    def held(self) -> tuple[Saved, ...]:
+        """Checkpoints whose manifests can be read and that did not fail to load, oldest first."""
+        if not self.run:
+            return ()
+        found = []
+        store = self._store()
+        for round in store.rounds():
+            try:
+                saved = Saved(round, store.get(round).digest)
+            except CheckpointError:
+                continue
+            if saved not in self._bad:
+                found.append(saved)
+        return tuple(found)
+
+    def save(self, round: int, parts: Parts) -> str:
+        """Write a checkpoint so that it survives a crash, and let old ones go.
+
+        Args:
+            parts: file stem to named tensors.
+
+        Returns:
+            The digest of its manifest, and so of everything in it.
+        """
+        store = self._store()
+        digest = store.write(round, parts, {"party": self._party, "agreement": self._agreement}).digest
+        store.keep_last(_KEPT)
+        return digest
+
+    def load(self, source: Saved, stems: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+        """The named parts of a checkpoint, every byte verified.
+
+        Raises:
+            CheckpointError: it is not the one that was published, or is damaged; it is not offered again.
+        """
+        store = self._store()
+        try:
+            checkpoint = store.get(source.round)
+            if checkpoint.digest != source.digest:
+                raise CheckpointError(
+                    f"{checkpoint.path} is not the checkpoint that was published for round {source.round}.",
+                    code="checkpoint-digest",
+                    why="parties would go on from states that do not belong together",
+                    fix="an older checkpoint that all hold will be taken",
+                )
+            return {stem: store.load(checkpoint, stem) for stem in stems}
+        except CheckpointError:
+            self._bad.add(source)
+            raise
+
+    def _store(self) -> CheckpointStore:
+        return CheckpointStore(self._run_dir / "checkpoints", f"{self.run}/{self._party}")
+
+    def _read_marker(self) -> str:
+        path = self._run_dir / _MARKER
+        if not path.exists():
+            return ""
+        try:
+            marker = json.loads(path.read_text("utf-8"))
+            kind, run, party, agreement = (marker.get(key) for key in ("kind", "run", "party", "agreement"))
+        except (OSError, ValueError, AttributeError):
+            raise CheckpointError(
+                f"{path} cannot be read.",
+                code="checkpoint-torn",
+                fix="restore it from a copy, or name another run_dir to begin anew",
+            ) from None
+        if kind != "federation":
+            raise self._foreign("`coterie train`")
+        if party != self._party:
+            raise self._foreign(f"party {party}, not of {self._party}")
+        if agreement != self._agreement:
+            raise self._foreign("other settings than those that are signed now")
+        return str(run)
+
+    def _foreign(self, whose: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._run_dir} holds a run of {whose}.",
+            code="checkpoint-other-run",
+            why="its checkpoints do not fit this run",
+            fix="name another run_dir in party.yaml to begin anew, or bring the old settings back",
+        )

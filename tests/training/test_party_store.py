@@ -1,0 +1,87 @@
+"""A party's checkpoints: verified, of one run, of one party."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coterie.errors import CheckpointError
+from coterie.federation.round_state import Saved
+from coterie.training.party_store import PartyStore
+
+AGREEMENT = "a" * 64
+
+
+def store(folder: Path, party: str = "alder", agreement: str = AGREEMENT) -> PartyStore:
+    return PartyStore(folder, party, agreement)
+
+
+def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"trunk": {"w": torch.full((2,), value)}, "experts": {"e": torch.full((3,), -value)}}
+
+
+def test_what_was_saved_is_offered_and_loads_in_a_new_process(tmp_path: Path):
+    first = store(tmp_path)
+    assert (first.run, first.held()) == ("", ())
+    first.adopt("run-1")
+    digest = first.save(4, parts(1.5))
+    second = store(tmp_path)
+    assert second.run == "run-1"
+    assert second.held() == (Saved(4, digest),)
+    loaded = second.load(Saved(4, digest), ("trunk", "experts"))
+    assert loaded["trunk"]["w"].tolist() == [1.5, 1.5]
+    assert loaded["experts"]["e"].tolist() == [-1.5] * 3
+
+
+def test_damaged_checkpoint_is_refused_and_not_offered_again(tmp_path: Path):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    digests = [one.save(round, parts(round)) for round in (2, 4)]
+    (file,) = tmp_path.rglob("round-00000004/trunk.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert one.held()[-1] == Saved(4, digests[1])  # the manifest is whole; only loading reads every byte
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        one.load(Saved(4, digests[1]), ("trunk",))
+    assert one.held() == (Saved(2, digests[0]),)
+
+
+def test_checkpoint_with_another_digest_than_the_published_one_is_refused(tmp_path: Path):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    one.save(2, parts(1.0))
+    with pytest.raises(CheckpointError) as caught:
+        one.load(Saved(2, "f" * 64), ("trunk",))
+    assert caught.value.code == "checkpoint-digest"
+
+
+def test_old_checkpoints_go_but_the_last_three_stay(tmp_path: Path):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    for round in (1, 2, 3, 4):
+        one.save(round, parts(round))
+    assert [saved.round for saved in one.held()] == [2, 3, 4]
+
+
+def test_folder_of_another_run_party_or_agreement_is_refused(tmp_path: Path):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    with pytest.raises(CheckpointError, match="run run-1, not of run-2"):
+        store(tmp_path).adopt("run-2")
+    with pytest.raises(CheckpointError, match="party alder, not of birch"):
+        store(tmp_path, party="birch")
+    with pytest.raises(CheckpointError, match="other settings"):
+        store(tmp_path, agreement="b" * 64)
+
+
+def test_checkpoint_copied_from_another_party_is_not_offered(tmp_path: Path):
+    for party in ("alder", "birch"):
+        (tmp_path / party).mkdir()
+        one = store(tmp_path / party, party)
+        one.adopt("run-1")
+    store(tmp_path / "alder").save(2, parts(1.0))
+    (tmp_path / "alder" / "checkpoints").rename(tmp_path / "birch" / "checkpoints")
+    assert store(tmp_path / "birch", "birch").held() == ()
