@@ -1,0 +1,402 @@
+"""The durable record of privacy spent on one dataset, by all runs, trials and failures on it.
+
+A folder per dataset, outside run folders, holds ``ledger.jsonl``: one line an entry, each with the hash of the one
+before. A line is written and synced before the bytes it speaks of may leave the process, so a crash can only leave
+the ledger ahead of what was released, never behind. Nothing in it derives from a record's content except the
+dataset's digest.
+
+Kinds of entries: ``dataset`` (the first), ``run`` (a run and its mechanism, fixed in advance), ``release`` (noised
+bytes that may have been sent: this is what costs), ``burned`` (a release that will not be used; it still costs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.dp.accounting import Accountant, Mechanism, epsilon
+from coterie.dp.budget import Spent
+from coterie.dp.durable import locked, make_private_folder, sync_folder
+from coterie.errors import LedgerError
+
+FILE = "ledger.jsonl"
+_FORMAT = 1
+
+
+def default_root() -> Path:
+    """Where ledgers live unless told otherwise: the user's data folder, under ``coterie/ledger``."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "coterie" / "ledger"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger."""
+
+    seq: int
+    time: str
+    kind: str
+    data: dict[str, Any]
+    prev: str
+    hash: str
+
+    @classmethod
+    def after(cls, previous: Entry | None, kind: str, data: Mapping[str, Any]) -> Entry:
+        seq, prev = (previous.seq + 1, previous.hash) if previous else (0, "0" * 64)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return cls(seq, stamp, kind, dict(data), prev, _entry_hash(seq, stamp, kind, data, prev))
+
+    @classmethod
+    def parse(cls, line: bytes) -> Entry:
+        fields = json.loads(line)
+        return cls(*(fields[name] for name in ("seq", "time", "kind", "data", "prev", "hash")))
+
+    def line(self) -> bytes:
+        return json.dumps(self.__dict__, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+    def follows(self, previous: Entry | None) -> bool:
+        """Whether it continues the chain unchanged."""
+        seq, prev = (previous.seq + 1, previous.hash) if previous else (0, "0" * 64)
+        own = _entry_hash(self.seq, self.time, self.kind, self.data, self.prev)
+        return (self.seq, self.prev, self.hash) == (seq, prev, own)
+
+
+def _seeded(entry: Entry) -> bool:
+    return bool(entry.data.get("seeded"))
+
+
+def _entry_hash(seq: int, stamp: str, kind: str, data: Mapping[str, Any], prev: str) -> str:
+    text = json.dumps([seq, stamp, kind, data, prev], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest entry at some moment: lets a checkpoint notice that a ledger was put back to an older copy."""
+
+    seq: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Released:
+    """A release as the ledger knows it. ``draw`` counts the lots drawn for one round, from 0."""
+
+    run: str
+    round: int
+    draw: int
+    digest: str
+    pins: dict[str, str]
+
+
+class Ledger:
+    """Reads and extends one dataset's ledger; safe for several threads and processes at once.
+
+    Args:
+        folder: the dataset's folder; see `open_ledger`.
+        dataset: digest of the dataset; must be the one the ledger was started with.
+
+    Raises:
+        LedgerError: the chain is broken, the ledger belongs to another dataset, or its disk refuses.
+    """
+
+    def __init__(self, folder: Path, dataset: str) -> None:
+        self.folder = folder
+        self.dataset = dataset
+        self._path = folder / FILE
+        self._thread_lock = threading.Lock()
+        self._entries: list[Entry] = []
+        self._runs: dict[str, Entry] = {}
+        self._releases: dict[str, dict[tuple[int, int], Released]] = {}
+        self._offset = 0
+        make_private_folder(folder)
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            if not self._entries:
+                self._append("dataset", {"format": _FORMAT, "digest": dataset})
+                sync_folder(folder)
+        started_with = self._entries[0].data.get("digest")
+        if self._entries[0].kind != "dataset" or started_with != dataset:
+            raise LedgerError(
+                f"{self._path} belongs to another dataset ({str(started_with)[:12]}, not {dataset[:12]}).",
+                code="dp-ledger-dataset",
+                why="privacy spent on these records would be added to others'",
+                fix="let coterie choose the folder, or name the folder that this dataset's ledger is in",
+            )
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.folder / "ledger.lock"
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything in the ledger now, other processes' entries included."""
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            return tuple(self._entries)
+
+    def append(self, kind: str, data: Mapping[str, Any]) -> Entry:
+        """Add an entry; it is on disk when this returns.
+
+        Raises:
+            LedgerError: it could not be written and synced. Nothing may be released then.
+        """
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            return self._append(kind, data)
+
+    # -- runs ----------------------------------------------------------------------------------------------------
+
+    def start_run(self, run: str, mechanism: Mechanism, rounds: int, **facts: Any) -> None:
+        """Fix a run's mechanism and its number of rounds, before anything is released.
+
+        Args:
+            run: identifier, unique on this dataset.
+            mechanism: of every round.
+            rounds: largest number of releases; burned ones count.
+            facts: public facts for statements, JSON values.
+
+        Raises:
+            LedgerError: the run exists already with other numbers.
+        """
+        data = {"run": run, "mechanism": mechanism.to_json(), "rounds": rounds, **facts}
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            known = self._runs.get(run)
+            if known is None:
+                self._append("run", data)
+            elif known.data != json.loads(json.dumps(data)):
+                raise LedgerError(
+                    f"run {run} is in the ledger with other settings.",
+                    code="dp-ledger-run",
+                    where=str(self._path),
+                    why="noise, sampling rate and number of rounds are fixed in advance",
+                    fix="resume it with the settings it was started with, or start a new run",
+                )
+
+    def run(self, run: str) -> dict[str, Any]:
+        """What was fixed when the run started.
+
+        Raises:
+            LedgerError: no such run.
+        """
+        entry = self._known_runs().get(run)
+        if entry is None:
+            raise LedgerError(
+                f"run {run} is not in this dataset's ledger.",
+                code="dp-ledger-behind",
+                where=str(self._path),
+                why="what the run has already released would not be counted",
+                fix="use the ledger folder (and the dataset) that the run was started with",
+            )
+        return entry.data
+
+    def record_release(self, run: str, round_number: int, draw: int, digest: str, pins: Mapping[str, str]) -> None:
+        """Count noised bytes as released. Call it when they are spooled and synced, and before they are used.
+
+        Args:
+            run: started with `start_run`.
+            round_number: from 1.
+            draw: which lot of this round, from 0.
+            digest: of the noised bytes.
+            pins: what they were computed from (weights, roster, membership epoch...), as digests.
+
+        Raises:
+            LedgerError: this lot already has another noised result, or more releases than planned.
+        """
+        data = {"run": run, "round": round_number, "draw": draw, "digest": digest, "pins": dict(pins)}
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            mine = self._releases.get(run, {})
+            known = mine.get((round_number, draw))
+            if known is not None and known.digest == digest:
+                return
+            if known is not None:
+                raise LedgerError(
+                    f"round {round_number} of run {run} was already noised with another result.",
+                    code="dp-two-results",
+                    where=str(self._path),
+                    why="the difference of two noised results of one lot would cancel privacy",
+                    fix="use the spooled bytes, or burn the round so that a new lot is drawn",
+                )
+            planned = self._runs.get(run)
+            if planned is None or len(mine) >= planned.data["rounds"]:
+                raise LedgerError(
+                    f"run {run} has no release left for round {round_number}.",
+                    code="dp-ledger-full",
+                    where=str(self._path),
+                    why="the number of rounds was fixed in advance",
+                    fix="start a new run with a new budget",
+                )
+            self._append("release", data)
+
+    def record_burned(self, run: str, round_number: int, draw: int, reason: str) -> None:
+        """Note that a release will not be used. It keeps counting."""
+        self.append("burned", {"run": run, "round": round_number, "draw": draw, "reason": reason})
+
+    def releases(self, run: str) -> list[Released]:
+        """All releases of a run, burned ones included, in order."""
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            return list(self._releases.get(run, {}).values())
+
+    # -- what it adds up to ----------------------------------------------------------------------------------------
+
+    def spent(self, run: str, delta: float, accountant: Accountant = "pld") -> Spent:
+        """What one run has spent. Infinite for a seeded run that released anything."""
+        return self._spent([run], delta, accountant)
+
+    def lifetime(self, delta: float, accountant: Accountant = "pld") -> Spent:
+        """What all private runs on this dataset have spent together. Seeded runs: see `seeded_runs`."""
+        return self._spent(
+            [run for run, entry in self._known_runs().items() if not _seeded(entry)], delta, accountant
+        )
+
+    def seeded_runs(self) -> list[str]:
+        """Runs that were not private and released something: no epsilon holds for what they made."""
+        return [run for run, entry in self._known_runs().items() if _seeded(entry) and self._releases.get(run)]
+
+    def _known_runs(self) -> dict[str, Entry]:
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            return dict(self._runs)
+
+    def _spent(self, runs: list[str], delta: float, accountant: Accountant) -> Spent:
+        known, events = self._known_runs(), []
+        for run in runs:
+            count = len(self._releases.get(run, {}))
+            if count and _seeded(known[run]):
+                return Spent(float("inf"), delta)
+            if count:
+                events.append((Mechanism.from_json(known[run].data["mechanism"]), count))
+        return Spent(epsilon(events, delta, accountant), delta)
+
+    # -- rollback ---------------------------------------------------------------------------------------------------
+
+    def head(self) -> Head:
+        """The newest entry, to be kept elsewhere (a checkpoint, a host)."""
+        last = self.entries()[-1]
+        return Head(last.seq, last.hash)
+
+    def check_contains(self, head: Head) -> None:
+        """Make sure that this ledger still holds what it held when ``head`` was taken.
+
+        Raises:
+            LedgerError: it is an older copy, or another one.
+        """
+        entries = self.entries()
+        if head.seq >= len(entries) or entries[head.seq].hash != head.hash:
+            raise LedgerError(
+                f"the ledger does not hold entry {head.seq}, which a checkpoint has seen.",
+                code="dp-ledger-behind",
+                where=str(self._path),
+                why="it is an older copy or another ledger: privacy already spent would be forgotten",
+                fix="put the newest ledger back; a ledger must never be restored from a backup",
+            )
+
+    def check_not_behind(self, run: str, round_number: int) -> None:
+        """Make sure that the ledger knows of every round that somebody else has received.
+
+        Args:
+            run: identifier.
+            round_number: the last round a host says it received from us; 0 if none.
+
+        Raises:
+            LedgerError: the ledger is behind, so it was rolled back.
+        """
+        last = max((release.round for release in self.releases(run)), default=0)
+        if round_number > last:
+            raise LedgerError(
+                f"a host has received round {round_number}, the ledger ends at round {last}.",
+                code="dp-ledger-behind",
+                where=str(self._path),
+                why="it is an older copy: privacy already spent would be forgotten, and a lot noised twice",
+                fix="put the newest ledger back; a ledger must never be restored from a backup",
+            )
+
+    # -- the file ---------------------------------------------------------------------------------------------------
+
+    def _add(self, entry: Entry, size: int) -> None:
+        """Take an entry that is on disk into memory."""
+        data = entry.data
+        if entry.kind == "run":
+            self._runs[data["run"]] = entry
+        elif entry.kind == "release":
+            released = Released(data["run"], data["round"], data["draw"], data["digest"], data["pins"])
+            self._releases.setdefault(data["run"], {})[(data["round"], data["draw"])] = released
+        self._entries.append(entry)
+        self._offset += size
+
+    def _catch_up(self) -> None:
+        """Read and check the lines that were added since, by whatever process. Needs both locks."""
+        if not self._path.exists():
+            if self._entries:
+                raise self._broken("it has disappeared while in use")
+            return
+        with self._path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset:
+                raise self._broken("it has become shorter while in use")
+            file.seek(self._offset)
+            new = file.read()
+        for line in new.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                # The crash of a writer: the entry was never synced, so nothing was released on its strength.
+                return
+            try:
+                entry = Entry.parse(line)
+                sound = entry.follows(self._entries[-1] if self._entries else None)
+            except (ValueError, KeyError, TypeError):
+                sound = False
+            if not sound:
+                raise self._broken(f"line {len(self._entries) + 1} does not continue the chain")
+            self._add(entry, len(line))
+
+    def _append(self, kind: str, data: Mapping[str, Any]) -> Entry:
+        entry = Entry.after(self._entries[-1] if self._entries else None, kind, json.loads(json.dumps(data)))
+        line = entry.line()
+        try:
+            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.ftruncate(handle, self._offset)  # what a torn line left behind
+                os.lseek(handle, self._offset, os.SEEK_SET)
+                view = memoryview(line)
+                while view:
+                    view = view[os.write(handle, view) :]
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise LedgerError(
+                f"the ledger could not be extended: {error.strerror}.",
+                code="dp-ledger-write",
+                where=str(self._path),
+                why="nothing may be released that the ledger does not hold",
+                fix="free disk space or repair the disk, then resume the run",
+            ) from error
+        self._add(entry, len(line))
+        return entry
+
+    def _broken(self, what: str) -> LedgerError:
+        return LedgerError(
+            f"the ledger is not what was written: {what}.",
+            code="dp-ledger-tampered",
+            where=str(self._path),
+            why="privacy already spent may be missing from it, so no statement can be made",
+            fix="put back the ledger as it was; if that is impossible, treat the dataset's budget as spent",
+        )
+
+
+def open_ledger(dataset: str, root: Path | str | None = None) -> Ledger:
+    """The ledger of the dataset with this digest, created on first use.
+
+    Args:
+        dataset: see `coterie.dp.dataset.dataset_digest`.
+        root: folder that holds the ledgers of all datasets; default `default_root`.
+    """
+    return Ledger(Path(root or default_root()).expanduser() / dataset[:24], dataset)

@@ -1,0 +1,174 @@
+"""Where a run keeps, on disk, the lot it is working on and the noised results it may have sent.
+
+A lot is stored before it is computed on, so that a retry after a crash uses the same one: otherwise whether a lot is
+drawn again could depend on the records in it. A noised result is stored before the ledger counts it and before it is
+used; from then on only these bytes exist. The folder is secret (it says which records are in a lot) and is readable
+by its owner alone; the noise itself is never stored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coterie.dp.durable import (
+    file_digest,
+    lock,
+    make_private_folder,
+    remove_durably,
+    sync_file,
+    sync_folder,
+    write_durably,
+)
+from coterie.dp.lots import Lot
+from coterie.errors import LedgerError
+
+_LOT = "lot.json"
+_RELEASE = re.compile(r"release-(\d+)-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Release:
+    """The noised result of one round, as it lies in the spool.
+
+    Attributes:
+        round: from 1.
+        draw: which lot of this round, from 0.
+        digest: SHA-256 of the file.
+        pins: what it was computed from.
+        path: a safetensors file.
+    """
+
+    round: int
+    draw: int
+    digest: str
+    pins: dict[str, str]
+    path: Path
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The noised sums, float32, checked against the digest.
+
+        Raises:
+            LedgerError: the file is not what was counted.
+        """
+        if file_digest(self.path) != self.digest:
+            raise LedgerError(
+                f"{self.path.name} is not what was spooled.",
+                code="dp-spool-digest",
+                where=str(self.path.parent),
+                why="only the bytes that the ledger counted may be used or sent",
+                fix="burn the round (resume with other weights or start a new run); the ledger keeps its cost",
+            )
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@dataclass(frozen=True)
+class StoredLot:
+    """A lot that was drawn and not yet released."""
+
+    draw: int
+    pins: dict[str, str]
+    lot: Lot
+
+
+class Spool:
+    """One run's spool, used by one process at a time.
+
+    Args:
+        folder: created if absent.
+
+    Raises:
+        LedgerError: another process (or another session of this one) is using it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_private_folder(folder)
+        try:
+            self._lock: int | None = lock(folder / "spool.lock", wait=False)
+        except BlockingIOError as error:
+            raise LedgerError(
+                f"the run's spool {folder} is in use.",
+                code="dp-spool-busy",
+                why="two processes could noise the same lot twice",
+                fix="stop the other process, or close the other session of this run",
+            ) from error
+        for leftover in folder.glob("*.part"):
+            leftover.unlink()
+
+    def close(self) -> None:
+        """Let other processes use the spool."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def store_lot(self, lot: Lot, draw: int, pins: Mapping[str, str]) -> None:
+        """Keep the lot until its result is released."""
+        content = {"draw": draw, "pins": dict(pins), "lot": lot.to_json()}
+        write_durably(self.folder / _LOT, json.dumps(content).encode())
+
+    def stored_lot(self) -> StoredLot | None:
+        """The lot that was drawn last, if its result was not released."""
+        path = self.folder / _LOT
+        if not path.exists():
+            return None
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        return StoredLot(int(content["draw"]), dict(content["pins"]), Lot.from_json(content["lot"]))
+
+    def drop_lot(self) -> None:
+        """Forget the stored lot."""
+        remove_durably(self.folder / _LOT)
+
+    def store_release(
+        self, round_number: int, draw: int, noised: Mapping[str, Tensor], pins: Mapping[str, str]
+    ) -> Release:
+        """Put noised sums on disk, synced. They are not released yet: the ledger comes next."""
+        path = self.folder / f"release-{round_number:08d}-{draw}.safetensors"
+        aside = path.with_suffix(".part")
+        header = {"round": str(round_number), "draw": str(draw), "pins": json.dumps(dict(pins), sort_keys=True)}
+        save_file({name: tensor.contiguous() for name, tensor in noised.items()}, aside, metadata=header)
+        os.chmod(aside, 0o600)
+        digest = file_digest(aside)
+        sync_file(aside)
+        os.replace(aside, path)
+        sync_folder(self.folder)
+        return Release(round_number, draw, digest, dict(pins), path)
+
+    def releases(self, pattern: str = "release-*") -> list[Release]:
+        """What lies in the spool, by round and draw."""
+        found = []
+        for path in self.folder.glob(pattern):
+            match = _RELEASE.fullmatch(path.name)
+            if match:
+                with safe_open(path, framework="pt") as file:
+                    pins = json.loads(file.metadata()["pins"])
+                found.append(Release(int(match[1]), int(match[2]), file_digest(path), pins, path))
+        return sorted(found, key=lambda release: (release.round, release.draw))
+
+    def releases_of(self, round_number: int) -> list[Release]:
+        """What lies in the spool for one round."""
+        return [
+            release for release in self.releases(f"release-{round_number:08d}-*") if release.round == round_number
+        ]
+
+    def drop_releases(self, up_to_round: int) -> None:
+        """Remove results that everybody who needs them has stored."""
+        for path in self.folder.iterdir():
+            match = _RELEASE.fullmatch(path.name)
+            if match and int(match[1]) <= up_to_round:
+                path.unlink()
+        sync_folder(self.folder)
+
+    def drop(self, release: Release) -> None:
+        """Remove one result, which will never be used."""
+        remove_durably(release.path)

@@ -1,0 +1,298 @@
+"""Invariant 8, crash by crash: the process dies at every single write, sync, rename and removal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coterie.dp.accounting import Mechanism
+from coterie.dp.ledger import open_ledger
+from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
+from coterie.dp.noise import add_noise
+from coterie.dp.randomness import SystemRandom
+from coterie.dp.releases import Pending, Releases
+from coterie.dp.spool import Release, Spool
+from coterie.errors import BudgetError, LedgerError
+
+DATASET, RUN, ROUNDS = "d" * 64, "run", 50
+UNITS, PLAN = Units.of_records(40), LotPlan.of(40, 20)
+PINS = {"weights": "w1"}
+NOTHING = np.empty(0, np.int64)
+
+
+class Crash(BaseException):
+    """Power fails here."""
+
+
+@dataclass
+class World:
+    """What exists outside the process: its folder, and everything it ever computed on or sent."""
+
+    folder: Path
+    computed: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+    sent: list[tuple[int, str]] = field(default_factory=list)
+
+    @contextmanager
+    def open(self, rounds: int = ROUNDS) -> Iterator[Releases]:
+        spool = Spool(self.folder / "spool")
+        try:
+            ledger = open_ledger(DATASET, self.folder / "ledger")
+            ledger.start_run(RUN, Mechanism(1.0, PLAN.rate), rounds)
+            yield Releases(ledger, spool, RUN)
+        finally:
+            spool.close()
+
+    def work(self, number: int, pins: dict[str, str] | None = None) -> None:
+        """One round in one life of the process."""
+        with self.open() as releases:
+            step = releases.begin(number, pins or PINS, lambda _: draw_lot(number, PLAN, UNITS, SystemRandom()))
+            if isinstance(step, Pending):
+                self.computed.append((number, step.draw, tuple(step.lot.records.tolist())))
+                step = releases.publish(step, add_noise({"w": torch.zeros(8)}, 1.0, SystemRandom()))
+            assert step.tensors()["w"].shape == (8,)
+            self.sent.append((number, step.digest))
+
+    def check(self) -> None:
+        """What must hold at any moment, in any history."""
+        spool = Spool(self.folder / "spool")
+        spool.close()
+        ledger = open_ledger(DATASET, self.folder / "ledger")
+        counted = {r.digest for r in ledger.releases(RUN)}
+        assert {digest for _, digest in self.sent} <= counted, "sent without being counted"
+        by_draw: dict[tuple[int, int], set] = {}
+        for number, draw, lot in self.computed:
+            by_draw.setdefault((number, draw), set()).add(lot)
+        assert all(len(lots) == 1 for lots in by_draw.values()), "a retry computed another lot"
+        keys = [(r.round, r.draw) for r in ledger.releases(RUN)]
+        assert len(keys) == len(set(keys)), "two results for one lot"
+
+
+def dying_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
+    """Make the ``step``-th durable operation from now on the last one; every second time only half of it happens."""
+    done = 0
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == step:
+                if name == "write" and step % 2:
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2])
+                raise Crash(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, dying)
+
+    for name in ("write", "fsync", "replace", "unlink", "ftruncate"):
+        wrap(name)
+    return lambda: done
+
+
+def test_invariant_8_a_crash_at_any_point_never_under_reports_and_never_noises_a_lot_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashes = 0
+    for step in range(1, 200):
+        world = World(tmp_path / str(step))
+        world.folder.mkdir()
+        with monkeypatch.context() as patch:
+            count = dying_at(patch, step)
+            try:
+                for number in (1, 2):
+                    world.work(number)
+                    with world.open() as releases:
+                        releases.spool.drop_releases(number - 1)
+                finished = True
+            except Crash:
+                finished = False
+            crashes += not finished
+        world.check()
+        for number in (1, 2):
+            world.work(number)
+        world.check()
+        assert len({digest for number, digest in world.sent if number == 2}) == 1
+        if finished:
+            assert count() < step
+            break
+    assert crashes > 25
+
+
+def test_invariant_8_crash_after_spooling_sends_those_bytes_and_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    with world.open() as releases:
+        pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+        assert isinstance(pending, Pending)
+        spooled = releases.spool.store_release(1, 0, {"w": torch.ones(8)}, PINS)
+        assert releases.ledger.releases(RUN) == []
+    with world.open() as releases:
+        assert [r.digest for r in releases.ledger.releases(RUN)] == [spooled.digest]
+        again = releases.begin(1, PINS, lambda _: pytest.fail("drew a lot"))
+        assert isinstance(again, Release)
+        assert (again.digest, again.tensors()["w"].tolist()) == (spooled.digest, [1.0] * 8)
+
+
+def test_invariant_8_order_is_spool_sync_then_ledger_sync_then_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, trace = World(tmp_path), []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def name_of(handle: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{handle}")).name
+
+    with world.open() as releases:
+        pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+        monkeypatch.setattr(os, "fsync", lambda h: (trace.append(("sync", name_of(h))), real_sync(h))[1])
+        monkeypatch.setattr(
+            os, "replace", lambda a, b: (trace.append(("rename", Path(b).name)), real_replace(a, b))[1]
+        )
+        assert isinstance(pending, Pending)
+        releases.publish(pending, {"w": torch.ones(8)})
+    wanted = [
+        ("sync", "release-00000001-0.part"),
+        ("rename", "release-00000001-0.safetensors"),
+        ("sync", "spool"),
+        ("sync", "ledger.jsonl"),
+        ("sync", "spool"),
+    ]
+    assert trace == wanted
+
+
+def test_invariant_8_retry_before_spooling_recomputes_the_same_lot(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    lots = []
+    for _ in range(3):
+        with world.open() as releases:
+            pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+            assert isinstance(pending, Pending)
+            lots.append(pending.lot.records.tolist())
+    assert lots[0] == lots[1] == lots[2]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"weights": "w2"}, {"weights": "w1", "roster": "r2"}, {"weights": "w1", "epoch": "2"}]
+)
+def test_invariant_8_changed_weights_roster_or_epoch_burn_the_round(tmp_path: Path, changed: dict[str, str]) -> None:
+    world = World(tmp_path)
+    world.work(1)
+    world.work(1, changed)
+    with world.open() as releases:
+        ledger = releases.ledger
+        assert [(r.round, r.draw, r.pins) for r in ledger.releases(RUN)] == [(1, 0, PINS), (1, 1, changed)]
+        assert [e.data["reason"] for e in ledger.entries() if e.kind == "burned"] != []
+        assert releases.used == 2
+    first, second = world.computed
+    assert first[2] != second[2]
+    assert world.sent[0][1] != world.sent[1][1]
+
+
+def test_a_pending_lot_is_drawn_anew_when_what_it_is_computed_from_changes(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    lots = []
+    for pins in (PINS, {"weights": "w2"}):
+        with world.open() as releases:
+            pending = releases.begin(1, pins, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+            assert isinstance(pending, Pending)
+            lots.append(pending.lot.records.tolist())
+            assert releases.used == 0
+    assert lots[0] != lots[1]
+
+
+def test_lost_spool_means_a_new_lot_that_counts_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.work(1)
+    for path in (tmp_path / "spool").glob("release-*"):
+        path.unlink()
+    world.work(1)
+    world.check()
+    assert world.computed[0][2] != world.computed[1][2]
+    with world.open() as releases:
+        assert releases.used == 2
+
+
+def test_spooled_bytes_that_changed_are_neither_used_nor_counted_anew(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.work(1)
+    (path,) = (tmp_path / "spool").glob("release-*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match="is not what the ledger counted"), world.open():
+        pass
+
+
+def test_spent_budget_stops_before_a_lot_is_drawn(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with world.open(rounds=1) as releases:
+        pending = releases.begin(1, PINS, lambda _: Lot(1, NOTHING, NOTHING))
+        assert isinstance(pending, Pending)
+        releases.publish(pending, {"w": torch.ones(8)})
+        assert (releases.remaining, releases.last_round()) == (0, 1)
+        with pytest.raises(BudgetError, match="the budget of this run is spent: 1 of 1 rounds are released"):
+            releases.begin(2, PINS, lambda _: pytest.fail("drew a lot"))
+
+
+def test_two_sessions_on_one_spool_are_refused(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with (
+        world.open() as releases,
+        pytest.raises(LedgerError, match="is in use"),
+        world.open(),
+    ):
+        pass
+    with world.open() as releases:
+        assert releases.used == 0
+
+
+VICTIM = """
+import os, signal, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+from pathlib import Path
+from test_releases import World
+step, done = int(sys.argv[3]), 0
+real = os.fsync
+def fsync(handle):
+    global done
+    done += 1
+    if done == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(handle)
+os.fsync = fsync
+world = World(Path(sys.argv[2]))
+for number in (1, 2, 3):
+    world.work(number)
+    print(number, *world.sent[-1][1:], flush=True)
+"""
+
+
+@pytest.mark.parametrize("step", [8, 13, 17])
+def test_invariant_8_a_killed_process_resumes_without_losing_count(tmp_path: Path, step: int) -> None:
+    victim = subprocess.run(
+        [sys.executable, "-c", VICTIM, __file__, str(tmp_path), str(step)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert victim.returncode == -signal.SIGKILL, victim.stderr
+    world = World(tmp_path)
+    world.sent = [(int(line.split()[0]), line.split()[1]) for line in victim.stdout.splitlines()]
+    for number in (1, 2, 3):
+        world.work(number)
+    world.check()
+    for number in (1, 2, 3):
+        assert len({digest for n, digest in world.sent if n == number}) == 1
