@@ -11,6 +11,7 @@ R routed rows (one per chosen (token, expert) pair), D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -228,6 +229,26 @@ def select(model: nn.Module, implementation: ExpertsImplementation | None = None
         layer.module.config._experts_implementation = NAME  # type: ignore[union-attr]
         setattr(layer.module, _BINDING, (implementation, layer))
     return layers
+
+
+@contextmanager
+def computed_by(model: nn.Module, implementation: ExpertsImplementation) -> Iterator[list[ExpertLayer]]:
+    """Inside, every MoE layer is computed by ``implementation``; afterwards by whatever did before.
+
+    A model without MoE layers behind the interface is left alone.
+    """
+    modules = [layer.module for layer in expert_layers(model)]
+    before = [(m, getattr(m, _BINDING, None), m.config, m.config._experts_implementation) for m in modules]  # type: ignore[union-attr]
+    layers = select(model, implementation) if modules else []
+    try:
+        yield layers
+    finally:
+        for module, binding, config, name in before:
+            config._experts_implementation = name  # type: ignore[union-attr]
+            if binding is None:
+                delattr(module, _BINDING)
+            else:
+                setattr(module, _BINDING, binding)
 
 
 def check_selected(model: nn.Module) -> None:

@@ -1,0 +1,174 @@
+"""Tensors computed from parameters alone, followed from the parameter to the operation that meets data.
+
+Models seldom use a parameter as it is stored: norms use ``1 + w``, routers ``w.float()``, attention sinks
+``s.expand(...)``, LoRA merges ``B @ A``. A `Node` remembers such an expression so that a gradient at its end can be
+carried back to the parameter, exactly, by replaying it.
+
+Nothing here holds an autograd graph: values are plain, and an expression is replayed only when it must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+
+class Kind(IntEnum):
+    """How a node relates to its one root, from the cheapest to carry gradients through to the dearest.
+
+    SAME: same entries in the same row-major order with unit derivative (``w``, ``1 + w``, ``w.float()``, views).
+    TRANSPOSED: a matrix whose transpose is SAME.
+    ISOMETRIC: entries moved or dropped, never repeated or scaled (slices, permutations): gradients keep their norm.
+    GENERAL: anything else, or more than one root.
+    """
+
+    SAME = 0
+    TRANSPOSED = 1
+    ISOMETRIC = 2
+    GENERAL = 3
+
+
+@dataclass(eq=False)
+class Node:
+    """A weight-only value, and how it was made.
+
+    Attributes:
+        value: the number itself, plain and detached.
+        roots: the trainable parameters it depends on.
+        kind: see `Kind`.
+        function: None for a root; else ``function(*args, **kwargs)`` gives the value, nodes standing for values.
+        part: position in the result of a function that returns several tensors.
+    """
+
+    value: Tensor
+    roots: tuple[Root, ...] = ()
+    kind: Kind = Kind.SAME
+    function: Function | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    part: int | None = None
+
+
+@dataclass(eq=False)
+class Root(Node):
+    """One trainable parameter during one pass.
+
+    Attributes:
+        name: its name in the model.
+        expected: uses seen in the forward.
+        captured: (node, term) pairs that the backward delivered.
+        done: its norm was computed, or its sum added; a later capture would be lost.
+    """
+
+    name: str = ""
+    expected: int = 0
+    captured: list[tuple[Node, Any]] = field(default_factory=list)
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self.roots = (self,)
+
+
+_T = torch.Tensor
+_SAME_WHEN_ALONE = {
+    _T.float, _T.double, _T.half, _T.bfloat16, _T.to, _T.type, _T.type_as, _T.clone, torch.clone, _T.contiguous,
+    _T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten, _T.squeeze, torch.squeeze, _T.unsqueeze,
+    torch.unsqueeze, _T.view_as, _T.reshape_as, _T.cpu, _T.cuda, torch.unflatten, _T.unflatten,
+}  # fmt: skip
+_SHIFTS = {torch.add, _T.add, _T.__add__, _T.__radd__, torch.sub, _T.sub, _T.__sub__}
+_TRANSPOSES = {_T.t, torch.t, _T.T.__get__, _T.mT.__get__}
+_SWAPS = {_T.transpose, torch.transpose, _T.swapaxes, torch.swapaxes}
+_MOVES = {
+    _T.permute, torch.permute, _T.transpose, torch.transpose, _T.swapaxes, torch.swapaxes, _T.mT.__get__,
+    _T.chunk, torch.chunk, _T.split, torch.split, _T.unbind, torch.unbind, _T.narrow, torch.narrow, _T.select,
+    torch.select, _T.neg, torch.neg, _T.__neg__, _T.flip, torch.flip, _T.roll, torch.roll, _T.__iter__,
+}  # fmt: skip
+
+
+def kind_of(function: Function, sources: list[Node], args: tuple[Any, ...], value: Tensor) -> Kind:
+    """The kind of ``function(*args)``, judged from the function and its node arguments."""
+    if len(sources) != 1 or len(sources[0].roots) != 1 or not value.is_floating_point():
+        return Kind.GENERAL
+    source = sources[0]
+    same_size = value.numel() == source.value.numel()
+    if function in _SAME_WHEN_ALONE and same_size:
+        return source.kind if source.kind != Kind.TRANSPOSED or value.shape == source.value.shape else Kind.ISOMETRIC
+    if function in _SHIFTS and value.shape == source.value.shape and "alpha" not in args:
+        # ``c - w`` turns the sign, which `_T.__rsub__` covers as GENERAL; here the node comes first or is added.
+        return source.kind if args[0] is source or function not in (torch.sub, _T.sub) else Kind.GENERAL
+    if function in _TRANSPOSES or (
+        function in _SWAPS and value.ndim == 2 and value.shape == source.value.shape[::-1]
+    ):
+        return _transposed(source)
+    if function is _T.__getitem__ and _basic_index(args[1]):
+        return source.kind if same_size and source.kind == Kind.SAME else max(source.kind, Kind.ISOMETRIC)
+    if function in _MOVES:
+        return max(source.kind, Kind.ISOMETRIC)
+    return Kind.GENERAL
+
+
+def _transposed(source: Node) -> Kind:
+    if source.value.ndim != 2 or source.kind > Kind.TRANSPOSED:
+        return max(source.kind, Kind.ISOMETRIC)
+    if source.kind == Kind.TRANSPOSED:
+        return Kind.SAME
+    return Kind.TRANSPOSED if source.value.shape == source.roots[0].value.shape else Kind.ISOMETRIC
+
+
+def _basic_index(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
+
+
+def replay(node: Node, leaves: dict[Root, Tensor]) -> Tensor:
+    """The node's value again, with other tensors in the roots' place; differentiable if those are."""
+    if node.function is None:
+        return leaves[node] if isinstance(node, Root) else node.value
+
+    def again(item: Any) -> Any:
+        if isinstance(item, Node):
+            return replay(item, leaves)
+        if isinstance(item, list | tuple) and any(isinstance(part, Node) for part in item):
+            return type(item)(again(part) for part in item)
+        return item
+
+    result = node.function(*again(node.args), **{key: again(item) for key, item in node.kwargs.items()})
+    return result if node.part is None else result[node.part]
+
+
+class Pullback:
+    """Carries gradients at a node back to one of its roots, as often as wanted. Linear in the gradient."""
+
+    def __init__(self, node: Node, root: Root) -> None:
+        self._node = node
+        self._root = root
+        self._graph: tuple[Tensor, Tensor] | None = None
+        if node.kind > Kind.TRANSPOSED:
+            leaves = {other: other.value.float() for other in node.roots}
+            leaves[root] = leaves[root].clone().requires_grad_()
+            with torch.enable_grad():
+                self._graph = (replay(node, leaves), leaves[root])
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """[*node shape] to [*root shape], float32."""
+        shape = self._root.value.shape
+        if self._graph is None:
+            turned = gradient if self._node.kind == Kind.SAME else gradient.transpose(-1, -2)
+            return turned.reshape(shape).float()
+        value, leaf = self._graph
+        (result,) = torch.autograd.grad(value, leaf, gradient.to(value.dtype), retain_graph=True, allow_unused=True)
+        return result.float() if result is not None else torch.zeros(shape, device=gradient.device)
+
+    def batched(self, gradients_B: Tensor) -> Tensor:
+        """[B, *node shape] to [B, *root shape], float32."""
+        if self._graph is None:
+            turned = gradients_B if self._node.kind == Kind.SAME else gradients_B.transpose(-1, -2)
+            return turned.reshape(-1, *self._root.value.shape).float()
+        return torch.stack([self(gradient) for gradient in gradients_B])

@@ -1,0 +1,364 @@
+"""Clipped sums of per-sample gradients of any model, in one backward or two.
+
+Book-keeping (Bu et al. 2023, arXiv:2210.00038): one backward captures, per use of a parameter, the rows that entered
+and the gradient at the output; norms come from these, then the clipped sum from the same tensors. Ghost clipping
+(Li et al. 2022, arXiv:2110.05679): a first backward yields norms only and keeps nothing, a second one yields the
+clipped sum. Both give the same sums.
+
+Shape letters: B records of a physical batch, G gradient groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from coterie.dp import resolve
+from coterie.dp.capture import Capture, Sites
+from coterie.dp.clipping import Clipping, Flat
+from coterie.dp.derived import Root
+from coterie.dp.experts import PrivateExperts
+from coterie.dp.gram import UNIT, SqNorms, worst_excess
+from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_loss
+from coterie.dp.probe import learn_sites
+from coterie.dp.rules import apply_rule
+from coterie.dp.terms import Outer
+from coterie.errors import PrivacyError
+from coterie.models import seam
+from coterie.models.lora import expert_adapters, factors_stay_apart
+from coterie.models.streaming import WeightSource
+
+Method = Literal["auto", "book_keeping", "ghost"]
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What one physical batch looked like. For the owner's eyes only: none of it is private.
+
+    Attributes:
+        losses: [B] float32.
+        norms: [B] float64, norm of each record's whole gradient.
+        group_norms: [G, B] float64.
+        within: [G, B] bool, norm at or below the group's threshold; released only as a noised, centred sum.
+        masked: [B] bool, records that were not finite and contribute zero.
+    """
+
+    losses: Tensor
+    norms: Tensor
+    group_norms: Tensor
+    within: Tensor
+    masked: Tensor
+
+
+class Engine:
+    """Adds clipped per-sample gradients into float32 sums.
+
+    Args:
+        model: any model; parameters that require a gradient when the engine is made are trained.
+        loss_fn: ``loss_fn(model, batch) -> [B]``; default: `losses.default_loss`.
+        clipping: how norms become factors.
+        method: ``auto`` measures the first batch's captures and takes book-keeping where they fit in memory.
+        expert_weights: lends stacked expert weights whose module holds none (a streamed layer); with it,
+            ``expert_shapes`` names what is trained.
+        expert_shapes: parameter name to shape, for lent weights.
+        accumulate_on: device of the sums; default: each parameter's own.
+
+    Attributes:
+        groups: gradient groups, in the order of ``thresholds``.
+        thresholds: [G] float64 clip norms of the groups; adaptive clipping replaces them between rounds.
+        eta: the clipped sum of one record has norm at most ``(1 + eta)`` times the thresholds' root sum of squares.
+
+    Raises:
+        PrivacyError: nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction | None = None,
+        clipping: Clipping | None = None,
+        method: Method = "auto",
+        expert_weights: WeightSource | None = None,
+        expert_shapes: Mapping[str, torch.Size] | None = None,
+        accumulate_on: torch.device | None = None,
+    ) -> None:
+        self.model = model
+        self.loss_fn: LossFunction = loss_fn or default_loss
+        self.clipping = clipping or Flat(1.0)
+        self.method: Method = method
+        self.parameters = {
+            name: p for name, p in model.named_parameters() if p.requires_grad and p.device.type != "meta"
+        }
+        self.lent_shapes = dict(expert_shapes or {})
+        self.shapes = {name: p.shape for name, p in self.parameters.items()} | self.lent_shapes
+        if not self.shapes:
+            raise PrivacyError(
+                "The model has nothing to train: no parameter requires a gradient.",
+                code="dp-nothing-to-train",
+                fix="call requires_grad_(True) on what should be trained, or attach LoRA adapters",
+            )
+        self._group_of = {name: self.clipping.group_of(name) for name in self.shapes}
+        self.groups = list(dict.fromkeys(self._group_of.values()))
+        self.thresholds = self.clipping.thresholds(self.groups)
+        self.eta = self._eta()
+        self._source = expert_weights
+        self._accumulate_on = accumulate_on
+        self._sums: Sums = {}
+        self._sites: Sites | None = None
+        self._captured_bytes_per_value: float | None = None
+
+    def _eta(self) -> float:
+        """Rounding that the slack of the norms does not cover (see docs/concepts/dp-engine.md)."""
+        longest = max((size for shape in self.shapes.values() for size in shape), default=1)
+        return worst_excess(2 * longest) + 64 * UNIT
+
+    @property
+    def sensitivity(self) -> float:
+        """Most that one record moves the sum, rounding included, in the L2 norm over all parameters."""
+        return float(self.thresholds.square().sum().sqrt()) * (1.0 + self.eta)
+
+    def prepare(self, batch: Batch) -> None:
+        """Learn from two probe passes what the dimensions of the model's tensors mean. Uses only shapes of ``batch``.
+
+        Raises:
+            NoRuleError: a trainable parameter is used in a way that cannot be bounded.
+        """
+        if self._sites is None:
+            self._sites = learn_sites(self, batch)
+
+    def accumulate(self, batch: Batch) -> Diagnostics:
+        """Add the clipped gradients of one physical batch to the sums.
+
+        Args:
+            batch: as a Hugging Face collator makes it, tensors [B, ...].
+
+        Returns:
+            Owner-only figures of this batch.
+        """
+        self.prepare(batch)
+        if self._choose(batch) == "ghost":
+            return self._ghost(batch)
+        return self._book_keeping(batch)
+
+    def accumulate_user(self, batches: Iterable[Batch]) -> Diagnostics:
+        """Add one user's gradient, summed over all records of all ``batches`` and clipped once.
+
+        Returns:
+            Figures with B = 1: the user's summed loss and the norm of the summed gradient.
+        """
+        total: Sums = {}
+        loss = torch.zeros(1)
+        for batch in batches:
+            self.prepare(batch)
+            records = batch_size(batch)
+            ones = torch.ones(len(self.groups), records)
+            losses = self._second_pass(batch, ones, total)
+            loss += losses.detach().sum().cpu()
+        squares = torch.zeros(len(self.groups), 1, dtype=torch.float64)
+        for name, gradient in total.items():
+            rows = torch.linalg.vector_norm(gradient.reshape(-1, gradient.shape[-1] if gradient.ndim else 1), dim=-1)
+            squares[self._group_index(name)] += rows.double().square().sum().cpu()
+        factors, diagnostics = self._factors(SqNorms(squares, 1e-6 * squares), loss)
+        for name, gradient in total.items():
+            factor = float(factors[self._group_index(name), 0])
+            if factor > 0.0:
+                self._sum_of(name).add_(gradient.to(self._sum_of(name).device), alpha=factor)
+        return diagnostics
+
+    def take(self) -> Sums:
+        """The sums so far, a float32 tensor for every trained parameter, and start anew."""
+        for name in self.shapes:
+            self._sum_of(name)
+        sums, self._sums = self._sums, {}
+        return sums
+
+    def norms(self, batch: Batch) -> Tensor:
+        """[B] float64 norm of each record's whole gradient; nothing is added to the sums."""
+        return self.norms_by_parameter(batch)[0].sum(0).sqrt()
+
+    def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Squared norm of every record's gradient of every parameter, [parameters, B], and the parameters' names."""
+        self.prepare(batch)
+        found: dict[str, SqNorms] = {}
+        records = batch_size(batch)
+
+        def ready(root: Root) -> None:
+            found[root.name] = resolve.sq_norms(root, resolve.simplify(root), records)
+            root.captured = []
+
+        self._run(batch, ready)
+        names = list(self.shapes)
+        return torch.stack([found[name].value.cpu() for name in names]), names
+
+    def _book_keeping(self, batch: Batch) -> Diagnostics:
+        records = batch_size(batch)
+        found: dict[str, SqNorms] = {}
+        kept: dict[str, tuple[Root, list[resolve.Use]]] = {}
+
+        def ready(root: Root) -> None:
+            uses = resolve.simplify(root)
+            root.captured = []
+            if len(uses) == 1 and isinstance(uses[0][1], Outer):
+                dense = uses[0][1].densely()
+                uses = [(uses[0][0], dense)] if dense is not None else uses
+            found[root.name] = resolve.sq_norms(root, uses, records)
+            kept[root.name] = (root, uses)
+
+        losses = self._run(batch, ready)
+        factors, diagnostics = self._factors(self._by_group(found, records), losses)
+        keep = ~diagnostics.masked
+        masked = bool(diagnostics.masked.any())
+        for name in list(kept):
+            root, uses = kept.pop(name)
+            if masked:
+                uses = [(node, term.masked(keep.to(losses.device))) for node, term in uses]
+            self._add(root, uses, factors[self._group_index(name)].to(losses.device), self._sums)
+        return diagnostics
+
+    def _ghost(self, batch: Batch) -> Diagnostics:
+        records = batch_size(batch)
+        found: dict[str, SqNorms] = {}
+        captured_bytes = 0
+
+        def ready(root: Root) -> None:
+            nonlocal captured_bytes
+            uses = resolve.simplify(root)
+            root.captured = []
+            captured_bytes += sum(term.nbytes() for _, term in uses)
+            found[root.name] = resolve.sq_norms(root, uses, records)
+
+        with _replayable_randomness(self._devices()):
+            losses = self._run(batch, ready)
+        self._captured_bytes_per_value = captured_bytes / max(_values(batch), 1)
+        factors, diagnostics = self._factors(self._by_group(found, records), losses)
+        again = self._second_pass(batch, factors, self._sums, ~diagnostics.masked)
+        if not torch.equal(losses.nan_to_num(), again.nan_to_num()):
+            raise PrivacyError(
+                "The second backward of ghost clipping did not repeat the first one.",
+                code="dp-not-repeatable",
+                why="factors computed for one set of gradients would be applied to another",
+                fix="use method: book_keeping, or torch.use_deterministic_algorithms(True)",
+            )
+        return diagnostics
+
+    def _second_pass(self, batch: Batch, factors_GB: Tensor, into: Sums, keep_B: Tensor | None = None) -> Tensor:
+        """Add gradients times known factors to ``into``; returns the losses."""
+        masked = keep_B is not None and not bool(keep_B.all())
+
+        def ready(root: Root) -> None:
+            uses = resolve.simplify(root)
+            root.captured = []
+            if masked and keep_B is not None:
+                uses = [(node, term.masked(keep_B.to(term_device))) for node, term in uses]
+            self._add(root, uses, factors_GB[self._group_index(root.name)].to(term_device), into)
+
+        term_device = next(iter(self._devices()), torch.device("cpu"))
+        return self._run(batch, ready)
+
+    def _add(self, root: Root, uses: list[resolve.Use], factors_B: Tensor, into: Sums) -> None:
+        if not uses:
+            return
+        out = self._sum_of(root.name, into)
+        if out.device == factors_B.device:
+            resolve.add_sum(root, uses, out, factors_B)
+        else:
+            here = torch.zeros(out.shape, device=factors_B.device)
+            resolve.add_sum(root, uses, here, factors_B)
+            out += here.to(out.device)
+
+    def _run(self, batch: Batch, ready: object) -> Tensor:
+        """One captured forward and backward; returns the losses, detached."""
+        records = batch_size(batch)
+        with self.capturing(records, ready) as capture:
+            losses = checked(self.loss_fn(self.model, batch), records)
+            capture.backward(losses.float().sum())
+        return losses.detach().float()
+
+    @contextmanager
+    def capturing(self, records: int, ready: object, sites: Sites | None = None) -> Iterator[Capture]:
+        """A capture of this model, experts included. With ``sites`` it is a probe that fills them."""
+        capture = Capture(
+            self.parameters,
+            records,
+            apply_rule,
+            ready,  # type: ignore[arg-type]
+            sites if sites is not None else (self._sites or Sites()),
+            probing=sites is not None,
+        )
+        for name, shape in self.lent_shapes.items():
+            capture.roots[name] = Root(torch.empty(shape, device="meta"), name=name)
+        with ExitStack() as stack:
+            if seam.expert_layers(self.model):
+                adapters = expert_adapters(self.model)
+                stack.enter_context(factors_stay_apart(self.model))
+                stack.enter_context(seam.computed_by(self.model, PrivateExperts(capture, adapters, self._source)))
+            stack.enter_context(capture)
+            yield capture
+
+    def _by_group(self, found: Mapping[str, SqNorms], records: int) -> SqNorms:
+        """[G, B] squared norms of the groups."""
+        value = torch.zeros(len(self.groups), records, dtype=torch.float64)
+        slack = torch.zeros_like(value)
+        for name, norms in found.items():
+            value[self._group_index(name)] += norms.value.cpu()
+            slack[self._group_index(name)] += norms.slack.cpu()
+        return SqNorms(value, slack)
+
+    def _factors(self, squares: SqNorms, losses: Tensor) -> tuple[Tensor, Diagnostics]:
+        """[G, B] float64 factors, zero for records that are not finite."""
+        upper = squares.upper
+        finite = torch.isfinite(upper).all(0) & torch.isfinite(losses.cpu())
+        norms = squares.value.sqrt()
+        factors = self.clipping.factors(torch.where(finite, upper, 1.0).sqrt(), self.thresholds)
+        factors = torch.where(finite, factors, 0.0)
+        within = (norms <= self.thresholds[:, None]) & finite
+        total = squares.value.sum(0).sqrt()
+        return factors, Diagnostics(losses.cpu(), total, norms, within, ~finite)
+
+    def _group_index(self, name: str) -> int:
+        return self.groups.index(self._group_of[name])
+
+    def _sum_of(self, name: str, into: Sums | None = None) -> Tensor:
+        sums = self._sums if into is None else into
+        if name not in sums:
+            own = self.parameters[name].device if name in self.parameters else torch.device("cpu")
+            sums[name] = torch.zeros(self.shapes[name], dtype=torch.float32, device=self._accumulate_on or own)
+        return sums[name]
+
+    def _devices(self) -> list[torch.device]:
+        return list(dict.fromkeys(p.device for p in self.parameters.values()))
+
+    def _choose(self, batch: Batch) -> Method:
+        """Ghost for the first batch of ``auto``, to measure; then book-keeping if its captures take half at most."""
+        if self.method != "auto":
+            return self.method
+        if self._captured_bytes_per_value is None:
+            return "ghost"
+        need = self._captured_bytes_per_value * _values(batch)
+        return "book_keeping" if need < 0.5 * _free_bytes(self._devices()) else "ghost"
+
+
+def _values(batch: Batch) -> int:
+    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=1)
+
+
+def _free_bytes(devices: list[torch.device]) -> int:
+    cuda = [device for device in devices if device.type == "cuda"]
+    if cuda:
+        return min(torch.cuda.mem_get_info(device)[0] for device in cuda)
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def _replayable_randomness(devices: list[torch.device]) -> Iterator[None]:
+    """Put the random state back at the end, so that what comes next draws the same dropout masks."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        yield

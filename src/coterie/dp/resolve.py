@@ -1,0 +1,165 @@
+"""From the captured uses of one parameter to its squared norms and its clipped sum.
+
+One use is the common case and costs nothing extra. Several uses (tied embeddings, shared layers, slices) add up
+*before* the norm is taken: rows of the same matrix are joined, an embedding tied to an output layer gets the cross
+term between looked-up and projected rows, small parameters are added densely, and everything else is added one
+record at a time, which is exact for any mixture.
+
+Shape letters: B records, T rows of a record, S looked-up places of a record, I inputs, O outputs, V vocabulary,
+D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coterie.dp.derived import Kind, Node, Pullback, Root
+from coterie.dp.gram import SqNorms, gram_is_cheaper, rounding_factor
+from coterie.dp.terms import Dense, Lookup, Outer, Term
+
+_DENSE_ELEMENTS = 1 << 24
+"""Most float32 entries of [B, *shape] that are formed to add up several uses (64 MiB)."""
+
+Use = tuple[Node, Term]
+
+
+def simplify(root: Root) -> list[Use]:
+    """The root's captured uses in the fewest and smallest terms that mean the same."""
+    uses = _joined_rows(root)
+    if len(uses) > 1 and all(isinstance(term, Dense) for _, term in uses):
+        return [(root, _dense_total(root, uses))]
+    if len(uses) == 1:
+        node, term = uses[0]
+        if node.kind == Kind.GENERAL and isinstance(term, Dense) and _affordable(root, term):
+            return [(root, Dense(Pullback(node, root).batched(term.gradients.float())))]
+        return uses
+    if _tied(uses) and not _gram_pays(uses):
+        total = torch.zeros(_records(uses), *root.value.shape, device=root.value.device)
+        if total.numel() <= _DENSE_ELEMENTS:
+            return [(root, _filled(total, uses))]
+    return uses
+
+
+def _joined_rows(root: Root) -> list[Use]:
+    """Uses with the rows of several plain products, and of several look-ups, joined along T."""
+    rest: list[Use] = []
+    outers: list[Outer] = []
+    lookups: list[Lookup] = []
+    for node, term in root.captured:
+        plain = node.kind <= Kind.TRANSPOSED and node.value.ndim == 2 and root.value.ndim == 2
+        if isinstance(term, Outer) and plain and term.a.shape[1] == 1 and node.value.numel() == root.value.numel():
+            turned = term.flipped != (node.kind == Kind.TRANSPOSED)
+            a, g = (term.g, term.a) if turned else (term.a, term.g)
+            outers.append(Outer(a, g, root.value.shape))
+        elif isinstance(term, Lookup) and node.kind == Kind.SAME and node.value.shape == root.value.shape:
+            lookups.append(term)
+        else:
+            rest.append((node, term))
+    if outers:
+        a, g = (torch.cat([getattr(o, side) for o in outers], 2) if len(outers) > 1 else getattr(outers[0], side)
+                for side in ("a", "g"))  # fmt: skip
+        rest.append((root, Outer(a, g, root.value.shape)))
+    if lookups:
+        ids = torch.cat([term.ids for term in lookups], 1)
+        rows = torch.cat([term.g.float() for term in lookups], 1) if len(lookups) > 1 else lookups[0].g
+        rest.append((root, Lookup(ids, rows, root.value.shape)))
+    return rest
+
+
+def _dense_total(root: Root, uses: list[Use]) -> Dense:
+    parts = []
+    for node, term in uses:
+        assert isinstance(term, Dense)
+        parts.append(Pullback(node, root).batched(term.gradients))
+    return Dense(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+
+
+def _affordable(root: Root, term: Dense) -> bool:
+    return term.gradients.shape[0] * root.value.numel() <= _DENSE_ELEMENTS
+
+
+def _tied(uses: list[Use]) -> bool:
+    return len(uses) == 2 and {type(term) for _, term in uses} == {Outer, Lookup}
+
+
+def _parts(uses: list[Use]) -> tuple[Outer, Lookup]:
+    outer = next(term for _, term in uses if isinstance(term, Outer))
+    return outer, next(term for _, term in uses if isinstance(term, Lookup))
+
+
+def _gram_pays(uses: list[Use]) -> bool:
+    outer, _ = _parts(uses)
+    return gram_is_cheaper(outer.a.shape[2], outer.a.shape[3], outer.g.shape[3])
+
+
+def _records(uses: list[Use]) -> int:
+    outer, _ = _parts(uses)
+    return outer.a.shape[0]
+
+
+def _filled(total: Tensor, uses: list[Use]) -> Dense:
+    outer, lookup = _parts(uses)
+    torch.bmm(outer.g.flatten(1, 2).float().mT, outer.a.flatten(1, 2).float(), out=total)
+    for record in range(total.shape[0]):
+        lookup.add_record(total[record], record)
+    return Dense(total)
+
+
+def sq_norms(root: Root, uses: list[Use], records: int) -> SqNorms:
+    """Squared norm of the root's gradient for every record, [B]."""
+    if not uses:
+        return SqNorms.zeros(records, root.value.device if not root.value.is_meta else torch.device("cpu"))
+    if len(uses) == 1 and uses[0][0].kind <= Kind.ISOMETRIC:
+        return uses[0][1].sq_norms()
+    if _tied(uses):
+        result = _tied_sq_norms(uses)
+        if result.trusted():
+            return result
+    return _one_by_one(root, uses, records)
+
+
+def _tied_sq_norms(uses: list[Use]) -> SqNorms:
+    """Norms of an output layer and an embedding that share one matrix, with their cross term.
+
+    The matrix gradient is ``sum_t outer(g_t, a_t)`` plus row ``id_s`` getting ``e_s``; their inner product is
+    ``sum_{t,s} g_t[id_s] (a_t . e_s)``.
+    """
+    outer, lookup = _parts(uses)
+    own, looked = outer.sq_norms(), lookup.sq_norms()
+    a_BTD, g_BTV = outer.a.flatten(1, 2).float(), outer.g.flatten(1, 2)
+    known = (lookup.ids >= 0).unsqueeze(1)
+    ids_BTS = lookup.ids.clamp_min(0).unsqueeze(1).expand(-1, g_BTV.shape[1], -1)
+    picked_BTS = torch.where(known, g_BTV.gather(2, ids_BTS).float(), 0.0)
+    products_BTS = torch.bmm(a_BTD, lookup.g.float().mT)
+    cross = (picked_BTS * products_BTS).flatten(1).sum(1).double()
+    a_length = torch.linalg.vector_norm(a_BTD, dim=-1).unsqueeze(2)
+    e_length = torch.linalg.vector_norm(lookup.g, dim=-1, dtype=torch.float32).unsqueeze(1)
+    crude = (picked_BTS.abs() * a_length * e_length).flatten(1).sum(1).double()
+    factor = rounding_factor(a_BTD.shape[2]) + rounding_factor(a_BTD.shape[1])
+    value = (own.value + looked.value + 2.0 * cross).clamp_min(0.0)
+    return SqNorms(value, own.slack + looked.slack + 2.0 * factor * crude)
+
+
+def _one_by_one(root: Root, uses: list[Use], records: int) -> SqNorms:
+    pullbacks = [Pullback(node, root) for node, _ in uses]
+    value = torch.zeros(records, dtype=torch.float64, device=root.value.device)
+    for record in range(records):
+        total = sum(pull(term.one(record)) for pull, (_, term) in zip(pullbacks, uses, strict=True))
+        assert isinstance(total, Tensor)
+        rows = torch.linalg.vector_norm(total.reshape(-1, total.shape[-1] if total.ndim else 1), dim=-1)
+        value[record] = rows.double().square().sum()
+    return SqNorms(value, 1e-5 * value)
+
+
+def add_sum(root: Root, uses: list[Use], out: Tensor, factors_B: Tensor) -> None:
+    """``out += sum_b factors_B[b] * gradient_b`` for a root; ``out`` is float32 of its shape."""
+    for node, term in uses:
+        if node.kind == Kind.SAME:
+            term.add_sum(out.view(node.value.shape), factors_B)
+        elif node.kind == Kind.TRANSPOSED:
+            term.add_sum(out.t(), factors_B)
+        else:
+            at_node = torch.zeros(node.value.shape, device=out.device)
+            term.add_sum(at_node, factors_B)
+            out += Pullback(node, root)(at_node).to(out.device)

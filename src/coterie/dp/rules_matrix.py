@@ -1,0 +1,237 @@
+"""Rules for parameters that multiply data as matrices, and for tables.
+
+Each rule runs the operation with the parameter's plain value, so autograd forms no weight gradient; it captures the
+rows that entered and the gradient at the output, detached, when the backward comes by.
+
+Shape letters: B records, T rows of a record, G groups, I inputs, O outputs, V table rows, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie.dp.capture import Capture, Rule, node_of, refusal
+from coterie.dp.derived import Function, Node
+from coterie.dp.terms import Dense, Lookup, Outer
+
+_T = torch.Tensor
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What autocast would compute this product in; the weight's own dtype where it is off."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
+
+
+class _Linear(torch.autograd.Function):
+    """``x @ W.T + b`` that captures; W and b get no gradient of their own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        capture: Capture,
+        weight_node: Node | None,
+        bias_node: Node | None,
+        rows: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.capture, ctx.weight_node, ctx.bias_node, ctx.rows = capture, weight_node, bias_node, rows
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        batch = ctx.capture.batch
+        g_BTO = grad.reshape(batch, -1, grad.shape[-1])
+        if ctx.weight_node is not None:
+            a_BGTI = x.detach().reshape(batch, 1, -1, x.shape[-1])
+            ctx.capture.deliver(ctx.weight_node, Outer(a_BGTI, g_BTO.unsqueeze(1), weight.shape))
+        if ctx.bias_node is not None:
+            ctx.capture.deliver(ctx.bias_node, Dense(g_BTO.sum(1, dtype=torch.float32)))
+        grad_x = grad @ weight if ctx.needs_input_grad[1] else None
+        return None, grad_x, *(None,) * 6
+
+
+def linear(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.linear(x, W, b)`` with W, b or both trainable; x is [B, .., I] or [B * T, I]."""
+    x, weight, bias = _signature(args, kwargs, "input", "weight", "bias")
+    if node_of(x) is not None:
+        return NotImplemented
+    return _linear(capture, function, x, weight, bias)
+
+
+def _linear(capture: Capture, function: Function, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    weight_node, bias_node = node_of(weight), node_of(bias)
+    node = weight_node or bias_node
+    assert node is not None
+    rows = _data_rows(capture, node, function, x)
+    if rows is None:
+        return NotImplemented
+    for used in (weight_node, bias_node):
+        if used is not None:
+            capture.expect(used)
+    plain = weight if weight_node is None else weight_node.value
+    if weight_node is None and weight.requires_grad:
+        raise refusal(node, function, "the weight beside this bias is computed from data")
+    plain_bias = bias if bias_node is None else bias_node.value
+    dtype = compute_dtype(x, plain)
+    if torch.is_autocast_enabled(x.device.type):
+        x, plain, plain_bias = x.to(dtype), plain.to(dtype), None if plain_bias is None else plain_bias.to(dtype)
+    return _Linear.apply(capture.anchor, x, plain, plain_bias, capture, weight_node, bias_node, rows)
+
+
+def _data_rows(capture: Capture, node: Node, function: Function, x: Tensor) -> int | None:
+    """Rows per record of a matrix product's input; None if the input has no records (a constant)."""
+    if capture.row_records is not None:
+        raise refusal(node, function, "it is used on rows sorted by expert")
+    rows = capture.rows_of(node, function, x)
+    if rows is None and x.requires_grad and not capture.probing:
+        raise refusal(node, function, f"its input of shape {list(x.shape)} does not have the records first")
+    return rows
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tuple[Any, ...]:
+    return tuple(args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names))
+
+
+def matmul(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x @ W``, ``W @ x`` and their stacked forms, with one side trainable."""
+    left, right = _signature(args, kwargs, "input", "other")
+    if function is _T.__rmatmul__:
+        left, right = right, left
+    weight_left, weight_right = node_of(left), node_of(right)
+    if (weight_left is None) == (weight_right is None):
+        return NotImplemented
+    if weight_right is not None:
+        if weight_right.value.ndim == 2 and left.ndim >= 2:
+            turned = capture.derive(_T.transpose, (right, 0, 1), {})
+            return _linear(capture, function, left, turned, None)
+        return _stacked(capture, function, left, right, weight_right)
+    assert weight_left is not None
+    if weight_left.value.ndim == 2 and right.ndim >= 3:
+        result = _linear(capture, function, right.transpose(-1, -2), left, None)
+        return result if result is NotImplemented else result.transpose(-1, -2)
+    return NotImplemented
+
+
+class _Stacked(torch.autograd.Function):
+    """``x [G, N, I] @ W [G, I, O]`` with rows N grouped by record, or ``x [B, G, T, I]``."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, weight: Tensor, capture: Capture, node: Node) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.capture, ctx.node = capture, node
+        return torch.matmul(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        batch = ctx.capture.batch
+        a, g = (_by_record(rows, batch) for rows in (x.detach(), grad))
+        ctx.capture.deliver(ctx.node, Outer(a, g, weight.shape, flipped=True))
+        grad_x = grad @ weight.mT if ctx.needs_input_grad[1] else None
+        return None, grad_x, None, None, None
+
+
+def _by_record(rows: Tensor, batch: int) -> Tensor:
+    """[G, N, X] with N grouped by record to [B, G, T, X]; four dimensions are already so."""
+    if rows.ndim == 4:
+        return rows
+    return rows.reshape(rows.shape[0], batch, -1, rows.shape[-1]).transpose(0, 1)
+
+
+def _stacked(capture: Capture, function: Function, x: Tensor, weight: Tensor, node: Node) -> Any:
+    if node.value.ndim != 3 or x.ndim not in (3, 4) or node.function in (_T.expand, torch.broadcast_to):
+        return NotImplemented
+    if x.shape[-3] != node.value.shape[0]:
+        raise refusal(node, function, f"shapes {list(x.shape)} and {list(node.value.shape)} do not pair up")
+    if _data_rows(capture, node, function, x if x.ndim == 4 else x.transpose(0, 1)) is None:
+        return NotImplemented
+    capture.expect(node)
+    return _Stacked.apply(capture.anchor, x, node.value.to(x.dtype), capture, node)
+
+
+def addmm(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``addmm(bias, x, W)`` (Hugging Face's Conv1D) as a linear layer."""
+    bias, x, weight = args[:3]
+    if len(args) > 3 or kwargs or node_of(x) is not None:
+        return NotImplemented
+    turned = weight.t() if node_of(weight) is None else capture.derive(_T.t, (weight,), {})
+    return _linear(capture, function, x, turned, bias)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, ids: Tensor, weight: Tensor, padding: int | None, capture: Capture, node: Node
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.capture, ctx.node, ctx.shape, ctx.padding = capture, node, weight.shape, padding
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (ids,) = ctx.saved_tensors
+        ids_BT = ids.reshape(ctx.capture.batch, -1)
+        ids_BT = torch.where(ids_BT < 0, ids_BT + ctx.shape[0], ids_BT)
+        if ctx.padding is not None:
+            ids_BT = torch.where(ids_BT == ctx.padding % ctx.shape[0], -1, ids_BT)
+        width = ctx.shape[1:].numel()
+        ctx.capture.deliver(ctx.node, Lookup(ids_BT, grad.reshape(*ids_BT.shape, width), ctx.shape))
+        return None, None, None, None, None, None
+
+
+def embedding(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.embedding(ids, W)``; ids that are the same for all records (positions) make a weight-only value."""
+    ids, weight, padding, max_norm, norm_type, by_frequency, sparse = _signature(
+        args, kwargs, "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
+    )
+    node = node_of(weight)
+    if node is None:
+        return NotImplemented
+    if max_norm is not None or by_frequency:
+        raise refusal(node, function, "max_norm and scale_grad_by_freq mix the records of a batch")
+    return _lookup(capture, function, ids, node, padding)
+
+
+def _lookup(capture: Capture, function: Function, ids: Tensor, node: Node, padding: int | None) -> Any:
+    if capture.row_records is not None:
+        raise refusal(node, function, "it is used on rows sorted by expert")
+    if capture.rows_of(node, function, ids) is None:
+        return NotImplemented
+    capture.expect(node)
+    return _Embedding.apply(capture.anchor, ids, node.value, padding, capture, node)
+
+
+def getitem(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``W[ids]`` as a table; every other index gives a weight-only value."""
+    index = args[1]
+    node = node_of(args[0])
+    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and node is not None:
+        return _lookup(capture, function, index, node, None)
+    return NotImplemented
+
+
+MATRIX_RULES: dict[Function, Rule] = {
+    F.linear: linear,
+    torch.matmul: matmul,
+    _T.matmul: matmul,
+    _T.__matmul__: matmul,
+    _T.__rmatmul__: matmul,
+    torch.mm: matmul,
+    _T.mm: matmul,
+    torch.bmm: matmul,
+    _T.bmm: matmul,
+    torch.addmm: addmm,
+    F.embedding: embedding,
+    _T.__getitem__: getitem,
+}

@@ -1,0 +1,243 @@
+"""Norms and sums over rows sorted by (expert, record): the gradients of stacked expert weights.
+
+Expert ends are the offsets of grouped products; (expert, record) ends are the segments over which norms are taken.
+A record's gradient of expert e is the sum of outer products over one segment, so nothing is padded to the longest
+sequence and no per-sample gradient is stored.
+
+Shape letters: R routed rows, E experts, B records, S segments of one bucket, n rows of a segment, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from coterie.dp.gram import (
+    TRUSTED,
+
+    SqNorms,
+    direct_slack,
+    gram_is_cheaper,
+    gram_sq_norms,
+)
+from coterie.models.grouped import as_EIO, grouped_sum
+
+_PADDED_UP_TO = 48
+"""Segments of at most this many rows are padded into buckets; larger ones are worth a matrix product each."""
+
+_BUCKET_RATIO = 1.3
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Segments of similar length, padded to the longest.
+
+    Attributes:
+        segments_S: their numbers, ``expert * B + record``.
+        index_Sn: their rows; places beyond a segment's end repeat its first row.
+        real_Sn1: 1.0 for rows, 0.0 for padding.
+    """
+
+    segments_S: Tensor
+    index_Sn: Tensor
+    real_Sn1: Tensor
+
+
+class Segments:
+    """Where each (expert, record) pair's rows are.
+
+    Args:
+        record_R: record of each row, ascending within each expert.
+        ends_E: cumulative row counts of the experts.
+        records: B.
+    """
+
+    def __init__(self, record_R: Tensor, ends_E: Tensor, records: int) -> None:
+        self.record_R = record_R
+        self.ends_E = ends_E
+        self.records = records
+        self.experts = ends_E.shape[0]
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[E * B] rows of each segment."""
+        rows_E = torch.diff(self.ends_E, prepend=self.ends_E.new_zeros(1))
+        expert_R = torch.repeat_interleave(torch.arange(self.experts, device=rows_E.device), rows_E)
+        return torch.bincount(expert_R * self.records + self.record_R, minlength=self.experts * self.records)
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """[E * B] first row and one past the last of each segment."""
+        ends = [0, *self.counts.cumsum(0).tolist()]
+        return list(zip(ends[:-1], ends[1:], strict=True))
+
+    @cached_property
+    def long(self) -> list[int]:
+        """Segments that are taken one at a time."""
+        return [i for i, (start, end) in enumerate(self.bounds) if end - start > _PADDED_UP_TO]
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """Short segments, by similar length."""
+        by_step: dict[int, list[int]] = {}
+        for i, (start, end) in enumerate(self.bounds):
+            if 0 < end - start <= _PADDED_UP_TO:
+                by_step.setdefault(math.ceil(math.log(end - start, _BUCKET_RATIO)), []).append(i)
+        return [self._bucket(members) for _, members in sorted(by_step.items())]
+
+    def _bucket(self, members: list[int]) -> Bucket:
+        device = self.record_R.device
+        starts = torch.tensor([self.bounds[i][0] for i in members], device=device).unsqueeze(1)
+        lengths = torch.tensor([self.bounds[i][1] - self.bounds[i][0] for i in members], device=device).unsqueeze(1)
+        place = torch.arange(int(lengths.max()), device=device)
+        real = place < lengths
+        # Padding repeats a row of the same segment: a row of another record could bring in its NaN.
+        index = starts + torch.where(real, place, 0)
+        return Bucket(torch.tensor(members, device=device), index, real.unsqueeze(-1).float())
+
+    def by_record(self, per_segment: Tensor) -> Tensor:
+        """[E * B] summed over experts: [B]."""
+        return per_segment.view(self.experts, self.records).sum(0)
+
+
+class StackedOuter:
+    """Gradients of ``W [E, O, I]`` (or [E, I, O]) from rows sorted by (expert, record). A `Term`.
+
+    Args:
+        a_RI: rows that entered; with ``gather``, unsorted rows of which row r is ``a[gather[r]]``.
+        g_RO: gradients at the output, sorted.
+        transposed: storage [E, I, O].
+        gather: see ``a_RI``; keeps one copy of a token that went to several experts.
+    """
+
+    def __init__(
+        self,
+        a_RI: Tensor,
+        g_RO: Tensor,
+        segments: Segments,
+        shape: torch.Size,
+        transposed: bool,
+        gather: Tensor | None = None,
+    ) -> None:
+        self._a = a_RI
+        self._g = g_RO
+        self._segments = segments
+        self._shape = shape
+        self._transposed = transposed
+        self._gather = gather
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        a = self._a if self._gather is None else self._a[self._gather]
+        return a.float(), self._g.float()
+
+    def sq_norms(self) -> SqNorms:
+        a, g = self._rows()
+        inputs, outputs = a.shape[1], g.shape[1]
+        segments = self._segments
+        value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
+        slack = torch.zeros_like(value)
+        for bucket in segments.buckets:
+            rows_a, rows_g = a[bucket.index_Sn], g[bucket.index_Sn] * bucket.real_Sn1
+            if gram_is_cheaper(rows_a.shape[1], inputs, outputs):
+                part = gram_sq_norms(rows_a, rows_g)
+            else:
+                part = _direct(rows_a, rows_g)
+            value[bucket.segments_S], slack[bucket.segments_S] = part.value, part.slack
+        for i in segments.long:
+            rows = slice(*segments.bounds[i])
+            rows_a, rows_g = a[None, rows], g[None, rows]
+            cheap = gram_is_cheaper(rows_a.shape[1], inputs, outputs)
+            part = gram_sq_norms(rows_a, rows_g) if cheap else _direct(rows_a, rows_g)
+            value[i], slack[i] = part.value[0], part.slack[0]
+        return self._trusted(a, g, value, slack)
+
+    def _trusted(self, a: Tensor, g: Tensor, value: Tensor, slack: Tensor) -> SqNorms:
+        """The sums by record, after the direct form has replaced segments whose slack matters."""
+        segments = self._segments
+        total, doubt = segments.by_record(value), segments.by_record(slack)
+        poor = doubt > TRUSTED * total
+        if bool(poor.any()):
+            suspects = slack > TRUSTED * total.repeat(segments.experts) / segments.experts
+            for i in torch.nonzero(suspects).flatten().tolist():
+                rows = slice(*segments.bounds[i])
+                part = _direct(a[None, rows], g[None, rows])
+                value[i], slack[i] = part.value[0], part.slack[0]
+            total, doubt = segments.by_record(value), segments.by_record(slack)
+        return SqNorms(total, doubt)
+
+    def one(self, record: int) -> Tensor:
+        out = torch.zeros(self._shape, device=self._g.device)
+        factors = torch.zeros(self._segments.records, device=self._g.device)
+        factors[record] = 1.0
+        self.masked(factors > 0).add_sum(out, factors)
+        return out
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        a, g = self._rows()
+        factors_R = factors_B.float()[self._segments.record_R].unsqueeze(1)
+        if g.shape[1] <= a.shape[1]:
+            g = g * factors_R
+        else:
+            a = a * factors_R
+        out_EIO = as_EIO(out, self._transposed)
+        start = 0
+        for expert, end in enumerate(self._segments.ends_E.tolist()):
+            if end > start:
+                target = out_EIO[expert]
+                if self._transposed:
+                    torch.addmm(target, a[start:end].t(), g[start:end], out=target)
+                else:
+                    torch.addmm(target.t(), g[start:end].t(), a[start:end], out=target.t())
+            start = end
+
+    def masked(self, keep_B: Tensor) -> StackedOuter:
+        a, g = self._rows()
+        keep_R1 = keep_B[self._segments.record_R].unsqueeze(1)
+        zero = g.new_zeros(())
+        a, g = torch.where(keep_R1, a, zero), torch.where(keep_R1, g, zero)
+        return StackedOuter(a, g, self._segments, self._shape, self._transposed)
+
+    def nbytes(self) -> int:
+        return self._g.nbytes + (self._a.nbytes if self._gather is None else 0)
+
+
+def _direct(a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
+    """Squared norms from the gradients themselves, one chunk of segments at a time."""
+    product = torch.bmm(g_SnO.mT, a_SnI)
+    value = torch.linalg.vector_norm(product, dim=-1).double().square().sum(1)
+    lengths = torch.linalg.vector_norm(a_SnI, dim=-1) * torch.linalg.vector_norm(g_SnO, dim=-1)
+    return SqNorms(value, direct_slack(value, lengths.sum(1).double(), a_SnI.shape[1]))
+
+
+class StackedBias:
+    """Gradients of a stacked bias [E, O] from rows sorted by (expert, record). A `Term`."""
+
+    def __init__(self, g_RO: Tensor, segments: Segments) -> None:
+        self._g = g_RO
+        self._segments = segments
+
+    def sq_norms(self) -> SqNorms:
+        sums = grouped_sum(self._g.float(), self._segments.counts.cumsum(0))
+        value = self._segments.by_record(torch.linalg.vector_norm(sums, dim=-1).double().square())
+        lengths = torch.linalg.vector_norm(self._g, dim=-1, dtype=torch.float32).double()
+        crude = value.new_zeros(value.shape).index_add_(0, self._segments.record_R, lengths)
+        return SqNorms(value, direct_slack(value, crude, self._g.shape[0]))
+
+    def one(self, record: int) -> Tensor:
+        rows = torch.where((self._segments.record_R == record).unsqueeze(1), self._g.float(), 0.0)
+        return grouped_sum(rows, self._segments.ends_E)
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        factors_R = factors_B.float()[self._segments.record_R].unsqueeze(1)
+        out += grouped_sum(self._g.float() * factors_R, self._segments.ends_E)
+
+    def masked(self, keep_B: Tensor) -> StackedBias:
+        keep_R1 = keep_B[self._segments.record_R].unsqueeze(1)
+        return StackedBias(torch.where(keep_R1, self._g, self._g.new_zeros(())), self._segments)
+
+    def nbytes(self) -> int:
+        return self._g.nbytes

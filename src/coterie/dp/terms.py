@@ -1,0 +1,278 @@
+"""What one use of a parameter adds to every record's gradient, kept in the form in which it is cheapest.
+
+Every `Term` is the gradient at a `Node`'s value for each of B records. Terms answer three questions: squared norms,
+the gradient of one record, and the sum over records with a factor each (the clipped sum). Norm and sum use the same
+captured tensors.
+
+Shape letters: B records, T rows of a record, G groups of a stacked matrix (1 for a plain one), I inputs, O outputs,
+V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coterie.dp.gram import SqNorms, direct_slack, gram_is_cheaper, gram_sq_norms
+from coterie.models.grouped import grouped_sum
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Most float32 entries of a temporary per-sample gradient (64 MiB)."""
+
+
+class Term(Protocol):
+    """Gradients of B records at one value; see the module text."""
+
+    def sq_norms(self) -> SqNorms: ...
+
+    def one(self, record: int) -> Tensor:
+        """The gradient of one record, float32, shaped like the value."""
+        ...
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        """``out += sum_b factors_B[b] * gradient_b``; ``out`` is float32, any strides."""
+        ...
+
+    def masked(self, keep_B: Tensor) -> Term:
+        """The same with every number of the other records replaced by zero, NaN and infinity too."""
+        ...
+
+    def nbytes(self) -> int: ...
+
+
+def _keep_rows(rows: Tensor, keep_B: Tensor) -> Tensor:
+    return torch.where(keep_B.view(-1, *(1,) * (rows.ndim - 1)), rows, rows.new_zeros(()))
+
+
+class Dense:
+    """Gradients stored as they are, [B, *shape]; for small parameters, or where the direct form was needed."""
+
+    def __init__(self, gradients_B: Tensor, slack: Tensor | None = None) -> None:
+        self.gradients = gradients_B
+        self._slack = slack
+
+    def sq_norms(self) -> SqNorms:
+        value = _dense_sq_norms(self.gradients)
+        return SqNorms(value, self._slack if self._slack is not None else 4e-7 * value)
+
+    def one(self, record: int) -> Tensor:
+        return self.gradients[record].float()
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        flat = factors_B.to(torch.float32) @ self.gradients.float().flatten(1)
+        out += flat.view(out.shape)
+
+    def masked(self, keep_B: Tensor) -> Dense:
+        return Dense(_keep_rows(self.gradients, keep_B), self._slack)
+
+    def nbytes(self) -> int:
+        return self.gradients.nbytes
+
+
+def _dense_sq_norms(gradients_B: Tensor) -> Tensor:
+    rows = gradients_B.reshape(gradients_B.shape[0], -1, gradients_B.shape[-1])
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).double().square().sum(1)
+
+
+class Outer:
+    """Gradients of a matrix as sums of outer products of rows: ``W [G, O, I]``, or [O, I] when G is 1 and plain.
+
+    Args:
+        a_BGTI: rows that entered.
+        g_BGTO: gradients at the output.
+        shape: shape of the value; [.., O, I], or [.., I, O] if ``flipped``.
+    """
+
+    def __init__(self, a_BGTI: Tensor, g_BGTO: Tensor, shape: torch.Size, flipped: bool = False) -> None:
+        self.a = a_BGTI
+        self.g = g_BGTO
+        self.shape = shape
+        self.flipped = flipped
+
+    def sq_norms(self) -> SqNorms:
+        rows, inputs, outputs = self.a.shape[2], self.a.shape[3], self.g.shape[3]
+        if gram_is_cheaper(rows, inputs, outputs):
+            result = self.gram()
+            if result.trusted():
+                return result
+        return self.direct()
+
+    def gram(self) -> SqNorms:
+        batch, groups = self.a.shape[:2]
+        per_group = gram_sq_norms(self.a.flatten(0, 1).float(), self.g.flatten(0, 1).float())
+        return SqNorms(*(part.view(batch, groups).sum(1) for part in per_group))
+
+    def direct(self) -> SqNorms:
+        batch = self.a.shape[0]
+        step = max(1, _CHUNK_ELEMENTS // max(self.shape.numel(), 1))
+        value = torch.cat([_dense_sq_norms(self._gradients(i, i + step)) for i in range(0, batch, step)])
+        return SqNorms(value, direct_slack(value, self.crude().double(), self.a.shape[2]))
+
+    def crude(self) -> Tensor:
+        """[B] ``sum_t |a_t| |g_t|``: an upper bound of the norm."""
+        a_length = torch.linalg.vector_norm(self.a, dim=-1, dtype=torch.float32)
+        return (a_length * torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32)).flatten(1).sum(1)
+
+    def densely(self) -> Dense | None:
+        """The same as `Dense` if that takes less memory than the rows and the direct form is the cheaper one."""
+        rows, inputs, outputs = self.a.shape[2], self.a.shape[3], self.g.shape[3]
+        if gram_is_cheaper(rows, inputs, outputs) or inputs * outputs * 4 > self.g.element_size() * rows * outputs:
+            return None
+        gradients = self._gradients(0, self.a.shape[0])
+        value = _dense_sq_norms(gradients)
+        return Dense(gradients, direct_slack(value, self.crude().double(), rows))
+
+    def _gradients(self, start: int, stop: int) -> Tensor:
+        """[b, *shape] float32 for the records start..stop."""
+        a, g = self.a[start:stop].float(), self.g[start:stop].float()
+        product = torch.matmul(a.mT, g) if self.flipped else torch.matmul(g.mT, a)
+        return product.view(-1, *self.shape)
+
+    def one(self, record: int) -> Tensor:
+        return self._gradients(record, record + 1)[0]
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        left, right = (self.a, self.g) if self.flipped else (self.g, self.a)
+        factors = factors_B.to(torch.float32).view(-1, 1, 1, 1)
+        if left.shape[-1] <= right.shape[-1]:
+            left, right = left.float() * factors, right.float()
+        else:
+            left, right = left.float(), right.float() * factors
+        if out.ndim == 2:
+            torch.addmm(out, left.flatten(0, 2).t(), right.flatten(0, 2), out=out)
+        else:
+            torch.baddbmm(out, _by_group(left).mT, _by_group(right), out=out)
+
+    def masked(self, keep_B: Tensor) -> Outer:
+        return Outer(_keep_rows(self.a, keep_B), _keep_rows(self.g, keep_B), self.shape, self.flipped)
+
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.g.nbytes
+
+
+def _by_group(rows_BGTX: Tensor) -> Tensor:
+    return rows_BGTX.transpose(0, 1).flatten(1, 2)
+
+
+class Lookup:
+    """Gradients of a table whose rows were looked up by id: an embedding, or a bias chosen by index.
+
+    Args:
+        ids_BT: int64 rows of the table; -1 marks a place whose gradient is dropped (``padding_idx``).
+        g_BTD: gradients at the places; D is 1 for a one-dimensional table.
+        shape: shape of the table, [V, ...].
+    """
+
+    def __init__(self, ids_BT: Tensor, g_BTD: Tensor, shape: torch.Size) -> None:
+        self.ids = ids_BT
+        self.g = g_BTD
+        self.shape = shape
+
+    def sq_norms(self) -> SqNorms:
+        batch = self.ids.shape[0]
+        offset = torch.arange(batch, device=self.ids.device).unsqueeze(1) * self.shape[0]
+        keys, order = torch.sort(torch.where(self.ids < 0, batch * self.shape[0], self.ids + offset).flatten())
+        groups, counts = torch.unique_consecutive(keys, return_counts=True)
+        sums = grouped_sum(self.g.flatten(0, 1)[order].float(), counts.cumsum(0))
+        squares = torch.linalg.vector_norm(sums, dim=-1).double().square()
+        value = squares.new_zeros(batch + 1).index_add_(0, groups // self.shape[0], squares)[:batch]
+        crude = torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32).sum(1).double()
+        return SqNorms(value, direct_slack(value, crude, self.ids.shape[1]))
+
+    def one(self, record: int) -> Tensor:
+        out = torch.zeros(self.shape, device=self.g.device)
+        self.add_record(out, record)
+        return out
+
+    def add_record(self, out: Tensor, record: int) -> None:
+        """Add one record's gradient to ``out``, float32 of the table's shape."""
+        self._add(out, self.ids[record], self.g[record].float())
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        self._add(out, self.ids.flatten(), (self.g.float() * factors_B.float().view(-1, 1, 1)).flatten(0, 1))
+
+    @staticmethod
+    def _add(out: Tensor, ids: Tensor, rows: Tensor) -> None:
+        known = ids >= 0
+        if not bool(known.all()):
+            ids, rows = ids[known], rows[known]
+        # Accumulating index_put sorts on CUDA, so equal ids are added in a fixed order.
+        out.index_put_((ids,), rows.view(-1, *out.shape[1:]), accumulate=True)
+
+    def masked(self, keep_B: Tensor) -> Lookup:
+        return Lookup(self.ids, _keep_rows(self.g, keep_B), self.shape)
+
+    def nbytes(self) -> int:
+        return self.g.nbytes
+
+
+class Slow:
+    """Gradients computed one record at a time by a function; exact for any operation, never fast."""
+
+    def __init__(self, gradient_of: Callable[[int], Tensor], records: int, device: torch.device) -> None:
+        self._gradient_of = gradient_of
+        self._records = records
+        self._device = device
+        self._keep: list[bool] | None = None
+
+    def sq_norms(self) -> SqNorms:
+        if self._records == 0:
+            return SqNorms.zeros(0, self._device)
+        squares = [_dense_sq_norms(self.one(b).reshape(1, 1, -1)) for b in range(self._records)]
+        value = torch.cat(squares)
+        return SqNorms(value, 1e-6 * value)
+
+    def one(self, record: int) -> Tensor:
+        gradient = self._gradient_of(record).float()
+        return gradient if self._keep is None or self._keep[record] else torch.zeros_like(gradient)
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        for record, factor in enumerate(factors_B.tolist()):
+            if factor:
+                out += factor * self.one(record)
+
+    def masked(self, keep_B: Tensor) -> Slow:
+        slow = Slow(self._gradient_of, self._records, self._device)
+        slow._keep = keep_B.tolist()
+        return slow
+
+    def nbytes(self) -> int:
+        return 0
+
+
+class Aligned:
+    """Gradients at a value that already has the records along its first dimension: record b owns its rows b.
+
+    Such a value is a parameter that was repeated over the batch; its gradient for record b is zero in all other rows.
+    """
+
+    def __init__(self, g: Tensor, records: int) -> None:
+        self.g = g
+        self._records = records
+
+    def sq_norms(self) -> SqNorms:
+        value = _dense_sq_norms(self.g.reshape(self._records, 1, -1))
+        return SqNorms(value, 4e-7 * value)
+
+    def one(self, record: int) -> Tensor:
+        out = torch.zeros_like(self.g, dtype=torch.float32)
+        rows = slice(record * self._each, (record + 1) * self._each)
+        out[rows] = self.g[rows].float()
+        return out
+
+    @property
+    def _each(self) -> int:
+        return self.g.shape[0] // self._records
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        factors = factors_B.float().repeat_interleave(self._each)
+        out += self.g.float() * factors.view(-1, *(1,) * (self.g.ndim - 1))
+
+    def masked(self, keep_B: Tensor) -> Aligned:
+        return Aligned(_keep_rows(self.g, keep_B.repeat_interleave(self._each)), self._records)
+
+    def nbytes(self) -> int:
+        return self.g.nbytes
