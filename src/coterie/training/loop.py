@@ -17,7 +17,9 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
+from coterie.errors import ModelError
 from coterie.models.seam import check_selected
 from coterie.training.optim import AdamW, set_lr
 from coterie.training.packing import IGNORED, Batch
@@ -104,9 +106,23 @@ def seed_round(seed: int, round_index: int) -> None:
     torch.manual_seed((seed * 1_000_003 + round_index) % 2**63)
 
 
-def use_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in backward (non-reentrant: hooks and the seam see the second forward too)."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+def use_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward (non-reentrant: hooks and the seam see the second forward too).
+
+    Raises:
+        ModelError: the family does not offer it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{type(model).__name__} cannot recompute activations.",
+            code="model-no-checkpointing",
+            fix="set model.gradient_checkpointing: false",
+        )
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 class StopFlag:

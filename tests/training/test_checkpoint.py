@@ -1,0 +1,156 @@
+"""A checkpoint is whole or it is not there; damaged and foreign ones are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from coterie.errors import CheckpointError
+from coterie.training import checkpoint as module
+from coterie.training.checkpoint import CheckpointStore, load_model_tensors, model_tensors
+
+TENSORS = {"weights": {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", run="a" * 64)
+
+
+def test_what_is_written_is_read_back_exactly(store: CheckpointStore) -> None:
+    written = store.write(5, TENSORS, {"note": [1, 2]})
+    newest = store.newest()
+    assert newest == written
+    assert newest is not None
+    assert newest.state == {"note": [1, 2]}
+    loaded = store.load(newest, "weights")
+    assert all(torch.equal(loaded[name], TENSORS["weights"][name]) for name in ("w", "b"))
+    assert loaded["b"].dtype == torch.bfloat16
+
+
+def test_the_newest_complete_one_is_taken(store: CheckpointStore) -> None:
+    assert store.newest() is None
+    for number in (5, 10, 100):
+        store.write(number, TENSORS, {})
+    (store.folder / "round-00000200.part").mkdir()
+    newest = store.newest()
+    assert newest is not None
+    assert newest.round == 100
+    assert store.rounds() == [5, 10, 100]
+    store.keep_last(2)
+    assert store.rounds() == [10, 100]
+
+
+def test_equal_content_has_an_equal_digest(tmp_path: Path, store: CheckpointStore) -> None:
+    elsewhere = CheckpointStore(tmp_path / "elsewhere", run="a" * 64)
+    assert store.write(5, TENSORS, {}).digest == elsewhere.write(5, TENSORS, {}).digest
+    changed = {"weights": {"w": torch.zeros(1)}}
+    assert store.write(6, TENSORS, {}).digest != elsewhere.write(6, changed, {}).digest
+
+
+@pytest.mark.parametrize("step", ["save_file", "write_json", "os.replace"])
+def test_a_crash_while_writing_leaves_the_earlier_one(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    store.write(5, TENSORS, {})
+
+    def crash(*args: object, **named: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{module.__name__}.{step}", crash)
+        with pytest.raises(OSError, match="no space"):
+            store.write(6, TENSORS, {})
+    newest = store.newest()
+    assert newest is not None
+    assert newest.round == 5
+    store.load(newest, "weights")
+    assert store.write(6, TENSORS, {}).round == 6, "what the crash left does not stand in the way"
+
+
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(bytes(raw))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("harm", [damage, cut, Path.unlink])
+def test_a_file_that_changed_since_is_refused_naming_the_way_back(
+    store: CheckpointStore, harm: Callable[[Path], None]
+) -> None:
+    store.write(5, TENSORS, {})
+    newest = store.write(6, TENSORS, {})
+    harm(newest.path / "weights.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        store.load(newest, "weights")
+    assert caught.value.code == "checkpoint-torn"
+    assert "weights.safetensors" in caught.value.message
+    assert caught.value.fix == "delete that folder to go on from round 5"
+    shutil.rmtree(newest.path)
+    assert store.newest() == store.get(5)
+
+
+def test_a_folder_without_a_manifest_is_refused(store: CheckpointStore) -> None:
+    written = store.write(5, TENSORS, {})
+    (written.path / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        store.newest()
+
+
+def test_a_checkpoint_of_another_run_is_refused(store: CheckpointStore) -> None:
+    store.write(5, TENSORS, {})
+    other = CheckpointStore(store.folder, run="b" * 64)
+    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+        other.newest()
+    assert caught.value.code == "checkpoint-foreign"
+
+
+def test_a_renamed_checkpoint_is_refused(store: CheckpointStore) -> None:
+    store.write(5, TENSORS, {}).path.rename(store.folder / "round-00000009")
+    with pytest.raises(CheckpointError, match="round 5"):
+        store.newest()
+
+
+def test_another_format_is_refused(store: CheckpointStore) -> None:
+    manifest = store.write(5, TENSORS, {}).path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
+        store.newest()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_weights_survive_saving(
+    store: CheckpointStore, make_tiny: Callable[..., PreTrainedModel], tied: bool
+) -> None:
+    model = make_tiny("qwen3_moe", tie_word_embeddings=tied)
+    other = make_tiny("qwen3_moe", tie_word_embeddings=tied, seed=9)
+    written = store.write(1, {"weights": model_tensors(model)}, {})
+    load_model_tensors(other, store.load(written, "weights"))
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_buffers_that_act_like_weights_are_saved(make_tiny: Callable[..., PreTrainedModel]) -> None:
+    model = make_tiny("deepseek_v3")
+    buffers = {name for name in model.state_dict() if name.endswith("e_score_correction_bias")}
+    assert buffers
+    assert buffers <= set(model_tensors(model))
+
+
+def test_weights_of_another_model_are_refused(make_tiny: Callable[..., PreTrainedModel]) -> None:
+    model = make_tiny("qwen3_moe")
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        load_model_tensors(model, model_tensors(make_tiny("olmoe")))
+    wider = make_tiny("qwen3_moe", vocab_size=97)
+    with pytest.raises(CheckpointError, match="do not fit the model"):
+        load_model_tensors(model, model_tensors(wider))

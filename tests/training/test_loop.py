@@ -1,0 +1,168 @@
+"""A round is one exact step: however it is cut into micro-batches, and never with the model's own loss."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from coterie.config import OptimSpec
+from coterie.errors import ModelError
+from coterie.training.loop import (
+    StopFlag,
+    finish_round,
+    loss_sum,
+    sequence_losses,
+    stop_on_signals,
+    train_round,
+    use_checkpointing,
+)
+from coterie.training.optim import make_optimizer
+from coterie.training.packing import Batch, Sequences, pack
+
+MakeTiny = Callable[..., PreTrainedModel]
+SPEC = OptimSpec(lr=1e-2, weight_decay=0.1)
+
+
+@pytest.fixture(scope="module")
+def sequences() -> Sequences:
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, 90, (length,), generator=generator).tolist() for length in (12, 5, 9, 3, 12, 7, 2, 10)]
+    return pack(texts, sequence_length=12, packing="chunks", end_id=2)
+
+
+def gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """Reference: mean over all tokens of the round, by autograd on one sequence at a time."""
+    total, tokens = torch.zeros(()), 0
+    for batch in batches:
+        for row in range(batch["input_ids"].shape[0]):
+            length = int(batch["attention_mask"][row].sum())
+            ids = batch["input_ids"][row : row + 1, :length]
+            logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            total = total - logprobs.gather(1, ids[0, 1:, None]).sum()
+            tokens += length - 1
+    names = dict(model.named_parameters())
+    found = torch.autograd.grad(total / tokens, list(names.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(names.items(), found, strict=True)}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral"])
+def test_a_round_moves_by_the_mean_gradient_over_all_its_tokens(
+    make_tiny: MakeTiny, sequences: Sequences, family: str
+) -> None:
+    model = make_tiny(family)
+    batches = [sequences.batch(rows) for rows in ([0, 1, 2], [3, 4], [5])]
+    expected = gradients(model, batches)
+    spec = OptimSpec(lr=1e-2, weight_decay=0.1, eps=1e-3)  # a smaller one blows rounding of tiny gradients up
+    optimizer = make_optimizer(model.parameters(), spec)
+    reference_model = make_tiny(family)
+    reference = torch.optim.AdamW(reference_model.parameters(), 1e-2, spec.betas, spec.eps, 0.1)
+    for name, parameter in reference_model.named_parameters():
+        parameter.grad = expected[name]
+    reference.step()
+    for batch in batches:
+        loss, _ = loss_sum(model, batch)
+        loss.backward()
+    tokens = sum(int(sequences.lengths[row]) - 1 for row in range(6))
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        assert relative(grad / tokens, expected[name]) < 1e-5 or expected[name].norm() < 1e-7, name
+    finish_round(optimizer, tokens, lr=1e-2)
+    for (name, ours), theirs in zip(model.named_parameters(), reference_model.parameters(), strict=True):
+        assert relative(ours.detach(), theirs.detach()) < 1e-5, name
+
+
+def test_micro_batches_do_not_change_a_round(make_tiny: MakeTiny, sequences: Sequences) -> None:
+    results = []
+    for groups in ([[0, 1, 2, 3, 4, 5]], [[0], [1, 2], [3, 4, 5]]):
+        model = make_tiny()
+        done = train_round(
+            model,
+            make_optimizer(model.parameters(), OptimSpec(eps=1e-3)),
+            [sequences.batch(rows) for rows in groups],
+            lr=1e-2,
+        )
+        results.append((done, dict(model.named_parameters())))
+    (one, whole), (many, parts) = results
+    assert one.tokens == many.tokens
+    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+    for name in whole:
+        assert relative(parts[name].detach(), whole[name].detach()) < 1e-5, name
+
+
+def test_padding_neither_counts_nor_changes_a_sequence(make_tiny: MakeTiny, sequences: Sequences) -> None:
+    model = make_tiny()
+    losses, tokens = sequence_losses(model, sequences.batch([0, 1, 6]))
+    assert tokens.tolist() == [int(sequences.lengths[row]) - 1 for row in (0, 1, 6)]
+    for position, row in enumerate((0, 1, 6)):
+        alone, _ = sequence_losses(model, sequences.batch([row]))
+        torch.testing.assert_close(losses[position], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_the_families_own_mean_times_its_tokens(make_tiny: MakeTiny, sequences: Sequences) -> None:
+    model = make_tiny()
+    batch = sequences.batch([0, 1, 2])
+    total, tokens = loss_sum(model, batch)
+    theirs = model(**batch).loss
+    assert total.item() / tokens == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_gradient_checkpointing_does_not_change_a_round(make_tiny: MakeTiny, sequences: Sequences) -> None:
+    plain, saving = make_tiny().train(), make_tiny().train()
+    use_checkpointing(saving)
+    for model in (plain, saving):
+        train_round(model, make_optimizer(model.parameters(), SPEC), [sequences.batch([0, 1, 2])], lr=1e-2)
+    for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_bfloat16_learns_like_float32(make_tiny: MakeTiny, sequences: Sequences) -> None:
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_tiny(dtype=dtype)
+        optimizer = make_optimizer(model.parameters(), OptimSpec())
+        rounds = [train_round(model, optimizer, [sequences.batch(range(8))], lr=5e-3).loss for _ in range(30)]
+        assert rounds[-1] < rounds[0] - 1
+        losses[dtype] = rounds[-1]
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+def test_a_model_whose_experts_bypass_coterie_is_not_trained(make_tiny: MakeTiny, sequences: Sequences) -> None:
+    model = make_tiny()
+    model.set_experts_implementation("eager")
+    with pytest.raises(ModelError, match="not through coterie"):
+        train_round(model, make_optimizer(model.parameters(), SPEC), [sequences.batch([0])], lr=1e-2)
+
+
+def test_the_first_signal_asks_for_a_stop_and_the_second_interrupts() -> None:
+    stop = StopFlag()
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_signals(stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    seen = []
+
+    def work() -> None:
+        with stop_on_signals(StopFlag()):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]

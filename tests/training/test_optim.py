@@ -1,0 +1,134 @@
+"""The optimiser equals torch's AdamW in float32, keeps masters in bfloat16, and steps unused parameters too."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from coterie.config import OptimSpec
+from coterie.errors import CheckpointError
+from coterie.training.optim import lr_at, make_optimizer, set_lr
+
+SPEC = OptimSpec(lr=0.01, weight_decay=0.1)
+
+
+def param(values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values.clone())
+
+
+def test_float32_steps_equal_torch_adamw() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3), torch.randn(5)]
+    ours, theirs = [param(x) for x in start], [param(x) for x in start]
+    optimizer = make_optimizer(ours, SPEC)
+    reference = torch.optim.AdamW(theirs, lr=0.01, betas=SPEC.betas, eps=SPEC.eps, weight_decay=0.1)
+    for step in range(10):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for chosen in (optimizer, reference):
+            set_lr(chosen, 0.01 / (step + 1))
+            chosen.step()
+            chosen.zero_grad()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_a_parameter_without_gradient_is_stepped_with_gradient_zero() -> None:
+    used, unused, frozen = (param(torch.ones(3)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = make_optimizer([used, unused, frozen], SPEC)
+    used.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(unused.detach(), torch.full((3,), 1 - 0.01 * 0.1))
+    assert torch.equal(frozen, torch.ones(3))
+    optimizer.zero_grad()
+    unused.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = unused.detach().clone()
+    optimizer.step()
+    assert (unused.detach() < before * (1 - 0.01 * 0.1)).all(), "its momentum goes on"
+
+
+def test_a_slice_of_a_stack_steps_like_the_stack() -> None:
+    torch.manual_seed(0)
+    stack, grad = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    whole, parts = param(stack), [param(piece) for piece in stack]
+    for params, grads in (([whole], [grad]), (parts, list(grad))):
+        optimizer = make_optimizer(params, SPEC)
+        for _ in range(3):
+            for one, its in zip(params, grads, strict=True):
+                one.grad = its.clone()
+            optimizer.step()
+    torch.testing.assert_close(torch.stack([part.detach() for part in parts]), whole.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_weights_follow_float32_masters() -> None:
+    start = torch.linspace(-1, 1, 64).to(torch.bfloat16)
+    low, full = param(start), param(start.float())
+    small = OptimSpec(lr=1e-4)
+    optimizers = [make_optimizer([one], small) for one in (low, full)]
+    for _ in range(50):
+        for one, optimizer in zip((low, full), optimizers, strict=True):
+            one.grad = torch.ones_like(one)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(low.detach(), full.detach().to(torch.bfloat16), rtol=0, atol=0)
+    assert not torch.equal(low, start), "steps of 1e-4 on weights near 1 would be lost in bfloat16 alone"
+
+
+def test_bfloat16_gradients_are_summed_in_float32() -> None:
+    low = param(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = make_optimizer([low], SPEC)
+    for _ in range(1000):
+        low.grad = torch.ones_like(low)
+        optimizer.gather()
+    assert optimizer.gradient(low).item() == 1000.0
+    assert low.grad is None
+    optimizer.zero_grad()
+    assert optimizer.gradient(low).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_state_continues_identically(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    first = param(torch.randn(6, 2, dtype=dtype))
+    optimizer = make_optimizer([first], SPEC)
+    first.grad = torch.randn_like(first)
+    optimizer.step()
+    second = param(first.detach())
+    resumed = make_optimizer([second], SPEC)
+    resumed.load_tensors({"w": second}, {k: v.clone() for k, v in optimizer.tensors({"w": first}).items()})
+    grad = torch.randn_like(first)
+    for one, chosen in ((first, optimizer), (second, resumed)):
+        chosen.zero_grad()
+        one.grad = grad.clone()
+        chosen.step()
+    assert torch.equal(first, second)
+    assert ("w/master" in optimizer.tensors({"w": first})) == (dtype is torch.bfloat16)
+
+
+def test_state_of_another_shape_is_refused() -> None:
+    one, other = param(torch.ones(2)), param(torch.ones(3))
+    saved = make_optimizer([one], SPEC)
+    one.grad = torch.ones(2)
+    saved.step()
+    with pytest.raises(CheckpointError, match="no fitting `exp_avg` for `w`"):
+        make_optimizer([other], SPEC).load_tensors({"w": other}, saved.tensors({"w": one}))
+
+
+def test_the_rate_warms_up_and_follows_its_schedule() -> None:
+    cosine = OptimSpec(lr=1.0, warmup_rounds=4, schedule="cosine", final_lr_ratio=0.2)
+    rates = [lr_at(index, cosine, 24) for index in range(24)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[-1] == pytest.approx(0.2)
+    expected = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 10 / 19))
+    assert rates[14] == pytest.approx(expected)
+    constant = OptimSpec(lr=1.0, warmup_rounds=2, schedule="constant")
+    assert [lr_at(index, constant, 5) for index in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert lr_at(0, cosine.model_copy(update={"warmup_rounds": 0}), 1) == 1.0

@@ -1,0 +1,84 @@
+"""A trained tokenizer loses nothing, is the same every time, and survives saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from coterie.config import DataSpec, ModelSpec
+from coterie.errors import DataError
+from coterie.training.data import Documents
+from coterie.training.tokenizer import encode, get_tokenizer, load_tokenizer_from, tokenize, train_tokenizer
+
+PUBLIC = ("the cat sat on the mat, the cat sat still", "a dog and a cat and a mat") * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(PUBLIC, 300)
+
+
+def test_common_words_become_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert 258 < len(tokenizer) <= 300
+    assert len(encode(tokenizer, [" cat"])[0]) == 1
+
+
+_TOKENIZER = train_tokenizer(PUBLIC, 300)
+
+
+@settings(max_examples=50)
+@given(st.text())
+def test_any_text_is_decoded_as_it_was(text: str) -> None:
+    (ids,) = encode(_TOKENIZER, [text])
+    assert _TOKENIZER.decode(ids) == text
+
+
+def test_training_twice_gives_the_same_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    again = train_tokenizer(PUBLIC, 300)
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_saved_and_loaded_it_encodes_alike(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(str(tmp_path))
+    loaded = load_tokenizer_from(tmp_path)
+    assert encode(loaded, PUBLIC) == encode(tokenizer, PUBLIC)
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (0, 1)
+    bare = load_tokenizer_from(tmp_path / "tokenizer.json")
+    assert encode(bare, PUBLIC) == encode(tokenizer, PUBLIC)
+
+
+def test_documents_end_with_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = DataSpec(train=("x.txt",), sequence_length=64)
+    sequences = tokenize(Documents(("the cat", "a dog"), ("ann", "bob")), spec, tokenizer)
+    assert [sequences[row]["input_ids"][-1].item() for row in range(2)] == [0, 0]
+    assert sequences.users == ("ann", "bob")
+    assert sequences.pad_id == 1
+
+
+def test_the_settings_choose_the_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(str(tmp_path / "given"))
+    (tmp_path / "public.txt").write_text("\n".join(PUBLIC))
+    model = ModelSpec(family="olmoe")
+    by_path = DataSpec(train=("x.jsonl",), tokenizer=str(tmp_path / "given"))
+    assert get_tokenizer(by_path.tokenizer, model, by_path).get_vocab() == tokenizer.get_vocab()
+    trained = DataSpec(
+        train=("x.jsonl",),
+        format="jsonl",
+        tokenizer={"train": {"files": [tmp_path / "public.txt"], "vocab_size": 280}},
+    )
+    assert len(get_tokenizer(trained.tokenizer, model, trained)) <= 280
+    beside = DataSpec(train=("x.jsonl",))
+    chosen = get_tokenizer(beside.tokenizer, ModelSpec(path=tmp_path / "given"), beside)
+    assert chosen.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_tokenizer_from(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer\.json holds no tokenizer"):
+        load_tokenizer_from(tmp_path / "tokenizer.json")
