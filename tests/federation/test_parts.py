@@ -96,36 +96,36 @@ def federation():
     running.close()
 
 
-def test_a_fetched_part_is_the_hosts_own_bytes_and_does_not_cross_twice(federation):
+def test_a_fetched_part_is_the_hosts_own_bytes(federation):
     federation.service.begin_round(4)
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    first = fetcher.fetch(BIG, 4, torch.float32, None)
-    torch.testing.assert_close(BIG.decode(first.blob, torch.float32), federation.weights, rtol=0, atol=0)
+    digest = fetcher.offer(BIG, 4, torch.float32)
+    blob = fetcher.fetch(BIG, 4, torch.float32, digest)
+    torch.testing.assert_close(BIG.decode(blob, torch.float32), federation.weights, rtol=0, atol=0)
     assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 3
-    federation.seen.clear()
     federation.service.begin_round(5)
-    assert fetcher.fetch(BIG, 5, torch.float32, first.digest).blob is None
-    assert [message.kind for message in federation.seen] == ["weights-offer"]
+    assert fetcher.offer(BIG, 5, torch.float32) == digest == digest_of(blob)
 
 
 def test_a_broken_transfer_goes_on_at_the_missing_chunk(federation):
     federation.service.begin_round(1)
     federation.break_at = 3
-    fetched = WeightFetcher(federation.alder, deadline_s=5).fetch(BIG, 1, torch.float32, None)
-    torch.testing.assert_close(BIG.decode(fetched.blob, torch.float32), federation.weights, rtol=0, atol=0)
+    fetcher = WeightFetcher(federation.alder, deadline_s=5)
+    blob = fetcher.fetch(BIG, 1, torch.float32, fetcher.offer(BIG, 1, torch.float32))
+    torch.testing.assert_close(BIG.decode(blob, torch.float32), federation.weights, rtol=0, atol=0)
     assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 4
 
 
 def test_weights_are_frozen_while_a_round_is_open(federation):
     federation.service.begin_round(1)
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    before = fetcher.fetch(BIG, 1, torch.float32, None)
+    before = fetcher.offer(BIG, 1, torch.float32)
     federation.weights["down_proj"].add_(1)
-    assert fetcher.fetch(BIG, 1, torch.float32, None).digest == before.digest
+    assert fetcher.offer(BIG, 1, torch.float32) == before
     federation.service.begin_round(2)
-    assert fetcher.fetch(BIG, 2, torch.float32, None).digest != before.digest
+    assert fetcher.offer(BIG, 2, torch.float32) != before
     with pytest.raises(RoundError, match="weights-round"):
-        fetcher.fetch(BIG, 1, torch.float32, None)
+        fetcher.offer(BIG, 1, torch.float32)
 
 
 def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation):
@@ -139,8 +139,10 @@ def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation)
         return Message(CHUNK_KIND, 1, tensors=(reply.tensors[0] ^ 1,))
 
     federation.service.handle = dishonest
+    fetcher = WeightFetcher(federation.alder, deadline_s=5)
+    digest = fetcher.offer(BIG, 1, torch.float32)
     with pytest.raises(RoundError, match="other bytes than it offered"):
-        WeightFetcher(federation.alder, deadline_s=5).fetch(BIG, 1, torch.float32, None)
+        fetcher.fetch(BIG, 1, torch.float32, digest)
 
 
 def push(federation: Federation, blob: torch.Tensor, *, round: int = 7, weights: str = "w") -> None:

@@ -6,7 +6,6 @@ broken line, a restart or a retry of the attempt, and count once; other bytes un
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import FrameError, RoundError, TransportError
-from coterie.federation.parts import Part, spans
+from coterie.federation.parts import Part, digest_of, spans
 from coterie.federation.transport import Lane, Message, Transport
 
 BEGIN, CHUNK_KIND, END = "push-begin", "push-chunk", "push-end"
@@ -79,6 +78,17 @@ class PushService:
             elif key not in self._staged:
                 self._finish(key, part)
             return Message(message.kind, message.round, layer=part.number)
+
+    def stage(self, party: str, number: int, round: int, blob: Tensor, weights: str) -> None:
+        """Stage a whole part at once, as the party itself does for what it hosts; the same checks as `handle`."""
+        body = {"digest": digest_of(blob), "size": blob.numel(), "weights": weights}
+        missing = self.handle(party, Message(BEGIN, round, layer=number, body=body)).body["missing"]
+        with self._lock:
+            incoming = self._incoming.get((party, number))
+            if incoming is not None:
+                incoming.blob.copy_(blob)
+                incoming.seen.update(missing)
+        self.handle(party, Message(END, round, layer=number))
 
     def sums(self, number: int, contributing: tuple[str, ...]) -> dict[str, Tensor]:
         """The staged sums of one part added up in roster order, float32.
@@ -162,7 +172,7 @@ class PushService:
         incoming = self._incoming.pop(key, None)
         if incoming is None or len(incoming.seen) != len(spans(incoming.blob.numel())):
             raise FrameError(f"{key[0]} ended a push before all its chunks came.", code="push-short")
-        if hashlib.sha256(incoming.blob.numpy().tobytes()).hexdigest() != incoming.digest:
+        if digest_of(incoming.blob) != incoming.digest:
             raise FrameError(f"{key[0]}'s push of part {part.number} has another digest.", code="push-digest")
         if not bool(torch.isfinite(incoming.blob.view(self._dtype)).all()):
             raise RoundError(

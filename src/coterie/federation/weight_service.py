@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -79,20 +78,10 @@ class WeightService:
             return self._blobs[number]
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A part as it arrived: ``blob`` is None when the owner already holds these bytes."""
-
-    part: Part
-    digest: str
-    blob: Tensor | None
-
-
 class WeightFetcher:
     """The owner's side: every part, in the fixed order, whatever the lot.
 
-    A part whose digest the owner already holds does not cross again. A transfer that breaks goes on with the chunks
-    that are missing; only the lack of an answer within ``deadline_s`` ends it.
+    A transfer that breaks goes on with the chunks that are missing.
     """
 
     def __init__(self, transport: Transport, *, deadline_s: float, retries: int = 3) -> None:
@@ -100,22 +89,29 @@ class WeightFetcher:
         self._deadline_s = deadline_s
         self._retries = retries
 
-    def fetch(self, part: Part, round: int, dtype: torch.dtype, have: str | None) -> Fetched:
-        """One part.
+    def offer(self, part: Part, round: int, dtype: torch.dtype) -> str:
+        """Digest of the bytes that the host serves for a part in this round.
+
+        Raises:
+            FrameError: it offers another size than the model's.
+            RoundError, TransportError: it serves another round, or is gone.
+        """
+        reply = self._ask(part, Message(OFFER, round, layer=part.number)).result()
+        digest, size = reply.body.get("digest"), reply.body.get("size")
+        if not isinstance(digest, str) or size != part.num_bytes(dtype):
+            raise FrameError(f"{part.host} offers part {part.number} with {size} bytes.", code="part-size")
+        return digest
+
+    def fetch(self, part: Part, round: int, dtype: torch.dtype, digest: str) -> Tensor:
+        """The bytes of one part, uint8.
 
         Args:
-            have: digest of the bytes the owner holds, or None.
+            digest: what `offer` gave.
 
         Raises:
             TransportError: the host did not answer, also after retries.
-            RoundError: the bytes do not have the digest that was offered.
+            RoundError: the bytes do not have that digest.
         """
-        offer = self._ask(part, Message(OFFER, round, layer=part.number)).result()
-        digest, size = offer.body.get("digest"), offer.body.get("size")
-        if not isinstance(digest, str) or size != part.num_bytes(dtype):
-            raise FrameError(f"{part.host} offers part {part.number} with {size} bytes.", code="part-size")
-        if digest == have:
-            return Fetched(part, digest, None)
         blob = torch.empty(part.num_bytes(dtype), dtype=torch.uint8)
         missing = spans(blob.numel())
         for tries_left in range(self._retries, -1, -1):
@@ -131,7 +127,7 @@ class WeightFetcher:
                 why="every pass over a record must see the same weights",
                 fix="the attempt is aborted; look at the host's own log",
             )
-        return Fetched(part, digest, blob)
+        return blob
 
     def _fill(
         self, part: Part, round: int, blob: Tensor, wanted: list[tuple[int, int]]

@@ -19,13 +19,21 @@ from torch import Tensor
 
 from coterie.models import expert_math
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows
-from coterie.models.weight_cache import LayerWeights, WeightCache
+from coterie.models.weight_cache import LayerWeights
 
 
 class WeightSource(Protocol):
     """Lends the weights of one layer to the device, for the length of a ``with`` block."""
 
     def layer(self, index: int) -> AbstractContextManager[LayerWeights]: ...
+
+
+class LayerReader(Protocol):
+    """Where a streamer reads layers from: a `WeightCache`, or one that is still being filled."""
+
+    num_layers: int
+
+    def get(self, layer: int) -> LayerWeights: ...
 
 
 class GradientSink(Protocol):
@@ -35,7 +43,7 @@ class GradientSink(Protocol):
 
 
 class LayerStreamer:
-    """A `WeightSource` over a `WeightCache` that keeps at most two layers on the device.
+    """A `WeightSource` over layers off the device that keeps at most two layers on the device.
 
     While layer i is lent, its neighbour in the direction of travel (up in the forward, down in the backward) is
     copied by a side thread, on CUDA along a side stream.
@@ -50,7 +58,7 @@ class LayerStreamer:
         peak_bytes: most bytes of expert weights that were on the device at once.
     """
 
-    def __init__(self, cache: WeightCache, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, cache: LayerReader, device: torch.device, dtype: torch.dtype) -> None:
         self._cache = cache
         self._device = device
         self._dtype = dtype

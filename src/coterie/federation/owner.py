@@ -1,0 +1,244 @@
+"""The owner's side of the `experts` exchange: mirror the pool's weights, bring sums back.
+
+Weights are fetched by one thread a host while the model already computes: the first layer is all that computing has
+to wait for. Which parts are asked for, in which order and how large they are never depends on the owner's text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from coterie.errors import CoterieError, DeadlineError, RoundError
+from coterie.federation.parts import Part, combined_digest, digest_of
+from coterie.federation.pool import DECLARE, Pool
+from coterie.federation.push_service import Pusher
+from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.weight_service import WeightFetcher
+from coterie.models.weight_cache import LayerWeights, WeightCache
+
+
+class Mirror:
+    """A copy of the whole pool in a `WeightCache`, brought up to date once a round.
+
+    Args:
+        parts: every part of the model.
+        num_experts: E of every MoE layer.
+        cache: where layers lie, in ``dtype``.
+        pool: this party's own parts, read without a wire.
+        fetcher: asks the other hosts.
+        dtype: of the weights on the wire and in the cache.
+        set_trunk: takes the parameters of a shared trunk as they arrive.
+        wait_s: how long computing waits for a layer.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        num_experts: Sequence[int],
+        cache: WeightCache,
+        pool: Pool,
+        fetcher: WeightFetcher,
+        dtype: torch.dtype,
+        *,
+        set_trunk: Callable[[Mapping[str, Tensor]], None],
+        wait_s: float,
+    ) -> None:
+        self._parts, self._num_experts, self._cache, self._pool = tuple(parts), tuple(num_experts), cache, pool
+        self._fetcher, self._dtype, self._set_trunk, self._wait_s = fetcher, dtype, set_trunk, wait_s
+        self._held: dict[int, str] = {}
+        self._arrived = threading.Condition()
+        self._waiting: dict[int, set[int]] = {}
+        self._fresh: dict[int, list[tuple[Part, Tensor]]] = defaultdict(list)
+        self._error: BaseException | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._stopped = False
+        self.num_layers = cache.num_layers
+
+    def versions(self, round: int) -> dict[int, str]:
+        """Digest of every part that this round is to be computed on, by part number, before anything large moves.
+
+        Raises:
+            TransportError, RoundError: a host is gone, or serves another round.
+        """
+        return {part.number: self._version(part, round) for part in self._parts}
+
+    def start(self, round: int, versions: Mapping[int, str]) -> None:
+        """Bring in whatever is not held yet; returns once the trunk's parts are in, the layers follow.
+
+        Every part is asked for in every round; one whose bytes are held already answers with its digest alone.
+        """
+        self.join(check=False)
+        self._cache.begin_round()
+        self._error, self._stopped = None, False
+        self._fresh.clear()
+        self._waiting = {layer: set() for layer in range(-1, self.num_layers)}
+        by_host: dict[str, list[Part]] = defaultdict(list)
+        for part in self._parts:
+            self._waiting[part.layer].add(part.number)
+            by_host[part.host].append(part)
+        self._threads = ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-fetch")
+        for host_parts in by_host.values():
+            self._threads.submit(self._bring, host_parts, round, dict(versions))
+        self._wait(-1)
+
+    def get(self, layer: int) -> LayerWeights:
+        """A layer's stacked weights off the device; waits for it on first use in a round.
+
+        Raises:
+            DeadlineError: it did not come in time.
+            CoterieError: what the fetch failed with.
+        """
+        self._wait(layer)
+        return self._cache.get(layer)
+
+    def join(self, *, check: bool = True) -> None:
+        """Wait until everything is in, as when the lot was empty and nothing was computed.
+
+        Raises:
+            CoterieError: what the fetch failed with.
+        """
+        if self._threads is not None:
+            self._threads.shutdown(wait=True)
+            self._threads = None
+        if check and self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Give up the fetch that is under way; returns at once."""
+        with self._arrived:
+            self._stopped = True
+            self._error = self._error or RoundError("the attempt was given up.", code="round-interrupted")
+            self._arrived.notify_all()
+
+    def _version(self, part: Part, round: int) -> str:
+        if part.host == self._pool.me:
+            return self._pool.frozen(part.number, round)[1]
+        return self._fetcher.offer(part, round, self._dtype)
+
+    def _bring(self, parts: Sequence[Part], round: int, versions: Mapping[int, str]) -> None:
+        try:
+            for part in parts:
+                if self._stopped:
+                    return
+                self._accept(part, self._blob(part, round, versions[part.number]), versions[part.number])
+        except BaseException as error:
+            with self._arrived:
+                self._error = self._error or error
+                self._arrived.notify_all()
+
+    def _blob(self, part: Part, round: int, digest: str) -> Tensor | None:
+        if self._held.get(part.number) == digest:
+            return None
+        if part.host != self._pool.me:
+            return self._fetcher.fetch(part, round, self._dtype, digest)
+        blob, own = self._pool.frozen(part.number, round)
+        if own != digest:
+            raise RoundError("this party's own weights changed within a round.", code="weights-changed")
+        return blob
+
+    def _accept(self, part: Part, blob: Tensor | None, digest: str) -> None:
+        with self._arrived:
+            if blob is not None:
+                self._held.pop(part.number, None)
+                self._fresh[part.layer].append((part, blob))
+            self._waiting[part.layer].discard(part.number)
+            if not self._waiting[part.layer]:
+                self._assemble(part.layer)
+            if blob is not None:
+                self._held[part.number] = digest
+            self._arrived.notify_all()
+
+    def _assemble(self, layer: int) -> None:
+        fresh = self._fresh.pop(layer, [])
+        if layer < 0:
+            for part, blob in fresh:
+                self._set_trunk(part.decode(blob, self._dtype))
+        elif fresh:
+            held = self._cache.get(layer) if layer in self._cache.digests() else {}
+            stacked = {name: tensor.clone() for name, tensor in held.items()}
+            for part, blob in fresh:
+                for name, rows in part.decode(blob, self._dtype).items():
+                    shape = (self._num_experts[layer], *rows.shape[1:])
+                    stacked.setdefault(name, torch.empty(shape, dtype=self._dtype))[list(part.experts)] = rows
+            self._cache.put(layer, stacked)
+
+    def _wait(self, layer: int) -> None:
+        with self._arrived:
+            ready = self._arrived.wait_for(
+                lambda: self._error is not None or not self._waiting.get(layer), timeout=self._wait_s
+            )
+            if self._error is not None:
+                raise self._error
+        if not ready:
+            raise DeadlineError(
+                f"layer {layer} did not arrive within {self._wait_s:g} s.",
+                code="weights-late",
+                fix="look whether its hosts are up (`coterie status`), or raise deadline_s",
+            )
+
+
+class SumSender:
+    """Declares a party's part in a round and brings spooled sums to the hosts.
+
+    Args:
+        transport: to the other hosts.
+        pool: this party's own parts take their sum without a wire.
+        parts: every part of the model.
+    """
+
+    def __init__(self, transport: Transport, pool: Pool, parts: Sequence[Part], *, deadline_s: float) -> None:
+        self._transport, self._pool, self._parts = transport, pool, tuple(parts)
+        self._pusher = Pusher(transport, deadline_s=deadline_s)
+        self._deadline_s = deadline_s
+
+    def declare(self, round: int, *, contributes: bool, weight: float) -> None:
+        """Tell every host whether sums will come, and what they are to be divided by."""
+        message = Message(DECLARE, round, body={"contributes": contributes, "weight": weight})
+        hosts = sorted({part.host for part in self._parts})
+        asked = [
+            self._transport.request_async(host, Lane.CONTROL, message, self._deadline_s)
+            for host in hosts
+            if host != self._pool.me
+        ]
+        self._pool.handle(self._pool.me, Lane.CONTROL, message)
+        for future in asked:
+            future.result()
+
+    def push(self, round: int, blobs: Mapping[int, Tensor], versions: Mapping[int, str]) -> None:
+        """Bring every part's sum to its host, all hosts at the same time, each part in the fixed order.
+
+        Args:
+            blobs: uint8 bytes by part number, exactly as spooled.
+            versions: digest of the weights each sum was computed on.
+
+        Raises:
+            CoterieError: the first host in roster order that could not be reached or refused.
+        """
+        by_host: dict[str, list[Part]] = defaultdict(list)
+        for part in self._parts:
+            by_host[part.host].append(part)
+
+        def bring(parts: Sequence[Part]) -> None:
+            for part in parts:
+                blob, weights = blobs[part.number], versions[part.number]
+                if part.host == self._pool.me:
+                    self._pool.stage_own(part, round, blob, weights)
+                else:
+                    self._pusher.push(part, round, blob, digest_of(blob), weights)
+
+        with ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-push") as pool:
+            futures = [pool.submit(bring, parts) for parts in by_host.values()]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, CoterieError)):
+            raise error
+
+
+def model_version(versions: Mapping[int, str]) -> str:
+    """One digest for all parts: what a round of a party is pinned to."""
+    return combined_digest(versions[number] for number in sorted(versions))

@@ -1,0 +1,199 @@
+"""What one party stores of the shared model in the `experts` exchange: it serves weights and takes sums.
+
+Master weights and optimiser state of a part exist here alone. A round is: freeze the weights, serve them to every
+owner, stage every owner's sum, and at the commit add the sums up in roster order, divide and step.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.errors import FrameError, RoundError
+from coterie.federation import push_service, weight_service
+from coterie.federation.home import TrunkHome
+from coterie.federation.parts import Part
+from coterie.federation.push_service import PushService
+from coterie.federation.shard import Shard
+from coterie.federation.transport import Lane, Message
+from coterie.federation.weight_service import WeightService
+
+DECLARE = "declare"
+
+Transcript = Callable[[str, Lane, Message], None]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a party says of its part in a round; both are public or, without privacy, harmless.
+
+    Attributes:
+        contributes: whether sums come from it. False when its budget is spent.
+        weight: what its sums are divided by, added up over the contributing parties: its expected lot size, or
+            without privacy its number of tokens.
+    """
+
+    contributes: bool
+    weight: float
+
+
+class Pool:
+    """Serves and steps the parts of one party.
+
+    Args:
+        me: this party.
+        parties: everybody, in roster order.
+        parts: every part of the model; those with ``host == me`` are stored here.
+        shard: the hosted experts.
+        home: the stored share of a shared trunk.
+        weights_dtype: of what goes down.
+        push_dtype: of what comes up.
+        transcript: sees every message that another party sent, for the audit.
+
+    Attributes:
+        version: commits applied since this object was made.
+    """
+
+    KINDS = frozenset(
+        {
+            weight_service.OFFER,
+            weight_service.CHUNK_KIND,
+            push_service.BEGIN,
+            push_service.CHUNK_KIND,
+            push_service.END,
+            DECLARE,
+        }
+    )
+
+    def __init__(
+        self,
+        me: str,
+        parties: Sequence[str],
+        parts: Sequence[Part],
+        shard: Shard,
+        home: TrunkHome,
+        *,
+        weights_dtype: torch.dtype = torch.bfloat16,
+        push_dtype: torch.dtype = torch.float32,
+        transcript: Transcript | None = None,
+    ) -> None:
+        self.me, self.shard, self.home = me, shard, home
+        self.version = 0
+        self._parties = tuple(parties)
+        self._mine = tuple(part for part in parts if part.host == me)
+        self._weights = WeightService(self._mine, self._read, weights_dtype)
+        self._pushes = PushService(self._mine, push_dtype, self._parties)
+        self._transcript = transcript
+        self._round = -1
+        self._active: tuple[str, ...] = self._parties
+        self._declared: dict[str, Declared] = {}
+        self._committed: int | None = None
+        self._changed = threading.Condition()
+
+    def begin(self, round: int, active: Sequence[str] | None = None) -> None:
+        """Freeze the weights under this round's number and take pushes for it. Can be repeated for a new attempt.
+
+        Args:
+            active: parties that take part; default: all.
+        """
+        self._weights.begin_round(round)
+        digests = {part.number: self._weights.frozen(part.number, round)[1] for part in self._mine}
+        self._pushes.begin_round(round, digests)
+        with self._changed:
+            if round != self._round:
+                self._declared.clear()
+            self._round = round
+            self._active = tuple(active) if active is not None else self._parties
+            self._changed.notify_all()
+
+    def forget(self) -> None:
+        """Serve no round any more: the stored weights are about to be replaced (a checkpoint is loaded)."""
+        with self._changed:
+            self._round, self._committed = -1, None
+            self._declared.clear()
+        self._weights.begin_round(-1)
+        self._pushes.begin_round(-1, {})
+
+    def handle(self, peer: str, lane: Lane, message: Message, *, wait_s: float = 60.0) -> Message:
+        """The reply to a message of one of `KINDS`.
+
+        A message for the round that is about to begin here waits up to ``wait_s`` for it: parties hear of a new
+        round at slightly different times.
+        """
+        if self._transcript is not None and peer != self.me:
+            self._transcript(peer, lane, message)
+        with self._changed:
+            self._changed.wait_for(lambda: self._round >= message.round, timeout=wait_s)
+        if message.kind == DECLARE:
+            self._declare(peer, message)
+            return Message(DECLARE, message.round)
+        if message.kind in (weight_service.OFFER, weight_service.CHUNK_KIND):
+            return self._weights.handle(message)
+        return self._pushes.handle(peer, message)
+
+    def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
+        """Bytes and digest of an own part, as every owner sees it in this round."""
+        return self._weights.frozen(number, round)
+
+    def stage_own(self, part: Part, round: int, blob: Tensor, weights: str) -> None:
+        """Take this party's own sum of a part, by the same checks as everybody's."""
+        self._pushes.stage(self.me, part.number, round, blob, weights)
+
+    def missing(self) -> tuple[str, ...]:
+        """Active parties that have not declared their part, or declared sums that did not all arrive."""
+        with self._changed:
+            return tuple(party for party in self._active if not self._complete(party))
+
+    def commit(self, round: int, learning_rate: float) -> None:
+        """Step every stored part by the divided sum of the contributing parties. Repeating it does nothing.
+
+        Raises:
+            RoundError: another round is open, or something is missing. Nothing was changed then.
+        """
+        if self._committed == round:
+            return
+        missing = self.missing()
+        if self._round != round or missing:
+            raise RoundError(
+                f"round {round} cannot commit at {self.me}: "
+                + (f"no complete sum from {', '.join(missing)}." if missing else f"round {self._round} is open."),
+                code="round-incomplete",
+            )
+        contributing = tuple(party for party in self._active if self._declared[party].contributes)
+        divisor = math.fsum(self._declared[party].weight for party in contributing)
+        if contributing and divisor > 0:
+            for part in self._mine:
+                self._fill(part, self._pushes.sums(part.number, contributing), divisor)
+            self.shard.step(learning_rate)
+            self.home.step(learning_rate)
+        self._committed = round
+        self.version += 1
+
+    @torch.no_grad()
+    def _fill(self, part: Part, sums: Mapping[str, Tensor], divisor: float) -> None:
+        for name, total in sums.items():
+            gradient = self.home.gradient(name) if part.layer < 0 else self.shard.gradient(part.layer, name)
+            gradient.copy_(total.div_(divisor))
+
+    def _read(self, part: Part) -> Mapping[str, Tensor]:
+        return self.home.weights() if part.layer < 0 else self.shard.weights(part.layer)
+
+    def _complete(self, party: str) -> bool:
+        declared = self._declared.get(party)
+        return declared is not None and (not declared.contributes or self._pushes.complete(party))
+
+    def _declare(self, peer: str, message: Message) -> None:
+        contributes, weight = message.body.get("contributes"), message.body.get("weight")
+        if not isinstance(contributes, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise FrameError(f"{peer} declares its part in a round with {weight!r}.", code="declare", field="weight")
+        with self._changed:
+            if message.round != self._round or peer not in self._active:
+                raise RoundError(f"{peer} declares round {message.round}; {self._round} is open.", code="push-round")
+            declared = Declared(contributes, float(weight))
+            if self._declared.setdefault(peer, declared) != declared:
+                raise RoundError(f"{peer} declares its part in round {message.round} twice.", code="declare-changed")
