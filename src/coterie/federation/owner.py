@@ -66,7 +66,10 @@ class Mirror:
         Raises:
             TransportError, RoundError: a host is gone, or serves another round.
         """
-        return {part.number: self._version(part, round) for part in self._parts}
+        own = [part for part in self._parts if part.host == self._pool.me]
+        others = [part for part in self._parts if part.host != self._pool.me]
+        found = self._fetcher.offers(others, round, self._dtype)
+        return found | {part.number: self._pool.frozen(part.number, round)[1] for part in own}
 
     def start(self, round: int, versions: Mapping[int, str]) -> None:
         """Bring in whatever is not held yet; returns once the trunk's parts are in, the layers follow.
@@ -115,11 +118,6 @@ class Mirror:
             self._stopped = True
             self._error = self._error or RoundError("the attempt was given up.", code="round-interrupted")
             self._arrived.notify_all()
-
-    def _version(self, part: Part, round: int) -> str:
-        if part.host == self._pool.me:
-            return self._pool.frozen(part.number, round)[1]
-        return self._fetcher.offer(part, round, self._dtype)
 
     def _bring(self, parts: Sequence[Part], round: int, versions: Mapping[int, str]) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -89,24 +89,21 @@ class WeightFetcher:
         self._deadline_s = deadline_s
         self._retries = retries
 
-    def offer(self, part: Part, round: int, dtype: torch.dtype) -> str:
-        """Digest of the bytes that the host serves for a part in this round.
+    def offers(self, parts: Sequence[Part], round: int, dtype: torch.dtype) -> dict[int, str]:
+        """Digest of the bytes that hosts serve for parts in this round, by part number; all are asked at once.
 
         Raises:
-            FrameError: it offers another size than the model's.
-            RoundError, TransportError: it serves another round, or is gone.
+            FrameError: a host offers another size than the model's.
+            RoundError, TransportError: a host serves another round, or is gone.
         """
-        reply = self._ask(part, Message(OFFER, round, layer=part.number)).result()
-        digest, size = reply.body.get("digest"), reply.body.get("size")
-        if not isinstance(digest, str) or size != part.num_bytes(dtype):
-            raise FrameError(f"{part.host} offers part {part.number} with {size} bytes.", code="part-size")
-        return digest
+        asked = [(part, self._ask(part, Message(OFFER, round, layer=part.number))) for part in parts]
+        return {part.number: _offered(part, future.result(), dtype) for part, future in asked}
 
     def fetch(self, part: Part, round: int, dtype: torch.dtype, digest: str) -> Tensor:
         """The bytes of one part, uint8.
 
         Args:
-            digest: what `offer` gave.
+            digest: what `offers` gave.
 
         Raises:
             TransportError: the host did not answer, also after retries.
@@ -153,3 +150,10 @@ class WeightFetcher:
 
     def _ask(self, part: Part, message: Message) -> Future[Message]:
         return self._transport.request_async(part.host, LANE, message, self._deadline_s)
+
+
+def _offered(part: Part, reply: Message, dtype: torch.dtype) -> str:
+    digest, size = reply.body.get("digest"), reply.body.get("size")
+    if not isinstance(digest, str) or size != part.num_bytes(dtype):
+        raise FrameError(f"{part.host} offers part {part.number} with {size} bytes.", code="part-size")
+    return digest
