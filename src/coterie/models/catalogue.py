@@ -6,6 +6,8 @@ new families with it and an older one is never asked for what it lacks.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from functools import cache
 from pathlib import Path
 
@@ -55,6 +57,13 @@ def causal_lm_types() -> dict[str, str]:
 def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """The class of a type that `causal_lm_types` lists. Imports its modeling file."""
     return getattr(transformers, causal_lm_types()[model_type])
+
+
+@cache
+def family_source(config_module: str) -> str:
+    """The Python source of the family that a configuration module belongs to, its modeling file included."""
+    folder = Path(inspect.getfile(importlib.import_module(config_module))).parent
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
 
 
 def own_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:

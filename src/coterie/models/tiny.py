@@ -260,7 +260,9 @@ def fill_random(model: nn.Module, generator: torch.Generator) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if name in module._non_persistent_buffers_set:
                 continue
-            if buffer.is_floating_point():
+            if name == "balancing_biases":  # ZAYA's last entry is a constant that transformers sets on every load
+                buffer[:-1].add_(0.05 * _normal(buffer[:-1], generator))
+            elif buffer.is_floating_point():
                 buffer.add_(0.05 * _normal(buffer, generator))
             elif name == "tid2eid":  # DeepSeek-V4's table of token id to expert ids
                 order = torch.rand(buffer.shape[0], EXPERTS, generator=generator).argsort(dim=1)
