@@ -1,0 +1,1 @@
+"""What `coterie demo` runs: text from the Python installation, a small public model, the arms, the report."""
