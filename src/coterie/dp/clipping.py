@@ -112,9 +112,7 @@ def policy(name: str, clip_norm: float) -> Clipping:
     return kinds[name](clip_norm)
 
 
-def quantile_update(
-    thresholds_G: Tensor, noisy_fraction_G: Tensor, target: float = 0.5, rate: float = 0.2
-) -> Tensor:
+def quantile_update(thresholds_G: Tensor, noisy_fraction_G: Tensor, target: float = 0.5, rate: float = 0.2) -> Tensor:
     """Next round's thresholds: ``C * exp(-rate * (fraction - target))`` (Andrew et al. 2021, arXiv:1905.03871).
 
     Args:

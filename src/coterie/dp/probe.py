@@ -1,4 +1,4 @@
-"""Probe passes: two forwards on synthetic records whose sizes share no factor.
+"""Probe passes: two small forwards and backwards on synthetic records whose sizes share no factor.
 
 They teach `Sites` what the first dimension of every tensor is where it meets a parameter, and raise `NoRuleError`
 for a use that no rule covers. Nothing of a real record is used, only the batch's keys, shapes and types.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie.dp.capture import Sites
+from coterie.dp.derived import Root
 from coterie.dp.losses import Batch, checked
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ def learn_sites(engine: Engine, batch: Batch) -> Sites:
     sites = Sites()
     for records, tokens in _SIZES:
         made = synthetic_batch(engine.model, batch, records, tokens)
-        with torch.random.fork_rng(devices=[]), engine.capturing(records, _ignore, sites):
-            checked(engine.loss_fn(engine.model, made), records)
+        with torch.random.fork_rng(devices=[]), engine.capturing(records, _forget, sites) as capture:
+            losses = checked(engine.loss_fn(engine.model, made), records)
+            capture.backward(losses.float().sum())
     return sites
 
 
-def _ignore(root: Any) -> None:
-    """Probes run no backward, so no root is ever ready."""
+def _forget(root: Root) -> None:
+    root.captured = []
 
 
 def synthetic_batch(model: Any, like: Batch, records: int, tokens: int, seed: int = 0) -> dict[str, Any]:
@@ -54,7 +56,11 @@ def synthetic_batch(model: Any, like: Batch, records: int, tokens: int, seed: in
             continue
         shape = (records, *(tokens if size == length else size for size in value.shape[1:]))
         made[name] = _values(name, value, shape, vocabulary, model, generator).to(value.device)
-    if isinstance(made.get("labels"), Tensor) and "input_ids" in made and made["labels"].shape == made["input_ids"].shape:
+    if (
+        isinstance(made.get("labels"), Tensor)
+        and "input_ids" in made
+        and made["labels"].shape == made["input_ids"].shape
+    ):
         made["labels"] = made["input_ids"].clone()
     return made
 

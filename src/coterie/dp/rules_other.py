@@ -89,9 +89,7 @@ def convolution(capture: Capture, function: Function, args: tuple[Any, ...], kwa
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, plain, plain_bias = x.to(dtype), plain.to(dtype), None if plain_bias is None else plain_bias.to(dtype)
-    return _Convolution.apply(
-        capture.anchor, x, plain, plain_bias, given, capture, node_of(weight), node_of(bias)
-    )
+    return _Convolution.apply(capture.anchor, x, plain, plain_bias, given, capture, node_of(weight), node_of(bias))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -182,9 +180,7 @@ def _rows(tensor: Tensor, batch: int, record: int) -> slice:
 class _Call:
     """A function call with its data tensors and its nodes as numbered holes."""
 
-    def __init__(
-        self, capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.capture = capture
         self._function = function
         self._args = nodes(args)

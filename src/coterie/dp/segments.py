@@ -18,7 +18,6 @@ from torch import Tensor
 
 from coterie.dp.gram import (
     TRUSTED,
-
     SqNorms,
     direct_slack,
     gram_is_cheaper,
