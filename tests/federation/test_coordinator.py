@@ -16,7 +16,7 @@ from coterie.federation.coordinator import Coordinator, Notice
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.journal import Journal
 from coterie.federation.membership import Membership
-from coterie.federation.participant import Participant
+from coterie.federation.participant import Alive, Participant
 from coterie.federation.round_state import Ending, Move, Phase, Plan, Record, Report, Saved, State
 from coterie.federation.transport import Lane, Message
 
@@ -50,10 +50,10 @@ class ListActor:
     def load(self, source: Saved, told: State) -> None:
         self.model = list(self.disk[source.round]) if source.round else []
 
-    def compute(self, told: State) -> None:
+    def compute(self, told: State, alive: Alive) -> None:
         self.interrupted.clear()
         self.on_compute(told)
-        if self.interrupted.is_set():
+        if self.interrupted.is_set() or not alive():
             raise RoundError("interrupted")
         self.staged = (told.round, told.attempt)
         self.computed.append(self.staged)
@@ -66,7 +66,7 @@ class ListActor:
         self.model.append(round)
         self.staged = None
 
-    def evaluate(self, told: State) -> None:
+    def evaluate(self, told: State, alive: Alive) -> None:
         self.evaluated.append(told.round)
 
     def save(self, told: State) -> str:

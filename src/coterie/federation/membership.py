@@ -92,6 +92,10 @@ class Membership:
         """Ask for a clean end after the round in progress. Safe in a signal handler: takes no lock."""
         self._stop = True
 
+    def abandon(self) -> None:
+        """Make `wait` raise: this process is to end without a goodbye."""
+        self._lose(RoundError("this party was told to end at once.", code="round-abandoned"))
+
     def handle(self, message: Message) -> None:
         """Take a directive the coordinator sent on its own."""
         self._absorb(decode(message, Directive))
@@ -179,7 +183,7 @@ class Membership:
 
     def _lose(self, error: CoterieError) -> None:
         with self._changed:
-            self._lost = error
+            self._lost = self._lost or error
             self._changed.notify_all()
         self._on_news()
 

@@ -13,6 +13,10 @@ from coterie.federation.standing import Act, Standing, acts, after_act
 
 GOODBYE_S = 3.0
 
+Alive = Callable[[], bool]
+"""Whether the directive being carried out is still the newest. `Actor.interrupt` follows when it stops being so; ask
+once after whatever `interrupt` acts on is in place, since it may have come before."""
+
 
 class Actor(Protocol):
     """One party's model, data and hosted experts. All methods but `interrupt` are called from one thread."""
@@ -25,7 +29,7 @@ class Actor(Protocol):
         """Put the named checkpoint into memory; round 0 is the split model. ``told.round`` rounds lie behind it."""
         ...
 
-    def compute(self, told: State) -> None:
+    def compute(self, told: State, alive: Alive) -> None:
         """One attempt: forward, backward, gradients staged here and at the hosts. Changes no parameter."""
         ...
 
@@ -37,7 +41,9 @@ class Actor(Protocol):
         """Apply a prepared attempt to trunk and hosted experts."""
         ...
 
-    def evaluate(self, told: State) -> None: ...
+    def evaluate(self, told: State, alive: Alive) -> None:
+        """Held-out text, through everybody's experts."""
+        ...
 
     def save(self, told: State) -> str:
         """Write a checkpoint so that it survives a crash; its digest."""
@@ -139,9 +145,9 @@ class Participant:
             case Act.LOAD:
                 self._actor.load(state.sources[self._party], state)
             case Act.COMPUTE:
-                self._actor.compute(state)
+                self._actor.compute(state, self._alive(state))
             case Act.EVALUATE:
-                self._actor.evaluate(state)
+                self._actor.evaluate(state, self._alive(state))
             case Act.SAVE:
                 return self._actor.save(state)
             case Act.REFUSE:
@@ -150,6 +156,11 @@ class Participant:
                     code="round-out-of-step",
                 )
         return ""
+
+    def _alive(self, state: State) -> Alive:
+        membership = self._membership
+        assert membership is not None
+        return lambda: membership.current(state.seq)
 
     def _clean_up(self, act: Act | None, state: State) -> None:
         """Leave nothing half done: a torn model counts as none, an unfinished attempt as never begun."""

@@ -1,0 +1,61 @@
+"""What a party brings to a federation, read from its files and checked before anything goes over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coterie.config import FederationConfig
+from coterie.models.placement import Placement
+from coterie.training.packing import Sequences
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Starting weights: the trunk by parameter and buffer name, the hosted experts by global key."""
+
+    trunk: Mapping[str, Tensor]
+    experts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PartyParts:
+    """Everything one party works with.
+
+    Attributes:
+        party: its name.
+        federation: the shared settings.
+        model: on ``device``, its experts on the meta device; its trunk is overwritten by `weights`.
+        weights: reads the starting weights; called when the party begins from the split model.
+        placement: who hosts which expert.
+        train, test: this party's text; without ``test`` nothing is evaluated.
+        run_dir: exists.
+        device: where the trunk and the hosted experts compute.
+    """
+
+    party: str
+    federation: FederationConfig
+    model: nn.Module
+    weights: Callable[[], Weights]
+    placement: Placement
+    train: Sequences
+    test: Sequences | None
+    run_dir: Path
+    device: torch.device
+
+
+def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a partial model that are here, by name; tied ones once."""
+    saved = model.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = {name: param for name, param in model.named_parameters() if not param.is_meta}
+    tensors.update({n: buffer for n, buffer in model.named_buffers() if n in saved and not buffer.is_meta})
+    return tensors
+
+
+def trunk_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters that are here."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad and not param.is_meta}

@@ -1,0 +1,177 @@
+"""One party's part in a federation from joining to the end, over any transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coterie.errors import CoterieError
+from coterie.federation.control import COORDINATOR, Directive
+from coterie.federation.coordinator_process import heartbeat_s, status_of
+from coterie.federation.membership import Membership
+from coterie.federation.participant import Participant
+from coterie.federation.round_state import Ending, State
+from coterie.federation.run_folder import RunFolder
+from coterie.federation.transport import Lane, Message, Transport
+from coterie.training.checkpoint import write_json
+from coterie.training.memory import peak_rss_bytes
+from coterie.training.party_parts import PartyParts
+from coterie.training.party_store import PartyStore
+from coterie.training.party_work import PartyWork
+
+
+@dataclass(frozen=True)
+class PartyResult:
+    """How a party's run ended.
+
+    Attributes:
+        rounds: rounds behind the model.
+        finished: all rounds are done; False after a clean stop.
+        loss, perplexity, tokens: on the party's own held-out text, nats per token; None without such text or before
+            the end. For this party's eyes.
+        model_state_bytes: trunk, hosted experts, their gradients and optimiser states.
+        peak_rss_bytes: largest resident size of the process.
+        wire: bytes per peer: ``sent``, ``received`` (payload), ``tensors_sent``, ``tensors_received``.
+    """
+
+    party: str
+    run_dir: str
+    rounds: int
+    finished: bool
+    loss: float | None
+    perplexity: float | None
+    tokens: int | None
+    model_state_bytes: int
+    peak_rss_bytes: int
+    wire: Mapping[str, Mapping[str, int]]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What others may hear of a party's run.
+
+    Attributes:
+        directive: called with each directive before it is carried out.
+        failed: called with each error that was reported to the coordinator; its text stays here.
+    """
+
+    directive: Callable[[Directive], None] = lambda directive: None
+    failed: Callable[[CoterieError], None] = lambda error: None
+
+
+class PartyRun:
+    """Joins a federation with prepared parts and takes part until the end.
+
+    Args:
+        parts: what the party brings.
+        transport: not started yet; closed at the end.
+        agreement: hash of what all parties signed.
+        watch: see `Watch`.
+
+    Attributes:
+        work: the party's model, data and experts.
+
+    Raises:
+        CheckpointError: the run folder belongs to another run, party or agreement.
+        RoundError: another process uses the run folder.
+    """
+
+    def __init__(self, parts: PartyParts, transport: Transport, agreement: str, watch: Watch | None = None) -> None:
+        self._parts, self._transport, self._watch = parts, transport, watch or Watch()
+        self._folder = RunFolder(parts.run_dir)
+        try:
+            self._store = PartyStore(parts.run_dir, parts.party, agreement)
+            self.work = PartyWork(parts, transport, self._store)
+        except BaseException:
+            self._folder.close()
+            raise
+        self._participant = Participant(parts.party, self.work, self._heard, self._watch.failed)
+        self._membership = Membership(
+            transport,
+            agreement,
+            run=self._store.run,
+            heartbeat_s=heartbeat_s(parts.federation),
+            patience_s=parts.federation.join_deadline_s,
+            on_news=self._participant.on_news,
+        )
+
+    def stop(self) -> None:
+        """Ask for a clean end after the round in progress. Safe in a signal handler."""
+        self._membership.ask_to_stop()
+
+    def abandon(self) -> None:
+        """End at once without a goodbye; the others treat this party as lost. Safe from any thread."""
+        self._membership.abandon()
+        self.work.interrupt()
+
+    def run(self) -> PartyResult:
+        """Take part until the run ends; see `Participant.run` for what it raises."""
+        try:
+            self._transport.start(self._handle)
+            self._transport.connect(self._parts.federation.join_deadline_s, [COORDINATOR])
+            state = self._participant.run(self._membership)
+            result = self._result(state)
+            if result.finished:
+                write_json(self._parts.run_dir / "result.json", result.as_json())
+            return result
+        finally:
+            self._membership.close()
+            self._transport.close()
+            self.work.close()
+            self._folder.close()
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """Bytes so far, by peer."""
+        counters = self._transport.counters()
+        found = {}
+        for peer in sorted({peer for peer, _ in counters.lanes}):
+            total = counters.total(peer)
+            found[peer] = {
+                "sent": total.payload_bytes_sent,
+                "received": total.payload_bytes_received,
+                "tensors_sent": total.tensor_bytes_sent,
+                "tensors_received": total.tensor_bytes_received,
+            }
+        return found
+
+    def _handle(self, peer: str, lane: Lane, message: Message) -> Message | None:
+        if peer == COORDINATOR:
+            self._membership.handle(message)
+            return None
+        return self.work.handle(peer, lane, message)
+
+    def _heard(self, directive: Directive) -> None:
+        self._store.adopt(directive.run)
+        federation = self._parts.federation
+        self._folder.status(
+            role="party",
+            party=self._parts.party,
+            federation=federation.name,
+            run=directive.run,
+            rounds=federation.train.rounds,
+            parties=list(federation.parties),
+            missing=list(directive.missing),
+            checkpoint=directive.newest,
+            wire=self.wire(),
+            **status_of(directive.state),
+        )
+        self._watch.directive(directive)
+
+    def _result(self, state: State) -> PartyResult:
+        evaluation = self.work.evaluation if state.ending is Ending.FINISHED else None
+        return PartyResult(
+            party=self._parts.party,
+            run_dir=str(self._parts.run_dir),
+            rounds=state.committed,
+            finished=state.ending is Ending.FINISHED,
+            loss=evaluation.loss if evaluation else None,
+            perplexity=evaluation.perplexity if evaluation else None,
+            tokens=evaluation.tokens if evaluation else None,
+            model_state_bytes=self.work.state_bytes(),
+            peak_rss_bytes=peak_rss_bytes(),
+            wire=self.wire(),
+        )
