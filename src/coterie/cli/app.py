@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("resume", "Go on with a run that was stopped."),
     "eval": ("eval", "Held-out loss of a trained run."),
     "generate": ("generate", "Continue a prompt with a trained run's model."),
+    "provision": ("provision", "The CA and a kit for every member, from one hand."),
+    "request": ("request", "Make a party's own key and ask for its certificate."),
+    "approve": ("approve", "Certify a party's key (keeper of the CA)."),
+    "install": ("install", "Put certificate, CA and roster into a party's kit."),
+    "roster": ("roster", "Make, sign, join, verify and show the list of members."),
     "models": ("models", "Families of models that can be trained, and why others cannot."),
     "explain": ("explain", "What an error code means and what to do."),
 }

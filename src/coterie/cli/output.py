@@ -23,13 +23,16 @@ EXIT_ERROR = 1
 
 
 def console() -> Console:
-    """Standard output; lines are not wrapped when it is a file or a pipe."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    """Standard output; lines are not wrapped when it is a file or a pipe.
+
+    Emoji codes are off, here and below: the ``:AB:`` of a fingerprint would be printed as a picture.
+    """
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, emoji=False)
 
 
 def error_console() -> Console:
     """Standard error, for progress and errors."""
-    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False, emoji=False)
 
 
 def say(text: str = "") -> None:

@@ -131,10 +131,11 @@ class GrpcTransport(Switchboard):
                 thread.start()
 
     def _serve_lanes(self) -> None:
-        """Listen, if anybody dials us. Every open stream holds one worker of the pool."""
+        """Listen. Every open stream holds one worker of the pool, so the pool is sized from the roster.
+
+        The last member listens too, though nobody dials it: so that it cannot be started twice.
+        """
         callers = [name for name in self.peers if name not in self._dialled]
-        if not callers:
-            return
         streams = sum(len(_lanes_between(self._entry.role, self._roster.entry(name).role)) for name in callers)
         workers = streams + _SPARE_WORKERS
         server = grpc.server(

@@ -1,0 +1,21 @@
+"""What the identity commands read from federation.yaml."""
+
+from __future__ import annotations
+
+from coterie.config import FederationConfig
+from coterie.federation.identity import Member, members_of
+
+
+def members(config: FederationConfig) -> tuple[Member, ...]:
+    """All members in roster order: the coordinator, then the parties as the file lists them."""
+    parties = {name: address.endpoint for name, address in config.parties.items()}
+    return members_of(parties, config.coordinator.endpoint)
+
+
+def placement_hash(config: FederationConfig) -> str:
+    """Hash of which party hosts which expert. Builds the model without weights; an invalid placement is an error."""
+    from coterie.models.build import build_model
+    from coterie.models.placement import Placement
+
+    model = build_model(config.model, meta=True)
+    return Placement.of_spec(config.placement, list(config.parties), model).content_hash()
