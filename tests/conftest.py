@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from coterie.models import seam
 from coterie.models.tiny import tiny_model
+
+settings.register_profile("coterie", deadline=None)  # a busy machine is no failure
+settings.load_profile("coterie")
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -149,7 +149,7 @@ def test_the_first_signal_asks_for_a_stop_and_the_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_on_signals(stop):
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop
+        assert stop.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

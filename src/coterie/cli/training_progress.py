@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from coterie.cli.output import progress, say, table, write_json
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import RoundResult, StopFlag, stop_on_signals
@@ -15,6 +17,7 @@ from coterie.training.run import RunResult, Watch
 @contextmanager
 def watched(rounds: int) -> Iterator[tuple[StopFlag, Watch]]:
     """Show progress over ``rounds`` and turn Ctrl-C into a stop after the round."""
+    disable_progress_bar()  # transformers' own, for a file that takes a second
     stop = StopFlag()
     shown = 0
     with stop_on_signals(stop), progress("round", rounds) as advance:
@@ -24,7 +27,7 @@ def watched(rounds: int) -> Iterator[tuple[StopFlag, Watch]]:
             note = f"loss {result.loss:.3f}"
             if evaluation is not None:
                 note += f"  held-out {evaluation.loss:.3f}"
-            if stop:
+            if stop.asked:
                 note += "  stopping: writing a checkpoint"
             advance(note, steps=done - shown)
             shown = done

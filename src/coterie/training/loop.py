@@ -126,12 +126,13 @@ def use_checkpointing(model: PreTrainedModel) -> None:
 
 
 class StopFlag:
-    """Becomes true when someone asks the run to stop; the loop looks at it between rounds."""
+    """Remembers that someone asked the run to stop; the loop looks at it between rounds."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
 
-    def __bool__(self) -> bool:
+    @property
+    def asked(self) -> bool:
         return self._event.is_set()
 
     def set(self) -> None:
@@ -150,7 +151,7 @@ def stop_on_signals(flag: StopFlag) -> Iterator[None]:
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if flag:
+        if flag.asked:
             raise KeyboardInterrupt
         flag.set()
 

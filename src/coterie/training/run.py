@@ -201,7 +201,7 @@ def _train(prepared: Prepared, optimizer: AdamW, done: int, stop: StopFlag, watc
     model.train()
     evaluation: Evaluation | None = None
     with MetricsWriter(config.run_dir, first_round=done) as metrics:
-        while done < spec.rounds and not stop:
+        while done < spec.rounds and not stop.asked:
             began = time.monotonic()
             seed_round(spec.seed, done)
             rate = lr_at(done, config.optim, spec.rounds)
@@ -216,7 +216,7 @@ def _train(prepared: Prepared, optimizer: AdamW, done: int, stop: StopFlag, watc
                 metrics.log(done - 1, test_loss=evaluation.loss)
             if watch is not None:
                 watch(done, result, evaluation)
-            if done == spec.rounds or stop or _due(done, spec.checkpoint_every):
+            if done == spec.rounds or stop.asked or _due(done, spec.checkpoint_every):
                 _save(prepared, optimizer, done)
     if done == spec.rounds and prepared.test is not None and evaluation is None:  # resumed when all was done
         evaluation = evaluate(model, prepared.test, micro_batch=spec.micro_batch)

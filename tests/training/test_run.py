@@ -1,0 +1,266 @@
+"""A run folder holds everything; a stop does not change the result; bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from coterie.config import TrainConfig, load_yaml
+from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError
+from coterie.training.evaluate import Evaluation, paired_bootstrap
+from coterie.training.generate import generate
+from coterie.training.loop import StopFlag
+from coterie.training.metrics import read_metrics
+from coterie.training.run import evaluate_run, load_trained, resume, start
+
+NOTES = [
+    "the patient has a cough and a light fever",
+    "the knee is swollen after a fall on the ice",
+    "no pain in the chest, the lungs are clear",
+    "the cough is gone and the fever too",
+]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "attention_dropout": 0.1,
+}
+MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> MakeConfig:
+    """A config for a few notes; ``make_config("name", rounds=8, data={...})`` changes parts of it."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in NOTES * 3))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": note[::-1]}) + "\n" for note in NOTES))
+    (tmp_path / "public.txt").write_text("the a and is in on has no\n")
+
+    def make(name: str = "run", **changes: Any) -> TrainConfig:
+        data = {
+            "train": [tmp_path / "train.jsonl"],
+            "test": [tmp_path / "test.jsonl"],
+            "sequence_length": 16,
+            "tokenizer": {"train": {"files": [tmp_path / "public.txt"], "vocab_size": 270}},
+        }
+        train = {"rounds": 6, "batch_size": 7, "micro_batch": 3, "eval_every": 2, "checkpoint_every": 2}
+        values = {
+            "model": {"family": "olmoe", "config": SIZES},
+            "data": data | changes.pop("data", {}),
+            "optim": {"lr": 5e-3, "warmup_rounds": 2, "weight_decay": 0.1},
+            "train": train | changes.pop("train", {}),
+            "run_dir": tmp_path / name,
+        }
+        return TrainConfig.model_validate(values | changes)
+
+    return make
+
+
+def weights(run_dir: Path, rounds: int) -> dict[str, Tensor]:
+    return load_file(run_dir / "checkpoints" / f"round-{rounds:08d}" / "weights.safetensors")
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_learns_and_leaves_its_folder_complete(make_config: MakeConfig) -> None:
+    config = make_config(train={"rounds": 20, "eval_every": 10, "checkpoint_every": 8})
+    seen: list[tuple[int, bool]] = []
+    result = start(config, watch=lambda done, outcome, evaluation: seen.append((done, evaluation is not None)))
+    assert result.finished
+    assert seen == [(done, done in (10, 20)) for done in range(1, 21)]
+    rows = read_metrics(config.run_dir)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] is not None
+    assert losses[-1] is not None
+    assert losses[-1] < losses[0] - 0.5
+    assert [row["round"] for row in rows if "test_loss" in row] == [9, 19]
+    names = {path.name for path in config.run_dir.iterdir()}
+    files = {"config.yaml", "run.json", "metrics.jsonl", "result.json", "evaluation.safetensors"}
+    assert names == files | {"tensorboard", "tokenizer", "checkpoints", "model"}
+    kept = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    assert kept == ["round-00000016", "round-00000020"]
+    assert json.loads((config.run_dir / "result.json").read_text())["loss"] == result.loss
+    assert load_yaml(config.run_dir / "config.yaml", TrainConfig) == config
+
+
+def test_two_runs_with_the_same_settings_give_the_same_result(make_config: MakeConfig) -> None:
+    results = [start(make_config(name)) for name in ("one", "two")]
+    assert_equal(weights(Path(results[0].run_dir), 6), weights(Path(results[1].run_dir), 6))
+    assert results[0].loss == results[1].loss
+    other = start(make_config("other", train={"seed": 1}))
+    assert other.loss != results[0].loss
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    make_config: MakeConfig, stop_after: int, dtype: str
+) -> None:
+    model = {"family": "olmoe", "config": SIZES, "dtype": dtype}
+    whole, parts = make_config("whole", model=model), make_config("parts", model=model)
+    expected = start(whole)
+    stop = StopFlag()
+    first = start(parts, stop=stop, watch=lambda done, *_: stop.set() if done == stop_after else None)
+    assert (first.finished, first.rounds) == (False, stop_after)
+    assert not (parts.run_dir / "model").exists()
+    last = resume(parts.run_dir)
+    assert last.finished
+    assert last.loss == expected.loss
+    assert_equal(weights(parts.run_dir, 6), weights(whole.run_dir, 6))
+    assert [row["round"] for row in read_metrics(parts.run_dir) if "loss" in row] == list(range(6))
+
+
+def test_a_run_that_died_between_checkpoints_repeats_the_lost_rounds(make_config: MakeConfig) -> None:
+    whole, broken = make_config("whole"), make_config("broken")
+    start(whole)
+
+    def die(done: int, *_: object) -> None:
+        if done == 5:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        start(broken, watch=die)
+    assert resume(broken.run_dir).finished
+    assert_equal(weights(broken.run_dir, 6), weights(whole.run_dir, 6))
+    assert [row["round"] for row in read_metrics(broken.run_dir) if "loss" in row] == list(range(6))
+
+
+def test_resuming_a_finished_run_changes_nothing(make_config: MakeConfig) -> None:
+    config = make_config()
+    first = start(config)
+    before = weights(config.run_dir, 6)
+    assert resume(config.run_dir).loss == first.loss
+    assert_equal(weights(config.run_dir, 6), before)
+
+
+def test_the_final_model_is_an_ordinary_hugging_face_checkpoint(make_config: MakeConfig) -> None:
+    config = make_config()
+    start(config)
+    theirs = AutoModelForCausalLM.from_pretrained(config.run_dir / "model").eval()
+    ours = load_trained(config.run_dir)
+    ids = torch.tensor([ours.tokenizer("the patient")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_run_is_measured_as_it_was_in_training(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    result = start(config)
+    trained = load_trained(config.run_dir)
+    measured = evaluate_run(trained)
+    assert measured.loss == result.loss
+    kept = Evaluation.load(config.run_dir / "evaluation.safetensors")
+    assert paired_bootstrap(kept, measured).mean == 0.0
+    other = evaluate_run(trained, [tmp_path / "train.jsonl"])
+    assert other.loss < measured.loss, "it has seen this text"
+
+
+def test_generation_repeats_with_the_seed(make_config: MakeConfig) -> None:
+    config = make_config(train={"rounds": 3})
+    start(config)
+    trained = load_trained(config.run_dir)
+    texts = [generate(trained.model, trained.tokenizer, "the", tokens=12, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    greedy = [generate(trained.model, trained.tokenizer, "the", tokens=5, temperature=0, seed=s) for s in (0, 1)]
+    assert greedy[0] == greedy[1]
+    assert isinstance(generate(trained.model, trained.tokenizer, "", tokens=3), str)
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(make_config: MakeConfig) -> None:
+    config = make_config()
+    start(config)
+    with pytest.raises(ConfigError, match="already holds a run") as caught:
+        start(make_config(train={"rounds": 9}))
+    assert caught.value.code == "run-dir-taken"
+    assert str(config.run_dir) in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"data": {"train": ["/nowhere/a.jsonl"]}}, DataError, "no data file /nowhere/a.jsonl"),
+        ({"data": {"text": "body"}}, DataError, "no column `body`; its columns are: text"),
+        ({"data": {"sequence_length": 65}}, ConfigError, "is 65, but the model has 64 positions"),
+        ({"model": {"family": "olmoe", "config": SIZES | {"vocab_size": 100}}}, ConfigError, "vocabulary only 100"),
+        ({"model": {"family": "llama", "config": {"hidden_size": 32}}}, CoterieError, "llama"),
+        ({"device": "cuda"}, ConfigError, "torch finds no GPU"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    make_config: MakeConfig, changes: dict[str, Any], kind: type[CoterieError], words: str
+) -> None:
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = make_config(**changes)
+    with pytest.raises(kind) as caught:
+        start(config)
+    assert words.lower() in caught.value.message.lower()
+    assert not config.run_dir.exists()
+
+
+def test_resuming_where_no_run_is_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run"):
+        resume(tmp_path)
+
+
+def test_changed_settings_or_text_are_noticed_on_resume(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    stop = StopFlag()
+    stop.set()
+    start(config, stop=stop)
+    settings = config.run_dir / "config.yaml"
+    original = settings.read_text()
+    settings.write_text(original.replace("rounds: 6", "rounds: 7"))
+    with pytest.raises(CheckpointError, match=r"The settings of .* changed"):
+        resume(config.run_dir)
+    settings.write_text(original)
+    (tmp_path / "train.jsonl").write_text('{"text": "something else"}\n')
+    with pytest.raises(CheckpointError, match=r"The training text of .* changed"):
+        resume(config.run_dir)
+
+
+def test_a_damaged_checkpoint_stops_the_resume(make_config: MakeConfig) -> None:
+    config = make_config()
+    start(config)
+    path = config.run_dir / "checkpoints" / "round-00000006" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        resume(config.run_dir)
+
+
+@pytest.mark.data
+def test_training_on_real_text_beats_a_unigram_model(
+    make_config: MakeConfig, real_text_dir: Path, tmp_path: Path
+) -> None:
+    text = (real_text_dir / "tiny_shakespeare" / "input.txt").read_text(encoding="utf-8")
+    (tmp_path / "a.txt").write_text(text[:120_000])
+    (tmp_path / "b.txt").write_text(text[120_000:140_000])
+    config = make_config(
+        data={"train": [tmp_path / "a.txt"], "test": [tmp_path / "b.txt"], "sequence_length": 32},
+        train={"rounds": 150, "batch_size": 16, "micro_batch": 16, "eval_every": 0, "checkpoint_every": 0},
+    )
+    result = start(config)
+    trained = load_trained(config.run_dir)
+    train_ids, test_ids = (
+        torch.tensor(trained.tokenizer(part)["input_ids"]) for part in (text[:120_000], text[120_000:140_000])
+    )
+    counts = torch.bincount(train_ids, minlength=len(trained.tokenizer)).double() + 1
+    unigram = -(counts / counts.sum()).log()[test_ids].mean().item()
+    assert result.loss is not None
+    assert result.loss < unigram - 0.3
