@@ -1,0 +1,222 @@
+"""Run `coterie` commands as processes that all end together: on success, on error, on Ctrl-C.
+
+Each command is a process group of its own. Leaving `Processes` in any way ends what still runs: asked first
+(SIGTERM), then forced (SIGKILL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from coterie.errors import CoterieError
+
+POLL_S = 0.1
+GRACE_S = 4.0
+"""How long a process may take to end after it was asked."""
+LAST_LINES = 6
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One `coterie` command.
+
+    Attributes:
+        name: what it is called on the screen and in errors.
+        arguments: what follows `coterie`.
+        log: file that gets everything it prints.
+        threads: processor cores it may compute on.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    log: Path
+    threads: int = 1
+
+    @property
+    def shown(self) -> str:
+        """The line a person would type."""
+        return shlex.join(("coterie", *self.arguments))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process used: processor seconds (user and system), and its largest resident size."""
+
+    cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+@dataclass
+class Running:
+    """A process that was started. ``code`` is None until it has ended; negative when a signal ended it."""
+
+    command: Command
+    process: subprocess.Popen[bytes]
+    code: int | None = None
+    usage: Usage = field(default_factory=Usage)
+
+    def poll(self) -> bool:
+        """Whether it has ended. Waits by `os.wait4`, because only that tells what this one process used."""
+        if self.code is None:
+            pid, status, used = os.wait4(self.process.pid, os.WNOHANG)
+            if pid:
+                self.code = self.process.returncode = os.waitstatus_to_exitcode(status)
+                scale = 1 if sys.platform == "darwin" else 1024
+                self.usage = Usage(used.ru_utime + used.ru_stime, used.ru_maxrss * scale)
+        return self.code is not None
+
+    def signal_group(self, number: int) -> None:
+        """Signal the process and whatever it started, if they are still there."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+class Processes:
+    """Everything that runs for the demo.
+
+    Args:
+        folder: working directory of the commands.
+        command: how `coterie` is called; tests put something smaller here.
+    """
+
+    def __init__(
+        self, folder: Path, command: tuple[str, ...] = (sys.executable, "-P", "-m", "coterie.cli.app")
+    ) -> None:
+        self._folder = folder
+        self._command = command
+        self._running: list[Running] = []
+        self.cpu_s = 0.0
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, command: Command) -> Running:
+        """Start a command; its output goes to its log."""
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with command.log.open("ab") as log:
+            log.write(f"$ {command.shown}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                [*self._command, *command.arguments],
+                cwd=self._folder,
+                env=_environment(os.environ, command.threads),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        running = Running(command, process)
+        self._running.append(running)
+        return running
+
+    def run_all(self, commands: Iterable[Command], at_once: int, watch: Callable[[], None]) -> list[Running]:
+        """Run commands, at most ``at_once`` at a time, until all have ended well.
+
+        Args:
+            watch: called several times a second meanwhile.
+
+        Raises:
+            CoterieError: one ended with an error. The others are ended; the message names the log to read.
+        """
+        waiting = list(commands)
+        started: list[Running] = []
+        active: list[Running] = []
+        while waiting or active:
+            while waiting and len(active) < at_once:
+                active.append(self.start(waiting.pop(0)))
+                started.append(active[-1])
+            time.sleep(POLL_S)
+            watch()
+            active = [running for running in active if not running.poll()]
+            if any(running.code for running in started):
+                raise self._failure(started)
+        self._forget(started)
+        return started
+
+    def stop(self) -> None:
+        """End everything that still runs, with whatever it started itself."""
+        for running in self._running:
+            if not running.poll():
+                running.signal_group(signal.SIGTERM)
+        self._wait(self._running, GRACE_S)
+        for running in self._running:
+            running.signal_group(signal.SIGKILL)
+        self._wait(self._running, GRACE_S)
+        self._forget(self._running)
+
+    def _forget(self, ended: list[Running]) -> None:
+        self.cpu_s += sum(running.usage.cpu_s for running in ended)
+        self._running = [running for running in self._running if running not in ended]
+
+    def _wait(self, some: list[Running], seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and [running for running in some if not running.poll()]:
+            time.sleep(POLL_S)
+
+    def _failure(self, started: list[Running]) -> CoterieError:
+        """What to tell: the one that failed first, and others that fail of it within a moment."""
+        first = next(running for running in started if running.code)
+        self._wait(started, GRACE_S / 2)
+        failed = [first, *(other for other in started if other.code and other is not first)]
+        self.stop()
+        told = "\n".join(_last_words(running) for running in failed)
+        how = (
+            f"was ended by signal {-first.code}" if first.code and first.code < 0 else f"ended with code {first.code}"
+        )
+        return CoterieError(
+            f"{first.command.name} (`{first.command.shown}`) {how}; everything else was ended too.",
+            code="demo-process",
+            where=str(first.command.log),
+            why=f"the log ends with:\n{told}",
+            fix="read that log; the folder stays as it is, and the command can be run again by hand there",
+        )
+
+
+def _last_words(running: Running) -> str:
+    text = running.command.log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(f"         {running.command.name} | {line}" for line in lines[-LAST_LINES:])
+
+
+def _environment(inherited: Mapping[str, str], threads: int) -> dict[str, str]:
+    return {**inherited, **_OFFLINE, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+
+
+@contextmanager
+def interrupt_on_signals() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal do what Ctrl-C does: raise KeyboardInterrupt, so that clean-up runs."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
