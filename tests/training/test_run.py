@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from coterie.config import TrainConfig, load_yaml
-from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError
+from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, PrivacyError
 from coterie.training.evaluate import Evaluation, paired_bootstrap
 from coterie.training.generate import generate
 from coterie.training.loop import StopFlag
@@ -200,6 +200,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(make_config: MakeConfig) ->
         ({"model": {"family": "olmoe", "config": SIZES | {"vocab_size": 100}}}, ConfigError, "vocabulary only 100"),
         ({"model": {"family": "llama", "config": {"hidden_size": 32}}}, CoterieError, "llama"),
         ({"device": "cuda"}, ConfigError, "torch finds no GPU"),
+        ({"privacy": {"epsilon": 8}}, PrivacyError, "trains without privacy"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

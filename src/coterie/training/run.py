@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie import __version__
 from coterie.config import TrainConfig, content_hash, dump_yaml, load_yaml
-from coterie.errors import CheckpointError, ConfigError, DataError
+from coterie.errors import CheckpointError, ConfigError, DataError, PrivacyError
 from coterie.training.checkpoint import CheckpointStore, load_model_tensors, model_tensors, write_json
 from coterie.training.data import read_documents
 from coterie.training.evaluate import Evaluation, evaluate
@@ -179,6 +179,13 @@ def prepare(config: TrainConfig, *, tokenizer_dir: Path | None = None) -> Prepar
     Args:
         tokenizer_dir: the tokenizer of an earlier start of this run, which wins over the settings.
     """
+    if config.privacy is not None:
+        raise PrivacyError(
+            "This loop trains without privacy, but the settings have a `privacy` block.",
+            code="train-privacy",
+            why="going on would train without the protection you asked for",
+            fix="remove the block to train without privacy",
+        )
     data = config.data
     train = read_documents(data.train, data)
     test = read_documents(data.test, data) if data.test else None

@@ -20,8 +20,7 @@ def build_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
         ModelError: it cannot be built.
     """
     device = pick_device(config.device)
-    torch.manual_seed(config.train.seed)
-    model = build_model(with_vocabulary(config.model, tokenizer), device=device)
+    model = build_model(with_vocabulary(config.model, tokenizer), device=device, seed=config.train.seed)
     if config.model.gradient_checkpointing:
         use_checkpointing(model)
     check_fit(model, tokenizer, config.data)
