@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from coterie.errors import DataError, RoundError
+from coterie.federation.inprocess import InProcessHub
 from coterie.models.seam import expert_layers
-from coterie.training.in_process import run_in_process
+from coterie.training.in_process import InProcessFederation, run_in_process
+from coterie.training.metrics import read_metrics
+from coterie.training.packing import Batch, Sequences
 from coterie.training.party_parts import trunk_tensors
-from federation_tools import (
-    PARTIES,
-    full_models,
-    make_parts,
-    relative,
-    settings,
-    train_by_hand,
-)
+from coterie.training.party_run import PartyResult
+from federation_tools import PARTIES, full_models, make_parts, relative, settings, train_by_hand
 
 
 def assert_same(federation, models, tolerance: float = 1e-5) -> None:  # type: ignore[no-untyped-def]
@@ -45,3 +49,154 @@ def test_three_parties_train_as_the_same_loop_by_hand(tmp_path: Path, in_flight:
     assert_same(federation, models)
     assert all(result.finished and result.rounds == 4 for result in results.values())
     assert all(result.loss is not None for result in results.values())
+
+
+def test_parties_hold_no_weights_of_experts_hosted_elsewhere(tmp_path: Path):
+    config = settings(train__rounds=1)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    for name in PARTIES:
+        work = federation.runs[name].work
+        hosted = parts[name].placement.hosted(name)
+        for layer in expert_layers(work.parts.model):
+            for param in layer.parameters().values():
+                assert param.is_meta
+            for parameter, stacked in work.host.shard.weights(layer.index).items():
+                assert stacked.shape[0] == len(hosted[layer.index]), parameter
+        saved = {key for key in work.host.state_dict() if "/" not in key}
+        assert {tuple(map(int, key.split(".")[1:4:2])) for key in saved} == {
+            (layer, expert) for layer, experts in hosted.items() for expert in experts
+        }
+
+
+def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
+    """Every tensor with storage that can be reached from an object, the hub between parties left out."""
+    seen: set[int] = set()
+    todo = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, (type, types.ModuleType, InProcessHub)):
+            continue
+        if isinstance(item, dict) and "__builtins__" in item:  # a module's globals
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor) and not item.is_meta:
+            yield item
+        todo.extend(gc.get_referents(item))
+
+
+def test_no_tensor_of_a_party_has_the_values_of_a_foreign_expert(tmp_path: Path):
+    """Looks at every tensor a party can reach; its own experts are the positive control."""
+    config = settings(train__rounds=1)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    experts = {name: federation.runs[name].work.host.state_dict() for name in PARTIES}
+    for name in PARTIES:
+        held = [tensor.detach() for tensor in reachable_tensors(federation.runs[name])]
+        for host in PARTIES:
+            rows = [value.flatten() for key, value in experts[host].items() if key.endswith("down_proj")]
+            found = [
+                any(
+                    bool((tensor.reshape(-1, row.numel()) == row).all(1).any())
+                    for tensor in held
+                    if tensor.dtype == row.dtype and tensor.numel() and tensor.numel() % row.numel() == 0
+                )
+                for row in rows
+            ]
+            assert all(found) if host == name else not any(found), (name, host)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def test_killed_party_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path):
+    config = settings(train__rounds=6, deadline_s=4.0)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    until(lambda: any(n.state.phase == "compute" and n.state.round == 4 for n in federation.notices))
+    federation.kill("birch")
+    federation.up(make_parts(config, models, tmp_path)["birch"])
+    federation.join()
+    assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
+    restores = [n.state for n in federation.notices if n.state.phase == "restore"]
+    assert [state.round for state in restores] == [0, 2]
+    train_by_hand(config, models, parts)
+    assert_same(federation, models)
+
+
+def test_clean_stop_and_a_later_start_give_the_parameters_of_an_uninterrupted_run(tmp_path: Path):
+    config = settings(train__rounds=5, train__checkpoint_every=0)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    until(lambda: any(n.state.committed >= 2 for n in federation.notices))
+    federation.runs["cedar"].stop()
+    federation.join()
+    stopped = federation.ends["alder"]
+    assert isinstance(stopped, PartyResult)
+    assert not stopped.finished
+    assert 2 <= stopped.rounds < 5
+    federation, results = run_in_process(
+        config, list(make_parts(config, models, tmp_path).values()), tmp_path / "coordinator"
+    )
+    assert all(result.finished for result in results.values())
+    train_by_hand(config, models, parts)
+    assert_same(federation, models)
+    rounds = [row["round"] for row in read_metrics(tmp_path / "alder") if "lr" in row]
+    assert rounds == [0, 1, 2, 3, 4]
+
+
+class Unreadable(Sequences):
+    """Text on a disk that fails."""
+
+    failures = 10**6
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        if self.failures:
+            object.__setattr__(self, "failures", self.failures - 1)
+            raise DataError("disk error at /private/path, record 17", code="data-unreadable")
+        return super().batch(rows)
+
+
+def test_error_at_one_party_aborts_the_attempt_and_the_result_is_the_same(tmp_path: Path):
+    config = settings()
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    flaky = Unreadable(**vars(parts["birch"].train))
+    object.__setattr__(flaky, "failures", 1)
+    parts["birch"] = replace(parts["birch"], train=flaky)
+    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    train_by_hand(config, models, parts)
+    assert_same(federation, models)
+    committed = [n.state.committed_attempt for n in federation.notices if n.state.phase == "step"]
+    assert committed == [2, 1, 1, 1]
+
+
+def test_party_whose_data_fails_ends_the_run_with_its_name_and_only_a_code(tmp_path: Path):
+    config = settings(max_attempts=2)
+    parts = make_parts(config, full_models(), tmp_path)
+    parts["birch"] = replace(parts["birch"], train=Unreadable(**vars(parts["birch"].train)))
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    federation.join()
+    for name in (*PARTIES, "coordinator"):
+        error = federation.ends[name]
+        assert isinstance(error, RoundError)
+        assert error.code == "data-unreadable"
+        assert "birch failed in compute of round 1 (data-unreadable), 2 times in a row" in error.message
+        assert "private" not in str(error)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.config import FederationConfig
-from coterie.errors import CoterieError
 from coterie.federation.control import COORDINATOR
 from coterie.federation.coordinator import Coordinator, Notice
 from coterie.federation.coordinator_process import plan_of
@@ -97,7 +96,7 @@ class InProcessFederation:
         def target() -> None:
             try:
                 self.ends[name] = run()
-            except CoterieError as error:
+            except BaseException as error:  # whoever waits for the ends will see it
                 self.ends[name] = error
 
         self.ends.pop(name, None)
@@ -114,7 +113,7 @@ def run_in_process(
         The federation, for a look at its parties, and each party's result.
 
     Raises:
-        CoterieError: the first error that ended the run.
+        BaseException: the first error that ended the run.
     """
     federation = InProcessFederation(config, folder)
     federation.coordinate()
