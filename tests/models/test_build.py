@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -201,7 +202,7 @@ def test_no_network_is_one_sentence():
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
-        env={"HF_HUB_OFFLINE": "1", "PATH": ""},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
         timeout=120,
     )
     assert done.stdout.split() == ["model-no-network", "model-no-network"], done.stderr

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
@@ -317,8 +316,3 @@ def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
         where="model.hub",
         fix="check the name, the revision and whether it needs a login (`hf auth login`)",
     )
-
-
-def has_local_weights(model: nn.Module) -> bool:
-    """Whether the experts' weights are in the model itself, not elsewhere."""
-    return not any(p.is_meta for layer in seam.expert_layers(model) for p in layer.parameters().values())

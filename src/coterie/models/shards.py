@@ -1,0 +1,210 @@
+"""Tensor files of a split model: one trunk, one shard of experts per party, written without holding them in memory.
+
+A shard's keys are ``layer.{layer}.expert.{expert}.{parameter}``, all numbers global to the model; a trunk's are the
+parameter names of the transformers model. Both are plain safetensors files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from coterie.errors import ModelError
+
+TRUNK_FILE = "trunk.safetensors"
+MANIFEST_FILE = "manifest.json"
+MODEL_FOLDER = "model"
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_KEY = re.compile(r"layer\.(0|[1-9]\d*)\.expert\.(0|[1-9]\d*)\.(\w+)")
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""What a file is going to hold: {name: (dtype, shape)}."""
+
+
+def shard_file(party: str) -> str:
+    """The name of a party's shard."""
+    return f"experts-{party}.safetensors"
+
+
+def expert_key(layer: int, expert: int, parameter: str) -> str:
+    """The name of one expert's parameter in a shard."""
+    return f"layer.{layer}.expert.{expert}.{parameter}"
+
+
+def parse_expert_key(key: str) -> tuple[int, int, str]:
+    """(layer, expert, parameter) of a key that `expert_key` made.
+
+    Raises:
+        ModelError: it is not such a key.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise ModelError(
+            f"`{key}` is not the name of an expert's parameter.",
+            code="model-bad-shard",
+            fix="shards hold layer.{layer}.expert.{expert}.{parameter}; is this a trunk file?",
+        )
+    return int(match[1]), int(match[2]), match[3]
+
+
+class TensorFileWriter:
+    """A safetensors file filled tensor by tensor, in any order, so that only the tensor in hand is in memory.
+
+    Written aside and renamed by `close`; leaving the ``with`` block on an error removes it.
+
+    Args:
+        path: the finished file.
+        shapes: every tensor it will hold.
+    """
+
+    def __init__(self, path: Path, shapes: Shapes) -> None:
+        self.path = path
+        self._shapes = shapes
+        self._aside = path.with_name(path.name + ".part")
+        self._offsets: dict[str, int] = {}
+        self._open: set[str] = set(shapes)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # Widest types first, so that every tensor starts at a multiple of its item size, as readers assume.
+        for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
+            dtype, shape = shapes[name]
+            start, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._offsets[name] = start
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._body = 8 + len(text)
+        self._file: BinaryIO = self._aside.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.truncate(self._body + end)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+            self._aside.unlink(missing_ok=True)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place; its dtype and shape must be the announced ones."""
+        assert (tensor.dtype, tuple(tensor.shape)) == self._shapes[name], name
+        self._file.seek(self._body + self._offsets[name])
+        self._file.write(tensor_bytes(tensor))
+        self._open.discard(name)
+
+    def close(self) -> None:
+        """Sync and rename. Every announced tensor must have been written."""
+        assert not self._open, sorted(self._open)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._aside, self.path)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a CPU tensor; no copy when it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a tensor file, without its tensors.
+
+    Raises:
+        ModelError: there is no such file, or it is not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        ModelError: there is no such file, or it is not whole.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    if not path.exists():
+        return ModelError(f"There is no file {path}.", code="model-no-file", fix="make it with `coterie split`")
+    return ModelError(
+        f"{path} is not a whole safetensors file: {error}.",
+        code="model-torn-file",
+        why="a part of the weights would be missing or wrong",
+        fix="copy it again and compare its SHA-256 with the one in manifest.json",
+    )
+
+
+def check_digests(folder: Path) -> dict[str, object]:
+    """Read a split's manifest and compare every file that is present with its digest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ModelError: no manifest, or a file that differs from it. A party has only its own files; absent ones pass.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, object]] = manifest["files"]  # type: ignore[assignment]
+        differing = [
+            name
+            for name, entry in files.items()
+            if (folder / name).exists() and file_digest(folder / name) != entry["sha256"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not the manifest of a split model.", code="model-no-manifest", fix="run `coterie split`"
+        ) from error
+    if differing:
+        raise ModelError(
+            f"{', '.join(differing)} in {folder} changed since the split.",
+            code="model-changed-file",
+            why="parties would start from different weights",
+            fix="copy the files again from where `coterie split` wrote them",
+        )
+    return manifest
