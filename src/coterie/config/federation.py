@@ -76,12 +76,22 @@ class FederationConfig(Spec):
     combine: Literal["host", "owner"] = Field(
         default="host", description="For `tokens`: who weights and sums a token's expert outputs; `host` sends less."
     )
+    weights_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="For `experts`: what weights travel as; hosts keep float32."
+    )
+    push_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="For `experts`: what sums travel as; bfloat16 is rounded stochastically."
+    )
     deadline_s: float = Field(
         default=60.0, gt=0, description="Seconds a party may keep another waiting for one message."
     )
-    round_deadline_s: float = Field(1800.0, gt=0, description="Seconds one try at a round may take in all.")
-    join_deadline_s: float = Field(300.0, gt=0, description="Seconds to wait for a missing party; then the run ends.")
-    max_attempts: int = Field(3, ge=1, description="Failed tries at a round in a row after which the run ends.")
+    round_deadline_s: float = Field(default=1800.0, gt=0, description="Seconds one try at a round may take in all.")
+    join_deadline_s: float = Field(
+        default=300.0, gt=0, description="Seconds to wait for a missing party; then the run ends."
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, description="Failed tries at a round in a row after which the run ends."
+    )
     lost_party: Literal["pause", "continue"] = Field(
         default="pause", description="When a party is gone: wait for it, or go on without its experts."
     )
@@ -121,6 +131,9 @@ class PartyConfig(Spec):
     trunk: LocalPath = Field(description="Trunk file written by `coterie split`.")
     shard: LocalPath = Field(description="Shard file written by `coterie split`: the experts this party hosts.")
     run_dir: LocalPath = Field(description="Folder for metrics, checkpoints and the log.")
+    cache: Literal["memory", "disk"] = Field(
+        default="memory", description="For `experts`: where fetched layers lie; `disk` is below `run_dir`."
+    )
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
     privacy: PartyPrivacy | Literal["none"] | None = Field(
         default=None, description="Local choices and own budget; `none` only where the federation allows mixing."

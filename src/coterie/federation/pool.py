@@ -88,7 +88,7 @@ class Pool:
         self._mine = tuple(part for part in parts if part.host == me)
         self._weights = WeightService(self._mine, self._read, weights_dtype)
         self._pushes = PushService(self._mine, push_dtype, self._parties)
-        self._transcript = transcript
+        self.transcript = transcript
         self._round = -1
         self._active: tuple[str, ...] = self._parties
         self._declared: dict[str, Declared] = {}
@@ -125,8 +125,8 @@ class Pool:
         A message for the round that is about to begin here waits up to ``wait_s`` for it: parties hear of a new
         round at slightly different times.
         """
-        if self._transcript is not None and peer != self.me:
-            self._transcript(peer, lane, message)
+        if self.transcript is not None and peer != self.me:
+            self.transcript(peer, lane, message)
         with self._changed:
             self._changed.wait_for(lambda: self._round >= message.round, timeout=wait_s)
         if message.kind == DECLARE:

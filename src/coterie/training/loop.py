@@ -90,7 +90,7 @@ def train_round(model: nn.Module, optimizer: AdamW, micro_batches: Iterable[Batc
 
 
 @torch.no_grad()
-def finish_round(optimizer: AdamW, tokens: int, *, lr: float) -> None:
+def finish_round(optimizer: AdamW, tokens: float, *, lr: float) -> None:
     """Divide the summed gradients by the round's tokens and step every parameter, also those without a gradient."""
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class PartyParts:
         train, test: this party's text; without ``test`` nothing is evaluated.
         run_dir: exists.
         device: where the trunk and the hosted experts compute.
+        cache: where fetched layers lie in the `experts` exchange.
     """
 
     party: str
@@ -46,6 +48,7 @@ class PartyParts:
     test: Sequences | None
     run_dir: Path
     device: torch.device
+    cache: Literal["memory", "disk"] = "memory"
 
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -15,10 +15,12 @@ from coterie.federation.round_state import Ending, State
 from coterie.federation.run_folder import RunFolder
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.training.checkpoint import write_json
+from coterie.training.experts_work import ExpertsWork
 from coterie.training.memory import peak_rss_bytes
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_store import PartyStore
 from coterie.training.party_work import PartyWork
+from coterie.training.tokens_work import TokensWork
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class PartyRun:
         self._folder = RunFolder(parts.run_dir)
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement)
-            self.work = PartyWork(parts, transport, self._store)
+            kind = TokensWork if parts.federation.exchange == "tokens" else ExpertsWork
+            self.work: PartyWork = kind(parts, transport, self._store)
         except BaseException:
             self._folder.close()
             raise

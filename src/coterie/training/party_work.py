@@ -151,7 +151,7 @@ class PartyWork(ABC):
     def _make_optimizer(self, params: Collection[Tensor]) -> AdamW:
         return make_optimizer(params, self.parts.federation.optim)
 
-    def _step_trunk(self, sums: Mapping[Tensor, Tensor], divisor: float, rate: float) -> None:
+    def _step_trunk(self, sums: dict[Tensor, Tensor], divisor: float, rate: float) -> None:
         """Step the party's own trunk by sums of gradients over ``divisor``."""
         for param in self._parameters.values():
             if param in sums:

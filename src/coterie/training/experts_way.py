@@ -1,0 +1,319 @@
+"""A party's part in the `experts` exchange: weights come to its data, only whole-layer sums go back.
+
+One attempt at a round:
+
+1. freeze the own parts, so that every owner sees the same weights, and learn everybody's versions;
+2. start the fetch (whole layers in a fixed order) and compute on what has arrived, one layer on the device at a time;
+3. ask `Contribution` for the sums: with privacy they are clipped, noised, spooled and in the ledger by then;
+4. declare and push. Nothing about the text shows in which messages cross, how many, or how large they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from coterie.config import FederationConfig
+from coterie.federation.home import TrunkHome
+from coterie.federation.owner import Mirror, SumSender, model_version
+from coterie.federation.parts import Part, expert_parts
+from coterie.federation.pool import Pool
+from coterie.federation.round_state import State
+from coterie.federation.shard import OptimizerFactory, Shard
+from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.weight_service import WeightFetcher
+from coterie.models import seam
+from coterie.models.placement import Placement
+from coterie.models.seam import ExpertLayer
+from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
+from coterie.models.weight_cache import FileStore, MemoryStore, WeightCache
+from coterie.training.packing import Batch
+from coterie.training.party_work import superseded
+
+_ATTEMPTS = 1024
+"""Serial numbers of one round: one for each attempt, the last for the evaluation after it."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a party adds to a round.
+
+    Attributes:
+        experts: layer to stacked sums by parameter name, [E, ...]; None when it does not contribute.
+        trunk: sums of the trained trunk parameters by name.
+        weight: what everybody's sums together are divided by adds up from these.
+        figures: for the owner's own metrics; never sent.
+    """
+
+    experts: Mapping[int, Mapping[str, Tensor]] | None
+    trunk: Mapping[str, Tensor]
+    weight: float
+    figures: Mapping[str, float]
+
+
+class Contribution(Protocol):
+    """Turns a round's weights and this party's text into sums that may leave it."""
+
+    repeatable: bool
+    """Whether a second attempt at a round yields the same bytes; then hosts need not be sent them again."""
+
+    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+        """Process this party's share of a round.
+
+        Args:
+            round: from 1.
+            pins: digests of what is computed on: weights, agreement, membership epoch.
+            streamer: lends expert weights to the device.
+            alive: False once the attempt was given up.
+        """
+        ...
+
+    def applied(self, round: int) -> None:
+        """The round's commit was applied; what was kept for a resend may go once a checkpoint holds it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PlainSums:
+    """Sums without privacy: summed token gradients of the round's sequences.
+
+    Args:
+        model: partial model, trunk on its device.
+        layers: its MoE layers.
+        batches: the micro-batches of a round, from 1.
+        loss: summed loss and tokens of a micro-batch.
+        seed: repeats dropout on a second attempt; of the whole run.
+    """
+
+    repeatable = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertLayer],
+        batches: Callable[[int], Sequence[Batch]],
+        loss: Callable[[Batch], tuple[Tensor, int]],
+        seed: int,
+    ) -> None:
+        self._model, self._layers, self._batches, self._loss, self._seed = model, layers, batches, loss, seed
+
+    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
+        sink = HostGradients()
+        totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
+        loss_sum, tokens = 0.0, 0
+        self._model.train()
+        with torch.random.fork_rng(), seam.computed_by(self._model, StreamedExperts(streamer, sink)):
+            torch.manual_seed((self._seed * 1_000_003 + round - 1) % 2**63)
+            for batch in self._batches(round):
+                if not alive():
+                    raise superseded()
+                loss, counted = self._loss(batch)
+                torch.autograd.backward(loss)
+                loss_sum, tokens = loss_sum + float(loss.detach()), tokens + counted
+                for name, param in trained.items():
+                    if param.grad is not None:
+                        totals[name] += param.grad.to("cpu", torch.float32)
+                        param.grad = None
+        experts = {layer.index: _complete(layer, sink.sums.get(layer.index, {})) for layer in self._layers}
+        return Sums(experts, totals, float(tokens), {"loss": loss_sum / max(tokens, 1), "tokens": tokens})
+
+    def applied(self, round: int) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _complete(layer: ExpertLayer, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros where no micro-batch had a backward."""
+    return {
+        name: found[name] if name in found else torch.zeros(param.shape, dtype=torch.float32)
+        for name, param in layer.parameters().items()
+    }
+
+
+class ExpertsWay:
+    """Serves this party's parts, mirrors everybody's, and brings this party's sums to their hosts.
+
+    Args:
+        party: this party.
+        federation: shared settings.
+        model: partial model; a shared trunk is overwritten by what the hosts serve.
+        placement: who hosts which expert.
+        trunk: starting weights of the trunk, for the share this party is home to.
+        experts: starting weights of the hosted experts, by global key.
+        transport: to the others.
+        make_optimizer: of hosted parts.
+        contribution: see `Contribution`.
+        cache_dir: where fetched layers lie on disk; None keeps them in host memory.
+        device: where experts compute.
+
+    Attributes:
+        pool: what this party stores for everybody.
+        streamer: lends layers to the device.
+    """
+
+    def __init__(
+        self,
+        party: str,
+        federation: FederationConfig,
+        model: nn.Module,
+        placement: Placement,
+        trunk: Mapping[str, Tensor],
+        experts: Mapping[str, Tensor],
+        transport: Transport,
+        make_optimizer: OptimizerFactory,
+        contribution: Contribution,
+        *,
+        cache_dir: Path | None,
+        device: torch.device,
+    ) -> None:
+        self._federation, self._model, self._transport = federation, model, transport
+        self._contribution = contribution
+        self._layers = seam.expert_layers(model)
+        self._shared = federation.trunk == "shared"
+        self.parts = model_parts(federation, model, placement)
+        names = [name for part in self.parts if part.layer < 0 and part.host == party for name, _ in part.shapes]
+        weights_dtype, push_dtype = getattr(torch, federation.weights_dtype), getattr(torch, federation.push_dtype)
+        self._push_dtype = push_dtype
+        self.pool = Pool(
+            party,
+            tuple(federation.parties),
+            self.parts,
+            Shard(self._layers, experts, make_optimizer),
+            TrunkHome({name: trunk[name] for name in names}, make_optimizer),
+            weights_dtype=weights_dtype,
+            push_dtype=push_dtype,
+        )
+        pinned = device.type == "cuda"
+        store = FileStore(cache_dir) if cache_dir is not None else MemoryStore(pinned=pinned)
+        self._mirror = Mirror(
+            self.parts,
+            [layer.num_experts for layer in self._layers],
+            WeightCache(store, len(self._layers)),
+            self.pool,
+            WeightFetcher(transport, deadline_s=federation.deadline_s),
+            weights_dtype,
+            set_trunk=self._set_trunk,
+            wait_s=federation.deadline_s,
+        )
+        compute_dtype = next(iter(self._layers[0].parameters().values())).dtype
+        self.streamer = LayerStreamer(self._mirror, device, compute_dtype)
+        self._sender = SumSender(transport, self.pool, self.parts, deadline_s=federation.deadline_s)
+        self._interrupted = False
+        self.sums: Sums | None = None
+        self._serial = -1
+
+    def handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        """Serve another party."""
+        return self.pool.handle(peer, lane, message, wait_s=self._federation.deadline_s)
+
+    def compute(self, told: State, alive: Callable[[], bool]) -> None:
+        """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched."""
+        self._interrupted = False
+        attempt = 0 if self._contribution.repeatable else min(told.attempt, _ATTEMPTS - 2)
+        serial = self._serial = told.round * _ATTEMPTS + attempt
+        versions = self._refresh(serial, told)
+        pins = {
+            "weights": model_version(versions),
+            "agreement": self._federation.content_hash(),
+            "epoch": str(told.epoch),
+        }
+
+        def going() -> bool:
+            return alive() and not self._interrupted
+
+        sums = self._contribution.sums(told.round, pins, self.streamer, going)
+        self.streamer.drop_all()
+        self._mirror.join()
+        if not going():
+            raise superseded()
+        self._sender.declare(serial, contributes=sums.experts is not None, weight=sums.weight)
+        if sums.experts is not None:
+            self._sender.push(serial, self._encode(sums), versions)
+        self.sums = sums
+
+    def step(self, rate: float) -> Sums:
+        """Apply the committed round to the own parts; returns this party's sums, for a private trunk."""
+        assert self.sums is not None
+        self.pool.commit(self._serial, rate)
+        sums, self.sums = self.sums, None
+        return sums
+
+    def drop(self) -> None:
+        """Forget an attempt."""
+        self.sums = None
+        self.streamer.drop_all()
+
+    @contextmanager
+    def evaluating(self, told: State) -> Iterator[None]:
+        """Inside, the model computes with the newest weights of all hosts."""
+        self._interrupted = False
+        self._refresh(told.round * _ATTEMPTS + _ATTEMPTS - 1, told)
+        with seam.computed_by(self._model, StreamedExperts(self.streamer, HostGradients())):
+            yield
+        self.streamer.drop_all()
+        self._mirror.join()
+
+    def forget(self) -> None:
+        """Weights are about to be replaced by a checkpoint's."""
+        self.drop()
+        self.pool.forget()
+
+    def interrupt(self) -> None:
+        """Called from another thread: give the attempt up soon."""
+        self._interrupted = True
+        self._mirror.stop()
+
+    def close(self) -> None:
+        """End the side threads."""
+        self._mirror.stop()
+        self._mirror.join(check=False)
+        self.streamer.close()
+        self._contribution.close()
+
+    def _refresh(self, serial: int, told: State) -> dict[int, str]:
+        active = [name for name in self._federation.parties if name not in told.absent]
+        self.pool.begin(serial, active)
+        versions = self._mirror.versions(serial)
+        self._mirror.start(serial, versions)
+        return versions
+
+    @torch.no_grad()
+    def _set_trunk(self, tensors: Mapping[str, Tensor]) -> None:
+        own = dict(self._model.named_parameters())
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+    def _encode(self, sums: Sums) -> dict[int, Tensor]:
+        assert sums.experts is not None
+        blobs = {}
+        for part in self.parts:
+            if part.layer < 0:
+                tensors: Mapping[str, Tensor] = sums.trunk
+            else:
+                stacked = sums.experts[part.layer]
+                tensors = {name: stacked[name][list(part.experts)] for name, _ in part.shapes}
+            blobs[part.number] = part.encode(tensors, self._push_dtype)
+        return blobs
+
+
+def model_parts(federation: FederationConfig, model: nn.Module, placement: Placement) -> tuple[Part, ...]:
+    """Every part of a federation's model, in the order in which parts cross."""
+    layers = seam.expert_layers(model)
+    shared = federation.trunk == "shared"
+    trained = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad and not p.is_meta}
+    return expert_parts(
+        [{name: tuple(param.shape) for name, param in layer.parameters().items()} for layer in layers],
+        [[placement.host_name(layer.index, e) for e in range(layer.num_experts)] for layer in layers],
+        tuple(federation.parties),
+        trained if shared else None,
+    )

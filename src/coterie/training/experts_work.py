@@ -1,0 +1,102 @@
+"""A party's part in the `experts` exchange, as the rounds ask for it; `experts_way` says what crosses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from coterie.federation.participant import Alive
+from coterie.federation.round_state import State
+from coterie.federation.transport import Lane, Message
+from coterie.training.experts_way import Contribution, ExpertsWay, PlainSums
+from coterie.training.party_parts import Weights
+from coterie.training.party_work import PartyWork
+
+_TRUNK = "trunk:"
+
+
+class ExpertsWork(PartyWork):
+    """`PartyWork` for the `experts` exchange.
+
+    Attributes:
+        way: what is served, fetched and pushed.
+    """
+
+    way: ExpertsWay | None = None
+
+    def _begin(self, weights: Weights) -> None:
+        parts = self.parts
+        if self.way is not None:
+            self.way.close()
+        self._shared = parts.federation.trunk == "shared"
+        self.way = ExpertsWay(
+            parts.party,
+            parts.federation,
+            parts.model,
+            parts.placement,
+            weights.trunk,
+            weights.experts,
+            self._transport,
+            self._make_optimizer,
+            self._contribution(),
+            cache_dir=parts.run_dir / "cache" if parts.cache == "disk" else None,
+            device=parts.device,
+        )
+
+    def _contribution(self) -> Contribution:
+        return PlainSums(self.parts.model, self._layers, self._batches, self._loss, self._spec.seed)
+
+    def _hosted_state(self) -> dict[str, Tensor]:
+        assert self.way is not None
+        home = {f"{_TRUNK}{name}": value for name, value in self.way.pool.home.state_dict().items()}
+        return self.way.pool.shard.state_dict() | home
+
+    def _load_hosted(self, state: dict[str, Tensor]) -> None:
+        assert self.way is not None
+        self.way.forget()
+        home = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
+        self.way.pool.home.load_state_dict(home)
+        self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(_TRUNK)})
+
+    def compute(self, told: State, alive: Alive) -> None:
+        assert self.way is not None
+        began = time.monotonic()
+        self._pristine = False
+        self._meet(told.absent)
+        self.way.compute(told, alive)
+        self._seconds = time.monotonic() - began
+
+    def drop(self, round: int, attempt: int) -> None:
+        assert self.way is not None
+        self.way.drop()
+
+    @torch.no_grad()
+    def _commit(self, round: int, attempt: int, rate: float) -> Mapping[str, float]:
+        assert self.way is not None
+        sums = self.way.step(rate)
+        if not self._shared and sums.experts is not None and sums.weight > 0:
+            named: dict[Tensor, Tensor] = {param: sums.trunk[name] for name, param in self._parameters.items() if name in sums.trunk}
+            self._step_trunk(named, sums.weight, rate)
+        return {**sums.figures, "seconds": self._seconds}
+
+    @contextmanager
+    def _inference(self, told: State, alive: Alive) -> Iterator[None]:
+        assert self.way is not None
+        with self.way.evaluating(told):
+            yield
+
+    def handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        assert self.way is not None
+        return self.way.handle(peer, lane, message)
+
+    def interrupt(self) -> None:
+        if self.way is not None:
+            self.way.interrupt()
+
+    def _close(self) -> None:
+        if self.way is not None:
+            self.way.close()

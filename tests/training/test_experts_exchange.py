@@ -1,0 +1,158 @@
+"""The `experts` exchange without privacy, against the same training written out by hand."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from coterie.federation.transport import Lane, Message
+from coterie.models import seam
+from coterie.models.seam import expert_layers
+from coterie.training.experts_work import ExpertsWork
+from coterie.training.in_process import InProcessFederation, run_in_process
+from coterie.training.packing import RoundOrder
+from coterie.training.party_parts import trunk_tensors
+from federation_tools import PARTIES, full_models, make_parts, relative, settings, text, train_by_hand
+
+
+def experts_settings(**changes: object):  # type: ignore[no-untyped-def]
+    plain = {"exchange": "experts", "privacy": "none", "weights_dtype": "float32"}
+    return settings(**{**plain, **changes})
+
+
+def assert_same(federation: InProcessFederation, models, tolerance: float = 1e-5) -> None:  # type: ignore[no-untyped-def]
+    """Trunks and hosted experts of a federation against whole models."""
+    first = expert_layers(models[PARTIES[0]])
+    for name in PARTIES:
+        work = federation.runs[name].work
+        assert isinstance(work, ExpertsWork)
+        assert work.way is not None
+        whole = dict(models[name].named_parameters())
+        if work.parts.federation.trunk == "private":
+            for key, value in trunk_tensors(work.parts.model).items():
+                if key in whole:
+                    assert relative(value, whole[key]) < tolerance, (name, key)
+        for key, value in work.way.pool.home.weights().items():
+            assert relative(value, whole[key]) < tolerance, (name, key)
+        for key, value in work.way.pool.shard.state_dict().items():
+            if "/" not in key:
+                _, layer, _, expert, parameter = key.split(".")
+                expected = first[int(layer)].parameters()[parameter][int(expert)]
+                assert relative(value, expected) < tolerance, (name, key)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_private_trunk_trains_as_the_same_loop_by_hand(tmp_path: Path, cache):
+    config = experts_settings()
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    parts = {name: replace(each, cache=cache) for name, each in parts.items()}
+    federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    train_by_hand(config, models, parts)
+    assert_same(federation, models)
+    assert all(result.finished and result.loss is not None for result in results.values())
+    for name in PARTIES:
+        work = federation.runs[name].work
+        assert isinstance(work, ExpertsWork)
+        assert work.way is not None
+        assert work.way.streamer.peak_layers <= 2
+
+
+def union_by_hand(config, model, parts) -> None:  # type: ignore[no-untyped-def]
+    """One process, one model, each round the three parties' sequences together; torch's own AdamW."""
+    optim = config.optim
+    step = torch.optim.AdamW(
+        model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    seam.select(model)
+    model.train()
+    for round in range(config.train.rounds):
+        step.zero_grad()
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        count = 0
+        for name in PARTIES:
+            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(round):
+                ids = parts[name].train[row]["input_ids"].unsqueeze(0)
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+                functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+                count += ids.shape[1] - 1
+        for param in model.parameters():
+            param.grad /= count
+        step.step()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_shared_trunk_equals_one_process_on_the_union_after_20_rounds(tmp_path: Path, family):
+    config = experts_settings(trunk="shared", train__rounds=20)
+    one = full_models(family=family)[PARTIES[0]]
+    models = {name: copy.deepcopy(one) for name in PARTIES}
+    parts = make_parts(config, models, tmp_path)
+    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    union_by_hand(config, models[PARTIES[0]], parts)
+    models = dict.fromkeys(PARTIES, models[PARTIES[0]])
+    assert_same(federation, models)
+
+
+def recorded(config, folder: Path, data_seed: int) -> dict[str, list[tuple]]:  # type: ignore[no-untyped-def]
+    """What each host received from each owner: kinds, parts, sizes, in order."""
+    models = full_models()
+    seen: dict[str, list[tuple]] = {}
+    federation = InProcessFederation(config, folder / "coordinator")
+    federation.coordinate()
+    for name, each in make_parts(config, models, folder, data_seed=data_seed).items():
+        work = federation.up(each).work
+        assert isinstance(work, ExpertsWork)
+        assert work.way is not None
+
+        def record(peer: str, lane: Lane, message: Message, host: str = name) -> None:
+            sizes = tuple((str(t.dtype), tuple(t.shape)) for t in message.tensors)
+            fields = sorted(set(message.body) - {"digest", "weights", "weight"})
+            seen.setdefault(f"{peer}->{host} {lane.name}", []).append(
+                (lane, message.kind, message.round, message.layer, message.exchange, fields, sizes)
+            )
+
+        work.way.pool.transcript = record
+    federation.join()
+    for end in federation.ends.values():
+        if isinstance(end, BaseException):
+            raise end
+    return seen
+
+
+def test_what_leaves_an_owner_has_the_same_sizes_and_order_whatever_its_text(tmp_path: Path):
+    config = experts_settings(train__rounds=3)
+    assert recorded(config, tmp_path / "a", 10) == recorded(config, tmp_path / "b", 500)
+    assert len(text(10)) != 0
+
+
+def test_unchanged_parts_do_not_cross_again(tmp_path: Path):
+    config = experts_settings(train__rounds=2, optim__lr=1e-30, optim__weight_decay=0.0, train__eval_every=1)
+    seen = recorded(config, tmp_path, 10)
+    for events in seen.values():
+        chunks = [event for event in events if event[1] == "weights-chunk"]
+        assert len({event[2] for event in chunks}) == 1, "after the first round nothing had changed"
+
+
+def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path):
+    from test_party import until
+
+    config = experts_settings(train__rounds=6, deadline_s=4.0)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    until(lambda: any(n.state.phase == "compute" and n.state.round == 4 for n in federation.notices))
+    federation.kill("birch")
+    federation.up(make_parts(config, models, tmp_path)["birch"])
+    federation.join()
+    assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
+    train_by_hand(config, models, parts)
+    assert_same(federation, models)
