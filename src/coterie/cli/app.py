@@ -27,6 +27,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "approve": ("approve", "Certify a party's key (keeper of the CA)."),
     "install": ("install", "Put certificate, CA and roster into a party's kit."),
     "roster": ("roster", "Make, sign, join, verify and show the list of members."),
+    "coordinator": ("coordinator", "Keep the rounds of a federation."),
+    "up": ("up", "Take part in a federation as one party."),
+    "status": ("status", "Where a federation is: round, commits, who is missing."),
     "models": ("models", "Families of models that can be trained, and why others cannot."),
     "explain": ("explain", "What an error code means and what to do."),
 }

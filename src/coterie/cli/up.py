@@ -1,0 +1,84 @@
+"""`coterie up`: one party takes part in a federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.cli.output import say, table, write_json
+
+if TYPE_CHECKING:
+    from coterie.config import PartyConfig
+    from coterie.training.party_run import PartyResult
+
+
+def command(
+    settings: Annotated[Path, typer.Argument(help="This party's party.yaml.")],
+    listen: Annotated[
+        str | None, typer.Option(help="Address to listen on, where it differs from the agreed endpoint.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Take part in a federation: train the own trunk on the own text, and host a share of the experts.
+
+    Goes on from the newest checkpoint that all parties hold, if there is one. Ctrl-C asks for a clean end: the round
+    is finished, everybody writes a checkpoint and leaves.
+
+    Example:
+        coterie up party.yaml --json result.json
+    """
+    from coterie.config import PartyConfig, load_yaml
+
+    take_part(load_yaml(settings, PartyConfig), listen, json_file)
+
+
+def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -> None:
+    """Run a party and show how it goes; `coterie resume` ends here, too."""
+    say(f"{config.party}: loading")
+
+    from coterie.cli.output import error_console
+    from coterie.cli.rounds_progress import RoundLines, stop_signals
+    from coterie.errors import CoterieError
+    from coterie.federation.control import Directive
+    from coterie.training.party import PartyProcess
+    from coterie.training.party_run import Watch
+
+    def show(directive: Directive) -> None:
+        lines.show(directive.state, directive.missing)
+
+    def tell(error: CoterieError) -> None:
+        error_console().print(f"{config.party}: {error.code}: {error}", markup=False)
+
+    process = PartyProcess(config, Watch(show, tell), listen)
+    rounds = process.federation.train.rounds
+    lines = RoundLines(rounds)
+    say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")
+    with stop_signals(process.stop), lines:
+        result = process.run()
+    report(result, json_file)
+
+
+def report(result: PartyResult, json_file: Path | None) -> None:
+    """Print how the run ended for this party."""
+    if json_file is not None:
+        write_json(json_file, result.as_json())
+    if not result.finished:
+        say(f"stopped after round {result.rounds}; go on with: coterie resume {result.run_dir}")
+        return
+    mib = 1024**2
+    sent = sum(counts["sent"] for counts in result.wire.values())
+    received = sum(counts["received"] for counts in result.wire.values())
+    columns = (
+        "rounds",
+        "held-out loss",
+        "perplexity",
+        "model state MiB",
+        "peak memory MiB",
+        "sent MiB",
+        "received MiB",
+    )
+    state, peak = result.model_state_bytes / mib, result.peak_rss_bytes / mib
+    table(columns, [(result.rounds, result.loss, result.perplexity, state, peak, sent / mib, received / mib)])
+    say(f"the loss is this party's own and stays here; figures: {result.run_dir}/metrics.jsonl")

@@ -1,0 +1,210 @@
+"""The party as a process: settings, identity, text, trunk and shard put together and taken to the federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.config import FederationConfig, ModelSpec, PartyConfig, dump_yaml, load_yaml
+from coterie.errors import CheckpointError, PlacementError, RosterError
+from coterie.federation.coordinator_process import identify, transport_settings
+from coterie.federation.grpc_transport import GrpcTransport
+from coterie.federation.identity import Role
+from coterie.federation.roster import Roster
+from coterie.models.build import torch_dtype
+from coterie.models.partial import build_partial
+from coterie.models.placement import Placement
+from coterie.models.shards import load_tensors, parse_expert_key, stored_shapes
+from coterie.training.data import read_documents
+from coterie.training.loop import use_checkpointing
+from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
+from coterie.training.party_run import PartyResult, PartyRun, Watch
+from coterie.training.party_store import PartyStore
+from coterie.training.setup import check_fit, pick_device
+from coterie.training.tokenizer import get_tokenizer, tokenize
+
+PARTY_FILE, FEDERATION_FILE = "party.yaml", "federation.yaml"
+
+
+class PartyProcess:
+    """One party, from its files to the end of the run.
+
+    Args:
+        config: party.yaml.
+        watch: see `Watch`.
+        listen: address to listen on, where it differs from the agreed endpoint.
+
+    Raises:
+        ConfigError, IdentityError, RosterError: settings, kit and roster do not fit each other.
+    """
+
+    def __init__(self, config: PartyConfig, watch: Watch | None = None, listen: str | None = None) -> None:
+        self.config, self._watch, self._listen = config, watch, listen
+        self.federation = load_yaml(config.federation, FederationConfig)
+        if config.party not in self.federation.parties:
+            raise RosterError(
+                f"{config.party} is not a party of {self.federation.name}.",
+                code="roster-unknown-member",
+                where=str(config.federation),
+                fix=f"parties: {', '.join(self.federation.parties)}",
+            )
+        self._kit, self._roster = identify(self.federation, config.kit, config.party, Role.PARTY)
+        self._run: PartyRun | None = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ask for a clean end after the round in progress. Safe in a signal handler."""
+        self._stopped = True
+        if self._run is not None:
+            self._run.stop()
+
+    def run(self) -> PartyResult:
+        """Read the files, join, take part until the end.
+
+        Raises:
+            CoterieError: of any kind; see `PartyRun.run` and `prepare_party`.
+        """
+        config, federation = self.config, self.federation
+        transport = GrpcTransport(
+            config.party, self._roster, self._kit, listen=self._listen, settings=transport_settings(federation)
+        )
+        parts = prepare_party(config, federation, self._roster)
+        self._run = PartyRun(parts, transport, federation.content_hash(), self._watch)
+        keep_settings(config, federation)
+        if self._stopped:
+            self._run.stop()
+        return self._run.run()
+
+
+def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Roster | None = None) -> PartyParts:
+    """Read a party's text, trunk and shard, and check that all fit together and what was signed.
+
+    Raises:
+        DataError: the text cannot be used.
+        ModelError: trunk or shard are of another model.
+        PlacementError: the shard holds other experts than this party is to host, or the placement was not signed.
+    """
+    data = config.data
+    tokenizer = get_tokenizer(data.tokenizer, federation.model, data)
+    train = tokenize(read_documents(data.train, data), data, tokenizer)
+    test = tokenize(read_documents(data.test, data), data, tokenizer) if data.test else None
+    device = pick_device(config.device)
+    model = build_partial(federation.model, config.trunk, device=device)
+    check_fit(model, tokenizer, data)
+    if federation.model.gradient_checkpointing:
+        use_checkpointing(model)
+    placement = Placement.of_spec(federation.placement, list(federation.parties), model)
+    if roster is not None and placement.content_hash() != roster.placement_hash:
+        raise PlacementError(
+            "The placement that federation.yaml describes is not the one that was signed.",
+            code="placement-unsigned",
+            where=f"{placement.content_hash()[:8]} here, {roster.placement_hash[:8]} in the roster",
+            why="parties would disagree on who hosts which expert",
+            fix="check `model` and `placement`, and that all use the same version of transformers",
+        )
+    check_shard(config.shard, placement, config.party)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    first = trunk_tensors(model)
+
+    def again() -> Weights:
+        nonlocal first
+        trunk, first = first, {}
+        trunk = trunk or trunk_tensors(build_partial(federation.model, config.trunk, device=device))
+        return Weights(trunk, load_experts(config.shard, federation.model))
+
+    return PartyParts(
+        party=config.party,
+        federation=federation,
+        model=model,
+        weights=again,
+        placement=placement,
+        train=train,
+        test=test,
+        run_dir=config.run_dir,
+        device=device,
+    )
+
+
+def load_experts(path: Path, model: ModelSpec) -> dict[str, torch.Tensor]:
+    """A party's shard in the model's number format, off the device."""
+    return {name: tensor.to(torch_dtype(model)) for name, tensor in load_tensors(path).items()}
+
+
+def check_shard(path: Path, placement: Placement, party: str) -> None:
+    """Make sure, from the header alone, that a shard file holds the experts that the placement gives a party.
+
+    Raises:
+        PlacementError: it holds others, or lacks one.
+        ModelError: it is no shard file.
+    """
+    found = {parse_expert_key(key)[:2] for key in stored_shapes(path)}
+    expected = {(layer, expert) for layer, experts in placement.hosted(party).items() for expert in experts}
+    if found == expected:
+        return
+    lacking, foreign = sorted(expected - found), sorted(found - expected)
+    problems = [
+        f"{words} layer {keys[0][0]} expert {keys[0][1]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for words, keys in (("lacks", lacking), ("holds", foreign))
+        if keys
+    ]
+    raise PlacementError(
+        f"{path.name} does not hold the experts of {party}: it {' and '.join(problems)}.",
+        code="placement-shard",
+        where=str(path),
+        why="tokens would be sent to an expert that is not there",
+        fix="take the shard that `coterie split` wrote for this party and this placement",
+    )
+
+
+def keep_settings(config: PartyConfig, federation: FederationConfig) -> None:
+    """Put both settings files into the run folder, with absolute paths: the run can be taken up from there."""
+    folder = config.run_dir.resolve()
+    dump_yaml(folder / FEDERATION_FILE, _absolute_model(federation))
+    moved: dict[str, Any] = {"federation": folder / FEDERATION_FILE, "run_dir": folder}
+    moved |= {name: getattr(config, name).resolve() for name in ("kit", "trunk", "shard")}
+    data = config.data
+    files: dict[str, Any] = {
+        name: tuple(path.resolve() for path in getattr(data, name)) for name in ("train", "test")
+    }
+    tokenizer = data.tokenizer
+    if tokenizer.path is not None:
+        files["tokenizer"] = tokenizer.model_copy(update={"path": tokenizer.path.resolve()})
+    elif tokenizer.train is not None:
+        public = tuple(path.resolve() for path in tokenizer.train.files)
+        trained = tokenizer.train.model_copy(update={"files": public})
+        files["tokenizer"] = tokenizer.model_copy(update={"train": trained})
+    moved["data"] = data.model_copy(update=files)
+    dump_yaml(folder / PARTY_FILE, config.model_copy(update=moved))
+
+
+def _absolute_model(federation: FederationConfig) -> FederationConfig:
+    if federation.model.path is None:
+        return federation
+    model = federation.model.model_copy(update={"path": federation.model.path.resolve()})
+    return federation.model_copy(update={"model": model})
+
+
+def settings_of_run(run_dir: Path) -> PartyConfig:
+    """The settings of a party's run that has a checkpoint to go on from.
+
+    Raises:
+        CheckpointError: no federated run is here, or it has no checkpoint yet.
+    """
+    path = run_dir / PARTY_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run_dir} holds no run of `coterie up`.",
+            code="run-dir-none",
+            fix="give the run_dir of a party that took part in a federation",
+        )
+    config = load_yaml(path, PartyConfig)
+    federation = load_yaml(config.federation, FederationConfig)
+    if not PartyStore(run_dir, config.party, federation.content_hash()).held():
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint yet.",
+            code="checkpoint-none",
+            fix=f"`coterie up {path}` begins from the split model",
+        )
+    return config.model_copy(update={"run_dir": run_dir})
