@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from dp_accounting import pld
 
 from coterie.dp.accounting import (
     Mechanism,
@@ -58,6 +59,16 @@ def test_invariant_9_truncated_poisson_has_its_own_event_and_no_rdp() -> None:
         epsilon([(truncated, 50)], 1e-5, "rdp")
     generous = LotPlan.of(1000, 100, "truncated_poisson", 200).mechanism(1.0)
     assert epsilon([(generous, 50)], 1e-5) == pytest.approx(epsilon([(poisson, 50)], 1e-5), rel=1e-3)
+
+
+def test_invariant_9_agrees_with_dp_accounting_s_own_accountant() -> None:
+    plans = [LotPlan.of(1000, 100).mechanism(1.0), LotPlan.of(1000, 100, "truncated_poisson", 120).mechanism(1.3)]
+    accountant = pld.PLDAccountant(value_discretization_interval=1e-3)
+    for mechanism, count in zip(plans, (40, 30), strict=True):
+        accountant.compose(mechanism.event(), count)
+    assert epsilon(list(zip(plans, (40, 30), strict=True)), 1e-5) == pytest.approx(
+        accountant.get_epsilon(1e-5), rel=1e-9
+    )
 
 
 def test_several_mechanisms_compose_and_order_does_not_matter() -> None:

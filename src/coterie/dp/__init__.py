@@ -9,6 +9,19 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Budget": "budget",
+    "Spent": "budget",
+    "PrivacyWarning": "budget",
+    "make_private": "setup",
+    "PrivateSession": "session",
+    "Balance": "balance",
+    "Artefact": "provenance",
+    "Statement": "statement",
+    "Ledger": "ledger",
+    "open_ledger": "ledger",
+    "Mechanism": "accounting",
+    "epsilon": "accounting",
+    "noise_multiplier": "accounting",
     "per_sample_norms": "functional",
     "clipped_sum": "functional",
     "Engine": "engine",

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import dp_accounting
-from dp_accounting import pld, rdp
+from dp_accounting import rdp
+from dp_accounting.pld import privacy_loss_distribution as distribution
 
 from coterie.dp.budget import Budget
 from coterie.errors import BudgetError, PrivacyError
@@ -22,6 +23,7 @@ from coterie.errors import BudgetError, PrivacyError
 Sampler = Literal["poisson", "truncated_poisson"]
 Accountant = Literal["pld", "rdp"]
 
+_ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 _LARGEST_MULTIPLIER = 1e4
 _SMALLEST_MULTIPLIER = 1e-2
 _TOLERANCE = 1e-4
@@ -85,6 +87,7 @@ def epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, accountant: Ac
 @functools.lru_cache(maxsize=4096)
 def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant: Accountant) -> float:
     if accountant == "rdp":
+        renyi = rdp.RdpAccountant()
         if any(mechanism.sampler == "truncated_poisson" for mechanism, _ in spent):
             raise PrivacyError(
                 "truncated Poisson sampling cannot be accounted by RDP.",
@@ -92,26 +95,46 @@ def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant:
                 why="no Renyi bound for it is known to dp-accounting; the one for plain Poisson would be too small",
                 fix="use the PLD accountant",
             )
-        return _compose(rdp.RdpAccountant(), spent, delta)
+        for mechanism, count in spent:
+            renyi.compose(mechanism.event(), count)
+        return float(renyi.get_epsilon(delta))
+    if any(mechanism.noise_multiplier <= 0 for mechanism, _ in spent):
+        return math.inf
     rounds = sum(count for _, count in spent)
-    rough = _compose(_pld(1e-2), spent, delta)
+    rough = _pld_epsilon(spent, delta, 1e-2)
     if not math.isfinite(rough):
         return rough
     # Rounding in the discretised losses grows with the rounds and matters most for small epsilon. Every grid gives
     # an upper bound; this choice keeps it within about 0.1 % at a cost of at most a second or two.
-    return _compose(_pld(1e-4 if rough < 1 or rounds > 5000 else 1e-3), spent, delta) if rough < 100 else rough
+    return _pld_epsilon(spent, delta, 1e-4 if rough < 1 or rounds > 5000 else 1e-3) if rough < 100 else rough
 
 
-def _pld(interval: float) -> pld.PLDAccountant:
-    return pld.PLDAccountant(value_discretization_interval=interval)
-
-
-def _compose(
-    accountant: dp_accounting.PrivacyAccountant, spent: Sequence[tuple[Mechanism, int]], delta: float
-) -> float:
+@functools.lru_cache(maxsize=4096)
+def _pld_epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, interval: float) -> float:
+    total = distribution.identity(value_discretization_interval=interval)
     for mechanism, count in spent:
-        accountant.compose(mechanism.event(), count)
-    return float(accountant.get_epsilon(delta))
+        total = total.compose(_one_round(mechanism, interval).self_compose(count))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+@functools.lru_cache(maxsize=64)
+def _one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLossDistribution:
+    """What dp-accounting's PLD accountant builds for `Mechanism.event`; kept, because building it is slow."""
+    if mechanism.sampler == "truncated_poisson":
+        return distribution.from_truncated_subsampled_gaussian_mechanism(
+            dataset_size=mechanism.units,
+            sampling_probability=mechanism.sampling_rate,
+            truncated_batch_size=mechanism.limit,
+            noise_multiplier=mechanism.noise_multiplier,
+            value_discretization_interval=interval,
+            neighboring_relation=_ADD_OR_REMOVE,
+        )
+    return distribution.from_gaussian_mechanism(
+        standard_deviation=mechanism.noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=mechanism.sampling_rate,
+        neighboring_relation=_ADD_OR_REMOVE,
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -132,13 +155,21 @@ def noise_multiplier(
     Cost: a few seconds at most.
     """
 
-    def cost(sigma: float) -> float:
-        return epsilon([(Mechanism(sigma, sampling_rate, sampler, units, limit), rounds)], budget.delta, accountant)
+    def spent(sigma: float) -> tuple[tuple[Mechanism, int], ...]:
+        return ((Mechanism(sigma, sampling_rate, sampler, units, limit), rounds),)
 
-    low, high = 0.5, 1.0
-    while cost(high) > budget.epsilon:
-        low, high = high, high * 2
+    def rough(sigma: float) -> float:
+        return cost(sigma) if accountant == "rdp" else _pld_epsilon(spent(sigma), budget.delta, 1e-2)
+
+    def cost(sigma: float) -> float:
+        return epsilon(spent(sigma), budget.delta, accountant)
+
+    high = 1.0
+    while rough(high) > budget.epsilon:
+        high *= 2
         if high > _LARGEST_MULTIPLIER:
+            if cost(high) <= budget.epsilon:
+                break
             raise BudgetError(
                 f"epsilon {budget.epsilon} at delta {budget.delta:.3g} cannot be reached in {rounds} rounds at "
                 f"sampling rate {sampling_rate:.4g}.",
@@ -146,21 +177,36 @@ def noise_multiplier(
                 why="it would take more than 10,000 times the clip norm in noise, which leaves nothing to learn",
                 fix="allow a larger epsilon or delta, or plan fewer rounds or a smaller lot",
             )
-    while low > _SMALLEST_MULTIPLIER and cost(low) <= budget.epsilon:
+    low = high / 2
+    while low > _SMALLEST_MULTIPLIER and rough(low) <= budget.epsilon:
         low, high = low / 2, low
-    # log epsilon is almost linear in log sigma: interpolate, then step just past the root to close the bracket.
+    low, high = _narrow(rough, budget.epsilon, low, high)
+    # The coarse grid errs upwards, so the answer on the fine one is at `high` or somewhat below.
+    high, step = (high, 0.005) if cost(high) <= budget.epsilon else (high * 2, 0.5)
+    low = high * (1 - step)
+    while low > _SMALLEST_MULTIPLIER and cost(low) <= budget.epsilon:
+        step = min(2 * step, 0.5)
+        low, high = low * (1 - step), low
+    return _narrow(cost, budget.epsilon, low, high)[1]
+
+
+def _narrow(cost: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:
+    """Shrink a bracket with cost(low) > target >= cost(high) to a relative width of `_TOLERANCE`.
+
+    log epsilon is almost linear in log sigma: interpolate, then step just past the root to close the bracket.
+    """
     while high / low > 1 + _TOLERANCE:
         guess = math.sqrt(low * high)
         if 0 < cost(high) < cost(low) < math.inf:
             slope = math.log(cost(high) / cost(low)) / math.log(high / low)
-            line = high * math.exp(math.log(budget.epsilon / cost(high)) / slope)
+            line = high * math.exp(math.log(target / cost(high)) / slope)
             guess = line if low < line < high else guess
-        if cost(guess) > budget.epsilon:
+        if cost(guess) > target:
             low, trial = guess, min(guess * (1 + _TOLERANCE), math.sqrt(guess * high))
         else:
             high, trial = guess, max(guess / (1 + _TOLERANCE), math.sqrt(guess * low))
-        low, high = (trial, high) if cost(trial) > budget.epsilon else (low, trial)
-    return high
+        low, high = (trial, high) if cost(trial) > target else (low, trial)
+    return low, high
 
 
 def joint_multiplier(parts: Mapping[str, tuple[float, float]]) -> float:

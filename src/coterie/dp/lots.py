@@ -190,17 +190,18 @@ def _need_records(records: int) -> None:
         )
 
 
-def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSource) -> Lot:
+def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSource, draw: int = 0) -> Lot:
     """Draw the lot of one round.
 
     Each unit joins with probability floor(q 2^64) / 2^64, never above q. A truncated lot is a uniformly random subset
     of the drawn units.
 
     Args:
-        round_number: from 1; names the streams of a seeded source.
+        round_number: from 1; with ``draw`` it names the streams of a seeded source.
         plan: public numbers; ``plan.units`` must be ``units.count``.
         units: which records belong together.
         source: secret for private runs.
+        draw: how many lots were drawn for this round before (see `coterie.dp.releases`).
 
     Cost: 8 random bytes for each unit of the dataset, about 2 ns.
     """
@@ -211,7 +212,7 @@ def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSourc
             why="the sampling rate, and with it epsilon, would be wrong",
             fix="plan the run on the data it uses",
         )
-    stream = source.stream(f"lot|{round_number}")
+    stream = source.stream(f"lot|{round_number}|{draw}")
     if plan.rate >= 1:
         chosen = np.arange(units.count)
     else:

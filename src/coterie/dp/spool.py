@@ -169,6 +169,16 @@ class Spool:
                 path.unlink()
         sync_folder(self.folder)
 
+    def nbytes(self) -> int:
+        """Bytes of results that lie here."""
+        return sum(path.stat().st_size for path in self.folder.glob("release-*"))
+
+    def remove(self) -> None:
+        """Remove lot and results: nobody will continue this run."""
+        self.drop_lot()
+        for path in self.folder.glob("release-*"):
+            path.unlink()
+
     def drop(self, release: Release) -> None:
         """Remove one result, which will never be used."""
         remove_durably(release.path)

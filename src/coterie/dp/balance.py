@@ -1,0 +1,311 @@
+"""Keeping experts evenly used without mixing records.
+
+The Switch balance loss is E * sum_e f_e P_e: f_e is the share of tokens that expert e got in the *batch*, P_e its
+mean router probability. Through f every record's gradient depends on every other record, which clipping per record
+cannot bound. Only P carries gradient, so f may come from elsewhere:
+
+- ``per_sequence``: from the record itself. Separable, no privacy cost, but each record is pushed to balance alone.
+- ``private_load``: from earlier rounds, released with noise inside the round's one Gaussian and smoothed; in the loss
+  it is then a constant.
+- ``bias``: the same released loads move a routing bias (DeepSeek-V3, arXiv:2412.19437); no loss, post-processing.
+
+Shape letters: B records, T tokens, N = B T, K experts per token, E experts of a layer, L MoE layers,
+S = sum of E over layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from coterie.dp.losses import Batch, LossFunction, batch_size
+from coterie.errors import PrivacyError
+from coterie.models.seam import ExpertLayer, expert_layers
+
+BalanceMode = Literal["off", "per_sequence", "private_load", "bias"]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How experts are kept evenly used.
+
+    Attributes:
+        mode: see the module text.
+        coefficient: weight of the balance loss, or step of the bias.
+        load_share: the part of the clip norm, in (0, 1), that the released loads take: with share r, gradients get
+            noise 1 / sqrt(1 - r^2) times as large (0.5 % more at 0.1), and loads noise of C_load / r.
+        smoothing: weight of the past in the running average of released loads, in [0, 1).
+    """
+
+    mode: BalanceMode = "off"
+    coefficient: float = 0.01
+    load_share: float = 0.1
+    smoothing: float = 0.9
+
+    @property
+    def releases_loads(self) -> bool:
+        return self.mode in ("private_load", "bias")
+
+
+@dataclass
+class _Seen:
+    """What one forward showed, by MoE layer."""
+
+    ids: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    candidates: dict[int, Tensor] = field(default_factory=dict)
+
+
+class RouterWatch:
+    """Sees expert ids and router logits of a model's MoE layers while a forward runs, whatever the family.
+
+    Expert ids are what the experts module is called with. Logits are the last floating output [..., E] that a module
+    beside the experts (the router) gave before that, for as many tokens.
+
+    Raises:
+        PrivacyError: the model has no MoE layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = expert_layers(model)
+        if not self.layers:
+            raise PrivacyError(
+                f"{type(model).__name__} has no experts to balance.",
+                code="dp-balance-experts",
+                why="balance compares how often a router chooses each expert",
+                fix="set balance to off",
+            )
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+        self.sigmoid = "sigmoid" in str(getattr(text, "scoring_func", getattr(text, "score_func", "")))
+        self._modules = dict(model.named_modules())
+
+    @contextmanager
+    def watching(self) -> Iterator[_Seen]:
+        """Inside, forwards of the model fill what is yielded. Recomputation in a later backward is not seen."""
+        seen = _Seen()
+        handles: list[RemovableHandle] = []
+        try:
+            for layer in self.layers:
+                handles.append(
+                    layer.module.register_forward_pre_hook(self._on_experts(layer, seen), with_kwargs=True)
+                )
+                for module in _beside(layer, self._modules):
+                    handles.append(module.register_forward_hook(self._on_router(layer, seen)))
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., E] float32 that sum to one."""
+        if self.sigmoid:
+            scores = logits.float().sigmoid()
+            return scores / scores.sum(-1, keepdim=True).clamp_min(1e-9)
+        return logits.float().softmax(-1)
+
+    def _on_experts(self, layer: ExpertLayer, seen: _Seen) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = [*args, *kwargs.values()]
+            seen.ids[layer.index] = values[1].detach()
+            found = seen.candidates.get(layer.index)
+            if found is not None and found.numel() == values[1].shape[0] * layer.num_experts:
+                seen.logits[layer.index] = found
+
+        return hook
+
+    def _on_router(self, layer: ExpertLayer, seen: _Seen) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for value in output if isinstance(output, tuple | list) else (output,):
+                if (
+                    isinstance(value, Tensor)
+                    and value.is_floating_point()
+                    and value.shape[-1:] == (layer.num_experts,)
+                ):
+                    seen.candidates[layer.index] = value
+                    return
+
+        return hook
+
+
+def _beside(layer: ExpertLayer, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Modules of the MoE block that are not its experts: the router and whatever it is made of, outermost last."""
+    parent = layer.name.rpartition(".")[0]
+    experts = {id(module) for module in layer.module.modules()}
+    inside = [module for name, module in modules.items() if name.startswith(f"{parent}.")]
+    return [module for module in inside if id(module) not in experts and isinstance(module, nn.Module)]
+
+
+class Balancer:
+    """Adds the balance term to a per-sample loss and gathers the loads of a lot.
+
+    Args:
+        balance: settings.
+        model: with at least one MoE layer.
+        loss_fn: the loss without balance.
+
+    Attributes:
+        load_bound: largest L2 norm of one unit's centred load vector; larger ones are scaled down to it.
+        load: [S] float64, the running average of released loads, shares of each layer's tokens; None before round 1.
+    """
+
+    def __init__(self, balance: Balance, model: nn.Module, loss_fn: LossFunction) -> None:
+        self.balance = balance
+        self.watch = RouterWatch(model)
+        self.loss_fn = loss_fn
+        self.sizes = [layer.num_experts for layer in self.watch.layers]
+        # A layer's centred load (shares minus 1/E) has norm at most sqrt(1 - 1/E), reached when one expert gets all.
+        self.load_bound = math.sqrt(sum(1 - 1 / size for size in self.sizes))
+        self.load: Tensor | None = None
+        self._rounds = 0
+        self.latest: Tensor | None = None
+        self._biases = _biases(self.watch) if balance.mode == "bias" else []
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B] losses with the balance term; loads of the batch's records are in ``latest`` afterwards."""
+        with self.watch.watching() as seen:
+            losses = self.loss_fn(model, batch)
+        shares = [self._shares(layer, seen, batch) for layer in self.watch.layers]
+        self.latest = torch.cat([share.detach().double().cpu() for share in shares], 1)
+        if self.balance.mode in ("off", "bias"):
+            return losses
+        return losses + self.balance.coefficient * self._term(seen, shares, batch)
+
+    def _term(self, seen: _Seen, shares: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Mean over layers of E sum_e f_e P_e, [B]."""
+        terms = []
+        start = 0
+        for layer, share_BE in zip(self.watch.layers, shares, strict=True):
+            size = layer.num_experts
+            if self.balance.mode == "per_sequence":
+                fraction = share_BE.detach()
+            elif self.load is None:
+                fraction = torch.full((size,), 1 / size, device=share_BE.device)
+            else:
+                fraction = self.load[start : start + size].to(share_BE.device, torch.float32)
+            start += size
+            logits = seen.logits.get(layer.index)
+            if logits is None:
+                raise _no_logits(layer)
+            mask_BT = _mask(batch, logits.numel() // size, logits.device)
+            probabilities = self.watch.probabilities(logits.reshape(*mask_BT.shape, size))
+            mean_BE = (probabilities * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True).clamp_min(1)
+            terms.append(size * (mean_BE * fraction).sum(1))
+        return torch.stack(terms).mean(0)
+
+    def _shares(self, layer: ExpertLayer, seen: _Seen, batch: Batch) -> Tensor:
+        """Share of each record's routed pairs that went to each expert, [B, E]; zero for a record without tokens."""
+        ids_NK = seen.ids[layer.index]
+        mask_BT = _mask(batch, ids_NK.shape[0], ids_NK.device)
+        ids = ids_NK.reshape(mask_BT.shape[0], -1)
+        weight = mask_BT.repeat_interleave(ids_NK.shape[1], dim=1)
+        weight = weight * ((ids >= 0) & (ids < layer.num_experts))
+        counts = torch.zeros(ids.shape[0], layer.num_experts, device=ids.device)
+        counts.scatter_add_(1, ids.clamp(0, layer.num_experts - 1).long(), weight)
+        return counts / counts.sum(1, keepdim=True).clamp_min(1)
+
+    def load_sum(self, loads_RS: Tensor, units_R: Tensor) -> Tensor:
+        """What one lot contributes to the released loads: the sum over units of centred, bounded load vectors.
+
+        Args:
+            loads_RS: [R, S] float64 shares of each record; a row of NaN or zeros counts as nothing.
+            units_R: [R] unit of each record, from 0.
+
+        Returns:
+            [S] float64. One unit moves it by at most ``load_bound``.
+        """
+        if loads_RS.shape[0] == 0:
+            return torch.zeros(sum(self.sizes), dtype=torch.float64)
+        even = torch.cat([torch.full((size,), 1 / size, dtype=torch.float64) for size in self.sizes])
+        usable = torch.isfinite(loads_RS).all(1) & (loads_RS.sum(1) > 0)
+        centred = torch.where(usable[:, None], loads_RS - even, 0.0)
+        count = int(units_R.max()) + 1
+        total = torch.zeros(count, loads_RS.shape[1], dtype=torch.float64).index_add_(0, units_R, centred)
+        records = torch.zeros(count, dtype=torch.float64).index_add_(0, units_R, usable.double())
+        mean = total / records.clamp_min(1)[:, None]
+        norm = torch.linalg.vector_norm(mean, dim=1, keepdim=True)
+        return (mean * (self.load_bound / norm.clamp_min(self.load_bound))).sum(0)
+
+    def take_released(self, noised_S: Tensor, expected_units: float) -> None:
+        """Post-processing of a released load sum: into the running average, and into the routing bias."""
+        even = torch.cat([torch.full((size,), 1 / size, dtype=torch.float64) for size in self.sizes])
+        fresh = even + noised_S.double() / expected_units
+        # Plain averaging until the window has filled up, so that the first rounds are not taken at face value.
+        self._rounds += 1
+        keep = min(self.balance.smoothing, 1 - 1 / self._rounds)
+        smooth = fresh if self.load is None else keep * self.load + (1 - keep) * fresh
+        self.load = smooth
+        start = 0
+        for bias, size in self._biases:
+            share = smooth[start : start + size].to(bias.device)
+            with torch.no_grad():
+                bias += self.balance.coefficient * torch.sign(1 / size - share).to(bias.dtype)
+            start += size
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; all of it was released."""
+        if self.load is None:
+            return {}
+        return {"balance.load": self.load, "balance.rounds": torch.tensor(self._rounds)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state`."""
+        self.load = state.get("balance.load")
+        self._rounds = int(state["balance.rounds"]) if self.load is not None else 0
+
+
+def _mask(batch: Batch, tokens: int, device: torch.device) -> Tensor:
+    """[B, T] float32: which of a batch's tokens are text."""
+    records = batch_size(batch)
+    if tokens % records:
+        raise PrivacyError(
+            f"the router saw {tokens} tokens of {records} records, which is no whole number each.",
+            code="dp-balance-rows",
+            why="loads and probabilities could not be told apart by record",
+            fix="set balance to off for this model",
+        )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == (records, tokens // records):
+        return mask.to(device, torch.float32)
+    return torch.ones(records, tokens // records, device=device)
+
+
+def _no_logits(layer: ExpertLayer) -> PrivacyError:
+    return PrivacyError(
+        f"the router of {layer.name} does not show its logits.",
+        code="dp-balance-router",
+        why="the balance loss is made of router probabilities",
+        fix="set balance to off, or to bias if the family has a routing bias",
+    )
+
+
+def _biases(watch: RouterWatch) -> list[tuple[Tensor, int]]:
+    """The routing bias of every MoE layer: a buffer or parameter [E] of the router with `bias` in its name."""
+    found: list[tuple[Tensor, int]] = []
+    for layer in watch.layers:
+        named = [
+            (name, tensor)
+            for module in _beside(layer, watch._modules)
+            for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]
+        ]
+        biases = [
+            tensor
+            for name, tensor in named
+            if "bias" in name and tensor.shape == (layer.num_experts,) and not tensor.requires_grad
+        ]
+        if len(biases) != 1:
+            raise PrivacyError(
+                f"the router of {layer.name} has no routing bias to move.",
+                code="dp-balance-bias",
+                why="balance: bias steers routing by a bias that is added to the scores and not trained",
+                fix="use balance: private_load, or a family with e_score_correction_bias (frozen)",
+            )
+        found.append((biases[0], layer.num_experts))
+    return found

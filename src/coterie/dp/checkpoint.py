@@ -1,0 +1,140 @@
+"""Saved state of a private session: safetensors and JSON, nothing secret.
+
+What is not in it: lots, random states, noise, keys, losses and norms. Who reads a checkpoint learns what the noised
+results already told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from coterie.dp.durable import sync_file, sync_folder
+from coterie.errors import CheckpointError
+
+_MODEL, _OPTIMIZER, _SESSION = "model.safetensors", "optimizer.safetensors", "session.json"
+
+
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], facts: dict[str, Any]
+) -> None:
+    """Write a checkpoint aside, sync it, and put it in the place of an older one.
+
+    Args:
+        folder: becomes the checkpoint.
+        model: all parameters and buffers are saved, shared ones once.
+        optimizer: state tensors and settings.
+        extra: further tensors (public, such as released loads).
+        facts: JSON values.
+    """
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_model(model, str(aside / _MODEL))
+    tensors, structure = _flatten(optimizer)
+    save_file(tensors | {f"extra.{name}": t.contiguous() for name, t in extra.items()}, aside / _OPTIMIZER)
+    (aside / _SESSION).write_text(json.dumps({"facts": facts, "optimizer": structure}, indent=1))
+    for path in aside.iterdir():
+        sync_file(path)
+    sync_folder(aside)
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    facts: dict[str, Any] = _read(folder)["facts"]
+    return facts
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put model and optimizer into the saved state; returns the extra tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or is of another model or optimizer.
+    """
+    structure = _read(folder)["optimizer"]
+    try:
+        load_model(model, str(folder / _MODEL))
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{folder} does not fit this model: {str(error).splitlines()[0]}",
+            code="dp-checkpoint-model",
+            fix="build the model as it was when the checkpoint was saved",
+        ) from error
+    tensors = load_file(folder / _OPTIMIZER)
+    extra = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
+    _unflatten(optimizer, tensors, structure, folder)
+    return extra
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    # A crash between two renames leaves the previous checkpoint under this name.
+    for place in (folder, folder.with_name(folder.name + ".old")):
+        if (place / _SESSION).exists():
+            if place != folder:
+                os.replace(place, folder)
+            content: dict[str, Any] = json.loads((folder / _SESSION).read_text())
+            return content
+    raise CheckpointError(
+        f"{folder} holds no saved private session.",
+        code="dp-no-checkpoint",
+        fix="name the folder that session.save(path) was given",
+    )
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"state.{index}.{key}"] = value.contiguous()
+            else:
+                plain.setdefault(str(index), {})[key] = value
+    groups = json.loads(json.dumps(state["param_groups"], default=_number))
+    return tensors, {"plain": plain, "groups": groups}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else str(value)
+
+
+def _unflatten(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], structure: dict[str, Any], folder: Path
+) -> None:
+    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in structure["plain"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("state."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    current = optimizer.state_dict()["param_groups"]
+    groups = structure["groups"]
+    if [len(g["params"]) for g in current] != [len(g["params"]) for g in groups]:
+        raise CheckpointError(
+            f"{folder} was saved with an optimizer of other parameters.",
+            code="dp-checkpoint-optimizer",
+            fix="build the optimizer as it was when the checkpoint was saved",
+        )
+    merged = [
+        {key: tuple(old[key]) if isinstance(now[key], tuple) else old.get(key, now[key]) for key in now}
+        for now, old in zip(current, groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": merged})

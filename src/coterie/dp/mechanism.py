@@ -1,0 +1,70 @@
+"""What one round releases: gradient sums and, with them, small statistics, as one Gaussian.
+
+Every part k has a bound C_k on what one unit contributes and a noise standard deviation s_k, with
+sum_k (C_k / s_k)^2 <= 1 / sigma^2 (DESIGN.md, invariant 9).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from coterie.dp.accounting import check_joint
+from coterie.dp.noise import add_noise, calibrate
+from coterie.dp.randomness import RandomSource
+
+LOAD = "coterie.load"
+WITHIN = "coterie.within"
+"""Names under which the extra parts lie in a release, beside the parameters' names."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a release.
+
+    Attributes:
+        bound: C_k, rounding of the sum included.
+        share: its part of 1 / sigma^2.
+        values: how many numbers it has, for the rounding to the grid.
+    """
+
+    bound: float
+    share: float
+    values: int
+
+
+@dataclass(frozen=True)
+class RoundNoise:
+    """The noise of one round.
+
+    Attributes:
+        std: noise standard deviation by part.
+        part_of: part of each released tensor.
+    """
+
+    std: Mapping[str, float]
+    part_of: Callable[[str], str]
+
+    @classmethod
+    def of(cls, sigma: float, parts: Mapping[str, Part], part_of: Callable[[str], str]) -> RoundNoise:
+        """Calibrate every part and check that together they are the Gaussian that is accounted for.
+
+        Args:
+            sigma: the accountant's noise multiplier.
+            parts: shares are scaled to sum to one.
+            part_of: part of a released tensor, by its name.
+        """
+        total = sum(part.share for part in parts.values())
+        std = {
+            name: calibrate(sigma / math.sqrt(part.share / total), part.bound, part.values, eta=0.0)
+            for name, part in parts.items()
+        }
+        check_joint(sigma, {name: (part.bound, std[name]) for name, part in parts.items()})
+        return cls(std, part_of)
+
+    def add(self, sums: Mapping[str, Tensor], source: RandomSource, purpose: str) -> dict[str, Tensor]:
+        """The noised sums, float32 on the CPU; see `coterie.dp.noise.add_noise`."""
+        return add_noise(sums, {name: self.std[self.part_of(name)] for name in sums}, source, purpose)

@@ -1,0 +1,265 @@
+"""Set up a private session: refuse what would make a privacy statement untrue before anything is trained."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coterie.dp import checkpoint
+from coterie.dp.accounting import noise_multiplier
+from coterie.dp.balance import Balance, Balancer
+from coterie.dp.budget import Budget
+from coterie.dp.clipping import Clipping, policy
+from coterie.dp.dataset import checked_length, dataset_digest
+from coterie.dp.dataset import user_column as users_of
+from coterie.dp.engine import Engine, Method
+from coterie.dp.ledger import open_ledger
+from coterie.dp.losses import LossFunction, default_loss
+from coterie.dp.lots import LotPlan, Units
+from coterie.dp.provenance import Artefact, declared, not_covered
+from coterie.dp.randomness import random_source
+from coterie.dp.session import Collate, PrivateSession, Settings, SumEngine
+from coterie.dp.spool import Spool
+from coterie.errors import BudgetError, PrivacyError
+from coterie.models import seam
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Any,
+    collate_fn: Collate | None = None,
+    loss_fn: LossFunction | None = None,
+    budget: Budget | None = None,
+    clip_norm: float = 1.0,
+    lot_size: int = 256,
+    epochs: float = 3,
+    physical_batch: int = 16,
+    *,
+    rounds: int | None = None,
+    clipping: str | Clipping = "flat",
+    method: Method = "auto",
+    adaptive_quantile: float | None = None,
+    sampler: str = "poisson",
+    max_lot: int | None = None,
+    user_column: str | None = None,
+    records_per_user: int = 16,
+    balance: Balance | None = None,
+    provenance: Mapping[str, str] | Iterable[Artefact] | None = None,
+    ledger: str | Path | None = None,
+    digest: str | None = None,
+    run: str | None = None,
+    seed: int | None = None,
+    self_check: bool = True,
+    engine: SumEngine | None = None,
+) -> PrivateSession:
+    """A session that trains ``model`` on ``dataset`` within ``budget``: ``for lot in session: session.step(lot)``.
+
+    Args:
+        model: parameters that require a gradient are trained; all of them get noise every round.
+        optimizer: any torch optimizer over these parameters.
+        dataset: records by index, with a length. One item is one record, whatever it holds.
+        collate_fn: list of items to a batch of tensors [B, ...], one row for each record. Default: transformers'
+            ``default_data_collator``, which needs items of equal length.
+        loss_fn: ``loss_fn(model, batch) -> [B]``; default: mean next-token cross-entropy of each record.
+        budget: epsilon and delta for adding or removing one record (one user, with ``user_column``).
+        clip_norm: C, the bound of one unit's gradient norm.
+        lot_size: expected units in a round; real lots vary around it and may be empty.
+        epochs: expected times each unit is used; with ``lot_size`` it fixes the number of rounds.
+        physical_batch: records computed at once; never changes the result.
+        rounds: number of rounds, instead of ``epochs``.
+        clipping: ``flat``, ``per_layer``, ``per_group``, ``automatic``, or a policy of `coterie.dp.clipping`.
+        method: how the engine computes clipped sums; never changes the result.
+        adaptive_quantile: adapt the clip norms so that this share of units stays unclipped (Andrew et al. 2021); what
+            they adapt to is released inside the round's one Gaussian.
+        sampler: ``poisson``, or ``truncated_poisson`` with lots of at most ``max_lot``.
+        user_column: column that names a record's user; the unit is then the user.
+        records_per_user: most records of one user in a lot.
+        balance: how experts are kept evenly used.
+        provenance: what weights, tokenizer, ... were made from: ``public``, ``dp:LEDGER_ID`` or ``private`` by kind,
+            or `Artefact` objects. What is not declared is listed as not covered.
+        ledger: folder of the privacy ledgers; default: the user's data folder. Keep it outside run folders.
+        digest: names the dataset in the ledger; default: its records' content. Give one to keep the ledger of the
+            same text prepared in another way.
+        run: identifier in the ledger; default: random.
+        seed: for tests only: lots, dropout and noise come from it, and the run is NOT private.
+        self_check: compare the engine with one record at a time on synthetic records, before training.
+        engine: a ready engine, instead of one made from ``loss_fn``, ``clipping`` and ``method``.
+
+    Returns:
+        A session; use it as a context manager or call ``close``.
+
+    Raises:
+        BudgetError: an impossible budget, lot or number of rounds.
+        DataError: a dataset without length or records, or a missing user column.
+        NoRuleError: a parameter is used in a way that cannot be clipped per record.
+        PrivacyError: nothing to train, a clip norm that is not positive, a loss over the batch...
+        ProvenanceError: the start was made from private records.
+        LedgerError: the ledger is damaged, behind, or in use.
+
+    Guarantee: after any number of rounds, everything the session did to the model is (epsilon, delta)-differentially
+        private for ``session.spent()``, against anyone who sees all rounds' noisy sums. See docs/concepts/privacy.md.
+    """
+    if budget is None:
+        raise BudgetError(
+            "private training needs a budget.",
+            code="dp-no-budget",
+            why="noise is calibrated to it",
+            fix="pass budget=Budget(epsilon=8.0, delta=1e-5), delta well below 1 / number of records",
+        )
+    records = checked_length(dataset)
+    units = (
+        Units.of_users(users_of(dataset, user_column), records_per_user) if user_column else Units.of_records(records)
+    )
+    plan = LotPlan.of(units.count, lot_size, sampler, max_lot)  # type: ignore[arg-type]
+    planned = rounds if rounds is not None else round(epochs * units.count / lot_size)
+    if planned < 1:
+        raise BudgetError(
+            f"{planned} rounds are planned ({epochs} epochs of {units.count} with lots of {lot_size}).",
+            code="dp-rounds",
+            why="the number of rounds is fixed in advance",
+            fix="train for more epochs, or use smaller lots",
+        )
+    unit = "user" if user_column else "record"
+    budget.warn_for(units.count, unit)
+    artefacts = declared(provenance)
+    uncovered = not_covered(artefacts)
+    balance = balance or Balance()
+    built, balancer = _engine(model, loss_fn, clipping, clip_norm, method, balance, engine)
+    _check_optimizer(model, optimizer)
+    collate = collate_fn or _default_collate
+    sigma = noise_multiplier(budget, plan.rate, planned, plan.sampler, *_event_numbers(plan))
+    settings = Settings(
+        budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed
+    )
+    if self_check and engine is None:
+        _self_check(built, dataset, collate, user_column)
+    books = open_ledger(digest or dataset_digest(dataset), ledger)
+    run = run or secrets.token_hex(6)
+    books.start_run(
+        run, plan.mechanism(sigma), planned, unit=unit, units=units.count, clip_norm=clip_norm,
+        budget=asdict(budget), seeded=seed is not None, provenance=[artefact.to_json() for artefact in artefacts],
+    )  # fmt: skip
+    options = {
+        "clipping": clipping if isinstance(clipping, str) else None,
+        "method": method,
+        "balance": asdict(balance),
+        "records_per_user": records_per_user,
+    }
+    return PrivateSession(
+        model, optimizer, dataset, collate, built, balancer, plan, units, settings, random_source(seed), books,
+        Spool(books.folder / "spool" / run), run, uncovered, options,
+    )  # fmt: skip
+
+
+def resume_session(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Any,
+    collate_fn: Collate | None = None,
+    loss_fn: LossFunction | None = None,
+    *,
+    ledger: str | Path | None = None,
+    digest: str | None = None,
+    clipping: str | Clipping | None = None,
+    method: Method | None = None,
+    engine: SumEngine | None = None,
+) -> PrivateSession:
+    """See `PrivateSession.resume`. Settings come from the checkpoint; only objects have to be given again."""
+    facts = checkpoint.read_facts(path)
+    saved, options = facts["settings"], facts["options"]
+    settings = Settings(**{**saved, "budget": Budget(**saved["budget"])})
+    column = settings.user_column
+    records = checked_length(dataset)
+    units = Units.of_users(users_of(dataset, column), int(facts["user_cap"])) if column else Units.of_records(records)
+    chosen = clipping or options["clipping"]
+    if chosen is None:
+        raise PrivacyError(
+            "the session was started with a clipping policy of its own.",
+            code="dp-resume-clipping",
+            why="it bounds what one record contributes, and a checkpoint does not hold it",
+            fix="pass the same policy: PrivateSession.resume(..., clipping=...)",
+        )
+    built, balancer = _engine(
+        model, loss_fn, chosen, settings.clip_norm, method or options["method"], Balance(**options["balance"]), engine
+    )
+    books = open_ledger(digest or dataset_digest(dataset), ledger or facts["ledger_root"])
+    session = PrivateSession(
+        model, optimizer, dataset, collate_fn or _default_collate, built, balancer, LotPlan(**facts["plan"]), units,
+        settings, random_source(settings.seed), books, Spool(books.folder / "spool" / facts["run"]), facts["run"],
+        facts["not_covered"], options,
+    )  # fmt: skip
+    try:
+        session.restore(path)
+    except BaseException:
+        session.releases.spool.close()
+        raise
+    return session
+
+
+def _engine(
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    clipping: str | Clipping,
+    clip_norm: float,
+    method: Method,
+    balance: Balance,
+    engine: SumEngine | None,
+) -> tuple[SumEngine, Balancer | None]:
+    chosen = policy(clipping, clip_norm) if isinstance(clipping, str) else clipping
+    if chosen.clip_norm != clip_norm:
+        raise PrivacyError(
+            f"the clipping policy has clip norm {chosen.clip_norm}, the session {clip_norm}.",
+            code="dp-clip-norm",
+            why="noise is calibrated to the clip norm",
+            fix="give both the same number",
+        )
+    if seam.expert_layers(model):
+        seam.select(model)
+    loss = loss_fn or default_loss
+    balancer = Balancer(balance, model, loss) if balance.mode != "off" else None
+    return engine or Engine(model, balancer or loss, chosen, method), balancer
+
+
+def _event_numbers(plan: LotPlan) -> tuple[int | None, int | None]:
+    mechanism = plan.mechanism(1.0)
+    return mechanism.units, mechanism.limit
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = sum(p.requires_grad and id(p) not in trained for p in stepped)
+    missing = [name for key, name in trained.items() if key not in {id(p) for p in stepped}]
+    if strangers:
+        raise PrivacyError(
+            f"the optimizer steps {strangers} parameters that are not the model's.",
+            code="dp-outside-mechanism",
+            why="what is trained outside the mechanism gets no noise",
+            fix="build the optimizer from model.parameters()",
+        )
+    if missing:
+        raise PrivacyError(
+            f"`{missing[0]}` is trainable but not in the optimizer ({len(missing)} in all).",
+            code="dp-not-stepped",
+            why="its gradient would use up clip norm and noise without being learned from",
+            fix="freeze it with requires_grad_(False), or add it to the optimizer",
+        )
+
+
+def _self_check(engine: SumEngine, dataset: Any, collate: Collate, column: str | None) -> None:
+    """Compare with one record at a time, on made-up records of the shape of a real one."""
+
+
+def _default_collate(items: list[Any]) -> Mapping[str, Any]:
+    from transformers import default_data_collator
+
+    batch: Mapping[str, Any] = default_data_collator(items)
+    return batch

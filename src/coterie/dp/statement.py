@@ -1,0 +1,174 @@
+"""The final statement of a private run: what is promised, to whom, and what is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coterie.dp.accounting import Mechanism, epsilon, group_epsilon
+from coterie.dp.budget import Budget, Spent
+from coterie.dp.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Everything a reader needs to judge a run's privacy.
+
+    Attributes:
+        unit: record or user.
+        relation: the neighbouring relation.
+        units: N, which is public.
+        sampler, sampling_rate, limit: how lots were drawn.
+        noise_multiplier: sigma.
+        clip_norm: C.
+        rounds: releases so far, burned ones included.
+        planned: releases fixed in advance.
+        budget: what the run may spend.
+        spent: what it spent, by the privacy loss distribution.
+        renyi_epsilon: the same by Renyi accounting; None for truncated sampling, for which there is no bound.
+        lifetime: what all private runs on this dataset spent together.
+        seeded_runs: runs on this dataset that were not private and released something.
+        copies: for groups of records, (size, epsilon) at the same delta.
+        not_covered: what no number above speaks about.
+        private: False for a seeded run: then none of the numbers is a promise.
+    """
+
+    unit: str
+    relation: str
+    units: int
+    sampler: str
+    sampling_rate: float
+    limit: int | None
+    noise_multiplier: float
+    clip_norm: float
+    rounds: int
+    planned: int
+    budget: Budget
+    spent: Spent
+    renyi_epsilon: float | None
+    lifetime: Spent
+    seeded_runs: tuple[str, ...]
+    copies: tuple[tuple[int, float], ...]
+    not_covered: tuple[str, ...]
+    private: bool
+    ledger: str
+    run: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; infinite epsilons become None."""
+        data = asdict(self)
+        for spent in (data["spent"], data["lifetime"]):
+            spent["epsilon"] = _finite(spent["epsilon"])
+        data["copies"] = [[size, _finite(eps)] for size, eps in self.copies]
+        return data
+
+    def __str__(self) -> str:
+        sampling = f"{self.sampler.replace('_', ' ')} sampling at rate {self.sampling_rate:.5g}"
+        if self.limit is not None:
+            sampling += f", lots of at most {self.limit}"
+        lines = ["PRIVACY STATEMENT"]
+        if not self.private:
+            lines += [
+                "  NOT PRIVATE: lots and noise came from a seed. The numbers below describe the same run with",
+                "  secret randomness; what this run produced must not be released.",
+            ]
+        lines += [
+            f"  protected unit   one {self.unit}; neighbouring datasets differ by {self.relation}",
+            f"  this run         {self.spent} ({self.rounds} of {self.planned} rounds; budget "
+            f"epsilon {self.budget.epsilon:g} at delta {self.budget.delta:.3g})",
+            f"  lifetime         {self.lifetime}, all private runs on this dataset, failed ones included",
+            f"  accountant       privacy loss distribution (dp-accounting){self._beside()}",
+            f"  mechanism        discrete Gaussian, noise multiplier {self.noise_multiplier:.4f}, clip norm "
+            f"{self.clip_norm:g}; {sampling}; N = {self.units} {self.unit}s, which is public",
+        ]
+        grown = [f"{size} copies epsilon {_shown(eps)}" for size, eps in self.copies]
+        if grown:
+            lines.append(f"  groups           {', '.join(grown)} (same delta)")
+        if self.seeded_runs:
+            lines.append(
+                f"  also ran         {len(self.seeded_runs)} seeded run(s) on this dataset, not private: if anything "
+                "they produced was released, no epsilon holds"
+            )
+        lines.append("  not covered")
+        lines += [f"    - {line}" for line in self.not_covered]
+        lines.append(f"  ledger           {self.ledger}, run {self.run}")
+        return "\n".join(lines)
+
+    def _beside(self) -> str:
+        if self.renyi_epsilon is None:
+            return "; no Renyi bound is known for truncated sampling"
+        return f"; by Renyi divergences {_shown(self.renyi_epsilon)}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "unbounded"
+
+
+def make_statement(
+    ledger: Ledger,
+    run: str,
+    budget: Budget,
+    clip_norm: float,
+    not_covered: Sequence[str],
+    groups: Sequence[int] = (2, 4),
+) -> Statement:
+    """The statement of a run, from what the ledger holds.
+
+    Args:
+        ledger: of the dataset.
+        run: its identifier.
+        budget: what the run was planned for; its delta is used throughout.
+        clip_norm: C.
+        not_covered: lines about this run's own gaps (provenance, what was left out).
+        groups: group sizes to give an epsilon for.
+    """
+    facts = ledger.run(run)
+    mechanism = Mechanism.from_json(facts["mechanism"])
+    rounds = len(ledger.releases(run))
+    private = not facts.get("seeded")
+    events = [(mechanism, rounds)]
+    unit = facts.get("unit", "record")
+    renyi = None if mechanism.sampler == "truncated_poisson" else epsilon(events, budget.delta, "rdp")
+    return Statement(
+        unit=unit,
+        relation=f"adding or removing one {unit}" + (" with all its records" if unit == "user" else ""),
+        units=int(facts["units"]),
+        sampler=mechanism.sampler,
+        sampling_rate=mechanism.sampling_rate,
+        limit=mechanism.limit,
+        noise_multiplier=mechanism.noise_multiplier,
+        clip_norm=clip_norm,
+        rounds=rounds,
+        planned=int(facts["rounds"]),
+        budget=budget,
+        spent=Spent(epsilon(events, budget.delta), budget.delta),
+        renyi_epsilon=renyi,
+        lifetime=ledger.lifetime(budget.delta),
+        seeded_runs=tuple(ledger.seeded_runs()),
+        copies=tuple((size, group_epsilon(events, budget.delta, size)[0]) for size in groups) if rounds else (),
+        not_covered=(*_always_outside(unit), *not_covered),
+        private=private,
+        ledger=str(ledger.folder),
+        run=run,
+    )
+
+
+def _always_outside(unit: str) -> tuple[str, ...]:
+    same = (
+        "the same text under several users"
+        if unit == "user"
+        else "copies of a record, and several records of one person"
+    )
+    return (
+        f"{same}: see groups above; the promise weakens with their number",
+        "persons whose records are at several parties: their parties' promises add up",
+        "how long rounds take, which depends on the lots",
+        "evaluations, losses and other figures computed on private records without noise, if you show them",
+        "rounding: float32 sums and shared batches let one record change the last bits of others' contributions",
+    )
