@@ -104,3 +104,283 @@ def test_a_partial_model_with_experts_from_shards_gives_the_whole_models_outputs
     assert float((got - expected).norm() / expected.norm()) < 1e-5
     got.sum().backward()
     assert all(layer.parameters()["down_proj"].grad is None for layer in expert_layers(partial))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h", "gemma4_text"])
+def test_the_exported_files_hold_the_names_that_transformers_itself_saves(family, tmp_path):
+    _, _, parts = split_tiny(family, tmp_path)
+    export(parts, tmp_path / "joined")
+    index = "model.safetensors.index.json"
+    saved = json.loads((tmp_path / "whole" / index).read_text())["weight_map"]
+    joined = json.loads((tmp_path / "joined" / index).read_text())["weight_map"]
+    assert joined.keys() == saved.keys()
+    for name, file in saved.items():
+        stored = load_file(tmp_path / "whole" / file)[name]
+        assert torch.equal(load_file(tmp_path / "joined" / joined[name])[name], stored), name
+
+
+def test_every_expert_is_in_its_hosts_shard_and_nowhere_else(tmp_path):
+    model = save("nemotron_h", tmp_path / "whole")
+    hosted = {"alder": {0: [0, 1, 2, 3, 4, 5, 6], 1: [7]}, "birch": {0: [7], 1: [0, 1, 2, 3, 4, 5, 6]}}
+    placement = Placement.of_hosted(hosted, PARTIES, [8, 8])
+    split(ModelSpec(path=tmp_path / "whole"), placement, tmp_path / "parts")
+    for party in PARTIES:
+        shard = load_tensors(tmp_path / "parts" / shard_file(party))
+        found: dict[int, set[int]] = {}
+        for key, tensor in shard.items():
+            layer, expert, parameter = parse_expert_key(key)
+            found.setdefault(layer, set()).add(expert)
+            whole = expert_layers(model)[layer].parameters()[parameter]
+            assert torch.equal(tensor, whole[expert]), key
+        assert found == {layer: set(experts) for layer, experts in placement.hosted(party).items()}
+    assert not [name for name in load_tensors(tmp_path / "parts" / "trunk.safetensors") if ".experts." in name]
+
+
+def test_a_tied_head_is_stored_once_and_tied_again(tmp_path):
+    _, _, parts = split_tiny("qwen3_moe", tmp_path, tie_word_embeddings=True)
+    trunk = load_tensors(parts / "trunk.safetensors")
+    assert "model.embed_tokens.weight" in trunk
+    assert "lm_head.weight" not in trunk
+    partial = build_partial(split_spec(parts), parts / "trunk.safetensors")
+    assert partial.lm_head.weight is partial.model.embed_tokens.weight
+    export(parts, tmp_path / "joined")
+    joined = build_model(ModelSpec(path=tmp_path / "joined"))
+    assert joined.lm_head.weight is joined.model.embed_tokens.weight
+
+
+def test_a_checkpoint_that_stores_a_tied_head_twice_is_read_unless_the_two_differ(tmp_path):
+    save("qwen3_moe", tmp_path / "whole", tie_word_embeddings=True)
+    placement = Placement.round_robin(PARTIES, [8, 8, 8])
+    embedding = "model.embed_tokens.weight"
+
+    def add_head(weights):
+        if embedding in weights:
+            weights["lm_head.weight"] = weights[embedding].clone()
+
+    edit(tmp_path / "whole", add_head)
+    split(ModelSpec(path=tmp_path / "whole"), placement, tmp_path / "parts")
+    assert "lm_head.weight" not in load_tensors(tmp_path / "parts" / "trunk.safetensors")
+
+    def differ(weights):
+        if "lm_head.weight" in weights:
+            weights["lm_head.weight"] += 1
+
+    edit(tmp_path / "whole", differ)
+    with pytest.raises(ModelError) as error:
+        split(ModelSpec(path=tmp_path / "whole"), placement, tmp_path / "other")
+    assert error.value.code == "model-tied-differ"
+
+
+def test_random_weights_of_a_family_are_split_the_same_for_the_same_seed(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3, "num_experts": 8, "vocab_size": 32}
+    settings = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 2}
+    spec = ModelSpec(family="olmoe", config=settings)
+    placement = Placement.round_robin(PARTIES, [8, 8, 8])
+    first = split(spec, placement, tmp_path / "first", seed=1)
+    second = split(spec, placement, tmp_path / "second", seed=1)
+    assert first["files"] == second["files"]
+    model = build_model(spec, seed=1)
+    shard = load_tensors(tmp_path / "first" / shard_file("alder"))
+    assert torch.equal(shard[expert_key(0, 0, "down_proj")], expert_layers(model)[0].parameters()["down_proj"][0])
+
+
+def edit(folder, change):
+    """Change the weights of a saved checkpoint, file by file, and its index accordingly."""
+    index_path = folder / "model.safetensors.index.json"
+    weight_map = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(weights, path.name)
+    index_path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def refused_split(tmp_path, code, change=None, family="qwen3_moe"):
+    """Splitting a changed checkpoint fails and leaves nothing behind."""
+    model = save(family, tmp_path / "whole")
+    if change is not None:
+        edit(tmp_path / "whole", change)
+    placement = Placement.of_spec("round_robin", PARTIES, model)
+    with pytest.raises(ModelError) as error:
+        split(ModelSpec(path=tmp_path / "whole"), placement, tmp_path / "parts")
+    assert error.value.code == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"], "nothing half-written"
+    return error.value.message
+
+
+def test_a_missing_trunk_weight_stops_the_split(tmp_path):
+    message = refused_split(tmp_path, "model-bad-checkpoint", lambda w: w.pop("model.norm.weight", None))
+    assert "misses `model.norm.weight`" in message
+
+
+def test_a_missing_expert_stops_the_split_instead_of_renumbering_the_others(tmp_path):
+    def drop(weights):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            weights.pop(f"model.layers.1.mlp.experts.3.{part}.weight", None)
+
+    assert "model.layers.1.mlp.experts" in refused_split(tmp_path, "model-bad-checkpoint", drop)
+
+
+def test_one_missing_matrix_of_one_expert_stops_the_split(tmp_path):
+    message = refused_split(
+        tmp_path, "model-bad-checkpoint", lambda w: w.pop("model.layers.2.mlp.experts.0.up_proj.weight", None)
+    )
+    assert "model.layers.2.mlp.experts.gate_up_proj" in message
+
+
+def test_an_unknown_weight_stops_the_split(tmp_path):
+    def add(weights):
+        if "model.norm.weight" in weights:
+            weights["model.layers.0.mlp.surprise.weight"] = torch.zeros(2)
+
+    assert "surprise" in refused_split(tmp_path, "model-bad-checkpoint", add)
+
+
+def test_a_weight_of_another_shape_stops_the_split(tmp_path):
+    def shrink(weights):
+        if "model.norm.weight" in weights:
+            weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
+
+    assert "in another shape `model.norm.weight`" in refused_split(tmp_path, "model-bad-checkpoint", shrink)
+
+
+def test_a_torn_weight_file_stops_the_split(tmp_path):
+    save("qwen3_moe", tmp_path / "whole")
+    last = sorted((tmp_path / "whole").glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(ModelError) as error:
+        split(ModelSpec(path=tmp_path / "whole"), Placement.round_robin(PARTIES, [8, 8, 8]), tmp_path / "parts")
+    assert error.value.code == "model-torn-file"
+    assert not (tmp_path / "parts").exists()
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    save("qwen3_moe", tmp_path / "whole")
+    for path in (tmp_path / "whole").glob("model*"):
+        path.unlink()
+    (tmp_path / "whole" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"no model\.safetensors") as error:
+        split(ModelSpec(path=tmp_path / "whole"), Placement.round_robin(PARTIES, [8, 8, 8]), tmp_path / "parts")
+    assert error.value.code == "model-bad-checkpoint"
+
+
+def test_a_quantised_checkpoint_is_refused(tmp_path):
+    save("qwen3_moe", tmp_path / "whole")
+    path = tmp_path / "whole" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
+    with pytest.raises(ModelError) as error:
+        split(ModelSpec(path=tmp_path / "whole"), Placement.round_robin(PARTIES, [8, 8, 8]), tmp_path / "parts")
+    assert error.value.code == "model-quantized"
+
+
+def test_a_placement_of_another_model_and_a_full_folder_are_refused(tmp_path):
+    save("qwen3_moe", tmp_path / "whole")
+    spec = ModelSpec(path=tmp_path / "whole")
+    with pytest.raises(PlacementError, match="3 MoE layers of 8 experts"):
+        split(spec, Placement.round_robin(PARTIES, [8, 8]), tmp_path / "parts")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "mine.txt").write_text("keep")
+    with pytest.raises(ModelError) as error:
+        split(spec, Placement.round_robin(PARTIES, [8, 8, 8]), tmp_path / "parts")
+    assert error.value.code == "model-out-exists"
+    assert (tmp_path / "parts" / "mine.txt").read_text() == "keep"
+
+
+def test_the_manifest_knows_every_file_and_notices_a_changed_one(tmp_path):
+    _, _, parts = split_tiny("qwen3_moe", tmp_path)
+    manifest = check_digests(parts)
+    assert set(manifest["files"]) >= {"trunk.safetensors", "model/config.json", *map(shard_file, PARTIES)}
+    assert Placement.from_json(manifest["placement"]).content_hash() == manifest["placement_hash"]
+    (parts / shard_file("birch")).unlink()
+    check_digests(parts)  # a party has only its own shard
+    path = parts / shard_file("alder")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="experts-alder") as error:
+        check_digests(parts)
+    assert error.value.code == "model-changed-file"
+    with pytest.raises(ModelError) as error:
+        check_digests(tmp_path)
+    assert error.value.code == "model-no-manifest"
+
+
+@pytest.fixture
+def qwen_parts(tmp_path):
+    return split_tiny("qwen3_moe", tmp_path)[2]
+
+
+def refused_export(parts, code, **given):
+    with pytest.raises(ModelError) as error:
+        export(parts, parts.parent / "joined", **given)
+    assert error.value.code == code
+    assert not (parts.parent / "joined").exists()
+    return error.value.message
+
+
+def test_an_export_without_one_partys_shard_names_the_missing_experts(qwen_parts):
+    (qwen_parts / shard_file("birch")).unlink()
+    assert "misses `layer.0.expert.1.down_proj`" in refused_export(qwen_parts, "model-bad-shard")
+
+
+def test_an_expert_in_two_shards_is_refused(qwen_parts):
+    shutil.copy(qwen_parts / shard_file("birch"), qwen_parts / shard_file("dogwood"))
+    assert "experts-birch.safetensors and in experts-dogwood" in refused_export(qwen_parts, "model-shards-overlap")
+
+
+def test_an_export_takes_trained_files_in_any_order(qwen_parts):
+    shards = [qwen_parts / shard_file(party) for party in PARTIES]
+    weights = load_tensors(shards[1])
+    key = expert_key(2, 0, "down_proj")
+    weights[key] = weights[key] + 1
+    trained = qwen_parts.parent / "trained.safetensors"
+    save_file(weights, trained)
+    export(qwen_parts, qwen_parts.parent / "joined", shards=[trained, shards[2], shards[0]])
+    before = build_model(ModelSpec(path=qwen_parts.parent / "whole")).state_dict()
+    after = build_model(ModelSpec(path=qwen_parts.parent / "joined")).state_dict()
+    name = "model.layers.2.mlp.experts.down_proj"
+    assert torch.equal(after[name][0], before[name][0] + 1)
+    assert torch.equal(after[name][1:], before[name][1:])
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [name]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "misses `model.norm.weight`"),
+        (lambda t: t.update(extra=torch.zeros(1)), "`extra`"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "in another shape `model.norm.weight`"),
+    ],
+)
+def test_a_trunk_that_does_not_fit_is_refused_by_the_partial_model_and_the_export(qwen_parts, change, words):
+    trunk = load_tensors(qwen_parts / "trunk.safetensors")
+    change(trunk)
+    save_file(trunk, qwen_parts / "trunk.safetensors")
+    with pytest.raises(ModelError) as error:
+        build_partial(split_spec(qwen_parts), qwen_parts / "trunk.safetensors")
+    assert error.value.code == "model-bad-trunk"
+    assert words in error.value.message
+    assert words in refused_export(qwen_parts, "model-bad-shard")
+
+
+def test_a_missing_trunk_file_a_folder_that_is_no_split_and_a_foreign_key_are_refused(qwen_parts, tmp_path):
+    spec = split_spec(qwen_parts)
+    (qwen_parts / "trunk.safetensors").unlink()
+    with pytest.raises(ModelError) as error:
+        build_partial(spec, qwen_parts / "trunk.safetensors")
+    assert error.value.code == "model-no-file"
+    with pytest.raises(ModelError) as error:
+        split_spec(tmp_path)
+    assert error.value.code == "model-no-manifest"
+    for key in ("layer.1.expert.01.down_proj", "model.norm.weight", "layer.1.expert.-1.x"):
+        with pytest.raises(ModelError):
+            parse_expert_key(key)
+    assert parse_expert_key(expert_key(3, 12, "up_proj")) == (3, 12, "up_proj")
+
+
+def test_a_partial_model_takes_the_dtype_of_its_spec(qwen_parts):
+    spec = split_spec(qwen_parts).model_copy(update={"dtype": "bfloat16"})
+    partial = build_partial(spec, qwen_parts / "trunk.safetensors")
+    assert partial.model.norm.weight.dtype == torch.bfloat16
+    assert expert_layers(partial)[0].parameters()["down_proj"].dtype == torch.bfloat16

@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "coordinator": ("coordinator", "Keep the rounds of a federation."),
     "up": ("up", "Take part in a federation as one party."),
     "status": ("status", "Where a federation is: round, commits, who is missing."),
+    "split": ("split", "Turn a checkpoint into a trunk and shards of experts."),
+    "export": ("export", "Join a trunk and shards into a checkpoint again."),
     "models": ("models", "Families of models that can be trained, and why others cannot."),
     "explain": ("explain", "What an error code means and what to do."),
 }

@@ -1,0 +1,43 @@
+"""`coterie export`: trunk and shards become one Hugging Face checkpoint again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli.output import say, write_json
+
+
+def command(
+    parts: Annotated[Path, typer.Argument(help="Folder that `coterie split` wrote.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the checkpoint.")],
+    trunk: Annotated[
+        Path | None, typer.Option("--trunk", metavar="FILE", help="A trained trunk instead of the split's own.")
+    ] = None,
+    shard: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--shard", metavar="FILE", help="Trained shards instead of the split's own; repeat, all parties'."
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write file names and sizes here.")
+    ] = None,
+) -> None:
+    """Join a trunk and all parties' shards into a checkpoint that transformers loads.
+
+    A missing, doubled or misshapen expert is an error.
+
+    Example:
+        coterie export parts --out joined
+        coterie export parts --trunk run/trunk.safetensors --shard a.safetensors --shard b.safetensors --out joined
+    """
+    from coterie.models.exporter import export
+
+    export(parts, out, trunk=trunk, shards=shard or None)
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    if json_file is not None:
+        write_json(json_file, {"folder": str(out), "files": files})
+    say(f"wrote {out}: {len(files)} files, {sum(files.values()) / 1e6:.1f} MB")
