@@ -47,7 +47,7 @@ class PartyWork(ABC):
         self._layers = seam.expert_layers(parts.model)
         self._pristine = False
         self._begin_from_split()
-        self._metrics = MetricsWriter(parts.run_dir)
+        self._metrics: MetricsWriter | None = None  # which figures stay is known once a state is loaded
 
     # ---- what an exchange says ----
 
@@ -108,12 +108,12 @@ class PartyWork(ABC):
                 self._begin_from_split()
         else:
             self._load_checkpoint(source)
-        self._metrics.close()
+        self._close_metrics()
         self._metrics = MetricsWriter(self.parts.run_dir, first_round=told.round)
 
     def step(self, round: int, attempt: int) -> None:
         rate = lr_at(round - 1, self.parts.federation.optim, self._spec.rounds)
-        self._metrics.log(round - 1, **self._commit(round, attempt, rate), lr=rate, attempt=attempt)
+        self._log(round - 1, **self._commit(round, attempt, rate), lr=rate, attempt=attempt)
 
     def evaluate(self, told: State, alive: Alive) -> None:
         self._meet(told.absent)
@@ -122,7 +122,7 @@ class PartyWork(ABC):
                 return
             found = evaluate(self.parts.model, self.parts.test, micro_batch=self._spec.micro_batch)
         found.save(self.parts.run_dir / _EVALUATION)
-        self._metrics.log(max(told.round - 1, 0), test_loss=found.loss)
+        self._log(max(told.round - 1, 0), test_loss=found.loss)
 
     def save(self, told: State) -> str:
         tensors = {
@@ -135,7 +135,7 @@ class PartyWork(ABC):
 
     def close(self) -> None:
         """Finish the figures and whatever runs beside."""
-        self._metrics.close()
+        self._close_metrics()
         self._close()
 
     # ---- for the exchanges ----
@@ -157,6 +157,15 @@ class PartyWork(ABC):
             if param in sums:
                 self._optimizer.gradient(param).copy_(sums[param])
         finish_round(self._optimizer, divisor, lr=rate)
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _log(self, round_index: int, **figures: float) -> None:
+        assert self._metrics is not None, "figures belong to a state that was loaded"
+        self._metrics.log(round_index, **figures)
 
     def _active(self, absent: Collection[str]) -> tuple[str, ...]:
         return tuple(name for name in self.parts.federation.parties if name not in absent)
