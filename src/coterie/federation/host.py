@@ -303,7 +303,7 @@ class ExpertHost:
             grad_x_MD, grad_weights_P = self.backward(exchange, message.tensors[0])
             return _reply("gradients", message, grad_x_MD, *(() if grad_weights_P is None else (grad_weights_P,)))
         count = message.body.get("count")
-        if message.kind != TOKENS or not isinstance(count, int):
+        if message.kind != TOKENS or type(count) is not int:
             raise _unfit(exchange, "message", f"is a `{message.kind}`")
         self.tokens(peer, message.round, message.attempt, count)
         return _reply("counted", message)
