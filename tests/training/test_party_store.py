@@ -77,6 +77,13 @@ def test_folder_of_another_run_party_or_agreement_is_refused(tmp_path: Path):
         store(tmp_path, agreement="b" * 64)
 
 
+def test_run_goes_on_with_the_same_text_only(tmp_path: Path):
+    PartyStore(tmp_path, "alder", AGREEMENT, "text-1").adopt("run-1")
+    assert PartyStore(tmp_path, "alder", AGREEMENT, "text-1").run == "run-1"
+    with pytest.raises(CheckpointError, match="training text .* changed"):
+        PartyStore(tmp_path, "alder", AGREEMENT, "text-2")
+
+
 def test_checkpoint_copied_from_another_party_is_not_offered(tmp_path: Path):
     for party in ("alder", "birch"):
         (tmp_path / party).mkdir()

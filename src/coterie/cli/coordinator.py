@@ -31,22 +31,23 @@ def command(
     Example:
         coterie coordinator federation.yaml --kit kits/coordinator --run-dir runs/coordinator
     """
-    from coterie.cli.rounds_progress import RoundLines, stop_signals
+    from coterie.cli.rounds_progress import RoundLines, log_file, stop_signals
     from coterie.config import FederationConfig, load_yaml
     from coterie.federation.coordinator_process import CoordinatorProcess, status_of
 
     config = load_yaml(settings, FederationConfig)
     base = settings.parent
+    folder = run_dir or base / "runs" / "coordinator"
     lines = RoundLines(config.train.rounds)
     process = CoordinatorProcess(
         config,
         kit or base / "kits" / "coordinator",
-        run_dir or base / "runs" / "coordinator",
+        folder,
         lambda notice: lines.show(notice.state, notice.missing, notice.left_s, notice.refused),
         listen,
     )
     say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")
-    with stop_signals(process.stop), lines:
+    with log_file(folder), stop_signals(process.stop), lines:
         state = process.run()
     if json_file is not None:
         write_json(json_file, status_of(state))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Protocol
 
@@ -80,6 +82,24 @@ class RoundLines:
 
     def _line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def log_file(folder: Path) -> Iterator[logging.Logger]:
+    """Warnings of connections, rounds and errors go to ``coterie.log`` in the run folder instead of the screen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "coterie.log", encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log = logging.getLogger("coterie")
+    before = log.propagate, log.level
+    log.addHandler(handler)
+    log.propagate, log.level = False, logging.INFO
+    try:
+        yield log
+    finally:
+        log.removeHandler(handler)
+        log.propagate, log.level = before
+        handler.close()
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
     say(f"{config.party}: loading")
 
     from coterie.cli.output import error_console
-    from coterie.cli.rounds_progress import RoundLines, stop_signals
+    from coterie.cli.rounds_progress import RoundLines, log_file, stop_signals
     from coterie.errors import CoterieError
     from coterie.federation.control import Directive
     from coterie.training.party import PartyProcess
@@ -50,12 +50,13 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
 
     def tell(error: CoterieError) -> None:
         error_console().print(f"{config.party}: {error.code}: {error}", markup=False)
+        log.error("%s: %s", error.code, error)
 
     process = PartyProcess(config, Watch(show, tell), listen)
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)
     say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")
-    with stop_signals(process.stop), lines:
+    with log_file(config.run_dir) as log, stop_signals(process.stop), lines:
         result = process.run()
     report(result, json_file)
 

@@ -13,6 +13,7 @@ Sequences are kept without padding; a batch is padded on the right to its longes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,6 +67,12 @@ class Sequences:
     def predicted_tokens(self) -> int:
         """Tokens that have a prediction: all but the first of each sequence."""
         return int((self.lengths - 1).sum())
+
+    def digest(self) -> str:
+        """Hex SHA-256 of all tokens and borders: tells whether a run's text is still the same."""
+        digest = hashlib.sha256(self.tokens.numpy().tobytes())
+        digest.update(self.starts.numpy().tobytes())
+        return digest.hexdigest()
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Some sequences, padded on the right to the longest of them."""

@@ -23,9 +23,9 @@ from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
 from coterie.training.party_run import PartyResult, PartyRun, Watch
 from coterie.training.party_store import PartyStore
 from coterie.training.setup import check_fit, pick_device
-from coterie.training.tokenizer import get_tokenizer, tokenize
+from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 
-PARTY_FILE, FEDERATION_FILE = "party.yaml", "federation.yaml"
+PARTY_FILE, FEDERATION_FILE, TOKENIZER_FOLDER = "party.yaml", "federation.yaml", "tokenizer"
 
 
 class PartyProcess:
@@ -87,7 +87,8 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         PlacementError: the shard holds other experts than this party is to host, or the placement was not signed.
     """
     data = config.data
-    tokenizer = get_tokenizer(data.tokenizer, federation.model, data)
+    kept = config.run_dir / TOKENIZER_FOLDER  # of an earlier start of this run; it wins over the settings
+    tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
     train = tokenize(read_documents(data.train, data), data, tokenizer)
     test = tokenize(read_documents(data.test, data), data, tokenizer) if data.test else None
     device = pick_device(config.device)
@@ -106,6 +107,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         )
     check_shard(config.shard, placement, config.party)
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(kept))
     first = trunk_tensors(model)
 
     def again() -> Weights:

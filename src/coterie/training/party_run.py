@@ -78,7 +78,7 @@ class PartyRun:
         work: the party's model, data and experts.
 
     Raises:
-        CheckpointError: the run folder belongs to another run, party or agreement.
+        CheckpointError: the run folder belongs to another run, party or agreement, or other text.
         RoundError: another process uses the run folder.
     """
 
@@ -86,7 +86,7 @@ class PartyRun:
         self._parts, self._transport, self._watch = parts, transport, watch or Watch()
         self._folder = RunFolder(parts.run_dir)
         try:
-            self._store = PartyStore(parts.run_dir, parts.party, agreement)
+            self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
             kind = TokensWork if parts.federation.exchange == "tokens" else ExpertsWork
             self.work: PartyWork = kind(parts, transport, self._store)
         except BaseException:

@@ -1,7 +1,8 @@
 """One party's checkpoints in a federation: trunk, hosted experts and their optimisers, under the run they belong to.
 
-``RUN_DIR/run.json`` names the run (the coordinator chose it), the party and the agreement; ``RUN_DIR/checkpoints/``
-holds `CheckpointStore` folders. A checkpoint counts once the coordinator has published its record.
+``RUN_DIR/run.json`` names the run (the coordinator chose it), the party, the agreement and the digest of the text;
+``RUN_DIR/checkpoints/`` holds `CheckpointStore` folders. A checkpoint counts once the coordinator has published its
+record.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ class PartyStore:
         run_dir: exists.
         party: this party's name.
         agreement: hash of the settings all parties signed.
+        text: digest of the training text; empty when only looking.
 
     Attributes:
         run: name of the run; empty until `adopt`.
 
     Raises:
-        CheckpointError: the folder is another party's, or was used under another agreement.
+        CheckpointError: the folder is another party's, or was used under another agreement or with other text.
     """
 
-    def __init__(self, run_dir: Path, party: str, agreement: str) -> None:
-        self._run_dir, self._party, self._agreement = run_dir, party, agreement
+    def __init__(self, run_dir: Path, party: str, agreement: str, text: str = "") -> None:
+        self._run_dir, self._party, self._agreement, self._text = run_dir, party, agreement, text
         self._bad: set[Saved] = set()
         self.run = self._read_marker()
 
@@ -55,6 +57,7 @@ class PartyStore:
             raise self._foreign(f"run {self.run[:8]}, not of {run[:8]}")
         self.run = run
         marker = {"kind": "federation", "run": run, "party": self._party, "agreement": self._agreement}
+        marker["data"] = self._text
         write_json(self._run_dir / _MARKER, marker)
 
     def held(self) -> tuple[Saved, ...]:
@@ -117,6 +120,7 @@ class PartyStore:
         try:
             marker = json.loads(path.read_text("utf-8"))
             kind, run, party, agreement = (marker.get(key) for key in ("kind", "run", "party", "agreement"))
+            text = marker.get("data")
         except (OSError, ValueError, AttributeError):
             raise CheckpointError(
                 f"{path} cannot be read.",
@@ -129,6 +133,13 @@ class PartyStore:
             raise self._foreign(f"party {party}, not of {self._party}")
         if agreement != self._agreement:
             raise self._foreign("other settings than those that are signed now")
+        if self._text and text != self._text:
+            raise CheckpointError(
+                f"The training text of {self._run_dir} changed since the run was started.",
+                code="run-changed",
+                why="the rest of the run would not continue what was begun",
+                fix="put it back, or name another run_dir to begin anew",
+            )
         return str(run)
 
     def _foreign(self, whose: str) -> CheckpointError:

@@ -7,7 +7,6 @@ The folder: ``config.yaml`` (the settings), ``run.json`` (identity), ``tokenizer
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -106,7 +105,7 @@ def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | N
     config.run_dir.mkdir(parents=True, exist_ok=True)
     dump_yaml(config.run_dir / "config.yaml", config)
     prepared.tokenizer.save_pretrained(str(config.run_dir / "tokenizer"))
-    write_json(marker, {"run": prepared.run_id, "data": _digest(prepared.train), "coterie": __version__})
+    write_json(marker, {"run": prepared.run_id, "data": prepared.train.digest(), "coterie": __version__})
     optimizer = make_optimizer(prepared.model.parameters(), config.optim)
     return _train(prepared, optimizer, 0, stop or StopFlag(), watch)
 
@@ -288,7 +287,7 @@ def _read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
 def _check_unchanged(prepared: Prepared, marker: dict[str, Any], run_dir: Path) -> None:
     for what, now, then in (
         ("settings", prepared.run_id, marker.get("run")),
-        ("training text", _digest(prepared.train), marker.get("data")),
+        ("training text", prepared.train.digest(), marker.get("data")),
     ):
         if now != then:
             raise CheckpointError(
@@ -297,9 +296,3 @@ def _check_unchanged(prepared: Prepared, marker: dict[str, Any], run_dir: Path) 
                 why="the rest of the run would not continue what was begun",
                 fix="put them back, or start a new run in another run_dir",
             )
-
-
-def _digest(sequences: Sequences) -> str:
-    digest = hashlib.sha256(sequences.tokens.numpy().tobytes())
-    digest.update(sequences.starts.numpy().tobytes())
-    return digest.hexdigest()
