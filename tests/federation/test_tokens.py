@@ -151,6 +151,31 @@ def test_a_norm_behind_each_expert_stays_with_the_owner() -> None:
         assert_equal(three.summed_gradients(), expected)
 
 
+@pytest.mark.parametrize("combine", ["host", "owner"])
+def test_the_experts_of_an_absent_party_add_nothing(combine: str) -> None:
+    batches = batches_of(6)
+    with world("olmoe", combine=combine, host_optimizer=Recording) as three:
+        three.parties["cedar"].transport.close()
+        alder, birch = three.parties["alder"], three.parties["birch"]
+        for party in (alder, birch):
+            party.exchange.absent = frozenset({"cedar"})
+            party.host.begin(0, 0, ("alder", "birch"))
+        birch.exchange.declare(0, 0, 0)
+        sums = alder.compute(0, 0, batches)
+        alder.host.commit(0, 0)
+
+        model = three.model(0)
+        gone = three.placement.hosted("cedar")
+        for layer in expert_layers(model):  # experts that answer zero to everything
+            layer.module.down_proj.data[gone[layer.index]] = 0.0
+        select(model)
+        for batch in batches:
+            loss_sum(model, batch)[0].backward()
+        for key, parameter in trunk_of(alder.model).items():
+            reference = model.get_parameter(key).grad
+            assert (sums.gradients[parameter] - reference).norm() <= 1e-5 * reference.norm(), key
+
+
 def test_dropout_is_that_of_the_seed_and_not_of_the_timing() -> None:
     def drop(model: nn.Module) -> None:
         model.config.attention_dropout = 0.3

@@ -47,6 +47,10 @@ class TokenExchange:
         deadline_s: longest wait for one reply.
         random_bytes: where the order of rows comes from; anything but the operating system is for tests.
 
+    Attributes:
+        absent: parties that the others agreed to go on without. Their experts are masked: they add nothing to a
+            token's output, and the weights of its other experts stay as the router gave them.
+
     Raises:
         PlacementError: the placement is another model's, or does not fit the own experts.
     """
@@ -64,6 +68,7 @@ class TokenExchange:
     ) -> None:
         self.transport, self.host, self.combine = transport, host, combine
         self.deadline_s, self.random_bytes = deadline_s, random_bytes
+        self.absent: frozenset[str] = frozenset()
         _check_placement(placement, layers, host)
         self._hosts = {
             layer.index: {
@@ -96,14 +101,15 @@ class TokenExchange:
             RoundError: a host misses a backward, or has dropped the attempt.
         """
         message = Message(TOKENS, round, attempt, body={"count": tokens})
-        remote = [name for name in self.transport.peers if any(name in hosts for hosts in self._hosts.values())]
+        hosts = {name for layer in self._hosts for name in self.hosts(layer)}
+        remote = [name for name in self.transport.peers if name in hosts]
         asked = {name: self.transport.request_async(name, Lane.BACKWARD, message, self.deadline_s) for name in remote}
         self.host.tokens(self.transport.me, round, attempt, tokens)
         gather(asked, None, self.deadline_s, f"tokens of round {round}")
 
     def hosts(self, layer: int) -> dict[str, Tensor]:
-        """Hosts of a layer in roster order, each with a bool [E] of its experts."""
-        return self._hosts[layer]
+        """Hosts of a layer that are there, in roster order, each with a bool [E] of its experts."""
+        return {name: experts_E for name, experts_E in self._hosts[layer].items() if name not in self.absent}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class TokensWork(PartyWork):
         self._meet(told.absent)
         check_selected(self.parts.model)
         self.host.begin(told.round, told.attempt, self._active(told.absent))
+        self._exchange.absent = frozenset(told.absent)
 
         def exchange(number: int, stopped: object) -> TokenMicroBatch:
             if not alive():
@@ -91,6 +92,7 @@ class TokensWork(PartyWork):
         turn = self._cut.turn = Turn()  # an earlier one may have been stopped with its round
         if not alive():
             raise superseded()
+        self._exchange.absent = frozenset(told.absent)
         with self._cut.inference(self._exchange.inference(told.round, turn.stopped)):
             yield
 
