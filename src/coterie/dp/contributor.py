@@ -1,0 +1,205 @@
+"""One party's private contributions to the rounds of a federation: clipped, noised, spooled, in its own ledger.
+
+The half of a private session that makes a release. Applying it is the hosts' business: they add up every party's
+release and divide by public numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.accounting import epsilon, noise_multiplier
+from coterie.dp.budget import Budget, Spent
+from coterie.dp.dataset import dataset_digest
+from coterie.dp.ledger import open_ledger
+from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
+from coterie.dp.provenance import Artefact, not_covered
+from coterie.dp.randomness import random_source
+from coterie.dp.releases import Pending
+from coterie.dp.session import Collate, PrivateSession, RoundFigures, Settings, SumEngine
+from coterie.dp.spool import Release, Spool
+from coterie.dp.statement import Statement
+from coterie.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A party's mechanism in public numbers, fixed before the first round.
+
+    Attributes:
+        budget: what this party may spend in the run.
+        rounds: releases planned; failed ones count.
+        lot_size: expected units in a lot.
+        clip_norm: C.
+        physical_batch: records computed at once.
+        sampler, max_lot: how lots are drawn.
+        records_per_user: cap, where units are users.
+        seed: for tests; the run is then not private.
+        sigma: noise multiplier; default: calibrated to the budget. Another value is for tests, with a seed.
+    """
+
+    budget: Budget
+    rounds: int
+    lot_size: int
+    clip_norm: float = 1.0
+    physical_batch: int = 16
+    sampler: str = "poisson"
+    max_lot: int | None = None
+    records_per_user: int = 16
+    seed: int | None = None
+    sigma: float | None = None
+
+
+class Contributor:
+    """Makes at most one release for each round and pins, within a budget.
+
+    Args:
+        model: the party's model; every parameter that requires a gradient is released with noise, also those whose
+            values are elsewhere (the engine was told their shapes).
+        dataset: records by index.
+        collate: list of items to a batch of tensors [B, ...].
+        engine: sums clipped gradients.
+        plan: see `Plan`.
+        ledger: root of the ledgers, or None for the user's data folder.
+        digest: names the dataset in the ledger; default: its records' content.
+        run: identifier in the ledger; the same after a restart.
+        users: the user of each record, where units are users.
+        artefacts: what the start was made from.
+
+    Raises:
+        BudgetError: an impossible budget or lot.
+        LedgerError: the ledger is damaged, in use, or knows the run with other numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        collate: Collate,
+        engine: SumEngine,
+        plan: Plan,
+        *,
+        ledger: Path | str | None,
+        run: str,
+        digest: str | None = None,
+        users: Sequence[Hashable] | None = None,
+        artefacts: Sequence[Artefact] = (),
+    ) -> None:
+        units = Units.of_records(len(dataset)) if users is None else Units.of_users(users, plan.records_per_user)
+        lots = LotPlan.of(units.count, plan.lot_size, plan.sampler, plan.max_lot)  # type: ignore[arg-type]
+        unit = "record" if users is None else "user"
+        plan.budget.warn_for(units.count, unit)
+        mechanism = lots.mechanism(1.0)
+        sigma = plan.sigma or noise_multiplier(
+            plan.budget, lots.rate, plan.rounds, lots.sampler, mechanism.units, mechanism.limit
+        )
+        if plan.sigma is not None and plan.seed is None:
+            raise BudgetError("a noise multiplier of one's own is for seeded tests.", code="dp-sigma")
+        books = open_ledger(digest or dataset_digest(dataset), ledger)
+        books.start_run(
+            run, lots.mechanism(sigma), plan.rounds, unit=unit, units=units.count, clip_norm=plan.clip_norm,
+            budget=asdict(plan.budget), seeded=plan.seed is not None,
+            provenance=[artefact.to_json() for artefact in artefacts],
+        )  # fmt: skip
+        settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
+        self._source = random_source(plan.seed)
+        self._units, self._lots, self._plan = units, lots, plan
+        self._session = PrivateSession(
+            model, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), dataset, collate, engine, None, lots, units,
+            settings, self._source, books, Spool(books.folder / "spool" / run), run, not_covered(artefacts),
+        )  # fmt: skip
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Sigma of every round."""
+        return self._session.settings.noise_multiplier
+
+    @property
+    def expected_lot(self) -> int:
+        """What sums are divided by, added up over the parties; public."""
+        return self._lots.expected_size
+
+    @property
+    def largest_lot(self) -> int | None:
+        """Bound of a truncated lot; None for plain Poisson sampling."""
+        return self._lots.limit
+
+    @property
+    def last(self) -> RoundFigures | None:
+        """Owner-only figures of the last lot that was computed in this process."""
+        return self._session.last
+
+    def release(self, round_number: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
+        """The noised sums of a round; the same bytes again for the same pins, until `forget`.
+
+        Args:
+            round_number: from 1.
+            pins: digests of everything that the sums are computed from. Where they differ from those of an earlier
+                try, that one is burned: its cost stays in the ledger, lot and noise are drawn anew.
+
+        Returns:
+            Float32 sums by parameter name, spooled and counted; None when the budget allows no further round.
+        """
+        session = self._session
+        try:
+            begun = session.releases.begin(round_number, pins, lambda draw: self._draw(round_number, draw))
+        except BudgetError as error:
+            if error.code != "dp-budget-spent":
+                raise
+            return None
+        if isinstance(begun, Pending):
+            return session.publish(begun)
+        return begun.tensors(), begun
+
+    def forget(self, up_to_round: int) -> None:
+        """Drop spooled results that a checkpoint held by everybody includes."""
+        self._session.releases.spool.drop_releases(up_to_round)
+
+    def check_not_behind(self, applied_rounds: int) -> None:
+        """Compare the ledger with what the hosts say they received.
+
+        Args:
+            applied_rounds: the newest round that the hosts applied in this run.
+
+        Raises:
+            LedgerError: they received more than the ledger knows: it was put back to an older copy.
+        """
+        self._session.ledger.check_not_behind(self._session.run, applied_rounds)
+
+    def spent(self) -> Spent:
+        """What this party spent in this run so far."""
+        return self._session.spent()
+
+    def planned_epsilon(self) -> float:
+        """Epsilon after all planned rounds, at the budget's delta."""
+        mechanism = self._lots.mechanism(self.noise_multiplier)
+        return epsilon([(mechanism, self._plan.rounds)], self._plan.budget.delta)
+
+    def rounds_left(self) -> int:
+        """Releases that the plan still allows."""
+        return self._session.releases.remaining
+
+    def rounds_released(self) -> int:
+        """Releases counted so far, burned ones included."""
+        return self._session.releases.used
+
+    def statement(self) -> Statement:
+        """What is promised about this party's records."""
+        return self._session.statement()
+
+    def close(self) -> None:
+        """Let another process go on with this run."""
+        self._session.releases.spool.close()
+
+    def _draw(self, round_number: int, draw: int) -> Lot:
+        return draw_lot(round_number, self._lots, self._units, self._source, draw)
+
+
+MakeContributor = Callable[[str], Contributor]
+"""``make(run)``: opens the ledger once the run's name is known."""
