@@ -10,7 +10,7 @@ Shape letters: B records of a physical batch, G gradient groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -190,7 +190,7 @@ class Engine:
         records = batch_size(batch)
 
         def ready(root: Root) -> None:
-            found[root.name] = resolve.sq_norms(root, resolve.simplify(root), records)
+            found[root.name] = resolve.sq_norms(root, resolve.simplify(root), records, precise=True)
             root.captured = []
 
         self._run(batch, ready)
@@ -212,6 +212,7 @@ class Engine:
             kept[root.name] = (root, uses)
 
         losses = self._run(batch, ready)
+        self._refine(found, kept, records)
         factors, diagnostics = self._factors(self._by_group(found, records), losses)
         keep = ~diagnostics.masked
         masked = bool(diagnostics.masked.any())
@@ -221,6 +222,17 @@ class Engine:
                 uses = [(node, term.masked(keep.to(losses.device))) for node, term in uses]
             self._add(root, uses, factors[self._group_index(name)].to(losses.device), self._sums)
         return diagnostics
+
+    def _refine(
+        self, found: dict[str, SqNorms], kept: Mapping[str, tuple[Root, list[resolve.Use]]], records: int
+    ) -> None:
+        """Take norms again, more carefully, where the slack is a notable part of a group's whole norm."""
+        doubtful = ~self._by_group(found, records).trusted_rows()
+        if not bool(doubtful.any()):
+            return
+        for name, (root, uses) in kept.items():
+            if doubtful[self._group_index(name)] and not found[name].trusted():
+                found[name] = resolve.sq_norms(root, uses, records, precise=True)
 
     def _ghost(self, batch: Batch) -> Diagnostics:
         records = batch_size(batch)
@@ -232,7 +244,7 @@ class Engine:
             uses = resolve.simplify(root)
             root.captured = []
             captured_bytes += sum(term.nbytes() for _, term in uses)
-            found[root.name] = resolve.sq_norms(root, uses, records)
+            found[root.name] = resolve.sq_norms(root, uses, records, precise=True)
 
         with _replayable_randomness(self._devices()):
             losses = self._run(batch, ready)
@@ -265,13 +277,14 @@ class Engine:
     def _add(self, root: Root, uses: list[resolve.Use], factors_B: Tensor, into: Sums) -> None:
         if not uses:
             return
-        out = self._sum_of(root.name, into)
+        fresh = root.name not in into
+        out = self._sum_of(root.name, into, torch.empty)
         if out.device == factors_B.device:
-            resolve.add_sum(root, uses, out, factors_B)
+            resolve.add_sum(root, uses, out, factors_B, fresh)
         else:
-            here = torch.zeros(out.shape, device=factors_B.device)
-            resolve.add_sum(root, uses, here, factors_B)
-            out += here.to(out.device)
+            here = torch.empty(out.shape, device=factors_B.device)
+            resolve.add_sum(root, uses, here, factors_B, fresh=True)
+            out.copy_(here) if fresh else out.add_(here.to(out.device))
 
     def _run(self, batch: Batch, ready: object) -> Tensor:
         """One captured forward and backward; returns the losses, detached."""
@@ -325,11 +338,11 @@ class Engine:
     def _group_index(self, name: str) -> int:
         return self.groups.index(self._group_of[name])
 
-    def _sum_of(self, name: str, into: Sums | None = None) -> Tensor:
+    def _sum_of(self, name: str, into: Sums | None = None, make: Callable[..., Tensor] = torch.zeros) -> Tensor:
         sums = self._sums if into is None else into
         if name not in sums:
             own = self.parameters[name].device if name in self.parameters else torch.device("cpu")
-            sums[name] = torch.zeros(self.shapes[name], dtype=torch.float32, device=self._accumulate_on or own)
+            sums[name] = make(self.shapes[name], dtype=torch.float32, device=self._accumulate_on or own)
         return sums[name]
 
     def _devices(self) -> list[torch.device]:

@@ -129,7 +129,8 @@ class PrivateExperts:
         if torch.is_grad_enabled():
             for node in (*work.up.nodes(), *work.down.nodes()):
                 capture.expect(node)
-        out_RD = _Experts.apply(capture.anchor, call.hidden_ND, work)
+        pre_RG = _Up.apply(capture.anchor, call.hidden_ND, work)
+        out_RD = _Down.apply(capture.anchor, call.layer.activate(pre_RG), work)
         if call.layer.layout.has_post_expert_norm:
             with capture.rows_belong_to(work.segments.record_R):
                 out_RD = call.layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
@@ -179,37 +180,45 @@ class _Work:
             self.down = experts.matrix(call.layer, "down_proj", call.hidden_ND, stacked["down_proj"])
 
 
-class _Experts(torch.autograd.Function):
-    """``hidden [N, D]`` to the outputs of all routed rows [R, D], before a post-expert norm and routing weights."""
+class _Up(torch.autograd.Function):
+    """``hidden [N, D]`` to the rows before the gate, [R, G]."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, hidden_ND: Tensor, work: _Work) -> Tensor:
-        ends_E = work.rows.ends_E
-        with work.experts.lent(work.layer) as stacked:
-            pre_RG = work.up.apply(stacked, hidden_ND[work.rows.token_R], ends_E)
-            out_RD = work.down.apply(stacked, work.layer.activate(pre_RG), ends_E)
-        ctx.save_for_backward(hidden_ND, pre_RG)
+        ctx.save_for_backward(hidden_ND)
         ctx.work = work
-        return out_RD
+        with work.experts.lent(work.layer) as stacked:
+            return work.up.apply(stacked, hidden_ND.index_select(0, work.rows.token_R), work.rows.ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RG: Tensor) -> tuple[Any, ...]:
+        (hidden_ND,) = ctx.saved_tensors
+        work: _Work = ctx.work
+        rows = work.rows
+        grad_ND = None
+        if ctx.needs_input_grad[1]:
+            with work.experts.lent(work.layer) as stacked:
+                grad_RD = work.up.gradient_of_input(stacked, grad_RG, rows.ends_E)
+            grad_ND = rows.sum_by_token(grad_RD, hidden_ND.dtype)
+        work.up.deliver(work.experts.capture, hidden_ND.detach(), grad_RG, work.segments, rows.token_R)
+        return None, grad_ND, None
+
+
+class _Down(torch.autograd.Function):
+    """Gated rows [R, F] to expert outputs [R, D], before a post-expert norm and routing weights."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, act_RF: Tensor, work: _Work) -> Tensor:
+        ctx.save_for_backward(act_RF)
+        ctx.work = work
+        with work.experts.lent(work.layer) as stacked:
+            return work.down.apply(stacked, act_RF, work.rows.ends_E)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Any, ...]:
-        hidden_ND, pre_RG = ctx.saved_tensors
+        (act_RF,) = ctx.saved_tensors
         work: _Work = ctx.work
-        rows, capture = work.rows, work.experts.capture
-        grad_RD = grad_RD.to(work.down.dtype)
         with work.experts.lent(work.layer) as stacked:
-            grad_act_RF = work.down.gradient_of_input(stacked, grad_RD, rows.ends_E)
-            with torch.enable_grad():
-                leaf = pre_RG.detach().requires_grad_()
-                act_RF = work.layer.activate(leaf)
-                (grad_pre_RG,) = torch.autograd.grad(act_RF, leaf, grad_act_RF)
-            work.down.deliver(capture, act_RF.detach(), grad_RD, work.segments)
-            grad_x_RD = None
-            if ctx.needs_input_grad[1]:
-                grad_x_RD = work.up.gradient_of_input(stacked, grad_pre_RG, rows.ends_E)
-        work.up.deliver(capture, hidden_ND.detach(), grad_pre_RG, work.segments, rows.token_R)
-        if grad_x_RD is None:
-            return None, None, None
-        unit = grad_x_RD.new_ones(rows.num_tokens, rows.top_k)
-        return None, rows.combine(grad_x_RD, unit, hidden_ND.dtype), None
+            grad_RF = work.down.gradient_of_input(stacked, grad_RD, work.rows.ends_E)
+        work.down.deliver(work.experts.capture, act_RF.detach(), grad_RD, work.segments)
+        return None, grad_RF.to(act_RF.dtype), None

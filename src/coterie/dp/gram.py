@@ -24,6 +24,10 @@ TRUSTED = 1e-4
 """Largest slack, relative to the squared norm, with which a Gram form is used."""
 
 
+_BLOCK = 64
+"""Rows of a block of a symmetric product of which only the lower half is formed."""
+
+
 class SqNorms(NamedTuple):
     """Squared norms and how far rounding may have moved them.
 
@@ -40,7 +44,11 @@ class SqNorms(NamedTuple):
 
     def trusted(self) -> bool:
         """Whether every finite slack is small beside its value; a record that is not finite is masked later."""
-        return not bool((self.slack > TRUSTED * self.value).any())
+        return _small(self.slack, self.value)
+
+    def trusted_rows(self) -> Tensor:
+        """[G] bool, for [G, B] norms: no record's slack matters in the group."""
+        return ~(self.slack > TRUSTED * self.value).any(1)
 
     @property
     def upper(self) -> Tensor:
@@ -78,39 +86,63 @@ def gram_is_cheaper(rows: float, inputs: int, outputs: int) -> bool:
     return rows * (inputs + outputs) < inputs * outputs
 
 
-def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor) -> SqNorms:
+def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, precise: bool = False) -> SqNorms:
     """Squared norm of ``sum_t outer(g_t, a_t)`` for each leading index, by dot products.
 
     Args:
         a_BTI: float32 rows that entered.
-        g_BTO: float32 gradients at the output, same rows; a zero row adds nothing.
+        g_BTO: float32 gradients at the output, same rows.
+        real_BT1: 1.0 for rows that count, 0.0 for padding; None: all count.
+        precise: where the cheap slack is not small, bound the same rounding more tightly.
 
     Cost: time B T^2 (I + O), memory B T^2.
     """
-    a_BTT = torch.bmm(a_BTI, a_BTI.transpose(1, 2))
-    g_BTT = torch.bmm(g_BTO, g_BTO.transpose(1, 2))
-    return combine_grams(a_BTT, g_BTT, a_BTI.shape[-1], g_BTO.shape[-1])
-
-
-def combine_grams(a_BTT: Tensor, g_BTT: Tensor, inputs: int, outputs: int) -> SqNorms:
-    """``sum(A * G)`` and its slack: each dot product is off by `rounding_factor` of the two vectors' lengths."""
-    value = torch.linalg.vecdot(a_BTT.flatten(1), g_BTT.flatten(1)).double().clamp_min(0.0)
-    a_length = a_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt().unsqueeze(-1)
-    g_length = g_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt().unsqueeze(-1)
+    inputs, outputs, rows = a_BTI.shape[2], g_BTO.shape[2], a_BTI.shape[1]
+    if not precise and real_BT1 is None and rows > _BLOCK:
+        return _lower_half(a_BTI, g_BTO)
+    a_BTT, g_BTT = torch.bmm(a_BTI, a_BTI.mT), torch.bmm(g_BTO, g_BTO.mT)
+    if real_BT1 is not None:
+        g_BTT *= real_BT1 * real_BT1.mT
+    value = (a_BTT * g_BTT).flatten(1).sum(1).double().clamp_min(0.0)
+    a_length = a_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt().unsqueeze(2)
+    g_length = g_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt().unsqueeze(2)
+    off_a, off_g, off_sum = (rounding_factor(length) for length in (inputs, outputs, rows))
     crude = (a_length * g_length).sum((1, 2)).double().square()
-    factor = rounding_factor(inputs) + rounding_factor(outputs) + rounding_factor(a_BTT.shape[1])
-    slack = factor * crude
-    if bool((slack > TRUSTED * value).any()):
-        # The tighter form of the same bound: |g_t . g_s| instead of |g_t| |g_s| where the other factor is off.
-        off_a = (a_length.mT @ (g_BTT.abs() @ a_length)).flatten().double()
-        off_g = (g_length.mT @ (a_BTT.abs() @ g_length)).flatten().double()
-        off_sum = (a_BTT.abs() * g_BTT.abs()).sum((1, 2)).double()
-        slack = (
-            rounding_factor(inputs) * off_a
-            + rounding_factor(outputs) * off_g
-            + rounding_factor(a_BTT.shape[1]) * off_sum
-        )
-    return SqNorms(value, slack)
+    slack = (off_a + off_g + off_sum) * crude
+    if not precise or _small(slack, value):
+        return SqNorms(value, slack)
+    # Where one factor is off, the other counts with its true size instead of |g_t| |g_s|.
+    a_size, g_size = a_BTT.abs_(), g_BTT.abs_()
+    by_a = (a_length.mT @ (g_size @ a_length)).flatten()
+    by_g = (g_length.mT @ (a_size @ g_length)).flatten()
+    by_sum = (a_size * g_size).flatten(1).sum(1)
+    slack = (off_a * by_a + off_g * by_g + off_sum * by_sum).double()
+    if _small(slack, value) or not gram_is_cheaper(2 * rows, inputs, outputs):
+        return SqNorms(value, slack)
+    # A dot product is off relative to the sum of its terms' sizes, which is small where few entries are shared.
+    by_a = (torch.bmm(a_BTI.abs(), a_BTI.abs().mT) * g_size).flatten(1).sum(1)
+    by_g = torch.bmm(g_BTO.abs(), g_BTO.abs().mT) * a_size
+    if real_BT1 is not None:
+        by_g *= real_BT1 * real_BT1.mT
+    return SqNorms(value, (off_a * by_a + off_g * by_g.flatten(1).sum(1) + off_sum * by_sum).double())
+
+
+def _lower_half(a_BTI: Tensor, g_BTO: Tensor) -> SqNorms:
+    """The cheap result of `gram_sq_norms` from the lower half of the symmetric products, block row by block row."""
+    rows = a_BTI.shape[1]
+    value = torch.zeros(a_BTI.shape[0], dtype=torch.float64, device=a_BTI.device)
+    for start in range(0, rows, _BLOCK):
+        stop = min(start + _BLOCK, rows)
+        products = torch.bmm(a_BTI[:, start:stop], a_BTI[:, :stop].mT)
+        products *= torch.bmm(g_BTO[:, start:stop], g_BTO[:, :stop].mT)
+        value += products[:, :, start:].sum((1, 2)).double() + 2.0 * products[:, :, :start].sum((1, 2)).double()
+    lengths = torch.linalg.vector_norm(a_BTI, dim=2) * torch.linalg.vector_norm(g_BTO, dim=2)
+    factor = sum(rounding_factor(length) for length in (a_BTI.shape[2], g_BTO.shape[2], rows))
+    return SqNorms(value.clamp_min(0.0), factor * lengths.sum(1).double().square())
+
+
+def _small(slack: Tensor, value: Tensor) -> bool:
+    return not bool((slack > TRUSTED * value).any())
 
 
 def direct_slack(value: Tensor, crude: Tensor, rows: int) -> Tensor:

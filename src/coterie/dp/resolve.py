@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coterie.dp.derived import Kind, Node, Pullback, Root
 from coterie.dp.gram import SqNorms, gram_is_cheaper, rounding_factor
+from coterie.dp.segments import StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer, Term
 
 _DENSE_ELEMENTS = 1 << 24
@@ -106,27 +107,27 @@ def _filled(total: Tensor, uses: list[Use]) -> Dense:
     return Dense(total)
 
 
-def sq_norms(root: Root, uses: list[Use], records: int) -> SqNorms:
-    """Squared norm of the root's gradient for every record, [B]."""
+def sq_norms(root: Root, uses: list[Use], records: int, precise: bool = False) -> SqNorms:
+    """Squared norm of the root's gradient for every record, [B]; ``precise`` as in `Term.sq_norms`."""
     if not uses:
         return SqNorms.zeros(records, root.value.device if not root.value.is_meta else torch.device("cpu"))
     if len(uses) == 1 and uses[0][0].kind <= Kind.ISOMETRIC:
-        return uses[0][1].sq_norms()
+        return uses[0][1].sq_norms(precise)
     if _tied(uses):
-        result = _tied_sq_norms(uses)
-        if result.trusted():
+        result = _tied_sq_norms(uses, precise)
+        if not precise or result.trusted():
             return result
     return _one_by_one(root, uses, records)
 
 
-def _tied_sq_norms(uses: list[Use]) -> SqNorms:
+def _tied_sq_norms(uses: list[Use], precise: bool) -> SqNorms:
     """Norms of an output layer and an embedding that share one matrix, with their cross term.
 
     The matrix gradient is ``sum_t outer(g_t, a_t)`` plus row ``id_s`` getting ``e_s``; their inner product is
     ``sum_{t,s} g_t[id_s] (a_t . e_s)``.
     """
     outer, lookup = _parts(uses)
-    own, looked = outer.sq_norms(), lookup.sq_norms()
+    own, looked = outer.sq_norms(precise), lookup.sq_norms()
     a_BTD, g_BTV = outer.a.flatten(1, 2).float(), outer.g.flatten(1, 2)
     known = (lookup.ids >= 0).unsqueeze(1)
     ids_BTS = lookup.ids.clamp_min(0).unsqueeze(1).expand(-1, g_BTV.shape[1], -1)
@@ -152,8 +153,24 @@ def _one_by_one(root: Root, uses: list[Use], records: int) -> SqNorms:
     return SqNorms(value, 1e-5 * value)
 
 
-def add_sum(root: Root, uses: list[Use], out: Tensor, factors_B: Tensor) -> None:
-    """``out += sum_b factors_B[b] * gradient_b`` for a root; ``out`` is float32 of its shape."""
+def add_sum(root: Root, uses: list[Use], out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
+    """``out += sum_b factors_B[b] * gradient_b`` for a root.
+
+    Args:
+        root: the parameter.
+        uses: its simplified uses.
+        out: float32 of its shape.
+        factors_B: one factor a record.
+        fresh: ``out`` was allocated but never written, and counts as zero. The common single use then writes it
+            once, instead of clearing, reading and writing it.
+    """
+    if fresh and len(uses) == 1 and isinstance(uses[0][1], Outer | StackedOuter):
+        node, term = uses[0]
+        if node.kind <= Kind.TRANSPOSED:
+            term.add_sum(out.view(node.value.shape) if node.kind == Kind.SAME else out.t(), factors_B, fresh=True)
+            return
+    if fresh:
+        out.zero_()
     for node, term in uses:
         if node.kind == Kind.SAME:
             term.add_sum(out.view(node.value.shape), factors_B)

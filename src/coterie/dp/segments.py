@@ -130,43 +130,44 @@ class StackedOuter:
         self._gather = gather
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        a = self._a if self._gather is None else self._a[self._gather]
+        a = self._a if self._gather is None else self._a.index_select(0, self._gather)
         return a.float(), self._g.float()
 
-    def sq_norms(self) -> SqNorms:
+    def sq_norms(self, precise: bool = False) -> SqNorms:
         a, g = self._rows()
         inputs, outputs = a.shape[1], g.shape[1]
         segments = self._segments
         value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
         slack = torch.zeros_like(value)
         for bucket in segments.buckets:
-            rows_a, rows_g = a[bucket.index_Sn], g[bucket.index_Sn] * bucket.real_Sn1
-            if gram_is_cheaper(rows_a.shape[1], inputs, outputs):
-                part = gram_sq_norms(rows_a, rows_g)
+            index, shape = bucket.index_Sn.flatten(), bucket.index_Sn.shape
+            rows_a, rows_g = a.index_select(0, index).view(*shape, -1), g.index_select(0, index).view(*shape, -1)
+            if gram_is_cheaper(shape[1], inputs, outputs):
+                part = gram_sq_norms(rows_a, rows_g, bucket.real_Sn1, precise)
             else:
-                part = _direct(rows_a, rows_g)
+                part = _direct(rows_a, rows_g * bucket.real_Sn1)
             value[bucket.segments_S], slack[bucket.segments_S] = part.value, part.slack
         for i in segments.long:
             rows = slice(*segments.bounds[i])
             rows_a, rows_g = a[None, rows], g[None, rows]
             cheap = gram_is_cheaper(rows_a.shape[1], inputs, outputs)
-            part = gram_sq_norms(rows_a, rows_g) if cheap else _direct(rows_a, rows_g)
+            part = gram_sq_norms(rows_a, rows_g, None, precise) if cheap else _direct(rows_a, rows_g)
             value[i], slack[i] = part.value[0], part.slack[0]
-        return self._trusted(a, g, value, slack)
+        if precise:
+            self._replace_doubtful(a, g, value, slack)
+        return SqNorms(segments.by_record(value), segments.by_record(slack))
 
-    def _trusted(self, a: Tensor, g: Tensor, value: Tensor, slack: Tensor) -> SqNorms:
-        """The sums by record, after the direct form has replaced segments whose slack matters."""
+    def _replace_doubtful(self, a: Tensor, g: Tensor, value: Tensor, slack: Tensor) -> None:
+        """Take the direct form for segments whose slack is a notable part of a record's whole."""
         segments = self._segments
-        total, doubt = segments.by_record(value), segments.by_record(slack)
-        poor = doubt > TRUSTED * total
-        if bool(poor.any()):
-            suspects = slack > TRUSTED * total.repeat(segments.experts) / segments.experts
-            for i in torch.nonzero(suspects).flatten().tolist():
-                rows = slice(*segments.bounds[i])
-                part = _direct(a[None, rows], g[None, rows])
-                value[i], slack[i] = part.value[0], part.slack[0]
-            total, doubt = segments.by_record(value), segments.by_record(slack)
-        return SqNorms(total, doubt)
+        total = segments.by_record(value)
+        if not bool((segments.by_record(slack) > TRUSTED * total).any()):
+            return
+        doubtful = slack > TRUSTED * total.repeat(segments.experts) / segments.experts
+        for i in torch.nonzero(doubtful).flatten().tolist():
+            rows = slice(*segments.bounds[i])
+            part = _direct(a[None, rows], g[None, rows])
+            value[i], slack[i] = part.value[0], part.slack[0]
 
     def one(self, record: int) -> Tensor:
         out = torch.zeros(self._shape, device=self._g.device)
@@ -175,7 +176,7 @@ class StackedOuter:
         self.masked(factors > 0).add_sum(out, factors)
         return out
 
-    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+    def add_sum(self, out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
         a, g = self._rows()
         factors_R = factors_B.float()[self._segments.record_R].unsqueeze(1)
         if g.shape[1] <= a.shape[1]:
@@ -185,12 +186,13 @@ class StackedOuter:
         out_EIO = as_EIO(out, self._transposed)
         start = 0
         for expert, end in enumerate(self._segments.ends_E.tolist()):
+            left, right, target = a[start:end], g[start:end], out_EIO[expert]
+            if not self._transposed:  # write along the storage, not across it
+                left, right, target = right, left, target.t()
             if end > start:
-                target = out_EIO[expert]
-                if self._transposed:
-                    torch.addmm(target, a[start:end].t(), g[start:end], out=target)
-                else:
-                    torch.addmm(target.t(), g[start:end].t(), a[start:end], out=target.t())
+                torch.addmm(target, left.t(), right, beta=0 if fresh else 1, out=target)
+            elif fresh:
+                target.zero_()
             start = end
 
     def masked(self, keep_B: Tensor) -> StackedOuter:
@@ -219,7 +221,7 @@ class StackedBias:
         self._g = g_RO
         self._segments = segments
 
-    def sq_norms(self) -> SqNorms:
+    def sq_norms(self, precise: bool = False) -> SqNorms:
         sums = grouped_sum(self._g.float(), self._segments.counts.cumsum(0))
         value = self._segments.by_record(torch.linalg.vector_norm(sums, dim=-1).double().square())
         lengths = torch.linalg.vector_norm(self._g, dim=-1, dtype=torch.float32).double()

@@ -26,7 +26,9 @@ _CHUNK_ELEMENTS = 1 << 24
 class Term(Protocol):
     """Gradients of B records at one value; see the module text."""
 
-    def sq_norms(self) -> SqNorms: ...
+    def sq_norms(self, precise: bool = False) -> SqNorms:
+        """Squared norms; with ``precise``, the slack is brought down to `TRUSTED` of them where that is possible."""
+        ...
 
     def one(self, record: int) -> Tensor:
         """The gradient of one record, float32, shaped like the value."""
@@ -54,7 +56,7 @@ class Dense:
         self.gradients = gradients_B
         self._slack = slack
 
-    def sq_norms(self) -> SqNorms:
+    def sq_norms(self, precise: bool = False) -> SqNorms:
         value = _dense_sq_norms(self.gradients)
         return SqNorms(value, self._slack if self._slack is not None else 4e-7 * value)
 
@@ -92,18 +94,15 @@ class Outer:
         self.shape = shape
         self.flipped = flipped
 
-    def sq_norms(self) -> SqNorms:
+    def sq_norms(self, precise: bool = False) -> SqNorms:
         rows, inputs, outputs = self.a.shape[2], self.a.shape[3], self.g.shape[3]
         if gram_is_cheaper(rows, inputs, outputs):
-            result = self.gram()
-            if result.trusted():
+            batch, groups = self.a.shape[:2]
+            each = gram_sq_norms(self.a.flatten(0, 1).float(), self.g.flatten(0, 1).float(), precise=precise)
+            result = SqNorms(*(part.view(batch, groups).sum(1) for part in each))
+            if not precise or result.trusted():
                 return result
         return self.direct()
-
-    def gram(self) -> SqNorms:
-        batch, groups = self.a.shape[:2]
-        per_group = gram_sq_norms(self.a.flatten(0, 1).float(), self.g.flatten(0, 1).float())
-        return SqNorms(*(part.view(batch, groups).sum(1) for part in per_group))
 
     def direct(self) -> SqNorms:
         batch = self.a.shape[0]
@@ -134,7 +133,7 @@ class Outer:
     def one(self, record: int) -> Tensor:
         return self._gradients(record, record + 1)[0]
 
-    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+    def add_sum(self, out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
         left, right = (self.a, self.g) if self.flipped else (self.g, self.a)
         factors = factors_B.to(torch.float32).view(-1, 1, 1, 1)
         if left.shape[-1] <= right.shape[-1]:
@@ -142,9 +141,9 @@ class Outer:
         else:
             left, right = left.float(), right.float() * factors
         if out.ndim == 2:
-            torch.addmm(out, left.flatten(0, 2).t(), right.flatten(0, 2), out=out)
+            torch.addmm(out, left.flatten(0, 2).t(), right.flatten(0, 2), beta=0 if fresh else 1, out=out)
         else:
-            torch.baddbmm(out, _by_group(left).mT, _by_group(right), out=out)
+            torch.baddbmm(out, _by_group(left).mT, _by_group(right), beta=0 if fresh else 1, out=out)
 
     def masked(self, keep_B: Tensor) -> Outer:
         return Outer(_keep_rows(self.a, keep_B), _keep_rows(self.g, keep_B), self.shape, self.flipped)
@@ -171,7 +170,7 @@ class Lookup:
         self.g = g_BTD
         self.shape = shape
 
-    def sq_norms(self) -> SqNorms:
+    def sq_norms(self, precise: bool = False) -> SqNorms:
         batch = self.ids.shape[0]
         offset = torch.arange(batch, device=self.ids.device).unsqueeze(1) * self.shape[0]
         keys, order = torch.sort(torch.where(self.ids < 0, batch * self.shape[0], self.ids + offset).flatten())
@@ -218,7 +217,7 @@ class Slow:
         self._device = device
         self._keep: list[bool] | None = None
 
-    def sq_norms(self) -> SqNorms:
+    def sq_norms(self, precise: bool = False) -> SqNorms:
         if self._records == 0:
             return SqNorms.zeros(0, self._device)
         squares = [_dense_sq_norms(self.one(b).reshape(1, 1, -1)) for b in range(self._records)]
@@ -253,7 +252,7 @@ class Aligned:
         self.g = g
         self._records = records
 
-    def sq_norms(self) -> SqNorms:
+    def sq_norms(self, precise: bool = False) -> SqNorms:
         value = _dense_sq_norms(self.g.reshape(self._records, 1, -1))
         return SqNorms(value, 4e-7 * value)
 

@@ -133,14 +133,18 @@ class RoutedRows:
     def combine(self, out_RD: Tensor, expert_weights_NK: Tensor, dtype: torch.dtype) -> Tensor:
         """Weight each row and sum the rows of each token: [N, D]. Deterministic: no scattered addition."""
         weighted_RD = out_RD * expert_weights_NK.reshape(-1)[self.pair_R].unsqueeze(-1)
+        return self.sum_by_token(weighted_RD, dtype)
+
+    def sum_by_token(self, weighted_RD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum the rows of each token: [N, D]."""
         if self.pair_R.shape[0] == self.num_tokens * self.top_k:
             inverse = torch.empty_like(self.pair_R)
             inverse[self.pair_R] = torch.arange(self.pair_R.shape[0], device=self.pair_R.device)
-            pairs = weighted_RD[inverse]
+            pairs = weighted_RD.index_select(0, inverse)
         else:
-            empty = weighted_RD.new_zeros(self.num_tokens * self.top_k, out_RD.shape[-1])
+            empty = weighted_RD.new_zeros(self.num_tokens * self.top_k, weighted_RD.shape[-1])
             pairs = empty.index_copy(0, self.pair_R, weighted_RD)
-        return pairs.view(self.num_tokens, self.top_k, out_RD.shape[-1]).sum(dim=1).to(dtype)
+        return pairs.view(self.num_tokens, self.top_k, weighted_RD.shape[-1]).sum(dim=1).to(dtype)
 
 
 def bias_rows(bias_EO: Tensor, ends_E: Tensor) -> Tensor:
@@ -175,7 +179,7 @@ class LocalExperts:
             return out if bias is None else out + bias_rows(bias.to(dtype), ends_E)
 
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
-        out_RD = expert_rows(layer, call.hidden_ND[rows.token_R], rows.ends_E, linear)
+        out_RD = expert_rows(layer, call.hidden_ND.index_select(0, rows.token_R), rows.ends_E, linear)
         return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
 
 
