@@ -18,6 +18,7 @@ from coterie.cli.output import error_console, fail
 from coterie.errors import CoterieError
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "Several parties train together on this machine; then a report."),
     "train": ("train", "Train one party's model on its own text."),
     "resume": ("resume", "Go on with a run that was stopped."),
     "eval": ("eval", "Held-out loss of a trained run."),

@@ -109,6 +109,10 @@ class Part:
     train: tuple[Document, ...]
     test: tuple[Document, ...]
 
+    def sides(self) -> tuple[tuple[str, tuple[Document, ...]], ...]:
+        """Both lists with the names of their files."""
+        return ("train", self.train), ("test", self.test)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -118,6 +122,9 @@ class Size:
     public_test: int = 30_000
     party_train: int = 60_000
     party_test: int = 50_000
+
+
+DEFAULT_SIZE = Size()
 
 
 @dataclass(frozen=True)
@@ -137,13 +144,13 @@ class Corpus:
         for name, part in {PUBLIC: self.public, **self.parties}.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             files[name] = {side: folder / name / f"{side}.jsonl" for side in ("train", "test")}
-            for side, documents in (("train", part.train), ("test", part.test)):
+            for side, documents in part.sides():
                 lines = [json.dumps({"title": d.title, "text": d.text}, ensure_ascii=False) for d in documents]
                 files[name][side].write_text("\n".join(lines) + "\n", encoding="utf-8")
         return files
 
 
-def build(parties: Sequence[str], size: Size = Size(), library: Path | None = None) -> Corpus:
+def build(parties: Sequence[str], size: Size = DEFAULT_SIZE, library: Path | None = None) -> Corpus:
     """Gather, clean and split the documentation.
 
     Args:

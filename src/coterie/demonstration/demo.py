@@ -1,0 +1,60 @@
+"""The whole demo: an empty folder becomes a run with its figures, picture, page and commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coterie.demonstration.folder import Folder, check_folder, empty_folder
+from coterie.demonstration.plan import Plan
+from coterie.demonstration.processes import interrupt_on_signals
+from coterie.demonstration.readme import save_readme
+from coterie.demonstration.run import PHASES, run
+from coterie.demonstration.screen import Screen
+from coterie.federation.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from coterie.demonstration.results import Results
+
+RESULTS, PICTURE, REPORT, README = "results.json", "losses.png", "report.html", "README.txt"
+
+
+def run_demo(plan: Plan, folder: Path, screen: Screen) -> Results:
+    """Run all arms and compare them.
+
+    Args:
+        folder: made when it is not there; an earlier demo in it is replaced.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        RoundError: another demo runs in it.
+        DataError: this Python carries no documentation.
+        CoterieError: a command failed; the message names the log to read.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or a closed terminal. No process is left in any of these cases.
+    """
+    root = folder.resolve()
+    with interrupt_on_signals():
+        check_folder(root)
+        held = RunFolder(root)
+        try:
+            replaced = empty_folder(root)
+            told = "; the earlier demo there was replaced" if replaced else ""
+            screen.line(f"files go to {folder}{told}; nothing keeps running afterwards")
+            finished = run(plan, root, screen)
+            screen.phase(PHASES, PHASES, "compare")
+            # torch from here on: all processes have ended
+            from coterie.demonstration.plot import save_plot
+            from coterie.demonstration.report import save_report
+            from coterie.demonstration.results import collect
+            from coterie.training.checkpoint import write_json
+
+            subjects = {party: part.subject for party, part in finished.corpus.parties.items()}
+            results = collect(plan, root, subjects, screen)
+            write_json(root / RESULTS, results.as_json())
+            save_plot(results, root / PICTURE)
+            save_report(results, root / PICTURE, root / REPORT)
+            save_readme(plan, Folder(root, plan), root / README)
+            screen.line(f"{finished.cpu_s:.0f} s of processor time in {finished.seconds:.0f} s")
+            return results
+        finally:
+            held.close()

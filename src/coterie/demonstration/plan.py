@@ -1,0 +1,157 @@
+"""What the demo does: its parties, its model, how much is trained, and which arms are compared.
+
+All arms start from the same public checkpoint and take the same number of rounds, with the same seed, learning-rate
+schedule and sequences per party and round. The text is little on purpose: a party that had enough of its own would
+have nothing to gain from the others. Learning rate, rounds and amount of text were tuned once; docs/how-to/demo.md
+says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from coterie.config import OptimSpec
+from coterie.demonstration.corpus import DEFAULT_SIZE, SUBJECTS, Size
+from coterie.errors import ConfigError
+
+NAMES = ("alder", "birch", "cedar", "dogwood", "elm", "fir")
+"""The parties, in the order in which they join."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get a model for every party.
+
+    Attributes:
+        kind: ``public``: nothing is trained. ``alone``: one process per party, its own text. ``pooled``: one process,
+            all text. ``federation``: one process per party and a coordinator, over the network.
+        title: what the table calls it.
+        sees: what it trains on in a round.
+        exchange: of a federation.
+    """
+
+    name: str
+    kind: Literal["public", "alone", "pooled", "federation"]
+    title: str
+    sees: str
+    exchange: Literal["tokens", "experts"] | None = None
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("public", "public", "public model as it is", "nothing"),
+        Arm("isolated", "alone", "each party alone", "the party's own sequences; the whole model is its own"),
+        Arm(
+            "tokens",
+            "federation",
+            "together, tokens",
+            "the party's own sequences for its trunk; the sequences of all parties for the shared experts",
+            exchange="tokens",
+        ),
+        Arm("centralised", "pooled", "all text in one place", "as many sequences as all parties together, mixed"),
+    )
+}
+"""In the order of the table."""
+
+
+def _small_model() -> dict[str, Any]:
+    return {
+        "hidden_size": 96,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 64,
+    }
+
+
+_OPTIM = OptimSpec(lr=2e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=6)
+_PUBLIC_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=28)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of one demo.
+
+    Attributes:
+        batch: sequences per party and round; the pooled arm takes that many times the parties.
+        micro_batch: of the federation, two of them in flight.
+        at_once: how many baseline runs go on together, one processor core each. (Two cores for one run of a model
+            this small gain nothing: 0.11 s a round on one, 0.22 s of processor time on two.)
+    """
+
+    parties: tuple[str, ...] = NAMES[:3]
+    arms: tuple[str, ...] = tuple(ARMS)
+    rounds: int = 120
+    batch: int = 8
+    micro_batch: int = 4
+    eval_every: int = 20
+    seed: int = 0
+    sequence_length: int = 64
+    vocab_size: int = 1024
+    family: str = "qwen3_moe"
+    model: dict[str, Any] = field(default_factory=_small_model)
+    optim: OptimSpec = _OPTIM
+    public_rounds: int = 560
+    public_batch: int = 16
+    public_optim: OptimSpec = _PUBLIC_OPTIM
+    size: Size = DEFAULT_SIZE
+    at_once: int = 2
+
+    def of_kind(self, *kinds: str) -> list[Arm]:
+        """The chosen arms of some kinds, in the order of the table."""
+        return [arm for arm in ARMS.values() if arm.name in self.arms and arm.kind in kinds]
+
+
+def make_plan(
+    parties: int,
+    rounds: int | None = None,
+    arms: Sequence[str] = tuple(ARMS),
+    *,
+    quick: bool = False,
+) -> Plan:
+    """The plan behind the demo's options.
+
+    Args:
+        quick: a much smaller demo that shows every step and proves nothing.
+
+    Raises:
+        ConfigError: an option is out of range, or an arm is not known.
+    """
+    if not 2 <= parties <= len(SUBJECTS):
+        raise ConfigError(
+            f"--parties is {parties}; the demo works for 2 to {len(SUBJECTS)}.",
+            code="demo-parties",
+            why="each party holds the text of one subject, and a federation of one is no federation",
+            fix=f"choose a number from 2 to {len(SUBJECTS)}",
+        )
+    if rounds is not None and rounds < 1:
+        raise ConfigError(f"--rounds is {rounds}; at least one is needed.", code="demo-rounds", fix="--rounds 120")
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown or not arms:
+        raise ConfigError(
+            f"--arms names {', '.join(unknown) or 'nothing'}, which is no arm of the demo.",
+            code="demo-arms",
+            fix=f"choose from: {', '.join(ARMS)}",
+        )
+    plan = Plan(NAMES[:parties], tuple(name for name in ARMS if name in arms))
+    if quick:
+        plan = replace(
+            plan,
+            rounds=8,
+            eval_every=4,
+            public_rounds=24,
+            size=Size(public_train=60_000, public_test=4_000, party_train=12_000, party_test=6_000),
+        )
+    return (
+        plan if rounds is None else replace(plan, rounds=rounds, eval_every=max(1, min(plan.eval_every, rounds // 4)))
+    )

@@ -1,0 +1,53 @@
+"""README.txt of the run folder: every command of the demo, to be typed again by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coterie.demonstration.folder import Folder
+from coterie.demonstration.plan import Plan
+
+
+def save_readme(plan: Plan, folder: Folder, path: Path) -> None:
+    """Write what is where and which commands made it."""
+    path.write_text(_text(plan, folder), encoding="utf-8")
+
+
+def _text(plan: Plan, folder: Folder) -> str:
+    lines = [
+        "What `coterie demo` left here. Every part was made by an ordinary command; all commands are to be run in",
+        "this folder. A run folder that is full is not written to again: remove `run/` (or name another run_dir in",
+        "the settings file) before you repeat a run.",
+        "",
+        "  report.html        the verdict, the tables and the picture; results.json has the figures",
+        "  data/              the text: documentation of this Python installation, one subject per party",
+        "  public/run/model   the public checkpoint, an ordinary Hugging Face folder with its tokenizer",
+        "  */run/             metrics.jsonl, tensorboard/, checkpoints/, evaluation.safetensors, result.json",
+        "  logs/              what each process printed",
+        "",
+    ]
+    lines += ["The public checkpoint:", "", *_commands(folder.public().shown)]
+    for arm in plan.of_kind("alone"):
+        lines += ["Each party alone:", "", *_commands(*(folder.alone(arm, party).shown for party in plan.parties))]
+    for arm in plan.of_kind("pooled"):
+        lines += ["All text in one place:", "", *_commands(folder.pooled(arm).shown)]
+    for arm in plan.of_kind("federation"):
+        where = arm.name
+        first = plan.parties[0]
+        lines += [
+            f"Together ({where}): model split, keys made, then one process each, in as many terminals:",
+            "",
+            *_commands(folder.split(arm).shown, folder.provision(arm).shown, folder.coordinator(arm).shown),
+            *_commands(*(folder.up(arm, party).shown for party in plan.parties)),
+            f"To repeat it, remove {where}/coordinator and {where}/*/run and start the coordinator and all parties",
+            f"again; weights and kits stay. {first} alone can be stopped (Ctrl-C) and started again while the others",
+            f"wait for it. `coterie status {where}/{first}/party.yaml` tells where it is. The ports in",
+            f"{where}/federation.yaml were free when the demo ran; if one is taken now, change it there, remove",
+            f"{where}/kits and provision again, because the settings are part of what the parties signed.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _commands(*shown: str) -> list[str]:
+    return [*(f"  {line}" for line in shown), ""]

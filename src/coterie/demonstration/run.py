@@ -1,0 +1,128 @@
+"""The demo from the first line to the last process: text, public checkpoint, baselines, federation.
+
+This process computes nothing until all others have ended: it writes settings, starts commands, reads their figures.
+It does not import torch before, because a process hands its own peak size on to those it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from coterie.demonstration.corpus import PUBLIC, Corpus, build
+from coterie.demonstration.folder import Folder
+from coterie.demonstration.plan import Arm, Plan
+from coterie.demonstration.processes import Processes, Running
+from coterie.demonstration.screen import Follow, Screen, megabytes
+
+PHASES = 5
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the processes cost together.
+
+    Attributes:
+        seconds: from the first to the last.
+        cpu_s: processor seconds of all of them.
+    """
+
+    corpus: Corpus
+    seconds: float
+    cpu_s: float
+
+
+def run(plan: Plan, root: Path, screen: Screen) -> Finished:
+    """Do everything but the comparison, inside ``root``.
+
+    Raises:
+        DataError: this Python carries no documentation.
+        CoterieError: a command failed; all others are ended.
+    """
+    began = time.monotonic()
+    folder = Folder(root, plan)
+    screen.phase(1, PHASES, "text")
+    corpus = build(plan.parties, plan.size)
+    corpus.write(root / "data")
+    _tell_text(corpus, screen)
+    with Processes(root) as processes:
+        screen.phase(2, PHASES, "public")
+        _public(plan, folder, processes, screen)
+        screen.phase(3, PHASES, "alone and pooled")
+        _baselines(plan, folder, processes, screen)
+        screen.phase(4, PHASES, "together")
+        for arm in plan.of_kind("federation"):
+            _federation(arm, plan, folder, processes, screen)
+        return Finished(corpus, time.monotonic() - began, processes.cpu_s)
+
+
+def _tell_text(corpus: Corpus, screen: Screen) -> None:
+    screen.line("documentation inside this Python installation; little per party, so that pooling can matter")
+    for name, part in {PUBLIC: corpus.public, **corpus.parties}.items():
+        counts = [f"{sum(len(d.text) for d in some) / 1000:.0f} kB {side}" for side, some in part.sides()]
+        subject = "the language reference and other modules" if name == PUBLIC else part.subject
+        screen.line(f"{name:<8} {subject}: {', '.join(counts)}")
+
+
+def _public(plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
+    follow = Follow((folder.root / PUBLIC / "run",), plan.public_rounds)
+    processes.run_all([folder.public()], 1, lambda: screen.progress(f"training it: {follow.text()}"))
+    result = _result(folder.root / PUBLIC / "run")
+    model = plan.model
+    screen.line(
+        f"{plan.family}, {model['num_hidden_layers']} layers of {model['num_experts']} experts, "
+        f"{model['num_experts_per_tok']} per token; held-out loss on public text {result['loss']:.2f}"
+    )
+
+
+def _baselines(plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
+    """Longest first: the pooled run takes as long as all parties alone together."""
+    commands = [folder.pooled(arm) for arm in plan.of_kind("pooled")]
+    commands += [folder.alone(arm, party) for arm in plan.of_kind("alone") for party in plan.parties]
+    if not commands:
+        screen.line("no such arm was asked for")
+        return
+    arms = plan.of_kind("pooled", "alone")
+    run_dirs = dict.fromkeys(folder.run_dir(arm, party) for arm in arms for party in plan.parties)
+    follow = Follow(tuple(run_dirs), plan.rounds)
+    processes.run_all(commands, plan.at_once, lambda: screen.progress(f"{len(commands)} runs: {follow.text()}"))
+    screen.line(f"{', '.join(c.name for c in commands)}: {plan.rounds} rounds each")
+
+
+def _federation(arm: Arm, plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
+    from coterie.federation.provision import free_endpoints  # loads cryptography; only this phase needs it
+
+    config = folder.federation(arm, free_endpoints(len(plan.parties) + 1))
+    for command, words in ((folder.split(arm), "splitting the model"), (folder.provision(arm), "making keys")):
+        processes.run_all([command], 1, lambda words=words: screen.progress(words))  # type: ignore[misc]
+    names = ", ".join(plan.parties)
+    screen.line(f"{len(plan.parties) + 1} keys made here; roster signed by all; {names}: TLS both ways")
+    commands = [folder.coordinator(arm), *(folder.up(arm, party) for party in plan.parties)]
+    follow = Follow(tuple(folder.run_dir(arm, party) for party in plan.parties), plan.rounds)
+
+    def watch() -> None:
+        sent = sum(_sent(folder.run_dir(arm, party)) for party in plan.parties)
+        screen.progress(follow.text(f"sent {megabytes(sent)}" if sent else ""))
+
+    ended = processes.run_all(commands, len(commands), watch)
+    screen.line(f"{config.train.rounds} rounds of `{arm.exchange}` in {_span(ended):.0f} s of processor time")
+
+
+def _span(ended: list[Running]) -> float:
+    return sum(running.usage.cpu_s for running in ended)
+
+
+def _result(run_dir: Path) -> dict[str, float]:
+    figures: dict[str, float] = json.loads((run_dir / "result.json").read_text("utf-8"))
+    return figures
+
+
+def _sent(run_dir: Path) -> int:
+    """Bytes a party has sent so far, from the status file it leaves for others to read."""
+    try:
+        wire = json.loads((run_dir / "status.json").read_text("utf-8"))["wire"]
+        return sum(int(peer["sent"]) for peer in wire.values())
+    except (OSError, ValueError, KeyError):
+        return 0  # not written yet
