@@ -209,6 +209,12 @@ def test_federation_settings_that_contradict_are_refused(tmp_path: Path, added: 
     assert words in str(error)
 
 
+def test_a_block_with_a_mistake_is_not_also_reported_as_not_being_another_kind(tmp_path: Path) -> None:
+    message = refusal(tmp_path, FEDERATION + "privacy: {epsilo: 8}\n", FederationConfig).message
+    assert message.startswith("settings.yaml has 2 problems:")
+    assert "'none'" not in message
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

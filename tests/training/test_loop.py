@@ -137,6 +137,32 @@ def test_bfloat16_learns_like_float32(make_tiny: MakeTiny, sequences: Sequences)
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
 
 
+def test_bfloat16_micro_batches_are_summed_in_float32(make_tiny: MakeTiny, sequences: Sequences) -> None:
+    model = make_tiny(dtype=torch.bfloat16)
+    batches = [sequences.batch([row]) for row in range(8)] * 4
+    sums = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in model.named_parameters()}
+    tokens = 0
+    for batch in batches:
+        loss, counted = loss_sum(model, batch)
+        tokens += counted
+        for (name, _), grad in zip(
+            model.named_parameters(),
+            torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True),
+            strict=True,
+        ):
+            sums[name] += grad.float()
+    masters = {name: param.detach().float().requires_grad_() for name, param in model.named_parameters()}
+    spec = OptimSpec(eps=1e-3)
+    reference = torch.optim.AdamW(masters.values(), 1e-2, spec.betas, spec.eps, 0.0)
+    for name, master in masters.items():
+        master.grad = sums[name] / tokens
+    reference.step()
+    optimizer = make_optimizer(model.parameters(), spec)
+    train_round(model, optimizer, batches, lr=1e-2)
+    for name, param in model.named_parameters():
+        assert relative(optimizer.state[param]["master"], masters[name].detach()) < 1e-6, name
+
+
 def test_a_model_whose_experts_bypass_coterie_is_not_trained(make_tiny: MakeTiny, sequences: Sequences) -> None:
     model = make_tiny()
     model.set_experts_implementation("eager")

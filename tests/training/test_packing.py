@@ -82,6 +82,8 @@ def test_order_depends_on_the_seed_and_the_round_alone() -> None:
     a, b, other = (RoundOrder(100, 8, seed) for seed in (3, 3, 4))
     assert [a.rows(index) for index in (5, 0, 13)] == [b.rows(index) for index in (5, 0, 13)]
     assert a.rows(0) != other.rows(0)
+    passes = RoundOrder(100, 100, 3)
+    assert passes.rows(0) != passes.rows(1), "each pass has its own order"
     assert a.rows(0) != list(range(8))
 
 
