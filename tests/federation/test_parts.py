@@ -99,19 +99,19 @@ def federation():
 def test_a_fetched_part_is_the_hosts_own_bytes(federation):
     federation.service.begin_round(4)
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    digest = fetcher.offers([BIG], 4, torch.float32)[0]
+    digest = fetcher.offers([BIG], 4, torch.float32)[0].digest
     blob = fetcher.fetch(BIG, 4, torch.float32, digest)
     torch.testing.assert_close(BIG.decode(blob, torch.float32), federation.weights, rtol=0, atol=0)
     assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 3
     federation.service.begin_round(5)
-    assert fetcher.offers([BIG], 5, torch.float32)[0] == digest == digest_of(blob)
+    assert fetcher.offers([BIG], 5, torch.float32)[0].digest == digest == digest_of(blob)
 
 
 def test_a_broken_transfer_goes_on_at_the_missing_chunk(federation):
     federation.service.begin_round(1)
     federation.break_at = 3
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    blob = fetcher.fetch(BIG, 1, torch.float32, fetcher.offers([BIG], 1, torch.float32)[0])
+    blob = fetcher.fetch(BIG, 1, torch.float32, fetcher.offers([BIG], 1, torch.float32)[0].digest)
     torch.testing.assert_close(BIG.decode(blob, torch.float32), federation.weights, rtol=0, atol=0)
     assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 4
 
@@ -119,13 +119,13 @@ def test_a_broken_transfer_goes_on_at_the_missing_chunk(federation):
 def test_weights_are_frozen_while_a_round_is_open(federation):
     federation.service.begin_round(1)
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    before = fetcher.offers([BIG], 1, torch.float32)[0]
+    before = fetcher.offers([BIG], 1, torch.float32)[0].digest
     federation.weights["down_proj"].add_(1)
-    assert fetcher.offers([BIG], 1, torch.float32)[0] == before
+    assert fetcher.offers([BIG], 1, torch.float32)[0].digest == before
     federation.service.begin_round(2)
-    assert fetcher.offers([BIG], 2, torch.float32)[0] != before
+    assert fetcher.offers([BIG], 2, torch.float32)[0].digest != before
     with pytest.raises(RoundError, match="weights-round"):
-        fetcher.offers([BIG], 1, torch.float32)[0]
+        fetcher.offers([BIG], 1, torch.float32)[0].digest
 
 
 def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation):
@@ -140,7 +140,7 @@ def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation)
 
     federation.service.handle = dishonest
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    digest = fetcher.offers([BIG], 1, torch.float32)[0]
+    digest = fetcher.offers([BIG], 1, torch.float32)[0].digest
     with pytest.raises(RoundError, match="other bytes than it offered"):
         fetcher.fetch(BIG, 1, torch.float32, digest)
 

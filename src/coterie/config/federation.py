@@ -82,6 +82,12 @@ class FederationConfig(Spec):
     push_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="For `experts`: what sums travel as; bfloat16 is rounded stochastically."
     )
+    push_after_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="For private `experts`: constant-work mode. Lots are padded to the same work and sums leave this "
+        "many seconds after the round began, so that timing tells less; needs `sampler: truncated_poisson`.",
+    )
     deadline_s: float = Field(
         default=60.0, gt=0, description="Seconds a party may keep another waiting for one message."
     )
@@ -104,6 +110,12 @@ class FederationConfig(Spec):
             raise ValueError("`exchange: tokens` cannot keep a privacy budget: hosts see every token's hidden vector")
         if self.exchange == "tokens" and self.trunk == "shared":
             raise ValueError("`trunk: shared` needs `exchange: experts`")
+        if self.exchange == "experts" and self.lost_party == "continue":
+            raise ValueError("`lost_party: continue` needs `exchange: tokens`: sums cover the layers of all hosts")
+        if self.push_after_s is not None and (
+            not isinstance(self.privacy, PrivacyRules) or self.privacy.sampler != "truncated_poisson"
+        ):
+            raise ValueError("`push_after_s` needs `privacy.sampler: truncated_poisson`, which bounds a lot's work")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]
         for index, (name, address) in enumerate(listening):
             for other, elsewhere in listening[:index]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -53,6 +53,14 @@ class SumEngine(Protocol):
     def accumulate_user(self, batches: Any) -> Diagnostics: ...
 
     def take(self) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class KeepsFloat32(Protocol):
+    """An optimizer that keeps float32 gradients of low-precision parameters, as `coterie.training.optim.AdamW`."""
+
+    def gradient(self, param: Tensor) -> Tensor:
+        """The float32 gradient of a parameter, to be changed in place."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,7 @@ class PrivateSession:
         run: str,
         not_covered: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -146,6 +155,7 @@ class PrivateSession:
         self._source = source
         self._not_covered = tuple(not_covered)
         self._options = dict(options or {})
+        self._schedule = schedule
         self._pending: Pending | None = None
         self._parent = "start"
         self._saved: Path | None = None
@@ -207,14 +217,21 @@ class PrivateSession:
                 why="each lot is used once; using one again would spend privacy that is not counted",
                 fix="use `for lot in session: session.step(lot)`",
             )
-        with self._secret_torch_randomness(pending):
-            sums = self._sums(pending)
-        noise = self._noise(sums)
-        noised = noise.add(sums, self._source, f"noise|{pending.name}")
-        release = self.releases.publish(pending, noised)
+        noised, release = self.publish(pending)
         self._pending = None
         self._apply(noised, release)
         self._trim_spool()
+
+    def publish(self, pending: Pending) -> tuple[dict[str, Tensor], Release]:
+        """Compute a pending lot, noise it, spool and count the result; the model is not changed.
+
+        Returns:
+            The noised sums, float32 on the CPU, and the release that holds them.
+        """
+        with self._secret_torch_randomness(pending):
+            sums = self._sums(pending)
+        noised = self._noise(sums).add(sums, self._source, f"noise|{pending.name}")
+        return noised, self.releases.publish(pending, noised)
 
     def _trim_spool(self) -> None:
         """Drop results that no checkpoint could be brought up to date with, and keep the rest within bounds.
@@ -341,7 +358,14 @@ class PrivateSession:
         """Post-processing of a released result: one optimizer step, and what follows from the extra parts."""
         expected = float(self.plan.expected_size)
         for name, parameter in self._parameters.items():
-            parameter.grad = (noised[name] / expected).to(parameter.device, parameter.dtype)
+            mean = noised[name] / expected
+            if isinstance(self.optimizer, KeepsFloat32):
+                self.optimizer.gradient(parameter).copy_(mean)
+            else:
+                parameter.grad = mean.to(parameter.device, parameter.dtype)
+        if self._schedule is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._schedule(release.round - 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._balancer is not None and LOAD in noised:

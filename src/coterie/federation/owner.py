@@ -35,6 +35,9 @@ class Mirror:
         dtype: of the weights on the wire and in the cache.
         set_trunk: takes the parameters of a shared trunk as they arrive.
         wait_s: how long computing waits for a layer.
+
+    Attributes:
+        received: number of the newest round of which another host has a complete sum of ours.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Mirror:
     ) -> None:
         self._parts, self._num_experts, self._cache, self._pool = tuple(parts), tuple(num_experts), cache, pool
         self._fetcher, self._dtype, self._set_trunk, self._wait_s = fetcher, dtype, set_trunk, wait_s
+        self.received = 0
         self._held: dict[int, str] = {}
         self._arrived = threading.Condition()
         self._waiting: dict[int, set[int]] = {}
@@ -68,7 +72,9 @@ class Mirror:
         """
         own = [part for part in self._parts if part.host == self._pool.me]
         others = [part for part in self._parts if part.host != self._pool.me]
-        found = self._fetcher.offers(others, round, self._dtype)
+        offers = self._fetcher.offers(others, round, self._dtype)
+        self.received = max((offer.received for offer in offers.values()), default=0)
+        found = {number: offer.digest for number, offer in offers.items()}
         return found | {part.number: self._pool.frozen(part.number, round)[1] for part in own}
 
     def start(self, round: int, versions: Mapping[int, str]) -> None:

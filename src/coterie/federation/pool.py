@@ -57,6 +57,7 @@ class Pool:
 
     Attributes:
         version: commits applied since this object was made.
+        received: by party, number of the newest round of which all its sums are here; part of a checkpoint.
     """
 
     KINDS = frozenset(
@@ -84,6 +85,7 @@ class Pool:
     ) -> None:
         self.me, self.shard, self.home = me, shard, home
         self.version = 0
+        self.received: dict[str, int] = {}
         self._parties = tuple(parties)
         self._mine = tuple(part for part in parts if part.host == me)
         self._weights = WeightService(self._mine, self._read, weights_dtype)
@@ -133,8 +135,11 @@ class Pool:
             self._declare(peer, message)
             return Message(DECLARE, message.round)
         if message.kind in (weight_service.OFFER, weight_service.CHUNK_KIND):
-            return self._weights.handle(message)
-        return self._pushes.handle(peer, message)
+            return self._weights.handle(message, self.received.get(peer, 0))
+        reply = self._pushes.handle(peer, message)
+        if message.kind == push_service.END and self._pushes.complete(peer):
+            self.received[peer] = max(self.received.get(peer, 0), message.round)
+        return reply
 
     def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
         """Bytes and digest of an own part, as every owner sees it in this round."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,8 +46,11 @@ class WeightService:
                 self._blobs.clear()
                 self._round = round
 
-    def handle(self, message: Message) -> Message:
+    def handle(self, message: Message, received: int = 0) -> Message:
         """Answer an offer or a chunk request.
+
+        Args:
+            received: see `Offer`.
 
         Raises:
             RoundError: another round, or a part that is not stored here.
@@ -54,7 +58,12 @@ class WeightService:
         """
         blob, digest = self.frozen(message.layer, message.round)
         if message.kind == OFFER:
-            return Message(OFFER, message.round, layer=message.layer, body={"digest": digest, "size": blob.numel()})
+            return Message(
+                OFFER,
+                message.round,
+                layer=message.layer,
+                body={"digest": digest, "size": blob.numel(), "received": received},
+            )
         start, end = int(message.body["start"]), int(message.body["end"])
         if not 0 <= start < end <= blob.numel():
             raise FrameError(f"bytes {start}:{end} are outside part {message.layer}.", code="part-span")
@@ -78,6 +87,19 @@ class WeightService:
             return self._blobs[number]
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What a host serves.
+
+    Attributes:
+        digest: of a part's bytes.
+        received: number of the newest round of which it holds a complete sum from the asking party; 0 if none.
+    """
+
+    digest: str
+    received: int
+
+
 class WeightFetcher:
     """The owner's side: every part, in the fixed order, whatever the lot.
 
@@ -89,8 +111,8 @@ class WeightFetcher:
         self._deadline_s = deadline_s
         self._retries = retries
 
-    def offers(self, parts: Sequence[Part], round: int, dtype: torch.dtype) -> dict[int, str]:
-        """Digest of the bytes that hosts serve for parts in this round, by part number; all are asked at once.
+    def offers(self, parts: Sequence[Part], round: int, dtype: torch.dtype) -> dict[int, Offer]:
+        """What hosts serve for parts in this round, by part number; all are asked at once.
 
         Raises:
             FrameError: a host offers another size than the model's.
@@ -152,8 +174,8 @@ class WeightFetcher:
         return self._transport.request_async(part.host, LANE, message, self._deadline_s)
 
 
-def _offered(part: Part, reply: Message, dtype: torch.dtype) -> str:
-    digest, size = reply.body.get("digest"), reply.body.get("size")
+def _offered(part: Part, reply: Message, dtype: torch.dtype) -> Offer:
+    digest, size, received = (reply.body.get(name) for name in ("digest", "size", "received"))
     if not isinstance(digest, str) or size != part.num_bytes(dtype):
         raise FrameError(f"{part.host} offers part {part.number} with {size} bytes.", code="part-size")
-    return digest
+    return Offer(digest, received if isinstance(received, int) else 0)

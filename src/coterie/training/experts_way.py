@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.config import FederationConfig
+from coterie.dp.losses import default_loss
 from coterie.federation.home import TrunkHome
 from coterie.federation.owner import Mirror, SumSender, model_version
 from coterie.federation.parts import Part, expert_parts
@@ -33,6 +34,7 @@ from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.weight_cache import FileStore, MemoryStore, WeightCache
+from coterie.training.loop import to_device
 from coterie.training.packing import Batch
 from coterie.training.party_work import superseded
 
@@ -49,12 +51,14 @@ class Sums:
         trunk: sums of the trained trunk parameters by name.
         weight: what everybody's sums together are divided by adds up from these.
         figures: for the owner's own metrics; never sent.
+        digest: of the spooled release that they come from; empty without privacy.
     """
 
     experts: Mapping[int, Mapping[str, Tensor]] | None
     trunk: Mapping[str, Tensor]
     weight: float
     figures: Mapping[str, float]
+    digest: str = ""
 
 
 class Contribution(Protocol):
@@ -75,7 +79,15 @@ class Contribution(Protocol):
         ...
 
     def applied(self, round: int) -> None:
-        """The round's commit was applied; what was kept for a resend may go once a checkpoint holds it."""
+        """A checkpoint that everybody holds includes this round; what was kept for sending it again may go."""
+        ...
+
+    def check_not_behind(self, received: int) -> None:
+        """Compare with the newest round that the hosts received from this party.
+
+        Raises:
+            LedgerError: they received more than the ledger knows.
+        """
         ...
 
     def close(self) -> None: ...
@@ -90,6 +102,7 @@ class PlainSums:
         batches: the micro-batches of a round, from 1.
         loss: summed loss and tokens of a micro-batch.
         seed: repeats dropout on a second attempt; of the whole run.
+        per_record: sum each record's mean loss and count records, as private parties of the same federation do.
     """
 
     repeatable = False
@@ -101,8 +114,16 @@ class PlainSums:
         batches: Callable[[int], Sequence[Batch]],
         loss: Callable[[Batch], tuple[Tensor, int]],
         seed: int,
+        *,
+        per_record: bool = False,
     ) -> None:
-        self._model, self._layers, self._batches, self._loss, self._seed = model, layers, batches, loss, seed
+        self._model, self._layers, self._batches, self._seed = model, layers, batches, seed
+        self._loss = self._record_loss if per_record else loss
+
+    def _record_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        device = next(p for p in self._model.parameters() if not p.is_meta).device
+        losses_B = default_loss(self._model, to_device(batch, device))
+        return losses_B.sum(), losses_B.shape[0]
 
     def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
@@ -127,6 +148,9 @@ class PlainSums:
 
     def applied(self, round: int) -> None:
         """Nothing is kept."""
+
+    def check_not_behind(self, received: int) -> None:
+        """There is no ledger."""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -222,6 +246,7 @@ class ExpertsWay:
         attempt = 0 if self._contribution.repeatable else min(told.attempt, _ATTEMPTS - 2)
         serial = self._serial = told.round * _ATTEMPTS + attempt
         versions = self._refresh(serial, told)
+        self._contribution.check_not_behind(self._mirror.received // _ATTEMPTS)
         pins = {
             "weights": model_version(versions),
             "agreement": self._federation.content_hash(),
@@ -302,8 +327,24 @@ class ExpertsWay:
             else:
                 stacked = sums.experts[part.layer]
                 tensors = {name: stacked[name][list(part.experts)] for name, _ in part.shapes}
-            blobs[part.number] = part.encode(tensors, self._push_dtype)
+            blobs[part.number] = self._rounded(part, tensors, sums.digest)
         return blobs
+
+    def _rounded(self, part: Part, tensors: Mapping[str, Tensor], digest: str) -> Tensor:
+        """The part's bytes; in bfloat16 by coins that follow from the release, so that resending repeats them."""
+        if self._push_dtype == torch.float32:
+            return part.encode(tensors, torch.float32)
+        coins = torch.Generator().manual_seed(int(digest[:15] or "0", 16) + part.number)
+        return part.encode(
+            {name: stochastic_bfloat16(tensors[name], coins) for name, _ in part.shapes}, torch.bfloat16
+        )
+
+
+def stochastic_bfloat16(values: Tensor, coins: torch.Generator) -> Tensor:
+    """Round float32 to bfloat16 up or down with the odds that keep the mean; post-processing of what was noised."""
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, values.shape, generator=coins, dtype=torch.int32)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def model_parts(federation: FederationConfig, model: nn.Module, placement: Placement) -> tuple[Part, ...]:

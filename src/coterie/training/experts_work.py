@@ -9,14 +9,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from coterie.config import PrivacyRules
 from coterie.federation.participant import Alive
 from coterie.federation.round_state import State
 from coterie.federation.transport import Lane, Message
 from coterie.training.experts_way import Contribution, ExpertsWay, PlainSums
 from coterie.training.party_parts import Weights
 from coterie.training.party_work import PartyWork
+from coterie.training.private_sums import PrivateSums
 
 _TRUNK = "trunk:"
+_RECEIVED = "received:"
 
 
 class ExpertsWork(PartyWork):
@@ -48,19 +51,30 @@ class ExpertsWork(PartyWork):
         )
 
     def _contribution(self) -> Contribution:
-        return PlainSums(self.parts.model, self._layers, self._batches, self._loss, self._spec.seed)
+        parts = self.parts
+        if parts.privacy is not None:
+            return PrivateSums(parts.model, self._layers, parts.train, parts.privacy, lambda: self._ledger_run())
+        per_record = isinstance(parts.federation.privacy, PrivacyRules)
+        return PlainSums(parts.model, self._layers, self._batches, self._loss, self._spec.seed, per_record=per_record)
+
+    def _ledger_run(self) -> str:
+        """One name for this party's run in its ledger, the same after a restart."""
+        return f"{self._store.run or 'unnamed'}-{self.parts.party}"
 
     def _hosted_state(self) -> dict[str, Tensor]:
         assert self.way is not None
         home = {f"{_TRUNK}{name}": value for name, value in self.way.pool.home.state_dict().items()}
-        return self.way.pool.shard.state_dict() | home
+        received = {f"{_RECEIVED}{party}": torch.tensor(n) for party, n in self.way.pool.received.items()}
+        return self.way.pool.shard.state_dict() | home | received
 
     def _load_hosted(self, state: dict[str, Tensor]) -> None:
         assert self.way is not None
         self.way.forget()
         home = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
         self.way.pool.home.load_state_dict(home)
-        self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(_TRUNK)})
+        found = {name.removeprefix(_RECEIVED): int(v) for name, v in state.items() if name.startswith(_RECEIVED)}
+        self.way.pool.received = {party: max(n, self.way.pool.received.get(party, 0)) for party, n in found.items()}
+        self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith((_TRUNK, _RECEIVED))})
 
     def compute(self, told: State, alive: Alive) -> None:
         assert self.way is not None
@@ -79,7 +93,9 @@ class ExpertsWork(PartyWork):
         assert self.way is not None
         sums = self.way.step(rate)
         if not self._shared and sums.experts is not None and sums.weight > 0:
-            named: dict[Tensor, Tensor] = {param: sums.trunk[name] for name, param in self._parameters.items() if name in sums.trunk}
+            named: dict[Tensor, Tensor] = {
+                param: sums.trunk[name] for name, param in self._parameters.items() if name in sums.trunk
+            }
             self._step_trunk(named, sums.weight, rate)
         return {**sums.figures, "seconds": self._seconds}
 

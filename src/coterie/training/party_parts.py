@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from coterie.config import FederationConfig
+from coterie.config import FederationConfig, PrivacySpec
+from coterie.dp.provenance import Artefact
 from coterie.models.placement import Placement
 from coterie.training.packing import Sequences
 
@@ -21,6 +22,31 @@ class Weights:
 
     trunk: Mapping[str, Tensor]
     experts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PrivacyParts:
+    """What a party trains under.
+
+    Attributes:
+        spec: shared rules with the party's own choices.
+        rounds: of the federation; the party plans one release for each.
+        seed: for tests; None in private runs.
+        artefacts: what weights and tokenizer were made from.
+        digest: names the party's dataset in its ledger; None: the prepared records' content.
+        push_after_s: constant-work mode: the sum leaves this long after the round began, not earlier.
+        sequence_length: rows are padded to it in constant-work mode.
+        sigma: noise multiplier in place of the calibrated one; for seeded tests.
+    """
+
+    spec: PrivacySpec
+    rounds: int
+    seed: int | None = None
+    artefacts: tuple[Artefact, ...] = ()
+    digest: str | None = None
+    push_after_s: float | None = None
+    sequence_length: int | None = None
+    sigma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +63,7 @@ class PartyParts:
         run_dir: exists.
         device: where the trunk and the hosted experts compute.
         cache: where fetched layers lie in the `experts` exchange.
+        privacy: what this party trains under; None without privacy.
     """
 
     party: str
@@ -49,6 +76,7 @@ class PartyParts:
     run_dir: Path
     device: torch.device
     cache: Literal["memory", "disk"] = "memory"
+    privacy: PrivacyParts | None = None
 
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,185 @@
+"""A party's private sums in the `experts` exchange: what leaves it was clipped, noised, spooled and counted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.budget import Budget
+from coterie.dp.clipping import policy
+from coterie.dp.contributor import Contributor, Plan
+from coterie.dp.engine import Engine
+from coterie.dp.spool import Release
+from coterie.errors import ConfigError
+from coterie.models.seam import ExpertLayer
+from coterie.models.streaming import LayerStreamer
+from coterie.models.weight_cache import digest_layer
+from coterie.training.experts_way import Sums
+from coterie.training.packing import Batch, Sequences
+from coterie.training.party_parts import PrivacyParts
+from coterie.training.party_work import superseded
+
+
+class PrivateSums:
+    """Sums under a privacy budget; see `coterie.training.experts_way.Contribution`.
+
+    Args:
+        model: partial model, trunk on its device.
+        layers: its MoE layers.
+        records: the party's sequences; each is a record.
+        parts: see `PrivacyParts`.
+        run: name of this party's run in its ledger, known once it has joined.
+
+    Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
+    one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
+
+    Raises:
+        ConfigError: settings that a federation cannot keep.
+    """
+
+    repeatable = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertLayer],
+        records: Sequences,
+        parts: PrivacyParts,
+        run: Callable[[], str],
+    ) -> None:
+        if parts.spec.balance in ("private_load", "bias"):
+            raise ConfigError(
+                f"`privacy.balance: {parts.spec.balance}` is not available in a federation.",
+                code="config-balance",
+                why="the released loads of one party would have to be sent to, and smoothed by, all others",
+                fix="use `balance: off`, or `per_sequence`, which costs no privacy",
+            )
+        self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
+        self._names = {
+            f"{layer.name}.{name}": (layer.index, name) for layer in layers for name in layer.layout.parameter_names
+        }
+        self.contributor: Contributor | None = None
+        self._engine: Engine | None = None
+        self._alive: Callable[[], bool] = lambda: True
+
+    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+        began = time.monotonic()
+        self._alive = alive
+        contributor = self._open(streamer)
+        trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
+        made = contributor.release(round, {**pins, "trunk": digest_layer(trunk)})
+        self._constant_work(began)
+        spent = contributor.spent()
+        if made is None:
+            return Sums(None, {}, 0.0, {"epsilon": spent.epsilon})
+        noised, release = made
+        experts: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in self._layers}
+        for full, (layer, name) in self._names.items():
+            experts[layer][name] = noised[full]
+        rest = {name: value for name, value in noised.items() if name not in self._names}
+        return Sums(experts, rest, float(contributor.expected_lot), self._figures(round, release), release.digest)
+
+    def applied(self, round: int) -> None:
+        """A checkpoint that everybody holds includes this round: its spooled result may go."""
+        if self.contributor is not None:
+            self.contributor.forget(round)
+
+    def check_not_behind(self, received: int) -> None:
+        """Hosts received this many rounds of ours; a ledger that knows fewer was put back and stops the run."""
+        if self.contributor is not None:
+            self.contributor.check_not_behind(received)
+
+    def close(self) -> None:
+        if self.contributor is not None:
+            self.contributor.close()
+            self.contributor = None
+
+    def open(self, streamer: LayerStreamer) -> None:
+        """Open the ledger: refusals come before the first round."""
+        self._open(streamer)
+
+    def _open(self, streamer: LayerStreamer) -> Contributor:
+        if self.contributor is None:
+            spec, parts = self._parts.spec, self._parts
+            self._engine = self._make_engine(streamer)
+            plan = Plan(
+                budget=Budget(spec.epsilon, spec.delta),
+                rounds=parts.rounds,
+                lot_size=spec.lot_size or 1,
+                clip_norm=spec.clip_norm,
+                physical_batch=spec.physical_batch,
+                sampler=spec.sampler,
+                max_lot=spec.max_lot,
+                records_per_user=spec.records_per_user,
+                seed=parts.seed,
+                sigma=parts.sigma,
+            )
+            self.contributor = Contributor(
+                self._model, self._records, self._collate, self._engine, plan, ledger=spec.ledger, run=self._run(),
+                digest=parts.digest, users=self._records.users, artefacts=parts.artefacts,
+            )  # fmt: skip
+        return self.contributor
+
+    def _make_engine(self, streamer: LayerStreamer) -> Engine:
+        shapes = {
+            f"{layer.name}.{name}": param.shape
+            for layer in self._layers
+            for name, param in layer.parameters().items()
+        }
+        clipping = policy(self._parts.spec.clipping, self._parts.spec.clip_norm)
+        cpu = torch.device("cpu")
+        loss = None
+        if self._parts.spec.balance == "per_sequence":
+            from coterie.dp.balance import Balance, Balancer
+            from coterie.dp.losses import default_loss
+
+            balance = Balance("per_sequence", self._parts.spec.balance_coefficient)
+            loss = Balancer(balance, self._model, default_loss)
+        return Engine(self._model, loss, clipping, self._parts.spec.method, streamer, shapes, cpu)
+
+    def _collate(self, items: list[Any]) -> Batch:
+        if not self._alive():
+            raise superseded()
+        batch = self._records.collate(items)
+        length = self._parts.sequence_length
+        if self._parts.push_after_s is None or length is None:
+            return batch
+        fill = {"input_ids": self._records.pad_id, "attention_mask": 0, "labels": -100}
+        return {
+            name: nn.functional.pad(value, (0, length - value.shape[1]), value=fill[name])
+            for name, value in batch.items()
+        }
+
+    def _constant_work(self, began: float) -> None:
+        """Make up for a small lot with batches that add nothing, and wait for the fixed moment."""
+        after, contributor = self._parts.push_after_s, self.contributor
+        if after is None or contributor is None or self._engine is None:
+            return
+        physical = self._parts.spec.physical_batch
+        drawn = contributor.last.lot_size if contributor.last is not None else 0
+        limit = contributor.largest_lot or drawn
+        missing = math.ceil(limit / physical) - math.ceil(drawn / physical)
+        for _ in range(missing):
+            filler = self._collate([self._records[row % len(self._records)] for row in range(physical)])
+            self._engine.norms(filler)
+        while time.monotonic() - began < after:
+            if not self._alive():
+                raise superseded()
+            time.sleep(min(0.05, max(0.0, after - (time.monotonic() - began))))
+
+    def _figures(self, round: int, release: Release) -> dict[str, float]:
+        assert self.contributor is not None
+        figures: dict[str, float] = {"epsilon": self.contributor.spent().epsilon}
+        last = self.contributor.last
+        if last is not None and last.round == round:
+            figures |= {
+                "loss_not_private": last.loss,
+                "lot_size_not_private": last.lot_size,
+                "clipped_not_private": last.clipped,
+            }
+        return figures
