@@ -371,6 +371,23 @@ def test_users_are_the_unit_and_clipped_once_across_physical_batches(start: Call
     assert all(torch.allclose(results[0][n], results[1][n], atol=1e-5) for n in results[0])
 
 
+def test_resume_of_a_user_level_run_needs_the_users_again(
+    start: Callable[..., PrivateSession], tmp_path: Path
+) -> None:
+    users = [f"u{i % 9}" for i in range(40)]
+    session = start(users=users, lot_size=3)
+    session.step(session.next_lot())
+    session.save(tmp_path / "saved")
+    session.close()
+    model = Tiny()
+    arguments = (tmp_path / "saved", model, torch.optim.AdamW(model.parameters()), records(), collate, loss_fn)
+    with pytest.raises(PrivacyError, match="nobody says which record is whose"):
+        PrivateSession.resume(*arguments)
+    with pytest.raises(DataError, match="2 users are named for 40 records"):
+        PrivateSession.resume(*arguments, users=users[:2])
+    assert PrivateSession.resume(*arguments, users=users).plan.units == 9
+
+
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "per_group", "automatic"])
 def test_every_clipping_policy_trains_within_the_budget(start: Callable[..., PrivateSession], clipping: str) -> None:
     session = start(clipping=clipping, adaptive_quantile=0.3 if clipping == "per_layer" else None, rounds=2)

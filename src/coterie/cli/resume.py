@@ -12,16 +12,33 @@ def command(
     run_dir: Annotated[Path, typer.Argument(help="The run_dir of the run that was stopped.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Go on with a run of `coterie train` from its newest checkpoint.
+    """Go on with a run of `coterie train` or `coterie up` from its newest checkpoint.
 
-    The parameters come out as if it had never been stopped.
+    The parameters come out as if it had never been stopped. In a federation, start the coordinator again first; every
+    party resumes.
 
     Example:
         coterie resume runs/first
     """
+    if (run_dir / "party.yaml").is_file():
+        from coterie.cli.up import take_part
+        from coterie.training.party import settings_of_run
+
+        take_part(settings_of_run(run_dir), None, json_file)
+        return
+
     from coterie.cli.training_progress import report, watched
     from coterie.training.run import read_config, resume
 
-    with watched(read_config(run_dir).train.rounds) as (stop, watch):
+    config = read_config(run_dir)
+    if config.privacy is not None:
+        from coterie.cli.private_progress import report_private, watched_private
+        from coterie.training.private import resume_private
+
+        with watched_private(config) as (stop, watch_private):
+            private = resume_private(run_dir, stop=stop, watch=watch_private)
+        report_private(private, json_file)
+        return
+    with watched(config.train.rounds) as (stop, watch):
         result = resume(run_dir, stop=stop, watch=watch)
     report(result, json_file)

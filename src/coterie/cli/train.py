@@ -16,6 +16,9 @@ def command(
 ) -> None:
     """Train one party's model on its own text, without a federation.
 
+    With a `privacy:` block training is differentially private: epsilon is shown as it is spent, and a statement of
+    what is promised, and what is not, comes at the end.
+
     Ctrl-C finishes the round, writes a checkpoint and ends; `coterie resume` goes on from there.
 
     Example:
@@ -25,6 +28,15 @@ def command(
 
     config = load_yaml(settings, TrainConfig)
     say(f"training {config.model.family or config.model.path or config.model.hub} for {config.train.rounds} rounds")
+
+    if config.privacy is not None:
+        from coterie.cli.private_progress import report_private, watched_private
+        from coterie.training.private import run_private
+
+        with watched_private(config) as (stop, watch_private):
+            private = run_private(config, stop=stop, watch=watch_private)
+        report_private(private, json_file)
+        return
 
     from coterie.cli.training_progress import report, watched
     from coterie.training.run import start

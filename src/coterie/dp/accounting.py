@@ -8,8 +8,10 @@ upper bounds. dp-accounting has no Renyi bound for truncated Poisson sampling, s
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -95,9 +97,10 @@ def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant:
                 why="no Renyi bound for it is known to dp-accounting; the one for plain Poisson would be too small",
                 fix="use the PLD accountant",
             )
-        for mechanism, count in spent:
-            renyi.compose(mechanism.event(), count)
-        return float(renyi.get_epsilon(delta))
+        with _without_warnings():
+            for mechanism, count in spent:
+                renyi.compose(mechanism.event(), count)
+            return float(renyi.get_epsilon(delta))
     if any(mechanism.noise_multiplier <= 0 for mechanism, _ in spent):
         return math.inf
     rounds = sum(count for _, count in spent)
@@ -107,6 +110,18 @@ def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant:
     # Rounding in the discretised losses grows with the rounds and matters most for small epsilon. Every grid gives
     # an upper bound; this choice keeps it within about 0.1 % at a cost of at most a second or two.
     return _pld_epsilon(spent, delta, 1e-4 if rough < 1 or rounds > 5000 else 1e-3) if rough < 100 else rough
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """dp-accounting warns of each order whose series does not converge and leaves it out, which is sound."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @functools.lru_cache(maxsize=4096)

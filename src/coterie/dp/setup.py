@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from coterie.dp.provenance import Artefact, declared, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.session import Collate, PrivateSession, Settings, SumEngine
 from coterie.dp.spool import Spool
-from coterie.errors import BudgetError, PrivacyError
+from coterie.errors import BudgetError, DataError, PrivacyError
 from coterie.models import seam
 
 
@@ -43,12 +43,14 @@ def make_private(
     physical_batch: int = 16,
     *,
     rounds: int | None = None,
+    schedule: Callable[[int], float] | None = None,
     clipping: str | Clipping = "flat",
     method: Method = "auto",
     adaptive_quantile: float | None = None,
     sampler: str = "poisson",
     max_lot: int | None = None,
     user_column: str | None = None,
+    users: Sequence[Hashable] | None = None,
     records_per_user: int = 16,
     balance: Balance | None = None,
     provenance: Mapping[str, str] | Iterable[Artefact] | None = None,
@@ -74,12 +76,15 @@ def make_private(
         epochs: expected times each unit is used; with ``lot_size`` it fixes the number of rounds.
         physical_batch: records computed at once; never changes the result.
         rounds: number of rounds, instead of ``epochs``.
+        schedule: learning rate of a round, counted from 0; set before every optimizer step, also where a resumed run
+            repeats released rounds. Default: the optimizer's own rate.
         clipping: ``flat``, ``per_layer``, ``per_group``, ``automatic``, or a policy of `coterie.dp.clipping`.
         method: how the engine computes clipped sums; never changes the result.
         adaptive_quantile: adapt the clip norms so that this share of units stays unclipped (Andrew et al. 2021); what
             they adapt to is released inside the round's one Gaussian.
         sampler: ``poisson``, or ``truncated_poisson`` with lots of at most ``max_lot``.
         user_column: column that names a record's user; the unit is then the user.
+        users: the user of each record, instead of ``user_column``.
         records_per_user: most records of one user in a lot.
         balance: how experts are kept evenly used.
         provenance: what weights, tokenizer, ... were made from: ``public``, ``dp:LEDGER_ID`` or ``private`` by kind,
@@ -113,10 +118,7 @@ def make_private(
             why="noise is calibrated to it",
             fix="pass budget=Budget(epsilon=8.0, delta=1e-5), delta well below 1 / number of records",
         )
-    records = checked_length(dataset)
-    units = (
-        Units.of_users(users_of(dataset, user_column), records_per_user) if user_column else Units.of_records(records)
-    )
+    units = _units(dataset, user_column, users, records_per_user)
     plan = LotPlan.of(units.count, lot_size, sampler, max_lot)  # type: ignore[arg-type]
     planned = rounds if rounds is not None else round(epochs * units.count / lot_size)
     if planned < 1:
@@ -126,11 +128,13 @@ def make_private(
             why="the number of rounds is fixed in advance",
             fix="train for more epochs, or use smaller lots",
         )
-    unit = "user" if user_column else "record"
+    unit = "record" if units.starts is None else "user"
     budget.warn_for(units.count, unit)
     artefacts = declared(provenance)
     uncovered = not_covered(artefacts)
     balance = balance or Balance()
+    if seed is not None and method == "auto":
+        method = "book_keeping"  # the automatic choice depends on free memory; the last bits would not repeat
     built, balancer = _engine(model, loss_fn, clipping, clip_norm, method, balance, engine)
     _check_optimizer(model, optimizer)
     collate = collate_fn or _default_collate
@@ -154,7 +158,7 @@ def make_private(
     }
     return PrivateSession(
         model, optimizer, dataset, collate, built, balancer, plan, units, settings, random_source(seed), books,
-        Spool(books.folder / "spool" / run), run, uncovered, options,
+        Spool(books.folder / "spool" / run), run, uncovered, options, schedule,
     )  # fmt: skip
 
 
@@ -168,6 +172,8 @@ def resume_session(
     *,
     ledger: str | Path | None = None,
     digest: str | None = None,
+    schedule: Callable[[int], float] | None = None,
+    users: Sequence[Hashable] | None = None,
     clipping: str | Clipping | None = None,
     method: Method | None = None,
     engine: SumEngine | None = None,
@@ -176,9 +182,14 @@ def resume_session(
     facts = checkpoint.read_facts(path)
     saved, options = facts["settings"], facts["options"]
     settings = Settings(**{**saved, "budget": Budget(**saved["budget"])})
-    column = settings.user_column
-    records = checked_length(dataset)
-    units = Units.of_users(users_of(dataset, column), int(facts["user_cap"])) if column else Units.of_records(records)
+    units = _units(dataset, settings.user_column, users, facts["user_cap"])
+    if units.cap != facts["user_cap"]:
+        raise PrivacyError(
+            "the session protects users, and nobody says which record is whose.",
+            code="dp-resume-users",
+            why="every record would become a unit of its own",
+            fix="pass the same users: PrivateSession.resume(..., users=...)",
+        )
     chosen = clipping or options["clipping"]
     if chosen is None:
         raise PrivacyError(
@@ -194,7 +205,7 @@ def resume_session(
     session = PrivateSession(
         model, optimizer, dataset, collate_fn or _default_collate, built, balancer, LotPlan(**facts["plan"]), units,
         settings, random_source(settings.seed), books, Spool(books.folder / "spool" / facts["run"]), facts["run"],
-        facts["not_covered"], options,
+        facts["not_covered"], options, schedule,
     )  # fmt: skip
     try:
         session.restore(path)
@@ -202,6 +213,22 @@ def resume_session(
         session.releases.spool.close()
         raise
     return session
+
+
+def _units(dataset: Any, column: str | None, users: Sequence[Hashable] | None, cap: int | None) -> Units:
+    records = checked_length(dataset)
+    if column is not None:
+        users = users_of(dataset, column)
+    if users is None or cap is None:
+        return Units.of_records(records)
+    if len(users) != records:
+        raise DataError(
+            f"{len(users)} users are named for {records} records.",
+            code="dp-no-user",
+            why="every record must belong to one privacy unit",
+            fix="give one user for each record",
+        )
+    return Units.of_users(users, cap)
 
 
 def _engine(

@@ -1,0 +1,231 @@
+"""`coterie train` with a `privacy:` block: one party trains with differential privacy.
+
+The run folder is that of `coterie.training.run`, plus ``private/`` (the session's newest checkpoint, nothing secret)
+and, after the last round, ``statement.txt``. The ledger lives elsewhere. What ``metrics.jsonl`` says of losses and
+lots is for the owner's eyes: those figures are not private, and their names say so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie import __version__
+from coterie.config import PrivacySpec, TrainConfig, dump_yaml
+from coterie.dp.balance import Balance
+from coterie.dp.budget import Budget, Spent
+from coterie.dp.dataset import dataset_digest
+from coterie.dp.provenance import Artefact
+from coterie.dp.session import PrivateSession, RoundFigures
+from coterie.dp.setup import make_private, resume_session
+from coterie.errors import CheckpointError, ConfigError
+from coterie.training.checkpoint import CheckpointStore, model_tensors, write_json
+from coterie.training.data import Documents, read_documents
+from coterie.training.evaluate import Evaluation, evaluate
+from coterie.training.loop import StopFlag
+from coterie.training.memory import model_state_bytes, peak_rss_bytes
+from coterie.training.metrics import MetricsWriter
+from coterie.training.optim import AdamW, lr_at, make_optimizer
+from coterie.training.run import KEPT_CHECKPOINTS, Prepared, RunResult, read_config
+from coterie.training.setup import build_for
+from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
+
+PrivateWatch = Callable[[int, RoundFigures, Spent | None, Evaluation | None], None]
+"""Called after each round: finished rounds, owner-only figures, now and then what is spent, an evaluation if due."""
+
+_SPENT_SHOWN = 40
+"""How often, over a run, epsilon is computed for showing; each time costs a tenth of a second."""
+
+
+@dataclass(frozen=True)
+class PrivateRunResult(RunResult):
+    """How a private run ended. ``loss`` and ``perplexity`` are of the held-out text.
+
+    Attributes:
+        privacy: the statement as JSON; ``epsilon`` and ``delta`` of this run at its top.
+        statement: the statement as text.
+    """
+
+    privacy: dict[str, Any]
+    statement: str
+
+
+def run_private(
+    config: TrainConfig, *, stop: StopFlag | None = None, watch: PrivateWatch | None = None
+) -> PrivateRunResult:
+    """Train from the beginning in a fresh run folder, within the budget of ``config.privacy``.
+
+    Raises:
+        ConfigError: the folder holds a run already, or there is no privacy block.
+        PrivacyError: anything that would make the statement untrue; nothing is trained then.
+        DataError: the text cannot be used.
+    """
+    privacy = _privacy(config)
+    if (config.run_dir / "run.json").exists():
+        raise ConfigError(
+            f"{config.run_dir} already holds a run.",
+            code="run-dir-taken",
+            why="two runs in one folder would mix their checkpoints and figures",
+            fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
+        )
+    prepared, documents = _prepare(config, None)
+    optimizer = make_optimizer(prepared.model.parameters(), config.optim)
+    session = make_private(
+        prepared.model, optimizer, prepared.train, prepared.train.collate,
+        budget=Budget(privacy.epsilon, privacy.delta), clip_norm=privacy.clip_norm,
+        lot_size=privacy.lot_size or config.train.batch_size, rounds=config.train.rounds,
+        physical_batch=privacy.physical_batch, schedule=_schedule(config), clipping=privacy.clipping,
+        method=privacy.method, sampler=privacy.sampler, max_lot=privacy.max_lot, users=prepared.train.users,
+        records_per_user=privacy.records_per_user, balance=_balance(privacy), provenance=_provenance(config),
+        ledger=privacy.ledger, digest=dataset_digest(documents.texts),
+        seed=config.train.seed if privacy.seeded else None,
+    )  # fmt: skip
+    with session:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        dump_yaml(config.run_dir / "config.yaml", config)
+        prepared.tokenizer.save_pretrained(str(config.run_dir / "tokenizer"))
+        _save(prepared, session)
+        marker = {"run": prepared.run_id, "privacy_run": session.run, "coterie": __version__}
+        write_json(config.run_dir / "run.json", marker)
+        return _train(prepared, optimizer, session, stop or StopFlag(), watch)
+
+
+def resume_private(
+    run_dir: Path, *, stop: StopFlag | None = None, watch: PrivateWatch | None = None
+) -> PrivateRunResult:
+    """Go on with a private run. Rounds released since its checkpoint are repeated from the spool, not redrawn.
+
+    Raises:
+        CheckpointError: no private run is here, or settings or text changed since it started.
+        LedgerError: the ledger is damaged or behind.
+    """
+    config = read_config(run_dir)
+    privacy = _privacy(config)
+    prepared, documents = _prepare(config, run_dir / "tokenizer")
+    if json.loads((run_dir / "run.json").read_text("utf-8")).get("run") != prepared.run_id:
+        raise CheckpointError(
+            f"The settings of {run_dir} changed since the run was started.",
+            code="run-changed",
+            why="noise, sampling rate and number of rounds are fixed in advance",
+            fix="put them back, or start a new run in another run_dir",
+        )
+    optimizer = make_optimizer(prepared.model.parameters(), config.optim)
+    session = resume_session(
+        run_dir / "private", prepared.model, optimizer, prepared.train, prepared.train.collate,
+        schedule=_schedule(config), users=prepared.train.users, ledger=privacy.ledger,
+        digest=dataset_digest(documents.texts),
+    )  # fmt: skip
+    with session:
+        return _train(prepared, optimizer, session, stop or StopFlag(), watch)
+
+
+def _privacy(config: TrainConfig) -> PrivacySpec:
+    if config.privacy is None:
+        raise ConfigError("The settings have no `privacy` block.", code="train-no-privacy", fix="add one")
+    return config.privacy
+
+
+def _prepare(config: TrainConfig, tokenizer_dir: Path | None) -> tuple[Prepared, Documents]:
+    """Text, tokenizer and model of a private run; records are sequences that hold text of one document only."""
+    data, privacy = config.data, _privacy(config)
+    train = read_documents(data.train, data, user_column=privacy.user_column)
+    test = read_documents(data.test, data) if data.test else None
+    tokenizer = (
+        load_tokenizer_from(tokenizer_dir) if tokenizer_dir else get_tokenizer(data.tokenizer, config.model, data)
+    )
+    model = build_for(config, tokenizer)
+    held_out = tokenize(test, data, tokenizer) if test else None
+    return Prepared(config, tokenizer, model, tokenize(train, data, tokenizer), held_out), train
+
+
+def _balance(privacy: PrivacySpec) -> Balance:
+    return Balance(privacy.balance, privacy.balance_coefficient, privacy.load_share, privacy.load_smoothing)
+
+
+def _provenance(config: TrainConfig) -> list[Artefact]:
+    """Random weights, hub models and vocabularies made from public files are public; the rest declares itself."""
+    weights = config.model.provenance or ("public" if config.model.path is None else None)
+    tokenizer = config.data.tokenizer
+    own = tokenizer.provenance if tokenizer.path is not None else "public" if tokenizer.train is not None else weights
+    return [Artefact.parse("weights", weights), Artefact.parse("tokenizer", own)]
+
+
+def _schedule(config: TrainConfig) -> Callable[[int], float]:
+    return lambda round_index: lr_at(round_index, config.optim, config.train.rounds)
+
+
+def _train(
+    prepared: Prepared, optimizer: AdamW, session: PrivateSession, stop: StopFlag, watch: PrivateWatch | None
+) -> PrivateRunResult:
+    config, spec = prepared.config, prepared.config.train
+    evaluation: Evaluation | None = None
+    every = max(1, spec.rounds // _SPENT_SHOWN)
+    with MetricsWriter(config.run_dir, first_round=session.round) as metrics:
+        for lot in session:
+            session.step(lot)
+            done = session.round
+            last = done == spec.rounds or session.releases.remaining == 0
+            figures = session.last
+            assert figures is not None
+            metrics.log(done - 1, loss_not_private=figures.loss, lot_size_not_private=figures.lot_size)
+            spent = session.spent() if last or _due(done, every) else None
+            if spent is not None:
+                metrics.log(done - 1, epsilon=spent.epsilon)
+            evaluation = None
+            if prepared.test is not None and (last or _due(done, spec.eval_every)):
+                evaluation = evaluate(prepared.model, prepared.test, micro_batch=spec.micro_batch)
+                metrics.log(done - 1, test_loss=evaluation.loss)
+            if watch is not None:
+                watch(done, figures, spent, evaluation)
+            if last or stop.asked or _due(done, spec.checkpoint_every):
+                _save(prepared, session)
+            if stop.asked:
+                break
+    return _finish(prepared, optimizer, session, evaluation)
+
+
+def _finish(
+    prepared: Prepared, optimizer: AdamW, session: PrivateSession, evaluation: Evaluation | None
+) -> PrivateRunResult:
+    config, model = prepared.config, prepared.model
+    finished = session.round == config.train.rounds or session.releases.remaining == 0
+    if finished and prepared.test is not None and evaluation is None:
+        evaluation = evaluate(model, prepared.test, micro_batch=config.train.micro_batch)
+    statement = session.statement()
+    spent = statement.to_json()["spent"]
+    outcome = PrivateRunResult(
+        run_dir=str(config.run_dir),
+        rounds=session.round,
+        finished=finished,
+        loss=evaluation.loss if evaluation and finished else None,
+        perplexity=evaluation.perplexity if evaluation and finished else None,
+        tokens=evaluation.tokens if evaluation and finished else None,
+        model_state_bytes=model_state_bytes(model, optimizer),
+        peak_rss_bytes=peak_rss_bytes(),
+        privacy={**spent, **statement.to_json()},
+        statement=str(statement),
+    )
+    if finished:
+        if evaluation is not None:
+            evaluation.save(config.run_dir / "evaluation.safetensors")
+        model.save_pretrained(str(config.run_dir / "model"))
+        prepared.tokenizer.save_pretrained(str(config.run_dir / "model"))
+        write_json(config.run_dir / "result.json", outcome.as_json())
+        (config.run_dir / "statement.txt").write_text(outcome.statement + "\n", encoding="utf-8")
+    return outcome
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _save(prepared: Prepared, session: PrivateSession) -> None:
+    """The session's checkpoint, and the weights where `coterie eval` and `coterie generate` look for them."""
+    session.save(prepared.config.run_dir / "private")
+    if session.round:
+        store = CheckpointStore(prepared.config.run_dir / "checkpoints", prepared.run_id)
+        store.write(session.round, {"weights": model_tensors(prepared.model)}, {})
+        store.keep_last(KEPT_CHECKPOINTS)

@@ -1,0 +1,160 @@
+"""`coterie train` with a privacy block: within the budget, resumable, and honest at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from coterie.cli.app import main
+from coterie.config import TrainConfig, dump_yaml
+from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError
+from coterie.training.loop import StopFlag
+from coterie.training.metrics import read_metrics
+from coterie.training.private import resume_private, run_private
+from coterie.training.run import evaluate_run, load_trained
+
+NOTES = ["a cough and a fever", "a swollen knee", "no pain in the chest", "the cough is gone", "the fever too"]
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> MakeConfig:
+    rows = [{"text": f"{note} {i}", "patient": f"p{i % 6}"} for i, note in enumerate(NOTES * 6)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in NOTES))
+    (tmp_path / "public.txt").write_text("the a and is in on has no\n")
+
+    def make(name: str = "run", **changes: Any) -> TrainConfig:
+        privacy = {
+            "epsilon": 8.0, "delta": 1e-3, "lot_size": 10, "physical_batch": 4, "ledger": tmp_path / "ledger",
+        }  # fmt: skip
+        train = {"rounds": 4, "eval_every": 2, "checkpoint_every": 2}
+        values = {
+            "model": {"family": "olmoe", "config": SIZES},
+            "data": {
+                "train": [tmp_path / "train.jsonl"], "test": [tmp_path / "test.jsonl"], "sequence_length": 16,
+                "packing": "records", "tokenizer": {"train": {"files": [tmp_path / "public.txt"], "vocab_size": 265}},
+            },
+            "optim": {"lr": 5e-3, "warmup_rounds": 2},
+            "train": train | changes.pop("train", {}),
+            "privacy": privacy | changes.pop("privacy", {}),
+            "run_dir": tmp_path / name,
+        }  # fmt: skip
+        return TrainConfig.model_validate(values | changes)
+
+    return make
+
+
+def test_private_run_stays_in_budget_and_says_what_it_promises(make_config: MakeConfig, tmp_path: Path) -> None:
+    seen = []
+    result = run_private(make_config(), watch=lambda done, figures, spent, evaluation: seen.append((done, spent)))
+    assert [done for done, _ in seen] == [1, 2, 3, 4]
+    assert result.finished
+    assert 0 < result.privacy["epsilon"] <= 8
+    assert result.privacy["delta"] == 1e-3
+    for part in ("one record", "adding or removing one record", "lifetime", "poisson", "not covered"):
+        assert part in result.statement
+    assert "provenance was not declared" not in result.statement
+    assert (tmp_path / "run/statement.txt").read_text().strip() == result.statement
+    assert json.loads((tmp_path / "run/result.json").read_text())["privacy"]["noise_multiplier"] > 0
+    names = set().union(*read_metrics(tmp_path / "run"))
+    assert names == {"round", "loss_not_private", "lot_size_not_private", "epsilon", "test_loss"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert model.config.num_experts == 4
+    assert evaluate_run(load_trained(tmp_path / "run")).loss == pytest.approx(result.loss, rel=1e-4)
+
+
+def test_two_runs_on_the_same_text_add_up_however_it_is_cut(make_config: MakeConfig) -> None:
+    first = run_private(make_config("one"))
+    config = make_config("two")
+    data = config.data.model_copy(update={"sequence_length": 8})
+    second = run_private(config.model_copy(update={"data": data}))
+    assert second.privacy["ledger"] == first.privacy["ledger"]
+    assert second.privacy["lifetime"]["epsilon"] > second.privacy["epsilon"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_stopped_seeded_run_continues_as_if_it_had_not_stopped(
+    make_config: MakeConfig, tmp_path: Path, stop_after: int
+) -> None:
+    seeded = {"seeded": True}
+    run_private(make_config("whole", privacy=seeded | {"ledger": tmp_path / "a"}))
+    stop = StopFlag()
+    parts = make_config("parts", privacy=seeded | {"ledger": tmp_path / "b"})
+    half = run_private(parts, stop=stop, watch=lambda done, *_: stop.set() if done == stop_after else None)
+    assert (half.rounds, half.finished) == (stop_after, False)
+    result = resume_private(tmp_path / "parts")
+    assert result.finished
+    assert "NOT PRIVATE" in result.statement
+    whole, again = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_private_run_that_was_killed_goes_on_without_spending_twice(make_config: MakeConfig, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(done: int, *_: Any) -> None:
+        if done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_private(make_config(), watch=kill)
+    result = resume_private(tmp_path / "run")
+    assert (result.rounds, result.privacy["rounds"]) == (4, 4)
+
+
+def test_users_are_units_when_the_column_says_so(make_config: MakeConfig) -> None:
+    changes = {"unit": "user", "user_column": "patient", "records_per_user": 3, "lot_size": 2}
+    result = run_private(make_config(privacy=changes))
+    assert "one user; neighbouring datasets differ by adding or removing one user" in result.statement
+    assert result.privacy["units"] == 6
+
+
+@pytest.mark.parametrize("mode", ["per_sequence", "private_load"])
+def test_balance_modes_run_inside_the_budget(make_config: MakeConfig, mode: str) -> None:
+    assert run_private(make_config(privacy={"balance": mode})).privacy["epsilon"] <= 8
+
+
+def test_bad_private_runs_are_refused_before_anything_is_trained(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("clash")
+    model = config.model.model_copy(update={"provenance": "private"})
+    with pytest.raises(ProvenanceError, match="made from private records"):
+        run_private(config.model_copy(update={"model": model}))
+    with pytest.raises(CoterieError, match="a lot of 31 is larger than the data"):
+        run_private(make_config("clash", privacy={"lot_size": 31}))
+    with pytest.raises(DataError, match="has no column `doctor`"):
+        run_private(make_config("clash", privacy={"unit": "user", "user_column": "doctor"}))
+    assert not (tmp_path / "clash").exists()
+    run_private(make_config("taken"))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run_private(make_config("taken"))
+    settings = tmp_path / "taken/config.yaml"
+    settings.write_text(settings.read_text().replace("rounds: 4", "rounds: 9"))
+    with pytest.raises(CheckpointError, match="changed since the run was started"):
+        resume_private(tmp_path / "taken")
+
+
+def test_command_prints_epsilon_and_statement_and_writes_json(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump_yaml(tmp_path / "train.yaml", make_config())
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "train.yaml"), "--json", str(tmp_path / "figures.json")])
+    assert not ended.value.code
+    shown = capsys.readouterr()
+    assert "epsilon" in shown.err
+    assert "PRIVACY STATEMENT" in shown.out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["privacy"]["epsilon"] <= 8
