@@ -1,0 +1,173 @@
+"""coordinator, up, status, resume: what is said when something does not fit. One federation folder for all tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coterie.cli.app import main
+from coterie.federation.provision import free_endpoints
+from coterie.federation.run_folder import RunFolder
+
+PARTIES = ("alder", "birch")
+MODEL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4}
+MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "eos_token_id": 0}
+
+
+def run(*arguments: object) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A federation of two with everything in place."""
+    folder = tmp_path_factory.mktemp("grove")
+    endpoints = free_endpoints(3)
+    federation = {
+        "name": "grove",
+        "model": {"family": "olmoe", "config": MODEL},
+        "parties": {name: {"endpoint": endpoint} for name, endpoint in zip(PARTIES, endpoints, strict=False)},
+        "coordinator": {"endpoint": endpoints[2]},
+        "exchange": "tokens",
+        "train": {"rounds": 2, "batch_size": 2, "micro_batch": 2},
+        "deadline_s": 4.0,
+        "join_deadline_s": 1.0,
+    }
+    (folder / "federation.yaml").write_text(yaml.safe_dump(federation))
+    (folder / "public.txt").write_text("leaf and root, wind and rain\n" * 40)
+    (folder / "own.txt").write_text("the river and the stone\n" * 40)
+    for name in PARTIES:
+        tokenizer = {"train": {"files": ["public.txt"], "vocab_size": 290}}
+        party = {
+            "party": name,
+            "federation": "federation.yaml",
+            "kit": f"kits/{name}",
+            "data": {"train": "own.txt", "sequence_length": 16, "tokenizer": tokenizer},
+            "trunk": "split/trunk.safetensors",
+            "shard": f"split/experts-{name}.safetensors",
+            "run_dir": f"runs/{name}",
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(party))
+    assert run("provision", folder / "federation.yaml", "--out", folder / "kits") == 0
+    assert run("split", "--federation", folder / "federation.yaml", "--out", folder / "split") == 0
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(made, tmp_path / "grove"))
+
+
+def edit(path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+    return path
+
+
+def test_parties_that_never_arrive_are_named_with_the_deadline(folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert run("coordinator", folder / "federation.yaml") == 1
+    shown = capfd.readouterr()
+    assert "waiting for alder, birch, 1 s left" in shown.err
+    assert "Error round-party-missing" in shown.err
+    assert "alder and birch did not arrive within 1 s" in shown.err
+    assert run("status", folder / "runs" / "coordinator", "--json", folder / "status.json") == 0
+    shown = capfd.readouterr()
+    assert "grove, coordinator: not running" in shown.out
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["ending"], status["parties"], status["committed"]) == ("failed", list(PARTIES), 0)
+
+
+@pytest.mark.parametrize("who", ["coordinator", "up"])
+def test_federation_file_that_was_changed_after_signing_is_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str], who: str
+):
+    edit(folder / "federation.yaml", deadline_s=5.0)
+    target = "federation.yaml" if who == "coordinator" else "alder.yaml"
+    assert run(who, folder / target) == 1
+    shown = capfd.readouterr().err
+    assert "Error config-mismatch" in shown
+    assert "is not the one that was signed" in shown
+
+
+@pytest.mark.parametrize("who", ["coordinator", "up"])
+def test_roster_that_was_changed_after_signing_is_refused(folder: Path, capfd: pytest.CaptureFixture[str], who: str):
+    name = "coordinator" if who == "coordinator" else "alder"
+    path = folder / "kits" / name / "roster.json"
+    roster = json.loads(path.read_text())
+    roster["roster"]["membership_epoch"] = 2
+    path.write_text(json.dumps(roster))
+    assert run(who, folder / ("federation.yaml" if who == "coordinator" else "alder.yaml")) == 1
+    assert "Error roster-changed" in capfd.readouterr().err
+
+
+def test_taken_port_is_named(folder: Path, capfd: pytest.CaptureFixture[str]):
+    endpoint = yaml.safe_load((folder / "federation.yaml").read_text())["coordinator"]["endpoint"]
+    host, port = endpoint.split(":")
+    with closing(socket.create_server((host, int(port)))):
+        # The coordinator comes first in the roster, so everybody dials it and it has to listen.
+        assert run("coordinator", folder / "federation.yaml") == 1
+    shown = capfd.readouterr().err
+    assert endpoint in shown
+    assert "Traceback" not in shown
+
+
+def test_kit_of_another_member_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert run("coordinator", folder / "federation.yaml", "--kit", folder / "kits" / "alder") == 1
+    assert "Error identity-other-member" in capfd.readouterr().err
+    assert run("up", edit(folder / "alder.yaml", kit="kits/birch")) == 1
+    assert "Error identity-other-member" in capfd.readouterr().err
+
+
+def test_shard_of_another_party_is_refused_before_anything_is_sent(folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert run("up", edit(folder / "alder.yaml", shard="split/experts-birch.safetensors")) == 1
+    shown = capfd.readouterr().err
+    assert "Error placement-shard" in shown
+    assert "does not hold the experts of alder: it lacks layer 0 expert 0 and 1 more and holds layer 0" in shown
+    assert not (folder / "runs" / "alder" / "party.yaml").exists()
+
+
+def test_trunk_as_shard_and_missing_files_are_refused(folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert run("up", edit(folder / "alder.yaml", shard="split/trunk.safetensors")) == 1
+    assert "Error model-bad-shard" in capfd.readouterr().err
+    assert run("up", edit(folder / "alder.yaml", trunk="elsewhere.safetensors")) == 1
+    assert "Error model-no-file" in capfd.readouterr().err
+
+
+def test_coordinator_that_is_not_there_ends_the_party_with_its_deadline(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+):
+    assert run("up", folder / "alder.yaml") == 1
+    shown = capfd.readouterr().err
+    assert "coordinator" in shown
+    assert "Traceback" not in shown
+
+
+def test_party_outside_the_federation_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert run("up", edit(folder / "alder.yaml", party="dogwood")) == 1
+    shown = capfd.readouterr().err
+    assert "Error roster-unknown-member" in shown
+    assert "parties: alder, birch" in shown
+
+
+def test_resume_and_status_of_a_folder_without_a_run_say_so(folder: Path, capfd: pytest.CaptureFixture[str]):
+    assert run("status", folder / "alder.yaml") == 1
+    assert "Error status-none" in capfd.readouterr().err
+    assert run("resume", folder / "runs" / "alder") == 1
+    assert "Error run-dir-none" in capfd.readouterr().err
+
+
+def test_second_process_in_a_run_folder_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]):
+    first = RunFolder(folder / "runs" / "coordinator")
+    assert run("coordinator", folder / "federation.yaml") == 1
+    assert "Error run-busy" in capfd.readouterr().err
+    first.close()
