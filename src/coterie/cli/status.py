@@ -58,6 +58,7 @@ def show(status: Mapping[str, Any]) -> None:
         "going on without": ", ".join(status.get("absent", [])),
         "turned away": ", ".join(f"{name} ({code})" for name, code in status.get("refused", {}).items()),
         "last event": status.get("note"),
+        "revealed": _revealed(status.get("privacy")),
     }
     for name, value in lines.items():
         if value not in (None, ""):
@@ -70,6 +71,17 @@ def show(status: Mapping[str, Any]) -> None:
             for peer, counts in wire.items()
         ]
         table(("peer", "sent MiB", "received MiB", "tensors sent MiB", "tensors received MiB"), rows)
+
+
+def _revealed(privacy: Mapping[str, Any] | None) -> str:
+    """What the party has let others see so far."""
+    if privacy is None:
+        return ""
+    epsilon = "no bound" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.3f}"
+    return (
+        f"{privacy['revealed']} of {privacy['rounds']} rounds ({privacy['rounds_left']} left) to "
+        f"{', '.join(privacy['revealed_to'])}: {epsilon} at delta {privacy['delta']:.3g}"
+    )
 
 
 def _age(seconds: float) -> str:

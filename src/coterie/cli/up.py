@@ -82,4 +82,6 @@ def report(result: PartyResult, json_file: Path | None) -> None:
     )
     state, peak = result.model_state_bytes / mib, result.peak_rss_bytes / mib
     table(columns, [(result.rounds, result.loss, result.perplexity, state, peak, sent / mib, received / mib)])
+    if result.statement:
+        say(result.statement)
     say(f"the loss is this party's own and stays here; figures: {result.run_dir}/metrics.jsonl")

@@ -101,8 +101,8 @@ def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant:
             for mechanism, count in spent:
                 renyi.compose(mechanism.event(), count)
             return float(renyi.get_epsilon(delta))
-    if any(mechanism.noise_multiplier <= 0 for mechanism, _ in spent):
-        return math.inf
+    if any(mechanism.noise_multiplier < _SMALLEST_MULTIPLIER / 2 for mechanism, _ in spent):
+        return math.inf  # it would be tens of thousands, on a grid that no memory holds
     rounds = sum(count for _, count in spent)
     rough = _pld_epsilon(spent, delta, 1e-2)
     if not math.isfinite(rough):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coterie.config import PrivacyRules
+from coterie.dp.contributor import Contributor
 from coterie.federation.participant import Alive
 from coterie.federation.round_state import State
 from coterie.federation.transport import Lane, Message
@@ -36,6 +38,8 @@ class ExpertsWork(PartyWork):
         if self.way is not None:
             self.way.close()
         self._shared = parts.federation.trunk == "shared"
+        self._sums = self._contribution()
+        self._saved_round = 0
         self.way = ExpertsWay(
             parts.party,
             parts.federation,
@@ -45,7 +49,7 @@ class ExpertsWork(PartyWork):
             weights.experts,
             self._transport,
             self._make_optimizer,
-            self._contribution(),
+            self._sums,
             cache_dir=parts.run_dir / "cache" if parts.cache == "disk" else None,
             device=parts.device,
         )
@@ -75,6 +79,38 @@ class ExpertsWork(PartyWork):
         found = {name.removeprefix(_RECEIVED): int(v) for name, v in state.items() if name.startswith(_RECEIVED)}
         self.way.pool.received = {party: max(n, self.way.pool.received.get(party, 0)) for party, n in found.items()}
         self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith((_TRUNK, _RECEIVED))})
+
+    def privacy(self) -> dict[str, object] | None:
+        contributor = self._contributor()
+        if contributor is None:
+            return None
+        spent, others = (
+            contributor.spent(),
+            [name for name in self.parts.federation.parties if name != self.parts.party],
+        )
+        return {
+            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "delta": spent.delta,
+            "noise_multiplier": contributor.noise_multiplier,
+            "rounds": contributor.rounds_released(),
+            "rounds_left": contributor.rounds_left(),
+            "revealed": "noised sums of clipped gradients",
+            "revealed_to": others,
+        }
+
+    def statement(self) -> str:
+        contributor = self._contributor()
+        return "" if contributor is None else str(contributor.statement())
+
+    def _contributor(self) -> Contributor | None:
+        return self._sums.contributor if isinstance(self._sums, PrivateSums) else None
+
+    def save(self, told: State) -> str:
+        digest = super().save(told)
+        # The newest checkpoint may not be published yet; what the one before it includes is never needed again.
+        self._sums.applied(self._saved_round)
+        self._saved_round = told.round
+        return digest
 
     def compute(self, told: State, alive: Alive) -> None:
         assert self.way is not None

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from coterie.config import FederationConfig, ModelSpec, PartyConfig, dump_yaml, load_yaml
+from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacySpec, dump_yaml, load_yaml
+from coterie.config.federation import party_privacy
+from coterie.dp.dataset import dataset_digest
 from coterie.errors import CheckpointError, PlacementError, RosterError
 from coterie.federation.coordinator_process import identify, transport_settings
 from coterie.federation.grpc_transport import GrpcTransport
@@ -19,9 +21,10 @@ from coterie.models.placement import Placement
 from coterie.models.shards import load_tensors, parse_expert_key, stored_shapes
 from coterie.training.data import read_documents
 from coterie.training.loop import use_checkpointing
-from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
+from coterie.training.party_parts import PartyParts, PrivacyParts, Weights, trunk_tensors
 from coterie.training.party_run import PartyResult, PartyRun, Watch
 from coterie.training.party_store import PartyStore
+from coterie.training.provenance import artefacts
 from coterie.training.setup import check_fit, pick_device
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 
@@ -89,7 +92,11 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     data = config.data
     kept = config.run_dir / TOKENIZER_FOLDER  # of an earlier start of this run; it wins over the settings
     tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
-    train = tokenize(read_documents(data.train, data), data, tokenizer)
+    spec = party_privacy(federation, config)
+    documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
+    train = tokenize(documents, data, tokenizer)
+    if documents.users is not None:
+        train = train.with_users(documents.users)
     test = tokenize(read_documents(data.test, data), data, tokenizer) if data.test else None
     device = pick_device(config.device)
     model = build_partial(federation.model, config.trunk, device=device)
@@ -126,6 +133,20 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         test=test,
         run_dir=config.run_dir,
         device=device,
+        cache=config.cache,
+        privacy=_privacy_parts(config, federation, spec, dataset_digest(documents.texts)) if spec else None,
+    )
+
+
+def _privacy_parts(config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, digest: str) -> PrivacyParts:
+    return PrivacyParts(
+        spec,
+        federation.train.rounds,
+        seed=federation.train.seed if spec.seeded else None,
+        artefacts=artefacts(federation.model, config.data),
+        digest=digest,
+        push_after_s=federation.push_after_s,
+        sequence_length=config.data.sequence_length,
     )
 
 

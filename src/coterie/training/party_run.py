@@ -34,6 +34,8 @@ class PartyResult:
             the end. For this party's eyes.
         model_state_bytes: trunk, hosted experts, their gradients and optimiser states.
         peak_rss_bytes: largest resident size of the process.
+        privacy: what the party revealed, to whom, at what epsilon and delta; None without privacy.
+        statement: the privacy statement, for people; empty without privacy.
         wire: bytes per peer: ``sent``, ``received`` (payload), ``tensors_sent``, ``tensors_received``.
     """
 
@@ -47,6 +49,8 @@ class PartyResult:
     model_state_bytes: int
     peak_rss_bytes: int
     wire: Mapping[str, Mapping[str, int]]
+    privacy: Mapping[str, Any] | None = None
+    statement: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,6 +164,7 @@ class PartyRun:
             missing=list(directive.missing),
             checkpoint=directive.newest,
             wire=self.wire(),
+            privacy=self.work.privacy(),
             **status_of(directive.state),
         )
         self._watch.directive(directive)
@@ -177,4 +182,6 @@ class PartyRun:
             model_state_bytes=self.work.state_bytes(),
             peak_rss_bytes=peak_rss_bytes(),
             wire=self.wire(),
+            privacy=self.work.privacy(),
+            statement=self.work.statement(),
         )

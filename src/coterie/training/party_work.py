@@ -94,6 +94,14 @@ class PartyWork(ABC):
         path = self.parts.run_dir / _EVALUATION
         return Evaluation.load(path) if path.exists() else None
 
+    def privacy(self) -> dict[str, object] | None:
+        """What this party revealed, to whom, at what epsilon and delta; None where nothing bounds it."""
+        return None
+
+    def statement(self) -> str:
+        """What is promised about this party's records, for people; empty where there is no promise."""
+        return ""
+
     def state_bytes(self) -> int:
         """Trunk and hosted experts with their gradients and optimiser states."""
         trunk = model_state_bytes(self.parts.model, self._optimizer)

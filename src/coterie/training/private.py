@@ -18,7 +18,6 @@ from coterie.config import PrivacySpec, TrainConfig, dump_yaml
 from coterie.dp.balance import Balance
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
-from coterie.dp.provenance import Artefact
 from coterie.dp.session import PrivateSession, RoundFigures
 from coterie.dp.setup import make_private, resume_session
 from coterie.errors import CheckpointError, ConfigError
@@ -29,6 +28,7 @@ from coterie.training.loop import StopFlag
 from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import MetricsWriter
 from coterie.training.optim import AdamW, lr_at, make_optimizer
+from coterie.training.provenance import artefacts
 from coterie.training.run import KEPT_CHECKPOINTS, Prepared, RunResult, read_config
 from coterie.training.setup import build_for
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
@@ -79,9 +79,9 @@ def run_private(
         lot_size=privacy.lot_size or config.train.batch_size, rounds=config.train.rounds,
         physical_batch=privacy.physical_batch, schedule=_schedule(config), clipping=privacy.clipping,
         method=privacy.method, sampler=privacy.sampler, max_lot=privacy.max_lot, users=prepared.train.users,
-        records_per_user=privacy.records_per_user, balance=_balance(privacy), provenance=_provenance(config),
-        ledger=privacy.ledger, digest=dataset_digest(documents.texts),
-        seed=config.train.seed if privacy.seeded else None,
+        records_per_user=privacy.records_per_user, balance=_balance(privacy),
+        provenance=artefacts(config.model, config.data), ledger=privacy.ledger,
+        digest=dataset_digest(documents.texts), seed=config.train.seed if privacy.seeded else None,
     )  # fmt: skip
     with session:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -143,14 +143,6 @@ def _prepare(config: TrainConfig, tokenizer_dir: Path | None) -> tuple[Prepared,
 
 def _balance(privacy: PrivacySpec) -> Balance:
     return Balance(privacy.balance, privacy.balance_coefficient, privacy.load_share, privacy.load_smoothing)
-
-
-def _provenance(config: TrainConfig) -> list[Artefact]:
-    """Random weights, hub models and vocabularies made from public files are public; the rest declares itself."""
-    weights = config.model.provenance or ("public" if config.model.path is None else None)
-    tokenizer = config.data.tokenizer
-    own = tokenizer.provenance if tokenizer.path is not None else "public" if tokenizer.train is not None else weights
-    return [Artefact.parse("weights", weights), Artefact.parse("tokenizer", own)]
 
 
 def _schedule(config: TrainConfig) -> Callable[[int], float]:

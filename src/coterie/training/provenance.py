@@ -1,0 +1,21 @@
+"""Where a run's weights and vocabulary came from, as its settings say."""
+
+from __future__ import annotations
+
+from coterie.config import DataSpec, ModelSpec
+from coterie.dp.provenance import Artefact
+
+
+def artefacts(model: ModelSpec, data: DataSpec) -> tuple[Artefact, ...]:
+    """Starting artefacts of a private run.
+
+    Random weights, hub models and vocabularies made from public files are public; the rest declares itself, and what
+    does not is listed as not covered.
+
+    Raises:
+        ProvenanceError: something was made from private records.
+    """
+    weights = model.provenance or ("public" if model.path is None else None)
+    tokenizer = data.tokenizer
+    own = tokenizer.provenance if tokenizer.path is not None else "public" if tokenizer.train is not None else weights
+    return (Artefact.parse("weights", weights), Artefact.parse("tokenizer", own))
