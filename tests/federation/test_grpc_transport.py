@@ -396,6 +396,43 @@ def test_a_listener_hears_again_from_a_dialler_that_returns(kits: dict[str, Kit]
         birch.close()
 
 
+def test_a_dialler_that_returns_is_not_held_back_by_what_it_sent_before(kits: dict[str, Kit], start: Start) -> None:
+    gate = threading.Event()
+    handled: list[int] = []
+
+    def wait(peer: str, lane: Lane, message: Message) -> None:
+        gate.wait(20)
+        handled.append(message.round)
+
+    start(kits["alder"], handler=wait)
+    for attempt in range(3):
+        birch = start(kits["birch"])
+        birch.connect(10.0)
+        futures = [
+            birch.request_async("alder", Lane.FORWARD, Message("dispatch", 10 * attempt + number), 20.0)
+            for number in range(QUICK.window)
+        ]
+        if attempt < 2:
+            birch.close()
+    gate.set()
+    for future in futures:
+        future.result(10)
+    assert handled[-QUICK.window :] == [20, 21, 22, 23]
+    assert handled == sorted(handled)
+
+
+def test_a_peer_that_ignores_the_window_is_disconnected(kits: dict[str, Kit], start: Start) -> None:
+    gate = threading.Event()
+    start(kits["alder"], handler=lambda *_: gate.wait(20) and None)
+    birch = start(kits["birch"], settings=replace(QUICK, window=50))
+    birch.connect(10.0)
+    futures = [birch.request_async("alder", Lane.FORWARD, Message("dispatch"), 20.0) for _ in range(10)]
+    with pytest.raises(TransportError) as caught:
+        futures[-1].result(10)
+    assert caught.value.code == "connection-lost"
+    gate.set()
+
+
 def test_replies_already_given_still_leave_when_a_side_closes(kits: dict[str, Kit], start: Start) -> None:
     tensor = torch.ones(2_000_000)
     alder = start(kits["alder"], handler=lambda *_: Message("weights", tensors=(tensor,)))

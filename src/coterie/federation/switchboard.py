@@ -36,6 +36,7 @@ from coterie.federation.transport import (
 log = logging.getLogger(__name__)
 
 ALL_LANES = (Lane.CONTROL, Lane.FORWARD, Lane.BACKWARD)
+_WINDOWS_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Link(ABC):
 
     peer: str
     lane: Lane
+    waiting = 0  # requests that came over this connection and no worker has taken yet
 
     @abstractmethod
     def post(self, encoded: Encoded, until: float) -> None:
@@ -90,10 +92,28 @@ class _Line:
     def __init__(self, peer: str, lane: Lane, window: int) -> None:
         self.link: Link | None = None
         self.pending = PendingReplies(peer, lane, window)
-        self.inbox: queue.Queue[tuple[Link, Frame] | None] = queue.Queue(window + 1)
+        # What came over a connection that broke is still handled, so there is room for a few connections' windows.
+        self.inbox: queue.Queue[tuple[Link, Frame] | None] = queue.Queue(_WINDOWS_KEPT * window + 1)
         self.worker: threading.Thread | None = None
         self.counters = LaneCounters()
         self.lock = threading.Lock()
+
+    def take_in(self, link: Link, frame: Frame, window: int) -> bool:
+        """Queue a request for the worker; False if the peer has more open than it may."""
+        with self.lock:
+            if link.waiting >= window or self.inbox.qsize() >= _WINDOWS_KEPT * window:
+                return False
+            link.waiting += 1
+        self.inbox.put_nowait((link, frame))
+        return True
+
+    def next_request(self) -> tuple[Link, Frame] | None:
+        """The next one in order; None when the line closes."""
+        item = self.inbox.get()
+        if item is not None:
+            with self.lock:
+                item[0].waiting -= 1
+        return item
 
     def count_sent(self, encoded: Encoded, messages: int = 1) -> None:
         with self.lock:
@@ -306,13 +326,12 @@ class Switchboard(ABC):
         elif frame.type is FrameType.ERROR:
             line.pending.settle(frame.correlation, remote_error(link.peer, link.lane, frame.message))
         else:
-            if line.inbox.qsize() >= self._settings.window:
+            if not line.take_in(link, frame, self._settings.window):
                 raise FrameError(
                     f"{link.peer} has more than {self._settings.window} requests open on one lane.",
                     code="window-exceeded",
                     fix="use the same window on both sides",
                 )
-            line.inbox.put_nowait((link, frame))
             self._ensure_worker(line, link)
 
     def _heartbeat(self, lane: Lane) -> Encoded:
@@ -376,7 +395,7 @@ class Switchboard(ABC):
                     line.worker.start()
 
     def _work(self, line: _Line) -> None:
-        while (item := line.inbox.get()) is not None:
+        while (item := line.next_request()) is not None:
             link, frame = item
             if not self._stopped.is_set():
                 self._serve(line, link, frame)
@@ -428,7 +447,7 @@ class Switchboard(ABC):
             return
         try:
             line.inbox.put_nowait(None)
-        except queue.Full:  # cannot be: there is one more place than the window
+        except queue.Full:  # cannot be: one place more than requests may take
             log.error("the inbox of %s is full", where)
         if worker is not threading.current_thread():
             worker.join(self._settings.close_s)
