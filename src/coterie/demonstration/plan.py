@@ -87,6 +87,7 @@ class Plan:
         micro_batch: of the federation, two of them in flight.
         at_once: how many baseline runs go on together, one processor core each. (Two cores for one run of a model
             this small gain nothing: 0.11 s a round on one, 0.22 s of processor time on two.)
+        quick: too small to show anything but that it works.
     """
 
     parties: tuple[str, ...] = NAMES[:3]
@@ -106,6 +107,7 @@ class Plan:
     public_optim: OptimSpec = _PUBLIC_OPTIM
     size: Size = DEFAULT_SIZE
     at_once: int = 2
+    quick: bool = False
 
     def of_kind(self, *kinds: str) -> list[Arm]:
         """The chosen arms of some kinds, in the order of the table."""
@@ -147,6 +149,7 @@ def make_plan(
     if quick:
         plan = replace(
             plan,
+            quick=True,
             rounds=8,
             eval_every=4,
             public_rounds=24,

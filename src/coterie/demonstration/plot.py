@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from coterie.demonstration.plan import ARMS
-from coterie.demonstration.results import Results
+from coterie.demonstration.results import ALONE, Results
 
 COLOURS = {"public": "#9a9a9a", "isolated": "#d1495b", "tokens": "#2e6f95", "centralised": "#3c3c3c"}
 """Told apart also in grey and by people who do not see red and green alike; markers differ too."""
@@ -21,28 +21,59 @@ MARKERS = {"public": "s", "isolated": "o", "tokens": "D", "centralised": "^"}
 
 def save_plot(results: Results, path: Path) -> None:
     """Write the picture as PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.15, 1), layout="constrained")
-    _per_party(results, left)
-    _over_rounds(results, right)
-    handles, labels = left.get_legend_handles_labels()
+    compared = ALONE in results.arms and len(results.arms) > 1
+    ratios = (1.1, 1.1, 1) if compared else (1.1, 1)
+    figure, panels = plt.subplots(1, len(ratios), figsize=(4.6 * len(ratios), 4.4), width_ratios=ratios)
+    figure.set_layout_engine("constrained")
+    _losses(results, panels[0])
+    if compared:
+        _differences(results, panels[1])
+    _over_rounds(results, panels[-1])
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
-def _per_party(results: Results, axes: Axes) -> None:
-    width = 0.8 / len(results.arms)
-    for index, (arm, by_party) in enumerate(results.arms.items()):
-        at = [place + (index - (len(results.arms) - 1) / 2) * width for place in range(len(by_party))]
+def _losses(results: Results, axes: Axes) -> None:
+    for arm, by_party in results.arms.items():
         losses = [figures.loss for figures in by_party.values()]
-        bars = axes.bar(at, losses, width * 0.92, color=COLOURS[arm], label=ARMS[arm].title)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-    every = [figures.loss for by_party in results.arms.values() for figures in by_party.values()]
-    margin = max(0.05, 0.25 * (max(every) - min(every)))
-    axes.set_ylim(min(every) - margin, max(every) + margin / 2)
-    axes.set_xticks(range(len(results.parties)), [f"{p}\n{results.subjects[p]}" for p in results.parties], fontsize=8)
-    axes.set_ylabel("held-out loss, nats per token (axis does not start at 0)")
-    axes.set_title("after the last round, each party's own held-out text", fontsize=10)
+        at = _places(results, list(results.arms), arm)
+        axes.plot(at, losses, MARKERS[arm], color=COLOURS[arm], markersize=8, label=ARMS[arm].title)
+        for x, loss in zip(at, losses, strict=True):
+            axes.annotate(f"{loss:.2f}", (x, loss), (0, 7), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_ylabel("nats per token; lower is better")
+    _dress(results, axes, "held-out loss after the last round")
+
+
+def _differences(results: Results, axes: Axes) -> None:
+    """How far each trained arm is from the party alone, with the interval of that difference."""
+    arms = [arm for arm in results.arms if arm not in (ALONE, "public")]
+    for arm in arms:
+        found = [results.difference(arm, ALONE, party) for party in results.parties]
+        means = [difference.mean for difference in found if difference]
+        below = [difference.mean - difference.low for difference in found if difference]
+        above = [difference.high - difference.mean for difference in found if difference]
+        at = _places(results, arms, arm)
+        axes.errorbar(at, means, (below, above), fmt=MARKERS[arm], color=COLOURS[arm], capsize=4, markersize=7)
+    axes.axhline(0, color=COLOURS[ALONE], linewidth=1.5)
+    axes.set_ylabel("nats per token; below the line is better")
+    _dress(results, axes, "difference from training alone, 95 % interval")
+
+
+def _places(results: Results, arms: list[str], arm: str) -> list[float]:
+    """Beside each other within each party's column."""
+    shift = (arms.index(arm) - (len(arms) - 1) / 2) * 0.7 / len(arms)
+    return [column + shift for column in range(len(results.parties))]
+
+
+def _dress(results: Results, axes: Axes, title: str) -> None:
+    names = [f"{party}\n{results.subjects[party].replace(' and ', chr(10) + 'and ')}" for party in results.parties]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.margins(y=0.12)
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -56,7 +87,7 @@ def _over_rounds(results: Results, axes: Axes) -> None:
         rounds, losses = zip(*course, strict=True)
         axes.plot(rounds, losses, color=COLOURS[arm], marker=MARKERS[arm], markersize=4, label=ARMS[arm].title)
     axes.set_xlabel("round")
-    axes.set_ylabel("held-out loss over all parties' text")
-    axes.set_title("on the way there", fontsize=10)
+    axes.set_ylabel("nats per token; lower is better")
+    axes.set_title("on the way there, all parties together", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -39,11 +39,13 @@ def _text(plan: Plan, folder: Folder) -> str:
             "",
             *_commands(folder.split(arm).shown, folder.provision(arm).shown, folder.coordinator(arm).shown),
             *_commands(*(folder.up(arm, party).shown for party in plan.parties)),
-            f"To repeat it, remove {where}/coordinator and {where}/*/run and start the coordinator and all parties",
-            f"again; weights and kits stay. {first} alone can be stopped (Ctrl-C) and started again while the others",
-            f"wait for it. `coterie status {where}/{first}/party.yaml` tells where it is. The ports in",
-            f"{where}/federation.yaml were free when the demo ran; if one is taken now, change it there, remove",
-            f"{where}/kits and provision again, because the settings are part of what the parties signed.",
+            f"To repeat it, remove {where}/coordinator and {where}/*/run, then start the coordinator and all parties",
+            "again; weights and kits stay. Ctrl-C in any of them ends the run for all after the round, with a",
+            "checkpoint; started again, they go on from there. While they run, this tells how far they are:",
+            "",
+            *_commands(f"coterie status {where}/{first}/party.yaml"),
+            f"The ports in {where}/federation.yaml were free when the demo ran. If one is taken now, change it",
+            f"there, remove {where}/kits and provision again: the settings are part of what the parties signed.",
             "",
         ]
     return "\n".join(lines)

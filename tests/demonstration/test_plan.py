@@ -1,0 +1,167 @@
+"""Options become a plan, or one clear sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coterie.config import FederationConfig, PartyConfig, TrainConfig, load_yaml
+from coterie.demonstration.folder import (
+    LOCK,
+    MADE,
+    MARKER,
+    SHARD,
+    TRUNK,
+    Folder,
+    check_folder,
+    empty_folder,
+)
+from coterie.demonstration.plan import ARMS, NAMES, Plan, make_plan
+from coterie.demonstration.readme import save_readme
+from coterie.errors import ConfigError
+from coterie.models.shards import TRUNK_FILE, shard_file
+
+ENDPOINTS = [f"127.0.0.1:{port}" for port in range(5001, 5008)]
+
+
+def written(folder: Path, parties: int = 3) -> tuple[Folder, Plan]:
+    plan = make_plan(parties)
+    made = Folder(folder, plan)
+    made.public()
+    for party in plan.parties:
+        made.alone(ARMS["isolated"], party)
+    made.pooled(ARMS["centralised"])
+    made.federation(ARMS["tokens"], ENDPOINTS[: parties + 1])
+    return made, plan
+
+
+@pytest.mark.parametrize("parties", [0, 1, 7])
+def test_a_number_of_parties_without_text_is_refused(parties: int) -> None:
+    with pytest.raises(ConfigError, match="2 to 6") as caught:
+        make_plan(parties)
+    assert caught.value.code == "demo-parties"
+
+
+def test_no_rounds_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one"):
+        make_plan(3, 0)
+
+
+@pytest.mark.parametrize(("arms", "named"), [(["isolated", "tokns"], "tokns"), ([], "nothing")])
+def test_an_unknown_arm_is_named_with_the_known_ones(arms: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        make_plan(3, arms=arms)
+    assert "centralised" in str(caught.value.fix)
+
+
+def test_arms_keep_the_order_of_the_table() -> None:
+    assert make_plan(3, arms=["tokens", "public"]).arms == ("public", "tokens")
+
+
+def test_few_rounds_are_still_evaluated_on_the_way() -> None:
+    plan = make_plan(3, 2)
+    assert (plan.rounds, plan.eval_every) == (2, 1)
+
+
+@pytest.mark.parametrize("parties", [2, 6])
+def test_all_settings_files_can_be_loaded(tmp_path: Path, parties: int) -> None:
+    made, plan = written(tmp_path, parties)
+    federation = load_yaml(tmp_path / "tokens" / "federation.yaml", FederationConfig)
+    assert tuple(federation.parties) == plan.parties == NAMES[:parties]
+    for party in plan.parties:
+        own = load_yaml(tmp_path / "tokens" / party / "party.yaml", PartyConfig)
+        assert own.federation.resolve() == (tmp_path / "tokens" / "federation.yaml").resolve()
+        assert own.data.test[0].resolve() == made.test_file(party).resolve()
+        assert own.run_dir.resolve() == made.run_dir(ARMS["tokens"], party).resolve()
+        load_yaml(tmp_path / "isolated" / party / "train.yaml", TrainConfig)
+    assert load_yaml(tmp_path / "public" / "train.yaml", TrainConfig).run_dir.resolve() == made.run_dir(
+        ARMS["public"], ""
+    )
+
+
+def test_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -> None:
+    _, plan = written(tmp_path)
+    alone = load_yaml(tmp_path / "isolated" / "birch" / "train.yaml", TrainConfig)
+    pooled = load_yaml(tmp_path / "centralised" / "train.yaml", TrainConfig)
+    together = load_yaml(tmp_path / "tokens" / "federation.yaml", FederationConfig)
+    own = load_yaml(tmp_path / "tokens" / "birch" / "party.yaml", PartyConfig)
+    assert alone.optim == pooled.optim == together.optim
+    model = {config.model.path.resolve() for config in (alone, pooled, together) if config.model.path}
+    assert model == {tmp_path / "public" / "run" / "model"}
+    lengths = [(c.train.rounds, c.train.seed, c.train.eval_every) for c in (alone, pooled, together)]
+    assert len(set(lengths)) == 1
+    assert pooled.train.batch_size == len(plan.parties) * alone.train.batch_size
+    assert together.train.batch_size == alone.train.batch_size
+    resolved = [[path.resolve() for path in data.train] for data in (alone.data, own.data)]
+    assert resolved[0] == resolved[1]
+    assert alone.data.sequence_length == own.data.sequence_length == pooled.data.sequence_length
+
+
+def test_settings_name_no_path_outside_the_folder(tmp_path: Path) -> None:
+    written(tmp_path)
+    for path in tmp_path.rglob("*.yaml"):
+        assert str(tmp_path) not in path.read_text("utf-8")
+
+
+def test_files_of_a_split_are_called_as_split_calls_them() -> None:
+    assert TRUNK == TRUNK_FILE
+    assert SHARD.format(party="alder") == shard_file("alder")
+
+
+def test_the_readme_has_every_command(tmp_path: Path) -> None:
+    made, plan = written(tmp_path)
+    save_readme(plan, made, tmp_path / "README.txt")
+    text = (tmp_path / "README.txt").read_text("utf-8")
+    tokens = ARMS["tokens"]
+    commands = [made.split(tokens), made.provision(tokens), made.coordinator(tokens), made.public()]
+    commands += [made.up(tokens, party) for party in plan.parties]
+    commands += [made.alone(ARMS["isolated"], party) for party in plan.parties]
+    assert all(f"\n  {command.shown}\n" in text for command in commands)
+
+
+def test_an_earlier_demo_is_removed_whole(tmp_path: Path) -> None:
+    root = tmp_path / "demo"
+    root.mkdir()
+    assert not empty_folder(root)
+    written(root)
+    (root / "report.html").write_text("old", encoding="utf-8")
+    check_folder(root)
+    assert empty_folder(root)
+    assert [path.name for path in root.iterdir()] == [MARKER]
+
+
+def test_everything_the_demo_writes_counts_as_its_own(tmp_path: Path) -> None:
+    written(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= MADE
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path, earlier: bool) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    if earlier:
+        (tmp_path / MARKER).write_text("{}", encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"thesis\.txt") as caught:
+        check_folder(tmp_path)
+    assert caught.value.code == "demo-folder"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_demo_folder_that_has_no_marker_is_not_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ConfigError, match="data"):
+        check_folder(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "coterie-demo").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is a file"):
+        check_folder(tmp_path / "coterie-demo")
+
+
+def test_an_empty_or_locked_folder_may_be_used(tmp_path: Path) -> None:
+    check_folder(tmp_path)
+    (tmp_path / LOCK).touch()
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new")
