@@ -67,7 +67,7 @@ def start(tmp_path: Path) -> Callable[..., PrivateSession]:
         optimizer = options.pop("optimizer", None) or torch.optim.AdamW(model.parameters(), 0.05)
         defaults: dict[str, Any] = {
             "dataset": records(), "collate_fn": collate, "loss_fn": loss_fn, "budget": BUDGET, "lot_size": 10,
-            "rounds": 6, "physical_batch": 4, "ledger": tmp_path / "ledger", "self_check": False,
+            "rounds": 6, "self_check": False, "physical_batch": 4, "ledger": tmp_path / "ledger",
         }  # fmt: skip
         settings = defaults | options
         return dp.make_private(model, optimizer, **settings)
@@ -109,7 +109,7 @@ def test_session_agrees_with_the_slow_engine(start: Callable[..., PrivateSession
         for lot in session:
             session.step(lot)
         results.append(weights(session))
-        eta = session._engine.eta
+        eta = session.lot_sums.engine.eta
     for name, value in results[0].items():
         assert torch.allclose(value, results[1][name], rtol=1e-3, atol=2e-5), name
 
@@ -121,7 +121,7 @@ def test_invariant_5_noisy_sum_is_divided_by_the_expected_lot_size(start: Callab
         before = weights(session)
         lot = session.next_lot()
         session.step(lot)
-        std = session._noise(before).std["gradients"]
+        std = session.lot_sums.noise(before).std["gradients"]
         moved = torch.cat([(before[n] - w).flatten() for n, w in weights(session).items()])
         assert moved.std() == pytest.approx(std / 10, rel=0.25)
 
@@ -162,7 +162,7 @@ def test_invariant_6_an_empty_lot_skips_the_model_and_sends_ordinary_noise(
         if not len(lot):
             empty += 1
             moved = torch.cat([(before[n] - w).flatten() for n, w in weights(session).items()])
-            std = session._noise(before).std["gradients"]
+            std = session.lot_sums.noise(before).std["gradients"]
             assert moved.std() == pytest.approx(std, rel=0.3)
             assert math.isnan(session.last.loss)
     assert empty > 0
@@ -277,7 +277,7 @@ def test_invariant_8_resume_of_a_private_run_spends_nothing_twice_and_stores_not
     pending = session.next_lot().records.tolist()
     session.close()
     names = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert names == {"model.safetensors", "optimizer.safetensors", "session.json"}
+    assert names == {"model.safetensors", "optimizer.safetensors", "state.safetensors", "session.json"}
     facts = json.loads((tmp_path / "saved/session.json").read_text())["facts"]
     assert facts["settings"]["seed"] is None
     assert set(facts) == {
@@ -323,14 +323,14 @@ def test_invariant_8_resume_from_an_older_checkpoint_counts_what_was_lost(
 def test_invariant_8_a_failed_step_uses_the_same_lot_again(start: Callable[..., PrivateSession]) -> None:
     session = start()
     broken = True
-    plain = session._collate
+    plain = session.lot_sums._collate
 
     def failing(items: list[Any]) -> Any:
         if broken:
             raise RuntimeError("out of memory")
         return plain(items)
 
-    session._collate = failing
+    session.lot_sums._collate = failing
     lot = next(lot for lot in [session.next_lot()] if len(lot))
     before = weights(session)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -400,10 +400,10 @@ def test_adaptive_thresholds_move_towards_their_quantile_inside_the_budget(
     start: Callable[..., PrivateSession],
 ) -> None:
     session = start(adaptive_quantile=0.5, lot_size=40, rounds=12, clip_norm=30.0, budget=Budget(60.0, 1e-3))
-    begin = float(session._engine.thresholds[0])
+    begin = float(session.lot_sums.engine.thresholds[0])
     for lot in session:
         session.step(lot)
-    assert float(session._engine.thresholds[0]) < begin * 0.8
+    assert float(session.lot_sums.engine.thresholds[0]) < begin * 0.8
     assert session.spent().epsilon <= 60
 
 

@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from coterie.cli.output import progress, say, table, write_json
 from coterie.config import TrainConfig
 from coterie.dp.budget import Spent
-from coterie.dp.session import RoundFigures
+from coterie.dp.lot_sums import RoundFigures
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag, stop_on_signals
 from coterie.training.private import PrivateRunResult, PrivateWatch

@@ -28,6 +28,8 @@ Accountant = Literal["pld", "rdp"]
 _ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 _LARGEST_MULTIPLIER = 1e4
 _SMALLEST_MULTIPLIER = 1e-2
+"""Below half of this epsilon counts as infinite: it would be in the thousands, and take as long to compute."""
+
 _TOLERANCE = 1e-4
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from coterie.dp.durable import sync_file, sync_folder
 from coterie.errors import CheckpointError
 
-_MODEL, _OPTIMIZER, _SESSION = "model.safetensors", "optimizer.safetensors", "session.json"
+_MODEL, _OPTIMIZER, _STATE, _SESSION = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.safetensors",
+    "session.json",
+)
 
 
 def save(
@@ -34,13 +40,27 @@ def save(
         extra: further tensors (public, such as released loads).
         facts: JSON values.
     """
+    tensors, structure = _flatten(optimizer)
+
+    def write(aside: Path) -> None:
+        save_model(model, str(aside / _MODEL))
+        save_file(tensors, aside / _OPTIMIZER)
+
+    _replace(folder, extra, {"facts": facts, "optimizer": structure}, write)
+
+
+def save_state(folder: Path, extra: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """`save` without model and optimizer."""
+    _replace(folder, extra, {"facts": facts}, lambda aside: None)
+
+
+def _replace(folder: Path, extra: dict[str, Tensor], content: dict[str, Any], write: Callable[[Path], None]) -> None:
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_model(model, str(aside / _MODEL))
-    tensors, structure = _flatten(optimizer)
-    save_file(tensors | {f"extra.{name}": t.contiguous() for name, t in extra.items()}, aside / _OPTIMIZER)
-    (aside / _SESSION).write_text(json.dumps({"facts": facts, "optimizer": structure}, indent=1))
+    write(aside)
+    save_file({name: tensor.contiguous() for name, tensor in extra.items()}, aside / _STATE)
+    (aside / _SESSION).write_text(json.dumps(content, indent=1))
     for path in aside.iterdir():
         sync_file(path)
     sync_folder(aside)
@@ -63,8 +83,13 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Put model and optimizer into the saved state; returns the extra tensors.
+def load_extra(folder: Path) -> dict[str, Tensor]:
+    """The extra tensors of a checkpoint."""
+    return load_file(folder / _STATE)
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put model and optimizer into the saved state.
 
     Raises:
         CheckpointError: the checkpoint is missing, or is of another model or optimizer.
@@ -78,10 +103,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
             code="dp-checkpoint-model",
             fix="build the model as it was when the checkpoint was saved",
         ) from error
-    tensors = load_file(folder / _OPTIMIZER)
-    extra = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
-    _unflatten(optimizer, tensors, structure, folder)
-    return extra
+    _unflatten(optimizer, load_file(folder / _OPTIMIZER), structure, folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:

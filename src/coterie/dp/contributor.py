@@ -18,11 +18,12 @@ from coterie.dp.accounting import epsilon, noise_multiplier
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
 from coterie.dp.ledger import open_ledger
+from coterie.dp.lot_sums import Collate, RoundFigures, Settings, SumEngine
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.provenance import Artefact, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.releases import Pending
-from coterie.dp.session import Collate, PrivateSession, RoundFigures, Settings, SumEngine
+from coterie.dp.session import PrivateSession
 from coterie.dp.spool import Release, Spool
 from coterie.dp.statement import Statement
 from coterie.errors import BudgetError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coterie.dp import checkpoint
+from coterie.dp import checkpoint, selfcheck
 from coterie.dp.accounting import noise_multiplier
 from coterie.dp.balance import Balance, Balancer
 from coterie.dp.budget import Budget
@@ -21,10 +21,11 @@ from coterie.dp.dataset import user_column as users_of
 from coterie.dp.engine import Engine, Method
 from coterie.dp.ledger import open_ledger
 from coterie.dp.losses import LossFunction, default_loss
+from coterie.dp.lot_sums import Collate, Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
 from coterie.dp.provenance import Artefact, declared, not_covered
 from coterie.dp.randomness import random_source
-from coterie.dp.session import Collate, PrivateSession, Settings, SumEngine
+from coterie.dp.session import PrivateSession
 from coterie.dp.spool import Spool
 from coterie.errors import BudgetError, DataError, PrivacyError
 from coterie.models import seam
@@ -142,7 +143,7 @@ def make_private(
     settings = Settings(
         budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed
     )
-    if self_check and engine is None:
+    if self_check:
         _self_check(built, dataset, collate, user_column)
     books = open_ledger(digest or dataset_digest(dataset), ledger)
     run = run or secrets.token_hex(6)
@@ -282,7 +283,13 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def _self_check(engine: SumEngine, dataset: Any, collate: Collate, column: str | None) -> None:
-    """Compare with one record at a time, on made-up records of the shape of a real one."""
+    """Compare with one record at a time, on made-up records of the keys, shapes and types of a real one."""
+    if not isinstance(engine, Engine):
+        return
+    item = dataset[0]
+    if column is not None:
+        item = {name: value for name, value in item.items() if name != column}
+    selfcheck.check(engine, collate([item]))
 
 
 def _default_collate(items: list[Any]) -> Mapping[str, Any]:

@@ -18,7 +18,8 @@ from coterie.config import PrivacySpec, TrainConfig, dump_yaml
 from coterie.dp.balance import Balance
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
-from coterie.dp.session import PrivateSession, RoundFigures
+from coterie.dp.lot_sums import RoundFigures
+from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
 from coterie.errors import CheckpointError, ConfigError
 from coterie.training.checkpoint import CheckpointStore, model_tensors, write_json

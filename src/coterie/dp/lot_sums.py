@@ -1,0 +1,276 @@
+"""From a lot to the sums that are released: physical batches, clipping, and the statistics released beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.balance import Balancer
+from coterie.dp.budget import Budget
+from coterie.dp.clipping import Clipping, quantile_update
+from coterie.dp.engine import Diagnostics
+from coterie.dp.losses import batch_size
+from coterie.dp.lots import Lot, Units
+from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
+from coterie.dp.randomness import RandomSource
+from coterie.errors import PrivacyError
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+
+
+class SumEngine(Protocol):
+    """What a lot needs of an engine; `coterie.dp.engine.Engine` is the one for models in memory."""
+
+    groups: list[str]
+    thresholds: Tensor
+    eta: float
+    clipping: Clipping
+
+    @property
+    def sensitivity(self) -> float: ...
+
+    def accumulate(self, batch: Mapping[str, Any]) -> Diagnostics: ...
+
+    def accumulate_user(self, batches: Any) -> Diagnostics: ...
+
+    def take(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A session's public numbers, fixed in advance and kept with its checkpoints.
+
+    Attributes:
+        budget: what the run may spend.
+        noise_multiplier: sigma.
+        clip_norm: C.
+        rounds: releases planned.
+        physical_batch: records computed at once.
+        adaptive_quantile: share of records that adaptive clipping keeps unclipped; None for fixed thresholds.
+        adaptive_share: the part of the clip norm, in (0, 1), that the released clip indicators take.
+        user_column: left out of what the model sees.
+        seed: for tests; None in private runs.
+    """
+
+    budget: Budget
+    noise_multiplier: float
+    clip_norm: float
+    rounds: int
+    physical_batch: int
+    adaptive_quantile: float | None = None
+    adaptive_share: float = 0.1
+    user_column: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class RoundFigures:
+    """What a round looked like. For the owner's eyes: NOT private, and never to leave the party.
+
+    Attributes:
+        round: its number.
+        lot_size: records drawn.
+        loss: mean loss of the lot; NaN for an empty one.
+        clipped: share of units whose gradient was clipped.
+        masked: records that were not finite and contributed zero.
+    """
+
+    round: int
+    lot_size: int
+    loss: float
+    clipped: float
+    masked: int
+
+
+class LotSums:
+    """Computes what a round releases, before the noise, and how much noise that needs.
+
+    Args:
+        model: trained parameters are those that require a gradient.
+        dataset: records by index.
+        collate: list of items to a batch of tensors, one row a record.
+        engine: adds up clipped gradients.
+        balancer: None without balance.
+        units: which records belong together.
+        settings: public numbers.
+        source: of dropout's randomness.
+
+    Attributes:
+        last: figures of the last lot, owner-only; None before the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        collate: Collate,
+        engine: SumEngine,
+        balancer: Balancer | None,
+        units: Units,
+        settings: Settings,
+        source: RandomSource,
+    ) -> None:
+        self.engine = engine
+        self.balancer = balancer
+        self.last: RoundFigures | None = None
+        self._model = model
+        self._dataset = dataset
+        self._collate = collate
+        self._units = units
+        self._settings = settings
+        self._source = source
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def compute(self, lot: Lot, name: str) -> dict[str, Tensor]:
+        """Clipped sums of a lot, a tensor for every trained parameter, and the extra parts of the release.
+
+        Args:
+            lot: may be empty; the model is then not run.
+            name: of this draw; names a seeded source's streams.
+
+        Raises:
+            PrivacyError: the collator packs records, or the engine leaves out a parameter.
+        """
+        with self._secret_torch_randomness(name):
+            return self._compute(lot)
+
+    def _compute(self, lot: Lot) -> dict[str, Tensor]:
+        self._model.train()
+        self.engine.take()  # what an interrupted step left
+        losses: list[float] = []
+        within = torch.zeros(len(self.engine.groups), dtype=torch.float64)
+        masked = clipped = 0
+        loads: list[Tensor] = []
+        for figures in self._accumulate(lot, loads):
+            usable = ~figures.masked
+            losses += figures.losses[usable].tolist()
+            within += torch.where(usable, figures.within.double() - 0.5, 0.0).sum(1)
+            clipped += int((usable & ~figures.within.all(0)).sum())
+            masked += int(figures.masked.sum())
+        sums = self.engine.take()
+        if self.balancer is not None and self.balancer.balance.releases_loads:
+            empty = torch.zeros(0, sum(self.balancer.sizes), dtype=torch.float64)
+            sums[LOAD] = self.balancer.load_sum(torch.cat(loads) if loads else empty, torch.from_numpy(lot.units))
+        if self._settings.adaptive_quantile is not None:
+            sums[WITHIN] = within
+        missing = self._trained.keys() - sums.keys()
+        if missing:
+            raise PrivacyError(
+                f"the engine gave no sum for `{min(missing)}`.",
+                code="dp-no-sum",
+                why="every trainable parameter gets noise every round, also one that no record used",
+                fix="freeze the parameter, or report this with the model's family",
+            )
+        mean = math.fsum(losses) / len(losses) if losses else math.nan
+        self.last = RoundFigures(lot.round, len(lot), mean, clipped / max(len(losses), 1), masked)
+        return sums
+
+    def _accumulate(self, lot: Lot, loads: list[Tensor]) -> Iterator[Diagnostics]:
+        """Run the physical batches of a lot, one unit at a time where units are users."""
+        size = self._settings.physical_batch
+        if self._units.starts is None:
+            for records, _ in lot.physical_batches(size):
+                figures = self.engine.accumulate(self._batch(records))
+                loads += self._loads(~figures.masked)
+                yield figures
+            return
+        for unit in range(lot.num_units):
+            own = lot.records[lot.units == unit]
+            yield self.engine.accumulate_user(self._user_batches(own, size, loads))
+
+    def _user_batches(self, records: np.ndarray, size: int, loads: list[Tensor]) -> Iterator[Mapping[str, Any]]:
+        for start in range(0, len(records), size):
+            yield self._batch(records[start : start + size])
+            loads += self._loads(None)
+
+    def _loads(self, keep: Tensor | None) -> list[Tensor]:
+        if self.balancer is None or self.balancer.latest is None:
+            return []
+        latest = self.balancer.latest
+        return [latest if keep is None else torch.where(keep[:, None], latest, 0.0)]
+
+    def _batch(self, records: np.ndarray) -> dict[str, Any]:
+        items = [self._dataset[int(i)] for i in records]
+        column = self._settings.user_column
+        if column is not None:
+            items = [{name: value for name, value in item.items() if name != column} for item in items]
+        device = next(iter(self._trained.values())).device
+        batch = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self._collate(items).items()
+        }
+        if batch_size(batch) != len(items):
+            raise PrivacyError(
+                f"the collator made {batch_size(batch)} rows of {len(items)} records.",
+                code="dp-collator-packs",
+                why="records packed into one row cannot be clipped apart",
+                fix="use a collator that keeps one row for each record (padding, not packing)",
+            )
+        return batch
+
+    def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:
+        """This round's noise: one Gaussian over gradient groups, loads and clip indicators."""
+        extra: dict[str, Part] = {}
+        if LOAD in sums and self.balancer is not None:
+            share = self.balancer.balance.load_share**2
+            extra[LOAD] = Part(self.balancer.load_bound * (1 + 1e-6), share, sums[LOAD].numel())
+        if WITHIN in sums:
+            bound = 0.5 * math.sqrt(sums[WITHIN].numel())
+            extra[WITHIN] = Part(bound, self._settings.adaptive_share**2, sums[WITHIN].numel())
+        rest = 1 - sum(part.share for part in extra.values())
+        gradients = {name: tensor.numel() for name, tensor in sums.items() if name not in extra}
+        sigma = self._settings.noise_multiplier
+        if self._settings.adaptive_quantile is None:
+            parts = {"gradients": Part(self.engine.sensitivity, rest, sum(gradients.values()))}
+            return RoundNoise.of(sigma, parts | extra, lambda name: name if name in extra else "gradients")
+        # Adaptive thresholds differ between groups and rounds: each group's noise follows its own threshold.
+        group_of = self.engine.clipping.group_of
+        values = dict.fromkeys(self.engine.groups, 0)
+        for name, count in gradients.items():
+            values[group_of(name)] += count
+        bounds = dict(zip(self.engine.groups, self.engine.thresholds.tolist(), strict=True))
+        parts = {
+            group: Part(bounds[group] * (1 + self.engine.eta), rest / len(values), count)
+            for group, count in values.items()
+        }
+        return RoundNoise.of(sigma, parts | extra, lambda name: name if name in extra else group_of(name))
+
+    def take_released(self, noised: Mapping[str, Tensor], expected: float) -> None:
+        """Post-processing of the extra parts of a release: routing loads and clip thresholds of later rounds.
+
+        Args:
+            noised: a release's tensors.
+            expected: expected units in a lot.
+        """
+        if self.balancer is not None and LOAD in noised:
+            self.balancer.take_released(noised[LOAD], expected)
+        if WITHIN in noised and self._settings.adaptive_quantile is not None:
+            fraction = (noised[WITHIN].double() / expected + 0.5).clamp(0, 1)
+            self.engine.thresholds = quantile_update(
+                self.engine.thresholds, fraction, self._settings.adaptive_quantile
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: made from releases alone."""
+        return {"thresholds": self.engine.thresholds} | (self.balancer.state() if self.balancer else {})
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state`."""
+        self.engine.thresholds = state["thresholds"]
+        if self.balancer is not None:
+            self.balancer.restore(state)
+
+    @contextmanager
+    def _secret_torch_randomness(self, name: str) -> Iterator[None]:
+        """Dropout, and whatever else draws from torch, from a key that is not kept; the caller's state comes back."""
+        devices = {p.device for p in self._trained.values() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(self._source.stream(f"dropout|{name}").integer(56))
+            yield
