@@ -178,6 +178,7 @@ def test_dropout_masks_are_those_of_the_seed(checkpointing: bool) -> None:
     if checkpointing:
         use_checkpointing(model)
     expected = plain_gradients(model, seed=11)
+    torch.manual_seed(99)
     before = torch.get_rng_state()
     assert_same(cut_gradients(model, LocalExchange(), seed=11), expected)
     assert torch.equal(torch.get_rng_state(), before), "a seeded recording leaves the process's random state alone"
@@ -249,9 +250,19 @@ class Around(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
         if self.first:
-            shared["key"] = torch.tanh(self.key(x))
-            return x + self.mlp(x)
+            out = x + self.mlp(x)
+            shared["key"] = torch.tanh(self.key(out))  # leads back to this layer's experts, and past them
+            return out
         return x + self.mlp(x * shared["key"]) * shared["key"]
+
+
+class WritesAnswer(Around):
+    """Writes into what its experts returned, and needs the result again in the backward."""
+
+    def forward(self, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
+        out = self.mlp(x)
+        out += x
+        return torch.sin(out) * x
 
 
 class Writes(Around):
@@ -290,7 +301,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-@pytest.mark.parametrize("layer", [Twice, Around])
+@pytest.mark.parametrize("layer", [Twice, Around, WritesAnswer])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", [False, True])
 def test_gradients_are_right_in_layers_that(layer: Any, checkpointing: bool, rows: bool) -> None:
@@ -301,7 +312,7 @@ def test_gradients_are_right_in_layers_that(layer: Any, checkpointing: bool, row
     exchange = LocalExchange(rows)
     assert_same(cut_gradients(model, exchange, strange_loss), expected)
     calls = 2 if layer is Twice else 1
-    assert exchange.forwards == exchange.backwards == Counter({index: calls for index in range(3)})
+    assert exchange.forwards == exchange.backwards == Counter(dict.fromkeys(range(3), calls))
 
 
 def test_a_layer_that_writes_into_its_argument_is_refused() -> None:
@@ -335,7 +346,7 @@ def test_experts_that_the_loss_does_not_need_are_asked_once_with_zeros() -> None
 # ---- what it costs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["olmoe", "inkling2_text", "gemma4_text", "qwen3_next"])
+@pytest.mark.parametrize("family", sorted({"olmoe", "inkling2_text", "gemma4_text", "qwen3_next"} & set(FAMILIES)))
 def test_each_layer_is_run_backward_once(family: str) -> None:
     model = training(family)
     runs: Counter[str] = Counter()

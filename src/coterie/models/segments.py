@@ -251,6 +251,8 @@ class Tape:
 
         Other containers pass as they are, since the layer may write into them.
         """
+        if not torch.is_grad_enabled():
+            raise _reentrant(type(module).__name__)
         visit = _Visit(self._entries, _may_recompute(module), [])
         restart, border = self._restarts(visit.inputs)
         args, kwargs = (
@@ -290,7 +292,7 @@ class Tape:
     def _ask_forward(self, call: ExpertsCall) -> Tensor:
         hidden, weights = call.hidden_ND, call.expert_weights_NK
         if self.training and not torch.is_grad_enabled():
-            raise _reentrant(call.layer)
+            raise _reentrant(call.layer.name)
         asked = ExpertsCall(call.layer, hidden.detach(), call.expert_ids_NK, weights.detach())
         with self._waiting():
             value, ticket = self._exchange.forward(asked, keep=self.training)
@@ -393,9 +395,9 @@ def _written_input(layer: str) -> ModelError:
     )
 
 
-def _reentrant(layer: ExpertLayer) -> ModelError:
+def _reentrant(layer: str) -> ModelError:
     return ModelError(
-        f"{layer.name} runs without gradients inside a training recording.",
+        f"{layer} runs without gradients inside a training recording.",
         code="model-reentrant-checkpoint",
         why="its experts would be asked twice and its gradient would not pass through the exchange",
         fix='model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})',
