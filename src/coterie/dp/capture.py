@@ -333,7 +333,7 @@ def refusal(node: Node, function: Function, reason: str) -> NoRuleError:
     )
 
 
-_T = torch.Tensor
+_T: Any = torch.Tensor
 _WEIGHT_PROPERTIES = {_T.T.__get__, _T.mT.__get__}
 _PLAIN = {
     _T.detach, torch.detach, _T.requires_grad_, _T.size, _T.dim, _T.numel, _T.stride, _T.is_floating_point,

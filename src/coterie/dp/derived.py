@@ -76,7 +76,7 @@ class Root(Node):
         self.roots = (self,)
 
 
-_T = torch.Tensor
+_T: Any = torch.Tensor
 _SAME_WHEN_ALONE = {
     _T.float, _T.double, _T.half, _T.bfloat16, _T.to, _T.type, _T.type_as, _T.clone, torch.clone, _T.contiguous,
     _T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten, _T.squeeze, torch.squeeze, _T.unsqueeze,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp import resolve
+from coterie.dp.adapters import rows_of_single_experts
 from coterie.dp.capture import Capture, Sites
 from coterie.dp.clipping import Clipping, Flat
 from coterie.dp.derived import Root
@@ -27,6 +28,7 @@ from coterie.dp.experts import PrivateExperts
 from coterie.dp.gram import UNIT, SqNorms, worst_excess
 from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_loss
 from coterie.dp.probe import learn_sites
+from coterie.dp.refusals import check_batch
 from coterie.dp.rules import apply_rule
 from coterie.dp.terms import Outer
 from coterie.errors import PrivacyError
@@ -142,6 +144,7 @@ class Engine:
         Returns:
             Owner-only figures of this batch.
         """
+        check_batch(batch, self.model)
         self.prepare(batch)
         if self._choose(batch) == "ghost":
             return self._ghost(batch)
@@ -156,6 +159,7 @@ class Engine:
         total: Sums = {}
         loss = torch.zeros(1)
         for batch in batches:
+            check_batch(batch, self.model)
             self.prepare(batch)
             records = batch_size(batch)
             ones = torch.ones(len(self.groups), records)
@@ -312,6 +316,7 @@ class Engine:
                 adapters = expert_adapters(self.model)
                 stack.enter_context(factors_stay_apart(self.model))
                 stack.enter_context(seam.computed_by(self.model, PrivateExperts(capture, adapters, self._source)))
+            stack.enter_context(rows_of_single_experts(self.model, capture))
             stack.enter_context(capture)
             yield capture
 

@@ -84,5 +84,5 @@ def _values(
 
 def _vocabulary(model: Any) -> int:
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     return int(getattr(text, "vocab_size", 2) or 2)

@@ -164,10 +164,10 @@ def add_sum(root: Root, uses: list[Use], out: Tensor, factors_B: Tensor, fresh: 
         fresh: ``out`` was allocated but never written, and counts as zero. The common single use then writes it
             once, instead of clearing, reading and writing it.
     """
-    if fresh and len(uses) == 1 and isinstance(uses[0][1], Outer | StackedOuter):
-        node, term = uses[0]
-        if node.kind <= Kind.TRANSPOSED:
-            term.add_sum(out.view(node.value.shape) if node.kind == Kind.SAME else out.t(), factors_B, fresh=True)
+    if fresh and len(uses) == 1:
+        node, only = uses[0]
+        if node.kind <= Kind.TRANSPOSED and isinstance(only, Outer | StackedOuter):
+            only.add_sum(out.view(node.value.shape) if node.kind == Kind.SAME else out.t(), factors_B, fresh=True)
             return
     if fresh:
         out.zero_()

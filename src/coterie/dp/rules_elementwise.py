@@ -84,7 +84,7 @@ def expand(capture: Capture, node: Node, shape: torch.Size) -> Tensor:
     if len(shape) == 0:
         raise refusal(node, torch.Tensor.expand, "it meets a single number, which belongs to no record")
     capture.expect(node)
-    return _Expand.apply(capture.anchor, node.value, shape, capture, node)  # type: ignore[no-any-return]
+    return _Expand.apply(capture.anchor, node.value, shape, capture, node)
 
 
 def elementwise(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -111,7 +111,7 @@ def _records_first(capture: Capture, function: Function, node: Node, shape: torc
     widest = max((tensor for tensor in data if tensor.requires_grad), key=lambda tensor: tensor.ndim)
     if widest.ndim < len(shape) or (widest.shape[0] == 1 and shape[0] != 1 and capture.batch != 1):
         return False
-    return capture.rows_of(node, function, widest) is not None or capture.probing
+    return capture.rows_of(node, function, widest) is not None
 
 
 def _in_place(function: Function) -> bool:
@@ -121,7 +121,7 @@ def _in_place(function: Function) -> bool:
 
 def layer_norm(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.layer_norm`` and ``F.rms_norm``: normalise without weight, then scale and shift entry by entry."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    names: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
     if function is F.rms_norm:
         names = ("input", "normalized_shape", "weight", "eps")
     given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from coterie.dp.capture import Capture, Rule, node_of, refusal
 from coterie.dp.derived import Function, Node
+from coterie.dp.segments import Segments, StackedBias, StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer
 
 _T = torch.Tensor
@@ -41,15 +42,18 @@ class _Linear(torch.autograd.Function):
         capture: Capture,
         weight_node: Node | None,
         bias_node: Node | None,
-        rows: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.capture, ctx.weight_node, ctx.bias_node, ctx.rows = capture, weight_node, bias_node, rows
+        ctx.capture, ctx.weight_node, ctx.bias_node = capture, weight_node, bias_node
+        ctx.row_records = capture.row_records
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
+        if ctx.row_records is not None:
+            _deliver_ragged(ctx, x.detach(), grad)
+            return None, grad @ weight if ctx.needs_input_grad[1] else None, *(None,) * 5
         batch = ctx.capture.batch
         g_BTO = grad.reshape(batch, -1, grad.shape[-1])
         if ctx.weight_node is not None:
@@ -58,7 +62,18 @@ class _Linear(torch.autograd.Function):
         if ctx.bias_node is not None:
             ctx.capture.deliver(ctx.bias_node, Dense(g_BTO.sum(1, dtype=torch.float32)))
         grad_x = grad @ weight if ctx.needs_input_grad[1] else None
-        return None, grad_x, *(None,) * 6
+        return None, grad_x, *(None,) * 5
+
+
+def _deliver_ragged(ctx: Any, x_RI: Tensor, g_RO: Tensor) -> None:
+    """Rows of one expert, in ascending order of their records."""
+    ends_1 = torch.tensor([x_RI.shape[0]], device=x_RI.device)
+    segments = Segments(ctx.row_records, ends_1, ctx.capture.batch)
+    if ctx.weight_node is not None:
+        shape = ctx.weight_node.value.shape
+        ctx.capture.deliver(ctx.weight_node, StackedOuter(x_RI, g_RO, segments, shape, transposed=False))
+    if ctx.bias_node is not None:
+        ctx.capture.deliver(ctx.bias_node, StackedBias(g_RO, segments))
 
 
 def linear(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,8 +88,7 @@ def _linear(capture: Capture, function: Function, x: Tensor, weight: Tensor, bia
     weight_node, bias_node = node_of(weight), node_of(bias)
     node = weight_node or bias_node
     assert node is not None
-    rows = _data_rows(capture, node, function, x)
-    if rows is None:
+    if capture.row_records is None and _data_rows(capture, node, function, x) is None:
         return NotImplemented
     for used in (weight_node, bias_node):
         if used is not None:
@@ -86,7 +100,7 @@ def _linear(capture: Capture, function: Function, x: Tensor, weight: Tensor, bia
     dtype = compute_dtype(x, plain)
     if torch.is_autocast_enabled(x.device.type):
         x, plain, plain_bias = x.to(dtype), plain.to(dtype), None if plain_bias is None else plain_bias.to(dtype)
-    return _Linear.apply(capture.anchor, x, plain, plain_bias, capture, weight_node, bias_node, rows)
+    return _Linear.apply(capture.anchor, x, plain, plain_bias, capture, weight_node, bias_node)
 
 
 def _data_rows(capture: Capture, node: Node, function: Function, x: Tensor) -> int | None:
@@ -94,7 +108,7 @@ def _data_rows(capture: Capture, node: Node, function: Function, x: Tensor) -> i
     if capture.row_records is not None:
         raise refusal(node, function, "it is used on rows sorted by expert")
     rows = capture.rows_of(node, function, x)
-    if rows is None and x.requires_grad and not capture.probing:
+    if rows is None and x.requires_grad:
         raise refusal(node, function, f"its input of shape {list(x.shape)} does not have the records first")
     return rows
 
@@ -192,8 +206,8 @@ class _Embedding(torch.autograd.Function):
 
 def embedding(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.embedding(ids, W)``; ids that are the same for all records (positions) make a weight-only value."""
-    ids, weight, padding, max_norm, norm_type, by_frequency, sparse = _signature(
-        args, kwargs, "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"
+    ids, weight, padding, max_norm, _, by_frequency = _signature(
+        args, kwargs, "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"
     )
     node = node_of(weight)
     if node is None:

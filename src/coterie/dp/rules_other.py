@@ -115,7 +115,7 @@ def aligned(capture: Capture, function: Function, args: tuple[Any, ...], kwargs:
     """An operation that treats records apart, on data and on parameters repeated over the records beforehand."""
     first = next(node for tensor in tensors((args, kwargs)) if (node := node_of(tensor)) is not None)
     data = next(tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad and node_of(tensor) is None)
-    if _data_rows(capture, first, function, data) is None and not capture.probing:
+    if _data_rows(capture, first, function, data) is None:
         raise refusal(first, function, "its inputs do not have the records in their first dimension")
 
     def plain(item: Any) -> Any:
@@ -216,9 +216,9 @@ def replayed(capture: Capture, function: Function, args: tuple[Any, ...], kwargs
     call = _Call(capture, function, args, kwargs)
     node = call.sources[0]
     for tensor in call.data:
-        if tensor.ndim == 0 or (tensor.shape[0] % capture.batch and not capture.probing):
+        if tensor.ndim == 0 or (tensor.shape[0] % capture.batch):
             raise refusal(node, function, "one of its inputs does not have the records in its first dimension")
-    if capture.rows_of(node, function, call.data[0]) is None and not capture.probing:
+    if capture.rows_of(node, function, call.data[0]) is None:
         raise refusal(node, function, "its input does not have the records in its first dimension")
     for source in call.sources:
         capture.expect(source)

@@ -4,7 +4,8 @@ Expert ends are the offsets of grouped products; (expert, record) ends are the s
 A record's gradient of expert e is the sum of outer products over one segment, so nothing is padded to the longest
 sequence and no per-sample gradient is stored.
 
-Shape letters: R routed rows, E experts, B records, S segments of one bucket, n rows of a segment, I inputs, O outputs.
+Shape letters: R routed rows, E experts, B records, S segments of one bucket, n rows of a segment, I inputs,
+O outputs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,7 +74,7 @@ class Segments:
     def bounds(self) -> list[tuple[int, int]]:
         """[E * B] first row and one past the last of each segment."""
         ends = [0, *self.counts.cumsum(0).tolist()]
-        return list(zip(ends[:-1], ends[1:], strict=True))
+        return list(pairwise(ends))
 
     @cached_property
     def long(self) -> list[int]:
@@ -104,7 +106,8 @@ class Segments:
 
 
 class StackedOuter:
-    """Gradients of ``W [E, O, I]`` (or [E, I, O]) from rows sorted by (expert, record). A `Term`.
+    """Gradients of ``W [E, O, I]`` (or [E, I, O]; [O, I] for a single expert) from rows sorted by
+    (expert, record). A `Term`.
 
     Args:
         a_RI: rows that entered; with ``gather``, unsorted rows of which row r is ``a[gather[r]]``.
@@ -183,7 +186,7 @@ class StackedOuter:
             g = g * factors_R
         else:
             a = a * factors_R
-        out_EIO = as_EIO(out, self._transposed)
+        out_EIO = as_EIO(out if out.ndim == 3 else out.unsqueeze(0), self._transposed)
         start = 0
         for expert, end in enumerate(self._segments.ends_E.tolist()):
             left, right, target = a[start:end], g[start:end], out_EIO[expert]
@@ -215,7 +218,8 @@ def _direct(a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
 
 
 class StackedBias:
-    """Gradients of a stacked bias [E, O] from rows sorted by (expert, record). A `Term`."""
+    """Gradients of a stacked bias [E, O] from rows sorted by
+    (expert, record). A `Term`."""
 
     def __init__(self, g_RO: Tensor, segments: Segments) -> None:
         self._g = g_RO
@@ -230,11 +234,12 @@ class StackedBias:
 
     def one(self, record: int) -> Tensor:
         rows = torch.where((self._segments.record_R == record).unsqueeze(1), self._g.float(), 0.0)
-        return grouped_sum(rows, self._segments.ends_E)
+        sums = grouped_sum(rows, self._segments.ends_E)
+        return sums if self._segments.experts > 1 else sums[0]
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
         factors_R = factors_B.float()[self._segments.record_R].unsqueeze(1)
-        out += grouped_sum(self._g.float() * factors_R, self._segments.ends_E)
+        out += grouped_sum(self._g.float() * factors_R, self._segments.ends_E).view(out.shape)
 
     def masked(self, keep_B: Tensor) -> StackedBias:
         keep_R1 = keep_B[self._segments.record_R].unsqueeze(1)

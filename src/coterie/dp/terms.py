@@ -35,7 +35,10 @@ class Term(Protocol):
         ...
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
-        """``out += sum_b factors_B[b] * gradient_b``; ``out`` is float32, any strides."""
+        """``out += sum_b factors_B[b] * gradient_b``; ``out`` is float32, any strides.
+
+        Terms that also take ``fresh=True`` then write ``out`` without reading it.
+        """
         ...
 
     def masked(self, keep_B: Tensor) -> Term:

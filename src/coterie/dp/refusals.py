@@ -1,0 +1,95 @@
+"""What cannot be trained privately, said before anything is computed.
+
+Each refusal names what was found, why it breaks the guarantee and the way out. What cannot be seen by looking at the
+model is found by the self-check, which compares numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.losses import Batch
+from coterie.errors import NoRuleError, PrivacyError
+
+_PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "document_ids")
+_CAPACITY_PER_SEQUENCE = "SwitchTransformersTop1Router"
+_BATCH_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose records influence each other by construction.
+
+    Raises:
+        NoRuleError: expert capacity over the batch, expert-choice routing, or batch normalisation.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if hasattr(module, "expert_capacity") and kind != _CAPACITY_PER_SEQUENCE:
+            raise NoRuleError(
+                f"`{name}` ({kind}) gives every expert a capacity over the whole batch.",
+                code="dp-batch-capacity",
+                why="one record's tokens push another's out of an expert, so its gradient depends on other records",
+                fix="use a family without capacity, or Switch Transformers, whose capacity is per sequence",
+            )
+        if "ExpertChoice" in kind:
+            raise NoRuleError(
+                f"`{name}` ({kind}) lets experts choose among the tokens of the whole batch.",
+                code="dp-expert-choice",
+                why="which tokens of a record are processed depends on the other records",
+                fix="use a model in which each token chooses its experts",
+            )
+        if isinstance(module, _BATCH_STATISTICS) and module.training:
+            raise NoRuleError(
+                f"`{name}` ({kind}) normalises with statistics of the batch.",
+                code="dp-batch-norm",
+                why="every record's gradient depends on the other records",
+                fix="replace it by LayerNorm or RMSNorm, or keep it in eval mode and frozen",
+            )
+
+
+def check_batch(batch: Batch, model: nn.Module | None = None) -> None:
+    """Refuse a batch in which a row is not one record.
+
+    Raises:
+        PrivacyError: rows pack several records, or padding on the left displaces tokens from an expert's capacity.
+    """
+    packed = next((key for key in _PACKED_KEYS if batch.get(key) is not None), None)
+    positions = batch.get("position_ids")
+    if packed is None and isinstance(positions, Tensor) and positions.ndim == 2 and _restarts(positions, batch):
+        packed = "position_ids that start again within a row"
+    if packed is not None:
+        raise PrivacyError(
+            f"The batch packs several records into one row (it has {packed}).",
+            code="dp-packed",
+            why="the row would be clipped as one record while it holds many, so nobody's contribution is bounded as "
+            "stated",
+            fix="prepare one record per row; or drop the packing keys to declare that a whole row is the record",
+        )
+    if model is not None and _pads_left(batch) and _has_capacity(model):
+        raise PrivacyError(
+            "The batch is padded on the left and the model gives experts a capacity per sequence.",
+            code="dp-left-padding",
+            why="padding would use up capacity, so a record's gradient would depend on the longest record beside it",
+            fix="set padding_side='right' in the tokenizer or collator",
+        )
+
+
+def _restarts(positions: Tensor, batch: Batch) -> bool:
+    steps = positions[:, 1:] - positions[:, :-1]
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(steps, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        real = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    return bool(((steps <= 0) & real).any())
+
+
+def _pads_left(batch: Batch) -> bool:
+    mask: Any = batch.get("attention_mask")
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+
+
+def _has_capacity(model: nn.Module) -> bool:
+    return any(type(module).__name__ == _CAPACITY_PER_SEQUENCE for module in model.modules())

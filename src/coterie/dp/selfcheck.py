@@ -1,0 +1,163 @@
+"""The engine against batches of one, on the user's own model, with synthetic records, before training starts.
+
+Shape letters: B records (2 here), P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.engine import Engine
+from coterie.dp.losses import Batch, checked
+from coterie.dp.probe import synthetic_batch
+from coterie.dp.refusals import check_batch, check_model
+from coterie.errors import NoRuleError
+
+RECORDS = 2
+_TOKENS = 11
+_TRIES = 3
+"""A routing decision at a tie may fall differently in a batch of one; another draw of records settles it."""
+
+
+def example_batch() -> dict[str, Tensor]:
+    """The keys and types of a causal LM's batch, for a set-up that has seen no batch yet."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
+    """Refuse what cannot be private, then compare the engine with batches of one.
+
+    Args:
+        engine: with the model as it will be trained.
+        batch: an example; only its keys, shapes and types are used. Default: a causal LM's.
+
+    Returns:
+        Parameter name to the largest relative error of its per-sample norms.
+
+    Raises:
+        NoRuleError: an unsupported use of a parameter, a loss that couples records, a buffer that changes, or norms
+            that disagree; the message names the parameter.
+        PrivacyError: the loss is not one number per record, or the batch packs records.
+
+    Cost: a few forwards and backwards of two records of 11 tokens. Dropout is off; tolerances in `tolerance`.
+    """
+    like = example_batch() if batch is None else batch
+    check_model(engine.model)
+    check_batch(like, engine.model)
+    device = next(iter(engine.parameters.values())).device if engine.parameters else torch.device("cpu")
+    like = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in like.items()}
+    with _buffers_restored(engine.model) as before:
+        _check_buffers(engine, synthetic_batch(engine.model, like, RECORDS, _TOKENS), before)
+    with _dropout_off(engine.model), _buffers_restored(engine.model):
+        engine.prepare(like)
+        for attempt in range(_TRIES):
+            made = synthetic_batch(engine.model, like, RECORDS, _TOKENS, seed=attempt)
+            try:
+                return _compare(engine, made)
+            except NoRuleError:
+                if attempt == _TRIES - 1:
+                    raise
+    raise AssertionError("unreachable")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative error of a parameter's norm that counts as agreement."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+
+
+def _compare(engine: Engine, batch: Mapping[str, Any]) -> dict[str, float]:
+    together = checked(engine.loss_fn(engine.model, batch), RECORDS).detach().double()
+    alone = torch.cat([checked(engine.loss_fn(engine.model, one), 1).detach().double() for one in _singles(batch)])
+    dtype = next(iter(engine.parameters.values())).dtype if engine.parameters else torch.float32
+    allowed = tolerance(dtype)
+    if bool(((together - alone).abs() > 0.1 * allowed * alone.abs().clamp_min(1e-3)).any()):
+        raise NoRuleError(
+            f"A record's loss changes with the records beside it ({together[0]:.6f} beside another, "
+            f"{alone[0]:.6f} alone).",
+            code="dp-batch-coupled",
+            why="the gradient of one record then depends on others, and clipping per record bounds nothing",
+            fix="leave out the balance (auxiliary) loss over the batch and divide by nothing that the batch decides; "
+            "coterie's `balance` settings offer private replacements",
+        )
+    squares_PB, names = engine.norms_by_parameter(batch)
+    reference_PB = torch.stack([_reference(engine, one, names) for one in _singles(batch)], 1)
+    ours, theirs = squares_PB.sqrt(), reference_PB.sqrt()
+    whole = theirs.square().sum(0).sqrt()
+    # A parameter far below the whole norm cannot move it, and float32 leaves it little precision of its own.
+    scale = torch.maximum(theirs, 1e-3 * whole).clamp_min(torch.finfo(torch.float32).tiny)
+    errors = ((ours - theirs).abs() / scale).amax(1)
+    worst = int(errors.argmax())
+    if not bool(errors[worst] <= allowed):
+        raise NoRuleError(
+            f"The per-sample norms of `{names[worst]}` disagree with batches of one: "
+            f"{ours[worst].tolist()} against {theirs[worst].tolist()}.",
+            code="dp-self-check",
+            where="the self-check with two synthetic records, before training",
+            why="its gradient is not split by record as the engine assumes, so clipping would not bound it",
+            fix="freeze that parameter, or report the model: this is a use that no rule describes",
+        )
+    return dict(zip(names, errors.tolist(), strict=True))
+
+
+def _singles(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            name: value[i : i + 1] if isinstance(value, Tensor) and value.ndim else value
+            for name, value in batch.items()
+        }
+        for i in range(RECORDS)
+    ]
+
+
+def _reference(engine: Engine, one: Mapping[str, Any], names: list[str]) -> Tensor:
+    """[P] float64 squared norms of one record by plain autograd; lent weights by the engine on a batch of one."""
+    if engine.lent_shapes:
+        return engine.norms_by_parameter(one)[0][:, 0]
+    loss = checked(engine.loss_fn(engine.model, one), 1).sum()
+    found = torch.autograd.grad(loss, [engine.parameters[name] for name in names], allow_unused=True)
+    return torch.stack(
+        [torch.zeros((), dtype=torch.float64) if g is None else g.double().square().sum().cpu() for g in found]
+    )
+
+
+def _check_buffers(engine: Engine, batch: Mapping[str, Any], before: Mapping[str, Tensor]) -> None:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        if not engine.lent_shapes:
+            engine.loss_fn(engine.model, batch)
+    for name, buffer in engine.model.named_buffers():
+        if name in before and not torch.equal(buffer, before[name]):
+            raise NoRuleError(
+                f"The buffer `{name}` changes when the model sees data.",
+                code="dp-buffer",
+                why="it would carry un-noised information about records into the next round and the saved model",
+                fix="switch that update off (a router bias can be updated from the private load: balance: bias)",
+            )
+
+
+@contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before and buffer.shape == before[name].shape:
+                    buffer.copy_(before[name])
+
+
+@contextmanager
+def _dropout_off(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

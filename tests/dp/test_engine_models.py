@@ -1,0 +1,158 @@
+"""Invariant 1 over models: every family, dense models, heads, adapters. The reference is a batch of one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_reference import clipped, distance, gradients, norms, only, token_batch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeForSequenceClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
+
+from coterie.dp.clipping import Flat
+from coterie.dp.engine import Engine
+from coterie.models.catalogue import causal_lm_types
+from coterie.models.tiny import fill_random, tiny_config, tiny_model
+
+CLIP = 0.5
+
+
+def assert_exact(model: nn.Module, batch: dict[str, Tensor], norm_error: float = 1e-5) -> None:
+    expected = gradients(model, batch)
+    for method in ("book_keeping", "ghost"):
+        engine = Engine(model, clipping=Flat(CLIP), method=method)  # type: ignore[arg-type]
+        figures = engine.accumulate(batch)
+        worst = float((figures.norms / norms(expected) - 1).abs().max())
+        assert worst <= norm_error, f"{method}: norms off by {worst:.1e}"
+        assert distance(engine.take(), clipped(expected, CLIP)) <= 5e-5, method
+    assert all(p.grad is None for p in model.parameters())
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def small(model: nn.Module) -> nn.Module:
+    fill_random(model, torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", causal_lm_types())
+def test_invariant_1_exact_for_every_family(family: str) -> None:
+    assert_exact(tiny_model(family), token_batch(3, 7))
+
+
+_SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+}
+
+
+def test_invariant_1_exact_for_dense_llama_with_tied_embeddings() -> None:
+    config = LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+    assert_exact(small(LlamaForCausalLM(config)), token_batch(3, 7))
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_invariant_1_tied_embeddings_get_the_cross_term_in_both_forms(tokens: int) -> None:
+    # 5 tokens take the Gram form; 40 tokens of width 32 take the direct one.
+    config = LlamaConfig(**{**_SIZES, "max_position_embeddings": 64}, num_key_value_heads=2, tie_word_embeddings=True)
+    batch = token_batch(3, tokens, vocabulary=12)  # ids repeat within a record
+    assert_exact(small(LlamaForCausalLM(config)), batch)
+
+
+def test_invariant_1_exact_for_dense_qwen_with_padding() -> None:
+    config = Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=False)
+    batch = token_batch(3, 9)
+    batch["attention_mask"][1, 5:] = 0
+    batch["labels"][1, 5:] = -100
+    assert_exact(small(Qwen2ForCausalLM(config)), batch)
+
+
+def test_invariant_1_exact_for_gpt2_whose_positions_are_shared_by_all_records() -> None:
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    model = small(GPT2LMHeadModel(config))
+    for records, tokens in ((3, 7), (4, 8), (2, 8)):  # 8 tokens look like rows of 4 or of 2 records
+        assert_exact(model, token_batch(records, tokens))
+
+
+def test_invariant_1_exact_for_bert_masked_lm_and_classifier() -> None:
+    config = BertConfig(**_SIZES, num_labels=3)
+    batch = token_batch(4, 8)
+    batch["labels"][:, ::2] = -100
+    assert_exact(small(BertForMaskedLM(config)), batch)
+    assert_exact(small(BertForSequenceClassification(config)), {**batch, "labels": torch.tensor([0, 2, 1, 1])})
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("mixtral", MixtralForSequenceClassification), ("qwen2_moe", Qwen2MoeForSequenceClassification)],
+)
+def test_invariant_1_exact_for_moe_classification_heads(family: str, kind: type) -> None:
+    config = tiny_config(family)
+    config.num_labels = 3
+    model = small(kind(config))
+    assert_exact(model, {**token_batch(3, 7), "labels": torch.tensor([0, 2, 1])})
+
+
+def switch(**settings: object) -> nn.Module:
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_experts": 4}
+    layers = {
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    }
+    config = SwitchTransformersConfig(
+        **{**sizes, **layers, "expert_capacity": 3, "decoder_start_token_id": 0, "pad_token_id": 0, **settings}
+    )
+    return small(SwitchTransformersForConditionalGeneration(config))
+
+
+def test_invariant_1_exact_for_switch_transformers_whose_capacity_is_per_sequence() -> None:
+    model = switch()
+    for records, tokens in ((3, 7), (2, 8)):
+        assert_exact(model, token_batch(records, tokens))
+
+
+def test_invariant_1_switch_padding_on_the_right_changes_nothing() -> None:
+    model = switch()
+    short = token_batch(1, 6, seed=3)
+    longer = token_batch(1, 9, seed=4)
+    padded = {name: torch.cat([value, torch.zeros(1, 3, dtype=value.dtype)], 1) for name, value in short.items()}
+    padded["labels"][:, 6:] = -100
+    both = {name: torch.cat([padded[name], longer[name]]) for name in short}
+    alone = Engine(model).norms(short)
+    beside = Engine(model).norms(both)
+    assert abs(float(beside[0] / alone[0]) - 1) <= 1e-5
+
+
+def test_invariant_1_swapping_the_other_records_leaves_a_records_gradient_as_it_was() -> None:
+    model = tiny_model("qwen2_moe")
+    first = token_batch(3, 7, seed=0)
+    swapped = {name: torch.cat([value[:1], token_batch(2, 7, seed=9)[name]]) for name, value in first.items()}
+    found = []
+    for batch in (first, swapped):
+        engine = Engine(model, clipping=Flat(CLIP), method="book_keeping")
+        engine.accumulate(batch)
+        whole = engine.take()
+        engine.accumulate({name: value[1:] for name, value in batch.items()})
+        others = engine.take()
+        found.append({name: whole[name] - others[name] for name in whole})  # what record 0 contributes
+    assert distance(found[0], found[1]) <= 1e-4
+    expected = clipped(gradients(model, only(first, 0)), CLIP)
+    assert distance(found[0], expected) <= 1e-4

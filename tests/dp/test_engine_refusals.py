@@ -1,0 +1,254 @@
+"""Invariant 4: what cannot be clipped is refused at set-up, by name, and the self-check finds what nobody named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_reference import token_batch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coterie.dp.clipping import Flat
+from coterie.dp.engine import Engine
+from coterie.dp.functional import clipped_sum
+from coterie.dp.losses import default_loss, token_loss
+from coterie.dp.selfcheck import check
+from coterie.errors import NoRuleError, PrivacyError
+from coterie.models.tiny import tiny_model
+
+VOCAB, WIDTH = 24, 8
+
+
+class Toy(nn.Module):
+    """Embedding, something in the middle, output layer."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(vocab_size=VOCAB)
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.middle = middle
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.middle(self.embed(input_ids))))
+
+
+class Weighted(nn.Module):
+    """``function(weight, x)`` with a weight of the given shape."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(*shape) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.weight, x)
+
+
+def checked(middle: nn.Module) -> dict[str, float]:
+    return check(Engine(Toy(middle)), token_batch(2, 5, VOCAB))
+
+
+ODD_BUT_FINE = {
+    "einsum": lambda w, x: torch.einsum("btd,de->bte", x, w),
+    "cumulative product": lambda w, x: x * torch.cumprod(w, 0)[0],
+    "matrix exponential": lambda w, x: x @ torch.linalg.matrix_exp(w),
+    "weight by weight": lambda w, x: F.linear(x, w @ w.T),
+    "weight norm": lambda w, x: F.linear(x, w / w.norm(dim=1, keepdim=True)),
+    "two slices": lambda w, x: torch.cat([F.linear(x, w[:3]), F.linear(x, w[3:])], -1),
+    "used twice": lambda w, x: F.linear(F.linear(x, w).tanh(), w.t()),
+    "left product": lambda w, x: (w @ x.transpose(1, 2)).transpose(1, 2),
+    "in place": lambda w, x: (x * 1.0).mul_(w[0]).add_(w[1]),
+    "prepended token": lambda w, x: torch.cat([w[:1].expand(x.shape[0], 1, -1), x], 1)[:, 1:].cumsum(1) + x,
+    "distance": lambda w, x: torch.cdist(x, w.expand(x.shape[0], -1, -1)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_BUT_FINE)
+def test_operations_without_a_rule_of_their_own_are_exact(name: str) -> None:
+    assert max(checked(Weighted(ODD_BUT_FINE[name], WIDTH, WIDTH)).values()) <= 1e-3
+
+
+def tokens_first(w: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x.transpose(0, 1), w).transpose(0, 1)
+
+
+class Escapes(torch.autograd.Function):
+    """A custom function, which torch's function dispatch does not see."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)  # type: ignore[attr-defined]
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad @ w.T, torch.einsum("btd,bte->de", x, grad)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        tokens_first,
+        lambda w, x: Escapes.apply(x, w),
+        lambda w, x: x + (x.mean(0, keepdim=True) @ w),  # mixes the records before the parameter
+        lambda w, x: Escapes.apply(x, w.float() * 1.0),  # past the rules, and as a derived value
+    ],
+    ids=["tokens first", "custom function", "mixes records", "derived and custom"],
+)
+def test_invariant_4_uses_that_cannot_be_split_are_refused_by_name(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(NoRuleError) as caught:
+        checked(Weighted(function, WIDTH, WIDTH))
+    assert "middle.weight" in str(caught.value) or caught.value.code == "dp-batch-coupled"
+    assert caught.value.fix
+
+
+def test_invariant_4_tokens_sorted_across_records_are_found_by_the_self_check() -> None:
+    def shuffled(w: Tensor, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return F.linear(flat.flip(0), w).flip(0).view(x.shape)  # rows of the last record first
+
+    with pytest.raises(NoRuleError, match="middle.weight") as caught:
+        checked(Weighted(shuffled, WIDTH, WIDTH))
+    assert caught.value.code == "dp-self-check"
+
+
+def test_invariant_4_batch_normalisation_is_refused() -> None:
+    class Norm(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    with pytest.raises(NoRuleError, match="statistics of the batch"):
+        checked(Norm(WIDTH))
+
+
+def test_invariant_4_a_buffer_that_changes_is_refused_and_put_back() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("load", torch.zeros(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                with torch.no_grad():
+                    self.load += x.mean((0, 1))
+            return x
+
+    toy = Toy(Counts())
+    with pytest.raises(NoRuleError, match=r"middle\.load"):
+        check(Engine(toy), token_batch(2, 5, VOCAB))
+    assert not toy.middle.load.any()
+
+
+def test_invariant_4_capacity_over_the_batch_is_refused() -> None:
+    from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
+
+    config = NllbMoeConfig(
+        vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        encoder_attention_heads=2, decoder_attention_heads=2, num_experts=2, encoder_sparse_step=1,
+        decoder_sparse_step=1,
+    )  # fmt: skip
+    with pytest.raises(NoRuleError, match="capacity over the whole batch"):
+        check(Engine(NllbMoeForConditionalGeneration(config)))
+
+
+def test_invariant_4_expert_choice_is_refused() -> None:
+    class ExpertChoiceRouter(nn.Linear):
+        """Each expert would take its best tokens of the batch."""
+
+    with pytest.raises(NoRuleError, match="choose among the tokens"):
+        checked(ExpertChoiceRouter(WIDTH, WIDTH))
+
+
+def test_invariant_4_a_balance_loss_over_the_batch_is_refused() -> None:
+    def with_balance(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        out = model(batch["input_ids"], output_router_logits=True)
+        labels = batch["labels"]
+        return token_loss(out.logits[:, :-1], labels[:, 1:]) + 0.1 * out.aux_loss
+
+    with pytest.raises(NoRuleError, match="records beside it") as caught:
+        check(Engine(tiny_model("mixtral"), with_balance))
+    assert "balance" in str(caught.value.fix)
+
+
+def test_invariant_5_a_mean_over_the_batch_is_refused() -> None:
+    def labels_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).loss
+
+    with pytest.raises(PrivacyError, match=r"returned \[\] for a batch"):
+        check(Engine(tiny_model("mixtral"), labels_loss))
+
+
+def test_invariant_5_a_loss_divided_by_the_tokens_of_the_batch_is_refused() -> None:
+    def over_all_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(batch["input_ids"]).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+        return losses.view(len(logits), -1).sum(1) / losses.numel()
+
+    with pytest.raises(NoRuleError, match="records beside it"):
+        check(Engine(tiny_model("mixtral"), over_all_tokens))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"cu_seq_lens_q": torch.tensor([0, 4, 8])},
+        {"seq_idx": torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])},
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_invariant_1_packed_records_are_refused(extra: dict[str, Tensor]) -> None:
+    with pytest.raises(PrivacyError, match="packs several records"):
+        Engine(tiny_model("mixtral")).accumulate({**token_batch(2, 5), **extra})
+
+
+def test_left_padding_with_a_capacity_per_sequence_is_refused() -> None:
+    from test_engine_models import switch
+
+    batch = token_batch(2, 6)
+    batch["attention_mask"][0, :2] = 0
+    with pytest.raises(PrivacyError, match="padded on the left"):
+        Engine(switch()).accumulate(batch)
+
+
+def test_bad_input_is_one_clear_sentence() -> None:
+    model = tiny_model("mixtral")
+    for clip_norm in (0.0, -1.0, float("nan")):
+        with pytest.raises(PrivacyError, match="clip norm"):
+            clipped_sum(model, token_batch(2, 5), clip_norm)
+    with pytest.raises(PrivacyError, match="how many records"):
+        Engine(model).accumulate({**token_batch(2, 5), "labels": torch.zeros(3, 5, dtype=torch.int64)})
+    with pytest.raises(PrivacyError, match="no `labels`"):
+        Engine(model).accumulate({"input_ids": torch.ones(2, 5, dtype=torch.int64)})
+    model.requires_grad_(False)
+    with pytest.raises(PrivacyError, match="nothing to train"):
+        Engine(model)
+
+
+def test_a_parameter_class_that_hides_its_operations_is_refused() -> None:
+    class Quantised(nn.Parameter):
+        pass
+
+    toy = Toy(nn.Linear(WIDTH, WIDTH))
+    toy.middle.weight = Quantised(toy.middle.weight.detach())
+    with pytest.raises(NoRuleError, match="Quantised"):
+        Engine(toy).norms(token_batch(2, 5, VOCAB))
+    assert type(toy.head.weight) is nn.Parameter
+
+
+def test_self_check_passes_and_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("qwen3_moe").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    errors = check(Engine(model, default_loss, Flat(1.0)))
+    assert set(errors) == {name for name, _ in model.named_parameters()}
+    assert max(errors.values()) <= 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
