@@ -88,6 +88,6 @@ def _over_rounds(results: Results, axes: Axes) -> None:
         axes.plot(rounds, losses, color=COLOURS[arm], marker=MARKERS[arm], markersize=4, label=ARMS[arm].title)
     axes.set_xlabel("round")
     axes.set_ylabel("nats per token; lower is better")
-    axes.set_title("on the way there, all parties together", fontsize=10)
+    axes.set_title("over the rounds, mean over all parties", fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
