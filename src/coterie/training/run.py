@@ -183,7 +183,7 @@ def prepare(config: TrainConfig, *, tokenizer_dir: Path | None = None) -> Prepar
             "This loop trains without privacy, but the settings have a `privacy` block.",
             code="train-privacy",
             why="going on would train without the protection you asked for",
-            fix="remove the block to train without privacy",
+            fix="use `coterie train`, or coterie.training.private.run_private; or remove the block",
         )
     data = config.data
     train = read_documents(data.train, data)
