@@ -146,7 +146,7 @@ class Engine:
         """
         check_batch(batch, self.model)
         self.prepare(batch)
-        if self._choose(batch) == "ghost":
+        if self.next_method(batch) == "ghost":
             return self._ghost(batch)
         return self._book_keeping(batch)
 
@@ -353,7 +353,7 @@ class Engine:
     def _devices(self) -> list[torch.device]:
         return list(dict.fromkeys(p.device for p in self.parameters.values()))
 
-    def _choose(self, batch: Batch) -> Method:
+    def next_method(self, batch: Batch) -> Method:
         """Ghost for the first batch of ``auto``, to measure; then book-keeping if its captures take half at most."""
         if self.method != "auto":
             return self.method

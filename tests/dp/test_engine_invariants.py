@@ -1,0 +1,374 @@
+"""What one record can do to a sum: at most C, whatever its length, its numbers, its neighbours or the method."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from engine_reference import clipped, distance, gradients, norms, only, size, token_batch
+from torch import Tensor, nn
+
+from coterie.dp.clipping import Automatic, Clipping, Flat, PerGroup, PerLayer, quantile_update
+from coterie.dp.engine import Engine
+from coterie.dp.functional import clipped_sum, per_sample_norms
+from coterie.dp.losses import default_loss
+from coterie.models import seam
+from coterie.models.tiny import tiny_model
+
+METHODS = ("book_keeping", "ghost")
+
+
+@pytest.mark.parametrize("tokens", [6, 64, 256])
+@pytest.mark.parametrize("physical", [1, 4])
+def test_invariant_3_opacus_trap_one_sequence_contributes_at_most_c(tokens: int, physical: int) -> None:
+    # Opacus 1.6 takes every flattened token of a router or expert for a sample: here up to 256 C and more.
+    model = tiny_model("qwen2_moe", max_position_embeddings=256)
+    batch = token_batch(4, tokens)
+    clip = 0.1 * float(per_sample_norms(model, only(batch, 0))[0])  # far below every norm
+    engine = Engine(model, clipping=Flat(clip), method="book_keeping")
+    contributions = []
+    for start in range(0, 4, physical):
+        engine.accumulate({name: value[start : start + physical] for name, value in batch.items()})
+    together = engine.take()
+    for record in range(4):
+        engine.accumulate(only(batch, record))
+        contributions.append(engine.take())
+    for contribution in contributions:
+        assert clip * (1 - 1e-3) <= size(contribution) <= clip * (1 + engine.eta)
+    total = {name: sum(one[name] for one in contributions) for name in together}
+    assert distance(together, total) <= 5e-5  # type: ignore[arg-type]
+
+
+def test_physical_batches_inside_a_lot_never_change_the_result() -> None:
+    model, batch = tiny_model("gpt_oss"), token_batch(6, 9)
+    sums = []
+    for physical in (1, 2, 3, 6):
+        engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
+        for start in range(0, 6, physical):
+            engine.accumulate({name: value[start : start + physical] for name, value in batch.items()})
+        sums.append(engine.take())
+    assert all(distance(other, sums[0]) <= 5e-5 for other in sums[1:])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jamba"])
+@pytest.mark.parametrize(
+    "clipping", [Flat(0.5), PerLayer(0.5), PerGroup(0.5), Automatic(0.5)], ids=lambda c: type(c).__name__
+)
+def test_both_methods_give_the_same_sums(family: str, clipping: Clipping) -> None:
+    model, batch = tiny_model(family), token_batch(3, 7)
+    sums = []
+    for method in METHODS:
+        engine = Engine(model, clipping=clipping, method=method)  # type: ignore[arg-type]
+        figures = engine.accumulate(batch)
+        sums.append(engine.take())
+        assert figures.within.shape == (len(engine.groups), 3)
+    assert distance(sums[0], sums[1]) <= 1e-6 if not isinstance(clipping, PerLayer | PerGroup) else 1e-5
+
+
+def test_automatic_is_auto_s() -> None:
+    model, batch = tiny_model("mixtral"), token_batch(3, 7)
+    engine = Engine(model, clipping=Automatic(0.5, gamma=0.3), method="book_keeping")
+    engine.accumulate(batch)
+    expected = gradients(model, batch)
+    wanted = {
+        name: sum(0.5 / (n + 0.3) * one[name] for n, one in zip(norms(expected), expected, strict=True))
+        for name in expected[0]
+    }
+    assert distance(engine.take(), wanted) <= 5e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("clipping", [PerLayer(0.5), PerGroup(0.5)], ids=lambda c: type(c).__name__)
+def test_groups_are_clipped_to_their_own_thresholds(clipping: Clipping) -> None:
+    model, batch = tiny_model("qwen3_moe"), token_batch(2, 7)
+    engine = Engine(model, clipping=clipping, method="book_keeping")
+    assert len(engine.groups) > 2
+    engine.thresholds = torch.linspace(0.01, 0.3, len(engine.groups), dtype=torch.float64)
+    figures = engine.accumulate(batch)
+    sums = engine.take()
+    expected = gradients(model, batch)
+    wanted: dict[str, Tensor] = {name: torch.zeros_like(g) for name, g in expected[0].items()}
+    for record, one in enumerate(expected):
+        for index, group in enumerate(engine.groups):
+            names = [name for name in one if clipping.group_of(name) == group]
+            norm = size({name: one[name] for name in names})
+            assert float(figures.group_norms[index, record]) == pytest.approx(norm, rel=1e-4)
+            for name in names:
+                wanted[name] += one[name] * min(1.0, float(engine.thresholds[index]) / norm)
+    assert distance(sums, wanted) <= 5e-5
+    assert engine.sensitivity == pytest.approx(float(engine.thresholds.norm()) * (1 + engine.eta))
+
+
+def test_threshold_update_moves_towards_the_target_quantile() -> None:
+    before = torch.tensor([1.0, 1.0, 1.0])
+    after = quantile_update(before, torch.tensor([0.9, 0.5, 0.1]), target=0.5, rate=0.2)
+    assert after[0] < before[0]
+    assert after[1] == before[1]
+    assert after[2] > before[2]
+
+
+def test_users_are_clipped_once_over_all_their_records_and_physical_batches() -> None:
+    model = tiny_model("olmoe")
+    first, second = token_batch(3, 7, seed=1), token_batch(2, 9, seed=2)
+    engine = Engine(model, clipping=Flat(0.5))
+    figures = engine.accumulate_user([first, second])
+    whole = [*gradients(model, first), *gradients(model, second)]
+    user = {name: torch.stack([one[name] for one in whole]).sum(0) for name in whole[0]}
+    assert float(figures.norms[0]) == pytest.approx(size(user), rel=1e-5)
+    assert distance(engine.take(), {name: g * 0.5 / size(user) for name, g in user.items()}) <= 1e-5
+
+
+def test_invariant_2_bounded_when_the_gram_form_cancels() -> None:
+    # Rows with a large common part: outputs pull against each other, inputs are nearly equal (DESIGN.md, invariant 2).
+    class Adversarial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(512, 512, bias=False)
+
+    torch.manual_seed(0)
+    model = Adversarial()
+    common = 3e3 * torch.randn(1, 1, 512)
+    inputs = (common + 1e-2 * torch.randn(4, 64, 512)).requires_grad_()
+    weights = torch.randn(4, 64, 512)
+    weights = 1e3 * (weights - weights.mean(1, keepdim=True)) + 1e-3 * torch.randn(4, 1, 512)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model.linear(batch["x"]) * batch["w"]).sum((1, 2))  # type: ignore[operator]
+
+    batch = {"x": inputs.detach(), "w": weights}
+    exact = torch.einsum("bto,bti->boi", weights.double(), inputs.detach().double()).flatten(1).norm(dim=1)
+    for method in METHODS:
+        engine = Engine(model, loss, Flat(1.0), method=method)  # type: ignore[arg-type]
+        figures = engine.accumulate(batch)
+        engine.take()
+        for record in range(4):
+            engine.accumulate(only(batch, record))
+            assert size(engine.take()) <= 1.0 + engine.eta
+        # The captured rows are float32, so the sum over them, not the formula, is what has to be bounded.
+        assert bool((figures.norms >= exact * (1 - 1e-2)).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_invariant_2_a_record_that_is_not_finite_contributes_zero(bad: float, method: Any) -> None:
+    model = tiny_model("mixtral")
+    batch: dict[str, Tensor] = {**token_batch(3, 7), "scale": torch.tensor([1.0, bad, 1.0])}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        rest = {name: value for name, value in batch.items() if name != "scale"}
+        return default_loss(model, rest) * batch["scale"]
+
+    engine = Engine(model, loss, Flat(0.5), method=method)
+    figures = engine.accumulate(batch)
+    sums = engine.take()
+    assert figures.masked.tolist() == [False, True, False]
+    good = {name: value[[0, 2]] for name, value in batch.items()}
+    assert distance(sums, clipped(gradients(model, good, loss), 0.5)) <= 5e-5
+
+
+def test_invariant_2_nan_inside_the_model_stays_with_its_record() -> None:
+    model = tiny_model("mixtral")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = float("nan")
+    batch = token_batch(3, 7)
+    for name in ("input_ids", "labels"):
+        batch[name] = torch.where(batch[name] == 5, 6, batch[name])
+        batch[name][1, 3] = 5
+    for method in METHODS:
+        engine = Engine(model, clipping=Flat(0.5), method=method)  # type: ignore[arg-type]
+        figures = engine.accumulate(batch)
+        assert figures.masked.tolist() == [False, True, False]
+        sums = engine.take()
+        good = {name: value[[0, 2]] for name, value in batch.items()}
+        assert distance(sums, clipped(gradients(model, good), 0.5)) <= 5e-5
+
+
+def test_users_whose_gradient_is_not_finite_contribute_zero() -> None:
+    model = tiny_model("mixtral")
+    engine = Engine(model, lambda m, b: default_loss(m, b) * float("nan"), Flat(0.5))
+    figures = engine.accumulate_user([token_batch(2, 5)])
+    assert figures.masked.all()
+    assert size(engine.take()) == 0.0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoehybrid"])
+@pytest.mark.parametrize("method", METHODS)
+def test_invariant_4_nothing_escapes_checkpoint_recompute(family: str, method: Any) -> None:
+    model, batch = tiny_model(family), token_batch(3, 7)
+    expected = clipped(gradients(model, batch), 0.5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    engine = Engine(model, clipping=Flat(0.5), method=method)
+    engine.accumulate(batch)
+    assert distance(engine.take(), expected) <= 5e-5
+
+
+def test_invariant_4_interception_works_in_another_thread() -> None:
+    model, batch = tiny_model("olmoe"), token_batch(3, 7)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(per_sample_norms(model, batch)))
+    thread.start()
+    thread.join()
+    assert torch.allclose(found[0].double(), norms(gradients(model, batch)), rtol=1e-5)
+
+
+def test_bf16_autocast_keeps_norms_in_float32() -> None:
+    model, batch = tiny_model("qwen3_moe"), token_batch(3, 7)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return default_loss(model, batch)
+
+    seam.select(model)
+    engine = Engine(model, loss, Flat(0.5), method="book_keeping")
+    figures = engine.accumulate(batch)
+    expected = gradients(model, batch, loss)
+    assert figures.norms.dtype == torch.float64
+    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 2e-2
+    sums = engine.take()
+    assert all(value.dtype == torch.float32 for value in sums.values())
+    assert distance(sums, clipped(expected, 0.5)) <= 5e-2
+    for record in range(3):
+        engine.accumulate(only(batch, record))
+        assert size(engine.take()) <= 0.5 * (1 + engine.eta)
+
+
+def test_bf16_models_are_clipped_in_float32() -> None:
+    model, batch = tiny_model("mixtral", dtype=torch.bfloat16), token_batch(3, 7)
+    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
+    for record in range(3):
+        engine.accumulate(only(batch, record))
+        contribution = engine.take()
+        assert 0.49 <= size(contribution) <= 0.5 * (1 + engine.eta)
+
+
+def test_dropout_draws_the_same_masks_in_the_second_pass() -> None:
+    model, batch = tiny_model("mixtral", attention_dropout=0.3), token_batch(3, 7)
+    model.train()
+    sums = []
+    for method in METHODS:
+        engine = Engine(model, clipping=Flat(0.5), method=method)  # type: ignore[arg-type]
+        engine.prepare(batch)
+        torch.manual_seed(3)
+        engine.accumulate(batch)
+        sums.append(engine.take())
+    assert distance(sums[0], sums[1]) <= 1e-6
+    torch.manual_seed(4)
+    engine.accumulate(batch)
+    assert distance(engine.take(), sums[0]) > 1e-3  # other masks, another result
+
+
+def test_frozen_parameters_get_nothing_and_cost_nothing() -> None:
+    model, batch = tiny_model("mixtral"), token_batch(3, 7)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name or "layers.1" in name)
+    sums = clipped_sum(model, batch, 0.5)
+    assert distance(sums, clipped(gradients(model, batch), 0.5)) <= 5e-5
+    assert set(sums) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_sums_are_the_same_bits_every_time() -> None:
+    model, batch = tiny_model("gpt_oss"), token_batch(3, 7)
+    first, second = clipped_sum(model, batch, 0.5), clipped_sum(model, batch, 0.5)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_model_is_left_as_it_was_even_after_an_error() -> None:
+    model = tiny_model("mixtral")
+    chosen = model.config._experts_implementation
+    weight = model.lm_head.weight
+    weight.grad = torch.ones_like(weight)
+    kept = weight.grad
+
+    def broken(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        default_loss(model, batch)
+        raise RuntimeError("the loss function broke")
+
+    with pytest.raises(RuntimeError, match="broke"):
+        Engine(model, broken).accumulate(token_batch(2, 5))
+    assert type(weight) is nn.Parameter
+    assert weight.grad is kept
+    assert model.config._experts_implementation == chosen
+
+
+def test_auto_measures_first_and_then_keeps_books_where_they_fit() -> None:
+    model, batch = tiny_model("mixtral"), token_batch(2, 5)
+    engine = Engine(model, clipping=Flat(0.5), method="auto")
+    assert engine.next_method(batch) == "ghost"
+    engine.accumulate(batch)
+    assert engine.next_method(batch) == "book_keeping"
+    first = engine.take()
+    engine.accumulate(batch)
+    assert distance(engine.take(), first) <= 1e-6
+
+
+def test_lent_experts_are_clipped_like_the_models_own() -> None:
+    from contextlib import nullcontext
+
+    model, batch = tiny_model("mixtral"), token_batch(3, 7)
+    expected = clipped_sum(model, batch, 0.5)
+    layers = seam.expert_layers(model)
+    held = [{name: p.detach().clone() for name, p in layer.parameters().items()} for layer in layers]
+    shapes = {f"{layer.name}.{name}": p.shape for layer in layers for name, p in layer.parameters().items()}
+    for layer in layers:
+        layer.module.to("meta")
+        layer.module.requires_grad_(False)
+
+    class Source:
+        def layer(self, index: int) -> Any:
+            return nullcontext(held[index])
+
+    for method in METHODS:
+        engine = Engine(model, None, Flat(0.5), method, expert_weights=Source(), expert_shapes=shapes)  # type: ignore[arg-type]
+        engine.accumulate(batch)
+        assert distance(engine.take(), expected) <= 5e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_reference_cycles(method: Any) -> None:
+    model, batch = tiny_model("gpt_oss"), token_batch(2, 7)
+    engine = Engine(model, clipping=Flat(0.5), method=method)
+    engine.accumulate(batch)
+    engine.take()
+    gc.collect()
+    gc.disable()
+    try:
+        seen: list[weakref.ref[Tensor]] = []
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            losses = default_loss(model, batch)
+            seen.append(weakref.ref(losses))
+            return losses
+
+        engine.loss_fn = loss
+        engine.accumulate(batch)
+        engine.take()
+        left = [t for t in gc.get_objects() if isinstance(t, Tensor) and type(t).__name__ == "DerivedTensor"]
+        assert all(reference() is None for reference in seen)
+        assert not left
+    finally:
+        gc.enable()
+
+
+def test_memory_does_not_grow_over_50_steps() -> None:
+    model, batch = tiny_model("qwen2_moe", hidden_size=64), token_batch(4, 32)
+    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
+
+    def count() -> int:
+        return sum(isinstance(t, Tensor) for t in gc.get_objects())
+
+    for _ in range(5):
+        engine.accumulate(batch)
+        engine.take()
+    gc.collect()
+    tensors, peak = count(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(50):
+        engine.accumulate(batch)
+        engine.take()
+    gc.collect()
+    assert count() == tensors
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 20_000  # KiB
