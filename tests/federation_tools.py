@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -113,50 +114,76 @@ def make_parts(
     return parts
 
 
-def train_by_hand(
-    config: FederationConfig,
-    models: Mapping[str, nn.Module],
-    parts: Mapping[str, PartyParts],
-    rounds: int | None = None,
-    active: tuple[str, ...] | None = None,
-) -> None:
+class _Masked:
+    """Local experts, some of which add nothing."""
+
+    def __init__(self, experts: Mapping[int, list[int]]) -> None:
+        self._experts, self._local = experts, seam.LocalExperts()
+
+    def __call__(self, call: seam.ExpertsCall) -> Tensor:
+        ids = call.expert_ids_NK.clone()
+        for expert in self._experts.get(call.layer.index, []):
+            ids[ids == expert] = call.layer.num_experts
+        return self._local(replace(call, expert_ids_NK=ids))
+
+
+class ByHand:
     """The whole federation in one loop, with torch's own AdamW; changes ``models`` (experts of the first party's)."""
-    names = active or tuple(config.parties)
-    spec, optim = config.train, config.optim
-    adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-    experts = {id(p): p for layer in expert_layers(models[names[0]]) for p in layer.parameters().values()}
-    trunks = {}
-    for name in names:
-        own = {id(p) for layer in expert_layers(models[name]) for p in layer.parameters().values()}
-        trunks[name] = [p for p in models[name].parameters() if id(p) not in own]
-        seam.select(models[name])
-        models[name].train()
-        if name != names[0]:
-            for theirs, ours in zip(expert_layers(models[name]), expert_layers(models[names[0]]), strict=True):
-                for key in ours.layout.parameter_names:
-                    setattr(theirs.module, key, ours.parameters()[key])
-    steps = [torch.optim.AdamW(trunk, **adam) for trunk in trunks.values()]
-    steps.append(torch.optim.AdamW(experts.values(), **adam))
-    for round in range(spec.rounds if rounds is None else rounds):
-        counts = {}
-        for step in steps:
-            step.zero_grad()
-        for param in experts.values():
-            param.grad = torch.zeros_like(param)
-        for name in names:
-            rows = RoundOrder(len(parts[name].train), spec.batch_size, spec.seed).rows(round)
-            counts[name] = 0
-            for row in rows:
-                ids = parts[name].train[row]["input_ids"].unsqueeze(0)
-                logits = models[name](input_ids=ids, use_cache=False).logits[0, :-1]
-                functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
-                counts[name] += ids.shape[1] - 1
-            for param in trunks[name]:
-                param.grad = (param.grad if param.grad is not None else torch.zeros_like(param)) / counts[name]
-        for param in experts.values():
-            param.grad /= sum(counts.values())
-        for step in steps:
-            step.step()
+
+    def __init__(
+        self, config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyParts]
+    ) -> None:
+        self._spec, self._models, self._parts = config.train, models, parts
+        optim = config.optim
+        adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+        first = next(iter(models))
+        self._experts = {
+            (layer.index, name): param
+            for layer in expert_layers(models[first])
+            for name, param in layer.parameters().items()
+        }
+        self._trunks, self._steps = {}, {}
+        for name, model in models.items():
+            own = {id(p) for layer in expert_layers(model) for p in layer.parameters().values()}
+            self._trunks[name] = [p for p in model.parameters() if id(p) not in own]
+            self._steps[name] = torch.optim.AdamW(self._trunks[name], **adam)
+            model.train()
+            for layer in expert_layers(model):
+                for key in layer.layout.parameter_names:
+                    setattr(layer.module, key, self._experts[layer.index, key])
+        self._steps[""] = torch.optim.AdamW(self._experts.values(), **adam)
+
+    def train(
+        self, rounds: Iterable[int], active: tuple[str, ...] = PARTIES, masked: Mapping[int, list[int]] | None = None
+    ) -> None:
+        """Some rounds, from 0, with some parties; masked experts get no token and do not step."""
+        for name in active:
+            seam.select(self._models[name], _Masked(masked or {}))
+        for round in rounds:
+            counts = dict.fromkeys(active, 0)
+            for step in self._steps.values():
+                step.zero_grad()
+            for param in self._experts.values():
+                param.grad = torch.zeros_like(param)
+            for name in active:
+                train = self._parts[name].train
+                for row in RoundOrder(len(train), self._spec.batch_size, self._spec.seed).rows(round):
+                    ids = train[row]["input_ids"].unsqueeze(0)
+                    logits = self._models[name](input_ids=ids, use_cache=False).logits[0, :-1]
+                    functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+                    counts[name] += ids.shape[1] - 1
+                for param in self._trunks[name]:
+                    param.grad = (param.grad if param.grad is not None else torch.zeros_like(param)) / counts[name]
+            for param in self._experts.values():
+                assert param.grad is not None
+                param.grad /= sum(counts.values())
+            for name in (*active, ""):
+                self._steps[name].step()
+
+
+def train_by_hand(config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyParts]) -> None:
+    """All rounds with all parties; see `ByHand`."""
+    ByHand(config, models, parts).train(range(config.train.rounds), tuple(config.parties))
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,16 @@ from coterie.training.metrics import read_metrics
 from coterie.training.packing import Batch, Sequences
 from coterie.training.party_parts import trunk_tensors
 from coterie.training.party_run import PartyResult
-from federation_tools import PARTIES, full_models, make_parts, relative, settings, train_by_hand
+from federation_tools import PARTIES, ByHand, full_models, make_parts, relative, settings, train_by_hand
 
 
-def assert_same(federation, models, tolerance: float = 1e-5) -> None:  # type: ignore[no-untyped-def]
+def assert_same(
+    federation: InProcessFederation, models: Mapping[str, torch.nn.Module], parties: Sequence[str] = PARTIES
+) -> None:
     """Trunks and hosted experts of a federation against whole models."""
+    tolerance = 1e-5
     first = expert_layers(models[PARTIES[0]])
-    for name in PARTIES:
+    for name in parties:
         work = federation.runs[name].work
         whole = dict(models[name].named_parameters())
         for key, value in trunk_tensors(work.parts.model).items():
@@ -115,6 +119,73 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+class Killed(BaseException):
+    """The end of a process that nobody expected."""
+
+
+class Deadly(Sequences):
+    """Text whose reading in a certain round kills the process."""
+
+    last = 2
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        if self.last == 0:
+            raise Killed
+        object.__setattr__(self, "last", self.last - 1)
+        return super().batch(rows)
+
+
+def test_others_go_on_without_a_lost_party_and_its_experts_masked(tmp_path: Path):
+    """Cedar dies in round 3 of 5; the others' parameters are those of a loop by hand without it and its experts."""
+    config = settings(
+        train__rounds=5, train__micro_batch=6, train__in_flight=1, deadline_s=4.0, lost_party="continue"
+    )
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    parts["cedar"] = replace(parts["cedar"], train=Deadly(**vars(parts["cedar"].train)))
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    federation.join()
+    assert isinstance(federation.ends["cedar"], Killed)
+    assert any("going on without cedar" in notice.state.note for notice in federation.notices)
+    by_hand = ByHand(config, models, parts)
+    by_hand.train([0, 1])
+    by_hand.train([2, 3, 4], ("alder", "birch"), parts["cedar"].placement.hosted("cedar"))
+    assert_same(federation, models, ("alder", "birch"))
+
+
+def test_run_that_went_on_without_a_party_is_taken_up_with_its_older_checkpoint(tmp_path: Path):
+    config = settings(train__rounds=7, deadline_s=4.0, lost_party="continue")
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    cedar = Deadly(**vars(parts["cedar"].train))
+    object.__setattr__(cedar, "last", 8)  # three micro-batches a round: dies in the third
+    parts["cedar"] = replace(parts["cedar"], train=cedar)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    until(lambda: any(n.state.committed >= 4 for n in federation.notices))
+    federation.runs["alder"].stop()
+    federation.join()
+    stopped = federation.ends["alder"]
+    assert isinstance(stopped, PartyResult)
+    assert not stopped.finished
+    federation, results = run_in_process(
+        config, list(make_parts(config, models, tmp_path).values()), tmp_path / "coordinator"
+    )
+    assert all(result.finished and result.rounds == 7 for result in results.values())
+    (restore,) = [notice.state for notice in federation.notices if notice.state.phase == "restore"]
+    assert {name: saved.round for name, saved in restore.sources.items()} == {
+        "alder": stopped.rounds,
+        "birch": stopped.rounds,
+        "cedar": 2,
+    }
+    assert not federation.notices[-1].state.absent
+
+
 def test_killed_party_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path):
     config = settings(train__rounds=6, deadline_s=4.0)
     models = full_models()
@@ -169,6 +240,42 @@ class Unreadable(Sequences):
             object.__setattr__(self, "failures", self.failures - 1)
             raise DataError("disk error at /private/path, record 17", code="data-unreadable")
         return super().batch(rows)
+
+
+def test_start_of_a_finished_run_says_so_and_trains_nothing(tmp_path: Path):
+    config = settings(train__rounds=1)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    _, first = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    again = make_parts(config, models, tmp_path)
+    _, second = run_in_process(config, list(again.values()), tmp_path / "coordinator")
+    for name in PARTIES:
+        assert second[name].finished
+        assert second[name].loss == first[name].loss
+        assert len([row for row in read_metrics(tmp_path / name) if "lr" in row]) == 1
+
+
+def test_lost_checkpoint_ends_the_start_and_names_who_lacks_it(tmp_path: Path):
+    config = settings(train__rounds=5)
+    models = full_models()
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in make_parts(config, models, tmp_path).values():
+        federation.up(each)
+    until(lambda: any(n.state.committed >= 1 for n in federation.notices))
+    federation.runs["birch"].stop()
+    federation.join()
+    shutil.rmtree(tmp_path / "birch" / "checkpoints")
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in make_parts(config, models, tmp_path).values():
+        federation.up(each)
+    federation.join()
+    for name in (*PARTIES, "coordinator"):
+        error = federation.ends[name]
+        assert isinstance(error, RoundError)
+        assert error.code == "checkpoint-none-common"
+        assert "birch lacks round" in error.message
 
 
 def test_error_at_one_party_aborts_the_attempt_and_the_result_is_the_same(tmp_path: Path):

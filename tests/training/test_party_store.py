@@ -80,7 +80,7 @@ def test_folder_of_another_run_party_or_agreement_is_refused(tmp_path: Path):
 def test_run_goes_on_with_the_same_text_only(tmp_path: Path):
     PartyStore(tmp_path, "alder", AGREEMENT, "text-1").adopt("run-1")
     assert PartyStore(tmp_path, "alder", AGREEMENT, "text-1").run == "run-1"
-    with pytest.raises(CheckpointError, match="training text .* changed"):
+    with pytest.raises(CheckpointError, match=r"training text .* changed"):
         PartyStore(tmp_path, "alder", AGREEMENT, "text-2")
 
 

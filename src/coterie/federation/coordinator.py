@@ -197,7 +197,9 @@ class Coordinator:
         state, now = notice.state, time.monotonic()
         if state.phase is not Phase.END:
             return False
-        told = [self._views[name].report.done >= state.seq for name in self._plan.parties if self._here(name, now)]
+        # A finished run is told to everybody, also to those that were started again afterwards.
+        wanted = [p for p in self._plan.parties if state.ending is Ending.FINISHED or self._here(p, now)]
+        told = [p in self._views and self._views[p].report.done >= state.seq for p in wanted]
         return all(told) or now - self._entered > self._plan.lease_s
 
     def _here(self, party: str, now: float) -> bool:
