@@ -103,17 +103,20 @@ def log_file(folder: Path) -> Iterator[logging.Logger]:
 
 
 @contextmanager
-def stop_signals(ask: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks for a clean end after the round; a second one interrupts at once."""
+def stop_signals(ask: Callable[[], bool]) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a clean end after the round; a second one interrupts at once.
+
+    Args:
+        ask: False when there is nothing to end cleanly yet; then the first one interrupts, too.
+    """
     asked = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked or not ask():
             raise KeyboardInterrupt
         asked = True
         print("stopping after this round; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-        ask()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -115,13 +115,13 @@ class CoordinatorProcess:
         self._config, self._run_dir, self._notify, self._listen = config, run_dir, notify, listen
         self._kit, self._roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
-        self._stopped = ""
 
-    def stop(self, who: str = "the coordinator") -> None:
-        """Ask for a clean end. Safe in a signal handler."""
-        self._stopped = who
-        if self._coordinator is not None:
-            self._coordinator.stop(who)
+    def stop(self, who: str = "the coordinator") -> bool:
+        """Ask for a clean end. Safe in a signal handler. False: it has not begun, there is nothing to end."""
+        if self._coordinator is None:
+            return False
+        self._coordinator.stop(who)
+        return True
 
     def run(self) -> State:
         """Coordinate until the run ends; see `Coordinator.run`."""
@@ -150,8 +150,6 @@ class CoordinatorProcess:
             try:
                 coordinator = Coordinator(plan_of(config), transport, journal, config.content_hash(), notify)
                 self._coordinator = coordinator
-                if self._stopped:
-                    coordinator.stop(self._stopped)
                 return coordinator.run()
             finally:
                 transport.close()

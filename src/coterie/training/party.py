@@ -55,13 +55,14 @@ class PartyProcess:
             )
         self._kit, self._roster = identify(self.federation, config.kit, config.party, Role.PARTY)
         self._run: PartyRun | None = None
-        self._stopped = False
 
-    def stop(self) -> None:
-        """Ask for a clean end after the round in progress. Safe in a signal handler."""
-        self._stopped = True
-        if self._run is not None:
-            self._run.stop()
+    def stop(self) -> bool:
+        """Ask for a clean end after the round in progress. Safe in a signal handler.
+
+        Returns:
+            False: the coordinator has not been heard of yet, so there is nothing to end cleanly.
+        """
+        return self._run is not None and self._run.stop()
 
     def run(self) -> PartyResult:
         """Read the files, join, take part until the end.
@@ -76,8 +77,6 @@ class PartyProcess:
         parts = prepare_party(config, federation, self._roster)
         self._run = PartyRun(parts, transport, federation.content_hash(), self._watch)
         keep_settings(config, federation)
-        if self._stopped:
-            self._run.stop()
         return self._run.run()
 
 

@@ -106,9 +106,14 @@ class PartyRun:
             on_news=self._participant.on_news,
         )
 
-    def stop(self) -> None:
-        """Ask for a clean end after the round in progress. Safe in a signal handler."""
+    def stop(self) -> bool:
+        """Ask for a clean end after the round in progress. Safe in a signal handler.
+
+        Returns:
+            False: the coordinator has not been heard of yet; it would not hear us either.
+        """
         self._membership.ask_to_stop()
+        return self._membership.directive is not None
 
     def abandon(self) -> None:
         """End at once without a goodbye; the others treat this party as lost. Safe from any thread."""
