@@ -172,6 +172,27 @@ def test_a_caller_that_says_nothing_is_cut_off(kits: dict[str, Kit], start: Star
         release.set()
 
 
+def test_a_peer_whose_network_lives_but_whose_program_hangs_is_dropped(kits: dict[str, Kit], start: Start) -> None:
+    """gRPC's own pings are answered by its core even then; only the missing heartbeats tell."""
+    start(kits["alder"])
+    roster = load_roster(kits["alder"])
+    hello = Hello("birch", "alder", Lane.FORWARD, "demo", 1, roster.content_hash(), roster.content_hash()[:16])
+    credentials = grpc.ssl_channel_credentials(identity.cert_pem(kits["alder"].authority), *pair_of(kits["birch"]))
+    release = threading.Event()
+
+    def hang() -> Iterator[bytes]:
+        yield hello.encode()
+        release.wait(30)
+
+    options = [("grpc.ssl_target_name_override", "alder")]
+    with grpc.secure_channel(endpoint_of(kits, "alder"), credentials, options=options) as channel:
+        call = channel.stream_stream("/coterie.Lanes/Open", None, None)(hang(), timeout=20)
+        with pytest.raises((grpc.RpcError, StopIteration)) as caught:
+            drain(call)
+        release.set()
+        assert isinstance(caught.value, StopIteration) or caught.value.code() is grpc.StatusCode.CANCELLED
+
+
 @pytest.mark.parametrize("raw", [b"", b"{}", b"\xff\xfe", b"[1]", b"x" * 5000, b'{"lane": 1}'])
 def test_a_first_message_that_is_no_introduction_is_refused(kits: dict[str, Kit], start: Start, raw: bytes) -> None:
     start(kits["alder"])
