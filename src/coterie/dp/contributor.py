@@ -6,26 +6,24 @@ release and divide by public numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from coterie.dp.accounting import epsilon, noise_multiplier
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
 from coterie.dp.ledger import open_ledger
-from coterie.dp.lot_sums import Collate, RoundFigures, Settings, SumEngine
+from coterie.dp.lot_sums import Collate, LotSums, RoundFigures, Settings, SumEngine
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.provenance import Artefact, not_covered
 from coterie.dp.randomness import random_source
-from coterie.dp.releases import Pending
-from coterie.dp.session import PrivateSession
+from coterie.dp.releases import Releases
 from coterie.dp.spool import Release, Spool
-from coterie.dp.statement import Statement
+from coterie.dp.statement import Statement, make_statement
 from coterie.errors import BudgetError
 
 
@@ -108,18 +106,17 @@ class Contributor:
             budget=asdict(plan.budget), seeded=plan.seed is not None,
             provenance=[artefact.to_json() for artefact in artefacts],
         )  # fmt: skip
-        settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
         self._source = random_source(plan.seed)
-        self._units, self._lots, self._plan = units, lots, plan
-        self._session = PrivateSession(
-            model, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), dataset, collate, engine, None, lots, units,
-            settings, self._source, books, Spool(books.folder / "spool" / run), run, not_covered(artefacts),
-        )  # fmt: skip
+        self._units, self._lots, self._plan, self._run, self._ledger = units, lots, plan, run, books
+        self._sigma, self._not_covered = sigma, not_covered(artefacts)
+        settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
+        self._sums = LotSums(model, dataset, collate, engine, None, units, settings, self._source)
+        self._releases = Releases(books, Spool(books.folder / "spool" / run), run)
 
     @property
     def noise_multiplier(self) -> float:
         """Sigma of every round."""
-        return self._session.settings.noise_multiplier
+        return self._sigma
 
     @property
     def expected_lot(self) -> int:
@@ -134,7 +131,7 @@ class Contributor:
     @property
     def last(self) -> RoundFigures | None:
         """Owner-only figures of the last lot that was computed in this process."""
-        return self._session.last
+        return self._sums.last
 
     def release(self, round_number: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
         """The noised sums of a round; the same bytes again for the same pins, until `forget`.
@@ -147,20 +144,21 @@ class Contributor:
         Returns:
             Float32 sums by parameter name, spooled and counted; None when the budget allows no further round.
         """
-        session = self._session
         try:
-            begun = session.releases.begin(round_number, pins, lambda draw: self._draw(round_number, draw))
+            begun = self._releases.begin(round_number, pins, lambda draw: self._draw(round_number, draw))
         except BudgetError as error:
             if error.code != "dp-budget-spent":
                 raise
             return None
-        if isinstance(begun, Pending):
-            return session.publish(begun)
-        return begun.tensors(), begun
+        if isinstance(begun, Release):
+            return begun.tensors(), begun
+        sums = self._sums.compute(begun.lot, begun.name)
+        noised = self._sums.noise(sums).add(sums, self._source, f"noise|{begun.name}")
+        return noised, self._releases.publish(begun, noised)
 
     def forget(self, up_to_round: int) -> None:
         """Drop spooled results that a checkpoint held by everybody includes."""
-        self._session.releases.spool.drop_releases(up_to_round)
+        self._releases.spool.drop_releases(up_to_round)
 
     def check_not_behind(self, applied_rounds: int) -> None:
         """Compare the ledger with what the hosts say they received.
@@ -171,11 +169,11 @@ class Contributor:
         Raises:
             LedgerError: they received more than the ledger knows: it was put back to an older copy.
         """
-        self._session.ledger.check_not_behind(self._session.run, applied_rounds)
+        self._ledger.check_not_behind(self._run, applied_rounds)
 
     def spent(self) -> Spent:
         """What this party spent in this run so far."""
-        return self._session.spent()
+        return self._ledger.spent(self._run, self._plan.budget.delta)
 
     def planned_epsilon(self) -> float:
         """Epsilon after all planned rounds, at the budget's delta."""
@@ -184,23 +182,19 @@ class Contributor:
 
     def rounds_left(self) -> int:
         """Releases that the plan still allows."""
-        return self._session.releases.remaining
+        return self._releases.remaining
 
     def rounds_released(self) -> int:
         """Releases counted so far, burned ones included."""
-        return self._session.releases.used
+        return self._releases.used
 
     def statement(self) -> Statement:
         """What is promised about this party's records."""
-        return self._session.statement()
+        return make_statement(self._ledger, self._run, self._plan.budget, self._plan.clip_norm, self._not_covered)
 
     def close(self) -> None:
         """Let another process go on with this run."""
-        self._session.releases.spool.close()
+        self._releases.spool.close()
 
     def _draw(self, round_number: int, draw: int) -> Lot:
         return draw_lot(round_number, self._lots, self._units, self._source, draw)
-
-
-MakeContributor = Callable[[str], Contributor]
-"""``make(run)``: opens the ledger once the run's name is known."""
