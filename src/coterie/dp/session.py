@@ -162,6 +162,10 @@ class PrivateSession:
         self._take(*self.publish(self._pending))
         self._trim_spool()
 
+    def has_release(self) -> bool:
+        """Whether the next round's result is already in the spool, so that it costs nothing more."""
+        return self._published() is not None
+
     @property
     def last(self) -> RoundFigures | None:
         """Figures of the last lot that was computed, owner-only; None before the first."""

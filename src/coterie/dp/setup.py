@@ -178,8 +178,12 @@ def resume_session(
     clipping: str | Clipping | None = None,
     method: Method | None = None,
     engine: SumEngine | None = None,
+    state_only: bool = False,
 ) -> PrivateSession:
-    """See `PrivateSession.resume`. Settings come from the checkpoint; only objects have to be given again."""
+    """See `PrivateSession.resume`. Settings come from the checkpoint; only objects have to be given again.
+
+    With ``state_only`` the checkpoint is one of `PrivateSession.save_state`: model and optimizer are the caller's.
+    """
     facts = checkpoint.read_facts(path)
     saved, options = facts["settings"], facts["options"]
     settings = Settings(**{**saved, "budget": Budget(**saved["budget"])})
@@ -209,7 +213,7 @@ def resume_session(
         facts["not_covered"], options, schedule,
     )  # fmt: skip
     try:
-        session.restore(path)
+        session.restore_state(path) if state_only else session.restore(path)
     except BaseException:
         session.releases.spool.close()
         raise

@@ -1,0 +1,245 @@
+"""`transformers.Trainer` with differential privacy: the same arguments, and ``privacy=``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from coterie.dp.budget import Budget, PrivacyWarning, Spent
+from coterie.dp.dataset import checked_length, dataset_digest, user_column
+from coterie.dp.session import PrivateSession
+from coterie.dp.setup import make_private, resume_session
+from coterie.dp.statement import Statement
+from coterie.errors import CheckpointError, PrivacyError
+from coterie.hf.arguments import PrivacyArguments, check_arguments, check_callbacks
+
+_STATE = "private_session"
+
+
+class _Rounds(Dataset[dict[str, Tensor]]):
+    """Stands for one epoch of lots in Trainer's loop, which counts batches; the lots themselves stay secret."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"round": torch.tensor(index)}
+
+
+class _StopWhenSpent(TrainerCallback):
+    """Ends training when no release is left, which is early where rounds were burned."""
+
+    def __init__(self, trainer: PrivateTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        session = self._trainer.session
+        if session is not None and session.releases.remaining <= 0 and session.round < session.settings.rounds:
+            control.should_training_stop = not session.has_release()
+        return control
+
+
+class PrivateTrainer(Trainer):
+    """A `transformers.Trainer` whose training is (epsilon, delta)-differentially private.
+
+    Every optimizer step uses one Poisson lot of ``privacy.lot_size`` expected records, each record's gradient
+    clipped, and noise from the operating system; the privacy ledger counts it. Evaluation, prediction, saving,
+    checkpoints, callbacks and schedules work as in Trainer. Losses in the logs are called ``loss_not_private``.
+
+    Args:
+        privacy: `PrivacyArguments`, or a mapping of them.
+        args, kwargs: as for Trainer.
+
+    Raises:
+        PrivacyError: an option that would make the statement untrue.
+
+    Example::
+
+        trainer = PrivateTrainer(model, TrainingArguments("run"), train_dataset=data,
+                                 privacy={"epsilon": 8.0, "delta": 1e-5, "lot_size": 256})
+        trainer.train()
+        print(trainer.statement())
+    """
+
+    def __init__(self, *args: Any, privacy: PrivacyArguments | Mapping[str, Any], **kwargs: Any) -> None:
+        self.privacy = PrivacyArguments.of(privacy)
+        self.session: PrivateSession | None = None
+        super().__init__(*args, **kwargs)
+        check_arguments(self.args, self.privacy)
+        check_callbacks(self.callback_handler.callbacks, self.privacy)
+        if self.args.max_grad_norm:
+            warnings.warn(
+                "max_grad_norm is not used in private training: privacy clip_norm clips each record's gradient.",
+                PrivacyWarning,
+                stacklevel=2,
+            )
+            self.args.max_grad_norm = 0.0
+        self._check_hooks()
+        self.callback_handler.add_callback(_StopWhenSpent(self))
+
+    def _check_hooks(self) -> None:
+        problems = {
+            "compute_loss_func is given": self.compute_loss_func is not None,
+            "compute_loss is overridden": type(self).compute_loss is not Trainer.compute_loss,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise PrivacyError(
+                    f"{problem}, and its loss is a mean over the batch.",
+                    code="hf-loss",
+                    why="num_items_in_batch and batch means tie each record's gradient to the other records",
+                    fix="pass privacy loss_fn=..., a function of (model, batch) that returns one loss per record",
+                )
+        if self.model_init is not None:
+            raise PrivacyError(
+                "model_init is given.",
+                code="hf-option",
+                why="a model made anew inside train() could not be checked before it sees private records",
+                fix="pass the model itself; trials are runs of their own, and the ledger adds them up",
+            )
+
+    # -- what Trainer calls ----------------------------------------------------------------------------------------
+
+    def add_callback(self, callback: Any) -> None:
+        check_callbacks([callback], self.privacy)
+        super().add_callback(callback)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item for each round of an epoch; the records are drawn by the session."""
+        return DataLoader(_Rounds(self._rounds_per_epoch()), batch_size=1)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train within the budget, or go on from a checkpoint: nothing that was released is computed again."""
+        found: str | None = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        if resume_from_checkpoint is True:
+            found = get_last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise CheckpointError(
+                    f"{self.args.output_dir} holds no checkpoint.",
+                    code="hf-no-checkpoint",
+                    fix="start with train(), or name a checkpoint folder",
+                )
+        with self._open(Path(found) if found else None) as self.session:
+            return super().train(found, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One round: noisy mean gradients are in ``.grad`` afterwards; Trainer steps the optimizer."""
+        assert self.session is not None
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        self.session.put_gradients()
+        figures = self.session.last
+        return torch.tensor(figures.loss if figures is not None else float("nan"), device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; the training loss is named for what it is, and epsilon goes with it."""
+        for name in ("loss", "train_loss"):
+            if name in logs:
+                logs[f"{name}_not_private"] = logs.pop(name)
+        if self.session is not None and ("learning_rate" in logs or "train_runtime" in logs):
+            logs["epsilon"] = self.session.spent().epsilon
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.session is not None:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            self.session.save_state(folder / _STATE)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: it would depend on the lot."""
+        return 0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: lots, dropout and noise come from keys that are never kept, and nothing else is random here."""
+
+    # -- what it cost ----------------------------------------------------------------------------------------------
+
+    def spent(self) -> Spent:
+        """What this run has spent so far.
+
+        Raises:
+            PrivacyError: before `train`.
+        """
+        return self._opened().spent()
+
+    def statement(self) -> Statement:
+        """The privacy statement as of now; ``str()`` of it is for people.
+
+        Raises:
+            PrivacyError: before `train`.
+        """
+        return self._opened().statement()
+
+    def _opened(self) -> PrivateSession:
+        if self.session is None:
+            raise PrivacyError(
+                "nothing was trained yet, so nothing was spent.", code="hf-not-trained", fix="call train() first"
+            )
+        return self.session
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def _rounds_per_epoch(self) -> int:
+        return max(1, round(self._units() / self.privacy.lot_size))
+
+    def _units(self) -> int:
+        users = self._users()
+        return len(set(users)) if users is not None else checked_length(self.train_dataset)
+
+    def _users(self) -> Any:
+        if self.privacy.user_column is not None:
+            return user_column(self.train_dataset, self.privacy.user_column)
+        return self.privacy.users
+
+    def _rounds(self) -> int:
+        per_epoch = self._rounds_per_epoch()
+        epochs = self.args.num_train_epochs
+        return self.args.max_steps if self.args.max_steps > 0 else -int(-(epochs * per_epoch) // 1)
+
+    def _records(self) -> Any:
+        columns = getattr(self.train_dataset, "column_names", None)
+        return self.train_dataset if columns is None else self._remove_unused_columns(self.train_dataset, "training")
+
+    def _open(self, checkpoint: Path | None) -> PrivateSession:
+        """The session of this run, new or as a checkpoint left it; makes the optimizer that it watches."""
+        privacy, args = self.privacy, self.args
+        checked_length(self.train_dataset)
+        self._move_model_to_device(self.model, args.device)
+        self.create_optimizer()
+        records = self._records()
+        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        digest = privacy.digest or dataset_digest(self.train_dataset)
+        if checkpoint is None:
+            return make_private(
+                self.model, self.optimizer, records, collate, privacy.loss_fn, Budget(privacy.epsilon, privacy.delta),
+                clip_norm=privacy.clip_norm, lot_size=privacy.lot_size, rounds=self._rounds(),
+                physical_batch=args.per_device_train_batch_size, clipping=privacy.clipping, method=privacy.method,
+                adaptive_quantile=privacy.adaptive_quantile, sampler=privacy.sampler, max_lot=privacy.max_lot,
+                users=self._users(), records_per_user=privacy.records_per_user, balance=privacy.balance,
+                provenance=privacy.provenance, ledger=privacy.ledger, digest=digest, seed=privacy.seed,
+            )  # fmt: skip
+        session = resume_session(
+            checkpoint / _STATE, self.model, self.optimizer, records, collate, privacy.loss_fn, ledger=privacy.ledger,
+            digest=digest, users=self._users(), clipping=privacy.clipping, method=privacy.method, state_only=True,
+        )  # fmt: skip
+        if session.settings.rounds != self._rounds():
+            session.close()
+            raise CheckpointError(
+                f"{self._rounds()} steps are asked for, the run was started for {session.settings.rounds}.",
+                code="hf-rounds-changed",
+                why="noise was calibrated to the number of steps",
+                fix="keep max_steps, num_train_epochs and lot_size as they were, or start a new run",
+            )
+        return session

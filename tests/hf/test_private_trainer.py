@@ -1,0 +1,264 @@
+"""`PrivateTrainer` is a Trainer: same arguments, private steps, and it refuses what would break the promise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithFlattening,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from coterie.dp.budget import PrivacyWarning
+from coterie.errors import CheckpointError, DataError, LedgerError, PrivacyError
+from coterie.hf import PrivacyArguments, PrivateTrainer
+from coterie.models.tiny import tiny_model
+
+PRIVACY = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8, "clip_norm": 0.5, "provenance": {"weights": "public"}}
+
+
+@pytest.fixture
+def data() -> datasets.Dataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (32, 7), generator=generator).tolist()
+    return datasets.Dataset.from_list(
+        [{"input_ids": row, "labels": row, "note": "kept out", "user": f"u{i % 8}"} for i, row in enumerate(ids)]
+    )
+
+
+@pytest.fixture
+def make(tmp_path: Path, data: datasets.Dataset) -> Callable[..., PrivateTrainer]:
+    def build(
+        privacy: dict[str, Any] | None = None, model: PreTrainedModel | None = None, data_: Any = None, **options: Any
+    ) -> PrivateTrainer:
+        trainer = {
+            name: options.pop(name)
+            for name in ("callbacks", "data_collator", "compute_loss_func", "cls")
+            if name in options
+        }
+        cls = trainer.pop("cls", PrivateTrainer)
+        defaults = {
+            "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+            "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0,
+        }  # fmt: skip
+        return cls(
+            model or tiny_model("olmoe", num_hidden_layers=1),
+            TrainingArguments(str(tmp_path / "out"), **defaults | options),
+            train_dataset=data if data_ is None else data_,
+            eval_dataset=data.select(range(6)),
+            privacy=PRIVACY | {"ledger": tmp_path / "ledger"} | (privacy or {}),
+            **trainer,
+        )
+
+    return build
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_it_trains_evaluates_and_states_what_it_spent(make: Callable[..., PrivateTrainer]) -> None:
+    trainer = make(eval_strategy="steps", eval_steps=2)
+    with pytest.raises(PrivacyError, match="nothing was trained yet"):
+        trainer.spent()
+    before = weights(trainer)
+    trainer.train()
+    assert isinstance(trainer, Trainer)
+    assert trainer.state.global_step == trainer.session.round == 4
+    assert all((value != before[name]).all() for name, value in weights(trainer).items())
+    assert 0 < trainer.spent().epsilon <= 6
+    assert "adding or removing one record" in str(trainer.statement())
+    logs = trainer.state.log_history
+    assert sum("eval_loss" in entry for entry in logs) == 2
+    assert not any("loss" in entry or "train_loss" in entry for entry in logs)
+    spent = [entry["epsilon"] for entry in logs if "loss_not_private" in entry]
+    assert spent == sorted(spent)
+    assert len(spent) == 4
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize(("max_steps", "epochs", "rounds"), [(-1, 1.0, 4), (-1, 1.5, 6), (3, 9.0, 3)])
+def test_steps_and_epochs_fix_the_number_of_rounds(
+    make: Callable[..., PrivateTrainer], max_steps: int, epochs: float, rounds: int
+) -> None:
+    trainer = make(max_steps=max_steps, num_train_epochs=epochs)
+    trainer.train()
+    assert trainer.session.settings.rounds == trainer.session.round == rounds
+
+
+def test_gradients_and_schedule_are_those_of_the_session(make: Callable[..., PrivateTrainer], tmp_path: Path) -> None:
+    """Trainer only steps: with SGD at a constant rate it equals the session on its own."""
+    from coterie import dp
+
+    options = {"optim": "sgd", "lr_scheduler_type": "constant"}
+    trainer = make({"seed": 3, "method": "book_keeping"}, **options)
+    trainer.train()
+    model = tiny_model("olmoe", num_hidden_layers=1)
+    records = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in trainer.train_dataset]
+    session = dp.make_private(
+        model, torch.optim.SGD(model.parameters(), 1e-2), records, budget=dp.Budget(6.0, 1e-3), lot_size=8,
+        clip_norm=0.5, rounds=4, physical_batch=4, method="book_keeping", seed=3, ledger=tmp_path / "other",
+    )  # fmt: skip
+    for lot in session:
+        session.step(lot)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, weights(trainer)[name], atol=1e-6), name
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            raise Killed
+
+
+@pytest.mark.parametrize("killed_at", [3, 4])
+def test_resume_goes_through_the_session_and_spends_nothing_twice(
+    make: Callable[..., PrivateTrainer], tmp_path: Path, killed_at: int
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    whole = make({"seed": 5, "digest": "whole"}, **options)
+    whole.train()
+    with pytest.raises(Killed):
+        make({"seed": 5, "digest": "parts"}, callbacks=[KillAt(killed_at)], **options).train()
+    saved = tmp_path / "out/checkpoint-2"
+    assert (saved / "private_session/session.json").exists()
+    assert not list(saved.glob("rng_state*"))
+    trainer = make({"seed": 5, "digest": "parts"}, **options)
+    trainer.train(resume_from_checkpoint=str(saved))
+    assert trainer.session.releases.used == trainer.session.round == 4
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(trainer).items())
+
+
+def test_resume_with_another_number_of_steps_or_a_lost_ledger_is_refused(
+    make: Callable[..., PrivateTrainer], tmp_path: Path
+) -> None:
+    make(save_strategy="steps", save_steps=2).train()
+    with pytest.raises(CheckpointError, match="9 steps are asked for, the run was started for 4"):
+        make(max_steps=9).train(resume_from_checkpoint=True)
+    with pytest.raises(LedgerError, match="not in this dataset's ledger"):
+        make({"ledger": tmp_path / "elsewhere"}).train(resume_from_checkpoint=True)
+
+
+def test_resume_without_a_checkpoint_is_refused(make: Callable[..., PrivateTrainer], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        make().train(resume_from_checkpoint=True)
+
+
+def test_users_can_be_the_unit(make: Callable[..., PrivateTrainer]) -> None:
+    trainer = make({"user_column": "user", "lot_size": 2, "records_per_user": 3}, max_steps=2)
+    trainer.train()
+    assert "one user;" in str(trainer.statement())
+    assert trainer.statement().units == 8
+
+
+def test_classification_models_train_as_in_trainer(make: Callable[..., PrivateTrainer]) -> None:
+    config = BertConfig(
+        vocab_size=96, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
+    rows = [{"input_ids": [1, 5 + i, 7], "attention_mask": [1, 1, 1], "label": i % 3} for i in range(32)]
+    trainer = make(model=BertForSequenceClassification(config), data_=datasets.Dataset.from_list(rows), max_steps=2)
+    trainer.train()
+    assert trainer.session.round == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm is 0.5"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is set"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1,
+          "eval_steps": 1}, "load_best_model_at_end is set"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is set"),
+        ({"torch_compile": True}, "torch_compile is set"),
+        ({"report_to": ["wandb"]}, "report_to is wandb"),
+        ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen is set"),
+        ({"callbacks": [EarlyStoppingCallback()]}, "EarlyStoppingCallback stops by a metric"),
+        ({"compute_loss_func": lambda outputs, labels, **_: outputs.loss}, "compute_loss_func is given"),
+    ],
+)  # fmt: skip
+def test_options_that_break_the_guarantee_are_refused_in_one_sentence(
+    make: Callable[..., PrivateTrainer], options: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda report_to: [])
+    with pytest.raises(PrivacyError, match=sentence) as caught:
+        make(**options)
+    assert caught.value.why
+    assert caught.value.fix
+
+
+def test_early_stopping_is_fine_on_public_evaluation_data(make: Callable[..., PrivateTrainer]) -> None:
+    options = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+    }  # fmt: skip
+    trainer = make({"evaluation_is_public": True}, callbacks=[EarlyStoppingCallback(1)], **options)
+    trainer.train()
+    trainer = make()
+    with pytest.raises(PrivacyError, match="EarlyStoppingCallback"):
+        trainer.add_callback(EarlyStoppingCallback())
+
+
+class OwnLoss(PrivateTrainer):
+    def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Any:
+        return model(**inputs).loss
+
+
+def test_a_loss_over_the_batch_is_refused(make: Callable[..., PrivateTrainer]) -> None:
+    with pytest.raises(PrivacyError, match="compute_loss is overridden"):
+        make(cls=OwnLoss)
+
+
+def test_collator_that_packs_records_is_refused(make: Callable[..., PrivateTrainer]) -> None:
+    with pytest.raises(PrivacyError, match=r"packs several records|made 1 rows|how many records"):
+        make(data_collator=DataCollatorWithFlattening(), max_steps=6).train()
+
+
+def test_trainer_s_own_default_of_max_grad_norm_is_replaced_with_a_warning(
+    make: Callable[..., PrivateTrainer],
+) -> None:
+    with pytest.warns(PrivacyWarning, match="max_grad_norm is not used"):
+        assert make(max_grad_norm=1.0).args.max_grad_norm == 0
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        yield {"input_ids": [1, 2], "labels": [1, 2]}
+
+
+def test_streams_and_unknown_settings_are_refused(make: Callable[..., PrivateTrainer]) -> None:
+    with pytest.raises(DataError, match="Stream has no length"):
+        make(data_=Stream()).train()
+    with pytest.raises(PrivacyError, match="`noise` is not a privacy setting"):
+        make({"noise": 1})
+    with pytest.raises(PrivacyError, match="`epsilon` is missing"):
+        PrivacyArguments.of({"delta": 1e-5})
+
+
+def test_logs_hold_nothing_that_json_cannot(make: Callable[..., PrivateTrainer]) -> None:
+    trainer = make(max_steps=2)
+    trainer.train()
+    json.dumps(trainer.state.log_history)
+    json.dumps(trainer.statement().to_json(), allow_nan=False)
