@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from coterie.cli.app import main
-from coterie.config import FederationConfig, PartyConfig, load_yaml
+from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
 from coterie.federation.provision import free_endpoints
 from coterie.federation.run_folder import read_status
+from coterie.models.build import build_model
 from coterie.training.checkpoint import CheckpointStore
 from coterie.training.in_process import run_in_process
 from coterie.training.party import prepare_party
@@ -213,6 +215,17 @@ def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(proc
             for key, value in found.items():
                 assert relative(value.float(), expected[key].float()) < 1e-5, (name, key)
         assert not [path for path in (folder / name).rglob("*experts-*") if name not in path.name]
+
+    # What was trained can be joined: alder's trunk with everybody's experts.
+    newest = "run/checkpoints/round-00000024"
+    shards = [
+        option for name in PARTIES for option in ("--shard", str(folder / name / newest / "experts.safetensors"))
+    ]
+    trunk = str(folder / "alder" / newest / "trunk.safetensors")
+    run_here("export", str(folder / "split"), "--trunk", trunk, *shards, "--out", str(tmp_path / "joined"))
+    joined = build_model(ModelSpec(path=tmp_path / "joined"))
+    with torch.inference_mode():
+        assert joined(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
     processes.start("status", "status", str(folder / "alder" / "party.yaml"), "--json", "status.json")
     assert processes.running["status"].wait(60) == 0

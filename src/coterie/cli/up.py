@@ -84,4 +84,5 @@ def report(result: PartyResult, json_file: Path | None) -> None:
     table(columns, [(result.rounds, result.loss, result.perplexity, state, peak, sent / mib, received / mib)])
     if result.statement:
         say(result.statement)
+    say(f"trained parts: trunk and experts in {result.run_dir}/checkpoints/round-{result.rounds:08d}")
     say(f"the loss is this party's own and stays here; figures: {result.run_dir}/metrics.jsonl")

@@ -5,12 +5,13 @@ The two exchanges differ in how an attempt is computed and committed; `tokens_wo
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coterie.errors import CheckpointError, RoundError
 from coterie.federation.control import COORDINATOR
@@ -28,7 +29,9 @@ from coterie.training.party_parts import PartyParts, Weights, trunk_parameters, 
 from coterie.training.party_store import PartyStore
 
 _EVALUATION = "evaluation.safetensors"
-_STEMS = ("trunk", "trunk-optimizer", "experts")
+_STEMS = ("trunk", "trunk-optimizer", "experts", "hosted")
+"""``trunk`` and ``experts`` hold parameters alone, in the form that `coterie export` reads; ``hosted`` the rest."""
+_EXPERT = re.compile(r"layer\.\d+\.expert\.\d+\.\w+")
 
 
 class PartyWork(ABC):
@@ -133,10 +136,12 @@ class PartyWork(ABC):
         self._log(max(told.round - 1, 0), test_loss=found.loss)
 
     def save(self, told: State) -> str:
+        hosted = self._hosted_state()
         tensors = {
             "trunk": trunk_tensors(self.parts.model),
             "trunk-optimizer": self._optimizer.tensors(dict(self._parameters)),
-            "experts": self._hosted_state(),
+            "experts": {name: value for name, value in hosted.items() if _EXPERT.fullmatch(name)},
+            "hosted": {name: value for name, value in hosted.items() if not _EXPERT.fullmatch(name)},
         }
         apart = {stem: {name: _own(value) for name, value in named.items()} for stem, named in tensors.items()}
         return self._store.save(told.round, apart)
@@ -155,6 +160,10 @@ class PartyWork(ABC):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, int]:
         return loss_sum(self.parts.model, to_device(batch, self.parts.device))
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that this party's own optimiser steps."""
+        return trunk_parameters(self.parts.model)
 
     def _make_optimizer(self, params: Collection[Tensor]) -> AdamW:
         return make_optimizer(params, self.parts.federation.optim)
@@ -190,7 +199,7 @@ class PartyWork(ABC):
         """Trunk, hosted experts and both optimisers as they are before the first round."""
         weights = self.parts.weights()
         _copy_trunk(trunk_tensors(self.parts.model), weights.trunk)
-        self._parameters = trunk_parameters(self.parts.model)
+        self._parameters = self._own_parameters()
         self._optimizer = self._make_optimizer(self._parameters.values())
         self._begin(weights)
         self.parts.model.train()
@@ -201,7 +210,7 @@ class PartyWork(ABC):
         self._pristine = False
         _copy_trunk(trunk_tensors(self.parts.model), loaded["trunk"])
         self._optimizer.load_tensors(dict(self._parameters), loaded["trunk-optimizer"])
-        self._load_hosted(loaded["experts"])
+        self._load_hosted(loaded["experts"] | loaded["hosted"])
 
 
 @torch.no_grad()
