@@ -524,11 +524,16 @@ def test_a_peer_that_falls_silent_is_noticed_and_comes_back(tmp_path: Path, star
         made = {
             n: Kit(tmp_path, n, Role.PARTY, "demo", keys[n], certificates[n], authority.certificate) for n in keys
         }
-        alder = start(made["alder"], roster, listen=listen)
+
+        def slow_once(peer: str, lane: Lane, message: Message) -> Message:
+            if message.kind == "slow":
+                time.sleep(2 * QUICK.silence_s)
+            return message
+
+        alder = start(made["alder"], roster, handler=slow_once, listen=listen)
         birch = start(made["birch"], roster)
         birch.connect(10.0)
-        time.sleep(2 * QUICK.silence_s)  # heartbeats keep an idle connection
-        assert birch.connected() == {"alder"}
+        birch.request("alder", Lane.FORWARD, Message("slow"), 20.0)  # heartbeats keep an idle connection
         relay.freeze()
         pending = birch.request_async("alder", Lane.FORWARD, Message("dispatch"), 60.0)
         with pytest.raises(TransportError) as caught:
