@@ -151,6 +151,19 @@ def test_a_norm_behind_each_expert_stays_with_the_owner() -> None:
         assert_equal(three.summed_gradients(), expected)
 
 
+def test_a_micro_batch_that_needs_nothing_of_a_host_does_not_hold_up_the_next() -> None:
+    one_token = [{name: value[:1, :2] for name, value in batches_of(seed, 1)[0].items()} for seed in range(3)]
+    batches = [*one_token, *batches_of(4)]
+    with world("olmoe", host_optimizer=Recording) as three:
+        seen = watch(three)
+        sums = three.only("birch", 0, batches)
+        assert any(len(m.tensors[0]) == 0 for _, _, m in seen if m.kind == "dispatch"), (
+            "too many tokens for this test"
+        )
+        expected = expert_gradients(gradients_alone(three, 1, batches))
+        assert_equal(three.summed_gradients(), {key: grad / sums.tokens for key, grad in expected.items()})
+
+
 @pytest.mark.parametrize("combine", ["host", "owner"])
 def test_the_experts_of_an_absent_party_add_nothing(combine: str) -> None:
     batches = batches_of(6)

@@ -233,3 +233,16 @@ def test_ordered_sums_have_the_same_bits_in_any_order(seed: int, micro_batches: 
     found = sums.result()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[parameter], value) for parameter, value in expected.items())
+
+
+def test_a_gradient_that_two_parameters_share_is_not_written_into() -> None:
+    first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    sums, shared = OrderedSums(), torch.ones(3)
+    for number in (0, 1):
+        sums.expect(number, {first: 1, second: 1})
+    sums.add(0, first, shared)
+    sums.add(0, second, shared)
+    sums.add(1, first, torch.ones(3))
+    sums.add(1, second, None)
+    assert torch.equal(sums.result()[first], torch.full((3,), 2.0))
+    assert torch.equal(sums.result()[second], torch.ones(3))

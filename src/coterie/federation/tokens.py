@@ -132,11 +132,13 @@ class _Ticket:
     """What a backward needs of its forward: where everything went.
 
     Attributes:
+        hidden_ND, weights_NK: shapes and dtypes only (on the meta device): a ticket must not hold activations.
         row_P: where `answers_rows`, the row of each of the N * K pairs, else None.
         dtype: of what crosses.
     """
 
-    call: ExpertsCall
+    hidden_ND: Tensor
+    weights_NK: Tensor
     exchange: ExchangeId
     shares: dict[str, _Share]
     row_P: Tensor | None
@@ -193,12 +195,14 @@ class TokenMicroBatch:
             (part,) = _checked(replies[name], [(len(lines), width)], hidden_ND, name, exchange)
             # A token has one line per host (and a pair has one host), so the order of the sums is that of the hosts.
             out.index_add_(0, lines, part.to(out.dtype))
-        return out.to(call.hidden_ND.dtype), _Ticket(call, exchange, shares, row_P, hidden_ND.dtype)
+        return out.to(call.hidden_ND.dtype), _Ticket(
+            call.hidden_ND.to("meta"), call.expert_weights_NK.to("meta"), exchange, shares, row_P, hidden_ND.dtype
+        )
 
     @torch.no_grad()
     def backward(self, ticket: _Ticket, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Exchange.backward`."""
-        call, row_P = ticket.call, ticket.row_P
+        row_P = ticket.row_P
         grads = {
             name: grad[share.token_M if row_P is None else row_P[share.pair_P]].to(ticket.dtype)
             for name, share in ticket.shares.items()
@@ -211,18 +215,18 @@ class TokenMicroBatch:
             return (grad_x_MD,) if grad_weights_P is None else (grad_x_MD, grad_weights_P)
 
         replies = self._ask(Lane.BACKWARD, messages, own)
-        hidden_ND = call.hidden_ND
-        grad_hidden = hidden_ND.new_zeros(hidden_ND.shape, dtype=_sum_dtype(ticket.dtype))
-        grad_weights = torch.zeros_like(call.expert_weights_NK)
+        like_ND = ticket.hidden_ND
+        grad_hidden = grad.new_zeros(like_ND.shape, dtype=_sum_dtype(ticket.dtype))
+        grad_weights = torch.zeros_like(ticket.weights_NK, device=grad.device)
         for name, share in ticket.shares.items():
-            shapes: list[tuple[int, ...]] = [(len(share.token_M), hidden_ND.shape[1])]
+            shapes: list[tuple[int, ...]] = [(len(share.token_M), like_ND.shape[1])]
             if row_P is None:
                 shapes.append((len(share.pair_P),))
-            found = _checked(replies[name], shapes, hidden_ND, name, ticket.exchange)
+            found = _checked(replies[name], shapes, grad, name, ticket.exchange)
             grad_hidden.index_add_(0, share.token_M, found[0].to(grad_hidden.dtype))
             if row_P is None:
                 grad_weights.view(-1)[share.pair_P] = found[1].to(grad_weights.dtype)
-        return grad_hidden.to(hidden_ND.dtype), grad_weights if row_P is None else None
+        return grad_hidden.to(like_ND.dtype), grad_weights if row_P is None else None
 
     def _next_exchange(self, layer: ExpertLayer) -> ExchangeId:
         number = self._calls[layer.index]
