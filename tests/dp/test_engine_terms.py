@@ -1,0 +1,165 @@
+"""Gradient terms against gradients written out: random shapes, routings, types, and numbers that cancel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from coterie.dp.gram import TRUSTED, gram_sq_norms, rounding_factor, worst_excess
+from coterie.dp.segments import Segments, StackedBias, StackedOuter
+from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Slow, Term
+
+SMALL = settings(max_examples=40, deadline=None)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5) -> None:
+    """The term's norms, single gradients, sums and masks are those of ``gradients`` [B, *shape] float64."""
+    records = gradients.shape[0]
+    scale = float(gradients.flatten(1).norm(dim=1).max()) + 1e-30
+    for precise in (False, True):
+        found = term.sq_norms(precise)
+        exact = gradients.flatten(1).square().sum(1)
+        assert bool((found.value.sqrt() - exact.sqrt()).abs().max() <= rel * scale)
+        assert bool((exact <= (found.value + found.slack) * (1 + 1e-6) + 1e-12 * scale**2).all())
+    for record in range(records):
+        assert float((term.one(record).double() - gradients[record]).abs().max()) <= 1e-4 * scale
+    factors = torch.rand(records, generator=torch.Generator().manual_seed(0))
+    out = torch.ones(gradients.shape[1:])
+    term.add_sum(out, factors)
+    expected = 1 + torch.tensordot(factors.double(), gradients, 1)
+    assert float((out.double() - expected).abs().max()) <= 1e-4 * scale + 1e-6
+    keep = torch.arange(records) % 2 == 0
+    masked = term.masked(keep).sq_norms()
+    assert bool((masked.value[~keep] == 0).all())
+
+
+@SMALL
+@given(
+    st.integers(1, 5), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.booleans(),
+    st.sampled_from(DTYPES), st.integers(0, 1000),
+)  # fmt: skip
+def test_outer_is_exact(
+    records: int, rows: int, inputs: int, outputs: int, groups: int, flipped: bool, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(records, groups, rows, inputs, generator=generator).to(dtype)
+    g = torch.randn(records, groups, rows, outputs, generator=generator).to(dtype)
+    gradients = torch.einsum("bgto,bgti->bgoi", g.double(), a.double())
+    if flipped:
+        gradients = gradients.mT
+    term = Outer(a, g, gradients.shape[1:], flipped)
+    assert_term(term, gradients)
+    out = torch.empty(gradients.shape[1:])
+    term.add_sum(out, torch.ones(records), fresh=True)
+    assert torch.allclose(out.double(), gradients.sum(0), atol=1e-3)
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
+    """Expert of each (token, choice) pair: spread, all to one expert, or one expert without any."""
+    records, tokens, experts = draw(st.integers(1, 4)), draw(st.integers(1, 30)), draw(st.integers(2, 5))
+    kind = draw(st.sampled_from(["spread", "one", "unused"]))
+    top = {"spread": experts, "one": 1, "unused": experts - 1}[kind]
+    ids = draw(st.lists(st.integers(0, top - 1), min_size=records * tokens, max_size=records * tokens))
+    return ids, records, tokens, experts
+
+
+@SMALL
+@given(routings(), st.integers(1, 8), st.integers(1, 40), st.booleans(), st.booleans(), st.sampled_from(DTYPES))
+def test_stacked_experts_are_exact_for_every_routing(
+    routing: tuple[list[int], int, int, int], inputs: int, outputs: int, transposed: bool, gathered: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    ids, records, tokens, experts = routing
+    expert_N = torch.tensor(ids)
+    generator = torch.Generator().manual_seed(len(ids))
+    x_NI = torch.randn(records * tokens, inputs, generator=generator).to(dtype)
+    g_NO = torch.randn(records * tokens, outputs, generator=generator).to(dtype)
+    order = torch.sort(expert_N, stable=True).indices
+    ends = torch.bincount(expert_N, minlength=experts).cumsum(0)
+    segments = Segments(order // tokens, ends, records)
+    chosen = torch.nn.functional.one_hot(expert_N, experts).double().view(records, tokens, experts)
+    x, g = x_NI.double().view(records, tokens, -1), g_NO.double().view(records, tokens, -1)
+    gradients = torch.einsum("bte,bto,bti->beoi", chosen, g, x)
+    if transposed:
+        gradients = gradients.mT
+    shape = gradients.shape[1:]
+    if gathered:
+        term = StackedOuter(x_NI, g_NO[order], segments, shape, transposed, order)
+    else:
+        term = StackedOuter(x_NI[order], g_NO[order], segments, shape, transposed)
+    assert_term(term, gradients)
+    out = torch.full(shape, 7.0)
+    term.add_sum(out, torch.ones(records), fresh=True)
+    assert torch.allclose(out.double(), gradients.sum(0), atol=1e-3)
+    assert_term(StackedBias(g_NO[order], segments), torch.einsum("bte,bto->beo", chosen, g))
+
+
+@SMALL
+@given(st.integers(1, 4), st.integers(1, 20), st.integers(2, 8), st.integers(1, 5), st.integers(0, 1000))
+def test_lookups_are_exact_with_repeated_and_dropped_ids(
+    records: int, places: int, table: int, width: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, table, (records, places), generator=generator)
+    g = torch.randn(records, places, width, generator=generator)
+    gradients = torch.zeros(records, table + 1, width, dtype=torch.float64)
+    for record in range(records):
+        gradients[record].index_add_(0, ids[record] % (table + 1), g[record].double())
+    assert_term(Lookup(ids, g, torch.Size((table, width))), gradients[:, :table])
+
+
+def test_plain_terms_are_exact() -> None:
+    gradients = torch.randn(3, 4, 5)
+    assert_term(Dense(gradients), gradients.double())
+    assert_term(Slow(lambda record: gradients[record], 3, torch.device("cpu")), gradients.double())
+    rows = torch.randn(6, 4)
+    apart = torch.zeros(3, 6, 4, dtype=torch.float64)
+    for record in range(3):
+        apart[record, 2 * record : 2 * record + 2] = rows[2 * record : 2 * record + 2].double()
+    assert_term(Aligned(rows, 3), apart)
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 1e3])
+@pytest.mark.parametrize("rows", [12, 40, 130])
+def test_invariant_2_slack_covers_the_rounding_of_cancelling_sums(common: float, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    a = common * torch.randn(1, 1, 64, generator=generator) + torch.randn(4, rows, 64, generator=generator)
+    g = torch.randn(4, rows, 256, generator=generator)
+    g -= g.mean(1, keepdim=True)
+    exact = torch.einsum("bto,bti->boi", g.double(), a.double()).flatten(1).square().sum(1)
+    for precise in (False, True):
+        found = gram_sq_norms(a, g, None, precise)
+        assert bool((exact <= found.value + found.slack).all())
+        assert bool((found.value <= exact + found.slack).all())
+    direct = Outer(a.unsqueeze(1), g.unsqueeze(1), torch.Size((256, 64))).sq_norms(precise=True)
+    assert bool(((direct.value - exact).abs() <= direct.slack).all())
+    # With a common part of 1e3 even the entries of the gradient cancel, and the slack rightly stays.
+    assert direct.trusted() == (common < 1e3)
+
+
+def test_a_cheap_gram_norm_is_not_trusted_where_it_cancels() -> None:
+    a = 1e4 * torch.ones(1, 32, 128) + torch.randn(1, 32, 128)
+    g = torch.randn(1, 32, 128)
+    g -= g.mean(1, keepdim=True)
+    assert not gram_sq_norms(a, g).trusted()
+
+
+def test_padding_never_brings_in_another_records_nan() -> None:
+    record_R = torch.tensor([0, 0, 1, 1, 1])
+    a, g = torch.randn(5, 6), torch.randn(5, 6)
+    a[0] = float("nan")
+    value = (
+        StackedOuter(a, g, Segments(record_R, torch.tensor([5]), 2), torch.Size((1, 6, 6)), False).sq_norms().value
+    )
+    assert torch.isnan(value[0])
+    assert torch.isfinite(value[1])
+
+
+def test_rounding_bounds_grow_with_length_as_stated() -> None:
+    assert rounding_factor(10_000) == pytest.approx(2.0**-24 * 104)
+    assert worst_excess(10_000) == pytest.approx(0.5 * TRUSTED * 99)
