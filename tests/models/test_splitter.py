@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -19,8 +20,16 @@ from coterie.models.exporter import export, split_spec
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertsCall, RoutedRows, expert_layers, expert_rows
-from coterie.models.shards import check_digests, expert_key, load_tensors, parse_expert_key, shard_file
+from coterie.models.shards import (
+    TensorFileWriter,
+    check_digests,
+    expert_key,
+    load_tensors,
+    parse_expert_key,
+    shard_file,
+)
 from coterie.models.splitter import split
+from coterie.models.stream import layer_group, stream_checkpoint
 from coterie.models.tiny import VOCAB, tiny_model
 
 PARTIES = ["alder", "birch", "cedar"]
@@ -384,3 +393,54 @@ def test_a_partial_model_takes_the_dtype_of_its_spec(qwen_parts):
     partial = build_partial(spec, qwen_parts / "trunk.safetensors")
     assert partial.model.norm.weight.dtype == torch.bfloat16
     assert expert_layers(partial)[0].parameters()["down_proj"].dtype == torch.bfloat16
+
+
+def test_only_one_decoder_layer_is_in_memory_at_a_time(tmp_path):
+    save("qwen3_moe", tmp_path / "whole")
+    model = build_model(ModelSpec(path=tmp_path / "whole"), meta=True)
+    names = list(model.state_dict())
+    before: list[weakref.ref] = []
+    seen: list[str] = []
+    kept = []  # a careless reader keeps what it was given
+    for group in stream_checkpoint(tmp_path / "whole", model):
+        assert not [ref for ref in before if ref() is not None], "a tensor of the group before is still there"
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+        before = [weakref.ref(tensor) for tensor in group.values()]
+        seen += group
+        kept.append(group)
+        assert len({layer_group(name) for name in group}) == 1
+    assert sorted(seen) == sorted(names)
+
+
+def test_a_tensor_file_written_in_any_order_is_read_by_safetensors_and_is_aligned(tmp_path):
+    tensors = {
+        "flags": torch.tensor([True, False, True]),
+        "half": torch.randn(3).bfloat16(),
+        "wide": torch.randn(2, 3, dtype=torch.float64),
+        "strided": torch.randn(4, 3).t(),
+        "scalar": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+    }
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    path = tmp_path / "some.safetensors"
+    with TensorFileWriter(path, shapes) as writer:
+        for name in sorted(tensors, reverse=True):
+            writer.write(name, tensors[name])
+            assert not path.exists()
+    loaded = load_file(path)
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor), name
+        assert loaded[name].dtype == tensor.dtype, name
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    for name, (dtype, _) in shapes.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % dtype.itemsize == 0, name
+
+
+def test_a_tensor_file_that_fails_on_the_way_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="power cut"),
+        TensorFileWriter(tmp_path / "x.safetensors", {"a": (torch.float32, (2,))}),
+    ):
+        raise RuntimeError("power cut")
+    assert list(tmp_path.iterdir()) == []

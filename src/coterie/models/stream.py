@@ -7,6 +7,7 @@ the meta device before and after.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,18 +96,20 @@ def stream_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[dict[str
     for keys in _groups(_where_keys_are(files)):
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(keys.values())}
-            slices = {key: opened[path].get_slice(key) for key, path in keys.items()}
+            stored = {key: opened[path].get_tensor(key) for key, path in keys.items()}
             config = LoadStateDictConfig(dtype=model.dtype, dtype_plan=plan, weight_mapping=mapping)
             with quiet_loading():
-                info, _ = convert_and_load_state_dict_in_model(model, slices, config)
+                info, _ = convert_and_load_state_dict_in_model(model, stored, config)
             unexpected |= set(info.unexpected_keys)
             if info.mismatched_keys:
                 check_keys(str(folder), set(), set(), info.mismatched_keys)
             group = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
             seen |= set(group)
-            yield group
-            del group, slices
             _back_to_meta(model, expected)
+            yield group
+            group.clear()  # whoever still holds the dict holds no tensor while the next group is read
+            del stored, info
+        _give_back_freed_memory()
     left = LoadStateDictInfo(
         missing_keys=expected - seen,
         unexpected_keys=unexpected,
@@ -150,6 +153,17 @@ def _groups(where: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
     for key in sorted(where, key=dot_natural_key):
         groups.setdefault(layer_group(key), {})[key] = where[key]
     yield from groups.values()
+
+
+def _give_back_freed_memory() -> None:
+    """Return freed pages to the system, where the C library can (glibc).
+
+    Layers fragment its heap: without this a split of 40 layers was seen to grow to a third of the checkpoint, while
+    never more than one layer was in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _back_to_meta(model: nn.Module, names: set[str]) -> None:
