@@ -13,7 +13,7 @@ from coterie.config.federation import (
     party_privacy,
 )
 from coterie.config.load import dump_yaml, load_yaml
-from coterie.config.model import ModelSpec
+from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec
 from coterie.config.train import OptimSpec, TrainConfig, TrainSpec
 
@@ -23,6 +23,7 @@ __all__ = [
     "FederationConfig",
     "FederationTrainSpec",
     "LocalPath",
+    "LoraSpec",
     "ModelSpec",
     "OptimSpec",
     "PartyConfig",

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec
-from coterie.config.model import ModelSpec
+from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.train import Device, OptimSpec, TrainSpec
 from coterie.errors import ConfigError
@@ -76,6 +76,10 @@ class FederationConfig(Spec):
     combine: Literal["host", "owner"] = Field(
         default="host", description="For `tokens`: who weights and sums a token's expert outputs; `host` sends less."
     )
+    lora: LoraSpec | None = Field(
+        default=None,
+        description="For `experts`: train adapters only. Base weights cross once, each round moves adapters alone.",
+    )
     weights_dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="For `experts`: what weights travel as; hosts keep float32."
     )
@@ -116,6 +120,8 @@ class FederationConfig(Spec):
             not isinstance(self.privacy, PrivacyRules) or self.privacy.sampler != "truncated_poisson"
         ):
             raise ValueError("`push_after_s` needs `privacy.sampler: truncated_poisson`, which bounds a lot's work")
+        if self.lora is not None and self.exchange != "experts":
+            raise ValueError("`lora` needs `exchange: experts`")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]
         for index, (name, address) in enumerate(listening):
             for other, elsewhere in listening[:index]:

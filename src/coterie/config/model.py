@@ -9,6 +9,19 @@ from pydantic import Field, model_validator
 from coterie.config.base import LocalPath, Spec
 
 
+class LoraSpec(Spec):
+    """Low-rank adapters instead of full training (Hu et al., arXiv:2106.09685); needs the extra `coterie[lora]`."""
+
+    rank: int = Field(default=8, gt=0, description="r: rank of every update.")
+    alpha: float = Field(default=16.0, gt=0, description="Updates are scaled by alpha / rank.")
+    experts: tuple[str, ...] = Field(
+        default=("gate_up_proj", "down_proj"), description="Stacked expert parameters that get an adapter."
+    )
+    modules: tuple[str, ...] = Field(
+        default=(), description="Linear layers of the trunk that get one, by the end of their name: `q_proj`, ..."
+    )
+
+
 class ModelSpec(Spec):
     """A causal-LM Mixture-of-Experts model of transformers: name exactly one of `path`, `hub`, `family`."""
 

@@ -226,7 +226,8 @@ class SumSender:
         """
         by_host: dict[str, list[Part]] = defaultdict(list)
         for part in self._parts:
-            by_host[part.host].append(part)
+            if part.trained:
+                by_host[part.host].append(part)
 
         def bring(parts: Sequence[Part]) -> None:
             for part in parts:

@@ -30,6 +30,7 @@ class Part:
         host: party that stores it.
         layer: ordinal of the MoE layer, or -1 for a share of the trunk.
         experts: hosted experts in ascending order; empty for the trunk.
+        trained: whether sums of it are pushed; frozen weights only ever go down.
         shapes: tensor shapes by name; a stacked expert parameter has one leading row per hosted expert.
     """
 
@@ -38,6 +39,7 @@ class Part:
     layer: int
     experts: tuple[int, ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    trained: bool = True
 
     @property
     def num_values(self) -> int:
@@ -89,6 +91,8 @@ def expert_parts(
     hosts: Sequence[Sequence[str]],
     parties: Sequence[str],
     trunk: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    train_experts: bool = True,
 ) -> tuple[Part, ...]:
     """Every part of a model in the order in which parts cross: trunk first, then layer by layer, host by host.
 
@@ -98,6 +102,7 @@ def expert_parts(
         parties: names in roster order.
         trunk: shapes of the trained trunk parameters when the trunk is shared; each gets a home host, so that the
             hosts' shares are of about equal size.
+        train_experts: False where only adapters are trained, which are part of the trunk here.
     """
     found: list[tuple[str, int, tuple[int, ...], tuple[tuple[str, tuple[int, ...]], ...]]] = []
     for party, names in _homes(trunk or {}, parties).items():
@@ -109,7 +114,7 @@ def expert_parts(
             if experts:
                 entries = tuple((name, (len(experts), *shape[1:])) for name, shape in named.items())
                 found.append((party, layer, experts, entries))
-    return tuple(Part(number, *fields) for number, fields in enumerate(found))
+    return tuple(Part(number, *fields, fields[1] < 0 or train_experts) for number, fields in enumerate(found))
 
 
 def _homes(trunk: Mapping[str, tuple[int, ...]], parties: Sequence[str]) -> dict[str, list[str]]:

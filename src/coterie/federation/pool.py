@@ -172,9 +172,11 @@ class Pool:
         contributing = tuple(party for party in self._active if self._declared[party].contributes)
         divisor = math.fsum(self._declared[party].weight for party in contributing)
         if contributing and divisor > 0:
-            for part in self._mine:
+            trained = [part for part in self._mine if part.trained]
+            for part in trained:
                 self._fill(part, self._pushes.sums(part.number, contributing), divisor)
-            self.shard.step(learning_rate)
+            if any(part.layer >= 0 for part in trained):
+                self.shard.step(learning_rate)
             self.home.step(learning_rate)
         self._committed = round
         self.version += 1

@@ -112,7 +112,7 @@ class PushService:
     def complete(self, party: str) -> bool:
         """Whether every part of this party's push is staged."""
         with self._lock:
-            return all((party, number) in self._staged for number in self._parts)
+            return all((party, number) in self._staged for number, part in self._parts.items() if part.trained)
 
     def _check(self, peer: str, message: Message) -> Part:
         if peer not in self._parties:

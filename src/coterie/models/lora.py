@@ -8,14 +8,18 @@ Shape letters: E experts, r rank, I inputs, O outputs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from coterie.config import LoraSpec
 from coterie.errors import ModelError
+from coterie.models.seam import expert_layers
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,63 @@ class ExpertAdapter:
         """B, a view of the stored ``[O, r * E]``."""
         weight: Tensor = self.wrapper.lora_B[self.name].weight
         return weight.reshape(weight.shape[0], -1, self.wrapper.num_experts).permute(2, 0, 1)
+
+
+def attach_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
+    """Freeze a model and give it adapters; works for a model whose experts are on the meta device.
+
+    Args:
+        model: a whole or partial model.
+        spec: which parameters get adapters, of what rank.
+        seed: of A; B starts at zero, so the model computes what it did before.
+
+    Returns:
+        peft's model around the given one; its adapters are never on meta.
+
+    Raises:
+        ModelError: peft is not installed, or a name is not in the model.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(
+            "Adapters need the package peft, which is not installed.",
+            code="model-no-peft",
+            fix="install it with: pip install 'coterie[lora]'",
+        ) from error
+    names = {name for layer in expert_layers(model) for name in layer.parameters()}
+    unknown = sorted(set(spec.experts) - names)
+    if unknown:
+        raise ModelError(
+            f"`lora.experts` names `{unknown[0]}`, which no expert of {type(model).__name__} has.",
+            code="model-lora-target",
+            fix=f"choose from: {', '.join(sorted(name for name in names if not name.endswith('_bias')))}",
+        )
+    paths = sorted(
+        {f"{layer.name.rpartition('.')[2]}.{name}" for layer in expert_layers(model) for name in spec.experts}
+    )
+    settings = peft.LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.modules) or None, target_parameters=paths
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of parameters it does not know from linear layers
+        adapted: nn.Module = peft.get_peft_model(model, settings)
+    generator = torch.Generator().manual_seed(seed)
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    for module in adapted.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param.requires_grad:
+                is_up = any(part is module for layer in adapted.modules() for part in _ups(layer))
+                value = torch.zeros(param.shape)
+                if not is_up:
+                    value.normal_(std=param.shape[-1] ** -0.5, generator=generator)
+                setattr(module, name, nn.Parameter(value.to(device, torch.float32)))
+    return adapted
+
+
+def _ups(module: nn.Module) -> list[nn.Module]:
+    """The second factors of a peft layer."""
+    return list(module.lora_B.values()) if hasattr(module, "lora_B") else []  # type: ignore[operator]
 
 
 def expert_wrappers(model: nn.Module) -> list[Any]:

@@ -9,17 +9,23 @@ Shape letters as in `coterie.models.seam`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from coterie.errors import ModelError
 from coterie.models import expert_math
-from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows
+from coterie.models.grouped import grouped_mm
+from coterie.models.lora import ExpertAdapter
+from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, expert_rows
 from coterie.models.weight_cache import LayerWeights
+
+Adapters = Mapping[tuple[nn.Module, str], list[ExpertAdapter]]
+"""Low-rank updates by (experts module, parameter name); see `coterie.models.lora.expert_adapters`."""
 
 
 class WeightSource(Protocol):
@@ -156,16 +162,30 @@ class HostGradients:
 class StreamedExperts:
     """Computes experts whose weights are lent by a `WeightSource`; their gradients go to a `GradientSink`.
 
+    Args:
+        source: lends weights.
+        sink: takes gradients.
+        adapters: low-rank updates, for inference.
+
     Guarantee: forward and every gradient equal training with the weights in the module.
     """
 
-    def __init__(self, source: WeightSource, sink: GradientSink) -> None:
+    def __init__(self, source: WeightSource, sink: GradientSink, adapters: Adapters | None = None) -> None:
         self._source = source
         self._sink = sink
+        self._adapters = adapters or {}
 
     def __call__(self, call: ExpertsCall) -> Tensor:
         layer = call.layer
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
+        if not torch.is_grad_enabled():
+            return self._inference(call, rows)
+        if any(module is layer.module for module, _ in self._adapters):
+            raise ModelError(
+                "Streamed experts do not train adapters by themselves.",
+                code="model-lora-streamed",
+                fix="train them through coterie.dp.engine.Engine, without clipping if need be",
+            )
         # The anchor makes autograd visit the backward even where the rows themselves need no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         out_RD = _StreamedRows.apply(
@@ -173,6 +193,21 @@ class StreamedExperts:
         )
         if layer.layout.has_post_expert_norm:
             out_RD = layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
+        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+
+    @torch.no_grad()
+    def _inference(self, call: ExpertsCall, rows: RoutedRows) -> Tensor:
+        layer = call.layer
+        with self._source.layer(layer.index) as weights:
+
+            def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+                out = expert_math.apply_linear(layer, weights, name, x_RI, ends_E)
+                for adapter in self._adapters.get((layer.module, name), ()):
+                    narrow = grouped_mm(x_RI.to(adapter.down_ErI.dtype), adapter.down_ErI.mT, ends_E)
+                    out = out + adapter.scaling * grouped_mm(narrow, adapter.up_EOr.mT, ends_E).to(out.dtype)
+                return out
+
+            out_RD = expert_rows(layer, call.hidden_ND[rows.token_R], rows.ends_E, linear)
         return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
 
 

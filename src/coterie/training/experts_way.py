@@ -30,6 +30,7 @@ from coterie.federation.shard import OptimizerFactory, Shard
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.federation.weight_service import WeightFetcher
 from coterie.models import seam
+from coterie.models.lora import expert_adapters, expert_wrappers, factors_stay_apart
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
@@ -66,6 +67,10 @@ class Contribution(Protocol):
 
     repeatable: bool
     """Whether a second attempt at a round yields the same bytes; then hosts need not be sent them again."""
+
+    def open(self, streamer: LayerStreamer) -> None:
+        """Called before every attempt's `sums`, with weights at hand: what has to be refused is refused here."""
+        ...
 
     def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
         """Process this party's share of a round.
@@ -146,6 +151,9 @@ class PlainSums:
         experts = {layer.index: _complete(layer, sink.sums.get(layer.index, {})) for layer in self._layers}
         return Sums(experts, totals, float(tokens), {"loss": loss_sum / max(tokens, 1), "tokens": tokens})
 
+    def open(self, streamer: LayerStreamer) -> None:
+        """There is nothing to refuse."""
+
     def applied(self, round: int) -> None:
         """Nothing is kept."""
 
@@ -203,7 +211,6 @@ class ExpertsWay:
         self._federation, self._model, self._transport = federation, model, transport
         self._contribution = contribution
         self._layers = seam.expert_layers(model)
-        self._shared = federation.trunk == "shared"
         self.parts = model_parts(federation, model, placement)
         names = [name for part in self.parts if part.layer < 0 and part.host == party for name, _ in part.shapes]
         weights_dtype, push_dtype = getattr(torch, federation.weights_dtype), getattr(torch, federation.push_dtype)
@@ -246,6 +253,7 @@ class ExpertsWay:
         attempt = 0 if self._contribution.repeatable else min(told.attempt, _ATTEMPTS - 2)
         serial = self._serial = told.round * _ATTEMPTS + attempt
         versions = self._refresh(serial, told)
+        self._contribution.open(self.streamer)
         self._contribution.check_not_behind(self._mirror.received // _ATTEMPTS)
         pins = {
             "weights": model_version(versions),
@@ -283,7 +291,12 @@ class ExpertsWay:
         """Inside, the model computes with the newest weights of all hosts."""
         self._interrupted = False
         self._refresh(told.round * _ATTEMPTS + _ATTEMPTS - 1, told)
-        with seam.computed_by(self._model, StreamedExperts(self.streamer, HostGradients())):
+        with (
+            factors_stay_apart(self._model),
+            seam.computed_by(
+                self._model, StreamedExperts(self.streamer, HostGradients(), expert_adapters(self._model))
+            ),
+        ):
             yield
         self.streamer.drop_all()
         self._mirror.join()
@@ -322,6 +335,8 @@ class ExpertsWay:
         assert sums.experts is not None
         blobs = {}
         for part in self.parts:
+            if not part.trained:
+                continue
             if part.layer < 0:
                 tensors: Mapping[str, Tensor] = sums.trunk
             else:
@@ -350,11 +365,23 @@ def stochastic_bfloat16(values: Tensor, coins: torch.Generator) -> Tensor:
 def model_parts(federation: FederationConfig, model: nn.Module, placement: Placement) -> tuple[Part, ...]:
     """Every part of a federation's model, in the order in which parts cross."""
     layers = seam.expert_layers(model)
-    shared = federation.trunk == "shared"
-    trained = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad and not p.is_meta}
+    own = dict(model.named_parameters())
+    shared = {name: tuple(own[name].shape) for name in shared_names(federation, model)}
     return expert_parts(
         [{name: tuple(param.shape) for name, param in layer.parameters().items()} for layer in layers],
         [[placement.host_name(layer.index, e) for e in range(layer.num_experts)] for layer in layers],
         tuple(federation.parties),
-        trained if shared else None,
+        shared,
+        train_experts=federation.lora is None,
     )
+
+
+def shared_names(federation: FederationConfig, model: nn.Module) -> tuple[str, ...]:
+    """Trained parameters outside the stacked experts that all parties train together: a shared trunk, and adapters
+    of experts in any case."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not p.is_meta]
+    if federation.trunk == "shared":
+        return tuple(trained)
+    factors = {id(p) for wrapper in expert_wrappers(model) for p in wrapper.parameters()}
+    own = dict(model.named_parameters())
+    return tuple(name for name in trained if id(own[name]) in factors)

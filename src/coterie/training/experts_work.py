@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coterie.config import PrivacyRules
 from coterie.dp.contributor import Contributor
 from coterie.federation.participant import Alive
 from coterie.federation.round_state import State
 from coterie.federation.transport import Lane, Message
-from coterie.training.experts_way import Contribution, ExpertsWay, PlainSums
+from coterie.training.adapter_sums import AdapterSums
+from coterie.training.experts_way import Contribution, ExpertsWay, PlainSums, shared_names
 from coterie.training.party_parts import Weights
 from coterie.training.party_work import PartyWork
 from coterie.training.private_sums import PrivateSums
@@ -37,7 +38,6 @@ class ExpertsWork(PartyWork):
         parts = self.parts
         if self.way is not None:
             self.way.close()
-        self._shared = parts.federation.trunk == "shared"
         self._sums = self._contribution()
         self._saved_round = 0
         self.way = ExpertsWay(
@@ -54,10 +54,19 @@ class ExpertsWork(PartyWork):
             device=parts.device,
         )
 
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """What this party steps by itself; shared parameters are stepped where they are at home."""
+        shared = set(shared_names(self.parts.federation, self.parts.model))
+        trained = super()._own_parameters()
+        self._private = {name: param for name, param in trained.items() if name not in shared}
+        return self._private or trained
+
     def _contribution(self) -> Contribution:
         parts = self.parts
         if parts.privacy is not None:
             return PrivateSums(parts.model, self._layers, parts.train, parts.privacy, lambda: self._ledger_run())
+        if parts.federation.lora is not None:
+            return AdapterSums(parts.model, self._batches, self._spec.seed)
         per_record = isinstance(parts.federation.privacy, PrivacyRules)
         return PlainSums(parts.model, self._layers, self._batches, self._loss, self._spec.seed, per_record=per_record)
 
@@ -128,10 +137,8 @@ class ExpertsWork(PartyWork):
     def _commit(self, round: int, attempt: int, rate: float) -> Mapping[str, float]:
         assert self.way is not None
         sums = self.way.step(rate)
-        if not self._shared and sums.experts is not None and sums.weight > 0:
-            named: dict[Tensor, Tensor] = {
-                param: sums.trunk[name] for name, param in self._parameters.items() if name in sums.trunk
-            }
+        if self._private and sums.experts is not None and sums.weight > 0:
+            named: dict[Tensor, Tensor] = {param: sums.trunk[name] for name, param in self._private.items()}
             self._step_trunk(named, sums.weight, rate)
         return {**sums.figures, "seconds": self._seconds}
 

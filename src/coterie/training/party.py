@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacySpec, dump_yaml, load_yaml
+from coterie.config import (
+    FederationConfig,
+    ModelSpec,
+    PartyConfig,
+    PartyPrivacy,
+    PrivacySpec,
+    dump_yaml,
+    load_yaml,
+)
 from coterie.config.federation import party_privacy
 from coterie.dp.dataset import dataset_digest
 from coterie.errors import CheckpointError, PlacementError, RosterError
@@ -16,6 +25,7 @@ from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.identity import Role
 from coterie.federation.roster import Roster
 from coterie.models.build import torch_dtype
+from coterie.models.lora import attach_adapters
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
 from coterie.models.shards import load_tensors, parse_expert_key, stored_shapes
@@ -102,6 +112,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     check_fit(model, tokenizer, data)
     if federation.model.gradient_checkpointing:
         use_checkpointing(model)
+    adapted = _with_adapters(model, federation)
     placement = Placement.of_spec(federation.placement, list(federation.parties), model)
     if roster is not None and placement.content_hash() != roster.placement_hash:
         raise PlacementError(
@@ -114,18 +125,20 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     check_shard(config.shard, placement, config.party)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(kept))
-    first = trunk_tensors(model)
+    first = trunk_tensors(adapted)
 
     def again() -> Weights:
         nonlocal first
         trunk, first = first, {}
-        trunk = trunk or trunk_tensors(build_partial(federation.model, config.trunk, device=device))
+        if not trunk:
+            anew = build_partial(federation.model, config.trunk, device=device)
+            trunk = trunk_tensors(_with_adapters(anew, federation))
         return Weights(trunk, load_experts(config.shard, federation.model))
 
     return PartyParts(
         party=config.party,
         federation=federation,
-        model=model,
+        model=adapted,
         weights=again,
         placement=placement,
         train=train,
@@ -135,6 +148,11 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         cache=config.cache,
         privacy=_privacy_parts(config, federation, spec, dataset_digest(documents.texts)) if spec else None,
     )
+
+
+def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
+    """The model, with adapters where the federation trains those; they start alike at every party."""
+    return model if federation.lora is None else attach_adapters(model, federation.lora, federation.train.seed)
 
 
 def _privacy_parts(config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, digest: str) -> PrivacyParts:
@@ -198,6 +216,8 @@ def keep_settings(config: PartyConfig, federation: FederationConfig) -> None:
         trained = tokenizer.train.model_copy(update={"files": public})
         files["tokenizer"] = tokenizer.model_copy(update={"train": trained})
     moved["data"] = data.model_copy(update=files)
+    if isinstance(config.privacy, PartyPrivacy) and config.privacy.ledger is not None:
+        moved["privacy"] = config.privacy.model_copy(update={"ledger": config.privacy.ledger.resolve()})
     dump_yaml(folder / PARTY_FILE, config.model_copy(update=moved))
 
 

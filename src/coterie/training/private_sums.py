@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coterie.dp import selfcheck
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import policy
 from coterie.dp.contributor import Contributor, Plan
 from coterie.dp.engine import Engine
+from coterie.dp.refusals import check_model
 from coterie.dp.spool import Release
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, PrivacyError
+from coterie.models import seam
+from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
-from coterie.models.streaming import LayerStreamer
+from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.weight_cache import digest_layer
 from coterie.training.experts_way import Sums
 from coterie.training.packing import Batch, Sequences
@@ -40,6 +44,7 @@ class PrivateSums:
 
     Raises:
         ConfigError: settings that a federation cannot keep.
+        PrivacyError, NoRuleError: a model that cannot be trained privately.
     """
 
     repeatable = True
@@ -61,8 +66,13 @@ class PrivateSums:
             )
         self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
         self._names = {
-            f"{layer.name}.{name}": (layer.index, name) for layer in layers for name in layer.layout.parameter_names
+            f"{layer.name}.{name}": (layer.index, name)
+            for layer in layers
+            for name, param in layer.parameters().items()
+            if param.requires_grad
         }
+        check_model(model)
+        self._check_covered()
         self.contributor: Contributor | None = None
         self._engine: Engine | None = None
         self._alive: Callable[[], bool] = lambda: True
@@ -100,8 +110,21 @@ class PrivateSums:
             self.contributor = None
 
     def open(self, streamer: LayerStreamer) -> None:
-        """Open the ledger: refusals come before the first round."""
-        self._open(streamer)
+        """Compare the engine with batches of one on made-up records, once, and open the ledger.
+
+        Raises:
+            NoRuleError, PrivacyError: the model cannot be trained privately; nothing of the text was used.
+            LedgerError: the ledger is damaged, in use, or knows the run with other numbers.
+        """
+        if self.contributor is None:
+            engine = self._make_engine(streamer)
+            adapters = expert_adapters(self._model)
+            with (
+                factors_stay_apart(self._model),
+                seam.computed_by(self._model, StreamedExperts(streamer, HostGradients(), adapters)),
+            ):
+                selfcheck.check(engine, self._records.collate([self._records[0]]))
+            self._open(streamer)
 
     def _open(self, streamer: LayerStreamer) -> Contributor:
         if self.contributor is None:
@@ -125,11 +148,25 @@ class PrivateSums:
             )  # fmt: skip
         return self.contributor
 
+    def _check_covered(self) -> None:
+        """Everything that is trained has to get noise."""
+        known = self._names.keys()
+        outside = [n for n, p in self._model.named_parameters() if p.requires_grad and p.is_meta and n not in known]
+        if outside:
+            raise PrivacyError(
+                f"`{outside[0]}` is trainable, but no host stores it ({len(outside)} in all).",
+                code="dp-outside-mechanism",
+                where="set-up of the party; nothing has left it",
+                why="what is trained outside the mechanism gets no noise, and would void the guarantee",
+                fix="freeze it with requires_grad_(False), or leave out the module that owns it",
+            )
+
     def _make_engine(self, streamer: LayerStreamer) -> Engine:
         shapes = {
             f"{layer.name}.{name}": param.shape
             for layer in self._layers
             for name, param in layer.parameters().items()
+            if param.requires_grad
         }
         clipping = policy(self._parts.spec.clipping, self._parts.spec.clip_norm)
         cpu = torch.device("cpu")

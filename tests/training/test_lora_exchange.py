@@ -1,0 +1,139 @@
+"""The `experts` exchange where adapters alone are trained, against peft's own forward in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from coterie.config import FederationConfig, LoraSpec
+from coterie.errors import ModelError
+from coterie.federation.transport import Lane, Message
+from coterie.models.lora import attach_adapters
+from coterie.models.tiny import tiny_model
+from coterie.training.experts_work import ExpertsWork
+from coterie.training.in_process import InProcessFederation
+from coterie.training.packing import RoundOrder
+from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
+from federation_tools import PARTIES, full_models, make_parts, relative, settings
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+LORA = LoraSpec(rank=2, alpha=4.0, modules=("q_proj",))
+
+
+def adapted_parts(config: FederationConfig, models: Mapping[str, nn.Module], folder: Path) -> dict[str, PartyParts]:
+    found = {}
+    for name, each in make_parts(config, models, folder).items():
+        experts = each.weights().experts
+        model = attach_adapters(each.model, LORA, seed=0)
+        start = {key: value.detach().clone() for key, value in trunk_tensors(model).items()}
+        found[name] = replace(each, model=model, weights=lambda s=start, e=experts: Weights(s, e))
+    return found
+
+
+def union_by_hand(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyParts]) -> None:
+    """One process on the union of the parties' sequences, through peft's merged weights and plain autograd."""
+    optim = config.optim
+    trained = [p for p in model.parameters() if p.requires_grad]
+    step = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    model.train()
+    for round in range(config.train.rounds):
+        step.zero_grad()
+        count = 0
+        for name in PARTIES:
+            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(round):
+                ids = parts[name].train[row]["input_ids"].unsqueeze(0)
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+                functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+                count += ids.shape[1] - 1
+        for param in trained:
+            assert param.grad is not None
+            param.grad /= count
+        step.step()
+
+
+def run(config: FederationConfig, folder: Path) -> tuple[InProcessFederation, dict[str, PartyParts], nn.Module, list]:
+    one = full_models()[PARTIES[0]]
+    parts = adapted_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder)
+    seen: list[tuple] = []
+    federation = InProcessFederation(config, folder / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        work = federation.up(each).work
+        assert isinstance(work, ExpertsWork)
+        assert work.way is not None
+
+        def record(peer: str, lane: Lane, message: Message) -> None:
+            asked = message.body.get("end", 0) - message.body.get("start", 0)
+            size = sum(t.nbytes for t in message.tensors) + asked
+            seen.append((message.kind, message.round // 1024, message.layer, size))
+
+        work.way.pool.transcript = record
+    federation.join()
+    for end in federation.ends.values():
+        if isinstance(end, BaseException):
+            raise end
+    return federation, parts, attach_adapters(copy.deepcopy(one), LORA, seed=0), seen
+
+
+def test_adapters_equal_one_process_and_base_weights_cross_once(tmp_path: Path):
+    config = settings(
+        exchange="experts", privacy="none", weights_dtype="float32", trunk="shared", lora=LORA.model_dump(),
+        train__rounds=5, train__eval_every=1, optim__eps=1e-3,
+    )  # fmt: skip
+    federation, parts, model, seen = run(config, tmp_path)
+    union_by_hand(config, model, parts)
+    whole = dict(model.named_parameters())
+    trained = {name for name, p in whole.items() if p.requires_grad}
+    held = {}
+    for name in PARTIES:
+        work = federation.runs[name].work
+        assert isinstance(work, ExpertsWork)
+        assert work.way is not None
+        held |= work.way.pool.home.weights()
+    assert held.keys() == trained
+    for name, value in held.items():
+        assert relative(value, whole[name]) < 1e-5, name
+
+    work = federation.runs["alder"].work
+    assert isinstance(work, ExpertsWork)
+    assert work.way is not None
+    base = {part.number for part in work.way.parts if part.layer >= 0}
+    assert {round for kind, round, part, _ in seen if kind == "weights-chunk" and part in base} == {1}
+    assert not any(part in base for kind, _, part, _ in seen if kind == "push-chunk")
+    adapters = sum(whole[name].numel() for name in trained) * 4
+    for round in range(2, 6):
+        down = sum(size for kind, r, _, size in seen if kind == "weights-chunk" and r == round)
+        up = sum(size for kind, r, _, size in seen if kind == "push-chunk" and r == round)
+        assert down == up == adapters * (len(PARTIES) - 1)
+
+
+def test_expert_adapters_are_shared_though_the_trunk_is_private(tmp_path: Path):
+    config = settings(
+        exchange="experts", privacy="none", weights_dtype="float32", lora=LORA.model_dump(), train__rounds=2
+    )
+    federation, _, _, _ = run(config, tmp_path)
+    trunks, shared = [], set()
+    for name in PARTIES:
+        work = federation.runs[name].work
+        assert isinstance(work, ExpertsWork)
+        assert work.way is not None
+        shared |= work.way.pool.home.weights().keys()
+        trunks.append(dict(work.parts.model.named_parameters()))
+    assert shared
+    assert all("experts" in name for name in shared)
+    private = [name for name, p in trunks[0].items() if p.requires_grad and "q_proj" in name and "lora_B" in name]
+    assert private
+    assert all(not torch.equal(trunks[0][name], trunks[1][name]) for name in private)
+
+
+def test_an_adapter_for_a_parameter_that_no_expert_has_is_refused_by_name():
+    with pytest.raises(ModelError, match=r"`lora\.experts` names `gate_proj`"):
+        attach_adapters(tiny_model("olmoe"), LoraSpec(experts=("gate_proj",)), seed=0)
