@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("status", "Where a federation is: round, commits, who is missing."),
     "split": ("split", "Turn a checkpoint into a trunk and shards of experts."),
     "export": ("export", "Join a trunk and shards into a checkpoint again."),
+    "upcycle": ("upcycle", "Turn a dense checkpoint into a Mixture-of-Experts one."),
     "models": ("models", "Families of models that can be trained, and why others cannot."),
     "explain": ("explain", "What an error code means and what to do."),
 }
