@@ -35,16 +35,22 @@ def private_settings(**changes: object) -> FederationConfig:
 
 
 def with_privacy(
-    parts: Mapping[str, PartyParts], folder: Path, *, sigma: float | None, rounds: int | None = None, **spec: object
+    parts: Mapping[str, PartyParts],
+    folder: Path,
+    *,
+    sigma: float | None,
+    rounds: int | None = None,
+    seeded: bool = True,
+    **spec: object,
 ) -> dict[str, PartyParts]:
-    """Every party private and seeded, each with a seed and a ledger of its own."""
+    """Every party private, each with a ledger of its own; seeded, if not told otherwise, each with its own seed."""
     found = {}
     for number, (name, each) in enumerate(parts.items()):
         rules = each.federation.privacy
         assert not isinstance(rules, str)
         assert rules is not None
         own = PrivacySpec(**{**rules.model_dump(), "ledger": folder / f"ledger-{name}", "physical_batch": 2, **spec})
-        privacy = PrivacyParts(own, rounds or each.federation.train.rounds, seed=number, sigma=sigma)
+        privacy = PrivacyParts(own, rounds or each.federation.train.rounds, seed=number if seeded else None, sigma=sigma)
         found[name] = replace(each, privacy=privacy)
     return found
 

@@ -34,7 +34,8 @@ def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
     """Refuse what cannot be private, then compare the engine with batches of one.
 
     Args:
-        engine: with the model as it will be trained.
+        engine: with the model as it will be trained. Where expert weights are lent, the model has to be able to compute
+            by itself meanwhile (`seam.computed_by`); their norms are then compared with the engine's on batches of one.
         batch: an example; only its keys, shapes and types are used. Default: a causal LM's.
 
     Returns:
@@ -72,8 +73,9 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def _compare(engine: Engine, batch: Mapping[str, Any]) -> dict[str, float]:
-    together = checked(engine.loss_fn(engine.model, batch), RECORDS).detach().double()
-    alone = torch.cat([checked(engine.loss_fn(engine.model, one), 1).detach().double() for one in _singles(batch)])
+    with torch.no_grad():
+        together = checked(engine.loss_fn(engine.model, batch), RECORDS).double()
+        alone = torch.cat([checked(engine.loss_fn(engine.model, one), 1).double() for one in _singles(batch)])
     dtype = next(iter(engine.parameters.values())).dtype if engine.parameters else torch.float32
     allowed = tolerance(dtype)
     if bool(((together - alone).abs() > 0.1 * allowed * alone.abs().clamp_min(1e-3)).any()):
@@ -128,8 +130,7 @@ def _reference(engine: Engine, one: Mapping[str, Any], names: list[str]) -> Tens
 
 def _check_buffers(engine: Engine, batch: Mapping[str, Any], before: Mapping[str, Tensor]) -> None:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if not engine.lent_shapes:
-            engine.loss_fn(engine.model, batch)
+        engine.loss_fn(engine.model, batch)
     for name, buffer in engine.model.named_buffers():
         if name in before and not torch.equal(buffer, before[name]):
             raise NoRuleError(

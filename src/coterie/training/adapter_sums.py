@@ -38,6 +38,9 @@ class AdapterSums:
         self._model, self._batches, self._seed = model, batches, seed
         self._engine: Engine | None = None
 
+    def open(self, streamer: LayerStreamer) -> None:
+        """There is nothing to refuse."""
+
     def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
         if self._engine is None:
             cpu = torch.device("cpu")

@@ -75,11 +75,14 @@ class InProcessFederation:
         return run
 
     def kill(self, party: str) -> None:
-        """Cut a party off for good, as if its process had died; what it still computes reaches nobody."""
-        run = self.runs[party]
-        self._kill[party]()
-        run.abandon()
+        """End a party as if its process had died; what it still computes reaches nobody."""
+        self.cut_off(party)
         self._threads[party].join()
+
+    def cut_off(self, party: str) -> None:
+        """Take a party's connections away for good; can be called from its own threads."""
+        self._kill[party]()
+        self.runs[party].abandon()
 
     def join(self, timeout_s: float = 120.0) -> None:
         """Wait until everybody has ended.

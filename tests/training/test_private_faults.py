@@ -1,0 +1,235 @@
+"""An owner that dies between drawing a lot and the hosts' acknowledgement: nothing redrawn, nothing uncounted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_private_exchange import private_settings, with_privacy
+
+from coterie.config import FederationConfig
+from coterie.dp.engine import Engine
+from coterie.dp.ledger import Ledger
+from coterie.dp.spool import Spool
+from coterie.errors import CoterieError
+from coterie.federation.owner import SumSender
+from coterie.federation.pool import Pool
+from coterie.federation.push_service import BEGIN, Pusher
+from coterie.training.experts_work import ExpertsWork
+from coterie.training.in_process import InProcessFederation
+from coterie.training.party_parts import PartyParts
+from coterie.training.party_run import PartyResult
+from federation_tools import PARTIES, full_models, make_parts
+
+VICTIM = "birch"
+ROUNDS, FATAL = 4, 3
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+class Died(BaseException):
+    """A process that is gone: no `except CoterieError` and no report sees it."""
+
+
+class World:
+    """A private federation whose victim's ledger is compared with what the hosts receive, at every push."""
+
+    def __init__(self, folder: Path, *, seeded: bool = False, rounds: int = ROUNDS) -> None:
+        self.folder, self.seeded = folder, seeded
+        self.config: FederationConfig = private_settings(train__rounds=rounds, deadline_s=4.0)
+        self.model = full_models()[PARTIES[0]]
+        self.federation = InProcessFederation(self.config, folder / "coordinator")
+        self.uncounted: list[str] = []
+        self.announced: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+
+    def parts(self) -> dict[str, PartyParts]:
+        parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
+        return with_privacy(parts, self.folder, sigma=0.8 if self.seeded else None, seeded=self.seeded)
+
+    def start(self) -> None:
+        self.federation.coordinate()
+        for each in self.parts().values():
+            self.federation.up(each)
+
+    def back(self) -> None:
+        self.federation.up(self.parts()[VICTIM])
+
+    def die(self) -> None:
+        """Cut the victim off from everybody, then unwind it."""
+        self.federation.cut_off(VICTIM)
+        raise Died
+
+    def entries(self, name: str = VICTIM) -> list[dict]:
+        return [
+            json.loads(line)
+            for path in (self.folder / f"ledger-{name}").glob("*/ledger.jsonl")
+            for line in path.read_text().splitlines()
+        ]
+
+    def releases(self, name: str = VICTIM) -> list[tuple[int, int]]:
+        return [(e["data"]["round"], e["data"]["draw"]) for e in self.entries(name) if e["kind"] == "release"]
+
+    def at(self, *, round: int) -> bool:
+        """Whether that round is being made, or a later one."""
+        return any(n.state.phase == "compute" and n.state.round >= round for n in self.federation.notices)
+
+    def heard(self, host: str, peer: str, message) -> None:  # type: ignore[no-untyped-def]
+        """Called for every push that begins, before its bytes are taken."""
+        if peer != VICTIM:
+            return
+        round = message.round // 1024
+        self.announced[host, round, message.layer].append(message.body["digest"])
+        if round not in {r for r, _ in self.releases()}:
+            self.uncounted.append(f"{host} hears of round {round}, which the ledger does not count")
+
+    def finished(self) -> None:
+        self.federation.join()
+        for name, end in self.federation.ends.items():
+            assert not isinstance(end, BaseException), (name, end)
+            assert not isinstance(end, PartyResult) or (end.finished and end.rounds == self.config.train.rounds)
+
+    def hosted(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name in PARTIES:
+            work = self.federation.runs[name].work
+            assert isinstance(work, ExpertsWork)
+            assert work.way is not None
+            found |= work.way.pool.shard.state_dict() | work.way.pool.home.state_dict()
+        return found
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[World], World]]:
+    def watch(world: World) -> World:
+        handle = Pool.handle
+
+        def seen(self, peer, lane, message, **options):  # type: ignore[no-untyped-def]
+            if message.kind == BEGIN:
+                world.heard(self.me, peer, message)
+            return handle(self, peer, lane, message, **options)
+
+        monkeypatch.setattr(Pool, "handle", seen)
+        return world
+
+    yield watch
+
+
+def _is_victims(owner: object) -> bool:
+    """Whether a ledger, spool, pool or thread belongs to the victim."""
+    folder = getattr(owner, "folder", None)
+    if folder is not None:
+        return f"ledger-{VICTIM}" in str(folder)
+    if isinstance(owner, Pool):
+        return owner.me == VICTIM
+    if isinstance(owner, SumSender | Pusher):
+        transport = owner._transport
+        return transport.me == VICTIM
+    return threading.current_thread().name == VICTIM
+
+
+DEATHS: dict[str, tuple[type, str, bool, int]] = {
+    # point: class, method, whether the method is carried out first, which of its calls in the fatal round
+    "the lot is stored": (Spool, "store_lot", True, 1),
+    "while it computes": (Engine, "accumulate", False, 2),
+    "noised but not spooled": (Spool, "store_release", False, 1),
+    "spooled but not counted": (Ledger, "record_release", False, 1),
+    "counted but not declared": (Ledger, "record_release", True, 1),
+    "declared but not pushed": (SumSender, "declare", True, 1),
+    "in the middle of the push": (Pusher, "push", False, 3),
+    "pushed but not reported": (SumSender, "push", True, 1),
+    "committed but not applied": (Pool, "commit", False, 1),
+    "applied but not saved": (Pool, "commit", True, 1),
+}
+
+
+def arrange(monkeypatch: pytest.MonkeyPatch, world: World, point: str) -> threading.Event:
+    """Let the victim die at a point of the fatal round, once."""
+    kind, name, first, which = DEATHS[point]
+    original = getattr(kind, name)
+    dead, calls, lock = threading.Event(), [0], threading.Lock()
+
+    def fatal(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        notices = world.federation.notices
+        here = bool(notices) and notices[-1].state.round == FATAL and _is_victims(self) and not dead.is_set()
+        if here:
+            with lock:
+                calls[0] += 1
+                here = calls[0] == which
+        if here and not first:
+            dead.set()
+            world.die()
+        result = original(self, *args, **kwargs)
+        if here:
+            dead.set()
+            world.die()
+        return result
+
+    monkeypatch.setattr(kind, name, fatal)
+    return dead
+
+
+@pytest.mark.parametrize("point", DEATHS)
+def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, point: str
+):
+    world = watched(World(tmp_path))
+    dead = arrange(monkeypatch, world, point)
+    world.start()
+    assert dead.wait(120.0), "the point was never reached"
+    until(lambda: isinstance(world.federation.ends.get(VICTIM), BaseException))
+    world.back()
+    world.finished()
+    assert not world.uncounted
+    assert world.releases() == [(round, 0) for round in range(1, ROUNDS + 1)], "one release a round, nothing burned"
+    for (host, round, part), digests in world.announced.items():
+        assert len(set(digests)) == 1, f"{host} was sent different bytes for part {part} of round {round}"
+    again = {key for key, digests in world.announced.items() if len(digests) > 1}
+    sent_before = ("in the middle of the push", "pushed but not reported", "applied but not saved")
+    assert bool(again) or point not in sent_before
+    assert all(round == FATAL for _, round, _ in again)
+
+
+def test_round_that_was_sent_is_replayed_when_a_host_lost_its_newest_checkpoint(tmp_path: Path, watched):
+    """Everybody goes back to the checkpoint before; the rounds since then are pushed again, byte for byte."""
+    world = watched(World(tmp_path, rounds=6))
+    world.start()
+    until(lambda: world.at(round=6))
+    world.federation.kill("cedar")
+    newest = max((tmp_path / "cedar" / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    world.federation.up(world.parts()["cedar"])
+    world.finished()
+    assert not world.uncounted
+    assert world.releases() == [(round, 0) for round in range(1, 7)]
+    assert all(len(set(digests)) == 1 for digests in world.announced.values())
+    again = {round for (_, round, _), digests in world.announced.items() if len(digests) > 1}
+    assert {3, 4} <= again, "rounds 3 and 4 had to be made again"
+
+
+def test_rolled_back_ledger_stops_the_run_before_anything_is_drawn(tmp_path: Path, watched):
+    world = watched(World(tmp_path))
+    world.start()
+    until(lambda: world.at(round=3))
+    world.federation.kill(VICTIM)
+    released = len(world.releases())
+    shutil.rmtree(tmp_path / f"ledger-{VICTIM}")
+    world.back()
+    world.federation.join()
+    end = world.federation.ends[VICTIM]
+    assert isinstance(end, CoterieError)
+    assert end.code == "dp-ledger-behind"
+    assert released >= 2
+    assert world.releases() == [], "nothing was drawn or released on the strength of the older ledger"
