@@ -1,4 +1,4 @@
-"""How long 8 MiB of bfloat16 take there and back: over the gRPC transport with mutual TLS, and over a bare TCP socket.
+"""How long 8 MiB of bfloat16 take there and back: over gRPC with mutual TLS, and over a bare TCP socket.
 
     python benchmarks/transport.py --json transport.json
 
@@ -117,7 +117,9 @@ def measure(repeats: int, work: Path) -> dict[str, float]:
             child.stdin.close()
             child.wait(20)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    encoded = encode(Session(bytes(16), 1), FrameType.REQUEST, Lane.FORWARD, 1, Message("dispatch", tensors=(tensor,)))
+    encoded = encode(
+        Session(bytes(16), 1), FrameType.REQUEST, Lane.FORWARD, 1, Message("dispatch", tensors=(tensor,))
+    )
     return {
         "socket_ms": 1e3 * medians["socket"],
         "transport_ms": 1e3 * medians["transport"],

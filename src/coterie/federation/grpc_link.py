@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from coterie.errors import DeadlineError, TransportError
 from coterie.federation.frame import Encoded
-from coterie.federation.switchboard import Link
+from coterie.federation.line import Link
 from coterie.federation.transport import Lane
 
 QUEUE_CHUNKS = 8

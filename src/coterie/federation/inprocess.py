@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from coterie.errors import TransportError
 from coterie.federation.frame import Encoded, FrameReader, Session
-from coterie.federation.switchboard import ALL_LANES, Link, Settings, Switchboard
+from coterie.federation.line import Link
+from coterie.federation.switchboard import ALL_LANES, Settings, Switchboard
 from coterie.federation.transport import Lane
 
 

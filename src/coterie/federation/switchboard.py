@@ -18,11 +18,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from coterie.errors import CoterieError, DeadlineError, FrameError, TransportError
 from coterie.federation.frame import Encoded, Frame, FrameType, Session, encode
-from coterie.federation.pending import PendingReplies
+from coterie.federation.line import Line, Link
 from coterie.federation.transport import (
     Counters,
     Handler,
@@ -36,7 +36,6 @@ from coterie.federation.transport import (
 log = logging.getLogger(__name__)
 
 ALL_LANES = (Lane.CONTROL, Lane.FORWARD, Lane.BACKWARD)
-_WINDOWS_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -65,77 +64,6 @@ class Settings:
     close_s: float = 5.0
 
 
-class Link(ABC):
-    """The sending end of one live connection to ``peer`` on ``lane``."""
-
-    peer: str
-    lane: Lane
-    waiting = 0  # requests that came over this connection and no worker has taken yet
-
-    @abstractmethod
-    def post(self, encoded: Encoded, until: float) -> None:
-        """Hand the chunks to the wire, whole frames at a time; blocks while its bounded queue is full.
-
-        Raises:
-            DeadlineError: ``until`` (monotonic clock) came first.
-            TransportError: the connection is broken.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the connection; wakes whoever is in `post`."""
-
-
-class _Line:
-    """Everything about one peer on one lane that outlives a connection."""
-
-    def __init__(self, peer: str, lane: Lane, window: int) -> None:
-        self.link: Link | None = None
-        self.pending = PendingReplies(peer, lane, window)
-        # What came over a connection that broke is still handled, so there is room for a few connections' windows.
-        self.inbox: queue.Queue[tuple[Link, Frame] | None] = queue.Queue(_WINDOWS_KEPT * window + 1)
-        self.worker: threading.Thread | None = None
-        self.counters = LaneCounters()
-        self.lock = threading.Lock()
-
-    def take_in(self, link: Link, frame: Frame, window: int) -> bool:
-        """Queue a request for the worker; False if the peer has more open than it may."""
-        with self.lock:
-            if link.waiting >= window or self.inbox.qsize() >= _WINDOWS_KEPT * window:
-                return False
-            link.waiting += 1
-        self.inbox.put_nowait((link, frame))
-        return True
-
-    def next_request(self) -> tuple[Link, Frame] | None:
-        """The next one in order; None when the line closes."""
-        item = self.inbox.get()
-        if item is not None:
-            with self.lock:
-                item[0].waiting -= 1
-        return item
-
-    def count_sent(self, encoded: Encoded, messages: int = 1) -> None:
-        with self.lock:
-            c = self.counters
-            self.counters = replace(
-                c,
-                payload_bytes_sent=c.payload_bytes_sent + encoded.payload_bytes,
-                tensor_bytes_sent=c.tensor_bytes_sent + encoded.tensor_bytes,
-                messages_sent=c.messages_sent + messages,
-            )
-
-    def count_received(self, frame: Frame) -> None:
-        with self.lock:
-            c = self.counters
-            self.counters = replace(
-                c,
-                payload_bytes_received=c.payload_bytes_received + frame.payload_bytes,
-                tensor_bytes_received=c.tensor_bytes_received + frame.tensor_bytes,
-                messages_received=c.messages_received + (frame.type is not FrameType.HEARTBEAT),
-            )
-
-
 class Switchboard(ABC):
     """The `Transport` interface on top of links.
 
@@ -160,7 +88,7 @@ class Switchboard(ABC):
         self._settings = settings
         self._no_tensors = frozenset(no_tensors)
         self._lines = {
-            (peer, lane): _Line(peer, lane, settings.window) for peer, each in lanes.items() for lane in each
+            (peer, lane): Line(peer, lane, settings.window) for peer, each in lanes.items() for lane in each
         }
         self._peers = tuple(lanes)
         self._handler: Handler | None = None
@@ -386,7 +314,7 @@ class Switchboard(ABC):
             fix=f"start {peer}, or wait for it with connect(deadline_s)",
         )
 
-    def _ensure_worker(self, line: _Line, link: Link) -> None:
+    def _ensure_worker(self, line: Line, link: Link) -> None:
         if line.worker is None:
             with line.lock:
                 if line.worker is None:
@@ -394,13 +322,13 @@ class Switchboard(ABC):
                     line.worker = threading.Thread(target=self._work, args=(line,), name=name, daemon=True)
                     line.worker.start()
 
-    def _work(self, line: _Line) -> None:
+    def _work(self, line: Line) -> None:
         while (item := line.next_request()) is not None:
             link, frame = item
             if not self._stopped.is_set():
                 self._serve(line, link, frame)
 
-    def _serve(self, line: _Line, link: Link, frame: Frame) -> None:
+    def _serve(self, line: Line, link: Link, frame: Frame) -> None:
         """Run the handler and answer over the connection the request came from.
 
         After a break the answer is dropped: the peer has given the request up, and a restarted peer never made it.
@@ -426,7 +354,7 @@ class Switchboard(ABC):
         except TransportError as error:
             log.info("the reply to `%s` of %s was dropped: %s", request.kind, link.peer, error.message)
 
-    def _answer(self, line: _Line, link: Link, type: FrameType, correlation: int, reply: Message) -> None:
+    def _answer(self, line: Line, link: Link, type: FrameType, correlation: int, reply: Message) -> None:
         if reply.tensors and link.peer in self._no_tensors:
             raise FrameError(
                 "A reply between a party and the coordinator carries tensors.", code="tensors-on-control"
@@ -435,13 +363,13 @@ class Switchboard(ABC):
         link.post(encoded, time.monotonic() + self._settings.send_deadline_s)
         line.count_sent(encoded)
 
-    def _answer_error(self, line: _Line, link: Link, frame: Frame, error: CoterieError) -> None:
+    def _answer_error(self, line: Line, link: Link, frame: Frame, error: CoterieError) -> None:
         try:
             self._answer(line, link, FrameType.ERROR, frame.correlation, error_message(error, frame.message))
         except TransportError as failure:
             log.info("the reply to `%s` of %s was dropped: %s", frame.message.kind, link.peer, failure.message)
 
-    def _end_worker(self, line: _Line, where: str) -> None:
+    def _end_worker(self, line: Line, where: str) -> None:
         worker = line.worker
         if worker is None:
             return
