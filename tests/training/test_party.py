@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coterie.errors import DataError, RoundError
+from coterie.errors import CheckpointError, DataError, RoundError
 from coterie.federation.inprocess import InProcessHub
 from coterie.models.seam import expert_layers
 from coterie.training.in_process import InProcessFederation, run_in_process
@@ -273,7 +273,7 @@ def test_lost_checkpoint_ends_the_start_and_names_who_lacks_it(tmp_path: Path):
     federation.join()
     for name in (*PARTIES, "coordinator"):
         error = federation.ends[name]
-        assert isinstance(error, RoundError)
+        assert isinstance(error, CheckpointError)
         assert error.code == "checkpoint-none-common"
         assert "birch lacks round" in error.message
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coterie.errors import RoundError, TransportError
+from coterie.errors import CoterieError, TransportError
 from coterie.federation.control import Call, Directive, Refusal, decode, encode
+from coterie.federation.failures import run_failure
 from coterie.federation.journal import Journal
 from coterie.federation.round_state import Clock, Ending, Move, Phase, Plan, Report, State, View
 from coterie.federation.rounds import advance, missing
@@ -80,7 +81,7 @@ class Coordinator:
             The last state: finished or stopped.
 
         Raises:
-            RoundError: the run failed; code and sentence say why, and `coterie coordinator` can take it up again.
+            CoterieError: the run failed; see `run_failure`. A later start takes it up again.
         """
         self._begin()
         self._transport.start(self._handle)
@@ -206,13 +207,6 @@ class Coordinator:
         view = self._views.get(party)
         return view is not None and now - view.heard_at <= self._plan.lease_s
 
-    def _failure(self, state: State) -> RoundError:
+    def _failure(self, state: State) -> CoterieError:
         refused = [f"{name} was turned away with `{code}`" for name, code in sorted(self._refused.items())]
-        return RoundError(
-            f"the run ended at round {state.committed} of {self._plan.rounds}: {state.note}.",
-            code=state.code or "round-failed",
-            where="; ".join(refused) or None,
-            why="every process of the run was told to end; published checkpoints are kept",
-            fix="mend the cause, then start the coordinator and the parties again: they go on from the newest "
-            "checkpoint that all hold",
-        )
+        return run_failure(state, "; ".join(refused) or None)

@@ -133,6 +133,9 @@ class Membership:
             except CoterieError as error:
                 self._lose(error)
                 return
+            except Exception as error:  # a bug of ours must not leave a party that looks alive to itself
+                self._lose(RoundError(f"the heartbeat failed: {error!r}.", code="heartbeat-failed"))
+                return
             finally:
                 with self._changed:
                     self._tried = call.report.count

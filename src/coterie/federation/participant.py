@@ -7,6 +7,7 @@ from typing import Protocol
 
 from coterie.errors import CoterieError, RoundError
 from coterie.federation.control import Directive
+from coterie.federation.failures import run_failure
 from coterie.federation.membership import Membership
 from coterie.federation.round_state import Ending, Saved, State
 from coterie.federation.standing import Act, Standing, acts, after_act
@@ -89,8 +90,7 @@ class Participant:
             The last state: finished or stopped.
 
         Raises:
-            RoundError: the run failed, here or elsewhere.
-            CoterieError: the coordinator is gone or refused this party.
+            CoterieError: the run failed, here or elsewhere (`run_failure`), or the coordinator is gone or refused us.
         """
         self._membership = membership
         membership.say(held=self._actor.held())
@@ -106,12 +106,7 @@ class Participant:
                 membership.say(done=seq, live=self._standing.live)
                 membership.flush(GOODBYE_S)
                 if state.ending is Ending.FAILED:
-                    raise RoundError(
-                        f"the run ended at round {state.committed}: {state.note}.",
-                        code=state.code or "round-failed",
-                        fix="mend the cause, then start coordinator and parties again: they go on from the newest "
-                        "checkpoint that all hold",
-                    )
+                    raise run_failure(state)
                 return state
             self._follow(membership, todo, state)
 

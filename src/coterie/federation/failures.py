@@ -1,0 +1,50 @@
+"""What everybody is told when a run has failed: the same words at the coordinator and at every party."""
+
+from __future__ import annotations
+
+from coterie.errors import CheckpointError, CoterieError, RoundError
+from coterie.federation.round_state import State
+
+_AGAIN = "then start the coordinator and all parties again: they go on from the newest checkpoint that all hold"
+
+
+def run_failure(state: State, where: str | None = None) -> CoterieError:
+    """The error for a run whose last state is ``state``.
+
+    Args:
+        where: what this process knows besides.
+    """
+    round, note = state.committed, state.note  # the messages are literal so that `coterie explain` finds them
+    match state.code:
+        case "round-party-missing":
+            return RoundError(
+                f"the run ended at round {round}: {note}.",
+                code="round-party-missing",
+                where=where,
+                why="a round needs every party",
+                fix=f"start it, or wait longer with `join_deadline_s`; {_AGAIN}",
+            )
+        case "round-deadline":
+            return RoundError(
+                f"the run ended at round {round}: {note}.",
+                code="round-deadline",
+                where=where,
+                why="a party that is alive but does not get on would hold up everybody for ever",
+                fix=f"see what that party is busy with, or allow more with `round_deadline_s`; {_AGAIN}",
+            )
+        case "checkpoint-none-common":
+            return CheckpointError(
+                f"the run ended at round {round}: {note}.",
+                code="checkpoint-none-common",
+                where=where,
+                why="the parties would go on from states that do not belong together",
+                fix="restore that party's checkpoints from a copy, or begin anew with new run folders everywhere",
+            )
+        case code:
+            return RoundError(
+                f"the run ended at round {round}: {note}.",
+                code=code or "round-failed",
+                where=where,
+                why="every process of the run was told to end; published checkpoints are kept",
+                fix=f"the full reason is in the log of the party that is named; mend it, {_AGAIN}",
+            )
