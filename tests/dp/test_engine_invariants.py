@@ -123,7 +123,7 @@ def test_users_are_clipped_once_over_all_their_records_and_physical_batches() ->
 
 
 def test_invariant_2_bounded_when_the_gram_form_cancels() -> None:
-    # Rows with a large common part: outputs pull against each other, inputs are nearly equal (DESIGN.md, invariant 2).
+    # Rows with a large common part: outputs pull against each other, inputs are nearly equal.
     class Adversarial(nn.Module):
         def __init__(self) -> None:
             super().__init__()

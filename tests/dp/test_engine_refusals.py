@@ -113,7 +113,7 @@ def test_invariant_4_tokens_sorted_across_records_are_found_by_the_self_check() 
         flat = x.reshape(-1, x.shape[-1])
         return F.linear(flat.flip(0), w).flip(0).view(x.shape)  # rows of the last record first
 
-    with pytest.raises(NoRuleError, match="middle.weight") as caught:
+    with pytest.raises(NoRuleError, match=r"middle\.weight") as caught:
         checked(Weighted(shuffled, WIDTH, WIDTH))
     assert caught.value.code == "dp-self-check"
 
