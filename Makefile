@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-lowest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -14,6 +14,19 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The models' tests on the lowest transformers that pyproject.toml names, in an environment of their own.
+LOWEST := .venv-lowest
+LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+
+test-lowest: $(LOWEST)/.installed-$(LOWEST_TRANSFORMERS)
+	PYTHONPATH=src $(LOWEST)/bin/python -m pytest tests/models $(ARGS)
+
+$(LOWEST)/.installed-$(LOWEST_TRANSFORMERS):
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet -e ".[dev]" "transformers==$(LOWEST_TRANSFORMERS).0"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,4 +45,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) coterie-demo build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) coterie-demo build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
