@@ -149,6 +149,16 @@ def test_resume_goes_through_the_session_and_spends_nothing_twice(
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(trainer).items())
 
 
+def test_experts_come_back_from_a_checkpoint(make: Callable[..., PrivateTrainer], tmp_path: Path) -> None:
+    """Trainer itself leaves stacked experts as the model was built (transformers 5.23), with a warning."""
+    trainer = make(save_strategy="steps", save_steps=4)
+    trainer.train()
+    fresh = make()
+    assert any(not torch.equal(value, weights(trainer)[name]) for name, value in weights(fresh).items())
+    fresh._load_from_checkpoint(str(tmp_path / "out/checkpoint-4"))
+    assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(fresh).items())
+
+
 def test_resume_with_another_number_of_steps_or_a_lost_ledger_is_refused(
     make: Callable[..., PrivateTrainer], tmp_path: Path
 ) -> None:

@@ -134,8 +134,7 @@ def make_private(
     artefacts = declared(provenance)
     uncovered = not_covered(artefacts)
     balance = balance or Balance()
-    if seed is not None and method == "auto":
-        method = "book_keeping"  # the automatic choice depends on free memory; the last bits would not repeat
+    method = _repeatable(method, seed)
     built, balancer = _engine(model, loss_fn, clipping, clip_norm, method, balance, engine)
     _check_optimizer(model, optimizer)
     collate = collate_fn or _default_collate
@@ -204,7 +203,13 @@ def resume_session(
             fix="pass the same policy: PrivateSession.resume(..., clipping=...)",
         )
     built, balancer = _engine(
-        model, loss_fn, chosen, settings.clip_norm, method or options["method"], Balance(**options["balance"]), engine
+        model,
+        loss_fn,
+        chosen,
+        settings.clip_norm,
+        _repeatable(method or options["method"], settings.seed),
+        Balance(**options["balance"]),
+        engine,
     )
     books = open_ledger(digest or dataset_digest(dataset), ledger or facts["ledger_root"])
     session = PrivateSession(
@@ -218,6 +223,11 @@ def resume_session(
         session.releases.spool.close()
         raise
     return session
+
+
+def _repeatable(method: Method, seed: int | None) -> Method:
+    """The automatic choice of method depends on free memory; a seeded run has to repeat to the last bit."""
+    return "book_keeping" if seed is not None and method == "auto" else method
 
 
 def _units(dataset: Any, column: str | None, users: Sequence[Hashable] | None, cap: int | None) -> Units:

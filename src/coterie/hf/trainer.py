@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from coterie.dp.budget import Budget, PrivacyWarning, Spent
@@ -156,6 +156,24 @@ class PrivateTrainer(Trainer):
         if self.session is not None:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             self.session.save_state(folder / _STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in Trainer, except that stacked experts are loaded too.
+
+        transformers 5 writes experts one by one and Trainer reads them back by name into a model that has them
+        stacked: it warns of missing keys and goes on with the weights the model was built with.
+        """
+        model = model if model is not None else self.model
+        if not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(model).from_pretrained(resume_from_checkpoint, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint, experts included; see `_load_from_checkpoint`."""
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: it would depend on the lot."""
