@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError, PlacementError
@@ -30,7 +31,7 @@ from coterie.models.shards import (
 )
 from coterie.models.splitter import split
 from coterie.models.stream import layer_group, stream_checkpoint
-from coterie.models.tiny import VOCAB, tiny_model
+from coterie.models.tiny import VOCAB, tiny_config, tiny_model
 
 PARTIES = ["alder", "birch", "cedar"]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -444,3 +445,24 @@ def test_a_tensor_file_that_fails_on_the_way_leaves_nothing(tmp_path):
     ):
         raise RuntimeError("power cut")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_text_part_of_a_vision_language_checkpoint_is_split_without_its_tower(tmp_path):
+    tower = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    text = tiny_config("qwen3_5_moe_text").to_dict()
+    config = Qwen3_5MoeConfig(text_config=text, vision_config={**tower, "num_position_embeddings": 16})
+    whole = Qwen3_5MoeForConditionalGeneration._from_config(config)
+    with quiet_loading():
+        whole.save_pretrained(tmp_path / "whole")
+    spec = ModelSpec(path=tmp_path / "whole")
+    model = build_model(spec)
+    assert type(model).__name__ == "Qwen3_5MoeForCausalLM"
+    split(spec, Placement.of_spec("round_robin", PARTIES, model), tmp_path / "parts")
+    assert not [name for name in load_tensors(tmp_path / "parts" / "trunk.safetensors") if "visual" in name]
+    export(tmp_path / "parts", tmp_path / "joined")
+    joined = build_model(ModelSpec(path=tmp_path / "joined")).state_dict()
+    assert joined.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(joined[name], tensor), name
+    expected = whole.model.language_model.layers[1].mlp.experts.down_proj
+    assert torch.equal(joined["model.layers.1.mlp.experts.down_proj"], expected)
