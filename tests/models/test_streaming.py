@@ -6,9 +6,14 @@ import pytest
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
+from coterie.dp.clipping import Flat
+from coterie.dp.engine import Engine
+from coterie.dp.losses import default_loss
 from coterie.errors import CheckpointError, RoundError
 from coterie.models import seam
+from coterie.models.catalogue import causal_lm_types
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
+from coterie.models.tiny import tiny_model
 from coterie.models.weight_cache import FileStore, MemoryStore, WeightCache
 
 SMALL = {
@@ -133,3 +138,64 @@ def test_a_full_disk_keeps_the_earlier_file_and_says_so(tmp_path, monkeypatch):
         cache.put(0, {"down_proj": torch.ones(4)})
     assert cache.get(0)["down_proj"].sum() == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "layer-0000.safetensors"]
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    ids[1, 6:], mask[1, 6:], labels[1, 6:] = 0, 0, -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _lend_out(model: PreTrainedModel, *, trainable: bool) -> LayerStreamer:
+    """A streamer over the model's experts, whose own weights are gone."""
+    streamer = LayerStreamer(cache_of(model, MemoryStore()), torch.device("cpu"), torch.float32)
+    for layer in seam.expert_layers(model):
+        for name in layer.layout.parameter_names:
+            gone = torch.empty_like(getattr(layer.module, name), device="meta")
+            setattr(layer.module, name, torch.nn.Parameter(gone, requires_grad=trainable))
+    return streamer
+
+
+@pytest.mark.parametrize("family", causal_lm_types())
+def test_every_family_trains_streamed_as_with_weights_in_the_module(family):
+    model = tiny_model(family).train()
+    batch = _batch()
+    seam.select(model)
+    torch.manual_seed(0)  # phimoe's router jitters while it trains
+    default_loss(model, batch).sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    layers = seam.expert_layers(model)
+    streamer, sink = _lend_out(model, trainable=False), HostGradients()
+    with seam.computed_by(model, StreamedExperts(streamer, sink)):
+        torch.manual_seed(0)
+        default_loss(model, batch).sum().backward()
+    streamer.close()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found |= {f"{layer.name}.{name}": g for layer in layers for name, g in sink.sums.get(layer.index, {}).items()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
+    assert streamer.peak_layers <= 2
+
+
+@pytest.mark.parametrize("method", ["book_keeping", "ghost"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "qwen3_moe", "mixtral"])
+def test_clipped_sums_with_streamed_weights_are_those_with_weights_in_the_module(family, method):
+    model = tiny_model(family).train()
+    batch = _batch()
+    own = Engine(model, None, Flat(0.3), method)
+    own.accumulate(batch)
+    expected = own.take()
+    shapes = {f"{x.name}.{n}": p.shape for x in seam.expert_layers(model) for n, p in x.parameters().items()}
+    streamer = _lend_out(model, trainable=True)
+    lent = Engine(model, None, Flat(0.3), method, streamer, shapes, torch.device("cpu"))
+    lent.accumulate(batch)
+    found = lent.take()
+    streamer.close()
+    assert found.keys() == expected.keys()
+    for name, total in expected.items():
+        assert (found[name] - total).norm() <= 1e-5 * total.norm() + 1e-12, name
+    assert streamer.peak_layers <= 2

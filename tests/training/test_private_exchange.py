@@ -23,6 +23,7 @@ from coterie.models.seam import expert_layers
 from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.party_parts import PartyParts, PrivacyParts
+from coterie.training.party_run import PartyResult
 from federation_tools import PARTIES, full_models, make_parts, relative, settings
 
 LOT, CLIP = 5, 0.7
@@ -50,7 +51,8 @@ def with_privacy(
         assert not isinstance(rules, str)
         assert rules is not None
         own = PrivacySpec(**{**rules.model_dump(), "ledger": folder / f"ledger-{name}", "physical_batch": 2, **spec})
-        privacy = PrivacyParts(own, rounds or each.federation.train.rounds, seed=number if seeded else None, sigma=sigma)
+        planned = rounds or each.federation.train.rounds
+        privacy = PrivacyParts(own, planned, seed=number if seeded else None, sigma=sigma)
         found[name] = replace(each, privacy=privacy)
     return found
 
@@ -183,3 +185,23 @@ def test_an_unnoised_private_trunk_cannot_be_configured(tmp_path: Path):
                 assert trained <= set(opened.keys())
                 for key in trained:
                     assert opened.get_tensor(key).abs().sum() > 0, "every trunk parameter gets noise"
+
+
+def test_a_party_that_starts_again_after_the_end_still_says_what_it_revealed(tmp_path: Path):
+    config = private_settings(train__rounds=2)
+    one = full_models()[PARTIES[0]]
+
+    def again() -> InProcessFederation:
+        parts = make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, tmp_path)
+        parts = with_privacy(parts, tmp_path, sigma=None, seeded=False)
+        return run_in_process(config, list(parts.values()), tmp_path / "coordinator")[0]
+
+    first, second = again().ends, again().ends
+    for name in PARTIES:
+        before, after = first[name], second[name]
+        assert isinstance(before, PartyResult)
+        assert isinstance(after, PartyResult)
+        assert before.privacy is not None
+        assert before.privacy["rounds"] == 2
+        assert after.privacy == before.privacy
+        assert after.statement == before.statement

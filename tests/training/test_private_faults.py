@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,7 +112,7 @@ class World:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[World], World]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[World], World]:
     def watch(world: World) -> World:
         handle = Pool.handle
 
@@ -124,7 +124,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[World], World
         monkeypatch.setattr(Pool, "handle", seen)
         return world
 
-    yield watch
+    return watch
 
 
 def _is_victims(owner: object) -> bool:

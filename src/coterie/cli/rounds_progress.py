@@ -38,6 +38,7 @@ class RoundLines:
         self._advance: Advance | None = None
         self._shown = 0
         self._said = ""
+        self._remark = ""
 
     def __enter__(self) -> RoundLines:
         return self
@@ -53,8 +54,13 @@ class RoundLines:
         missing: Collection[str],
         left_s: float | None = None,
         refused: Mapping[str, str] | None = None,
+        spent: str = "",
+        remark: str = "",
     ) -> None:
-        """Tell what changed."""
+        """Tell what changed; ``spent`` stands beside each round, ``remark`` is said once."""
+        if remark and remark != self._remark:
+            self._remark = remark
+            self._line(remark)
         for name, code in (refused or {}).items():
             self._say(f"{name} was turned away: {code}", key=f"{name}{code}")
         if missing:
@@ -72,7 +78,7 @@ class RoundLines:
                 self._advance = self._stack.enter_context(progress("round", self._rounds, done=done))
                 self._shown = done
             again = f"attempt {state.attempt}" if state.phase == "step" and state.attempt > 1 else ""
-            self._advance(again, steps=state.committed - self._shown)
+            self._advance("  ".join(part for part in (spent, again) if part), steps=state.committed - self._shown)
             self._shown = state.committed
 
     def _say(self, text: str, key: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from coterie.cli.output import say, table, write_json
+from coterie.cli.privacy_lines import revealed_so_far
 
 
 def command(
@@ -58,7 +59,7 @@ def show(status: Mapping[str, Any]) -> None:
         "going on without": ", ".join(status.get("absent", [])),
         "turned away": ", ".join(f"{name} ({code})" for name, code in status.get("refused", {}).items()),
         "last event": status.get("note"),
-        "revealed": _revealed(status.get("privacy")),
+        "revealed": revealed_so_far(status.get("privacy")),
     }
     for name, value in lines.items():
         if value not in (None, ""):
@@ -71,17 +72,6 @@ def show(status: Mapping[str, Any]) -> None:
             for peer, counts in wire.items()
         ]
         table(("peer", "sent MiB", "received MiB", "tensors sent MiB", "tensors received MiB"), rows)
-
-
-def _revealed(privacy: Mapping[str, Any] | None) -> str:
-    """What the party has let others see so far."""
-    if privacy is None:
-        return ""
-    epsilon = "no bound" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.3f}"
-    return (
-        f"{privacy['revealed']} of {privacy['rounds']} rounds ({privacy['rounds_left']} left) to "
-        f"{', '.join(privacy['revealed_to'])}: {epsilon} at delta {privacy['delta']:.3g}"
-    )
 
 
 def _age(seconds: float) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coterie.cli.output import say, table, write_json
+from coterie.cli.privacy_lines import opening_lines, revealed_so_far, spent_note, stopped_contributing
 
 if TYPE_CHECKING:
     from coterie.config import PartyConfig
@@ -46,16 +48,22 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
     from coterie.training.party_run import Watch
 
     def show(directive: Directive) -> None:
-        lines.show(directive.state, directive.missing)
+        lines.show(directive.state, directive.missing, spent=told["spent"], remark=told["remark"])
+
+    def revealed(privacy: Mapping[str, Any] | None) -> None:
+        told.update(spent=spent_note(privacy), remark=stopped_contributing(privacy))
 
     def tell(error: CoterieError) -> None:
         error_console().print(f"{config.party}: {error.code}: {error}", markup=False)
         log.error("%s: %s", error.code, error)
 
-    process = PartyProcess(config, Watch(show, tell), listen)
+    told = {"spent": "", "remark": ""}
+    process = PartyProcess(config, Watch(show, tell, revealed), listen)
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)
     say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")
+    for line in opening_lines(config, process.federation):
+        say(f"{config.party}: {line}")
     with log_file(config.run_dir) as log, stop_signals(process.stop), lines:
         result = process.run()
     report(result, json_file)
@@ -82,6 +90,8 @@ def report(result: PartyResult, json_file: Path | None) -> None:
     )
     state, peak = result.model_state_bytes / mib, result.peak_rss_bytes / mib
     table(columns, [(result.rounds, result.loss, result.perplexity, state, peak, sent / mib, received / mib)])
+    if result.privacy is not None:
+        say(f"revealed: {revealed_so_far(result.privacy)}")
     if result.statement:
         say(result.statement)
     say(f"trained parts: trunk and experts in {result.run_dir}/checkpoints/round-{result.rounds:08d}")

@@ -28,10 +28,16 @@ Collate = Callable[[list[Any]], Mapping[str, Any]]
 class SumEngine(Protocol):
     """What a lot needs of an engine; `coterie.dp.engine.Engine` is the one for models in memory."""
 
-    groups: list[str]
     thresholds: Tensor
-    eta: float
-    clipping: Clipping
+
+    @property
+    def groups(self) -> list[str]: ...
+
+    @property
+    def eta(self) -> float: ...
+
+    @property
+    def clipping(self) -> Clipping: ...
 
     @property
     def sensitivity(self) -> float: ...

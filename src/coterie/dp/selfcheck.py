@@ -34,8 +34,9 @@ def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
     """Refuse what cannot be private, then compare the engine with batches of one.
 
     Args:
-        engine: with the model as it will be trained. Where expert weights are lent, the model has to be able to compute
-            by itself meanwhile (`seam.computed_by`); their norms are then compared with the engine's on batches of one.
+        engine: with the model as it will be trained. Where expert weights are lent, the model has to be able to
+            compute by itself meanwhile (`seam.computed_by`); norms are then compared with the engine's on batches of
+            one.
         batch: an example; only its keys, shapes and types are used. Default: a causal LM's.
 
     Returns:

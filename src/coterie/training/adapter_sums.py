@@ -32,8 +32,6 @@ class AdapterSums:
         seed: repeats dropout on a second attempt; of the whole run.
     """
 
-    repeatable = False
-
     def __init__(self, model: nn.Module, batches: Callable[[int], Sequence[Batch]], seed: int) -> None:
         self._model, self._batches, self._seed = model, batches, seed
         self._engine: Engine | None = None

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from coterie.config import FederationConfig
+from coterie.config import FederationConfig, PrivacyRules
 from coterie.dp.losses import default_loss
 from coterie.federation.home import TrunkHome
 from coterie.federation.owner import Mirror, SumSender, model_version
@@ -65,9 +65,6 @@ class Sums:
 class Contribution(Protocol):
     """Turns a round's weights and this party's text into sums that may leave it."""
 
-    repeatable: bool
-    """Whether a second attempt at a round yields the same bytes; then hosts need not be sent them again."""
-
     def open(self, streamer: LayerStreamer) -> None:
         """Called before every attempt's `sums`, with weights at hand: what has to be refused is refused here."""
         ...
@@ -109,8 +106,6 @@ class PlainSums:
         seed: repeats dropout on a second attempt; of the whole run.
         per_record: sum each record's mean loss and count records, as private parties of the same federation do.
     """
-
-    repeatable = False
 
     def __init__(
         self,
@@ -210,6 +205,9 @@ class ExpertsWay:
     ) -> None:
         self._federation, self._model, self._transport = federation, model, transport
         self._contribution = contribution
+        # Where everybody sends spooled bytes, a second attempt at a round brings the same ones and hosts keep what
+        # they have. All parties have to see it alike, or they would not agree on a number for the round.
+        self._repeatable = isinstance(federation.privacy, PrivacyRules) and not federation.mixed_privacy
         self._layers = seam.expert_layers(model)
         self.parts = model_parts(federation, model, placement)
         names = [name for part in self.parts if part.layer < 0 and part.host == party for name, _ in part.shapes]
@@ -250,8 +248,7 @@ class ExpertsWay:
     def compute(self, told: State, alive: Callable[[], bool]) -> None:
         """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched."""
         self._interrupted = False
-        attempt = 0 if self._contribution.repeatable else min(told.attempt, _ATTEMPTS - 2)
-        serial = self._serial = told.round * _ATTEMPTS + attempt
+        serial = self._serial = told.round * _ATTEMPTS + (0 if self._repeatable else min(told.attempt, _ATTEMPTS - 2))
         versions = self._refresh(serial, told)
         self._contribution.open(self.streamer)
         self._contribution.check_not_behind(self._mirror.received // _ATTEMPTS)
@@ -271,7 +268,7 @@ class ExpertsWay:
             raise superseded()
         self._sender.declare(serial, contributes=sums.experts is not None, weight=sums.weight)
         if sums.experts is not None:
-            self._sender.push(serial, self._encode(sums), versions)
+            self._sender.push(serial, self._encode(sums, serial), versions)
         self.sums = sums
 
     def step(self, rate: float) -> Sums:
@@ -331,7 +328,7 @@ class ExpertsWay:
         for name, value in tensors.items():
             own[name].copy_(value)
 
-    def _encode(self, sums: Sums) -> dict[int, Tensor]:
+    def _encode(self, sums: Sums, serial: int) -> dict[int, Tensor]:
         assert sums.experts is not None
         blobs = {}
         for part in self.parts:
@@ -342,22 +339,30 @@ class ExpertsWay:
             else:
                 stacked = sums.experts[part.layer]
                 tensors = {name: stacked[name][list(part.experts)] for name, _ in part.shapes}
-            blobs[part.number] = self._rounded(part, tensors, sums.digest)
+            blobs[part.number] = self._rounded(part, tensors, sums.digest or f"{serial:x}")
         return blobs
 
-    def _rounded(self, part: Part, tensors: Mapping[str, Tensor], digest: str) -> Tensor:
-        """The part's bytes; in bfloat16 by coins that follow from the release, so that resending repeats them."""
+    def _rounded(self, part: Part, tensors: Mapping[str, Tensor], release: str) -> Tensor:
+        """The part's bytes; in bfloat16 by coins that follow from the release, so that resending repeats them.
+
+        Args:
+            release: hexadecimal name, another one in every round: the same coins each time would add up to a bias.
+        """
         if self._push_dtype == torch.float32:
             return part.encode(tensors, torch.float32)
-        coins = torch.Generator().manual_seed(int(digest[:15] or "0", 16) + part.number)
+        coins = torch.Generator().manual_seed(int(release[:12], 16) * len(self.parts) + part.number)
         return part.encode(
             {name: stochastic_bfloat16(tensors[name], coins) for name, _ in part.shapes}, torch.bfloat16
         )
 
 
 def stochastic_bfloat16(values: Tensor, coins: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16 up or down with the odds that keep the mean; post-processing of what was noised."""
-    bits = values.contiguous().view(torch.int32)
+    """Round float32 to bfloat16 up or down with the odds that keep the mean; post-processing of what was noised.
+
+    Guarantee: a finite value stays finite (magnitudes above bfloat16's largest become that).
+    """
+    largest = torch.finfo(torch.bfloat16).max
+    bits = values.clamp(-largest, largest).contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, values.shape, generator=coins, dtype=torch.int32)
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 

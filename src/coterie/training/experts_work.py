@@ -89,20 +89,25 @@ class ExpertsWork(PartyWork):
         self.way.pool.received = {party: max(n, self.way.pool.received.get(party, 0)) for party, n in found.items()}
         self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith((_TRUNK, _RECEIVED))})
 
+    def open_books(self) -> bool:
+        if not isinstance(self._sums, PrivateSums) or self.way is None:
+            return False
+        self._sums.open_books(self.way.streamer)
+        return True
+
     def privacy(self) -> dict[str, object] | None:
         contributor = self._contributor()
-        if contributor is None:
+        if contributor is None or not isinstance(self._sums, PrivateSums):
             return None
-        spent, others = (
-            contributor.spent(),
-            [name for name in self.parts.federation.parties if name != self.parts.party],
-        )
+        spent = contributor.spent()
+        others = [name for name in self.parts.federation.parties if name != self.parts.party]
         return {
             "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
             "delta": spent.delta,
             "noise_multiplier": contributor.noise_multiplier,
             "rounds": contributor.rounds_released(),
             "rounds_left": contributor.rounds_left(),
+            "contributing": not self._sums.exhausted,
             "revealed": "noised sums of clipped gradients",
             "revealed_to": others,
         }

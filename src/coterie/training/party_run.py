@@ -63,10 +63,12 @@ class Watch:
     Attributes:
         directive: called with each directive before it is carried out.
         failed: called with each error that was reported to the coordinator; its text stays here.
+        privacy: called before ``directive`` with what was revealed so far; see `PartyWork.privacy`.
     """
 
     directive: Callable[[Directive], None] = lambda directive: None
     failed: Callable[[CoterieError], None] = lambda error: None
+    privacy: Callable[[Mapping[str, Any] | None], None] = lambda privacy: None
 
 
 class PartyRun:
@@ -158,7 +160,7 @@ class PartyRun:
 
     def _heard(self, directive: Directive) -> None:
         self._store.adopt(directive.run)
-        federation = self._parts.federation
+        federation, privacy = self._parts.federation, self.work.privacy()
         self._folder.status(
             role="party",
             party=self._parts.party,
@@ -169,12 +171,14 @@ class PartyRun:
             missing=list(directive.missing),
             checkpoint=directive.newest,
             wire=self.wire(),
-            privacy=self.work.privacy(),
+            privacy=privacy,
             **status_of(directive.state),
         )
+        self._watch.privacy(privacy)
         self._watch.directive(directive)
 
     def _result(self, state: State) -> PartyResult:
+        self.work.open_books()
         evaluation = self.work.evaluation if state.ending is Ending.FINISHED else None
         return PartyResult(
             party=self._parts.party,

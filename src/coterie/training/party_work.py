@@ -97,6 +97,14 @@ class PartyWork(ABC):
         path = self.parts.run_dir / _EVALUATION
         return Evaluation.load(path) if path.exists() else None
 
+    def open_books(self) -> bool:
+        """Make `privacy` and `statement` answer also where nothing was computed in this process.
+
+        Returns:
+            Whether this party keeps a ledger.
+        """
+        return False
+
     def privacy(self) -> dict[str, object] | None:
         """What this party revealed, to whom, at what epsilon and delta; None where nothing bounds it."""
         return None

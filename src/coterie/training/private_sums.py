@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from coterie.dp.budget import Budget
 from coterie.dp.clipping import policy
 from coterie.dp.contributor import Contributor, Plan
 from coterie.dp.engine import Engine
+from coterie.dp.lot_sums import SumEngine
 from coterie.dp.refusals import check_model
 from coterie.dp.spool import Release
 from coterie.errors import ConfigError, PrivacyError
@@ -23,6 +23,7 @@ from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.weight_cache import digest_layer
+from coterie.training.constant_work import ConstantWork
 from coterie.training.experts_way import Sums
 from coterie.training.packing import Batch, Sequences
 from coterie.training.party_parts import PrivacyParts
@@ -42,12 +43,14 @@ class PrivateSums:
     Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
     one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
 
+    Attributes:
+        contributor: the party's ledger and releases; None until the party has joined.
+        exhausted: the budget allowed no further round, so nothing was contributed to the last one.
+
     Raises:
         ConfigError: settings that a federation cannot keep.
         PrivacyError, NoRuleError: a model that cannot be trained privately.
     """
-
-    repeatable = True
 
     def __init__(
         self,
@@ -64,6 +67,13 @@ class PrivateSums:
                 why="the released loads of one party would have to be sent to, and smoothed by, all others",
                 fix="use `balance: off`, or `per_sequence`, which costs no privacy",
             )
+        if parts.push_after_s is not None and records.users is not None:
+            raise ConfigError(
+                "`push_after_s` needs `privacy.unit: record`.",
+                code="config-constant-work",
+                why="how many batches a user's records take would still show in the time",
+                fix="leave out `push_after_s`, or protect single records",
+            )
         self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
         self._names = {
             f"{layer.name}.{name}": (layer.index, name)
@@ -74,19 +84,22 @@ class PrivateSums:
         check_model(model)
         self._check_covered()
         self.contributor: Contributor | None = None
-        self._engine: Engine | None = None
+        self.exhausted = False
+        self._constant: ConstantWork | None = None
         self._alive: Callable[[], bool] = lambda: True
 
     def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
         began = time.monotonic()
         self._alive = alive
-        contributor = self._open(streamer)
+        contributor = self.open_books(streamer)
+        if self._constant is not None:
+            self._constant.batches = 0
         trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
         made = contributor.release(round, {**pins, "trunk": digest_layer(trunk)})
-        self._constant_work(began)
-        spent = contributor.spent()
+        self._finish_work(began)
+        self.exhausted = made is None
         if made is None:
-            return Sums(None, {}, 0.0, {"epsilon": spent.epsilon})
+            return Sums(None, {}, 0.0, {"epsilon": contributor.spent().epsilon})
         noised, release = made
         experts: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in self._layers}
         for full, (layer, name) in self._names.items():
@@ -124,12 +137,14 @@ class PrivateSums:
                 seam.computed_by(self._model, StreamedExperts(streamer, HostGradients(), adapters)),
             ):
                 selfcheck.check(engine, self._records.collate([self._records[0]]))
-            self._open(streamer)
+            self.open_books(streamer)
 
-    def _open(self, streamer: LayerStreamer) -> Contributor:
+    def open_books(self, streamer: LayerStreamer) -> Contributor:
+        """Open the ledger and what was spooled; uses no weights."""
         if self.contributor is None:
             spec, parts = self._parts.spec, self._parts
-            self._engine = self._make_engine(streamer)
+            made = self._make_engine(streamer)
+            engine: SumEngine = made
             plan = Plan(
                 budget=Budget(spec.epsilon, spec.delta),
                 rounds=parts.rounds,
@@ -142,8 +157,10 @@ class PrivateSums:
                 seed=parts.seed,
                 sigma=parts.sigma,
             )
+            if parts.push_after_s is not None:
+                engine = self._constant = self._steadied(made)
             self.contributor = Contributor(
-                self._model, self._records, self._collate, self._engine, plan, ledger=spec.ledger, run=self._run(),
+                self._model, self._records, self._collate, engine, plan, ledger=spec.ledger, run=self._run(),
                 digest=parts.digest, users=self._records.users, artefacts=parts.artefacts,
             )  # fmt: skip
         return self.contributor
@@ -179,31 +196,25 @@ class PrivateSums:
             loss = Balancer(balance, self._model, default_loss)
         return Engine(self._model, loss, clipping, self._parts.spec.method, streamer, shapes, cpu)
 
+    def _steadied(self, engine: Engine) -> ConstantWork:
+        spec, length = self._parts.spec, self._parts.sequence_length
+        longest = length or max(len(self._records[row]["input_ids"]) for row in range(len(self._records)))
+        device = next(p for p in self._model.parameters() if not p.is_meta).device
+        return ConstantWork(
+            engine, spec.physical_batch, longest, spec.max_lot or len(self._records), self._records.pad_id, device
+        )
+
     def _collate(self, items: list[Any]) -> Batch:
         if not self._alive():
             raise superseded()
-        batch = self._records.collate(items)
-        length = self._parts.sequence_length
-        if self._parts.push_after_s is None or length is None:
-            return batch
-        fill = {"input_ids": self._records.pad_id, "attention_mask": 0, "labels": -100}
-        return {
-            name: nn.functional.pad(value, (0, length - value.shape[1]), value=fill[name])
-            for name, value in batch.items()
-        }
+        return self._records.collate(items)
 
-    def _constant_work(self, began: float) -> None:
-        """Make up for a small lot with batches that add nothing, and wait for the fixed moment."""
-        after, contributor = self._parts.push_after_s, self.contributor
-        if after is None or contributor is None or self._engine is None:
+    def _finish_work(self, began: float) -> None:
+        """In constant-work mode: compute what the lot did not need, and wait for the fixed moment."""
+        after = self._parts.push_after_s
+        if after is None or self._constant is None:
             return
-        physical = self._parts.spec.physical_batch
-        drawn = contributor.last.lot_size if contributor.last is not None else 0
-        limit = contributor.largest_lot or drawn
-        missing = math.ceil(limit / physical) - math.ceil(drawn / physical)
-        for _ in range(missing):
-            filler = self._collate([self._records[row % len(self._records)] for row in range(physical)])
-            self._engine.norms(filler)
+        self._constant.fill_up()
         while time.monotonic() - began < after:
             if not self._alive():
                 raise superseded()

@@ -1,0 +1,71 @@
+"""Real processes, real mutual TLS on loopback: the `experts` exchange, each party under a budget of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from test_federation import PARTIES, Processes, make_folder
+from test_federation import processes as processes
+
+from coterie.federation.run_folder import read_status
+
+ROUNDS = 4
+RULES = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8}
+
+
+def make_private(folder: Path) -> None:
+    """Each party keeps its own ledger beside its run folder, by a relative path; alder asks for more privacy."""
+    train = {"rounds": ROUNDS, "batch_size": 8, "micro_batch": 4, "eval_every": 0, "checkpoint_every": 2}
+    make_folder(folder, exchange="experts", privacy=RULES, trunk="shared", train=train)
+    for name in PARTIES:
+        path = folder / name / "party.yaml"
+        party = yaml.safe_load(path.read_text())
+        party["data"]["packing"] = "records"
+        party["privacy"] = {"ledger": "ledger", "physical_batch": 4, **({"epsilon": 3.0} if name == "alder" else {})}
+        path.write_text(yaml.safe_dump(party))
+
+
+def released(folder: Path, name: str) -> list[tuple[int, int]]:
+    """(round, draw) of every release in a party's only ledger."""
+    (ledger,) = (folder / name / "ledger").iterdir()
+    entries = [json.loads(line) for line in (ledger / "ledger.jsonl").read_text().splitlines()]
+    return [(e["data"]["round"], e["data"]["draw"]) for e in entries if e["kind"] == "release"]
+
+
+@pytest.mark.slow
+def test_private_parties_finish_within_their_budgets_and_say_so(processes: Processes):
+    folder = processes.folder
+    make_private(folder)
+    processes.coordinate()
+    for name in PARTIES:
+        processes.up(name)
+    processes.until(lambda status: status.get("checkpoint"))
+    processes.signal(signal.SIGKILL, "cedar")
+    processes.running.pop("cedar").wait()
+    processes.start("cedar", "resume", "cedar/run", "--json", "cedar.json")
+    codes = processes.wait()
+    assert set(codes.values()) == {0}, {name: processes.log(name) for name in codes}
+    for name in PARTIES:
+        result = json.loads((folder / f"{name}.json").read_text())
+        privacy, log = result["privacy"], processes.log(name)
+        assert result["finished"]
+        assert result["rounds"] == ROUNDS
+        budget = 3.0 if name == "alder" else RULES["epsilon"]
+        assert 0 < privacy["epsilon"] <= budget
+        assert privacy["delta"] == RULES["delta"]
+        assert privacy["noise_multiplier"] > 0
+        assert privacy["rounds"] == ROUNDS
+        assert privacy["revealed_to"] == [other for other in PARTIES if other != name]
+        assert "PRIVACY STATEMENT" in log
+        assert "NOT PRIVATE" not in log
+        assert f"budget epsilon {budget:g}" in log
+        assert sorted(released(folder, name)) == [(round, 0) for round in range(1, ROUNDS + 1)]
+        shown = read_status(folder / name / "run")
+        assert shown["privacy"]["rounds"] == ROUNDS
+        assert shown["privacy"]["revealed_to"] == privacy["revealed_to"]
+        assert "loss" not in (folder / name / "run" / "status.json").read_text()
+        assert not (folder / name / "run" / "ledger").exists(), "a ledger inside of a run folder can be lost with it"
