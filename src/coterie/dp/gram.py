@@ -24,6 +24,9 @@ TRUSTED = 1e-4
 """Largest slack, relative to the squared norm, with which a Gram form is used."""
 
 
+LONGEST = 4096
+"""Terms of a dot product that are added up at once."""
+
 _BLOCK = 64
 """Rows of a block of a symmetric product of which only the lower half is formed."""
 
@@ -76,8 +79,9 @@ def worst_excess(length: int) -> float:
 
     A trusted sum has slack at most `TRUSTED` of its value. The deterministic bound ``length * UNIT`` is larger than
     `rounding_factor` by at most ``sqrt(length)``, so the squared norm is short by at most ``TRUSTED * sqrt(length)``
-    beyond the slack already added; half of that for the norm.
+    beyond the slack already added; half of that for the norm. Dot products are taken in pieces of `LONGEST`.
     """
+    length = min(length, LONGEST + length // LONGEST)
     return 0.5 * TRUSTED * max(math.sqrt(length) - 1.0, 0.0)
 
 
@@ -100,7 +104,7 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     inputs, outputs, rows = a_BTI.shape[2], g_BTO.shape[2], a_BTI.shape[1]
     if not precise and real_BT1 is None and rows > _BLOCK:
         return _lower_half(a_BTI, g_BTO)
-    a_BTT, g_BTT = torch.bmm(a_BTI, a_BTI.mT), torch.bmm(g_BTO, g_BTO.mT)
+    a_BTT, g_BTT = _products(a_BTI, a_BTI), _products(g_BTO, g_BTO)
     if real_BT1 is not None:
         g_BTT *= real_BT1 * real_BT1.mT
     value = (a_BTT * g_BTT).flatten(1).sum(1).double().clamp_min(0.0)
@@ -120,11 +124,20 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     if _small(slack, value) or not gram_is_cheaper(2 * rows, inputs, outputs):
         return SqNorms(value, slack)
     # A dot product is off relative to the sum of its terms' sizes, which is small where few entries are shared.
-    by_a = (torch.bmm(a_BTI.abs(), a_BTI.abs().mT) * g_size).flatten(1).sum(1)
-    by_g = torch.bmm(g_BTO.abs(), g_BTO.abs().mT) * a_size
+    by_a = (_products(a_BTI.abs(), a_BTI.abs()) * g_size).flatten(1).sum(1)
+    by_g = _products(g_BTO.abs(), g_BTO.abs()) * a_size
     if real_BT1 is not None:
         by_g *= real_BT1 * real_BT1.mT
     return SqNorms(value, (off_a * by_a + off_g * by_g.flatten(1).sum(1) + off_sum * by_sum).double())
+
+
+def _products(left_BTX: Tensor, right_BSX: Tensor) -> Tensor:
+    """[B, T, S] dot products; long ones in pieces of `LONGEST`, so that rounding does not grow with the width."""
+    out = torch.bmm(left_BTX[..., :LONGEST], right_BSX[..., :LONGEST].mT)
+    for start in range(LONGEST, left_BTX.shape[2], LONGEST):
+        piece = slice(start, start + LONGEST)
+        torch.baddbmm(out, left_BTX[..., piece], right_BSX[..., piece].mT, out=out)
+    return out
 
 
 def _lower_half(a_BTI: Tensor, g_BTO: Tensor) -> SqNorms:
@@ -133,8 +146,8 @@ def _lower_half(a_BTI: Tensor, g_BTO: Tensor) -> SqNorms:
     value = torch.zeros(a_BTI.shape[0], dtype=torch.float64, device=a_BTI.device)
     for start in range(0, rows, _BLOCK):
         stop = min(start + _BLOCK, rows)
-        products = torch.bmm(a_BTI[:, start:stop], a_BTI[:, :stop].mT)
-        products *= torch.bmm(g_BTO[:, start:stop], g_BTO[:, :stop].mT)
+        products = _products(a_BTI[:, start:stop], a_BTI[:, :stop])
+        products *= _products(g_BTO[:, start:stop], g_BTO[:, :stop])
         value += products[:, :, start:].sum((1, 2)).double() + 2.0 * products[:, :, :start].sum((1, 2)).double()
     lengths = torch.linalg.vector_norm(a_BTI, dim=2) * torch.linalg.vector_norm(g_BTO, dim=2)
     factor = sum(rounding_factor(length) for length in (a_BTI.shape[2], g_BTO.shape[2], rows))

@@ -1,0 +1,245 @@
+"""What differential privacy costs a training step: time and peak memory, side by side.
+
+    python benchmarks/dp_step.py --json dp_step.json
+    python benchmarks/dp_step.py --shapes 4x64 --repeats 3        # short
+
+A step is forward, backward, optimiser; for the private arms also clipping and the noise of every parameter. Arms:
+``plain``; ours by ``book_keeping`` and by ``ghost``; ``loop``, one record at a time by autograd; ``opacus`` and
+``opake`` where they are installed and run at all on the model.
+
+Times are medians over rounds in which all arms take turns in one process; memory is the peak resident size of a
+fresh process that runs one arm only, beside the one of ``plain``. Anything else that runs on the machine makes these
+figures worse (processor time less than wall time); ``machine`` says what it was. ``--no-noise`` leaves the noise out,
+to see what clipping alone costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertConfig, Qwen3MoeConfig
+
+from coterie.dp.clipping import Flat
+from coterie.dp.engine import Engine
+from coterie.dp.losses import default_loss
+from coterie.dp.noise import add_noise
+from coterie.dp.randomness import random_source
+from coterie.models import seam
+
+SHAPES = ("4x64", "16x64", "32x64", "4x512")
+ARMS = ("plain", "book_keeping", "ghost", "loop", "opacus", "opake")
+CLIP, SIGMA = 1.0, 0.7
+VOCABULARY = 4096
+Step = Callable[[], None]
+
+
+def language_model() -> nn.Module:
+    """Qwen3-MoE shape: 6 layers, hidden 256, 16 experts of width 512, top-4, vocabulary 4096; 41M parameters."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, moe_intermediate_size=512, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=32, num_experts=16, num_experts_per_tok=4,
+        max_position_embeddings=1024, tie_word_embeddings=False,
+    )  # fmt: skip
+    return _ready(AutoModelForCausalLM.from_config(config))
+
+
+def classifier() -> nn.Module:
+    """A MiniLM-shaped encoder, upcycled to 8 experts a layer."""
+    from transformers import BertForSequenceClassification
+
+    from coterie.models.upcycle import upcycle
+
+    dense = BertConfig(
+        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+        num_labels=2,
+    )  # fmt: skip
+    return _ready(upcycle(BertForSequenceClassification(dense), experts=8, top_k=1))
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    if seam.expert_layers(model):
+        seam.select(model)
+    return model.train()
+
+
+def batch_of(shape: str, labelled: bool) -> dict[str, Tensor]:
+    """Random ids; ``labelled``: a class for each record instead of next tokens."""
+    records, tokens = (int(part) for part in shape.split("x"))
+    ids = torch.randint(3, VOCABULARY, (records, tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, 0] % 2 if labelled else ids.clone()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool = True) -> Step:
+    """One whole step of an arm; raises where the arm does not run on this model."""
+    if arm == "opacus":
+        return _opacus(model, batch)
+    if arm == "opake":
+        raise RuntimeError("not measured here: opake is not installed, or its interface is not driven by this file")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    records = len(batch["input_ids"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def finish(sums: dict[str, Tensor]) -> None:
+        noised = add_noise(sums, SIGMA * CLIP, random_source(None)) if noise else sums
+        for name, parameter in parameters.items():
+            parameter.grad = noised[name].div_(records)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def plain() -> None:
+        default_loss(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def loop() -> None:
+        sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for record in range(records):
+            one = {name: value[record : record + 1] for name, value in batch.items()}
+            found = torch.autograd.grad(default_loss(model, one).sum(), list(parameters.values()), allow_unused=True)
+            norm = torch.stack([g.square().sum() for g in found if g is not None]).sum().sqrt()
+            for (_, total), gradient in zip(sums.items(), found, strict=True):
+                if gradient is not None:
+                    total.add_(gradient, alpha=min(1.0, CLIP / float(norm)))
+        finish(sums)
+
+    if arm == "plain":
+        return plain
+    if arm == "loop":
+        return loop
+    engine = Engine(model, clipping=Flat(CLIP), method=arm)  # type: ignore[arg-type]
+    engine.prepare(batch)
+
+    def ours() -> None:
+        engine.accumulate(batch)
+        finish(engine.take())
+
+    return ours
+
+
+def _installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def _opacus(model: nn.Module, batch: dict[str, Tensor]) -> Step:
+    if not _installed("opacus"):
+        raise RuntimeError("opacus is not installed")
+    from opacus.grad_sample import GradSampleModule  # type: ignore[import-not-found]
+
+    wrapped = GradSampleModule(model, loss_reduction="sum", strict=True)
+
+    def step() -> None:
+        default_loss(wrapped, batch).sum().backward()
+        wrapped.zero_grad(set_to_none=True)
+
+    step()
+    return step
+
+
+def measure_times(model_name: str, shape: str, repeats: int, arms: list[str], noise: bool) -> dict[str, Any]:
+    """Median seconds a step of each arm, all arms taking turns; the reason where one does not run."""
+    found: dict[str, Any] = {}
+    steps: dict[str, Step] = {}
+    batch = batch_of(shape, model_name == "classifier")
+    for arm in arms:
+        try:
+            steps[arm] = make_step(arm, MODELS[model_name](), batch, noise)
+            steps[arm]()
+        except Exception as error:  # other people's libraries fail in their own ways, and the report says how
+            steps.pop(arm, None)
+            found[arm] = {"does_not_run": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    seconds: dict[str, list[float]] = {arm: [] for arm in steps}
+    cpu: dict[str, list[float]] = {arm: [] for arm in steps}
+    for _ in range(repeats):
+        for arm, step in steps.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            step()
+            seconds[arm].append(time.perf_counter() - start)
+            cpu[arm].append(time.process_time() - cpu_start)
+    for arm in steps:
+        found[arm] = {
+            "seconds": statistics.median(seconds[arm]),
+            "cpu_seconds": statistics.median(cpu[arm]),
+            "over_plain": _median_ratio(seconds[arm], seconds["plain"]),
+            "cpu_over_plain": _median_ratio(cpu[arm], cpu["plain"]),
+        }
+    return found
+
+
+def _median_ratio(values: list[float], bases: list[float]) -> float:
+    return statistics.median(value / base for value, base in zip(values, bases, strict=True))
+
+
+def peak_bytes(model_name: str, shape: str, arm: str) -> int:
+    """Peak resident bytes of a fresh process that runs three steps of one arm."""
+    command = [sys.executable, __file__, "--one", model_name, shape, arm]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split() else 0
+
+
+def run_one(model_name: str, shape: str, arm: str) -> None:
+    step = make_step(arm, MODELS[model_name](), batch_of(shape, model_name == "classifier"))
+    for _ in range(3):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": language_model, "classifier": classifier}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="RECORDSxTOKENS")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-noise", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "SHAPE", "ARM"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.one:
+        run_one(*options.one)
+        return
+    report: dict[str, Any] = {
+        "machine": {"cpu": platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__,
+                    "threads": options.threads, "load": os.getloadavg()},
+        "results": [],
+    }  # fmt: skip
+    for model_name in options.models:
+        for shape in options.shapes:
+            arms = measure_times(model_name, shape, options.repeats, options.arms, not options.no_noise)
+            for arm, figures in arms.items():
+                if "seconds" in figures and not options.no_memory:
+                    figures["peak_bytes"] = peak_bytes(model_name, shape, arm)
+                if figures.get("peak_bytes") and arms["plain"].get("peak_bytes"):
+                    figures["memory_over_plain"] = figures["peak_bytes"] / arms["plain"]["peak_bytes"]
+                print(model_name, shape, arm, json.dumps(figures), flush=True)
+            report["results"].append({"model": model_name, "shape": shape, "arms": arms})
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
