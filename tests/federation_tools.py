@@ -30,7 +30,8 @@ def settings(**changes: object) -> FederationConfig:
         "parties": {name: {"endpoint": f"127.0.0.1:{7000 + i}"} for i, name in enumerate(PARTIES)},
         "coordinator": {"endpoint": "127.0.0.1:7999"},
         "exchange": "tokens",
-        "optim": {"lr": 1e-2, "weight_decay": 0.1, "schedule": "constant"},
+        # A large eps: with a tiny one Adam hides a wrong divisor.
+        "optim": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "schedule": "constant"},
         "train": {"rounds": 4, "batch_size": 6, "micro_batch": 2, "eval_every": 0, "checkpoint_every": 2},
         "deadline_s": 8.0,
         "round_deadline_s": 60.0,

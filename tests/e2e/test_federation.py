@@ -190,6 +190,10 @@ def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(proc
     processes.coordinate()
     for name in PARTIES:
         processes.start(name, "resume", f"{name}/run", "--json", f"{name}.json")
+    processes.until(lambda status: status["committed"] > stopped["committed"] and status["phase"] == "compute")
+    processes.signal(signal.SIGKILL, "coordinator")
+    processes.running.pop("coordinator").wait()
+    processes.coordinate()
     codes = processes.wait()
     assert set(codes.values()) == {0}, {name: processes.log(name) for name in codes}
     assert processes.status()["ending"] == "finished"
