@@ -60,6 +60,9 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
         assert privacy["noise_multiplier"] > 0
         assert privacy["rounds"] == ROUNDS
         assert privacy["revealed_to"] == [other for other in PARTIES if other != name]
+        assert f"{name}: budget: epsilon {budget:g} at delta 0.001 for {ROUNDS} rounds" in log
+        others = ", ".join(privacy["revealed_to"])
+        assert f"revealed: noised sums of clipped gradients of {ROUNDS} rounds (0 left) to {others}" in log
         assert "PRIVACY STATEMENT" in log
         assert "NOT PRIVATE" not in log
         assert f"budget epsilon {budget:g}" in log
@@ -69,3 +72,9 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
         assert shown["privacy"]["revealed_to"] == privacy["revealed_to"]
         assert "loss" not in (folder / name / "run" / "status.json").read_text()
         assert not (folder / name / "run" / "ledger").exists(), "a ledger inside of a run folder can be lost with it"
+
+    processes.start("status", "status", str(folder / "alder" / "party.yaml"))
+    assert processes.running["status"].wait(60) == 0
+    shown_to_people = processes.log("status")
+    assert f"noised sums of clipped gradients of {ROUNDS} rounds (0 left) to birch, cedar: epsilon" in shown_to_people
+    assert "loss" not in shown_to_people
