@@ -144,7 +144,7 @@ class Pieces:
 
     def throwaway(self, value: Tensor, key: int = -1) -> Tensor:
         """Like a restart, but not recorded: for a recomputation, whose graph is thrown away."""
-        return _Restart.apply(self._anchor, [value], self._owner, key)  # type: ignore[no-any-return]
+        return _Restart.apply(self._anchor, [value], self._owner, key)
 
     def record(self, event: Border | ExpertsEvent) -> None:
         """Put an event behind the others."""
@@ -253,7 +253,7 @@ class Pieces:
     def _look(self, edge: GradientEdge, made_at: int) -> tuple[_Source, set[Node]]:
         """Follow a source's history to the restarts and parameters where it begins; also what lies between."""
         seen, inner = {edge.node}, set[Node]()
-        waiting: list[Node] = [edge.node]
+        waiting: list[Any] = [edge.node]  # nodes; what ours and the accumulating ones carry has no declared type
         restarts: dict[int, None] = {}
         parameters: dict[Tensor, None] = {}
         while waiting:
