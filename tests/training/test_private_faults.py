@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from test_private_exchange import private_settings, with_privacy
 
 from coterie.config import FederationConfig
@@ -23,7 +22,6 @@ from coterie.errors import CoterieError
 from coterie.federation.owner import SumSender
 from coterie.federation.pool import Pool
 from coterie.federation.push_service import BEGIN, Pusher
-from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_run import PartyResult
@@ -47,9 +45,9 @@ class Died(BaseException):
 class World:
     """A private federation whose victim's ledger is compared with what the hosts receive, at every push."""
 
-    def __init__(self, folder: Path, *, seeded: bool = False, rounds: int = ROUNDS) -> None:
-        self.folder, self.seeded = folder, seeded
-        self.config: FederationConfig = private_settings(train__rounds=rounds, deadline_s=4.0)
+    def __init__(self, folder: Path, *, rounds: int = ROUNDS, **changes: object) -> None:
+        self.folder = folder
+        self.config: FederationConfig = private_settings(train__rounds=rounds, deadline_s=4.0, **changes)
         self.model = full_models()[PARTIES[0]]
         self.federation = InProcessFederation(self.config, folder / "coordinator")
         self.uncounted: list[str] = []
@@ -57,7 +55,7 @@ class World:
 
     def parts(self) -> dict[str, PartyParts]:
         parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
-        return with_privacy(parts, self.folder, sigma=0.8 if self.seeded else None, seeded=self.seeded)
+        return with_privacy(parts, self.folder, sigma=None, seeded=False)
 
     def start(self) -> None:
         self.federation.coordinate()
@@ -100,15 +98,6 @@ class World:
         for name, end in self.federation.ends.items():
             assert not isinstance(end, BaseException), (name, end)
             assert not isinstance(end, PartyResult) or (end.finished and end.rounds == self.config.train.rounds)
-
-    def hosted(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for name in PARTIES:
-            work = self.federation.runs[name].work
-            assert isinstance(work, ExpertsWork)
-            assert work.way is not None
-            found |= work.way.pool.shard.state_dict() | work.way.pool.home.state_dict()
-        return found
 
 
 @pytest.fixture
@@ -200,6 +189,20 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
     sent_before = ("in the middle of the push", "pushed but not reported", "applied but not saved")
     assert bool(again) or point not in sent_before
     assert all(round == FATAL for _, round, _ in again)
+
+
+def test_rounded_push_is_resent_with_the_same_coins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):
+    """bfloat16 is rounded at random after the noise; a second rounding of the same noised sums would tell more."""
+    world = watched(World(tmp_path, push_dtype="bfloat16", weights_dtype="bfloat16"))
+    dead = arrange(monkeypatch, world, "applied but not saved")
+    world.start()
+    assert dead.wait(120.0)
+    until(lambda: isinstance(world.federation.ends.get(VICTIM), BaseException))
+    world.back()
+    world.finished()
+    twice = [digests for digests in world.announced.values() if len(digests) > 1]
+    assert twice
+    assert all(len(set(digests)) == 1 for digests in twice)
 
 
 def test_round_that_was_sent_is_replayed_when_a_host_lost_its_newest_checkpoint(tmp_path: Path, watched):
