@@ -56,5 +56,8 @@ def run_demo(plan: Plan, folder: Path, screen: Screen) -> Results:
             save_readme(plan, Folder(root, plan), root / README)
             screen.line(f"{finished.cpu_s:.0f} s of processor time in {finished.seconds:.0f} s")
             return results
+        except KeyboardInterrupt:
+            screen.line(f"interrupted: every process of the demo was ended; {folder} stays as it is")
+            raise
         finally:
             held.close()

@@ -95,7 +95,7 @@ class Plan:
     rounds: int = 120
     batch: int = 8
     micro_batch: int = 4
-    eval_every: int = 20
+    eval_every: int = 40
     seed: int = 0
     sequence_length: int = 64
     vocab_size: int = 1024

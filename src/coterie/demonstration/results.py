@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from coterie.demonstration.folder import Folder
 from coterie.demonstration.plan import ARMS, Arm, Plan
 from coterie.demonstration.screen import Screen
@@ -125,6 +127,7 @@ class Results:
 
 def collect(plan: Plan, root: Path, subjects: Mapping[str, str], screen: Screen) -> Results:
     """Read every run, and measure the public checkpoint on each party's held-out text."""
+    torch.set_num_threads(1)  # small matrices; several threads only get into each other's way
     folder = Folder(root, plan)
     public = {}
     trained = load_trained(root / "public" / "run")

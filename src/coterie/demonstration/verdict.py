@@ -12,8 +12,8 @@ from coterie.training.evaluate import Difference
 
 NEAR = 0.03
 """How far above pooled training still counts as near it."""
-IMPORTS_MB = 370
-"""Resident size of a process that has only imported torch and transformers."""
+IMPORTS_MB = 370, 500
+"""Resident size of a process that has only imported torch and transformers, and with datasets and gRPC, too."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def memory_table(results: Results) -> Table:
         state = _range([f.model_state_bytes for f in by_party.values()])
         peak = _range([f.peak_rss_bytes for f in by_party.values()])
         rows.append((ARMS[arm].title, _processes(ARMS[arm], len(by_party)), state, peak))
-    title = f"memory of one process; importing torch and transformers alone takes about {IMPORTS_MB} MB of the peak"
+    title = "memory of one process; of the peak, importing torch and transformers alone takes about {} MB, with "
+    title = (title + "datasets and gRPC about {} MB").format(*IMPORTS_MB)
     return Table(title, ("", "processes", "model state", "peak memory"), tuple(rows))
 
 
@@ -74,7 +75,7 @@ def headline(results: Results) -> str:
     worse = [p for p in parties if (d := results.difference(arm, ALONE, p)) and d.low > 0]
     ties = [p for p in parties if p not in better and p not in worse]
     if len(better) == len(parties):
-        return f"All {len(parties)} parties got a better model together than alone."
+        return f"All {len(parties)} parties got a better model together than alone{_near(results, arm)}."
     counts = [(better, "better"), (ties, "no different beyond chance"), (worse, "worse")]
     told = [f"{_names(some)} {words}" for some, words in counts if some]
     return f"Together against alone: {'; '.join(told)}."
@@ -89,8 +90,8 @@ def meaning(results: Results) -> list[str]:
         sentences += _state(results, arm)
         wire = results.wire[arm]
         sentences.append(
-            f"The parties sent {megabytes(wire.payload_bytes)} for {megabytes(wire.tensor_bytes)} of tensors: "
-            f"{100 * (wire.ratio - 1):.1f} % more than what had to move (encryption apart)."
+            f"The parties sent {megabytes(wire.payload_bytes)}, training and measuring together; headers and control "
+            f"messages were {100 * (wire.ratio - 1):.1f} % on top of the tensors that had to move."
         )
     plan = results.plan
     if plan.quick:
@@ -139,10 +140,22 @@ def _against_alone(results: Results, arm: str) -> Iterator[str]:
             )
 
 
-def _against_pooled(results: Results, arm: str) -> Iterator[str]:
+def _excess(results: Results, arm: str) -> dict[str, float]:
+    """How far each party's loss is above that of pooled training, as a share; empty when that was not run."""
     if POOLED not in results.arms:
+        return {}
+    return {p: results.arms[arm][p].loss / results.arms[POOLED][p].loss - 1 for p in results.parties}
+
+
+def _near(results: Results, arm: str) -> str:
+    excess = _excess(results, arm).values()
+    return f", within {100 * NEAR:.0f} % of pooling all text" if excess and max(excess) <= NEAR else ""
+
+
+def _against_pooled(results: Results, arm: str) -> Iterator[str]:
+    excess = _excess(results, arm)
+    if not excess:
         return
-    excess = {p: results.arms[arm][p].loss / results.arms[POOLED][p].loss - 1 for p in results.parties}
     near = [party for party, share in excess.items() if share <= NEAR]
     told = ", ".join(f"{party} {100 * share:+.1f} %" for party, share in excess.items())
     far = "" if len(near) == len(excess) else f", so {len(excess) - len(near)} of {len(excess)} did not get there"

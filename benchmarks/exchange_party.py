@@ -1,0 +1,226 @@
+"""One party of the round benchmark, as a process: trunk, data and hosted experts, told what to do on standard input.
+
+Started by exchange.py. Commands: ``round N IN_FLIGHT`` (compute), ``step N`` (commit), ``figures`` (one line of JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.config import ModelSpec, OptimSpec
+from coterie.federation.grpc_transport import GrpcTransport
+from coterie.federation.host import ExpertHost
+from coterie.federation.kit import load_kit
+from coterie.federation.roster import load_roster
+from coterie.federation.shard import Shard, expert_key
+from coterie.federation.tokens import TokenExchange, TokenMicroBatch
+from coterie.models.build import build_model
+from coterie.models.placement import Placement
+from coterie.models.seam import ExpertLayer, ExpertsCall, expert_layers
+from coterie.models.segments import Cut
+from coterie.training.loop import finish_round, loss_sum
+from coterie.training.optim import make_optimizer
+from coterie.training.packing import Batch
+from coterie.training.scheduler import Scheduler
+
+OPTIM = OptimSpec(lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process of the benchmark agrees on.
+
+    Attributes:
+        config: settings of the random qwen3_moe model.
+        batch, micro_batch: sequences per party and round, and per micro-batch.
+        tokens: per sequence.
+    """
+
+    config: dict[str, Any]
+    parties: tuple[str, ...]
+    batch: int
+    micro_batch: int
+    tokens: int
+
+    @classmethod
+    def load(cls, path: Path) -> Work:
+        found = json.loads(path.read_text("utf-8"))
+        return cls(**{**found, "parties": tuple(found["parties"])})
+
+    def model(self) -> nn.Module:
+        """The same random weights in every process."""
+        torch.manual_seed(0)
+        return build_model(ModelSpec(family="qwen3_moe", config=self.config)).train()
+
+    def batches(self, party: str) -> list[Batch]:
+        """A party's micro-batches; the same in every round."""
+        generator = torch.Generator().manual_seed(self.parties.index(party))
+        shape = (self.batch, self.tokens)
+        ids = torch.randint(0, self.config["vocab_size"], shape, generator=generator)
+        parts = ids.split(self.micro_batch)
+        return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in parts]
+
+
+def take_out_experts(model: nn.Module, placement: Placement, party: str) -> dict[str, Tensor]:
+    """The party's own experts by global key; the model keeps none."""
+    hosted = placement.hosted(party)
+    found = {}
+    for layer in expert_layers(model):
+        for name, stacked in layer.parameters().items():
+            for expert in hosted.get(layer.index, ()):
+                found[expert_key(layer.index, expert, name)] = stacked.detach()[expert].clone()
+            setattr(layer.module, name, nn.Parameter(stacked.to("meta"), requires_grad=False))
+    return found
+
+
+class Watched:
+    """A micro-batch's exchange that counts what had to move, from the routing alone, and how long answers took."""
+
+    def __init__(self, inner: TokenMicroBatch, party: Party) -> None:
+        self._inner, self._party = inner, party
+
+    def answers_rows(self, layer: ExpertLayer) -> bool:
+        return self._inner.answers_rows(layer)
+
+    def forward(self, call: ExpertsCall, keep: bool) -> tuple[Tensor, Any]:
+        self._party.must_move += self._party.needed_bytes(call)
+        began = time.perf_counter()
+        try:
+            return self._inner.forward(call, keep)
+        finally:
+            self._party.add("exchange_s", time.perf_counter() - began)
+
+    def backward(self, ticket: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        began = time.perf_counter()
+        try:
+            return self._inner.backward(ticket, grad)
+        finally:
+            self._party.add("exchange_s", time.perf_counter() - began)
+
+
+class Party:
+    """A party without coordinator, checkpoints and evaluation: the round alone."""
+
+    def __init__(self, work: Work, name: str, kit_folder: Path, listen: str) -> None:
+        self.work, self.name = work, name
+        model = work.model()
+        counts = [layer.num_experts for layer in expert_layers(model)]
+        self.placement = Placement.round_robin(work.parties, counts)
+        experts = take_out_experts(model, self.placement, name)
+        cut = Cut(model)
+        self.host = ExpertHost(
+            name, work.parties, cut.layers, Shard(cut.layers, experts, lambda params: make_optimizer(params, OPTIM))
+        )
+        kit = load_kit(kit_folder)
+        self.transport = GrpcTransport(name, load_roster(kit), kit, listen=listen)
+        self.transport.start(self.host.handle)
+        self.transport.connect(60.0)
+        self.exchange = TokenExchange(self.transport, self.host, cut.layers, self.placement)
+        trunk = [param for param in model.parameters() if not param.is_meta]
+        self.optimizer = make_optimizer(trunk, OPTIM)
+        self.schedulers = {n: Scheduler(cut, lambda batch: loss_sum(model, batch), n) for n in (1, 2)}
+        self.batches = work.batches(name)
+        self.must_move = 0
+        self._times: Counter[str] = Counter()
+        self._guard = threading.Lock()
+
+    def add(self, name: str, seconds: float) -> None:
+        with self._guard:
+            self._times[name] += seconds  # type: ignore[assignment]
+
+    def compute(self, number: int, in_flight: int) -> None:
+        self.host.begin(number, 1)
+        self._sums = self.schedulers[in_flight].run(
+            self.batches, lambda n, stopped: Watched(self.exchange.micro_batch(number, 1, n, stopped), self)
+        )
+        self.exchange.declare(number, 1, self._sums.tokens)
+
+    def step(self, number: int) -> None:
+        self.host.commit(number, 1, OPTIM.lr)
+        for param, gradient in self._sums.gradients.items():
+            self.optimizer.gradient(param).copy_(gradient)
+        finish_round(self.optimizer, self._sums.tokens, lr=OPTIM.lr)
+
+    def needed_bytes(self, call: ExpertsCall) -> int:
+        """Bytes that one experts call has to move there and back, forward and backward, by its routing.
+
+        Per remote host: a token's hidden vector once, its combined output back, the gradient of that, the gradient
+        of the hidden vector back; per (token, expert) pair the expert's number (1 byte), its weight, and the
+        gradient of the weight.
+        """
+        hosts = torch.tensor(self.placement.hosts[call.layer.index])[call.expert_ids_NK]
+        mine = self.work.parties.index(self.name)
+        width, item = call.hidden_ND.shape[1], call.hidden_ND.element_size()
+        total = 0
+        for host in range(len(self.work.parties)):
+            if host != mine:
+                chosen = hosts == host
+                total += int(chosen.any(1).sum()) * 4 * width * item + int(chosen.sum()) * (1 + 2 * item)
+        return total
+
+    def figures(self) -> dict[str, Any]:
+        """Counts since the process began."""
+        sent = [self.transport.counters().total(peer) for peer in self.work.parties if peer != self.name]
+        return {
+            "cpu_s": cpu_by_kind(),
+            "payload_bytes": sum(total.payload_bytes_sent for total in sent),
+            "must_move_bytes": self.must_move,
+            **self._times,
+        }
+
+
+def cpu_by_kind() -> dict[str, float]:
+    """Processor seconds of this process so far, by what its threads are for."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    tick = os.sysconf("SC_CLK_TCK")
+    found: Counter[str] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        found[kind_of(names.get(int(task.name)))] += (int(fields[11]) + int(fields[12])) / tick  # type: ignore[assignment]
+    ended = sum(os.times()[:2]) - sum(found.values())  # threads of micro-batches end with their round
+    found["trunk"] += ended  # type: ignore[assignment]
+    return dict(found)
+
+
+def kind_of(name: str | None) -> str:
+    """What a thread does, from the name it was given; gRPC's own threads have none."""
+    if name is None:
+        return "encryption_and_sockets"
+    if name == "MainThread" or name.startswith("micro-batches"):
+        return "trunk"
+    if any(word in name for word in ("-read-", "-dial-", "-serve", "-clock")):
+        return "frames_and_copies"
+    return "experts"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    name, folder, listen = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    party = Party(Work.load(folder / "work.json"), name, folder / "kits" / name, listen)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        match line.split():
+            case ["round", number, in_flight]:
+                party.compute(int(number), int(in_flight))
+            case ["step", number]:
+                party.step(int(number))
+            case ["figures"]:
+                print(json.dumps(party.figures()), flush=True)
+                continue
+        print("done", flush=True)
+    party.transport.close()
+
+
+if __name__ == "__main__":
+    main()

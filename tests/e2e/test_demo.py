@@ -1,0 +1,160 @@
+"""The demo end to end: real processes, real TLS, every file it promises, and nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from coterie.config import FederationConfig, PartyConfig, TrainConfig, load_yaml
+from coterie.demonstration.folder import MADE
+from coterie.federation.coordinator_process import identify
+from coterie.federation.identity import Role
+
+DEMO = (sys.executable, "-m", "coterie.cli.app", "demo", "--quick", "--parties", "2")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def running_in(folder: Path) -> list[int]:
+    """Processes that work in a folder."""
+    found = []
+    for process in psutil.process_iter(["cwd", "status"]):
+        cwd = process.info["cwd"]
+        if cwd and Path(cwd) == folder and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+def wait_until(condition: object, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < until, "did not happen in time"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A whole quick demo of two parties and two rounds; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = ("--rounds", "2", "--dir", str(folder / "run"), "--json", str(folder / "demo.json"))
+    done = subprocess.run([*DEMO, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.mark.slow
+def test_the_figures_have_the_agreed_shape(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = finished
+    figures = json.loads((folder / "demo.json").read_text("utf-8"))
+    assert figures == json.loads((folder / "run" / "results.json").read_text("utf-8"))
+    assert (figures["parties"], figures["rounds"]) == (["alder", "birch"], 2)
+    assert set(figures["arms"]) == {"public", "isolated", "tokens", "centralised"}
+    for arm in figures["arms"].values():
+        assert all(2.0 < arm["loss"][party] < 8.0 for party in figures["parties"])
+    assert 1.0 < figures["wire"]["ratio"] <= 1.03
+    memory = {arm: figures["memory"][arm]["alder"]["model_state_bytes"] for arm in figures["arms"]}
+    assert memory["tokens"] < 0.7 * memory["isolated"]
+    assert memory["centralised"] == memory["isolated"]
+
+
+@pytest.mark.slow
+def test_the_screen_ends_with_tables_meaning_and_warning(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, done = finished
+    for piece in ("each party alone", "together, tokens", "all text in one place", "peak memory", "ratio"):
+        assert piece in done.stdout
+    assert "`tokens` does NOT keep the text" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr  # piped: plain lines
+    for phase in ("1/5 text", "2/5 public", "3/5 alone and pooled", "4/5 together", "5/5 compare"):
+        assert phase in done.stderr
+
+
+@pytest.mark.slow
+def test_the_folder_is_complete(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    root = finished[0] / "run"
+    assert {path.name for path in root.iterdir()} == MADE
+    federation = load_yaml(root / "tokens" / "federation.yaml", FederationConfig)
+    for party in federation.parties:
+        own = load_yaml(root / "tokens" / party / "party.yaml", PartyConfig)
+        identify(federation, own.kit, party, Role.PARTY)  # kit and signed roster fit what is written
+        assert own.trunk.is_file()
+        assert own.shard.is_file()
+        for run in (own.run_dir, root / "isolated" / party / "run"):
+            assert (run / "metrics.jsonl").read_text("utf-8")
+            assert list((run / "checkpoints").glob("round-*/manifest.json"))
+        assert load_yaml(root / "isolated" / party / "train.yaml", TrainConfig)
+    assert (root / "public" / "run" / "model" / "config.json").is_file()
+    assert len(list((root / "logs").glob("*.log"))) == 9
+    assert (root / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_nothing_keeps_running(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    assert running_in(finished[0] / "run") == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    demo = subprocess.Popen([*DEMO, "--dir", str(root)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: running_in(root), 60)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(timeout=30) == 130
+    finally:
+        demo.kill()
+    assert running_in(root) == []
+    assert demo.stderr is not None
+    assert "interrupted: every process of the demo was ended" in demo.stderr.read()
+    demo.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_demo_with_its_log_named(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    demo = subprocess.Popen([*DEMO, "--dir", str(root)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: running_in(root), 60)
+        os.kill(running_in(root)[0], signal.SIGKILL)
+        assert demo.wait(timeout=30) == 1
+    finally:
+        demo.kill()
+    assert running_in(root) == []
+    assert demo.stderr is not None
+    told = demo.stderr.read()
+    assert "public checkpoint (`coterie train public/train.yaml`) was ended by signal 9" in told
+    assert str(root / "logs" / "public.log") in told
+    demo.stderr.close()
+
+
+def refused(*arguments: str) -> str:
+    done = subprocess.run([*DEMO, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_folder_with_something_else_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    told = refused("--dir", str(tmp_path))
+    assert "demo-folder" in told
+    assert "thesis.txt" in told
+    assert list(tmp_path.iterdir()) == [tmp_path / "thesis.txt"]
+
+
+def test_two_demos_in_one_folder_are_refused_in_words(tmp_path: Path) -> None:
+    from coterie.federation.run_folder import RunFolder
+
+    held = RunFolder(tmp_path)
+    try:
+        assert "another process is running" in refused("--dir", str(tmp_path))
+    finally:
+        held.close()
