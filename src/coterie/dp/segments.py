@@ -30,7 +30,7 @@ from coterie.models.grouped import as_EIO, grouped_sum
 _PADDED_UP_TO = 48
 """Segments of at most this many rows are padded into buckets; larger ones are worth a matrix product each."""
 
-_BUCKET_RATIO = 1.3
+_BUCKET_RATIO = 1.5
 
 
 @dataclass(frozen=True)
