@@ -1,6 +1,6 @@
-"""One party of the round benchmark, as a process: trunk, data and hosted experts, told what to do on standard input.
+"""One party of the round benchmark, as a process: trunk, data and hosted experts, told what to do on its input.
 
-Started by exchange.py. Commands: ``round N IN_FLIGHT`` (compute), ``step N`` (commit), ``figures`` (one line of JSON).
+Started by exchange.py. Commands: ``round N IN_FLIGHT`` (compute), ``step N`` (commit), ``figures`` (a line of JSON).
 """
 
 from __future__ import annotations

@@ -41,7 +41,14 @@ class TokensWork(PartyWork):
         parts = self.parts
         shard = Shard(self._cut.layers, weights.experts, self._make_optimizer, device=parts.device)
         limits = HostLimits(begin_s=parts.federation.deadline_s)
-        self.host = ExpertHost(parts.party, tuple(parts.federation.parties), self._cut.layers, shard, limits=limits)
+        self.host = ExpertHost(
+            parts.party,
+            tuple(parts.federation.parties),
+            self._cut.layers,
+            shard,
+            recompute=parts.federation.model.gradient_checkpointing,
+            limits=limits,
+        )
         self._exchange = TokenExchange(
             self._transport,
             self.host,
