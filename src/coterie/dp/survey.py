@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,5 +43,21 @@ def _norm_error(model: nn.Module) -> float:
 
 
 def _alone(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
-    found = torch.autograd.grad(default_loss(model, one).sum(), list(model.parameters()), allow_unused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(default_loss(model, one).sum(), trained, allow_unused=True)
     return torch.stack([g.double().square().sum() for g in found if g is not None]).sum().sqrt()
+
+
+def main() -> None:
+    """Write a column for docs/models.md: ``python -m coterie.dp.survey docs/models/norms.json``."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", type=Path)
+    path: Path = parser.parse_args().file
+    cells = {family: f"{error:.1e}" for family, error in norm_errors().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    column = {"title": "per-sample norms, largest relative error", "cells": cells}
+    path.write_text(json.dumps(column, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
