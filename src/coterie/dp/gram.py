@@ -86,8 +86,9 @@ def worst_excess(length: int) -> float:
 
 
 def gram_is_cheaper(rows: float, inputs: int, outputs: int) -> bool:
-    """T^2 (I + O) against T I O multiplications."""
-    return rows * (inputs + outputs) < inputs * outputs
+    """T^2 (I + O) against T I O multiplications; of more than `_BLOCK` rows, only the lower half is formed."""
+    formed = rows if rows <= _BLOCK else (rows + _BLOCK) / 2
+    return formed * (inputs + outputs) < inputs * outputs
 
 
 def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, precise: bool = False) -> SqNorms:

@@ -119,9 +119,9 @@ class Outer:
         return (a_length * torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32)).flatten(1).sum(1)
 
     def densely(self) -> Dense | None:
-        """The same as `Dense` if that takes less memory than the rows and the direct form is the cheaper one."""
-        rows, inputs, outputs = self.a.shape[2], self.a.shape[3], self.g.shape[3]
-        if gram_is_cheaper(rows, inputs, outputs) or inputs * outputs * 4 > self.g.element_size() * rows * outputs:
+        """The same as `Dense` if that is no larger than ``g``: norm and sum then share one product."""
+        rows, inputs = self.a.shape[2], self.a.shape[3]
+        if inputs * 4 > self.g.element_size() * rows:
             return None
         gradients = self._gradients(0, self.a.shape[0])
         value = _dense_sq_norms(gradients)
