@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Watched:
         return self._inner.answers_rows(layer)
 
     def forward(self, call: ExpertsCall, keep: bool) -> tuple[Tensor, Any]:
-        self._party.must_move += self._party.needed_bytes(call)
+        self._party.add("must_move_bytes", self._party.needed_bytes(call))
         began = time.perf_counter()
         try:
             return self._inner.forward(call, keep)
@@ -131,13 +131,13 @@ class Party:
         self.optimizer = make_optimizer(trunk, OPTIM)
         self.schedulers = {n: Scheduler(cut, lambda batch: loss_sum(model, batch), n) for n in (1, 2)}
         self.batches = work.batches(name)
-        self.must_move = 0
-        self._times: Counter[str] = Counter()
+        self._counts: dict[str, float] = defaultdict(float)
         self._guard = threading.Lock()
 
-    def add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, amount: float) -> None:
+        """Count something; several micro-batches do so at once."""
         with self._guard:
-            self._times[name] += seconds  # type: ignore[assignment]
+            self._counts[name] += amount
 
     def compute(self, number: int, in_flight: int) -> None:
         self.host.begin(number, 1)
@@ -175,8 +175,8 @@ class Party:
         return {
             "cpu_s": cpu_by_kind(),
             "payload_bytes": sum(total.payload_bytes_sent for total in sent),
-            "must_move_bytes": self.must_move,
-            **self._times,
+            "tensor_bytes": sum(total.tensor_bytes_sent for total in sent),
+            **self._counts,
         }
 
 
@@ -184,12 +184,12 @@ def cpu_by_kind() -> dict[str, float]:
     """Processor seconds of this process so far, by what its threads are for."""
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     tick = os.sysconf("SC_CLK_TCK")
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for task in Path("/proc/self/task").iterdir():
         fields = (task / "stat").read_text().rpartition(")")[2].split()
-        found[kind_of(names.get(int(task.name)))] += (int(fields[11]) + int(fields[12])) / tick  # type: ignore[assignment]
+        found[kind_of(names.get(int(task.name)))] += (int(fields[11]) + int(fields[12])) / tick
     ended = sum(os.times()[:2]) - sum(found.values())  # threads of micro-batches end with their round
-    found["trunk"] += ended  # type: ignore[assignment]
+    found["trunk"] += ended
     return dict(found)
 
 

@@ -101,7 +101,7 @@ def test_the_warning_names_what_hosts_can_read() -> None:
 def test_without_a_federation_nothing_is_claimed() -> None:
     base = results()
     bare = Results(**{**vars(base), "arms": {k: v for k, v in base.arms.items() if k != "tokens"}, "wire": {}})
-    assert "nothing to conclude" in headline(bare)
+    assert "needs both" in headline(bare)
     assert not_protected(bare) == []
     assert bare.as_json()["wire"] == {"payload_bytes": 0, "tensor_bytes": 0, "ratio": None}
     assert len(tables(bare)) == 2

@@ -67,7 +67,7 @@ def headline(results: Results) -> str:
     """The outcome in one sentence."""
     together = [arm for arm in results.wire if ALONE in results.arms]
     if not together:
-        return "The demo ran; without the arms `isolated` and `tokens` there is nothing to conclude."
+        return "The demo ran; a comparison needs both `isolated` and `tokens`."
     arm, parties = together[0], results.parties
     if results.plan.quick:
         return f"Every step works; {results.plan.rounds} rounds on so little text say nothing about the losses."
