@@ -37,13 +37,13 @@ class PrivacyRules(Spec):
         description="Keeps experts evenly used; the last two spend part of the mechanism on the expert loads.",
     )
     balance_coefficient: float = Field(
-        default=0.01, gt=0, description="Weight of the balance loss, or step of the bias."
+        default=0.02, gt=0, description="Weight of the balance loss, or step of the bias."
     )
     load_share: float = Field(
         default=0.1, gt=0, lt=1, description="Share of the clip norm that goes to the released expert loads."
     )
     load_smoothing: float = Field(
-        default=0.9, ge=0, lt=1, description="Running average of released loads over rounds."
+        default=0.5, ge=0, lt=1, description="Running average of released loads over rounds; much of it is slow."
     )
 
     @model_validator(mode="after")
@@ -78,6 +78,10 @@ class LocalPrivacy(Spec):
 
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
+
+    adaptive_quantile: float | None = Field(
+        default=None, gt=0, lt=1, description="Adapt the clip norms so that this share of units stays unclipped."
+    )
 
     @model_validator(mode="after")
     def _user_is_named(self) -> PrivacySpec:

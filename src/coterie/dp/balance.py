@@ -41,13 +41,14 @@ class Balance:
         coefficient: weight of the balance loss, or step of the bias.
         load_share: the part of the clip norm, in (0, 1), that the released loads take: with share r, gradients get
             noise 1 / sqrt(1 - r^2) times as large (0.5 % more at 0.1), and loads noise of C_load / r.
-        smoothing: weight of the past in the running average of released loads, in [0, 1).
+        smoothing: weight of the past in the running average of released loads, in [0, 1). More of it means less noise
+            and more delay; a long delay makes the router swing from one expert to the next (docs/concepts/privacy.md).
     """
 
     mode: BalanceMode = "off"
-    coefficient: float = 0.01
+    coefficient: float = 0.02
     load_share: float = 0.1
-    smoothing: float = 0.9
+    smoothing: float = 0.5
 
     @property
     def releases_loads(self) -> bool:

@@ -355,7 +355,3 @@ class PrivateSession:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "releases"):
-            self.releases.spool.close()

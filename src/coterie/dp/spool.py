@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class Spool:
         self.folder = folder
         make_private_folder(folder)
         try:
-            self._lock: int | None = lock(folder / "spool.lock", wait=False)
+            handle = lock(folder / "spool.lock", wait=False)
         except BlockingIOError as error:
             raise LedgerError(
                 f"the run's spool {folder} is in use.",
@@ -103,14 +104,13 @@ class Spool:
                 why="two processes could noise the same lot twice",
                 fix="stop the other process, or close the other session of this run",
             ) from error
+        self._unlock = weakref.finalize(self, os.close, handle)
         for leftover in folder.glob("*.part"):
             leftover.unlink()
 
     def close(self) -> None:
         """Let other processes use the spool."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._unlock()
 
     def store_lot(self, lot: Lot, draw: int, pins: Mapping[str, str]) -> None:
         """Keep the lot until its result is released."""
