@@ -80,7 +80,8 @@ def run_private(
         lot_size=privacy.lot_size or config.train.batch_size, rounds=config.train.rounds,
         physical_batch=privacy.physical_batch, schedule=_schedule(config), clipping=privacy.clipping,
         method=privacy.method, adaptive_quantile=privacy.adaptive_quantile, sampler=privacy.sampler,
-        max_lot=privacy.max_lot, users=prepared.train.users, records_per_user=privacy.records_per_user, balance=_balance(privacy),
+        max_lot=privacy.max_lot, users=prepared.train.users, records_per_user=privacy.records_per_user,
+        balance=_balance(privacy),
         provenance=artefacts(config.model, config.data), ledger=privacy.ledger,
         digest=dataset_digest(documents.texts), seed=config.train.seed if privacy.seeded else None,
     )  # fmt: skip
