@@ -98,9 +98,10 @@ def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def finish(sums: dict[str, Tensor]) -> None:
-        noised = add_noise(sums, SIGMA * CLIP, random_source(None)) if noise else sums
+        if noise:
+            sums = {n: t.div_(records) for n, t in add_noise(sums, SIGMA * CLIP, random_source(None)).items()}
         for name, parameter in parameters.items():
-            parameter.grad = noised[name].div_(records)
+            parameter.grad = sums[name]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -12,11 +12,14 @@ import pytest
 import torch
 from engine_reference import clipped, distance, gradients, norms, only, size, token_batch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from coterie.dp.clipping import Automatic, Clipping, Flat, PerGroup, PerLayer, quantile_update
 from coterie.dp.engine import Engine
 from coterie.dp.functional import clipped_sum, per_sample_norms
 from coterie.dp.losses import default_loss
+from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.tiny import tiny_model
 
@@ -223,7 +226,6 @@ def test_bf16_autocast_keeps_norms_in_float32() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return default_loss(model, batch)
 
-    seam.select(model)
     engine = Engine(model, loss, Flat(0.5), method="book_keeping")
     figures = engine.accumulate(batch)
     expected = gradients(model, batch, loss)
@@ -372,3 +374,50 @@ def test_memory_does_not_grow_over_50_steps() -> None:
     gc.collect()
     assert count() == tensors
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 20_000  # KiB
+
+
+@pytest.mark.parametrize(("records", "tokens"), [(4, 64), (16, 16), (4, 128)])
+def test_invariant_10_clipping_adds_at_most_a_quarter_of_the_multiplications(records: int, tokens: int) -> None:
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+    model = tiny_model("qwen3_moe", vocab_size=1024, num_experts=8, num_experts_per_tok=2, **sizes)
+    seam.select(model)
+    batch = token_batch(records, tokens, 1024)
+    engine = Engine(model, method="book_keeping")
+    engine.prepare(batch)
+    with FlopCounterMode(display=False) as plain:
+        default_loss(model, batch).sum().backward()
+    model.zero_grad()
+    with FlopCounterMode(display=False) as private:
+        engine.accumulate(batch)
+    assert private.get_total_flops() <= 1.25 * plain.get_total_flops()
+
+
+def test_invariant_4_reentrant_checkpointing_is_exact_too() -> None:
+    model, batch = tiny_model("qwen3_moe"), token_batch(3, 7)
+    expected = clipped(gradients(model, batch), 0.5)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    model.train()
+    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
+    engine.accumulate(batch)
+    assert distance(engine.take(), expected) <= 5e-5
+
+
+def test_a_gradient_that_comes_after_the_norm_was_taken_is_an_error() -> None:
+    class Shared(nn.Module):
+        """One layer used outside a checkpoint, and inside one whose uses cannot be counted in the forward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = checkpoint(self.linear, x, use_reentrant=True)
+            return self.linear(inner)  # type: ignore[no-any-return]
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        x = batch["x"].clone().requires_grad_()
+        return model(x).square().sum((1, 2))
+
+    with pytest.raises(PrivacyError, match="after its norm was taken"):
+        Engine(Shared(), loss, method="book_keeping").accumulate({"x": torch.randn(3, 5, 4)})
