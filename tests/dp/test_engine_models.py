@@ -75,6 +75,14 @@ def test_invariant_1_tied_embeddings_get_the_cross_term_in_both_forms(tokens: in
     assert_exact(small(LlamaForCausalLM(config)), batch)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_invariant_1_the_padding_token_of_an_embedding_gets_no_gradient_from_it(tied: bool) -> None:
+    config = LlamaConfig(**_SIZES, num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=5)
+    model = small(LlamaForCausalLM(config))
+    assert model.get_input_embeddings().padding_idx == 5  # type: ignore[operator]
+    assert_exact(model, token_batch(3, 9, vocabulary=8))
+
+
 def test_invariant_1_exact_for_dense_qwen_with_padding() -> None:
     config = Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=False)
     batch = token_batch(3, 9)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coterie.dp.gram import TRUSTED, gram_sq_norms, rounding_factor, worst_excess
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
-from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Slow, Term
+from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Term
 
 SMALL = settings(max_examples=40, deadline=None)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -116,7 +116,6 @@ def test_lookups_are_exact_with_repeated_and_dropped_ids(
 def test_plain_terms_are_exact() -> None:
     gradients = torch.randn(3, 4, 5)
     assert_term(Dense(gradients), gradients.double())
-    assert_term(Slow(lambda record: gradients[record], 3, torch.device("cpu")), gradients.double())
     rows = torch.randn(6, 4)
     apart = torch.zeros(3, 6, 4, dtype=torch.float64)
     for record in range(3):

@@ -42,9 +42,6 @@ class SqNorms(NamedTuple):
     value: Tensor
     slack: Tensor
 
-    def plus(self, other: SqNorms) -> SqNorms:
-        return SqNorms(self.value + other.value, self.slack + other.slack)
-
     def trusted(self) -> bool:
         """Whether every finite slack is small beside its value; a record that is not finite is masked later."""
         return _small(self.slack, self.value)

@@ -10,7 +10,6 @@ V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -209,40 +208,6 @@ class Lookup:
 
     def nbytes(self) -> int:
         return self.g.nbytes
-
-
-class Slow:
-    """Gradients computed one record at a time by a function; exact for any operation, never fast."""
-
-    def __init__(self, gradient_of: Callable[[int], Tensor], records: int, device: torch.device) -> None:
-        self._gradient_of = gradient_of
-        self._records = records
-        self._device = device
-        self._keep: list[bool] | None = None
-
-    def sq_norms(self, precise: bool = False) -> SqNorms:
-        if self._records == 0:
-            return SqNorms.zeros(0, self._device)
-        squares = [_dense_sq_norms(self.one(b).reshape(1, 1, -1)) for b in range(self._records)]
-        value = torch.cat(squares)
-        return SqNorms(value, 1e-6 * value)
-
-    def one(self, record: int) -> Tensor:
-        gradient = self._gradient_of(record).float()
-        return gradient if self._keep is None or self._keep[record] else torch.zeros_like(gradient)
-
-    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
-        for record, factor in enumerate(factors_B.tolist()):
-            if factor:
-                out += factor * self.one(record)
-
-    def masked(self, keep_B: Tensor) -> Slow:
-        slow = Slow(self._gradient_of, self._records, self._device)
-        slow._keep = keep_B.tolist()
-        return slow
-
-    def nbytes(self) -> int:
-        return 0
 
 
 class Aligned:
