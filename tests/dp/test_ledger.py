@@ -181,6 +181,12 @@ def test_full_disk_stops_before_anything_is_released(tmp_path: Path, monkeypatch
     assert [r.round for r in open_ledger(DATASET, tmp_path).releases("run-a")] == [2]
 
 
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LedgerError, match="cannot be made"):
+        open_ledger(DATASET, tmp_path / "file")
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -173,7 +173,7 @@ def test_calibration_pays_for_rounding_to_the_grid() -> None:
     sigma, clip, size = 0.9, 1.5, 10_000_000
     std = noise.calibrate(sigma, clip, size)
     step = std / noise.GRID_SIGMA
-    assert std >= sigma * (clip * (1 + noise.ENGINE_ETA) + math.sqrt(size) * step)
+    assert std >= sigma * (clip + math.sqrt(size) * step)
     assert std <= sigma * clip * 1.01
     with pytest.raises(PrivacyError, match="too many for the noise grid"):
         noise.calibrate(sigma, clip, 10**12)

@@ -67,7 +67,7 @@ def start(tmp_path: Path) -> Callable[..., PrivateSession]:
         optimizer = options.pop("optimizer", None) or torch.optim.AdamW(model.parameters(), 0.05)
         defaults: dict[str, Any] = {
             "dataset": records(), "collate_fn": collate, "loss_fn": loss_fn, "budget": BUDGET, "lot_size": 10,
-            "rounds": 6, "self_check": False, "physical_batch": 4, "ledger": tmp_path / "ledger",
+            "rounds": 6, "physical_batch": 4, "ledger": tmp_path / "ledger",
         }  # fmt: skip
         settings = defaults | options
         return dp.make_private(model, optimizer, **settings)
@@ -509,6 +509,35 @@ def test_bad_input_is_refused_in_one_sentence(
     with pytest.raises(error, match=sentence) as caught:
         start(**options)
     assert caught.value.message.count("\n") == 0
+
+
+class Counting(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(11))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.seen += torch.bincount(input_ids.flatten(), minlength=11)
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"loss_fn": lambda model, batch: loss_fn(model, batch).mean()}, "must return"),
+        (
+            {"loss_fn": lambda model, batch: loss_fn(model, batch) / loss_fn(model, batch).sum()},
+            "changes with the records",
+        ),
+        ({"model": Counting()}, "The buffer `seen` changes when the model sees data"),
+    ],
+)
+def test_invariant_4_set_up_refuses_what_the_engine_cannot_bound(
+    start: Callable[..., PrivateSession], tmp_path: Path, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(PrivacyError, match=sentence):
+        start(**options)
+    assert not (tmp_path / "ledger").exists()
 
 
 def test_model_with_nothing_to_train_is_refused(start: Callable[..., PrivateSession]) -> None:

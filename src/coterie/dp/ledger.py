@@ -116,7 +116,15 @@ class Ledger:
         self._runs: dict[str, Entry] = {}
         self._releases: dict[str, dict[tuple[int, int], Released]] = {}
         self._offset = 0
-        make_private_folder(folder)
+        try:
+            make_private_folder(folder)
+        except OSError as error:
+            raise LedgerError(
+                f"the ledger's folder {folder} cannot be made: {error.strerror}.",
+                code="dp-ledger-write",
+                why="nothing may be released that no ledger counts",
+                fix="name a folder you may write to: `privacy.ledger`, or ledger=... in Python",
+            ) from error
         with self._thread_lock, locked(self._lock_path):
             self._catch_up()
             if not self._entries:

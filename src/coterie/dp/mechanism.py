@@ -6,13 +6,12 @@ sum_k (C_k / s_k)^2 <= 1 / sigma^2 (DESIGN.md, invariant 9).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from coterie.dp.accounting import check_joint
+from coterie.dp.accounting import check_joint, joint_noise
 from coterie.dp.noise import add_noise, calibrate
 from coterie.dp.randomness import RandomSource
 
@@ -57,11 +56,9 @@ class RoundNoise:
             parts: shares are scaled to sum to one.
             part_of: part of a released tensor, by its name.
         """
-        total = sum(part.share for part in parts.values())
-        std = {
-            name: calibrate(sigma / math.sqrt(part.share / total), part.bound, part.values, eta=0.0)
-            for name, part in parts.items()
-        }
+        bounds, shares = ({name: getattr(part, what) for name, part in parts.items()} for what in ("bound", "share"))
+        joint = joint_noise(sigma, bounds, shares)
+        std = {name: calibrate(joint[name] / part.bound, part.bound, part.values) for name, part in parts.items()}
         check_joint(sigma, {name: (part.bound, std[name]) for name, part in parts.items()})
         return cls(std, part_of)
 

@@ -43,9 +43,6 @@ COARSE = 2**10
 GRID_SIGMA = TABLE_SIGMA * math.sqrt(1 + COARSE**2)
 """Standard deviation of the noise in grid steps."""
 
-ENGINE_ETA = 1e-4
-"""Slack for the clipped sum's own floating-point error: one record's contribution has norm at most C (1 + eta)."""
-
 _PROBABILITY_BITS = 224
 _COLUMN_BITS = _PROBABILITY_BITS - TABLE_BITS
 _TIE_BITS = _COLUMN_BITS - 16
@@ -162,17 +159,16 @@ def _chunk(table: AliasTable, stream: Keystream, work: _Work, count: int) -> np.
     return noise
 
 
-def calibrate(noise_multiplier: float, clip_norm: float, num_values: int, eta: float = ENGINE_ETA) -> float:
+def calibrate(noise_multiplier: float, bound: float, num_values: int) -> float:
     """Standard deviation of the noise that gives ``noise_multiplier`` for what is really added up and rounded.
 
-    Solves ``std = noise_multiplier * (clip_norm (1 + eta) + sqrt(num_values) * step)`` with ``step = std /
-    GRID_SIGMA``: the sensitivity of the clipped sum in floating point, and of rounding it to the grid.
+    Solves ``std = noise_multiplier * (bound + sqrt(num_values) * step)`` with ``step = std / GRID_SIGMA``: what one
+    unit moves the clipped sum by, and what rounding to the grid adds to that.
 
     Args:
         noise_multiplier: sigma that the accountant was given.
-        clip_norm: C, bound of one record's contribution.
-        num_values: d, numbers released together under this clip norm.
-        eta: relative floating-point slack of the clipped sum.
+        bound: largest contribution of one unit, floating-point slack included: C (1 + eta).
+        num_values: d, numbers released together under this bound.
 
     Raises:
         PrivacyError: so many values that the grid would be too coarse (about 4e10 / sigma^2).
@@ -185,7 +181,7 @@ def calibrate(noise_multiplier: float, clip_norm: float, num_values: int, eta: f
             why=f"rounding to the grid would take {rounding:.0%} of the noise",
             fix="train fewer parameters, for example with LoRA",
         )
-    return noise_multiplier * clip_norm * (1 + eta) / (1 - rounding)
+    return noise_multiplier * bound / (1 - rounding)
 
 
 def add_noise(
