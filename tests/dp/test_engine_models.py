@@ -26,6 +26,7 @@ from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
 from coterie.models.catalogue import causal_lm_types
 from coterie.models.tiny import fill_random, tiny_config, tiny_model
+from coterie.models.upcycle import upcycle
 
 CLIP = 0.5
 
@@ -114,6 +115,12 @@ def test_invariant_1_exact_for_moe_classification_heads(family: str, kind: type)
     config = tiny_config(family)
     config.num_labels = 3
     model = small(kind(config))
+    assert_exact(model, {**token_batch(3, 7), "labels": torch.tensor([0, 2, 1])})
+
+
+def test_invariant_1_exact_for_an_upcycled_classifier() -> None:
+    dense = BertForSequenceClassification(BertConfig(**_SIZES, num_labels=3))
+    model = small(upcycle(dense, experts=4, top_k=2))
     assert_exact(model, {**token_batch(3, 7), "labels": torch.tensor([0, 2, 1])})
 
 
