@@ -343,6 +343,35 @@ def test_invariant_8_a_failed_step_uses_the_same_lot_again(start: Callable[..., 
     assert session.round == 1
 
 
+def test_invariant_8_what_an_interrupted_step_left_is_not_added_to_the_retry(
+    start: Callable[..., PrivateSession],
+) -> None:
+    results = []
+    for interrupted in (False, True):
+        model = Tiny()
+        session = start(
+            model, seed=6, lot_size=40, rounds=1, run=f"interrupted {interrupted}",
+            optimizer=torch.optim.SGD(model.parameters(), 1.0),
+        )  # fmt: skip
+        plain, calls = session.lot_sums._collate, 0
+
+        def failing(items: list[Any], plain: Any = plain) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise KeyboardInterrupt
+            return plain(items)
+
+        lot = session.next_lot()
+        if interrupted:
+            session.lot_sums._collate = failing
+            with pytest.raises(KeyboardInterrupt):
+                session.step(lot)
+        session.step(lot)
+        results.append(weights(session))
+    assert same(*results)
+
+
 def test_lots_are_used_once_and_in_turn(start: Callable[..., PrivateSession]) -> None:
     session = start()
     lot = session.next_lot()
