@@ -169,3 +169,10 @@ def test_the_pooled_evaluation_is_shared_out_in_order(tmp_path: Path) -> None:
 def test_the_mean_course_weighs_parties_by_their_text() -> None:
     each = {"alder": [(1, 4.0), (2, 3.0)], "birch": [(1, 2.0), (2, 1.0)]}
     assert _mean(each, {"alder": 30, "birch": 10}) == [(1, 3.5), (2, 2.5)]
+
+
+def test_a_quick_demo_draws_no_conclusion_from_its_losses() -> None:
+    base = results()
+    quick = Results(**{**vars(base), "plan": make_plan(3, quick=True)})
+    assert "say nothing about the losses" in headline(quick)
+    assert not any("than alone" in sentence for sentence in meaning(quick))

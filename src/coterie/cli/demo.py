@@ -45,11 +45,13 @@ def command(
 
     from coterie.demonstration.verdict import headline, meaning, not_protected, tables
 
+    say()
+    console().print(headline(results), style="bold", markup=False)
     for shown in tables(results):
         say()
         table(shown.columns, shown.rows, title=shown.title)
     say()
-    say(headline(results))
+    say("What this means")
     _bullets(meaning(results))
     warning = not_protected(results)
     if warning:

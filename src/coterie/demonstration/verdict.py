@@ -85,8 +85,8 @@ def meaning(results: Results) -> list[str]:
     """What the tables say, one sentence after the other."""
     sentences: list[str] = []
     for arm in results.wire:
-        sentences += _against_alone(results, arm)
-        sentences += _against_pooled(results, arm)
+        if not results.plan.quick:
+            sentences += [*_against_alone(results, arm), *_against_pooled(results, arm)]
         sentences += _state(results, arm)
         wire = results.wire[arm]
         sentences.append(
@@ -95,7 +95,7 @@ def meaning(results: Results) -> list[str]:
         )
     plan = results.plan
     if plan.quick:
-        sentences.append("This was a quick demo: it shows every step, and its losses show nothing.")
+        return [*sentences, "This was a quick demo: it shows every step, and its losses show nothing."]
     sentences.append(
         f"Every arm took {plan.rounds} rounds from the same public model, with the same seed and learning rates, "
         f"{plan.batch} sequences of {plan.sequence_length} tokens per party and round. Each party has little text on "
