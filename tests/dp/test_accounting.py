@@ -9,6 +9,7 @@ from dp_accounting import pld
 
 from coterie.dp.accounting import (
     Mechanism,
+    _general_group_epsilon,
     check_joint,
     epsilon,
     group_epsilon,
@@ -108,10 +109,24 @@ def test_joint_noise_is_the_noise_of_the_concatenated_vector() -> None:
 def test_group_privacy_grows_with_the_group() -> None:
     spent = [(Mechanism(3.0, 0.01), 500)]
     one = epsilon(spent, 1e-5)
-    assert group_epsilon(spent, 1e-5, 1) == (one, 1e-5)
-    two, four = group_epsilon(spent, 1e-5, 2)[0], group_epsilon(spent, 1e-5, 4)[0]
-    assert 2 * one < two < four < math.inf
-    assert group_epsilon([(Mechanism(0.3, 0.5), 500)], 1e-5, 64) == (math.inf, 1e-5)
+    assert group_epsilon(spent, 1e-5, 1) == one
+    two, four = group_epsilon(spent, 1e-5, 2), group_epsilon(spent, 1e-5, 4)
+    assert 1.9 * one < two < four < math.inf
+    assert four < _general_group_epsilon(spent, 1e-5, 4)
+    assert group_epsilon([], 1e-5, 4) == 0
+    assert group_epsilon([(Mechanism(0.0, 0.1), 1)], 1e-5, 2) == math.inf
+
+
+def test_group_of_k_without_sampling_is_one_unit_with_k_times_the_sensitivity() -> None:
+    assert group_epsilon([(Mechanism(4.0, 1.0), 10)], 1e-5, 4) == pytest.approx(
+        epsilon([(Mechanism(1.0, 1.0), 10)], 1e-5), rel=5e-3
+    )
+
+
+def test_group_privacy_of_truncated_sampling_uses_the_general_bound() -> None:
+    spent = [(LotPlan.of(1000, 20, "truncated_poisson", 60).mechanism(3.0), 50)]
+    assert 2 * epsilon(spent, 1e-5) < group_epsilon(spent, 1e-5, 2) < math.inf
+    assert group_epsilon([(LotPlan.of(100, 50, "truncated_poisson", 70).mechanism(0.3), 500)], 1e-5, 64) == math.inf
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])

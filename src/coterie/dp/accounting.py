@@ -31,6 +31,7 @@ _SMALLEST_MULTIPLIER = 1e-2
 """Below half of this epsilon counts as infinite: it would be in the thousands, and take as long to compute."""
 
 _TOLERANCE = 1e-4
+_GROUP_INTERVAL = 1e-2
 
 
 @dataclass(frozen=True)
@@ -286,27 +287,52 @@ def check_joint(sigma: float, parts: Mapping[str, tuple[float, float]]) -> None:
         )
 
 
-def group_epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, size: int) -> tuple[float, float]:
-    """A bound for ``size`` records changed together: a person with several records, or copies of one record.
+def group_epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, size: int) -> float:
+    """Epsilon at ``delta`` for ``size`` units added or removed together: copies of a text, or a person's records.
 
-    From (epsilon, delta) for one record follows (k epsilon, delta (e^(k epsilon) - 1) / (e^epsilon - 1)) for k.
-    The split between the two is chosen so that the group's delta is ``delta``, where that is possible.
+    How many of them join a lot is binomial, so a round is a mixture of Gaussians whose means are that number of clip
+    norms (Ganesh 2024, arXiv:2401.10294): for Poisson sampling this is tight. For truncated sampling the general
+    bound of group privacy stands in, which is loose.
 
     Returns:
-        (epsilon, delta) of the group; (infinity, delta) where the bound says nothing.
+        Infinity where the bound says nothing.
+
+    Cost: about a second for a group of 4.
     """
     events = list(spent)
     if size <= 1:
-        return epsilon(events, delta), delta
+        return epsilon(events, delta)
+    if any(mechanism.noise_multiplier < _SMALLEST_MULTIPLIER / 2 for mechanism, count in events if count):
+        return math.inf
+    if any(mechanism.sampler != "poisson" for mechanism, _ in events):
+        return _general_group_epsilon(events, delta, size)
+    total = distribution.identity(value_discretization_interval=_GROUP_INTERVAL)
+    for mechanism, count in events:
+        if count:
+            total = total.compose(_one_round_of_group(mechanism, size).self_compose(count))
+    return float(total.get_epsilon_for_delta(delta))
+
+
+@functools.lru_cache(maxsize=64)
+def _one_round_of_group(mechanism: Mechanism, size: int) -> distribution.PrivacyLossDistribution:
+    rate = mechanism.sampling_rate
+    return distribution.from_mixture_gaussian_mechanism(
+        standard_deviation=mechanism.noise_multiplier,
+        sensitivities=[float(count) for count in range(size + 1)],
+        sampling_probs=[math.comb(size, k) * rate**k * (1 - rate) ** (size - k) for k in range(size + 1)],
+        value_discretization_interval=_GROUP_INTERVAL,
+    )
+
+
+def _general_group_epsilon(events: list[tuple[Mechanism, int]], delta: float, size: int) -> float:
+    """k e for k units, from (e, d) for one, with d such that d (exp(k e) - 1) / (exp(e) - 1) is at most ``delta``."""
     one_delta = delta
-    for _ in range(60):
+    while one_delta > 1e-30:
         one = epsilon(events, one_delta)
         if not math.isfinite(one) or size * one > 600:
-            return math.inf, delta
+            return math.inf
         grown = one_delta * (math.expm1(size * one) / math.expm1(one) if one > 0 else size)
         if grown <= delta:
-            return size * one, delta
+            return size * one
         one_delta *= min(0.5, delta / grown)
-        if one_delta < 1e-30:
-            break
-    return math.inf, delta
+    return math.inf

@@ -151,7 +151,7 @@ def make_statement(
         renyi_epsilon=renyi,
         lifetime=ledger.lifetime(budget.delta),
         seeded_runs=tuple(ledger.seeded_runs()),
-        copies=tuple((size, group_epsilon(events, budget.delta, size)[0]) for size in groups) if rounds else (),
+        copies=tuple((size, group_epsilon(events, budget.delta, size)) for size in groups) if rounds else (),
         not_covered=(*_always_outside(unit), *not_covered),
         private=private,
         ledger=str(ledger.folder),
