@@ -1,6 +1,6 @@
 """Do experts collapse under differential privacy, and what keeps them in use at the same epsilon?
 
-A small language model with a top-1 router is trained from random weights on bytes of text, once for each balance mode,
+A small language model with a top-1 router is trained from random weights on bytes of text, once for each mode,
 with the same budget, lots, clip norm and starting weights. Measured on held-out text: how many experts are in use
 (the exponential of the load's entropy, and the largest share), and the loss.
 
@@ -31,7 +31,8 @@ TOKENS, EXPERTS = 32, 8
 def model_of(seed: int, top_k: int) -> Qwen3MoeForCausalLM:
     """Two layers, eight experts each; routing weights are the router's own probabilities, so it learns from them."""
     config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=16,
         moe_intermediate_size=64, num_experts=EXPERTS, num_experts_per_tok=top_k, norm_topk_prob=False,
         max_position_embeddings=TOKENS, tie_word_embeddings=False,
     )  # fmt: skip

@@ -42,7 +42,7 @@ class Balance:
         load_share: the part of the clip norm, in (0, 1), that the released loads take: with share r, gradients get
             noise 1 / sqrt(1 - r^2) times as large (0.5 % more at 0.1), and loads noise of C_load / r.
         smoothing: weight of the past in the running average of released loads, in [0, 1). More of it means less noise
-            and more delay; a long delay makes the router swing from one expert to the next (docs/concepts/privacy.md).
+            and more delay; a long delay makes the router swing between experts (docs/concepts/privacy.md).
     """
 
     mode: BalanceMode = "off"
