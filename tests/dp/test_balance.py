@@ -73,7 +73,7 @@ def test_per_sequence_term_is_the_switch_loss_of_a_batch_of_one(make_tiny: Make)
     shown: list[Tensor] = []
     router.register_forward_hook(lambda module, args, out: shown.append(out[0]))
     balanced = balancer(model, "per_sequence", coefficient=1.0)
-    term = float(balanced(model, one) - default_loss(model, one))
+    term = (balanced(model, one) - default_loss(model, one)).item()
     probabilities = shown[0].softmax(-1)
     experts, top_k = probabilities.shape[1], 2
     share = torch.zeros(experts).index_add(0, probabilities.topk(top_k).indices.flatten(), torch.ones(18)) / 18
