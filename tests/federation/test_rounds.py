@@ -99,6 +99,22 @@ def test_failure_in_any_phase_gathers_everyone_and_counts(phase: Phase):
     assert "deadline" in move.state.note
 
 
+def test_party_that_fails_to_step_while_all_gather_is_asked_again_at_once():
+    # Killed between commit and step: birch learns of the commit here, and its step fails.
+    state = State(seq=12, phase=Phase.GATHER, round=3, committed=3, committed_attempt=1, begun=True, evaluated=2)
+    reports = everyone(done=12, live=3)
+    reports["birch"] = View(Report("birch-1", done=11, failed=12, code="disk", live=None), 0.0)
+    move = advance(PLAN, state, History(), reports, AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.seq, move.state.failures) == (Phase.GATHER, 13, 1)
+    assert "birch failed in gather of round 3 (disk)" in move.state.note
+    reports = everyone(done=13, live=3)
+    reports["birch"] = View(Report("birch-1", done=13, failed=12, code="disk", live=None), 0.0)
+    move = advance(PLAN, move.state, History(), reports, AT_START)
+    assert move is not None
+    assert move.state.phase is Phase.RESTORE
+
+
 def test_too_many_failures_in_a_row_end_the_run_with_the_last_reason():
     state = State(seq=9, phase=Phase.COMPUTE, round=2, attempt=3, committed=1, failures=2)
     reports = everyone(done=8, live=1)

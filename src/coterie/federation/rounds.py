@@ -119,12 +119,20 @@ class _Scene:
             return self.fail(code, f"{note}, {failures} times in a row")
         return self.gather(note, failures=failures)
 
+    @property
+    def activity(self) -> str:
+        return f"{self.state.phase} of round {self.state.round}"
+
+    def after_failure(self) -> Move:
+        """What follows once a party reported that it could not do what it was told."""
+        codes = sorted({self.views[name].report.code for name in self.failed})
+        return self.again(codes[0], f"{_names(self.failed)} failed in {self.activity} ({', '.join(codes)})")
+
     def trouble(self, *allowed: int | None) -> Move | None:
         """The way back to gather, when something is wrong with the present phase."""
-        what = f"{self.state.phase} of round {self.state.round}"
         if self.failed:
-            codes = sorted({self.views[name].report.code for name in self.failed})
-            return self.again(codes[0], f"{_names(self.failed)} failed in {what} ({', '.join(codes)})")
+            return self.after_failure()
+        what = self.activity
         if self.lost:
             return self.gather(f"lost {_names(self.lost)} in {what}")
         if self.restarted(*allowed):
@@ -159,6 +167,8 @@ class _Scene:
 
 def _gather(scene: _Scene) -> Move | None:
     state, plan = scene.state, scene.plan
+    if scene.failed:  # it failed to apply the commit it learned of here; it answers to the next number only
+        return scene.after_failure()
     lost = scene.lost
     if not lost and scene.all_done:
         begun = replace(state, begun=True)
