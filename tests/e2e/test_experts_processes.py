@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,9 +18,9 @@ ROUNDS = 4
 RULES = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8}
 
 
-def make_private(folder: Path) -> None:
+def make_private(folder: Path, rounds: int = ROUNDS) -> None:
     """Each party keeps its own ledger beside its run folder, by a relative path; alder asks for more privacy."""
-    train = {"rounds": ROUNDS, "batch_size": 8, "micro_batch": 4, "eval_every": 0, "checkpoint_every": 2}
+    train = {"rounds": rounds, "batch_size": 8, "micro_batch": 4, "eval_every": 0, "checkpoint_every": 2}
     make_folder(folder, exchange="experts", privacy=RULES, trunk="shared", train=train)
     for name in PARTIES:
         path = folder / name / "party.yaml"
@@ -78,3 +79,36 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
     shown_to_people = processes.log("status")
     assert f"noised sums of clipped gradients of {ROUNDS} rounds (0 left) to birch, cedar: epsilon" in shown_to_people
     assert "loss" not in shown_to_people
+
+
+@pytest.mark.slow
+def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes_are_sent_again(processes: Processes):
+    """Rounds 3 to 6 are in the owners' spools when cedar's disk goes back to round 2: nothing is drawn or paid twice."""
+    folder, rounds = processes.folder, 8
+    make_private(folder, rounds)
+    processes.coordinate()
+    for name in PARTIES:
+        processes.up(name)
+    processes.until(lambda status: (status.get("checkpoint") or 0) >= 6)
+    processes.signal(signal.SIGKILL, "cedar")
+    processes.running.pop("cedar").wait()
+    spools = {name: spooled(folder, name) for name in PARTIES}
+    held = sorted((folder / "cedar" / "run" / "checkpoints").iterdir())
+    for path in held[1:]:
+        shutil.rmtree(path)
+    processes.start("cedar", "resume", "cedar/run", "--json", "cedar.json")
+    codes = processes.wait()
+    assert set(codes.values()) == {0}, {name: processes.log(name) for name in codes}
+    for name in PARTIES:
+        result = json.loads((folder / f"{name}.json").read_text())
+        assert result["finished"]
+        assert result["rounds"] == result["privacy"]["rounds"] == rounds
+        assert sorted(released(folder, name)) == [(round, 0) for round in range(1, rounds + 1)]
+        now = spooled(folder, name)
+        assert all(now[file] == spools[name][file] for file in now.keys() & spools[name].keys())
+        assert "from round 2" in processes.log("coordinator")
+
+
+def spooled(folder: Path, name: str) -> dict[str, bytes]:
+    """The noised results that a party keeps on disk for sending them again."""
+    return {path.name: path.read_bytes() for path in (folder / name / "ledger").rglob("release-*.safetensors")}

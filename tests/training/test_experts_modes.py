@@ -17,18 +17,23 @@ from torch.nn import functional
 import coterie.dp.contributor as contributor
 from coterie.cli.privacy_lines import opening_lines, stopped_contributing
 from coterie.config import PartyConfig, PartyPrivacy
+from coterie.dp.balance import Balance, Balancer
+from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
+from coterie.dp.losses import default_loss
 from coterie.dp.lots import Lot
 from coterie.errors import ConfigError, CoterieError, NoRuleError, PrivacyError
 from coterie.federation.owner import SumSender
 from coterie.models import seam
 from coterie.models.seam import expert_layers
+from coterie.models.tiny import tiny_model
+from coterie.training.constant_work import ConstantWork
 from coterie.training.experts_way import ExpertsWay, stochastic_bfloat16
 from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import run_in_process
 from coterie.training.packing import RoundOrder
 from coterie.training.private_sums import PrivateSums
-from federation_tools import PARTIES, full_models, make_parts, relative, settings
+from federation_tools import PARTIES, full_models, make_parts, relative, settings, text
 
 # ---- constant work ----
 
@@ -56,9 +61,9 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
     accumulate, compute, declare = Engine.accumulate, ExpertsWay.compute, SumSender.declare
     began: dict[int, float] = {}
 
-    def seen(self, batch):  # type: ignore[no-untyped-def]
+    def seen(self, batch, **rest):  # type: ignore[no-untyped-def]
         shapes.setdefault(current[0], []).append(tuple(tuple(batch[name].shape) for name in sorted(batch)))
-        return accumulate(self, batch)
+        return accumulate(self, batch, **rest)
 
     def starts(self, told, alive):  # type: ignore[no-untyped-def]
         current[0] = told.round
@@ -114,6 +119,25 @@ def assert_clipped_sums(config, model, parts, federation, sizes) -> None:  # typ
         assert work.way is not None
         for key, value in work.way.pool.home.weights().items():
             assert relative(value, whole[key]) < 1e-4, key
+
+
+@pytest.mark.parametrize("method", ["book_keeping", "ghost"])
+def test_rows_that_fill_up_a_batch_bring_no_balance_term(method):
+    """How many there are depends on the lot: a gradient of theirs would be one that nobody clips to one record."""
+    records = text(3)
+    pair = records.collate([records[0], records[1]])
+    longest = pair["input_ids"].shape[1] + 3
+    sums = []
+    for constant in (False, True):
+        model = tiny_model("olmoe", num_hidden_layers=1)
+        balancer = Balancer(Balance("per_sequence", coefficient=1.0), model, default_loss)
+        engine = Engine(model, balancer, Flat(0.7), method)
+        steady = ConstantWork(engine, 5, longest, 7, records.pad_id, torch.device("cpu")) if constant else engine
+        figures = steady.accumulate(pair)
+        assert figures.losses.shape == (2,)
+        sums.append(steady.take())
+    for name, value in sums[0].items():
+        assert relative(sums[1][name], value) < 1e-4, name
 
 
 def test_constant_work_is_refused_where_units_are_users(tmp_path: Path):

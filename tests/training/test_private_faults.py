@@ -15,6 +15,7 @@ import pytest
 from test_private_exchange import private_settings, with_privacy
 
 from coterie.config import FederationConfig
+from coterie.dp import contributor
 from coterie.dp.engine import Engine
 from coterie.dp.ledger import Ledger
 from coterie.dp.spool import Spool
@@ -89,9 +90,22 @@ class World:
         if peer != VICTIM:
             return
         round = message.round // 1024
-        self.announced[host, round, message.layer].append(message.body["digest"])
-        if round not in {r for r, _ in self.releases()}:
-            self.uncounted.append(f"{host} hears of round {round}, which the ledger does not count")
+        told = self.announced[host, round, message.layer]
+        told.append(message.body["digest"])
+        counted = sum(r == round for r, _ in self.releases())
+        if len(set(told)) > counted:
+            self.uncounted.append(
+                f"{host} hears of {len(set(told))} results for round {round}; {counted} are counted"
+            )
+
+    def spooled(self, name: str = VICTIM) -> list[Path]:
+        return sorted((self.folder / f"ledger-{name}").glob("*/spool/*/release-*.safetensors"))
+
+    def go_back(self, *, checkpoints: int, name: str = "cedar") -> None:
+        """A host comes back without its newest checkpoints, as from a disk image of some time ago."""
+        self.federation.kill(name)
+        for newest in sorted((self.folder / name / "checkpoints").iterdir())[-checkpoints:]:
+            shutil.rmtree(newest)
 
     def finished(self) -> None:
         self.federation.join()
@@ -205,21 +219,67 @@ def test_rounded_push_is_resent_with_the_same_coins(tmp_path: Path, monkeypatch:
     assert all(len(set(digests)) == 1 for digests in twice)
 
 
-def test_round_that_was_sent_is_replayed_when_a_host_lost_its_newest_checkpoint(tmp_path: Path, watched):
-    """Everybody goes back to the checkpoint before; the rounds since then are pushed again, byte for byte."""
-    world = watched(World(tmp_path, rounds=6))
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_rounds_that_were_sent_are_replayed_when_a_host_comes_back_with_an_older_version(
+    tmp_path: Path, watched, checkpoints: int
+):
+    """Everybody goes back to a checkpoint before; the rounds since then are pushed again, byte for byte."""
+    world = watched(World(tmp_path, rounds=8))
     world.start()
-    until(lambda: world.at(round=6))
-    world.federation.kill("cedar")
-    newest = max((tmp_path / "cedar" / "checkpoints").iterdir())
-    shutil.rmtree(newest)
+    until(lambda: world.at(round=8))
+    world.go_back(checkpoints=checkpoints)
     world.federation.up(world.parts()["cedar"])
     world.finished()
     assert not world.uncounted
-    assert world.releases() == [(round, 0) for round in range(1, 7)]
+    for name in PARTIES:
+        assert world.releases(name) == [(round, 0) for round in range(1, 9)], "nothing is drawn or counted twice"
     assert all(len(set(digests)) == 1 for digests in world.announced.values())
     again = {round for (_, round, _), digests in world.announced.items() if len(digests) > 1}
-    assert {3, 4} <= again, "rounds 3 and 4 had to be made again"
+    assert set(range(7 - 2 * checkpoints, 7)) <= again, "the rounds since that checkpoint had to be made again"
+
+
+def test_rounds_that_left_the_spool_are_burned_or_drawn_anew_and_all_of_them_count(tmp_path: Path, watched):
+    """Back to before what is spooled: other lots and other noise, other weights from there on, a budget sooner spent.
+
+    birch has lost the bytes of rounds 3 and 4 and keeps those of 5 and 6. Round 3 is drawn anew at birch alone, and
+    repeated by the others. From then on nobody has the weights that the later bytes were computed on.
+    """
+    world = watched(World(tmp_path, rounds=9))
+    world.start()
+    until(lambda: world.at(round=7))
+    world.federation.kill(VICTIM)
+    made = [(round, 0) for round in range(1, len(world.releases()) + 1)]
+    assert world.releases() == made
+    for path in world.spooled():
+        if path.name < "release-00000005":
+            path.unlink()
+    world.go_back(checkpoints=2)
+    for name in (VICTIM, "cedar"):
+        world.federation.up(world.parts()[name])
+    world.finished()
+    assert not world.uncounted
+    budget = world.config.train.rounds - len(made)
+    assert world.releases() == made + [(round, 1) for round in range(3, 3 + budget)], "then the budget was spent"
+    burned = [entry["data"]["round"] for entry in world.entries() if entry["kind"] == "burned"]
+    assert burned == [round for round, _ in made if round >= 5], "what was spooled for other weights is never sent"
+    changed = {round for (_, round, _), digests in world.announced.items() if len(set(digests)) > 1}
+    assert changed == {round for round, draw in world.releases() if draw == 1} & set(range(1, len(made) + 1))
+    for name in ("alder", "cedar"):
+        drawn_again = [round for round, draw in world.releases(name) if draw == 1]
+        assert min(drawn_again) == 4, "round 3 began with the same weights, so its bytes were sent again"
+        assert len(world.releases(name)) == world.config.train.rounds
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(2**30, [5, 6, 7, 8]), (0, [7, 8])])
+def test_spool_keeps_what_any_checkpoint_may_need_and_less_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, limit: int, kept: list[int]
+):
+    """Checkpoints of rounds 4, 6 and 8 are on disk in the end; 8 may not be published when 6 is let go."""
+    monkeypatch.setattr(contributor, "SPOOL_LIMIT_BYTES", limit)
+    world = watched(World(tmp_path, rounds=8))
+    world.start()
+    world.finished()
+    assert [int(path.name.split("-")[1]) for path in world.spooled()] == kept
 
 
 def test_rolled_back_ledger_stops_the_run_before_anything_is_drawn(tmp_path: Path, watched):

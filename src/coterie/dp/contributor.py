@@ -22,7 +22,7 @@ from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.provenance import Artefact, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.releases import Releases
-from coterie.dp.spool import Release, Spool
+from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release, Spool
 from coterie.dp.statement import Statement, make_statement
 from coterie.errors import BudgetError
 
@@ -156,9 +156,18 @@ class Contributor:
         noised = self._sums.noise(sums).add(sums, self._source, f"noise|{begun.name}")
         return noised, self._releases.publish(begun, noised)
 
-    def forget(self, up_to_round: int) -> None:
-        """Drop spooled results that a checkpoint held by everybody includes."""
-        self._releases.spool.drop_releases(up_to_round)
+    def forget(self, up_to_round: int, beyond_limit: int) -> None:
+        """Drop spooled results that nobody will need again.
+
+        Args:
+            up_to_round: the newest round that every checkpoint to go back to includes.
+            beyond_limit: drop up to this round where the spool takes more than `SPOOL_LIMIT_BYTES`. Going back to
+                before it then draws those rounds anew, and counts them again.
+        """
+        spool = self._releases.spool
+        spool.drop_releases(up_to_round)
+        if spool.nbytes() > SPOOL_LIMIT_BYTES:
+            spool.drop_releases(beyond_limit)
 
     def check_not_behind(self, applied_rounds: int) -> None:
         """Compare the ledger with what the hosts say they received.

@@ -115,6 +115,7 @@ class Engine:
         self._sums: Sums = {}
         self._sites: Sites | None = None
         self._captured_bytes_per_value: float | None = None
+        self._counted: int | None = None
 
     def _eta(self) -> float:
         """Rounding that the slack of the norms does not cover (see docs/concepts/dp-engine.md)."""
@@ -135,20 +136,24 @@ class Engine:
         if self._sites is None:
             self._sites = learn_sites(self, batch)
 
-    def accumulate(self, batch: Batch) -> Diagnostics:
+    def accumulate(self, batch: Batch, counted: int | None = None) -> Diagnostics:
         """Add the clipped gradients of one physical batch to the sums.
 
         Args:
             batch: as a Hugging Face collator makes it, tensors [B, ...].
+            counted: how many rows, from the first, are records; later ones add exactly zero, whatever the loss makes
+                of them. Default: all.
 
         Returns:
             Owner-only figures of this batch.
         """
         check_batch(batch, self.model)
         self.prepare(batch)
-        if self.next_method(batch) == "ghost":
-            return self._ghost(batch)
-        return self._book_keeping(batch)
+        self._counted = counted
+        try:
+            return self._ghost(batch) if self.next_method(batch) == "ghost" else self._book_keeping(batch)
+        finally:
+            self._counted = None
 
     def accumulate_user(self, batches: Iterable[Batch]) -> Diagnostics:
         """Add one user's gradient, summed over all records of all ``batches`` and clipped once.
@@ -336,6 +341,8 @@ class Engine:
         norms = squares.value.sqrt()
         factors = self.clipping.factors(torch.where(finite, upper, 1.0).sqrt(), self.thresholds)
         factors = torch.where(finite, factors, 0.0)
+        if self._counted is not None:
+            factors[:, self._counted :] = 0.0
         within = (norms <= self.thresholds[:, None]) & finite
         total = squares.value.sum(0).sqrt()
         return factors, Diagnostics(losses.cpu(), total, norms, within, ~finite)

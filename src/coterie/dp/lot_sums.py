@@ -200,7 +200,10 @@ class LotSums:
         if self.balancer is None or self.balancer.latest is None:
             return []
         latest = self.balancer.latest
-        return [latest if keep is None else torch.where(keep[:, None], latest, 0.0)]
+        if keep is None:
+            return [latest]
+        # In constant-work mode the model saw rows behind the records that only filled up the batch.
+        return [torch.where(keep[:, None], latest[: keep.shape[0]], 0.0)]
 
     def _batch(self, records: np.ndarray) -> dict[str, Any]:
         items = [self._dataset[int(i)] for i in records]

@@ -22,12 +22,9 @@ from coterie.dp.lot_sums import Collate, LotSums, RoundFigures, Settings, SumEng
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.randomness import RandomSource
 from coterie.dp.releases import Pending, Releases
-from coterie.dp.spool import Release, Spool
+from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release, Spool
 from coterie.dp.statement import Statement, make_statement
 from coterie.errors import CheckpointError, LedgerError, PrivacyError
-
-_SPOOL_LIMIT_BYTES = 16 * 2**30
-"""Most that results since the last checkpoint may take on disk."""
 
 
 @runtime_checkable
@@ -187,7 +184,7 @@ class PrivateSession:
         Without a checkpoint nothing can be resumed. Beyond the limit a resumed run spends the dropped rounds again.
         """
         spool = self.releases.spool
-        if self._saved is None or spool.nbytes() > _SPOOL_LIMIT_BYTES:
+        if self._saved is None or spool.nbytes() > SPOOL_LIMIT_BYTES:
             spool.drop_releases(self.round)
 
     def _pins(self) -> dict[str, str]:

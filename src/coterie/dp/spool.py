@@ -33,6 +33,9 @@ from coterie.dp.durable import (
 from coterie.dp.lots import Lot
 from coterie.errors import LedgerError
 
+SPOOL_LIMIT_BYTES = 16 * 2**30
+"""Beyond this much on disk, results are kept only as far as the newest checkpoints need them."""
+
 _LOT = "lot.json"
 _RELEASE = re.compile(r"release-(\d+)-(\d+)\.safetensors")
 

@@ -58,7 +58,7 @@ class AdapterSums:
         figures_out = {"loss": loss / max(tokens, 1), "tokens": tokens}
         return Sums({}, self._engine.take(), float(tokens), figures_out)
 
-    def applied(self, round: int) -> None:
+    def applied(self, round: int, newest: int) -> None:
         """Nothing is kept."""
 
     def check_not_behind(self, received: int) -> None:

@@ -1,7 +1,8 @@
 """Constant work: every physical batch has the same shape, and every round the same number of them.
 
-How long a round takes otherwise tells the size of its lot. Rows that are added carry no labels, so their loss and
-gradient are zero, and the sums stay what they were.
+How long a round takes otherwise tells the size of its lot. Rows that are added count for nothing: the engine gives
+their gradients the factor zero, whatever the loss makes of them (a balance term is not zero), so the sums stay what
+they were.
 
 Shape letters: B records, T tokens, G gradient groups.
 """
@@ -71,7 +72,7 @@ class ConstantWork:
         """As `Engine.accumulate`, on a batch filled up to the one shape; figures of the real rows."""
         self.batches += 1
         real = batch["input_ids"].shape[0]
-        found = self._engine.accumulate(self._filled(batch))
+        found = self._engine.accumulate(self._filled(batch), counted=real)
         return Diagnostics(
             found.losses[:real],
             found.norms[:real],
@@ -91,7 +92,7 @@ class ConstantWork:
         nothing = torch.empty(0, 0, dtype=torch.int64, device=self._device)
         empty = dict.fromkeys(("input_ids", "attention_mask", "labels"), nothing)
         for _ in range(self._each_round - self.batches):
-            self._engine.accumulate(self._filled(empty))
+            self._engine.accumulate(self._filled(empty), counted=0)
         self._engine.take()
 
     def _filled(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

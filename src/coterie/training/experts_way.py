@@ -80,8 +80,13 @@ class Contribution(Protocol):
         """
         ...
 
-    def applied(self, round: int) -> None:
-        """A checkpoint that everybody holds includes this round; what was kept for sending it again may go."""
+    def applied(self, round: int, newest: int) -> None:
+        """What was kept for sending rounds again may go.
+
+        Args:
+            round: every checkpoint that the federation could go back to includes it.
+            newest: the same of the newest checkpoint but one; what lies between is kept only while there is room.
+        """
         ...
 
     def check_not_behind(self, received: int) -> None:
@@ -149,7 +154,7 @@ class PlainSums:
     def open(self, streamer: LayerStreamer) -> None:
         """There is nothing to refuse."""
 
-    def applied(self, round: int) -> None:
+    def applied(self, round: int, newest: int) -> None:
         """Nothing is kept."""
 
     def check_not_behind(self, received: int) -> None:

@@ -121,8 +121,10 @@ class ExpertsWork(PartyWork):
 
     def save(self, told: State) -> str:
         digest = super().save(told)
-        # The newest checkpoint may not be published yet; what the one before it includes is never needed again.
-        self._sums.applied(self._saved_round)
+        # Everybody may have to go back to the oldest checkpoint that is still here, or, while the first one is not
+        # published, to the split model. What that includes is never needed again.
+        oldest = min((saved.round for saved in self.held()), default=0)
+        self._sums.applied(min(oldest, self._saved_round), self._saved_round)
         self._saved_round = told.round
         return digest
 

@@ -107,10 +107,10 @@ class PrivateSums:
         rest = {name: value for name, value in noised.items() if name not in self._names}
         return Sums(experts, rest, float(contributor.expected_lot), self._figures(round, release), release.digest)
 
-    def applied(self, round: int) -> None:
-        """A checkpoint that everybody holds includes this round: its spooled result may go."""
+    def applied(self, round: int, newest: int) -> None:
+        """Nobody will ask for the spooled results up to ``round`` again; those up to ``newest`` go if they are large."""
         if self.contributor is not None:
-            self.contributor.forget(round)
+            self.contributor.forget(round, newest)
 
     def check_not_behind(self, received: int) -> None:
         """Hosts received this many rounds of ours; a ledger that knows fewer was put back and stops the run."""
