@@ -83,7 +83,7 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
 
 @pytest.mark.slow
 def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes_are_sent_again(processes: Processes):
-    """Rounds 3 to 6 are in the owners' spools when cedar's disk goes back to round 2: nothing is drawn or paid twice."""
+    """Rounds 3 to 6 are in the owners' spools when cedar's disk goes back to round 2: nothing is paid twice."""
     folder, rounds = processes.folder, 8
     make_private(folder, rounds)
     processes.coordinate()
