@@ -108,7 +108,7 @@ class PrivateSums:
         return Sums(experts, rest, float(contributor.expected_lot), self._figures(round, release), release.digest)
 
     def applied(self, round: int, newest: int) -> None:
-        """Nobody will ask for spooled results up to ``round`` again; those up to ``newest`` go where room is short."""
+        """Nobody will ask for spooled results up to ``round`` again; those up to ``newest`` go if room is short."""
         if self.contributor is not None:
             self.contributor.forget(round, newest)
 
