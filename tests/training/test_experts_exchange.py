@@ -101,11 +101,15 @@ def test_a_shared_trunk_equals_one_process_on_the_union_after_20_rounds(tmp_path
 
 def recorded(config, folder: Path, data_seed: int) -> dict[str, list[tuple]]:  # type: ignore[no-untyped-def]
     """What each host received from each owner: kinds, parts, sizes, in order."""
-    models = full_models()
+    return recorded_of(config, folder, make_parts(config, full_models(), folder, data_seed=data_seed))
+
+
+def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type: ignore[no-untyped-def]
+    """The same of given parts."""
     seen: dict[str, list[tuple]] = {}
     federation = InProcessFederation(config, folder / "coordinator")
     federation.coordinate()
-    for name, each in make_parts(config, models, folder, data_seed=data_seed).items():
+    for name, each in parts.items():
         work = federation.up(each).work
         assert isinstance(work, ExpertsWork)
         assert work.way is not None

@@ -110,8 +110,11 @@ def way_of(federation: InProcessFederation, name: str):  # type: ignore[no-untyp
     return work.way
 
 
-def assert_same(federation: InProcessFederation, model: nn.Module, tolerance: float) -> None:
-    whole, layers = dict(model.named_parameters()), expert_layers(model)
+def assert_same(
+    federation: InProcessFederation, model: nn.Module, tolerance: float, also: Mapping[str, Tensor] | None = None
+) -> None:
+    """Everything that hosts store against one model, and what else they are home to."""
+    whole, layers = {**dict(model.named_parameters()), **(also or {})}, expert_layers(model)
     for name in PARTIES:
         pool = way_of(federation, name).pool
         for key, value in pool.home.weights().items():

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec
 from coterie.config.model import LoraSpec, ModelSpec
-from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
+from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.train import Device, OptimSpec, TrainSpec
 from coterie.errors import ConfigError
 
@@ -120,6 +120,11 @@ class FederationConfig(Spec):
             not isinstance(self.privacy, PrivacyRules) or self.privacy.sampler != "truncated_poisson"
         ):
             raise ValueError("`push_after_s` needs `privacy.sampler: truncated_poisson`, which bounds a lot's work")
+        if self.mixed_privacy and isinstance(self.privacy, PrivacyRules) and self.privacy.balance in RELEASED_LOADS:
+            raise ValueError(
+                f"`privacy.balance: {self.privacy.balance}` needs every party to release its expert loads: leave out "
+                "`mixed_privacy`, or use `balance: per_sequence`"
+            )
         if self.lora is not None and self.exchange != "experts":
             raise ValueError("`lora` needs `exchange: experts`")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]

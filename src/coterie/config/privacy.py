@@ -10,6 +10,9 @@ from coterie.config.base import LocalPath, Spec
 from coterie.config.data import DataSpec
 from coterie.config.model import ModelSpec
 
+RELEASED_LOADS = ("private_load", "bias")
+"""Ways of balance that release the experts' loads within the mechanism."""
+
 
 class PrivacyRules(Spec):
     """The mechanism: in a federation the same for all parties, and public."""

@@ -16,7 +16,7 @@ S = sum of E over layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -144,6 +144,49 @@ def _beside(layer: ExpertLayer, modules: dict[str, nn.Module]) -> list[nn.Module
     return [module for module in inside if id(module) not in experts and isinstance(module, nn.Module)]
 
 
+class LoadAverage:
+    """The running average of released loads: post-processing, the same for one session and for a whole federation.
+
+    Args:
+        sizes: experts of every MoE layer.
+        balance: settings.
+
+    Attributes:
+        even: [S] float64, what perfectly even loads would be.
+        load: [S] float64, shares of each layer's tokens; None before the first release.
+    """
+
+    def __init__(self, sizes: Sequence[int], balance: Balance) -> None:
+        self.even = torch.cat([torch.full((size,), 1 / size, dtype=torch.float64) for size in sizes])
+        self.load: Tensor | None = None
+        self._balance = balance
+        self._rounds = 0
+
+    def take(self, mean_S: Tensor) -> None:
+        """Add a released, noised sum of centred load vectors, divided by the expected number of units."""
+        fresh = self.even + mean_S.double()
+        # Plain averaging until the window has filled up, so that the first rounds are not taken at face value.
+        self._rounds += 1
+        keep = min(self._balance.smoothing, 1 - 1 / self._rounds)
+        self.load = fresh if self.load is None else keep * self.load + (1 - keep) * fresh
+
+    def bias_step(self) -> Tensor:
+        """[S] float64: by how much the routing bias moves now, up for experts with less than their even share."""
+        assert self.load is not None
+        return self._balance.coefficient * torch.sign(self.even - self.load)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; all of it was released."""
+        if self.load is None:
+            return {}
+        return {"balance.load": self.load, "balance.rounds": torch.tensor(self._rounds)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state`."""
+        self.load = state.get("balance.load")
+        self._rounds = int(state["balance.rounds"]) if self.load is not None else 0
+
+
 class Balancer:
     """Adds the balance term to a per-sample loss and gathers the loads of a lot.
 
@@ -154,7 +197,7 @@ class Balancer:
 
     Attributes:
         load_bound: largest L2 norm of one unit's centred load vector; larger ones are scaled down to it.
-        load: [S] float64, the running average of released loads, shares of each layer's tokens; None before round 1.
+        average: of released loads.
     """
 
     def __init__(self, balance: Balance, model: nn.Module, loss_fn: LossFunction) -> None:
@@ -164,10 +207,18 @@ class Balancer:
         self.sizes = [layer.num_experts for layer in self.watch.layers]
         # A layer's centred load (shares minus 1/E) has norm at most sqrt(1 - 1/E), reached when one expert gets all.
         self.load_bound = math.sqrt(sum(1 - 1 / size for size in self.sizes))
-        self.load: Tensor | None = None
-        self._rounds = 0
+        self.average = LoadAverage(self.sizes, balance)
         self.latest: Tensor | None = None
         self._biases = _biases(self.watch) if balance.mode == "bias" else []
+
+    @property
+    def load(self) -> Tensor | None:
+        """[S] float64, loads of earlier rounds as they are in the loss; None before the first release."""
+        return self.average.load
+
+    @load.setter
+    def load(self, value: Tensor | None) -> None:
+        self.average.load = value
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B] losses with the balance term; loads of the batch's records are in ``latest`` afterwards."""
@@ -224,9 +275,8 @@ class Balancer:
         """
         if loads_RS.shape[0] == 0:
             return torch.zeros(sum(self.sizes), dtype=torch.float64)
-        even = torch.cat([torch.full((size,), 1 / size, dtype=torch.float64) for size in self.sizes])
         usable = torch.isfinite(loads_RS).all(1) & (loads_RS.sum(1) > 0)
-        centred = torch.where(usable[:, None], loads_RS - even, 0.0)
+        centred = torch.where(usable[:, None], loads_RS - self.average.even, 0.0)
         count = int(units_R.max()) + 1
         total = torch.zeros(count, loads_RS.shape[1], dtype=torch.float64).index_add_(0, units_R, centred)
         records = torch.zeros(count, dtype=torch.float64).index_add_(0, units_R, usable.double())
@@ -236,30 +286,38 @@ class Balancer:
 
     def take_released(self, noised_S: Tensor, expected_units: float) -> None:
         """Post-processing of a released load sum: into the running average, and into the routing bias."""
-        even = torch.cat([torch.full((size,), 1 / size, dtype=torch.float64) for size in self.sizes])
-        fresh = even + noised_S.double() / expected_units
-        # Plain averaging until the window has filled up, so that the first rounds are not taken at face value.
-        self._rounds += 1
-        keep = min(self.balance.smoothing, 1 - 1 / self._rounds)
-        smooth = fresh if self.load is None else keep * self.load + (1 - keep) * fresh
-        self.load = smooth
-        start = 0
-        for bias, size in self._biases:
-            share = smooth[start : start + size].to(bias.device)
-            with torch.no_grad():
-                bias += self.balance.coefficient * torch.sign(1 / size - share).to(bias.dtype)
-            start += size
+        self.average.take(noised_S.double() / expected_units)
+        if self.balance.mode == "bias":
+            self.set_bias(self.bias().double() + self.average.bias_step())
+
+    def bias(self) -> Tensor:
+        """[S] float32, the model's routing biases; empty unless the mode is ``bias``."""
+        return torch.cat([torch.empty(0), *(bias.detach().cpu().float() for bias, _ in self._biases)])
+
+    @torch.no_grad()
+    def set_bias(self, bias_S: Tensor) -> None:
+        """Put routing biases into the model."""
+        for (bias, _), own in zip(self._biases, bias_S.split([size for _, size in self._biases]), strict=True):
+            bias.copy_(own)
+
+    def follow(self, public_S: Tensor) -> None:
+        """Compute with what a federation's home of the loads serves: smoothed loads, or the routing biases.
+
+        Args:
+            public_S: [S] floating point, the same at all parties.
+        """
+        if self.balance.mode == "bias":
+            self.set_bias(public_S)
+        else:
+            self.load = public_S.double()
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; all of it was released."""
-        if self.load is None:
-            return {}
-        return {"balance.load": self.load, "balance.rounds": torch.tensor(self._rounds)}
+        return self.average.state()
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state`."""
-        self.load = state.get("balance.load")
-        self._rounds = int(state["balance.rounds"]) if self.load is not None else 0
+        self.average.restore(state)
 
 
 def _mask(batch: Batch, tokens: int, device: torch.device) -> Tensor:

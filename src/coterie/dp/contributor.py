@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from coterie.dp.accounting import epsilon, noise_multiplier
+from coterie.dp.balance import Balancer
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
 from coterie.dp.ledger import open_ledger
@@ -70,6 +71,7 @@ class Contributor:
         run: identifier in the ledger; the same after a restart.
         users: the user of each record, where units are users.
         artefacts: what the start was made from.
+        balancer: adds the lot's expert loads to the release; it is told what follows from them by `Balancer.follow`.
 
     Raises:
         BudgetError: an impossible budget or lot.
@@ -89,6 +91,7 @@ class Contributor:
         digest: str | None = None,
         users: Sequence[Hashable] | None = None,
         artefacts: Sequence[Artefact] = (),
+        balancer: Balancer | None = None,
     ) -> None:
         units = Units.of_records(len(dataset)) if users is None else Units.of_users(users, plan.records_per_user)
         lots = LotPlan.of(units.count, plan.lot_size, plan.sampler, plan.max_lot)  # type: ignore[arg-type]
@@ -110,7 +113,7 @@ class Contributor:
         self._units, self._lots, self._plan, self._run, self._ledger = units, lots, plan, run, books
         self._sigma, self._not_covered = sigma, not_covered(artefacts)
         settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
-        self._sums = LotSums(model, dataset, collate, engine, None, units, settings, self._source)
+        self._sums = LotSums(model, dataset, collate, engine, balancer, units, settings, self._source)
         self._releases = Releases(books, Spool(books.folder / "spool" / run), run)
 
     @property

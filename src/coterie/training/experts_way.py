@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from coterie.config import FederationConfig, PrivacyRules
+from coterie.dp.balance import Balancer
 from coterie.dp.losses import default_loss
+from coterie.dp.mechanism import LOAD
 from coterie.federation.home import TrunkHome
 from coterie.federation.owner import Mirror, SumSender, model_version
 from coterie.federation.parts import Part, expert_parts
@@ -35,6 +37,7 @@ from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.weight_cache import FileStore, MemoryStore, WeightCache
+from coterie.training.load_home import LoadHome, releases_loads
 from coterie.training.loop import to_device
 from coterie.training.packing import Batch
 from coterie.training.party_work import superseded
@@ -49,7 +52,7 @@ class Sums:
 
     Attributes:
         experts: layer to stacked sums by parameter name, [E, ...]; None when it does not contribute.
-        trunk: sums of the trained trunk parameters by name.
+        trunk: sums of the trained trunk parameters by name, and of the expert loads where these are released.
         weight: what everybody's sums together are divided by adds up from these.
         figures: for the owner's own metrics; never sent.
         digest: of the spooled release that they come from; empty without privacy.
@@ -185,6 +188,7 @@ class ExpertsWay:
         transport: to the others.
         make_optimizer: of hosted parts.
         contribution: see `Contribution`.
+        balancer: is told the public loads of every round, where parties release theirs.
         cache_dir: where fetched layers lie on disk; None keeps them in host memory.
         device: where experts compute.
 
@@ -205,17 +209,19 @@ class ExpertsWay:
         make_optimizer: OptimizerFactory,
         contribution: Contribution,
         *,
+        balancer: Balancer | None = None,
         cache_dir: Path | None,
         device: torch.device,
     ) -> None:
         self._federation, self._model, self._transport = federation, model, transport
-        self._contribution = contribution
+        self._contribution, self._balancer = contribution, balancer
         # Where everybody sends spooled bytes, a second attempt at a round brings the same ones and hosts keep what
         # they have. All parties have to see it alike, or they would not agree on a number for the round.
         self._repeatable = isinstance(federation.privacy, PrivacyRules) and not federation.mixed_privacy
         self._layers = seam.expert_layers(model)
         self.parts = model_parts(federation, model, placement)
-        names = [name for part in self.parts if part.layer < 0 and part.host == party for name, _ in part.shapes]
+        names = {name for part in self.parts if part.layer < 0 and part.host == party for name, _ in part.shapes}
+        loads = {LOAD: LoadHome(balancer)} if balancer is not None and LOAD in names else {}
         weights_dtype, push_dtype = getattr(torch, federation.weights_dtype), getattr(torch, federation.push_dtype)
         self._push_dtype = push_dtype
         self.pool = Pool(
@@ -223,7 +229,7 @@ class ExpertsWay:
             tuple(federation.parties),
             self.parts,
             Shard(self._layers, experts, make_optimizer),
-            TrunkHome({name: trunk[name] for name in names}, make_optimizer),
+            TrunkHome({name: trunk[name] for name in sorted(names - {LOAD})}, make_optimizer, loads),
             weights_dtype=weights_dtype,
             push_dtype=push_dtype,
         )
@@ -331,7 +337,11 @@ class ExpertsWay:
     def _set_trunk(self, tensors: Mapping[str, Tensor]) -> None:
         own = dict(self._model.named_parameters())
         for name, value in tensors.items():
-            own[name].copy_(value)
+            if name == LOAD:
+                assert self._balancer is not None
+                self._balancer.follow(value)
+            else:
+                own[name].copy_(value)
 
     def _encode(self, sums: Sums, serial: int) -> dict[int, Tensor]:
         assert sums.experts is not None
@@ -377,6 +387,8 @@ def model_parts(federation: FederationConfig, model: nn.Module, placement: Place
     layers = seam.expert_layers(model)
     own = dict(model.named_parameters())
     shared = {name: tuple(own[name].shape) for name in shared_names(federation, model)}
+    if releases_loads(federation):
+        shared[LOAD] = (sum(layer.num_experts for layer in layers),)
     return expert_parts(
         [{name: tuple(param.shape) for name, param in layer.parameters().items()} for layer in layers],
         [[placement.host_name(layer.index, e) for e in range(layer.num_experts)] for layer in layers],

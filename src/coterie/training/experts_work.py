@@ -17,6 +17,7 @@ from coterie.federation.round_state import State
 from coterie.federation.transport import Lane, Message
 from coterie.training.adapter_sums import AdapterSums
 from coterie.training.experts_way import Contribution, ExpertsWay, PlainSums, shared_names
+from coterie.training.load_home import releases_loads
 from coterie.training.party_parts import Weights
 from coterie.training.party_work import PartyWork
 from coterie.training.private_sums import PrivateSums
@@ -50,6 +51,7 @@ class ExpertsWork(PartyWork):
             self._transport,
             self._make_optimizer,
             self._sums,
+            balancer=self._sums.balancer if isinstance(self._sums, PrivateSums) else None,
             cache_dir=parts.run_dir / "cache" if parts.cache == "disk" else None,
             device=parts.device,
         )
@@ -108,7 +110,8 @@ class ExpertsWork(PartyWork):
             "rounds": contributor.rounds_released(),
             "rounds_left": contributor.rounds_left(),
             "contributing": not self._sums.exhausted,
-            "revealed": "noised sums of clipped gradients",
+            "revealed": "noised sums of clipped gradients"
+            + (" and of expert loads" if releases_loads(self.parts.federation) else ""),
             "revealed_to": others,
         }
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp import selfcheck
+from coterie.dp.balance import Balance, Balancer
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import policy
 from coterie.dp.contributor import Contributor, Plan
 from coterie.dp.engine import Engine
+from coterie.dp.losses import default_loss
 from coterie.dp.lot_sums import SumEngine
 from coterie.dp.refusals import check_model
 from coterie.dp.spool import Release
@@ -45,6 +47,7 @@ class PrivateSums:
 
     Attributes:
         contributor: the party's ledger and releases; None until the party has joined.
+        balancer: keeps experts evenly used; None where nothing does.
         exhausted: the budget allowed no further round, so nothing was contributed to the last one.
 
     Raises:
@@ -60,13 +63,6 @@ class PrivateSums:
         parts: PrivacyParts,
         run: Callable[[], str],
     ) -> None:
-        if parts.spec.balance in ("private_load", "bias"):
-            raise ConfigError(
-                f"`privacy.balance: {parts.spec.balance}` is not available in a federation.",
-                code="config-balance",
-                why="the released loads of one party would have to be sent to, and smoothed by, all others",
-                fix="use `balance: off`, or `per_sequence`, which costs no privacy",
-            )
         if parts.push_after_s is not None and records.users is not None:
             raise ConfigError(
                 "`push_after_s` needs `privacy.unit: record`.",
@@ -83,6 +79,9 @@ class PrivateSums:
         }
         check_model(model)
         self._check_covered()
+        spec = parts.spec
+        balance = Balance(spec.balance, spec.balance_coefficient, spec.load_share, spec.load_smoothing)
+        self.balancer = Balancer(balance, model, default_loss) if balance.mode != "off" else None
         self.contributor: Contributor | None = None
         self.exhausted = False
         self._constant: ConstantWork | None = None
@@ -161,7 +160,7 @@ class PrivateSums:
                 engine = self._constant = self._steadied(made)
             self.contributor = Contributor(
                 self._model, self._records, self._collate, engine, plan, ledger=spec.ledger, run=self._run(),
-                digest=parts.digest, users=self._records.users, artefacts=parts.artefacts,
+                digest=parts.digest, users=self._records.users, artefacts=parts.artefacts, balancer=self.balancer,
             )  # fmt: skip
         return self.contributor
 
@@ -187,14 +186,7 @@ class PrivateSums:
         }
         clipping = policy(self._parts.spec.clipping, self._parts.spec.clip_norm)
         cpu = torch.device("cpu")
-        loss = None
-        if self._parts.spec.balance == "per_sequence":
-            from coterie.dp.balance import Balance, Balancer
-            from coterie.dp.losses import default_loss
-
-            balance = Balance("per_sequence", self._parts.spec.balance_coefficient)
-            loss = Balancer(balance, self._model, default_loss)
-        return Engine(self._model, loss, clipping, self._parts.spec.method, streamer, shapes, cpu)
+        return Engine(self._model, self.balancer, clipping, self._parts.spec.method, streamer, shapes, cpu)
 
     def _steadied(self, engine: Engine) -> ConstantWork:
         spec, length = self._parts.spec, self._parts.sequence_length
