@@ -234,6 +234,14 @@ def test_an_explicit_placement_is_read_with_integer_layers_and_experts(tmp_path:
     assert config.placement == {0: {0: "alder", 1: "birch"}}
 
 
+def test_two_hosts_cannot_claim_one_expert(tmp_path: Path) -> None:
+    """Wherever the second claim stands, YAML would quietly take the last one."""
+    for claims in ("{0: {0: alder, 0: birch}}", "{0: {0: alder}, 0: {0: birch}}"):
+        error = refusal(tmp_path, FEDERATION + f"privacy: none\nplacement: {claims}\n", FederationConfig)
+        assert error.code == "config-duplicate-key"
+        assert "placement.0" in error.message
+
+
 def test_the_hash_is_the_same_wherever_the_file_lies_and_changes_with_any_setting(tmp_path: Path) -> None:
     text = FEDERATION + "exchange: tokens\n"
     hashes = set()

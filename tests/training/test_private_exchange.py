@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from test_experts_exchange import recorded_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.config import FederationConfig, PrivacySpec
-from coterie.dp.lots import LotPlan, Units, draw_lot
+from coterie.dp import contributor
+from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.noise import add_noise
 from coterie.dp.randomness import random_source
 from coterie.models import seam
@@ -208,3 +211,18 @@ def test_a_party_that_starts_again_after_the_end_still_says_what_it_revealed(tmp
         assert before.privacy["rounds"] == 2
         assert after.privacy == before.privacy
         assert after.statement == before.statement
+
+
+def test_what_leaves_an_owner_has_the_same_sizes_and_order_whatever_the_size_of_its_lot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An empty lot, one of one record, and a large one."""
+    seen = []
+    for size in (0, 1, 9):
+        lot = np.arange(size)
+        monkeypatch.setattr(contributor, "draw_lot", lambda round, *rest, lot=lot: Lot(round, lot, lot))
+        config = private_settings(train__rounds=2)
+        parts = make_parts(config, full_models(), tmp_path / str(size))
+        seen.append(recorded_of(config, tmp_path / str(size), with_privacy(parts, tmp_path / str(size), sigma=None)))
+    assert seen[0] == seen[1] == seen[2]
+    assert sum(kind == "push-chunk" for events in seen[0].values() for _, kind, *_ in events) > 0

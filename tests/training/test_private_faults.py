@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_private_exchange import private_settings, with_privacy
+from torch import Tensor
 
 from coterie.config import FederationConfig
 from coterie.dp import contributor
@@ -23,6 +27,7 @@ from coterie.errors import CoterieError
 from coterie.federation.owner import SumSender
 from coterie.federation.pool import Pool
 from coterie.federation.push_service import BEGIN, Pusher
+from coterie.models import weight_cache
 from coterie.training.in_process import InProcessFederation
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_run import PartyResult
@@ -54,13 +59,14 @@ class World:
         self.uncounted: list[str] = []
         self.announced: dict[tuple[str, int, int], list[str]] = defaultdict(list)
 
-    def parts(self) -> dict[str, PartyParts]:
+    def parts(self, **changes: object) -> dict[str, PartyParts]:
         parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
-        return with_privacy(parts, self.folder, sigma=None, seeded=False)
+        private = with_privacy(parts, self.folder, sigma=None, seeded=False)
+        return {name: replace(each, **changes) for name, each in private.items()}  # type: ignore[arg-type]
 
-    def start(self) -> None:
+    def start(self, **changes: object) -> None:
         self.federation.coordinate()
-        for each in self.parts().values():
+        for each in self.parts(**changes).values():
             self.federation.up(each)
 
     def back(self) -> None:
@@ -296,3 +302,102 @@ def test_rolled_back_ledger_stops_the_run_before_anything_is_drawn(tmp_path: Pat
     assert end.code == "dp-ledger-behind"
     assert released >= 2
     assert world.releases() == [], "nothing was drawn or released on the strength of the older ledger"
+
+
+def test_release_made_under_another_roster_is_burned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):
+    """Somebody left or renewed a certificate while a round was spooled: it is paid for, and never sent."""
+    world = watched(World(tmp_path))
+    dead = arrange(monkeypatch, world, "counted but not declared")
+    world.start(roster="one")
+    assert dead.wait(120.0)
+    for name in PARTIES:
+        world.federation.kill(name)
+    before = {name: world.releases(name) for name in PARTIES}
+    assert before[VICTIM][-1] == (FATAL, 0)
+    for each in world.parts(roster="two").values():
+        world.federation.up(each)
+    world.finished()
+    assert not world.uncounted
+    assert (FATAL, 1) in world.releases()
+    burned = [entry["data"]["round"] for entry in world.entries() if entry["kind"] == "burned"]
+    assert FATAL in burned
+    assert all(len(set(digests)) == 1 for (_, round, _), digests in world.announced.items() if round == FATAL)
+
+
+def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched
+):
+    world = watched(World(tmp_path))
+    full, lots = threading.Event(), []
+    save, store = weight_cache.save_file, Spool.store_lot
+
+    def fails_once(tensors, path):  # type: ignore[no-untyped-def]
+        notices = world.federation.notices
+        if VICTIM in str(path) and notices[-1].state.round == FATAL and not full.is_set():
+            full.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    def drawn(self, lot, draw, pins):  # type: ignore[no-untyped-def]
+        if _is_victims(self):
+            lots.append((lot.round, draw))
+        store(self, lot, draw, pins)
+
+    monkeypatch.setattr(weight_cache, "save_file", fails_once)
+    monkeypatch.setattr(Spool, "store_lot", drawn)
+    world.start(cache="disk")
+    world.finished()
+    assert full.is_set()
+    assert any("cache-full" in notice.state.note for notice in world.federation.notices), (
+        "the party's own code is told"
+    )
+    assert not world.uncounted
+    assert lots == world.releases() == [(round, 0) for round in range(1, ROUNDS + 1)]
+
+
+def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched
+):
+    """A memory fault on the way: the host takes nothing of it, and nothing is drawn or counted again."""
+    world = watched(World(tmp_path))
+    push, broken = SumSender.push, threading.Event()
+
+    def damaged(self, round, blobs: Mapping[int, Tensor], versions):  # type: ignore[no-untyped-def]
+        if round // 1024 == FATAL and _is_victims(self) and not broken.is_set():
+            broken.set()
+            blobs = {number: torch.full_like(blob, 0xFF) for number, blob in blobs.items()}
+        push(self, round, blobs, versions)
+
+    monkeypatch.setattr(SumSender, "push", damaged)
+    world.start()
+    world.finished()
+    assert broken.is_set()
+    assert any("push-not-finite" in notice.state.note for notice in world.federation.notices)
+    assert world.releases() == [(round, 0) for round in range(1, ROUNDS + 1)]
+    spoiled = {len(set(digests)) for (_, round, _), digests in world.announced.items() if round == FATAL}
+    assert max(spoiled) == 2, "the damaged bytes and the spooled ones"
+
+
+def test_party_that_comes_back_after_its_budget_was_spent_draws_nothing_and_goes_on_hosting(tmp_path: Path, watched):
+    world = watched(World(tmp_path, rounds=6))
+
+    def poor() -> dict[str, PartyParts]:
+        parts = world.parts()
+        privacy = parts[VICTIM].privacy
+        assert privacy is not None
+        return parts | {VICTIM: replace(parts[VICTIM], privacy=replace(privacy, rounds=2))}
+
+    world.federation.coordinate()
+    for each in poor().values():
+        world.federation.up(each)
+    until(lambda: world.at(round=5))
+    world.federation.kill(VICTIM)
+    world.federation.up(poor()[VICTIM])
+    world.finished()
+    assert world.releases() == [(1, 0), (2, 0)]
+    assert {round for _, round, _ in world.announced} == {1, 2}
+    end = world.federation.ends[VICTIM]
+    assert isinstance(end, PartyResult)
+    assert end.privacy is not None
+    assert not end.privacy["contributing"]
+    assert world.releases("alder") == [(round, 0) for round in range(1, 7)]

@@ -81,7 +81,7 @@ def _cannot_write(path: Path, error: Exception) -> CheckpointError:
         code="cache-full" if full else "cache-write",
         where=str(path.parent),
         why="the round needs every layer; nothing was sent and the earlier file is untouched",
-        fix="free space, or move the cache with `cache_dir`, then resume",
+        fix="free space, or set `cache: memory` in party.yaml; the round is tried again",
     )
 
 

@@ -191,6 +191,7 @@ class ExpertsWay:
         balancer: is told the public loads of every round, where parties release theirs.
         cache_dir: where fetched layers lie on disk; None keeps them in host memory.
         device: where experts compute.
+        roster: hash of the signed roster; a release made under another one is burned.
 
     Attributes:
         pool: what this party stores for everybody.
@@ -212,7 +213,9 @@ class ExpertsWay:
         balancer: Balancer | None = None,
         cache_dir: Path | None,
         device: torch.device,
+        roster: str = "",
     ) -> None:
+        self._roster = roster
         self._federation, self._model, self._transport = federation, model, transport
         self._contribution, self._balancer = contribution, balancer
         # Where everybody sends spooled bytes, a second attempt at a round brings the same ones and hosts keep what
@@ -266,6 +269,7 @@ class ExpertsWay:
         pins = {
             "weights": model_version(versions),
             "agreement": self._federation.content_hash(),
+            "roster": self._roster,
             "epoch": str(told.epoch),
         }
 

@@ -54,6 +54,7 @@ class ExpertsWork(PartyWork):
             balancer=self._sums.balancer if isinstance(self._sums, PrivateSums) else None,
             cache_dir=parts.run_dir / "cache" if parts.cache == "disk" else None,
             device=parts.device,
+            roster=parts.roster,
         )
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:

@@ -147,6 +147,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         device=device,
         cache=config.cache,
         privacy=_privacy_parts(config, federation, spec, dataset_digest(documents.texts)) if spec else None,
+        roster=roster.content_hash() if roster is not None else "",
     )
 
 

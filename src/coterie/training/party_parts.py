@@ -64,6 +64,7 @@ class PartyParts:
         device: where the trunk and the hosted experts compute.
         cache: where fetched layers lie in the `experts` exchange.
         privacy: what this party trains under; None without privacy.
+        roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
     """
 
     party: str
@@ -77,6 +78,7 @@ class PartyParts:
     device: torch.device
     cache: Literal["memory", "disk"] = "memory"
     privacy: PrivacyParts | None = None
+    roster: str = ""
 
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:
