@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from coterie.errors import RoundError
 from coterie.federation.transport import Lane, Message
 from coterie.models import seam
 from coterie.models.seam import expert_layers
+from coterie.models.streaming import HostGradients
 from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.packing import RoundOrder
@@ -141,6 +143,28 @@ def test_unchanged_parts_do_not_cross_again(tmp_path: Path):
     for events in (events for lane, events in seen.items() if lane.endswith("FORWARD")):
         chunks = [event for event in events if event[1] == "weights-chunk"]
         assert len({event[2] for event in chunks}) == 1, "after the first round nothing had changed"
+
+
+def test_attempt_that_fails_in_the_middle_of_a_backward_leaves_no_gradient_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = experts_settings(trunk="shared", train__rounds=3)
+    one = full_models()[PARTIES[0]]
+    models = {name: copy.deepcopy(one) for name in PARTIES}
+    parts = make_parts(config, models, tmp_path)
+    add, calls = HostGradients.add, [0]
+
+    def fails_once(self, layer, gradients):  # type: ignore[no-untyped-def]
+        calls[0] += layer == 0
+        if layer == 0 and calls[0] == 12:  # three micro-batches at three parties are nine a round
+            raise RoundError("a fault in the second round", code="test")
+        add(self, layer, gradients)
+
+    monkeypatch.setattr(HostGradients, "add", fails_once)
+    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    assert any("test" in notice.state.note for notice in federation.notices)
+    union_by_hand(config, models[PARTIES[0]], parts)
+    assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
 
 
 def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path):

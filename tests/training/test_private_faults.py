@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_private_exchange import private_settings, with_privacy
+from test_private_exchange import private_settings, way_of, with_privacy
 from torch import Tensor
 
 from coterie.config import FederationConfig
@@ -51,8 +51,8 @@ class Died(BaseException):
 class World:
     """A private federation whose victim's ledger is compared with what the hosts receive, at every push."""
 
-    def __init__(self, folder: Path, *, rounds: int = ROUNDS, **changes: object) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, rounds: int = ROUNDS, seeded: bool = False, **changes: object) -> None:
+        self.folder, self.seeded = folder, seeded
         self.config: FederationConfig = private_settings(train__rounds=rounds, deadline_s=4.0, **changes)
         self.model = full_models()[PARTIES[0]]
         self.federation = InProcessFederation(self.config, folder / "coordinator")
@@ -61,7 +61,7 @@ class World:
 
     def parts(self, **changes: object) -> dict[str, PartyParts]:
         parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
-        private = with_privacy(parts, self.folder, sigma=None, seeded=False)
+        private = with_privacy(parts, self.folder, sigma=None, seeded=self.seeded)
         return {name: replace(each, **changes) for name, each in private.items()}  # type: ignore[arg-type]
 
     def start(self, **changes: object) -> None:
@@ -209,6 +209,29 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
     sent_before = ("in the middle of the push", "pushed but not reported", "applied but not saved")
     assert bool(again) or point not in sent_before
     assert all(round == FATAL for _, round, _ in again)
+
+
+@pytest.mark.parametrize("point", ["while it computes", "in the middle of the push", "committed but not applied"])
+def test_weights_after_a_death_are_those_of_a_run_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, point: str
+):
+    """Nothing lost and nothing added twice, to the last bit; seeded, so that both runs draw the same noise."""
+    served = []
+    for name, dies in (("calm", False), ("deadly", True)):
+        world = watched(World(tmp_path / name, seeded=True))
+        dead = arrange(monkeypatch, world, point) if dies else None
+        world.start()
+        if dead is not None:
+            assert dead.wait(120.0), "the point was never reached"
+            until(lambda world=world: isinstance(world.federation.ends.get(VICTIM), BaseException))
+            world.back()
+        world.finished()
+        pools = [way_of(world.federation, each).pool for each in PARTIES]
+        served.append([pool.home.weights() | pool.shard.state_dict() for pool in pools])
+    for calm, deadly in zip(*served, strict=True):
+        assert calm.keys() == deadly.keys()
+        for key, value in calm.items():
+            assert torch.equal(deadly[key], value), key
 
 
 def test_rounded_push_is_resent_with_the_same_coins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):

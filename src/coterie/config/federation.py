@@ -114,8 +114,6 @@ class FederationConfig(Spec):
             raise ValueError("`exchange: tokens` cannot keep a privacy budget: hosts see every token's hidden vector")
         if self.exchange == "tokens" and self.trunk == "shared":
             raise ValueError("`trunk: shared` needs `exchange: experts`")
-        if self.exchange == "experts" and self.lost_party == "continue":
-            raise ValueError("`lost_party: continue` needs `exchange: tokens`: sums cover the layers of all hosts")
         if self.push_after_s is not None and (
             not isinstance(self.privacy, PrivacyRules) or self.privacy.sampler != "truncated_poisson"
         ):

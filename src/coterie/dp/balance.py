@@ -311,6 +311,12 @@ class Balancer:
         else:
             self.load = public_S.double()
 
+    def public(self) -> Tensor:
+        """[S] what `follow` was given last; before that, even loads or the model's own biases."""
+        if self.balance.mode == "bias":
+            return self.bias()
+        return self.average.even if self.load is None else self.load
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; all of it was released."""
         return self.average.state()

@@ -52,17 +52,22 @@ class Mirror:
         set_trunk: Callable[[Mapping[str, Tensor]], None],
         wait_s: float,
     ) -> None:
-        self._parts, self._num_experts, self._cache, self._pool = tuple(parts), tuple(num_experts), cache, pool
+        self._all, self._num_experts, self._cache, self._pool = tuple(parts), tuple(num_experts), cache, pool
+        self._parts = self._all
         self._fetcher, self._dtype, self._set_trunk, self._wait_s = fetcher, dtype, set_trunk, wait_s
         self.received = 0
         self._held: dict[int, str] = {}
         self._arrived = threading.Condition()
         self._waiting: dict[int, set[int]] = {}
-        self._fresh: dict[int, list[tuple[Part, Tensor]]] = defaultdict(list)
+        self._fresh: dict[int, list[tuple[Part, Tensor, str]]] = defaultdict(list)
         self._error: BaseException | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._stopped = False
         self.num_layers = cache.num_layers
+
+    def use(self, parts: Sequence[Part]) -> None:
+        """From the next round on, mirror these parts; see `coterie.federation.parts.present_parts`."""
+        self._parts = tuple(parts)
 
     def versions(self, round: int) -> dict[int, str]:
         """Digest of every part that this round is to be computed on, by part number, before anything large moves.
@@ -91,6 +96,7 @@ class Mirror:
         for part in self._parts:
             self._waiting[part.layer].add(part.number)
             by_host[part.host].append(part)
+        self._fill_up_missing()
         self._threads = ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-fetch")
         for host_parts in by_host.values():
             self._threads.submit(self._bring, host_parts, round, dict(versions))
@@ -150,27 +156,38 @@ class Mirror:
         with self._arrived:
             if blob is not None:
                 self._held.pop(part.number, None)
-                self._fresh[part.layer].append((part, blob))
+                self._fresh[part.layer].append((part, blob, digest))
             self._waiting[part.layer].discard(part.number)
             if not self._waiting[part.layer]:
                 self._assemble(part.layer)
-            if blob is not None:
-                self._held[part.number] = digest
             self._arrived.notify_all()
 
     def _assemble(self, layer: int) -> None:
         fresh = self._fresh.pop(layer, [])
         if layer < 0:
-            for part, blob in fresh:
+            for part, blob, _ in fresh:
                 self._set_trunk(part.decode(blob, self._dtype))
         elif fresh:
             held = self._cache.get(layer) if layer in self._cache.digests() else {}
             stacked = {name: tensor.clone() for name, tensor in held.items()}
-            for part, blob in fresh:
+            for part, blob, _ in fresh:
                 for name, rows in part.decode(blob, self._dtype).items():
                     shape = (self._num_experts[layer], *rows.shape[1:])
-                    stacked.setdefault(name, torch.empty(shape, dtype=self._dtype))[list(part.experts)] = rows
+                    stacked.setdefault(name, torch.zeros(shape, dtype=self._dtype))[list(part.experts)] = rows
             self._cache.put(layer, stacked)
+        # Not before: an attempt that ends between two parts of a layer leaves the cache as it was.
+        self._held |= {part.number: digest for part, _, digest in fresh}
+
+    def _fill_up_missing(self) -> None:
+        """Zeros for layers that no present host stores and that are not held; their experts are masked."""
+        for layer in range(self.num_layers):
+            if not self._waiting[layer] and layer not in self._cache.digests():
+                shapes = {name: shape for part in self._all if part.layer == layer for name, shape in part.shapes}
+                size = self._num_experts[layer]
+                self._cache.put(
+                    layer,
+                    {name: torch.zeros((size, *shape[1:]), dtype=self._dtype) for name, shape in shapes.items()},
+                )
 
     def _wait(self, layer: int) -> None:
         with self._arrived:
@@ -200,6 +217,10 @@ class SumSender:
         self._transport, self._pool, self._parts = transport, pool, tuple(parts)
         self._pusher = Pusher(transport, deadline_s=deadline_s)
         self._deadline_s = deadline_s
+
+    def use(self, parts: Sequence[Part]) -> None:
+        """From now on, bring sums of these parts to their hosts."""
+        self._parts = tuple(parts)
 
     def declare(self, round: int, *, contributes: bool, weight: float) -> None:
         """Tell every host whether sums will come, and what they are to be divided by."""

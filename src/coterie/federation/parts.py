@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -115,6 +115,25 @@ def expert_parts(
                 entries = tuple((name, (len(experts), *shape[1:])) for name, shape in named.items())
                 found.append((party, layer, experts, entries))
     return tuple(Part(number, *fields, fields[1] < 0 or train_experts) for number, fields in enumerate(found))
+
+
+def present_parts(parts: Sequence[Part], active: Sequence[str]) -> tuple[Part, ...]:
+    """The parts that cross while some parties are absent; each is at its host in this time.
+
+    An absent host's experts are masked, and their parts do not cross. Its share of the trunk stands still: the first
+    active party lends the copy that it has, so that all compute with the same bytes, and takes no sums for it.
+
+    Args:
+        parts: every part of the model.
+        active: at least one party, in roster order.
+    """
+    found = []
+    for part in parts:
+        if part.host in active:
+            found.append(part)
+        elif part.layer < 0:
+            found.append(replace(part, host=active[0], trained=False))
+    return tuple(found)
 
 
 def _homes(trunk: Mapping[str, tuple[int, ...]], parties: Sequence[str]) -> dict[str, list[str]]:

@@ -54,6 +54,7 @@ class Pool:
         weights_dtype: of what goes down.
         push_dtype: of what comes up.
         transcript: sees every message that another party sent, for the audit.
+        lend: this party's copy of a trunk share whose host is absent.
 
     Attributes:
         version: commits applied since this object was made.
@@ -82,6 +83,7 @@ class Pool:
         weights_dtype: torch.dtype = torch.bfloat16,
         push_dtype: torch.dtype = torch.float32,
         transcript: Transcript | None = None,
+        lend: Callable[[Part], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.me, self.shard, self.home = me, shard, home
         self.version = 0
@@ -91,19 +93,23 @@ class Pool:
         self._weights = WeightService(self._mine, self._read, weights_dtype)
         self._pushes = PushService(self._mine, push_dtype, self._parties)
         self.transcript = transcript
+        self._lend = lend
         self._round = -1
         self._active: tuple[str, ...] = self._parties
         self._declared: dict[str, Declared] = {}
         self._committed: int | None = None
         self._changed = threading.Condition()
 
-    def begin(self, round: int, active: Sequence[str] | None = None) -> None:
+    def begin(self, round: int, active: Sequence[str] | None = None, lent: Sequence[Part] = ()) -> None:
         """Freeze the weights under this round's number and take pushes for it. Can be repeated for a new attempt.
 
         Args:
             active: parties that take part; default: all.
+            lent: trunk shares of absent hosts that this party serves, as they are at this moment.
         """
-        self._weights.begin_round(round)
+        self._weights.begin_round(round, lent)
+        for part in lent:
+            self._weights.frozen(part.number, round)
         digests = {part.number: self._weights.frozen(part.number, round)[1] for part in self._mine}
         self._pushes.begin_round(round, digests)
         with self._changed:
@@ -188,6 +194,9 @@ class Pool:
             gradient.copy_(total.div_(divisor))
 
     def _read(self, part: Part) -> Mapping[str, Tensor]:
+        if part not in self._mine:
+            assert self._lend is not None
+            return self._lend(part)
         return self.home.weights() if part.layer < 0 else self.shard.weights(part.layer)
 
     def _complete(self, party: str) -> bool:

@@ -32,19 +32,25 @@ class WeightService:
     def __init__(
         self, parts: tuple[Part, ...], read: Callable[[Part], Mapping[str, Tensor]], dtype: torch.dtype
     ) -> None:
-        self._parts = {part.number: part for part in parts}
+        self._own = {part.number: part for part in parts}
+        self._parts = dict(self._own)
         self._read = read
         self._dtype = dtype
         self._round = -1
         self._blobs: dict[int, tuple[Tensor, str]] = {}
         self._lock = threading.Lock()
 
-    def begin_round(self, round: int) -> None:
-        """Serve the weights as they are now under this number, and no other number."""
+    def begin_round(self, round: int, lent: Sequence[Part] = ()) -> None:
+        """Serve the weights as they are now under this number, and no other number.
+
+        Args:
+            lent: parts of absent hosts that are served in their stead.
+        """
         with self._lock:
             if round != self._round:
                 self._blobs.clear()
                 self._round = round
+            self._parts = self._own | {part.number: part for part in lent}
 
     def handle(self, message: Message, received: int = 0) -> Message:
         """Answer an offer or a chunk request.

@@ -10,7 +10,7 @@ R routed rows (one per chosen (token, expert) pair), D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +24,7 @@ from coterie.models.grouped import GroupedLinear
 
 NAME = "coterie"
 _BINDING = "coterie_binding"
+_MASKED = "coterie_masked"
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,16 @@ def computed_by(model: nn.Module, implementation: ExpertsImplementation) -> Iter
                 setattr(module, _BINDING, binding)
 
 
+def mask(model: nn.Module, experts: Mapping[int, Collection[int]]) -> None:
+    """From now on some experts add nothing to the tokens that choose them, whatever computes the others.
+
+    Args:
+        experts: by layer index; every layer that is not named computes with all of its experts again.
+    """
+    for layer in expert_layers(model):
+        setattr(layer.module, _MASKED, tuple(sorted(experts.get(layer.index, ()))))
+
+
 def check_selected(model: nn.Module) -> None:
     """Make sure that every MoE layer still goes through coterie.
 
@@ -287,6 +298,10 @@ def _experts_function(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
         layer = ExpertLayer(0, "experts", _num_experts(module), ExpertsLayout.of(module), module)
         bound = (LocalExperts(), layer)
     implementation, layer = bound
+    masked = getattr(module, _MASKED, ())
+    if masked:
+        gone = torch.isin(top_k_index, torch.tensor(masked, device=top_k_index.device, dtype=top_k_index.dtype))
+        top_k_index = top_k_index.masked_fill(gone, layer.num_experts)
     return implementation(ExpertsCall(layer, hidden_states, top_k_index, top_k_weights))
 
 

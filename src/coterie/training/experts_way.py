@@ -10,7 +10,8 @@ One attempt at a round:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from coterie.dp.losses import default_loss
 from coterie.dp.mechanism import LOAD
 from coterie.federation.home import TrunkHome
 from coterie.federation.owner import Mirror, SumSender, model_version
-from coterie.federation.parts import Part, expert_parts
+from coterie.federation.parts import Part, expert_parts, present_parts
 from coterie.federation.pool import Pool
 from coterie.federation.round_state import State
 from coterie.federation.shard import OptimizerFactory, Shard
@@ -137,6 +138,8 @@ class PlainSums:
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
         sink = HostGradients()
         totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
+        for param in trained.values():
+            param.grad = None  # an attempt that failed in its backward leaves some
         loss_sum, tokens = 0.0, 0
         self._model.train()
         with torch.random.fork_rng(), seam.computed_by(self._model, StreamedExperts(streamer, sink)):
@@ -235,6 +238,7 @@ class ExpertsWay:
             TrunkHome({name: trunk[name] for name in sorted(names - {LOAD})}, make_optimizer, loads),
             weights_dtype=weights_dtype,
             push_dtype=push_dtype,
+            lend=self._lend,
         )
         pinned = device.type == "cuda"
         store = FileStore(cache_dir) if cache_dir is not None else MemoryStore(pinned=pinned)
@@ -262,7 +266,7 @@ class ExpertsWay:
     def compute(self, told: State, alive: Callable[[], bool]) -> None:
         """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched."""
         self._interrupted = False
-        serial = self._serial = told.round * _ATTEMPTS + (0 if self._repeatable else min(told.attempt, _ATTEMPTS - 2))
+        serial = self._serial = told.round * _ATTEMPTS + self._try(told)
         versions = self._refresh(serial, told)
         self._contribution.open(self.streamer)
         self._contribution.check_not_behind(self._mirror.received // _ATTEMPTS)
@@ -330,12 +334,41 @@ class ExpertsWay:
         self.streamer.close()
         self._contribution.close()
 
+    def _try(self, told: State) -> int:
+        """Which of a round's numbers an attempt has: another one whenever its sums may be other bytes.
+
+        Spooled bytes are the same at every attempt, but not under another membership epoch: then they are burned.
+        """
+        return told.epoch % (_ATTEMPTS - 1) if self._repeatable else min(told.attempt, _ATTEMPTS - 2)
+
     def _refresh(self, serial: int, told: State) -> dict[int, str]:
         active = [name for name in self._federation.parties if name not in told.absent]
-        self.pool.begin(serial, active)
+        parts = present_parts(self.parts, active)
+        lent = [part for part in parts if part.host == self.pool.me and self.parts[part.number].host != part.host]
+        if lent:  # they are read from the model, which an earlier fetch may still be writing
+            self._mirror.join(check=False)
+        self._mask(told.absent)
+        self._mirror.use(parts)
+        self._sender.use(parts)
+        self.pool.begin(serial, active, lent)
         versions = self._mirror.versions(serial)
         self._mirror.start(serial, versions)
         return versions
+
+    def _mask(self, absent: Collection[str]) -> None:
+        """Leave out the experts of absent hosts."""
+        masked: dict[int, list[int]] = defaultdict(list)
+        for part in self.parts:
+            if part.layer >= 0 and part.host in absent:
+                masked[part.layer] += part.experts
+        seam.mask(self._model, masked)
+
+    def _lend(self, part: Part) -> dict[str, Tensor]:
+        """This party's copy of a trunk share."""
+        own: dict[str, Tensor] = dict(self._model.named_parameters())
+        if self._balancer is not None:
+            own[LOAD] = self._balancer.public()
+        return {name: own[name] for name, _ in part.shapes}
 
     @torch.no_grad()
     def _set_trunk(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,259 @@
+"""`lost_party: continue` with `experts`: the lost host's experts are masked, its share of the trunk stands still."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_experts_exchange import experts_settings
+from test_party import Deadly, Killed
+from test_private_balance import balanced_settings
+from test_private_exchange import way_of
+from test_private_faults import World, until
+from test_private_faults import watched as watched
+from torch import nn
+from torch.nn import functional
+
+from coterie.config import FederationConfig
+from coterie.dp.clipping import Flat
+from coterie.dp.engine import Engine
+from coterie.dp.mechanism import LOAD
+from coterie.federation.parts import expert_parts, present_parts
+from coterie.models import seam
+from coterie.models.seam import expert_layers
+from coterie.models.tiny import tiny_model
+from coterie.training.in_process import InProcessFederation
+from coterie.training.packing import RoundOrder
+from coterie.training.party_parts import PartyParts
+from federation_tools import PARTIES, ByHand, _Masked, full_models, make_parts, relative, text
+
+LEFT = ("alder", "birch")
+
+
+def until_gone(federation: InProcessFederation) -> None:
+    until(lambda: any("going on without cedar" in notice.state.note for notice in federation.notices))
+
+
+def lose_cedar(config: FederationConfig, parts: dict[str, PartyParts], folder: Path) -> InProcessFederation:
+    """Cedar dies when it reads its third round's text."""
+    federation = InProcessFederation(config, folder / "coordinator")
+    federation.coordinate()
+    cedar = Deadly(**vars(parts["cedar"].train))
+    for each in (parts | {"cedar": replace(parts["cedar"], train=cedar)}).values():
+        federation.up(each)
+    return federation
+
+
+def left(federation: InProcessFederation) -> None:
+    federation.join()
+    assert isinstance(federation.ends["cedar"], Killed)
+    for name in LEFT:
+        end = federation.ends[name]
+        assert not isinstance(end, BaseException), (name, end)
+
+
+def hosted_of(federation: InProcessFederation, name: str) -> dict[tuple[int, int, str], torch.Tensor]:
+    found = {}
+    for key, value in way_of(federation, name).pool.shard.state_dict().items():
+        if "/" not in key:
+            _, layer, _, expert, parameter = key.split(".")
+            found[int(layer), int(expert), parameter] = value
+    return found
+
+
+def test_with_a_private_trunk_the_others_train_on_as_by_hand_without_it_and_its_experts(tmp_path: Path):
+    config = experts_settings(train__rounds=5, train__micro_batch=6, deadline_s=4.0, lost_party="continue")
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    federation = lose_cedar(config, parts, tmp_path)
+    left(federation)
+    by_hand = ByHand(config, models, parts)
+    by_hand.train([0, 1])
+    by_hand.train([2, 3, 4], LEFT, parts["cedar"].placement.hosted("cedar"))
+    layers = expert_layers(models["alder"])
+    for name in LEFT:
+        whole = dict(models[name].named_parameters())
+        for key, value in federation.runs[name].work.parts.model.named_parameters():
+            if not value.is_meta:
+                assert relative(value, whole[key]) < 1e-5, (name, key)
+        for (layer, expert, parameter), value in hosted_of(federation, name).items():
+            assert relative(value, layers[layer].parameters()[parameter][expert]) < 1e-5
+
+
+class Union:
+    """One process on the union of the parties' sequences, which can go on without one of them."""
+
+    def __init__(self, config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyParts]) -> None:
+        self.config, self.model, self.parts = config, model, parts
+        optim = config.optim
+        self.step = torch.optim.AdamW(
+            model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+        model.train()
+
+    def train(
+        self,
+        rounds: range,
+        active: tuple[str, ...] = PARTIES,
+        frozen: frozenset[str] = frozenset(),
+        masked: Mapping[int, list[int]] | None = None,
+    ) -> None:
+        """Parameters in ``frozen`` stand still; torch's AdamW leaves out what has no gradient."""
+        seam.select(self.model, _Masked(masked or {}))
+        for round in rounds:
+            for param in self.model.parameters():
+                param.grad = torch.zeros_like(param)
+            count = 0
+            for name in active:
+                train, spec = self.parts[name].train, self.config.train
+                for row in RoundOrder(len(train), spec.batch_size, spec.seed).rows(round):
+                    ids = train[row]["input_ids"].unsqueeze(0)
+                    logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
+                    functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+                    count += ids.shape[1] - 1
+            for name, param in self.model.named_parameters():
+                param.grad = None if name in frozen else param.grad / count
+            self.step.step()
+
+
+@pytest.mark.parametrize("whole_layer", [False, True])
+def test_with_a_shared_trunk_the_lost_share_stands_still_and_all_compute_with_the_same_copy(
+    tmp_path: Path, whole_layer: bool
+):
+    """Also where cedar hosts all experts of a layer, so that nothing of it is left."""
+    dealt = {expert: PARTIES[expert % 3] for expert in range(8)}
+    placement = {0: dealt, 1: dict.fromkeys(range(8), "cedar"), 2: dealt}
+    config = experts_settings(
+        trunk="shared", train__rounds=5, train__micro_batch=6, deadline_s=4.0, lost_party="continue",
+        **({"placement": placement} if whole_layer else {}),
+    )  # fmt: skip
+    one = full_models()[PARTIES[0]]
+    parts = make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, tmp_path)
+    federation = lose_cedar(config, parts, tmp_path)
+    left(federation)
+    theirs = frozenset(way_of(federation, "cedar").pool.home.weights())
+    assert theirs, "cedar is home to some of the trunk"
+    union = Union(config, one, parts)
+    union.train(range(2))
+    union.train(range(2, 5), LEFT, theirs, parts["cedar"].placement.hosted("cedar"))
+    whole, layers = dict(one.named_parameters()), expert_layers(one)
+    for name in LEFT:
+        for key, value in way_of(federation, name).pool.home.weights().items():
+            assert relative(value, whole[key]) < 1e-5, (name, key)
+        for (layer, expert, parameter), value in hosted_of(federation, name).items():
+            assert relative(value, layers[layer].parameters()[parameter][expert]) < 1e-5
+        held = dict(federation.runs[name].work.parts.model.named_parameters())
+        for key in theirs:
+            assert relative(held[key], whole[key]) < 1e-5, (name, key)
+
+
+def test_lost_party_that_comes_back_takes_up_its_experts_and_its_share_of_the_trunk(tmp_path: Path):
+    config = experts_settings(
+        trunk="shared", train__rounds=9, train__micro_batch=6, deadline_s=4.0, lost_party="continue"
+    )
+    one = full_models()[PARTIES[0]]
+
+    def parts() -> dict[str, PartyParts]:
+        return make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, tmp_path)
+
+    federation = lose_cedar(config, parts(), tmp_path)
+    until_gone(federation)
+    federation.up(parts()["cedar"])
+    federation.join()
+    for name, end in federation.ends.items():
+        assert not isinstance(end, BaseException), (name, end)
+    restored = [n.state for n in federation.notices if n.state.phase == "restore"]
+    assert {name: saved.round for name, saved in restored[-1].sources.items()} == {"cedar": 2}
+    assert not federation.notices[-1].state.absent
+    served = {}
+    for name in PARTIES:
+        served |= way_of(federation, name).pool.home.weights()
+    for name in PARTIES:
+        held = dict(federation.runs[name].work.parts.model.named_parameters())
+        for key, value in served.items():
+            assert torch.equal(held[key], value), "after the last evaluation everybody has the hosts' own weights"
+
+
+def test_a_new_membership_epoch_burns_what_was_released_and_draws_anew(tmp_path: Path, watched):
+    """birch had released round 3 when cedar was lost: those bytes were made for another federation."""
+    world = watched(World(tmp_path, rounds=6, lost_party="continue", max_attempts=20))
+    world.start()
+    until(lambda: world.at(round=3) and (3, 0) in world.releases())
+    lost_in = world.federation.notices[-1].state.round
+    world.federation.kill("cedar")
+    until_gone(world.federation)
+    world.federation.join()
+    for name in LEFT:
+        end = world.federation.ends[name]
+        assert not isinstance(end, BaseException), (name, end)
+        counted = world.releases(name)
+        assert len(counted) == len(set(counted))
+        again = [round for round, draw in counted if draw == 1]
+        burned = [entry["data"]["round"] for entry in world.entries(name) if entry["kind"] == "burned"]
+        assert again == burned, "what was released under the old epoch is never used"
+        assert all(round in (lost_in, lost_in + 1) for round in again)
+    assert not world.uncounted
+    for (_, round, _), digests in world.announced.items():
+        assert len(set(digests)) <= 1 + ((round, 1) in world.releases())
+
+
+@pytest.mark.parametrize("mode", ["private_load", "bias"])
+def test_lost_home_of_the_loads_is_stood_in_for(tmp_path: Path, watched, mode: str):
+    """The loads (or biases) stand still then, as a trunk share does; all parties still have one value."""
+    rules = balanced_settings(mode).privacy
+    world = watched(World(tmp_path, rounds=5, privacy=rules, lost_party="continue", max_attempts=20))
+    if mode == "bias":
+        world.model = full_models(family="deepseek_v3")[PARTIES[0]]
+    world.start()
+    until(lambda: world.at(round=3))
+    (home,) = [name for name in PARTIES if LOAD in way_of(world.federation, name).pool.home.weights()]
+    others = [name for name in PARTIES if name != home]
+    world.federation.kill(home)
+    world.federation.join()
+    values = []
+    for name in others:
+        assert not isinstance(world.federation.ends[name], BaseException), world.federation.ends[name]
+        balancer = world.federation.runs[name].work._sums.balancer  # type: ignore[attr-defined]
+        values.append(balancer.public())
+    assert torch.equal(*values)
+    assert float(values[0].abs().sum()) > 0
+
+
+@pytest.mark.parametrize("method", ["book_keeping", "ghost"])
+@pytest.mark.parametrize("masked", [{0: [1, 4, 6]}, {0: list(range(8)), 1: [0]}])
+def test_clipped_sums_with_masked_experts_are_those_of_one_record_at_a_time(method, masked):
+    records = text(5, sequences=4)
+    model = tiny_model("olmoe", num_hidden_layers=2)
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with seam.computed_by(model, _Masked(masked)):
+        for row in range(4):
+            ids = records[row]["input_ids"]
+            model.zero_grad()
+            functional.cross_entropy(model(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:]).backward()
+            found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+            norm = float(torch.cat([g.flatten() for g in found.values()]).double().norm())
+            for name, gradient in found.items():
+                total[name] += gradient * min(1.0, 0.5 / norm)
+    seam.mask(model, masked)
+    engine = Engine(model, None, Flat(0.5), method)
+    engine.accumulate(records.collate([records[row] for row in range(4)]))
+    for name, value in engine.take().items():
+        assert relative(value, total[name]) < 1e-4, name
+    seam.mask(model, {})
+    engine.accumulate(records.collate([records[row] for row in range(4)]))
+    layer = expert_layers(model)[0]
+    assert float(engine.take()[f"{layer.name}.down_proj"][1].abs().sum()) > 0, "the mask was taken off"
+
+
+def test_present_parts_leave_out_absent_experts_and_lend_absent_trunk_shares():
+    parts = expert_parts([{"down_proj": (3, 2, 2)}], [list(PARTIES)], PARTIES, {"a": (4,), "b": (3,), "c": (2,)})
+    assert present_parts(parts, PARTIES) == parts
+    found = present_parts(parts, ("birch", "cedar"))
+    assert [part.host for part in found if part.layer == 0] == ["birch", "cedar"]
+    lent = [part for part in found if part.host != parts[part.number].host]
+    assert [(part.host, part.trained, part.shapes) for part in lent] == [("birch", False, (("a", (4,)),))]
+    assert {name for part in found if part.layer < 0 for name, _ in part.shapes} == {"a", "b", "c"}
