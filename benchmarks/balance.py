@@ -4,13 +4,18 @@ A small language model with a top-1 router is trained from random weights on byt
 with the same budget, lots, clip norm and starting weights. Measured on held-out text: how many experts are in use
 (the exponential of the load's entropy, and the largest share), and the loss.
 
-    python benchmarks/balance.py --json balance.json [--rounds 80] [--seeds 1] [--text FILE]
+    python benchmarks/balance.py --json balance.json [--rounds 80] [--seeds 3] [--text FILE]
+
+Results are written after every run; the same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import platform
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,13 +24,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from coterie import dp
 from coterie.dp.balance import Balance, BalanceMode, RouterWatch
 from coterie.dp.losses import default_loss
 
-MODES: tuple[BalanceMode, ...] = ("off", "per_sequence", "private_load")
+MODES: tuple[BalanceMode, ...] = ("off", "per_sequence", "private_load", "bias")
 TOKENS, EXPERTS = 32, 8
+
+
+class BiasedRouter(Qwen3MoeTopKRouter):
+    """The family's router with a bias that decides who is chosen and never weighs what comes back.
+
+    At zero, where it stays unless `balance: bias` moves it, it changes nothing: all modes train the same model.
+    """
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("choice_bias", torch.zeros(config.num_experts))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        chosen = torch.topk(probabilities + self.choice_bias, self.top_k, dim=-1).indices
+        return logits, probabilities.gather(-1, chosen).to(logits.dtype), chosen
 
 
 def model_of(seed: int, top_k: int) -> Qwen3MoeForCausalLM:
@@ -37,7 +60,12 @@ def model_of(seed: int, top_k: int) -> Qwen3MoeForCausalLM:
         max_position_embeddings=TOKENS, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(config)
+    for layer in model.model.layers:
+        router = BiasedRouter(config)
+        router.load_state_dict(layer.mlp.gate.state_dict(), strict=False)
+        layer.mlp.gate = router
+    return model
 
 
 def records_of(text: bytes) -> list[dict[str, Tensor]]:
@@ -77,18 +105,64 @@ def run(mode: BalanceMode, seed: int, train: list, held_out: list, folder: Path,
     """One private run."""
     model = model_of(seed, args.top_k)
     before = measure(model, held_out)
+    coefficient = args.bias_step if mode == "bias" else args.coefficient
     optimizer = torch.optim.AdamW(model.parameters(), args.lr)
     began = time.perf_counter()
     with dp.make_private(
         model, optimizer, train, budget=dp.Budget(args.epsilon, 1e-5), clip_norm=args.clip, lot_size=args.lot,
         rounds=args.rounds, physical_batch=64, method="book_keeping", seed=seed, ledger=folder, self_check=False,
-        balance=Balance(mode, args.coefficient, args.load_share, args.smoothing), digest=f"{mode}-{seed}",
+        balance=Balance(mode, coefficient, args.load_share, args.smoothing), digest=f"{mode}-{seed}",
     ) as session:  # fmt: skip
         for lot in session:
             session.step(lot)
         sigma = session.settings.noise_multiplier
     result = {"mode": mode, "seed": seed, "noise_multiplier": sigma, "seconds": time.perf_counter() - began}
     return {**result, "before": before, "after": measure(model, held_out)}
+
+
+def earlier(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results that an interrupted run with the same settings left."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text("utf-8"))
+    return found["results"] if found["settings"] == settings else []
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean, smallest and largest over seeds, for each mode; of a run its mean over layers, or its worst layer."""
+    modes = list(dict.fromkeys(result["mode"] for result in results))
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for mode in modes:
+        after = [result["after"] for result in results if result["mode"] == mode]
+        figures = {
+            "experts_in_use": [math.fsum(found["experts_in_use"]) / len(found["experts_in_use"]) for found in after],
+            "fewest_in_use": [min(found["experts_in_use"]) for found in after],
+            "largest_share": [max(found["largest_share"]) for found in after],
+            "loss": [found["loss"] for found in after],
+        }
+        out[mode] = {
+            name: {"mean": math.fsum(values) / len(values), "min": min(values), "max": max(values)}
+            for name, values in figures.items()
+        }
+        out[mode]["seeds"] = {"count": len(after)}
+    return out
+
+
+def write(path: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    machine = {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    figures = {"settings": settings, "machine": machine, "results": results, "summary": summary(results)}
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def tell(result: dict[str, Any]) -> None:
+    after = result["after"]
+    used = ", ".join(f"{value:.1f}" for value in after["experts_in_use"])
+    largest = ", ".join(f"{value:.0%}" for value in after["largest_share"])
+    print(
+        f"{result['mode']:<13} seed {result['seed']}  loss {after['loss']:.3f}  experts in use {used}  "
+        f"largest {largest}  ({result['seconds']:.0f} s)",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -102,7 +176,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--clip", type=float, default=0.5)
     parser.add_argument("--top-k", type=int, default=1)
-    parser.add_argument("--coefficient", type=float, default=0.02)
+    parser.add_argument("--coefficient", type=float, help="of the balance loss; default: the library's")
+    parser.add_argument("--bias-step", type=float, help="of `bias`; default: the library's")
     parser.add_argument("--load-share", type=float, default=0.1)
     parser.add_argument("--smoothing", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, default=1)
@@ -112,23 +187,21 @@ def main() -> None:
     text = args.text.read_bytes()[:size] if args.text else made_up_text(size)
     records = records_of(text)
     train, held_out = records[:-256], records[-256:]
-    results = []
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    fixed = {name: settings[name] for name in settings.keys() - {"json", "modes", "seeds"}}
+    results = earlier(args.json, fixed)
+    done = {(result["mode"], result["seed"]) for result in results}
     with TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for mode in args.modes:
+                if (mode, seed) in done:
+                    continue
                 result = run(mode, seed, train, held_out, Path(folder), args)
                 results.append(result)
-                after = result["after"]
-                used = ", ".join(f"{value:.1f}" for value in after["experts_in_use"])
-                largest = ", ".join(f"{value:.0%}" for value in after["largest_share"])
-                print(
-                    f"{mode:<13} seed {seed}  loss {after['loss']:.3f}  experts in use {used}  largest {largest}  "
-                    f"({result['seconds']:.0f} s)",
-                    flush=True,
-                )
-    if args.json:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+                tell(result)
+                if args.json:
+                    write(args.json, fixed, results)
+    print(json.dumps(summary(results), indent=1))
 
 
 if __name__ == "__main__":

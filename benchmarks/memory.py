@@ -3,9 +3,14 @@
     python benchmarks/memory.py --json memory.json
 
 An OLMoE-shaped model, scaled down: 16 MoE layers whose experts hold 93 % of the parameters. Full training with AdamW,
-four parties, real processes. On a machine without a GPU nothing tells device memory from host memory, so device
-memory comes from `coterie.training.device_memory`, and that model's total (device and host) is checked against the
-resident memory of the real processes, importing apart.
+four parties, real processes over mTLS. Two measurements of every arrangement:
+
+- device: the processes run on a device that counts what it holds (`counted_device.py`), or on the GPU where there is
+  one. What torch allocates there is what a GPU holds; nothing is taken from the closed form.
+- resident: on the processor, the largest resident size, without that of the same processes with a model a hundred
+  times smaller (interpreter, libraries, transport). It says what host and device hold together.
+
+Both stand beside the closed form of `coterie.training.device_memory`.
 """
 
 from __future__ import annotations
@@ -16,8 +21,12 @@ import os
 import platform
 import sys
 import tempfile
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from coterie.config import (
     DataSpec,
@@ -35,12 +44,12 @@ from coterie.federation.provision import free_endpoints
 from coterie.models.build import build_model
 from coterie.models.seam import expert_layers
 from coterie.models.shards import TRUNK_FILE, shard_file
-from coterie.training.device_memory import Shape, predict, saving
+from coterie.training.device_memory import Arrangement, Shape, predict
 from coterie.training.tokenizer import train_tokenizer
 
 PARTIES = ("alder", "birch", "cedar", "dogwood")
-ROUNDS, RECORDS, LENGTH = 2, 4, 64
-CONFIG: dict[str, Any] = {
+ROUNDS, LENGTH = 2, 64
+LARGE: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 256,
     "intermediate_size": 160,
@@ -50,168 +59,210 @@ CONFIG: dict[str, Any] = {
     "num_experts": 32,
     "num_experts_per_tok": 4,
     "max_position_embeddings": LENGTH,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
-TRAIN = {"rounds": ROUNDS, "batch_size": RECORDS, "micro_batch": RECORDS, "eval_every": 0, "checkpoint_every": 0}
+SMALL = LARGE | {"hidden_size": 32, "intermediate_size": 16, "num_experts": 16, "num_hidden_layers": 16}
 
 
-def prepare(root: Path) -> Shape:
-    """Text, tokenizer and checkpoint; returns the model's shape."""
-    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "re") for b in ("ta", "sen", "vor", "quil", "den")]
-    text = root / "text.txt"
-    lines = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(60)) for i in range(64)]
-    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = train_tokenizer(lines, 300)
-    model = build_model(ModelSpec(family="olmoe", config=CONFIG))
-    experts = sum(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
-    total = sum(param.numel() for param in model.parameters())
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(str(root / "model"))
-    return Shape(total - experts, experts, CONFIG["num_hidden_layers"], len(PARTIES))
+@dataclass(frozen=True)
+class Arm:
+    """One arrangement to measure."""
+
+    name: str
+    arrangement: Arrangement
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-def imports_bytes(root: Path, processes: Processes) -> int:
-    """Resident memory of a process that has only imported what every command imports, and opened its data."""
-    config = TrainConfig(
-        model=ModelSpec(
-            family="olmoe", config={**CONFIG, "num_hidden_layers": 1, "num_experts": 4, "hidden_size": 32}
-        ),
-        data=data(root, Path()),
-        train=TrainSpec(**TRAIN),
-        run_dir=Path("tiny-run"),
-        device="cpu",
-    )
-    dump_yaml(root / "tiny.yaml", config)
-    (running,) = processes.run_all([command(root, "tiny", "train", "tiny.yaml")], 1, lambda: None)
-    return running.usage.peak_rss_bytes
+ARMS = (
+    Arm("centralised", "centralised"),
+    Arm("tokens", "tokens", {"exchange": "tokens"}),
+    Arm("experts", "experts", {"exchange": "experts"}),
+    Arm("experts, shared trunk", "experts_shared", {"exchange": "experts", "trunk": "shared"}),
+)
 
 
-def centralised(root: Path, processes: Processes) -> int:
-    """Peak resident memory of one process that trains all of the model."""
-    config = TrainConfig(
-        model=ModelSpec(path=Path("model"), provenance="public"),
-        data=data(root, Path()),
-        optim=OptimSpec(lr=1e-4),
-        train=TrainSpec(**{**TRAIN, "batch_size": RECORDS * len(PARTIES)}),
-        run_dir=Path("centralised-run"),
-        device="cpu",
-    )
-    dump_yaml(root / "centralised.yaml", config)
-    (running,) = processes.run_all([command(root, "centralised", "train", "centralised.yaml")], 1, lambda: None)
-    return running.usage.peak_rss_bytes
+class Measured:
+    """Runs arrangements with one model.
 
+    Args:
+        root: folder of everything.
+        config: of the model.
+        records: sequences of a party's round, all in one micro-batch.
+    """
 
-def federated(root: Path, exchange: str, processes: Processes) -> dict[str, Any]:
-    """Peak resident memory of every party, and its bytes on the wire."""
-    where = root / exchange
-    where.mkdir()
-    *addresses, coordinator = free_endpoints(len(PARTIES) + 1)
-    rules = {"epsilon": 8.0, "delta": 1e-3, "lot_size": RECORDS}
-    config = FederationConfig.model_validate(
-        {
-            "name": "memory",
-            "model": {"path": root / "model", "provenance": "public"},
-            "parties": {name: {"endpoint": at} for name, at in zip(PARTIES, addresses, strict=True)},
-            "coordinator": {"endpoint": coordinator},
-            "optim": {"lr": 1e-4},
-            "train": {**TRAIN, "in_flight": 1},
-            "exchange": exchange,
-            "join_deadline_s": 300.0,
-            "deadline_s": 300.0,
-            **({"privacy": rules} if exchange == "experts" else {}),
-        }
-    )
-    dump_yaml(where / "federation.yaml", config)
-    for name in PARTIES:
-        (where / name).mkdir()
-        own: dict[str, Any] = {"privacy": {"ledger": where / name / "ledger", "physical_batch": RECORDS}}
-        party = PartyConfig.model_validate(
+    def __init__(self, root: Path, config: dict[str, Any], records: int) -> None:
+        self.root, self.records = root, records
+        root.mkdir(parents=True)
+        words = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "re") for b in ("ta", "sen", "vor", "quil", "den")]
+        lines = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(60)) for i in range(64)]
+        (root / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        model = build_model(ModelSpec(family="olmoe", config=config))
+        largest = max(param.numel() for param in model.parameters())
+        experts = sum(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
+        matrix = max(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
+        total = sum(param.numel() for param in model.parameters())
+        model.save_pretrained(root / "model")
+        train_tokenizer(lines, 300).save_pretrained(str(root / "model"))
+        self.shape = Shape(total - experts, experts, config["num_hidden_layers"], len(PARTIES), largest, matrix)
+
+    def run(self, arm: Arm, processes: Processes, tag: str) -> dict[str, Any]:
+        """Train one arrangement to the end; the logs and results lie under ``tag``."""
+        where = self.root / tag / arm.name.replace(", ", "-").replace(" ", "-")
+        where.mkdir(parents=True)
+        return self._centralised(where, processes) if not arm.settings else self._federated(where, arm, processes)
+
+    def _centralised(self, where: Path, processes: Processes) -> dict[str, Any]:
+        config = TrainConfig(
+            model=ModelSpec(path=self.root / "model", provenance="public"),
+            data=self._data(),
+            optim=OptimSpec(lr=1e-4),
+            train=TrainSpec(**self._train(self.records * len(PARTIES))),
+            run_dir=where / "run",
+        )
+        dump_yaml(where / "train.yaml", config)
+        (ran,) = processes.run_all([_command(where, "train", "train", f"{where}/train.yaml")], 1, lambda: None)
+        return {"pids": [ran.process.pid]}
+
+    def _federated(self, where: Path, arm: Arm, processes: Processes) -> dict[str, Any]:
+        *addresses, coordinator = free_endpoints(len(PARTIES) + 1)
+        private = arm.settings["exchange"] == "experts"
+        rules = {"privacy": {"epsilon": 8.0, "delta": 1e-3, "lot_size": self.records}} if private else {}
+        config = FederationConfig.model_validate(
             {
-                "party": name,
-                "federation": where / "federation.yaml",
-                "kit": where / "kits" / name,
-                "data": data(root, where / name).model_dump(),
-                "trunk": where / "weights" / TRUNK_FILE,
-                "shard": where / "weights" / shard_file(name),
-                "run_dir": where / name / "run",
-                "device": "cpu",
-                **(own if exchange == "experts" else {}),
+                "name": "memory",
+                "model": {"path": self.root / "model", "provenance": "public"},
+                "parties": {name: {"endpoint": at} for name, at in zip(PARTIES, addresses, strict=True)},
+                "coordinator": {"endpoint": coordinator},
+                "optim": {"lr": 1e-4},
+                "train": {**self._train(self.records), "in_flight": 1},
+                "join_deadline_s": 300.0,
+                "deadline_s": 300.0,
+                **arm.settings,
+                **rules,
             }
         )
-        dump_yaml(where / name / "party.yaml", party)
-    at = str(where)
-    for name, *arguments in (
-        ("split", "split", "--federation", f"{at}/federation.yaml", "--out", f"{at}/weights"),
-        ("provision", "provision", f"{at}/federation.yaml", "--out", f"{at}/kits"),
-    ):
-        processes.run_all([command(root, f"{exchange}-{name}", *arguments)], 1, lambda: None)
-    keeper = ("coordinator", f"{at}/federation.yaml", "--kit", f"{at}/kits/coordinator", "--run-dir", f"{at}/keeper")
-    members = [command(root, f"{exchange}-coordinator", *keeper)]
-    members += [command(root, f"{exchange}-{name}", "up", f"{at}/{name}/party.yaml") for name in PARTIES]
-    parties = processes.run_all(members, len(members), lambda: None)[1:]
-    results = [json.loads((where / name / "run" / "result.json").read_text("utf-8")) for name in PARTIES]
-    sent = [sum(peer["sent"] for peer in result["wire"].values()) for result in results]
-    tensors = [sum(peer["tensors_sent"] for peer in result["wire"].values()) for result in results]
-    return {
-        "peak_rss_bytes": max(party.usage.peak_rss_bytes for party in parties),
-        "payload_over_tensors": sum(sent) / sum(tensors),
-    }
+        dump_yaml(where / "federation.yaml", config)
+        for name in PARTIES:
+            (where / name).mkdir()
+            own = {"privacy": {"ledger": where / name / "ledger", "physical_batch": self.records}} if private else {}
+            party = PartyConfig.model_validate(
+                {
+                    "party": name,
+                    "federation": where / "federation.yaml",
+                    "kit": where / "kits" / name,
+                    "data": self._data().model_dump(),
+                    "trunk": where / "weights" / TRUNK_FILE,
+                    "shard": where / "weights" / shard_file(name),
+                    "run_dir": where / name / "run",
+                    **own,
+                }
+            )
+            dump_yaml(where / name / "party.yaml", party)
+        settings = f"{where}/federation.yaml"
+        for name, *arguments in (
+            ("split", "split", "--federation", settings, "--out", f"{where}/weights"),
+            ("provision", "provision", settings, "--out", f"{where}/kits"),
+        ):
+            processes.run_all([_command(where, name, *arguments)], 1, lambda: None)
+        keeper = ("coordinator", settings, "--kit", f"{where}/kits/coordinator", "--run-dir", f"{where}/keeper")
+        members = [_command(where, "coordinator", *keeper)]
+        members += [_command(where, name, "up", f"{where}/{name}/party.yaml") for name in PARTIES]
+        ran = processes.run_all(members, len(members), lambda: None)[1:]
+        results = [json.loads((where / name / "run" / "result.json").read_text("utf-8")) for name in PARTIES]
+        sent, tensors = (
+            sum(peer[what] for result in results for peer in result["wire"].values())
+            for what in ("sent", "tensors_sent")
+        )
+        return {"pids": [party.process.pid for party in ran], "payload_over_tensors": sent / tensors}
+
+    def _data(self) -> DataSpec:
+        tokenizer = TokenizerSpec(path=self.root / "model", provenance="public")
+        return DataSpec(train=(self.root / "text.txt",), sequence_length=LENGTH, tokenizer=tokenizer)
+
+    def _train(self, batch_size: int) -> dict[str, Any]:
+        fixed = {"rounds": ROUNDS, "eval_every": 0, "checkpoint_every": 0}
+        return {**fixed, "batch_size": batch_size, "micro_batch": self.records}
 
 
-def data(root: Path, where: Path) -> DataSpec:
-    return DataSpec(
-        train=(root / "text.txt",),
-        sequence_length=LENGTH,
-        tokenizer=TokenizerSpec(path=root / "model", provenance="public"),
-    )
+def _command(where: Path, name: str, *arguments: str) -> Command:
+    return Command(name, arguments, where / "logs" / f"{name}.log")
 
 
-def command(root: Path, name: str, *arguments: str) -> Command:
-    return Command(name, arguments, root / "logs" / f"{name}.log")
-
-
-def measure() -> dict[str, Any]:
+def measure(records: int, names: list[str] | None) -> dict[str, Any]:
     """All arrangements, one after the other."""
+    out: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        shape = prepare(root)
-        with Processes(root) as processes:
-            base = imports_bytes(root, processes)
-            alone = centralised(root, processes)
-            together = {exchange: federated(root, exchange, processes) for exchange in ("tokens", "experts")}
-    resident = {"centralised": alone} | {name: found["peak_rss_bytes"] for name, found in together.items()}
-    out: dict[str, Any] = {
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": sys.version.split()[0]},
+        large = Measured(Path(folder) / "large", LARGE, records)
+        small = Measured(Path(folder) / "small", SMALL, records)
+        shape = large.shape
+        for arm in ARMS:
+            if names and arm.name not in names:
+                continue
+            began = time.monotonic()
+            print(f"{arm.name} ...", file=sys.stderr, flush=True)
+            figures = Path(folder) / "figures"
+            runner = str(Path(__file__).with_name("counted_device.py"))
+            command = (sys.executable, "-P", runner, os.environ.get("COTERIE_COUNTED_BUILD", f"{folder}/build"), str(figures))
+            with Processes(Path(folder), command) as processes:
+                device = large.run(arm, processes, "device")
+                base = small.run(arm, processes, "device")
+            with Processes(Path(folder), (*command[:-2], "-", str(figures))) as processes:
+                resident = large.run(arm, processes, "resident")
+                empty = small.run(arm, processes, "resident")
+
+            def most(run: dict[str, Any], what: str, at: Path = figures) -> int:
+                return max(json.loads((at / f"{pid}.json").read_text("utf-8"))[what] for pid in run["pids"])
+
+            held = most(device, "peak_device_bytes")
+            need = predict(arm.arrangement, shape)
+            together = most(resident, "peak_rss_bytes") - most(empty, "peak_rss_bytes")
+            out[arm.name] = {
+                "device_bytes": held,
+                "device_bytes_of_a_small_model": most(base, "peak_device_bytes"),
+                "predicted_device_bytes": need.device,
+                "device_over_predicted": held / need.device,
+                "resident_bytes": together,
+                "predicted_resident_bytes": need.device + need.host,
+                "resident_over_predicted": together / (need.device + need.host),
+                "predicted_host_bytes": need.host,
+                "seconds": time.monotonic() - began,
+            }
+            if "payload_over_tensors" in device:
+                out[arm.name]["payload_over_tensors"] = device["payload_over_tensors"]
+    alone = out.get("centralised", {}).get("device_bytes")
+    for found in out.values():
+        if alone:
+            found["device_saving"] = 1 - found["device_bytes"] / alone
+    return {
+        "machine": {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "counted, on the processor",
+        },
         "model": {
             "trunk_parameters": shape.trunk,
             "expert_parameters": shape.experts,
             "expert_share": shape.expert_share,
             "layers": shape.layers,
             "parties": shape.parties,
+            "tokens_of_a_micro_batch": records * LENGTH,
         },
-        "imports_bytes": base,
         "arithmetic_saving": shape.expert_share * (1 - 1 / shape.parties),
-        "arrangements": {},
+        "arrangements": out,
     }
-    for name, peak in resident.items():
-        need = predict(name, shape)  # type: ignore[arg-type]
-        state = peak - base
-        out["arrangements"][name] = {
-            "device_bytes": need.device,
-            "device_saving": saving(name, shape),  # type: ignore[arg-type]
-            "host_bytes": need.host,
-            "predicted_resident_bytes": need.device + need.host,
-            "measured_resident_bytes": state,
-            "measured_over_predicted": state / (need.device + need.host),
-            **({"payload_over_tensors": together[name]["payload_over_tensors"]} if name in together else {}),
-        }
-    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--records", type=int, default=4, help="sequences of 64 tokens in a micro-batch")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="default: all")
     arguments = parser.parse_args()
-    figures = measure()
+    figures = measure(arguments.records, arguments.arms)
     text = json.dumps(figures, indent=2)
     if arguments.json:
         arguments.json.write_text(text + "\n", encoding="utf-8")

@@ -39,8 +39,10 @@ class PrivacyRules(Spec):
         default="off",
         description="Keeps experts evenly used; the last two spend part of the mechanism on the expert loads.",
     )
-    balance_coefficient: float = Field(
-        default=0.02, gt=0, description="Weight of the balance loss, or step of the bias."
+    balance_coefficient: float | None = Field(
+        default=None,
+        gt=0,
+        description="Weight of the balance loss (absent: 0.02), or step of the bias in every round (absent: 0.003).",
     )
     load_share: float = Field(
         default=0.1, gt=0, lt=1, description="Share of the clip norm that goes to the released expert loads."

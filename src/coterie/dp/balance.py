@@ -31,6 +31,9 @@ from coterie.models.seam import ExpertLayer, expert_layers
 
 BalanceMode = Literal["off", "per_sequence", "private_load", "bias"]
 
+DEFAULT_COEFFICIENT: dict[BalanceMode, float] = {"off": 0.0, "per_sequence": 0.02, "private_load": 0.02, "bias": 0.003}
+"""Chosen by benchmarks/balance.py: a bias step of 0.02 left experts as collapsed as no balance at all."""
+
 
 @dataclass(frozen=True)
 class Balance:
@@ -38,7 +41,9 @@ class Balance:
 
     Attributes:
         mode: see the module text.
-        coefficient: weight of the balance loss, or step of the bias.
+        coefficient: weight of the balance loss, or step of the bias; None: `DEFAULT_COEFFICIENT` of the mode. A bias
+            moves by as much in every round, so a step that is large beside a routing probability makes the router
+            swing between experts.
         load_share: the part of the clip norm, in (0, 1), that the released loads take: with share r, gradients get
             noise 1 / sqrt(1 - r^2) times as large (0.5 % more at 0.1), and loads noise of C_load / r.
         smoothing: weight of the past in the running average of released loads, in [0, 1). More of it means less noise
@@ -46,13 +51,18 @@ class Balance:
     """
 
     mode: BalanceMode = "off"
-    coefficient: float = 0.02
+    coefficient: float | None = None
     load_share: float = 0.1
     smoothing: float = 0.5
 
     @property
     def releases_loads(self) -> bool:
         return self.mode in ("private_load", "bias")
+
+    @property
+    def strength(self) -> float:
+        """The coefficient that holds."""
+        return DEFAULT_COEFFICIENT[self.mode] if self.coefficient is None else self.coefficient
 
 
 @dataclass
@@ -228,7 +238,7 @@ class Balancer:
         self.latest = torch.cat([share.detach().double().cpu() for share in shares], 1)
         if self.balance.mode in ("off", "bias"):
             return losses
-        return losses + self.balance.coefficient * self._term(seen, shares, batch)
+        return losses + self.balance.strength * self._term(seen, shares, batch)
 
     def _term(self, seen: _Seen, shares: Sequence[Tensor], batch: Batch) -> Tensor:
         """Mean over layers of E sum_e f_e P_e, [B]."""

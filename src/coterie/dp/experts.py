@@ -174,10 +174,9 @@ class _Work:
         self.experts = experts
         self.rows = rows
         self.segments = Segments(rows.token_R // max(tokens // records, 1), rows.ends_E, records)
-        with experts.lent(call.layer) as stacked:
-            up = call.layer.layout.up_name
-            self.up = experts.matrix(call.layer, up, call.hidden_ND, stacked[up])
-            self.down = experts.matrix(call.layer, "down_proj", call.hidden_ND, stacked["down_proj"])
+        own, up = call.layer.parameters(), call.layer.layout.up_name  # on meta where weights are lent
+        self.up = experts.matrix(call.layer, up, call.hidden_ND, own[up])
+        self.down = experts.matrix(call.layer, "down_proj", call.hidden_ND, own["down_proj"])
 
 
 class _Up(torch.autograd.Function):

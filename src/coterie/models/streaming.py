@@ -48,11 +48,45 @@ class GradientSink(Protocol):
     def add(self, layer: int, gradients: LayerWeights) -> None: ...
 
 
+class Lent(Mapping[str, Tensor]):
+    """A layer on the device in the number format it arrived in; a tensor is converted when it is asked for.
+
+    So two layers in bfloat16 and one matrix in float32 are on the device, instead of two layers in float32.
+
+    Args:
+        stored: tensors on the device.
+        dtype: what is computed in.
+    """
+
+    def __init__(self, stored: LayerWeights, dtype: torch.dtype) -> None:
+        self._stored, self._dtype = stored, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def nbytes(self) -> int:
+        """What the layer takes on the device."""
+        return sum(tensor.nbytes for tensor in self._stored.values())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until what that stream was given before is done."""
+        for tensor in self._stored.values():
+            tensor.record_stream(stream)
+
+
 class LayerStreamer:
     """A `WeightSource` over layers off the device that keeps at most two layers on the device.
 
     While layer i is lent, its neighbour in the direction of travel (up in the forward, down in the backward) is
-    copied by a side thread, on CUDA along a side stream.
+    copied by a side thread, on CUDA along a side stream. Layers lie there in the narrower of the cache's number
+    format and the one that is computed in.
 
     Args:
         cache: the layers off the device.
@@ -68,7 +102,7 @@ class LayerStreamer:
         self._cache = cache
         self._device = device
         self._dtype = dtype
-        self._slots: dict[int, Future[LayerWeights]] = {}
+        self._slots: dict[int, Future[Lent]] = {}
         self._last = -1
         self._step = 1
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="coterie-prefetch")
@@ -119,25 +153,28 @@ class LayerStreamer:
         if not future.cancel():
             future.exception()
 
-    def _load(self, index: int) -> LayerWeights:
+    def _load(self, index: int) -> Lent:
         weights = self._cache.get(index)
         if self._side is None:
-            return {name: t.to(self._device, self._dtype, copy=True) for name, t in weights.items()}
+            return Lent({name: self._copied(tensor) for name, tensor in weights.items()}, self._dtype)
         with torch.cuda.stream(self._side):
-            return {name: t.to(self._device, non_blocking=True).to(self._dtype) for name, t in weights.items()}
+            return Lent({name: self._copied(tensor) for name, tensor in weights.items()}, self._dtype)
 
-    def _wait_for_copy(self, weights: LayerWeights) -> None:
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """On the device, in the narrower format. A wider one is narrowed before it travels."""
+        narrow = self._dtype if self._dtype.itemsize < tensor.dtype.itemsize else tensor.dtype
+        return tensor.to(narrow).to(self._device, non_blocking=self._side is not None, copy=narrow == tensor.dtype)
+
+    def _wait_for_copy(self, weights: Lent) -> None:
         if self._side is None:
             return
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._side)
-        for tensor in weights.values():
-            tensor.record_stream(current)
+        weights.record_stream(current)
 
-    def _note_peak(self, weights: LayerWeights) -> None:
-        size = sum(tensor.nbytes for tensor in weights.values())
+    def _note_peak(self, weights: Lent) -> None:
         self.peak_layers = max(self.peak_layers, len(self._slots))
-        self.peak_bytes = max(self.peak_bytes, size * len(self._slots))
+        self.peak_bytes = max(self.peak_bytes, weights.nbytes * len(self._slots))
 
 
 class HostGradients:

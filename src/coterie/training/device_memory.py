@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Arrangement = Literal["centralised", "tokens", "experts"]
+Arrangement = Literal["centralised", "tokens", "experts", "experts_shared"]
 FLOAT32 = 4
 
 
@@ -32,6 +32,8 @@ class Shape:
     experts: int
     layers: int
     parties: int
+    largest: int = 0
+    matrix: int = 0
     compute_bytes: int = FLOAT32
     wire_bytes: int = 2
     push_bytes: int = FLOAT32

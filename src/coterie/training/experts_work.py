@@ -58,11 +58,15 @@ class ExpertsWork(PartyWork):
         )
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
-        """What this party steps by itself; shared parameters are stepped where they are at home."""
+        """What this party steps by itself; shared parameters are stepped where they are at home.
+
+        Sums come in host memory and are needed once a round, so gradients and optimiser state stay there too.
+        """
         shared = set(shared_names(self.parts.federation, self.parts.model))
         trained = super()._own_parameters()
         self._private = {name: param for name, param in trained.items() if name not in shared}
-        return self._private or trained
+        self._stepped = {name: _on_host(param) for name, param in self._private.items()}
+        return self._stepped or trained
 
     def _contribution(self) -> Contribution:
         parts = self.parts
@@ -91,6 +95,8 @@ class ExpertsWork(PartyWork):
         found = {name.removeprefix(_RECEIVED): int(v) for name, v in state.items() if name.startswith(_RECEIVED)}
         self.way.pool.received = {party: max(n, self.way.pool.received.get(party, 0)) for party, n in found.items()}
         self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith((_TRUNK, _RECEIVED))})
+        for name, param in self._stepped.items():
+            _follow(param, self._private[name])
 
     def open_books(self) -> bool:
         if not isinstance(self._sums, PrivateSums) or self.way is None:
@@ -149,8 +155,10 @@ class ExpertsWork(PartyWork):
         assert self.way is not None
         sums = self.way.step(rate)
         if self._private and sums.experts is not None and sums.weight > 0:
-            named: dict[Tensor, Tensor] = {param: sums.trunk[name] for name, param in self._private.items()}
+            named: dict[Tensor, Tensor] = {param: sums.trunk[name] for name, param in self._stepped.items()}
             self._step_trunk(named, sums.weight, rate)
+            for name, param in self._private.items():
+                _follow(param, self._stepped[name])
         return {**sums.figures, "seconds": self._seconds}
 
     @contextmanager
@@ -170,3 +178,14 @@ class ExpertsWork(PartyWork):
     def _close(self) -> None:
         if self.way is not None:
             self.way.close()
+
+
+def _on_host(param: nn.Parameter) -> nn.Parameter:
+    """The parameter itself where the model computes on the processor, otherwise a copy in host memory."""
+    return param if param.device.type == "cpu" else nn.Parameter(param.detach().to("cpu"))
+
+
+@torch.no_grad()
+def _follow(copy: Tensor, original: Tensor) -> None:
+    if copy is not original:
+        copy.copy_(original)

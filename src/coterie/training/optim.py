@@ -76,6 +76,8 @@ class AdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                # Torch's choice on a GPU, all parameters at once, holds a temporary as large as all of them.
+                foreach=False,
             )
             for param, master in zip(params, masters, strict=True):
                 if master is not param:
