@@ -183,7 +183,7 @@ class LoadAverage:
     def bias_step(self) -> Tensor:
         """[S] float64: by how much the routing bias moves now, up for experts with less than their even share."""
         assert self.load is not None
-        return self._balance.coefficient * torch.sign(self.even - self.load)
+        return self._balance.strength * torch.sign(self.even - self.load)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; all of it was released."""
