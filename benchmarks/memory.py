@@ -6,11 +6,12 @@ An OLMoE-shaped model, scaled down: 16 MoE layers whose experts hold 93 % of the
 four parties, real processes over mTLS. Two measurements of every arrangement:
 
 - device: the processes run on a device that counts what it holds (`counted_device.py`), or on the GPU where there is
-  one. What torch allocates there is what a GPU holds; nothing is taken from the closed form.
+  one. What torch allocates there is what a GPU holds; nothing is taken from the closed form. A second run with a
+  quarter of the tokens tells what grows with them (activations, rows kept for clipping) from what does not (state).
 - resident: on the processor, the largest resident size, without that of the same processes with a model a hundred
   times smaller (interpreter, libraries, transport). It says what host and device hold together.
 
-Both stand beside the closed form of `coterie.training.device_memory`.
+Both stand beside the closed form of `coterie.training.device_memory`, which knows the state alone.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def measure(records: int, names: list[str] | None) -> dict[str, Any]:
     out: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         large = Measured(Path(folder) / "large", LARGE, records)
+        thin = Measured(Path(folder) / "thin", LARGE, records // 4)
         small = Measured(Path(folder) / "small", SMALL, records)
         shape = large.shape
         for arm in ARMS:
@@ -207,7 +209,7 @@ def measure(records: int, names: list[str] | None) -> dict[str, Any]:
             command = (sys.executable, "-P", runner, os.environ.get("COTERIE_COUNTED_BUILD", f"{folder}/build"), str(figures))
             with Processes(Path(folder), command) as processes:
                 device = large.run(arm, processes, "device")
-                base = small.run(arm, processes, "device")
+                quarter = thin.run(arm, processes, "device")
             with Processes(Path(folder), (*command[:-2], "-", str(figures))) as processes:
                 resident = large.run(arm, processes, "resident")
                 empty = small.run(arm, processes, "resident")
@@ -215,26 +217,28 @@ def measure(records: int, names: list[str] | None) -> dict[str, Any]:
             def most(run: dict[str, Any], what: str, at: Path = figures) -> int:
                 return max(json.loads((at / f"{pid}.json").read_text("utf-8"))[what] for pid in run["pids"])
 
-            held = most(device, "peak_device_bytes")
+            held, fewer = most(device, "peak_device_bytes"), most(quarter, "peak_device_bytes")
+            state = held - (held - fewer) * records / (records - records // 4)
             need = predict(arm.arrangement, shape)
             together = most(resident, "peak_rss_bytes") - most(empty, "peak_rss_bytes")
             out[arm.name] = {
                 "device_bytes": held,
-                "device_bytes_of_a_small_model": most(base, "peak_device_bytes"),
-                "predicted_device_bytes": need.device,
-                "device_over_predicted": held / need.device,
+                "device_bytes_with_a_quarter_of_the_tokens": fewer,
+                "device_state_bytes": state,
+                "predicted_device_state_bytes": need.device,
+                "state_over_predicted": state / need.device,
                 "resident_bytes": together,
-                "predicted_resident_bytes": need.device + need.host,
-                "resident_over_predicted": together / (need.device + need.host),
                 "predicted_host_bytes": need.host,
+                "resident_over_predicted": together / (held + need.host),
                 "seconds": time.monotonic() - began,
             }
             if "payload_over_tensors" in device:
                 out[arm.name]["payload_over_tensors"] = device["payload_over_tensors"]
-    alone = out.get("centralised", {}).get("device_bytes")
+    alone = out.get("centralised")
     for found in out.values():
         if alone:
-            found["device_saving"] = 1 - found["device_bytes"] / alone
+            found["device_saving"] = 1 - found["device_bytes"] / alone["device_bytes"]
+            found["device_state_saving"] = 1 - found["device_state_bytes"] / alone["device_state_bytes"]
     return {
         "machine": {
             "system": platform.platform(),

@@ -91,6 +91,44 @@ def test_streamed_experts_equal_weights_in_the_module(family, checkpointing, on_
     assert streamer.peak_bytes <= 2 * one_layer
 
 
+def test_layers_lie_on_the_device_as_they_came_and_compute_as_if_they_had_been_converted():
+    model = small_model("olmoe")
+    seam.select(model)
+    layers = seam.expert_layers(model)
+    for layer in layers:
+        for param in layer.parameters().values():
+            param.data = param.data.to(torch.bfloat16).float()
+    loss, expected = loss_and_gradients(model)
+
+    cache = WeightCache(MemoryStore(), len(layers))
+    for layer in layers:
+        cache.put(layer.index, {n: p.detach().to(torch.bfloat16) for n, p in layer.parameters().items()})
+    streamer, sink = LayerStreamer(cache, torch.device("cpu"), torch.float32), HostGradients()
+    seam.select(model, StreamedExperts(streamer, sink))
+    streamed_loss, _ = loss_and_gradients(model)
+    streamer.close()
+
+    torch.testing.assert_close(streamed_loss, loss, rtol=1e-6, atol=0)
+    for layer in layers:
+        for name in layer.layout.parameter_names:
+            gradient = expected[f"{layer.name}.{name}"]
+            assert (sink.sums[layer.index][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    values = sum(p.numel() for p in layers[0].parameters().values())
+    assert streamer.peak_bytes == 2 * 2 * values
+
+
+def test_what_is_wider_in_the_cache_is_narrowed_on_its_way():
+    weight = torch.randn(2, 3, 4)
+    cache = WeightCache(MemoryStore(), 1)
+    cache.put(0, {"down_proj": weight})
+    streamer = LayerStreamer(cache, torch.device("cpu"), torch.bfloat16)
+    with streamer.layer(0) as lent:
+        assert torch.equal(lent["down_proj"], weight.to(torch.bfloat16))
+    streamer.close()
+    assert streamer.peak_bytes == 2 * weight.numel()
+    assert cache.get(0)["down_proj"].dtype == torch.float32
+
+
 def test_experts_get_gradients_though_no_trunk_parameter_is_trained():
     model = small_model("olmoe")
     layers = seam.select(model)

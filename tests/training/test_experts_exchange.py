@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from coterie.errors import RoundError
@@ -15,6 +16,7 @@ from coterie.federation.transport import Lane, Message
 from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.streaming import HostGradients
+from coterie.training import experts_work
 from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.packing import RoundOrder
@@ -48,8 +50,11 @@ def assert_same(federation: InProcessFederation, models, tolerance: float = 1e-5
                 assert relative(value, expected) < tolerance, (name, key)
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_a_private_trunk_trains_as_the_same_loop_by_hand(tmp_path: Path, cache):
+@pytest.mark.parametrize(("cache", "apart"), [("memory", False), ("disk", False), ("memory", True)])
+def test_a_private_trunk_trains_as_the_same_loop_by_hand(tmp_path: Path, cache, apart, monkeypatch):
+    """Also with the trunk's master weights apart from what computes, as they are beside a GPU."""
+    if apart:
+        monkeypatch.setattr(experts_work, "_on_host", lambda param: nn.Parameter(param.detach().clone()))
     config = experts_settings()
     models = full_models()
     parts = make_parts(config, models, tmp_path)
@@ -167,9 +172,10 @@ def test_attempt_that_fails_in_the_middle_of_a_backward_leaves_no_gradient_to_th
     assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
 
 
-def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path):
+def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path, monkeypatch):
     from test_party import until
 
+    monkeypatch.setattr(experts_work, "_on_host", lambda param: nn.Parameter(param.detach().clone()))
     config = experts_settings(train__rounds=6, deadline_s=4.0)
     models = full_models()
     parts = make_parts(config, models, tmp_path)

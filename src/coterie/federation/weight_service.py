@@ -106,6 +106,37 @@ class Offer:
     received: int
 
 
+Span = tuple[int, int]
+
+
+@dataclass
+class Transfer:
+    """A part on its way.
+
+    Attributes:
+        blob: its bytes, as far as they have come.
+        asked: the spans that were asked for, with their answers to come.
+    """
+
+    part: Part
+    round: int
+    blob: Tensor
+    asked: list[tuple[Span, Future[Message]]]
+
+    def collect(self) -> tuple[list[Span], CoterieError | None]:
+        """Take in every answer; returns the spans that did not come, with the first error."""
+        missing: list[Span] = []
+        first: CoterieError | None = None
+        for (start, end), future in self.asked:
+            try:
+                (chunk,) = future.result().tensors
+                self.blob[start:end] = chunk
+            except TransportError as error:
+                missing.append((start, end))
+                first = first or error
+        return missing, first
+
+
 class WeightFetcher:
     """The owner's side: every part, in the fixed order, whatever the lot.
 
@@ -128,7 +159,16 @@ class WeightFetcher:
         return {part.number: _offered(part, future.result(), dtype) for part, future in asked}
 
     def fetch(self, part: Part, round: int, dtype: torch.dtype, digest: str) -> Tensor:
-        """The bytes of one part, uint8.
+        """The bytes of one part, uint8; see `begin` and `finish`."""
+        return self.finish(self.begin(part, round, dtype), digest)
+
+    def begin(self, part: Part, round: int, dtype: torch.dtype) -> Transfer:
+        """Ask for all chunks of a part and return at once."""
+        blob = torch.empty(part.num_bytes(dtype), dtype=torch.uint8)
+        return Transfer(part, round, blob, self._request(part, round, spans(blob.numel())))
+
+    def finish(self, transfer: Transfer, digest: str) -> Tensor:
+        """Wait for a part; returns its bytes, uint8.
 
         Args:
             digest: what `offers` gave.
@@ -137,44 +177,34 @@ class WeightFetcher:
             TransportError: the host did not answer, also after retries.
             RoundError: the bytes do not have that digest.
         """
-        blob = torch.empty(part.num_bytes(dtype), dtype=torch.uint8)
-        missing = spans(blob.numel())
         for tries_left in range(self._retries, -1, -1):
-            missing, error = self._fill(part, round, blob, missing)
+            missing, error = transfer.collect()
             if not missing:
                 break
             if tries_left == 0 and error is not None:
                 raise error
-        if digest_of(blob) != digest:
+            transfer.asked = self._request(transfer.part, transfer.round, missing)
+        if digest_of(transfer.blob) != digest:
             raise RoundError(
-                f"{part.host} served part {part.number} with other bytes than it offered.",
+                f"{transfer.part.host} served part {transfer.part.number} with other bytes than it offered.",
                 code="weights-changed",
                 why="every pass over a record must see the same weights",
                 fix="the attempt is aborted; look at the host's own log",
             )
-        return blob
+        return transfer.blob
 
-    def _fill(
-        self, part: Part, round: int, blob: Tensor, wanted: list[tuple[int, int]]
-    ) -> tuple[list[tuple[int, int]], CoterieError | None]:
-        """Ask for all wanted chunks; returns those that did not come, with the first error."""
-        asked: list[tuple[tuple[int, int], Future[Message]]] = []
-        missing, first = [], None
+    def _request(self, part: Part, round: int, wanted: list[Span]) -> list[tuple[Span, Future[Message]]]:
+        """Ask for chunks; one that cannot even be asked for has its error in the future."""
+        asked = []
         for start, end in wanted:
             message = Message(CHUNK_KIND, round, layer=part.number, body={"start": start, "end": end})
             try:
-                asked.append(((start, end), self._ask(part, message)))
+                future = self._ask(part, message)
             except TransportError as error:
-                missing.append((start, end))
-                first = first or error
-        for (start, end), future in asked:
-            try:
-                (chunk,) = future.result().tensors
-                blob[start:end] = chunk
-            except TransportError as error:
-                missing.append((start, end))
-                first = first or error
-        return sorted(missing), first
+                future = Future()
+                future.set_exception(error)
+            asked.append(((start, end), future))
+        return asked
 
     def _ask(self, part: Part, message: Message) -> Future[Message]:
         return self._transport.request_async(part.host, LANE, message, self._deadline_s)

@@ -1,0 +1,168 @@
+"""The owner's mirror of the pool: layers usable as they come, nothing half-fetched ever used."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from coterie.errors import RoundError
+from coterie.federation.inprocess import InProcessHub
+from coterie.federation.owner import Mirror
+from coterie.federation.parts import Part, digest_of, expert_parts
+from coterie.federation.transport import Lane, Message
+from coterie.federation.weight_service import CHUNK_KIND, WeightFetcher, WeightService
+from coterie.models.weight_cache import MemoryStore, WeightCache
+
+PARTIES = ("alder", "birch")
+LAYERS, EXPERTS = 3, 4
+PARTS = expert_parts(
+    [{"gate_up_proj": (EXPERTS, 6, 5), "down_proj": (EXPERTS, 5, 3)}] * LAYERS,
+    [["alder", "birch", "alder", "birch"]] * LAYERS,
+    PARTIES,
+    {"norm": (3,)},
+)
+
+
+class OwnParts:
+    """What a `Pool` is to a mirror."""
+
+    me = "alder"
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
+        part = PARTS[number]
+        blob = part.encode(self._world.weights(part), torch.float32)
+        return blob, digest_of(blob)
+
+
+class World:
+    """alder mirrors its own parts and birch's; `before` sees every request to birch and may wait or raise."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.layers = [
+            {name: torch.randn(EXPERTS, *shape, generator=generator) for name, shape in SHAPES.items()}
+            for _ in range(LAYERS)
+        ]
+        self.seen: list[tuple[str, int]] = []
+        self.before = lambda message: None
+        hub = InProcessHub(PARTIES)
+        self.alder, birch = hub.transport("alder"), hub.transport("birch")
+        self.service = WeightService(tuple(p for p in PARTS if p.host == "birch"), self.weights, torch.float32)
+        self.alder.start(lambda *_: None)
+        birch.start(self.handle)
+        self.alder.connect(5)
+        self.ends = (self.alder, birch)
+        self.mirror = Mirror(
+            PARTS, [EXPERTS] * LAYERS, WeightCache(MemoryStore(), LAYERS), OwnParts(self),  # type: ignore[arg-type]
+            WeightFetcher(self.alder, deadline_s=5), torch.float32, set_trunk=lambda tensors: None, wait_s=5,
+        )  # fmt: skip
+
+    def weights(self, part: Part) -> dict[str, Tensor]:
+        if part.layer < 0:
+            return {"norm": torch.ones(3)}
+        return {name: tensor[list(part.experts)] for name, tensor in self.layers[part.layer].items()}
+
+    def handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        self.seen.append((message.kind, message.layer))
+        self.before(message)
+        return self.service.handle(message)
+
+    def begin(self, round: int) -> None:
+        self.service.begin_round(round)
+        self.mirror.start(round, self.mirror.versions(round))
+
+    def assert_right(self, layer: int) -> None:
+        for name, tensor in self.mirror.get(layer).items():
+            torch.testing.assert_close(tensor, self.layers[layer][name], rtol=0, atol=0)
+
+
+SHAPES = {"gate_up_proj": (6, 5), "down_proj": (5, 3)}
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    running = World()
+    yield running
+    running.mirror.stop()
+    running.mirror.join(check=False)
+    for end in running.ends:
+        end.close()
+
+
+def test_a_layer_is_usable_while_the_next_one_is_still_on_its_way(world: World):
+    go_on = threading.Event()
+    world.before = lambda message: (
+        go_on.wait(5) if message.kind == CHUNK_KIND and PARTS[message.layer].layer == 1 else None
+    )
+    world.begin(1)
+    world.assert_right(0)
+    assert world.mirror.fetch_s == 0
+    go_on.set()
+    for layer in (1, 2):
+        world.assert_right(layer)
+    world.mirror.join()
+    assert world.mirror.fetch_s > 0
+
+
+def test_following_parts_are_asked_for_before_the_first_one_has_come(world: World):
+    asked = threading.Event()
+    chunks = []
+
+    def before(message: Message) -> None:
+        if message.kind == CHUNK_KIND:
+            chunks.append(message.layer)
+            assert asked.wait(5), "the second part was not asked for while the first was on its way"
+
+    begin = world.mirror._fetcher.begin
+    begun: list[int] = []
+
+    def counted(part: Part, *rest):  # type: ignore[no-untyped-def]
+        begun.append(part.number)
+        if len(begun) == LAYERS:
+            asked.set()
+        return begin(part, *rest)
+
+    world.before, world.mirror._fetcher.begin = before, counted  # type: ignore[method-assign]
+    world.begin(1)
+    world.mirror.join()
+    assert chunks == begun == sorted(begun), "in the order in which layers are used"
+
+
+def test_a_part_whose_layer_never_became_whole_comes_again(world: World):
+    world.begin(1)
+    world.mirror.join()
+    for layer in world.layers:
+        for tensor in layer.values():
+            tensor.add_(1)
+
+    def broken(message: Message) -> None:
+        if message.kind == CHUNK_KIND:
+            raise RoundError("birch gave the attempt up.", code="round-interrupted")
+
+    world.before = broken
+    world.begin(2)
+    with pytest.raises(RoundError, match="round-interrupted"):
+        world.mirror.join()
+    world.before = lambda message: None
+    world.begin(3)
+    for layer in range(LAYERS):
+        world.assert_right(layer)
+
+
+def test_unchanged_parts_are_not_asked_for_again(world: World):
+    world.begin(1)
+    world.mirror.join()
+    world.seen.clear()
+    world.layers[1]["down_proj"].add_(1)
+    world.begin(2)
+    world.mirror.join()
+    assert {PARTS[part].layer for kind, part in world.seen if kind == CHUNK_KIND} == {1}
+    for layer in range(LAYERS):
+        world.assert_right(layer)
