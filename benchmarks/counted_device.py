@@ -58,7 +58,7 @@ def install(folder: Path) -> Any:
 
 def main() -> None:
     build_dir, figures_dir, *arguments = sys.argv[1:]
-    peak: Callable[[], int] = lambda: 0
+    peak: Callable[[], int] = int  # nothing
     if build_dir == "-":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif torch.cuda.is_available():

@@ -206,7 +206,13 @@ def measure(records: int, names: list[str] | None) -> dict[str, Any]:
             print(f"{arm.name} ...", file=sys.stderr, flush=True)
             figures = Path(folder) / "figures"
             runner = str(Path(__file__).with_name("counted_device.py"))
-            command = (sys.executable, "-P", runner, os.environ.get("COTERIE_COUNTED_BUILD", f"{folder}/build"), str(figures))
+            command = (
+                sys.executable,
+                "-P",
+                runner,
+                os.environ.get("COTERIE_COUNTED_BUILD", f"{folder}/build"),
+                str(figures),
+            )
             with Processes(Path(folder), command) as processes:
                 device = large.run(arm, processes, "device")
                 quarter = thin.run(arm, processes, "device")

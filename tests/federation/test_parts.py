@@ -10,7 +10,7 @@ import torch
 from coterie.errors import FrameError, RoundError, TransportError
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.parts import CHUNK, Part, digest_of, expert_parts
-from coterie.federation.push_service import Pusher, PushService
+from coterie.federation.push_service import Push, Pusher, PushService
 from coterie.federation.transport import Lane, Message
 from coterie.federation.weight_service import CHUNK_KIND, WeightFetcher, WeightService
 
@@ -146,7 +146,7 @@ def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation)
 
 
 def push(federation: Federation, blob: torch.Tensor, *, round: int = 7, weights: str = "w") -> None:
-    Pusher(federation.alder, deadline_s=5).push(BIG, round, blob, digest_of(blob), weights)
+    Pusher(federation.alder, deadline_s=5).push_all([Push(BIG, blob, weights)], round)
 
 
 @pytest.fixture
@@ -173,6 +173,31 @@ def test_a_broken_push_is_resumed_byte_for_byte(open_round):
     push(open_round, blob_of(3.0))
     assert float(open_round.pushes.sums(0, ("alder",))["down_proj"].min()) == 3.0
     assert sum(message.kind == "push-chunk" for message in open_round.seen) == 4
+
+
+MANY = tuple(Part(n, "birch", n, (0,), (("down_proj", (2, CHUNK // 4 + n)),)) for n in range(4))
+
+
+@pytest.mark.parametrize("break_at", [None, 1, 2, 4, 6, 9, 14, 19, 20])
+def test_parts_pushed_together_are_all_staged_wherever_the_line_breaks(break_at):
+    federation = Federation()
+    federation.pushes = PushService(MANY, torch.float32, PARTIES)
+    federation.pushes.begin_round(7, dict.fromkeys(range(4), "w"))
+    federation.break_at = break_at
+    sums = [part.encode({"down_proj": torch.full((2, CHUNK // 4 + part.number), float(part.number))}, torch.float32)
+            for part in MANY]  # fmt: skip
+    items = [Push(part, blob, "w") for part, blob in zip(MANY, sums, strict=True)]
+    Pusher(federation.alder, deadline_s=5).push_all(items, 7)
+    federation.close()
+    assert federation.pushes.complete("alder")
+    for part, blob in zip(MANY, sums, strict=True):
+        found = part.encode(federation.pushes.sums(part.number, ("alder",)), torch.float32)
+        assert torch.equal(found, blob)
+    if break_at is None:
+        kinds = [(message.kind, message.layer) for message in federation.seen]
+        assert [layer for kind, layer in kinds if kind == "push-begin"] == [0, 1, 2, 3]
+        assert kinds.index(("push-begin", 3)) < kinds.index(("push-end", 0)), "the next parts do not wait for one"
+        assert sum(kind == "push-chunk" for kind, _ in kinds) == 2 + 3 * 3
 
 
 def test_a_retry_of_the_attempt_keeps_what_was_staged(open_round):

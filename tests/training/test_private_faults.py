@@ -157,7 +157,7 @@ DEATHS: dict[str, tuple[type, str, bool, int]] = {
     "spooled but not counted": (Ledger, "record_release", False, 1),
     "counted but not declared": (Ledger, "record_release", True, 1),
     "declared but not pushed": (SumSender, "declare", True, 1),
-    "in the middle of the push": (Pusher, "push", False, 3),
+    "in the middle of the push": (Pusher, "_end", False, 3),
     "pushed but not reported": (SumSender, "push", True, 1),
     "committed but not applied": (Pool, "commit", False, 1),
     "applied but not saved": (Pool, "commit", True, 1),

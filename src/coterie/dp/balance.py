@@ -31,7 +31,12 @@ from coterie.models.seam import ExpertLayer, expert_layers
 
 BalanceMode = Literal["off", "per_sequence", "private_load", "bias"]
 
-DEFAULT_COEFFICIENT: dict[BalanceMode, float] = {"off": 0.0, "per_sequence": 0.02, "private_load": 0.02, "bias": 0.003}
+DEFAULT_COEFFICIENT: dict[BalanceMode, float] = {
+    "off": 0.0,
+    "per_sequence": 0.02,
+    "private_load": 0.02,
+    "bias": 0.003,
+}
 """Chosen by benchmarks/balance.py: a bias step of 0.02 left experts as collapsed as no balance at all."""
 
 

@@ -6,6 +6,7 @@ release and divide by public numbers.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ class Contributor:
             budget=asdict(plan.budget), seeded=plan.seed is not None,
             provenance=[artefact.to_json() for artefact in artefacts],
         )  # fmt: skip
+        self.seconds: dict[str, float] = {}
         self._source = random_source(plan.seed)
         self._units, self._lots, self._plan, self._run, self._ledger = units, lots, plan, run, books
         self._sigma, self._not_covered = sigma, not_covered(artefacts)
@@ -153,11 +155,17 @@ class Contributor:
             if error.code != "dp-budget-spent":
                 raise
             return None
+        self.seconds = {}
         if isinstance(begun, Release):
             return begun.tensors(), begun
+        began = time.monotonic()
         sums = self._sums.compute(begun.lot, begun.name)
+        summed = time.monotonic()
         noised = self._sums.noise(sums).add(sums, self._source, f"noise|{begun.name}")
-        return noised, self._releases.publish(begun, noised)
+        drawn = time.monotonic()
+        release = self._releases.publish(begun, noised)
+        self.seconds = {"sums": summed - began, "noise": drawn - summed, "spool": time.monotonic() - drawn}
+        return noised, release
 
     def forget(self, up_to_round: int, beyond_limit: int) -> None:
         """Drop spooled results that nobody will need again.

@@ -1,7 +1,8 @@
 """The owner's side of the `experts` exchange: mirror the pool's weights, bring sums back.
 
 Weights are fetched by one thread a host while the model already computes, in the order in which it needs them, with
-enough of the following parts asked for that a slow line never idles between two. Which parts are asked for, in which order and how large they are never depends on the owner's text.
+enough of the following parts asked for that a slow line never idles between two. Which parts are asked for, in which
+order and how large they are never depends on the owner's text.
 """
 
 from __future__ import annotations
@@ -16,15 +17,12 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CoterieError, DeadlineError, RoundError
-from coterie.federation.parts import Part, combined_digest, digest_of
+from coterie.federation.parts import AHEAD, Part, combined_digest
 from coterie.federation.pool import DECLARE, Pool
-from coterie.federation.push_service import Pusher
+from coterie.federation.push_service import Push, Pusher
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.federation.weight_service import Transfer, WeightFetcher
 from coterie.models.weight_cache import LayerWeights, WeightCache
-
-AHEAD = 16 << 20
-"""Bytes asked for in advance from one host. A line of 1 Gbit/s with 40 ms there and back holds 5 MB."""
 
 
 class Mirror:
@@ -185,7 +183,7 @@ class Mirror:
             fresh = self._fresh.pop(part.layer, [])
         self._assemble(part.layer, fresh)
         with self._arrived:
-            # Only now: a part that came while its layer never became whole has to come again.
+            # Not before: an attempt that ends between two parts of a layer leaves the cache as it was.
             self._held.update({piece.number: its for piece, _, its in fresh})
             self._ready.add(part.layer)
             if len(self._ready) == len(self._coming):
@@ -204,8 +202,6 @@ class Mirror:
                     shape = (self._num_experts[layer], *rows.shape[1:])
                     stacked.setdefault(name, torch.zeros(shape, dtype=self._dtype))[list(part.experts)] = rows
             self._cache.put(layer, stacked)
-        # Not before: an attempt that ends between two parts of a layer leaves the cache as it was.
-        self._held |= {part.number: digest for part, _, digest in fresh}
 
     def _fill_up_missing(self) -> None:
         """Zeros for layers that no present host stores and that are not held; their experts are masked."""
@@ -280,12 +276,12 @@ class SumSender:
                 by_host[part.host].append(part)
 
         def bring(parts: Sequence[Part]) -> None:
-            for part in parts:
-                blob, weights = blobs[part.number], versions[part.number]
-                if part.host == self._pool.me:
-                    self._pool.stage_own(part, round, blob, weights)
-                else:
-                    self._pusher.push(part, round, blob, digest_of(blob), weights)
+            if parts[0].host == self._pool.me:
+                for part in parts:
+                    self._pool.stage_own(part, round, blobs[part.number], versions[part.number])
+                return
+            items = [Push(part, blobs[part.number], versions[part.number]) for part in parts]
+            self._pusher.push_all(items, round)
 
         with ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-push") as pool:
             futures = [pool.submit(bring, parts) for parts in by_host.values()]

@@ -7,15 +7,17 @@ broken line, a restart or a retry of the attempt, and count once; other bytes un
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from coterie.errors import FrameError, RoundError, TransportError
-from coterie.federation.parts import Part, digest_of, spans
+from coterie.federation.parts import AHEAD, Part, digest_of, spans
 from coterie.federation.transport import Lane, Message, Transport
 
 BEGIN, CHUNK_KIND, END = "push-begin", "push-chunk", "push-end"
@@ -184,6 +186,25 @@ class PushService:
         self._staged[key] = (incoming.digest, incoming.blob)
 
 
+@dataclass(frozen=True)
+class Push:
+    """One part to be brought to its host.
+
+    Attributes:
+        blob: uint8, exactly the spooled bytes.
+        weights: digest of this part's weights that the sum was computed on.
+    """
+
+    part: Part
+    blob: Tensor
+    weights: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the blob."""
+        return digest_of(self.blob)
+
+
 class Pusher:
     """The owner's side: sends bytes that were already spooled, as often as needed."""
 
@@ -192,7 +213,7 @@ class Pusher:
         self._deadline_s = deadline_s
         self._retries = retries
 
-    def push(self, part: Part, round: int, blob: Tensor, digest: str, weights: str) -> None:
+    def push(self, part: Part, round: int, blob: Tensor, weights: str) -> None:
         """Bring one part to its host; returns when the host has staged it.
 
         Args:
@@ -205,33 +226,90 @@ class Pusher:
         """
         for tries_left in range(self._retries, -1, -1):
             try:
-                self._once(part, round, blob, digest, weights)
+                self._once(Push(part, blob, weights), round)
                 return
             except TransportError as error:
                 if tries_left == 0 or isinstance(error, FrameError):
                     raise
 
-    def _once(self, part: Part, round: int, blob: Tensor, digest: str, weights: str) -> None:
-        body = {"digest": digest, "size": blob.numel(), "weights": weights}
-        reply = self._ask(part, Message(BEGIN, round, layer=part.number, body=body)).result()
-        all_spans = spans(blob.numel())
-        missing = [int(number) for number in reply.body["missing"]]
-        waiting = [
+    def push_all(self, items: Sequence[Push], round: int) -> None:
+        """Bring parts to one host in their order; returns when it has staged them all.
+
+        The next parts begin before the host has answered for one, so that a slow line never idles between two. A
+        part whose line breaks is brought again by `push`.
+
+        Raises:
+            As `push`.
+        """
+        begun: deque[tuple[Push, Future[Message]]] = deque()
+        sent: deque[tuple[Push, list[Future[Message]]]] = deque()
+        ends: list[tuple[Push, Future[Message]]] = []
+        announced = under_way = 0
+        for item in items:
+            begun.append((item, self._announce(item, round)))
+            announced += item.blob.numel()
+            while begun and (announced >= AHEAD or item is items[-1]):
+                first, reply = begun.popleft()
+                announced -= first.blob.numel()
+                sent.append((first, self._send_chunks(first, round, reply)))
+                under_way += first.blob.numel()
+                while sent and (under_way >= AHEAD or (item is items[-1] and not begun)):
+                    done, chunks = sent.popleft()
+                    under_way -= done.blob.numel()
+                    ends.append((done, self._end(done, round, chunks)))
+        for item, future in ends:
+            try:
+                future.result()
+            except TransportError as error:
+                if isinstance(error, FrameError):
+                    raise
+                self.push(item.part, round, item.blob, item.weights)
+
+    def _once(self, item: Push, round: int) -> None:
+        self._end(item, round, self._send_chunks(item, round, self._announce(item, round))).result()
+
+    def _announce(self, item: Push, round: int) -> Future[Message]:
+        body = {"digest": item.digest, "size": item.blob.numel(), "weights": item.weights}
+        return self._ask(item.part, Message(BEGIN, round, layer=item.part.number, body=body))
+
+    def _send_chunks(self, item: Push, round: int, reply: Future[Message]) -> list[Future[Message]]:
+        """What the host is missing; a host that could not be asked has that error as its only answer."""
+        try:
+            missing = [int(number) for number in reply.result().body["missing"]]
+        except TransportError as error:
+            return [_failed(error)]
+        all_spans = spans(item.blob.numel())
+        return [
             self._ask(
-                part,
+                item.part,
                 Message(
                     CHUNK_KIND,
                     round,
-                    layer=part.number,
+                    layer=item.part.number,
                     exchange=number,
-                    tensors=(blob[all_spans[number][0] : all_spans[number][1]],),
+                    tensors=(item.blob[slice(*all_spans[number])],),
                 ),
             )
             for number in missing
         ]
-        for future in waiting:
-            future.result()
-        self._ask(part, Message(END, round, layer=part.number)).result()
+
+    def _end(self, item: Push, round: int, chunks: list[Future[Message]]) -> Future[Message]:
+        """Say that the part is whole, once the host has answered for every chunk."""
+        for future in chunks:
+            try:
+                future.result()
+            except TransportError as error:
+                return _failed(error)
+        return self._ask(item.part, Message(END, round, layer=item.part.number))
 
     def _ask(self, part: Part, message: Message) -> Future[Message]:
-        return self._transport.request_async(part.host, LANE, message, self._deadline_s)
+        try:
+            return self._transport.request_async(part.host, LANE, message, self._deadline_s)
+        except TransportError as error:
+            return _failed(error)
+
+
+def _failed(error: TransportError) -> Future[Message]:
+    future: Future[Message] = Future()
+    future.set_exception(error)
+    return future

@@ -9,6 +9,7 @@ Shape letters as in `coterie.models.seam`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -96,6 +97,8 @@ class LayerStreamer:
     Attributes:
         peak_layers: most layers that were on the device at once; never above 2.
         peak_bytes: most bytes of expert weights that were on the device at once.
+        waited: by layer, the seconds that computing stood still for it the first time since `watch`, and for all
+            layers together ever after under the key -1.
     """
 
     def __init__(self, cache: LayerReader, device: torch.device, dtype: torch.dtype) -> None:
@@ -109,6 +112,11 @@ class LayerStreamer:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.peak_layers = 0
         self.peak_bytes = 0
+        self.waited: dict[int, float] = {}
+
+    def watch(self) -> None:
+        """Begin to count waiting anew."""
+        self.waited = {}
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerWeights]:
@@ -117,7 +125,9 @@ class LayerStreamer:
         for other in [slot for slot in self._slots if slot != index]:
             self._drop(other)
         self._start(index)
+        began = time.monotonic()
         weights = self._slots[index].result()
+        self._count_wait(index, time.monotonic() - began)
         self._wait_for_copy(weights)
         following = index + self._step
         if 0 <= following < self._cache.num_layers:
@@ -171,6 +181,10 @@ class LayerStreamer:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._side)
         weights.record_stream(current)
+
+    def _count_wait(self, index: int, seconds: float) -> None:
+        key = index if index not in self.waited else -1
+        self.waited[key] = self.waited.get(key, 0.0) + seconds
 
     def _note_peak(self, weights: Lent) -> None:
         self.peak_layers = max(self.peak_layers, len(self._slots))

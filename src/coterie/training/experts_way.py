@@ -10,6 +10,7 @@ One attempt at a round:
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,6 +200,10 @@ class ExpertsWay:
     Attributes:
         pool: what this party stores for everybody.
         streamer: lends layers to the device.
+        seconds: what the last attempt took: ``agree`` (freeze, digests, a shared trunk), ``fetch`` (all layers,
+            beside the computing), ``waited_first`` and ``waited_later`` (computing stood still for the first layer,
+            for the others on their first use), ``lot`` (computing with its waits, noise, spool), ``push``. Never
+            sent.
     """
 
     def __init__(
@@ -257,6 +262,7 @@ class ExpertsWay:
         self._sender = SumSender(transport, self.pool, self.parts, deadline_s=federation.deadline_s)
         self._interrupted = False
         self.sums: Sums | None = None
+        self.seconds: dict[str, float] = {}
         self._serial = -1
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
@@ -266,6 +272,7 @@ class ExpertsWay:
     def compute(self, told: State, alive: Callable[[], bool]) -> None:
         """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched."""
         self._interrupted = False
+        began = time.monotonic()
         serial = self._serial = told.round * _ATTEMPTS + self._try(told)
         versions = self._refresh(serial, told)
         self._contribution.open(self.streamer)
@@ -280,15 +287,31 @@ class ExpertsWay:
         def going() -> bool:
             return alive() and not self._interrupted
 
+        agreed = time.monotonic()
+        self.streamer.watch()
         sums = self._contribution.sums(told.round, pins, self.streamer, going)
         self.streamer.drop_all()
         self._mirror.join()
+        computed = time.monotonic()
         if not going():
             raise superseded()
         self._sender.declare(serial, contributes=sums.experts is not None, weight=sums.weight)
         if sums.experts is not None:
             self._sender.push(serial, self._encode(sums, serial), versions)
         self.sums = sums
+        self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
+
+    def _split_time(self, agree_s: float, lot_s: float, push_s: float) -> dict[str, float]:
+        waited = self.streamer.waited
+        later = sum(seconds for layer, seconds in waited.items() if layer > 0)
+        return {
+            "agree_seconds": agree_s,
+            "fetch_seconds": self._mirror.fetch_s,
+            "waited_first_seconds": waited.get(0, 0.0),
+            "waited_later_seconds": later,
+            "lot_seconds": lot_s,
+            "push_seconds": push_s,
+        }
 
     def step(self, rate: float) -> Sums:
         """Apply the committed round to the own parts; returns this party's sums, for a private trunk."""

@@ -159,7 +159,7 @@ class ExpertsWork(PartyWork):
             self._step_trunk(named, sums.weight, rate)
             for name, param in self._private.items():
                 _follow(param, self._stepped[name])
-        return {**sums.figures, "seconds": self._seconds}
+        return {**sums.figures, "seconds": self._seconds, **self.way.seconds}
 
     @contextmanager
     def _inference(self, told: State, alive: Alive) -> Iterator[None]:

@@ -215,6 +215,7 @@ class PrivateSums:
     def _figures(self, round: int, release: Release) -> dict[str, float]:
         assert self.contributor is not None
         figures: dict[str, float] = {"epsilon": self.contributor.spent().epsilon}
+        figures |= {f"{what}_seconds": seconds for what, seconds in self.contributor.seconds.items()}
         last = self.contributor.last
         if last is not None and last.round == round:
             figures |= {
