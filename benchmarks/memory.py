@@ -23,7 +23,7 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ ARMS = (
     Arm("centralised", "centralised"),
     Arm("tokens", "tokens", {"exchange": "tokens"}),
     Arm("experts", "experts", {"exchange": "experts"}),
-    Arm("experts, shared trunk", "experts_shared", {"exchange": "experts", "trunk": "shared"}),
+    Arm("experts, shared trunk", "experts", {"exchange": "experts", "trunk": "shared"}),
 )
 
 
@@ -100,13 +100,19 @@ class Measured:
         lines = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(60)) for i in range(64)]
         (root / "text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         model = build_model(ModelSpec(family="olmoe", config=config))
-        largest = max(param.numel() for param in model.parameters())
-        experts = sum(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
-        matrix = max(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
-        total = sum(param.numel() for param in model.parameters())
+        stacked = [param for layer in expert_layers(model) for param in layer.parameters().values()]
+        experts, known = sum(param.numel() for param in stacked), {id(param) for param in stacked}
+        trunk = [param.numel() for param in model.parameters() if id(param) not in known]
         model.save_pretrained(root / "model")
         train_tokenizer(lines, 300).save_pretrained(str(root / "model"))
-        self.shape = Shape(total - experts, experts, config["num_hidden_layers"], len(PARTIES), largest, matrix)
+        self.shape = Shape(
+            trunk=sum(trunk),
+            experts=experts,
+            layers=config["num_hidden_layers"],
+            parties=len(PARTIES),
+            matrix=max(param.numel() for param in stacked),
+            largest_trunk=max(trunk),
+        )
 
     def run(self, arm: Arm, processes: Processes, tag: str) -> dict[str, Any]:
         """Train one arrangement to the end; the logs and results lie under ``tag``."""
@@ -225,7 +231,7 @@ def measure(records: int, names: list[str] | None) -> dict[str, Any]:
 
             held, fewer = most(device, "peak_device_bytes"), most(quarter, "peak_device_bytes")
             state = held - (held - fewer) * records / (records - records // 4)
-            need = predict(arm.arrangement, shape)
+            need = predict(arm.arrangement, replace(shape, shared_trunk=arm.settings.get("trunk") == "shared"))
             together = most(resident, "peak_rss_bytes") - most(empty, "peak_rss_bytes")
             out[arm.name] = {
                 "device_bytes": held,

@@ -90,3 +90,20 @@ def test_mistakes_on_the_command_line_are_wrong_usage(checkpoint, tmp_path, caps
     code, _, err = run(capsys, "export", tmp_path, "--out", tmp_path / "joined")
     assert code == 1
     assert "not a split model" in err
+
+
+def test_plan_says_memory_bytes_and_the_cheaper_exchange(checkpoint, tmp_path, capsys):
+    settings = tmp_path / "federation.yaml"
+    settings.write_text(FEDERATION.format(path=checkpoint, placement="round_robin"))
+    code, out, _ = run(capsys, "plan", settings, "--gbit", 10, "--json", tmp_path / "plan.json")
+    assert code == 0
+    assert "alder" in out
+    assert "experts moves less" in out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    parties = {(each["party"], each["exchange"]): each for each in found["parties"]}
+    assert parties.keys() == {(name, exchange) for name in ("alder", "birch") for exchange in ("tokens", "experts")}
+    assert parties["alder", "experts"]["need"]["device"] < parties["alder", "tokens"]["need"]["device"]
+    assert parties["alder", "experts"]["down"] == 2 * parties["birch", "experts"]["hosted"]
+    code, _, err = run(capsys, "plan", tmp_path / "nowhere.yaml")
+    assert code == 1
+    assert "nowhere.yaml" in err

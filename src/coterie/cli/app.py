@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "coordinator": ("coordinator", "Keep the rounds of a federation."),
     "up": ("up", "Take part in a federation as one party."),
     "status": ("status", "Where a federation is: round, commits, who is missing."),
+    "plan": ("plan", "Memory of every party and bytes of a round, before anybody starts."),
     "split": ("split", "Turn a checkpoint into a trunk and shards of experts."),
     "export": ("export", "Join a trunk and shards into a checkpoint again."),
     "upcycle": ("upcycle", "Turn a dense checkpoint into a Mixture-of-Experts one."),

@@ -1,8 +1,8 @@
 """How much memory one party needs on its device and beside it, in closed form.
 
-Counted in bytes of training state: weights, gradients, AdamW's two moments (16 bytes a parameter in float32). What
-activations take is measured apart, because it depends on the family and the batch and is the same in every
-arrangement that computes on the same rows.
+Counted in bytes of state: weights, gradients, AdamW's two moments, whatever crosses or is about to. What activations
+take comes on top; it depends on the family and on the tokens computed at once. benchmarks/memory.py compares each
+formula with what a device that counts really held.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Arrangement = Literal["centralised", "tokens", "experts", "experts_shared"]
+Arrangement = Literal["centralised", "tokens", "experts"]
 FLOAT32 = 4
 
 
@@ -23,25 +23,42 @@ class Shape:
         experts: parameters of all experts of all layers.
         layers: MoE layers.
         parties: hosts of the experts.
-        compute_bytes: of one weight where experts compute.
+        matrix: parameters of the largest stacked expert matrix, all experts of a layer.
+        largest_trunk: parameters of the largest trunk tensor.
+        own: expert parameters that the party hosts; None: an equal share.
+        compute_bytes: of one weight where it computes, and of a stored one.
         wire_bytes: of one weight on the wire and in the owner's cache.
         push_bytes: of one value of a sum on the wire.
+        shared_trunk: trained together, each party home to an equal share of it.
     """
 
     trunk: int
     experts: int
     layers: int
     parties: int
-    largest: int = 0
     matrix: int = 0
+    largest_trunk: int = 0
+    own: int | None = None
     compute_bytes: int = FLOAT32
     wire_bytes: int = 2
     push_bytes: int = FLOAT32
+    shared_trunk: bool = False
 
     @property
     def expert_share(self) -> float:
         """f: the experts' share of all parameters."""
         return self.experts / (self.trunk + self.experts)
+
+    @property
+    def hosted(self) -> int:
+        """Expert parameters that the party hosts."""
+        return self.experts // self.parties if self.own is None else self.own
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of one trained parameter: the weight, a float32 gradient, two moments; below float32 also a master copy."""
+        master = FLOAT32 if self.compute_bytes < FLOAT32 else 0
+        return self.compute_bytes + master + 3 * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -55,26 +72,45 @@ class Need:
 def predict(arrangement: Arrangement, shape: Shape) -> Need:
     """State of one party at its peak, without activations.
 
-    - ``centralised``: everything on one device.
-    - ``tokens``: the trunk and the hosted experts; gradients of others' tokens are staged beside the device.
-    - ``experts``: the trunk, two layers' experts and the gradient of one. Master weights, moments and gradients of
-      the hosted experts, the cache of all layers, this party's sums (clipped, noised and as bytes to be pushed) and
-      everybody's pushes for the hosted parts are beside the device.
+    - ``centralised``: everything on one device, and the gradient of one stacked matrix before it is added up.
+    - ``tokens``: the trunk and its optimiser, a computing copy of the hosted experts, and the gradient of one layer of
+      them. Beside it the hosted experts with their optimiser, and every party's staged gradient.
+    - ``experts``: the trunk's weights alone, two layers' experts in the narrower of the wire's and the computing
+      format, and the gradient of one matrix. Beside it optimisers and masters of hosted experts and trunk, the
+      frozen bytes that are served, the cache of all layers, this party's sums (clipped and noised, or noised and as
+      bytes), and everybody's pushes for the hosted parts.
     """
-    state = 4 * FLOAT32
-    own = shape.experts // shape.parties
     if arrangement == "centralised":
-        return Need(state * (shape.trunk + shape.experts), 0)
+        return Need(
+            shape.trained_bytes * (shape.trunk + shape.experts) + shape.compute_bytes * shape.matrix,
+            0,
+        )
+    own, trained = shape.hosted, shape.trained_bytes
     if arrangement == "tokens":
-        return Need(state * (shape.trunk + own), shape.parties * FLOAT32 * own)
-    layer = shape.experts // shape.layers
-    device = state * shape.trunk + (2 * shape.compute_bytes + FLOAT32) * layer
-    sums = (2 * FLOAT32 + shape.push_bytes) * (shape.trunk + shape.experts)
-    host = state * own + 2 * shape.wire_bytes * own + shape.wire_bytes * shape.experts
-    return Need(device, host + sums + shape.push_bytes * shape.experts)
+        device = trained * shape.trunk + shape.compute_bytes * (own + own // shape.layers)
+        return Need(device, (trained + shape.parties * FLOAT32) * own)
+    narrow = min(shape.wire_bytes, shape.compute_bytes)
+    largest = max(shape.matrix, shape.largest_trunk)
+    device = shape.compute_bytes * shape.trunk + 2 * narrow * (shape.experts // shape.layers) + FLOAT32 * largest
+    home = shape.trunk // shape.parties if shape.shared_trunk else 0
+    stepped = own + (home if shape.shared_trunk else shape.trunk)
+    released = shape.trunk + shape.experts
+    pushed = own + home
+    sums = FLOAT32 * released + max(FLOAT32 * released, shape.push_bytes * (released - (0 if home else shape.trunk)))
+    host = (
+        trained * stepped
+        + shape.wire_bytes * (pushed + shape.experts)
+        + sums
+        + shape.push_bytes * shape.parties * pushed
+    )
+    return Need(device, host)
 
 
 def saving(arrangement: Arrangement, shape: Shape, activations: int = 0) -> float:
-    """Share of the centralised device memory that a party does without."""
+    """Share of the centralised device memory that a party does without.
+
+    Args:
+        activations: bytes that come on top in both.
+    """
     alone = predict("centralised", shape).device + activations
     return 1 - (predict(arrangement, shape).device + activations) / alone

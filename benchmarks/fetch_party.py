@@ -1,0 +1,181 @@
+"""One party of the fetch benchmark, as a process: an owner that trains privately, or a host that only serves.
+
+Started by fetch.py. Commands on its input: ``round N``, ``step N``, ``figures`` (a line of JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coterie.config import FederationConfig, ModelSpec, OptimSpec, PrivacySpec
+from coterie.federation.grpc_transport import GrpcTransport
+from coterie.federation.kit import load_kit
+from coterie.federation.parts import Part
+from coterie.federation.roster import load_roster
+from coterie.federation.round_state import State
+from coterie.models.build import build_model
+from coterie.models.placement import Placement
+from coterie.models.seam import expert_layers
+from coterie.models.streaming import LayerStreamer
+from coterie.training.experts_way import ExpertsWay, Sums
+from coterie.training.optim import make_optimizer
+from coterie.training.packing import pack
+from coterie.training.party_parts import PrivacyParts, trunk_tensors
+from coterie.training.private_sums import PrivateSums
+from exchange_party import take_out_experts
+
+OWNER = "cedar"
+"""The last in the roster dials all others, so its whole traffic passes the proxies before their doors."""
+LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process of the benchmark agrees on.
+
+    Attributes:
+        config: settings of the random olmoe model.
+        lot: expected records of a round. physical_batch: records computed at once.
+        method: of clipping.
+    """
+
+    config: dict[str, Any]
+    parties: tuple[str, ...]
+    lot: int
+    physical_batch: int
+    method: str
+
+    @classmethod
+    def load(cls, path: Path) -> Work:
+        found = json.loads(path.read_text("utf-8"))
+        return cls(**{**found, "parties": tuple(found["parties"])})
+
+    def federation(self) -> FederationConfig:
+        return FederationConfig.model_validate(
+            {
+                "name": "fetch",
+                "model": {"family": "olmoe", "config": self.config},
+                "parties": {name: {"endpoint": f"127.0.0.1:{i + 1}"} for i, name in enumerate(self.parties)},
+                "coordinator": {"endpoint": "127.0.0.1:99"},
+                "optim": {"lr": 1e-4},
+                "train": {"rounds": 100, "batch_size": self.lot, "micro_batch": self.physical_batch},
+                "privacy": {"epsilon": 8.0, "delta": 1e-5, "lot_size": self.lot},
+                "deadline_s": 120.0,
+            }
+        )
+
+
+class HostOnly:
+    """A `Contribution` of a party that hosts and adds nothing."""
+
+    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+        return Sums(None, {}, 0.0, {})
+
+    def open(self, streamer: LayerStreamer) -> None: ...
+
+    def applied(self, round: int, newest: int) -> None: ...
+
+    def check_not_behind(self, received: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Party:
+    """A party without coordinator and checkpoints: the round alone."""
+
+    def __init__(self, work: Work, name: str, folder: Path, listen: str) -> None:
+        self.work, self.name = work, name
+        federation = work.federation()
+        torch.manual_seed(0)
+        model: nn.Module = build_model(ModelSpec(family="olmoe", config=work.config)).train()
+        placement = Placement.of_spec("round_robin", list(work.parties), model)
+        trained = {id(param) for layer in expert_layers(model) for param in layer.parameters().values()}
+        experts = take_out_experts(model, placement, name)
+        assert trained
+        for layer in expert_layers(model):
+            for param in layer.parameters().values():
+                param.requires_grad_(True)
+        self.contribution: Any = HostOnly() if name != OWNER else self._private(model, folder)
+        kit = load_kit(folder / "kits" / name)
+        self.transport = GrpcTransport(name, load_roster(kit), kit, listen=listen)
+        self.way = ExpertsWay(
+            name, federation, model, placement, trunk_tensors(model), experts, self.transport,
+            lambda params: make_optimizer(params, OptimSpec(lr=1e-4)), self.contribution,
+            cache_dir=None, device=torch.device("cpu"),
+        )  # fmt: skip
+        self.transport.start(self.way.handle)
+        self.transport.connect(120.0)
+
+    def _private(self, model: nn.Module, folder: Path) -> PrivateSums:
+        generator = torch.Generator().manual_seed(1)
+        vocabulary = self.work.config["vocab_size"]
+        texts = torch.randint(0, vocabulary, (64 * self.work.lot, LENGTH), generator=generator).tolist()
+        records = pack(texts, sequence_length=LENGTH, packing="records", end_id=None)
+        spec = PrivacySpec(
+            epsilon=8.0, delta=1e-5, lot_size=self.work.lot, physical_batch=self.work.physical_batch,
+            method=self.work.method, ledger=folder / "ledger",
+        )  # fmt: skip
+        return PrivateSums(model, expert_layers(model), records, PrivacyParts(spec, 100), lambda: "fetch")
+
+    def told(self, number: int) -> State:
+        """The owner alone takes part; hosts serve and add nothing."""
+        return State(round=number, attempt=1, absent=tuple(name for name in self.work.parties if name != OWNER))
+
+    def round(self, number: int) -> None:
+        if self.name == OWNER:
+            self.way.compute(self.told(number), lambda: True)
+        else:
+            self.way.pool.begin(number * 1024, [OWNER])
+            self.way._serial = number * 1024
+
+    def step(self, number: int) -> None:
+        self.way.pool.commit(number * 1024, 1e-4)
+
+    def figures(self) -> dict[str, Any]:
+        if self.name != OWNER:
+            return {}
+        total = [self.transport.counters().total(peer) for peer in self.work.parties if peer != self.name]
+        last = self.contribution.contributor.last
+        return {
+            **self.way.seconds,
+            **{f"{what}_seconds": seconds for what, seconds in self.contribution.contributor.seconds.items()},
+            "records": last.lot_size,
+            "payload_bytes": sum(each.payload_bytes_sent + each.payload_bytes_received for each in total),
+            "must_move_bytes": sum(_moved(part) for part in self.way.parts if part.host != self.name),
+        }
+
+
+def _moved(part: Part) -> int:
+    """A part goes down in bfloat16 and comes up in float32."""
+    return part.num_bytes(torch.bfloat16) + (part.num_bytes(torch.float32) if part.trained else 0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    name, folder, listen = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    party = Party(Work.load(folder / "work.json"), name, folder, listen)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        match line.split():
+            case ["round", number]:
+                party.round(int(number))
+            case ["step", number]:
+                party.step(int(number))
+            case ["figures"]:
+                print(json.dumps(party.figures()), flush=True)
+                continue
+        print("done", flush=True)
+    party.transport.close()
+    party.way.close()
+
+
+if __name__ == "__main__":
+    main()

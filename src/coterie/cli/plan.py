@@ -1,0 +1,86 @@
+"""`coterie plan`: memory of every party and bytes of a round, before anybody starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    settings: Annotated[Path, typer.Argument(help="The federation.yaml to plan.")],
+    gbit: Annotated[
+        float, typer.Option(min=0.001, help="Rate of a party's line, in Gbit/s, for the seconds of a round.")
+    ] = 1.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
+    ] = None,
+) -> None:
+    """Say what a federation will need: device and host memory of every party, bytes, and the cheaper exchange.
+
+    Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
+    activations, which come on top in every arrangement.
+
+    Example:
+        coterie plan federation.yaml
+        coterie plan federation.yaml --gbit 10 --json plan.json
+    """
+    from coterie.cli.output import say, table, write_json
+    from coterie.config import FederationConfig, load_yaml
+    from coterie.training.plan import make_plan
+
+    federation = load_yaml(settings, FederationConfig)
+    plan = make_plan(federation)
+    if json_file is not None:
+        write_json(json_file, plan.as_json())
+    say(
+        f"{federation.name}: {_big(plan.trunk + plan.experts)} parameters, {plan.expert_share:.1%} in the experts of "
+        f"{plan.layers} layers; one place would hold {_size(plan.centralised_bytes)}"
+    )
+
+    def moved(amount: int | None) -> str | None:
+        return None if amount is None else f"{_size(amount)} ({8 * amount / gbit / 1e9:.3g} s)"
+
+    table(
+        ("party", "exchange", "hosts", "device", "less than one place", "host memory", "down a round", "up a round"),
+        [
+            (
+                each.party,
+                each.exchange,
+                _big(each.hosted),
+                _size(each.need.device),
+                f"{each.saving:.1%}",
+                _size(each.need.host),
+                moved(each.down),
+                moved(each.up),
+            )
+            for each in plan.parties
+        ],
+    )
+    say("memory is state; activations come on top, and rows kept for clipping where `method` is book_keeping")
+    say(
+        f"tokens: {_size(round(plan.bytes_per_token))} for each token; from {plan.break_even_tokens:,} tokens in a "
+        "party's round on, experts moves less"
+    )
+    seconds = 8 * plan.largest_layer_down / gbit / 1e9
+    say(
+        f"experts: one layer comes in {seconds:.3g} s at {gbit:g} Gbit/s; fetching hides where the forward of the "
+        "first physical batch takes longer than that for each layer"
+    )
+
+
+def _size(amount: int) -> str:
+    value, units = float(amount), ("B", "kB", "MB", "GB", "TB")
+    for unit in units:
+        if value < 1000 or unit == units[-1]:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def _big(count: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return str(count)
