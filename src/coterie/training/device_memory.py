@@ -76,9 +76,9 @@ def predict(arrangement: Arrangement, shape: Shape) -> Need:
     - ``tokens``: the trunk and its optimiser, a computing copy of the hosted experts, and the gradient of one layer of
       them. Beside it the hosted experts with their optimiser, and every party's staged gradient.
     - ``experts``: the trunk's weights alone, two layers' experts in the narrower of the wire's and the computing
-      format, and the gradient of one matrix. Beside it optimisers and masters of hosted experts and trunk, the
-      frozen bytes that are served, the cache of all layers, this party's sums (clipped and noised, or noised and as
-      bytes), and everybody's pushes for the hosted parts.
+      format, and the gradient of one matrix. Beside it masters and optimisers of hosted experts and trunk, the
+      frozen bytes that are served, the cache of all layers, this party's sums three times (clipped, noised, and as
+      bytes on their way to the spool), and everybody's pushes for the hosted parts.
     """
     if arrangement == "centralised":
         return Need(
@@ -93,15 +93,12 @@ def predict(arrangement: Arrangement, shape: Shape) -> Need:
     largest = max(shape.matrix, shape.largest_trunk)
     device = shape.compute_bytes * shape.trunk + 2 * narrow * (shape.experts // shape.layers) + FLOAT32 * largest
     home = shape.trunk // shape.parties if shape.shared_trunk else 0
-    stepped = own + (home if shape.shared_trunk else shape.trunk)
-    released = shape.trunk + shape.experts
-    pushed = own + home
-    sums = FLOAT32 * released + max(FLOAT32 * released, shape.push_bytes * (released - (0 if home else shape.trunk)))
+    stored, stepped = own + home, own + (home if shape.shared_trunk else shape.trunk)
     host = (
         trained * stepped
-        + shape.wire_bytes * (pushed + shape.experts)
-        + sums
-        + shape.push_bytes * shape.parties * pushed
+        + shape.wire_bytes * (stored + shape.experts)
+        + 3 * FLOAT32 * (shape.trunk + shape.experts)
+        + shape.push_bytes * shape.parties * stored
     )
     return Need(device, host)
 
