@@ -1,6 +1,7 @@
 """Where a round of the `experts` exchange spends its time, over a link of 1 Gbit/s and 20 ms.
 
     python benchmarks/fetch.py --json fetch.json
+    python benchmarks/fetch.py --json fetch.json --gbit 0.1
 
 One owner trains privately (noise, spool and ledger included); two hosts store two thirds of the experts between them.
 Three real processes over mutual TLS; the owner's traffic passes a proxy (`delay_proxy.py`) that holds it to the rate
@@ -8,7 +9,7 @@ of one line in each direction and delays it. The model is the one of memory.py: 
 
 Weights come layer by layer while the first physical batch computes its forward, so that batch decides what hides:
 where a layer's forward takes longer than a layer's fetch, computing waits for the first layer only. The benchmark
-goes through sizes of the physical batch at the same lot. One row is the same without the proxy.
+goes through sizes of the physical batch at the same lot.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ class Federation:
     def round(self) -> dict[str, Any]:
         """The owner's figures of one whole round."""
         self._round += 1
-        self._tell(f"round {self._round}", [name for name in self._children if name != OWNER])
+        hosts = [name for name in self._children if name != OWNER]
+        self._tell(f"round {self._round}", hosts)
         self._tell(f"round {self._round}", [OWNER])
+        self._tell(f"declare {self._round}", hosts)
         figures = json.loads(self._tell("figures", [OWNER])[0])
         self._tell(f"step {self._round}", list(self._children))
         return figures
@@ -107,18 +110,18 @@ def _port(endpoint: str) -> int:
 
 
 @contextmanager
-def federation(work: Work, folder: Path, slow: bool) -> Iterator[tuple[Federation, DelayProxy | None]]:
+def federation(work: Work, folder: Path, gbit: float) -> Iterator[tuple[Federation, DelayProxy | None]]:
     """A started `Federation`, ended afterwards, and the link before it."""
     with ExitStack() as stack:
-        proxy = stack.enter_context(DelayProxy(DELAY_S, GIGABIT)) if slow else None
+        proxy = stack.enter_context(DelayProxy(DELAY_S, GIGABIT * gbit)) if gbit else None
         running = Federation(work, folder, proxy)
         stack.callback(running.close)
         yield running, proxy
 
 
-def measure(work: Work, folder: Path, slow: bool, rounds: int) -> dict[str, Any]:
+def measure(work: Work, folder: Path, gbit: float, rounds: int) -> dict[str, Any]:
     """Medians over rounds; the first round, with its self-check, is not counted."""
-    with federation(work, folder, slow) as (running, proxy):
+    with federation(work, folder, gbit) as (running, proxy):
         first = running.round()
         passed = sum(proxy.passed) if proxy is not None else 0
         found = [running.round() for _ in range(rounds)]
@@ -129,9 +132,13 @@ def measure(work: Work, folder: Path, slow: bool, rounds: int) -> dict[str, Any]
 
     waits = [figures["waited_first_seconds"] + figures["waited_later_seconds"] for figures in found]
     computing = [figures["sums_seconds"] - wait for figures, wait in zip(found, waits, strict=True)]
+    before = [
+        figures["lot_seconds"] - figures["sums_seconds"] - figures["noise_seconds"] - figures["spool_seconds"]
+        for figures in found
+    ]
     must = found[0]["must_move_bytes"] * rounds
     return {
-        "link": "1 Gbit/s, 20 ms each way" if slow else "loopback",
+        "link": f"{gbit:g} Gbit/s, 20 ms each way" if gbit else "loopback",
         "method": work.method,
         "tokens_of_a_physical_batch": work.physical_batch * LENGTH,
         "tokens_of_a_lot": statistics.fmean(figures["records"] for figures in found) * LENGTH,
@@ -140,6 +147,7 @@ def measure(work: Work, folder: Path, slow: bool, rounds: int) -> dict[str, Any]
             "fetch": middle("fetch_seconds"),
             "waited_for_first_layer": middle("waited_first_seconds"),
             "waited_for_later_layers": middle("waited_later_seconds"),
+            "before_computing": statistics.median(before),
             "compute": statistics.median(computing),
             "noise": middle("noise_seconds"),
             "spool_and_ledger": middle("spool_seconds"),
@@ -163,16 +171,15 @@ def main() -> None:
     parser.add_argument("--lot", type=int, default=64, help="expected records of 64 tokens")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="records at once")
     parser.add_argument("--method", choices=["book_keeping", "ghost"], default="book_keeping")
-    parser.add_argument("--no-loopback", action="store_true", help="leave out the row without the slow link")
+    parser.add_argument("--gbit", type=float, default=1.0, help="rate of the owner's line; 0: loopback as it is")
     given = parser.parse_args()
     found: dict[str, Any] = {"machine": machine(), "rows": []}
     if given.json is not None and given.json.exists():
         found["rows"] = json.loads(given.json.read_text("utf-8"))["rows"]
-    rows = [(size, True) for size in given.batches] + ([] if given.no_loopback else [(given.batches[-1], False)])
     with tempfile.TemporaryDirectory() as name:
-        for number, (size, slow) in enumerate(rows):
+        for number, size in enumerate(given.batches):
             work = Work(LARGE, PARTIES, given.lot, size, given.method)
-            found["rows"].append(measure(work, Path(name) / str(number), slow, given.rounds))
+            found["rows"].append(measure(work, Path(name) / str(number), given.gbit, given.rounds))
             print(json.dumps(found["rows"][-1], indent=1), flush=True)
             if given.json is not None:
                 given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

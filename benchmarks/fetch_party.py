@@ -1,6 +1,6 @@
 """One party of the fetch benchmark, as a process: an owner that trains privately, or a host that only serves.
 
-Started by fetch.py. Commands on its input: ``round N``, ``step N``, ``figures`` (a line of JSON).
+Started by fetch.py. Commands on its input: ``round N``, ``declare N``, ``step N``, ``figures`` (a line of JSON).
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ class Party:
         torch.manual_seed(0)
         model: nn.Module = build_model(ModelSpec(family="olmoe", config=work.config)).train()
         placement = Placement.of_spec("round_robin", list(work.parties), model)
-        trained = {id(param) for layer in expert_layers(model) for param in layer.parameters().values()}
         experts = take_out_experts(model, placement, name)
-        assert trained
         for layer in expert_layers(model):
             for param in layer.parameters().values():
                 param.requires_grad_(True)
@@ -125,19 +123,19 @@ class Party:
         )  # fmt: skip
         return PrivateSums(model, expert_layers(model), records, PrivacyParts(spec, 100), lambda: "fetch")
 
-    def told(self, number: int) -> State:
-        """The owner alone takes part; hosts serve and add nothing."""
-        return State(round=number, attempt=1, absent=tuple(name for name in self.work.parties if name != OWNER))
-
     def round(self, number: int) -> None:
+        """Owner: fetch, compute, push. Host: open the round, which lets owners fetch and push."""
         if self.name == OWNER:
-            self.way.compute(self.told(number), lambda: True)
+            self.way.compute(State(round=number, attempt=1), lambda: True)
         else:
-            self.way.pool.begin(number * 1024, [OWNER])
-            self.way._serial = number * 1024
+            self.way.pool.begin(_serial(number))
+
+    def declare(self, number: int) -> None:
+        """Host: say that nothing will come."""
+        self.way._sender.declare(_serial(number), contributes=False, weight=0.0)
 
     def step(self, number: int) -> None:
-        self.way.pool.commit(number * 1024, 1e-4)
+        self.way.pool.commit(_serial(number), 1e-4)
 
     def figures(self) -> dict[str, Any]:
         if self.name != OWNER:
@@ -151,6 +149,11 @@ class Party:
             "payload_bytes": sum(each.payload_bytes_sent + each.payload_bytes_received for each in total),
             "must_move_bytes": sum(_moved(part) for part in self.way.parts if part.host != self.name),
         }
+
+
+def _serial(number: int) -> int:
+    """The number under which `ExpertsWay` serves a private round."""
+    return number * 1024
 
 
 def _moved(part: Part) -> int:
@@ -167,6 +170,8 @@ def main() -> None:
         match line.split():
             case ["round", number]:
                 party.round(int(number))
+            case ["declare", number]:
+                party.declare(int(number))
             case ["step", number]:
                 party.step(int(number))
             case ["figures"]:

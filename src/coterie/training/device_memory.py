@@ -73,8 +73,8 @@ def predict(arrangement: Arrangement, shape: Shape) -> Need:
     """State of one party at its peak, without activations.
 
     - ``centralised``: everything on one device, and the gradient of one stacked matrix before it is added up.
-    - ``tokens``: the trunk and its optimiser, a computing copy of the hosted experts, and the gradient of one layer of
-      them. Beside it the hosted experts with their optimiser, and every party's staged gradient.
+    - ``tokens``: the trunk and its optimiser, a computing copy of the hosted experts, and the gradient of one layer
+      of them. Beside it the hosted experts with their optimiser, and every party's staged gradient.
     - ``experts``: the trunk's weights alone, two layers' experts in the narrower of the wire's and the computing
       format, and the gradient of one matrix. Beside it masters and optimisers of hosted experts and trunk, the
       frozen bytes that are served, the cache of all layers, this party's sums three times (clipped, noised, and as
