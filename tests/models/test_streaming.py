@@ -117,6 +117,26 @@ def test_layers_lie_on_the_device_as_they_came_and_compute_as_if_they_had_been_c
     assert streamer.peak_bytes == 2 * 2 * values
 
 
+def test_a_layer_that_is_lent_twice_in_a_row_does_not_throw_away_the_next_one():
+    read: list[int] = []
+
+    class Counted(WeightCache):
+        def get(self, layer: int):  # type: ignore[no-untyped-def]
+            read.append(layer)
+            return super().get(layer)
+
+    cache = Counted(MemoryStore(), 4)
+    for layer in range(4):
+        cache.put(layer, {"down_proj": torch.full((2, 3), float(layer))})
+    streamer = LayerStreamer(cache, torch.device("cpu"), torch.float32)
+    for layer in (0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 2, 2, 1, 1, 0, 0):
+        with streamer.layer(layer) as lent:
+            assert float(lent["down_proj"][0, 0]) == layer
+    streamer.close()
+    assert read == [0, 1, 2, 3, 1, 0], "once forward; backward what is not there any more"
+    assert streamer.peak_layers == 2
+
+
 def test_what_is_wider_in_the_cache_is_narrowed_on_its_way():
     weight = torch.randn(2, 3, 4)
     cache = WeightCache(MemoryStore(), 1)

@@ -121,15 +121,16 @@ class LayerStreamer:
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerWeights]:
         """Lend layer ``index``. The tensors must not be kept after the block."""
+        began = time.monotonic()
         self._turn_towards(index)
-        for other in [slot for slot in self._slots if slot != index]:
+        following = index + self._step
+        # A layer may be lent several times in a row; what was prefetched meanwhile stays.
+        for other in [slot for slot in self._slots if slot not in (index, following)]:
             self._drop(other)
         self._start(index)
-        began = time.monotonic()
         weights = self._slots[index].result()
         self._count_wait(index, time.monotonic() - began)
         self._wait_for_copy(weights)
-        following = index + self._step
         if 0 <= following < self._cache.num_layers:
             self._start(following)
         self._note_peak(weights)
