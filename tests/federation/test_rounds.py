@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -174,7 +175,7 @@ def test_no_common_checkpoint_is_an_error_and_never_a_silent_restart():
     move = advance(PLAN, state, history, reports, AT_START)
     assert move is not None
     assert move.state.code == "checkpoint-none-common"
-    assert "birch and cedar lacks round 4" in move.state.note
+    assert "birch and cedar lack round 4" in move.state.note
 
 
 def test_attempt_numbers_are_never_used_twice_even_after_going_back():
@@ -221,7 +222,79 @@ def test_restarted_coordinator_grants_a_lease_before_it_misses_anyone():
     assert move.state.phase is Phase.GATHER
 
 
+def test_step_that_fails_every_time_ends_the_run_though_the_round_commits_each_time():
+    """Only what got further than ever before makes earlier failures forgotten."""
+    two = Record(2, {name: Saved(2, name) for name in PARTIES})
+    held = (Saved(2, "alder"), Saved(2, "birch"), Saved(2, "cedar"))
+    state, history = State(seq=1, phase=Phase.RESTORE, round=2, committed=2, begun=True, evaluated=2), History((two,))
+    committed = 0
+    for _ in range(100):
+        seq, live = state.seq, state.committed
+        reports = everyone(done=seq, live=live, held=held)
+        if state.phase is Phase.GATHER:
+            reports["birch"] = View(Report("birch-1", done=seq, live=None, held=held), 0.0)
+        elif state.phase is Phase.STEP and state.round == 4:  # a round after one that went well
+            reports["birch"] = View(Report("birch-1", done=seq - 1, failed=seq, code="disk", held=held), 0.0)
+        move = advance(PLAN, state, history, reports, AT_START)
+        assert move is not None
+        committed += move.committed
+        state = move.state
+        if state.phase is Phase.COMPUTE:
+            history = replace(history, attempts={**history.attempts, state.round: state.attempt})
+        if state.phase is Phase.END:
+            break
+    assert (state.ending, state.code) == (Ending.FAILED, "disk")
+    assert state.note == "birch failed in step of round 4 (disk), 3 times in a row"
+    assert committed == 6
+
+
+def test_party_that_is_killed_in_every_round_ends_the_run_and_is_named():
+    two = Record(2, {name: Saved(2, name) for name in PARTIES})
+    state = State(seq=1, phase=Phase.RESTORE, round=2, committed=2, begun=True, evaluated=2, furthest=(2, 3))
+    history, lives = History((two,)), 1
+    for _ in range(100):
+        held = tuple(Saved(2, name) for name in PARTIES)
+        reports = everyone(done=state.seq, live=state.committed, held=held)
+        if state.phase is Phase.COMPUTE and state.round == 4:
+            lives += 1
+            reports["birch"] = View(Report(f"birch-{lives}", held=held), 0.0)
+        elif state.phase is Phase.GATHER:
+            reports["birch"] = View(Report(f"birch-{lives}", done=state.seq, held=held), 0.0)
+        move = advance(PLAN, state, history, reports, AT_START)
+        assert move is not None
+        state = move.state
+        if state.phase is Phase.COMPUTE:
+            history = replace(history, attempts={**history.attempts, state.round: state.attempt})
+        if state.phase is Phase.END:
+            break
+    assert (state.ending, state.code) == (Ending.FAILED, "round-no-progress")
+    assert "birch came back as a new process in compute of round 4, for the 4th time since round 3" in state.note
+
+
+def test_trouble_is_forgotten_once_the_run_gets_further():
+    state = State(seq=7, phase=Phase.STEP, round=3, attempt=1, committed=3, failures=2, interruptions=3)
+    for furthest, left in (((2, 3), (0, 0)), ((3, 1), (2, 3)), ((5, 1), (2, 3))):
+        move = advance(PLAN, replace(state, furthest=furthest), History(), everyone(done=7, live=3), AT_START)
+        assert move is not None
+        assert (move.state.failures, move.state.interruptions) == left
+        assert move.state.furthest == max(furthest, (3, 1))
+
+
 CONTINUE = replace(PLAN, lost_party="continue")
+
+
+def test_party_whose_checkpoint_is_the_split_model_can_go_back_with_the_others():
+    """Cedar was absent when round 4 was published and has no checkpoint: its part of the record is round 0."""
+    files = {"alder": Saved(4, "a"), "birch": Saved(4, "b"), "cedar": Saved(0, "")}
+    state = State(seq=12, phase=Phase.GATHER, round=5, committed=5, begun=True, evaluated=4)
+    reports = {
+        "alder": View(Report("alder-2", done=12, held=(Saved(4, "a"),)), 0.0),
+        "birch": View(Report("birch-1", done=12, live=5, held=(Saved(4, "b"),)), 0.0),
+        "cedar": View(Report("cedar-2", done=12, held=()), 0.0),
+    }
+    move = advance(CONTINUE, state, History((Record(4, files),)), reports, AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.round, move.state.sources) == (Phase.RESTORE, 4, files)
 
 
 def test_continue_goes_on_without_a_lost_party_under_a_new_epoch_and_keeps_its_checkpoint():
@@ -272,6 +345,7 @@ class SimulatedParty:
         self.name = name
         self.disk: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.lives = 0
+        self.broken = False  # its steps fail from now on
         self.restart()
 
     def restart(self) -> None:
@@ -294,6 +368,7 @@ class SimulatedParty:
     def act(self, committed: set[tuple[int, int]], fails: bool) -> None:
         act, told = self.todo.pop(0), self.told
         assert told is not None
+        fails = fails or (self.broken and act is Act.STEP)
         if act is Act.REFUSE or fails:
             self.todo = []
             if fails and act is Act.STEP:  # a torn model is no model
@@ -316,7 +391,7 @@ class SimulatedParty:
             saved = f"{self.name}:{told.round}:{self.model}"
             self.disk[told.round] = (saved, self.model)
         elif act in (Act.COMPUTE, Act.EVALUATE):
-            assert len(self.model) == (told.round - 1 if act is Act.COMPUTE else told.round)
+            assert self.standing.live == (told.round - 1 if act is Act.COMPUTE else told.round)
         self.standing = after_act(act, self.standing, told)
         if not self.todo:
             self._answer(saved)
@@ -336,9 +411,11 @@ class SimulatedParty:
 class Transaction(RuleBasedStateMachine):
     """Messages late, doubled and lost; parties and coordinator killed anywhere; disks that lose a checkpoint."""
 
+    agreed = PLAN
+
     @initialize(max_attempts=st.integers(2, 50))
     def begin(self, max_attempts: int) -> None:
-        self.plan = replace(PLAN, max_attempts=max_attempts)
+        self.plan = replace(self.agreed, max_attempts=max_attempts)
         self.parties = {name: SimulatedParty(name) for name in PARTIES}
         self.state, self.history = State(), History()
         self.commits: set[tuple[int, int]] = set()
@@ -366,7 +443,8 @@ class Transaction(RuleBasedStateMachine):
                 self.history = replace(self.history, records=kept)
             if move.record is not None:
                 for name, saved in move.record.files.items():
-                    assert self.parties[name].disk[saved.round][0] == saved.digest, "published what nobody holds"
+                    if name not in self.state.absent:
+                        assert self.parties[name].disk[saved.round][0] == saved.digest, "published what nobody holds"
                 self.history = replace(self.history, records=(*self.history.records, move.record))
             if move.state.phase is Phase.COMPUTE:
                 used = {**self.history.attempts, move.state.round: move.state.attempt}
@@ -381,7 +459,7 @@ class Transaction(RuleBasedStateMachine):
         if committed:
             tag = (state.round, state.attempt)
             self.commits.add(tag)
-            for name in PARTIES:
+            for name in set(PARTIES) - set(state.absent):
                 party = self.parties[name]
                 lives_on = self.views[name].report.instance == party.report.instance
                 assert not lives_on or party.standing.prepared == tag, "committed what somebody had not prepared"
@@ -441,6 +519,10 @@ class Transaction(RuleBasedStateMachine):
             del party.disk[max(party.disk)]
             party.restart()
 
+    @rule(name=st.sampled_from(PARTIES))
+    def steps_fail_from_now_on(self, name: str) -> None:
+        self.parties[name].broken = True
+
     @invariant()
     def models_only_hold_whole_rounds_in_order(self) -> None:
         for party in getattr(self, "parties", {}).values():
@@ -450,20 +532,51 @@ class Transaction(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "parties"):
             return
-        for _ in range(200):
+        for _ in range(1000):
             self.now += 1.0
             self.everyone_works()
             if self.state.phase is Phase.END:
                 break
         assert self.state.phase is Phase.END
         if self.state.ending is Ending.FINISHED:
-            for party in self.parties.values():
-                assert party.model == tuple(range(1, PLAN.rounds + 1))
+            self.check_finished()
         else:
-            assert self.state.code in {"boom", "round-deadline", "round-party-missing", "checkpoint-none-common"}
+            assert self.state.code in {
+                "boom",
+                "round-deadline",
+                "round-party-missing",
+                "round-no-progress",
+                "checkpoint-none-common",
+            }
+
+    def check_finished(self) -> None:
+        for party in self.parties.values():
+            assert party.model == tuple(range(1, PLAN.rounds + 1))
 
 
-Transaction.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class TransactionThatGoesOn(Transaction):
+    """The same with ``lost_party: continue``: who was away lacks rounds, and has every one from its return on."""
+
+    agreed = CONTINUE
+
+    @invariant()
+    def models_only_hold_whole_rounds_in_order(self) -> None:
+        for party in getattr(self, "parties", {}).values():
+            assert party.model == tuple(sorted(set(party.model)))
+            assert not party.model or party.standing.live is None or party.model[-1] <= party.standing.live
+
+    def check_finished(self) -> None:
+        for name in set(PARTIES) - set(self.state.absent):
+            party = self.parties[name]
+            assert party.standing.live == PLAN.rounds
+            if self.state.epoch == 0:  # nobody was ever away
+                assert party.model == tuple(range(1, PLAN.rounds + 1))
+
+
+_EXAMPLES = int(os.environ.get("COTERIE_EXAMPLES", "150"))
+for machine in (Transaction, TransactionThatGoesOn):
+    machine.TestCase.settings = settings(
+        max_examples=_EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    )
 TestTransaction = Transaction.TestCase
+TestTransactionThatGoesOn = TransactionThatGoesOn.TestCase

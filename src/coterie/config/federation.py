@@ -100,7 +100,10 @@ class FederationConfig(Spec):
         default=300.0, gt=0, description="Seconds to wait for a missing party; then the run ends."
     )
     max_attempts: int = Field(
-        default=3, ge=1, description="Failed tries at a round in a row after which the run ends."
+        default=3,
+        ge=1,
+        description="Failed tries after which the run ends, unless it got further meanwhile than ever before; more "
+        "interruptions by lost parties than that end it, too.",
     )
     lost_party: Literal["pause", "continue"] = Field(
         default="pause", description="When a party is gone: wait for it, or go on without its experts."

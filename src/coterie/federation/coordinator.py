@@ -119,6 +119,7 @@ class Coordinator:
                 seq=state.seq + 1,
                 phase=Phase.GATHER,
                 failures=0,
+                interruptions=0,
                 begun=False,
                 absent=(),
                 rejoining=(),

@@ -32,6 +32,15 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
                 why="a party that is alive but does not get on would hold up everybody for ever",
                 fix=f"see what that party is busy with, or allow more with `round_deadline_s`; {_AGAIN}",
             )
+        case "round-no-progress":
+            return RoundError(
+                f"the run ended at round {round}: {note}.",
+                code="round-no-progress",
+                where=where,
+                why="everybody would repeat the same rounds for ever",
+                fix="see in the log of the party that is named why it ends or cannot be reached; a smaller "
+                f"`checkpoint_every` loses fewer rounds each time; {_AGAIN}",
+            )
         case "checkpoint-none-common":
             return CheckpointError(
                 f"the run ended at round {round}: {note}.",

@@ -43,7 +43,8 @@ class Plan:
         deadline_s: how long one phase may take.
         lease_s: silence after which a party counts as lost.
         join_s: how long to wait for a party before the run ends.
-        max_attempts: failures in a row after which the run ends.
+        max_attempts: failures after which the run ends, if it did not get further meanwhile than ever before; more
+            interruptions than that end it as well.
         lost_party: wait for a lost party, or go on without its experts.
     """
 
@@ -108,7 +109,9 @@ class State:
             rounds behind the model (everything else).
         committed, committed_attempt: newest durable commit on the current line.
         epoch: grows when a party leaves or comes back under ``lost_party: continue``.
-        failures: failed attempts in a row.
+        furthest: the round and phase of it that all got done, over the whole run, going back included.
+        failures, interruptions: since then, what a party or a deadline failed at, and how often one was lost or came
+            back as a new process.
         begun: everybody was there once.
         evaluated: rounds behind the newest evaluation.
         absent: parties the others go on without. rejoining: absent ones on their way back.
@@ -123,7 +126,9 @@ class State:
     committed: int = 0
     committed_attempt: int = 0
     epoch: int = 0
+    furthest: tuple[int, int] = (0, 0)
     failures: int = 0
+    interruptions: int = 0
     begun: bool = False
     evaluated: int = 0
     absent: tuple[str, ...] = ()

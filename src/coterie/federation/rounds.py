@@ -119,6 +119,26 @@ class _Scene:
             return self.fail(code, f"{note}, {failures} times in a row")
         return self.gather(note, failures=failures)
 
+    def interrupted(self, note: str) -> Move:
+        """Somebody went or lost its memory: no failure, but a run that only ever repeats itself has to end, too."""
+        times = self.state.interruptions + 1
+        if times > self.plan.max_attempts:
+            far = self.state.furthest[0]
+            return self.fail("round-no-progress", f"{note}, for the {_th(times)} time since round {far}")
+        return self.gather(note, interruptions=times)
+
+    def accomplished(self) -> State:
+        """The state once this phase is done by all.
+
+        Earlier trouble is forgotten only where the run got further than ever before. After going back, rounds are
+        repeated that went well before; if they counted, trouble that comes every time would be repeated for ever.
+        """
+        state = self.state
+        here = (state.round, _ORDER[state.phase])
+        if here <= state.furthest:
+            return state
+        return replace(state, furthest=here, failures=0, interruptions=0)
+
     @property
     def activity(self) -> str:
         return f"{self.state.phase} of round {self.state.round}"
@@ -134,9 +154,9 @@ class _Scene:
             return self.after_failure()
         what = self.activity
         if self.lost:
-            return self.gather(f"lost {_names(self.lost)} in {what}")
+            return self.interrupted(f"lost {_names(self.lost)} in {what}")
         if self.restarted(*allowed):
-            return self.gather(f"{_names(self.restarted(*allowed))} came back as a new process")
+            return self.interrupted(f"{_names(self.restarted(*allowed))} came back as a new process in {what}")
         if self.overdue:
             late = tuple(name for name in self.active if not self.done(name))
             return self.again("round-deadline", f"{_names(late)} not done with {what} in {self.plan.deadline_s:g} s")
@@ -206,18 +226,19 @@ def _rejoin(scene: _Scene) -> Move:
 
 
 def _roll_back(scene: _Scene) -> Move:
-    """Everybody loads the newest published checkpoint that all hold."""
+    """Everybody loads the newest published checkpoint that all hold. The split model is held by all."""
     held = {name: scene.views[name].report.held for name in scene.active}
     lacking: tuple[str, ...] = ()
     for record in reversed(scene.history.records):
-        without = tuple(name for name in scene.active if record.files[name] not in held[name])
+        without = tuple(name for name in scene.active if record.files[name] not in (FIRST, *held[name]))
         if not without:
             return _load(scene, record)
         lacking = lacking or without
     if lacking:
         return scene.fail(
             "checkpoint-none-common",
-            f"no published checkpoint is whole at every party; {_names(lacking)} lacks round {scene.history.newest}",
+            f"no published checkpoint is whole at every party; {_names(lacking)} "
+            f"{'lacks' if len(lacking) == 1 else 'lack'} round {scene.history.newest}",
         )
     return _load(scene, Record(0, dict.fromkeys(scene.active, FIRST)))
 
@@ -256,7 +277,6 @@ def _compute(scene: _Scene) -> Move | None:
             attempt=state.attempt,
             committed=state.round,
             committed_attempt=state.attempt,
-            failures=0,
         )
         return Move(step, committed=True)
     return scene.trouble(state.round - 1)
@@ -264,13 +284,13 @@ def _compute(scene: _Scene) -> Move | None:
 
 def _step(scene: _Scene) -> Move | None:
     if scene.all_done:
-        return scene.after(scene.state, scene.history)
+        return scene.after(scene.accomplished(), scene.history)
     return scene.trouble(scene.state.round - 1, scene.state.round)
 
 
 def _evaluate(scene: _Scene) -> Move | None:
     if scene.all_done:
-        return scene.after(replace(scene.state, evaluated=scene.state.round, failures=0), scene.history)
+        return scene.after(replace(scene.accomplished(), evaluated=scene.state.round), scene.history)
     return scene.trouble(scene.state.round)
 
 
@@ -283,7 +303,12 @@ def _checkpoint(scene: _Scene) -> Move | None:
     files |= {name: Saved(round, scene.views[name].report.saved) for name in scene.active}
     record = Record(round, {name: files[name] for name in scene.plan.parties})
     history = replace(scene.history, records=(*scene.history.records, record))
-    return scene.after(replace(scene.state, failures=0), history, record=record)
+    return scene.after(scene.accomplished(), history, record=record)
+
+
+def _th(number: int) -> str:
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
 
 
 def _due(round: int, every: int) -> bool:
@@ -293,6 +318,9 @@ def _due(round: int, every: int) -> bool:
 def _names(parties: Sequence[str]) -> str:
     return ", ".join(parties) if len(parties) < 2 else f"{', '.join(parties[:-1])} and {parties[-1]}"
 
+
+_ORDER = {Phase.STEP: 1, Phase.EVALUATE: 2, Phase.CHECKPOINT: 3}
+"""In which order a round's lasting phases are done."""
 
 _RULES: dict[Phase, Callable[[_Scene], Move | None]] = {
     Phase.GATHER: _gather,
