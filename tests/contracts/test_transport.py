@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from coterie.errors import DeadlineError, FrameError, RoundError, TransportError
+from coterie.federation import switchboard
 from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.provision import local_kits
@@ -19,7 +21,7 @@ from coterie.federation.roster import load_roster
 from coterie.federation.switchboard import Settings
 from coterie.federation.transport import Handler, Lane, Message, Transport
 
-SETTINGS = Settings(window=4, close_s=2.0, redial_s=0.05, send_deadline_s=10.0)
+SETTINGS = Settings(window=4, window_bytes=8 << 20, close_s=2.0, redial_s=0.05, send_deadline_s=10.0)
 DTYPES = [
     torch.float32,
     torch.bfloat16,
@@ -337,6 +339,66 @@ def test_a_missing_peer_is_named_when_the_deadline_passes(world: World) -> None:
     with pytest.raises(TransportError) as refused:
         members["alder"].request("cedar", Lane.CONTROL, Message("hello"), 1.0)
     assert refused.value.code == "not-connected"
+
+
+def test_unanswered_requests_are_bounded_in_bytes_and_a_large_one_goes_alone(world: World) -> None:
+    gate, seen = threading.Event(), []
+
+    def slow(peer: str, lane: Lane, message: Message) -> None:
+        seen.append(message.kind)
+        gate.wait(10)
+
+    members = world.started({"alder": silent, "birch": slow})
+    half, double = (
+        torch.zeros(SETTINGS.window_bytes // 2, dtype=torch.uint8),
+        torch.zeros(2 * SETTINGS.window_bytes, dtype=torch.uint8),
+    )
+    first = members["alder"].request_async("birch", Lane.FORWARD, Message("first", tensors=(half,)), 30.0)
+    second = members["alder"].request_async("birch", Lane.FORWARD, Message("second", tensors=(half,)), 30.0)
+    with pytest.raises(DeadlineError) as caught:
+        members["alder"].request("birch", Lane.FORWARD, Message("third", tensors=(half[:1],)), 0.2)
+    assert caught.value.code == "queue-full"
+    empty = members["alder"].request_async("birch", Lane.FORWARD, Message("empty"), 30.0)
+    gate.set()
+    for each in (first, second, empty):
+        each.result(10)
+    members["alder"].request("birch", Lane.FORWARD, Message("large", tensors=(double,)), 30.0)
+    assert seen == ["first", "second", "empty", "large"]
+
+
+def test_wait_for_a_peer_can_be_given_up(world: World) -> None:
+    members = world.unstarted("alder", "birch")
+    members["alder"].start(silent)
+    asked = iter([True, True, False])
+    members["alder"].connect(600.0, alive=lambda: next(asked))
+    assert members["alder"].connected() == set()
+
+
+def test_close_waits_once_for_all_handlers_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def stuck(peer: str, lane: Lane, message: Message) -> None:
+        gate.wait(60)
+
+    members = world.started({"alder": stuck, "birch": silent, "cedar": silent})
+    for name in ("birch", "cedar"):
+        for lane in Lane:
+            members[name].request_async("alder", lane, Message("dispatch"), 30.0)
+    waits: list[float] = []
+    clock = [1000.0]
+
+    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+        if "alder-" in thread.name and thread.name.endswith(tuple(lane.name.lower() for lane in Lane)):
+            waits.append(timeout or 0.0)
+            clock[0] += timeout or 0.0
+
+    monkeypatch.setattr(threading.Thread, "join", join)
+    monkeypatch.setattr(switchboard, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    members["alder"].close()
+    monkeypatch.undo()
+    gate.set()
+    assert len(waits) == 6
+    assert sum(waits) <= SETTINGS.close_s
 
 
 def test_the_coordinator_has_the_control_lane_alone_and_sees_no_tensor(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 import time
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from coterie.errors import CheckpointError, CoterieError, RoundError
-from coterie.federation.control import COORDINATOR, Call, Directive, decode, encode
+from coterie.errors import CheckpointError, CoterieError, FrameError, RoundError
+from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, decode, encode
 from coterie.federation.coordinator import Coordinator, Notice
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.journal import Journal
@@ -33,6 +34,10 @@ class Killed(BaseException):
     """The end of a process that nobody expected."""
 
 
+def digest_of(model: list[int]) -> str:
+    return hashlib.sha256(str(model).encode()).hexdigest()
+
+
 class ListActor:
     """An actor whose model is the list of rounds applied; ``on_compute`` lets a test interfere."""
 
@@ -45,7 +50,7 @@ class ListActor:
         self.interrupted = threading.Event()
 
     def held(self) -> tuple[Saved, ...]:
-        return tuple(Saved(round, str(model)) for round, model in self.disk.items())
+        return tuple(Saved(round, digest_of(model)) for round, model in self.disk.items())
 
     def load(self, source: Saved, told: State) -> None:
         self.model = list(self.disk[source.round]) if source.round else []
@@ -71,7 +76,7 @@ class ListActor:
 
     def save(self, told: State) -> str:
         self.disk[told.round] = list(self.model)
-        return str(self.model)
+        return digest_of(self.model)
 
     def interrupt(self) -> None:
         self.interrupted.set()
@@ -352,7 +357,7 @@ def test_journal_remembers_moves_and_undoes_what_was_rolled_back(tmp_path: Path)
     run = journal.run
     journal.write(Move(State(seq=2, phase=Phase.COMPUTE, round=1, attempt=1)))
     journal.write(Move(State(seq=3, phase=Phase.STEP, round=1, committed=1, committed_attempt=1), committed=True))
-    record = Record(1, {"alder": Saved(1, "x")})
+    record = Record(1, {"alder": Saved(1, "e" * 64)})
     journal.write(Move(State(seq=4, phase=Phase.COMPUTE, round=2, attempt=1, committed=1), record=record))
     journal.close()
     journal = Journal(tmp_path, "grove", AGREEMENT)
@@ -383,3 +388,68 @@ def test_move_that_cannot_be_written_changes_nothing(tmp_path: Path):
     assert journal.state == step
     journal.close()
     assert Journal(tmp_path, "grove", AGREEMENT).state == step
+
+
+TEXT = "Dear Anna, the results of your test\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("code", {"code": TEXT}),
+        ("code", {"code": "a" * 65}),
+        ("instance", {"instance": TEXT}),
+        ("saved", {"saved": TEXT}),
+        ("saved", {"saved": "e" * 63}),
+        ("digest", {"held": [{"round": 2, "digest": TEXT}]}),
+        ("round", {"held": [{"round": -2, "digest": ""}]}),
+        ("held", {"held": [{"round": n, "digest": ""} for n in range(65)]}),
+        ("live", {"live": 10**30}),
+        ("count", {"count": -1}),
+        ("failed", {"failed": TEXT}),
+    ],
+)
+def test_no_field_of_a_report_has_room_for_text(grove: Federation, field: str, changes: dict[str, object]):
+    """What a party says goes to everybody's terminal and into the journal."""
+    grove.coordinate()
+    report = {"instance": "abc", **changes}
+    with pytest.raises(FrameError) as caught:
+        grove.coordinator._handle(
+            "alder", Lane.CONTROL, Message("report", body={"report": report, "agreement": AGREEMENT})
+        )
+    assert caught.value.code == "control-body"
+    assert caught.value.field in (field, "report", "held")
+    assert "Anna" not in str(caught.value)
+    assert "alder" not in grove.coordinator._views
+    grove.coordinator.stop()
+    grove.join()
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (Refusal, {"code": TEXT}),
+        (Refusal, {"code": "config-mismatch", "here": TEXT}),
+        (Directive, {"run": TEXT, "state": {}}),
+        (Directive, {"run": "abc", "state": {"note": TEXT}}),
+        (Directive, {"run": "abc", "state": {"note": "a" * 20000}}),
+        (Directive, {"run": "abc", "state": {"absent": [TEXT]}}),
+        (Directive, {"run": "abc", "state": {}, "missing": [TEXT]}),
+    ],
+)
+def test_coordinator_cannot_write_what_it_likes_on_a_terminal(kind: type, body: dict[str, object]):
+    name = {Refusal: "refused", Directive: "directive"}[kind]
+    with pytest.raises(FrameError) as caught:
+        decode(Message(name, body=body), kind)
+    assert caught.value.code == "control-body"
+    assert "Anna" not in str(caught.value)
+
+
+def test_everything_that_is_really_said_passes_the_checks():
+    held = (Saved(0, ""), Saved(40, "0123456789abcdef" * 4))
+    call = Call(Report("0011aabb", 3, 4, 5, "exchange-deadline", 7, held, "f" * 64, True), AGREEMENT, "00ff")
+    assert decode(encode(call), Call) == call
+    note = "alder, birch-2 and cedar_3 failed in compute of round 7 (deadline, data-unreadable), 3 times in a row"
+    state = State(9, Phase.RESTORE, 7, absent=("birch-2",), sources={"cedar_3": held[1]}, code="deadline", note=note)
+    directive = Directive("00ff", state, 40, ("alder",))
+    assert decode(encode(directive), Directive) == directive

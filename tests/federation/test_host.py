@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -168,6 +169,14 @@ def test_a_round_cannot_commit_before_all_parties_have_declared() -> None:
         host.commit(0, 0)
     assert caught.value.code == "round-incomplete"
     assert not host.shard._optimizer.steps
+
+
+def test_closed_host_lets_nobody_wait_for_a_round_that_will_not_begin() -> None:
+    host = make_host(limits=HostLimits(begin_s=600.0))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(host.tokens, "birch", 3, 1, 5)
+        host.close()
+        assert code_of(waiting.result) == "host-closed"
 
 
 def test_a_party_that_is_absent_by_agreement_is_not_waited_for() -> None:

@@ -50,6 +50,16 @@ def assert_same(federation: InProcessFederation, models, tolerance: float = 1e-5
                 assert relative(value, expected) < tolerance, (name, key)
 
 
+def test_party_that_hosts_no_expert_trains_like_the_others(tmp_path: Path):
+    hosts = {0: {expert: PARTIES[expert % 2] for expert in range(8)}, 1: dict.fromkeys(range(8), "birch")}
+    config = experts_settings(placement=hosts)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    train_by_hand(config, models, parts)
+    assert_same(federation, models)
+
+
 @pytest.mark.parametrize(("cache", "apart"), [("memory", False), ("disk", False), ("memory", True)])
 def test_a_private_trunk_trains_as_the_same_loop_by_hand(tmp_path: Path, cache, apart, monkeypatch):
     """Also with the trunk's master weights apart from what computes, as they are beside a GPU."""

@@ -55,6 +55,25 @@ def test_three_parties_train_as_the_same_loop_by_hand(tmp_path: Path, in_flight:
     assert all(result.loss is not None for result in results.values())
 
 
+# Cedar hosts nothing; alder hosts nothing of layer 1.
+UNEVEN = {
+    0: {0: "alder", 1: "birch", 2: "alder", 3: "birch", 4: "alder", 5: "birch", 6: "alder", 7: "birch"},
+    1: dict.fromkeys(range(8), "birch"),
+}
+
+
+def test_party_that_hosts_no_expert_trains_like_the_others(tmp_path: Path):
+    config = settings(placement=UNEVEN)
+    models = full_models()
+    parts = make_parts(config, models, tmp_path)
+    assert not any(parts["cedar"].placement.hosted("cedar").values())
+    federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    train_by_hand(config, models, parts)
+    assert_same(federation, models)
+    assert all(result.finished for result in results.values())
+    assert [n.state.committed_attempt for n in federation.notices if n.state.phase == "step"] == [1, 1, 1, 1]
+
+
 def test_parties_hold_no_weights_of_experts_hosted_elsewhere(tmp_path: Path):
     config = settings(train__rounds=1)
     models = full_models()
@@ -276,6 +295,18 @@ def test_lost_checkpoint_ends_the_start_and_names_who_lacks_it(tmp_path: Path):
         assert isinstance(error, CheckpointError)
         assert error.code == "checkpoint-none-common"
         assert "birch lacks round" in error.message
+
+
+def test_wait_for_a_party_out_of_reach_ends_as_soon_as_the_attempt_no_longer_counts(tmp_path: Path):
+    config = settings(deadline_s=600.0)
+    parts = make_parts(config, full_models(), tmp_path)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    work = federation.up(parts["alder"]).work  # nobody else is there
+    asked = iter([True, True, False])
+    with pytest.raises(RoundError) as caught:
+        work._meet((), lambda: next(asked, False))
+    assert caught.value.code == "round-interrupted"
+    federation.kill("alder")
 
 
 def test_error_at_one_party_aborts_the_attempt_and_the_result_is_the_same(tmp_path: Path):

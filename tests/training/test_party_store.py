@@ -92,3 +92,32 @@ def test_checkpoint_copied_from_another_party_is_not_offered(tmp_path: Path):
     store(tmp_path / "alder").save(2, parts(1.0))
     (tmp_path / "alder" / "checkpoints").rename(tmp_path / "birch" / "checkpoints")
     assert store(tmp_path / "birch", "birch").held() == ()
+
+
+def test_checkpoints_of_a_line_that_was_given_up_do_not_push_out_valid_ones(tmp_path: Path):
+    """After going back to round 2, rounds 20 and 30 must not count among the newest three that are kept."""
+    one = store(tmp_path)
+    one.adopt("run-1")
+    published = one.save(2, parts(2.0))
+    for round in (20, 30):
+        one.save(round, parts(round))
+    again = store(tmp_path)  # a new process goes back, as everybody does
+    again.load(Saved(2, published), ("trunk",))
+    again.went_back_to(2)
+    assert [saved.round for saved in again.held()] == [2, 20, 30]  # nothing is deleted before there is something new
+    again.save(4, parts(4.0))
+    assert [saved.round for saved in again.held()] == [2, 4]
+    again.save(6, parts(6.0))
+    assert [saved.round for saved in again.held()] == [2, 4, 6]
+
+
+def test_rewritten_round_of_a_line_that_was_given_up_is_kept(tmp_path: Path):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    for round in (2, 4, 6):
+        one.save(round, parts(round))
+    one.went_back_to(2)
+    digest = one.save(4, parts(4.5))
+    assert one.held()[-1] == Saved(4, digest)
+    one.save(6, parts(6.5))
+    assert [saved.round for saved in one.held()] == [2, 4, 6]

@@ -10,6 +10,10 @@ import typer
 
 def command(
     run_dir: Annotated[Path, typer.Argument(help="The run_dir of the run that was stopped.")],
+    listen: Annotated[
+        str | None,
+        typer.Option(help="In a federation: address to listen on, where it differs from the agreed endpoint."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Go on with a run of `coterie train` or `coterie up` from its newest checkpoint.
@@ -24,7 +28,7 @@ def command(
         from coterie.cli.up import take_part
         from coterie.training.party import settings_of_run
 
-        take_part(settings_of_run(run_dir), None, json_file)
+        take_part(settings_of_run(run_dir), listen, json_file)
         return
 
     from coterie.cli.training_progress import report, watched

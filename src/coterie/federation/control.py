@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.errors import FrameError
-from coterie.federation.round_state import Report, State
+from coterie.federation.round_state import Code, Count, Name, Report, Saved, State, Token
 from coterie.federation.transport import Message
 
 COORDINATOR = "coordinator"
@@ -26,8 +26,8 @@ class Call:
     """
 
     report: Report
-    agreement: str
-    run: str = ""
+    agreement: Token
+    run: Token = ""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Directive:
         missing: who is being waited for.
     """
 
-    run: str
+    run: Token
     state: State
-    newest: int = 0
-    missing: tuple[str, ...] = ()
+    newest: Count = 0
+    missing: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True)
 class Refusal:
     """Coordinator to party: you cannot take part. Codes and hashes only."""
 
-    code: str
-    here: str = ""
+    code: Code
+    here: Token = ""
 
 
 _Body = TypeVar("_Body", Call, Directive, Refusal)
@@ -60,6 +60,9 @@ _KINDS: Mapping[type, tuple[str, TypeAdapter[Any]]] = {
     Directive: ("directive", TypeAdapter(Directive)),
     Refusal: ("refused", TypeAdapter(Refusal)),
 }
+
+
+_FIELDS = frozenset(f.name for kind in (Call, Directive, Refusal, Report, State, Saved) for f in fields(kind))
 
 
 def encode(body: Call | Directive | Refusal) -> Message:
@@ -85,6 +88,7 @@ def decode(message: Message, kind: type[_Body]) -> _Body:
     try:
         value: _Body = adapter.validate_python(dict(message.body))
     except ValidationError as error:
-        field = ".".join(str(part) for part in error.errors()[0]["loc"])
+        # The names of an unknown or nested key are the sender's own words: only ours are repeated.
+        field = next((str(part) for part in error.errors()[0]["loc"] if part in _FIELDS), "body")
         raise FrameError(f"`{name}` has a bad field `{field}`.", code="control-body", field=field) from None
     return value

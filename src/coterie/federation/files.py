@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from coterie.errors import IdentityError
+from safetensors import SafetensorError
+
+from coterie.errors import CheckpointError, IdentityError
 
 PRIVATE = 0o600
 PUBLIC = 0o644
@@ -42,6 +45,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a disk that is full, read-only or broken becomes one clear sentence.
+
+    Raises:
+        CheckpointError: ``checkpoint-write``, with the file and the operating system's reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise CheckpointError(
+            f"{path} cannot be written: {reason}.",
+            code="checkpoint-write",
+            why="what is not on the disk would be lost in the next crash",
+            fix="make room on that disk or mend its permissions, then start again: published checkpoints are kept",
+        ) from error
 
 
 @contextmanager

@@ -100,6 +100,7 @@ class ExpertHost:
         self._reserved: Counter[str] = Counter()
         self._computing = 0
         self._stepping = False
+        self._closed = False
 
     # ---- the round ----
 
@@ -142,7 +143,9 @@ class ExpertHost:
         self._stage(party, round, attempt).declare(count)
 
     def missing(self) -> tuple[str, ...]:
-        """Parties of the open attempt that have not declared their tokens."""
+        """Parties of the open attempt that have not declared their tokens; nobody where no expert is hosted."""
+        if not self.shard.hosted:  # nothing to divide: nobody tells us, see `TokenExchange.declare`
+            return ()
         with self._changed:
             return tuple(name for name, stage in self._stages.items() if stage.tokens is None)
 
@@ -180,6 +183,12 @@ class ExpertHost:
             with self._changed:
                 self._stepping = False
                 self._changed.notify_all()
+
+    def close(self) -> None:
+        """Serve nobody any more: what waits for a round to begin fails at once."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Hosted experts and their optimiser state, by global key; see `Shard.state_dict`."""
@@ -372,8 +381,11 @@ class ExpertHost:
         wanted = (round, attempt)
         with self._changed:
             self._changed.wait_for(
-                lambda: wanted <= (self._open or (-1, 0)) or wanted <= self._over, self._limits.begin_s
+                lambda: self._closed or wanted <= (self._open or (-1, 0)) or wanted <= self._over,
+                self._limits.begin_s,
             )
+            if self._closed:
+                raise RoundError(f"{self.me} is leaving.", code="host-closed")
             if self._open != wanted:
                 raise (
                     _over(round, attempt)

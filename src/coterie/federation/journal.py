@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from coterie.errors import CheckpointError
+from coterie.federation.files import writing
 from coterie.federation.round_state import History, Move, Phase, Record, State
 
 FILE = "coordinator.sqlite"
@@ -89,10 +90,28 @@ class Journal:
     def _read_history(self) -> History:
         records = self._db.execute("SELECT record FROM records ORDER BY round").fetchall()
         attempts = self._db.execute("SELECT round, highest FROM attempts").fetchall()
-        return History(tuple(_RECORD.validate_json(row[0]) for row in records), dict(attempts))
+        self._attempts: dict[int, int] = dict(attempts)
+        return History(tuple(_RECORD.validate_json(row[0]) for row in records), self._attempts)
 
     def write(self, move: Move) -> None:
-        """Make a move durable, then remember it. After a crash it happened wholly or not at all."""
+        """Make a move durable, then remember it. After a crash it happened wholly or not at all.
+
+        Raises:
+            CheckpointError: the disk is full or broken; nothing was changed.
+        """
+        with writing(self.path):
+            self._write(move)
+        self.state = move.state
+        records = self.history.records
+        if move.back_to is not None:
+            records = tuple(record for record in records if record.round <= move.back_to)
+        if move.record is not None:
+            records = (*records, move.record)
+        if move.state.phase is Phase.COMPUTE:
+            self._attempts[move.state.round] = move.state.attempt
+        self.history = History(records, self._attempts)
+
+    def _write(self, move: Move) -> None:
         state, at = move.state, time.time()
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -112,11 +131,9 @@ class Journal:
             self._db.execute("INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?)", row5)
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk ends it by itself
+                self._db.execute("ROLLBACK")
             raise
-        self.state = state
-        if move.back_to is not None or move.record is not None or state.phase is Phase.COMPUTE:
-            self.history = self._read_history()
 
     def close(self) -> None:
         self._db.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -76,12 +77,19 @@ class Participant:
         self._standing = Standing()
         self._membership: Membership | None = None
         self._working = 0
+        # An interrupt must not hit the next thing: `_working` changes, and `interrupt` is called, under it.
+        self._guard = threading.Lock()
 
     def on_news(self) -> None:
         """For `Membership`: interrupts work that a newer directive made pointless."""
-        membership, working = self._membership, self._working
-        if membership is not None and working and not membership.current(working):
-            self._actor.interrupt()
+        membership = self._membership
+        with self._guard:
+            if membership is not None and self._working and not membership.current(self._working):
+                self._actor.interrupt()
+
+    def _work_on(self, seq: int) -> None:
+        with self._guard:
+            self._working = seq
 
     def run(self, membership: Membership) -> State:
         """Take part from joining to the end.
@@ -102,9 +110,11 @@ class Participant:
             self._notify(directive)
             todo = acts(self._party, self._standing, state)
             if Act.LEAVE in todo:
-                self._leave(todo, state)
-                membership.say(done=seq, live=self._standing.live)
-                membership.flush(GOODBYE_S)
+                try:
+                    self._leave(todo, state)
+                finally:
+                    membership.say(done=seq, live=self._standing.live)
+                    membership.flush(GOODBYE_S)
                 if state.ending is Ending.FAILED:
                     raise run_failure(state)
                 return state
@@ -113,7 +123,7 @@ class Participant:
     def _follow(self, membership: Membership, todo: tuple[Act, ...], state: State) -> None:
         saved = ""
         act: Act | None = None
-        self._working = state.seq
+        self._work_on(state.seq)
         try:
             for act in todo:
                 saved = self._do(act, state) or saved
@@ -129,7 +139,7 @@ class Participant:
             membership.flush(GOODBYE_S)
             raise
         finally:
-            self._working = 0
+            self._work_on(0)
         membership.say(done=state.seq, live=self._standing.live, held=self._actor.held(), saved=saved)
 
     def _do(self, act: Act, state: State) -> str:
@@ -165,7 +175,15 @@ class Participant:
             self._actor.drop(state.round, state.attempt)
 
     def _leave(self, todo: tuple[Act, ...], state: State) -> None:
-        """At the end an attempt that was committed meanwhile is still applied, and any other dropped."""
+        """At the end an attempt that was committed meanwhile is still applied, and any other dropped.
+
+        Raises:
+            CoterieError: it could not be applied. The run is over all the same.
+        """
         for act in todo[:-1]:
-            self._do(act, state)
+            try:
+                self._do(act, state)
+            except BaseException:  # the checkpoints on disk are still whole: a later start goes on from there
+                self._clean_up(act, state)
+                raise
             self._standing = after_act(act, self._standing, state)

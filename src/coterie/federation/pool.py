@@ -99,6 +99,7 @@ class Pool:
         self._declared: dict[str, Declared] = {}
         self._committed: int | None = None
         self._changed = threading.Condition()
+        self._closed = False
 
     def begin(self, round: int, active: Sequence[str] | None = None, lent: Sequence[Part] = ()) -> None:
         """Freeze the weights under this round's number and take pushes for it. Can be repeated for a new attempt.
@@ -127,6 +128,12 @@ class Pool:
         self._weights.begin_round(-1)
         self._pushes.begin_round(-1, {})
 
+    def close(self) -> None:
+        """Serve nobody any more: what waits for a round to begin fails at once."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     def handle(self, peer: str, lane: Lane, message: Message, *, wait_s: float = 60.0) -> Message:
         """The reply to a message of one of `KINDS`.
 
@@ -136,7 +143,9 @@ class Pool:
         if self.transcript is not None and peer != self.me:
             self.transcript(peer, lane, message)
         with self._changed:
-            self._changed.wait_for(lambda: self._round >= message.round, timeout=wait_s)
+            self._changed.wait_for(lambda: self._closed or self._round >= message.round, timeout=wait_s)
+            if self._closed:
+                raise RoundError(f"{self.me} is leaving.", code="host-closed")
         if message.kind == DECLARE:
             self._declare(peer, message)
             return Message(DECLARE, message.round)

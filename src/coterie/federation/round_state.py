@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+# What a process says about itself is shown on everybody's terminal and kept in the coordinator's journal. So no field
+# has room for text: the patterns are checked wherever these values are read from JSON.
+Code = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{0,64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Token = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{0,64}$")]
+"""A random name or a hash."""
+Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
+Note = Annotated[str, StringConstraints(pattern=r"^\P{C}*$", max_length=16384)]
+"""Written by the coordinator from names, numbers and codes; printable."""
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Phase(StrEnum):
@@ -63,8 +76,8 @@ class Plan:
 class Saved:
     """One party's checkpoint: the rounds behind it and the digest of its manifest. Round 0 is the split model."""
 
-    round: int
-    digest: str
+    round: Count
+    digest: Digest
 
 
 FIRST = Saved(0, "")
@@ -74,8 +87,8 @@ FIRST = Saved(0, "")
 class Record:
     """A published checkpoint of the federation: what each party has to load to go on from ``round``."""
 
-    round: int
-    files: dict[str, Saved]
+    round: Count
+    files: dict[Name, Saved]
 
 
 @dataclass(frozen=True)
@@ -119,24 +132,24 @@ class State:
         ending, code, note: how it ended; why the last change happened, in words without data.
     """
 
-    seq: int = 1
+    seq: Count = 1
     phase: Phase = Phase.GATHER
-    round: int = 0
-    attempt: int = 0
-    committed: int = 0
-    committed_attempt: int = 0
-    epoch: int = 0
-    furthest: tuple[int, int] = (0, 0)
-    failures: int = 0
-    interruptions: int = 0
+    round: Count = 0
+    attempt: Count = 0
+    committed: Count = 0
+    committed_attempt: Count = 0
+    epoch: Count = 0
+    furthest: tuple[Count, Count] = (0, 0)
+    failures: Count = 0
+    interruptions: Count = 0
     begun: bool = False
-    evaluated: int = 0
-    absent: tuple[str, ...] = ()
-    rejoining: tuple[str, ...] = ()
-    sources: dict[str, Saved] = field(default_factory=dict)
+    evaluated: Count = 0
+    absent: tuple[Name, ...] = ()
+    rejoining: tuple[Name, ...] = ()
+    sources: dict[Name, Saved] = field(default_factory=dict)
     ending: Ending = Ending.NONE
-    code: str = ""
-    note: str = ""
+    code: Code = ""
+    note: Note = ""
 
 
 @dataclass(frozen=True)
@@ -153,14 +166,14 @@ class Report:
         stop: somebody asked this party to stop.
     """
 
-    instance: str
-    count: int = 0
-    done: int = 0
-    failed: int = 0
-    code: str = ""
-    live: int | None = None
-    held: tuple[Saved, ...] = ()
-    saved: str = ""
+    instance: Token
+    count: Count = 0
+    done: Count = 0
+    failed: Count = 0
+    code: Code = ""
+    live: Count | None = None
+    held: Annotated[tuple[Saved, ...], Field(max_length=64)] = ()
+    saved: Digest = ""
     stop: bool = False
 
 

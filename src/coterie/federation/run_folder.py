@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CheckpointError, RoundError
+from coterie.federation.files import writing
 
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"
@@ -20,12 +21,14 @@ class RunFolder:
 
     Raises:
         RoundError: another process holds it.
+        CheckpointError: it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         self.path = path
-        self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -41,8 +44,9 @@ class RunFolder:
         """Replace the status file. Never anything derived from data in it: no loss, no count of tokens."""
         text = json.dumps({"at": time.time(), **fields}, indent=2, default=str) + "\n"
         aside = self.path / f"{STATUS_FILE}.part"
-        aside.write_text(text, encoding="utf-8")  # not synced: only the newest one matters, and only for a while
-        os.replace(aside, self.path / STATUS_FILE)
+        with writing(self.path / STATUS_FILE):
+            aside.write_text(text, encoding="utf-8")  # not synced: only the newest one matters, and only for a while
+            os.replace(aside, self.path / STATUS_FILE)
 
     def close(self) -> None:
         if self._lock >= 0:

@@ -12,11 +12,10 @@ through however busy the workers are.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -40,10 +39,11 @@ ALL_LANES = (Lane.CONTROL, Lane.FORWARD, Lane.BACKWARD)
 
 @dataclass(frozen=True)
 class Settings:
-    """Times in seconds and bounds of a transport. Both sides should use the same ``window``.
+    """Times in seconds and bounds of a transport. Both sides should use the same windows.
 
     Args:
-        window: most unanswered requests per peer and lane.
+        window, window_bytes: most unanswered requests per peer and lane, and their tensors together; one alone may be
+            larger.
         send_deadline_s: how long `send` waits for room, and a reply may take to leave.
         heartbeat_s: an idle connection sends a heartbeat this often.
         silence_s: a connection that brought nothing for so long counts as broken.
@@ -55,6 +55,7 @@ class Settings:
     """
 
     window: int = 16
+    window_bytes: int = 1 << 30
     send_deadline_s: float = 60.0
     heartbeat_s: float = 5.0
     silence_s: float = 25.0
@@ -88,7 +89,9 @@ class Switchboard(ABC):
         self._settings = settings
         self._no_tensors = frozenset(no_tensors)
         self._lines = {
-            (peer, lane): Line(peer, lane, settings.window) for peer, each in lanes.items() for lane in each
+            (peer, lane): Line(peer, lane, settings.window, settings.window_bytes)
+            for peer, each in lanes.items()
+            for lane in each
         }
         self._peers = tuple(lanes)
         self._handler: Handler | None = None
@@ -122,10 +125,14 @@ class Switchboard(ABC):
             absent = {peer for (peer, _), line in self._lines.items() if line.link is None}
         return frozenset(self._peers) - absent
 
-    def connect(self, deadline_s: float, peers: Collection[str] | None = None) -> None:
+    def connect(
+        self, deadline_s: float, peers: Collection[str] | None = None, alive: Callable[[], bool] = lambda: True
+    ) -> None:
         wanted = [peer for peer in self._peers if peers is None or peer in peers]
         until = time.monotonic() + deadline_s
         while (now := time.monotonic()) < until and not self._stopped.is_set():
+            if not alive():
+                return
             missing = [peer for peer in wanted if peer not in self.connected()]
             for peer in missing:
                 refusal = self._refusal(peer, now)
@@ -178,14 +185,17 @@ class Switchboard(ABC):
         for line in self._lines.values():
             line.pending.fail_all(closed)
         self._shut()
-        for (peer, lane), line in self._lines.items():
+        for line in self._lines.values():
             link, line.link = line.link, None
             if link is not None:
                 link.close()
             line.pending.fail_all(closed)
-            self._end_worker(line, f"{peer}, lane {lane.name.lower()}")
+            line.end()
+        until = time.monotonic() + self._settings.close_s  # one deadline for all of them
+        for (peer, lane), line in self._lines.items():
+            self._join_worker(line, f"{peer}, lane {lane.name.lower()}", until)
         if self._clock.ident is not None:
-            self._clock.join(self._settings.close_s)
+            self._clock.join(max(0.1, until - time.monotonic()))
 
     # ---- for implementations ---------------------------------------------------------------------------------
 
@@ -254,10 +264,12 @@ class Switchboard(ABC):
         elif frame.type is FrameType.ERROR:
             line.pending.settle(frame.correlation, remote_error(link.peer, link.lane, frame.message))
         else:
-            if not line.take_in(link, frame, self._settings.window):
+            if not line.take_in(link, frame):
                 raise FrameError(
-                    f"{link.peer} has more than {self._settings.window} requests open on one lane.",
+                    f"{link.peer} has more than {self._settings.window} requests, or "
+                    f"{self._settings.window_bytes / 2**20:.4g} MiB of them, open on one lane.",
                     code="window-exceeded",
+                    why="a peer must not be able to fill this party's memory",
                     fix="use the same window on both sides",
                 )
             self._ensure_worker(line, link)
@@ -291,7 +303,8 @@ class Switchboard(ABC):
         if line.link is None:
             raise self._not_connected(peer, lane)
         until = time.monotonic() + deadline_s
-        correlation, future = line.pending.add(message.kind, deadline_s)
+        size = sum(tensor.nbytes for tensor in message.tensors)
+        correlation, future = line.pending.add(message.kind, deadline_s, size)
         try:
             encoded = encode(self._session, type, lane, correlation, message)
             link = line.link  # read after `add`: a break from now on finds the entry and fails it
@@ -369,18 +382,13 @@ class Switchboard(ABC):
         except TransportError as failure:
             log.info("the reply to `%s` of %s was dropped: %s", frame.message.kind, link.peer, failure.message)
 
-    def _end_worker(self, line: Line, where: str) -> None:
+    def _join_worker(self, line: Line, where: str, until: float) -> None:
         worker = line.worker
-        if worker is None:
+        if worker is None or worker is threading.current_thread():
             return
-        try:
-            line.inbox.put_nowait(None)
-        except queue.Full:  # cannot be: one place more than requests may take
-            log.error("the inbox of %s is full", where)
-        if worker is not threading.current_thread():
-            worker.join(self._settings.close_s)
-            if worker.is_alive():
-                log.warning("a handler for %s is still running after %g s", where, self._settings.close_s)
+        worker.join(max(0.0, until - time.monotonic()))
+        if worker.is_alive():
+            log.warning("a handler for %s is still running after %g s", where, self._settings.close_s)
 
     def _keep_time(self) -> None:
         while not self._stopped.wait(0.05):

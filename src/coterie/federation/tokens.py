@@ -94,18 +94,21 @@ class TokenExchange:
         """An exchange for forwards without gradients. It belongs to no attempt; hosts remember nothing of it."""
         return TokenMicroBatch(self, round, 0, 0, stopped)
 
-    def declare(self, round: int, attempt: int, tokens: int) -> None:
+    def declare(self, round: int, attempt: int, tokens: int, stopped: Future[None] | None = None) -> None:
         """Tell all hosts that this party's micro-batches of the attempt are done, and how many tokens they had.
 
+        Args:
+            stopped: ends the wait when it completes or fails.
+
         Raises:
-            RoundError: a host misses a backward, or has dropped the attempt.
+            RoundError: a host misses a backward, or has dropped the attempt; or ``stopped`` was set.
         """
         message = Message(TOKENS, round, attempt, body={"count": tokens})
         hosts = {name for layer in self._hosts for name in self.hosts(layer)}
         remote = [name for name in self.transport.peers if name in hosts]
         asked = {name: self.transport.request_async(name, Lane.BACKWARD, message, self.deadline_s) for name in remote}
         self.host.tokens(self.transport.me, round, attempt, tokens)
-        gather(asked, None, self.deadline_s, f"tokens of round {round}")
+        gather(asked, stopped, self.deadline_s, f"tokens of round {round}")
 
     def hosts(self, layer: int) -> dict[str, Tensor]:
         """Hosts of a layer that are there, in roster order, each with a bool [E] of its experts."""

@@ -117,8 +117,13 @@ class Transport(Protocol):
         """Accept and open connections from now on; returns at once."""
         ...
 
-    def connect(self, deadline_s: float, peers: Collection[str] | None = None) -> None:
+    def connect(
+        self, deadline_s: float, peers: Collection[str] | None = None, alive: Callable[[], bool] = lambda: True
+    ) -> None:
         """Wait until all (or the named) peers are connected.
+
+        Args:
+            alive: asked several times a second; once it says no, the wait ends without an error.
 
         Raises:
             DeadlineError: names who is missing and what was last seen of them.

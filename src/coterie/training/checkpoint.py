@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coterie.errors import CheckpointError
+from coterie.federation.files import writing
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -64,24 +65,18 @@ class CheckpointStore:
         Args:
             tensors: file stem (``weights``, ``optimizer``) to named tensors; written as ``{stem}.safetensors``.
             state: small values that JSON can hold.
+
+        Raises:
+            CheckpointError: the disk is full or broken; what was there before is kept.
         """
         final = self._path(round_index)
         aside = final.with_name(final.name + ".part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        files = {}
-        for stem, named in tensors.items():
-            path = aside / f"{stem}.safetensors"
-            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
-            _sync(path)
-            files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
-        manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}
-        write_json(aside / _MANIFEST, manifest)
-        _sync(aside)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        _sync(self.folder)
+        try:
+            with writing(final):
+                self._write(round_index, aside, tensors, state)
+        except CheckpointError:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+            raise
         return self._read_manifest(round_index)
 
     def rounds(self) -> list[int]:
@@ -125,7 +120,35 @@ class CheckpointStore:
     def keep_last(self, count: int) -> None:
         """Delete all but the newest ``count`` checkpoints."""
         for round_index in self.rounds()[:-count]:
-            shutil.rmtree(self._path(round_index))
+            self.remove(round_index)
+
+    def remove(self, round_index: int) -> None:
+        """Delete the checkpoint of one round, if there is one."""
+        shutil.rmtree(self._path(round_index), ignore_errors=True)
+
+    def _write(
+        self,
+        round_index: int,
+        aside: Path,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+    ) -> None:
+        final = self._path(round_index)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        files = {}
+        for stem, named in tensors.items():
+            path = aside / f"{stem}.safetensors"
+            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+            _sync(path)
+            files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
+        manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}
+        write_json(aside / _MANIFEST, manifest)
+        _sync(aside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _sync(self.folder)
 
     def _path(self, round_index: int) -> Path:
         return self.folder / f"round-{round_index:08d}"
@@ -198,12 +221,13 @@ def _digest(path: Path) -> str:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file so that it is old, or new, but never torn."""
     aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    _sync(path.parent)
+    with writing(path):
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coterie.errors import DataError
+from coterie.federation.files import writing
 from coterie.training.loop import sequence_losses, to_device
 from coterie.training.packing import Sequences
 
@@ -41,8 +42,13 @@ class Evaluation:
         return int(self.tokens_S.sum())
 
     def save(self, path: Path) -> None:
-        """Keep the losses of all sequences, for later comparison."""
-        save_file({"loss": self.loss_S, "tokens": self.tokens_S}, path)
+        """Keep the losses of all sequences, for later comparison.
+
+        Raises:
+            CheckpointError: the disk is full or broken.
+        """
+        with writing(path):
+            save_file({"loss": self.loss_S, "tokens": self.tokens_S}, path)
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:

@@ -142,7 +142,7 @@ class ExpertsWork(PartyWork):
         assert self.way is not None
         began = time.monotonic()
         self._pristine = False
-        self._meet(told.absent)
+        self._meet(told.absent, alive)
         self.way.compute(told, alive)
         self._seconds = time.monotonic() - began
 
@@ -174,6 +174,10 @@ class ExpertsWork(PartyWork):
     def interrupt(self) -> None:
         if self.way is not None:
             self.way.interrupt()
+
+    def stop_serving(self) -> None:
+        if self.way is not None:
+            self.way.pool.close()
 
     def _close(self) -> None:
         if self.way is not None:

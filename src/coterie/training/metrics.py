@@ -10,6 +10,8 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
+from coterie.federation.files import writing
+
 
 class MetricsWriter:
     """Appends to ``metrics.jsonl`` and ``tensorboard/`` in a run folder.
@@ -22,15 +24,21 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, *, first_round: int = 0) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._keep_before(first_round)
-        self._lines = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_round or None)
+        with writing(self.path):
+            self._keep_before(first_round)
+            self._lines = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_round or None)
 
     def log(self, round_index: int, **figures: float) -> None:
-        """Write one line: the round, counted from 0, and its figures. Not finite becomes null."""
+        """Write one line: the round, counted from 0, and its figures. Not finite becomes null.
+
+        Raises:
+            CheckpointError: the disk is full or broken.
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self._lines.write(json.dumps({"round": round_index, **finite}) + "\n")
-        self._lines.flush()
+        with writing(self.path):
+            self._lines.write(json.dumps({"round": round_index, **finite}) + "\n")
+            self._lines.flush()
         for name, value in figures.items():
             self._board.add_scalar(name, value, round_index)
 

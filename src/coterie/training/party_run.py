@@ -134,6 +134,7 @@ class PartyRun:
             return result
         finally:
             self._membership.close()
+            self.work.stop_serving()
             self._transport.close()
             self.work.close()
             self._folder.close()

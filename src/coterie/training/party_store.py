@@ -43,6 +43,7 @@ class PartyStore:
     def __init__(self, run_dir: Path, party: str, agreement: str, text: str = "") -> None:
         self._run_dir, self._party, self._agreement, self._text = run_dir, party, agreement, text
         self._bad: set[Saved] = set()
+        self._stale: set[int] = set()
         self.run = self._read_marker()
 
     def adopt(self, run: str) -> None:
@@ -76,7 +77,7 @@ class PartyStore:
         return tuple(found)
 
     def save(self, round: int, parts: Parts) -> str:
-        """Write a checkpoint so that it survives a crash, and let old ones go.
+        """Write a checkpoint so that it survives a crash, and let old ones go, stale ones first.
 
         Args:
             parts: file stem to named tensors.
@@ -86,8 +87,18 @@ class PartyStore:
         """
         store = self._store()
         digest = store.write(round, parts, {"party": self._party, "agreement": self._agreement}).digest
+        for left in self._stale - {round}:
+            store.remove(left)
+        self._stale.clear()
         store.keep_last(_KEPT)
         return digest
+
+    def went_back_to(self, round: int) -> None:
+        """The run goes on from ``round``: later checkpoints belong to a line that was given up.
+
+        They go with the next `save`, before any that count. Until then they stay, in case going back was a mistake.
+        """
+        self._stale = {later for later in self._store().rounds() if later > round} if self.run else set()
 
     def load(self, source: Saved, stems: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
         """The named parts of a checkpoint, every byte verified.

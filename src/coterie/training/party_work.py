@@ -87,6 +87,10 @@ class PartyWork(ABC):
     def interrupt(self) -> None: ...
 
     @abstractmethod
+    def stop_serving(self) -> None:
+        """Let requests of others that wait for something here fail now; called before the transport closes."""
+
+    @abstractmethod
     def _close(self) -> None: ...
 
     # ---- the phases ----
@@ -127,6 +131,7 @@ class PartyWork(ABC):
                 self._begin_from_split()
         else:
             self._load_checkpoint(source)
+        self._store.went_back_to(source.round)
         self._close_metrics()
         self._metrics = MetricsWriter(self.parts.run_dir, first_round=told.round)
 
@@ -135,7 +140,7 @@ class PartyWork(ABC):
         self._log(round - 1, **self._commit(round, attempt, rate), lr=rate, attempt=attempt)
 
     def evaluate(self, told: State, alive: Alive) -> None:
-        self._meet(told.absent)
+        self._meet(told.absent, alive)
         with self._inference(told, alive):
             if self.parts.test is None:
                 return
@@ -195,10 +200,12 @@ class PartyWork(ABC):
     def _active(self, absent: Collection[str]) -> tuple[str, ...]:
         return tuple(name for name in self.parts.federation.parties if name not in absent)
 
-    def _meet(self, absent: Collection[str]) -> None:
-        """Make sure that every party that takes part can be reached from here."""
+    def _meet(self, absent: Collection[str], alive: Alive) -> None:
+        """Make sure that every party that takes part can be reached from here, as long as it matters."""
         others = [name for name in self._active(absent) if name not in (self.parts.party, COORDINATOR)]
-        self._transport.connect(self.parts.federation.deadline_s, others)
+        self._transport.connect(self.parts.federation.deadline_s, others, alive)
+        if not alive():
+            raise superseded()
 
     # ----
 

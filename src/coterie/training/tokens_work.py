@@ -67,7 +67,7 @@ class TokensWork(PartyWork):
     def compute(self, told: State, alive: Alive) -> None:
         began = time.monotonic()
         self._pristine = False
-        self._meet(told.absent)
+        self._meet(told.absent, alive)
         check_selected(self.parts.model)
         self.host.begin(told.round, told.attempt, self._active(told.absent))
         self._exchange.absent = frozenset(told.absent)
@@ -79,7 +79,7 @@ class TokensWork(PartyWork):
 
         seed = (self._spec.seed * 1_000_003 + told.round - 1) % 2**63
         sums = self._scheduler.run(self._batches(told.round), exchange, seed=seed)
-        self._exchange.declare(told.round, told.attempt, sums.tokens)
+        self._exchange.declare(told.round, told.attempt, sums.tokens, self._cut.turn.stopped)
         self._prepared = sums, time.monotonic() - began
 
     def drop(self, round: int, attempt: int) -> None:
@@ -108,6 +108,9 @@ class TokensWork(PartyWork):
 
     def interrupt(self) -> None:
         self._scheduler.interrupt()
+
+    def stop_serving(self) -> None:
+        self.host.close()
 
     def _close(self) -> None:
         self._cut.close()

@@ -1,0 +1,109 @@
+"""The party's main loop at its edges: interrupts that come late, and an end that fails."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from coterie.errors import CheckpointError, CoterieError
+from coterie.federation.control import Directive
+from coterie.federation.participant import Alive, Participant
+from coterie.federation.round_state import Ending, Phase, Saved, State
+
+
+class Actor:
+    """Remembers what it was doing whenever it was interrupted."""
+
+    def __init__(self) -> None:
+        self.doing = ""
+        self.interrupted: list[str] = []
+        self.entered = threading.Event()
+        self.leave = threading.Event()
+
+    def held(self) -> tuple[Saved, ...]:
+        return ()
+
+    def load(self, source: Saved, told: State) -> None:
+        self.doing = "load"
+        self.entered.set()
+        assert self.leave.wait(10)
+        self.doing = ""
+
+    def compute(self, told: State, alive: Alive) -> None:
+        self.doing = "compute"
+
+    def drop(self, round: int, attempt: int) -> None: ...
+
+    def step(self, round: int, attempt: int) -> None:
+        raise CheckpointError("disk full", code="checkpoint-write")
+
+    def evaluate(self, told: State, alive: Alive) -> None: ...
+
+    def save(self, told: State) -> str:
+        return ""
+
+    def interrupt(self) -> None:
+        self.interrupted.append(self.doing)
+
+
+class Script:
+    """A tie to a coordinator that says what is written here."""
+
+    def __init__(self, *states: State) -> None:
+        self.states = list(states)
+        self.said: list[dict[str, Any]] = []
+        self.newest = 0
+        self.asked = threading.Event()
+        self.answer = threading.Event()
+
+    def start(self) -> None: ...
+
+    def flush(self, timeout_s: float) -> None: ...
+
+    def say(self, **changes: Any) -> None:
+        self.said.append(changes)
+
+    def wait(self, after: int) -> Directive:
+        return Directive("run", next(state for state in self.states if state.seq > after))
+
+    def current(self, seq: int) -> bool:
+        if threading.current_thread().name == "news":
+            self.asked.set()
+            self.answer.wait(1.0)
+            return False
+        return True
+
+
+LOADING = State(seq=1, phase=Phase.RESTORE, sources={"alder": Saved(0, "")})
+COMPUTING = State(seq=2, phase=Phase.COMPUTE, round=1, attempt=1)
+OVER = State(seq=3, phase=Phase.END, ending=Ending.STOPPED)
+
+
+def test_news_about_one_directive_does_not_interrupt_the_next() -> None:
+    actor, script = Actor(), Script(LOADING, COMPUTING, OVER)
+    participant = Participant("alder", actor)
+    main = threading.Thread(target=participant.run, args=(script,), daemon=True)
+    main.start()
+    assert actor.entered.wait(10)
+    news = threading.Thread(target=participant.on_news, name="news", daemon=True)
+    news.start()
+    assert script.asked.wait(10)  # it knows what is being done, and is about to learn that it does not count any more
+    actor.leave.set()
+    main.join(0.3)  # were nothing to stop it, it would be computing by now
+    script.answer.set()
+    news.join(10)
+    main.join(10)
+    assert actor.interrupted == [""]
+
+
+def test_commit_that_cannot_be_applied_at_the_end_is_said_and_the_goodbye_still_sent() -> None:
+    over = replace(OVER, committed=1, committed_attempt=1)
+    actor, script = Actor(), Script(LOADING, COMPUTING, over)
+    actor.leave.set()
+    told: list[CoterieError] = []
+    with pytest.raises(CheckpointError, match="disk full"):
+        Participant("alder", actor, failed=told.append).run(script)  # type: ignore[arg-type]
+    assert script.said[-1] == {"done": 3, "live": None}
