@@ -375,15 +375,17 @@ def test_wait_for_a_peer_can_be_given_up(world: World) -> None:
 
 
 def test_close_waits_once_for_all_handlers_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
+    gate, arrived = threading.Event(), threading.Semaphore(0)
 
     def stuck(peer: str, lane: Lane, message: Message) -> None:
+        arrived.release()
         gate.wait(60)
 
     members = world.started({"alder": stuck, "birch": silent, "cedar": silent})
     for name in ("birch", "cedar"):
         for lane in Lane:
             members[name].request_async("alder", lane, Message("dispatch"), 30.0)
+    assert all(arrived.acquire(timeout=10) for _ in range(6))
     waits: list[float] = []
     clock = [1000.0]
 

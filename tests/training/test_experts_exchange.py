@@ -51,7 +51,8 @@ def assert_same(federation: InProcessFederation, models, tolerance: float = 1e-5
 
 
 def test_party_that_hosts_no_expert_trains_like_the_others(tmp_path: Path):
-    hosts = {0: {expert: PARTIES[expert % 2] for expert in range(8)}, 1: dict.fromkeys(range(8), "birch")}
+    hosts = {layer: {expert: PARTIES[expert % 2] for expert in range(8)} for layer in (0, 2)}
+    hosts[1] = dict.fromkeys(range(8), "birch")
     config = experts_settings(placement=hosts)
     models = full_models()
     parts = make_parts(config, models, tmp_path)

@@ -59,6 +59,7 @@ def test_three_parties_train_as_the_same_loop_by_hand(tmp_path: Path, in_flight:
 UNEVEN = {
     0: {0: "alder", 1: "birch", 2: "alder", 3: "birch", 4: "alder", 5: "birch", 6: "alder", 7: "birch"},
     1: dict.fromkeys(range(8), "birch"),
+    2: {expert: ("alder", "birch")[expert // 4] for expert in range(8)},
 }
 
 

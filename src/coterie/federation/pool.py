@@ -165,7 +165,12 @@ class Pool:
         self._pushes.stage(self.me, part.number, round, blob, weights)
 
     def missing(self) -> tuple[str, ...]:
-        """Active parties that have not declared their part, or declared sums that did not all arrive."""
+        """Active parties that have not declared their part, or declared sums that did not all arrive.
+
+        Nobody where nothing is stored: owners send sums and declarations only to where a part is.
+        """
+        if not self._mine:
+            return ()
         with self._changed:
             return tuple(party for party in self._active if not self._complete(party))
 
@@ -184,7 +189,7 @@ class Pool:
                 + (f"no complete sum from {', '.join(missing)}." if missing else f"round {self._round} is open."),
                 code="round-incomplete",
             )
-        contributing = tuple(party for party in self._active if self._declared[party].contributes)
+        contributing = tuple(party for party in self._active if self._mine and self._declared[party].contributes)
         divisor = math.fsum(self._declared[party].weight for party in contributing)
         if contributing and divisor > 0:
             trained = [part for part in self._mine if part.trained]
