@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 from contextlib import closing
@@ -12,8 +13,13 @@ import pytest
 import yaml
 
 from coterie.cli.app import main
+from coterie.config import DataSpec
+from coterie.dp.accounting import Mechanism
+from coterie.dp.dataset import dataset_digest
+from coterie.dp.ledger import open_ledger
 from coterie.federation.provision import free_endpoints
 from coterie.federation.run_folder import RunFolder
+from coterie.training.data import read_documents
 
 PARTIES = ("alder", "birch")
 MODEL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4}
@@ -134,6 +140,55 @@ def test_shard_of_another_party_is_refused_before_anything_is_sent(folder: Path,
     assert "Error placement-shard" in shown
     assert "does not hold the experts of alder: it lacks layer 0 expert 0 and 1 more and holds layer 0" in shown
     assert not (folder / "runs" / "alder" / "party.yaml").exists()
+
+
+def test_text_with_a_private_past_is_refused_by_tokens_unless_the_party_says_otherwise(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+):
+    documents = read_documents((folder / "own.txt",), DataSpec(train=(folder / "own.txt",)))
+    ledger = open_ledger(dataset_digest(documents.texts), folder / "ledger")
+    ledger.start_run("earlier", Mechanism(1.0, 0.1), 5)
+    party = edit(folder / "alder.yaml", ledger="ledger")
+    assert run("up", party) == 1  # nothing was released: the coordinator is what is missing
+    assert "tokens-after-private" not in capfd.readouterr().err
+    ledger.record_release("earlier", 1, 0, "e" * 64, {})
+    assert math.isfinite(ledger.lifetime(1e-5).epsilon)
+    assert run("up", party) == 1
+    shown = capfd.readouterr().err
+    assert "Error tokens-after-private" in shown
+    assert "after_private: reveal" in shown
+    assert math.isfinite(ledger.lifetime(1e-5).epsilon)
+    for _ in range(2):
+        assert run("up", edit(party, after_private="reveal")) == 1
+        assert "tokens-after-private" not in capfd.readouterr().err
+    assert ledger.lifetime(1e-5).epsilon == math.inf
+    assert ledger.revealed() == ["grove-alder"]
+    assert [entry.kind for entry in ledger.entries()].count("revealed") == 1
+
+
+def test_port_taken_is_named_before_anything_is_read(folder: Path, capfd: pytest.CaptureFixture[str]):
+    endpoint = yaml.safe_load((folder / "federation.yaml").read_text())["parties"]["alder"]["endpoint"]
+    host, port = endpoint.split(":")
+    party = edit(folder / "alder.yaml", trunk="elsewhere.safetensors")
+    with closing(socket.create_server((host, int(port)))):
+        assert run("up", party) == 1
+    shown = capfd.readouterr().err
+    assert "Error port-taken" in shown
+    assert endpoint in shown
+    assert not (folder / "runs" / "alder" / "party.yaml").exists()
+
+
+def test_kits_that_no_longer_hold_are_one_clear_sentence(folder: Path, capfd: pytest.CaptureFixture[str]):
+    other = folder / "other"
+    assert run("provision", folder / "federation.yaml", "--out", other) == 0
+    shutil.copy(other / "alder" / "cert.pem", folder / "kits" / "alder" / "cert.pem")
+    shutil.copy(other / "alder" / "key.pem", folder / "kits" / "alder" / "key.pem")
+    capfd.readouterr()
+    assert run("up", folder / "alder.yaml") == 1
+    shown = capfd.readouterr().err
+    print(shown)
+    assert shown.count("Error identity-") == 1
+    assert "Traceback" not in shown
 
 
 def test_trunk_as_shard_and_missing_files_are_refused(folder: Path, capfd: pytest.CaptureFixture[str]):

@@ -162,6 +162,16 @@ class PartyConfig(Spec):
     privacy: PartyPrivacy | Literal["none"] | None = Field(
         default=None, description="Local choices and own budget; `none` only where the federation allows mixing."
     )
+    after_private: Literal["refuse", "reveal"] = Field(
+        default="refuse",
+        description="For `tokens`, with text that was trained on privately before: refuse, or let hosts read it all "
+        "the same; the ledger then says that no epsilon holds for it any more.",
+    )
+    ledger: LocalPath | None = Field(
+        default=None,
+        description="For `tokens`: folder of this party's privacy ledgers, to look there for earlier private runs; "
+        "absent: ~/.local/share/coterie/ledger.",
+    )
 
 
 def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySpec | None:

@@ -115,6 +115,7 @@ class Ledger:
         self._entries: list[Entry] = []
         self._runs: dict[str, Entry] = {}
         self._releases: dict[str, dict[tuple[int, int], Released]] = {}
+        self._revealed: dict[str, Entry] = {}
         self._offset = 0
         try:
             make_private_folder(folder)
@@ -248,6 +249,28 @@ class Ledger:
         """Note that a release will not be used. It keeps counting."""
         self.append("burned", {"run": run, "round": round_number, "draw": draw, "reason": reason})
 
+    def record_revealed(self, run: str, how: str) -> None:
+        """Note that a run shows the text itself to others. From then on no epsilon holds for the dataset.
+
+        Args:
+            run: whatever names it; a second entry for it is not made.
+            how: ``tokens``, for example.
+        """
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            if run not in self._revealed:
+                self._append("revealed", {"run": run, "how": how})
+
+    def revealed(self) -> list[str]:
+        """Runs that showed the text itself to others."""
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            return list(self._revealed)
+
+    def private_runs(self) -> list[str]:
+        """Runs that released something and promised an epsilon for it."""
+        return [run for run, entry in self._known_runs().items() if not _seeded(entry) and self._releases.get(run)]
+
     def releases(self, run: str) -> list[Released]:
         """All releases of a run, burned ones included, in order."""
         with self._thread_lock, locked(self._lock_path):
@@ -261,7 +284,12 @@ class Ledger:
         return self._spent([run], delta, accountant)
 
     def lifetime(self, delta: float, accountant: Accountant = "pld") -> Spent:
-        """What all private runs on this dataset have spent together. Seeded runs: see `seeded_runs`."""
+        """What all private runs on this dataset have spent together; infinite once its text was shown to others.
+
+        Seeded runs: see `seeded_runs`.
+        """
+        if self.revealed():
+            return Spent(float("inf"), delta)
         return self._spent(
             [run for run, entry in self._known_runs().items() if not _seeded(entry)], delta, accountant
         )
@@ -338,6 +366,8 @@ class Ledger:
         elif entry.kind == "release":
             released = Released(data["run"], data["round"], data["draw"], data["digest"], data["pins"])
             self._releases.setdefault(data["run"], {})[(data["round"], data["draw"])] = released
+        elif entry.kind == "revealed":
+            self._revealed[data["run"]] = entry
         self._entries.append(entry)
         self._offset += size
 
@@ -407,4 +437,9 @@ def open_ledger(dataset: str, root: Path | str | None = None) -> Ledger:
         dataset: see `coterie.dp.dataset.dataset_digest`.
         root: folder that holds the ledgers of all datasets; default `default_root`.
     """
-    return Ledger(Path(root or default_root()).expanduser() / dataset[:24], dataset)
+    return Ledger(ledger_folder(dataset, root), dataset)
+
+
+def ledger_folder(dataset: str, root: Path | str | None = None) -> Path:
+    """Where the ledger of a dataset is, if it has one."""
+    return Path(root or default_root()).expanduser() / dataset[:24]

@@ -30,6 +30,7 @@ class Statement:
         renyi_epsilon: the same by Renyi accounting; None for truncated sampling, for which there is no bound.
         lifetime: what all private runs on this dataset spent together.
         seeded_runs: runs on this dataset that were not private and released something.
+        revealed: runs that showed the text of this dataset to others, so that no lifetime epsilon holds.
         copies: for groups of records, (size, epsilon) at the same delta.
         not_covered: what no number above speaks about.
         private: False for a seeded run: then none of the numbers is a promise.
@@ -55,6 +56,7 @@ class Statement:
     private: bool
     ledger: str
     run: str
+    revealed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; infinite epsilons become None."""
@@ -90,6 +92,11 @@ class Statement:
             lines.append(
                 f"  also ran         {len(self.seeded_runs)} seeded run(s) on this dataset, not private: if anything "
                 "they produced was released, no epsilon holds"
+            )
+        if self.revealed:
+            lines.append(
+                f"  also revealed    {', '.join(self.revealed)}: hosts of those runs could read the text of this "
+                "dataset; no epsilon holds against them"
             )
         lines.append("  not covered")
         lines += [f"    - {line}" for line in self.not_covered]
@@ -151,6 +158,7 @@ def make_statement(
         renyi_epsilon=renyi,
         lifetime=ledger.lifetime(budget.delta),
         seeded_runs=tuple(ledger.seeded_runs()),
+        revealed=tuple(ledger.revealed()),
         copies=tuple((size, group_epsilon(events, budget.delta, size)) for size in groups) if rounds else (),
         not_covered=(*_always_outside(unit), *not_covered),
         private=private,

@@ -119,6 +119,11 @@ class GrpcTransport(Switchboard):
         self._problems: dict[str, tuple[float, CoterieError]] = {}
         self._guard = threading.Lock()
 
+    @property
+    def address(self) -> str:
+        """`host:port` that this member listens on."""
+        return self._listen
+
     # ---- opening and closing ---------------------------------------------------------------------------------
 
     def _open(self) -> None:

@@ -24,14 +24,29 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def cannot_listen(me: str, listen: str) -> TransportError:
-    """The reason why a port could not be opened, found by trying once more with a plain socket."""
+def check_free(me: str, listen: str) -> None:
+    """Make sure that ``listen`` could be listened on now.
+
+    Raises:
+        TransportError: the port is taken, or the address is another machine's.
+    """
+    if _try_to_listen(listen):
+        raise cannot_listen(me, listen)
+
+
+def _try_to_listen(listen: str) -> int:
+    """The system's error number; 0 when it worked."""
     host, port = split_endpoint(listen)
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            reason = 0
+            return 0
     except OSError as error:
-        reason = error.errno or 0
+        return error.errno or errno.EADDRINUSE
+
+
+def cannot_listen(me: str, listen: str) -> TransportError:
+    """The reason why a port could not be opened, found by trying once more with a plain socket."""
+    reason = _try_to_listen(listen)
     if reason in (errno.EADDRNOTAVAIL, -2, socket.EAI_NONAME):
         return TransportError(
             f"{me} cannot listen on {listen}: this machine has no such address.",

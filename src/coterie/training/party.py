@@ -20,6 +20,7 @@ from coterie.config import (
 from coterie.config.federation import party_privacy
 from coterie.dp.dataset import dataset_digest
 from coterie.errors import CheckpointError, PlacementError, RosterError
+from coterie.federation import reach
 from coterie.federation.coordinator_process import identify, transport_settings
 from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.identity import Role
@@ -29,6 +30,7 @@ from coterie.models.lora import attach_adapters
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
 from coterie.models.shards import load_tensors, parse_expert_key, stored_shapes
+from coterie.training.after_private import check_after_private
 from coterie.training.data import read_documents
 from coterie.training.loop import use_checkpointing
 from coterie.training.party_parts import PartyParts, PrivacyParts, Weights, trunk_tensors
@@ -84,6 +86,7 @@ class PartyProcess:
         transport = GrpcTransport(
             config.party, self._roster, self._kit, listen=self._listen, settings=transport_settings(federation)
         )
+        reach.check_free(config.party, transport.address)  # before a large model is read
         parts = prepare_party(config, federation, self._roster)
         self._run = PartyRun(parts, transport, federation.content_hash(), self._watch)
         keep_settings(config, federation)
@@ -95,6 +98,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
 
     Raises:
         DataError: the text cannot be used.
+        LedgerError: hosts would read text that was trained on privately before.
         ModelError: trunk or shard are of another model.
         PlacementError: the shard holds other experts than this party is to host, or the placement was not signed.
     """
@@ -103,6 +107,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
     spec = party_privacy(federation, config)
     documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
+    check_after_private(config, federation, dataset_digest(documents.texts))
     train = tokenize(documents, data, tokenizer)
     if documents.users is not None:
         train = train.with_users(documents.users)
@@ -219,6 +224,8 @@ def keep_settings(config: PartyConfig, federation: FederationConfig) -> None:
     moved["data"] = data.model_copy(update=files)
     if isinstance(config.privacy, PartyPrivacy) and config.privacy.ledger is not None:
         moved["privacy"] = config.privacy.model_copy(update={"ledger": config.privacy.ledger.resolve()})
+    if config.ledger is not None:
+        moved["ledger"] = config.ledger.resolve()
     dump_yaml(folder / PARTY_FILE, config.model_copy(update=moved))
 
 
