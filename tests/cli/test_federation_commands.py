@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import math
 import shutil
@@ -17,6 +18,8 @@ from coterie.config import DataSpec
 from coterie.dp.accounting import Mechanism
 from coterie.dp.dataset import dataset_digest
 from coterie.dp.ledger import open_ledger
+from coterie.federation.identity import Member, Role, cert_pem, key_pem, new_authority, new_key
+from coterie.federation.kit import load_authority
 from coterie.federation.provision import free_endpoints
 from coterie.federation.run_folder import RunFolder
 from coterie.training.data import read_documents
@@ -178,17 +181,36 @@ def test_port_taken_is_named_before_anything_is_read(folder: Path, capfd: pytest
     assert not (folder / "runs" / "alder" / "party.yaml").exists()
 
 
-def test_kits_that_no_longer_hold_are_one_clear_sentence(folder: Path, capfd: pytest.CaptureFixture[str]):
-    other = folder / "other"
-    assert run("provision", folder / "federation.yaml", "--out", other) == 0
-    shutil.copy(other / "alder" / "cert.pem", folder / "kits" / "alder" / "cert.pem")
-    shutil.copy(other / "alder" / "key.pem", folder / "kits" / "alder" / "key.pem")
-    capfd.readouterr()
+@pytest.mark.parametrize(
+    ("whose", "code", "sentence"),
+    [
+        ("another ca", "identity-other-ca", "The certificate of alder was not issued by this federation's CA."),
+        ("expired", "identity-expired", "The certificate of alder expired on"),
+        ("outside the roster", "roster-not-listed", "alder"),
+    ],
+)
+def test_kit_that_does_not_hold_is_one_clear_sentence(
+    folder: Path, capfd: pytest.CaptureFixture[str], whose: str, code: str, sentence: str
+):
+    kit, authority = folder / "kits" / "alder", load_authority(folder / "kits" / "ca")
+    if whose == "another ca":
+        authority = new_authority("grove")
+    key, then = new_key(), dt.datetime.now(dt.UTC) - dt.timedelta(days=9)
+    member = Member("alder", Role.PARTY, "127.0.0.1:1")
+    issued = authority.issue(
+        member,
+        key.public_key(),
+        **({"days": 3, "now": then} if whose == "expired" else {}),  # type: ignore[arg-type]
+    )
+    (kit / "cert.pem").write_bytes(cert_pem(issued))
+    (kit / "key.pem").write_bytes(key_pem(key))
     assert run("up", folder / "alder.yaml") == 1
     shown = capfd.readouterr().err
-    print(shown)
-    assert shown.count("Error identity-") == 1
+    assert f"Error {code}: " in shown
+    assert sentence in shown
+    assert shown.count("Error ") == 1
     assert "Traceback" not in shown
+    assert not (folder / "runs" / "alder" / "party.yaml").exists()
 
 
 def test_trunk_as_shard_and_missing_files_are_refused(folder: Path, capfd: pytest.CaptureFixture[str]):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from coterie.cli.app import main
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
@@ -237,3 +238,53 @@ def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(proc
     assert "grove, party alder: not running" in shown
     assert "24 of 24 (finished)" in shown
     assert "loss" not in shown + (folder / "status.json").read_text()
+
+
+def memory_holds(pid: int, wanted: dict[str, bytes]) -> set[str]:
+    """Which byte strings are somewhere in the memory of a running process: written pages, and files of tensors."""
+    found: set[str] = set()
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            area, permissions, *rest = line.split(maxsplit=5)
+            path = rest[-1].strip() if len(rest) == 4 else ""
+            if "r" not in permissions or path in ("[vvar]", "[vsyscall]"):
+                continue
+            if "w" not in permissions and not path.endswith(".safetensors"):
+                continue
+            start, end = (int(edge, 16) for edge in area.split("-"))
+            try:
+                memory.seek(start)
+                content = memory.read(end - start)
+            except OSError:  # a guard page, or gone meanwhile
+                continue
+            found |= {name for name, value in wanted.items() if name not in found and value in content}
+    return found
+
+
+@pytest.mark.slow
+def test_no_process_ever_has_another_partys_expert_in_its_memory(processes: Processes):
+    """Reads the memory of the running parties. Their own experts are the positive control."""
+    folder = processes.folder
+    # Steps too small to change a float32, so that what to look for is known.
+    make_folder(
+        folder,
+        optim={"lr": 1e-30, "schedule": "constant"},
+        train={"rounds": 100000, "batch_size": 4, "micro_batch": 2, "eval_every": 2, "checkpoint_every": 2},
+    )
+    rows = {
+        name: {
+            key: value[0].float().numpy().tobytes()
+            for key, value in load_file(folder / "split" / f"experts-{name}.safetensors").items()
+            if key.endswith("down_proj")
+        }
+        for name in PARTIES
+    }
+    everybody = {key: row for each in rows.values() for key, row in each.items()}
+    assert len(everybody) == 2 * 8
+    processes.coordinate()
+    for name in PARTIES:
+        processes.up(name)
+    processes.until(lambda status: status["committed"] >= 5)  # with evaluations and checkpoints behind it
+    for name in PARTIES:
+        found = memory_holds(processes.running[name].pid, everybody)
+        assert found == set(rows[name]), name

@@ -510,7 +510,10 @@ class Relay:
             each.close()
 
 
-def test_a_peer_that_falls_silent_is_noticed_and_comes_back(tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize("noticed_by", ["missing heartbeats", "http/2 ping"])
+def test_a_peer_that_falls_silent_is_noticed_and_comes_back(tmp_path: Path, start: Start, noticed_by: str) -> None:
+    # With an endless silence allowed, only gRPC's own ping can tell that nobody is there.
+    settings = QUICK if noticed_by == "missing heartbeats" else replace(QUICK, silence_s=3600.0)
     (listen,) = free_endpoints(1)
     relay = Relay(listen)
     try:
@@ -530,8 +533,8 @@ def test_a_peer_that_falls_silent_is_noticed_and_comes_back(tmp_path: Path, star
                 time.sleep(2 * QUICK.silence_s)
             return message
 
-        alder = start(made["alder"], roster, handler=slow_once, listen=listen)
-        birch = start(made["birch"], roster)
+        alder = start(made["alder"], roster, handler=slow_once, listen=listen, settings=settings)
+        birch = start(made["birch"], roster, settings=settings)
         birch.connect(10.0)
         birch.request("alder", Lane.FORWARD, Message("slow"), 20.0)  # heartbeats keep an idle connection
         relay.freeze()
