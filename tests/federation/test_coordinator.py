@@ -324,6 +324,15 @@ def test_coordinator_that_stays_away_ends_the_party_with_a_reason(grove: Federat
     assert error.code == "coordinator-gone"
 
 
+def test_every_heartbeat_tells_how_long_the_coordinator_has_been_silent(grove: Federation):
+    beats: list[float] = []
+    grove.up("alder", patience_s=0.5, on_beat=beats.append)
+    grove.join()
+    assert len(beats) >= 3
+    assert beats == sorted(beats)
+    assert beats[-1] > 0.3
+
+
 def test_newer_process_of_a_party_takes_over_and_the_older_one_is_told(grove: Federation):
     grove.coordinate()
     coordinator_handle = grove.coordinator._handle

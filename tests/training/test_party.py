@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from coterie.cli.status import show
 from coterie.errors import CheckpointError, DataError, RoundError
 from coterie.federation.inprocess import InProcessHub
+from coterie.federation.run_folder import read_status
 from coterie.models.seam import expert_layers
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.metrics import read_metrics
@@ -296,6 +298,26 @@ def test_lost_checkpoint_ends_the_start_and_names_who_lacks_it(tmp_path: Path):
         assert isinstance(error, CheckpointError)
         assert error.code == "checkpoint-none-common"
         assert "birch lacks round" in error.message
+
+
+def test_status_is_written_anew_with_each_heartbeat_and_tells_of_a_silent_coordinator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = settings(train__rounds=100000, train__checkpoint_every=0, join_deadline_s=600.0)
+    parts = make_parts(config, full_models(), tmp_path)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    until(lambda: any(n.state.committed >= 1 for n in federation.notices))
+    federation.runs["alder"]._beat(42.0)
+    status = read_status(tmp_path / "alder")
+    assert (status["coordinator_silent_s"], status["party"]) == (42.0, "alder")
+    show({**status, "running": True, "age_s": 0.0})
+    assert "silent for 42 s" in capsys.readouterr().out
+    until(lambda: read_status(tmp_path / "alder")["coordinator_silent_s"] < 42.0)  # the next heartbeat was answered
+    federation.runs["alder"].stop()
+    federation.join()
 
 
 def test_wait_for_a_party_out_of_reach_ends_as_soon_as_the_attempt_no_longer_counts(tmp_path: Path):

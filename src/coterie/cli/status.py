@@ -12,6 +12,8 @@ import typer
 from coterie.cli.output import say, table, write_json
 from coterie.cli.privacy_lines import revealed_so_far
 
+_NOTABLE_S = 5.0
+
 
 def command(
     target: Annotated[
@@ -59,6 +61,7 @@ def show(status: Mapping[str, Any]) -> None:
         "going on without": ", ".join(status.get("absent", [])),
         "turned away": ", ".join(f"{name} ({code})" for name, code in status.get("refused", {}).items()),
         "last event": status.get("note"),
+        "coordinator": _silence(status),
         "revealed": revealed_so_far(status.get("privacy")),
     }
     for name, value in lines.items():
@@ -72,6 +75,12 @@ def show(status: Mapping[str, Any]) -> None:
             for peer, counts in wire.items()
         ]
         table(("peer", "sent MiB", "received MiB", "tensors sent MiB", "tensors received MiB"), rows)
+
+
+def _silence(status: Mapping[str, Any]) -> str:
+    """Said once a party has not heard of the coordinator for a few heartbeats."""
+    silent = float(status.get("coordinator_silent_s", 0.0))
+    return f"silent for {_age(silent)}" if status["running"] and silent >= _NOTABLE_S else ""
 
 
 def _age(seconds: float) -> str:

@@ -28,6 +28,8 @@ class Membership:
         patience_s: silence of the coordinator after which the party gives up.
         on_news: called from the heartbeat or a transport thread whenever the directive changed or the tie is lost;
             must return at once.
+        on_beat: called from the heartbeat thread after every heartbeat, with the seconds since the coordinator was last
+            heard of; what it raises ends the tie.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class Membership:
         heartbeat_s: float = 2.0,
         patience_s: float = 300.0,
         on_news: Callable[[], None] = lambda: None,
+        on_beat: Callable[[float], None] = lambda silent_s: None,
     ) -> None:
         self._transport, self._agreement, self._run = transport, agreement, run
         self._heartbeat_s, self._patience_s, self._on_news = heartbeat_s, patience_s, on_news
+        self._on_beat = on_beat
         self._report = Report(secrets.token_hex(8))
         self._directive: Directive | None = None
         self._lost: CoterieError | None = None
@@ -126,10 +130,12 @@ class Membership:
                     self._report = replace(self._report, count=self._report.count + 1, stop=True)
                 call = Call(self._report, self._agreement, self._run)
             try:
-                reply = self._transport.request(COORDINATOR, Lane.CONTROL, encode(call), _ANSWER_S)
-                self._heard(call, reply)
-            except TransportError as error:
-                self._silent(error)
+                try:
+                    reply = self._transport.request(COORDINATOR, Lane.CONTROL, encode(call), _ANSWER_S)
+                    self._heard(call, reply)
+                except TransportError as error:
+                    self._silent(error)
+                self._on_beat(time.monotonic() - self._heard_at)
             except CoterieError as error:
                 self._lose(error)
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         self.path = path
+        self._writing = threading.Lock()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -41,10 +43,10 @@ class RunFolder:
             ) from error
 
     def status(self, **fields: Any) -> None:
-        """Replace the status file. Never anything derived from data in it: no loss, no count of tokens."""
+        """Replace the status file, from any thread. Never anything derived from data in it: no loss, no tokens."""
         text = json.dumps({"at": time.time(), **fields}, indent=2, default=str) + "\n"
         aside = self.path / f"{STATUS_FILE}.part"
-        with writing(self.path / STATUS_FILE):
+        with self._writing, writing(self.path / STATUS_FILE):
             aside.write_text(text, encoding="utf-8")  # not synced: only the newest one matters, and only for a while
             os.replace(aside, self.path / STATUS_FILE)
 

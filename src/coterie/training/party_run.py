@@ -91,6 +91,7 @@ class PartyRun:
     def __init__(self, parts: PartyParts, transport: Transport, agreement: str, watch: Watch | None = None) -> None:
         self._parts, self._transport, self._watch = parts, transport, watch or Watch()
         self._folder = RunFolder(parts.run_dir)
+        self._status: dict[str, Any] = {}
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
             kind = TokensWork if parts.federation.exchange == "tokens" else ExpertsWork
@@ -106,6 +107,7 @@ class PartyRun:
             heartbeat_s=heartbeat_s(parts.federation),
             patience_s=parts.federation.join_deadline_s,
             on_news=self._participant.on_news,
+            on_beat=self._beat,
         )
 
     def stop(self) -> bool:
@@ -162,7 +164,7 @@ class PartyRun:
     def _heard(self, directive: Directive) -> None:
         self._store.adopt(directive.run)
         federation, privacy = self._parts.federation, self.work.privacy()
-        self._folder.status(
+        self._status = dict(
             role="party",
             party=self._parts.party,
             federation=federation.name,
@@ -171,12 +173,17 @@ class PartyRun:
             parties=list(federation.parties),
             missing=list(directive.missing),
             checkpoint=directive.newest,
-            wire=self.wire(),
             privacy=privacy,
             **status_of(directive.state),
         )
+        self._beat(0.0)
         self._watch.privacy(privacy)
         self._watch.directive(directive)
+
+    def _beat(self, silent_s: float) -> None:
+        """Write the status anew: bytes so far, and how long the coordinator has not been heard of."""
+        if self._status:
+            self._folder.status(**self._status, wire=self.wire(), coordinator_silent_s=round(silent_s, 1))
 
     def _result(self, state: State) -> PartyResult:
         self.work.open_books()
