@@ -107,3 +107,17 @@ def test_plan_says_memory_bytes_and_the_cheaper_exchange(checkpoint, tmp_path, c
     code, _, err = run(capsys, "plan", tmp_path / "nowhere.yaml")
     assert code == 1
     assert "nowhere.yaml" in err
+
+
+def test_models_json_has_the_columns_of_the_folder_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "table.json"
+    (tmp_path / "table").mkdir()
+    column = {"title": "largest error", "cells": {"olmoe": 1e-7}}
+    (tmp_path / "table" / "norms.json").write_text(json.dumps(column))
+    code, _, _ = run(capsys, "models", "--json", target)
+    assert code == 0
+    found = {row["model_type"]: row["largest error"] for row in json.loads(target.read_text())["families"]}
+    assert found["olmoe"] == 1e-7
+    assert found["mixtral"] is None

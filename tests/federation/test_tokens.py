@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -33,6 +33,7 @@ from coterie.federation.shard import expert_key
 from coterie.federation.switchboard import Switchboard
 from coterie.federation.tokens import TokenExchange
 from coterie.federation.transport import Lane, Message
+from coterie.models.catalogue import causal_lm_types
 from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers, select
 from coterie.training.loop import loss_sum, train_round
@@ -112,6 +113,19 @@ def test_expert_gradients_of_three_active_parties_are_the_sum_over_their_trunks(
 ) -> None:
     batches = {name: batches_of(seed) for seed, name in enumerate(PARTIES)}
     settings = {"combine": combine, "checkpointing": checkpointing, "recompute": recompute}
+    assert_gradients_are_those_of_plain_backward(family, batches, **settings)
+
+
+@pytest.mark.parametrize("family", list(causal_lm_types()))
+def test_every_family_computes_the_same_gradients_through_its_hosts(family: str) -> None:
+    """Dispatch, forward and backward at the hosts, staged sums, combine: against plain backward of whole models."""
+    batches = {name: batches_of(seed, 1) for seed, name in enumerate(PARTIES)}
+    assert_gradients_are_those_of_plain_backward(family, batches)
+
+
+def assert_gradients_are_those_of_plain_backward(
+    family: str, batches: Mapping[str, Sequence[Batch]], **settings: Any
+) -> None:
     with world(family, host_optimizer=Recording, **settings) as three:
         sums = three.everybody(0, batches)
         three.commit(0)

@@ -10,7 +10,12 @@ import typer
 
 def command(
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON, with more fields.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the table as JSON: more fields, and the columns that --markdown would add.",
+        ),
     ] = None,
     markdown_path: Annotated[
         Path | None,
@@ -33,7 +38,10 @@ def command(
 
     if json_path is not None:
         outside = [{"name": item.name, "reason": item.reason} for item in families.excluded_families()]
-        output.write_json(json_path, {"families": families.as_records(), "excluded": outside})
+        output.write_json(
+            json_path,
+            {"families": families.as_records(families.read_columns(json_path.with_suffix(""))), "excluded": outside},
+        )
         output.say(f"wrote {json_path}")
     if markdown_path is not None:
         columns = families.read_columns(markdown_path.with_suffix(""))

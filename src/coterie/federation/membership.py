@@ -28,8 +28,8 @@ class Membership:
         patience_s: silence of the coordinator after which the party gives up.
         on_news: called from the heartbeat or a transport thread whenever the directive changed or the tie is lost;
             must return at once.
-        on_beat: called from the heartbeat thread after every heartbeat, with the seconds of silence of the coordinator;
-            what it raises ends the tie.
+        on_beat: called from the heartbeat thread after every heartbeat, with the seconds that the coordinator has
+            been silent; what it raises ends the tie.
     """
 
     def __init__(
