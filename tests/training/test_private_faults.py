@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_private_exchange import private_settings, way_of, with_privacy
+from test_private_exchange import private_settings, with_privacy
 from torch import Tensor
 
 from coterie.config import FederationConfig
@@ -51,8 +51,8 @@ class Died(BaseException):
 class World:
     """A private federation whose victim's ledger is compared with what the hosts receive, at every push."""
 
-    def __init__(self, folder: Path, *, rounds: int = ROUNDS, seeded: bool = False, **changes: object) -> None:
-        self.folder, self.seeded = folder, seeded
+    def __init__(self, folder: Path, *, rounds: int = ROUNDS, **changes: object) -> None:
+        self.folder = folder
         self.config: FederationConfig = private_settings(train__rounds=rounds, deadline_s=4.0, **changes)
         self.model = full_models()[PARTIES[0]]
         self.federation = InProcessFederation(self.config, folder / "coordinator")
@@ -61,7 +61,7 @@ class World:
 
     def parts(self, **changes: object) -> dict[str, PartyParts]:
         parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
-        private = with_privacy(parts, self.folder, sigma=None, seeded=self.seeded)
+        private = with_privacy(parts, self.folder, sigma=None, seeded=False)
         return {name: replace(each, **changes) for name, each in private.items()}  # type: ignore[arg-type]
 
     def start(self, **changes: object) -> None:
@@ -90,6 +90,11 @@ class World:
     def at(self, *, round: int) -> bool:
         """Whether that round is being made, or a later one."""
         return any(n.state.phase == "compute" and n.state.round >= round for n in self.federation.notices)
+
+    def at_last(self, round: int) -> bool:
+        """Whether that round, or a later one, is what is being made now."""
+        now = self.federation.notices[-1].state
+        return now.phase == "compute" and now.round >= round
 
     def heard(self, host: str, peer: str, message) -> None:  # type: ignore[no-untyped-def]
         """Called for every push that begins, before its bytes are taken."""
@@ -211,29 +216,6 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
     assert all(round == FATAL for _, round, _ in again)
 
 
-@pytest.mark.parametrize("point", ["while it computes", "in the middle of the push", "committed but not applied"])
-def test_weights_after_a_death_are_those_of_a_run_without_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, point: str
-):
-    """Nothing lost and nothing added twice, to the last bit; seeded, so that both runs draw the same noise."""
-    served = []
-    for name, dies in (("calm", False), ("deadly", True)):
-        world = watched(World(tmp_path / name, seeded=True))
-        dead = arrange(monkeypatch, world, point) if dies else None
-        world.start()
-        if dead is not None:
-            assert dead.wait(120.0), "the point was never reached"
-            until(lambda world=world: isinstance(world.federation.ends.get(VICTIM), BaseException))
-            world.back()
-        world.finished()
-        pools = [way_of(world.federation, each).pool for each in PARTIES]
-        served.append([pool.home.weights() | pool.shard.state_dict() for pool in pools])
-    for calm, deadly in zip(*served, strict=True):
-        assert calm.keys() == deadly.keys()
-        for key, value in calm.items():
-            assert torch.equal(deadly[key], value), key
-
-
 def test_rounded_push_is_resent_with_the_same_coins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):
     """bfloat16 is rounded at random after the noise; a second rounding of the same noised sums would tell more."""
     world = watched(World(tmp_path, push_dtype="bfloat16", weights_dtype="bfloat16"))
@@ -325,6 +307,33 @@ def test_rolled_back_ledger_stops_the_run_before_anything_is_drawn(tmp_path: Pat
     assert end.code == "dp-ledger-behind"
     assert released >= 2
     assert world.releases() == [], "nothing was drawn or released on the strength of the older ledger"
+
+
+def test_ledger_that_knows_the_newest_round_but_not_all_its_draws_stops_the_run(tmp_path: Path, watched):
+    """Hosts count rounds; that rounds 3 and 4 were drawn twice is known from the party's own checkpoint."""
+    world = watched(World(tmp_path, rounds=8))
+    world.start()
+    until(lambda: world.at(round=5))
+    world.federation.kill(VICTIM)
+    (ledger,) = (tmp_path / f"ledger-{VICTIM}").glob("*/ledger.jsonl")
+    older = ledger.read_text()
+    for path in world.spooled():
+        path.unlink()
+    world.go_back(checkpoints=1)
+    for name in (VICTIM, "cedar"):
+        world.federation.up(world.parts()[name])
+    until(lambda: (4, 1) in world.releases() and world.at_last(5))
+    world.federation.kill(VICTIM)
+    ledger.write_text(older)
+    for path in world.spooled():
+        path.unlink()
+    released = world.releases()
+    world.back()
+    world.federation.join()
+    end = world.federation.ends[VICTIM]
+    assert isinstance(end, CoterieError)
+    assert end.code == "dp-ledger-behind"
+    assert world.releases() == released, "nothing was drawn on the strength of the older ledger"
 
 
 def test_release_made_under_another_roster_is_burned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):

@@ -18,7 +18,7 @@ from coterie.dp.accounting import epsilon, noise_multiplier
 from coterie.dp.balance import Balancer
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
-from coterie.dp.ledger import open_ledger
+from coterie.dp.ledger import Head, open_ledger
 from coterie.dp.lot_sums import Collate, LotSums, RoundFigures, Settings, SumEngine
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.provenance import Artefact, not_covered
@@ -179,6 +179,18 @@ class Contributor:
         spool.drop_releases(up_to_round)
         if spool.nbytes() > SPOOL_LIMIT_BYTES:
             spool.drop_releases(beyond_limit)
+
+    def head(self) -> Head:
+        """The ledger's newest entry, for a checkpoint."""
+        return self._ledger.head()
+
+    def check_contains(self, head: Head) -> None:
+        """Compare the ledger with what it was when a checkpoint was written.
+
+        Raises:
+            LedgerError: it is an older copy, also one that knows the newest round but not every draw of it.
+        """
+        self._ledger.check_contains(head)
 
     def check_not_behind(self, applied_rounds: int) -> None:
         """Compare the ledger with what the hosts say they received.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coterie.config import PrivacyRules
 from coterie.dp.contributor import Contributor
+from coterie.dp.ledger import Head
 from coterie.federation.participant import Alive
 from coterie.federation.round_state import State
 from coterie.federation.transport import Lane, Message
@@ -24,6 +25,7 @@ from coterie.training.private_sums import PrivateSums
 
 _TRUNK = "trunk:"
 _RECEIVED = "received:"
+_LEDGER = "ledger:"
 
 
 class ExpertsWork(PartyWork):
@@ -85,16 +87,31 @@ class ExpertsWork(PartyWork):
         assert self.way is not None
         home = {f"{_TRUNK}{name}": value for name, value in self.way.pool.home.state_dict().items()}
         received = {f"{_RECEIVED}{party}": torch.tensor(n) for party, n in self.way.pool.received.items()}
-        return self.way.pool.shard.state_dict() | home | received
+        return self.way.pool.shard.state_dict() | home | received | self._ledger_state()
+
+    def _ledger_state(self) -> dict[str, Tensor]:
+        """The newest entry of this party's ledger, so that a later start notices one that was put back."""
+        head = self._sums.ledger_head() if isinstance(self._sums, PrivateSums) else None
+        if head is None:
+            return {}
+        return {f"{_LEDGER}{head.seq}": torch.tensor(list(bytes.fromhex(head.hash)), dtype=torch.uint8)}
 
     def _load_hosted(self, state: dict[str, Tensor]) -> None:
         assert self.way is not None
         self.way.forget()
+        if isinstance(self._sums, PrivateSums):
+            heads = [
+                Head(int(name.removeprefix(_LEDGER)), bytes(value.tolist()).hex())
+                for name, value in state.items()
+                if name.startswith(_LEDGER)
+            ]
+            self._sums.expect(heads[0] if heads else None)
         home = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
         self.way.pool.home.load_state_dict(home)
         found = {name.removeprefix(_RECEIVED): int(v) for name, v in state.items() if name.startswith(_RECEIVED)}
         self.way.pool.received = {party: max(n, self.way.pool.received.get(party, 0)) for party, n in found.items()}
-        self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith((_TRUNK, _RECEIVED))})
+        others = (_TRUNK, _RECEIVED, _LEDGER)
+        self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(others)})
         for name, param in self._stepped.items():
             _follow(param, self._private[name])
 

@@ -15,6 +15,7 @@ from coterie.dp.budget import Budget
 from coterie.dp.clipping import policy
 from coterie.dp.contributor import Contributor, Plan
 from coterie.dp.engine import Engine
+from coterie.dp.ledger import Head
 from coterie.dp.losses import default_loss
 from coterie.dp.lot_sums import SumEngine
 from coterie.dp.refusals import check_model
@@ -84,6 +85,7 @@ class PrivateSums:
         self.balancer = Balancer(balance, model, default_loss) if balance.mode != "off" else None
         self.contributor: Contributor | None = None
         self.exhausted = False
+        self._expected: Head | None = None
         self._constant: ConstantWork | None = None
         self._alive: Callable[[], bool] = lambda: True
 
@@ -114,7 +116,17 @@ class PrivateSums:
     def check_not_behind(self, received: int) -> None:
         """Hosts received this many rounds of ours; a ledger that knows fewer was put back and stops the run."""
         if self.contributor is not None:
+            if self._expected is not None:
+                self.contributor.check_contains(self._expected)
             self.contributor.check_not_behind(received)
+
+    def ledger_head(self) -> Head | None:
+        """The newest entry of the ledger, for a checkpoint."""
+        return None if self.contributor is None else self.contributor.head()
+
+    def expect(self, head: Head | None) -> None:
+        """A checkpoint was loaded; before every attempt from now on, the ledger has to hold what it held then."""
+        self._expected = head
 
     def close(self) -> None:
         if self.contributor is not None:
