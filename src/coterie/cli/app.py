@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "approve": ("approve", "Certify a party's key (keeper of the CA)."),
     "install": ("install", "Put certificate, CA and roster into a party's kit."),
     "roster": ("roster", "Make, sign, join, verify and show the list of members."),
+    "doctor": ("doctor", "Whether a party could start: keys, files, text, who can be reached."),
     "coordinator": ("coordinator", "Keep the rounds of a federation."),
     "up": ("up", "Take part in a federation as one party."),
     "status": ("status", "Where a federation is: round, commits, who is missing."),

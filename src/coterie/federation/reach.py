@@ -128,6 +128,23 @@ def _other_certificate(peer: str, roster: Roster, authority: x509.Certificate) -
     )
 
 
+def look_at(peer: str, roster: Roster, authority: x509.Certificate) -> CoterieError | None:
+    """What keeps a member from being reached now; None if it shows the listed certificate. Sends nothing."""
+    endpoint = roster.entry(peer).endpoint
+    try:
+        socket.create_connection(split_endpoint(endpoint), timeout=_PROBE_S).close()
+    except OSError as error:
+        return TransportError(
+            f"{endpoint} cannot be reached: {error.strerror or error}.",
+            code="unreachable",
+            fix=f"start {peer}; if it runs, open the port in its firewall, or correct the endpoint in a new roster",
+        )
+    shown = _presented(endpoint)
+    if shown is not None and identity.fingerprint(shown) == roster.entry(peer).cert_fingerprint:
+        return None
+    return _other_certificate(peer, roster, authority)
+
+
 def _presented(endpoint: str) -> x509.Certificate | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

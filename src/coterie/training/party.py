@@ -119,14 +119,8 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         use_checkpointing(model)
     adapted = _with_adapters(model, federation)
     placement = Placement.of_spec(federation.placement, list(federation.parties), model)
-    if roster is not None and placement.content_hash() != roster.placement_hash:
-        raise PlacementError(
-            "The placement that federation.yaml describes is not the one that was signed.",
-            code="placement-unsigned",
-            where=f"{placement.content_hash()[:8]} here, {roster.placement_hash[:8]} in the roster",
-            why="parties would disagree on who hosts which expert",
-            fix="check `model` and `placement`, and that all use the same version of transformers",
-        )
+    if roster is not None:
+        check_placement_signed(placement, roster)
     check_shard(config.shard, placement, config.party)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(kept))
@@ -176,6 +170,22 @@ def _privacy_parts(config: PartyConfig, federation: FederationConfig, spec: Priv
 def load_experts(path: Path, model: ModelSpec) -> dict[str, torch.Tensor]:
     """A party's shard in the model's number format, off the device."""
     return {name: tensor.to(torch_dtype(model)) for name, tensor in load_tensors(path).items()}
+
+
+def check_placement_signed(placement: Placement, roster: Roster) -> None:
+    """Make sure that a placement is the one in the roster.
+
+    Raises:
+        PlacementError: it is not.
+    """
+    if placement.content_hash() != roster.placement_hash:
+        raise PlacementError(
+            "The placement that federation.yaml describes is not the one that was signed.",
+            code="placement-unsigned",
+            where=f"{placement.content_hash()[:8]} here, {roster.placement_hash[:8]} in the roster",
+            why="parties would disagree on who hosts which expert",
+            fix="check `model` and `placement`, and that all use the same version of transformers",
+        )
 
 
 def check_shard(path: Path, placement: Placement, party: str) -> None:

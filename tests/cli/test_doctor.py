@@ -1,0 +1,165 @@
+"""`coterie doctor`: each finding, good and bad, on files that are spoiled one at a time."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+from test_federation_commands import edit, folder, made, run  # noqa: F401 - fixtures
+
+from coterie.federation.identity import cert_pem, key_pem, new_authority
+from coterie.federation.kit import load_kit
+from coterie.training.doctor import Finding, diagnose
+
+
+def found(path: Path, **options: object) -> dict[str, Finding]:
+    return {each.check: each for each in diagnose(path, **options)}  # type: ignore[arg-type]
+
+
+def bad(findings: dict[str, Finding]) -> dict[str, str]:
+    return {name: each.code for name, each in findings.items() if each.state == "bad"}
+
+
+@contextmanager
+def answering(endpoint: str, key: bytes, certificate: bytes) -> Iterator[None]:
+    """A TLS server, as a member's would answer."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    assert server.add_secure_port(endpoint, grpc.ssl_server_credentials([(key, certificate)]))
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(None).wait(5)
+
+
+def endpoint_of(folder: Path, name: str) -> str:  # noqa: F811
+    federation = yaml.safe_load((folder / "federation.yaml").read_text())
+    return str((federation["parties"] | {"coordinator": federation["coordinator"]})[name]["endpoint"])
+
+
+def pair_of(folder: Path, name: str) -> tuple[bytes, bytes]:  # noqa: F811
+    kit = load_kit(folder / "kits" / name)
+    return key_pem(kit.key), cert_pem(kit.certificate)
+
+
+def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd):  # noqa: F811
+    target = folder / "found.json"
+    with answering(endpoint_of(folder, "coordinator"), *pair_of(folder, "coordinator")):
+        assert run("doctor", folder / "alder.yaml", "--json", target) == 0
+    told = json.loads(target.read_text())
+    assert told["ok"]
+    states = {each["check"]: each["state"] for each in told["findings"]}
+    assert states.pop("held-out text") == "note"
+    assert states.pop("reach birch") == "note"  # it comes later in the list, so it dials us
+    assert set(states.values()) == {"ok"}
+    assert set(states) >= {
+        "settings",
+        "certificate",
+        "clock",
+        "roster",
+        "placement",
+        "trunk",
+        "shard",
+        "own endpoint",
+    }
+    assert "as signed" in capfd.readouterr().out
+
+
+def test_coordinator_that_does_not_answer_is_bad_and_the_exit_code_says_so(folder: Path, capfd):  # noqa: F811
+    assert run("doctor", folder / "alder.yaml") == 1
+    shown = capfd.readouterr().out
+    assert "coterie explain unreachable" in shown
+    assert bad(found(folder / "alder.yaml")) == {"reach coordinator": "unreachable"}
+
+
+def test_endpoint_that_shows_another_certificate_is_bad(folder: Path):  # noqa: F811
+    with answering(endpoint_of(folder, "coordinator"), *pair_of(folder, "birch")):
+        assert bad(found(folder / "alder.yaml")) == {"reach coordinator": "peer-certificate"}
+
+
+def test_settings_that_do_not_fit_the_federation(folder: Path):  # noqa: F811
+    party = edit(folder / "alder.yaml", privacy={"epsilon": 1.0})
+    assert bad(found(party))["settings"] == "config-privacy-misfit"
+
+
+@pytest.mark.parametrize(
+    ("days", "state", "code"), [(380, "note", "identity-expires-soon"), (400, "bad", "identity-expired")]
+)
+def test_certificate_that_ends_soon_or_has_ended(folder: Path, days: int, state: str, code: str):  # noqa: F811
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+    certificate = found(folder / "alder.yaml", now=later)["certificate"]
+    assert (certificate.state, certificate.code) == (state, code)
+    assert certificate.fix
+
+
+def test_clock_that_is_behind_the_kits_files(folder: Path):  # noqa: F811
+    ahead = dt.datetime.now(dt.UTC) + dt.timedelta(hours=2)
+    os.utime(folder / "kits" / "alder" / "roster.json", (ahead.timestamp(), ahead.timestamp()))
+    assert bad(found(folder / "alder.yaml"))["clock"] == "clock-behind"
+
+
+def test_roster_of_other_settings_and_one_that_was_changed(folder: Path):  # noqa: F811
+    edit(folder / "federation.yaml", deadline_s=5.0)
+    assert bad(found(folder / "alder.yaml"))["roster"] == "config-mismatch"
+    edit(folder / "federation.yaml", deadline_s=4.0)
+    path = folder / "kits" / "alder" / "roster.json"
+    roster = json.loads(path.read_text())
+    roster["roster"]["membership_epoch"] = 2
+    path.write_text(json.dumps(roster))
+    assert bad(found(folder / "alder.yaml"))["roster"] == "roster-changed"
+
+
+def test_placement_that_was_not_signed(folder: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    from coterie.models.placement import Placement
+
+    monkeypatch.setattr(Placement, "content_hash", lambda self: "0" * 64)
+    assert bad(found(folder / "alder.yaml"))["placement"] == "placement-unsigned"
+
+
+def test_trunk_and_shard_of_something_else(folder: Path):  # noqa: F811
+    shard, trunk = "split/experts-alder.safetensors", "split/trunk.safetensors"
+    told = bad(found(edit(folder / "alder.yaml", trunk=shard, shard=trunk)))
+    assert (told["trunk"], told["shard"]) == ("model-bad-trunk", "model-bad-shard")
+    told = bad(found(edit(folder / "alder.yaml", trunk="nowhere", shard="split/experts-birch.safetensors")))
+    assert (told["trunk"], told["shard"]) == ("model-no-file", "placement-shard")
+
+
+def test_text_that_cannot_be_read(folder: Path):  # noqa: F811
+    (folder / "empty.txt").write_text("")
+    data = yaml.safe_load((folder / "alder.yaml").read_text())["data"]
+    told = bad(found(edit(folder / "alder.yaml", data={**data, "train": "nowhere.txt", "test": "empty.txt"})))
+    assert told["training text"].startswith("data-")
+    assert told["held-out text"].startswith("data-")
+
+
+def test_port_of_ones_own_that_is_taken(folder: Path):  # noqa: F811
+    host, port = endpoint_of(folder, "alder").split(":")
+    with closing(socket.create_server((host, int(port)))):
+        assert bad(found(folder / "alder.yaml"))["own endpoint"] == "port-taken"
+
+
+def test_kit_of_another_ca(folder: Path):  # noqa: F811
+    (folder / "kits" / "alder" / "ca.pem").write_bytes(cert_pem(new_authority("grove").certificate))
+    assert bad(found(folder / "alder.yaml"))["certificate"] == "identity-other-ca"
+
+
+def test_missing_kit_spoils_what_needs_it_and_nothing_else(folder: Path):  # noqa: F811
+    shutil.rmtree(folder / "kits" / "alder")
+    assert set(bad(found(folder / "alder.yaml"))) == {
+        "certificate",
+        "clock",
+        "roster",
+        "placement",
+        "reach coordinator",
+        "reach birch",
+    }
