@@ -3,9 +3,11 @@
     python benchmarks/dp_step.py --json dp_step.json
     python benchmarks/dp_step.py --shapes 4x64 --repeats 3        # short
 
-A step is forward, backward, optimiser; for the private arms also clipping and the noise of every parameter. Arms:
-``plain``; ours by ``book_keeping`` and by ``ghost``; ``loop``, one record at a time by autograd; ``opacus`` and
-``opake`` where they are installed and run at all on the model.
+A step is forward, backward and AdamW (``foreach=False``) for every arm; for the private arms also clipping and the
+noise of every parameter. Arms: ``plain``; ``gaussian_only``, the plain step plus ``torch.randn`` of every parameter
+without clipping (the least that private training costs with ordinary floating-point noise); ours by
+``book_keeping``, by ``ghost`` and by ``auto``; ``loop``, one record at a time by autograd; ``opacus`` where it is
+installed (``pip install --no-deps --target DIR opacus opt_einsum``, with DIR on PYTHONPATH) and runs on the model.
 
 Times are medians over rounds in which all arms take turns in one process; memory is the peak resident size of a
 fresh process that runs one arm only, beside the one of ``plain``. Anything else that runs on the machine makes these
@@ -40,7 +42,7 @@ from coterie.dp.randomness import random_source
 from coterie.models import seam
 
 SHAPES = ("4x64", "16x64", "32x64", "4x512")
-ARMS = ("plain", "book_keeping", "ghost", "loop", "opacus", "opake")
+ARMS = ("plain", "gaussian_only", "book_keeping", "ghost", "auto", "loop", "opacus", "opake")
 CLIP, SIGMA = 1.0, 0.7
 VOCABULARY = 4096
 Step = Callable[[], None]
@@ -99,7 +101,8 @@ def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool 
 
     def finish(sums: dict[str, Tensor]) -> None:
         if noise:
-            sums = {n: t.div_(records) for n, t in add_noise(sums, SIGMA * CLIP, random_source(None)).items()}
+            noised = add_noise(sums, SIGMA * CLIP, random_source(None), in_place=True)  # as a session does
+            sums = {name: tensor.div_(records) for name, tensor in noised.items()}
         for name, parameter in parameters.items():
             parameter.grad = sums[name]
         optimizer.step()
@@ -121,8 +124,15 @@ def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool 
                     total.add_(gradient, alpha=min(1.0, CLIP / float(norm)))
         finish(sums)
 
-    if arm == "plain":
-        return plain
+    def gaussian_only() -> None:
+        default_loss(model, batch).mean().backward()
+        for parameter in parameters.values():
+            parameter.grad.add_(torch.randn_like(parameter), alpha=SIGMA * CLIP / records)  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if arm in ("plain", "gaussian_only"):
+        return plain if arm == "plain" else gaussian_only
     if arm == "loop":
         return loop
     engine = Engine(model, clipping=Flat(CLIP), method=arm)  # type: ignore[arg-type]

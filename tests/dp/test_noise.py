@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from coterie.dp import noise
+from coterie.dp import noise, noise_kernel
 from coterie.dp.randomness import Keystream, SeededRandom, SystemRandom, random_source
 from coterie.errors import PrivacyError
 
@@ -38,9 +38,12 @@ def test_alias_table_holds_the_discrete_gaussian_to_many_digits() -> None:
 def test_draws_follow_the_table_by_chi_square() -> None:
     out, work = np.empty(noise._CHUNK, np.int16), noise._Work()
     stream, counts = SOURCE.stream("chi"), np.zeros(1 << 16, np.int64)
-    for _ in range(60):
-        noise.alias_table().draw(stream, out, work)
-        counts += np.bincount(out.astype(np.int64) + (1 << 15), minlength=1 << 16)
+    for _ in range(30):
+        bits = noise._bits(stream, noise._CHUNK)
+        for rows in (0, 2):
+            undecided = noise.alias_table().draw(bits[rows], bits[rows + 1], out, work)
+            decided = np.delete(out, undecided).astype(np.int64)
+            counts += np.bincount(decided + (1 << 15), minlength=1 << 16)
     z = np.arange(-(1 << 15), 1 << 15)
     probability = np.exp(-(z.astype(float) ** 2) / (2 * noise.TABLE_SIGMA**2))
     probability /= probability.sum()
@@ -119,6 +122,64 @@ def test_large_and_small_tensors_agree_with_one_thread_or_many(monkeypatch: pyte
     many = noise.add_noise(sums, 1.0, SeededRandom(1), "r")["w"]
     monkeypatch.setattr(noise, "_threads", lambda: 1)
     assert torch.equal(many, noise.add_noise(sums, 1.0, SeededRandom(1), "r")["w"])
+
+
+@pytest.mark.skipif(noise_kernel.kernel() is None, reason="needs numba")
+def test_the_compiled_pass_gives_the_same_bits_as_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # Enough values that some of their draws look at more than 32 bits, and a rest that fills no chunk.
+    sums = {"w": torch.randn(noise._SLAB * 2 + 77, generator=generator), "b": torch.zeros(5)}
+    monkeypatch.setattr(noise, "_WORTH_COMPILING", 1)
+    settled = []
+    settle = noise.AliasTable.settle
+    monkeypatch.setattr(noise.AliasTable, "settle", lambda *given: settled.append(given) or settle(*given))
+    compiled = noise.add_noise(sums, 0.8, SeededRandom(1), "r")
+    assert len(settled) > 50
+    monkeypatch.setattr(noise, "kernel", lambda: None)
+    plain = noise.add_noise(sums, 0.8, SeededRandom(1), "r")
+    for name in sums:
+        assert torch.equal(compiled[name], plain[name])
+
+
+def test_a_draw_whose_first_bits_tie_is_decided_by_more_of_them() -> None:
+    table = noise.alias_table()
+    column = next(i for i in range(1 << 16) if table.both[i, 0] != i and table.low[i] > 0)
+    other, threshold = table.both[column].tolist()
+
+    class Fixed:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def integer(self, bits: int) -> int:
+            assert bits == noise._TIE_BITS
+            return self.number
+
+    offset = 1 << (noise.TABLE_BITS - 1)
+    own, second = column - offset, other - offset
+    assert table.settle(column, threshold, Fixed(table.low[column] - 1)) == own  # type: ignore[arg-type]
+    assert table.settle(column, threshold, Fixed(table.low[column])) == second  # type: ignore[arg-type]
+    never = Fixed(-1)
+    assert table.settle(column, threshold + 1, never) == second  # type: ignore[arg-type]
+    if threshold:
+        assert table.settle(column, threshold - 1, never) == own  # type: ignore[arg-type]
+
+
+def test_sums_are_left_alone_unless_noise_is_added_in_place() -> None:
+    sums = {"w": torch.ones(300, 4), "turned": torch.ones(4, 300).t(), "wide": torch.ones(3, dtype=torch.float64)}
+    apart = noise.add_noise(sums, 1.0, SeededRandom(1), "r")
+    assert all(bool((tensor == 1).all()) for tensor in sums.values())
+    within = noise.add_noise(sums, 1.0, SeededRandom(1), "r", in_place=True)
+    for name in sums:
+        assert torch.equal(apart[name], within[name])
+    assert within["w"].data_ptr() == sums["w"].data_ptr()
+
+
+@pytest.mark.skipif(noise_kernel.kernel() is None, reason="needs numba")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_the_compiled_pass_refuses_what_noise_cannot_hide(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "_WORTH_COMPILING", 1)
+    with pytest.raises(PrivacyError, match="`w` is not finite or far above"):
+        noise.add_noise({"w": torch.tensor([0.0, bad, 0.0])}, 1e-3, SOURCE)
 
 
 def _draw(queue: multiprocessing.Queue) -> None:

@@ -140,6 +140,40 @@ def _products(left_BTX: Tensor, right_BSX: Tensor) -> Tensor:
 
 def _lower_half(a_BTI: Tensor, g_BTO: Tensor) -> SqNorms:
     """The cheap result of `gram_sq_norms` from the lower half of the symmetric products, block row by block row."""
+    value = _lower_half_values(a_BTI, g_BTO)
+    lengths = torch.linalg.vector_norm(a_BTI, dim=2) * torch.linalg.vector_norm(g_BTO, dim=2)
+    factor = sum(rounding_factor(length) for length in (a_BTI.shape[2], g_BTO.shape[2], a_BTI.shape[1]))
+    return SqNorms(value.clamp_min(0.0), factor * lengths.sum(1).double().square())
+
+
+def gram_values(a_BTI: Tensor, g_BTO: Tensor, counts_BTT: Tensor | None = None) -> Tensor:
+    """[B] float64 squared norms by dot products, without a bound on their rounding: see `gram_slack`.
+
+    Args:
+        a_BTI, g_BTO: as in `gram_sq_norms`.
+        counts_BTT: 1.0 for pairs of rows that count, 0.0 for the others; None: all count.
+    """
+    if counts_BTT is None and a_BTI.shape[1] > _BLOCK:
+        return _lower_half_values(a_BTI, g_BTO)
+    products = _products(a_BTI, a_BTI).mul_(_products(g_BTO, g_BTO))
+    if counts_BTT is not None:
+        products *= counts_BTT
+    return products.flatten(1).sum(1).double()
+
+
+def gram_slack(crude_B: Tensor, rows_B: Tensor, inputs: int, outputs: int) -> Tensor:
+    """[B] bound on the rounding of `gram_values`.
+
+    Args:
+        crude_B: ``sum_t |a_t| |g_t|``.
+        rows_B: T of each, float64.
+        inputs, outputs: I and O.
+    """
+    factor = rounding_factor(inputs) + rounding_factor(outputs) + UNIT * (4.0 + rows_B.sqrt())
+    return factor * crude_B.square()
+
+
+def _lower_half_values(a_BTI: Tensor, g_BTO: Tensor) -> Tensor:
     rows = a_BTI.shape[1]
     value = torch.zeros(a_BTI.shape[0], dtype=torch.float64, device=a_BTI.device)
     for start in range(0, rows, _BLOCK):
@@ -147,24 +181,23 @@ def _lower_half(a_BTI: Tensor, g_BTO: Tensor) -> SqNorms:
         products = _products(a_BTI[:, start:stop], a_BTI[:, :stop])
         products *= _products(g_BTO[:, start:stop], g_BTO[:, :stop])
         value += products[:, :, start:].sum((1, 2)).double() + 2.0 * products[:, :, :start].sum((1, 2)).double()
-    lengths = torch.linalg.vector_norm(a_BTI, dim=2) * torch.linalg.vector_norm(g_BTO, dim=2)
-    factor = sum(rounding_factor(length) for length in (a_BTI.shape[2], g_BTO.shape[2], rows))
-    return SqNorms(value.clamp_min(0.0), factor * lengths.sum(1).double().square())
+    return value
 
 
 def _small(slack: Tensor, value: Tensor) -> bool:
     return not bool((slack > TRUSTED * value).any())
 
 
-def direct_slack(value: Tensor, crude: Tensor, rows: int) -> Tensor:
+def direct_slack(value: Tensor, crude: Tensor, rows: int | Tensor) -> Tensor:
     """Slack of a norm taken from the gradient itself: each entry is a dot product over ``rows`` rows.
 
     Args:
         value: [B] squared norm.
         crude: [B] ``sum_t |a_t| |g_t|``, the norm if nothing cancelled.
-        rows: T.
+        rows: T, or [B] float64 where it differs.
 
     The entries are off by at most ``rounding_factor(T) * crude`` in norm; squaring gives twice that times the norm.
     """
-    off = rounding_factor(rows) * crude
+    factor = rounding_factor(rows) if isinstance(rows, int) else UNIT * (4.0 + rows.sqrt())
+    off = factor * crude
     return 2.0 * off * value.sqrt() + off.square() + 4.0 * UNIT * value

@@ -63,5 +63,5 @@ class RoundNoise:
         return cls(std, part_of)
 
     def add(self, sums: Mapping[str, Tensor], source: RandomSource, purpose: str) -> dict[str, Tensor]:
-        """The noised sums, float32 on the CPU; see `coterie.dp.noise.add_noise`."""
-        return add_noise(sums, {name: self.std[self.part_of(name)] for name in sums}, source, purpose)
+        """The noised sums, float32 on the CPU, written over ``sums`` where it can be; see `add_noise`."""
+        return add_noise(sums, {name: self.std[self.part_of(name)] for name in sums}, source, purpose, in_place=True)

@@ -23,7 +23,9 @@ from coterie.dp.gram import (
     SqNorms,
     direct_slack,
     gram_is_cheaper,
+    gram_slack,
     gram_sq_norms,
+    gram_values,
 )
 from coterie.models.grouped import as_EIO, grouped_sum
 
@@ -41,11 +43,13 @@ class Bucket:
         segments_S: their numbers, ``expert * B + record``.
         index_Sn: their rows; places beyond a segment's end repeat its first row.
         real_Sn1: 1.0 for rows, 0.0 for padding.
+        pairs_Snn: 1.0 for pairs of rows, 0.0 where one is padding.
     """
 
     segments_S: Tensor
     index_Sn: Tensor
     real_Sn1: Tensor
+    pairs_Snn: Tensor
 
 
 class Segments:
@@ -66,9 +70,14 @@ class Segments:
     @cached_property
     def counts(self) -> Tensor:
         """[E * B] rows of each segment."""
+        return torch.bincount(self.segment_R, minlength=self.experts * self.records)
+
+    @cached_property
+    def segment_R(self) -> Tensor:
+        """[R] segment of each row."""
         rows_E = torch.diff(self.ends_E, prepend=self.ends_E.new_zeros(1))
         expert_R = torch.repeat_interleave(torch.arange(self.experts, device=rows_E.device), rows_E)
-        return torch.bincount(expert_R * self.records + self.record_R, minlength=self.experts * self.records)
+        return expert_R * self.records + self.record_R
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -98,7 +107,8 @@ class Segments:
         real = place < lengths
         # Padding repeats a row of the same segment: a row of another record could bring in its NaN.
         index = starts + torch.where(real, place, 0)
-        return Bucket(torch.tensor(members, device=device), index, real.unsqueeze(-1).float())
+        real_Sn1 = real.unsqueeze(-1).float()
+        return Bucket(torch.tensor(members, device=device), index, real_Sn1, real_Sn1 * real_Sn1.mT)
 
     def by_record(self, per_segment: Tensor) -> Tensor:
         """[E * B] summed over experts: [B]."""
@@ -138,6 +148,48 @@ class StackedOuter:
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
         a, g = self._rows()
+        value, slack = self._cheaply(a, g)
+        total = SqNorms(self._segments.by_record(value), self._segments.by_record(slack))
+        return self._precisely(a, g) if precise and not total.trusted() else total
+
+    def _cheaply(self, a: Tensor, g: Tensor) -> SqNorms:
+        """Per segment, with the slack of all segments bounded at once from the lengths of their rows."""
+        segments, inputs, outputs = self._segments, a.shape[1], g.shape[1]
+        values: list[Tensor] = []
+        numbers: list[Tensor] = []
+        by_gram: list[bool] = []
+        for bucket in segments.buckets:
+            index, shape = bucket.index_Sn.flatten(), bucket.index_Sn.shape
+            rows_a, rows_g = a.index_select(0, index).view(*shape, -1), g.index_select(0, index).view(*shape, -1)
+            cheap = gram_is_cheaper(shape[1], inputs, outputs)
+            values.append(
+                gram_values(rows_a, rows_g, bucket.pairs_Snn)
+                if cheap
+                else _direct_values(rows_a, rows_g * bucket.real_Sn1)
+            )
+            numbers.append(bucket.segments_S)
+            by_gram += [cheap] * shape[0]
+        for i in segments.long:
+            rows = slice(*segments.bounds[i])
+            cheap = gram_is_cheaper(rows.stop - rows.start, inputs, outputs)
+            values.append((gram_values if cheap else _direct_values)(a[None, rows], g[None, rows]))
+            by_gram.append(cheap)
+        numbers.append(torch.tensor(segments.long, dtype=torch.int64, device=g.device))
+        number_S = torch.cat(numbers)
+        value_S = torch.cat(values).clamp_min(0.0) if values else g.new_zeros(0, dtype=torch.float64)
+        lengths = (torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(g, dim=-1)).double()
+        value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
+        crude_S = value.index_add(0, segments.segment_R, lengths)[number_S]
+        rows_S = segments.counts[number_S].double()
+        slack_S = torch.where(
+            torch.tensor(by_gram, dtype=torch.bool, device=g.device),
+            gram_slack(crude_S, rows_S, inputs, outputs),
+            direct_slack(value_S, crude_S, rows_S),
+        )
+        return SqNorms(value.index_copy(0, number_S, value_S), value.index_copy(0, number_S, slack_S))
+
+    def _precisely(self, a: Tensor, g: Tensor) -> SqNorms:
+        """By record, every segment with the tightest slack there is."""
         inputs, outputs = a.shape[1], g.shape[1]
         segments = self._segments
         value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
@@ -146,7 +198,7 @@ class StackedOuter:
             index, shape = bucket.index_Sn.flatten(), bucket.index_Sn.shape
             rows_a, rows_g = a.index_select(0, index).view(*shape, -1), g.index_select(0, index).view(*shape, -1)
             if gram_is_cheaper(shape[1], inputs, outputs):
-                part = gram_sq_norms(rows_a, rows_g, bucket.real_Sn1, precise)
+                part = gram_sq_norms(rows_a, rows_g, bucket.real_Sn1, precise=True)
             else:
                 part = _direct(rows_a, rows_g * bucket.real_Sn1)
             value[bucket.segments_S], slack[bucket.segments_S] = part.value, part.slack
@@ -154,10 +206,9 @@ class StackedOuter:
             rows = slice(*segments.bounds[i])
             rows_a, rows_g = a[None, rows], g[None, rows]
             cheap = gram_is_cheaper(rows_a.shape[1], inputs, outputs)
-            part = gram_sq_norms(rows_a, rows_g, None, precise) if cheap else _direct(rows_a, rows_g)
+            part = gram_sq_norms(rows_a, rows_g, None, precise=True) if cheap else _direct(rows_a, rows_g)
             value[i], slack[i] = part.value[0], part.slack[0]
-        if precise:
-            self._replace_doubtful(a, g, value, slack)
+        self._replace_doubtful(a, g, value, slack)
         return SqNorms(segments.by_record(value), segments.by_record(slack))
 
     def _replace_doubtful(self, a: Tensor, g: Tensor, value: Tensor, slack: Tensor) -> None:
@@ -211,10 +262,13 @@ class StackedOuter:
 
 def _direct(a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
     """Squared norms from the gradients themselves, one chunk of segments at a time."""
-    product = torch.bmm(g_SnO.mT, a_SnI)
-    value = torch.linalg.vector_norm(product, dim=-1).double().square().sum(1)
+    value = _direct_values(a_SnI, g_SnO)
     lengths = torch.linalg.vector_norm(a_SnI, dim=-1) * torch.linalg.vector_norm(g_SnO, dim=-1)
     return SqNorms(value, direct_slack(value, lengths.sum(1).double(), a_SnI.shape[1]))
+
+
+def _direct_values(a_SnI: Tensor, g_SnO: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(torch.bmm(g_SnO.mT, a_SnI), dim=-1).double().square().sum(1)
 
 
 class StackedBias:

@@ -193,10 +193,13 @@ class PrivateSession:
         return {"parent": self._parent}
 
     def _take(self, noised: Mapping[str, Tensor], release: Release) -> None:
-        """A release into the gradients, divided by the expected lot size, and its extra parts into later rounds."""
+        """A release into the gradients, divided by the expected lot size, and its extra parts into later rounds.
+
+        ``noised`` is used up: it is on disk by now, and dividing in place saves the size of the model.
+        """
         expected = float(self.plan.expected_size)
         for name, parameter in self._parameters.items():
-            mean = noised[name] / expected
+            mean = noised[name].div_(expected)
             if isinstance(self.optimizer, KeepsFloat32):
                 self.optimizer.gradient(parameter).copy_(mean)
             else:
