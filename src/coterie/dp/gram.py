@@ -100,8 +100,10 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     Cost: time B T^2 (I + O), memory B T^2.
     """
     inputs, outputs, rows = a_BTI.shape[2], g_BTO.shape[2], a_BTI.shape[1]
-    if not precise and real_BT1 is None and rows > _BLOCK:
-        return _lower_half(a_BTI, g_BTO)
+    if real_BT1 is None and rows > _BLOCK:
+        cheap = _lower_half(a_BTI, g_BTO)
+        if not precise or cheap.trusted():
+            return cheap
     a_BTT, g_BTT = _products(a_BTI, a_BTI), _products(g_BTO, g_BTO)
     if real_BT1 is not None:
         g_BTT *= real_BT1 * real_BT1.mT
