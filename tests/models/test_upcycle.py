@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +133,18 @@ def test_bert_moe_loads_through_the_auto_classes_with_a_new_head(tmp_path: Path)
     assert torch.allclose(output(model), eager, atol=1e-6)
 
 
+def test_an_upcycled_bert_loads_in_a_process_that_has_made_no_dense_one(tmp_path: Path) -> None:
+    """transformers keeps on the dense class whether it takes experts, so the order of classes made a difference."""
+    upcycle(dense_model("bert"), 4, 2).save_pretrained(tmp_path)
+    code = (
+        "import sys, coterie.models.bert_moe; from transformers import AutoModelForSequenceClassification as A;"
+        "model = A.from_pretrained(sys.argv[1], num_labels=5); model.set_experts_implementation('eager');"
+        "print(type(model).__name__, model.classifier.out_features)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["BertMoeForSequenceClassification", "5"], done.stderr[-2000:]
+
+
 def test_fresh_bert_moe_has_sane_weights_and_router() -> None:
     from coterie.models.bert_moe import BertMoeConfig
 
@@ -159,6 +174,8 @@ def test_per_sample_norms_of_an_upcycled_classifier_are_exact() -> None:
         ({"experts": 4, "top_k": 5}, "4 experts, 5 per token"),
         ({"experts": 4, "top_k": 0}, "4 experts, 0 per token"),
         ({"noise": -0.1}, "noise -0.1"),
+        ({"noise": math.nan}, "noise nan"),
+        ({"noise": math.inf}, "noise inf"),
         ({"normalise": False}, "Mixtral always normalises"),
     ],
 )
@@ -175,12 +192,29 @@ def test_checkpoints_that_cannot_be_turned_are_refused(tmp_path: Path) -> None:
         upcycle(transformers.LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)), 4, 2)
     with pytest.raises(ModelError, match="has a head that the MoE type lacks"):
         upcycle(transformers.BertForMaskedLM(BertConfig(**SIZES)), 4, 2)
-    with pytest.raises(ModelError, match="holds no checkpoint that can be read"):
+    with pytest.raises(ModelError, match="nowhere is no folder here"):
         upcycle_checkpoint(tmp_path / "nowhere", tmp_path / "out", 4, 2)
+    upcycle(dense_model("bert"), 4, 2).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ModelError, match="`bert_moe` checkpoint cannot be upcycled: it has experts already"):
+        upcycle_checkpoint(tmp_path / "moe", tmp_path / "out", 4, 2)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/config.json").write_bytes(
+        (tmp_path / "moe/config.json").read_bytes().replace(b"bert_moe", b"bert")
+    )
+    (tmp_path / "torn/model.safetensors").write_bytes((tmp_path / "moe/model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ModelError, match="holds no checkpoint that can be read"):
+        upcycle_checkpoint(tmp_path / "torn", tmp_path / "out", 4, 2)
+
+
+def test_places_that_cannot_take_a_checkpoint_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     with pytest.raises(ModelError, match="is not empty"):
         upcycle_checkpoint(tmp_path / "nowhere", tmp_path / "full", 4, 2)
+    with pytest.raises(ModelError, match="is a file"):
+        upcycle_checkpoint(tmp_path / "nowhere", tmp_path / "full/file", 4, 2)
+    with pytest.raises(ModelError, match="cannot be written: Not a directory"):
+        upcycle_checkpoint(tmp_path / "nowhere", tmp_path / "full/file/below", 4, 2)
 
 
 def test_command_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,3 +229,33 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path: Path, capsys: pytest.C
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     assert figures["parameters"] == sum(p.numel() for p in loaded.parameters())
     assert torch.allclose(output(loaded), output(dense), atol=1e-5)
+
+
+def test_from_a_dense_bert_to_a_privately_trained_classifier_and_back(tmp_path: Path) -> None:
+    """The whole way a person goes: command, load with a new head, private rounds, save, load."""
+    from coterie import dp
+
+    dense_model("bert").save_pretrained(tmp_path / "dense")
+    with pytest.raises(SystemExit) as ended:
+        main(["upcycle", str(tmp_path / "dense"), "--experts", "4", "--top-k", "2", "--out", str(tmp_path / "moe")])
+    assert not ended.value.code
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "moe", num_labels=2)
+    model.bert.embeddings.requires_grad_(False)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    records = [
+        {"input_ids": IDS[i % 3], "attention_mask": torch.ones_like(IDS[0]), "labels": torch.tensor(i % 2)}
+        for i in range(24)
+    ]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    with dp.make_private(
+        model, optimizer, records, budget=dp.Budget(8.0, 1e-3), lot_size=8, rounds=3, physical_batch=4,
+        ledger=tmp_path / "ledger",
+    ) as session:  # fmt: skip
+        for lot in session:
+            session.step(lot)
+        assert session.spent().epsilon == pytest.approx(8.0, abs=0.1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, start[name]) == name.startswith("bert.embeddings"), name
+    model.save_pretrained(tmp_path / "trained")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained")
+    assert torch.allclose(output(loaded), output(model), atol=1e-6)

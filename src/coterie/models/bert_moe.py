@@ -110,6 +110,12 @@ class BertMoePreTrainedModel(BertPreTrainedModel):
     config_class = BertMoeConfig
     config: BertMoeConfig
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for a decorator in the module's source and keeps the answer on the class, where these
+        # classes would inherit what it found for dense BERT.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -138,8 +144,15 @@ class BertMoeForSequenceClassification(BertMoePreTrainedModel, BertForSequenceCl
     """`BertForSequenceClassification` over `BertMoeModel`."""
 
     def __init__(self, config: BertMoeConfig) -> None:
-        super().__init__(config)
+        # Not BertForSequenceClassification's own, which would make a dense BertModel of this config first: that costs
+        # its memory, and transformers refuses it, because a dense class cannot take an experts implementation.
+        super(BertForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.config = config
+        own_rate = config.classifier_dropout
         self.bert: Any = BertMoeModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if own_rate is None else own_rate)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
 

@@ -6,6 +6,7 @@ routing weights sum to one, the model computes what the dense one computed; trai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from coterie.errors import ModelError
 
 _LLAMA_NAMES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _BERT_NAMES = {
     "up_proj": "intermediate.dense.weight",
     "up_proj_bias": "intermediate.dense.bias",
@@ -114,7 +117,7 @@ def upcycle(
     """
     config = dense.config
     recipe = _recipe(config, normalise)
-    if not 1 <= top_k <= experts or experts < 2 or noise < 0:
+    if not 1 <= top_k <= experts or experts < 2 or not 0 <= noise < math.inf:
         raise ModelError(
             f"{experts} experts, {top_k} per token, noise {noise} make no MoE model.",
             code="upcycle-numbers",
@@ -168,7 +171,7 @@ def _is_new(name: str) -> bool:
 
 def _recipe(config: PretrainedConfig, normalise: bool) -> Recipe:
     recipe = RECIPES.get(config.model_type)
-    reason = recipe.refuse(config, normalise) if recipe else "no MoE type of its shape is known"
+    reason = recipe.refuse(config, normalise) if recipe else _why_unknown(config)
     if recipe is None or reason:
         raise ModelError(
             f"A `{config.model_type}` checkpoint cannot be upcycled: {reason}.",
@@ -176,6 +179,12 @@ def _recipe(config: PretrainedConfig, normalise: bool) -> Recipe:
             fix="take a checkpoint of one of these types: " + ", ".join(RECIPES),
         )
     return recipe
+
+
+def _why_unknown(config: PretrainedConfig) -> str:
+    if any(getattr(config, name, None) for name in _EXPERT_COUNTS):
+        return "it has experts already"
+    return "no MoE type of its shape is known"
 
 
 def _moe_config(
@@ -219,28 +228,60 @@ def upcycle_checkpoint(
     """`upcycle` from a checkpoint folder (or hub name) to a folder, tokenizer included.
 
     Raises:
-        ModelError: the checkpoint cannot be read or turned, or ``out`` is not empty.
+        ModelError: the checkpoint cannot be read or turned, or ``out`` is not empty or cannot be written.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ModelError(f"{out} is not empty.", code="upcycle-out", fix="name a new folder")
+    _check_empty(out)
+    dense_model = _read(str(dense), normalise)
+    moe = upcycle(dense_model, experts, top_k, noise, normalise=normalise, seed=seed)
     try:
-        config = AutoConfig.from_pretrained(str(dense))
+        moe.save_pretrained(str(out))
+    except OSError as error:
+        raise _cannot_write(out, error) from None
+    with suppress(OSError, ValueError, KeyError):  # a checkpoint without tokenizer stays one
+        AutoTokenizer.from_pretrained(str(dense)).save_pretrained(str(out))
+    return moe
+
+
+def _check_empty(out: Path) -> None:
+    """Before weights are read: the folder can be made, and holds nothing."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        kind = "is not empty" if out.is_dir() else "is a file"
+        raise ModelError(f"{out} {kind}.", code="upcycle-out", fix="name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(out, error) from None
+
+
+def _cannot_write(out: Path, error: OSError) -> ModelError:
+    return ModelError(
+        f"{out} cannot be written: {error.strerror or error}.",
+        code="upcycle-out",
+        fix="name a new folder on a disk with room that you may write to",
+    )
+
+
+def _read(dense: str, normalise: bool) -> PreTrainedModel:
+    """The dense model of a folder or hub name, with the head it was saved with."""
+    from coterie.models import bert_moe  # noqa: F401  registers its type, so that an upcycled BERT is recognised
+
+    try:
+        config = AutoConfig.from_pretrained(dense)
         # Refuse before weights are read, which takes a while for large checkpoints.
         _recipe(config, normalise)
         names = config.architectures or []
         model_class = next((c for c in _classes(names) if c is not None), None) or transformers.AutoModel
-        model = model_class.from_pretrained(str(dense))
-    except (OSError, ValueError) as error:
+        model: PreTrainedModel = model_class.from_pretrained(dense)
+    except (OSError, ValueError, SafetensorError) as error:
+        absent = not Path(dense).exists()
         raise ModelError(
-            f"{dense} holds no checkpoint that can be read: {str(error).splitlines()[0]}",
+            f"{dense} is no folder here, and no checkpoint of that name came from the hub."
+            if absent
+            else f"{dense} holds no checkpoint that can be read: {str(error).splitlines()[0]}",
             code="upcycle-read",
             fix="name a folder with config.json and safetensors weights",
         ) from None
-    moe = upcycle(model, experts, top_k, noise, normalise=normalise, seed=seed)
-    moe.save_pretrained(str(out))
-    with suppress(OSError, ValueError, KeyError):  # a checkpoint without tokenizer stays one
-        AutoTokenizer.from_pretrained(str(dense)).save_pretrained(str(out))
-    return moe
+    return model
 
 
 def _classes(names: list[str]) -> Iterator[type[PreTrainedModel] | None]:
