@@ -184,6 +184,38 @@ def test_invariant_8_retry_before_spooling_recomputes_the_same_lot(tmp_path: Pat
     assert lots[0] == lots[1] == lots[2]
 
 
+def test_invariant_8_a_failed_ledger_write_leaves_nothing_that_can_be_sent_uncounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    draw: Callable[[int], Lot] = lambda _: draw_lot(1, PLAN, UNITS, SystemRandom())  # noqa: E731
+    noised = {"w": torch.ones(8)}
+    with world.open() as releases:
+        pending = releases.begin(1, PINS, draw)
+        assert isinstance(pending, Pending)
+
+        def full(*_: Any) -> None:
+            raise LedgerError("the disk is full", code="dp-ledger-write")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(releases.ledger, "record_release", full)
+            for again in (
+                lambda: releases.publish(pending, noised),
+                lambda: releases.begin(1, PINS, draw),
+                lambda: releases.published(1),
+                lambda: releases.publish(pending, {"w": torch.zeros(8)}),
+            ):
+                with pytest.raises(LedgerError, match="the disk is full"):
+                    again()
+        assert releases.used == 0
+        first = releases.begin(1, PINS, draw)
+        assert isinstance(first, Release)
+        assert [r.digest for r in releases.ledger.releases(RUN)] == [first.digest]
+        assert torch.equal(first.tensors()["w"], noised["w"]), "the lot was noised a second time"
+        assert releases.publish(pending, {"w": torch.zeros(8)}) == first
+        assert releases.used == 1
+
+
 @pytest.mark.parametrize(
     "changed", [{"weights": "w2"}, {"weights": "w1", "roster": "r2"}, {"weights": "w1", "epoch": "2"}]
 )

@@ -343,6 +343,29 @@ def test_invariant_8_a_failed_step_uses_the_same_lot_again(start: Callable[..., 
     assert session.round == 1
 
 
+def test_invariant_8_a_step_after_a_failed_ledger_write_uses_the_same_noised_bytes(
+    start: Callable[..., PrivateSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, offered = start(), []
+    real = session.ledger.record_release
+
+    def failing(run: str, number: int, draw: int, digest: str, pins: Any) -> None:
+        offered.append(digest)
+        if len(offered) == 1:
+            raise LedgerError("the disk is full", code="dp-ledger-write")
+        real(run, number, draw, digest, pins)
+
+    monkeypatch.setattr(session.ledger, "record_release", failing)
+    lot, before = session.next_lot(), weights(session)
+    with pytest.raises(LedgerError, match="the disk is full"):
+        session.step(lot)
+    assert same(before, weights(session))
+    session.step(session.next_lot())
+    assert session.round == 1
+    assert len(set(offered)) == 1
+    assert [r.digest for r in session.ledger.releases(session.run)] == offered[:1]
+
+
 def test_invariant_8_what_an_interrupted_step_left_is_not_added_to_the_retry(
     start: Callable[..., PrivateSession],
 ) -> None:

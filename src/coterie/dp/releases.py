@@ -80,14 +80,15 @@ class Releases:
             draw: draws the lot; its argument is the number of this draw, which names seeded streams.
 
         Returns:
-            A `Release` if this round has one for these pins; else a `Pending` lot, stored.
+            A `Release` if this round has one for these pins, counted; else a `Pending` lot, stored.
 
         Raises:
             BudgetError: no release is left.
+            LedgerError: a spooled result could not be counted; it may not be used then.
         """
         for release in self.spool.releases_of(round_number):
             if release.pins == dict(pins):
-                return release
+                return self._count(release)
             self.burn(release, "what the round is computed from has changed")
         known = sum(released.round == round_number for released in self.ledger.releases(self.run))
         stored = self.spool.stored_lot()
@@ -109,20 +110,48 @@ class Releases:
         return Pending(round_number, known, dict(pins), lot)
 
     def publish(self, pending: Pending, noised: Mapping[str, Tensor]) -> Release:
-        """Spool a noised result, then count it. When this returns it may be used and sent."""
-        release = self.spool.store_release(pending.round, pending.draw, noised, pending.pins)
+        """Spool a noised result, then count it. When this returns it may be used and sent.
+
+        Returns:
+            The release; where an earlier try had spooled one for this lot, that one, and ``noised`` is dropped: a
+            lot is noised once.
+
+        Raises:
+            LedgerError: it could not be counted; it may not be used then.
+        """
+        found = self.spooled(pending)
+        if found is not None:
+            return found
+        return self._count(self.spool.store_release(pending.round, pending.draw, noised, pending.pins))
+
+    def spooled(self, pending: Pending) -> Release | None:
+        """The result that an earlier try made of a pending lot, counted; None if there is none.
+
+        Ask before computing a lot again: a second result would be the same lot with other noise.
+        """
+        for release in self.spool.releases_of(pending.round):
+            if (release.draw, release.pins) == (pending.draw, pending.pins):
+                return self._count(release)
+        return None
+
+    def _count(self, release: Release) -> Release:
+        """Make sure that the ledger counts a spooled result: the process may go on after a failed ledger write."""
         self.ledger.record_release(self.run, release.round, release.draw, release.digest, release.pins)
-        self.spool.drop_lot()
+        stored = self.spool.stored_lot()
+        if stored is not None and (stored.lot.round, stored.draw) == (release.round, release.draw):
+            self.spool.drop_lot()
         return release
 
     def burn(self, release: Release, reason: str) -> None:
         """Give up a result: it stays counted, and its round gets a new lot and new noise."""
+        self._count(release)
         self.ledger.record_burned(self.run, release.round, release.draw, reason)
         self.spool.drop(release)
 
     def published(self, round_number: int) -> Release | None:
-        """The result of a round, if the spool still has it."""
-        return next(iter(self.spool.releases_of(round_number)), None)
+        """The result of a round, counted, if the spool still has it."""
+        found = next(iter(self.spool.releases_of(round_number)), None)
+        return None if found is None else self._count(found)
 
     def last_round(self) -> int:
         """The newest round that the ledger counts; 0 before the first."""
@@ -132,9 +161,7 @@ class Releases:
         counted = {(r.round, r.draw): r.digest for r in self.ledger.releases(self.run)}
         for release in self.spool.releases():
             known = counted.get((release.round, release.draw))
-            if known is None:
-                self.ledger.record_release(self.run, release.round, release.draw, release.digest, release.pins)
-            elif known != release.digest:
+            if known is not None and known != release.digest:
                 raise LedgerError(
                     f"{release.path.name} is not what the ledger counted.",
                     code="dp-spool-digest",
@@ -142,6 +169,4 @@ class Releases:
                     why="only the bytes that the ledger counted may be used or sent",
                     fix="remove that file: the ledger keeps its cost, and the round is drawn anew",
                 )
-            stored = self.spool.stored_lot()
-            if stored is not None and (stored.lot.round, stored.draw) == (release.round, release.draw):
-                self.spool.drop_lot()
+            self._count(release)
