@@ -145,6 +145,42 @@ def test_invariant_4_a_buffer_that_changes_is_refused_and_put_back() -> None:
     assert not toy.middle.load.any()
 
 
+class Average(nn.Module):
+    """Adds a moving average of what it sees, in train mode, kept as a buffer or as a frozen parameter."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "buffer":
+            self.register_buffer("mean", torch.zeros(WIDTH))
+        else:
+            self.mean = nn.Parameter(torch.zeros(WIDTH), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 1)))
+        return x + self.mean.detach()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["buffer", "frozen parameter"])
+def test_invariant_6_state_changed_by_data_in_train_mode_is_refused_whatever_the_mode(
+    kind: str, training: bool
+) -> None:
+    toy = Toy(Average(kind)).train(training)
+    with pytest.raises(NoRuleError, match=rf"The {kind} `middle\.mean` changes"):
+        check(Engine(toy), token_batch(2, 5, VOCAB))
+    assert not toy.middle.mean.any()
+    assert toy.training == training
+
+
+def test_invariant_4_batch_normalisation_is_refused_in_eval_mode_too() -> None:
+    toy = Toy(nn.BatchNorm1d(5)).eval()
+    with pytest.raises(NoRuleError, match="statistics of the batch"):
+        check(Engine(toy), token_batch(2, 5, VOCAB))
+    assert not toy.middle.training
+
+
 def test_invariant_4_capacity_over_the_batch_is_refused() -> None:
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
 

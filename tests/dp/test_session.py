@@ -18,7 +18,15 @@ from coterie.dp.accounting import Mechanism, epsilon
 from coterie.dp.budget import Budget, PrivacyWarning
 from coterie.dp.clipping import policy
 from coterie.dp.session import PrivateSession
-from coterie.errors import BudgetError, CheckpointError, DataError, LedgerError, PrivacyError, ProvenanceError
+from coterie.errors import (
+    BudgetError,
+    CheckpointError,
+    DataError,
+    LedgerError,
+    NoRuleError,
+    PrivacyError,
+    ProvenanceError,
+)
 
 BUDGET = Budget(6.0, 1e-3)
 
@@ -606,6 +614,65 @@ def test_parameters_outside_the_mechanism_are_refused(start: Callable[..., Priva
         start(model, optimizer=torch.optim.SGD([*model.parameters(), *nn.Linear(2, 2).parameters()], 0.1))
     with pytest.raises(PrivacyError, match=r"`head.weight` is trainable but not in the optimizer \(2 in all\)"):
         start(model, optimizer=torch.optim.SGD([*model.embed.parameters(), *model.unused.parameters()], 0.1))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "frozen"])
+def test_invariant_6_state_that_a_lot_changes_is_refused_and_put_back(
+    start: Callable[..., PrivateSession], kind: str
+) -> None:
+    class Remembers(Tiny):
+        """Looks innocent to synthetic records: it only remembers what comes with a scale of one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = nn.Parameter(torch.zeros(6), requires_grad=False)
+            if kind == "buffer":
+                del self.seen
+                self.register_buffer("seen", torch.zeros(6))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            if watching:
+                with torch.no_grad():
+                    self.seen.add_(self.embed.weight[input_ids].detach().sum((0, 1)))
+            return super().forward(input_ids)
+
+    watching, model = False, Remembers()
+    session = start(model, lot_size=39)
+    watching = True
+    with pytest.raises(NoRuleError, match="`seen` changes when the model sees data"):
+        session.step(session.next_lot())
+    assert not model.seen.any()
+    assert session.spent().epsilon == 0
+
+
+def test_invariant_6_parameters_unfrozen_during_a_run_are_refused(start: Callable[..., PrivateSession]) -> None:
+    model = Tiny()
+    model.embed.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    session = start(model, optimizer=optimizer)
+    session.step(session.next_lot())
+    before = model.embed.weight.clone()
+    model.embed.requires_grad_(True)
+    with pytest.raises(PrivacyError, match=r"`embed\.weight` was frozen, unfrozen or replaced"):
+        session.step(session.next_lot())
+    assert torch.equal(model.embed.weight, before)
+    model.embed.requires_grad_(False)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(PrivacyError, match="steps other parameters"):
+        session.step(session.next_lot())
+    assert session.round == 1
+
+
+def test_invariant_6_only_gradients_of_a_release_are_stepped_with(
+    start: Callable[..., PrivateSession],
+) -> None:
+    model = Tiny()
+    model.embed.requires_grad_(False)
+    session = start(model, optimizer=torch.optim.SGD(model.parameters(), 1.0))
+    before = model.embed.weight.clone()
+    model.embed.weight.grad = torch.ones_like(before)
+    session.step(session.next_lot())
+    assert torch.equal(model.embed.weight, before)
 
 
 def test_delta_of_one_over_n_is_warned_about(start: Callable[..., PrivateSession]) -> None:

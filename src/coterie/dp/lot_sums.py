@@ -20,6 +20,8 @@ from coterie.dp.losses import batch_size
 from coterie.dp.lots import Lot, Units
 from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
 from coterie.dp.randomness import RandomSource
+from coterie.dp.refusals import untrained_changed
+from coterie.dp.untrained import Untrained
 from coterie.errors import PrivacyError
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
@@ -137,18 +139,35 @@ class LotSums:
     def compute(self, lot: Lot, name: str) -> dict[str, Tensor]:
         """Clipped sums of a lot, a tensor for every trained parameter, and the extra parts of the release.
 
+        Buffers and frozen parameters are compared before and after, and put back where a record changed them.
+
         Args:
             lot: may be empty; the model is then not run.
             name: of this draw; names a seeded source's streams.
 
         Raises:
             PrivacyError: the collator packs records, or the engine leaves out a parameter.
+            NoRuleError: the lot changed a buffer or a frozen parameter.
         """
-        with self._secret_torch_randomness(name):
-            return self._compute(lot)
+        self._model.train()
+        before = Untrained(self._model)
+        try:
+            with self._secret_torch_randomness(name):
+                return self._compute(lot)
+        finally:
+            changed = before.changed()
+            if changed:
+                self._put_back(before, changed[0])
+
+    def _put_back(self, before: Untrained, name: str) -> None:
+        lost = before.restore()
+        error = untrained_changed(self._model, name)
+        if lost:
+            error.add_note(f"`{lost[0]}` could not be put back: load the model anew, and do not share this one.")
+        self.engine.take()
+        raise error
 
     def _compute(self, lot: Lot) -> dict[str, Tensor]:
-        self._model.train()
         self.engine.take()  # what an interrupted step left
         losses: list[float] = []
         within = torch.zeros(len(self.engine.groups), dtype=torch.float64)

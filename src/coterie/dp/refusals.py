@@ -46,8 +46,19 @@ def check_model(model: nn.Module) -> None:
                 f"`{name}` ({kind}) normalises with statistics of the batch.",
                 code="dp-batch-norm",
                 why="every record's gradient depends on the other records",
-                fix="replace it by LayerNorm or RMSNorm, or keep it in eval mode and frozen",
+                fix="replace it by LayerNorm or RMSNorm: every round puts the whole model in train mode",
             )
+
+
+def untrained_changed(model: nn.Module, name: str) -> NoRuleError:
+    """The error for a buffer or a frozen parameter that changes when the model sees data."""
+    kind = "buffer" if name in dict(model.named_buffers()) else "frozen parameter"
+    return NoRuleError(
+        f"The {kind} `{name}` changes when the model sees data.",
+        code="dp-buffer",
+        why="it would carry un-noised information about records into the next round and the saved model",
+        fix="switch that update off (a router bias can be updated from the private load: balance: bias)",
+    )
 
 
 def check_batch(batch: Batch, model: nn.Module | None = None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coterie.dp.derived import Kind, Node, Pullback, Root
 from coterie.dp.gram import SqNorms, gram_is_cheaper, rounding_factor
+from coterie.dp.precision import in_full_float32
 from coterie.dp.segments import StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer, Term
 
@@ -25,6 +26,7 @@ _DENSE_ELEMENTS = 1 << 24
 Use = tuple[Node, Term]
 
 
+@in_full_float32
 def simplify(root: Root) -> list[Use]:
     """The root's captured uses in the fewest and smallest terms that mean the same."""
     uses = _joined_rows(root)
@@ -107,6 +109,7 @@ def _filled(total: Tensor, uses: list[Use]) -> Dense:
     return Dense(total)
 
 
+@in_full_float32
 def sq_norms(root: Root, uses: list[Use], records: int, precise: bool = False) -> SqNorms:
     """Squared norm of the root's gradient for every record, [B]; ``precise`` as in `Term.sq_norms`."""
     if not uses:
@@ -153,6 +156,7 @@ def _one_by_one(root: Root, uses: list[Use], records: int) -> SqNorms:
     return SqNorms(value, 1e-5 * value)
 
 
+@in_full_float32
 def add_sum(root: Root, uses: list[Use], out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
     """``out += sum_b factors_B[b] * gradient_b`` for a root.
 

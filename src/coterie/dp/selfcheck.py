@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from coterie.dp.engine import Engine
 from coterie.dp.losses import Batch, checked
 from coterie.dp.probe import synthetic_batch
-from coterie.dp.refusals import check_batch, check_model
+from coterie.dp.refusals import check_batch, check_model, untrained_changed
+from coterie.dp.untrained import Untrained
 from coterie.errors import NoRuleError
 
 RECORDS = 2
@@ -50,13 +51,14 @@ def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
     Cost: a few forwards and backwards of two records of 11 tokens. Dropout is off; tolerances in `tolerance`.
     """
     like = example_batch() if batch is None else batch
-    check_model(engine.model)
+    with _mode(engine.model, training=True):
+        check_model(engine.model)
     check_batch(like, engine.model)
     device = next(iter(engine.parameters.values())).device if engine.parameters else torch.device("cpu")
     like = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in like.items()}
-    with _buffers_restored(engine.model) as before:
-        _check_buffers(engine, synthetic_batch(engine.model, like, RECORDS, _TOKENS), before)
-    with _dropout_off(engine.model), _buffers_restored(engine.model):
+    with _mode(engine.model, training=True), _untrained_restored(engine.model) as before:
+        _check_untrained(engine, synthetic_batch(engine.model, like, RECORDS, _TOKENS), before)
+    with _mode(engine.model, training=False), _untrained_restored(engine.model):
         engine.prepare(like)
         for attempt in range(_TRIES):
             made = synthetic_batch(engine.model, like, RECORDS, _TOKENS, seed=attempt)
@@ -129,37 +131,30 @@ def _reference(engine: Engine, one: Mapping[str, Any], names: list[str]) -> Tens
     )
 
 
-def _check_buffers(engine: Engine, batch: Mapping[str, Any], before: Mapping[str, Tensor]) -> None:
+def _check_untrained(engine: Engine, batch: Mapping[str, Any], before: Untrained) -> None:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         engine.loss_fn(engine.model, batch)
-    for name, buffer in engine.model.named_buffers():
-        if name in before and not torch.equal(buffer, before[name]):
-            raise NoRuleError(
-                f"The buffer `{name}` changes when the model sees data.",
-                code="dp-buffer",
-                why="it would carry un-noised information about records into the next round and the saved model",
-                fix="switch that update off (a router bias can be updated from the private load: balance: bias)",
-            )
+    changed = before.changed()
+    if changed:
+        raise untrained_changed(engine.model, changed[0])
 
 
 @contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _untrained_restored(model: nn.Module) -> Iterator[Untrained]:
+    before = Untrained(model)
     try:
         yield before
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before and buffer.shape == before[name].shape:
-                    buffer.copy_(before[name])
+        before.restore()
 
 
 @contextmanager
-def _dropout_off(model: nn.Module) -> Iterator[None]:
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in train mode, as a private round runs it, or in eval mode, with dropout off."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before

@@ -81,6 +81,7 @@ class PrivateSession:
         self._parent = "start"
         self._saved: Path | None = None
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -174,6 +175,7 @@ class PrivateSession:
         Returns:
             The noised sums, float32 on the CPU, and the release that holds them.
         """
+        self._check_trained()
         earlier = self.releases.spooled(pending)
         if earlier is not None:
             return earlier.tensors(), earlier
@@ -195,11 +197,36 @@ class PrivateSession:
         # all of them, because each result is counted under the digest before it.
         return {"parent": self._parent}
 
+    def _check_trained(self) -> None:
+        """The mechanism covers what required a gradient, and was stepped, when the session was made."""
+        now = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        other = now.keys() ^ self._parameters.keys()
+        other |= {name for name in now.keys() - other if now[name] is not self._parameters[name]}
+        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if other or stepped != self._stepped:
+            raise PrivacyError(
+                f"`{min(other)}` was frozen, unfrozen or replaced after the session was made."
+                if other
+                else "the optimizer steps other parameters than when the session was made.",
+                code="dp-trained-changed",
+                where=f"round {self.round + 1}",
+                why="what is trained without having been in the mechanism gets gradients without noise",
+                fix="choose what is trained (requires_grad) and build the optimizer before make_private",
+            )
+
+    def _drop_other_gradients(self) -> None:
+        """Nothing but a release may be stepped with."""
+        stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter in (*self.model.parameters(), *stepped):
+            parameter.grad = None
+
     def _take(self, noised: Mapping[str, Tensor], release: Release) -> None:
         """A release into the gradients, divided by the expected lot size, and its extra parts into later rounds.
 
         ``noised`` is used up: it is on disk by now, and dividing in place saves the size of the model.
         """
+        self._check_trained()
+        self._drop_other_gradients()
         expected = float(self.plan.expected_size)
         for name, parameter in self._parameters.items():
             mean = noised[name].div_(expected)
