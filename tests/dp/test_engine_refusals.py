@@ -10,12 +10,13 @@ import torch
 from engine_reference import token_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
 from coterie.dp.functional import clipped_sum
 from coterie.dp.losses import default_loss, token_loss
-from coterie.dp.selfcheck import check
+from coterie.dp.selfcheck import check, padding_example
 from coterie.errors import NoRuleError, PrivacyError
 from coterie.models.tiny import tiny_model
 
@@ -179,6 +180,69 @@ def test_invariant_4_batch_normalisation_is_refused_in_eval_mode_too() -> None:
     with pytest.raises(NoRuleError, match="statistics of the batch"):
         check(Engine(toy), token_batch(2, 5, VOCAB))
     assert not toy.middle.training
+
+
+class Pooled(nn.Module):
+    """A classifier that averages over tokens, with or without regard to the mask."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(vocab_size=VOCAB, num_labels=2)
+        self.embed, self.head, self.masked = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, 2), masked
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        weight = attention_mask[..., None].float() if self.masked else torch.ones_like(attention_mask)[..., None]
+        return SimpleNamespace(logits=self.head((self.embed(input_ids) * weight).sum(1) / weight.sum(1)))
+
+
+def labelled(length: int) -> dict[str, Tensor]:
+    ids = torch.arange(1, length + 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor(1)}
+
+
+def pad_right(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    padded = {n: nn.utils.rnn.pad_sequence([i[n] for i in items], True) for n in ("input_ids", "attention_mask")}
+    return padded | {"labels": torch.stack([item["labels"] for item in items])}
+
+
+def test_invariant_4_pooling_over_padding_is_refused() -> None:
+    batch = pad_right([labelled(5)])
+    for model, given in ((Pooled(False), None), (Pooled(False), pad_right)):
+        pairs = given and padding_example(model, given, labelled(5))
+        with pytest.raises(NoRuleError, match="changes with its padding") as caught:
+            check(Engine(model), batch, pairs)
+        assert caught.value.code == "dp-padding"
+    model = Pooled(True)
+    check(Engine(model), batch)
+    check(Engine(model), batch, padding_example(model, pad_right, labelled(5)))
+
+
+def test_records_that_are_never_padded_may_be_pooled_without_a_mask() -> None:
+    def stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    model = Pooled(False)
+    check(Engine(model), stack([labelled(5)]), padding_example(model, stack, labelled(5)))
+
+
+def test_invariant_4_absolute_positions_behind_left_padding_are_refused() -> None:
+    config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
+    batch = token_batch(2, 8, VOCAB)
+    check(Engine(model), batch)
+    batch["attention_mask"][0, :3] = 0
+    with pytest.raises(NoRuleError, match="changes with its padding"):
+        check(Engine(model), batch)
+
+
+def test_invariant_5_a_loss_over_the_padded_length_is_refused() -> None:
+    def over_padding(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return F.cross_entropy(logits.mT, batch["labels"][:, 1:], reduction="none", ignore_index=-100).mean(1)
+
+    with pytest.raises(NoRuleError, match="loss changes with its padding"):
+        check(Engine(Toy(nn.Identity()), over_padding), token_batch(2, 8, VOCAB))
 
 
 def test_invariant_4_capacity_over_the_batch_is_refused() -> None:

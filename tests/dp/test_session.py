@@ -675,6 +675,119 @@ def test_invariant_6_only_gradients_of_a_release_are_stepped_with(
     assert torch.equal(model.embed.weight, before)
 
 
+def saved_session(start: Callable[..., PrivateSession], folder: Path, **options: Any) -> PrivateSession:
+    session = start(**options)
+    session.step(session.next_lot())
+    session.save(folder)
+    session.close()
+    return session
+
+
+def resumed(folder: Path, model: nn.Module | None = None, **options: Any) -> PrivateSession:
+    model = model if model is not None else Tiny()
+    return PrivateSession.resume(
+        folder, model, torch.optim.AdamW(model.parameters()), records(), collate, loss_fn, **options
+    )
+
+
+def test_invariant_8_resume_with_another_clipping_is_refused(
+    start: Callable[..., PrivateSession], tmp_path: Path
+) -> None:
+    saved_session(start, tmp_path / "saved")
+    with pytest.raises(LedgerError, match=r"the clipping of run .* is PerGroup"):
+        resumed(tmp_path / "saved", clipping="per_group")
+    resumed(tmp_path / "saved").close()
+
+
+def test_invariant_9_thresholds_of_other_groups_are_refused(
+    start: Callable[..., PrivateSession], tmp_path: Path
+) -> None:
+    session = start()
+    for thresholds in (torch.tensor([1.0, 1.0]), torch.tensor([2.0]), torch.tensor([math.nan])):
+        with pytest.raises(CheckpointError, match="clip norms"):
+            session.lot_sums.restore({"thresholds": thresholds.double()})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("noise_multiplier", 1e-3, "the mechanism of run"),
+        ("rounds", 600, "the rounds of run"),
+        ("clip_norm", 2.0, "the clip_norm of run"),
+        ("seed", 1, "the seeded of run .* is True, the ledger says False"),
+        ("adaptive_quantile", 0.5, "the adaptive_quantile of run"),
+    ],
+)
+def test_invariant_8_a_checkpoint_that_contradicts_the_ledger_is_refused(
+    start: Callable[..., PrivateSession], tmp_path: Path, name: str, value: float, sentence: str
+) -> None:
+    saved_session(start, tmp_path / "saved")
+    path = tmp_path / "saved" / "session.json"
+    content = json.loads(path.read_text())
+    content["facts"]["settings"][name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(LedgerError, match=sentence):
+        resumed(tmp_path / "saved")
+
+
+def test_invariant_8_resume_with_another_grouping_into_users_is_refused(
+    start: Callable[..., PrivateSession], tmp_path: Path
+) -> None:
+    saved_session(start, tmp_path / "saved", users=[i // 8 for i in range(40)], lot_size=2)
+    with pytest.raises(LedgerError, match="the users of run"):
+        resumed(tmp_path / "saved", users=[i % 5 for i in range(40)])
+    resumed(tmp_path / "saved", users=[f"person {i // 8}" for i in range(40)]).close()
+
+
+def test_invariant_4_resume_checks_the_model_again(start: Callable[..., PrivateSession], tmp_path: Path) -> None:
+    class Coupled(Tiny):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            hidden = self.embed(input_ids)
+            return self.head(hidden - hidden.mean(0))
+
+    saved_session(start, tmp_path / "saved")
+    with pytest.raises(NoRuleError, match="changes with the records beside it"):
+        resumed(tmp_path / "saved", Coupled())
+    model = Tiny()
+    with pytest.raises(PrivacyError, match="not the model's"):
+        PrivateSession.resume(
+            tmp_path / "saved", model, torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(1))]),
+            records(), collate, loss_fn,
+        )  # fmt: skip
+
+
+def test_statement_says_that_the_self_check_was_left_out(start: Callable[..., PrivateSession]) -> None:
+    for checked in (True, False):
+        with start(self_check=checked) as session:
+            assert ("not compared with one record at a time" in str(session.statement())) is not checked
+            assert session.ledger.run(session.run)["self_check"] is checked
+
+
+def test_invariant_8_runs_of_different_units_are_not_added_up(start: Callable[..., PrivateSession]) -> None:
+    with start() as by_record:
+        by_record.step(by_record.next_lot())
+        spent = by_record.spent()
+        assert by_record.lifetime() == spent
+    with start(users=[i // 8 for i in range(40)], lot_size=2) as by_user:
+        by_user.step(by_user.next_lot())
+        statement = by_user.statement()
+    assert statement.lifetime == statement.spent
+    assert statement.other_units == {"record": spent}
+    assert f"other unit       record: {spent}, not added up" in str(statement)
+    with start() as again:
+        again.step(again.next_lot())
+        assert again.lifetime().epsilon > again.spent().epsilon
+        with pytest.raises(LedgerError, match="protect 2 different units"):
+            again.ledger.lifetime(1e-3)
+
+
+def test_statement_says_what_a_record_is_and_how_it_is_clipped(start: Callable[..., PrivateSession]) -> None:
+    with start(clipping="per_group", record={"packing": "chunks", "sequence_length": 5}) as session:
+        text = str(session.statement())
+    for part in ("one record: packing chunks, sequence_length 5", "(PerGroup(clip_norm=1.0", "exceeded by rounding"):
+        assert part in text
+
+
 def test_delta_of_one_over_n_is_warned_about(start: Callable[..., PrivateSession]) -> None:
     with pytest.warns(PrivacyWarning, match="is not below 1/N"):
         start(budget=Budget(6.0, 1 / 40))

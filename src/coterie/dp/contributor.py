@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.provenance import Artefact, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.releases import Releases
+from coterie.dp.run_facts import RunStart
 from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release, Spool
 from coterie.dp.statement import Statement, make_statement
 from coterie.errors import BudgetError
@@ -73,6 +74,7 @@ class Contributor:
         users: the user of each record, where units are users.
         artefacts: what the start was made from.
         balancer: adds the lot's expert loads to the release; it is told what follows from them by `Balancer.follow`.
+        record: what one record is, in public words and numbers, for ledger and statement.
 
     Raises:
         BudgetError: an impossible budget or lot.
@@ -93,6 +95,7 @@ class Contributor:
         users: Sequence[Hashable] | None = None,
         artefacts: Sequence[Artefact] = (),
         balancer: Balancer | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         units = Units.of_records(len(dataset)) if users is None else Units.of_users(users, plan.records_per_user)
         lots = LotPlan.of(units.count, plan.lot_size, plan.sampler, plan.max_lot)  # type: ignore[arg-type]
@@ -105,16 +108,12 @@ class Contributor:
         if plan.sigma is not None and plan.seed is None:
             raise BudgetError("a noise multiplier of one's own is for seeded tests.", code="dp-sigma")
         books = open_ledger(digest or dataset_digest(dataset), ledger)
-        books.start_run(
-            run, lots.mechanism(sigma), plan.rounds, unit=unit, units=units.count, clip_norm=plan.clip_norm,
-            budget=asdict(plan.budget), seeded=plan.seed is not None,
-            provenance=[artefact.to_json() for artefact in artefacts],
-        )  # fmt: skip
+        settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
+        RunStart(lots, settings, units, engine).open(books, run, artefacts, record or {}, self_check=True)
         self.seconds: dict[str, float] = {}
         self._source = random_source(plan.seed)
         self._units, self._lots, self._plan, self._run, self._ledger = units, lots, plan, run, books
         self._sigma, self._not_covered = sigma, not_covered(artefacts)
-        settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
         self._sums = LotSums(model, dataset, collate, engine, balancer, units, settings, self._source)
         self._releases = Releases(books, Spool(books.folder / "spool" / run), run)
 

@@ -72,6 +72,15 @@ def _seeded(entry: Entry) -> bool:
     return bool(entry.data.get("seeded"))
 
 
+def _unit(entry: Entry) -> str:
+    """What one unit of a run is: neighbouring datasets of two runs differ in the same way where these are equal."""
+    data = entry.data
+    parts = [f"{name} {value}" for name, value in sorted((data.get("record") or {}).items())]
+    if data.get("users"):
+        parts.append(f"grouping {data['users'][:12]}")
+    return data.get("unit", "record") + (f" ({', '.join(parts)})" if parts else "")
+
+
 def _entry_hash(seq: int, stamp: str, kind: str, data: Mapping[str, Any], prev: str) -> str:
     text = json.dumps([seq, stamp, kind, data, prev], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -180,7 +189,7 @@ class Ledger:
             known = self._runs.get(run)
             if known is None:
                 self._append("run", data)
-            elif known.data != json.loads(json.dumps(data)):
+            elif known.data != {name: json.loads(json.dumps(data)).get(name) for name in known.data}:
                 raise LedgerError(
                     f"run {run} is in the ledger with other settings.",
                     code="dp-ledger-run",
@@ -283,16 +292,52 @@ class Ledger:
         """What one run has spent. Infinite for a seeded run that released anything."""
         return self._spent([run], delta, accountant)
 
-    def lifetime(self, delta: float, accountant: Accountant = "pld") -> Spent:
-        """What all private runs on this dataset have spent together; infinite once its text was shown to others.
+    def lifetime(self, delta: float, run: str | None = None, accountant: Accountant = "pld") -> Spent:
+        """What all private runs on this dataset that protect one unit have spent together.
 
-        Seeded runs: see `seeded_runs`.
+        Infinite once the dataset's text was shown to others.
+
+        Args:
+            delta: the same for all.
+            run: composed with all runs that protect what it protects; None: all runs, which must agree on that.
+            accountant: see `coterie.dp.accounting`.
+
+        Seeded runs: see `seeded_runs`; runs that protect something else: see `other_units`.
+
+        Raises:
+            LedgerError: no run is named, and runs protect different units.
         """
         if self.revealed():
             return Spent(float("inf"), delta)
-        return self._spent(
-            [run for run, entry in self._known_runs().items() if not _seeded(entry)], delta, accountant
-        )
+        by_unit = self._runs_by_unit()
+        if run is not None:
+            return self._spent(by_unit.get(_unit(self._known_runs()[run]), []), delta, accountant)
+        if len(by_unit) > 1:
+            raise LedgerError(
+                f"runs on this dataset protect {len(by_unit)} different units: {', '.join(sorted(by_unit))}.",
+                code="dp-ledger-units",
+                where=str(self._path),
+                why="an epsilon for records and one for users do not add up to either",
+                fix="name a run: what was spent on its unit is then added up",
+            )
+        return self._spent([name for names in by_unit.values() for name in names], delta, accountant)
+
+    def other_units(self, delta: float, run: str) -> dict[str, Spent]:
+        """What private runs that released something for another unit than ``run``'s spent, by their unit."""
+        own = _unit(self._known_runs()[run])
+        found = {
+            unit: [name for name in names if self._releases.get(name)]
+            for unit, names in self._runs_by_unit().items()
+            if unit != own
+        }
+        return {unit: self._spent(names, delta, "pld") for unit, names in found.items() if names}
+
+    def _runs_by_unit(self) -> dict[str, list[str]]:
+        grouped: dict[str, list[str]] = {}
+        for run, entry in self._known_runs().items():
+            if not _seeded(entry):
+                grouped.setdefault(_unit(entry), []).append(run)
+        return grouped
 
     def seeded_runs(self) -> list[str]:
         """Runs that were not private and released something: no epsilon holds for what they made."""

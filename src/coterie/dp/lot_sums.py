@@ -22,7 +22,7 @@ from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
 from coterie.dp.randomness import RandomSource
 from coterie.dp.refusals import untrained_changed
 from coterie.dp.untrained import Untrained
-from coterie.errors import PrivacyError
+from coterie.errors import CheckpointError, PrivacyError
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -290,8 +290,22 @@ class LotSums:
         return {"thresholds": self.engine.thresholds} | (self.balancer.state() if self.balancer else {})
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state`."""
-        self.engine.thresholds = state["thresholds"]
+        """Continue from `state`.
+
+        Raises:
+            CheckpointError: its thresholds are of other gradient groups, or moved although they are fixed.
+        """
+        saved, own = state["thresholds"], self.engine.thresholds
+        fits = saved.shape == own.shape and bool((torch.isfinite(saved) & (saved > 0)).all())
+        if not fits or (self._settings.adaptive_quantile is None and not torch.allclose(saved, own, 1e-12, 0.0)):
+            raise CheckpointError(
+                f"the checkpoint has clip norms for {saved.numel()} gradient groups that are not those of the "
+                f"{own.numel()} groups here.",
+                code="dp-resume-clipping",
+                why="noise is calibrated to the clip norms, so a record would contribute more than it covers",
+                fix="resume with the clipping policy that the run was started with",
+            )
+        self.engine.thresholds = saved
         if self.balancer is not None:
             self.balancer.restore(state)
 

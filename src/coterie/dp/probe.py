@@ -48,7 +48,7 @@ def synthetic_batch(model: Any, like: Batch, records: int, tokens: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     main = next((like[name] for name in ("input_ids", "inputs_embeds") if name in like), None)
     length = main.shape[1] if isinstance(main, Tensor) and main.ndim > 1 else None
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     made: dict[str, Any] = {}
     for name, value in like.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
@@ -82,7 +82,8 @@ def _values(
     return torch.randint(0, top, shape, generator=generator, dtype=like.dtype)
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary_of(model: Any) -> int:
+    """Number of token ids to draw from."""
     config = getattr(model, "config", None)
     text: Any = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     return int(getattr(text, "vocab_size", 2) or 2)

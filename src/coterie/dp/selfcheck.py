@@ -5,7 +5,7 @@ Shape letters: B records (2 here), P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.engine import Engine
-from coterie.dp.losses import Batch, checked
+from coterie.dp.losses import Batch, batch_size, checked
+from coterie.dp.padding import CollatedPairs, masked_pair
 from coterie.dp.probe import synthetic_batch
 from coterie.dp.refusals import check_batch, check_model, untrained_changed
 from coterie.dp.untrained import Untrained
@@ -31,7 +32,7 @@ def example_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
+def check(engine: Engine, batch: Batch | None = None, pairs: CollatedPairs | None = None) -> dict[str, float]:
     """Refuse what cannot be private, then compare the engine with batches of one.
 
     Args:
@@ -39,13 +40,15 @@ def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
             compute by itself meanwhile (`seam.computed_by`); norms are then compared with the engine's on batches of
             one.
         batch: an example; only its keys, shapes and types are used. Default: a causal LM's.
+        pairs: made-up records of two lengths as the collator pads them. Default: padded on the side that ``batch``
+            pads, where it has an ``attention_mask``.
 
     Returns:
         Parameter name to the largest relative error of its per-sample norms.
 
     Raises:
-        NoRuleError: an unsupported use of a parameter, a loss that couples records, a buffer that changes, or norms
-            that disagree; the message names the parameter.
+        NoRuleError: an unsupported use of a parameter, a loss that couples records, a buffer that changes, norms
+            that disagree, or a record that padding changes; the message names the parameter.
         PrivacyError: the loss is not one number per record, or the batch packs records.
 
     Cost: a few forwards and backwards of two records of 11 tokens. Dropout is off; tolerances in `tolerance`.
@@ -55,7 +58,7 @@ def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
         check_model(engine.model)
     check_batch(like, engine.model)
     device = next(iter(engine.parameters.values())).device if engine.parameters else torch.device("cpu")
-    like = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in like.items()}
+    like = {name: _on(value, device) for name, value in like.items()}
     with _mode(engine.model, training=True), _untrained_restored(engine.model) as before:
         _check_untrained(engine, synthetic_batch(engine.model, like, RECORDS, _TOKENS), before)
     with _mode(engine.model, training=False), _untrained_restored(engine.model):
@@ -63,7 +66,11 @@ def check(engine: Engine, batch: Batch | None = None) -> dict[str, float]:
         for attempt in range(_TRIES):
             made = synthetic_batch(engine.model, like, RECORDS, _TOKENS, seed=attempt)
             try:
-                return _compare(engine, made)
+                errors = _compare(engine, made)
+                pair = pairs.pair(attempt) if pairs is not None else masked_pair(made, like, _pad_token(engine))
+                if pair is not None:
+                    _compare_padded(engine, *({n: _on(v, device) for n, v in one.items()} for one in pair))
+                return errors
             except NoRuleError:
                 if attempt == _TRIES - 1:
                     raise
@@ -108,6 +115,46 @@ def _compare(engine: Engine, batch: Mapping[str, Any]) -> dict[str, float]:
             fix="freeze that parameter, or report the model: this is a use that no rule describes",
         )
     return dict(zip(names, errors.tolist(), strict=True))
+
+
+def padding_example(model: nn.Module, collate: Callable[[list[Any]], Batch], item: Any) -> CollatedPairs | None:
+    """Pairs for `check` from a dataset's collator; None if made-up records do not go through it."""
+    pairs = CollatedPairs(model, collate, item)
+    return pairs if pairs.usable() else None
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _pad_token(engine: Engine) -> int:
+    pad = getattr(getattr(engine.model, "config", None), "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else 0
+
+
+def _compare_padded(engine: Engine, beside: Batch, alone: Batch) -> None:
+    """The short record of a pair, padded beside a full one, against itself alone: loss and norm of its gradient."""
+    dtype = next(iter(engine.parameters.values())).dtype if engine.parameters else torch.float32
+    allowed = tolerance(dtype)
+    with torch.no_grad():
+        losses = [
+            float(checked(engine.loss_fn(engine.model, batch), batch_size(batch))[-1]) for batch in (beside, alone)
+        ]
+    squares, names = engine.norms_by_parameter(beside)
+    norms = [float(squares[:, -1].sum().sqrt()), float(_reference(engine, alone, names).sum().sqrt())]
+    for what, (padded, by_itself) in (("loss", losses), ("gradient norm", norms)):
+        if not abs(padded - by_itself) <= allowed * max(abs(by_itself), 1e-3):
+            raise NoRuleError(
+                f"A record's {what} changes with its padding ({padded:.6f} padded to a longer record beside it, "
+                f"{by_itself:.6f} alone).",
+                code="dp-padding",
+                where="the self-check with synthetic records of two lengths, before training",
+                why="its gradient then depends on the length of the records beside it, and clipping per record does "
+                "not bound what one long record changes",
+                fix="mask padding wherever tokens meet (pooling, a loss's mean), pad on the right "
+                "(padding_side='right') or give position_ids that count from the first real token, or prepare all "
+                "records at one fixed length",
+            )
 
 
 def _singles(batch: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -272,8 +272,8 @@ class PrivateSession:
         return self.ledger.spent(self.run, self.settings.budget.delta)
 
     def lifetime(self) -> Spent:
-        """What all private runs on this dataset have spent together."""
-        return self.ledger.lifetime(self.settings.budget.delta)
+        """What all private runs on this dataset that protect the same unit have spent together."""
+        return self.ledger.lifetime(self.settings.budget.delta, self.run)
 
     def statement(self) -> Statement:
         """The privacy statement as of now; ``str()`` of it is for people, ``to_json()`` for programs."""

@@ -25,6 +25,7 @@ from coterie.dp.lot_sums import Collate, Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
 from coterie.dp.provenance import Artefact, declared, not_covered
 from coterie.dp.randomness import random_source
+from coterie.dp.run_facts import UNCHECKED, RunStart
 from coterie.dp.session import PrivateSession
 from coterie.dp.spool import Spool
 from coterie.errors import BudgetError, DataError, PrivacyError
@@ -60,6 +61,7 @@ def make_private(
     run: str | None = None,
     seed: int | None = None,
     self_check: bool = True,
+    record: Mapping[str, Any] | None = None,
     engine: SumEngine | None = None,
 ) -> PrivateSession:
     """A session that trains ``model`` on ``dataset`` within ``budget``: ``for lot in session: session.step(lot)``.
@@ -95,7 +97,9 @@ def make_private(
             same text prepared in another way.
         run: identifier in the ledger; default: random.
         seed: for tests only: lots, dropout and noise come from it, and the run is NOT private.
-        self_check: compare the engine with one record at a time on synthetic records, before training.
+        self_check: compare the engine with one record at a time on synthetic records, before training. Without it
+            the statement lists as not covered whether the model keeps records apart.
+        record: what one record is, in public words and numbers (packing, sequence length), for ledger and statement.
         engine: a ready engine, instead of one made from ``loss_fn``, ``clipping`` and ``method``.
 
     Returns:
@@ -142,19 +146,19 @@ def make_private(
     settings = Settings(
         budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed
     )
-    if self_check:
-        _self_check(built, dataset, collate, user_column)
+    compared = self_check and _self_check(built, dataset, collate, user_column)
+    if not compared:
+        uncovered.append(UNCHECKED)
     books = open_ledger(digest or dataset_digest(dataset), ledger)
     run = run or secrets.token_hex(6)
-    books.start_run(
-        run, plan.mechanism(sigma), planned, unit=unit, units=units.count, clip_norm=clip_norm,
-        budget=asdict(budget), seeded=seed is not None, provenance=[artefact.to_json() for artefact in artefacts],
-    )  # fmt: skip
+    about = dict(record or {}) | ({"user_column": user_column} if user_column is not None else {})
+    RunStart(plan, settings, units, built).open(books, run, artefacts, about, compared)
     options = {
         "clipping": clipping if isinstance(clipping, str) else None,
         "method": method,
         "balance": asdict(balance),
         "records_per_user": records_per_user,
+        "self_check": self_check,
     }
     return PrivateSession(
         model, optimizer, dataset, collate, built, balancer, plan, units, settings, random_source(seed), books,
@@ -212,8 +216,13 @@ def resume_session(
         engine,
     )
     books = open_ledger(digest or dataset_digest(dataset), ledger or facts["ledger_root"])
+    plan, collate = LotPlan(**facts["plan"]), collate_fn or _default_collate
+    RunStart(plan, settings, units, built).check(books, facts["run"])
+    _check_optimizer(model, optimizer)
+    if options.get("self_check", True):
+        _self_check(built, dataset, collate, settings.user_column)
     session = PrivateSession(
-        model, optimizer, dataset, collate_fn or _default_collate, built, balancer, LotPlan(**facts["plan"]), units,
+        model, optimizer, dataset, collate, built, balancer, plan, units,
         settings, random_source(settings.seed), books, Spool(books.folder / "spool" / facts["run"]), facts["run"],
         facts["not_covered"], options, schedule,
     )  # fmt: skip
@@ -296,14 +305,19 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def _self_check(engine: SumEngine, dataset: Any, collate: Collate, column: str | None) -> None:
-    """Compare with one record at a time, on made-up records of the keys, shapes and types of a real one."""
+def _self_check(engine: SumEngine, dataset: Any, collate: Collate, column: str | None) -> bool:
+    """Compare with one record at a time, on made-up records of the keys, shapes and types of a real one.
+
+    Returns:
+        Whether that was done: an engine of the caller's own cannot be compared.
+    """
     if not isinstance(engine, Engine):
-        return
+        return False
     item = dataset[0]
     if column is not None:
         item = {name: value for name, value in item.items() if name != column}
-    selfcheck.check(engine, collate([item]))
+    selfcheck.check(engine, collate([item]), selfcheck.padding_example(engine.model, collate, item))
+    return True
 
 
 def _default_collate(items: list[Any]) -> Mapping[str, Any]:

@@ -28,7 +28,11 @@ class Statement:
         budget: what the run may spend.
         spent: what it spent, by the privacy loss distribution.
         renyi_epsilon: the same by Renyi accounting; None for truncated sampling, for which there is no bound.
-        lifetime: what all private runs on this dataset spent together.
+        record: what one record is, in public words and numbers, as the caller said.
+        clipping: the clipping policy.
+        eta: the part by which rounding may exceed the clip norm; noise is calibrated to ``clip_norm * (1 + eta)``.
+        lifetime: what all private runs on this dataset spent together that protect the same unit.
+        other_units: what runs that protect another unit spent, by their unit; not added up.
         seeded_runs: runs on this dataset that were not private and released something.
         revealed: runs that showed the text of this dataset to others, so that no lifetime epsilon holds.
         copies: for groups of records, (size, epsilon) at the same delta.
@@ -44,12 +48,16 @@ class Statement:
     limit: int | None
     noise_multiplier: float
     clip_norm: float
+    record: dict[str, Any]
+    clipping: str | None
+    eta: float | None
     rounds: int
     planned: int
     budget: Budget
     spent: Spent
     renyi_epsilon: float | None
     lifetime: Spent
+    other_units: dict[str, Spent]
     seeded_runs: tuple[str, ...]
     copies: tuple[tuple[int, float], ...]
     not_covered: tuple[str, ...]
@@ -61,7 +69,7 @@ class Statement:
     def to_json(self) -> dict[str, Any]:
         """JSON values; infinite epsilons become None."""
         data = asdict(self)
-        for spent in (data["spent"], data["lifetime"]):
+        for spent in (data["spent"], data["lifetime"], *data["other_units"].values()):
             spent["epsilon"] = _finite(spent["epsilon"])
         data["copies"] = [[size, _finite(eps)] for size, eps in self.copies]
         return data
@@ -77,13 +85,14 @@ class Statement:
                 "  secret randomness; what this run produced must not be released.",
             ]
         lines += [
-            f"  protected unit   one {self.unit}; neighbouring datasets differ by {self.relation}",
+            f"  protected unit   one {self.unit}; neighbouring datasets differ by {self.relation}{self._record()}",
             f"  this run         {self.spent} ({self.rounds} of {self.planned} rounds; budget "
             f"epsilon {self.budget.epsilon:g} at delta {self.budget.delta:.3g})",
-            f"  lifetime         {self.lifetime}, all private runs on this dataset, failed ones included",
+            f"  lifetime         {self.lifetime}, all private runs on this dataset for this unit, failed ones too",
+            *(f"  other unit       {unit}: {spent}, not added up" for unit, spent in self.other_units.items()),
             f"  accountant       privacy loss distribution (dp-accounting){self._beside()}",
             f"  mechanism        discrete Gaussian, noise multiplier {self.noise_multiplier:.4f}, clip norm "
-            f"{self.clip_norm:g}; {sampling}; N = {self.units} {self.unit}s, which is public",
+            f"{self.clip_norm:g}{self._clipping()}; {sampling}; N = {self.units} {self.unit}s, which is public",
         ]
         grown = [f"{size} copies epsilon {_shown(eps)}" for size, eps in self.copies]
         if grown:
@@ -102,6 +111,14 @@ class Statement:
         lines += [f"    - {line}" for line in self.not_covered]
         lines.append(f"  ledger           {self.ledger}, run {self.run}")
         return "\n".join(lines)
+
+    def _record(self) -> str:
+        facts = ", ".join(f"{name} {value}" for name, value in sorted(self.record.items()))
+        return f"; one record: {facts}" if facts else "; one record is one item of the dataset"
+
+    def _clipping(self) -> str:
+        policy = f" ({self.clipping})" if self.clipping else ""
+        return policy + (f", exceeded by rounding by at most {self.eta:.2g} of it" if self.eta is not None else "")
 
     def _beside(self) -> str:
         if self.renyi_epsilon is None:
@@ -151,12 +168,16 @@ def make_statement(
         limit=mechanism.limit,
         noise_multiplier=mechanism.noise_multiplier,
         clip_norm=clip_norm,
+        record=dict(facts.get("record") or {}),
+        clipping=facts.get("clipping"),
+        eta=facts.get("eta"),
         rounds=rounds,
         planned=int(facts["rounds"]),
         budget=budget,
         spent=Spent(epsilon(events, budget.delta), budget.delta),
         renyi_epsilon=renyi,
-        lifetime=ledger.lifetime(budget.delta),
+        lifetime=ledger.lifetime(budget.delta, run),
+        other_units=ledger.other_units(budget.delta, run),
         seeded_runs=tuple(ledger.seeded_runs()),
         revealed=tuple(ledger.revealed()),
         copies=tuple((size, group_epsilon(events, budget.delta, size)) for size in groups) if rounds else (),
@@ -178,5 +199,6 @@ def _always_outside(unit: str) -> tuple[str, ...]:
         "persons whose records are at several parties: their parties' promises add up",
         "how long rounds take, which depends on the lots",
         "evaluations, losses and other figures computed on private records without noise, if you show them",
-        "rounding: float32 sums and shared batches let one record change the last bits of others' contributions",
+        "rounding in shared batches: one record moves others' contributions by last bits (measured: 5e-6 C in "
+        "float32, 0.05 to 0.25 C in bfloat16 at 8 records a batch), and can flip another's routing at a near tie",
     )

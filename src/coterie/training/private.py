@@ -84,6 +84,7 @@ def run_private(
         balance=_balance(privacy),
         provenance=artefacts(config.model, config.data), ledger=privacy.ledger,
         digest=dataset_digest(documents.texts), seed=config.train.seed if privacy.seeded else None,
+        record={"packing": config.data.packing, "sequence_length": config.data.sequence_length},
     )  # fmt: skip
     with session:
         config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,9 @@ class PrivateSums:
                 factors_stay_apart(self._model),
                 seam.computed_by(self._model, StreamedExperts(streamer, HostGradients(), adapters)),
             ):
-                selfcheck.check(engine, self._records.collate([self._records[0]]))
+                first, collate = self._records[0], self._records.collate
+                pairs = selfcheck.padding_example(self._model, collate, first)
+                selfcheck.check(engine, collate([first]), pairs)
             self.open_books(streamer)
 
     def open_books(self, streamer: LayerStreamer) -> Contributor:

@@ -1,0 +1,101 @@
+"""What the ledger fixes about a run when it starts, and what a resumed run is held to.
+
+A checkpoint is a file that anybody may edit or mix up; the ledger's chain is not. What bounds the cost of a round
+(noise, sampling, clipping, units, whether randomness is secret) is therefore compared with the ledger on resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coterie.dp.ledger import Ledger
+from coterie.dp.lot_sums import Settings, SumEngine
+from coterie.dp.lots import LotPlan, Units
+from coterie.dp.provenance import Artefact
+from coterie.errors import LedgerError
+
+UNCHECKED = (
+    "whether the model keeps records apart: it was not compared with one record at a time (self_check=False, or an "
+    "engine of one's own)"
+)
+
+
+class RunStart(NamedTuple):
+    """The parts of a run that its ledger entry is made from."""
+
+    plan: LotPlan
+    settings: Settings
+    units: Units
+    engine: SumEngine
+
+    def facts(self) -> dict[str, Any]:
+        """Public facts of the entry, JSON values."""
+        clipping, settings = self.engine.clipping, self.settings
+        return {
+            "unit": "record" if self.units.starts is None else "user",
+            "units": self.units.count,
+            "users": grouping_digest(self.units),
+            "clip_norm": settings.clip_norm,
+            "clipping": repr(clipping),
+            "groups": len(self.engine.groups),
+            "eta": self.engine.eta,
+            "adaptive_quantile": settings.adaptive_quantile,
+            "seeded": settings.seed is not None,
+        }
+
+    def open(
+        self, ledger: Ledger, run: str, artefacts: Iterable[Artefact], record: Mapping[str, Any], self_check: bool
+    ) -> None:
+        """Write the run into the ledger, before anything is released.
+
+        Args:
+            ledger: of the dataset.
+            run: identifier.
+            artefacts: what the start was made from.
+            record: what one record is, in public words and numbers (packing, sequence length).
+            self_check: the engine was compared with one record at a time.
+        """
+        ledger.start_run(
+            run, self.plan.mechanism(self.settings.noise_multiplier), self.settings.rounds, **self.facts(),
+            budget=asdict(self.settings.budget), provenance=[artefact.to_json() for artefact in artefacts],
+            record=dict(record), self_check=self_check,
+        )  # fmt: skip
+
+    def check(self, ledger: Ledger, run: str) -> None:
+        """Hold a resumed run to its ledger entry.
+
+        Raises:
+            LedgerError: noise, sampling, rounds, clipping, units or secrecy are not what the run was started with.
+        """
+        fixed = ledger.run(run)
+        now = {
+            "mechanism": self.plan.mechanism(self.settings.noise_multiplier).to_json(),
+            "rounds": self.settings.rounds,
+            **self.facts(),
+        }
+        # `eta` follows from the model's shapes and may be stated more tightly by a later version.
+        other = [name for name, value in now.items() if name != "eta" and name in fixed and fixed[name] != value]
+        if other:
+            raise LedgerError(
+                f"the {other[0]} of run {run} is {now[other[0]]}, the ledger says {fixed[other[0]]}.",
+                code="dp-ledger-run",
+                where=str(ledger.folder),
+                why="noise, sampling, clipping and units are fixed in advance, and the statement speaks of these",
+                fix="resume it with the settings and the checkpoint it was started with, or start a new run",
+            )
+
+
+def grouping_digest(units: Units) -> str | None:
+    """SHA-256 of which records belong together; None where every record is its own unit."""
+    if units.starts is None or units.order is None:
+        return None
+    owner = np.empty(units.records, np.int64)
+    for unit in range(units.count):
+        members = units.order[units.starts[unit] : units.starts[unit + 1]]
+        owner[members] = members.min()
+    return hashlib.sha256(owner.tobytes()).hexdigest()
