@@ -236,6 +236,17 @@ def test_invariant_4_absolute_positions_behind_left_padding_are_refused() -> Non
         check(Engine(model), batch)
 
 
+def test_invariant_5_left_padding_changes_nothing_where_positions_are_relative() -> None:
+    batch = token_batch(2, 8, VOCAB)
+    batch["attention_mask"][0, :3] = 0
+    check(Engine(tiny_model("phimoe")), batch)
+    padded = {name: value[:1] for name, value in token_batch(1, 8, VOCAB).items()}
+    padded["attention_mask"][0, :3], padded["labels"][0, :3] = 0, -100
+    alone = {name: value[:, 3:] for name, value in padded.items()}
+    model = tiny_model("phimoe").eval()
+    assert torch.allclose(default_loss(model, padded), default_loss(model, alone), rtol=1e-5)
+
+
 def test_invariant_5_a_loss_over_the_padded_length_is_refused() -> None:
     def over_padding(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]

@@ -41,7 +41,8 @@ def batch_size(batch: Batch) -> int:
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Each record's own loss, [B] float32.
 
-    Causal LM: mean next-token cross-entropy over the record's labels that are not -100 (0 if it has none).
+    Causal LM: mean next-token cross-entropy over the record's labels that are not -100 and follow a token that is not
+    masked (0 if it has none).
     Encoder-decoder and masked LM: the same without the shift. Sequence classification: cross-entropy, or binary
     cross-entropy for labels of several classes, or squared error for one.
     """
@@ -64,7 +65,11 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         return classification_loss(logits, labels)
     if _is_masked_lm(model):
         return token_loss(logits, labels)
-    return token_loss(logits[:, :-1], labels[:, 1:])
+    mask, following = inputs.get("attention_mask"), labels[:, 1:]
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        # What follows padding on the left is predicted from padding, whose length the records beside it decide.
+        following = following.masked_fill(mask[:, :-1] == 0, IGNORED)
+    return token_loss(logits[:, :-1], following)
 
 
 def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

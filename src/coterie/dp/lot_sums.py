@@ -16,11 +16,10 @@ from coterie.dp.balance import Balancer
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping, quantile_update
 from coterie.dp.engine import Diagnostics
-from coterie.dp.losses import batch_size
 from coterie.dp.lots import Lot, Units
 from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
 from coterie.dp.randomness import RandomSource
-from coterie.dp.refusals import untrained_changed
+from coterie.dp.refusals import check_rows, untrained_changed
 from coterie.dp.untrained import Untrained
 from coterie.errors import CheckpointError, PrivacyError
 
@@ -234,13 +233,7 @@ class LotSums:
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in self._collate(items).items()
         }
-        if batch_size(batch) != len(items):
-            raise PrivacyError(
-                f"the collator made {batch_size(batch)} rows of {len(items)} records.",
-                code="dp-collator-packs",
-                why="records packed into one row cannot be clipped apart",
-                fix="use a collator that keeps one row for each record (padding, not packing)",
-            )
+        check_rows(batch, len(items))
         return batch
 
     def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coterie.dp.losses import IGNORED, Batch
 from coterie.dp.probe import vocabulary_of
+from coterie.dp.refusals import check_rows
 
 Pair = tuple[Batch, Batch]
 """A full record with a short one padded beside it, and the short one alone."""
@@ -38,7 +39,11 @@ class CollatedPairs:
         self._item = item
 
     def usable(self) -> bool:
-        """Whether made-up records of one length go through the collator."""
+        """Whether made-up records of one length go through the collator.
+
+        Raises:
+            PrivacyError: it packs them into one row.
+        """
         ids = self._item.get("input_ids") if isinstance(self._item, Mapping) else None
         if not isinstance(ids, list | Tensor) or (isinstance(ids, Tensor) and ids.ndim != 1):
             return False
@@ -51,9 +56,11 @@ class CollatedPairs:
 
     def _collated(self, lengths: list[int], seed: int) -> Batch | None:
         try:
-            return self._collate([self._made(length, seed + length) for length in lengths])
+            batch = self._collate([self._made(length, seed + length) for length in lengths])
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
             return None
+        check_rows(batch, len(lengths))
+        return batch
 
     def _made(self, length: int, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.losses import Batch
+from coterie.dp.losses import Batch, batch_size
 from coterie.errors import NoRuleError, PrivacyError
 
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "document_ids")
@@ -85,6 +85,21 @@ def check_batch(batch: Batch, model: nn.Module | None = None) -> None:
             code="dp-left-padding",
             why="padding would use up capacity, so a record's gradient would depend on the longest record beside it",
             fix="set padding_side='right' in the tokenizer or collator",
+        )
+
+
+def check_rows(batch: Batch, items: int) -> None:
+    """Refuse a collator that does not give one row for each record.
+
+    Raises:
+        PrivacyError: it made another number of rows.
+    """
+    if batch_size(batch) != items:
+        raise PrivacyError(
+            f"the collator made {batch_size(batch)} rows of {items} records.",
+            code="dp-collator-packs",
+            why="records packed into one row cannot be clipped apart",
+            fix="use a collator that keeps one row for each record (padding, not packing)",
         )
 
 
