@@ -185,6 +185,23 @@ def finished(report: dict[str, Any], settings: dict[str, Any], arm: str, seed: i
     )
 
 
+def gaps(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain minus private accuracy in points, of the seeds that have both arms: by part, each seed and the mean."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for result in report["results"]:
+        if result["settings"] == settings:
+            for part, value in result["accuracy"].items():
+                found.setdefault(part, {}).setdefault(result["seed"], {})[result["arm"]] = value
+    answer: dict[str, Any] = {}
+    for part, seeds in found.items():
+        points = {
+            seed: 100 * (arms["plain"] - arms["private"]) for seed, arms in sorted(seeds.items()) if len(arms) == 2
+        }
+        if points:
+            answer[part] = {"seeds": points, "mean": sum(points.values()) / len(points)}
+    return answer
+
+
 def machine() -> dict[str, Any]:
     return {
         "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
@@ -280,6 +297,9 @@ def main(given: Sequence[str] | None = None) -> None:
         print(f"{arm}, seed {seed}: {found}  ({result['cpu_seconds']:.0f} CPU s)", flush=True)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name, gap in gaps(report, settings).items():
+        each = ", ".join(f"{points:.1f}" for points in gap["seeds"].values())
+        print(f"cost of privacy on {name}: {gap['mean']:.1f} points (by seed: {each}; the paper: 2.5)")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,16 @@ def test_rates_rise_then_fall_and_never_reach_zero(sst2: ModuleType) -> None:
     assert sst2.warm_up_and_decay(0, 1) > 0
 
 
+def test_gaps_pair_the_arms_of_a_seed_and_leave_out_lone_ones(sst2: ModuleType) -> None:
+    rows = [("private", 0, 0.80), ("plain", 0, 0.85), ("plain", 1, 0.86), ("private", 1, 0.84), ("private", 2, 0.1)]
+    results = [{"settings": {}, "arm": arm, "seed": seed, "accuracy": {"test": value}} for arm, seed, value in rows]
+    others = [{"settings": {"lot": 1}, "arm": "plain", "seed": 2, "accuracy": {"test": 1.0}}]
+    found = sst2.gaps({"results": results + others}, {})
+    assert found["test"]["seeds"] == pytest.approx({0: 5.0, 1: 2.0})
+    assert found["test"]["mean"] == pytest.approx(3.5)
+    assert sst2.gaps({"results": results[4:]}, {}) == {}
+
+
 def small_encoder(folder: Path) -> None:
     """A checkpoint of two tiny layers with a vocabulary of the words that `write_rows` writes."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
@@ -143,7 +153,8 @@ def test_report_holds_both_arms_and_a_second_run_adds_nothing(
     assert private["noise_multiplier"] > 0.3
     assert plain["epsilon"] is None
     assert plain["noise_multiplier"] == 0.0
-    capsys.readouterr()
+    points = 100 * (plain["accuracy"]["test"] - private["accuracy"]["test"])
+    assert f"cost of privacy on test: {points:.1f} points" in capsys.readouterr().out
     sst2.main(given)
     assert "already" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text()) == report
