@@ -252,13 +252,25 @@ def memory_holds(pid: int, wanted: dict[str, bytes]) -> set[str]:
             if "w" not in permissions and not path.endswith(".safetensors"):
                 continue
             start, end = (int(edge, 16) for edge in area.split("-"))
-            try:
-                memory.seek(start)
-                content = memory.read(end - start)
-            except OSError:  # a guard page, or gone meanwhile
-                continue
-            found |= {name for name, value in wanted.items() if name not in found and value in content}
+            for first, last in resident(pid, start, end):
+                try:
+                    memory.seek(first)
+                    content = memory.read(last - first)
+                except OSError:  # gone meanwhile
+                    continue
+                found |= {name for name, value in wanted.items() if name not in found and value in content}
     return found
+
+
+def resident(pid: int, start: int, end: int) -> list[tuple[int, int]]:
+    """The stretches of an address range that have pages, in memory or swapped out."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        pagemap.seek(start // page * 8)
+        entries = torch.frombuffer(bytearray(pagemap.read((end - start) // page * 8)), dtype=torch.int64)
+    there = (entries < 0) | ((entries >> 62) & 1 == 1)  # bit 63: present, bit 62: swapped out
+    edges = torch.diff(there.int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero().squeeze(1).tolist()
+    return [(start + a * page, start + b * page) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @pytest.mark.slow
