@@ -14,14 +14,14 @@ from coterie.cli.output import console, say, table, write_json
 
 def command(
     parties: Annotated[int, typer.Option(help="Organisations that take part, 2 to 6.")] = 3,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of every arm; default 120.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds; default 60, of private arms 12.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Run folder; an earlier demo in it is replaced.")] = Path(
         "coterie-demo"
     ),
     arms: Annotated[
         str, typer.Option(help="What to compare, separated by commas.")
-    ] = "public,isolated,tokens,centralised",
+    ] = "public,isolated,tokens,experts,centralised,isolated_dp,experts_dp,centralised_dp",
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny demo of every step, in a minute; its losses show nothing.")
     ] = False,
@@ -43,7 +43,8 @@ def command(
     screen.line(f"coterie demo: {parties} parties, this machine only")
     results = run_demo(plan, folder, screen)
 
-    from coterie.demonstration.verdict import headline, meaning, not_protected, tables
+    from coterie.demonstration.tables import tables
+    from coterie.demonstration.verdict import headline, meaning, not_protected
 
     say()
     console().print(headline(results), style="bold", markup=False)

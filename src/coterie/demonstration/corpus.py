@@ -2,8 +2,9 @@
 
 Modules are read as source with `ast` and never imported or run. A document is the documentation of one top-level
 definition (a class with its methods, a function, or the module's own introduction). Parties get documents by
-*subject*, so that their texts differ the way the texts of different organisations do. The language reference
-(`pydoc_data.topics`) and the modules of no subject are the public part.
+*subject*, so that their texts differ the way the texts of different organisations do; documents of the subjects that
+no party has are dealt out among all, as organisations of one trade also write about the same things. The language
+reference (`pydoc_data.topics`) and the modules of no subject are the public part.
 
 What text there is follows from the Python version; on one version the result is the same on every machine.
 """
@@ -62,16 +63,15 @@ SUBJECTS: tuple[Subject, ...] = tuple(
             "mimetypes ipaddress netrc webbrowser",
         ),
         (
-            "numbers and data structures",
-            "_pydecimal decimal statistics fractions random datetime _pydatetime calendar collections "
-            "_collections_abc heapq bisect numbers enum dataclasses graphlib operator copy reprlib functools hashlib "
-            "hmac secrets uuid colorsys difflib types weakref _weakrefset array",
-        ),
-        (
             "files and the system",
             "os shutil subprocess tarfile zipfile pathlib tempfile gzip bz2 lzma fileinput glob fnmatch filecmp stat "
             "posixpath ntpath genericpath platform site sysconfig signal pwd shelve dbm sqlite3 ctypes _pyio io "
             "pickle pickletools wave venv zipapp zipimport compileall py_compile locale getpass _osx_support",
+        ),
+        (
+            "concurrency",
+            "asyncio threading multiprocessing concurrent queue sched contextlib contextvars selectors "
+            "_threading_local _pyrepl logging",
         ),
         (
             "text and formats",
@@ -79,9 +79,10 @@ SUBJECTS: tuple[Subject, ...] = tuple(
             "base64 binascii quopri plistlib tomllib gettext shlex cmd pprint stringprep _strptime",
         ),
         (
-            "concurrency",
-            "asyncio threading multiprocessing concurrent queue sched contextlib contextvars selectors "
-            "_threading_local _pyrepl logging",
+            "numbers and data structures",
+            "_pydecimal decimal statistics fractions random datetime _pydatetime calendar collections "
+            "_collections_abc heapq bisect numbers enum dataclasses graphlib operator copy reprlib functools hashlib "
+            "hmac secrets uuid colorsys difflib types weakref _weakrefset array",
         ),
         (
             "testing and debugging",
@@ -103,25 +104,35 @@ class Document:
 
 @dataclass(frozen=True)
 class Part:
-    """What one party holds, or what is public: no document is in both lists."""
+    """What one party holds, or what is public.
+
+    Attributes:
+        train: to train on, cut to size.
+        test: held out: no document is in any other list.
+        all: everything that is not held out, for private training, which needs many records; begins with ``train``.
+    """
 
     subject: str
     train: tuple[Document, ...]
     test: tuple[Document, ...]
+    all: tuple[Document, ...] = ()
 
     def sides(self) -> tuple[tuple[str, tuple[Document, ...]], ...]:
-        """Both lists with the names of their files."""
-        return ("train", self.train), ("test", self.test)
+        """The lists that hold something, with the names of their files."""
+        sides = (("train", self.train), ("all", self.all), ("test", self.test))
+        return tuple((name, documents) for name, documents in sides if documents)
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many characters each part may have at most. Little text per party, so that pooling can matter."""
+    """How many characters each part may have at most. Little text per party, so that pooling can matter; the private
+    arms take ``party_all``."""
 
     public_train: int = 600_000
     public_test: int = 30_000
     party_train: int = 60_000
     party_test: int = 50_000
+    party_all: int = 400_000
 
 
 DEFAULT_SIZE = Size()
@@ -135,15 +146,15 @@ class Corpus:
     parties: dict[str, Part]
 
     def write(self, folder: Path) -> dict[str, dict[str, Path]]:
-        """Write ``NAME/train.jsonl`` and ``NAME/test.jsonl`` (columns title, text) for each part.
+        """Write ``NAME/train.jsonl``, ``NAME/test.jsonl`` and, of a party, ``NAME/all.jsonl`` (columns title, text).
 
         Returns:
-            {"public" or party: {"train": file, "test": file}}.
+            {"public" or party: {"train": file, "test": file, ...}}.
         """
         files: dict[str, dict[str, Path]] = {}
         for name, part in {PUBLIC: self.public, **self.parties}.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
-            files[name] = {side: folder / name / f"{side}.jsonl" for side in ("train", "test")}
+            files[name] = {side: folder / name / f"{side}.jsonl" for side, _ in part.sides()}
             for side, documents in part.sides():
                 lines = [json.dumps({"title": d.title, "text": d.text}, ensure_ascii=False) for d in documents]
                 files[name][side].write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -170,11 +181,24 @@ def build(parties: Sequence[str], size: Size = DEFAULT_SIZE, library: Path | Non
         )
     by_subject = _by_subject(library or Path(sysconfig.get_paths()["stdlib"]))
     public = _split(PUBLIC, by_subject[PUBLIC], size.public_train, size.public_test, PUBLIC_TEST_SHARE)
+    common = [document for subject in SUBJECTS[len(parties) :] for document in by_subject[subject.name]]
     held = {
-        party: _split(subject.name, by_subject[subject.name], size.party_train, size.party_test, TEST_SHARE)
-        for party, subject in zip(parties, SUBJECTS, strict=False)
+        party: _split(
+            subject.name,
+            by_subject[subject.name] + [d for d in common if _rank(d)[-1] % len(parties) == number],
+            size.party_train,
+            size.party_test,
+            TEST_SHARE,
+            size.party_all,
+        )
+        for number, (party, subject) in enumerate(zip(parties, SUBJECTS, strict=False))
     }
     return Corpus(public, held)
+
+
+def _rank(document: Document) -> bytes:
+    """Where a document stands in an order that has nothing to do with its content."""
+    return hashlib.sha256(document.title.encode()).digest()
 
 
 def _by_subject(library: Path) -> dict[str, list[Document]]:
@@ -268,13 +292,13 @@ def _without_repeats(text: str, seen: set[str]) -> str:
     return "\n\n".join(kept)
 
 
-def _split(subject: str, documents: list[Document], train: int, test: int, share: float) -> Part:
+def _split(subject: str, documents: list[Document], train: int, test: int, share: float, everything: int = 0) -> Part:
     """Hold out by document and cut both sides to size, in an order fixed by the titles' digests."""
-    ranked = sorted((hashlib.sha256(d.title.encode()).digest(), d) for d in {d.title: d for d in documents}.values())
+    ranked = sorted((_rank(d), d) for d in {d.title: d for d in documents}.values())
     border = int(share * 2**32)
     held_out = [d for rank, d in ranked if int.from_bytes(rank[:4], "big") < border]
     kept = [d for rank, d in ranked if int.from_bytes(rank[:4], "big") >= border]
-    return Part(subject, _prefix(kept, train), _prefix(held_out, test))
+    return Part(subject, _prefix(kept, train), _prefix(held_out, test), _prefix(kept, everything))
 
 
 def _prefix(documents: list[Document], characters: int) -> tuple[Document, ...]:

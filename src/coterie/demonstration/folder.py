@@ -5,10 +5,11 @@
     README.txt          how to run any part again by hand
     data/NAME/          train.jsonl and test.jsonl of the public part and each party
     public/             train.yaml and run/ of the public checkpoint (run/model is a Hugging Face folder)
-    isolated/PARTY/     train.yaml and run/
-    centralised/        train.yaml and run/
+    isolated/PARTY/     train.yaml and run/; isolated_dp/ likewise
+    centralised/        train.yaml and run/; centralised_dp/ likewise
     tokens/             federation.yaml, kits/, weights/ (trunks and shards), PARTY/party.yaml and PARTY/run/,
-                        coordinator/
+                        coordinator/; experts/ and experts_dp/ likewise
+    ledger/             what the private arms spent, by dataset
     logs/               what each process printed
     results.json, losses.png, report.html
 """
@@ -19,6 +20,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 from coterie.config import (
     Address,
@@ -26,7 +28,11 @@ from coterie.config import (
     FederationConfig,
     FederationTrainSpec,
     ModelSpec,
+    OptimSpec,
     PartyConfig,
+    PartyPrivacy,
+    PrivacyRules,
+    PrivacySpec,
     TokenizerSpec,
     TokenizerTraining,
     TrainConfig,
@@ -44,8 +50,9 @@ TRUNK = "trunk.safetensors"
 SHARD = "experts-{party}.safetensors"
 MARKER = "demo.json"
 LOCK = ".lock"
+LEDGER = "ledger"
 MADE = frozenset(
-    {MARKER, LOCK, "README.txt", "data", PUBLIC, *ARMS, "logs", "results.json", "losses.png", "report.html"}
+    {MARKER, LOCK, "README.txt", "data", PUBLIC, *ARMS, LEDGER, "logs", "results.json", "losses.png", "report.html"}
 )
 """Everything the demo puts at the top of its folder: what an earlier demo may have left, and nothing else."""
 
@@ -132,12 +139,12 @@ class Folder:
     def alone(self, arm: Arm, party: str) -> Command:
         """Train the whole model on one party's text."""
         where = Path(arm.name, party)
-        return self._train(where, self._from_public(where, (party,)), f"{party} alone")
+        return self._train(where, self._from_public(arm, where, (party,)), f"{party} alone")
 
     def pooled(self, arm: Arm) -> Command:
         """Train the whole model on everybody's text."""
         where = Path(arm.name)
-        return self._train(where, self._from_public(where, self._plan.parties), "all text in one place")
+        return self._train(where, self._from_public(arm, where, self._plan.parties), "all text in one place")
 
     def run_dir(self, arm: Arm, party: str) -> Path:
         """Where an arm's run for a party leaves its figures."""
@@ -164,9 +171,11 @@ class Folder:
             model=ModelSpec(path=self._up(where) / PUBLIC / "run" / "model", provenance="public"),
             parties=dict(zip(plan.parties, addresses, strict=True)),
             coordinator=coordinator,
-            optim=plan.optim,
-            train=FederationTrainSpec(**self._length(plan.batch, plan.micro_batch).model_dump(), in_flight=2),
+            optim=self._optim(arm),
+            train=FederationTrainSpec(**self._length(arm, 1).model_dump(), in_flight=2),
             exchange=arm.exchange,
+            privacy=self._rules(arm),
+            trunk="shared" if arm.exchange == "experts" else "private",
             join_deadline_s=120.0,
             max_attempts=2,
         )
@@ -177,11 +186,12 @@ class Folder:
                 party=party,
                 federation=Path("../federation.yaml"),
                 kit=Path("../kits") / party,
-                data=self._data(own, (party,), TokenizerSpec()),
+                data=self._data(own, (party,), TokenizerSpec(), arm),
                 trunk=Path("../weights") / TRUNK,
                 shard=Path("../weights") / SHARD.format(party=party),
                 run_dir=Path("run"),
                 device="cpu",
+                privacy=PartyPrivacy(**self._local(own)) if arm.private else None,
             )
             self._write(own / "party.yaml", spec)
         return config
@@ -189,47 +199,78 @@ class Folder:
     def split(self, arm: Arm) -> Command:
         """Cut the public checkpoint into a trunk and shards."""
         arguments = ("split", "--federation", f"{arm.name}/federation.yaml", "--out", f"{arm.name}/weights")
-        return self._command("split", *arguments)
+        return self._command("split", *arguments, log=f"{arm.name}-split")
 
     def provision(self, arm: Arm) -> Command:
         """Make keys, certificates and the signed roster."""
-        return self._command("provision", "provision", f"{arm.name}/federation.yaml", "--out", f"{arm.name}/kits")
+        arguments = ("provision", f"{arm.name}/federation.yaml", "--out", f"{arm.name}/kits")
+        return self._command("provision", *arguments, log=f"{arm.name}-provision")
 
     def coordinator(self, arm: Arm) -> Command:
         where = arm.name
         arguments = ("--kit", f"{where}/kits/coordinator", "--run-dir", f"{where}/coordinator")
-        return self._command("coordinator", "coordinator", f"{where}/federation.yaml", *arguments)
+        log = f"{arm.name}-coordinator"
+        return self._command("coordinator", "coordinator", f"{where}/federation.yaml", *arguments, log=log)
 
     def up(self, arm: Arm, party: str) -> Command:
-        return self._command(party, "up", f"{arm.name}/{party}/party.yaml")
+        return self._command(party, "up", f"{arm.name}/{party}/party.yaml", log=f"{arm.name}-{party}")
 
     # ----
 
-    def _from_public(self, where: Path, parties: tuple[str, ...]) -> TrainConfig:
+    def _from_public(self, arm: Arm, where: Path, parties: tuple[str, ...]) -> TrainConfig:
+        train, rules = self._length(arm, len(parties)), self._rules(arm)
+        privacy = None
+        if isinstance(rules, PrivacyRules):
+            privacy = PrivacySpec(**{**rules.model_dump(), "lot_size": train.batch_size}, **self._local(where))
         return TrainConfig(
             model=ModelSpec(path=self._up(where) / PUBLIC / "run" / "model", provenance="public"),
-            data=self._data(where, parties, TokenizerSpec()),
-            optim=self._plan.optim,
-            train=self._length(self._plan.batch * len(parties), 2 * self._plan.micro_batch),
+            data=self._data(where, parties, TokenizerSpec(), arm),
+            optim=self._optim(arm),
+            train=train,
+            privacy=privacy,
             run_dir=Path("run"),
             device="cpu",
         )
 
-    def _length(self, batch: int, micro_batch: int) -> TrainSpec:
-        """How much is trained; the size of a micro-batch changes the speed only."""
-        plan = self._plan
-        return TrainSpec(
-            rounds=plan.rounds,
-            batch_size=batch,
-            micro_batch=micro_batch,
-            seed=plan.seed,
-            eval_every=plan.eval_every,
-            checkpoint_every=max(1, plan.rounds // 2),
+    def _optim(self, arm: Arm) -> OptimSpec:
+        return self._plan.private.optim if arm.private else self._plan.optim
+
+    def _rules(self, arm: Arm) -> PrivacyRules | Literal["none"] | None:
+        """What all parties of a federation agree on; of a single run without privacy, nothing."""
+        if not arm.private:
+            return "none" if arm.exchange == "experts" else None
+        private = self._plan.private
+        return PrivacyRules(
+            epsilon=private.epsilon, delta=private.delta, clip_norm=private.clip_norm, lot_size=private.lot
         )
 
-    def _data(self, where: Path, names: tuple[str, ...], tokenizer: TokenizerSpec) -> DataSpec:
+    def _local(self, where: Path) -> dict[str, Any]:
+        """One ledger for the whole demo: it adds up what all arms spend on the same text."""
+        return {"physical_batch": self._plan.private.physical_batch, "ledger": self._up(where) / LEDGER}
+
+    def _length(self, arm: Arm, shares: int) -> TrainSpec:
+        """How much is trained; the size of a micro-batch changes the speed only.
+
+        Args:
+            shares: parties whose sequences one process takes in a round.
+        """
+        plan = self._plan
+        rounds = plan.rounds_of(arm)
+        return TrainSpec(
+            rounds=rounds,
+            batch_size=shares * (plan.private.lot if arm.private else plan.batch),
+            micro_batch=plan.micro_batch if arm.kind == "federation" else 2 * plan.micro_batch,
+            seed=plan.seed,
+            eval_every=plan.private.eval_every if arm.private else plan.eval_every,
+            checkpoint_every=max(1, rounds // 2),
+        )
+
+    def _data(
+        self, where: Path, names: tuple[str, ...], tokenizer: TokenizerSpec, arm: Arm | None = None
+    ) -> DataSpec:
+        side = "all" if arm is not None and arm.private else "train"
         return DataSpec(
-            train=tuple(self._text(where, name, "train") for name in names),
+            train=tuple(self._text(where, name, side) for name in names),
             test=tuple(self._text(where, name, "test") for name in names),
             sequence_length=self._plan.sequence_length,
             tokenizer=tokenizer,

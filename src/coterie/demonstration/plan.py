@@ -1,9 +1,10 @@
 """What the demo does: its parties, its model, how much is trained, and which arms are compared.
 
-All arms start from the same public checkpoint and take the same number of rounds, with the same seed, learning-rate
-schedule and sequences per party and round. The text is little on purpose: a party that had enough of its own would
-have nothing to gain from the others. Learning rate, rounds and amount of text were tuned once; docs/how-to/demo.md
-says how.
+All arms start from the same public checkpoint. There are two groups, and arms are compared inside their group only.
+Arms without privacy take the same number of rounds, with the same seed, learning-rate schedule and sequences per
+party and round, on little text: a party that had enough of its own would have nothing to gain from the others. Private
+arms take all the text that there is and few large lots, because each record hides among the others of its lot. Learning
+rates, rounds, lots and amounts of text were tuned once; docs/how-to/demo.md says how.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Arm:
         title: what the table calls it.
         sees: what it trains on in a round.
         exchange: of a federation.
+        private: under a privacy budget for each party.
     """
 
     name: str
@@ -37,6 +39,17 @@ class Arm:
     title: str
     sees: str
     exchange: Literal["tokens", "experts"] | None = None
+    private: bool = False
+
+    @property
+    def alone(self) -> str:
+        """The arm of the same group in which every party trains by itself."""
+        return "isolated_dp" if self.private else "isolated"
+
+    @property
+    def pooled(self) -> str:
+        """The arm of the same group that has everybody's text in one process."""
+        return "centralised_dp" if self.private else "centralised"
 
 
 ARMS: dict[str, Arm] = {
@@ -51,7 +64,36 @@ ARMS: dict[str, Arm] = {
             "the party's own sequences for its trunk; the sequences of all parties for the shared experts",
             exchange="tokens",
         ),
+        Arm(
+            "experts",
+            "federation",
+            "together, experts",
+            "the sequences of all parties, for trunk and experts; each party's at that party",
+            exchange="experts",
+        ),
         Arm("centralised", "pooled", "all text in one place", "as many sequences as all parties together, mixed"),
+        Arm(
+            "isolated_dp",
+            "alone",
+            "private: alone",
+            "a lot of the party's own records, clipped and noised",
+            private=True,
+        ),
+        Arm(
+            "experts_dp",
+            "federation",
+            "private: together",
+            "a lot of every party's records, clipped and noised by that party before anything leaves it",
+            exchange="experts",
+            private=True,
+        ),
+        Arm(
+            "centralised_dp",
+            "pooled",
+            "private: in one place",
+            "one lot as large as those of all parties together, clipped, and noised once",
+            private=True,
+        ),
     )
 }
 """In the order of the table."""
@@ -74,8 +116,31 @@ def _small_model() -> dict[str, Any]:
     }
 
 
-_OPTIM = OptimSpec(lr=2e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=6)
+_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=3)
 _PUBLIC_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=28)
+
+
+_PRIVATE_OPTIM = OptimSpec(lr=2e-3, betas=(0.9, 0.99), schedule="constant")
+
+
+@dataclass(frozen=True)
+class PrivatePlan:
+    """The settings of the private arms.
+
+    Attributes:
+        lot: expected records per party and round; the pooled arm takes that many times the parties.
+        epsilon, delta: what each party may spend in one arm. Noise is calibrated to it.
+        physical_batch: records computed at once.
+    """
+
+    rounds: int = 12
+    lot: int = 256
+    epsilon: float = 8.0
+    delta: float = 1e-5
+    clip_norm: float = 1.0
+    physical_batch: int = 32
+    eval_every: int = 4
+    optim: OptimSpec = _PRIVATE_OPTIM
 
 
 @dataclass(frozen=True)
@@ -87,15 +152,16 @@ class Plan:
         micro_batch: of the federation, two of them in flight.
         at_once: how many baseline runs go on together, one processor core each. (Two cores for one run of a model
             this small gain nothing: 0.11 s a round on one, 0.22 s of processor time on two.)
+        private: of the arms under a privacy budget.
         quick: too small to show anything but that it works.
     """
 
     parties: tuple[str, ...] = NAMES[:3]
     arms: tuple[str, ...] = tuple(ARMS)
-    rounds: int = 120
-    batch: int = 8
-    micro_batch: int = 4
-    eval_every: int = 40
+    rounds: int = 60
+    batch: int = 16
+    micro_batch: int = 8
+    eval_every: int = 20
     seed: int = 0
     sequence_length: int = 64
     vocab_size: int = 1024
@@ -105,6 +171,7 @@ class Plan:
     public_rounds: int = 560
     public_batch: int = 16
     public_optim: OptimSpec = _PUBLIC_OPTIM
+    private: PrivatePlan = PrivatePlan()
     size: Size = DEFAULT_SIZE
     at_once: int = 2
     quick: bool = False
@@ -112,6 +179,9 @@ class Plan:
     def of_kind(self, *kinds: str) -> list[Arm]:
         """The chosen arms of some kinds, in the order of the table."""
         return [arm for arm in ARMS.values() if arm.name in self.arms and arm.kind in kinds]
+
+    def rounds_of(self, arm: Arm) -> int:
+        return self.private.rounds if arm.private else self.rounds
 
 
 def make_plan(
@@ -137,7 +207,7 @@ def make_plan(
             fix=f"choose a number from 2 to {len(SUBJECTS)}",
         )
     if rounds is not None and rounds < 1:
-        raise ConfigError(f"--rounds is {rounds}; at least one is needed.", code="demo-rounds", fix="--rounds 120")
+        raise ConfigError(f"--rounds is {rounds}; at least one is needed.", code="demo-rounds", fix="--rounds 60")
     unknown = [name for name in arms if name not in ARMS]
     if unknown or not arms:
         raise ConfigError(
@@ -153,8 +223,18 @@ def make_plan(
             rounds=8,
             eval_every=4,
             public_rounds=24,
-            size=Size(public_train=60_000, public_test=4_000, party_train=12_000, party_test=6_000),
+            private=PrivatePlan(rounds=3, lot=16, eval_every=1),
+            size=Size(public_train=60_000, public_test=4_000, party_train=12_000, party_test=6_000, party_all=24_000),
         )
-    return (
-        plan if rounds is None else replace(plan, rounds=rounds, eval_every=max(1, min(plan.eval_every, rounds // 4)))
+    return plan if rounds is None else _shortened(plan, rounds)
+
+
+def _shortened(plan: Plan, rounds: int) -> Plan:
+    """The plan with another number of rounds; private arms keep theirs unless it is smaller still."""
+    private = min(rounds, plan.private.rounds)
+    return replace(
+        plan,
+        rounds=rounds,
+        eval_every=max(1, min(plan.eval_every, rounds // 4)),
+        private=replace(plan.private, rounds=private, eval_every=max(1, min(plan.private.eval_every, private // 3))),
     )

@@ -12,33 +12,54 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from coterie.demonstration.plan import ARMS
-from coterie.demonstration.results import ALONE, Results
+from coterie.demonstration.results import Results
 
-COLOURS = {"public": "#9a9a9a", "isolated": "#d1495b", "tokens": "#2e6f95", "centralised": "#3c3c3c"}
+COLOURS = {
+    "public": "#9a9a9a",
+    "isolated": "#d1495b",
+    "tokens": "#2e6f95",
+    "experts": "#3a9d6b",
+    "centralised": "#3c3c3c",
+    "isolated_dp": "#d1495b",
+    "experts_dp": "#3a9d6b",
+    "centralised_dp": "#3c3c3c",
+}
 """Told apart also in grey and by people who do not see red and green alike; markers differ too."""
-MARKERS = {"public": "s", "isolated": "o", "tokens": "D", "centralised": "^"}
+MARKERS = {
+    "public": "s",
+    "isolated": "o",
+    "tokens": "D",
+    "experts": "v",
+    "centralised": "^",
+    "isolated_dp": "o",
+    "experts_dp": "v",
+    "centralised_dp": "^",
+}
 
 
 def save_plot(results: Results, path: Path) -> None:
-    """Write the picture as PNG."""
-    compared = ALONE in results.arms and len(results.arms) > 1
-    ratios = (1.1, 1.1, 1) if compared else (1.1, 1)
-    figure, panels = plt.subplots(1, len(ratios), figsize=(4.6 * len(ratios), 4.4), width_ratios=ratios)
-    figure.set_layout_engine("constrained")
-    _losses(results, panels[0])
-    if compared:
-        _differences(results, panels[1])
-    _over_rounds(results, panels[-1])
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    """Write the picture as PNG: one row of panels for the arms without privacy, one for the private arms."""
+    groups = {False: "without privacy", True: f"each party within epsilon {results.plan.private.epsilon:g}"}
+    rows = [p for p in groups if any(ARMS[arm].private == p and arm != "public" for arm in results.arms)] or [False]
+    figure = plt.figure(figsize=(13.8, 0.4 + 4.2 * len(rows)), layout="constrained")
+    strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for strip, private in zip(strips, rows, strict=True):
+        panels = strip.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
+        arms = [arm for arm in results.arms if arm == "public" or ARMS[arm].private == private]
+        _losses(results, arms, panels[0])
+        _differences(results, arms, panels[1])
+        _over_rounds(results, arms, panels[2])
+        handles, labels = panels[0].get_legend_handles_labels()
+        strip.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        strip.suptitle(groups[private], fontsize=11, fontweight="bold")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
-def _losses(results: Results, axes: Axes) -> None:
-    for arm, by_party in results.arms.items():
-        losses = [figures.loss for figures in by_party.values()]
-        at = _places(results, list(results.arms), arm)
+def _losses(results: Results, arms: list[str], axes: Axes) -> None:
+    for arm in arms:
+        losses = [figures.loss for figures in results.arms[arm].values()]
+        at = _places(results, arms, arm)
         axes.plot(at, losses, MARKERS[arm], color=COLOURS[arm], markersize=8, label=ARMS[arm].title)
         for x, loss in zip(at, losses, strict=True):
             axes.annotate(f"{loss:.2f}", (x, loss), (0, 7), textcoords="offset points", ha="center", fontsize=7)
@@ -46,17 +67,17 @@ def _losses(results: Results, axes: Axes) -> None:
     _dress(results, axes, "held-out loss after the last round")
 
 
-def _differences(results: Results, axes: Axes) -> None:
+def _differences(results: Results, arms: list[str], axes: Axes) -> None:
     """How far each trained arm is from the party alone, with the interval of that difference."""
-    arms = [arm for arm in results.arms if arm not in (ALONE, "public")]
-    for arm in arms:
-        found = [results.difference(arm, ALONE, party) for party in results.parties]
+    compared = [arm for arm in arms if arm != "public" and ARMS[arm].kind != "alone" and ARMS[arm].alone in arms]
+    for arm in compared:
+        found = [results.difference(arm, ARMS[arm].alone, party) for party in results.parties]
         means = [difference.mean for difference in found if difference]
         below = [difference.mean - difference.low for difference in found if difference]
         above = [difference.high - difference.mean for difference in found if difference]
-        at = _places(results, arms, arm)
+        at = _places(results, compared, arm)
         axes.errorbar(at, means, (below, above), fmt=MARKERS[arm], color=COLOURS[arm], capsize=4, markersize=7)
-    axes.axhline(0, color=COLOURS[ALONE], linewidth=1.5)
+    axes.axhline(0, color=COLOURS["isolated"], linewidth=1.5)
     axes.set_ylabel("nats per token; below the line is better")
     _dress(results, axes, "difference from training alone, 95 % interval")
 
@@ -77,12 +98,14 @@ def _dress(results: Results, axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _over_rounds(results: Results, axes: Axes) -> None:
+def _over_rounds(results: Results, arms: list[str], axes: Axes) -> None:
     start = None
     if "public" in results.arms:
         figures = results.arms["public"].values()
         start = sum(f.evaluation.loss_S.sum() for f in figures) / sum(f.evaluation.tokens for f in figures)
     for arm, points in results.curves.items():
+        if arm not in arms:
+            continue
         course = [(0, float(start)), *points] if start is not None else list(points)
         rounds, losses = zip(*course, strict=True)
         axes.plot(rounds, losses, color=COLOURS[arm], marker=MARKERS[arm], markersize=4, label=ARMS[arm].title)

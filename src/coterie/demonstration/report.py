@@ -8,7 +8,8 @@ from pathlib import Path
 
 from coterie.demonstration.plan import ARMS
 from coterie.demonstration.results import Results
-from coterie.demonstration.verdict import Table, headline, meaning, not_protected, tables
+from coterie.demonstration.tables import Table, tables
+from coterie.demonstration.verdict import headline, meaning, not_protected
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,29 @@ from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import read_metrics
 from coterie.training.run import evaluate_run, load_trained
 
-ALONE, POOLED = "isolated", "centralised"
-"""The arms that the others are compared with."""
+
+@dataclass(frozen=True)
+class Promise:
+    """What one party spent in a private arm, as its own ledger has it."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    rounds: int
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One arm for one party. Memory is that of the process that trained (for the pooled arm one for all parties)."""
+    """One arm for one party. Memory is that of the process that trained (for the pooled arm one for all parties).
+
+    Attributes:
+        promise: of a private arm.
+    """
 
     evaluation: Evaluation
     model_state_bytes: int
     peak_rss_bytes: int
+    promise: Promise | None = None
 
     @property
     def loss(self) -> float:
@@ -108,10 +120,13 @@ class Results:
             "loss": {party: f.loss for party, f in by_party.items()},
             "perplexity": {party: f.evaluation.perplexity for party, f in by_party.items()},
         }
-        for name in (ALONE, POOLED):
+        promises = {party: asdict(f.promise) for party, f in by_party.items() if f.promise is not None}
+        if promises:
+            found["privacy"] = promises
+        for role, name in (("isolated", ARMS[arm].alone), ("centralised", ARMS[arm].pooled)):
             if arm not in ("public", name) and name in self.arms:
                 differences = {party: self.difference(arm, name, party) for party in by_party}
-                found[f"minus_{name}"] = {
+                found[f"minus_{role}"] = {
                     party: {"mean": d.mean, "low": d.low, "high": d.high, "tie": d.is_tie}
                     for party, d in differences.items()
                     if d is not None
@@ -119,10 +134,17 @@ class Results:
         return found
 
     def _wire(self) -> dict[str, Any]:
-        """Of the first federation; the demo without one moves nothing."""
-        wire = next(iter(self.wire.values()), Wire(0, 0))
-        ratio = wire.ratio if wire.tensor_bytes else None
-        return {"payload_bytes": wire.payload_bytes, "tensor_bytes": wire.tensor_bytes, "ratio": ratio}
+        """Of all federations together, and of each; a demo without one moves nothing."""
+        total = Wire(
+            sum(wire.payload_bytes for wire in self.wire.values()),
+            sum(wire.tensor_bytes for wire in self.wire.values()),
+        )
+        return {**_wire_json(total), "arms": {arm: _wire_json(wire) for arm, wire in self.wire.items()}}
+
+
+def _wire_json(wire: Wire) -> dict[str, Any]:
+    ratio = wire.ratio if wire.tensor_bytes else None
+    return {"payload_bytes": wire.payload_bytes, "tensor_bytes": wire.tensor_bytes, "ratio": ratio}
 
 
 def collect(plan: Plan, root: Path, subjects: Mapping[str, str], screen: Screen) -> Results:
@@ -168,7 +190,9 @@ def _weight_bytes(model: Any) -> int:
 def _figures(run_dir: Path) -> Figures:
     result = json.loads((run_dir / "result.json").read_text("utf-8"))
     evaluation = Evaluation.load(run_dir / "evaluation.safetensors")
-    return Figures(evaluation, int(result["model_state_bytes"]), int(result["peak_rss_bytes"]))
+    told = result.get("privacy")
+    promise = Promise(**{field.name: told[field.name] for field in fields(Promise)}) if told else None
+    return Figures(evaluation, int(result["model_state_bytes"]), int(result["peak_rss_bytes"]), promise)
 
 
 def _shares(run_dir: Path, sizes: Mapping[str, int]) -> dict[str, Figures]:
@@ -178,7 +202,7 @@ def _shares(run_dir: Path, sizes: Mapping[str, int]) -> dict[str, Figures]:
     for party, size in sizes.items():
         rows = slice(start, start + size)
         part = Evaluation(whole.evaluation.loss_S[rows], whole.evaluation.tokens_S[rows])
-        found[party] = Figures(part, whole.model_state_bytes, whole.peak_rss_bytes)
+        found[party] = Figures(part, whole.model_state_bytes, whole.peak_rss_bytes, whole.promise)
         start += size
     return found
 

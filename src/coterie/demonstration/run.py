@@ -78,17 +78,20 @@ def _public(plan: Plan, folder: Folder, processes: Processes, screen: Screen) ->
 
 
 def _baselines(plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
-    """Longest first: the pooled run takes as long as all parties alone together."""
-    commands = [folder.pooled(arm) for arm in plan.of_kind("pooled")]
-    commands += [folder.alone(arm, party) for arm in plan.of_kind("alone") for party in plan.parties]
-    if not commands:
-        screen.line("no such arm was asked for")
-        return
-    arms = plan.of_kind("pooled", "alone")
-    run_dirs = dict.fromkeys(folder.run_dir(arm, party) for arm in arms for party in plan.parties)
-    follow = Follow(tuple(run_dirs), plan.rounds)
-    processes.run_all(commands, plan.at_once, lambda: screen.progress(f"{len(commands)} runs: {follow.text()}"))
-    screen.line(f"{', '.join(c.name for c in commands)}: {plan.rounds} rounds each")
+    """First without privacy, then with. Longest first: the pooled run takes as long as all parties alone together."""
+    for private in (False, True):
+        arms = [arm for arm in plan.of_kind("pooled", "alone") if arm.private == private]
+        if not arms:
+            continue
+        commands = [folder.pooled(arm) for arm in arms if arm.kind == "pooled"]
+        commands += [folder.alone(arm, party) for arm in arms if arm.kind == "alone" for party in plan.parties]
+        run_dirs = dict.fromkeys(folder.run_dir(arm, party) for arm in arms for party in plan.parties)
+        rounds = plan.rounds_of(arms[0])
+        follow = Follow(tuple(run_dirs), rounds)
+        what = f"{len(commands)} {'private ' if private else ''}runs"
+        processes.run_all(commands, plan.at_once, lambda f=follow, w=what: screen.progress(f"{w}: {f.text()}"))  # type: ignore[misc]
+        budget = f", each within epsilon {plan.private.epsilon:g}" if private else ""
+        screen.line(f"{', '.join(c.name for c in commands)}: {rounds} rounds each{budget}")
 
 
 def _federation(arm: Arm, plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
@@ -100,14 +103,15 @@ def _federation(arm: Arm, plan: Plan, folder: Folder, processes: Processes, scre
     names = ", ".join(plan.parties)
     screen.line(f"{len(plan.parties) + 1} keys made here; roster signed by all; {names}: TLS both ways")
     commands = [folder.coordinator(arm), *(folder.up(arm, party) for party in plan.parties)]
-    follow = Follow(tuple(folder.run_dir(arm, party) for party in plan.parties), plan.rounds)
+    follow = Follow(tuple(folder.run_dir(arm, party) for party in plan.parties), config.train.rounds)
 
     def watch() -> None:
         sent = sum(_sent(folder.run_dir(arm, party)) for party in plan.parties)
-        screen.progress(follow.text(f"sent {megabytes(sent)}" if sent else ""))
+        screen.progress(f"{arm.title}: {follow.text(f'sent {megabytes(sent)}' if sent else '')}")
 
     ended = processes.run_all(commands, len(commands), watch)
-    screen.line(f"{config.train.rounds} rounds of `{arm.exchange}` in {_span(ended):.0f} s of processor time")
+    budget = f", each party within epsilon {plan.private.epsilon:g}" if arm.private else ""
+    screen.line(f"{arm.title}: {config.train.rounds} rounds{budget} in {_span(ended):.0f} s of processor time")
 
 
 def _span(ended: list[Running]) -> float:

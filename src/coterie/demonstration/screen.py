@@ -64,7 +64,10 @@ class Follow:
 
 
 def newest_figures(run_dir: Path) -> dict[str, Any] | None:
-    """The last line of a run's figures that tells of training; None before the first round."""
+    """The last line of a run's figures that tells of training; None before the first round.
+
+    A private run keeps its losses to itself under another name; what is read of it is how far it is.
+    """
     path = run_dir / "metrics.jsonl"
     try:
         with path.open("rb") as file:
@@ -77,7 +80,7 @@ def newest_figures(run_dir: Path) -> dict[str, Any] | None:
             row: dict[str, Any] = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and "loss" in row:
+        if isinstance(row, dict) and ("loss" in row or "loss_not_private" in row):
             return row
     return None
 
