@@ -72,11 +72,24 @@ def test_no_module_belongs_to_two_subjects() -> None:
     assert not set(modules) & corpus.LEFT_OUT
 
 
-def test_fewer_parties_change_nobody_elses_text(tmp_path: Path) -> None:
-    library = write_library(tmp_path)
-    six, two = corpus.build(NAMES, library=library), corpus.build(NAMES[:2], library=library)
+def test_subjects_that_no_party_has_are_dealt_to_all_each_document_once(tmp_path: Path) -> None:
+    library, whole = write_library(tmp_path), Size(party_test=100_000)
+    six, two = corpus.build(NAMES, whole, library), corpus.build(NAMES[:2], whole, library)
     assert two.public == six.public
-    assert two.parties == {name: six.parties[name] for name in NAMES[:2]}
+    everything = [document for part in six.parties.values() for document in (*part.all, *part.test)]
+    dealt = [document for part in two.parties.values() for document in (*part.all, *part.test)]
+    assert sorted(d.title for d in dealt) == sorted(d.title for d in everything)
+    for own, part in zip(("alder", "birch"), two.parties.values(), strict=True):
+        kept = {d.title for d in (*part.all, *part.test)}
+        assert {d.title for d in (*six.parties[own].all, *six.parties[own].test)} < kept
+
+
+def test_what_is_not_held_out_begins_with_what_is_trained_on(installed: Corpus) -> None:
+    for part in installed.parties.values():
+        assert [d.title for d in part.all[: len(part.train)]] == [d.title for d in part.train]
+        assert not {d.title for d in part.all} & {d.title for d in part.test}
+        assert sum(len(d.text) for d in part.all) > sum(len(d.text) for d in part.train)
+    assert installed.public.all == ()
 
 
 def test_modules_are_read_and_never_run(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.config import FederationConfig, PartyConfig, TrainConfig, load_yaml
+from coterie.config import FederationConfig, PartyConfig, PartyPrivacy, PrivacyRules, TrainConfig, load_yaml
 from coterie.demonstration.folder import (
     LOCK,
     MADE,
@@ -32,7 +32,11 @@ def written(folder: Path, parties: int = 3) -> tuple[Folder, Plan]:
     for party in plan.parties:
         made.alone(ARMS["isolated"], party)
     made.pooled(ARMS["centralised"])
-    made.federation(ARMS["tokens"], ENDPOINTS[: parties + 1])
+    made.pooled(ARMS["centralised_dp"])
+    for party in plan.parties:
+        made.alone(ARMS["isolated_dp"], party)
+    for arm in plan.of_kind("federation"):
+        made.federation(arm, ENDPOINTS[: parties + 1])
     return made, plan
 
 
@@ -98,6 +102,36 @@ def test_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -> None:
     assert alone.data.sequence_length == own.data.sequence_length == pooled.data.sequence_length
 
 
+def test_private_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -> None:
+    _, plan = written(tmp_path)
+    alone = load_yaml(tmp_path / "isolated_dp" / "birch" / "train.yaml", TrainConfig)
+    pooled = load_yaml(tmp_path / "centralised_dp" / "train.yaml", TrainConfig)
+    together = load_yaml(tmp_path / "experts_dp" / "federation.yaml", FederationConfig)
+    own = load_yaml(tmp_path / "experts_dp" / "birch" / "party.yaml", PartyConfig)
+    assert alone.optim == pooled.optim == together.optim
+    assert alone.train.rounds == pooled.train.rounds == together.train.rounds == plan.private.rounds
+    assert [path.name for path in (*alone.data.train, *own.data.train)] == ["all.jsonl"] * 2
+    assert isinstance(together.privacy, PrivacyRules)
+    assert isinstance(own.privacy, PartyPrivacy)
+    assert alone.privacy
+    assert pooled.privacy
+    shared = ("epsilon", "delta", "clip_norm", "clipping", "sampler", "unit")
+    for name in shared:
+        assert getattr(alone.privacy, name) == getattr(pooled.privacy, name) == getattr(together.privacy, name)
+    assert together.privacy.lot_size == alone.privacy.lot_size == plan.private.lot
+    assert pooled.privacy.lot_size == len(plan.parties) * plan.private.lot
+    ledgers = {path.resolve() for path in (alone.privacy.ledger, pooled.privacy.ledger, own.privacy.ledger) if path}
+    assert ledgers == {tmp_path / "ledger"}
+    assert not any(spec.seeded for spec in (alone.privacy, pooled.privacy, own.privacy))
+
+
+def test_what_is_exchanged_without_privacy_says_so(tmp_path: Path) -> None:
+    written(tmp_path)
+    open_sums = load_yaml(tmp_path / "experts" / "federation.yaml", FederationConfig)
+    assert (open_sums.exchange, open_sums.privacy, open_sums.trunk) == ("experts", "none", "shared")
+    assert load_yaml(tmp_path / "tokens" / "federation.yaml", FederationConfig).exchange == "tokens"
+
+
 def test_settings_name_no_path_outside_the_folder(tmp_path: Path) -> None:
     written(tmp_path)
     for path in tmp_path.rglob("*.yaml"):
@@ -113,10 +147,12 @@ def test_the_readme_has_every_command(tmp_path: Path) -> None:
     made, plan = written(tmp_path)
     save_readme(plan, made, tmp_path / "README.txt")
     text = (tmp_path / "README.txt").read_text("utf-8")
-    tokens = ARMS["tokens"]
-    commands = [made.split(tokens), made.provision(tokens), made.coordinator(tokens), made.public()]
-    commands += [made.up(tokens, party) for party in plan.parties]
-    commands += [made.alone(ARMS["isolated"], party) for party in plan.parties]
+    commands = [made.public()]
+    for arm in plan.of_kind("federation"):
+        commands += [made.split(arm), made.provision(arm), made.coordinator(arm)]
+        commands += [made.up(arm, party) for party in plan.parties]
+    commands += [made.alone(arm, party) for arm in plan.of_kind("alone") for party in plan.parties]
+    commands += [made.pooled(arm) for arm in plan.of_kind("pooled")]
     assert all(f"\n  {command.shown}\n" in text for command in commands)
 
 

@@ -12,8 +12,9 @@ import torch
 from coterie.demonstration.plan import ARMS, make_plan
 from coterie.demonstration.plot import COLOURS, MARKERS, save_plot
 from coterie.demonstration.report import save_report
-from coterie.demonstration.results import Figures, Results, Wire, _mean, _shares
-from coterie.demonstration.verdict import headline, meaning, not_protected, tables
+from coterie.demonstration.results import Figures, Promise, Results, Wire, _mean, _shares
+from coterie.demonstration.tables import tables
+from coterie.demonstration.verdict import headline, meaning, not_protected
 from coterie.training.evaluate import Evaluation
 
 PARTIES = ("alder", "birch", "cedar")
@@ -59,23 +60,90 @@ def results(tokens: tuple[float, ...] = (3.9, 3.9, 3.9), **together: Figures) ->
     )
 
 
+def promised(loss: float, seed: int) -> Figures:
+    base = figures(loss, seed)
+    return Figures(base.evaluation, base.model_state_bytes, base.peak_rss_bytes, Promise(7.99, 1e-5, 0.8, 12))
+
+
+def private_results(together: tuple[float, ...] = (4.2, 4.2, 4.2)) -> Results:
+    """All arms of the demo; the private federation's losses are given."""
+    base = results()
+    losses = {"isolated_dp": (4.3, 4.3, 4.3), "experts_dp": together, "centralised_dp": (4.15, 4.15, 4.15)}
+    private = {
+        arm: {party: promised(each[seed], seed) for seed, party in enumerate(PARTIES)} for arm, each in losses.items()
+    }
+    arms = {**base.arms, "experts": base.arms["tokens"], **private}
+    return Results(
+        plan=base.plan,
+        subjects=base.subjects,
+        arms={arm: arms[arm] for arm in ARMS},
+        curves={**base.curves, **{arm: [(4, 4.3), (12, 4.2)] for arm in ("experts", *private)}},
+        best={**base.best, **{arm: dict.fromkeys(PARTIES, (12, 4.2)) for arm in ("isolated_dp", "experts_dp")}},
+        wire={**base.wire, "experts": Wire(303, 300), "experts_dp": Wire(204, 200)},
+    )
+
+
 def test_better_for_all_is_said_in_one_sentence() -> None:
     assert headline(results()) == (
-        "All 3 parties got a better model together than alone, within 3 % of pooling all text."
+        "Together against alone. `tokens`: all 3 parties got a better model, within 3 % of pooling all text."
     )
-    assert headline(results((3.9, 3.99, 3.9))) == "All 3 parties got a better model together than alone."
+    far = results((3.9, 3.99, 3.9))
+    assert headline(far) == "Together against alone. `tokens`: all 3 parties got a better model."
+
+
+def test_private_arms_are_compared_with_private_arms_only() -> None:
+    found = private_results()
+    assert headline(found) == (
+        "Together against alone. `tokens`, `experts` and `experts` within epsilon 8: all 3 parties got a better "
+        "model, within 3 % of pooling all text."
+    )
+    figures = found.as_json()["arms"]["experts_dp"]
+    assert figures["minus_isolated"]["alder"]["mean"] == pytest.approx(-0.1, abs=1e-6)  # 4.2 against 4.3
+    assert figures["minus_centralised"]["birch"]["mean"] == pytest.approx(0.05, abs=1e-6)
+    worse = private_results((4.2, 4.35, 4.2))
+    assert "`experts` within epsilon 8: alder and cedar better, birch worse" in headline(worse)
+
+
+def test_private_arms_tell_what_they_spent() -> None:
+    arms = private_results().as_json()["arms"]
+    assert {arm for arm, figures in arms.items() if "privacy" in figures} == {
+        "isolated_dp",
+        "experts_dp",
+        "centralised_dp",
+    }
+    spent = {"epsilon": 7.99, "delta": 1e-5, "noise_multiplier": 0.8, "rounds": 12}
+    assert arms["experts_dp"]["privacy"] == dict.fromkeys(PARTIES, spent)
+    privacy = next(table for table in tables(private_results()) if table.title.startswith("privacy spent"))
+    assert privacy.rows[1] == ("private: together", *["epsilon 7.99 (noise 0.80, 12 rounds)"] * 3)
+
+
+def test_losses_of_private_arms_are_labelled_as_not_private() -> None:
+    told = " ".join(not_protected(private_results()))
+    assert "losses above are NOT private" in told
+    assert "(epsilon 8, delta 1e-05)" in told
+    assert "`privacy: none`" in told
+    assert "losses above" not in " ".join(not_protected(results()))
+
+
+def test_wire_adds_up_all_federations() -> None:
+    wire = private_results().as_json()["wire"]
+    assert wire["payload_bytes"] == 102_000_000 + 303 + 204
+    assert wire["arms"]["experts_dp"] == {"payload_bytes": 204, "tensor_bytes": 200, "ratio": 1.02}
 
 
 def test_a_worse_party_is_named_as_worse() -> None:
     found = results((3.9, 4.1, 3.9))
-    assert headline(found) == "Together against alone: alder and cedar better; birch worse."
-    assert any(sentence.startswith("birch is worse together than alone: 4.1") for sentence in meaning(found))
+    assert headline(found) == "Together against alone. `tokens`: alder and cedar better, birch worse."
+    assert any("birch worse, compared with training alone" in sentence for sentence in meaning(found))
+    assert next(t for t in tables(found) if t.title.startswith("difference")).rows[0][2].startswith("+0.100 (")
 
 
 def test_a_difference_within_chance_is_a_tie() -> None:
     tied = results(cedar=noisy(4.0, 2))
-    assert headline(tied) == "Together against alone: alder and birch better; cedar no different beyond chance."
-    assert any(sentence.startswith("cedar ties with itself alone") for sentence in meaning(tied))
+    assert headline(tied) == (
+        "Together against alone. `tokens`: alder and birch better, cedar no different beyond chance, within 3 % of "
+        "pooling all text."
+    )
     assert tied.as_json()["arms"]["tokens"]["minus_isolated"]["cedar"]["tie"] is True
 
 
@@ -101,9 +169,9 @@ def test_the_warning_names_what_hosts_can_read() -> None:
 def test_without_a_federation_nothing_is_claimed() -> None:
     base = results()
     bare = Results(**{**vars(base), "arms": {k: v for k, v in base.arms.items() if k != "tokens"}, "wire": {}})
-    assert "needs both" in headline(bare)
+    assert "a comparison needs" in headline(bare)
     assert not_protected(bare) == []
-    assert bare.as_json()["wire"] == {"payload_bytes": 0, "tensor_bytes": 0, "ratio": None}
+    assert bare.as_json()["wire"] == {"payload_bytes": 0, "tensor_bytes": 0, "ratio": None, "arms": {}}
     assert len(tables(bare)) == 2
 
 
@@ -114,22 +182,24 @@ def test_the_json_has_the_agreed_shape() -> None:
     assert found["rounds"] == 60
     assert list(found["arms"]) == ["public", "isolated", "tokens", "centralised"]
     assert found["arms"]["tokens"]["loss"]["alder"] == pytest.approx(3.9, abs=0.05)
-    assert found["wire"] == {"payload_bytes": 102_000_000, "tensor_bytes": 100_000_000, "ratio": 1.02}
+    moved = {"payload_bytes": 102_000_000, "tensor_bytes": 100_000_000, "ratio": 1.02}
+    assert found["wire"] == {**moved, "arms": {"tokens": moved}}
     assert set(found["memory"]) == set(found["arms"])
     assert set(found["memory"]["tokens"]["birch"]) == {"model_state_bytes", "peak_rss_bytes"}
 
 
 def test_tables_have_every_arm_and_party() -> None:
-    losses, memory, wire = tables(results())
-    assert losses.columns == ("", *PARTIES)
-    assert [row[0] for row in losses.rows] == [arm.title for arm in ARMS.values()]
+    losses, differences, privacy, memory, wire = tables(private_results())
+    assert losses.columns == differences.columns == privacy.columns == ("", *PARTIES)
+    assert [row[0] for row in losses.rows] == [row[0] for row in memory.rows] == [a.title for a in ARMS.values()]
+    assert len(differences.rows) == 2 * 3
     assert re.fullmatch(r"\d\.\d{3} \(\d+\.\d\)", losses.rows[0][1])
     assert "370 MB" in memory.title
-    assert wire.rows == (("together, tokens", "102 MB", "100 MB", "1.020"),)
+    assert wire.rows[0] == ("together, tokens", "102 MB", "100 MB", "1.020")
 
 
 def test_the_page_opens_on_its_verdict_and_needs_nothing_else(tmp_path: Path) -> None:
-    save_plot(results(), tmp_path / "losses.png")
+    save_plot(private_results(), tmp_path / "losses.png")
     save_report(results(), tmp_path / "losses.png", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text("utf-8")
     assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"

@@ -15,6 +15,7 @@ import pytest
 
 from coterie.config import FederationConfig, PartyConfig, TrainConfig, load_yaml
 from coterie.demonstration.folder import MADE
+from coterie.demonstration.plan import ARMS
 from coterie.federation.coordinator_process import identify
 from coterie.federation.identity import Role
 
@@ -55,10 +56,17 @@ def test_the_figures_have_the_agreed_shape(finished: tuple[Path, subprocess.Comp
     figures = json.loads((folder / "demo.json").read_text("utf-8"))
     assert figures == json.loads((folder / "run" / "results.json").read_text("utf-8"))
     assert (figures["parties"], figures["rounds"]) == (["alder", "birch"], 2)
-    assert set(figures["arms"]) == {"public", "isolated", "tokens", "centralised"}
+    together = {"tokens", "experts", "experts_dp"}
+    assert set(figures["arms"]) == {"public", "isolated", "centralised", "isolated_dp", "centralised_dp", *together}
     for arm in figures["arms"].values():
         assert all(2.0 < arm["loss"][party] < 8.0 for party in figures["parties"])
-    assert 1.0 < figures["wire"]["ratio"] <= 1.03
+    assert set(figures["wire"]["arms"]) == together
+    assert all(1.0 < moved["ratio"] <= 1.03 for moved in figures["wire"]["arms"].values())
+    for arm in ("isolated_dp", "experts_dp", "centralised_dp"):
+        for spent in figures["arms"][arm]["privacy"].values():
+            assert 0 < spent["epsilon"] <= 8.0
+            assert (spent["delta"], spent["rounds"]) == (1e-5, 2)
+            assert spent["noise_multiplier"] > 0
     memory = {arm: figures["memory"][arm]["alder"]["model_state_bytes"] for arm in figures["arms"]}
     assert memory["tokens"] < 0.7 * memory["isolated"]
     assert memory["centralised"] == memory["isolated"]
@@ -69,9 +77,11 @@ def test_the_screen_ends_with_tables_meaning_and_warning(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     _, done = finished
-    for piece in ("each party alone", "together, tokens", "all text in one place", "peak memory", "ratio"):
+    titles = [arm.title for arm in ARMS.values()]
+    for piece in (*titles, "peak memory", "ratio", "privacy spent per record"):
         assert piece in done.stdout
     assert "`tokens` does NOT keep the text" in done.stdout
+    assert "losses above are NOT private" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr  # piped: plain lines
     for phase in ("1/5 text", "2/5 public", "3/5 alone and pooled", "4/5 together", "5/5 compare"):
         assert phase in done.stderr
@@ -81,18 +91,21 @@ def test_the_screen_ends_with_tables_meaning_and_warning(
 def test_the_folder_is_complete(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     root = finished[0] / "run"
     assert {path.name for path in root.iterdir()} == MADE
-    federation = load_yaml(root / "tokens" / "federation.yaml", FederationConfig)
-    for party in federation.parties:
-        own = load_yaml(root / "tokens" / party / "party.yaml", PartyConfig)
-        identify(federation, own.kit, party, Role.PARTY)  # kit and signed roster fit what is written
-        assert own.trunk.is_file()
-        assert own.shard.is_file()
-        for run in (own.run_dir, root / "isolated" / party / "run"):
-            assert (run / "metrics.jsonl").read_text("utf-8")
-            assert list((run / "checkpoints").glob("round-*/manifest.json"))
-        assert load_yaml(root / "isolated" / party / "train.yaml", TrainConfig)
+    for arm in ("tokens", "experts", "experts_dp"):
+        federation = load_yaml(root / arm / "federation.yaml", FederationConfig)
+        for party in federation.parties:
+            own = load_yaml(root / arm / party / "party.yaml", PartyConfig)
+            identify(federation, own.kit, party, Role.PARTY)  # kit and signed roster fit what is written
+            assert own.trunk.is_file()
+            assert own.shard.is_file()
+            alone = "isolated_dp" if arm == "experts_dp" else "isolated"
+            for run in (own.run_dir, root / alone / party / "run"):
+                assert (run / "metrics.jsonl").read_text("utf-8")
+                assert list((run / "checkpoints").glob("round-*/manifest.json"))
+            assert load_yaml(root / alone / party / "train.yaml", TrainConfig)
     assert (root / "public" / "run" / "model" / "config.json").is_file()
-    assert len(list((root / "logs").glob("*.log"))) == 9
+    alone_and_pooled, federations = 2 * (2 + 1), 3 * (2 + 1 + 2)
+    assert len(list((root / "logs").glob("*.log"))) == 1 + alone_and_pooled + federations
     assert (root / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -130,9 +130,9 @@ class Size:
 
     public_train: int = 600_000
     public_test: int = 30_000
-    party_train: int = 60_000
+    party_train: int = 100_000
     party_test: int = 50_000
-    party_all: int = 400_000
+    party_all: int = 220_000
 
 
 DEFAULT_SIZE = Size()

@@ -2,9 +2,9 @@
 
 All arms start from the same public checkpoint. There are two groups, and arms are compared inside their group only.
 Arms without privacy take the same number of rounds, with the same seed, learning-rate schedule and sequences per
-party and round, on little text: a party that had enough of its own would have nothing to gain from the others. Private
-arms take all the text that there is and few large lots, because each record hides among the others of its lot. Learning
-rates, rounds, lots and amounts of text were tuned once; docs/how-to/demo.md says how.
+party and round, on little text: a party that had enough of its own would have nothing to gain from the others.
+Private arms take all the text that there is and few large lots, because each record hides among the others of its
+lot. Learning rates, rounds, lots and amounts of text were tuned once; docs/how-to/demo.md says how.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def _small_model() -> dict[str, Any]:
     }
 
 
-_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=3)
+_OPTIM = OptimSpec(lr=2.5e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=3)
 _PUBLIC_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=28)
 
 
-_PRIVATE_OPTIM = OptimSpec(lr=2e-3, betas=(0.9, 0.99), schedule="constant")
+_PRIVATE_OPTIM = OptimSpec(lr=2.5e-3, betas=(0.9, 0.99), schedule="constant")
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ class PrivatePlan:
         physical_batch: records computed at once.
     """
 
-    rounds: int = 12
-    lot: int = 256
+    rounds: int = 10
+    lot: int = 192
     epsilon: float = 8.0
     delta: float = 1e-5
     clip_norm: float = 1.0
     physical_batch: int = 32
-    eval_every: int = 4
+    eval_every: int = 5
     optim: OptimSpec = _PRIVATE_OPTIM
 
 

@@ -42,16 +42,16 @@ def meaning(results: Results) -> list[str]:
     if any(not ARMS[arm].private for arm in results.curves):
         sentences.append(
             f"Arms without privacy took {plan.rounds} rounds from the same public model, with the same seed and "
-            f"learning rates, {plan.batch} sequences of {plan.sequence_length} tokens per party and round. Each party "
-            "has little text on purpose; with plenty of its own it would gain less."
+            f"learning rates, {plan.batch} sequences of {plan.sequence_length} tokens per party and round. Each "
+            "party has little text on purpose; with plenty of its own it would gain less."
         )
     if any(ARMS[arm].private for arm in results.curves):
         private = plan.private
         sentences.append(
-            f"Private arms took {private.rounds} rounds of about {private.lot} records per party from the same model, "
-            "and all text that the party has, because a record hides among many. So compare them with each other, not "
-            "with the arms above. A party adds the same noise alone and together; together it also learns from the "
-            "others' sums."
+            f"Private arms took {private.rounds} rounds of about {private.lot} records per party from the same "
+            "model, and all text that the party has, because a record hides among many. So compare them with each "
+            "other, not with the arms above. A party adds the same noise alone and together; together it also learns "
+            "from the others' sums."
         )
     sentences.append(
         "A model this small shows the direction, not the size, of what a large one would gain. Lots and noise are "
@@ -72,15 +72,15 @@ def not_protected(results: Results) -> list[str]:
 
 
 _TOKENS = (
-    "`tokens` does NOT keep the text from the other parties. For every token a hidden vector goes to the hosts of its "
-    "experts, and a host that knows the public model can turn nearly all of them back into the text (99.9 % of tokens "
-    "in a measurement on a small model). The gradients that follow give away the next token.",
+    "`tokens` does NOT keep the text from the other parties. For every token a hidden vector goes to the hosts of "
+    "its experts, and a host that knows the public model can turn nearly all of them back into the text (99.9 % of "
+    "tokens in a measurement on a small model). The gradients that follow give away the next token.",
     "TLS keeps everybody outside the federation out, and the coordinator sees no tensor; nothing in `tokens` hides "
     "text from the parties inside. Use it only among parties that may read each other's text.",
 )
 _UNNOISED = (
-    "`experts` with `privacy: none` sends no hidden vector, but exact sums of gradients go to the hosts, and everybody "
-    "sees how the weights changed. Both can give text away; only a budget stops that.",
+    "`experts` with `privacy: none` sends no hidden vector, but exact sums of gradients go to the hosts, and "
+    "everybody sees how the weights changed. Both can give text away; only a budget stops that.",
 )
 
 
@@ -160,8 +160,8 @@ def _state(results: Results, arm: Arm) -> Iterator[str]:
     whole = max(f.model_state_bytes for f in results.arms[arm.alone].values())
     part = max(f.model_state_bytes for f in results.arms[arm.name].values())
     yield (
-        f"{arm.title.capitalize()}: a party held {megabytes(part)} of model, gradients and optimiser state instead of "
-        f"{megabytes(whole)} ({100 * (1 - part / whole):.0f} % less)."
+        f"{arm.title.capitalize()}: a party held {megabytes(part)} of model, gradients and optimiser state instead "
+        f"of {megabytes(whole)} ({100 * (1 - part / whole):.0f} % less)."
     )
 
 
