@@ -55,7 +55,7 @@ def results(tokens: tuple[float, ...] = (3.9, 3.9, 3.9), **together: Figures) ->
         subjects=dict.fromkeys(PARTIES, "networking"),
         arms=found,
         curves={arm: [(20, 4.2), (40, 4.0)] for arm in found if arm != "public"},
-        best={arm: dict.fromkeys(PARTIES, (60, 4.0)) for arm in ("isolated", "tokens")},
+        best={arm: dict.fromkeys(PARTIES, (48, 4.0)) for arm in ("isolated", "tokens")},
         wire={"tokens": Wire(102_000_000, 100_000_000)},
     )
 
@@ -156,8 +156,8 @@ def test_a_party_far_from_pooled_training_is_counted() -> None:
 
 def test_alone_is_also_measured_at_its_best_moment() -> None:
     base = results()
-    early = Results(**{**vars(base), "best": {**base.best, "isolated": dict.fromkeys(PARTIES, (40, 3.8))}})
-    assert any("best after round 40 (3.800, below the loss together)" in sentence for sentence in meaning(early))
+    early = Results(**{**vars(base), "best": {**base.best, "isolated": dict.fromkeys(PARTIES, (32, 3.8))}})
+    assert any("best after round 32 (3.800, below the loss together)" in sentence for sentence in meaning(early))
 
 
 def test_the_warning_names_what_hosts_can_read() -> None:
@@ -179,7 +179,7 @@ def test_the_json_has_the_agreed_shape() -> None:
     found = json.loads(json.dumps(results().as_json()))
     assert set(found) == {"parties", "rounds", "arms", "wire", "memory"}
     assert found["parties"] == list(PARTIES)
-    assert found["rounds"] == 60
+    assert found["rounds"] == 48
     assert list(found["arms"]) == ["public", "isolated", "tokens", "centralised"]
     assert found["arms"]["tokens"]["loss"]["alder"] == pytest.approx(3.9, abs=0.05)
     moved = {"payload_bytes": 102_000_000, "tensor_bytes": 100_000_000, "ratio": 1.02}

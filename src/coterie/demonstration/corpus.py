@@ -31,6 +31,8 @@ TEST_SHARE = 0.35
 """Share of a subject's documents that is held out, before both sides are cut to size: there is more text than needed
 for training, and a larger test shows smaller differences."""
 PUBLIC_TEST_SHARE = 0.06
+OWN_SHARE = 0.4
+"""Share of a party's text that is of its own subject, where there are subjects that no party has."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -132,7 +134,7 @@ class Size:
     public_test: int = 30_000
     party_train: int = 100_000
     party_test: int = 50_000
-    party_all: int = 220_000
+    party_all: int = 300_000
 
 
 DEFAULT_SIZE = Size()
@@ -182,18 +184,20 @@ def build(parties: Sequence[str], size: Size = DEFAULT_SIZE, library: Path | Non
     by_subject = _by_subject(library or Path(sysconfig.get_paths()["stdlib"]))
     public = _split(PUBLIC, by_subject[PUBLIC], size.public_train, size.public_test, PUBLIC_TEST_SHARE)
     common = [document for subject in SUBJECTS[len(parties) :] for document in by_subject[subject.name]]
-    held = {
-        party: _split(
-            subject.name,
-            by_subject[subject.name] + [d for d in common if _rank(d)[-1] % len(parties) == number],
-            size.party_train,
-            size.party_test,
-            TEST_SHARE,
-            size.party_all,
-        )
-        for number, (party, subject) in enumerate(zip(parties, SUBJECTS, strict=False))
-    }
+    held = {}
+    for number, (party, subject) in enumerate(zip(parties, SUBJECTS, strict=False)):
+        dealt = [document for document in common if _rank(document)[-1] % len(parties) == number]
+        documents = _own_share(by_subject[subject.name], dealt) + dealt
+        held[party] = _split(subject.name, documents, size.party_train, size.party_test, TEST_SHARE, size.party_all)
     return Corpus(public, held)
+
+
+def _own_share(own: list[Document], dealt: list[Document]) -> list[Document]:
+    """As much of a party's own subject as makes `OWN_SHARE` of its text; all of it when nothing was dealt."""
+    if not dealt:
+        return own
+    room = sum(len(document.text) for document in dealt) * OWN_SHARE / (1 - OWN_SHARE)
+    return list(_prefix(sorted(own, key=_rank), int(room)))
 
 
 def _rank(document: Document) -> bytes:

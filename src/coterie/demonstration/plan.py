@@ -116,7 +116,7 @@ def _small_model() -> dict[str, Any]:
     }
 
 
-_OPTIM = OptimSpec(lr=2.5e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=3)
+_OPTIM = OptimSpec(lr=1.5e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=3)
 _PUBLIC_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=28)
 
 
@@ -134,11 +134,11 @@ class PrivatePlan:
     """
 
     rounds: int = 10
-    lot: int = 192
+    lot: int = 256
     epsilon: float = 8.0
     delta: float = 1e-5
     clip_norm: float = 1.0
-    physical_batch: int = 32
+    physical_batch: int = 128
     eval_every: int = 5
     optim: OptimSpec = _PRIVATE_OPTIM
 
@@ -158,17 +158,17 @@ class Plan:
 
     parties: tuple[str, ...] = NAMES[:3]
     arms: tuple[str, ...] = tuple(ARMS)
-    rounds: int = 60
+    rounds: int = 48
     batch: int = 16
     micro_batch: int = 8
-    eval_every: int = 20
+    eval_every: int = 16
     seed: int = 0
     sequence_length: int = 64
     vocab_size: int = 1024
     family: str = "qwen3_moe"
     model: dict[str, Any] = field(default_factory=_small_model)
     optim: OptimSpec = _OPTIM
-    public_rounds: int = 560
+    public_rounds: int = 520
     public_batch: int = 16
     public_optim: OptimSpec = _PUBLIC_OPTIM
     private: PrivatePlan = PrivatePlan()
@@ -207,7 +207,7 @@ def make_plan(
             fix=f"choose a number from 2 to {len(SUBJECTS)}",
         )
     if rounds is not None and rounds < 1:
-        raise ConfigError(f"--rounds is {rounds}; at least one is needed.", code="demo-rounds", fix="--rounds 60")
+        raise ConfigError(f"--rounds is {rounds}; at least one is needed.", code="demo-rounds", fix="--rounds 48")
     unknown = [name for name in arms if name not in ARMS]
     if unknown or not arms:
         raise ConfigError(
