@@ -134,7 +134,7 @@ def test_wire_adds_up_all_federations() -> None:
 def test_a_worse_party_is_named_as_worse() -> None:
     found = results((3.9, 4.1, 3.9))
     assert headline(found) == "Together against alone. `tokens`: alder and cedar better, birch worse."
-    assert any("birch worse, compared with training alone" in sentence for sentence in meaning(found))
+    assert any("compared with training alone: alder and cedar better, birch worse" in s for s in meaning(found))
     assert next(t for t in tables(found) if t.title.startswith("difference")).rows[0][2].startswith("+0.100 (")
 
 

@@ -119,7 +119,7 @@ def _called(results: Results, arm: Arm) -> str:
 def _against_alone(results: Results, arm: Arm) -> Iterator[str]:
     if arm.alone not in results.arms:
         return
-    yield f"{arm.title.capitalize()}: {_outcome(results, arm)}, compared with training {_alone(arm)}."
+    yield f"{arm.title.capitalize()}, compared with training {_alone(arm)}: {_outcome(results, arm)}."
     for party in results.parties:
         ours, alone = results.arms[arm.name][party].loss, results.arms[arm.alone][party].loss
         at, lowest = results.best[arm.alone][party]
