@@ -84,12 +84,21 @@ def test_subjects_that_no_party_has_are_dealt_to_all_each_document_once(tmp_path
         assert {d.title for d in (*six.parties[own].all, *six.parties[own].test)} < kept
 
 
-def test_what_is_not_held_out_begins_with_what_is_trained_on(installed: Corpus) -> None:
-    for part in installed.parties.values():
+def test_a_party_has_its_own_share_of_its_own_subject() -> None:
+    built = corpus.build(NAMES[:3])
+    for part, subject in zip(built.parties.values(), corpus.SUBJECTS, strict=False):
+        documents = (*part.all, *part.test)
+        own = sum(len(d.text) for d in documents if d.title.split(".")[0] in subject.modules)
+        assert 0.25 < own / sum(len(d.text) for d in documents) < 0.55, subject.name
+
+
+def test_what_is_not_held_out_begins_with_what_is_trained_on() -> None:
+    built = corpus.build(NAMES[:3])
+    for part in built.parties.values():
         assert [d.title for d in part.all[: len(part.train)]] == [d.title for d in part.train]
         assert not {d.title for d in part.all} & {d.title for d in part.test}
         assert sum(len(d.text) for d in part.all) > sum(len(d.text) for d in part.train)
-    assert installed.public.all == ()
+    assert built.public.all == ()
 
 
 def test_modules_are_read_and_never_run(tmp_path: Path) -> None:
