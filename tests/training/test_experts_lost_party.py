@@ -138,7 +138,16 @@ def test_with_a_shared_trunk_the_lost_share_stands_still_and_all_compute_with_th
     theirs = frozenset(way_of(federation, "cedar").pool.home.weights())
     assert theirs, "cedar is home to some of the trunk"
     union = Union(config, one, parts)
-    union.train(range(2))
+    union.train(range(1))
+    before = {name: value.detach().clone() for name, value in one.named_parameters() if name in theirs}
+    union.train(range(1, 2))
+    # Cedar may die before alder has fetched what round 2 made of its share: then the copy of round 1 is the newest.
+    stands = dict(federation.runs["alder"].work.parts.model.named_parameters())
+    if all(relative(stands[name], before[name]) < 1e-5 for name in theirs):
+        with torch.no_grad():
+            for name, value in one.named_parameters():
+                if name in theirs:
+                    value.copy_(before[name])
     union.train(range(2, 5), LEFT, theirs, parts["cedar"].placement.hosted("cedar"))
     whole, layers = dict(one.named_parameters()), expert_layers(one)
     for name in LEFT:
