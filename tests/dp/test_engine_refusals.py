@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from coterie.dp import resolve
+from coterie.dp.capture import CONSTANT, FLAT, RECORDS, Sites
 from coterie.dp.clipping import Flat
+from coterie.dp.derived import Root
 from coterie.dp.engine import Engine
 from coterie.dp.functional import clipped_sum
 from coterie.dp.losses import default_loss, token_loss
@@ -65,6 +68,8 @@ ODD_BUT_FINE = {
     "left product": lambda w, x: (w @ x.transpose(1, 2)).transpose(1, 2),
     "in place": lambda w, x: (x * 1.0).mul_(w[0]).add_(w[1]),
     "prepended token": lambda w, x: torch.cat([w[:1].expand(x.shape[0], 1, -1), x], 1)[:, 1:].cumsum(1) + x,
+    "scaled shift": lambda w, x: F.linear(x, torch.add(torch.ones(WIDTH, WIDTH), w, alpha=2.0)),
+    "scaled difference": lambda w, x: F.linear(x, torch.sub(w, torch.ones(WIDTH, WIDTH), alpha=3.0)),
     "distance": lambda w, x: torch.cdist(x, w.expand(x.shape[0], -1, -1)),
 }
 
@@ -72,6 +77,32 @@ ODD_BUT_FINE = {
 @pytest.mark.parametrize("name", ODD_BUT_FINE)
 def test_operations_without_a_rule_of_their_own_are_exact(name: str) -> None:
     assert max(checked(Weighted(ODD_BUT_FINE[name], WIDTH, WIDTH)).values()) <= 1e-3
+
+
+def test_invariant_3_a_fixed_number_of_rows_is_not_taken_for_records() -> None:
+    sites = Sites()
+    for batch, lengths in ((3, (3, 33, 30)), (5, (5, 65, 30))):
+        for length in lengths:
+            sites.note(("weight", "linear"), batch, length)
+    assert [sites.meaning(("weight", "linear"), call) for call in range(3)] == [RECORDS, FLAT, CONSTANT]
+
+
+def test_invariant_1_the_self_check_compares_sums_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of the right size say nothing about what is added."""
+    plain = resolve.add_sum
+
+    def turned(root: Root, uses: list[resolve.Use], out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
+        plain(root, uses, out, -factors_B if root.name == "head.weight" else factors_B, fresh)
+
+    check(Engine(Toy(nn.Identity())), token_batch(2, 5, VOCAB))
+    monkeypatch.setattr(resolve, "add_sum", turned)
+    with pytest.raises(NoRuleError, match=r"summed gradient of `head\.weight` disagrees"):
+        check(Engine(Toy(nn.Identity())), token_batch(2, 5, VOCAB))
+
+
+def test_invariant_4_clipped_sum_refuses_batch_normalisation() -> None:
+    with pytest.raises(NoRuleError, match="statistics of the batch"):
+        clipped_sum(Toy(nn.BatchNorm1d(5)).train(), token_batch(2, 5, VOCAB), 1.0)
 
 
 def tokens_first(w: Tensor, x: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from coterie.config import DataSpec, ModelSpec
 from coterie.dp.dataset import checked_length, dataset_digest, record_digest, user_column
 from coterie.dp.provenance import Artefact, declared, not_covered
 from coterie.errors import DataError, ProvenanceError
+from coterie.training.provenance import artefacts
 
 
 def test_invariant_6_private_start_is_refused_unless_its_records_are_listed() -> None:
@@ -86,3 +88,12 @@ def test_user_column_is_read_or_missed_in_one_sentence() -> None:
     assert list(user_column(datasets.Dataset.from_list(records), "user")) == ["a", "b"]
     with pytest.raises(DataError, match="no column `patient`"):
         user_column(records, "patient")
+
+
+def test_invariant_6_settings_can_name_the_records_behind_a_private_start() -> None:
+    model = {"path": "/weights", "provenance": "private"}
+    data = DataSpec(train=("a.txt",))
+    with pytest.raises(ProvenanceError, match="made from private records"):
+        not_covered(artefacts(ModelSpec(**model), data))
+    lines = not_covered(artefacts(ModelSpec(**model, not_covered="the 2023 letters"), data))
+    assert lines == [f"records behind the starting {kind}: the 2023 letters" for kind in ("weights", "tokenizer")]

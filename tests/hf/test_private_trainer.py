@@ -21,11 +21,18 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import WandbCallback
 
 from coterie.dp.budget import PrivacyWarning
 from coterie.errors import CheckpointError, DataError, LedgerError, PrivacyError
 from coterie.hf import PrivacyArguments, PrivateTrainer
+from coterie.hf.arguments import check_arguments
 from coterie.models.tiny import tiny_model
+
+
+class Reports(WandbCallback):
+    """A reporting callback under another name."""
+
 
 PRIVACY = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8, "clip_norm": 0.5, "provenance": {"weights": "public"}}
 
@@ -205,6 +212,8 @@ def test_classification_models_train_as_in_trainer(make: Callable[..., PrivateTr
         ({"torch_compile": True}, "torch_compile is set"),
         ({"report_to": ["wandb"]}, "report_to is wandb"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen is set"),
+        ({"optim": "lomo"}, "optim is lomo"),
+        ({"callbacks": [Reports.__new__(Reports)]}, "Reports reports to somewhere else"),
         ({"callbacks": [EarlyStoppingCallback()]}, "EarlyStoppingCallback stops by a metric"),
         ({"compute_loss_func": lambda outputs, labels, **_: outputs.loss}, "compute_loss_func is given"),
     ],
@@ -229,6 +238,30 @@ def test_early_stopping_is_fine_on_public_evaluation_data(make: Callable[..., Pr
     trainer = make()
     with pytest.raises(PrivacyError, match="EarlyStoppingCallback"):
         trainer.add_callback(EarlyStoppingCallback())
+
+
+def test_invariant_2_tf32_is_refused(make: Callable[..., PrivateTrainer]) -> None:
+    trainer = make()
+    trainer.args.tf32 = True  # transformers refuses it by itself where no GPU has it
+    with pytest.raises(PrivacyError, match="tf32 is set"):
+        check_arguments(trainer.args, trainer.privacy)
+
+
+class OwnStep(PrivateTrainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        return super(PrivateTrainer, self).training_step(model, inputs, num_items_in_batch)
+
+
+def test_invariant_6_an_overridden_training_step_is_refused(make: Callable[..., PrivateTrainer]) -> None:
+    with pytest.raises(PrivacyError, match="OwnStep overrides training_step"):
+        make(cls=OwnStep)
+
+
+def test_invariant_6_reporting_callbacks_cannot_be_added_later(make: Callable[..., PrivateTrainer]) -> None:
+    trainer = make()
+    for callback in (Reports, Reports.__new__(Reports)):
+        with pytest.raises(PrivacyError, match="Reports reports to somewhere else"):
+            trainer.add_callback(callback)
 
 
 class OwnLoss(PrivateTrainer):

@@ -28,6 +28,11 @@ class TokenizerSpec(Spec):
         pattern=r"^(public|private|dp:\S+)$",
         description="What the vocabulary was made from, as for the model; private training asks for it with `path`.",
     )
+    not_covered: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With `provenance: private`: whose records the vocabulary was made from, as for the model.",
+    )
 
     @model_validator(mode="after")
     def _at_most_one(self) -> TokenizerSpec:

@@ -48,6 +48,12 @@ class ModelSpec(Spec):
         description="What the weights were made from: `public`, `private`, or `dp:LEDGER_ID`. "
         "Random weights and hub models count as public; private training asks for it when `path` is used.",
     )
+    not_covered: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With `provenance: private`: whose records the weights were made from. The final statement lists "
+        "them as not covered; without it private training refuses such weights.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:

@@ -61,6 +61,8 @@ class Sites:
     @staticmethod
     def _of_lengths(batches: tuple[int, ...], lengths: tuple[int, ...]) -> str:
         pairs = list(zip(batches, lengths, strict=True))
+        if len(pairs) > 1 and len(set(lengths)) == 1:
+            return CONSTANT  # the probes differ in records and tokens, so what follows either would differ too
         if all(length == batch for batch, length in pairs):
             return RECORDS
         return FLAT if all(length and length % batch == 0 for batch, length in pairs) else CONSTANT
@@ -197,7 +199,7 @@ class Capture:
             return value
         sources = list(iterate_nodes((args, kwargs)))
         roots = tuple(dict.fromkeys(root for source in sources for root in source.roots))
-        kind = kind_of(function, sources, args, value)
+        kind = kind_of(function, sources, args, kwargs, value)
         return self.wrap(Node(value, roots, kind, function, args, kwargs, part))
 
     def wrap(self, node: Node) -> Tensor:

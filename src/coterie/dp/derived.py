@@ -92,15 +92,17 @@ _MOVES = {
 }  # fmt: skip
 
 
-def kind_of(function: Function, sources: list[Node], args: tuple[Any, ...], value: Tensor) -> Kind:
-    """The kind of ``function(*args)``, judged from the function and its node arguments."""
+def kind_of(
+    function: Function, sources: list[Node], args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+) -> Kind:
+    """The kind of ``function(*args, **kwargs)``, judged from the function and its node arguments."""
     if len(sources) != 1 or len(sources[0].roots) != 1 or not value.is_floating_point():
         return Kind.GENERAL
     source = sources[0]
     same_size = value.numel() == source.value.numel()
     if function in _SAME_WHEN_ALONE and same_size:
         return source.kind if source.kind != Kind.TRANSPOSED or value.shape == source.value.shape else Kind.ISOMETRIC
-    if function in _SHIFTS and value.shape == source.value.shape and "alpha" not in args:
+    if function in _SHIFTS and value.shape == source.value.shape and not kwargs and len(args) == 2:
         # ``c - w`` turns the sign, which `_T.__rsub__` covers as GENERAL; here the node comes first or is added.
         return source.kind if args[0] is source or function not in (torch.sub, _T.sub) else Kind.GENERAL
     if function in _TRANSPOSES or (

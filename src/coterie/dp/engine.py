@@ -192,6 +192,16 @@ class Engine:
         """[B] float64 norm of each record's whole gradient; nothing is added to the sums."""
         return self.norms_by_parameter(batch)[0].sum(0).sqrt()
 
+    def summed(self, batch: Batch) -> Sums:
+        """The sum of the records' gradients with factor one each, by the path that adds clipped ones; unclipped.
+
+        For the self-check alone; nothing is added to the engine's sums.
+        """
+        self.prepare(batch)
+        total: Sums = {}
+        self._second_pass(batch, torch.ones(len(self.groups), batch_size(batch)), total)
+        return total
+
     def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:
         """Squared norm of every record's gradient of every parameter, [parameters, B], and the parameters' names."""
         self.prepare(batch)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
 from coterie.dp.losses import Batch, LossFunction
+from coterie.dp.refusals import check_model
 
 
 def per_sample_norms(model: nn.Module, batch: Batch, loss_fn: LossFunction | None = None) -> Tensor:
@@ -45,11 +46,16 @@ def clipped_sum(
 
     Raises:
         PrivacyError: C is not positive, or the loss is not one number per record.
-        NoRuleError: see `per_sample_norms`.
+        NoRuleError: see `per_sample_norms`; the model mixes records by construction (batch normalisation, expert
+            capacity over the batch, experts that choose tokens).
+
+    Not checked here, as `make_private` does by comparing numbers: whether a record's loss depends on the records or
+    the padding beside it. The guarantee is for models and losses that keep records apart.
 
     Guarantee: adding or removing one record moves the sum by at most ``C * (1 + Engine.eta)`` in the L2 norm; a
         record whose gradient is not finite contributes zero.
     """
+    check_model(model)
     engine = Engine(model, loss_fn, Flat(clip_norm), method="book_keeping")
     engine.accumulate(batch)
     return engine.take()

@@ -81,7 +81,7 @@ def not_covered(artefacts: Iterable[Artefact]) -> list[str]:
                     code="dp-private-start",
                     why="what it reveals about them was never noised, and nothing in this run can take it back",
                     fix="start from public or differentially private artefacts, or name the records it was made "
-                    "from as not covered (Artefact(..., uncovered='...'))",
+                    "from as not covered (`not_covered` beside `provenance`; Artefact(..., uncovered='...'))",
                 )
             lines.append(f"records behind the starting {artefact.kind}: {artefact.uncovered}")
         elif artefact.origin == "dp":

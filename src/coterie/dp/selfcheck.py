@@ -114,7 +114,30 @@ def _compare(engine: Engine, batch: Mapping[str, Any]) -> dict[str, float]:
             why="its gradient is not split by record as the engine assumes, so clipping would not bound it",
             fix="freeze that parameter, or report the model: this is a use that no rule describes",
         )
+    _compare_sums(engine, batch, allowed)
     return dict(zip(names, errors.tolist(), strict=True))
+
+
+def _compare_sums(engine: Engine, batch: Batch, allowed: float) -> None:
+    """What the engine adds up, with factor one for every record, against plain autograd on the whole batch."""
+    if engine.lent_shapes:
+        return
+    loss = checked(engine.loss_fn(engine.model, batch), RECORDS).sum()
+    names = list(engine.parameters)
+    found = torch.autograd.grad(loss, [engine.parameters[name] for name in names], allow_unused=True)
+    sums = engine.summed(batch)
+    whole = sum(float(g.double().square().sum()) for g in found if g is not None) ** 0.5
+    for name, g in zip(names, found, strict=True):
+        ours, theirs = (x.detach().double().cpu() if x is not None else torch.zeros(()) for x in (sums.get(name), g))
+        if not float((ours - theirs).norm()) <= allowed * max(float(theirs.norm()), 1e-3 * whole):
+            raise NoRuleError(
+                f"The summed gradient of `{name}` disagrees with autograd's: "
+                f"norm {float(ours.norm()):.6g} against {float(theirs.norm()):.6g}.",
+                code="dp-self-check",
+                where="the self-check with two synthetic records, before training",
+                why="what is added is not what was measured, so clipping would not bound it",
+                fix="freeze that parameter, or report the model: this is a use that no rule describes",
+            )
 
 
 def padding_example(model: nn.Module, collate: Callable[[list[Any]], Batch], item: Any) -> CollatedPairs | None:

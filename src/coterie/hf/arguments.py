@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 
 from coterie.dp.balance import Balance
@@ -19,6 +20,9 @@ from coterie.errors import PrivacyError
 
 _LOCAL_REPORTS = {"none", "tensorboard"}
 _DEFAULT_MAX_GRAD_NORM = 1.0
+_REMOTE_CALLBACKS = tuple(
+    callback for name, callback in INTEGRATION_TO_CALLBACK.items() if name not in _LOCAL_REPORTS
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ def _check_machine(args: TrainingArguments) -> None:
     refused = {
         "auto_find_batch_size": "it starts the run anew when memory runs out, which depends on the records drawn",
         "fp16": "its loss scaling depends on the batch and would rescale the noised gradient",
+        "tf32": "its products are rounded more coarsely than what a record contributes is bounded for",
         "torch_compile": "compiled code hides the operations that have to be clipped per record",
         "use_liger_kernel": "its fused kernels hide the operations that have to be clipped per record",
         "deepspeed": "it splits and scales gradients in ways the clipping cannot see",
@@ -147,6 +152,12 @@ def _check_machine(args: TrainingArguments) -> None:
             "include_num_input_tokens_seen is set",
             "how many tokens a lot has is private",
             "leave it at 'no'",
+        )
+    if "lomo" in str(getattr(args.optim, "value", args.optim)):
+        _refuse(
+            f"optim is {getattr(args.optim, 'value', args.optim)}",
+            "it steps each parameter inside the backward, before anything is clipped or noised",
+            "use adamw_torch or another optimizer that steps after the backward",
         )
     for name, why in refused.items():
         if getattr(args, name):
@@ -160,13 +171,20 @@ def _check_machine(args: TrainingArguments) -> None:
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback | type[TrainerCallback]], privacy: PrivacyArguments) -> None:
-    """Refuse stopping by a metric on private records.
+    """Refuse stopping by a metric on private records, and reporting to somewhere else.
 
     Raises:
-        PrivacyError: an `EarlyStoppingCallback` without ``evaluation_is_public``.
+        PrivacyError: an `EarlyStoppingCallback` without ``evaluation_is_public``; one of transformers' reporting
+            callbacks, TensorBoard's apart, or a subclass of one.
     """
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
+        if issubclass(kind, _REMOTE_CALLBACKS):
+            _refuse(
+                f"{kind.__name__} reports to somewhere else",
+                "training losses are computed on private records without noise and must not leave this machine",
+                "use report_to='tensorboard' or 'none', and read the figures here",
+            )
         if issubclass(kind, EarlyStoppingCallback) and not privacy.evaluation_is_public:
             _refuse(
                 f"{kind.__name__} stops by a metric",

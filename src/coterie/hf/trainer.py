@@ -101,6 +101,13 @@ class PrivateTrainer(Trainer):
                     why="num_items_in_batch and batch means tie each record's gradient to the other records",
                     fix="pass privacy loss_fn=..., a function of (model, batch) that returns one loss per record",
                 )
+        if type(self).training_step is not PrivateTrainer.training_step:
+            raise PrivacyError(
+                f"{type(self).__name__} overrides training_step.",
+                code="hf-loss",
+                why="training_step is where a lot is clipped and noised; another one would step with raw gradients",
+                fix="pass privacy loss_fn=..., and use callbacks for what happens around a step",
+            )
         if self.model_init is not None:
             raise PrivacyError(
                 "model_init is given.",

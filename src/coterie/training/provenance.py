@@ -10,12 +10,16 @@ def artefacts(model: ModelSpec, data: DataSpec) -> tuple[Artefact, ...]:
     """Starting artefacts of a private run.
 
     Random weights, hub models and vocabularies made from public files are public; the rest declares itself, and what
-    does not is listed as not covered.
+    does not is listed as not covered. So are private ones, if the settings say whose records they were made from.
 
     Raises:
-        ProvenanceError: something was made from private records.
+        ProvenanceError: something has a provenance that is no known word.
     """
     weights = model.provenance or ("public" if model.path is None else None)
     tokenizer = data.tokenizer
     own = tokenizer.provenance if tokenizer.path is not None else "public" if tokenizer.train is not None else weights
-    return (Artefact.parse("weights", weights), Artefact.parse("tokenizer", own))
+    whose = tokenizer.not_covered if tokenizer.path is not None else model.not_covered
+    return (
+        Artefact.parse("weights", weights, model.not_covered),
+        Artefact.parse("tokenizer", own, whose),
+    )
