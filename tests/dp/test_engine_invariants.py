@@ -273,6 +273,31 @@ def test_invariant_2_norms_and_sums_keep_float32_under_the_callers_lower_precisi
     assert 0.999 <= worst <= 1 + 2e-5  # without the guard 1.00006 under autocast and 1.0027 under "medium"
 
 
+@pytest.mark.parametrize("method", ["book_keeping", "ghost"])
+def test_invariant_2_a_weight_expression_cannot_cancel_differently_in_norm_and_sum(method: str) -> None:
+    """Rows whose products cancel exactly for one record alone, and not quite in the sum with a factor."""
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(32, 32))
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return (nn.functional.linear(batch["x"], self.weight * 2.0) * batch["c"]).flatten(1).sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(-7, 8, (32,), generator=generator).float() * 2.0**14
+    one, two = (torch.randint(-500, 501, (32,), generator=generator).float() for _ in range(2))
+    unit = torch.eye(32)
+    batch = {
+        "x": torch.stack([row, row, row, unit[0]])[None],
+        "c": torch.stack([one, two, -(one + two), 3.0 * unit[1]])[None],
+    }
+    engine = Engine(Doubled(), lambda model, batch: model(batch), Flat(1.0), method=method)
+    engine.accumulate(batch)
+    assert 0.99 <= size(engine.take()) <= 1 + engine.eta  # 17.2 where the sum was formed by itself
+
+
 def test_invariant_2_full_float32_is_put_back() -> None:
     before = torch.get_float32_matmul_precision()
     try:

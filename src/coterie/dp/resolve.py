@@ -36,12 +36,33 @@ def simplify(root: Root) -> list[Use]:
         node, term = uses[0]
         if node.kind == Kind.GENERAL and isinstance(term, Dense) and _affordable(root, term):
             return [(root, Dense(Pullback(node, root).batched(term.gradients.float())))]
-        return uses
+        return _each_record_once(root, uses)
     if _tied(uses) and not _gram_pays(uses):
         total = torch.zeros(_records(uses), *root.value.shape, device=root.value.device)
         if total.numel() <= _DENSE_ELEMENTS:
             return [(root, _filled(total, uses))]
-    return uses
+    return uses if _tied(uses) else _each_record_once(root, uses)
+
+
+def _each_record_once(root: Root, uses: list[Use]) -> list[Use]:
+    """Uses that only add up one record at a time, as those sums, where they fit: norm and sum then are of one tensor.
+
+    Adding the uses up again in another order could cancel differently, and exceed the norm that was taken.
+    """
+    known = next((term for _, term in uses if isinstance(term, Outer | Lookup | Dense)), None)
+    if known is None or (len(uses) == 1 and uses[0][0].kind <= Kind.ISOMETRIC):
+        return uses
+    first = known.a if isinstance(known, Outer) else known.ids if isinstance(known, Lookup) else known.gradients
+    if first.shape[0] * root.value.numel() > _DENSE_ELEMENTS:
+        return uses
+    pullbacks = [Pullback(node, root) for node, _ in uses]
+    return [(root, Dense(torch.stack([_of_record(pullbacks, uses, b) for b in range(first.shape[0])])))]
+
+
+def _of_record(pullbacks: list[Pullback], uses: list[Use], record: int) -> Tensor:
+    total = sum(pull(term.one(record)) for pull, (_, term) in zip(pullbacks, uses, strict=True))
+    assert isinstance(total, Tensor)
+    return total
 
 
 def _joined_rows(root: Root) -> list[Use]:
@@ -149,8 +170,7 @@ def _one_by_one(root: Root, uses: list[Use], records: int) -> SqNorms:
     pullbacks = [Pullback(node, root) for node, _ in uses]
     value = torch.zeros(records, dtype=torch.float64, device=root.value.device)
     for record in range(records):
-        total = sum(pull(term.one(record)) for pull, (_, term) in zip(pullbacks, uses, strict=True))
-        assert isinstance(total, Tensor)
+        total = _of_record(pullbacks, uses, record)
         rows = torch.linalg.vector_norm(total.reshape(-1, total.shape[-1] if total.ndim else 1), dim=-1)
         value[record] = rows.double().square().sum()
     return SqNorms(value, 1e-5 * value)
