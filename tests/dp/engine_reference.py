@@ -39,6 +39,23 @@ def gradients(model: nn.Module, batch: Mapping[str, Tensor], loss_fn: LossFuncti
     return found
 
 
+def gradients_in_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Gradients:
+    """Each record's own loss differentiated by plain autograd, all records in one forward pass: the same rounding of
+    the forward pass as the engine's."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses = default_loss(model, batch)
+    found: Gradients = []
+    for loss in losses:
+        parts = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        found.append(
+            {
+                name: torch.zeros_like(p, dtype=torch.float64) if g is None else g.double()
+                for (name, p), g in zip(parameters.items(), parts, strict=True)
+            }
+        )
+    return found
+
+
 def norms(gradients: Gradients) -> Tensor:
     """[B] float64."""
     return torch.stack([torch.stack([g.square().sum() for g in one.values()]).sum().sqrt() for one in gradients])

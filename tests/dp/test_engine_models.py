@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from engine_reference import clipped, distance, gradients, norms, only, token_batch
+from engine_reference import clipped, distance, gradients, gradients_in_batch, norms, only, token_batch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -37,10 +39,23 @@ def assert_exact(model: nn.Module, batch: dict[str, Tensor], norm_error: float =
         engine = Engine(model, clipping=Flat(CLIP), method=method)  # type: ignore[arg-type]
         figures = engine.accumulate(batch)
         worst = float((figures.norms / norms(expected) - 1).abs().max())
-        assert worst <= norm_error, f"{method}: norms off by {worst:.1e}"
+        if worst > norm_error:
+            assert_rounding_of_the_model(model, batch, norms(expected), figures.norms)
         assert distance(engine.take(), clipped(expected, CLIP)) <= 5e-5, method
     assert all(p.grad is None for p in model.parameters())
     assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def assert_rounding_of_the_model(model: nn.Module, batch: dict[str, Tensor], alone: Tensor, ours: Tensor) -> None:
+    """A record's float32 gradient itself may depend on how many records share the forward pass: on some processors
+    qwen4_exp's by 1.3e-5. Then the engine has to equal plain autograd in the same pass, ten times as closely, and to
+    be no farther from the batch of one in float64 than the batch of one in float32 is."""
+    together = norms(gradients_in_batch(model, batch))
+    assert float((ours / together - 1).abs().max()) <= 1e-6
+    exact_model = copy.deepcopy(model).double()
+    exact_model.set_experts_implementation("eager")  # the grouped product of torch has no float64
+    exact = norms(gradients(exact_model, batch))
+    assert (ours / exact - 1).abs().max() <= (alone / exact - 1).abs().max()
 
 
 def small(model: nn.Module) -> nn.Module:
