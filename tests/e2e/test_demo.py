@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def test_the_folder_is_complete(finished: tuple[Path, subprocess.CompletedProces
     alone_and_pooled, federations = 2 * (2 + 1), 3 * (2 + 1 + 2)
     assert len(list((root / "logs").glob("*.log"))) == 1 + alone_and_pooled + federations
     assert (root / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_ledger_adds_up_what_a_partys_text_spent_alone_and_together(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    root = finished[0] / "run"
+    ledgers = [json.loads(line) for path in (root / "ledger").glob("*/ledger.jsonl") for line in path.open()]
+    assert sum(entry["kind"] == "release" for entry in ledgers) == (2 + 2 + 1) * 2  # alone, together, in one place
+    log = (root / "logs" / "experts_dp-alder.log").read_text("utf-8")
+    own, lifetime = (
+        float(re.search(rf"{words} +epsilon ([0-9.]+)", log)[1])  # type: ignore[index]
+        for words in ("this run", "lifetime")
+    )
+    assert own <= 8.0 < lifetime
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from coterie.training.loop import use_checkpointing
 from coterie.training.party_parts import PartyParts, PrivacyParts, Weights, trunk_tensors
 from coterie.training.party_run import PartyResult, PartyRun, Watch
 from coterie.training.party_store import PartyStore
-from coterie.training.provenance import artefacts
+from coterie.training.provenance import artefacts, record_facts
 from coterie.training.setup import check_fit, pick_device
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 
@@ -164,6 +164,7 @@ def _privacy_parts(config: PartyConfig, federation: FederationConfig, spec: Priv
         digest=digest,
         push_after_s=federation.push_after_s,
         sequence_length=config.data.sequence_length,
+        record=record_facts(config.data),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class PrivacyParts:
         push_after_s: constant-work mode: the sum leaves this long after the round began, not earlier.
         sequence_length: rows are padded to it in constant-work mode.
         sigma: noise multiplier in place of the calibrated one; for seeded tests.
+        record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
     """
 
     spec: PrivacySpec
@@ -47,6 +48,7 @@ class PrivacyParts:
     push_after_s: float | None = None
     sequence_length: int | None = None
     sigma: float | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

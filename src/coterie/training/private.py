@@ -29,7 +29,7 @@ from coterie.training.loop import StopFlag
 from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import MetricsWriter
 from coterie.training.optim import AdamW, lr_at, make_optimizer
-from coterie.training.provenance import artefacts
+from coterie.training.provenance import artefacts, record_facts
 from coterie.training.run import KEPT_CHECKPOINTS, Prepared, RunResult, read_config
 from coterie.training.setup import build_for
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
@@ -84,7 +84,7 @@ def run_private(
         balance=_balance(privacy),
         provenance=artefacts(config.model, config.data), ledger=privacy.ledger,
         digest=dataset_digest(documents.texts), seed=config.train.seed if privacy.seeded else None,
-        record={"packing": config.data.packing, "sequence_length": config.data.sequence_length},
+        record=record_facts(config.data),
     )  # fmt: skip
     with session:
         config.run_dir.mkdir(parents=True, exist_ok=True)

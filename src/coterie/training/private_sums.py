@@ -175,6 +175,7 @@ class PrivateSums:
             self.contributor = Contributor(
                 self._model, self._records, self._collate, engine, plan, ledger=spec.ledger, run=self._run(),
                 digest=parts.digest, users=self._records.users, artefacts=parts.artefacts, balancer=self.balancer,
+                record=parts.record,
             )  # fmt: skip
         return self.contributor
 

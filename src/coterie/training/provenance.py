@@ -1,6 +1,8 @@
-"""Where a run's weights and vocabulary came from, as its settings say."""
+"""Where a run's weights and vocabulary came from, and what its records are, as its settings say."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from coterie.config import DataSpec, ModelSpec
 from coterie.dp.provenance import Artefact
@@ -23,3 +25,11 @@ def artefacts(model: ModelSpec, data: DataSpec) -> tuple[Artefact, ...]:
         Artefact.parse("weights", weights, model.not_covered),
         Artefact.parse("tokenizer", own, whose),
     )
+
+
+def record_facts(data: DataSpec) -> dict[str, Any]:
+    """What one record is, in public words and numbers, for ledger and statement.
+
+    The same alone and in a federation, so that runs on the same text add up.
+    """
+    return {"packing": data.packing, "sequence_length": data.sequence_length}
