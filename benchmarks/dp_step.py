@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from coterie.dp.losses import default_loss
 from coterie.dp.noise import add_noise
 from coterie.dp.randomness import random_source
 from coterie.models import seam
+from coterie.training.memory import peak_rss_bytes
 
 SHAPES = ("4x64", "16x64", "32x64", "4x512")
 ARMS = ("plain", "gaussian_only", "book_keeping", "ghost", "auto", "loop", "opacus", "opake")
@@ -211,7 +211,7 @@ def run_one(model_name: str, shape: str, arm: str) -> None:
     step = make_step(arm, MODELS[model_name](), batch_of(shape, model_name == "classifier"))
     for _ in range(3):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_rss_bytes())
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": language_model, "classifier": classifier}
