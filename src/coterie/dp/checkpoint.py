@@ -156,7 +156,7 @@ def _unflatten(
             fix="build the optimizer as it was when the checkpoint was saved",
         )
     merged = [
-        {key: tuple(old[key]) if isinstance(now[key], tuple) else old.get(key, now[key]) for key in now}
-        for now, old in zip(current, groups, strict=True)
+        {key: tuple(saved[key]) if isinstance(own[key], tuple) else saved.get(key, own[key]) for key in own}
+        for own, saved in zip(current, groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": merged})

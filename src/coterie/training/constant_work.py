@@ -19,7 +19,18 @@ from torch.nn import functional
 
 from coterie.dp.clipping import Clipping
 from coterie.dp.engine import Diagnostics, Engine
+from coterie.errors import ConfigError
 from coterie.training.packing import IGNORED
+
+
+def no_whole_users() -> ConfigError:
+    """Why constant work and `unit: user` exclude each other."""
+    return ConfigError(
+        "`push_after_s` needs `privacy.unit: record`.",
+        code="config-constant-work",
+        why="how many batches a user's records take would still show in the time",
+        fix="leave out `push_after_s`, or protect single records",
+    )
 
 
 class ConstantWork:
@@ -82,7 +93,12 @@ class ConstantWork:
         )
 
     def accumulate_user(self, batches: Any) -> Diagnostics:
-        raise NotImplementedError("how many batches a user's records take is not constant; refused at set-up")
+        """Never constant work.
+
+        Raises:
+            ConfigError: always; set-up refuses it, too.
+        """
+        raise no_whole_users()
 
     def take(self) -> dict[str, Tensor]:
         return self._engine.take()

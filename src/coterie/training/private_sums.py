@@ -20,13 +20,13 @@ from coterie.dp.losses import default_loss
 from coterie.dp.lot_sums import SumEngine
 from coterie.dp.refusals import check_model
 from coterie.dp.spool import Release
-from coterie.errors import ConfigError, PrivacyError
+from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.weight_cache import digest_layer
-from coterie.training.constant_work import ConstantWork
+from coterie.training.constant_work import ConstantWork, no_whole_users
 from coterie.training.experts_way import Sums
 from coterie.training.packing import Batch, Sequences
 from coterie.training.party_parts import PrivacyParts
@@ -65,12 +65,7 @@ class PrivateSums:
         run: Callable[[], str],
     ) -> None:
         if parts.push_after_s is not None and records.users is not None:
-            raise ConfigError(
-                "`push_after_s` needs `privacy.unit: record`.",
-                code="config-constant-work",
-                why="how many batches a user's records take would still show in the time",
-                fix="leave out `push_after_s`, or protect single records",
-            )
+            raise no_whole_users()
         self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
         self._names = {
             f"{layer.name}.{name}": (layer.index, name)
