@@ -74,7 +74,7 @@ class ListActor:
     def evaluate(self, told: State, alive: Alive) -> None:
         self.evaluated.append(told.round)
 
-    def save(self, told: State) -> str:
+    def save(self, told: State, alive: Alive) -> str:
         self.disk[told.round] = list(self.model)
         return digest_of(self.model)
 

@@ -42,7 +42,7 @@ class Actor:
 
     def evaluate(self, told: State, alive: Alive) -> None: ...
 
-    def save(self, told: State) -> str:
+    def save(self, told: State, alive: Alive) -> str:
         return ""
 
     def interrupt(self) -> None:

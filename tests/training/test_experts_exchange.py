@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from test_party import until
 from torch import nn
 from torch.nn import functional
 
@@ -17,6 +20,7 @@ from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.streaming import HostGradients
 from coterie.training import experts_work
+from coterie.training.experts_way import PlainSums
 from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.packing import RoundOrder
@@ -117,6 +121,54 @@ def test_a_shared_trunk_equals_one_process_on_the_union_after_20_rounds(tmp_path
     assert_same(federation, models)
 
 
+def test_checkpoint_of_a_shared_trunk_is_the_model_after_its_round(tmp_path: Path):
+    """Also without an evaluation before it: `coterie export` joins what lies there."""
+    config = experts_settings(trunk="shared", train__rounds=3)
+    models = {name: copy.deepcopy(full_models()[PARTIES[0]]) for name in PARTIES}
+    parts = make_parts(config, models, tmp_path)
+    run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    two = experts_settings(trunk="shared", train__rounds=2)
+    union_by_hand(two, models[PARTIES[0]], parts)
+    expected = dict(models[PARTIES[0]].named_parameters())
+    for name in PARTIES:
+        saved = load_file(tmp_path / name / "checkpoints" / "round-00000002" / "trunk.safetensors")
+        for key, value in saved.items():
+            if key in expected:
+                assert relative(value, expected[key].detach()) < 1e-5, (name, key)
+
+
+def test_survivors_fetch_a_shared_trunk_again_after_they_went_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A party dies in the first round after the checkpoint, when the others hold that checkpoint's trunk already."""
+    config = experts_settings(trunk="shared", train__rounds=4, deadline_s=4.0)
+    one = full_models()[PARTIES[0]]
+    models = {name: copy.deepcopy(one) for name in PARTIES}
+    parts = make_parts(config, models, tmp_path)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    begun, gone, compute = {name: threading.Event() for name in PARTIES}, threading.Event(), PlainSums.sums
+
+    def waits(self, round, pins, streamer, alive):  # type: ignore[no-untyped-def]
+        me = threading.current_thread().name
+        if round == 3:
+            begun[me].set()
+            if not gone.wait(60.0):
+                raise AssertionError("nobody died")
+        return compute(self, round, pins, streamer, alive)
+
+    monkeypatch.setattr(PlainSums, "sums", waits)
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    assert all(event.wait(60.0) for event in begun.values())
+    federation.cut_off("birch")
+    gone.set()
+    until(lambda: "birch" in federation.ends)
+    federation.up(make_parts(config, models, tmp_path)["birch"])
+    federation.join()
+    assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
+    union_by_hand(config, models[PARTIES[0]], parts)
+    assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
+
+
 def recorded(config, folder: Path, data_seed: int) -> dict[str, list[tuple]]:  # type: ignore[no-untyped-def]
     """What each host received from each owner: kinds, parts, sizes, in order."""
     return recorded_of(config, folder, make_parts(config, full_models(), folder, data_seed=data_seed))
@@ -184,8 +236,6 @@ def test_attempt_that_fails_in_the_middle_of_a_backward_leaves_no_gradient_to_th
 
 
 def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path, monkeypatch):
-    from test_party import until
-
     monkeypatch.setattr(experts_work, "_on_host", lambda param: nn.Parameter(param.detach().clone()))
     config = experts_settings(train__rounds=6, deadline_s=4.0)
     models = full_models()

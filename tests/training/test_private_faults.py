@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_private_exchange import private_settings, with_privacy
 from torch import Tensor
 
@@ -51,8 +52,8 @@ class Died(BaseException):
 class World:
     """A private federation whose victim's ledger is compared with what the hosts receive, at every push."""
 
-    def __init__(self, folder: Path, *, rounds: int = ROUNDS, **changes: object) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, rounds: int = ROUNDS, seeded: bool = False, **changes: object) -> None:
+        self.folder, self.seeded = folder, seeded
         self.config: FederationConfig = private_settings(train__rounds=rounds, deadline_s=4.0, **changes)
         self.model = full_models()[PARTIES[0]]
         self.federation = InProcessFederation(self.config, folder / "coordinator")
@@ -61,7 +62,7 @@ class World:
 
     def parts(self, **changes: object) -> dict[str, PartyParts]:
         parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
-        private = with_privacy(parts, self.folder, sigma=None, seeded=False)
+        private = with_privacy(parts, self.folder, sigma=None, seeded=self.seeded)
         return {name: replace(each, **changes) for name, each in private.items()}  # type: ignore[arg-type]
 
     def start(self, **changes: object) -> None:
@@ -211,13 +212,36 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
     world.back()
     world.finished()
     assert not world.uncounted
-    assert world.releases() == [(round, 0) for round in range(1, ROUNDS + 1)], "one release a round, nothing burned"
+    for name in PARTIES:  # the survivors go back as well, and had perhaps sent theirs
+        assert world.releases(name) == [(round, 0) for round in range(1, ROUNDS + 1)], f"{name}: nothing is burned"
     for (host, round, part), digests in world.announced.items():
         assert len(set(digests)) == 1, f"{host} was sent different bytes for part {part} of round {round}"
     again = {key for key, digests in world.announced.items() if len(digests) > 1}
     sent_before = ("in the middle of the push", "pushed but not reported", "applied but not saved")
     assert bool(again) or point not in sent_before
     assert all(round == FATAL for _, round, _ in again)
+
+
+@pytest.mark.parametrize("point", ["while it computes", "pushed but not reported", "applied but not saved"])
+def test_run_with_a_death_ends_with_the_weights_of_one_without_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, point: str
+):
+    quiet = World(tmp_path / "quiet", seeded=True)
+    quiet.start()
+    quiet.finished()
+    world = watched(World(tmp_path / "disturbed", seeded=True))
+    dead = arrange(monkeypatch, world, point)
+    world.start()
+    assert dead.wait(120.0), "the point was never reached"
+    until(lambda: isinstance(world.federation.ends.get(VICTIM), BaseException))
+    world.back()
+    world.finished()
+    for name in PARTIES:
+        last = Path("checkpoints") / f"round-{ROUNDS:08d}"
+        for stem in ("trunk", "experts"):
+            one, other = (load_file(w.folder / name / last / f"{stem}.safetensors") for w in (quiet, world))
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one), (name, stem)
 
 
 def test_rounded_push_is_resent_with_the_same_coins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):
@@ -360,16 +384,18 @@ def test_release_made_under_another_roster_is_burned(tmp_path: Path, monkeypatch
     assert all(len(set(digests)) == 1 for (_, round, _), digests in world.announced.items() if round == FATAL)
 
 
+@pytest.mark.parametrize("phase", ["compute", "checkpoint"])
 def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, phase: str
 ):
+    """New weights come in while a round is computed, and before a checkpoint is written."""
     world = watched(World(tmp_path))
     full, lots = threading.Event(), []
     save, store = weight_cache.save_file, Spool.store_lot
 
     def fails_once(tensors, path):  # type: ignore[no-untyped-def]
-        notices = world.federation.notices
-        if VICTIM in str(path) and notices[-1].state.round == FATAL and not full.is_set():
+        now = world.federation.notices[-1].state
+        if VICTIM in str(path) and (now.phase, now.round) == (phase, 2) and not full.is_set():
             full.set()
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path)

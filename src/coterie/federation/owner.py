@@ -132,6 +132,14 @@ class Mirror:
         if check and self._error is not None:
             raise self._error
 
+    def forget_trunk(self) -> None:
+        """The model's trunk is about to be overwritten from elsewhere: fetch it anew, whatever was held."""
+        self.stop()
+        self.join(check=False)
+        for part in self._all:
+            if part.layer < 0:
+                self._held.pop(part.number, None)
+
     def stop(self) -> None:
         """Give up the fetch that is under way; returns at once."""
         with self._arrived:

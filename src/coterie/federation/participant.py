@@ -47,8 +47,8 @@ class Actor(Protocol):
         """Held-out text, through everybody's experts."""
         ...
 
-    def save(self, told: State) -> str:
-        """Write a checkpoint so that it survives a crash; its digest."""
+    def save(self, told: State, alive: Alive) -> str:
+        """Write a checkpoint of ``told.round`` rounds so that it survives a crash; its digest."""
         ...
 
     def interrupt(self) -> None:
@@ -154,7 +154,7 @@ class Participant:
             case Act.EVALUATE:
                 self._actor.evaluate(state, self._alive(state))
             case Act.SAVE:
-                return self._actor.save(state)
+                return self._actor.save(state, self._alive(state))
             case Act.REFUSE:
                 raise RoundError(
                     f"asked for {state.phase} of round {state.round}, but memory holds round {self._standing.live}.",

@@ -328,8 +328,7 @@ class ExpertsWay:
     @contextmanager
     def evaluating(self, told: State) -> Iterator[None]:
         """Inside, the model computes with the newest weights of all hosts."""
-        self._interrupted = False
-        self._refresh(told.round * _ATTEMPTS + _ATTEMPTS - 1, told)
+        self._refresh_between(told)
         with (
             factors_stay_apart(self._model),
             seam.computed_by(
@@ -340,9 +339,15 @@ class ExpertsWay:
         self.streamer.drop_all()
         self._mirror.join()
 
+    def catch_up(self, told: State) -> None:
+        """Bring in the newest weights of all hosts, a shared trunk's into the model."""
+        self._refresh_between(told)
+        self._mirror.join()
+
     def forget(self) -> None:
         """Weights are about to be replaced by a checkpoint's."""
         self.drop()
+        self._mirror.forget_trunk()
         self.pool.forget()
 
     def interrupt(self) -> None:
@@ -363,6 +368,11 @@ class ExpertsWay:
         Spooled bytes are the same at every attempt, but not under another membership epoch: then they are burned.
         """
         return told.epoch % (_ATTEMPTS - 1) if self._repeatable else min(told.attempt, _ATTEMPTS - 2)
+
+    def _refresh_between(self, told: State) -> None:
+        """Fetch what the round that was committed last made; computing the next one finds it here."""
+        self._interrupted = False
+        self._refresh(told.round * _ATTEMPTS + _ATTEMPTS - 1, told)
 
     def _refresh(self, serial: int, told: State) -> dict[int, str]:
         active = [name for name in self._federation.parties if name not in told.absent]

@@ -14,7 +14,7 @@ from coterie.config import PrivacyRules
 from coterie.dp.contributor import Contributor
 from coterie.dp.ledger import Head
 from coterie.federation.participant import Alive
-from coterie.federation.round_state import State
+from coterie.federation.round_state import Saved, State
 from coterie.federation.transport import Lane, Message
 from coterie.training.adapter_sums import AdapterSums
 from coterie.training.experts_way import Contribution, ExpertsWay, PlainSums, shared_names
@@ -96,9 +96,13 @@ class ExpertsWork(PartyWork):
             return {}
         return {f"{_LEDGER}{head.seq}": torch.tensor(list(bytes.fromhex(head.hash)), dtype=torch.uint8)}
 
-    def _load_hosted(self, state: dict[str, Tensor]) -> None:
+    def _load_checkpoint(self, source: Saved) -> None:
         assert self.way is not None
         self.way.forget()
+        super()._load_checkpoint(source)
+
+    def _load_hosted(self, state: dict[str, Tensor]) -> None:
+        assert self.way is not None
         if isinstance(self._sums, PrivateSums):
             heads = [
                 Head(int(name.removeprefix(_LEDGER)), bytes(value.tolist()).hex())
@@ -146,8 +150,13 @@ class ExpertsWork(PartyWork):
     def _contributor(self) -> Contributor | None:
         return self._sums.contributor if isinstance(self._sums, PrivateSums) else None
 
-    def save(self, told: State) -> str:
-        digest = super().save(told)
+    def save(self, told: State, alive: Alive) -> str:
+        assert self.way is not None
+        if shared_names(self.parts.federation, self.parts.model):
+            # The commit moved a shared trunk at its homes; without this the file would hold the round's before.
+            self._meet(told.absent, alive)
+            self.way.catch_up(told)
+        digest = super().save(told, alive)
         # Everybody may have to go back to the oldest checkpoint that is still here, or, while the first one is not
         # published, to the split model. What that includes is never needed again.
         oldest = min((saved.round for saved in self.held()), default=0)

@@ -148,7 +148,7 @@ class PartyWork(ABC):
         found.save(self.parts.run_dir / _EVALUATION)
         self._log(max(told.round - 1, 0), test_loss=found.loss)
 
-    def save(self, told: State) -> str:
+    def save(self, told: State, alive: Alive) -> str:
         hosted = self._hosted_state()
         tensors = {
             "trunk": trunk_tensors(self.parts.model),
