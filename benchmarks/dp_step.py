@@ -101,8 +101,8 @@ def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool 
 
     def finish(sums: dict[str, Tensor]) -> None:
         if noise:
-            noised = add_noise(sums, SIGMA * CLIP, random_source(None), in_place=True)  # as a session does
-            sums = {name: tensor.div_(records) for name, tensor in noised.items()}
+            # As a session does it: over the sums, and divided in the same pass.
+            sums = add_noise(sums, SIGMA * CLIP, random_source(None), in_place=True, divisor=records)
         for name, parameter in parameters.items():
             parameter.grad = sums[name]
         optimizer.step()

@@ -175,7 +175,7 @@ def test_bias_follows_the_released_load_and_is_refused_where_there_is_none(make_
     before = [bias.clone() for bias, _ in balanced._biases]
     load = torch.zeros(sum(balanced.sizes), dtype=torch.float64)
     load[0] = 10.0
-    balanced.take_released(load, 10.0)
+    balanced.take_released(load / 10.0)
     bias = balanced._biases[0][0] - before[0]
     assert bias[0] == pytest.approx(-0.05)
     assert (bias[1:] <= 0.05 + 1e-6).all()
@@ -201,11 +201,11 @@ def test_bias_mode_trains_privately_and_moves_only_by_what_was_released(
 def test_smoothing_starts_as_a_plain_mean() -> None:
     balanced = balancer(tiny_model("olmoe", num_hidden_layers=1), "private_load", smoothing=0.9)
     for value in (1.0, 3.0):
-        balanced.take_released(torch.full((8,), value), 1.0)
+        balanced.take_released(torch.full((8,), value))
     assert balanced.load is not None
     assert torch.allclose(balanced.load, torch.full((8,), 2.0 + 1 / 8, dtype=torch.float64))
     again = balancer(tiny_model("olmoe", num_hidden_layers=1), "private_load", smoothing=0.9)
     again.restore(balanced.state())
-    balanced.take_released(torch.zeros(8), 1.0)
-    again.take_released(torch.zeros(8), 1.0)
+    balanced.take_released(torch.zeros(8))
+    again.take_released(torch.zeros(8))
     assert torch.equal(balanced.load, again.load)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from coterie.dp import resolve
 from coterie.dp.clipping import Automatic, Clipping, Flat, PerGroup, PerLayer, quantile_update
 from coterie.dp.engine import Engine
 from coterie.dp.functional import clipped_sum, per_sample_norms
+from coterie.dp.gram import SqNorms
 from coterie.dp.losses import default_loss
 from coterie.dp.precision import full_float32
 from coterie.errors import PrivacyError
@@ -493,3 +495,30 @@ def test_a_gradient_that_comes_after_the_norm_was_taken_is_an_error() -> None:
 
     with pytest.raises(PrivacyError, match="after its norm was taken"):
         Engine(Shared(), loss, method="book_keeping").accumulate({"x": torch.randn(3, 5, 4)})
+
+
+def test_invariant_2_norms_are_taken_again_until_the_slack_is_small_and_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The group's slack counts, and its largest part goes first: the others are left as they are."""
+    model = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in "abc"})
+    one, apart = Engine(model), Engine(model, clipping=PerGroup(1.0, {name: [name] for name in "abc"}))
+    whole = torch.tensor([1.0, 1.0], dtype=torch.float64)
+
+    def refined(engine: Engine, slacks: dict[str, float]) -> list[str]:
+        again: list[str] = []
+
+        def taken(root: Any, uses: Any, records: int, precise: bool) -> SqNorms:
+            again.append(root)
+            return SqNorms(whole, 0.0 * whole)
+
+        monkeypatch.setattr(resolve, "sq_norms", taken)
+        found = {f"{name}.weight": SqNorms(whole, slack * whole) for name, slack in slacks.items()}
+        engine._refine(found, {name: (name, []) for name in found}, 2)  # type: ignore[misc]
+        assert bool(engine._by_group(found, 2).trusted_rows().all())
+        return [name.removesuffix(".weight") for name in again]
+
+    assert refined(one, {"a": 2e-5, "b": 2e-4, "c": 1.2e-4}) == ["b"]
+    assert refined(one, {"a": 2.1e-4, "b": 2e-4, "c": 3.1e-4}) == ["c", "a"]
+    assert refined(one, {"a": 1e-5, "b": 1.5e-4, "c": 1e-5}) == []
+    assert sorted(refined(apart, {"a": 2e-4, "b": 2e-5, "c": 1.2e-4})) == ["a", "c"]

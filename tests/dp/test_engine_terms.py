@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,14 +16,17 @@ SMALL = settings(max_examples=40, deadline=None)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5) -> None:
-    """The term's norms, single gradients, sums and masks are those of ``gradients`` [B, *shape] float64."""
+def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5, added_up: float = 0.0) -> None:
+    """The term's norms, single gradients, sums and masks are those of ``gradients`` [B, *shape] float64.
+
+    ``added_up``: most of ``sum_t |a_t| |g_t|``. Where rows cancel, no float32 sum is nearer than some roundings of it.
+    """
     records = gradients.shape[0]
     scale = float(gradients.flatten(1).norm(dim=1).max()) + 1e-30
     for precise in (False, True):
         found = term.sq_norms(precise)
         exact = gradients.flatten(1).square().sum(1)
-        assert bool((found.value.sqrt() - exact.sqrt()).abs().max() <= rel * scale)
+        assert bool((found.value.sqrt() - exact.sqrt()).abs().max() <= rel * scale + 2**-22 * added_up)
         assert bool((exact <= (found.value + found.slack) * (1 + 1e-6) + 1e-12 * scale**2).all())
     for record in range(records):
         assert float((term.one(record).double() - gradients[record]).abs().max()) <= 1e-4 * scale
@@ -69,6 +72,7 @@ def routings(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
 
 
 @SMALL
+@example(([0] * 28, 1, 28, 2), 1, 1, False, False, torch.float32)  # 28 numbers that all but cancel
 @given(routings(), st.integers(1, 8), st.integers(1, 40), st.booleans(), st.booleans(), st.sampled_from(DTYPES))
 def test_stacked_experts_are_exact_for_every_routing(
     routing: tuple[list[int], int, int, int], inputs: int, outputs: int, transposed: bool, gathered: bool,
@@ -92,7 +96,7 @@ def test_stacked_experts_are_exact_for_every_routing(
         term = StackedOuter(x_NI, g_NO[order], segments, shape, transposed, order)
     else:
         term = StackedOuter(x_NI[order], g_NO[order], segments, shape, transposed)
-    assert_term(term, gradients)
+    assert_term(term, gradients, added_up=float((x.norm(dim=2) * g.norm(dim=2)).sum(1).max()))
     out = torch.full(shape, 7.0)
     term.add_sum(out, torch.ones(records), fresh=True)
     assert torch.allclose(out.double(), gradients.sum(0), atol=1e-3)

@@ -11,11 +11,16 @@ import pytest
 import torch
 from scipy import stats
 
-from coterie.dp import noise, noise_kernel
+from coterie.dp import noise
 from coterie.dp.randomness import Keystream, SeededRandom, SystemRandom, random_source
 from coterie.errors import PrivacyError
 
 SOURCE = SeededRandom(20)
+NEEDS_NUMBA = pytest.mark.skipif(noise.kernel() is None, reason="needs numba")
+
+
+def _whole(words: np.ndarray) -> int:
+    return int.from_bytes(words.astype(">u8").tobytes(), "big")
 
 
 def test_alias_table_holds_the_discrete_gaussian_to_many_digits() -> None:
@@ -23,7 +28,7 @@ def test_alias_table_holds_the_discrete_gaussian_to_many_digits() -> None:
     capacity = 1 << noise._COLUMN_BITS
     mass = [0] * (2 * half)
     for column, (other, high) in enumerate(table.both.tolist()):
-        own = capacity if other == column else (high << noise._TIE_BITS) + table.low[column]
+        own = capacity if other == column else (high << noise._TIE_BITS) + _whole(table.low[column])
         mass[column] += own
         mass[other] += capacity - own
     assert sum(mass) == 1 << noise._PROBABILITY_BITS
@@ -39,7 +44,7 @@ def test_draws_follow_the_table_by_chi_square() -> None:
     out, work = np.empty(noise._CHUNK, np.int16), noise._Work()
     stream, counts = SOURCE.stream("chi"), np.zeros(1 << 16, np.int64)
     for _ in range(30):
-        bits = noise._bits(stream, noise._CHUNK)
+        bits, _ = noise._bits(stream, noise._CHUNK)
         for rows in (0, 2):
             undecided = noise.alias_table().draw(bits[rows], bits[rows + 1], out, work)
             decided = np.delete(out, undecided).astype(np.int64)
@@ -124,17 +129,13 @@ def test_large_and_small_tensors_agree_with_one_thread_or_many(monkeypatch: pyte
     assert torch.equal(many, noise.add_noise(sums, 1.0, SeededRandom(1), "r")["w"])
 
 
-@pytest.mark.skipif(noise_kernel.kernel() is None, reason="needs numba")
+@NEEDS_NUMBA
 def test_the_compiled_pass_gives_the_same_bits_as_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(3)
     # Enough values that some of their draws look at more than 32 bits, and a rest that fills no chunk.
     sums = {"w": torch.randn(noise._SLAB * 2 + 77, generator=generator), "b": torch.zeros(5)}
     monkeypatch.setattr(noise, "_WORTH_COMPILING", 1)
-    settled = []
-    settle = noise.AliasTable.settle
-    monkeypatch.setattr(noise.AliasTable, "settle", lambda *given: settled.append(given) or settle(*given))
     compiled = noise.add_noise(sums, 0.8, SeededRandom(1), "r")
-    assert len(settled) > 50
     monkeypatch.setattr(noise, "kernel", lambda: None)
     plain = noise.add_noise(sums, 0.8, SeededRandom(1), "r")
     for name in sums:
@@ -142,26 +143,68 @@ def test_the_compiled_pass_gives_the_same_bits_as_numpy(monkeypatch: pytest.Monk
 
 
 def test_a_draw_whose_first_bits_tie_is_decided_by_more_of_them() -> None:
+    """Against integers of 192 bits: below the rest of its threshold a draw is its column's own value."""
+    table, generator = noise.alias_table(), np.random.default_rng(1)
+    column = generator.integers(0, 1 << 16, 3000).astype(np.uint16)
+    words = generator.integers(0, 1 << 64, (3000, 3), dtype=np.uint64)
+    words[:1000] = table.low[column[:1000]]  # equal: the second value
+    words[1000:2000, :2] = table.low[column[1000:2000], :2]  # the last word decides
+    expected = [_whole(row) < _whole(low) for row, low in zip(words, table.low[column], strict=True)]
+    assert table.own(column, words).tolist() == expected
+    assert 500 < sum(expected) < 2500
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_NUMBA)])
+def test_ties_take_their_words_in_the_order_of_their_places(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream in which many draws tie, with extreme words, against a loop written out by hand."""
+    table, count = noise.alias_table(), 5000
+    generator = np.random.default_rng(2)
+    bits = generator.integers(0, 1 << 16, (4, count)).astype(np.uint16)
+    places = np.sort(generator.choice(count, 30, replace=False))
+    for row in (0, 2):
+        some = places if row == 0 else places[::2]
+        bits[row + 1, some] = table.both[bits[row, some], 1]
+    spare = np.where(generator.random((noise._TIES, 1)) < 0.5, 0, (1 << 64) - 1).astype(np.uint64).repeat(3, 1)
+    monkeypatch.setattr(noise, "_bits", lambda stream, count: (bits, spare))
+    value = generator.normal(size=count).astype(np.float32) * 1e-3
+    out, step, used = np.empty_like(value), 1.0 / noise.GRID_SIGMA, 0
+    if compiled:
+        kernel = noise.kernel()
+        assert kernel is not None
+        assert noise._fused(kernel, value, out, step, step / 3, SOURCE.stream("x"))
+    else:
+        assert noise._in_numpy(value, out, step, step / 3, SOURCE.stream("x"))
+    for place in range(count):
+        total = 0
+        for row, factor in ((0, 1), (2, noise.COARSE)):
+            column, fraction = int(bits[row, place]), int(bits[row + 1, place])
+            other, threshold = table.both[column].tolist()
+            own = fraction < threshold
+            if fraction == threshold:
+                own, used = bool(spare[used, 0] == 0), used + 1
+            total += factor * ((column if own else other) - (1 << 15))
+        assert out[place] == np.float32((np.rint(np.float64(value[place]) * (1.0 / step)) + total) * (step / 3))
+    assert used >= 45
+
+
+def test_more_ties_than_sound_random_numbers_ever_make_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     table = noise.alias_table()
-    column = next(i for i in range(1 << 16) if table.both[i, 0] != i and table.low[i] > 0)
-    other, threshold = table.both[column].tolist()
+    bits = np.zeros((4, 1000), np.uint16)
+    bits[0::2], bits[1::2] = 40000, table.both[40000, 1]
+    monkeypatch.setattr(noise, "_bits", lambda stream, count: (bits[:, :count], np.zeros((64, 3), np.uint64)))
+    with pytest.raises(PrivacyError, match="are not random"):
+        noise.add_noise({"w": torch.zeros(1000)}, 1.0, SOURCE, "r")
+    if noise.kernel() is not None:
+        monkeypatch.setattr(noise, "_WORTH_COMPILING", 1)
+        with pytest.raises(PrivacyError, match="are not random"):
+            noise.add_noise({"w": torch.zeros(1000)}, 1.0, SOURCE, "r")
 
-    class Fixed:
-        def __init__(self, number: int) -> None:
-            self.number = number
 
-        def integer(self, bits: int) -> int:
-            assert bits == noise._TIE_BITS
-            return self.number
-
-    offset = 1 << (noise.TABLE_BITS - 1)
-    own, second = column - offset, other - offset
-    assert table.settle(column, threshold, Fixed(table.low[column] - 1)) == own  # type: ignore[arg-type]
-    assert table.settle(column, threshold, Fixed(table.low[column])) == second  # type: ignore[arg-type]
-    never = Fixed(-1)
-    assert table.settle(column, threshold + 1, never) == second  # type: ignore[arg-type]
-    if threshold:
-        assert table.settle(column, threshold - 1, never) == own  # type: ignore[arg-type]
+def test_a_divisor_scales_the_noised_sum() -> None:
+    sums = {"w": torch.randn(70_000, generator=torch.Generator().manual_seed(4))}
+    whole = noise.add_noise(sums, 0.7, SeededRandom(1), "r")["w"]
+    tenth = noise.add_noise(sums, 0.7, SeededRandom(1), "r", divisor=10.0)["w"]
+    torch.testing.assert_close(tenth, whole / 10, rtol=3e-7, atol=0.0)
 
 
 def test_sums_are_left_alone_unless_noise_is_added_in_place() -> None:
@@ -174,7 +217,7 @@ def test_sums_are_left_alone_unless_noise_is_added_in_place() -> None:
     assert within["w"].data_ptr() == sums["w"].data_ptr()
 
 
-@pytest.mark.skipif(noise_kernel.kernel() is None, reason="needs numba")
+@NEEDS_NUMBA
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 def test_the_compiled_pass_refuses_what_noise_cannot_hide(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "_WORTH_COMPILING", 1)

@@ -299,9 +299,9 @@ class Balancer:
         norm = torch.linalg.vector_norm(mean, dim=1, keepdim=True)
         return (mean * (self.load_bound / norm.clamp_min(self.load_bound))).sum(0)
 
-    def take_released(self, noised_S: Tensor, expected_units: float) -> None:
-        """Post-processing of a released load sum: into the running average, and into the routing bias."""
-        self.average.take(noised_S.double() / expected_units)
+    def take_released(self, mean_S: Tensor) -> None:
+        """Post-processing of a released load sum over the expected units: running average, and routing bias."""
+        self.average.take(mean_S.double())
         if self.balance.mode == "bias":
             self.set_bias(self.bias().double() + self.average.bias_step())
 

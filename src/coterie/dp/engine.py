@@ -245,13 +245,26 @@ class Engine:
     def _refine(
         self, found: dict[str, SqNorms], kept: Mapping[str, tuple[Root, list[resolve.Use]]], records: int
     ) -> None:
-        """Take norms again, more carefully, where the slack is a notable part of a group's whole norm."""
-        doubtful = ~self._by_group(found, records).trusted_rows()
-        if not bool(doubtful.any()):
-            return
-        for name, (root, uses) in kept.items():
-            if doubtful[self._group_index(name)] and not found[name].trusted():
-                found[name] = resolve.sq_norms(root, uses, records, precise=True)
+        """Take norms again, more carefully, while the slack is a notable part of a group's whole norm.
+
+        The parameter that adds most of it comes first: a careful norm costs several times a plain one, and one or two
+        are usually enough.
+        """
+        left = {name for name in kept if not found[name].trusted()}
+        while left:
+            whole = self._by_group(found, records)
+            doubtful = ~whole.trusted_rows()
+            adds = {
+                name: float((found[name].slack / whole.value[index]).nan_to_num(0.0).max())
+                for name in left
+                if doubtful[index := self._group_index(name)]
+            }
+            if not adds:
+                return
+            worst = max(sorted(adds), key=adds.__getitem__)
+            left.remove(worst)
+            root, uses = kept[worst]
+            found[worst] = resolve.sq_norms(root, uses, records, precise=True)
 
     def _ghost(self, batch: Batch) -> Diagnostics:
         records = batch_size(batch)

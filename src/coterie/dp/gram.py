@@ -101,15 +101,15 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     """
     inputs, outputs, rows = a_BTI.shape[2], g_BTO.shape[2], a_BTI.shape[1]
     if real_BT1 is None and rows > _BLOCK:
-        cheap = _lower_half(a_BTI, g_BTO)
+        value, crude = _lower_half_values(a_BTI, g_BTO)
+        cheap = SqNorms(value.clamp_min(0.0), gram_slack(crude, torch.full_like(crude, rows), inputs, outputs))
         if not precise or cheap.trusted():
             return cheap
     a_BTT, g_BTT = _products(a_BTI, a_BTI), _products(g_BTO, g_BTO)
     if real_BT1 is not None:
         g_BTT *= real_BT1 * real_BT1.mT
     value = (a_BTT * g_BTT).flatten(1).sum(1).double().clamp_min(0.0)
-    a_length = a_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt().unsqueeze(2)
-    g_length = g_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt().unsqueeze(2)
+    a_length, g_length = _lengths(a_BTT).unsqueeze(2), _lengths(g_BTT).unsqueeze(2)
     off_a, off_g, off_sum = (rounding_factor(length) for length in (inputs, outputs, rows))
     crude = (a_length * g_length).sum((1, 2)).double().square()
     slack = (off_a + off_g + off_sum) * crude
@@ -140,27 +140,29 @@ def _products(left_BTX: Tensor, right_BSX: Tensor) -> Tensor:
     return out
 
 
-def _lower_half(a_BTI: Tensor, g_BTO: Tensor) -> SqNorms:
-    """The cheap result of `gram_sq_norms` from the lower half of the symmetric products, block row by block row."""
-    value = _lower_half_values(a_BTI, g_BTO)
-    lengths = torch.linalg.vector_norm(a_BTI, dim=2) * torch.linalg.vector_norm(g_BTO, dim=2)
-    factor = sum(rounding_factor(length) for length in (a_BTI.shape[2], g_BTO.shape[2], a_BTI.shape[1]))
-    return SqNorms(value.clamp_min(0.0), factor * lengths.sum(1).double().square())
-
-
-def gram_values(a_BTI: Tensor, g_BTO: Tensor, counts_BTT: Tensor | None = None) -> Tensor:
-    """[B] float64 squared norms by dot products, without a bound on their rounding: see `gram_slack`.
+def gram_values(
+    a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, pairs_BTT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[B] float64 squared norms by dot products, and ``sum_t |a_t| |g_t|``, of which `gram_slack` makes a bound.
 
     Args:
-        a_BTI, g_BTO: as in `gram_sq_norms`.
-        counts_BTT: 1.0 for pairs of rows that count, 0.0 for the others; None: all count.
+        a_BTI, g_BTO, real_BT1: as in `gram_sq_norms`.
+        pairs_BTT: with ``real_BT1``: 1.0 for pairs of rows that count, 0.0 for the others.
     """
-    if counts_BTT is None and a_BTI.shape[1] > _BLOCK:
+    if real_BT1 is None and a_BTI.shape[1] > _BLOCK:
         return _lower_half_values(a_BTI, g_BTO)
-    products = _products(a_BTI, a_BTI).mul_(_products(g_BTO, g_BTO))
-    if counts_BTT is not None:
-        products *= counts_BTT
-    return products.flatten(1).sum(1).double()
+    products, g_BTT = _products(a_BTI, a_BTI), _products(g_BTO, g_BTO)
+    lengths = _lengths(products) * _lengths(g_BTT)
+    products *= g_BTT
+    if real_BT1 is not None and pairs_BTT is not None:
+        lengths *= real_BT1.squeeze(-1)
+        products *= pairs_BTT
+    return products.flatten(1).sum(1).double(), lengths.sum(1).double()
+
+
+def _lengths(products_BTT: Tensor) -> Tensor:
+    """[B, T] lengths of the rows whose dot products these are."""
+    return products_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
 
 
 def gram_slack(crude_B: Tensor, rows_B: Tensor, inputs: int, outputs: int) -> Tensor:
@@ -175,15 +177,18 @@ def gram_slack(crude_B: Tensor, rows_B: Tensor, inputs: int, outputs: int) -> Te
     return factor * crude_B.square()
 
 
-def _lower_half_values(a_BTI: Tensor, g_BTO: Tensor) -> Tensor:
+def _lower_half_values(a_BTI: Tensor, g_BTO: Tensor) -> tuple[Tensor, Tensor]:
     rows = a_BTI.shape[1]
     value = torch.zeros(a_BTI.shape[0], dtype=torch.float64, device=a_BTI.device)
+    crude = torch.zeros_like(value)
     for start in range(0, rows, _BLOCK):
         stop = min(start + _BLOCK, rows)
         products = _products(a_BTI[:, start:stop], a_BTI[:, :stop])
-        products *= _products(g_BTO[:, start:stop], g_BTO[:, :stop])
+        g_products = _products(g_BTO[:, start:stop], g_BTO[:, :stop])
+        crude += (_lengths(products[:, :, start:]) * _lengths(g_products[:, :, start:])).sum(1).double()
+        products *= g_products
         value += products[:, :, start:].sum((1, 2)).double() + 2.0 * products[:, :, :start].sum((1, 2)).double()
-    return value
+    return value, crude
 
 
 def _small(slack: Tensor, value: Tensor) -> bool:

@@ -263,17 +263,16 @@ class LotSums:
         }
         return RoundNoise.of(sigma, parts | extra, lambda name: name if name in extra else group_of(name))
 
-    def take_released(self, noised: Mapping[str, Tensor], expected: float) -> None:
+    def take_released(self, means: Mapping[str, Tensor]) -> None:
         """Post-processing of the extra parts of a release: routing loads and clip thresholds of later rounds.
 
         Args:
-            noised: a release's tensors.
-            expected: expected units in a lot.
+            means: a release's tensors, over the expected units in a lot.
         """
-        if self.balancer is not None and LOAD in noised:
-            self.balancer.take_released(noised[LOAD], expected)
-        if WITHIN in noised and self._settings.adaptive_quantile is not None:
-            fraction = (noised[WITHIN].double() / expected + 0.5).clamp(0, 1)
+        if self.balancer is not None and LOAD in means:
+            self.balancer.take_released(means[LOAD])
+        if WITHIN in means and self._settings.adaptive_quantile is not None:
+            fraction = (means[WITHIN].double() + 0.5).clamp(0, 1)
             self.engine.thresholds = quantile_update(
                 self.engine.thresholds, fraction, self._settings.adaptive_quantile
             )

@@ -62,6 +62,9 @@ class RoundNoise:
         check_joint(sigma, {name: (part.bound, std[name]) for name, part in parts.items()})
         return cls(std, part_of)
 
-    def add(self, sums: Mapping[str, Tensor], source: RandomSource, purpose: str) -> dict[str, Tensor]:
-        """The noised sums, float32 on the CPU, written over ``sums`` where it can be; see `add_noise`."""
-        return add_noise(sums, {name: self.std[self.part_of(name)] for name in sums}, source, purpose, in_place=True)
+    def add(
+        self, sums: Mapping[str, Tensor], source: RandomSource, purpose: str, divisor: float = 1.0
+    ) -> dict[str, Tensor]:
+        """The noised sums over ``divisor``, float32 on the CPU, written over ``sums`` where possible: `add_noise`."""
+        std = {name: self.std[self.part_of(name)] for name in sums}
+        return add_noise(sums, std, source, purpose, in_place=True, divisor=divisor)

@@ -10,7 +10,8 @@ sample is ``fine + COARSE * coarse`` with two draws from one table for standard 
 ``fine`` runs over a coset of COARSE * Z with standard deviation 2 COARSE (to six digits), so the sum's probabilities
 differ from the discrete Gaussian's by a factor within 1 +- 2 exp(-8 pi^2), about 1 +- 1e-34 (Peikert 2010; Micciancio
 and Walter 2017). The table is an alias table with integer thresholds of 208 bits; a draw looks at 32 random bits and,
-in the one case in 65,536 where these do not decide, at 192 more, so each entry's probability is right to 2^-208.
+in the one case in 65,536 where these do not decide (a tie), at 192 more, so each entry's probability is right to
+2^-208.
 Values beyond 16 standard deviations of the table (mass 2^-185) are never drawn.
 
 **What it costs in privacy.** At integer orders the Renyi divergences of the (subsampled) discrete and continuous
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie.dp.noise_kernel import Kernel, kernel
+from coterie.dp.noise_kernel import Kernel, compile_kernel
 from coterie.dp.randomness import Keystream, RandomSource
 from coterie.errors import PrivacyError
 
@@ -47,7 +48,11 @@ GRID_SIGMA = TABLE_SIGMA * math.sqrt(1 + COARSE**2)
 _PROBABILITY_BITS = 224
 _COLUMN_BITS = _PROBABILITY_BITS - TABLE_BITS
 _TIE_BITS = _COLUMN_BITS - 16
+_TIE_WORDS = _TIE_BITS // 64
 _CHUNK = 1 << 15
+_TIES = 64
+"""Random numbers for ties in a chunk. One is needed on average, and more than these with probability 1e-91."""
+
 _MAX_GRID_SHARE = 0.1
 
 
@@ -57,7 +62,7 @@ class AliasTable:
     Attributes:
         both: [65536, 2] uint16, a column's second value (with the same offset as the column number) and the upper 16
             bits of its threshold, side by side so that one look-up fetches both.
-        low: the remaining bits of every threshold, as integers.
+        low: [65536, 3] uint64, the remaining bits of every threshold, the highest first.
     """
 
     def __init__(self) -> None:
@@ -79,7 +84,8 @@ class AliasTable:
             if mass[high] < capacity:
                 small.append(large.pop())
         self.both = np.array([[o, t >> _TIE_BITS] for o, t in zip(other, threshold, strict=True)], dtype=np.uint16)
-        self.low = [t & ((1 << _TIE_BITS) - 1) for t in threshold]
+        rest = b"".join((t & ((1 << _TIE_BITS) - 1)).to_bytes(_TIE_BITS // 8, "big") for t in threshold)
+        self.low = np.frombuffer(rest, ">u8").reshape(columns, _TIE_WORDS).astype(np.uint64)
 
     def draw(self, column: np.ndarray, fraction: np.ndarray, out: np.ndarray, work: _Work) -> np.ndarray:
         """Fill ``out`` [n] int16 from 32 random bits a value.
@@ -90,7 +96,7 @@ class AliasTable:
             work: buffers.
 
         Returns:
-            The places that the bits do not decide, whose samples are still to come; see `settle`.
+            The places that the bits do not decide, whose samples are still to come; see `own`.
         """
         count = out.shape[0]
         pair, below, mask = work.pair[:count], work.below[:count], work.mask[:count]
@@ -108,11 +114,18 @@ class AliasTable:
         np.bitwise_xor(chosen, np.uint16(1 << (TABLE_BITS - 1)), out=chosen)
         return ties
 
-    def settle(self, column: int, fraction: int, stream: Keystream) -> int:
-        """One sample, with as many more bits of the stream as it takes."""
-        other, threshold = self.both[column].tolist()
-        own = fraction < threshold or (fraction == threshold and stream.integer(_TIE_BITS) < self.low[column])
-        return (column if own else other) - (1 << (TABLE_BITS - 1))
+    def own(self, column: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """[k] bool, whether ties [k] fall to their column rather than to its second value.
+
+        Args:
+            column: [k] column numbers.
+            words: [k, 3] uint64 random bits, the highest first.
+        """
+        low = self.low[column]
+        below = words[:, -1] < low[:, -1]
+        for word in range(_TIE_WORDS - 2, -1, -1):
+            below = (words[:, word] < low[:, word]) | ((words[:, word] == low[:, word]) & below)
+        return below
 
 
 class _Work:
@@ -151,6 +164,12 @@ def alias_table() -> AliasTable:
     return AliasTable()
 
 
+@functools.cache
+def kernel() -> Kernel | None:
+    """The compiled pass over `alias_table`, or None without numba."""
+    return compile_kernel(alias_table().both, COARSE)
+
+
 def discrete_gaussian(count: int, stream: Keystream) -> np.ndarray:
     """[count] int32 samples of the discrete Gaussian with standard deviation `GRID_SIGMA`."""
     out = np.empty(count, np.int32)
@@ -160,23 +179,43 @@ def discrete_gaussian(count: int, stream: Keystream) -> np.ndarray:
     return out
 
 
-def _bits(stream: Keystream, count: int) -> np.ndarray:
-    """[4, count] uint16: columns and fractions of the fine, then of the coarse draws; valid until the next read."""
-    return stream.read(8 * count).view(np.uint16).reshape(4, count)
+def _bits(stream: Keystream, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random bits of a chunk, valid until the next read.
+
+    Returns:
+        [4, count] uint16, columns and fractions of the fine, then of the coarse draws; [_TIES, 3] uint64 for ties,
+        which take theirs in the order of their places, fine before coarse.
+    """
+    ties = 8 * _TIES * _TIE_WORDS
+    read = stream.read(ties + 8 * count)
+    return read[ties:].view(np.uint16).reshape(4, count), read[:ties].view(np.uint64).reshape(_TIES, _TIE_WORDS)
 
 
 def _chunk(table: AliasTable, stream: Keystream, work: _Work, count: int) -> np.ndarray:
     draws, noise = work.draws[:, :count], work.noise[:count]
-    bits = _bits(stream, count)
+    bits, spare = _bits(stream, count)
     ties = [table.draw(bits[0], bits[1], draws[0], work), table.draw(bits[2], bits[3], draws[1], work)]
     if ties[0].size or ties[1].size:
-        undecided = [bits[2 * i : 2 * i + 2, places].T.tolist() for i, places in enumerate(ties)]
-        for draw, places, words in zip(draws, ties, undecided, strict=True):
-            for place, (column, fraction) in zip(places.tolist(), words, strict=True):
-                draw[place] = table.settle(column, fraction, stream)
+        which, places = np.repeat([0, 1], [ties[0].size, ties[1].size]), np.concatenate(ties)
+        order = np.lexsort((which, places))
+        which, places = which[order], places[order]
+        if places.size > _TIES:
+            raise _broken_stream()
+        column = bits[2 * which, places]
+        chosen = np.where(table.own(column, spare[: places.size]), column, table.both[column, 0])
+        draws[which, places] = (chosen.astype(np.int32) - (1 << (TABLE_BITS - 1))).astype(np.int16)
     np.multiply(draws[1], np.int32(COARSE), out=noise, dtype=np.int32)
     np.add(noise, draws[0], out=noise)
     return noise
+
+
+def _broken_stream() -> PrivacyError:
+    return PrivacyError(
+        "the random numbers for the noise are not random.",
+        code="dp-noise",
+        why=f"more than {_TIES} ties among {_CHUNK} draws happen to sound ones never",
+        fix="look whether the `cryptography` package works on this machine",
+    )
 
 
 def calibrate(noise_multiplier: float, bound: float, num_values: int) -> float:
@@ -210,6 +249,7 @@ def add_noise(
     source: RandomSource,
     purpose: str = "noise",
     in_place: bool = False,
+    divisor: float = 1.0,
 ) -> dict[str, Tensor]:
     """Each clipped sum rounded to the grid, plus discrete Gaussian noise of standard deviation ``std``.
 
@@ -220,6 +260,7 @@ def add_noise(
         purpose: names the streams of a seeded source; must differ from round to round.
         in_place: write the result over sums that are contiguous float32 on the CPU, which saves their size in
             memory; after an error they are spoilt. Otherwise they are not changed.
+        divisor: a public number that the noised sum is divided by, in the same pass.
 
     Returns:
         float32 CPU tensors of the same names and shapes.
@@ -227,7 +268,7 @@ def add_noise(
     Raises:
         PrivacyError: a sum is not finite or std is not positive (code dp-noise).
 
-    Cost: with numba 4.7 ns of a core for a value, without 15 (100 million: 0.47 s, 1.5 s), buffers of 1 MB a thread.
+    Cost: with numba 2.9 ns of a core for a value, without 15 (100 million: 0.3 s, 1.5 s), buffers of 1 MB a thread.
     """
     out: dict[str, Tensor] = {}
     jobs = []
@@ -246,13 +287,20 @@ def add_noise(
         value, target = plain.view(-1).numpy(), out[name].view(-1).numpy()
         for start in range(0, value.shape[0], _SLAB):
             stream = source.stream(f"{purpose}|{number}|{start}")
-            jobs.append((name, value[start : start + _SLAB], target[start : start + _SLAB], float(scale), stream))
+            jobs.append(
+                (name, value[start : start + _SLAB], target[start : start + _SLAB], scale / GRID_SIGMA, stream)
+            )
     total = sum(job[1].shape[0] for job in jobs)
     compiled = kernel() if total >= _WORTH_COMPILING else None
 
     def run(job: tuple[str, np.ndarray, np.ndarray, float, Keystream]) -> None:
-        name, value, target, scale, stream = job
-        sound = _in_numpy(value, target, scale, stream) if compiled is None else _fused(compiled, *job[1:])
+        name, value, target, step, stream = job
+        steps = step, step / divisor
+        sound = (
+            _in_numpy(value, target, *steps, stream)
+            if compiled is None
+            else _fused(compiled, value, target, *steps, stream)
+        )
         if not sound:
             raise PrivacyError(
                 f"the clipped sum of `{name}` is not finite or far above its clip norm.",
@@ -282,39 +330,34 @@ def _threads() -> int:
     return max(1, min(torch.get_num_threads(), os.cpu_count() or 1, 16))
 
 
-def _in_numpy(value: np.ndarray, target: np.ndarray, std: float, stream: Keystream) -> bool:
-    """target = step * (round(value / step) + noise), in doubles. False if a value is not finite or too large."""
+def _in_numpy(value: np.ndarray, target: np.ndarray, step: float, unit: float, stream: Keystream) -> bool:
+    """target = unit * (round(value / step) + noise), in doubles. False if a value is not finite or too large."""
     table, work = alias_table(), _Work()
-    step = std / GRID_SIGMA
     for start in range(0, value.shape[0], _CHUNK):
         count = min(_CHUNK, value.shape[0] - start)
         grid = work.value[:count]
-        np.divide(value[start : start + count], step, out=grid, dtype=np.float64)
+        np.multiply(value[start : start + count], 1.0 / step, out=grid, dtype=np.float64)
         np.rint(grid, out=grid)
         if not np.abs(grid).max() < _EXACT:  # NaN too
             return False
         grid += _chunk(table, stream, work, count)
-        np.multiply(grid, step, out=target[start : start + count], casting="same_kind")
+        np.multiply(grid, unit, out=target[start : start + count], casting="same_kind")
     return True
 
 
-def _fused(compiled: Kernel, value: np.ndarray, target: np.ndarray, std: float, stream: Keystream) -> bool:
+def _fused(
+    compiled: Kernel, value: np.ndarray, target: np.ndarray, step: float, unit: float, stream: Keystream
+) -> bool:
     """The same numbers in one compiled pass."""
-    table, step = alias_table(), std / GRID_SIGMA
-    packed, ties = table.both.view(np.uint32)[:, 0], np.empty(_CHUNK, np.int64)
+    low = alias_table().low
     for start in range(0, value.shape[0], _CHUNK):
-        chunk, out = value[start : start + _CHUNK], target[start : start + _CHUNK]
-        bits = _bits(stream, chunk.shape[0])
-        found = compiled(bits, packed, chunk, out, step, COARSE, ties)
-        if found < 0:
+        chunk = slice(start, start + _CHUNK)
+        (column, fraction, column2, fraction2), spare = _bits(stream, value[chunk].shape[0])
+        sound, used = compiled(
+            column, fraction, column2, fraction2, spare, low, value[chunk], target[chunk], step, unit
+        )
+        if used > _TIES:
+            raise _broken_stream()
+        if not sound:
             return False
-        if found:
-            places = ties[:found]
-            words = bits[:, places].astype(np.int64)
-            # In the order in which `_chunk` reads more bits: ties of the fine draws, then those of the coarse ones.
-            fine, coarse = (
-                np.array([table.settle(column, fraction, stream) for column, fraction in words[rows].T.tolist()])
-                for rows in (slice(0, 2), slice(2, 4))
-            )
-            out[places] = (np.rint(chunk[places].astype(np.float64) / step) + (fine + COARSE * coarse)) * step
     return True

@@ -19,17 +19,21 @@ from coterie.errors import PrivacyError
 
 _KEY_BYTES = 32
 _BLOCK_BYTES = 16
+_NONCE_BYTES = 12
 
 
 class Keystream:
-    """Uniform random bytes from AES-256-CTR under one key. Cost: about 0.13 ns a byte with AES instructions.
+    """Uniform random bytes from AES-256 in counter mode under one key.
+
+    The counter mode is that of GCM, whose tag is never asked for: OpenSSL has wide instructions for it, which its
+    plain counter mode lacks, and gives a byte in 0.07 ns instead of 0.13. A stream ends after 64 GiB.
 
     Args:
-        key: 32 bytes that nobody else has. A key is for one stream only: the counter starts at zero.
+        key: 32 bytes that nobody else has. A key is for one stream only: the counter starts at the same number.
     """
 
     def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(_BLOCK_BYTES))).encryptor()
+        self._cipher = Cipher(algorithms.AES(key), modes.GCM(bytes(_NONCE_BYTES))).encryptor()
         self._process = os.getpid()
         self._zeros = b""
         self._buffer = bytearray()

@@ -11,6 +11,7 @@ O outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -34,6 +35,9 @@ _PADDED_UP_TO = 48
 
 _BUCKET_RATIO = 1.5
 
+_PIECE_BYTES = 1 << 21
+"""Rows that are gathered at once on a CPU: they should still be in its cache when their products are taken."""
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -50,6 +54,11 @@ class Bucket:
     index_Sn: Tensor
     real_Sn1: Tensor
     pairs_Snn: Tensor
+
+    def pieces(self, rows: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``index_Sn, real_Sn1, pairs_Snn`` of at most ``rows`` rows at a time; None: all at once."""
+        step = len(self.segments_S) if rows is None else max(1, rows // self.index_Sn.shape[1])
+        return zip(*(part.split(step) for part in (self.index_Sn, self.real_Sn1, self.pairs_Snn)), strict=True)
 
 
 class Segments:
@@ -153,34 +162,34 @@ class StackedOuter:
         return self._precisely(a, g) if precise and not total.trusted() else total
 
     def _cheaply(self, a: Tensor, g: Tensor) -> SqNorms:
-        """Per segment, with the slack of all segments bounded at once from the lengths of their rows."""
+        """Per segment, with the slack bounded from the lengths of the rows alone."""
         segments, inputs, outputs = self._segments, a.shape[1], g.shape[1]
-        values: list[Tensor] = []
         numbers: list[Tensor] = []
+        pieces: list[tuple[Tensor, Tensor]] = []
         by_gram: list[bool] = []
+        step = max(1, _PIECE_BYTES // (a.element_size() * (inputs + outputs)))
         for bucket in segments.buckets:
-            index, shape = bucket.index_Sn.flatten(), bucket.index_Sn.shape
-            rows_a, rows_g = a.index_select(0, index).view(*shape, -1), g.index_select(0, index).view(*shape, -1)
-            cheap = gram_is_cheaper(shape[1], inputs, outputs)
-            values.append(
-                gram_values(rows_a, rows_g, bucket.pairs_Snn)
-                if cheap
-                else _direct_values(rows_a, rows_g * bucket.real_Sn1)
-            )
+            cheap = gram_is_cheaper(bucket.index_Sn.shape[1], inputs, outputs)
+            for index_Sn, real_Sn1, pairs_Snn in bucket.pieces(step if a.device.type == "cpu" else None):
+                rows_a, rows_g = _gathered(a, index_Sn), _gathered(g, index_Sn)
+                pieces.append(
+                    gram_values(rows_a, rows_g, real_Sn1, pairs_Snn)
+                    if cheap
+                    else _direct_values(rows_a, rows_g * real_Sn1)
+                )
             numbers.append(bucket.segments_S)
-            by_gram += [cheap] * shape[0]
+            by_gram += [cheap] * len(bucket.segments_S)
         for i in segments.long:
             rows = slice(*segments.bounds[i])
             cheap = gram_is_cheaper(rows.stop - rows.start, inputs, outputs)
-            values.append((gram_values if cheap else _direct_values)(a[None, rows], g[None, rows]))
+            pieces.append((gram_values if cheap else _direct_values)(a[None, rows], g[None, rows]))
             by_gram.append(cheap)
-        numbers.append(torch.tensor(segments.long, dtype=torch.int64, device=g.device))
-        number_S = torch.cat(numbers)
-        value_S = torch.cat(values).clamp_min(0.0) if values else g.new_zeros(0, dtype=torch.float64)
-        lengths = (torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(g, dim=-1)).double()
         value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
-        crude_S = value.index_add(0, segments.segment_R, lengths)[number_S]
-        rows_S = segments.counts[number_S].double()
+        if not pieces:
+            return SqNorms(value, value)
+        number_S = torch.cat([*numbers, torch.tensor(segments.long, dtype=torch.int64, device=g.device)])
+        value_S, crude_S = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        value_S, rows_S = value_S.clamp_min(0.0), segments.counts[number_S].double()
         slack_S = torch.where(
             torch.tensor(by_gram, dtype=torch.bool, device=g.device),
             gram_slack(crude_S, rows_S, inputs, outputs),
@@ -195,9 +204,8 @@ class StackedOuter:
         value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
         slack = torch.zeros_like(value)
         for bucket in segments.buckets:
-            index, shape = bucket.index_Sn.flatten(), bucket.index_Sn.shape
-            rows_a, rows_g = a.index_select(0, index).view(*shape, -1), g.index_select(0, index).view(*shape, -1)
-            if gram_is_cheaper(shape[1], inputs, outputs):
+            rows_a, rows_g = _gathered(a, bucket.index_Sn), _gathered(g, bucket.index_Sn)
+            if gram_is_cheaper(bucket.index_Sn.shape[1], inputs, outputs):
                 part = gram_sq_norms(rows_a, rows_g, bucket.real_Sn1, precise=True)
             else:
                 part = _direct(rows_a, rows_g * bucket.real_Sn1)
@@ -260,15 +268,20 @@ class StackedOuter:
         return self._g.nbytes + (self._a.nbytes if self._gather is None else 0)
 
 
+def _gathered(rows_RX: Tensor, index_Sn: Tensor) -> Tensor:
+    return rows_RX.index_select(0, index_Sn.flatten()).view(*index_Sn.shape, -1)
+
+
 def _direct(a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
-    """Squared norms from the gradients themselves, one chunk of segments at a time."""
-    value = _direct_values(a_SnI, g_SnO)
+    value, crude = _direct_values(a_SnI, g_SnO)
+    return SqNorms(value, direct_slack(value, crude, a_SnI.shape[1]))
+
+
+def _direct_values(a_SnI: Tensor, g_SnO: Tensor) -> tuple[Tensor, Tensor]:
+    """[S] squared norms from the gradients themselves, and ``sum_t |a_t| |g_t|``."""
+    value = torch.linalg.vector_norm(torch.bmm(g_SnO.mT, a_SnI), dim=-1).double().square().sum(1)
     lengths = torch.linalg.vector_norm(a_SnI, dim=-1) * torch.linalg.vector_norm(g_SnO, dim=-1)
-    return SqNorms(value, direct_slack(value, lengths.sum(1).double(), a_SnI.shape[1]))
-
-
-def _direct_values(a_SnI: Tensor, g_SnO: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(torch.bmm(g_SnO.mT, a_SnI), dim=-1).double().square().sum(1)
+    return value, lengths.sum(1).double()
 
 
 class StackedBias:

@@ -139,8 +139,7 @@ class PrivateSession:
                 why="each lot is used once; using one again would spend privacy that is not counted",
                 fix="use `for lot in session: session.step(lot)`",
             )
-        noised, release = self.publish(pending)
-        self._step(noised, release)
+        self._step(*self.publish(pending))
         self._trim_spool()
 
     def put_gradients(self) -> None:
@@ -173,15 +172,17 @@ class PrivateSession:
         """Compute a pending lot, noise it, spool and count the result; the model is not changed.
 
         Returns:
-            The noised sums, float32 on the CPU, and the release that holds them.
+            The noised sums over the expected lot size, float32 on the CPU, and the release that holds them.
         """
         self._check_trained()
         earlier = self.releases.spooled(pending)
         if earlier is not None:
             return earlier.tensors(), earlier
         sums = self.lot_sums.compute(pending.lot, pending.name)
-        noised = self.lot_sums.noise(sums).add(sums, self._source, f"noise|{pending.name}")
-        return noised, self.releases.publish(pending, noised)
+        means = self.lot_sums.noise(sums).add(
+            sums, self._source, f"noise|{pending.name}", divisor=float(self.plan.expected_size)
+        )
+        return means, self.releases.publish(pending, means)
 
     def _trim_spool(self) -> None:
         """Drop results that no checkpoint could be brought up to date with, and keep the rest within bounds.
@@ -220,28 +221,24 @@ class PrivateSession:
         for parameter in (*self.model.parameters(), *stepped):
             parameter.grad = None
 
-    def _take(self, noised: Mapping[str, Tensor], release: Release) -> None:
-        """A release into the gradients, divided by the expected lot size, and its extra parts into later rounds.
-
-        ``noised`` is used up: it is on disk by now, and dividing in place saves the size of the model.
-        """
+    def _take(self, means: Mapping[str, Tensor], release: Release) -> None:
+        """A release into the gradients, and its extra parts into later rounds."""
         self._check_trained()
         self._drop_other_gradients()
-        expected = float(self.plan.expected_size)
         for name, parameter in self._parameters.items():
-            mean = noised[name].div_(expected)
+            mean = means[name]
             if isinstance(self.optimizer, KeepsFloat32):
                 self.optimizer.gradient(parameter).copy_(mean)
             else:
                 parameter.grad = mean.to(parameter.device, parameter.dtype)
-        self.lot_sums.take_released(noised, expected)
+        self.lot_sums.take_released(means)
         self._pending = None
         self._parent = release.digest
         self.round = release.round
 
-    def _step(self, noised: Mapping[str, Tensor], release: Release) -> None:
+    def _step(self, means: Mapping[str, Tensor], release: Release) -> None:
         """Post-processing of a released result: one optimizer step."""
-        self._take(noised, release)
+        self._take(means, release)
         if self._schedule is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._schedule(release.round - 1)
