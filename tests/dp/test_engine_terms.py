@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5, added_up: float = 0.0) -> None:
     """The term's norms, single gradients, sums and masks are those of ``gradients`` [B, *shape] float64.
 
-    ``added_up``: most of ``sum_t |a_t| |g_t|``; no float32 sum of rows that cancel is nearer than some roundings of it.
+    ``added_up``: most of ``sum_t |a_t| |g_t|``: where rows cancel, a float32 sum is off by some roundings of that.
     """
     records = gradients.shape[0]
     scale = float(gradients.flatten(1).norm(dim=1).max()) + 1e-30
