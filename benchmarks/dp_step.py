@@ -6,8 +6,13 @@
 A step is forward, backward and AdamW (``foreach=False``) for every arm; for the private arms also clipping and the
 noise of every parameter. Arms: ``plain``; ``gaussian_only``, the plain step plus ``torch.randn`` of every parameter
 without clipping (the least that private training costs with ordinary floating-point noise); ours by
-``book_keeping``, by ``ghost`` and by ``auto``; ``loop``, one record at a time by autograd; ``opacus`` where it is
-installed (``pip install --no-deps --target DIR opacus opt_einsum``, with DIR on PYTHONPATH) and runs on the model.
+``book_keeping``, by ``ghost`` and by ``auto``; ``loop``, one record at a time by autograd. ``opacus`` and
+``opake``, with transformers' own experts and noise of their own, change classes of transformers for a whole process, so
+each is asked for in a run of its own:
+
+    pip install --no-deps --target DIR opacus==1.6.0 opt_einsum optree torchopt opake==0.16.1 opake-base==0.16.1 \\
+        opake-engine==0.16.1 opake-dpsgd==0.16.1 opake-optimizers==0.16.1 opake-patches==0.16.1
+    PYTHONPATH=DIR python benchmarks/dp_step.py --arms plain opake
 
 Times are medians over rounds in which all arms take turns in one process; memory is the peak resident size of a
 fresh process that runs one arm only, beside the one of ``plain``. Anything else that runs on the machine makes these
@@ -42,7 +47,8 @@ from coterie.models import seam
 from coterie.training.memory import peak_rss_bytes
 
 SHAPES = ("4x64", "16x64", "32x64", "4x512")
-ARMS = ("plain", "gaussian_only", "book_keeping", "ghost", "auto", "loop", "opacus", "opake")
+ARMS = ("plain", "gaussian_only", "book_keeping", "ghost", "auto", "loop")
+THEIRS = ("opacus", "opake")
 CLIP, SIGMA = 1.0, 0.7
 VOCABULARY = 4096
 Step = Callable[[], None]
@@ -91,10 +97,11 @@ def batch_of(shape: str, labelled: bool) -> dict[str, Tensor]:
 
 def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool = True) -> Step:
     """One whole step of an arm; raises where the arm does not run on this model."""
-    if arm == "opacus":
-        return _opacus(model, batch)
-    if arm == "opake":
-        raise RuntimeError("not measured here: opake is not installed, or its interface is not driven by this file")
+    if arm in THEIRS:
+        if not _installed(arm):
+            raise RuntimeError(f"{arm} is not installed")
+        model.set_experts_implementation("grouped_mm")  # type: ignore[operator]
+        return (_opacus if arm == "opacus" else _opake)(model, batch, noise)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     records = len(batch["input_ids"])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -151,18 +158,57 @@ def _installed(name: str) -> bool:
     return find_spec(name) is not None
 
 
-def _opacus(model: nn.Module, batch: dict[str, Tensor]) -> Step:
-    if not _installed("opacus"):
-        raise RuntimeError("opacus is not installed")
+def _opacus(model: nn.Module, batch: dict[str, Tensor], noise: bool) -> Step:
+    """Hooks collect per-sample gradients; its optimizer clips, adds ordinary floating-point noise, and steps."""
     from opacus.grad_sample import GradSampleModule  # type: ignore[import-not-found]
+    from opacus.optimizers import DPOptimizer  # type: ignore[import-not-found]
 
     wrapped = GradSampleModule(model, loss_reduction="sum", strict=True)
+    optimizer = DPOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False), noise_multiplier=SIGMA if noise else 0.0,
+        max_grad_norm=CLIP, expected_batch_size=len(batch["input_ids"]), loss_reduction="sum",
+    )  # fmt: skip
 
     def step() -> None:
         default_loss(wrapped, batch).sum().backward()
-        wrapped.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    step()
+    return step
+
+
+def _opake(model: nn.Module, batch: dict[str, Tensor], noise: bool) -> Step:
+    """``vmap`` over per-sample gradients of the functional model with the model's own loss, then AdamW."""
+    from opake.dpsgd.clipping import clipped_grad  # type: ignore[import-not-found]
+    from opake.dpsgd.noise import gaussian_noise  # type: ignore[import-not-found]
+    from opake.functional import make_functional  # type: ignore[import-not-found]
+    from opake.patches import apply_model_patches, apply_runtime_patches  # type: ignore[import-not-found]
+    from opake.random import key  # type: ignore[import-not-found]
+
+    apply_runtime_patches()
+    apply_model_patches(model)
+    functional, trained, frozen = make_functional(model, disable_autograd_tracking=True, partition_trainable=True)
+
+    def loss(parameters: dict[str, Tensor], *columns: Tensor) -> Tensor:
+        found: Tensor = functional({**frozen, **parameters}, **dict(zip(batch, columns, strict=True)))["loss"]
+        return found
+
+    clipped, clip_state = clipped_grad(
+        loss, clipping_norm=CLIP, batch_argnums=tuple(range(1, 1 + len(batch))), normalize_by=len(batch["input_ids"])
+    )
+    add, noise_state = gaussian_noise(noise_multiplier=SIGMA, key=key(0))
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, foreach=False)
+
+    def step() -> None:
+        nonlocal clip_state, noise_state
+        gradients, clip_state = clipped(trained, *batch.values(), state=clip_state)
+        if noise:
+            gradients, noise_state = add(gradients, noise_state)
+        for name, parameter in trained.items():
+            parameter.grad = gradients.pytree[name]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     return step
 
 
@@ -220,7 +266,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"language_model": language_model, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="RECORDSxTOKENS")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *THEIRS])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
