@@ -7,8 +7,8 @@ A step is forward, backward and AdamW (``foreach=False``) for every arm; for the
 noise of every parameter. Arms: ``plain``; ``gaussian_only``, the plain step plus ``torch.randn`` of every parameter
 without clipping (the least that private training costs with ordinary floating-point noise); ours by
 ``book_keeping``, by ``ghost`` and by ``auto``; ``loop``, one record at a time by autograd. ``opacus`` and
-``opake``, with transformers' own experts and noise of their own, change classes of transformers for a whole process, so
-each is asked for in a run of its own:
+``opake``, with transformers' own experts and noise of their own, change classes of transformers for a whole process,
+so each is asked for in a run of its own:
 
     pip install --no-deps --target DIR opacus==1.6.0 opt_einsum optree torchopt opake==0.16.1 opake-base==0.16.1 \\
         opake-engine==0.16.1 opake-dpsgd==0.16.1 opake-optimizers==0.16.1 opake-patches==0.16.1

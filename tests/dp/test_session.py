@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from slow_engine import SlowEngine
@@ -17,6 +18,7 @@ from coterie import dp
 from coterie.dp.accounting import Mechanism, epsilon
 from coterie.dp.budget import Budget, PrivacyWarning
 from coterie.dp.clipping import policy
+from coterie.dp.lots import Lot
 from coterie.dp.session import PrivateSession
 from coterie.errors import (
     BudgetError,
@@ -27,6 +29,7 @@ from coterie.errors import (
     PrivacyError,
     ProvenanceError,
 )
+from coterie.models.tiny import tiny_model
 
 BUDGET = Budget(6.0, 1e-3)
 
@@ -802,3 +805,29 @@ def test_collator_that_packs_records_is_refused(start: Callable[..., PrivateSess
     session = start(collate_fn=packing, lot_size=40, self_check=False)
     with pytest.raises(PrivacyError, match="the collator made 1 rows of 4 records"):
         session.step(session.next_lot())
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_record_without_tokens_contributes_zero_also_alone_in_its_batch(tmp_path: Path, family: str) -> None:
+    """A caller's dataset may hold one; how it is batched must not show in the sum."""
+
+    def padded(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+        mask = torch.stack([torch.arange(ids.shape[1]) < len(item["input_ids"]) for item in items]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    generator = torch.Generator().manual_seed(1)
+    dataset = [{"input_ids": torch.randint(3, 64, (size,), generator=generator)} for size in (7, 0, 5, 0)]
+    sums = []
+    for size in (1, 4):
+        model = tiny_model(family, num_hidden_layers=2)
+        session = dp.make_private(
+            model, torch.optim.SGD(model.parameters(), 0.1), dataset, padded, budget=BUDGET, lot_size=2, rounds=3,
+            physical_batch=size, ledger=tmp_path / f"ledger-{size}", seed=3,
+        )  # fmt: skip
+        sums.append(session.lot_sums.compute(Lot(1, np.arange(4), np.arange(4)), "1|0"))
+        assert session.last is not None
+        assert session.last.masked == 0
+        assert math.isfinite(session.last.loss)
+    for name, value in sums[0].items():
+        torch.testing.assert_close(value, sums[1][name], rtol=1e-4, atol=1e-6)

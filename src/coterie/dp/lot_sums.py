@@ -16,6 +16,7 @@ from coterie.dp.balance import Balancer
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping, quantile_update
 from coterie.dp.engine import Diagnostics
+from coterie.dp.losses import IGNORED
 from coterie.dp.lots import Lot, Units
 from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
 from coterie.dp.randomness import RandomSource
@@ -234,7 +235,7 @@ class LotSums:
             for name, value in self._collate(items).items()
         }
         check_rows(batch, len(items))
-        return batch
+        return {name: _with_a_token(name, value) for name, value in batch.items()}
 
     def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:
         """This round's noise: one Gaussian over gradient groups, loads and clip indicators."""
@@ -308,3 +309,10 @@ class LotSums:
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(self._source.stream(f"dropout|{name}").integer(56))
             yield
+
+
+def _with_a_token(name: str, value: Any) -> Any:
+    """Records without any token, alone in their batch, as beside longer ones: padding. Models fail on no tokens."""
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] > 0:
+        return value
+    return value.new_full((value.shape[0], 1), IGNORED if name == "labels" else 0)

@@ -268,7 +268,7 @@ def add_noise(
     Raises:
         PrivacyError: a sum is not finite or std is not positive (code dp-noise).
 
-    Cost: with numba 2.9 ns of one thread for a value, without 15 (100 million: 0.3 s, 1.5 s), buffers of 1 MB a thread.
+    Cost: with numba 2.9 ns of a thread for a value, without 15 (100 million: 0.3 s, 1.5 s), buffers of 1 MB a thread.
     """
     out: dict[str, Tensor] = {}
     jobs = []
