@@ -18,8 +18,8 @@ h1 { font-size: 1.1rem; font-weight: 600; color: #555; margin: 0; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .warning { border-left: 5px solid #d1495b; background: #fbf0f1; padding: .6rem 1rem; }
 .warning h2 { margin-top: 0; }
-table { border-collapse: collapse; margin: .4rem 0 1.2rem; }
-caption { text-align: left; color: #555; padding-bottom: .3rem; white-space: nowrap; }
+table { border-collapse: collapse; margin: .4rem 0 1.2rem; min-width: 70%; }
+caption { text-align: left; color: #555; padding-bottom: .3rem; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd; text-align: left;
   font-variant-numeric: tabular-nums; }
 img { max-width: 100%; }

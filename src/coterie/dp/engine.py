@@ -255,7 +255,7 @@ class Engine:
             whole = self._by_group(found, records)
             doubtful = ~whole.trusted_rows()
             adds = {
-                name: float((found[name].slack / whole.value[index]).nan_to_num(0.0).max())
+                name: float((found[name].slack.cpu() / whole.value[index]).nan_to_num(0.0).max())
                 for name in left
                 if doubtful[index := self._group_index(name)]
             }
