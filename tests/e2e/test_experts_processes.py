@@ -18,10 +18,10 @@ ROUNDS = 4
 RULES = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8}
 
 
-def make_private(folder: Path, rounds: int = ROUNDS) -> None:
+def make_private(folder: Path, rounds: int = ROUNDS, **settings: object) -> None:
     """Each party keeps its own ledger beside its run folder, by a relative path; alder asks for more privacy."""
     train = {"rounds": rounds, "batch_size": 8, "micro_batch": 4, "eval_every": 0, "checkpoint_every": 2}
-    make_folder(folder, exchange="experts", privacy=RULES, trunk="shared", train=train)
+    make_folder(folder, exchange="experts", privacy=RULES, trunk="shared", train=train, **settings)
     for name in PARTIES:
         path = folder / name / "party.yaml"
         party = yaml.safe_load(path.read_text())
@@ -112,3 +112,29 @@ def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes
 def spooled(folder: Path, name: str) -> dict[str, bytes]:
     """The noised results that a party keeps on disk for sending them again."""
     return {path.name: path.read_bytes() for path in (folder / name / "ledger").rglob("release-*.safetensors")}
+
+
+@pytest.mark.slow
+def test_others_go_on_without_a_party_that_is_gone_for_good_and_count_what_they_release(processes: Processes):
+    """All agreed beforehand (`lost_party: continue`): its experts are masked, its share of the trunk stands still."""
+    folder, rounds, left = processes.folder, 6, ("alder", "birch")
+    make_private(folder, rounds, lost_party="continue")
+    processes.coordinate()
+    for name in PARTIES:
+        processes.up(name)
+    processes.until(lambda status: (status.get("checkpoint") or 0) >= 2)
+    processes.signal(signal.SIGKILL, "cedar")
+    processes.running.pop("cedar").wait()
+    codes = processes.wait()
+    assert set(codes.values()) == {0}, {name: processes.log(name) for name in codes}
+    for name in left:
+        result = json.loads((folder / f"{name}.json").read_text())
+        assert result["finished"]
+        assert result["rounds"] == rounds
+        counted = released(folder, name)
+        assert result["privacy"]["rounds"] == len(counted) <= rounds, (
+            "a round that was burned costs one of the plan's"
+        )
+        assert len(set(counted)) == len(counted)
+        assert result["privacy"]["epsilon"] <= (3.0 if name == "alder" else RULES["epsilon"])
+        assert read_status(folder / name / "run")["absent"] == ["cedar"]
