@@ -140,23 +140,20 @@ def _products(left_BTX: Tensor, right_BSX: Tensor) -> Tensor:
     return out
 
 
-def gram_values(
-    a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, pairs_BTT: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def gram_values(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[B] float64 squared norms by dot products, and ``sum_t |a_t| |g_t|``, of which `gram_slack` makes a bound.
 
     Args:
         a_BTI, g_BTO, real_BT1: as in `gram_sq_norms`.
-        pairs_BTT: with ``real_BT1``: 1.0 for pairs of rows that count, 0.0 for the others.
     """
     if real_BT1 is None and a_BTI.shape[1] > _BLOCK:
         return _lower_half_values(a_BTI, g_BTO)
     products, g_BTT = _products(a_BTI, a_BTI), _products(g_BTO, g_BTO)
     lengths = _lengths(products) * _lengths(g_BTT)
     products *= g_BTT
-    if real_BT1 is not None and pairs_BTT is not None:
+    if real_BT1 is not None:
         lengths *= real_BT1.squeeze(-1)
-        products *= pairs_BTT
+        products *= real_BT1 * real_BT1.mT
     return products.flatten(1).sum(1).double(), lengths.sum(1).double()
 
 

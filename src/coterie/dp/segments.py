@@ -30,10 +30,14 @@ from coterie.dp.gram import (
 )
 from coterie.models.grouped import as_EIO, grouped_sum
 
-_PADDED_UP_TO = 48
+_PADDED_UP_TO = 200
 """Segments of at most this many rows are padded into buckets; larger ones are worth a matrix product each."""
 
-_BUCKET_RATIO = 1.5
+_FEW_ROWS = 4096
+"""Below, buckets cost by the number of calls, and they are wide; above, by their padding, and they are narrow."""
+
+_FORMED = 1 << 24
+"""Most float32 numbers of products or gradients that are formed at once (64 MiB)."""
 
 _PIECE_BYTES = 1 << 21
 """Rows that are gathered at once on a CPU: they should still be in its cache when their products are taken."""
@@ -47,18 +51,20 @@ class Bucket:
         segments_S: their numbers, ``expert * B + record``.
         index_Sn: their rows; places beyond a segment's end repeat its first row.
         real_Sn1: 1.0 for rows, 0.0 for padding.
-        pairs_Snn: 1.0 for pairs of rows, 0.0 where one is padding.
     """
 
     segments_S: Tensor
     index_Sn: Tensor
     real_Sn1: Tensor
-    pairs_Snn: Tensor
 
-    def pieces(self, rows: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``index_Sn, real_Sn1, pairs_Snn`` of at most ``rows`` rows at a time; None: all at once."""
-        step = len(self.segments_S) if rows is None else max(1, rows // self.index_Sn.shape[1])
-        return zip(*(part.split(step) for part in (self.index_Sn, self.real_Sn1, self.pairs_Snn)), strict=True)
+    def pieces(self, inputs: int, outputs: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``segments_S, index_Sn, real_Sn1``, as many segments at a time as can be worked on together."""
+        length = self.index_Sn.shape[1]
+        step = _FORMED // (length**2 if gram_is_cheaper(length, inputs, outputs) else inputs * outputs)
+        if self.index_Sn.device.type == "cpu":
+            step = min(step, _PIECE_BYTES // (4 * length * (inputs + outputs)))
+        parts = self.segments_S, self.index_Sn, self.real_Sn1
+        return zip(*(part.split(max(1, step)) for part in parts), strict=True)
 
 
 class Segments:
@@ -103,9 +109,10 @@ class Segments:
     def buckets(self) -> list[Bucket]:
         """Short segments, by similar length."""
         by_step: dict[int, list[int]] = {}
+        ratio = 1.5 if self.record_R.shape[0] < _FEW_ROWS else 1.2
         for i, (start, end) in enumerate(self.bounds):
             if 0 < end - start <= _PADDED_UP_TO:
-                by_step.setdefault(math.ceil(math.log(end - start, _BUCKET_RATIO)), []).append(i)
+                by_step.setdefault(math.ceil(math.log(end - start, ratio)), []).append(i)
         return [self._bucket(members) for _, members in sorted(by_step.items())]
 
     def _bucket(self, members: list[int]) -> Bucket:
@@ -116,8 +123,7 @@ class Segments:
         real = place < lengths
         # Padding repeats a row of the same segment: a row of another record could bring in its NaN.
         index = starts + torch.where(real, place, 0)
-        real_Sn1 = real.unsqueeze(-1).float()
-        return Bucket(torch.tensor(members, device=device), index, real_Sn1, real_Sn1 * real_Sn1.mT)
+        return Bucket(torch.tensor(members, device=device), index, real.unsqueeze(-1).float())
 
     def by_record(self, per_segment: Tensor) -> Tensor:
         """[E * B] summed over experts: [B]."""
@@ -167,15 +173,12 @@ class StackedOuter:
         numbers: list[Tensor] = []
         pieces: list[tuple[Tensor, Tensor]] = []
         by_gram: list[bool] = []
-        step = max(1, _PIECE_BYTES // (a.element_size() * (inputs + outputs)))
         for bucket in segments.buckets:
             cheap = gram_is_cheaper(bucket.index_Sn.shape[1], inputs, outputs)
-            for index_Sn, real_Sn1, pairs_Snn in bucket.pieces(step if a.device.type == "cpu" else None):
+            for _, index_Sn, real_Sn1 in bucket.pieces(inputs, outputs):
                 rows_a, rows_g = _gathered(a, index_Sn), _gathered(g, index_Sn)
                 pieces.append(
-                    gram_values(rows_a, rows_g, real_Sn1, pairs_Snn)
-                    if cheap
-                    else _direct_values(rows_a, rows_g * real_Sn1)
+                    gram_values(rows_a, rows_g, real_Sn1) if cheap else _direct_values(rows_a, rows_g * real_Sn1)
                 )
             numbers.append(bucket.segments_S)
             by_gram += [cheap] * len(bucket.segments_S)
@@ -204,12 +207,15 @@ class StackedOuter:
         value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
         slack = torch.zeros_like(value)
         for bucket in segments.buckets:
-            rows_a, rows_g = _gathered(a, bucket.index_Sn), _gathered(g, bucket.index_Sn)
-            if gram_is_cheaper(bucket.index_Sn.shape[1], inputs, outputs):
-                part = gram_sq_norms(rows_a, rows_g, bucket.real_Sn1, precise=True)
-            else:
-                part = _direct(rows_a, rows_g * bucket.real_Sn1)
-            value[bucket.segments_S], slack[bucket.segments_S] = part.value, part.slack
+            cheap = gram_is_cheaper(bucket.index_Sn.shape[1], inputs, outputs)
+            for segments_S, index_Sn, real_Sn1 in bucket.pieces(inputs, outputs):
+                rows_a, rows_g = _gathered(a, index_Sn), _gathered(g, index_Sn)
+                part = (
+                    gram_sq_norms(rows_a, rows_g, real_Sn1, precise=True)
+                    if cheap
+                    else _direct(rows_a, rows_g * real_Sn1)
+                )
+                value[segments_S], slack[segments_S] = part.value, part.slack
         for i in segments.long:
             rows = slice(*segments.bounds[i])
             rows_a, rows_g = a[None, rows], g[None, rows]
