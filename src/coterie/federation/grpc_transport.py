@@ -180,7 +180,8 @@ class GrpcTransport(Switchboard):
         for link in links:
             link.cut()
         for dialer in self._dialers:
-            dialer.join(max(0.1, until - time.monotonic()))
+            if dialer.is_alive():
+                dialer.join(max(0.1, until - time.monotonic()))
 
     def _tick(self, now: float) -> None:
         with self._guard:

@@ -194,7 +194,7 @@ class Switchboard(ABC):
         until = time.monotonic() + self._settings.close_s  # one deadline for all of them
         for (peer, lane), line in self._lines.items():
             self._join_worker(line, f"{peer}, lane {lane.name.lower()}", until)
-        if self._clock.ident is not None:
+        if self._clock.is_alive():
             self._clock.join(max(0.1, until - time.monotonic()))
 
     # ---- for implementations ---------------------------------------------------------------------------------
@@ -332,8 +332,9 @@ class Switchboard(ABC):
             with line.lock:
                 if line.worker is None:
                     name = f"{self._me}-{link.peer}-{link.lane.name.lower()}"
-                    line.worker = threading.Thread(target=self._work, args=(line,), name=name, daemon=True)
-                    line.worker.start()
+                    worker = threading.Thread(target=self._work, args=(line,), name=name, daemon=True)
+                    worker.start()
+                    line.worker = worker  # only now: `close` joins what it finds here, and a failed start leaves none
 
     def _work(self, line: Line) -> None:
         while (item := line.next_request()) is not None:
@@ -383,7 +384,8 @@ class Switchboard(ABC):
             log.info("the reply to `%s` of %s was dropped: %s", frame.message.kind, link.peer, failure.message)
 
     def _join_worker(self, line: Line, where: str, until: float) -> None:
-        worker = line.worker
+        with line.lock:  # one that is being started counts
+            worker = line.worker
         if worker is None or worker is threading.current_thread():
             return
         worker.join(max(0.0, until - time.monotonic()))
