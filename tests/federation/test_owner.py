@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from coterie.errors import RoundError
+from coterie.federation.home import TrunkHome
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.owner import Mirror
 from coterie.federation.parts import Part, digest_of, expert_parts
+from coterie.federation.pool import DECLARE, Pool
 from coterie.federation.transport import Lane, Message
 from coterie.federation.weight_service import CHUNK_KIND, WeightFetcher, WeightService
 from coterie.models.weight_cache import MemoryStore, WeightCache
@@ -170,3 +172,37 @@ def test_unchanged_parts_are_not_asked_for_again(world: World):
     assert {PARTS[part].layer for kind, part in world.seen if kind == CHUNK_KIND} == {1}
     for layer in range(LAYERS):
         world.assert_right(layer)
+
+
+def test_messages_for_a_line_that_was_given_up_hold_up_nothing() -> None:
+    """One thread serves a lane: a request that waits for a round which never comes would delay all that follow."""
+    home = TrunkHome({}, lambda params: None)  # type: ignore[arg-type, return-value]
+    pool = Pool("birch", ("alder", "birch"), [], None, home, ahead=2048)  # type: ignore[arg-type]
+    pool.begin(8 * 1024)
+    refused: list[str] = []
+
+    def ask(round: int) -> None:
+        try:
+            body = {"contributes": False, "weight": 0.0}
+            pool.handle("alder", Lane.CONTROL, Message(DECLARE, round, body=body), wait_s=30.0)
+        except RoundError as error:
+            refused.append(str(error.code))
+
+    early = threading.Thread(target=ask, args=(9 * 1024,))  # the next round: it waits
+    early.start()
+    early.join(0.2)
+    assert early.is_alive()
+    pool.forget()
+    pool.go_on_after(4 * 1024)
+    early.join(5.0)
+    assert not early.is_alive()
+    ask(9 * 1024)  # one that was queued behind it
+    assert refused == ["round-given-up"] * 2
+    next_one = threading.Thread(target=ask, args=(5 * 1024,))  # the next round of the line that counts
+    next_one.start()
+    next_one.join(0.2)
+    assert next_one.is_alive()
+    pool.begin(5 * 1024)
+    next_one.join(5.0)
+    assert not next_one.is_alive()
+    assert len(refused) == 2

@@ -55,6 +55,7 @@ class Pool:
         push_dtype: of what comes up.
         transcript: sees every message that another party sent, for the audit.
         lend: this party's copy of a trunk share whose host is absent.
+        ahead: a message for a round that is at least this far ahead is refused at once.
 
     Attributes:
         version: commits applied since this object was made.
@@ -84,6 +85,7 @@ class Pool:
         push_dtype: torch.dtype = torch.float32,
         transcript: Transcript | None = None,
         lend: Callable[[Part], Mapping[str, Tensor]] | None = None,
+        ahead: int | None = None,
     ) -> None:
         self.me, self.shard, self.home = me, shard, home
         self.version = 0
@@ -95,6 +97,7 @@ class Pool:
         self.transcript = transcript
         self._lend = lend
         self._round = -1
+        self._after, self._ahead = 0, ahead
         self._active: tuple[str, ...] = self._parties
         self._declared: dict[str, Declared] = {}
         self._committed: int | None = None
@@ -116,7 +119,7 @@ class Pool:
         with self._changed:
             if round != self._round:
                 self._declared.clear()
-            self._round = round
+            self._round = self._after = round
             self._active = tuple(active) if active is not None else self._parties
             self._changed.notify_all()
 
@@ -127,6 +130,13 @@ class Pool:
             self._declared.clear()
         self._weights.begin_round(-1)
         self._pushes.begin_round(-1, {})
+
+    def go_on_after(self, round: int) -> None:
+        """Say where the run stands after a checkpoint was loaded: what was asked for a line of it that was given up
+        fails now, also what still waits, and holds up nothing that follows on its lane."""
+        with self._changed:
+            self._after = round
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Serve nobody any more: what waits for a round to begin fails at once."""
@@ -143,9 +153,13 @@ class Pool:
         if self.transcript is not None and peer != self.me:
             self.transcript(peer, lane, message)
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._round >= message.round, timeout=wait_s)
+            self._changed.wait_for(
+                lambda: self._closed or self._round >= message.round or self._far(message.round), timeout=wait_s
+            )
             if self._closed:
                 raise RoundError(f"{self.me} is leaving.", code="host-closed")
+            if self._far(message.round):
+                raise RoundError(f"{self.me} went back to before round {message.round}.", code="round-given-up")
         if message.kind == DECLARE:
             self._declare(peer, message)
             return Message(DECLARE, message.round)
@@ -155,6 +169,10 @@ class Pool:
         if message.kind == push_service.END and self._pushes.complete(peer):
             self.received[peer] = max(self.received.get(peer, 0), message.round)
         return reply
+
+    def _far(self, round: int) -> bool:
+        """Parties move together, so nobody who follows the same line of the run can be more than one round ahead."""
+        return self._ahead is not None and round >= self._after + self._ahead
 
     def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
         """Bytes and digest of an own part, as every owner sees it in this round."""

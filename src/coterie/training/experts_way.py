@@ -244,6 +244,7 @@ class ExpertsWay:
             weights_dtype=weights_dtype,
             push_dtype=push_dtype,
             lend=self._lend,
+            ahead=2 * _ATTEMPTS,
         )
         pinned = device.type == "cuda"
         store = FileStore(cache_dir) if cache_dir is not None else MemoryStore(pinned=pinned)
@@ -350,13 +351,18 @@ class ExpertsWay:
         self._mirror.forget_trunk()
         self.pool.forget()
 
+    def go_on_after(self, round: int) -> None:
+        """A checkpoint was loaded, behind which lie this many rounds of the run."""
+        self.pool.go_on_after(round * _ATTEMPTS)
+
     def interrupt(self) -> None:
         """Called from another thread: give the attempt up soon."""
         self._interrupted = True
         self._mirror.stop()
 
     def close(self) -> None:
-        """End the side threads."""
+        """End the side threads; what waits here for a round fails."""
+        self.pool.close()
         self._mirror.stop()
         self._mirror.join(check=False)
         self.streamer.close()

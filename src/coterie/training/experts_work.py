@@ -96,6 +96,11 @@ class ExpertsWork(PartyWork):
             return {}
         return {f"{_LEDGER}{head.seq}": torch.tensor(list(bytes.fromhex(head.hash)), dtype=torch.uint8)}
 
+    def load(self, source: Saved, told: State) -> None:
+        super().load(source, told)
+        assert self.way is not None
+        self.way.go_on_after(told.round)
+
     def _load_checkpoint(self, source: Saved) -> None:
         assert self.way is not None
         self.way.forget()
