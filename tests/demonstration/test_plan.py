@@ -84,13 +84,21 @@ def test_all_settings_files_can_be_loaded(tmp_path: Path, parties: int) -> None:
     )
 
 
+def settings_of(
+    folder: Path, isolated: str, centralised: str, federated: str
+) -> tuple[TrainConfig, TrainConfig, FederationConfig, PartyConfig]:
+    """birch alone, everybody's text in one place, the federation, and birch in it; all step alike."""
+    alone = load_yaml(folder / isolated / "birch" / "train.yaml", TrainConfig)
+    pooled = load_yaml(folder / centralised / "train.yaml", TrainConfig)
+    together = load_yaml(folder / federated / "federation.yaml", FederationConfig)
+    own = load_yaml(folder / federated / "birch" / "party.yaml", PartyConfig)
+    assert alone.optim == pooled.optim == together.optim
+    return alone, pooled, together, own
+
+
 def test_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -> None:
     _, plan = written(tmp_path)
-    alone = load_yaml(tmp_path / "isolated" / "birch" / "train.yaml", TrainConfig)
-    pooled = load_yaml(tmp_path / "centralised" / "train.yaml", TrainConfig)
-    together = load_yaml(tmp_path / "tokens" / "federation.yaml", FederationConfig)
-    own = load_yaml(tmp_path / "tokens" / "birch" / "party.yaml", PartyConfig)
-    assert alone.optim == pooled.optim == together.optim
+    alone, pooled, together, own = settings_of(tmp_path, "isolated", "centralised", "tokens")
     model = {config.model.path.resolve() for config in (alone, pooled, together) if config.model.path}
     assert model == {tmp_path / "public" / "run" / "model"}
     lengths = [(c.train.rounds, c.train.seed, c.train.eval_every) for c in (alone, pooled, together)]
@@ -104,11 +112,7 @@ def test_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -> None:
 
 def test_private_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -> None:
     _, plan = written(tmp_path)
-    alone = load_yaml(tmp_path / "isolated_dp" / "birch" / "train.yaml", TrainConfig)
-    pooled = load_yaml(tmp_path / "centralised_dp" / "train.yaml", TrainConfig)
-    together = load_yaml(tmp_path / "experts_dp" / "federation.yaml", FederationConfig)
-    own = load_yaml(tmp_path / "experts_dp" / "birch" / "party.yaml", PartyConfig)
-    assert alone.optim == pooled.optim == together.optim
+    alone, pooled, together, own = settings_of(tmp_path, "isolated_dp", "centralised_dp", "experts_dp")
     assert alone.train.rounds == pooled.train.rounds == together.train.rounds == plan.private.rounds
     assert [path.name for path in (*alone.data.train, *own.data.train)] == ["all.jsonl"] * 2
     assert isinstance(together.privacy, PrivacyRules)

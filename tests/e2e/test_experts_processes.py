@@ -30,6 +30,16 @@ def make_private(folder: Path, rounds: int = ROUNDS, **settings: object) -> None
         path.write_text(yaml.safe_dump(party))
 
 
+def lose_cedar(processes: Processes, *, checkpoint: int) -> None:
+    """Start everybody, and kill cedar once a checkpoint of that round, or of a later one, is published."""
+    processes.coordinate()
+    for name in PARTIES:
+        processes.up(name)
+    processes.until(lambda status: (status.get("checkpoint") or 0) >= checkpoint)
+    processes.signal(signal.SIGKILL, "cedar")
+    processes.running.pop("cedar").wait()
+
+
 def released(folder: Path, name: str) -> list[tuple[int, int]]:
     """(round, draw) of every release in a party's only ledger."""
     (ledger,) = (folder / name / "ledger").iterdir()
@@ -41,12 +51,7 @@ def released(folder: Path, name: str) -> list[tuple[int, int]]:
 def test_private_parties_finish_within_their_budgets_and_say_so(processes: Processes):
     folder = processes.folder
     make_private(folder)
-    processes.coordinate()
-    for name in PARTIES:
-        processes.up(name)
-    processes.until(lambda status: status.get("checkpoint"))
-    processes.signal(signal.SIGKILL, "cedar")
-    processes.running.pop("cedar").wait()
+    lose_cedar(processes, checkpoint=1)
     processes.start("cedar", "resume", "cedar/run", "--json", "cedar.json")
     codes = processes.wait()
     assert set(codes.values()) == {0}, {name: processes.log(name) for name in codes}
@@ -86,12 +91,7 @@ def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes
     """Rounds 3 to 6 are in the owners' spools when cedar's disk goes back to round 2: nothing is paid twice."""
     folder, rounds = processes.folder, 8
     make_private(folder, rounds)
-    processes.coordinate()
-    for name in PARTIES:
-        processes.up(name)
-    processes.until(lambda status: (status.get("checkpoint") or 0) >= 6)
-    processes.signal(signal.SIGKILL, "cedar")
-    processes.running.pop("cedar").wait()
+    lose_cedar(processes, checkpoint=6)
     spools = {name: spooled(folder, name) for name in PARTIES}
     held = sorted((folder / "cedar" / "run" / "checkpoints").iterdir())
     for path in held[1:]:
@@ -119,12 +119,7 @@ def test_others_go_on_without_a_party_that_is_gone_for_good_and_count_what_they_
     """All agreed beforehand (`lost_party: continue`): its experts are masked, its share of the trunk stands still."""
     folder, rounds, left = processes.folder, 6, ("alder", "birch")
     make_private(folder, rounds, lost_party="continue")
-    processes.coordinate()
-    for name in PARTIES:
-        processes.up(name)
-    processes.until(lambda status: (status.get("checkpoint") or 0) >= 2)
-    processes.signal(signal.SIGKILL, "cedar")
-    processes.running.pop("cedar").wait()
+    lose_cedar(processes, checkpoint=2)
     codes = processes.wait()
     assert set(codes.values()) == {0}, {name: processes.log(name) for name in codes}
     for name in left:

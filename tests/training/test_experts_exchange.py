@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from coterie.errors import RoundError
+from coterie.federation.pool import Pool
 from coterie.federation.transport import Lane, Message
+from coterie.federation.weight_service import OFFER
 from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.streaming import HostGradients
@@ -25,6 +27,7 @@ from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.packing import RoundOrder
 from coterie.training.party_parts import trunk_tensors
+from coterie.training.party_work import superseded
 from federation_tools import PARTIES, full_models, make_parts, relative, settings, text, train_by_hand
 
 
@@ -165,6 +168,47 @@ def test_survivors_fetch_a_shared_trunk_again_after_they_went_back(tmp_path: Pat
     federation.up(make_parts(config, models, tmp_path)["birch"])
     federation.join()
     assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
+    union_by_hand(config, models[PARTIES[0]], parts)
+    assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
+
+
+def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """birch never begins round 6, for which alder asks it already; then everybody goes back to round 4."""
+    config = experts_settings(trunk="shared", train__rounds=7, deadline_s=4.0)
+    one = full_models()[PARTIES[0]]
+    models = {name: copy.deepcopy(one) for name in PARTIES}
+    parts = make_parts(config, models, tmp_path)
+    federation = InProcessFederation(config, tmp_path / "coordinator")
+    asked, died = threading.Event(), threading.Event()
+    handle, compute = Pool.handle, ExpertsWork.compute
+
+    def seen(self, peer, lane, message, **options):  # type: ignore[no-untyped-def]
+        if (self.me, peer, message.kind, message.round // 1024) == ("birch", "alder", OFFER, 6):
+            asked.set()
+        return handle(self, peer, lane, message, **options)
+
+    def late(self, told, alive):  # type: ignore[no-untyped-def]
+        if self.parts.party == "birch" and told.round == 6 and not died.is_set():
+            assert asked.wait(60.0)
+            died.set()
+            federation.cut_off("cedar")
+            until(lambda: not alive())
+            raise superseded()
+        compute(self, told, alive)
+
+    monkeypatch.setattr(Pool, "handle", seen)
+    monkeypatch.setattr(ExpertsWork, "compute", late)
+    federation.coordinate()
+    for each in parts.values():
+        federation.up(each)
+    until(lambda: "cedar" in federation.ends)
+    federation.up(make_parts(config, models, tmp_path)["cedar"])
+    federation.join()
+    assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
+    held_up = ("deadline", "round-given-up")
+    assert not [n.state.note for n in federation.notices if any(code in n.state.note for code in held_up)]
     union_by_hand(config, models[PARTIES[0]], parts)
     assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
 

@@ -123,6 +123,14 @@ class World:
         for newest in sorted((self.folder / name / "checkpoints").iterdir())[-checkpoints:]:
             shutil.rmtree(newest)
 
+    def run_past(self, dead: threading.Event) -> None:
+        """From the start to the end, with the victim's death, which ``dead`` tells of, and return in between."""
+        self.start()
+        assert dead.wait(120.0), "the point was never reached"
+        until(lambda: isinstance(self.federation.ends.get(VICTIM), BaseException))
+        self.back()
+        self.finished()
+
     def finished(self) -> None:
         self.federation.join()
         for name, end in self.federation.ends.items():
@@ -206,11 +214,7 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
 ):
     world = watched(World(tmp_path))
     dead = arrange(monkeypatch, world, point)
-    world.start()
-    assert dead.wait(120.0), "the point was never reached"
-    until(lambda: isinstance(world.federation.ends.get(VICTIM), BaseException))
-    world.back()
-    world.finished()
+    world.run_past(dead)
     assert not world.uncounted
     for name in PARTIES:  # the survivors go back as well, and had perhaps sent theirs
         assert world.releases(name) == [(round, 0) for round in range(1, ROUNDS + 1)], f"{name}: nothing is burned"
@@ -231,11 +235,7 @@ def test_run_with_a_death_ends_with_the_weights_of_one_without_bit_for_bit(
     quiet.finished()
     world = watched(World(tmp_path / "disturbed", seeded=True))
     dead = arrange(monkeypatch, world, point)
-    world.start()
-    assert dead.wait(120.0), "the point was never reached"
-    until(lambda: isinstance(world.federation.ends.get(VICTIM), BaseException))
-    world.back()
-    world.finished()
+    world.run_past(dead)
     for name in PARTIES:
         last = Path("checkpoints") / f"round-{ROUNDS:08d}"
         for stem in ("trunk", "experts"):
@@ -248,11 +248,7 @@ def test_rounded_push_is_resent_with_the_same_coins(tmp_path: Path, monkeypatch:
     """bfloat16 is rounded at random after the noise; a second rounding of the same noised sums would tell more."""
     world = watched(World(tmp_path, push_dtype="bfloat16", weights_dtype="bfloat16"))
     dead = arrange(monkeypatch, world, "applied but not saved")
-    world.start()
-    assert dead.wait(120.0)
-    until(lambda: isinstance(world.federation.ends.get(VICTIM), BaseException))
-    world.back()
-    world.finished()
+    world.run_past(dead)
     twice = [digests for digests in world.announced.values() if len(digests) > 1]
     assert twice
     assert all(len(set(digests)) == 1 for digests in twice)

@@ -15,13 +15,15 @@ import numpy as np
 Kernel = Callable[..., tuple[bool, int]]
 """See `compile_kernel`."""
 
-_EXACT = 2.0**52
+EXACT = 2.0**52
+"""Grid numbers below this are exact in a double, noise included."""
+
 _BLOCK = 1024
 """Values that are looked through again where there is a tie among them."""
 
 
 def compile_kernel(both: np.ndarray, coarse: int) -> Kernel | None:
-    """Compile ``target = unit * (round(value / step) + noise)``; None without numba. Takes a second in each process.
+    """Compile ``target = unit * (round(value / step) + noise)``; None without numba.
 
     Args:
         both: [65536, 2] uint16, see `coterie.dp.noise.AliasTable`.
@@ -60,7 +62,7 @@ def compile_kernel(both: np.ndarray, coarse: int) -> Kernel | None:
             big = np.int32(second if fraction2 < threshold2 else pair2 & lower)
             ties += np.int32((fraction == threshold) | (fraction2 == threshold2))
             number = np.rint(np.float64(value[i]) * inverse)
-            unsound += np.int32(not (abs(number) < _EXACT))  # NaN too
+            unsound += np.int32(not (abs(number) < EXACT))  # NaN too
             target[i] = np.float32((number + np.float64(fine + factor * big - offset)) * unit)
         return ties, unsound
 
