@@ -53,6 +53,7 @@ class World:
             for _ in range(LAYERS)
         ]
         self.seen: list[tuple[str, int]] = []
+        self.trunks: list[int] = []
         self.before = lambda message: None
         hub = InProcessHub(PARTIES)
         self.alder, birch = hub.transport("alder"), hub.transport("birch")
@@ -63,7 +64,7 @@ class World:
         self.ends = (self.alder, birch)
         self.mirror = Mirror(
             PARTS, [EXPERTS] * LAYERS, WeightCache(MemoryStore(), LAYERS), OwnParts(self),  # type: ignore[arg-type]
-            WeightFetcher(self.alder, deadline_s=5), torch.float32, set_trunk=lambda tensors: None, wait_s=5,
+            WeightFetcher(self.alder, deadline_s=5), torch.float32, set_trunk=lambda tensors: self.trunks.append(1), wait_s=5,
         )  # fmt: skip
 
     def weights(self, part: Part) -> dict[str, Tensor]:
@@ -160,6 +161,17 @@ def test_a_part_whose_layer_never_became_whole_comes_again(world: World):
     world.begin(3)
     for layer in range(LAYERS):
         world.assert_right(layer)
+
+
+def test_trunk_that_was_overwritten_from_elsewhere_is_taken_in_again_though_it_is_the_same(world: World):
+    for round, taken_in in ((1, 1), (2, 1)):
+        world.whole_round(round)
+        assert len(world.trunks) == taken_in
+    world.seen.clear()
+    world.mirror.forget_trunk()
+    world.whole_round(3)
+    assert len(world.trunks) == 2
+    assert not [part for kind, part in world.seen if kind == CHUNK_KIND and PARTS[part].layer >= 0]
 
 
 def test_unchanged_parts_are_not_asked_for_again(world: World):
