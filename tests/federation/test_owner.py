@@ -64,7 +64,8 @@ class World:
         self.ends = (self.alder, birch)
         self.mirror = Mirror(
             PARTS, [EXPERTS] * LAYERS, WeightCache(MemoryStore(), LAYERS), OwnParts(self),  # type: ignore[arg-type]
-            WeightFetcher(self.alder, deadline_s=5), torch.float32, set_trunk=lambda tensors: self.trunks.append(1), wait_s=5,
+            WeightFetcher(self.alder, deadline_s=5), torch.float32,
+            set_trunk=lambda tensors: self.trunks.append(1), wait_s=5,
         )  # fmt: skip
 
     def weights(self, part: Part) -> dict[str, Tensor]:
