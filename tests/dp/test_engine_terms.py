@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.dp.gram import TRUSTED, gram_sq_norms, rounding_factor, worst_excess
+from coterie.dp import gram_kernel
+from coterie.dp.gram import TRUSTED, gram_sq_norms, rounding_factor, taken, worst_excess
+from coterie.dp.gram_kernel import SegmentNorms, take_all
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
 from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Term
 
-SMALL = settings(max_examples=40, deadline=None)
+NEEDS_NUMBA = pytest.mark.skipif(gram_kernel.kernel() is None, reason="needs numba")
+COMPILED = [False, pytest.param(True, marks=NEEDS_NUMBA)]
+SMALL = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=COMPILED, ids=["torch", "compiled"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the compiled pass takes the norms, also of these small terms."""
+    monkeypatch.setattr(gram_kernel, "_WORTH_STARTING", 0 if request.param else 1 << 62)
+    return bool(request.param)
 
 
 def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5, added_up: float = 0.0) -> None:
@@ -46,8 +57,9 @@ def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5, added_up: floa
     st.sampled_from(DTYPES), st.integers(0, 1000),
 )  # fmt: skip
 def test_outer_is_exact(
-    records: int, rows: int, inputs: int, outputs: int, groups: int, flipped: bool, dtype: torch.dtype, seed: int
-) -> None:
+    compiled: bool, records: int, rows: int, inputs: int, outputs: int, groups: int, flipped: bool,
+    dtype: torch.dtype, seed: int,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(records, groups, rows, inputs, generator=generator).to(dtype)
     g = torch.randn(records, groups, rows, outputs, generator=generator).to(dtype)
@@ -56,6 +68,7 @@ def test_outer_is_exact(
         gradients = gradients.mT
     term = Outer(a, g, gradients.shape[1:], flipped)
     assert_term(term, gradients)
+    assert_term(term.condensed(), gradients)
     out = torch.empty(gradients.shape[1:])
     term.add_sum(out, torch.ones(records), fresh=True)
     assert torch.allclose(out.double(), gradients.sum(0), atol=1e-3)
@@ -72,11 +85,14 @@ def routings(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
 
 
 @SMALL
-@example(([0] * 28, 1, 28, 2), 1, 1, False, False, torch.float32)  # 28 numbers that all but cancel
-@given(routings(), st.integers(1, 8), st.integers(1, 40), st.booleans(), st.booleans(), st.sampled_from(DTYPES))
+@example(([0] * 28, 1, 28, 2), 1, 1, False, False, False, torch.float32)  # 28 numbers that all but cancel
+@given(
+    routings(), st.integers(1, 8), st.integers(1, 40), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from(DTYPES),
+)  # fmt: skip
 def test_stacked_experts_are_exact_for_every_routing(
-    routing: tuple[list[int], int, int, int], inputs: int, outputs: int, transposed: bool, gathered: bool,
-    dtype: torch.dtype,
+    compiled: bool, routing: tuple[list[int], int, int, int], inputs: int, outputs: int, transposed: bool,
+    gathered: bool, condensed: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     ids, records, tokens, experts = routing
     expert_N = torch.tensor(ids)
@@ -96,6 +112,7 @@ def test_stacked_experts_are_exact_for_every_routing(
         term = StackedOuter(x_NI, g_NO[order], segments, shape, transposed, order)
     else:
         term = StackedOuter(x_NI[order], g_NO[order], segments, shape, transposed)
+    term = term.condensed() if condensed else term
     assert_term(term, gradients, added_up=float((x.norm(dim=2) * g.norm(dim=2)).sum(1).max()))
     out = torch.full(shape, 7.0)
     term.add_sum(out, torch.ones(records), fresh=True)
@@ -158,7 +175,7 @@ def test_long_dot_products_are_taken_in_pieces() -> None:
     assert torch.allclose(gram_sq_norms(a, g).value, exact, rtol=1e-5)
 
 
-def test_padding_never_brings_in_another_records_nan() -> None:
+def test_neither_padding_nor_the_compiled_pass_brings_in_another_records_nan(compiled: bool) -> None:
     record_R = torch.tensor([0, 0, 1, 1, 1])
     a, g = torch.randn(5, 6), torch.randn(5, 6)
     a[0] = float("nan")
@@ -167,6 +184,104 @@ def test_padding_never_brings_in_another_records_nan() -> None:
     )
     assert torch.isnan(value[0])
     assert torch.isfinite(value[1])
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("common", [0.0, 1.0, 1e3])
+@pytest.mark.parametrize("outputs", [70, 1300])
+def test_invariant_2_slack_of_the_compiled_pass_covers_cancelling_sums(
+    common: float, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments of 1 to 60 rows, rows used several times, against double precision."""
+    monkeypatch.setattr(gram_kernel, "_WORTH_STARTING", 0)
+    generator = torch.Generator().manual_seed(outputs)
+    stop = torch.arange(1, 61).cumsum(0)
+    rows = int(stop[-1])
+    row_R = torch.randint(0, 50, (rows,), generator=generator)
+    a = common * torch.randn(1, 33, generator=generator) + torch.randn(50, 33, generator=generator)
+    g = torch.randn(rows, outputs, generator=generator)
+    for end, size in zip(stop.tolist(), range(1, 61), strict=True):
+        g[end - size : end] -= g[end - size : end].mean(0) * (size > 1)
+    norms = SegmentNorms(a, row_R, g, stop - torch.arange(1, 61), stop)
+    take_all([norms])
+    found = taken(norms, 33, outputs)
+    assert found is not None
+    for segment, (end, size) in enumerate(zip(stop.tolist(), range(1, 61), strict=True)):
+        part = slice(end - size, end)
+        exact = (g[part].double().T @ a[row_R[part]].double()).square().sum()
+        assert abs(float(found.value[segment] - exact)) <= float(found.slack[segment])
+    lengths = (g.double().norm(dim=1) * a.double().norm(dim=1)[row_R]).cumsum(0)[stop - 1]
+    assert norms.crude_S is not None
+    assert torch.allclose(norms.crude_S, torch.diff(lengths, prepend=torch.zeros(1)), rtol=1e-6)
+    # The bound of dot products of 33 and of 512 terms, however wide the rows are.
+    factor = 2.0**-24 * (8 + 33**0.5 + min(outputs, 512) ** 0.5)
+    assert torch.allclose(found.slack, factor * norms.crude_S.square(), rtol=1e-9)
+
+
+@NEEDS_NUMBA
+def test_the_compiled_pass_runs_once_for_all_and_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, g = torch.randn(40, 8), torch.randn(40, 8)
+
+    def norms() -> SegmentNorms:
+        return SegmentNorms(a, None, g, torch.tensor([0, 20]), torch.tensor([20, 40]))
+
+    monkeypatch.setattr(gram_kernel, "_WORTH_STARTING", 1 << 62)
+    few = [norms(), norms()]
+    take_all(few)
+    assert all(each.value_S is None for each in few)
+    monkeypatch.setattr(gram_kernel, "_WORTH_STARTING", 3 * int(norms().work_S().sum()))
+    monkeypatch.setattr(gram_kernel, "_SHARE", 100)
+    several = [norms() for _ in range(3)]
+    take_all(several[:2])
+    assert several[0].value_S is None
+    take_all(several)
+    exact = [(g[part].T @ a[part]).square().sum() for part in (slice(0, 20), slice(20, 40))]
+    for each in several:
+        assert each.value_S is not None
+        assert torch.allclose(each.value_S.float(), torch.stack(exact), rtol=1e-5)
+
+
+def test_long_segments_are_kept_as_gradients_where_that_is_smaller(compiled: bool) -> None:
+    """Rows of 300 tokens of one expert beside a few of another: the long ones' rows are let go."""
+    lengths = torch.tensor([300, 280, 0, 7, 3, 290])  # 2 experts of 3 records
+    records, inputs, outputs = 3, 64, 96
+    segment_R = torch.arange(6).repeat_interleave(lengths)
+    a, g = torch.randn(880, inputs), torch.randn(880, outputs)
+    gradients = torch.zeros(records, 2, outputs, inputs, dtype=torch.float64)
+    for segment in range(6):
+        rows = segment_R == segment
+        gradients[segment % 3, segment // 3] = g[rows].double().T @ a[rows].double()
+    segments = Segments(segment_R % records, torch.tensor([580, 880]), records)
+    plain = StackedOuter(a, g, segments, gradients.shape[1:], False)
+    condensed = plain.condensed()
+    assert condensed.nbytes() < 0.6 * plain.nbytes()
+    assert condensed.condensed() is condensed
+    assert_term(plain, gradients)
+    assert_term(condensed, gradients)
+    out = torch.full(gradients.shape[1:], 7.0)
+    condensed.add_sum(out, torch.ones(records), fresh=True)
+    assert torch.allclose(out.double(), gradients.sum(0), atol=1e-2)
+    a[0] = float("nan")  # of record 0
+    broken = StackedOuter(a, g, segments, gradients.shape[1:], False).condensed()
+    assert torch.isnan(broken.sq_norms().value).tolist() == [True, False, False]
+    out.zero_()
+    broken.masked(torch.tensor([False, True, True])).add_sum(out, torch.ones(records))
+    assert torch.allclose(out.double(), gradients[1:].sum(0), atol=1e-2)
+
+
+def test_long_segments_beside_many_short_ones_keep_their_rows(compiled: bool) -> None:
+    """Of 800 rows 300 are one segment: too few to copy the others for. Its norm is taken from its gradient."""
+    lengths = torch.tensor([100, 300, 100, 90, 110, 100])
+    segment_R = torch.arange(6).repeat_interleave(lengths)
+    a, g = torch.randn(800, 256), torch.randn(800, 200)
+    segments = Segments(segment_R % 3, torch.tensor([500, 800]), 3)
+    term = StackedOuter(a, g, segments, torch.Size((2, 200, 256)), False)
+    assert term.condensed() is term
+    gradients = torch.zeros(3, 2, 200, 256, dtype=torch.float64)
+    for segment in range(6):
+        rows = segment_R == segment
+        gradients[segment % 3, segment // 3] = g[rows].double().T @ a[rows].double()
+    assert_term(term, gradients)
 
 
 def test_rounding_bounds_grow_with_length_as_stated() -> None:

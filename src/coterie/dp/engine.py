@@ -26,10 +26,12 @@ from coterie.dp.clipping import Clipping, Flat
 from coterie.dp.derived import Root
 from coterie.dp.experts import PrivateExperts
 from coterie.dp.gram import UNIT, SqNorms, worst_excess
+from coterie.dp.gram_kernel import take_all
 from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_loss
 from coterie.dp.probe import learn_sites
 from coterie.dp.refusals import check_batch
 from coterie.dp.rules import apply_rule
+from coterie.dp.segments import StackedOuter
 from coterie.dp.terms import Outer
 from coterie.errors import PrivacyError
 from coterie.models import seam
@@ -218,19 +220,19 @@ class Engine:
 
     def _book_keeping(self, batch: Batch) -> Diagnostics:
         records = batch_size(batch)
-        found: dict[str, SqNorms] = {}
         kept: dict[str, tuple[Root, list[resolve.Use]]] = {}
 
         def ready(root: Root) -> None:
             uses = resolve.simplify(root)
             root.captured = []
-            if len(uses) == 1 and isinstance(uses[0][1], Outer):
-                dense = uses[0][1].densely()
-                uses = [(uses[0][0], dense)] if dense is not None else uses
-            found[root.name] = resolve.sq_norms(root, uses, records)
+            if len(uses) == 1 and isinstance(uses[0][1], Outer | StackedOuter):
+                uses = [(uses[0][0], uses[0][1].condensed())]
             kept[root.name] = (root, uses)
 
         losses = self._run(batch, ready)
+        # All together, so that threads are started once.
+        take_all(resolve.segment_norms(uses for _, uses in kept.values()))
+        found = {name: resolve.sq_norms(root, uses, records) for name, (root, uses) in kept.items()}
         self._refine(found, kept, records)
         factors, diagnostics = self._factors(self._by_group(found, records), losses)
         keep = ~diagnostics.masked

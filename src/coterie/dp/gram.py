@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from coterie.dp.gram_kernel import PIECE, SegmentNorms, take_all
+
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
 
@@ -172,6 +174,20 @@ def gram_slack(crude_B: Tensor, rows_B: Tensor, inputs: int, outputs: int) -> Te
     """
     factor = rounding_factor(inputs) + rounding_factor(outputs) + UNIT * (4.0 + rows_B.sqrt())
     return factor * crude_B.square()
+
+
+def taken(norms: SegmentNorms | None, inputs: int, outputs: int) -> SqNorms | None:
+    """What a compiled pass found, per segment, or finds now; None where there is none.
+
+    Only inside pieces of dot products is anything added up in float32.
+    """
+    if norms is None:
+        return None
+    take_all([norms])
+    if norms.value_S is None or norms.crude_S is None:
+        return None
+    factor = rounding_factor(min(inputs, PIECE)) + rounding_factor(min(outputs, PIECE))
+    return SqNorms(norms.value_S.clamp_min(0.0), factor * norms.crude_S.square())
 
 
 def _lower_half_values(a_BTI: Tensor, g_BTO: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from coterie.dp.derived import Kind, Node, Pullback, Root
 from coterie.dp.gram import SqNorms, gram_is_cheaper, rounding_factor
+from coterie.dp.gram_kernel import SegmentNorms
 from coterie.dp.precision import in_full_float32
 from coterie.dp.segments import StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer, Term
@@ -128,6 +131,16 @@ def _filled(total: Tensor, uses: list[Use]) -> Dense:
     for record in range(total.shape[0]):
         lookup.add_record(total[record], record)
     return Dense(total)
+
+
+def segment_norms(uses_of_roots: Iterable[list[Use]]) -> list[SegmentNorms]:
+    """What a compiled pass can take of these roots' norms, before `sq_norms` asks for them."""
+    found = []
+    for uses in uses_of_roots:
+        if len(uses) == 1 or _tied(uses):
+            terms = [term for _, term in uses if isinstance(term, Outer | StackedOuter)]
+            found += [each for term in terms if (each := term.segment_norms) is not None]
+    return found
 
 
 @in_full_float32

@@ -27,7 +27,9 @@ from coterie.dp.gram import (
     gram_slack,
     gram_sq_norms,
     gram_values,
+    taken,
 )
+from coterie.dp.gram_kernel import SegmentNorms
 from coterie.models.grouped import as_EIO, grouped_sum
 
 _PADDED_UP_TO = 200
@@ -130,6 +132,41 @@ class Segments:
         return per_segment.view(self.experts, self.records).sum(0)
 
 
+@dataclass(frozen=True)
+class _Formed:
+    """Segments whose gradients were formed, because these are no larger than their rows.
+
+    Attributes:
+        segments_K: their numbers.
+        gradients_K: [K, O, I], or [K, I, O] for transposed storage; float32.
+        norms: [E * B] for all segments, zero for the others.
+    """
+
+    segments_K: Tensor
+    gradients_K: Tensor
+    norms: SqNorms
+
+    def masked(self, keep_B: Tensor) -> _Formed:
+        keep_K = keep_B[self.segments_K % keep_B.shape[0]].view(-1, 1, 1)
+        keep_S = keep_B.repeat(self.norms.value.shape[0] // keep_B.shape[0])
+        gradients = torch.where(keep_K, self.gradients_K, self.gradients_K.new_zeros(()))
+        zero = self.norms.value.new_zeros(())
+        return _Formed(self.segments_K, gradients, SqNorms(*(torch.where(keep_S, part, zero) for part in self.norms)))
+
+    def add_sum(self, out_ELR: Tensor, factors_B: Tensor, fresh: bool) -> set[int]:
+        """Add to ``out``; returns the experts that have any."""
+        records = factors_B.shape[0]
+        by_expert: dict[int, list[int]] = {}
+        for place, segment in enumerate(self.segments_K.tolist()):
+            by_expert.setdefault(segment // records, []).append(place)
+        for expert, places in by_expert.items():
+            part = slice(places[0], places[-1] + 1)
+            factors = factors_B.float()[self.segments_K[part] % records].unsqueeze(0)
+            total = (factors @ self.gradients_K[part].flatten(1)).view(self.gradients_K.shape[1:])
+            out_ELR[expert].copy_(total) if fresh else out_ELR[expert].add_(total)
+        return set(by_expert)
+
+
 class StackedOuter:
     """Gradients of ``W [E, O, I]`` (or [E, I, O]; [O, I] for a single expert) from rows sorted by
     (expert, record). A `Term`.
@@ -149,6 +186,7 @@ class StackedOuter:
         shape: torch.Size,
         transposed: bool,
         gather: Tensor | None = None,
+        formed: _Formed | None = None,
     ) -> None:
         self._a = a_RI
         self._g = g_RO
@@ -156,16 +194,83 @@ class StackedOuter:
         self._shape = shape
         self._transposed = transposed
         self._gather = gather
+        self._formed = formed
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        a = self._a if self._gather is None else self._a.index_select(0, self._gather)
-        return a.float(), self._g.float()
+    def condensed(self) -> StackedOuter:
+        """The same with the gradients of long segments instead of their rows, where that takes less memory.
+
+        Norm and sum then share a product. Rows of other segments would have to be copied, so these must be the fewer.
+        """
+        segments, inputs, outputs = self._segments, self._a.shape[1], self._g.shape[1]
+        row_bytes = outputs * self._g.element_size() + (
+            inputs * self._a.element_size() if self._gather is None else 0
+        )
+        long = segments.counts * row_bytes >= 4 * inputs * outputs
+        if self._formed is not None or 2 * int(segments.counts[long].sum()) < self._g.shape[0]:
+            return self
+        formed = self._form(torch.nonzero(long).flatten())
+        rest = torch.nonzero(~long[segments.segment_R]).flatten()
+        ends = torch.where(long, 0, segments.counts).view(segments.experts, -1).sum(1).cumsum(0)
+        a, gather = (self._a[rest], None) if self._gather is None else (self._a, self._gather[rest])
+        fewer = Segments(segments.record_R[rest], ends, segments.records)
+        return StackedOuter(a, self._g[rest], fewer, self._shape, self._transposed, gather, formed)
+
+    def _form(self, segments_K: Tensor) -> _Formed:
+        gradients = torch.empty(segments_K.shape[0], *self._shape[-2:], device=self._g.device)
+        value = torch.zeros(self._segments.counts.shape[0], dtype=torch.float64, device=self._g.device)
+        slack = torch.zeros_like(value)
+        for place, i in enumerate(segments_K.tolist()):
+            a, g = self._rows(slice(*self._segments.bounds[i]))
+            left, right = (a, g) if self._transposed else (g, a)
+            torch.mm(left.t(), right, out=gradients[place])
+            part = _norms_of(gradients[place : place + 1], a[None], g[None])
+            value[i], slack[i] = part.value[0], part.slack[0]
+        return _Formed(segments_K, gradients, SqNorms(value, slack))
+
+    def _rows(self, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        a = self._a[part] if self._gather is None else self._a.index_select(0, self._gather[part])
+        return a.float(), self._g[part].float()
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
-        a, g = self._rows()
-        value, slack = self._cheaply(a, g)
-        total = SqNorms(self._segments.by_record(value), self._segments.by_record(slack))
-        return self._precisely(a, g) if precise and not total.trusted() else total
+        total = self._by_record(self._compiled() or self._cheaply(*self._rows()))
+        return self._by_record(self._precisely(*self._rows())) if precise and not total.trusted() else total
+
+    def _by_record(self, per_segment: SqNorms) -> SqNorms:
+        value, slack = per_segment
+        if self._formed is not None:
+            value, slack = value + self._formed.norms.value, slack + self._formed.norms.slack
+        return SqNorms(self._segments.by_record(value), self._segments.by_record(slack))
+
+    @cached_property
+    def _gram_S(self) -> Tensor:
+        """[E * B] bool, segments whose norm is cheaper from dot products, of which half are formed."""
+        counts, inputs, outputs = self._segments.counts, self._a.shape[1], self._g.shape[1]
+        return (counts > 0) & (counts * (inputs + outputs) < 2 * inputs * outputs)
+
+    @cached_property
+    def segment_norms(self) -> SegmentNorms | None:
+        """What a compiled pass can take of the norms, from rows where they lie; None where that is little."""
+        counts, gram = self._segments.counts, self._gram_S
+        if not SegmentNorms.possible(self._a, self._g) or bool(
+            ((counts <= _PADDED_UP_TO) & ~gram & (counts > 0)).any()
+        ):
+            return None
+        ends = counts.cumsum(0)
+        return SegmentNorms(self._a, self._gather, self._g, (ends - counts)[gram], ends[gram])
+
+    def _compiled(self) -> SqNorms | None:
+        """`_cheaply` with a compiled pass; None without one."""
+        found = taken(self.segment_norms, self._a.shape[1], self._g.shape[1])
+        if found is None:
+            return None
+        counts, gram = self._segments.counts, self._gram_S
+        value = torch.zeros(counts.shape[0], dtype=torch.float64)
+        slack = torch.zeros_like(value)
+        value[gram], slack[gram] = found
+        for i in torch.nonzero((counts > 0) & ~gram).flatten().tolist():
+            part = _direct(*(rows[None] for rows in self._rows(slice(*self._segments.bounds[i]))))
+            value[i], slack[i] = part.value[0], part.slack[0]
+        return SqNorms(value, slack)
 
     def _cheaply(self, a: Tensor, g: Tensor) -> SqNorms:
         """Per segment, with the slack bounded from the lengths of the rows alone."""
@@ -201,7 +306,7 @@ class StackedOuter:
         return SqNorms(value.index_copy(0, number_S, value_S), value.index_copy(0, number_S, slack_S))
 
     def _precisely(self, a: Tensor, g: Tensor) -> SqNorms:
-        """By record, every segment with the tightest slack there is."""
+        """Every segment with the tightest slack there is."""
         inputs, outputs = a.shape[1], g.shape[1]
         segments = self._segments
         value = torch.zeros(segments.experts * segments.records, dtype=torch.float64, device=g.device)
@@ -223,7 +328,7 @@ class StackedOuter:
             part = gram_sq_norms(rows_a, rows_g, None, precise=True) if cheap else _direct(rows_a, rows_g)
             value[i], slack[i] = part.value[0], part.slack[0]
         self._replace_doubtful(a, g, value, slack)
-        return SqNorms(segments.by_record(value), segments.by_record(slack))
+        return SqNorms(value, slack)
 
     def _replace_doubtful(self, a: Tensor, g: Tensor, value: Tensor, slack: Tensor) -> None:
         """Take the direct form for segments whose slack is a notable part of a record's whole."""
@@ -245,21 +350,26 @@ class StackedOuter:
         return out
 
     def add_sum(self, out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
-        a, g = self._rows()
-        factors_R = factors_B.float()[self._segments.record_R].unsqueeze(1)
-        if g.shape[1] <= a.shape[1]:
-            g = g * factors_R
-        else:
-            a = a * factors_R
-        out_EIO = as_EIO(out if out.ndim == 3 else out.unsqueeze(0), self._transposed)
+        factors_R1 = factors_B.float()[self._segments.record_R].unsqueeze(1)
+        stored = out if out.ndim == 3 else out.unsqueeze(0)
+        out_EIO = as_EIO(stored, self._transposed)
+        written = set() if self._formed is None else self._formed.add_sum(stored, factors_B, fresh)
         start = 0
         for expert, end in enumerate(self._segments.ends_E.tolist()):
-            left, right, target = a[start:end], g[start:end], out_EIO[expert]
+            target = out_EIO[expert]
             if not self._transposed:  # write along the storage, not across it
-                left, right, target = right, left, target.t()
+                target = target.t()
             if end > start:
-                torch.addmm(target, left.t(), right, beta=0 if fresh else 1, out=target)
-            elif fresh:
+                # One expert at a time: its rows are still in the cache when their product is taken.
+                left, right = self._rows(slice(start, end))
+                if right.shape[1] <= left.shape[1]:
+                    right = right * factors_R1[start:end]
+                else:
+                    left = left * factors_R1[start:end]
+                if not self._transposed:
+                    left, right = right, left
+                torch.addmm(target, left.t(), right, beta=0 if fresh and expert not in written else 1, out=target)
+            elif fresh and expert not in written:
                 target.zero_()
             start = end
 
@@ -268,10 +378,12 @@ class StackedOuter:
         keep_R1 = keep_B[self._segments.record_R].unsqueeze(1)
         zero = g.new_zeros(())
         a, g = torch.where(keep_R1, a, zero), torch.where(keep_R1, g, zero)
-        return StackedOuter(a, g, self._segments, self._shape, self._transposed)
+        formed = None if self._formed is None else self._formed.masked(keep_B)
+        return StackedOuter(a, g, self._segments, self._shape, self._transposed, formed=formed)
 
     def nbytes(self) -> int:
-        return self._g.nbytes + (self._a.nbytes if self._gather is None else 0)
+        formed = 0 if self._formed is None else self._formed.gradients_K.nbytes
+        return self._g.nbytes + (self._a.nbytes if self._gather is None else 0) + formed
 
 
 def _gathered(rows_RX: Tensor, index_Sn: Tensor) -> Tensor:
@@ -279,15 +391,26 @@ def _gathered(rows_RX: Tensor, index_Sn: Tensor) -> Tensor:
 
 
 def _direct(a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
-    value, crude = _direct_values(a_SnI, g_SnO)
-    return SqNorms(value, direct_slack(value, crude, a_SnI.shape[1]))
+    return _norms_of(torch.bmm(g_SnO.mT, a_SnI), a_SnI, g_SnO)
+
+
+def _norms_of(gradients_S: Tensor, a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
+    value = _values_of(gradients_S)
+    return SqNorms(value, direct_slack(value, _crude(a_SnI, g_SnO), a_SnI.shape[1]))
 
 
 def _direct_values(a_SnI: Tensor, g_SnO: Tensor) -> tuple[Tensor, Tensor]:
     """[S] squared norms from the gradients themselves, and ``sum_t |a_t| |g_t|``."""
-    value = torch.linalg.vector_norm(torch.bmm(g_SnO.mT, a_SnI), dim=-1).double().square().sum(1)
+    return _values_of(torch.bmm(g_SnO.mT, a_SnI)), _crude(a_SnI, g_SnO)
+
+
+def _values_of(gradients_S: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradients_S, dim=-1).double().square().sum(1)
+
+
+def _crude(a_SnI: Tensor, g_SnO: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(a_SnI, dim=-1) * torch.linalg.vector_norm(g_SnO, dim=-1)
-    return value, lengths.sum(1).double()
+    return lengths.sum(1).double()
 
 
 class StackedBias:

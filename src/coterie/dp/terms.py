@@ -10,12 +10,14 @@ V vocabulary, D width.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from coterie.dp.gram import SqNorms, direct_slack, gram_is_cheaper, gram_sq_norms
+from coterie.dp.gram import SqNorms, direct_slack, gram_is_cheaper, gram_sq_norms, taken
+from coterie.dp.gram_kernel import SegmentNorms
 from coterie.models.grouped import grouped_sum
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -97,14 +99,27 @@ class Outer:
         self.flipped = flipped
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
-        rows, inputs, outputs = self.a.shape[2], self.a.shape[3], self.g.shape[3]
-        if gram_is_cheaper(rows, inputs, outputs):
-            batch, groups = self.a.shape[:2]
+        if not self._gram:
+            return self.direct()
+        batch, groups = self.a.shape[:2]
+        each = taken(self.segment_norms, self.a.shape[3], self.g.shape[3])
+        if each is None or (precise and not each.trusted()):
             each = gram_sq_norms(self.a.flatten(0, 1).float(), self.g.flatten(0, 1).float(), precise=precise)
-            result = SqNorms(*(part.view(batch, groups).sum(1) for part in each))
-            if not precise or result.trusted():
-                return result
-        return self.direct()
+        result = SqNorms(*(part.view(batch, groups).sum(1) for part in each))
+        return self.direct() if precise and not result.trusted() else result
+
+    @property
+    def _gram(self) -> bool:
+        return gram_is_cheaper(self.a.shape[2], self.a.shape[3], self.g.shape[3])
+
+    @cached_property
+    def segment_norms(self) -> SegmentNorms | None:
+        """What a compiled pass can take: every record's rows of every group are a segment."""
+        if not self._gram or not SegmentNorms.possible(self.a, self.g):
+            return None
+        a, g = self.a.flatten(0, 2), self.g.flatten(0, 2)
+        start = torch.arange(0, g.shape[0], self.a.shape[2])
+        return SegmentNorms(a, None, g, start, start + self.a.shape[2])
 
     def direct(self) -> SqNorms:
         batch = self.a.shape[0]
@@ -117,11 +132,11 @@ class Outer:
         a_length = torch.linalg.vector_norm(self.a, dim=-1, dtype=torch.float32)
         return (a_length * torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32)).flatten(1).sum(1)
 
-    def densely(self) -> Dense | None:
+    def condensed(self) -> Term:
         """The same as `Dense` if that is no larger than ``g``: norm and sum then share one product."""
         rows, inputs = self.a.shape[2], self.a.shape[3]
         if inputs * 4 > self.g.element_size() * rows:
-            return None
+            return self
         gradients = self._gradients(0, self.a.shape[0])
         value = _dense_sq_norms(gradients)
         return Dense(gradients, direct_slack(value, self.crude().double(), rows))
