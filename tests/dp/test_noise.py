@@ -6,12 +6,13 @@ import math
 import multiprocessing
 import os
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from coterie.dp import noise
+from coterie.dp import noise, threads
 from coterie.dp.randomness import Keystream, SeededRandom, SystemRandom, random_source
 from coterie.errors import PrivacyError
 
@@ -23,40 +24,111 @@ def _whole(words: np.ndarray) -> int:
     return int.from_bytes(words.astype(">u8").tobytes(), "big")
 
 
-def test_alias_table_holds_the_discrete_gaussian_to_many_digits() -> None:
-    table, half = noise.alias_table(), 1 << (noise.TABLE_BITS - 1)
-    capacity = 1 << noise._COLUMN_BITS
-    mass = [0] * (2 * half)
-    for column, (other, high) in enumerate(table.both.tolist()):
+def _masses(table: noise.AliasTable) -> list[int]:
+    """What the table draws, times 2^224."""
+    capacity = 1 << noise._THRESHOLD_BITS
+    mass = [0] * noise._COLUMNS
+    for column, packed in enumerate(table.packed.tolist()):
+        other, high = packed >> noise._FRACTION_BITS, packed & noise._FRACTION
         own = capacity if other == column else (high << noise._TIE_BITS) + _whole(table.low[column])
         mass[column] += own
         mass[other] += capacity - own
     assert sum(mass) == 1 << noise._PROBABILITY_BITS
-    z = np.arange(-half, half)
-    expected = -(z.astype(float) ** 2) / (2 * noise.TABLE_SIGMA**2)
-    ratio = [math.log(m / mass[half]) if m else -math.inf for m in mass]
-    core = np.abs(z) < 12 * noise.TABLE_SIGMA
-    np.testing.assert_allclose(np.array(ratio)[core], expected[core], rtol=1e-9, atol=1e-12)
-    assert mass[half + 7] == pytest.approx(mass[half - 7], rel=1e-12)
+    return mass
 
 
-def test_draws_follow_the_table_by_chi_square() -> None:
-    out, work = np.empty(noise._CHUNK, np.int16), noise._Work()
-    stream, counts = SOURCE.stream("chi"), np.zeros(1 << 16, np.int64)
-    for _ in range(30):
-        bits, _ = noise._bits(stream, noise._CHUNK)
-        for rows in (0, 2):
-            undecided = noise.alias_table().draw(bits[rows], bits[rows + 1], out, work)
-            decided = np.delete(out, undecided).astype(np.int64)
-            counts += np.bincount(decided + (1 << 15), minlength=1 << 16)
-    z = np.arange(-(1 << 15), 1 << 15)
-    probability = np.exp(-(z.astype(float) ** 2) / (2 * noise.TABLE_SIGMA**2))
-    probability /= probability.sum()
-    edges = np.concatenate([[0], np.searchsorted(probability.cumsum(), np.linspace(0.002, 0.998, 400)), [1 << 16]])
-    seen, expected = np.add.reduceat(counts, edges[:-1]), np.add.reduceat(probability, edges[:-1]) * counts.sum()
-    assert stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 1e-4
-    # Odd and even values equally often: a wrong bit somewhere shows here, not in the moments.
-    assert stats.binomtest(int(counts[1::2].sum()), int(counts.sum())).pvalue > 1e-4
+def _probability(size: int) -> mpmath.mpf:
+    """Of m, both signs: half-integers weighted by the Gaussian, from its definition."""
+    sigma = mpmath.mpf(2) ** 23
+    return 2 * mpmath.exp(-((size + mpmath.mpf(0.5)) ** 2) / (2 * sigma**2)) / (sigma * mpmath.sqrt(2 * mpmath.pi))
+
+
+def test_alias_tables_hold_the_discrete_gaussian_to_many_digits() -> None:
+    """Against mpmath with 90 digits. What the integers are rounded by, 2^-224, is below 1e-60 of the likely ones."""
+    buckets, rest = (_masses(table) for table in noise.alias_tables())
+    with mpmath.workdps(90):
+        scale = mpmath.mpf(2) ** noise._PROBABILITY_BITS
+        lasts = [noise.BUCKET * _probability(noise.BUCKET * (b + 1) - 1) for b in range(noise._REST)]
+        steps = [
+            _probability(noise.BUCKET * b) - _probability(noise.BUCKET * (b + 1) - 1) for b in range(noise._REST)
+        ]
+        for b in range(noise._REST):
+            assert abs(buckets[b] / scale - lasts[b]) <= 2 / scale
+            assert abs(rest[b] / scale - steps[b] / mpmath.fsum(steps)) <= noise._COLUMNS / scale
+        assert abs(buckets[noise._REST] / scale - (1 - mpmath.fsum(lasts))) <= noise._COLUMNS / scale
+    assert rest[noise._REST] == 0
+    assert 0.0015 < buckets[noise._REST] / 2**noise._PROBABILITY_BITS < 0.0017
+
+
+def test_the_two_parts_make_up_the_probability_of_every_size() -> None:
+    """Bucket and place from the first table, or from the second and then accepted: together the Gaussian's."""
+    buckets, rest = (np.array([m / 2**224 for m in _masses(table)]) for table in noise.alias_tables())
+    places = np.arange(noise.BUCKET, dtype=np.float64)
+    most = noise._most_excess()
+    accepted = np.array([np.expm1(noise._energies(b, places)).mean() / most[b] for b in range(noise._REST)])
+    tried = float((rest[:-1] * accepted).sum())
+    assert tried == pytest.approx(0.5, abs=0.01)
+    for size in np.random.default_rng(3).integers(0, 5 * 2**23, 300).tolist():
+        b, place = divmod(size, noise.BUCKET)
+        accept = np.expm1(noise._energies(b, float(place))) / most[b]
+        found = (buckets[b] + buckets[noise._REST] * rest[b] * accept / tried) / noise.BUCKET
+        assert found == pytest.approx(float(_probability(size)), rel=1e-10, abs=0.0)
+
+
+def test_draws_follow_the_gaussian_by_chi_square() -> None:
+    z = np.concatenate([noise.discrete_gaussian(1 << 20, SOURCE.stream(f"chi{i}")) for i in range(4)])
+    edges = stats.norm.ppf(np.linspace(0.002, 0.998, 400)) * noise.GRID_SIGMA
+    seen = np.bincount(np.searchsorted(edges, z), minlength=401)
+    expected = np.diff(np.concatenate([[0], np.linspace(0.002, 0.998, 400), [1]])) * z.shape[0]
+    assert stats.chisquare(seen, expected).pvalue > 1e-4
+    # Both signs equally often, and every size in a bucket: a wrong bit somewhere shows here, not in the moments.
+    assert stats.binomtest(int((z > 0).sum()), z.shape[0]).pvalue > 1e-4
+    places = (np.abs(z).astype(np.int64) % noise.BUCKET) // 512
+    assert stats.chisquare(np.bincount(places, minlength=64)).pvalue > 1e-6
+
+
+def test_draws_of_the_rest_fall_off_within_their_buckets() -> None:
+    stream, half = SOURCE.stream("rest"), noise.BUCKET // 64
+    z = np.concatenate([noise._tries_of_rest(10_000, stream) for _ in range(40)]) / 2
+    rest = np.array([m / 2**224 for m in _masses(noise.alias_tables()[1])])[:-1, None]
+    middles = (np.arange(32) * 2 + 1) * half - 0.5
+    density = (rest * np.expm1(noise._energies(np.arange(noise._REST)[:, None], middles))) / noise._most_excess()[
+        : noise._REST, None
+    ]
+    assert z.shape[0] == pytest.approx(400_000 * density.sum(0).mean(), rel=0.01)
+    sizes = np.abs(z).astype(np.int64)
+    by_place = np.bincount(sizes % noise.BUCKET // (2 * half), minlength=32)
+    assert stats.chisquare(by_place, density.sum(0) / density.sum() * z.shape[0]).pvalue > 1e-4
+    edges = [0, 40, 80, 120, 160, 200, 240, 280, 320, 400, 500, 640, noise._REST]
+    by_bucket = np.add.reduceat(np.bincount(sizes // noise.BUCKET, minlength=noise._REST), edges[:-1])
+    expected = np.add.reduceat(density.sum(1), edges[:-1])
+    assert stats.chisquare(by_bucket, expected / expected.sum() * z.shape[0]).pvalue > 1e-4
+
+
+class _Given:
+    """A stream of which the next 192 bits are known."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def integer(self, bits: int) -> int:
+        assert bits == noise._TIE_BITS
+        return self._number
+
+
+def test_a_try_that_doubles_do_not_decide_is_decided_by_256_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with mpmath.workdps(100):
+        for b, place in ((0, 0), (1, 5), (300, 20_000), (4094, 32_766)):
+            first, last, here = (_probability(noise.BUCKET * b + at) for at in (0, noise.BUCKET - 1, place))
+            bits = int(mpmath.floor((here - last) / (first - last) * mpmath.mpf(2) ** 256))
+            for change, expected in ((-(10**12), True), (10**12, False)):
+                high, low = divmod(min(max(bits + change, 0), 2**256 - 1), 1 << noise._TIE_BITS)
+                # At the first place of a bucket every try is accepted.
+                wanted = expected or place == 0
+                assert noise._accepted_exactly(b, place, high, _Given(low)) == wanted  # type: ignore[arg-type]
+    plain = noise._tries_of_rest(500, SeededRandom(5).stream("tries"))
+    monkeypatch.setattr(noise, "_UNSURE", 2.0)
+    assert noise._tries_of_rest(500, SeededRandom(5).stream("tries")).tolist() == plain.tolist()
 
 
 def test_noise_has_the_moments_and_tails_of_its_gaussian() -> None:
@@ -74,9 +146,10 @@ def test_noise_has_the_moments_and_tails_of_its_gaussian() -> None:
     assert abs(np.corrcoef(z[: n // 2], z[n // 2 :])[0, 1]) < 5 / math.sqrt(n / 2)
 
 
-def test_low_bits_of_the_sum_are_uniform() -> None:
+def test_low_bits_are_uniform() -> None:
     z = noise.discrete_gaussian(400_000, SOURCE.stream("low"))
-    counts = np.bincount(z & 1023, minlength=1024)
+    assert (z - 0.5 == np.floor(z)).all()
+    counts = np.bincount(np.floor(z).astype(np.int64) & 1023, minlength=1024)
     assert stats.chisquare(counts).pvalue > 1e-4
 
 
@@ -85,9 +158,9 @@ def test_invariant_7_output_lies_on_a_public_grid_whatever_the_sum_is() -> None:
     step = std / noise.GRID_SIGMA
     for scale in (1e-6, 1.0):
         sums = {"w": scale * torch.randn(5000, generator=torch.Generator().manual_seed(1))}
-        grid = noise.add_noise(sums, std, SOURCE, "grid")["w"].double() / step
+        grid = noise.add_noise(sums, std, SOURCE, "grid")["w"].double() / step - 0.5
         # float32 keeps 24 bits; anything below is the rounding of a grid number to float32.
-        assert ((grid - grid.round()).abs() <= grid.abs() * 2.0**-24).all()
+        assert ((grid - grid.round()).abs() <= (grid.abs() + 1) * 2.0**-24).all()
 
 
 def test_noise_is_added_to_the_rounded_sum_exactly() -> None:
@@ -125,7 +198,7 @@ def test_equal_tensors_get_independent_noise() -> None:
 def test_large_and_small_tensors_agree_with_one_thread_or_many(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = {"w": torch.zeros(noise._SLAB * 2 + 77)}
     many = noise.add_noise(sums, 1.0, SeededRandom(1), "r")["w"]
-    monkeypatch.setattr(noise, "_threads", lambda: 1)
+    monkeypatch.setattr(threads, "thread_count", lambda: 1)
     assert torch.equal(many, noise.add_noise(sums, 1.0, SeededRandom(1), "r")["w"])
 
 
@@ -144,8 +217,8 @@ def test_the_compiled_pass_gives_the_same_bits_as_numpy(monkeypatch: pytest.Monk
 
 def test_a_draw_whose_first_bits_tie_is_decided_by_more_of_them() -> None:
     """Against integers of 192 bits: below the rest of its threshold a draw is its column's own value."""
-    table, generator = noise.alias_table(), np.random.default_rng(1)
-    column = generator.integers(0, 1 << 16, 3000).astype(np.uint16)
+    table, generator = noise.alias_tables()[0], np.random.default_rng(1)
+    column = generator.integers(0, noise._COLUMNS, 3000).astype(np.uint32)
     words = generator.integers(0, 1 << 64, (3000, 3), dtype=np.uint64)
     words[:1000] = table.low[column[:1000]]  # equal: the second value
     words[1000:2000, :2] = table.low[column[1000:2000], :2]  # the last word decides
@@ -154,50 +227,81 @@ def test_a_draw_whose_first_bits_tie_is_decided_by_more_of_them() -> None:
     assert 500 < sum(expected) < 2500
 
 
+def test_ties_take_their_words_in_their_order() -> None:
+    table, generator = noise.alias_tables()[0], np.random.default_rng(2)
+    column = generator.integers(0, noise._COLUMNS, 500).astype(np.uint32)
+    fraction = generator.integers(0, 1 << 20, 500).astype(np.uint32)
+    tie = generator.random(500) < 0.3
+    threshold = table.packed[column] & np.uint32(noise._FRACTION)
+    fraction[tie] = threshold[tie]
+    drawn = table.draw((column << np.uint32(20)) | fraction, SeededRandom(7).stream("ties"))
+    words = iter(SeededRandom(7).stream("ties").uint64(3 * int((fraction == threshold).sum())).reshape(-1, 3))
+    for i in range(500):
+        other = int(table.packed[column[i]]) >> 20
+        own = fraction[i] < threshold[i]
+        if fraction[i] == threshold[i]:
+            own = _whole(next(words)) < _whole(table.low[column[i]])
+        assert drawn[i] == (column[i] if own else other)
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_compiled_pass_leaves_open_what_its_bits_do_not_decide(in_place: bool) -> None:
+    """Ties and values of the rest, many of them, in blocks that end anywhere; against numpy's pass."""
+    kernel, table, generator = noise.kernel(), noise.alias_tables()[0], np.random.default_rng(3)
+    assert kernel is not None
+    for count in (1, 7, 511, 512, 513, 5000):
+        word = generator.integers(0, 1 << 32, count, dtype=np.uint32)
+        fine = generator.integers(0, 1 << 16, count).astype(np.uint16)
+        tie, of_rest = generator.random(count) < 0.05, generator.random(count) < 0.05
+        column = word >> np.uint32(20)
+        word = np.where(tie, (column << np.uint32(20)) | (table.packed[column] & np.uint32(noise._FRACTION)), word)
+        word[of_rest] = np.uint32(noise._REST) << np.uint32(20)
+        value = generator.normal(size=count).astype(np.float32)
+        results = []
+        for run in (kernel, noise._in_numpy):
+            source = value.copy()
+            target = source if in_place else np.empty_like(source)
+            found = np.zeros(1000, np.int32), np.zeros(1000, np.uint32), np.zeros(1000, np.float32)
+            stop = run(word, fine, source, target, 1e-6, 3e-7, 40, *found, 5)
+            undecided = found[0][5:stop] - 40
+            assert (found[2][5:stop] == value[undecided]).all()
+            assert (found[1][5:stop] == word[undecided]).all()
+            results.append((undecided.tolist(), np.delete(target, undecided).tolist()))
+        assert results[0] == results[1]
+        assert count < 5000 or len(results[0][0]) > 300
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NEEDS_NUMBA)])
-def test_ties_take_their_words_in_the_order_of_their_places(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream in which many draws tie, with extreme words, against a loop written out by hand."""
-    table, count = noise.alias_table(), 5000
-    generator = np.random.default_rng(2)
-    bits = generator.integers(0, 1 << 16, (4, count)).astype(np.uint16)
-    places = np.sort(generator.choice(count, 30, replace=False))
-    for row in (0, 2):
-        some = places if row == 0 else places[::2]
-        bits[row + 1, some] = table.both[bits[row, some], 1]
-    spare = np.where(generator.random((noise._TIES, 1)) < 0.5, 0, (1 << 64) - 1).astype(np.uint64).repeat(3, 1)
-    monkeypatch.setattr(noise, "_bits", lambda stream, count: (bits, spare))
-    value = generator.normal(size=count).astype(np.float32) * 1e-3
-    out, step, used = np.empty_like(value), 1.0 / noise.GRID_SIGMA, 0
-    if compiled:
-        kernel = noise.kernel()
-        assert kernel is not None
-        assert noise._fused(kernel, value, out, step, step / 3, SOURCE.stream("x"))
-    else:
-        assert noise._in_numpy(value, out, step, step / 3, SOURCE.stream("x"))
-    for place in range(count):
-        total = 0
-        for row, factor in ((0, 1), (2, noise.COARSE)):
-            column, fraction = int(bits[row, place]), int(bits[row + 1, place])
-            other, threshold = table.both[column].tolist()
-            own = fraction < threshold
-            if fraction == threshold:
-                own, used = bool(spare[used, 0] == 0), used + 1
-            total += factor * ((column if own else other) - (1 << 15))
-        assert out[place] == np.float32((np.rint(np.float64(value[place]) * (1.0 / step)) + total) * (step / 3))
-    assert used >= 45
-
-
-def test_more_ties_than_sound_random_numbers_ever_make_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = noise.alias_table()
-    bits = np.zeros((4, 1000), np.uint16)
-    bits[0::2], bits[1::2] = 40000, table.both[40000, 1]
-    monkeypatch.setattr(noise, "_bits", lambda stream, count: (bits[:, :count], np.zeros((64, 3), np.uint64)))
+def test_more_open_draws_than_sound_random_numbers_ever_leave_are_refused(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise, "_WORTH_COMPILING", 1 if compiled else 1 << 62)
+    word = np.full(noise._CHUNK, noise._REST << 20, np.uint32)
+    monkeypatch.setattr(noise, "_bits", lambda stream, count: (word[:count], np.zeros(count, np.uint16)))
     with pytest.raises(PrivacyError, match="are not random"):
-        noise.add_noise({"w": torch.zeros(1000)}, 1.0, SOURCE, "r")
-    if noise.kernel() is not None:
-        monkeypatch.setattr(noise, "_WORTH_COMPILING", 1)
-        with pytest.raises(PrivacyError, match="are not random"):
-            noise.add_noise({"w": torch.zeros(1000)}, 1.0, SOURCE, "r")
+        noise.add_noise({"w": torch.zeros(noise._MOST_OPEN + 1)}, 1.0, SOURCE, "r")
+
+
+def test_small_sums_share_a_slab_and_large_ones_are_split() -> None:
+    sizes = {"a": 5, "b": noise._SLAB + 3, "c": 7, "d": noise._SLAB, "e": 2, "f": 9}
+    steps = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": 1.0, "f": 2.0}
+    arrays = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
+    pieces = [
+        noise._Piece(name, a[start : start + noise._SLAB], a[start : start + noise._SLAB], steps[name])
+        for name, a in arrays.items()
+        for start in range(0, a.shape[0], noise._SLAB)
+    ]
+    slabs = noise._slabs(pieces)
+    assert all(sum(piece.value.shape[0] for piece in slab) <= noise._SLAB for slab in slabs)
+    assert all(len({piece.step for piece in slab}) == 1 for slab in slabs)
+    assert [[piece.name for piece in slab] for slab in slabs] == [["a"], ["b"], ["b"], ["c", "f"], ["d"], ["e"]]
+
+
+def test_of_sums_that_share_a_slab_the_one_at_fault_is_named() -> None:
+    sums = {"a": torch.zeros(3), "b": torch.tensor([0.0, math.nan]), "c": torch.zeros(4)}
+    with pytest.raises(PrivacyError, match="`b` is not finite"):
+        noise.add_noise(sums, 1.0, SOURCE, "r")
 
 
 def test_a_divisor_scales_the_noised_sum() -> None:
@@ -240,7 +344,7 @@ def _read(stream: Keystream, queue: multiprocessing.Queue) -> None:
 def test_invariant_7_two_processes_never_share_a_stream() -> None:
     context = multiprocessing.get_context("fork")
     queue: multiprocessing.Queue = context.Queue()
-    noise.alias_table()
+    noise.alias_tables()
     processes = [context.Process(target=_draw, args=(queue,)) for _ in range(2)]
     for process in processes:
         process.start()

@@ -12,29 +12,30 @@ from typing import Any
 
 import numpy as np
 
-Kernel = Callable[..., tuple[bool, int]]
+Kernel = Callable[..., int]
 """See `compile_kernel`."""
 
-EXACT = 2.0**52
-"""Grid numbers below this are exact in a double, noise included."""
+EXACT = 2.0**50
+"""Grid numbers below this are exact in a double, noise and its halves included."""
 
-_BLOCK = 1024
-"""Values that are looked through again where there is a tie among them."""
+_BLOCK = 512
+"""Values that are looked through again where the bits do not decide some of them."""
 
 
-def compile_kernel(both: np.ndarray, coarse: int) -> Kernel | None:
+def compile_kernel(packed: np.ndarray, fraction_bits: int) -> Kernel | None:
     """Compile ``target = unit * (round(value / step) + noise)``; None without numba.
 
     Args:
-        both: [65536, 2] uint16, see `coterie.dp.noise.AliasTable`.
-        coarse: what the coarse draw is multiplied with.
+        packed: uint32, see `coterie.dp.noise.AliasTable`; its last column stands for what is drawn otherwise.
+        fraction_bits: how many bits of a word are compared with a threshold.
 
     Returns:
-        ``kernel(column, fraction, column, fraction, spare, low, value, target, step, unit)``: [n] uint16 of the fine,
-        then of the coarse draws; [k, 3] uint64 random words for ties; the table's [65536, 3] uint64; value and target
-        [n] float32, which may be the same; the steps of the grid that is rounded to and of the one that is written.
-        It returns whether all values are finite with grid numbers that are exact in a double, and how many words it
-        used; beyond k, the target means nothing.
+        ``kernel(words, fine, value, target, step, unit, start, places, open_words, open_values, found)``: [n] uint32
+        and [n] uint16 random bits; value and target [n] float32, which may be the same; the steps of the grid that is
+        rounded to and of the one that is written; [k] int32, [k] uint32 and [k] float32 that take, from entry
+        ``found`` on, what these bits do not decide: places, plus ``start``, words and values. Their targets mean
+        nothing. It returns the new ``found``, or -1 where a value is not finite, its grid number is not exact in a
+        double, or more than k are open.
     """
     if find_spec("numba") is None:
         return None
@@ -42,67 +43,65 @@ def compile_kernel(both: np.ndarray, coarse: int) -> Kernel | None:
 
     jit: Any = numba.njit(nogil=True)
     # Constants of the compiled code: only of these the compiler knows that no store changes them, and it vectorises.
-    table = np.ascontiguousarray(both).view(np.uint32)[:, 0].copy()
-    lower, upper = np.uint32(0xFFFF), np.uint32(16)
-    factor, offset = np.int32(coarse), np.int32(32768 * (1 + coarse))
+    table = np.ascontiguousarray(packed)
+    # numba widens integers in every operation; narrowed again each time, they stay eight to a vector.
+    u, i4 = np.uint32, np.int32
+    shift, mask, last = u(fraction_bits), u((1 << fraction_bits) - 1), u(packed.shape[0] - 1)
 
-    def decided(
-        columns: np.ndarray, fractions: np.ndarray, columns2: np.ndarray, fractions2: np.ndarray,
-        value: np.ndarray, target: np.ndarray, step: float, unit: float,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        """As if ties fell to the second value; how many there are, and how many values are unsound."""
+    def drawn(words: np.ndarray, fine: np.ndarray, doubled: np.ndarray, is_open: np.ndarray) -> Any:
+        """Twice the noise, as if ties fell to the second value; how many are open."""
+        count = i4(0)
+        for i in range(words.shape[0]):
+            word, low = words[i], u(fine[i])
+            column, fraction = u(word >> shift), u(word & mask)
+            pair = table[column]
+            threshold = u(pair & mask)
+            bucket = column if fraction < threshold else u(pair >> shift)
+            size = i4(u(bucket << u(16)) | u(low & u(0xFFFE)) | u(1))
+            doubled[i] = -size if low & u(1) else size
+            undecided = (fraction == threshold) | (bucket == last)
+            is_open[i] = undecided
+            count = i4(count + i4(undecided))
+        return count
+
+    def added(doubled: np.ndarray, value: np.ndarray, target: np.ndarray, step: float, unit: float) -> Any:
+        """How many values are unsound."""
         inverse = 1.0 / step
-        ties = unsound = np.int32(0)
+        unsound = i4(0)
         for i in range(value.shape[0]):
-            first, second = np.uint32(columns[i]), np.uint32(columns2[i])
-            fraction, fraction2 = np.uint32(fractions[i]), np.uint32(fractions2[i])
-            pair, pair2 = table[first], table[second]
-            threshold, threshold2 = pair >> upper, pair2 >> upper
-            fine = np.int32(first if fraction < threshold else pair & lower)
-            big = np.int32(second if fraction2 < threshold2 else pair2 & lower)
-            ties += np.int32((fraction == threshold) | (fraction2 == threshold2))
             number = np.rint(np.float64(value[i]) * inverse)
-            unsound += np.int32(not (abs(number) < EXACT))  # NaN too
-            target[i] = np.float32((number + np.float64(fine + factor * big - offset)) * unit)
-        return ties, unsound
+            unsound = i4(unsound + i4(not (abs(number) < EXACT)))  # NaN too
+            target[i] = np.float32((number + 0.5 * np.float64(doubled[i])) * unit)
+        return unsound
 
-    def drawn(column: int, fraction: int, spare: np.ndarray, low: np.ndarray, used: int) -> tuple[Any, Any]:
-        """One draw, and how many words of ``spare`` are used after it."""
-        pair = table[column]
-        other, threshold = np.int32(pair & lower), pair >> upper
-        if fraction != threshold or used >= spare.shape[0]:
-            return (np.int32(column) if fraction < threshold else other), used + (fraction == threshold)
-        for word in range(spare.shape[1]):
-            if spare[used, word] != low[column, word]:
-                return (np.int32(column) if spare[used, word] < low[column, word] else other), used + 1
-        return other, used + 1
-
-    compiled_decided, compiled_drawn = jit(decided), jit(drawn)
+    compiled_drawn, compiled_added = jit(drawn), jit(added)
 
     def whole(
-        columns: np.ndarray, fractions: np.ndarray, columns2: np.ndarray, fractions2: np.ndarray,
-        spare: np.ndarray, low: np.ndarray, value: np.ndarray, target: np.ndarray, step: float, unit: float,
-    ) -> tuple[bool, int]:  # fmt: skip
-        used = 0
+        words: np.ndarray, fine: np.ndarray, value: np.ndarray, target: np.ndarray, step: float, unit: float,
+        start: int, places: np.ndarray, open_words: np.ndarray, open_values: np.ndarray, found: int,
+    ) -> int:  # fmt: skip
         # Not straight into the target, which may be the value: a loop that writes what it reads stays scalar.
-        aside = np.empty(_BLOCK, np.float32)
-        for start in range(0, value.shape[0], _BLOCK):
-            stop = min(start + _BLOCK, value.shape[0])
-            ties, unsound = compiled_decided(
-                columns[start:stop], fractions[start:stop], columns2[start:stop], fractions2[start:stop],
-                value[start:stop], aside[: stop - start], step, unit,
-            )  # fmt: skip
-            if unsound:
-                return False, used
-            for i in range(start, stop if ties else start):
-                before = used
-                fine, used = compiled_drawn(columns[i], fractions[i], spare, low, used)
-                big, used = compiled_drawn(columns2[i], fractions2[i], spare, low, used)
-                if used > before:
-                    number = np.rint(np.float64(value[i]) * (1.0 / step))
-                    aside[i - start] = np.float32((number + np.float64(fine + factor * big - offset)) * unit)
-            target[start:stop] = aside[: stop - start]
-        return True, used
+        aside, doubled = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
+        is_open = np.zeros(_BLOCK, np.bool_)
+        eight_open = is_open.view(np.uint64)
+        for begin in range(0, value.shape[0], _BLOCK):
+            end = min(begin + _BLOCK, value.shape[0])
+            size = end - begin
+            is_open[size:] = False
+            count = compiled_drawn(words[begin:end], fine[begin:end], doubled[:size], is_open[:size])
+            if compiled_added(doubled[:size], value[begin:end], aside[:size], step, unit):
+                return -1
+            if found + count > places.shape[0]:
+                return -1
+            for group in range(eight_open.shape[0] if count else 0):
+                if eight_open[group]:
+                    for i in range(8 * group, 8 * group + 8):
+                        if is_open[i]:
+                            places[found], open_words[found] = start + begin + i, words[begin + i]
+                            open_values[found] = value[begin + i]
+                            found += 1
+            target[begin:end] = aside[:size]
+        return found
 
     compiled: Kernel = jit(whole)
     return compiled

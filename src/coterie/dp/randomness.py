@@ -20,6 +20,7 @@ from coterie.errors import PrivacyError
 _KEY_BYTES = 32
 _BLOCK_BYTES = 16
 _NONCE_BYTES = 12
+_ZEROS = memoryview(bytes(1 << 16))
 
 
 class Keystream:
@@ -35,7 +36,6 @@ class Keystream:
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.AES(key), modes.GCM(bytes(_NONCE_BYTES))).encryptor()
         self._process = os.getpid()
-        self._zeros = b""
         self._buffer = bytearray()
 
     def read(self, count: int) -> np.ndarray:
@@ -51,10 +51,12 @@ class Keystream:
                 why="parent and child would draw the same noise, and their difference would be noise free",
                 fix="start the private run in the process that trains, not before the fork",
             )
-        if len(self._zeros) < count:
-            self._zeros = bytes(count)
+        if len(self._buffer) < count + _BLOCK_BYTES - 1:
             self._buffer = bytearray(count + _BLOCK_BYTES - 1)
-        self._cipher.update_into(memoryview(self._zeros)[:count], self._buffer)
+        room = memoryview(self._buffer)
+        # In pieces: as many zeros as there are random bytes would drive these out of the cache.
+        for start in range(0, count, len(_ZEROS)):
+            self._cipher.update_into(_ZEROS[: count - start], room[start:])
         return np.frombuffer(self._buffer, dtype=np.uint8, count=count)
 
     def integer(self, bits: int) -> int:
