@@ -6,16 +6,16 @@ numbers, and noise on that grid is added (Canonne, Kamath and Steinke 2020). The
 with the privacy of the discrete Gaussian; turning it into float32 afterwards is post-processing.
 
 **The distribution.** N(x) proportional to exp(-x^2 / (2 G^2)) over the numbers halfway between integers,
-x = +-(m + 1/2), with G = `GRID_SIGMA`, 2^23. Half a step away from the integers, so that a sign and a size m >= 0 can
-be drawn apart. The sizes fall into 4096 buckets of 2^15, a 256th of G each.
+x = +-(m + 1/2), with G = `GRID_SIGMA`, 2^24. Half a step away from the integers, so that a sign and a size m >= 0 can
+be drawn apart. The sizes fall into 8192 buckets of 2^15, a 512th of G each.
 
 **The sampler.** Within a bucket sizes are nearly equally likely. So the distribution is taken apart into two: one
-that is constant in every bucket, at the probability of the bucket's last size, and the rest, 0.16 % of the mass. One
+that is constant in every bucket, at the probability of the bucket's last size, and the rest, 0.08 % of the mass. One
 look into an alias table with 32 random bits draws the bucket, or says that this value belongs to the rest; 16 more
 are the sign and the place in the bucket. For the rest, a second table draws the bucket, and a place in it is
 accepted with probability (P(m) - P(last)) / (P(first) - P(last)), half of the time: in double precision, and where
-that does not decide, with 256 bits against a hundred digits. The tables' thresholds are integers of 212 bits, of
-which a draw looks at 20 and, in one case of 2^20, a tie, at 192 more. So probabilities are right to 2^-200. Sizes
+that does not decide, with 256 bits against a hundred digits. The tables' thresholds are integers of 211 bits, of
+which a draw looks at 19 and, in one case of 2^19, a tie, at 192 more. So probabilities are right to 2^-200. Sizes
 beyond 15.99 G (mass 2^-184) are never drawn.
 
 **What it costs in privacy.** At integer orders the Renyi divergences of the (subsampled) discrete and continuous
@@ -44,9 +44,9 @@ from coterie.dp.randomness import Keystream, RandomSource
 from coterie.dp.threads import run_in_threads
 from coterie.errors import PrivacyError
 
-COLUMN_BITS = 12
+COLUMN_BITS = 13
 BUCKET = 1 << 15
-GRID_SIGMA = 2.0**23
+GRID_SIGMA = 2.0**24
 """Standard deviation of the noise in grid steps."""
 
 _COLUMNS = 1 << COLUMN_BITS
@@ -63,8 +63,8 @@ _PROBABILITY_BITS = COLUMN_BITS + _THRESHOLD_BITS
 _VALUE_BYTES = 6
 _CHUNK = 1 << 16
 _SLAB = 1 << 20
-_MOST_OPEN = _SLAB // 128
-"""Values of a slab that are drawn from the rest or tie: 1,640 are expected, and this many never seen."""
+_MOST_OPEN = _SLAB // 256
+"""Values of a slab that are drawn from the rest or tie: 820 are expected, and this many never seen."""
 
 _UNSURE = 2.0**-40
 """Far more than the rounding of an acceptance probability in double precision, a few units of 2^-53."""
@@ -81,12 +81,12 @@ class AliasTable:
     """Vose's alias method in exact integer arithmetic.
 
     Args:
-        mass: [4096] integers, probabilities times 2^224, which they add up to.
+        mass: [8192] integers, probabilities times 2^224, which they add up to.
 
     Attributes:
-        packed: [4096] uint32, a column's second value in the upper 12 bits, the upper 20 bits of its threshold in the
+        packed: [8192] uint32, a column's second value in the upper 13 bits, the upper 19 bits of its threshold in the
             others, so that one look-up fetches both.
-        low: [4096, 3] uint64, the remaining bits of every threshold, the highest first.
+        low: [8192, 3] uint64, the remaining bits of every threshold, the highest first.
     """
 
     def __init__(self, mass: list[int]) -> None:
@@ -229,7 +229,7 @@ def _energies(bucket: np.ndarray, place: np.ndarray | float) -> np.ndarray:
 
 @functools.cache
 def _most_excess() -> np.ndarray:
-    """[4096] float64, P(first) / P(last) - 1 of every bucket."""
+    """[8192] float64, P(first) / P(last) - 1 of every bucket."""
     most: np.ndarray = np.expm1(_energies(np.arange(_COLUMNS), 0.0))
     return most
 
@@ -281,7 +281,7 @@ def calibrate(noise_multiplier: float, bound: float, num_values: int) -> float:
         num_values: d, numbers released together under this bound.
 
     Raises:
-        PrivacyError: so many values that the grid would be too coarse (about 4e10 / sigma^2).
+        PrivacyError: so many values that the grid would be too coarse (about 3e12 / sigma^2).
     """
     rounding = noise_multiplier * math.sqrt(num_values) * (1 + 2**-10) / GRID_SIGMA
     if rounding > _MAX_GRID_SHARE:

@@ -20,7 +20,7 @@ from coterie.errors import PrivacyError
 _KEY_BYTES = 32
 _BLOCK_BYTES = 16
 _NONCE_BYTES = 12
-_ZEROS = memoryview(bytes(1 << 16))
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 class Keystream:
