@@ -248,7 +248,7 @@ def _median_ratio(values: list[float], bases: list[float]) -> float:
 
 def peak_bytes(model_name: str, shape: str, arm: str) -> int:
     """Peak resident bytes of a fresh process that runs three steps of one arm."""
-    command = [sys.executable, __file__, "--one", model_name, shape, arm]
+    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--one", model_name, shape, arm]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     return int(done.stdout.split()[-1]) if done.returncode == 0 and done.stdout.split() else 0
 

@@ -26,7 +26,7 @@ PIECE = 512
 _WORTH_STARTING = 1 << 23
 """Multiplications below which the pass costs more than it saves (compiling: about two seconds, once in a process)."""
 
-_SHARE = 1 << 24
+_SHARE = 1 << 22
 """Multiplications that a thread takes at a time."""
 
 Kernel = Callable[..., None]

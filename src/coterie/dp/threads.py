@@ -21,11 +21,10 @@ def thread_count() -> int:
 
 def run_in_threads(function: Callable[[_Job], None], jobs: Sequence[_Job]) -> None:
     """``function`` of every job; whatever one of them raises is raised here, after the others are done."""
-    threads = min(thread_count(), len(jobs))
-    if threads <= 1:
-        for job in jobs:
-            function(job)
+    if len(jobs) == 1:
+        function(jobs[0])
         return
+    # Also where one thread is all there is: what a compiler leaves on a heap of its own is not between large tensors.
     futures = [_pool(os.getpid(), thread_count()).submit(function, job) for job in jobs]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
