@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.dp import gram_kernel
+from coterie.dp import gram_kernel, resolve
 from coterie.dp.gram import TRUSTED, gram_sq_norms, rounding_factor, taken, worst_excess
 from coterie.dp.gram_kernel import SegmentNorms, take_all
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
@@ -269,6 +269,25 @@ def test_long_segments_are_kept_as_gradients_where_that_is_smaller(compiled: boo
     out.zero_()
     broken.masked(torch.tensor([False, True, True])).add_sum(out, torch.ones(records))
     assert torch.allclose(out.double(), gradients[1:].sum(0), atol=1e-2)
+
+
+@pytest.mark.parametrize("lowered", ["autocast", "medium"])
+def test_kept_gradients_are_formed_in_full_float32(lowered: str) -> None:
+    a, g = torch.randn(2, 1, 400, 32), torch.randn(2, 1, 400, 48)
+    gradients = torch.einsum("bgto,bgti->boi", g.double(), a.double())
+    segments = Segments(torch.tensor([0, 1]).repeat_interleave(400), torch.tensor([800]), 2)
+    outer = Outer(a, g, torch.Size((48, 32)))
+    stacked = StackedOuter(a.flatten(0, 2), g.flatten(0, 2), segments, torch.Size((48, 32)), False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if lowered == "medium" else before)
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered == "autocast"):
+            kept = [resolve.condensed([(None, term)])[0][1] for term in (outer, stacked)]  # type: ignore[list-item]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for whole, term in zip((outer, stacked), kept, strict=True):
+        assert term.nbytes() < whole.nbytes()
+        assert_term(term, gradients)
 
 
 def test_long_segments_beside_many_short_ones_keep_their_rows(compiled: bool) -> None:

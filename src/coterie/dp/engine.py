@@ -31,8 +31,6 @@ from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_
 from coterie.dp.probe import learn_sites
 from coterie.dp.refusals import check_batch
 from coterie.dp.rules import apply_rule
-from coterie.dp.segments import StackedOuter
-from coterie.dp.terms import Outer
 from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
@@ -225,9 +223,7 @@ class Engine:
         def ready(root: Root) -> None:
             uses = resolve.simplify(root)
             root.captured = []
-            if len(uses) == 1 and isinstance(uses[0][1], Outer | StackedOuter):
-                uses = [(uses[0][0], uses[0][1].condensed())]
-            kept[root.name] = (root, uses)
+            kept[root.name] = (root, resolve.condensed(uses))
 
         losses = self._run(batch, ready)
         # All together, so that threads are started once.

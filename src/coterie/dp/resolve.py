@@ -133,6 +133,15 @@ def _filled(total: Tensor, uses: list[Use]) -> Dense:
     return Dense(total)
 
 
+@in_full_float32
+def condensed(uses: list[Use]) -> list[Use]:
+    """A single use in its smallest form, for keeping until its sum is taken."""
+    return [
+        (node, term.condensed() if len(uses) == 1 and isinstance(term, Outer | StackedOuter) else term)
+        for node, term in uses
+    ]
+
+
 def segment_norms(uses_of_roots: Iterable[list[Use]]) -> list[SegmentNorms]:
     """What a compiled pass can take of these roots' norms, before `sq_norms` asks for them."""
     found = []
