@@ -89,20 +89,21 @@ def test_draws_follow_the_gaussian_by_chi_square() -> None:
 
 
 def test_draws_of_the_rest_fall_off_within_their_buckets() -> None:
-    stream, half = SOURCE.stream("rest"), noise.BUCKET // 64
+    """Against what the Gaussian is above its value at the end of each bucket, 32 places of each."""
+    stream, part = SOURCE.stream("rest"), noise.BUCKET // 32
     z = np.concatenate([noise._tries_of_rest(10_000, stream) for _ in range(40)]) / 2
-    rest = np.array([m / 2**224 for m in _masses(noise.alias_tables()[1])])[:-1, None]
-    middles = (np.arange(32) * 2 + 1) * half - 0.5
-    density = (rest * np.expm1(noise._energies(np.arange(noise._REST)[:, None], middles))) / noise._most_excess()[
-        : noise._REST, None
-    ]
-    assert z.shape[0] == pytest.approx(400_000 * density.sum(0).mean(), rel=0.01)
+    starts = np.arange(noise._REST)[:, None] * noise.BUCKET
+    middles = (starts + (np.arange(32) + 0.5) * part) / 2**24
+    first, last = (starts + 0.5) / 2**24, (starts + noise.BUCKET - 0.5) / 2**24
+    above = np.exp(-(middles**2) / 2) - np.exp(-(last**2) / 2)
+    tried = np.exp(-(first**2) / 2) - np.exp(-(last**2) / 2)
+    assert z.shape[0] == pytest.approx(400_000 * above.mean(1).sum() / tried.sum(), rel=0.01)
     sizes = np.abs(z).astype(np.int64)
-    by_place = np.bincount(sizes % noise.BUCKET // (2 * half), minlength=32)
-    assert stats.chisquare(by_place, density.sum(0) / density.sum() * z.shape[0]).pvalue > 1e-4
+    by_place = np.bincount(sizes % noise.BUCKET // part, minlength=32)
+    assert stats.chisquare(by_place, above.sum(0) / above.sum() * z.shape[0]).pvalue > 1e-4
     edges = [0, 80, 160, 240, 320, 400, 480, 560, 640, 800, 1000, 1280, noise._REST]
     by_bucket = np.add.reduceat(np.bincount(sizes // noise.BUCKET, minlength=noise._REST), edges[:-1])
-    expected = np.add.reduceat(density.sum(1), edges[:-1])
+    expected = np.add.reduceat(above.sum(1), edges[:-1])
     assert stats.chisquare(by_bucket, expected / expected.sum() * z.shape[0]).pvalue > 1e-4
 
 
@@ -332,6 +333,26 @@ def test_the_compiled_pass_refuses_what_noise_cannot_hide(bad: float, monkeypatc
     monkeypatch.setattr(noise, "_WORTH_COMPILING", 1)
     with pytest.raises(PrivacyError, match="`w` is not finite or far above"):
         noise.add_noise({"w": torch.tensor([0.0, bad, 0.0])}, 1e-3, SOURCE)
+
+
+def test_an_error_of_one_job_is_raised_when_all_are_done() -> None:
+    done: list[int] = []
+
+    def work(job: int) -> None:
+        if job == 1:
+            raise PrivacyError("job 1 failed", code="dp-noise")
+        done.append(job)
+
+    with pytest.raises(PrivacyError, match="job 1"):
+        threads.run_in_threads(work, range(50))
+    assert sorted(done) == [0, *range(2, 50)]
+
+
+def test_a_large_sum_that_noise_cannot_hide_is_refused_from_its_thread() -> None:
+    bad = torch.zeros(3 * noise._SLAB)
+    bad[-1] = math.nan
+    with pytest.raises(PrivacyError, match="`w` is not finite"):
+        noise.add_noise({"v": torch.zeros(5), "w": bad}, 1e-3, SOURCE)
 
 
 def _draw(queue: multiprocessing.Queue) -> None:
