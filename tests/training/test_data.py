@@ -129,11 +129,11 @@ def latin(folder: Path) -> Path:
         (missing, "data-no-file", "There is no data file"),
         (empty, "data-empty", "is empty (0 bytes)"),
         (blank, "data-empty", "holds no text"),
-        (other_column, "data-no-column", "has no column `text`; its columns are: id, body, who"),
+        (other_column, "data-no-column", "has no column `text`: its first line names 3 columns, none of them that"),
         (numbers, "data-not-text", "Column `text` of"),
         (broken, "data-unreadable", "cannot be read as jsonl"),
         (unknown, "data-format", "its suffix `.docx`"),
-        (latin, "data-encoding", "not UTF-8 text (byte 1)"),
+        (latin, "data-encoding", "not UTF-8 text (line 1, byte 2)"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_one_sentence_with_its_name(
@@ -151,7 +151,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence_with_its_name(
 def test_a_record_without_its_user_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x", "who": "ann"}\n{"text": "y", "who": null}\n')
-    with pytest.raises(DataError, match=r"Row 2 of .* names no user in column `who`"):
+    with pytest.raises(DataError, match=r"names no user in column `who` \(line 2\)"):
         read(path, user_column="who")
     plain = tmp_path / "a.txt"
     plain.write_text("x")

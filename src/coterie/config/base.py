@@ -21,7 +21,11 @@ class Spec(BaseModel):
 
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
-    path = path.expanduser()
+    if path.parts[:1] == ("~",):  # another user's `~name` is as likely a file of that name
+        try:
+            path = path.expanduser()
+        except RuntimeError:
+            raise ValueError("`~` stands for the home folder, and this user has none: write the whole path") from None
     context: dict[str, Any] = info.context or {}
     return Path(context[BASE_FOLDER], path) if BASE_FOLDER in context else path
 

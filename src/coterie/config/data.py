@@ -42,7 +42,11 @@ class TokenizerSpec(Spec):
 
 
 class DataSpec(Spec):
-    """Text to train and test on. Format by file suffix: .jsonl/.json, .txt, .csv/.tsv, .parquet."""
+    """Text to train and test on. Format by file suffix: .jsonl/.json, .txt, .csv/.tsv, .parquet.
+
+    Files are UTF-8 and their names literal. Only the named columns are read, and their values stay as written. A line
+    of a txt file ends at LF or CR LF.
+    """
 
     train: tuple[LocalPath, ...] = Field(min_length=1, description="Files to train on.")
     test: tuple[LocalPath, ...] = Field(default=(), description="Held-out files; without them nothing is evaluated.")
@@ -51,7 +55,7 @@ class DataSpec(Spec):
     )
     text: str = Field(default="text", description="Column that holds the text (not for txt files).")
     split_text: Literal["file", "paragraph", "line"] = Field(
-        default="file", description="What one document is in a txt file; paragraphs end at an empty line."
+        default="file", description="What one document is in a txt file; lines end at LF or CR LF, paragraphs at an empty line."
     )
     sequence_length: int = Field(default=512, ge=2, description="Most tokens in one sequence.")
     packing: Literal["chunks", "records", "documents"] = Field(

@@ -1,8 +1,4 @@
-"""Read documents from local files.
-
-JSONL, CSV and Parquet go through `datasets` in streaming mode: nothing is copied into a cache folder, because the
-text may be private, and nothing is asked of the network.
-"""
+"""Documents of local files. Nothing is copied into a cache folder, because the text may be private."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from typing import Any
 
 from coterie.config import DataSpec
 from coterie.errors import DataError
+from coterie.training.readers import IntegerText, Row, csv_rows, json_rows, kind_of, parquet_rows, plain_text
 
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -84,47 +81,46 @@ def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterat
         yield from ((text, "") for text in _plain_documents(path, spec.split_text))
         return
     columns = (spec.text,) if user_column is None else (spec.text, user_column)
-    for number, row in enumerate(_rows(path, kind), start=1):
-        for column in columns:
-            if column not in row:
-                raise DataError(
-                    f"{path} has no column `{column}`; its columns are: {', '.join(map(str, row))}.",
-                    code="data-no-column",
-                    fix="set data.text (or privacy.user_column) to one of them",
-                )
-        text = row[spec.text]
-        if text is not None and not isinstance(text, str):
+    for where, (text, *user) in _rows(path, kind, columns):
+        if text is not None and (not isinstance(text, str) or isinstance(text, IntegerText)):
             raise DataError(
-                f"Column `{spec.text}` of {path} holds {type(text).__name__}, not text (row {number}).",
+                f"Column `{spec.text}` of {path} holds {kind_of(text)}, not text ({where}).",
                 code="data-not-text",
-                fix=f"choose the column that holds text; the columns are: {', '.join(map(str, row))}",
+                fix="choose the column that holds text",
             )
-        if user_column is not None and row[user_column] is None:
-            raise DataError(
-                f"Row {number} of {path} names no user in column `{user_column}`.",
-                code="data-no-user",
-                why="a record that belongs to nobody cannot be counted towards anybody's privacy",
-                fix="fill the column, or leave such rows out",
-            )
-        yield text or "", str(row[user_column]) if user_column is not None else ""
+        yield text or "", _user(path, where, user_column, user[0]) if user_column is not None else ""
+
+
+def _user(path: Path, where: str, column: str, value: Any) -> str:
+    """An id as it is written: 7 and "7" are one user, and so is a Parquet file's 7.0; spaces and case count."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+        return str(value)
+    if value is None or value != value or isinstance(value, str):
+        raise DataError(
+            f"{path} names no user in column `{column}` ({where}).",
+            code="data-no-user",
+            why="a record that belongs to nobody cannot be counted towards anybody's privacy",
+            fix="fill the column, or leave such rows out",
+        )
+    raise DataError(
+        f"Column `{column}` of {path} holds {kind_of(value)}, not a user's id ({where}).",
+        code="data-user-id",
+        why="two ways to write one id would make two users of one person",
+        fix="write ids as text or whole numbers",
+    )
 
 
 def _plain_documents(path: Path, split: str) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}).",
-            code="data-encoding",
-            fix="convert it, for example with `iconv -t utf-8`",
-        ) from None
+    text = plain_text(path)
     if split == "file":
         yield text
     elif split == "line":
-        yield from text.splitlines()
+        yield from text.split("\n")
     else:
         paragraph: list[str] = []
-        for line in [*text.splitlines(), ""]:
+        for line in [*text.split("\n"), ""]:
             if line.strip():
                 paragraph.append(line)
             elif paragraph:
@@ -132,27 +128,11 @@ def _plain_documents(path: Path, split: str) -> Iterator[str]:
                 paragraph = []
 
 
-def _rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, kind: str, columns: Sequence[str]) -> Iterator[Row]:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes).", code="data-empty", fix="check that it was written completely")
-    from datasets import Dataset  # a second to import, and only some formats need it
-
-    name = str(path)
-    try:
-        if kind == "jsonl":
-            rows = Dataset.from_json(name, streaming=True)
-        elif kind == "csv":
-            separator = "\t" if path.suffix.lower() == ".tsv" else ","
-            rows = Dataset.from_csv(name, streaming=True, sep=separator, keep_default_na=False)
-        else:
-            rows = Dataset.from_parquet(name, streaming=True)
-        yield from rows
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow, pandas and datasets each raise their own
-        cause = error.__cause__ or error
-        raise DataError(
-            f"{path} cannot be read as {kind}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}.",
-            code="data-unreadable",
-            fix="open it and check the first rows; set data.format when the suffix misleads",
-        ) from None
+    if kind == "jsonl":
+        return json_rows(path, columns)
+    if kind == "csv":
+        return csv_rows(path, columns, "\t" if path.suffix.lower() == ".tsv" else ",")
+    return parquet_rows(path, columns)
