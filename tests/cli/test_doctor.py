@@ -17,6 +17,7 @@ import pytest
 import yaml
 from test_federation_commands import edit, folder, made, run  # noqa: F401 - fixtures
 
+from coterie.federation import reach
 from coterie.federation.identity import cert_pem, key_pem, new_authority
 from coterie.federation.kit import load_kit
 from coterie.training.doctor import Finding, diagnose
@@ -52,7 +53,8 @@ def pair_of(folder: Path, name: str) -> tuple[bytes, bytes]:  # noqa: F811
     return key_pem(kit.key), cert_pem(kit.certificate)
 
 
-def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd):  # noqa: F811
+def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(reach, "proxies_named", lambda: ())
     target = folder / "found.json"
     with answering(endpoint_of(folder, "coordinator"), *pair_of(folder, "coordinator")):
         assert run("doctor", folder / "alder.yaml", "--json", target) == 0
@@ -73,6 +75,14 @@ def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd)
         "own endpoint",
     }
     assert "as signed" in capfd.readouterr().out
+
+
+def test_proxy_in_the_environment_is_named_without_its_password(folder: Path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
+    proxy = found(folder / "alder.yaml")["proxy"]
+    assert proxy.state == "note"
+    assert "HTTPS_PROXY" in proxy.found
+    assert "secret" not in proxy.found + proxy.fix
 
 
 def test_coordinator_that_does_not_answer_is_bad_and_the_exit_code_says_so(folder: Path, capfd):  # noqa: F811

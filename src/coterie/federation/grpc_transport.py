@@ -42,7 +42,7 @@ _SERVICE, _METHOD = "coterie.Lanes", "Open"
 _SPARE_WORKERS = 4
 
 
-def _options(settings: Settings) -> list[tuple[str, int]]:
+def _options(settings: Settings) -> list[tuple[str, int | str]]:
     """gRPC channel arguments of both sides.
 
     The ping timeout is set beside the keepalive timeout: without it a frozen peer was noticed only after a minute,
@@ -61,6 +61,8 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", ping_ms // 2),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),  # else a second process would silently share the port
+        ("grpc.enable_http_proxy", 0),  # members dial each other past any proxy in the environment, as `doctor` does
+        ("grpc.address_http_proxy", ""),  # the same for the proxy by address, which the line above leaves on
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every lane
         ("grpc.initial_reconnect_backoff_ms", int(settings.redial_s * 1000)),
         ("grpc.min_reconnect_backoff_ms", int(settings.redial_s * 1000)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import socket
 import ssl
@@ -16,6 +17,19 @@ from coterie.federation import identity
 from coterie.federation.roster import Roster
 
 _PROBE_S = 2.0
+_PROXY_NAMES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy", "grpc_address_http_proxy")
+
+
+def proxies_named() -> tuple[str, ...]:
+    """Environment variables that name a proxy. Nothing here uses one: members dial each other directly."""
+    named = {name for name, value in os.environ.items() if value and name.lower() in _PROXY_NAMES}
+    return tuple(sorted(named))
+
+
+def past_proxies() -> str:
+    """For the end of a sentence about a member that cannot be reached; empty where no proxy is named."""
+    named = proxies_named()
+    return f" (members are dialled directly, past the proxy that {named[0]} names)" if named else ""
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
@@ -89,7 +103,11 @@ def why_refused(peer: str, roster: Roster, authority: x509.Certificate, error: g
             fix=f"check at {peer} that both kits come from the same CA and that no certificate has expired",
         )
     reason = re.sub(r"\s+", " ", details)[:160] or str(status)
-    return TransportError(f"{peer} cannot be reached at {endpoint}: {reason}.", code="unreachable")
+    return TransportError(
+        f"{peer} cannot be reached at {endpoint}: {reason}.",
+        code="unreachable",
+        fix=f"see whether {peer} runs and its port is open from here{past_proxies()}",
+    )
 
 
 _REFUSALS = {
@@ -137,7 +155,8 @@ def look_at(peer: str, roster: Roster, authority: x509.Certificate) -> CoterieEr
         return TransportError(
             f"{endpoint} cannot be reached: {error.strerror or error}.",
             code="unreachable",
-            fix=f"start {peer}; if it runs, open the port in its firewall, or correct the endpoint in a new roster",
+            fix=f"start {peer}; if it runs, open the port in its firewall, or correct the endpoint in a new roster"
+            + past_proxies(),
         )
     shown = _presented(endpoint)
     if shown is not None and identity.fingerprint(shown) == roster.entry(peer).cert_fingerprint:

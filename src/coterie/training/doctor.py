@@ -88,6 +88,7 @@ class _Examination:
         yield self._try("training text", lambda: self._text(self._config.data.train))
         yield self._try("held-out text", lambda: self._text(self._config.data.test))
         yield self._try("own endpoint", self._own_endpoint)
+        yield self._try("proxy", self._proxy)
         for name in (COORDINATOR, *self._federation.parties):
             if name != self._config.party:
                 yield self._try(f"reach {name}", lambda name=name: self._reach(name))  # type: ignore[misc]
@@ -171,6 +172,13 @@ class _Examination:
             return f"{endpoint}, in use by this party, which is running"
         reach.check_free(self._config.party, endpoint)
         return f"{endpoint} is free"
+
+    def _proxy(self) -> Finding | str:
+        named = reach.proxies_named()
+        if not named:
+            return "the environment names none"
+        found = f"{', '.join(named)} named in the environment; `coterie up` and this check dial members past it"
+        return Finding("proxy", "note", found, "if only the proxy leads to a member, have a direct route opened")
 
     def _reach(self, name: str) -> Finding | str:
         kit, roster = self._identified()
