@@ -55,7 +55,8 @@ class DataSpec(Spec):
     )
     text: str = Field(default="text", description="Column that holds the text (not for txt files).")
     split_text: Literal["file", "paragraph", "line"] = Field(
-        default="file", description="What one document is in a txt file; lines end at LF or CR LF, paragraphs at an empty line."
+        default="file",
+        description="What one document is in a txt file; lines end at LF or CR LF, paragraphs at an empty line.",
     )
     sequence_length: int = Field(default=512, ge=2, description="Most tokens in one sequence.")
     packing: Literal["chunks", "records", "documents"] = Field(

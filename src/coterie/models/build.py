@@ -172,6 +172,7 @@ def _few(keys: set[str], shown: int = 4) -> str:
 
 
 def _load(model_class: type[PreTrainedModel], config: PretrainedConfig, spec: ModelSpec) -> PreTrainedModel:
+    quantized = ask_for_plain_weights(config, _source(spec))
     try:
         with quiet_loading():
             model, info = model_class.from_pretrained(
@@ -187,7 +188,50 @@ def _load(model_class: type[PreTrainedModel], config: PretrainedConfig, spec: Mo
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(spec, "its weights", error) from error
     check_keys(_source(spec), set(info["missing_keys"]), set(info["unexpected_keys"]), set(info["mismatched_keys"]))
+    if quantized:
+        make_plain(model, _source(spec))
     return model
+
+
+_UNPACKED = ("mxfp4", "fp8")
+"""Ways to quantise that transformers turns into ordinary weights while it loads them."""
+
+
+def ask_for_plain_weights(config: PretrainedConfig, source: str) -> bool:
+    """Whether a checkpoint is quantised; its config then asks transformers for ordinary weights.
+
+    Raises:
+        ModelError: it is quantised in a way that cannot be undone while loading.
+    """
+    how: Any = getattr(config, "quantization_config", None)
+    if how is None:
+        return False
+    settings = how if isinstance(how, dict) else how.to_dict()
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if method not in _UNPACKED:
+        raise quantized_error(source, method)
+    config.quantization_config = {**settings, "dequantize": True}
+    return True
+
+
+def quantized_error(source: str, method: str) -> ModelError:
+    """A checkpoint whose quantised weights cannot be trained."""
+    return ModelError(
+        f"{source} is quantised ({method}); its weights cannot be trained or moved as they are.",
+        code="model-quantized",
+        why="quantised weights have no gradient",
+        fix="use the checkpoint's float or bfloat16 version",
+    )
+
+
+def make_plain(model: PreTrainedModel, source: str) -> None:
+    """Let a model that was unpacked while loading be saved under its own names, not under those of packed weights."""
+    packed = next(
+        (name for name, p in model.named_parameters() if p.dtype not in (*_DTYPES.values(), torch.float16)), ""
+    )
+    if packed or getattr(model.config, "quantization_config", None) is not None:
+        raise quantized_error(source, f"`{packed}` stayed packed" if packed else "its config still says so")
+    vars(model).pop("_weight_conversions", None)  # of the packed names; the class knows its own
 
 
 def _source(spec: ModelSpec) -> str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
-from coterie.models.build import build_model
+from coterie.models.build import build_model, quantized_error
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.shards import (
@@ -67,7 +67,8 @@ def split(
     folder = _local_folder(spec)
     model = build_model(spec, meta=True)
     placement.check_model(model)
-    _check_not_quantized(model, spec)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise quantized_error(str(spec.path or spec.hub), "its experts would be packed")
     groups = stream_checkpoint(folder, model) if folder is not None else _in_memory(spec, seed)
     aside = out.with_name(out.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -187,16 +188,6 @@ def check_vacant(out: Path) -> None:
             code="model-out-exists",
             why="files of two models in one folder cannot be told apart",
             fix="choose another folder, or remove it",
-        )
-
-
-def _check_not_quantized(model: PreTrainedModel, spec: ModelSpec) -> None:
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{spec.path or spec.hub} is quantised; its experts cannot be trained or moved as they are.",
-            code="model-quantized",
-            why="quantised weights have no gradient",
-            fix="use the checkpoint's float or bfloat16 version",
         )
 
 

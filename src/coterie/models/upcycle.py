@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from coterie.errors import ModelError
+from coterie.models.build import ask_for_plain_weights, make_plain
+from coterie.models.saved import check_saved
 
 _LLAMA_NAMES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -235,6 +237,7 @@ def upcycle_checkpoint(
     moe = upcycle(dense_model, experts, top_k, noise, normalise=normalise, seed=seed)
     try:
         moe.save_pretrained(str(out))
+        check_saved(moe, out)
     except OSError as error:
         raise _cannot_write(out, error) from None
     with suppress(OSError, ValueError, KeyError):  # a checkpoint without tokenizer stays one
@@ -269,9 +272,10 @@ def _read(dense: str, normalise: bool) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(dense)
         # Refuse before weights are read, which takes a while for large checkpoints.
         _recipe(config, normalise)
+        quantized = ask_for_plain_weights(config, dense)
         names = config.architectures or []
         model_class = next((c for c in _classes(names) if c is not None), None) or transformers.AutoModel
-        model: PreTrainedModel = model_class.from_pretrained(dense)
+        model: PreTrainedModel = model_class.from_pretrained(dense, config=config if quantized else None)
     except (OSError, ValueError, SafetensorError) as error:
         absent = not Path(dense).exists()
         raise ModelError(
@@ -281,6 +285,8 @@ def _read(dense: str, normalise: bool) -> PreTrainedModel:
             code="upcycle-read",
             fix="name a folder with config.json and safetensors weights",
         ) from None
+    if quantized:
+        make_plain(model, dense)
     return model
 
 

@@ -22,6 +22,8 @@ from coterie.dp.lot_sums import RoundFigures
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
 from coterie.errors import CheckpointError, ConfigError
+from coterie.federation.files import writing
+from coterie.models.saved import save_model
 from coterie.training.checkpoint import CheckpointStore, model_tensors, write_json
 from coterie.training.data import Documents, read_documents
 from coterie.training.evaluate import Evaluation, evaluate
@@ -206,8 +208,8 @@ def _finish(
     if finished:
         if evaluation is not None:
             evaluation.save(config.run_dir / "evaluation.safetensors")
-        model.save_pretrained(str(config.run_dir / "model"))
-        prepared.tokenizer.save_pretrained(str(config.run_dir / "model"))
+        with writing(config.run_dir / "model"):
+            save_model(model, config.run_dir / "model", prepared.tokenizer)
         write_json(config.run_dir / "result.json", outcome.as_json())
         (config.run_dir / "statement.txt").write_text(outcome.statement + "\n", encoding="utf-8")
     return outcome

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coterie import __version__
 from coterie.config import TrainConfig, content_hash, dump_yaml, load_yaml
 from coterie.errors import CheckpointError, ConfigError, DataError, PrivacyError
+from coterie.federation.files import writing
+from coterie.models.saved import save_model
 from coterie.training.checkpoint import CheckpointStore, load_model_tensors, model_tensors, write_json
 from coterie.training.data import read_documents
 from coterie.training.evaluate import Evaluation, evaluate
@@ -239,8 +241,8 @@ def _train(prepared: Prepared, optimizer: AdamW, done: int, stop: StopFlag, watc
     if outcome.finished:
         if evaluation is not None:
             evaluation.save(config.run_dir / "evaluation.safetensors")
-        model.save_pretrained(str(config.run_dir / "model"))
-        prepared.tokenizer.save_pretrained(str(config.run_dir / "model"))
+        with writing(config.run_dir / "model"):
+            save_model(model, config.run_dir / "model", prepared.tokenizer)
         write_json(config.run_dir / "result.json", outcome.as_json())
     return outcome
 
