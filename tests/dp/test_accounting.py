@@ -6,13 +6,12 @@ import math
 
 import pytest
 from dp_accounting import pld
+from scipy.stats import norm
 
 from coterie.dp.accounting import (
     Mechanism,
-    _general_group_epsilon,
     check_joint,
     epsilon,
-    group_epsilon,
     joint_multiplier,
     joint_noise,
     noise_multiplier,
@@ -106,30 +105,7 @@ def test_joint_noise_is_the_noise_of_the_concatenated_vector() -> None:
     assert 1 / sensitivity == pytest.approx(1.1)
 
 
-def test_group_privacy_grows_with_the_group() -> None:
-    spent = [(Mechanism(3.0, 0.01), 500)]
-    one = epsilon(spent, 1e-5)
-    assert group_epsilon(spent, 1e-5, 1) == one
-    two, four = group_epsilon(spent, 1e-5, 2), group_epsilon(spent, 1e-5, 4)
-    assert 1.9 * one < two < four < math.inf
-    assert four < _general_group_epsilon(spent, 1e-5, 4)
-    assert group_epsilon([], 1e-5, 4) == 0
-    assert group_epsilon([(Mechanism(0.0, 0.1), 1)], 1e-5, 2) == math.inf
-
-
-def test_group_of_k_without_sampling_is_one_unit_with_k_times_the_sensitivity() -> None:
-    assert group_epsilon([(Mechanism(4.0, 1.0), 10)], 1e-5, 4) == pytest.approx(
-        epsilon([(Mechanism(1.0, 1.0), 10)], 1e-5), rel=5e-3
-    )
-
-
-def test_group_privacy_of_truncated_sampling_uses_the_general_bound() -> None:
-    spent = [(LotPlan.of(1000, 20, "truncated_poisson", 60).mechanism(3.0), 50)]
-    assert 2 * epsilon(spent, 1e-5) < group_epsilon(spent, 1e-5, 2) < math.inf
-    assert group_epsilon([(LotPlan.of(100, 50, "truncated_poisson", 70).mechanism(0.3), 500)], 1e-5, 64) == math.inf
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1001.0, 1e6, math.inf, math.nan])
 def test_epsilon_outside_its_range_is_refused(value: float) -> None:
     with pytest.raises(BudgetError, match="it must be a number above 0"):
         Budget(value, 1e-5)
@@ -150,3 +126,34 @@ def test_delta_of_one_over_n_is_warned_about() -> None:
     with pytest.warns(PrivacyWarning, match="not below 1/N"):
         Budget(1.0, 1e-3).warn_for(1000)
     assert str(Spent(1.23456, 1e-5)) == "epsilon 1.235 at delta 1e-05"
+
+
+def gaussian_delta(epsilon: float, sigma: float) -> float:
+    """Balle and Wang 2018: the exact delta of one Gaussian with sensitivity 1, also far out in its tail."""
+    first, second = norm.logcdf(0.5 / sigma - epsilon * sigma), epsilon + norm.logcdf(-0.5 / sigma - epsilon * sigma)
+    return math.exp(first) * -math.expm1(second - first)
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-10, 9e-11, 1e-13, 1e-16, 1e-30, 1e-100])
+@pytest.mark.parametrize(("sigma", "rounds"), [(1.0, 1), (12.0, 100), (0.6, 3)])
+def test_epsilon_is_an_upper_bound_at_every_delta(delta: float, sigma: float, rounds: int) -> None:
+    ours = epsilon([(Mechanism(sigma, 1.0), rounds)], delta)
+    whole = sigma / math.sqrt(rounds)  # rounds on all records are one Gaussian
+    assert gaussian_delta(ours, whole) <= delta * (1 + 1e-6)
+    assert gaussian_delta(ours * 0.93, whole) > delta, "the bound is far from tight"
+
+
+@pytest.mark.parametrize(("target", "delta"), [(8.0, 1e-16), (0.01, 1e-12), (1000.0, 1e-14), (2.0, 1e-40)])
+def test_noise_for_a_tiny_delta_is_what_its_epsilon_needs(target: float, delta: float) -> None:
+    sigma = noise_multiplier(Budget(target, delta), 1.0, 10)
+    assert gaussian_delta(target, sigma / math.sqrt(10)) <= delta
+    assert gaussian_delta(target, 0.9 * sigma / math.sqrt(10)) > delta
+
+
+def test_truncated_sampling_is_refused_below_the_floor_and_unbounded_there() -> None:
+    mechanism = LotPlan.of(1000, 20, "truncated_poisson", 60).mechanism(3.0)
+    with pytest.raises(BudgetError, match="truncated Poisson sampling can be accounted down to 1e-10") as caught:
+        noise_multiplier(Budget(8.0, 1e-11), 0.02, 50, "truncated_poisson", 1000, 60)
+    assert caught.value.code == "dp-delta"
+    assert epsilon([(mechanism, 50)], 1e-11) == math.inf
+    assert epsilon([(mechanism, 50)], 1e-9) < math.inf

@@ -2,7 +2,9 @@
 
 Neighbouring relation everywhere: one unit (a record, or a user with all its records) is added or removed.
 The privacy loss distribution (PLD) is the accountant that counts; Renyi (RDP) stands beside it as a check. Both are
-upper bounds. dp-accounting has no Renyi bound for truncated Poisson sampling, so that is PLD only.
+upper bounds, PLD down to a delta of `PLD_FLOOR`: below it the rounding of its Fourier transforms and the tails that
+it cuts off (1e-15) are as large as delta, and Renyi, which has closed forms, is what counts. dp-accounting has no
+Renyi bound for truncated Poisson sampling, so that is PLD only, and unbounded below the floor.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -30,8 +32,12 @@ _LARGEST_MULTIPLIER = 1e4
 _SMALLEST_MULTIPLIER = 1e-2
 """Below half of this epsilon counts as infinite: it would be in the thousands, and take as long to compute."""
 
+PLD_FLOOR = 1e-10
+"""Smallest delta for which privacy loss distributions are used."""
+
 _TOLERANCE = 1e-4
-_GROUP_INTERVAL = 1e-2
+_HIGH_ORDERS = (2048, 4096, 8192, 16384)
+"""Renyi orders for small epsilons at a tiny delta, beyond dp-accounting's own; each costs as many terms."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,11 @@ class Mechanism:
 def epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, accountant: Accountant = "pld") -> float:
     """Epsilon at ``delta`` of everything in ``spent`` together: pairs of a mechanism and how often it ran.
 
+    Below a delta of `PLD_FLOOR` the answer is the Renyi one, whichever was asked for.
+
     Returns:
-        0 if nothing ran, infinity if something ran without noise.
+        0 if nothing ran, infinity if something ran without noise, or if truncated sampling is asked about below the
+        floor.
 
     Raises:
         PrivacyError: RDP was asked for truncated Poisson sampling.
@@ -91,21 +100,18 @@ def epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, accountant: Ac
 
 @functools.lru_cache(maxsize=4096)
 def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant: Accountant) -> float:
-    if accountant == "rdp":
-        renyi = rdp.RdpAccountant()
-        if any(mechanism.sampler == "truncated_poisson" for mechanism, _ in spent):
-            raise PrivacyError(
-                "truncated Poisson sampling cannot be accounted by RDP.",
-                code="dp-accountant",
-                why="no Renyi bound for it is known to dp-accounting; the one for plain Poisson would be too small",
-                fix="use the PLD accountant",
-            )
-        with _without_warnings():
-            for mechanism, count in spent:
-                renyi.compose(mechanism.event(), count)
-            return float(renyi.get_epsilon(delta))
     if any(mechanism.noise_multiplier < _SMALLEST_MULTIPLIER / 2 for mechanism, _ in spent):
         return math.inf  # it would be tens of thousands, on a grid that no memory holds
+    truncated = any(mechanism.sampler == "truncated_poisson" for mechanism, _ in spent)
+    if accountant == "rdp" and truncated:
+        raise PrivacyError(
+            "truncated Poisson sampling cannot be accounted by RDP.",
+            code="dp-accountant",
+            why="no Renyi bound for it is known to dp-accounting; the one for plain Poisson would be too small",
+            fix="use the PLD accountant",
+        )
+    if accountant == "rdp" or delta < PLD_FLOOR:
+        return math.inf if truncated else _renyi_epsilon(spent, delta)
     rounds = sum(count for _, count in spent)
     rough = _pld_epsilon(spent, delta, 1e-2)
     if not math.isfinite(rough):
@@ -113,6 +119,22 @@ def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant:
     # Rounding in the discretised losses grows with the rounds and matters most for small epsilon. Every grid gives
     # an upper bound; this choice keeps it within about 0.1 % at a cost of at most a second or two.
     return _pld_epsilon(spent, delta, 1e-4 if rough < 1 or rounds > 5000 else 1e-3) if rough < 100 else rough
+
+
+def _renyi_epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float) -> float:
+    """By dp-accounting's orders; by higher ones too where the highest of these is the best."""
+    orders = rdp.rdp_privacy_accountant.DEFAULT_RDP_ORDERS
+    found, best = _renyi(spent, delta, orders)
+    return min(found, _renyi(spent, delta, _HIGH_ORDERS)[0]) if best == orders[-1] else found
+
+
+def _renyi(spent: tuple[tuple[Mechanism, int], ...], delta: float, orders: Sequence[float]) -> tuple[float, float]:
+    renyi = rdp.RdpAccountant(orders)
+    with _without_warnings():
+        for mechanism, count in spent:
+            renyi.compose(mechanism.event(), count)
+        found, best = renyi.get_epsilon_and_optimal_order(delta)
+    return float(found), float(best)
 
 
 @contextmanager
@@ -131,12 +153,12 @@ def _without_warnings() -> Iterator[None]:
 def _pld_epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, interval: float) -> float:
     total = distribution.identity(value_discretization_interval=interval)
     for mechanism, count in spent:
-        total = total.compose(_one_round(mechanism, interval).self_compose(count))
+        total = total.compose(one_round(mechanism, interval).self_compose(count))
     return float(total.get_epsilon_for_delta(delta))
 
 
 @functools.lru_cache(maxsize=64)
-def _one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLossDistribution:
+def one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLossDistribution:
     """What dp-accounting's PLD accountant builds for `Mechanism.event`; kept, because building it is slow."""
     if mechanism.sampler == "truncated_poisson":
         return distribution.from_truncated_subsampled_gaussian_mechanism(
@@ -168,16 +190,26 @@ def noise_multiplier(
     """The smallest noise multiplier (to 1e-4 relative) with which ``rounds`` rounds stay within ``budget``.
 
     Raises:
-        BudgetError: no noise multiplier below 10,000 reaches the budget (code dp-unreachable).
+        BudgetError: no noise multiplier below 10,000 reaches the budget (code dp-unreachable); truncated sampling at
+        a
+            delta below `PLD_FLOOR` (code dp-delta).
 
     Cost: a few seconds at most.
     """
+    if sampler == "truncated_poisson" and budget.delta < PLD_FLOOR:
+        raise BudgetError(
+            f"delta is {budget.delta:.3g}, and truncated Poisson sampling can be accounted down to {PLD_FLOOR:g}.",
+            code="dp-delta",
+            why="below that the accountant's own rounding is as large as delta, and its epsilon would be no bound",
+            fix=f"choose a delta of at least {PLD_FLOOR:g}, or the sampler `poisson`",
+        )
 
     def spent(sigma: float) -> tuple[tuple[Mechanism, int], ...]:
         return ((Mechanism(sigma, sampling_rate, sampler, units, limit), rounds),)
 
     def rough(sigma: float) -> float:
-        return cost(sigma) if accountant == "rdp" else _pld_epsilon(spent(sigma), budget.delta, 1e-2)
+        by_renyi = accountant == "rdp" or budget.delta < PLD_FLOOR
+        return cost(sigma) if by_renyi else _pld_epsilon(spent(sigma), budget.delta, 1e-2)
 
     def cost(sigma: float) -> float:
         return epsilon(spent(sigma), budget.delta, accountant)
@@ -285,54 +317,3 @@ def check_joint(sigma: float, parts: Mapping[str, tuple[float, float]]) -> None:
             why="everything released in a round is one Gaussian; the parts' privacy losses add up",
             fix="give the parts more noise: sum over k of (C_k / s_k)^2 must stay within 1 / sigma^2",
         )
-
-
-def group_epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, size: int) -> float:
-    """Epsilon at ``delta`` for ``size`` units added or removed together: copies of a text, or a person's records.
-
-    How many of them join a lot is binomial, so a round is a mixture of Gaussians whose means are that number of clip
-    norms (Ganesh 2024, arXiv:2401.10294): for Poisson sampling this is tight. For truncated sampling the general
-    bound of group privacy stands in, which is loose.
-
-    Returns:
-        Infinity where the bound says nothing.
-
-    Cost: about a second for a group of 4.
-    """
-    events = list(spent)
-    if size <= 1:
-        return epsilon(events, delta)
-    if any(mechanism.noise_multiplier < _SMALLEST_MULTIPLIER / 2 for mechanism, count in events if count):
-        return math.inf
-    if any(mechanism.sampler != "poisson" for mechanism, _ in events):
-        return _general_group_epsilon(events, delta, size)
-    total = distribution.identity(value_discretization_interval=_GROUP_INTERVAL)
-    for mechanism, count in events:
-        if count:
-            total = total.compose(_one_round_of_group(mechanism, size).self_compose(count))
-    return float(total.get_epsilon_for_delta(delta))
-
-
-@functools.lru_cache(maxsize=64)
-def _one_round_of_group(mechanism: Mechanism, size: int) -> distribution.PrivacyLossDistribution:
-    rate = mechanism.sampling_rate
-    return distribution.from_mixture_gaussian_mechanism(
-        standard_deviation=mechanism.noise_multiplier,
-        sensitivities=[float(count) for count in range(size + 1)],
-        sampling_probs=[math.comb(size, k) * rate**k * (1 - rate) ** (size - k) for k in range(size + 1)],
-        value_discretization_interval=_GROUP_INTERVAL,
-    )
-
-
-def _general_group_epsilon(events: list[tuple[Mechanism, int]], delta: float, size: int) -> float:
-    """k e for k units, from (e, d) for one, with d such that d (exp(k e) - 1) / (exp(e) - 1) is at most ``delta``."""
-    one_delta = delta
-    while one_delta > 1e-30:
-        one = epsilon(events, one_delta)
-        if not math.isfinite(one) or size * one > 600:
-            return math.inf
-        grown = one_delta * (math.expm1(size * one) / math.expm1(one) if one > 0 else size)
-        if grown <= delta:
-            return size * one
-        one_delta *= min(0.5, delta / grown)
-    return math.inf

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 
 from coterie.errors import BudgetError
+
+LARGEST_EPSILON = 1000.0
+"""Beyond this a budget is refused: it promises nothing, and accounting takes long."""
 
 
 class PrivacyWarning(UserWarning):
@@ -18,7 +20,7 @@ class Budget:
     """The (epsilon, delta) that a run may spend, for adding or removing one record (or one user).
 
     Args:
-        epsilon: above 0, finite.
+        epsilon: above 0, at most `LARGEST_EPSILON`.
         delta: in (0, 1); choose it well below 1 / number of records.
 
     Raises:
@@ -29,11 +31,11 @@ class Budget:
     delta: float
 
     def __post_init__(self) -> None:
-        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+        if not 0 < self.epsilon <= LARGEST_EPSILON:
             raise BudgetError(
-                f"epsilon is {self.epsilon}, it must be a number above 0.",
+                f"epsilon is {self.epsilon}, it must be a number above 0, at most {LARGEST_EPSILON:g}.",
                 code="dp-epsilon",
-                why="epsilon 0 allows nothing to be learned, and an infinite one promises nothing",
+                why="epsilon 0 allows nothing to be learned, and a huge one promises nothing",
                 fix="choose an epsilon between about 0.5 and 10",
             )
         if not 0 < self.delta < 1:

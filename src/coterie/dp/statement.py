@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from coterie.dp.accounting import Mechanism, epsilon, group_epsilon
+from coterie.dp.accounting import Mechanism, epsilon
 from coterie.dp.budget import Budget, Spent
+from coterie.dp.groups import group_epsilon
 from coterie.dp.ledger import Ledger
 
 
