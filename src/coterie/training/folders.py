@@ -1,0 +1,65 @@
+"""What of a run is for people and what is for its owner: two folders that nobody can mix up.
+
+``RUN_DIR/public/`` holds what a privacy budget allows to be given away: the model, its card, the statement. It is
+there only where a budget made them. ``RUN_DIR/private/`` holds everything else that text went into: losses, lot
+sizes, TensorBoard's files, checkpoints, models that were trained without a budget. Sending ``public/`` publishes
+nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coterie.federation.files import writing
+
+PUBLIC, PRIVATE = "public", "private"
+_FOLDER_MODE, _FILE_MODE = 0o700, 0o600
+
+
+def public_folder(run_dir: Path) -> Path:
+    """The run's folder for what may be given away."""
+    return run_dir / PUBLIC
+
+
+def private_folder(run_dir: Path) -> Path:
+    """The run's folder for its owner's eyes."""
+    return run_dir / PRIVATE
+
+
+@contextmanager
+def kept_private(run_dir: Path) -> Iterator[Path]:
+    """Inside, files and folders that this process makes are readable by their owner alone, whatever the umask was.
+
+    Yields:
+        The private folder, which exists; ``run_dir`` and all that lies in it already is closed to others too.
+
+    Raises:
+        CheckpointError: the folder cannot be made or closed.
+    """
+    before = os.umask(0o077)
+    try:
+        private = private_folder(run_dir)
+        with writing(private):
+            private.mkdir(parents=True, exist_ok=True)
+            close_to_others(run_dir)
+        yield private
+    finally:
+        os.umask(before)
+
+
+def close_to_others(folder: Path) -> None:
+    """Set the modes of ``folder`` and of everything in it to the owner's alone; links are not followed."""
+    os.chmod(folder, _FOLDER_MODE)
+    for place, folders, files in os.walk(folder):
+        for name in folders:
+            _close(Path(place, name), _FOLDER_MODE)
+        for name in files:
+            _close(Path(place, name), _FILE_MODE)
+
+
+def _close(path: Path, mode: int) -> None:
+    if not path.is_symlink():
+        os.chmod(path, mode)
