@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import sys
 import types
 import typing
@@ -70,7 +71,9 @@ def _block(model: type[BaseModel]) -> list[str]:
 
 def _type(field: FieldInfo) -> str:
     limits = []
-    for item in field.metadata:
+    inner = [getattr(part, "__metadata__", ()) for part in typing.get_args(field.annotation)]
+    for item in (*field.metadata, *itertools.chain(*inner)):
+        item = next(iter(getattr(item, "metadata", ())), item)
         for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
             if getattr(item, name, None) is not None:
                 limits.append(f"{sign} {getattr(item, name)}")

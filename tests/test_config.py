@@ -122,7 +122,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         (("tokenizer: {train: {files: [public.txt]}}", "tokenizer: model"), "brings no tokenizer"),
         (("tokenizer: {train: {files: [public.txt]}}", "sequence_length: 1"), "greater than or equal to 2 (got 1)"),
         (("tokenizer: {train: {files: [public.txt]}}", "packing: pages"), "'chunks', 'records' or 'documents'"),
-        (("rounds: 10", "rounds: ten"), "valid integer"),
+        (("rounds: 10", "rounds: ten"), "must be a whole number"),
         (("run_dir: run", "run_dir: run\noptim: {lr: .nan}"), "`optim.lr`"),
         (("run_dir: run", "run_dir: run\noptim: {betas: [0.9, 1.0]}"), "in [0, 1)"),
         (("run_dir: run", "run_dir: run\nprivacy: {epsilon: 0}"), "greater than 0 (got 0)"),

@@ -107,13 +107,13 @@ def test_joint_noise_is_the_noise_of_the_concatenated_vector() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1001.0, 1e6, math.inf, math.nan])
 def test_epsilon_outside_its_range_is_refused(value: float) -> None:
-    with pytest.raises(BudgetError, match="it must be a number above 0"):
+    with pytest.raises(BudgetError, match="`epsilon` is"):
         Budget(value, 1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1e-5, math.nan])
 def test_delta_outside_its_range_is_refused(value: float) -> None:
-    with pytest.raises(BudgetError, match="it must lie between 0 and 1"):
+    with pytest.raises(BudgetError, match="`delta` is"):
         Budget(1.0, value)
 
 

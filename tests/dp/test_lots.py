@@ -92,7 +92,7 @@ def test_physical_batches_cover_the_lot_and_survive_storage() -> None:
     ("arguments", "sentence"),
     [
         ((10, 11), "a lot of 11 is larger than the data \\(10\\)"),
-        ((10, 0), "the lot size is 0"),
+        ((10, 0), "`lot_size` is 0"),
         ((10, 5, "truncated_poisson", 4), "the largest lot \\(4\\) is below the expected one"),
         ((10, 5, "poisson", 7), "was set for plain Poisson"),
     ],
@@ -107,7 +107,7 @@ def test_bad_units_are_refused_in_one_sentence() -> None:
         Units.of_records(0)
     with pytest.raises(DataError, match="record 1 names no user"):
         Units.of_users(["a", None], 3)
-    with pytest.raises(DataError, match="records per user is 0"):
+    with pytest.raises(BudgetError, match="`records_per_user` is 0"):
         Units.of_users(["a"], 0)
     with pytest.raises(PrivacyError, match="the plan counts 5 units, the data has 6"):
         draw_lot(1, LotPlan.of(5, 2), Units.of_records(6), SOURCE)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from coterie.config.base import LocalPath, Spec
 from coterie.config.data import DataSpec
 from coterie.config.model import ModelSpec
+from coterie.config.numbers import Count, Epsilon, Fraction, Positive, Smoothing
 
 RELEASED_LOADS = ("private_load", "bias")
 """Ways of balance that release the experts' loads within the mechanism."""
@@ -17,21 +18,20 @@ RELEASED_LOADS = ("private_load", "bias")
 class PrivacyRules(Spec):
     """The mechanism: in a federation the same for all parties, and public."""
 
-    epsilon: float = Field(gt=0, description="Budget of the whole run: smaller is more private.")
-    delta: float = Field(default=1e-5, gt=0, lt=1, description="Allowed failure probability; well below 1 / records.")
-    clip_norm: float = Field(default=1.0, gt=0, description="C: most that one record may move the gradient sum.")
+    epsilon: Epsilon = Field(description="Budget of the whole run: smaller is more private.")
+    delta: Fraction = Field(default=1e-5, description="Allowed failure probability; well below 1 / records.")
+    clip_norm: Positive = Field(default=1.0, description="C: most that one record may move the gradient sum.")
     clipping: Literal["flat", "per_layer", "per_group", "automatic"] = Field(
         default="flat", description="One norm over all parameters, one per layer or group, or normalisation (AUTO-S)."
     )
-    lot_size: int | None = Field(
+    lot_size: Count | None = Field(
         default=None,
-        gt=0,
         description="Expected records per round; absent: `train.batch_size`. Real lots vary around it.",
     )
     sampler: Literal["poisson", "truncated_poisson"] = Field(
         default="poisson", description="How a round's records are drawn; truncated never draws more than `max_lot`."
     )
-    max_lot: int | None = Field(default=None, gt=0, description="Most records of a truncated lot.")
+    max_lot: Count | None = Field(default=None, description="Most records of a truncated lot.")
     unit: Literal["record", "user"] = Field(
         default="record", description="What is protected: one sequence of the prepared data, or all of one user's."
     )
@@ -39,16 +39,15 @@ class PrivacyRules(Spec):
         default="off",
         description="Keeps experts evenly used; the last two spend part of the mechanism on the expert loads.",
     )
-    balance_coefficient: float | None = Field(
+    balance_coefficient: Positive | None = Field(
         default=None,
-        gt=0,
         description="Weight of the balance loss (absent: 0.02), or step of the bias in every round (absent: 0.003).",
     )
-    load_share: float = Field(
-        default=0.1, gt=0, lt=1, description="Share of the clip norm that goes to the released expert loads."
+    load_share: Fraction = Field(
+        default=0.1, description="Share of the clip norm that goes to the released expert loads."
     )
-    load_smoothing: float = Field(
-        default=0.5, ge=0, lt=1, description="Running average of released loads over rounds; much of it is slow."
+    load_smoothing: Smoothing = Field(
+        default=0.5, description="Running average of released loads over rounds; much of it is slow."
     )
 
     @model_validator(mode="after")
@@ -67,11 +66,9 @@ class LocalPrivacy(Spec):
         default="auto",
         description="One backward and more memory, two and less, or chosen by an estimate; same result.",
     )
-    physical_batch: int = Field(default=16, gt=0, description="Records computed at once; never changes the result.")
+    physical_batch: Count = Field(default=16, description="Records computed at once; never changes the result.")
     user_column: str | None = Field(default=None, description="Column that names the user, for `unit: user`.")
-    records_per_user: int = Field(
-        default=16, gt=0, description="Most sequences of one user per lot, for `unit: user`."
-    )
+    records_per_user: Count = Field(default=16, description="Most sequences of one user per lot, for `unit: user`.")
     ledger: LocalPath | None = Field(
         default=None,
         description="Folder of the privacy ledger; absent: ~/.local/share/coterie/ledger. Outside run folders.",
@@ -84,8 +81,8 @@ class LocalPrivacy(Spec):
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
 
-    adaptive_quantile: float | None = Field(
-        default=None, gt=0, lt=1, description="Adapt the clip norms so that this share of units stays unclipped."
+    adaptive_quantile: Fraction | None = Field(
+        default=None, description="Adapt the clip norms so that this share of units stays unclipped."
     )
 
     @model_validator(mode="after")
@@ -98,12 +95,8 @@ class PrivacySpec(PrivacyRules, LocalPrivacy):
 class PartyPrivacy(LocalPrivacy):
     """The `privacy` block of party.yaml: local choices, and a budget of one's own if it is to be smaller."""
 
-    epsilon: float | None = Field(
-        default=None, gt=0, description="This party's own budget; absent: the federation's."
-    )
-    delta: float | None = Field(
-        default=None, gt=0, lt=1, description="This party's own delta; absent: the federation's."
-    )
+    epsilon: Epsilon | None = Field(default=None, description="This party's own budget; absent: the federation's.")
+    delta: Fraction | None = Field(default=None, description="This party's own delta; absent: the federation's.")
 
 
 def undeclared_artefacts(model: ModelSpec, data: DataSpec) -> list[str]:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from coterie.config.base import LocalPath, Spec
 from coterie.config.data import DataSpec
 from coterie.config.model import ModelSpec
+from coterie.config.numbers import Count, NotNegative
 from coterie.config.privacy import PrivacySpec, undeclared_artefacts
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -37,12 +38,12 @@ class OptimSpec(Spec):
 class TrainSpec(Spec):
     """How much is trained. One round is one optimiser step."""
 
-    rounds: int = Field(gt=0, description="Number of optimiser steps; fixed in advance.")
-    batch_size: int = Field(default=32, gt=0, description="Sequences per round (per party in a federation).")
+    rounds: Count = Field(description="Number of optimiser steps; fixed in advance.")
+    batch_size: Count = Field(default=32, description="Sequences per round (per party in a federation).")
     micro_batch: int = Field(
         default=8, gt=0, description="Sequences computed at once; the last group may be smaller."
     )
-    seed: int = Field(default=0, ge=0, description="Starting weights and data order. Never used for privacy noise.")
+    seed: NotNegative = Field(default=0, description="Starting weights and data order. Never used for privacy noise.")
     eval_every: int = Field(default=50, ge=0, description="Rounds between evaluations; 0: only after the last round.")
     checkpoint_every: int = Field(
         default=100, ge=0, description="Rounds between checkpoints; 0: only after the last round."

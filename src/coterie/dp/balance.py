@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from coterie.dp.losses import Batch, LossFunction, batch_size
+from coterie.dp.numbers import check_fields
 from coterie.errors import PrivacyError
 from coterie.models.seam import ExpertLayer, expert_layers
 
@@ -59,6 +60,9 @@ class Balance:
     coefficient: float | None = None
     load_share: float = 0.1
     smoothing: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_fields(self, "coefficient", "load_share", "smoothing")
 
     @property
     def releases_loads(self) -> bool:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from coterie.errors import BudgetError
-
-LARGEST_EPSILON = 1000.0
-"""Beyond this a budget is refused: it promises nothing, and accounting takes long."""
+from coterie.dp.numbers import check_fields
 
 
 class PrivacyWarning(UserWarning):
@@ -31,20 +28,7 @@ class Budget:
     delta: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon <= LARGEST_EPSILON:
-            raise BudgetError(
-                f"epsilon is {self.epsilon}, it must be a number above 0, at most {LARGEST_EPSILON:g}.",
-                code="dp-epsilon",
-                why="epsilon 0 allows nothing to be learned, and a huge one promises nothing",
-                fix="choose an epsilon between about 0.5 and 10",
-            )
-        if not 0 < self.delta < 1:
-            raise BudgetError(
-                f"delta is {self.delta}, it must lie between 0 and 1.",
-                code="dp-delta",
-                why="delta is the probability with which the epsilon bound may fail",
-                fix="choose a delta well below 1 / number of records",
-            )
+        check_fields(self, "epsilon", "delta")
 
     def warn_for(self, units: int, unit: str = "record") -> None:
         """Warn when delta is so large that publishing one whole record at random would satisfy it."""

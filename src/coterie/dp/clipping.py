@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from coterie.dp.numbers import check_fields
 from coterie.errors import PrivacyError
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks)\.(\d+)\.")
@@ -39,7 +40,7 @@ class Flat:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        _check_clip_norm(self.clip_norm)
+        check_fields(self, "clip_norm")
 
     def group_of(self, name: str) -> str:
         return "all"
@@ -126,13 +127,3 @@ def quantile_update(thresholds_G: Tensor, noisy_fraction_G: Tensor, target: floa
         [G], same dtype as ``thresholds_G``.
     """
     return thresholds_G * torch.exp(-rate * (noisy_fraction_G.to(thresholds_G) - target))
-
-
-def _check_clip_norm(clip_norm: float) -> None:
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise PrivacyError(
-            f"The clip norm must be a positive number, not {clip_norm}.",
-            code="dp-clip-norm",
-            why="it bounds what one record may contribute; without it no noise is enough",
-            fix="set clip_norm to a positive number, such as 1.0",
-        )

@@ -21,6 +21,7 @@ from coterie.dp.dataset import dataset_digest
 from coterie.dp.ledger import Head, open_ledger
 from coterie.dp.lot_sums import Collate, LotSums, RoundFigures, Settings, SumEngine
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
+from coterie.dp.numbers import check_fields
 from coterie.dp.provenance import Artefact, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.releases import Releases
@@ -56,6 +57,9 @@ class Plan:
     records_per_user: int = 16
     seed: int | None = None
     sigma: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rounds", "lot_size", "clip_norm", "physical_batch", "max_lot", "records_per_user", "seed")
 
 
 class Contributor:

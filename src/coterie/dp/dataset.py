@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -102,23 +102,3 @@ def _leaf(state: Any, tag: bytes, content: bytes) -> None:
     # Length first, so that no two different records feed the same bytes.
     state.update(tag + _SEPARATOR + str(len(content)).encode() + _SEPARATOR)
     state.update(content)
-
-
-def user_column(dataset: Any, column: str) -> Sequence[Hashable]:
-    """The user of each record.
-
-    Raises:
-        DataError: the records have no such column.
-    """
-    names = getattr(dataset, "column_names", None)
-    if names is not None and column in names:
-        return list(dataset[column])
-    try:
-        return [dataset[i][column] for i in range(len(dataset))]
-    except (KeyError, TypeError, IndexError) as error:
-        raise DataError(
-            f"the records have no column `{column}`.",
-            code="dp-user-column",
-            why="without it nobody knows which records belong to the same user",
-            fix="name the column that holds the user, or use record as the unit",
-        ) from error

@@ -19,6 +19,7 @@ from coterie.dp.engine import Diagnostics
 from coterie.dp.losses import IGNORED
 from coterie.dp.lots import Lot, Units
 from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
+from coterie.dp.numbers import check_fields
 from coterie.dp.randomness import RandomSource
 from coterie.dp.refusals import check_rows, untrained_changed
 from coterie.dp.untrained import Untrained
@@ -76,6 +77,9 @@ class Settings:
     adaptive_share: float = 0.1
     user_column: str | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "clip_norm", "rounds", "physical_batch", "adaptive_quantile", "seed")
 
 
 @dataclass(frozen=True)

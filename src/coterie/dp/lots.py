@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from coterie.dp.accounting import Mechanism, Sampler
+from coterie.dp.numbers import checked_number
 from coterie.dp.randomness import RandomSource
+from coterie.dp.users import user_ids
 from coterie.errors import BudgetError, DataError, PrivacyError
 
 _TRUNCATION_DEVIATIONS = 6.0
@@ -79,13 +81,8 @@ class LotPlan:
         Raises:
             BudgetError: lots that are empty by plan, larger than the data, or truncated below their own size.
         """
-        if lot_size <= 0:
-            raise BudgetError(
-                f"the lot size is {lot_size}, it must be at least 1.",
-                code="dp-lot-size",
-                why="it is the number of records expected in one round",
-                fix="choose a lot size; larger ones (hundreds to thousands) suit private training",
-            )
+        lot_size = checked_number("lot_size", lot_size)
+        limit = None if limit is None else checked_number("max_lot", limit)
         if lot_size > units:
             raise BudgetError(
                 f"a lot of {lot_size} is larger than the data ({units}).",
@@ -153,28 +150,16 @@ class Units:
 
     @classmethod
     def of_users(cls, users: Sequence[Hashable], cap: int) -> Units:
-        """All records with the same user form one unit; a lot takes at most ``cap`` of them, chosen afresh.
+        """All records with the same user (`users.user_ids`) form one unit; a lot takes at most ``cap`` of them.
 
         Raises:
-            DataError: no records, a record without a user, or a cap below 1.
+            DataError: no records, or a record without a user.
+            BudgetError: a cap below 1.
         """
         _need_records(len(users))
-        if cap < 1:
-            raise DataError(
-                f"records per user is {cap}, it must be at least 1.",
-                code="dp-user-cap",
-                why="a user's records in a lot are capped so that one user cannot fill it",
-                fix="set records_per_user to 1 or more",
-            )
-        if any(user is None for user in users):
-            raise DataError(
-                f"record {next(i for i, user in enumerate(users) if user is None)} names no user.",
-                code="dp-no-user",
-                why="a record without a user would belong to nobody's privacy unit",
-                fix="fill the user column, or use record as the unit",
-            )
-        number: dict[Hashable, int] = {}
-        user_R = np.array([number.setdefault(user, len(number)) for user in users], np.int64)
+        cap = checked_number("records_per_user", cap)
+        number: dict[str, int] = {}
+        user_R = np.array([number.setdefault(user, len(number)) for user in user_ids(users)], np.int64)
         order = np.argsort(user_R, kind="stable")
         starts = np.concatenate([[0], np.bincount(user_R, minlength=len(number)).cumsum()])
         return cls(len(number), len(users), starts, order, cap)

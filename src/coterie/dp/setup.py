@@ -17,17 +17,18 @@ from coterie.dp.balance import Balance, Balancer
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping, policy
 from coterie.dp.dataset import checked_length, dataset_digest
-from coterie.dp.dataset import user_column as users_of
 from coterie.dp.engine import Engine, Method
 from coterie.dp.ledger import open_ledger
 from coterie.dp.losses import LossFunction, default_loss
 from coterie.dp.lot_sums import Collate, Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
+from coterie.dp.numbers import checked_number
 from coterie.dp.provenance import Artefact, declared, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.run_facts import UNCHECKED, RunStart
 from coterie.dp.session import PrivateSession
 from coterie.dp.spool import Spool
+from coterie.dp.users import user_column as users_of
 from coterie.errors import BudgetError, DataError, PrivacyError
 from coterie.models import seam
 
@@ -125,7 +126,11 @@ def make_private(
         )
     units = _units(dataset, user_column, users, records_per_user)
     plan = LotPlan.of(units.count, lot_size, sampler, max_lot)  # type: ignore[arg-type]
-    planned = rounds if rounds is not None else round(epochs * units.count / lot_size)
+    if rounds is not None:
+        planned = checked_number("rounds", rounds)
+    else:
+        epochs = checked_number("epochs", epochs)
+        planned = round(epochs * units.count / plan.expected_size)
     if planned < 1:
         raise BudgetError(
             f"{planned} rounds are planned ({epochs} epochs of {units.count} with lots of {lot_size}).",

@@ -15,6 +15,7 @@ from coterie.dp.balance import Balance
 from coterie.dp.clipping import Clipping
 from coterie.dp.engine import Method
 from coterie.dp.losses import LossFunction
+from coterie.dp.numbers import check_fields
 from coterie.dp.provenance import Artefact
 from coterie.errors import PrivacyError
 
@@ -60,6 +61,19 @@ class PrivacyArguments:
     loss_fn: LossFunction | None = None
     evaluation_is_public: bool = False
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "epsilon",
+            "delta",
+            "lot_size",
+            "clip_norm",
+            "adaptive_quantile",
+            "max_lot",
+            "records_per_user",
+            "seed",
+        )
 
     @classmethod
     def of(cls, given: PrivacyArguments | Mapping[str, Any]) -> PrivacyArguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from coterie.dp.budget import Budget, PrivacyWarning, Spent
-from coterie.dp.dataset import checked_length, dataset_digest, user_column
+from coterie.dp.dataset import checked_length, dataset_digest
+from coterie.dp.numbers import checked_number
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
 from coterie.dp.statement import Statement
+from coterie.dp.users import user_column, user_ids
 from coterie.errors import CheckpointError, PrivacyError
 from coterie.hf.arguments import PrivacyArguments, check_arguments, check_callbacks
 
@@ -221,7 +224,7 @@ class PrivateTrainer(Trainer):
 
     def _units(self) -> int:
         users = self._users()
-        return len(set(users)) if users is not None else checked_length(self.train_dataset)
+        return len(set(user_ids(users))) if users is not None else checked_length(self.train_dataset)
 
     def _users(self) -> Any:
         if self.privacy.user_column is not None:
@@ -230,8 +233,9 @@ class PrivateTrainer(Trainer):
 
     def _rounds(self) -> int:
         per_epoch = self._rounds_per_epoch()
-        epochs = self.args.num_train_epochs
-        return self.args.max_steps if self.args.max_steps > 0 else -int(-(epochs * per_epoch) // 1)
+        if self.args.max_steps > 0:
+            return checked_number("rounds", self.args.max_steps)
+        return math.ceil(checked_number("epochs", self.args.num_train_epochs) * per_epoch)
 
     def _records(self) -> Any:
         columns = getattr(self.train_dataset, "column_names", None)

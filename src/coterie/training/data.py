@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.config import DataSpec
+from coterie.dp.users import user_text
 from coterie.errors import DataError
 from coterie.training.readers import IntegerText, Row, csv_rows, json_rows, kind_of, parquet_rows, plain_text
 
@@ -93,11 +94,10 @@ def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterat
 
 def _user(path: Path, where: str, column: str, value: Any) -> str:
     """An id as it is written: 7 and "7" are one user, and so is a Parquet file's 7.0; spaces and case count."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
-        return str(value)
-    if value is None or value != value or isinstance(value, str):
+    text = user_text(value)
+    if text:
+        return text
+    if text == "":
         raise DataError(
             f"{path} names no user in column `{column}` ({where}).",
             code="data-no-user",

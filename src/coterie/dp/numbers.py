@@ -1,0 +1,108 @@
+"""The numbers of a private run, checked with the types of the settings files, whoever passes them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from coterie.config.numbers import Count, Epsilon, Fraction, NotNegative, Positive, Smoothing
+from coterie.errors import BudgetError
+
+
+class _Rule(NamedTuple):
+    kind: Any
+    code: str
+    why: str
+    fix: str
+
+
+_RULES = {
+    "epsilon": _Rule(
+        Epsilon, "dp-epsilon", "epsilon 0 allows nothing to be learned, and a huge one promises nothing",
+        "choose an epsilon between about 0.5 and 10",
+    ),
+    "delta": _Rule(
+        Fraction, "dp-delta", "delta is the probability with which the epsilon bound may fail",
+        "choose a delta between 0 and 1, well below 1 / number of records",
+    ),
+    "clip_norm": _Rule(
+        Positive, "dp-clip-norm", "it bounds what one record may contribute; without it no noise is enough",
+        "set clip_norm to a positive number, such as 1.0",
+    ),
+    "lot_size": _Rule(
+        Count, "dp-lot-size", "it is the number of units expected in one round",
+        "choose a lot size; larger ones (hundreds to thousands) suit private training",
+    ),
+    "max_lot": _Rule(Count, "dp-lot-limit", "it is the largest lot of truncated sampling", "leave it to the default"),
+    "rounds": _Rule(
+        Count, "dp-rounds", "the number of rounds is fixed in advance", "train for at least one round"
+    ),
+    "epochs": _Rule(
+        Positive, "dp-rounds", "epochs and lot size fix the number of rounds in advance",
+        "choose how often each unit is to be used, such as 3",
+    ),
+    "physical_batch": _Rule(
+        Count, "dp-physical-batch", "it is the number of records computed at once; without any, noise alone is paid",
+        "choose what fits in memory, such as 16; it never changes the result",
+    ),
+    "records_per_user": _Rule(
+        Count, "dp-user-cap", "a user's records in a lot are capped so that one user cannot fill it",
+        "set records_per_user to 1 or more",
+    ),
+    "adaptive_quantile": _Rule(
+        Fraction, "dp-quantile", "it is the share of units whose gradient stays unclipped",
+        "choose 0.5, or leave it out",
+    ),
+    "load_share": _Rule(
+        Fraction, "dp-balance", "it is the part of the clip norm that the released loads take", "leave it at 0.1"
+    ),
+    "smoothing": _Rule(
+        Smoothing, "dp-balance", "it is the weight of the past in an average", "leave it at 0.5"
+    ),
+    "coefficient": _Rule(
+        Positive, "dp-balance", "it is the weight of the balance loss, or the step of the bias", "leave it out"
+    ),
+    "seed": _Rule(NotNegative, "dp-seed", "streams are named by it", "leave it out; a seeded run is not private"),
+}  # fmt: skip
+
+
+def checked_number(name: str, value: Any) -> Any:
+    """A number of the Python API as a Python ``int`` or ``float``.
+
+    Args:
+        name: of the setting, as in `coterie.dp.make_private`.
+        value: whatever was passed.
+
+    Raises:
+        BudgetError: another type, or outside its range; one sentence that names the setting.
+    """
+    rule = _RULES[name]
+    try:
+        return _adapter(name).validate_python(value)
+    except ValidationError as error:
+        problem = str(error.errors()[0]["msg"]).replace("Input should be", "must be")
+        raise BudgetError(
+            f"`{name}` is {value!r}, it {problem}.", code=rule.code, why=rule.why, fix=rule.fix, field=name
+        ) from None
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_RULES[name].kind)
+
+
+def check_fields(owner: Any, *names: str) -> None:
+    """Check and normalise these fields of a frozen dataclass; None stays where a field is optional.
+
+    Raises:
+        BudgetError: as `checked_number`.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None or name in _NEEDED:
+            object.__setattr__(owner, name, checked_number(name, value))
+
+
+_NEEDED = {"epsilon", "delta", "clip_norm", "lot_size", "rounds", "physical_batch", "records_per_user"}
