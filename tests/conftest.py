@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedModel
 
+import coterie.federation  # noqa: F401 - before anything imports gRPC, as in every command
 from coterie.models import seam
 from coterie.models.tiny import tiny_model
 

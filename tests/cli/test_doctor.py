@@ -73,6 +73,7 @@ def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd,
         "trunk",
         "shard",
         "own endpoint",
+        "descriptors",
     }
     assert "as signed" in capfd.readouterr().out
 

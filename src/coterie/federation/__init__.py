@@ -1,0 +1,11 @@
+"""What several organisations do together: identities, the wire, rounds.
+
+gRPC reads its environment once, when it is first imported; so it is set here.
+"""
+
+import os
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused handshake is reported in our words, once
+# TLS 1.3 alone. gRPC has no setting for the version; this one names the suites of TLS 1.2 and leaves 1.3 as it is.
+# One that needs an RSA certificate can never be agreed on with our P-256 certificates, on either side.
+os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES128-GCM-SHA256"

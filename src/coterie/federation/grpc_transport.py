@@ -14,24 +14,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused handshake is reported in our words, once
-
 import grpc
 from cryptography import x509
 
 from coterie.errors import CoterieError, FrameError, IdentityError, TransportError
-from coterie.federation import identity, reach
+from coterie.federation import identity, newcomers, reach
 from coterie.federation.frame import CHUNK_BYTES, RUN_BYTES, Encoded, FrameReader, Session
 from coterie.federation.grpc_link import GrpcLink
 from coterie.federation.handshake import Hello, compare, decode_hello
 from coterie.federation.identity import Role
 from coterie.federation.kit import Kit
+from coterie.federation.newcomers import Newcomers
+from coterie.federation.pace import Pace
 from coterie.federation.roster import Roster, RosterEntry, verify
 from coterie.federation.switchboard import ALL_LANES, Settings, Switchboard
 from coterie.federation.transport import Lane
@@ -40,15 +39,18 @@ log = logging.getLogger(__name__)
 
 _SERVICE, _METHOD = "coterie.Lanes", "Open"
 _SPARE_WORKERS = 4
+_LOOK_S = 0.1
 
 
-def _options(settings: Settings) -> list[tuple[str, int | str]]:
+def _options(settings: Settings, *, bulk: bool) -> list[tuple[str, int | str]]:
     """gRPC channel arguments of both sides.
 
+    gRPC's core answers pings without Python: a process that is busy answers, one that is frozen or cut off does not.
+    On a connection that carries tensors a ping can wait behind megabytes, so those are patient.
     The ping timeout is set beside the keepalive timeout: without it a frozen peer was noticed only after a minute,
     because that is its default when keepalive is on.
     """
-    ping_ms = int(settings.heartbeat_s * 2000)
+    ping_ms = int(settings.heartbeat_s * 2000) if bulk else int(min(settings.ping_s, settings.silence_s) * 1000)
     return [
         ("grpc.max_receive_message_length", CHUNK_BYTES + 1024),
         ("grpc.max_send_message_length", CHUNK_BYTES + 1024),
@@ -65,8 +67,8 @@ def _options(settings: Settings) -> list[tuple[str, int | str]]:
         ("grpc.address_http_proxy", ""),  # the same for the proxy by address, which the line above leaves on
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every lane
         ("grpc.initial_reconnect_backoff_ms", int(settings.redial_s * 1000)),
-        ("grpc.min_reconnect_backoff_ms", int(settings.redial_s * 1000)),
-        ("grpc.max_reconnect_backoff_ms", int(settings.redial_s * 16_000)),
+        ("grpc.min_reconnect_backoff_ms", int(settings.dial_s * 1000)),  # how long one try to connect may take
+        ("grpc.max_reconnect_backoff_ms", int(settings.dial_s * 1000)),
     ]
 
 
@@ -113,11 +115,14 @@ class GrpcTransport(Switchboard):
         order = [entry.name for entry in roster.parties]
         self._dialled = tuple(name for name in self.peers if order.index(name) < order.index(me))
         self._listen = listen or self._entry.endpoint
+        self._newcomers: Newcomers | None = None
+        self._looked = 0.0
+        self._paces = {peer: Pace(time.monotonic()) for peer in self.peers}
         self._server: grpc.Server | None = None
         self._channels: list[grpc.Channel] = []
         self._dialers: list[threading.Thread] = []
         self._links: set[GrpcLink] = set()
-        self._greeting: dict[object, tuple[float, grpc.RpcContext]] = {}
+        self._greeting: dict[object, tuple[str, float, grpc.RpcContext]] = {}
         self._problems: dict[str, tuple[float, CoterieError]] = {}
         self._guard = threading.Lock()
 
@@ -138,16 +143,24 @@ class GrpcTransport(Switchboard):
                 thread.start()
 
     def _serve_lanes(self) -> None:
-        """Listen. Every open stream holds one worker of the pool, so the pool is sized from the roster.
+        """Listen. Every open stream holds one worker of the pool, so the pool is sized from the roster: streams that
+        stand, those that replace them, and one more for each that has not introduced itself.
 
         The last member listens too, though nobody dials it: so that it cannot be started twice.
         """
         callers = [name for name in self.peers if name not in self._dialled]
         streams = sum(len(_lanes_between(self._entry.role, self._roster.entry(name).role)) for name in callers)
-        workers = streams + _SPARE_WORKERS
+        workers = 3 * streams + _SPARE_WORKERS
+        newcomers.check_descriptors(self.me, streams, len(self._lines) - streams)
+        bulk = self._entry.role is not Role.COORDINATOR
         server = grpc.server(
             ThreadPoolExecutor(workers, thread_name_prefix=f"{self.me}-serve"),
-            options=_options(self._settings),
+            options=[
+                *_options(self._settings, bulk=bulk),
+                ("grpc.server_handshake_timeout_ms", int(self._settings.handshake_s * 1000)),
+                ("grpc.max_allowed_incoming_connections", newcomers.most_connections(streams)),
+                ("grpc.max_concurrent_streams", 1),  # a connection of its own for every lane
+            ],
             maximum_concurrent_rpcs=workers,
         )
         method = grpc.stream_stream_rpc_method_handler(self._accept)
@@ -164,6 +177,7 @@ class GrpcTransport(Switchboard):
             raise reach.cannot_listen(self.me, self._listen)
         server.start()
         self._server = server
+        self._newcomers = Newcomers(port, self._settings.handshake_s)
 
     def _shut(self) -> None:
         with self._guard:
@@ -188,12 +202,18 @@ class GrpcTransport(Switchboard):
     def _tick(self, now: float) -> None:
         with self._guard:
             silent = [link for link in self._links if now - link.heard > self._settings.silence_s]
-            slow = [call for since, call in self._greeting.values() if now - since > self._settings.handshake_s]
+            slow = [call for _, since, call in self._greeting.values() if now - since > self._settings.handshake_s]
         for link in silent:
             log.warning("nothing came from %s for %g s, lane %s", link.peer, self._settings.silence_s, link.lane.name)
             link.cut()
         for call in slow:
             call.cancel()
+        if self._newcomers is not None and now - self._looked >= _LOOK_S:
+            self._looked = now
+            ended = self._newcomers.look(now)
+            if ended:
+                self._seldom.say("newcomers", logging.WARNING, "ended connections that had not shown who they are")
+        self._seldom.tick()
 
     # ---- the listening side ----------------------------------------------------------------------------------
 
@@ -202,7 +222,7 @@ class GrpcTransport(Switchboard):
         try:
             entry = self._roster.admit(_peer_certificate(context))
         except CoterieError as error:
-            log.warning("refused a connection: %s", error)
+            self._seldom.say(("refused", error.message), logging.WARNING, f"refused a connection: {error}")
             context.abort(grpc.StatusCode.UNAUTHENTICATED, error.code)
         peer = entry.name
         try:
@@ -217,9 +237,13 @@ class GrpcTransport(Switchboard):
             self._refuse(peer, problem)
             yield ours.encode()  # the other side finds the same difference by itself
             return
+        assert self._newcomers is not None
         link = self._link(peer, lane, ours)
         link.on_cut(context.cancel)
-        context.add_callback(link.close)
+        connection = context.peer()  # gRPC forgets it once the stream has ended
+        self._newcomers.admit(connection)
+        if not context.add_callback(lambda: self._ended(link, connection)):
+            self._ended(link, connection)
         reader = threading.Thread(
             target=self._read, args=(link, requests), name=f"{self.me}-read-{peer}-{lane.name.lower()}", daemon=True
         )
@@ -228,10 +252,18 @@ class GrpcTransport(Switchboard):
         reader.start()
         yield from link.outgoing()
 
+    def _ended(self, link: GrpcLink, connection: str) -> None:
+        link.close()
+        if self._newcomers is not None:
+            self._newcomers.leave(connection)
+
     def _first_message(self, requests: Iterator[bytes], context: grpc.ServicerContext, peer: str) -> Hello:
         token = object()
         with self._guard:
-            self._greeting[token] = (time.monotonic(), context)
+            most = sum(1 for name, _ in self._lines if name == peer)
+            if sum(1 for name, _, _ in self._greeting.values() if name == peer) >= most:
+                raise TransportError(f"{peer} opens more streams than it has lanes.", code="handshake-busy")
+            self._greeting[token] = (peer, time.monotonic(), context)
         try:
             return decode_hello(next(requests), peer)
         except (grpc.RpcError, StopIteration) as error:
@@ -268,7 +300,7 @@ class GrpcTransport(Switchboard):
         """One connection from its opening to its end; False if it never came about."""
         ours = self._hello(peer, lane)
         link = self._link(peer, lane, ours)
-        channel = self._channel(peer)
+        channel = self._channel(peer, lane)
         if channel is None:
             return False
         try:
@@ -296,14 +328,14 @@ class GrpcTransport(Switchboard):
                     self._channels.remove(channel)
             channel.close()
 
-    def _channel(self, peer: str) -> grpc.Channel | None:
+    def _channel(self, peer: str, lane: Lane) -> grpc.Channel | None:
         """A channel that trusts the one certificate the roster lists for ``peer``; None once this side is closing."""
         credentials = grpc.ssl_channel_credentials(
             root_certificates=identity.cert_pem(self._roster.certificate_of(peer)),
             private_key=identity.key_pem(self._kit.key),
             certificate_chain=identity.cert_pem(self._kit.certificate),
         )
-        options = [*_options(self._settings), ("grpc.ssl_target_name_override", peer)]
+        options = [*_options(self._settings, bulk=lane is not Lane.CONTROL), ("grpc.ssl_target_name_override", peer)]
         channel = grpc.secure_channel(self._roster.entry(peer).endpoint, credentials, options=options)
         with self._guard:
             if not self._stopped.is_set():
@@ -315,7 +347,7 @@ class GrpcTransport(Switchboard):
     def _answer_to_hello(self, call: grpc.Call, peer: str) -> Hello:
         token = object()
         with self._guard:
-            self._greeting[token] = (time.monotonic(), call)
+            self._greeting[token] = (peer, time.monotonic(), call)
         try:
             return decode_hello(next(call), peer)
         except grpc.RpcError as error:
@@ -355,9 +387,13 @@ class GrpcTransport(Switchboard):
                 frame = reader.feed(chunk)
                 if frame is not None:
                     self._arrived(link, frame)
+                pause = self._paces[link.peer].pause(len(chunk), link.heard)
+                if pause:  # what is not read waits at the sender: gRPC holds little
+                    self._stopped.wait(pause)
         except FrameError as error:
             reason = f"it sent a frame that does not check out ({error.code})"
-            log.error("closing the connection to %s: %s", link.peer, error)
+            key = ("closing", link.peer, error.code)
+            self._seldom.say(key, logging.ERROR, f"closing the connection to {link.peer}: {error}")
         except grpc.RpcError as error:
             reason = _status_of(error)
         finally:
@@ -396,7 +432,10 @@ def _lanes_between(one: Role, other: Role) -> tuple[Lane, ...]:
 
 
 def _peer_certificate(context: grpc.ServicerContext) -> x509.Certificate:
-    shown = context.auth_context().get("x509_pem_cert", [])
+    facts = context.auth_context()
+    if facts.get("ssl_tls_version") != [b"TLSv1.3"]:
+        raise IdentityError("A connection came with an older TLS than 1.3.", code="identity-tls-version")
+    shown = facts.get("x509_pem_cert", [])
     if len(shown) != 1:
         raise IdentityError("A connection came without a certificate.", code="identity-missing")
     return identity.parse_certificate(shown[0], "The certificate of a connection", "incoming connection")

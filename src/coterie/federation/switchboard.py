@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from coterie.errors import CoterieError, DeadlineError, FrameError, TransportError
 from coterie.federation.frame import Encoded, Frame, FrameType, Session, encode
 from coterie.federation.line import Line, Link
+from coterie.federation.seldom import Seldom
 from coterie.federation.transport import (
     Counters,
     Handler,
@@ -51,6 +52,9 @@ class Settings:
         refusal_s: how long a definite refusal (another run, a wrong certificate) has to last before `connect` raises
             it; until then the other side may just be restarting.
         redial_s: first pause before dialling again; doubles up to 16 times that.
+        dial_s: how long one try to connect may take.
+        ping_s: a control connection is pinged after so long without a byte, and broken after so long without an
+            answer.
         close_s: how long `close` waits for handlers that are running.
     """
 
@@ -62,6 +66,8 @@ class Settings:
     handshake_s: float = 10.0
     refusal_s: float = 3.0
     redial_s: float = 0.1
+    dial_s: float = 3.0
+    ping_s: float = 1.5
     close_s: float = 5.0
 
 
@@ -97,6 +103,7 @@ class Switchboard(ABC):
         self._handler: Handler | None = None
         self._changed = threading.Condition()
         self._stopped = threading.Event()
+        self._seldom = Seldom(log)
         self._clock = threading.Thread(target=self._keep_time, name=f"{me}-clock", daemon=True)
 
     # ---- the Transport interface -----------------------------------------------------------------------------
@@ -353,20 +360,24 @@ class Switchboard(ABC):
         try:
             reply = self._handler(link.peer, link.lane, request)
         except CoterieError as error:
-            log.info("`%s` of %s failed here: %s", request.kind, link.peer, error)
+            text = f"`{request.kind}` of {link.peer} failed here: {error}"
+            self._seldom.say((link.peer, error.code), logging.INFO, text)
             type, reply = FrameType.ERROR, error_message(error, request)
         except Exception as error:
-            log.exception("`%s` of %s failed here", request.kind, link.peer)
+            text = f"`{request.kind}` of {link.peer} failed here"
+            self._seldom.say((link.peer, error.__class__), logging.ERROR, text, trace=True)
             type, reply = FrameType.ERROR, error_message(error, request)
         if reply is None or (type is FrameType.REPLY and frame.type is FrameType.ONE_WAY):
             reply = Message("ack")
         try:
             self._answer(line, link, type, frame.correlation, reply)
         except FrameError as error:
-            log.error("the reply to `%s` of %s cannot be sent: %s", request.kind, link.peer, error)
+            text = f"the reply to `{request.kind}` of {link.peer} cannot be sent: {error}"
+            self._seldom.say((link.peer, "reply", error.code), logging.ERROR, text)
             self._answer_error(line, link, frame, error)
         except TransportError as error:
-            log.info("the reply to `%s` of %s was dropped: %s", request.kind, link.peer, error.message)
+            text = f"the reply to `{request.kind}` of {link.peer} was dropped: {error.message}"
+            self._seldom.say((link.peer, "dropped", error.code), logging.INFO, text)
 
     def _answer(self, line: Line, link: Link, type: FrameType, correlation: int, reply: Message) -> None:
         if reply.tensors and link.peer in self._no_tensors:
@@ -381,7 +392,8 @@ class Switchboard(ABC):
         try:
             self._answer(line, link, FrameType.ERROR, frame.correlation, error_message(error, frame.message))
         except TransportError as failure:
-            log.info("the reply to `%s` of %s was dropped: %s", frame.message.kind, link.peer, failure.message)
+            text = f"the reply to `{frame.message.kind}` of {link.peer} was dropped: {failure.message}"
+            self._seldom.say((link.peer, "dropped", failure.code), logging.INFO, text)
 
     def _join_worker(self, line: Line, where: str, until: float) -> None:
         with line.lock:  # one that is being started counts

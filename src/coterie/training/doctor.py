@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 from coterie.config.federation import party_privacy
 from coterie.errors import CoterieError, IdentityError
-from coterie.federation import reach
+from coterie.federation import newcomers, reach
 from coterie.federation.control import COORDINATOR
 from coterie.federation.coordinator_process import identify
 from coterie.federation.identity import Role
 from coterie.federation.kit import Kit, load_kit
 from coterie.federation.roster import Roster, verify
 from coterie.federation.run_folder import is_running
+from coterie.federation.switchboard import ALL_LANES
 from coterie.models.build import build_model, check_keys
 from coterie.models.placement import Placement
 from coterie.models.shards import stored_shapes
@@ -89,6 +90,7 @@ class _Examination:
         yield self._try("held-out text", lambda: self._text(self._config.data.test))
         yield self._try("own endpoint", self._own_endpoint)
         yield self._try("proxy", self._proxy)
+        yield self._try("descriptors", self._descriptors)
         for name in (COORDINATOR, *self._federation.parties):
             if name != self._config.party:
                 yield self._try(f"reach {name}", lambda name=name: self._reach(name))  # type: ignore[misc]
@@ -179,6 +181,17 @@ class _Examination:
             return "the environment names none"
         found = f"{', '.join(named)} named in the environment; `coterie up` and this check dial members past it"
         return Finding("proxy", "note", found, "if only the proxy leads to a member, have a direct route opened")
+
+    def _descriptors(self) -> str:
+        others = len(self._federation.parties) - 1
+        soft, _ = newcomers.descriptors_allowed()
+        reached = newcomers.check_descriptors(self._config.party, len(ALL_LANES) * others, 1)
+        raised = f", raised to {reached} at start" if reached > soft else ""
+        needed = newcomers.descriptors_needed(len(ALL_LANES) * others, 1)
+        return (
+            f"{soft} files and connections may be open{raised}; {needed} are needed, of which strangers "
+            f"can take {2 * newcomers.NEWCOMERS} at most"
+        )
 
     def _reach(self, name: str) -> Finding | str:
         kit, roster = self._identified()
