@@ -116,6 +116,8 @@ _REFUSALS = {
     "identity-no-name": "our certificate names no member of a federation",
     "handshake-direction": "it expects to dial us, so the two rosters have another order",
     "handshake-lane": "it has no such lane to us",
+    "handshake-busy": "we open more streams to it than there are lanes",
+    "identity-tls-version": "it accepts TLS 1.3 alone",
     "handshake-damaged": "it did not understand our first message",
 }
 
