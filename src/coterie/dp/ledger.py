@@ -3,10 +3,11 @@
 A folder per dataset, outside run folders, holds ``ledger.jsonl``: one line an entry, each with the hash of the one
 before. A line is written and synced before the bytes it speaks of may leave the process, so a crash can only leave
 the ledger ahead of what was released, never behind. Nothing in it derives from a record's content except the
-dataset's digest.
+dataset's digest; beside it lie keyed hashes of documents, by which runs on some of the same text find each other.
 
-Kinds of entries: ``dataset`` (the first), ``run`` (a run and its mechanism, fixed in advance), ``release`` (noised
-bytes that may have been sent: this is what costs), ``burned`` (a release that will not be used; it still costs).
+Kinds of entries: ``dataset`` (the first), ``run`` (a run and its mechanism, fixed in advance), ``texts`` (which keyed
+hashes are those of its documents), ``release`` (noised bytes that may have been sent: this is what costs), ``burned``
+(a release that will not be used; it still costs), ``revealed`` (the text itself was shown to others).
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from coterie.dp.accounting import Accountant, Mechanism, epsilon
 from coterie.dp.budget import Spent
 from coterie.dp.durable import locked, make_private_folder, sync_folder
+from coterie.dp.lifetime import MERGED, lifetime, units_differ
+from coterie.dp.overlap import Held, compare, counted
+from coterie.dp.texts import FOLDER, Keyring, Originals, fingerprints, store
 from coterie.errors import LedgerError
 
 FILE = "ledger.jsonl"
@@ -72,15 +77,6 @@ def _seeded(entry: Entry) -> bool:
     return bool(entry.data.get("seeded"))
 
 
-def _unit(entry: Entry) -> str:
-    """What one unit of a run is: neighbouring datasets of two runs differ in the same way where these are equal."""
-    data = entry.data
-    parts = [f"{name} {value}" for name, value in sorted((data.get("record") or {}).items())]
-    if data.get("users"):
-        parts.append(f"grouping {data['users'][:12]}")
-    return data.get("unit", "record") + (f" ({', '.join(parts)})" if parts else "")
-
-
 def _entry_hash(seq: int, stamp: str, kind: str, data: Mapping[str, Any], prev: str) -> str:
     text = json.dumps([seq, stamp, kind, data, prev], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -125,6 +121,7 @@ class Ledger:
         self._runs: dict[str, Entry] = {}
         self._releases: dict[str, dict[tuple[int, int], Released]] = {}
         self._revealed: dict[str, Entry] = {}
+        self._texts: dict[str, dict[str, str]] = {}
         self._offset = 0
         try:
             make_private_folder(folder)
@@ -152,6 +149,10 @@ class Ledger:
     @property
     def _lock_path(self) -> Path:
         return self.folder / "ledger.lock"
+
+    def public_name(self) -> str:
+        """What this ledger is called where others may read it; see `Keyring.public_name`."""
+        return Keyring(self.folder.parent).public_name(self.dataset)
 
     def entries(self) -> tuple[Entry, ...]:
         """Everything in the ledger now, other processes' entries included."""
@@ -197,6 +198,39 @@ class Ledger:
                     why="noise, sampling rate and number of rounds are fixed in advance",
                     fix="resume it with the settings it was started with, or start a new run",
                 )
+
+    def record_texts(self, run: str, originals: Originals) -> None:
+        """Keep keyed hashes of a run's documents, under every key of the folder, so that other runs know them again.
+
+        Args:
+            run: a run, or what `record_revealed` was told.
+            originals: its documents.
+        """
+        for name, key in Keyring(self.folder.parent).keys().items():
+            with self._thread_lock, locked(self._lock_path):
+                self._catch_up()
+                if name not in self._texts.get(run, {}):
+                    file = store(self.folder, fingerprints(originals, key))
+                    self._append("texts", {"run": run, "key": name, "file": file})
+
+    def held(self) -> list[Held]:
+        """All runs, with what they released, and all showings of text."""
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            merged = self.folder.parent.parent.name == MERGED
+            runs = [(run, entry.data) for run, entry in self._runs.items()]
+            shown: list[tuple[str, dict[str, Any]]] = [(run, {}) for run in self._revealed]
+            return [
+                Held(
+                    run,
+                    self.dataset,
+                    facts,
+                    frozenset((r.round, r.draw, r.digest) for r in self._releases.get(run, {}).values()),
+                    {key: self.folder / FOLDER / file for key, file in self._texts.get(run, {}).items()},
+                    merged,
+                )
+                for run, facts in (*runs, *shown)
+            ]
 
     def run(self, run: str) -> dict[str, Any]:
         """What was fixed when the run started.
@@ -293,51 +327,28 @@ class Ledger:
         return self._spent([run], delta, accountant)
 
     def lifetime(self, delta: float, run: str | None = None, accountant: Accountant = "pld") -> Spent:
-        """What all private runs on this dataset that protect one unit have spent together.
-
-        Infinite once the dataset's text was shown to others.
+        """What all private runs on some of the same text have spent together.
 
         Args:
             delta: the same for all.
-            run: composed with all runs that protect what it protects; None: all runs, which must agree on that.
+            run: whose text, and for whose unit; see `coterie.dp.lifetime`. None: all runs of this dataset alone, which
+                must protect the same unit.
             accountant: see `coterie.dp.accounting`.
 
-        Seeded runs: see `seeded_runs`; runs that protect something else: see `other_units`.
-
         Raises:
-            LedgerError: no run is named, and runs protect different units.
+            LedgerError: no run is named, and runs protect different units; a ledger beside this one is damaged.
         """
+        if run is not None:
+            self.run(run)
+            return lifetime(self, run, delta, accountant).spent
         if self.revealed():
             return Spent(float("inf"), delta)
-        by_unit = self._runs_by_unit()
-        if run is not None:
-            return self._spent(by_unit.get(_unit(self._known_runs()[run]), []), delta, accountant)
-        if len(by_unit) > 1:
-            raise LedgerError(
-                f"runs on this dataset protect {len(by_unit)} different units: {', '.join(sorted(by_unit))}.",
-                code="dp-ledger-units",
-                where=str(self._path),
-                why="an epsilon for records and one for users do not add up to either",
-                fix="name a run: what was spent on its unit is then added up",
-            )
-        return self._spent([name for names in by_unit.values() for name in names], delta, accountant)
-
-    def other_units(self, delta: float, run: str) -> dict[str, Spent]:
-        """What private runs that released something for another unit than ``run``'s spent, by their unit."""
-        own = _unit(self._known_runs()[run])
-        found = {
-            unit: [name for name in names if self._releases.get(name)]
-            for unit, names in self._runs_by_unit().items()
-            if unit != own
-        }
-        return {unit: self._spent(names, delta, "pld") for unit, names in found.items() if names}
-
-    def _runs_by_unit(self) -> dict[str, list[str]]:
-        grouped: dict[str, list[str]] = {}
-        for run, entry in self._known_runs().items():
-            if not _seeded(entry):
-                grouped.setdefault(_unit(entry), []).append(run)
-        return grouped
+        private = [held for held in self.held() if held.facts and not held.seeded]
+        for first, second in pairwise(private):
+            way = counted(first, second, compare(first, second))
+            if (way.size, way.replaced) != (1, False):
+                raise units_differ(self)
+        return self._spent([held.run for held in private], delta, accountant)
 
     def seeded_runs(self) -> list[str]:
         """Runs that were not private and released something: no epsilon holds for what they made."""
@@ -411,6 +422,8 @@ class Ledger:
         elif entry.kind == "release":
             released = Released(data["run"], data["round"], data["draw"], data["digest"], data["pins"])
             self._releases.setdefault(data["run"], {})[(data["round"], data["draw"])] = released
+        elif entry.kind == "texts":
+            self._texts.setdefault(data["run"], {})[data["key"]] = data["file"]
         elif entry.kind == "revealed":
             self._revealed[data["run"]] = entry
         self._entries.append(entry)
@@ -483,6 +496,25 @@ def open_ledger(dataset: str, root: Path | str | None = None) -> Ledger:
         root: folder that holds the ledgers of all datasets; default `default_root`.
     """
     return Ledger(ledger_folder(dataset, root), dataset)
+
+
+def existing_ledger(folder: Path) -> Ledger:
+    """The ledger in a folder, whichever dataset's it is.
+
+    Raises:
+        LedgerError: there is none, or it is damaged.
+    """
+    try:
+        with (folder / FILE).open("rb") as file:
+            dataset = str(Entry.parse(file.readline()).data["digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LedgerError(
+            f"{folder / FILE} is not a ledger.",
+            code="dp-ledger-tampered",
+            why="privacy already spent may be missing, so no statement can be made",
+            fix="put it back as it was",
+        ) from error
+    return Ledger(folder, dataset)
 
 
 def ledger_folder(dataset: str, root: Path | str | None = None) -> Path:

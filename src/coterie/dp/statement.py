@@ -11,6 +11,7 @@ from coterie.dp.accounting import Mechanism, epsilon
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.groups import group_epsilon
 from coterie.dp.ledger import Ledger
+from coterie.dp.lifetime import lifetime
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Statement:
         record: what one record is, in public words and numbers, as the caller said.
         clipping: the clipping policy.
         eta: the part by which rounding may exceed the clip norm; noise is calibrated to ``clip_norm * (1 + eta)``.
-        lifetime: what all private runs on this dataset spent together that protect the same unit.
-        other_units: what runs that protect another unit spent, by their unit; not added up.
-        seeded_runs: runs on this dataset that were not private and released something.
-        revealed: runs that showed the text of this dataset to others, so that no lifetime epsilon holds.
+        lifetime: what all private runs on some of the same text spent together, for this run's unit.
+        counted: how many runs that figure counts, and by which rule.
+        seeded_runs: runs on some of the same text that were not private and released something.
+        revealed: runs that showed some of the text to others, so that no lifetime epsilon holds.
         copies: for groups of records, (size, epsilon) at the same delta.
         not_covered: what no number above speaks about.
         private: False for a seeded run: then none of the numbers is a promise.
@@ -58,7 +59,7 @@ class Statement:
     spent: Spent
     renyi_epsilon: float | None
     lifetime: Spent
-    other_units: dict[str, Spent]
+    counted: tuple[str, ...]
     seeded_runs: tuple[str, ...]
     copies: tuple[tuple[int, float], ...]
     not_covered: tuple[str, ...]
@@ -70,7 +71,7 @@ class Statement:
     def to_json(self) -> dict[str, Any]:
         """JSON values; infinite epsilons become None."""
         data = asdict(self)
-        for spent in (data["spent"], data["lifetime"], *data["other_units"].values()):
+        for spent in (data["spent"], data["lifetime"]):
             spent["epsilon"] = _finite(spent["epsilon"])
         data["copies"] = [[size, _finite(eps)] for size, eps in self.copies]
         return data
@@ -89,8 +90,8 @@ class Statement:
             f"  protected unit   one {self.unit}; neighbouring datasets differ by {self.relation}{self._record()}",
             f"  this run         {self.spent} ({self.rounds} of {self.planned} rounds; budget "
             f"epsilon {self.budget.epsilon:g} at delta {self.budget.delta:.3g})",
-            f"  lifetime         {self.lifetime}, all private runs on this dataset for this unit, failed ones too",
-            *(f"  other unit       {unit}: {spent}, not added up" for unit, spent in self.other_units.items()),
+            f"  lifetime         {self.lifetime}, for this unit by all private runs on some of this text, failed ones too",
+            *(f"  counted          {line}" for line in self.counted),
             f"  accountant       privacy loss distribution (dp-accounting){self._beside()}",
             f"  mechanism        discrete Gaussian, noise multiplier {self.noise_multiplier:.4f}, clip norm "
             f"{self.clip_norm:g}{self._clipping()}; {sampling}; N = {self.units} {self.unit}s, which is public",
@@ -100,13 +101,13 @@ class Statement:
             lines.append(f"  groups           {', '.join(grown)} (same delta)")
         if self.seeded_runs:
             lines.append(
-                f"  also ran         {len(self.seeded_runs)} seeded run(s) on this dataset, not private: if anything "
+                f"  also ran         {len(self.seeded_runs)} seeded run(s) on some of this text, not private: if anything "
                 "they produced was released, no epsilon holds"
             )
         if self.revealed:
             lines.append(
-                f"  also revealed    {', '.join(self.revealed)}: hosts of those runs could read the text of this "
-                "dataset; no epsilon holds against them"
+                f"  also revealed    {', '.join(self.revealed)}: hosts of those runs could read some of this text; no "
+                "epsilon holds against them"
             )
         lines.append("  not covered")
         lines += [f"    - {line}" for line in self.not_covered]
@@ -159,6 +160,7 @@ def make_statement(
     private = not facts.get("seeded")
     events = [(mechanism, rounds)]
     unit = facts.get("unit", "record")
+    overall = lifetime(ledger, run, budget.delta)
     renyi = None if mechanism.sampler == "truncated_poisson" else epsilon(events, budget.delta, "rdp")
     return Statement(
         unit=unit,
@@ -177,14 +179,14 @@ def make_statement(
         budget=budget,
         spent=Spent(epsilon(events, budget.delta), budget.delta),
         renyi_epsilon=renyi,
-        lifetime=ledger.lifetime(budget.delta, run),
-        other_units=ledger.other_units(budget.delta, run),
-        seeded_runs=tuple(ledger.seeded_runs()),
-        revealed=tuple(ledger.revealed()),
+        lifetime=overall.spent,
+        counted=overall.lines,
+        seeded_runs=overall.seeded,
+        revealed=overall.revealed,
         copies=tuple((size, group_epsilon(events, budget.delta, size)) for size in groups) if rounds else (),
         not_covered=(*_always_outside(unit), *not_covered),
         private=private,
-        ledger=str(ledger.folder),
+        ledger=ledger.public_name(),
         run=run,
     )
 
@@ -198,6 +200,7 @@ def _always_outside(unit: str) -> tuple[str, ...]:
     return (
         f"{same}: see groups above; the promise weakens with their number",
         "persons whose records are at several parties: their parties' promises add up",
+        "text that was changed, or cut into other documents, between two runs: it is not known again as the same",
         "how long rounds take, which depends on the lots",
         "evaluations, losses and other figures computed on private records without noise, if you show them",
         "rounding in shared batches: one record moves others' contributions by last bits (measured: 5e-6 C in "

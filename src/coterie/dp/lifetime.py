@@ -1,0 +1,122 @@
+"""What all runs on some of the same text have spent together, in whichever data sets and ledgers they are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coterie.dp.accounting import Accountant
+from coterie.dp.budget import Spent
+from coterie.dp.groups import Share, joint_epsilon
+from coterie.dp.overlap import Held, compare, counted
+from coterie.errors import LedgerError
+
+if TYPE_CHECKING:
+    from coterie.dp.ledger import Ledger
+
+MERGED = "merged"
+"""Folder, beside the ledgers, of copies of other places' ledgers: ``merged/PLACE/DATASET/ledger.jsonl``."""
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """What was spent on the text of one run, for its unit.
+
+    Attributes:
+        spent: by all private runs that used some of that text; infinite once some of it was shown to others.
+        lines: how many runs were counted, and by which rule where they are not simply added up.
+        seeded: runs on some of it that were not private and released something.
+        revealed: runs that showed some of it to others.
+    """
+
+    spent: Spent
+    lines: tuple[str, ...]
+    seeded: tuple[str, ...]
+    revealed: tuple[str, ...]
+
+
+def lifetime(ledger: Ledger, run: str, delta: float, accountant: Accountant = "pld") -> Lifetime:
+    """What was spent on the text of ``run``, in all ledgers beside this one and those merged with them.
+
+    Raises:
+        LedgerError: a ledger is damaged.
+    """
+    runs = all_runs(ledger)
+    own = next(held for held in runs if held.run == run and held.facts)
+    shares: list[Share] = []
+    rules: Counter[str] = Counter()
+    seeded, revealed = [], []
+    for other in runs:
+        showing = not other.facts
+        if not showing and not other.releases and other is not own:
+            continue
+        found = compare(own, other)
+        if not found.same:
+            rules[found.how] += bool(found.how)
+        elif showing:
+            revealed.append(other.run)
+        elif other.seeded:
+            seeded += [other.run] if other.releases else []
+        else:
+            way = counted(own, other, found)
+            shares.append(other.share(way.size, way.replaced))
+            rules["; ".join(filter(None, (way.rule, found.how if other is not own else "")))] += 1
+    spent = float("inf") if revealed or own.seeded and own.releases else joint_epsilon(shares, delta, accountant)
+    lines = (f"{number} run{'s' if number > 1 else ''} {rule or 'for the same unit'}" for rule, number in rules.items())
+    return Lifetime(Spent(spent, delta), tuple(line for line in lines), tuple(seeded), tuple(revealed))
+
+
+def overlapping(ledger: Ledger, texts: Held) -> list[Held]:
+    """Private runs that released something about some of these texts."""
+    return [
+        run
+        for run in all_runs(ledger)
+        if run.facts and run.releases and not run.seeded and run.run != texts.run and compare(texts, run).same
+    ]
+
+
+def all_runs(ledger: Ledger) -> list[Held]:
+    """Runs and showings in all ledgers beside ``ledger``; one that is in several of them once, with all releases."""
+    found: dict[tuple[str, bool], Held] = {}
+    for book in books_beside(ledger):
+        for held in book.held():
+            key = (held.run, not held.facts)
+            known = found.get(key)
+            if known is None:
+                found[key] = held
+            else:
+                both = known.releases | held.releases
+                found[key] = replace(known, releases=both, texts={**held.texts, **known.texts})
+    return list(found.values())
+
+
+def books_beside(ledger: Ledger) -> Iterator[Ledger]:
+    """The ledger itself, those of other data sets in the same folder, and those that were merged into it."""
+    from coterie.dp.ledger import existing_ledger
+
+    yield ledger
+    for folder in ledger_folders(ledger.folder.parent):
+        if folder != ledger.folder:
+            yield existing_ledger(folder)
+
+
+def ledger_folders(root: Path) -> list[Path]:
+    """Folders of all data sets' ledgers under ``root``, merged ones last."""
+    from coterie.dp.ledger import FILE
+
+    own = sorted(path.parent for path in root.glob(f"*/{FILE}"))
+    return own + sorted(path.parent for path in (root / MERGED).glob(f"*/*/{FILE}"))
+
+
+def units_differ(ledger: Ledger) -> LedgerError:
+    """Why no single figure can be given for a whole data set."""
+    return LedgerError(
+        "runs on this dataset protect different units.",
+        code="dp-ledger-units",
+        where=str(ledger.folder),
+        why="an epsilon for records and one for users do not add up to either",
+        fix="name a run: what was spent on its unit is then added up",
+    )
