@@ -28,6 +28,7 @@ from coterie.dp.releases import Releases
 from coterie.dp.run_facts import RunStart
 from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release, Spool
 from coterie.dp.statement import Statement, make_statement
+from coterie.dp.texts import Originals
 from coterie.errors import BudgetError
 
 
@@ -79,6 +80,8 @@ class Contributor:
         artefacts: what the start was made from.
         balancer: adds the lot's expert loads to the release; it is told what follows from them by `Balancer.follow`.
         record: what one record is, in public words and numbers, for ledger and statement.
+        originals: the documents that the records were made from; default: the records.
+        self_check: the engine was compared with one record at a time.
 
     Raises:
         BudgetError: an impossible budget or lot.
@@ -100,6 +103,8 @@ class Contributor:
         artefacts: Sequence[Artefact] = (),
         balancer: Balancer | None = None,
         record: Mapping[str, Any] | None = None,
+        originals: Originals | None = None,
+        self_check: bool = False,
     ) -> None:
         units = Units.of_records(len(dataset)) if users is None else Units.of_users(users, plan.records_per_user)
         lots = LotPlan.of(units.count, plan.lot_size, plan.sampler, plan.max_lot)  # type: ignore[arg-type]
@@ -113,7 +118,9 @@ class Contributor:
             raise BudgetError("a noise multiplier of one's own is for seeded tests.", code="dp-sigma")
         books = open_ledger(digest or dataset_digest(dataset), ledger)
         settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
-        RunStart(lots, settings, units, engine).open(books, run, artefacts, record or {}, self_check=True)
+        RunStart(lots, settings, units, engine).open(
+            books, run, artefacts, record or {}, self_check, originals or Originals(dataset, units.owners())
+        )
         self.seconds: dict[str, float] = {}
         self._source = random_source(plan.seed)
         self._units, self._lots, self._plan, self._run, self._ledger = units, lots, plan, run, books

@@ -77,6 +77,11 @@ def _seeded(entry: Entry) -> bool:
     return bool(entry.data.get("seeded"))
 
 
+def _fixed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a process that takes the run up again need not do again."""
+    return {name: value for name, value in facts.items() if name != "self_check"}
+
+
 def _entry_hash(seq: int, stamp: str, kind: str, data: Mapping[str, Any], prev: str) -> str:
     text = json.dumps([seq, stamp, kind, data, prev], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -190,7 +195,7 @@ class Ledger:
             known = self._runs.get(run)
             if known is None:
                 self._append("run", data)
-            elif known.data != {name: json.loads(json.dumps(data)).get(name) for name in known.data}:
+            elif _fixed(known.data) != {name: json.loads(json.dumps(data)).get(name) for name in _fixed(known.data)}:
                 raise LedgerError(
                     f"run {run} is in the ledger with other settings.",
                     code="dp-ledger-run",
@@ -331,7 +336,8 @@ class Ledger:
 
         Args:
             delta: the same for all.
-            run: whose text, and for whose unit; see `coterie.dp.lifetime`. None: all runs of this dataset alone, which
+            run: whose text, and for whose unit; see `coterie.dp.lifetime`. None: all runs of this dataset alone,
+            which
                 must protect the same unit.
             accountant: see `coterie.dp.accounting`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from coterie.dp.accounting import Accountant
 from coterie.dp.budget import Spent
 from coterie.dp.groups import Share, joint_epsilon
-from coterie.dp.overlap import Held, compare, counted
+from coterie.dp.overlap import Held, compare, counted, overlap
+from coterie.dp.texts import Fingerprints, Keyring, Originals, fingerprints, load
 from coterie.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def lifetime(ledger: Ledger, run: str, delta: float, accountant: Accountant = "p
     Raises:
         LedgerError: a ledger is damaged.
     """
-    runs = all_runs(ledger)
+    runs = all_runs(ledger.folder.parent)
     own = next(held for held in runs if held.run == run and held.facts)
     shares: list[Share] = []
     rules: Counter[str] = Counter()
@@ -64,24 +65,34 @@ def lifetime(ledger: Ledger, run: str, delta: float, accountant: Accountant = "p
             way = counted(own, other, found)
             shares.append(other.share(way.size, way.replaced))
             rules["; ".join(filter(None, (way.rule, found.how if other is not own else "")))] += 1
-    spent = float("inf") if revealed or own.seeded and own.releases else joint_epsilon(shares, delta, accountant)
-    lines = (f"{number} run{'s' if number > 1 else ''} {rule or 'for the same unit'}" for rule, number in rules.items())
-    return Lifetime(Spent(spent, delta), tuple(line for line in lines), tuple(seeded), tuple(revealed))
+    spent = float("inf") if revealed or (own.seeded and own.releases) else joint_epsilon(shares, delta, accountant)
+    lines = tuple(f"{count} run{'s' * (count > 1)} {rule or 'for the same unit'}" for rule, count in rules.items())
+    return Lifetime(Spent(spent, delta), lines, tuple(seeded), tuple(revealed))
 
 
-def overlapping(ledger: Ledger, texts: Held) -> list[Held]:
-    """Private runs that released something about some of these texts."""
-    return [
-        run
-        for run in all_runs(ledger)
-        if run.facts and run.releases and not run.seeded and run.run != texts.run and compare(texts, run).same
-    ]
+def private_runs_on(root: Path, originals: Originals, digest: str) -> list[Held]:
+    """Private runs in the ledgers under ``root`` that released something about some of these documents.
+
+    Args:
+        digest: of the documents together, by which ledgers without hashes know them.
+    """
+    keys = {name: fingerprints(originals, key) for name, key in Keyring(root).keys().items()}
+    runs = (held for book in books_under(root) for held in book.held() if held.facts and not held.seeded)
+    return [run for run in runs if run.releases and (run.dataset == digest or _touches(run, keys))]
 
 
-def all_runs(ledger: Ledger) -> list[Held]:
-    """Runs and showings in all ledgers beside ``ledger``; one that is in several of them once, with all releases."""
+def _touches(run: Held, keys: Mapping[str, Fingerprints]) -> bool:
+    """Whether a run used some of the documents; assumed where its hashes are under a key that is not here."""
+    known = [name for name in run.texts if name in keys]
+    if known:
+        return overlap(keys[known[0]], load(run.texts[known[0]]))
+    return bool(run.texts)
+
+
+def all_runs(root: Path) -> list[Held]:
+    """Runs and showings in all ledgers under ``root``; one that is in several of them once, with all releases."""
     found: dict[tuple[str, bool], Held] = {}
-    for book in books_beside(ledger):
+    for book in books_under(root):
         for held in book.held():
             key = (held.run, not held.facts)
             known = found.get(key)
@@ -93,14 +104,11 @@ def all_runs(ledger: Ledger) -> list[Held]:
     return list(found.values())
 
 
-def books_beside(ledger: Ledger) -> Iterator[Ledger]:
-    """The ledger itself, those of other data sets in the same folder, and those that were merged into it."""
+def books_under(root: Path) -> Iterator[Ledger]:
+    """The ledgers of all data sets under ``root``, and those that were merged with them."""
     from coterie.dp.ledger import existing_ledger
 
-    yield ledger
-    for folder in ledger_folders(ledger.folder.parent):
-        if folder != ledger.folder:
-            yield existing_ledger(folder)
+    return (existing_ledger(folder) for folder in ledger_folders(root))
 
 
 def ledger_folders(root: Path) -> list[Path]:

@@ -130,6 +130,7 @@ class Units:
         count: N.
         records: number of records.
         cap: largest number of a user's records in one lot.
+        names: the user of each unit; None when every record is its own unit.
     """
 
     count: int
@@ -137,6 +138,7 @@ class Units:
     starts: np.ndarray | None = None
     order: np.ndarray | None = None
     cap: int | None = None
+    names: tuple[str, ...] | None = None
 
     @classmethod
     def of_records(cls, records: int) -> Units:
@@ -162,7 +164,15 @@ class Units:
         user_R = np.array([number.setdefault(user, len(number)) for user in user_ids(users)], np.int64)
         order = np.argsort(user_R, kind="stable")
         starts = np.concatenate([[0], np.bincount(user_R, minlength=len(number)).cumsum()])
-        return cls(len(number), len(users), starts, order, cap)
+        return cls(len(number), len(users), starts, order, cap, tuple(number))
+
+    def owners(self) -> list[str] | None:
+        """The user of each record; None when every record is its own unit."""
+        if self.names is None or self.order is None or self.starts is None:
+            return None
+        of = np.empty(self.records, np.int64)
+        of[self.order] = np.repeat(np.arange(self.count), np.diff(self.starts))
+        return [self.names[unit] for unit in of.tolist()]
 
 
 def _need_records(records: int) -> None:

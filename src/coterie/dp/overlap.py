@@ -1,8 +1,8 @@
 """How a run counts for the unit of another run on some of the same text.
 
-Units nest: a chunk of a document, the document (or an item of a dataset), the user. A unit that is a part of the other
-run's unit is replaced there (what remains contributes something else); a unit that is made of several of the other
-run's is a group of as many. Where nobody knows how many, there is no bound.
+Units nest: a chunk of a document, the document (or an item of a dataset), the user. A unit that is a part of the
+other run's unit is replaced there (what remains contributes something else); a unit that is made of several of the
+other run's is a group of as many. Where nobody knows how many, there is no bound.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def compare(own: Held, other: Held) -> Compared:
     if own.dataset == other.dataset:
         return Compared(True, "" if pair else "known by its data set's digest", pair)
     if pair is not None:
-        return Compared(_overlap(*pair), "", pair)
+        return Compared(overlap(*pair), "", pair)
     if own.texts and other.texts:
         return Compared(True, "hashed with another key, so assumed to be on the same text")
     return Compared(False, "older than text hashes, so not compared")
@@ -106,10 +106,10 @@ def counted(own: Held, other: Held, found: Compared) -> Counted:
     if ours == theirs == "chunk" and not same:
         return _pieces_of_documents(pieces, replaced=True)
     if ours == "chunk" and theirs != "chunk":
-        return Counted(1, True, "for documents: counts as a group of two, since a piece's document remains without it")
+        return Counted(1, True, "for documents: counts as a group of two: its document remains without a piece")
     if theirs == "chunk" and ours != "chunk":
         return _pieces_of_documents(pieces, replaced=False)
-    if "item" in (ours, theirs) and not same and not (found.pair and _overlap(*found.pair)):
+    if "item" in (ours, theirs) and not same and not (found.pair and overlap(*found.pair)):
         return Counted(math.inf, False, "for records that were made in another way: no bound")
     return Counted(1, False, "")
 
@@ -137,7 +137,8 @@ def _pieces(other: Held, level: str, found: Compared) -> float:
     return max((texts.load(path).pieces for path in other.texts.values()), default=math.inf)
 
 
-def _overlap(own: Fingerprints, other: Fingerprints) -> bool:
+def overlap(own: Fingerprints, other: Fingerprints) -> bool:
+    """Whether they have a text in common, or a user."""
     if np.intersect1d(own.texts, other.texts).size:
         return True
     return own.users is not None and other.users is not None and bool(np.intersect1d(own.users, other.users).size)
@@ -172,7 +173,8 @@ def _between_users(own: Held, other: Held, pair: tuple[Fingerprints, Fingerprint
 
 def _users_touched(own: Fingerprints, other: Fingerprints) -> tuple[int, bool] | None:
     """Most users of the other run that one own user's going touches, and whether some remain with other text."""
-    assert own.users is not None and other.users is not None
+    assert own.users is not None
+    assert other.users is not None
     mine, theirs = _unique(own.texts, own.users), _unique(other.texts, other.users)
     first, last = (np.searchsorted(theirs["text"], mine["text"], side) for side in ("left", "right"))
     times = last - first

@@ -17,6 +17,7 @@ from coterie.dp.ledger import Ledger
 from coterie.dp.lot_sums import Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
 from coterie.dp.provenance import Artefact
+from coterie.dp.texts import Originals
 from coterie.errors import LedgerError
 
 UNCHECKED = (
@@ -49,7 +50,13 @@ class RunStart(NamedTuple):
         }
 
     def open(
-        self, ledger: Ledger, run: str, artefacts: Iterable[Artefact], record: Mapping[str, Any], self_check: bool
+        self,
+        ledger: Ledger,
+        run: str,
+        artefacts: Iterable[Artefact],
+        record: Mapping[str, Any],
+        self_check: bool,
+        originals: Originals,
     ) -> None:
         """Write the run into the ledger, before anything is released.
 
@@ -59,7 +66,9 @@ class RunStart(NamedTuple):
             artefacts: what the start was made from.
             record: what one record is, in public words and numbers (packing, sequence length).
             self_check: the engine was compared with one record at a time.
+            originals: the documents that the records were made from.
         """
+        ledger.record_texts(run, originals)
         ledger.start_run(
             run, self.plan.mechanism(self.settings.noise_multiplier), self.settings.rounds, **self.facts(),
             budget=asdict(self.settings.budget), provenance=[artefact.to_json() for artefact in artefacts],

@@ -28,6 +28,7 @@ from coterie.dp.randomness import random_source
 from coterie.dp.run_facts import UNCHECKED, RunStart
 from coterie.dp.session import PrivateSession
 from coterie.dp.spool import Spool
+from coterie.dp.texts import Originals
 from coterie.dp.users import user_column as users_of
 from coterie.errors import BudgetError, DataError, PrivacyError
 from coterie.models import seam
@@ -59,6 +60,7 @@ def make_private(
     provenance: Mapping[str, str] | Iterable[Artefact] | None = None,
     ledger: str | Path | None = None,
     digest: str | None = None,
+    originals: Originals | None = None,
     run: str | None = None,
     seed: int | None = None,
     self_check: bool = True,
@@ -96,6 +98,8 @@ def make_private(
         ledger: folder of the privacy ledgers; default: the user's data folder. Keep it outside run folders.
         digest: names the dataset in the ledger; default: its records' content. Give one to keep the ledger of the
             same text prepared in another way.
+        originals: the documents that the records were made from, by which runs on some of the same text are known
+            and added up; default: the records. Give them where one document becomes several records.
         run: identifier in the ledger; default: random.
         seed: for tests only: lots, dropout and noise come from it, and the run is NOT private.
         self_check: compare the engine with one record at a time on synthetic records, before training. Without it
@@ -157,7 +161,9 @@ def make_private(
     books = open_ledger(digest or dataset_digest(dataset), ledger)
     run = run or secrets.token_hex(6)
     about = dict(record or {}) | ({"user_column": user_column} if user_column is not None else {})
-    RunStart(plan, settings, units, built).open(books, run, artefacts, about, compared)
+    RunStart(plan, settings, units, built).open(
+        books, run, artefacts, about, compared, originals or Originals(dataset, units.owners())
+    )
     options = {
         "clipping": clipping if isinstance(clipping, str) else None,
         "method": method,

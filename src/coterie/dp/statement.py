@@ -12,6 +12,7 @@ from coterie.dp.budget import Budget, Spent
 from coterie.dp.groups import group_epsilon
 from coterie.dp.ledger import Ledger
 from coterie.dp.lifetime import lifetime
+from coterie.dp.run_facts import UNCHECKED
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Statement:
             f"  protected unit   one {self.unit}; neighbouring datasets differ by {self.relation}{self._record()}",
             f"  this run         {self.spent} ({self.rounds} of {self.planned} rounds; budget "
             f"epsilon {self.budget.epsilon:g} at delta {self.budget.delta:.3g})",
-            f"  lifetime         {self.lifetime}, for this unit by all private runs on some of this text, failed ones too",
+            f"  lifetime         {self.lifetime}, for this unit by all runs on some of this text, failed ones too",
             *(f"  counted          {line}" for line in self.counted),
             f"  accountant       privacy loss distribution (dp-accounting){self._beside()}",
             f"  mechanism        discrete Gaussian, noise multiplier {self.noise_multiplier:.4f}, clip norm "
@@ -101,13 +102,13 @@ class Statement:
             lines.append(f"  groups           {', '.join(grown)} (same delta)")
         if self.seeded_runs:
             lines.append(
-                f"  also ran         {len(self.seeded_runs)} seeded run(s) on some of this text, not private: if anything "
-                "they produced was released, no epsilon holds"
+                f"  also ran         {len(self.seeded_runs)} seeded run(s) on some of this text, not private: if "
+                "anything they produced was released, no epsilon holds"
             )
         if self.revealed:
             lines.append(
-                f"  also revealed    {', '.join(self.revealed)}: hosts of those runs could read some of this text; no "
-                "epsilon holds against them"
+                f"  also revealed    {', '.join(self.revealed)}: hosts of those runs could read some of this "
+                "text; no epsilon holds against them"
             )
         lines.append("  not covered")
         lines += [f"    - {line}" for line in self.not_covered]
@@ -160,6 +161,7 @@ def make_statement(
     private = not facts.get("seeded")
     events = [(mechanism, rounds)]
     unit = facts.get("unit", "record")
+    unchecked = () if facts.get("self_check") else (UNCHECKED,)
     overall = lifetime(ledger, run, budget.delta)
     renyi = None if mechanism.sampler == "truncated_poisson" else epsilon(events, budget.delta, "rdp")
     return Statement(
@@ -184,7 +186,7 @@ def make_statement(
         seeded_runs=overall.seeded,
         revealed=overall.revealed,
         copies=tuple((size, group_epsilon(events, budget.delta, size)) for size in groups) if rounds else (),
-        not_covered=(*_always_outside(unit), *not_covered),
+        not_covered=tuple(dict.fromkeys((*_always_outside(unit), *not_covered, *unchecked))),
         private=private,
         ledger=ledger.public_name(),
         run=run,

@@ -1,9 +1,9 @@
 """What a ledger remembers of texts: keyed hashes, so that the same text is known again in another data set.
 
-One key lies beside the ledgers of one owner, readable by that owner alone. Without it nobody can test whether a text is
-in a ledger; with it, whoever has the text can. Eight bytes a document (and eight for its user) are kept, sorted: that
-two different texts look the same happens once in 10^6 comparisons of two data sets of 4 million documents each, and
-then only makes the figure larger.
+One key lies beside the ledgers of one owner, readable by that owner alone. Without it nobody can test whether a text
+is in a ledger; with it, whoever has the text can. Eight bytes a document (and eight for its user) are kept, sorted:
+that two different texts look the same happens once in 10^6 comparisons of two data sets of 4 million documents each,
+and then only makes the figure larger.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from coterie.dp.dataset import record_digest
 from coterie.dp.durable import locked, make_private_folder, write_durably
+from coterie.dp.users import user_ids
 from coterie.errors import LedgerError
 
 OWN_KEY, OTHER_KEYS, FOLDER = "key", "keys", "texts"
@@ -128,8 +129,9 @@ def fingerprints(originals: Originals, key: bytes) -> Fingerprints:
     order = np.argsort(texts, kind="stable")
     if originals.users is None:
         return Fingerprints(texts[order], None, originals.pieces)
-    known = {user: _hash(str(user).encode("utf-8", "surrogatepass"), key, b"user") for user in set(originals.users)}
-    users = np.fromiter((known[user] for user in originals.users), np.uint64)
+    owners = user_ids(originals.users)
+    known = {user: _hash(user.encode("utf-8", "surrogatepass"), key, b"user") for user in set(owners)}
+    users = np.fromiter((known[user] for user in owners), np.uint64)
     return Fingerprints(texts[order], users[order], originals.pieces)
 
 
@@ -151,9 +153,9 @@ def _content(item: Any) -> bytes:
         return b"text" + " ".join(unicodedata.normalize("NFC", item).split()).encode("utf-8", "surrogatepass")
     if isinstance(item, Mapping) and "input_ids" in item:
         ids = np.asarray(item["input_ids"], np.int64).ravel()
-        mask = item.get("attention_mask")
-        if mask is not None and np.size(mask) == ids.size:
-            ids = ids[np.asarray(mask).ravel() != 0]
+        mask = np.asarray(item.get("attention_mask", ())).ravel()
+        if mask.size == ids.size:
+            ids = ids[mask != 0]
         return b"ids" + ids.tobytes()
     return b"item" + record_digest(item)
 

@@ -6,35 +6,42 @@ An expert host reads nearly all of it there, so whatever epsilon the earlier run
 from __future__ import annotations
 
 from coterie.config import FederationConfig, PartyConfig
-from coterie.dp.ledger import ledger_folder, open_ledger
+from coterie.dp.dataset import dataset_digest
+from coterie.dp.ledger import default_root, open_ledger
+from coterie.dp.lifetime import ledger_folders, private_runs_on
+from coterie.dp.texts import Originals
 from coterie.errors import LedgerError
+from coterie.training.data import Documents
 
 
-def check_after_private(party: PartyConfig, federation: FederationConfig, digest: str) -> None:
-    """Refuse `tokens` for a dataset with private releases, or record in its ledger that no epsilon holds any more.
+def check_after_private(party: PartyConfig, federation: FederationConfig, documents: Documents) -> None:
+    """Refuse `tokens` for text of which some was trained on privately, or record that no epsilon holds any more.
 
-    Called before anything is sent; a dataset without a ledger gets none.
+    Called before anything is sent; where nothing was ever trained on privately, no ledger is made.
 
     Args:
-        digest: of the training documents, as ledgers are named.
+        documents: the training text.
 
     Raises:
         LedgerError: ``tokens-after-private``.
     """
-    if federation.exchange != "tokens" or not ledger_folder(digest, party.ledger).is_dir():
+    root = (party.ledger or default_root()).expanduser()
+    if federation.exchange != "tokens" or not ledger_folders(root):
         return
-    ledger = open_ledger(digest, party.ledger)
-    private = ledger.private_runs()
-    if not private:
+    originals, digest = Originals(documents.texts, documents.users), dataset_digest(documents.texts)
+    found = private_runs_on(root, originals, digest)
+    if not found:
         return
     if party.after_private == "refuse":
         raise LedgerError(
-            f"The training text of {party.party} was trained on privately before "
-            f"({len(private)} run{'s' if len(private) > 1 else ''}), and `exchange: tokens` lets the hosts read it.",
+            f"Some of the training text of {party.party} was trained on privately before "
+            f"({len(found)} run{'s' if len(found) > 1 else ''}), and `exchange: tokens` lets the hosts read it.",
             code="tokens-after-private",
-            where=f"ledger {ledger.folder}",
+            where=f"ledger {root}",
             why="what those runs promised about these records would no longer hold against the other parties",
             fix="train with `exchange: experts` and a budget, take other text, or write `after_private: reveal` in "
             "party.yaml: the ledger then says for good that no epsilon holds for this text",
         )
-    ledger.record_revealed(f"{federation.name}-{party.party}", "tokens")
+    ledger, name = open_ledger(digest, root), f"{federation.name}-{party.party}"
+    ledger.record_texts(name, originals)
+    ledger.record_revealed(name, "tokens")

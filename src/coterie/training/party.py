@@ -31,12 +31,13 @@ from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
 from coterie.models.shards import load_tensors, parse_expert_key, stored_shapes
 from coterie.training.after_private import check_after_private
-from coterie.training.data import read_documents
+from coterie.training.data import Documents, read_documents
 from coterie.training.loop import use_checkpointing
+from coterie.training.packing import Sequences
 from coterie.training.party_parts import PartyParts, PrivacyParts, Weights, trunk_tensors
 from coterie.training.party_run import PartyResult, PartyRun, Watch
 from coterie.training.party_store import PartyStore
-from coterie.training.provenance import artefacts, record_facts
+from coterie.training.provenance import artefacts, originals, record_facts
 from coterie.training.setup import check_fit, pick_device
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 
@@ -107,7 +108,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
     spec = party_privacy(federation, config)
     documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
-    check_after_private(config, federation, dataset_digest(documents.texts))
+    check_after_private(config, federation, documents)
     train = tokenize(documents, data, tokenizer)
     if documents.users is not None:
         train = train.with_users(documents.users)
@@ -145,7 +146,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         run_dir=config.run_dir,
         device=device,
         cache=config.cache,
-        privacy=_privacy_parts(config, federation, spec, dataset_digest(documents.texts)) if spec else None,
+        privacy=_privacy_parts(config, federation, spec, documents, train) if spec else None,
         roster=roster.content_hash() if roster is not None else "",
     )
 
@@ -155,16 +156,19 @@ def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
     return model if federation.lora is None else attach_adapters(model, federation.lora, federation.train.seed)
 
 
-def _privacy_parts(config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, digest: str) -> PrivacyParts:
+def _privacy_parts(
+    config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, documents: Documents, train: Sequences
+) -> PrivacyParts:
     return PrivacyParts(
         spec,
         federation.train.rounds,
         seed=federation.train.seed if spec.seeded else None,
         artefacts=artefacts(federation.model, config.data),
-        digest=digest,
+        digest=dataset_digest(documents.texts),
         push_after_s=federation.push_after_s,
         sequence_length=config.data.sequence_length,
         record=record_facts(config.data),
+        originals=originals(documents, train),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coterie.config import FederationConfig, PrivacySpec
 from coterie.dp.provenance import Artefact
+from coterie.dp.texts import Originals
 from coterie.models.placement import Placement
 from coterie.training.packing import Sequences
 
@@ -38,6 +39,7 @@ class PrivacyParts:
         sequence_length: rows are padded to it in constant-work mode.
         sigma: noise multiplier in place of the calibrated one; for seeded tests.
         record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
+        originals: the documents behind the records; None: the records themselves.
     """
 
     spec: PrivacySpec
@@ -49,6 +51,7 @@ class PrivacyParts:
     sequence_length: int | None = None
     sigma: float | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    originals: Originals | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from coterie.training.loop import StopFlag
 from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import MetricsWriter
 from coterie.training.optim import AdamW, lr_at, make_optimizer
-from coterie.training.provenance import artefacts, record_facts
+from coterie.training.provenance import artefacts, originals, record_facts
 from coterie.training.run import KEPT_CHECKPOINTS, Prepared, RunResult, read_config
 from coterie.training.setup import build_for
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
@@ -85,8 +85,8 @@ def run_private(
         max_lot=privacy.max_lot, users=prepared.train.users, records_per_user=privacy.records_per_user,
         balance=_balance(privacy),
         provenance=artefacts(config.model, config.data), ledger=privacy.ledger,
-        digest=dataset_digest(documents.texts), seed=config.train.seed if privacy.seeded else None,
-        record=record_facts(config.data),
+        digest=dataset_digest(documents.texts), originals=originals(documents, prepared.train),
+        seed=config.train.seed if privacy.seeded else None, record=record_facts(config.data),
     )  # fmt: skip
     with session:
         config.run_dir.mkdir(parents=True, exist_ok=True)

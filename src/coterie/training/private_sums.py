@@ -80,6 +80,7 @@ class PrivateSums:
         self.balancer = Balancer(balance, model, default_loss) if balance.mode != "off" else None
         self.contributor: Contributor | None = None
         self.exhausted = False
+        self._compared = False
         self._expected: Head | None = None
         self._constant: ConstantWork | None = None
         self._alive: Callable[[], bool] = lambda: True
@@ -145,6 +146,7 @@ class PrivateSums:
                 first, collate = self._records[0], self._records.collate
                 pairs = selfcheck.padding_example(self._model, collate, first)
                 selfcheck.check(engine, collate([first]), pairs)
+            self._compared = True
             self.open_books(streamer)
 
     def open_books(self, streamer: LayerStreamer) -> Contributor:
@@ -170,7 +172,7 @@ class PrivateSums:
             self.contributor = Contributor(
                 self._model, self._records, self._collate, engine, plan, ledger=spec.ledger, run=self._run(),
                 digest=parts.digest, users=self._records.users, artefacts=parts.artefacts, balancer=self.balancer,
-                record=parts.record,
+                record=parts.record, originals=parts.originals, self_check=self._compared,
             )  # fmt: skip
         return self.contributor
 

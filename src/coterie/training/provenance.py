@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from coterie.config import DataSpec, ModelSpec
 from coterie.dp.provenance import Artefact
+from coterie.dp.texts import Originals
+from coterie.training.data import Documents
+from coterie.training.packing import Sequences
 
 
 def artefacts(model: ModelSpec, data: DataSpec) -> tuple[Artefact, ...]:
@@ -33,3 +38,9 @@ def record_facts(data: DataSpec) -> dict[str, Any]:
     The same alone and in a federation, so that runs on the same text add up.
     """
     return {"packing": data.packing, "sequence_length": data.sequence_length}
+
+
+def originals(documents: Documents, records: Sequences) -> Originals:
+    """The documents behind the records, by which the ledger knows their text again."""
+    pieces = int(torch.bincount(records.document_S).max())
+    return Originals(documents.texts, documents.users, pieces)
