@@ -171,6 +171,7 @@ def test_missing_kit_spoils_what_needs_it_and_nothing_else(folder: Path):  # noq
         "clock",
         "roster",
         "placement",
+        "starting weights",
         "reach coordinator",
         "reach birch",
     }

@@ -11,7 +11,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from coterie.cli.app import main
 from coterie.config import DataSpec
@@ -22,6 +24,7 @@ from coterie.federation.identity import Member, Role, cert_pem, key_pem, new_aut
 from coterie.federation.kit import load_authority
 from coterie.federation.provision import free_endpoints
 from coterie.federation.run_folder import RunFolder
+from coterie.models.origins import save_tensors
 from coterie.training.data import read_documents
 
 PARTIES = ("alder", "birch")
@@ -67,8 +70,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "run_dir": f"runs/{name}",
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(party))
-    assert run("provision", folder / "federation.yaml", "--out", folder / "kits") == 0
     assert run("split", "--federation", folder / "federation.yaml", "--out", folder / "split") == 0
+    weights = ("--weights", folder / "split")
+    assert run("provision", folder / "federation.yaml", *weights, "--out", folder / "kits") == 0
     return folder
 
 
@@ -248,3 +252,50 @@ def test_second_process_in_a_run_folder_is_refused(folder: Path, capfd: pytest.C
     assert run("coordinator", folder / "federation.yaml") == 1
     assert "Error run-busy" in capfd.readouterr().err
     first.close()
+
+
+@pytest.mark.parametrize("which", ["trunk.safetensors", "experts-alder.safetensors"])
+def test_starting_weights_that_were_replaced_stop_doctor_and_run(
+    folder: Path, capfd: pytest.CaptureFixture[str], which: str
+):
+    path = folder / "split" / which
+    # The same names, shapes and origin over other numbers, consistent in itself: only the roster can tell.
+    save_tensors(path, {name: torch.randn_like(value) for name, value in load_file(path).items()}, run="", round=0)
+    assert run("up", folder / "alder.yaml") == 1
+    assert "Error weights-unsigned" in capfd.readouterr().err
+    assert run("doctor", folder / "alder.yaml", "--json", folder / "found.json") == 1
+    found = {each["check"]: each for each in json.loads((folder / "found.json").read_text())["findings"]}
+    assert (found["starting weights"]["state"], found["starting weights"]["code"]) == ("bad", "weights-unsigned")
+    assert which in found["starting weights"]["found"]
+
+
+def test_starting_weights_without_an_origin_or_of_two_rounds_are_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+):
+    trunk = folder / "split" / "trunk.safetensors"
+    weights = load_file(trunk)
+    save_file(weights, trunk)
+    assert run("up", folder / "alder.yaml") == 1
+    assert "Error model-no-origin" in capfd.readouterr().err
+    save_tensors(trunk, weights, run="other", round=4)
+    assert run("up", folder / "alder.yaml") == 1
+    assert "Error model-parts-mixed" in capfd.readouterr().err
+
+
+def test_a_roster_without_weights_is_noted_and_one_for_others_is_not_signed(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+):
+    settings = folder / "federation.yaml"
+    assert run("provision", settings, "--out", folder / "bare") == 0
+    assert "starting weights are not in the roster" in capfd.readouterr().out
+    edit(folder / "alder.yaml", kit="bare/alder")
+    run("doctor", folder / "alder.yaml", "--json", folder / "found.json")
+    found = {each["check"]: each for each in json.loads((folder / "found.json").read_text())["findings"]}
+    assert found["starting weights"]["state"] == "note"
+    roster, kit = folder / "kits" / "alder" / "roster.json", folder / "kits" / "alder"
+    sign = ("roster", "sign", roster, "--kit", kit, "--out", folder / "signed.json")
+    assert run(*sign, "--weights", folder / "split") == 0
+    manifest = folder / "split" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"model/config.json"', '"model/other.json"'))
+    assert run(*sign, "--weights", folder / "split") == 1
+    assert "Error roster-other-weights" in capfd.readouterr().err

@@ -35,7 +35,7 @@ def proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.mark.parametrize(
     "named",
     [
-        {name: "http://{}" for name in NAMES},
+        dict.fromkeys(NAMES, "http://{}"),
         {name.upper(): "http://{}" for name in NAMES},
         {"https_proxy": "http://user:secret@{}", "no_proxy": "elsewhere.example"},
         {"GRPC_ADDRESS_HTTP_PROXY": "{}", "GRPC_ADDRESS_HTTP_PROXY_ENABLED_ADDRESSES": "127.0.0.0/8"},

@@ -18,6 +18,7 @@ from coterie.models import seam
 from coterie.models.build import build_model, quiet_loading
 from coterie.models.catalogue import causal_lm_types
 from coterie.models.exporter import export, split_spec
+from coterie.models.origins import save_tensors
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertsCall, RoutedRows, expert_layers, expert_rows
@@ -329,6 +330,58 @@ def refused_export(parts, code, **given):
     return error.value.message
 
 
+def trained_files(parts, run="r", round=5):
+    """Trunk and shards as parties of a run write them, with the split's own values."""
+    folder = parts.parent / f"{run}-{round}"
+    folder.mkdir()
+    made = [folder / name for name in ("trunk.safetensors", *map(shard_file, PARTIES))]
+    for path in made:
+        save_tensors(path, load_tensors(parts / path.name), run, round)
+    return made[0], made[1:]
+
+
+@pytest.mark.parametrize(("run", "round"), [("r", 6), ("other", 5), ("", 0)])
+@pytest.mark.parametrize("which", [0, 1, 3])
+def test_an_export_of_files_that_do_not_belong_together_is_refused(qwen_parts, run, round, which):
+    trunk, shards = trained_files(qwen_parts)
+    files = [trunk, *shards]
+    if run:
+        other = trained_files(qwen_parts, run, round)
+        files[which] = [other[0], *other[1]][which]
+    else:
+        files[which] = qwen_parts / files[which].name  # as it was before training
+    message = refused_export(qwen_parts, "model-parts-mixed", trunk=files[0], shards=files[1:])
+    assert str(files[which]) in message or which == 0
+    trained = refused_export(qwen_parts, "model-parts-mixed", trunk=trunk)  # the split's own shards are the default
+    assert "before any training" in trained
+
+
+def test_an_export_of_files_that_were_changed_or_say_nothing_is_refused(qwen_parts, tmp_path):
+    trunk, shards = trained_files(qwen_parts)
+    raw = bytearray(shards[1].read_bytes())
+    raw[-1] ^= 1
+    shards[1].write_bytes(raw)
+    assert str(shards[1]) in refused_export(qwen_parts, "model-changed-file", trunk=trunk, shards=shards)
+    save_file(load_tensors(shards[0]), shards[1])
+    assert str(shards[1]) in refused_export(qwen_parts, "model-no-origin", trunk=trunk, shards=shards)
+
+
+def test_parts_of_another_split_of_the_same_shape_are_refused(qwen_parts, tmp_path):
+    (tmp_path / "again").mkdir()
+    tiny = tiny_model("qwen3_moe", seed=7)
+    tiny.save_pretrained(tmp_path / "again" / "whole")
+    spec = ModelSpec(path=tmp_path / "again" / "whole")
+    other = tmp_path / "again" / "parts"
+    split(spec, Placement.of_spec("round_robin", PARTIES, tiny), other)
+    name = shard_file("birch")
+    shards = [
+        path / name for path, name in zip((qwen_parts, other, qwen_parts), map(shard_file, PARTIES), strict=True)
+    ]
+    assert "of another split" in refused_export(qwen_parts, "model-parts-mixed", shards=shards)
+    shutil.copy(other / name, qwen_parts / name)
+    assert name in refused_export(qwen_parts, "model-changed-file")
+
+
 def test_an_export_without_one_partys_shard_names_the_missing_experts(qwen_parts):
     (qwen_parts / shard_file("birch")).unlink()
     assert "misses `layer.0.expert.1.down_proj`" in refused_export(qwen_parts, "model-bad-shard")
@@ -344,9 +397,9 @@ def test_an_export_takes_trained_files_in_any_order(qwen_parts):
     weights = load_tensors(shards[1])
     key = expert_key(2, 0, "down_proj")
     weights[key] = weights[key] + 1
-    trained = qwen_parts.parent / "trained.safetensors"
-    save_file(weights, trained)
-    export(qwen_parts, qwen_parts.parent / "joined", shards=[trained, shards[2], shards[0]])
+    trunk, trained = trained_files(qwen_parts)
+    save_tensors(trained[1], weights, "r", 5)
+    export(qwen_parts, qwen_parts.parent / "joined", trunk=trunk, shards=[trained[1], trained[2], trained[0]])
     before = build_model(ModelSpec(path=qwen_parts.parent / "whole")).state_dict()
     after = build_model(ModelSpec(path=qwen_parts.parent / "joined")).state_dict()
     name = "model.layers.2.mlp.experts.down_proj"
@@ -366,12 +419,13 @@ def test_an_export_takes_trained_files_in_any_order(qwen_parts):
 def test_a_trunk_that_does_not_fit_is_refused_by_the_partial_model_and_the_export(qwen_parts, change, words):
     trunk = load_tensors(qwen_parts / "trunk.safetensors")
     change(trunk)
-    save_file(trunk, qwen_parts / "trunk.safetensors")
+    path, shards = trained_files(qwen_parts)
+    save_tensors(path, trunk, "r", 5)
     with pytest.raises(ModelError) as error:
-        build_partial(split_spec(qwen_parts), qwen_parts / "trunk.safetensors")
+        build_partial(split_spec(qwen_parts), path)
     assert error.value.code == "model-bad-trunk"
     assert words in error.value.message
-    assert words in refused_export(qwen_parts, "model-bad-shard")
+    assert words in refused_export(qwen_parts, "model-bad-shard", trunk=path, shards=shards)
 
 
 def test_a_missing_trunk_file_a_folder_that_is_no_split_and_a_foreign_key_are_refused(qwen_parts, tmp_path):

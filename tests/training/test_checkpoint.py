@@ -58,7 +58,7 @@ class Crash(BaseException):
     """The end of a process."""
 
 
-@pytest.mark.parametrize("step", ["save_file", "write_json", "os.replace"])
+@pytest.mark.parametrize("step", ["save_tensors", "write_json", "os.replace"])
 def test_a_crash_while_writing_leaves_the_earlier_one(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -56,7 +56,7 @@ def test_what_safetensors_says_of_a_full_disk_is_taken_for_one(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     store = CheckpointStore(tmp_path, run="a" * 64)
-    monkeypatch.setattr(checkpoints, "save_file", no_room)
+    monkeypatch.setattr(checkpoints, "save_tensors", no_room)
     refused(lambda: store.write(4, TENSORS, {}), tmp_path / "round-00000004")
 
 

@@ -22,21 +22,26 @@ def command(
             "--shard", metavar="FILE", help="Trained shards instead of the split's own; repeat, all parties'."
         ),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the trained LoRA adapters alone, as a folder for peft.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write file names and sizes here.")
     ] = None,
 ) -> None:
     """Join a trunk and all parties' shards into a checkpoint that transformers loads.
 
-    A missing, doubled or misshapen expert is an error.
+    All files must be of one run and round, and as they were written; a missing, doubled or misshapen expert is an
+    error. Adapters of a run with `lora` are merged into the weights, or written for peft with --adapter.
 
     Example:
         coterie export parts --out joined
         coterie export parts --trunk run/trunk.safetensors --shard a.safetensors --shard b.safetensors --out joined
+        coterie export parts --trunk run/trunk.safetensors --adapter --out adapter
     """
     from coterie.models.exporter import export
 
-    export(parts, out, trunk=trunk, shards=shard or None)
+    export(parts, out, trunk=trunk, shards=shard or None, adapter=adapter)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     if json_file is not None:
         write_json(json_file, {"folder": str(out), "files": files})

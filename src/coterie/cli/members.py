@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from coterie.config import FederationConfig
 from coterie.federation.identity import Member, members_of
 
@@ -19,3 +21,16 @@ def placement_hash(config: FederationConfig) -> str:
 
     model = build_model(config.model, meta=True)
     return Placement.of_spec(config.placement, list(config.parties), model).content_hash()
+
+
+def weights_of(folder: Path | None) -> dict[str, str]:
+    """SHA-256 of every file of a split model, by name, for the roster; every file that is there is read.
+
+    Raises:
+        ModelError: ``folder`` is not what `coterie split` wrote, or a file in it changed since.
+    """
+    if folder is None:
+        return {}
+    from coterie.models.shards import check_digests
+
+    return {name: str(entry["sha256"]) for name, entry in check_digests(folder)["files"].items()}

@@ -18,6 +18,12 @@ def command(
     ca_only: Annotated[
         bool, typer.Option("--ca-only", help="Make the CA alone; every party then makes its own key.")
     ] = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="What `coterie split` wrote: members sign its digests, and start from it only."
+        ),
+    ] = None,
     days: Annotated[int, typer.Option(min=1, help="How long the certificates are valid.")] = 397,
     epoch: Annotated[int, typer.Option(min=0, help="Membership epoch of the roster.")] = 1,
     json_file: Annotated[
@@ -30,9 +36,10 @@ def command(
     use --ca-only, then `coterie request`, `approve` and `install`.
 
     Example:
-        coterie provision federation.yaml --out kits
+        coterie split --federation federation.yaml --out weights
+        coterie provision federation.yaml --weights weights --out kits
     """
-    from coterie.cli.members import members, placement_hash
+    from coterie.cli.members import members, placement_hash, weights_of
     from coterie.config import FederationConfig, load_yaml
     from coterie.federation.identity import fingerprint, new_authority
     from coterie.federation.kit import CA_FOLDER, load_authority, save_authority
@@ -53,6 +60,7 @@ def command(
         *(config.name, members(config), out),
         config_hash=config.content_hash(),
         placement_hash=placement_hash(config),
+        weights=weights_of(weights),
         membership_epoch=epoch,
         days=days,
     )
@@ -61,6 +69,8 @@ def command(
     table(["name", "role", "endpoint", "kit"], rows, title=f"{config.name}, roster v{epoch}, signed by all")
     say(f"CA fingerprint {shown}")
     say(f"roster hash    {roster.content_hash()}")
+    if weights is None:
+        say("starting weights are not in the roster; --weights DIR puts in what `coterie split` wrote")
     if json_file is not None:
         fingerprints = {e.name: e.cert_fingerprint for e in roster.parties}
         record = {"federation": config.name, "ca_fingerprint": shown, "roster_hash": roster.content_hash()}

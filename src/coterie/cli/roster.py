@@ -35,6 +35,12 @@ def command(
     certificates: Annotated[Path, typer.Option(help="make: folder with NAME.pem of every member.")] = Path(
         "approved"
     ),
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="make, sign: what `coterie split` wrote, whose digests the roster is to hold."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write; sign changes its file in place, others: roster.json.")
     ] = None,
@@ -50,8 +56,8 @@ def command(
     members compare by phone.
 
     Example:
-        coterie roster make federation.yaml --certificates approved --out roster.json
-        coterie roster sign roster.json --kit kit --federation federation.yaml
+        coterie roster make federation.yaml --certificates approved --weights weights --out roster.json
+        coterie roster sign roster.json --kit kit --federation federation.yaml --weights weights
         coterie roster join from-alder.json from-birch.json --out roster.json
         coterie roster verify roster.json --kit kit
         coterie roster show kit
@@ -63,7 +69,7 @@ def command(
         raise RosterError(f"`coterie roster {action}` takes one file, not {len(files)}.", code="roster-usage")
     first = files[0] / ROSTER_FILE if files[0].is_dir() else files[0]
     if action is Action.MAKE:
-        _save(_make(first, certificates, epoch), out or Path(ROSTER_FILE))
+        _save(_make(first, certificates, epoch, weights), out or Path(ROSTER_FILE))
     elif action is Action.JOIN:
         _save(rosters.join([rosters.read_roster(file) for file in files]), out or Path(ROSTER_FILE))
     elif action is Action.SIGN:
@@ -71,6 +77,8 @@ def command(
         given = rosters.read_roster(first)
         if federation is not None:
             _check_agreed(given, federation)
+        if weights is not None:
+            _check_weights(given, weights)
         _save(rosters.sign(given, mine.key, mine.certificate), out or first)
         say(f"signed as {mine.name}")
     elif action is Action.VERIFY:
@@ -94,8 +102,8 @@ def _needed(kit: Path | None, action: Action) -> Path:
     return kit
 
 
-def _make(settings: Path, certificates: Path, epoch: int) -> Roster:
-    from coterie.cli.members import members, placement_hash
+def _make(settings: Path, certificates: Path, epoch: int, weights: Path | None) -> Roster:
+    from coterie.cli.members import members, placement_hash, weights_of
     from coterie.config import FederationConfig, load_yaml
     from coterie.federation.kit import load_certificate
     from coterie.federation.roster import draft
@@ -109,7 +117,20 @@ def _make(settings: Path, certificates: Path, epoch: int) -> Roster:
         *(config.name, epoch, members(config), found),
         config_hash=config.content_hash(),
         placement_hash=placement_hash(config),
+        weights=weights_of(weights),
     )
+
+
+def _check_weights(given: Roster, folder: Path) -> None:
+    from coterie.cli.members import weights_of
+
+    if weights_of(folder) != dict(given.weights):
+        raise RosterError(
+            f"The roster is not for the split model in {folder}; it was not signed.",
+            code="roster-other-weights",
+            why="your signature says that the run starts from exactly those files",
+            fix="ask who made the roster for the files and the manifest.json that it was made from",
+        )
 
 
 def _check_agreed(given: Roster, settings: Path) -> None:
@@ -159,5 +180,6 @@ def _show(roster: Roster) -> None:
     say(f"federation  {roster.federation}, membership epoch {roster.membership_epoch}")
     say(f"settings    {roster.config_hash}")
     say(f"placement   {roster.placement_hash}")
+    say(f"weights     {len(roster.weights)} files" if roster.weights else "weights     not recorded")
     say(f"roster hash {roster.content_hash()}")
     say("signatures are only listed here; `coterie roster verify` checks them")

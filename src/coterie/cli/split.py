@@ -41,7 +41,7 @@ def command(
     """Turn a checkpoint into a trunk file and one shard of experts per party.
 
     Reads and writes one decoder layer at a time, so the model need not fit in memory. Give every party the trunk,
-    the `model` folder and its own shard; manifest.json holds the SHA-256 of each file.
+    the `model` folder, its own shard, and manifest.json with the SHA-256 of each file.
 
     Example:
         coterie split ./olmoe --federation federation.yaml --out parts
@@ -75,7 +75,7 @@ def command(
         if name.endswith(".safetensors")
     ]
     table(["file", "size", "sha256"], rows, title=f"{manifest['model_class']} in {out}")
-    say(f"Give each party the trunk, the folder {out / 'model'} and its own shard.")
+    say(f"Give each party the trunk, the folder {out / 'model'}, manifest.json and its own shard.")
 
 
 def _plan(

@@ -203,7 +203,8 @@ class Folder:
 
     def provision(self, arm: Arm) -> Command:
         """Make keys, certificates and the signed roster."""
-        arguments = ("provision", f"{arm.name}/federation.yaml", "--out", f"{arm.name}/kits")
+        weights = ("--weights", f"{arm.name}/weights")
+        arguments = ("provision", f"{arm.name}/federation.yaml", *weights, "--out", f"{arm.name}/kits")
         return self._command("provision", *arguments, log=f"{arm.name}-provision")
 
     def coordinator(self, arm: Arm) -> Command:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +20,7 @@ def provision(
     *,
     config_hash: str,
     placement_hash: str,
+    weights: Mapping[str, str] | None = None,
     membership_epoch: int = 1,
     days: float = CERT_DAYS,
 ) -> Roster:
@@ -36,7 +37,10 @@ def provision(
     keys = {member.name: new_key() for member in members}
     certificates = {m.name: authority.issue(m, keys[m.name].public_key(), days=days) for m in members}
     roster = draft(
-        federation, membership_epoch, members, certificates, config_hash=config_hash, placement_hash=placement_hash
+        *(federation, membership_epoch, members, certificates),
+        config_hash=config_hash,
+        placement_hash=placement_hash,
+        weights=weights,
     )
     for name, key in keys.items():
         roster = sign(roster, key, certificates[name])

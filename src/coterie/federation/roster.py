@@ -63,6 +63,8 @@ class Roster:
     Args:
         parties: all members in roster order, the coordinator first if there is one; of two members the later dials.
         config_hash: hash of federation.yaml. placement_hash: hash of which party hosts which expert.
+        weights: SHA-256 of every file of the split model that the run starts from, by name; empty where the roster
+            was made without them.
         membership_epoch: roster period, counted from 1; joins and leaves begin a new one.
     """
 
@@ -71,6 +73,7 @@ class Roster:
     parties: tuple[RosterEntry, ...]
     config_hash: str
     placement_hash: str
+    weights: Mapping[str, str] = field(default_factory=dict)
     signatures: Mapping[str, Signature] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ class Roster:
             ],
             "config_hash": self.config_hash,
             "placement_hash": self.placement_hash,
+            **({"weights": dict(self.weights)} if self.weights else {}),
         }
 
     def content_hash(self) -> str:
@@ -164,6 +168,7 @@ def draft(
     *,
     config_hash: str,
     placement_hash: str,
+    weights: Mapping[str, str] | None = None,
 ) -> Roster:
     """An unsigned roster.
 
@@ -184,7 +189,7 @@ def draft(
                 f"The certificate given for {member.name} was issued for {'/'.join(issued_for)}.", code="roster-role"
             )
         entries.append(RosterEntry(member.name, member.role, member.endpoint, identity.fingerprint(certificate)))
-    return Roster(federation, membership_epoch, tuple(entries), config_hash, placement_hash)
+    return Roster(federation, membership_epoch, tuple(entries), config_hash, placement_hash, dict(weights or {}))
 
 
 def sign(roster: Roster, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Roster:
@@ -315,7 +320,9 @@ def _exactly(values: Any, keys: set[str]) -> Mapping[str, Any]:
 
 
 def _parse(content: Any, signed: Any) -> Roster:
-    content = _exactly(content, {"federation", "membership_epoch", "parties", "config_hash", "placement_hash"})
+    keys = {"federation", "membership_epoch", "parties", "config_hash", "placement_hash"}
+    weights = content.get("weights", {}) if isinstance(content, dict) else {}
+    content = _exactly(content, keys | {"weights"} if weights else keys)
     epoch = content["membership_epoch"]
     if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < 1 << 32:
         raise ValueError("`membership_epoch` is not a number from 0 to 2^32 - 1")
@@ -335,12 +342,15 @@ def _parse(content: Any, signed: Any) -> Roster:
         if not _HASH.fullmatch(_text(item, "signed_hash")):
             raise ValueError("`signed_hash` is not a SHA-256")
         signatures[name] = Signature(_text(item, "certificate"), item["signed_hash"], _text(item, "signature"))
+    if not isinstance(weights, dict) or not all(_HASH.fullmatch(_text(weights, name)) for name in weights):
+        raise ValueError("`weights` is not a table of SHA-256")
     return Roster(
         _text(content, "federation"),
         epoch,
         tuple(entries),
         _text(content, "config_hash"),
         _text(content, "placement_hash"),
+        weights,
         signatures,
     )
 

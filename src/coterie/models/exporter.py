@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,38 +19,68 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
+from coterie.models.adapted import AdaptedModel
 from coterie.models.build import build_model, check_keys
+from coterie.models.origins import Origin, check_content, tensor_line
 from coterie.models.seam import ExpertLayer, expert_layers
-from coterie.models.shards import MODEL_FOLDER, TRUNK_FILE, expert_key, parse_expert_key, stored_shapes
+from coterie.models.shards import (
+    MODEL_FOLDER,
+    TRUNK_FILE,
+    check_digests,
+    expert_key,
+    file_digest,
+    parse_expert_key,
+    stored_shapes,
+)
 from coterie.models.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
-from coterie.models.stream import layer_group
+from coterie.models.stream import layer_group, stream_checkpoint
 
 
-def export(folder: Path, out: Path, *, trunk: Path | None = None, shards: Sequence[Path] | None = None) -> Path:
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    trunk: Path | None = None,
+    shards: Sequence[Path] | None = None,
+    adapter: bool = False,
+) -> Path:
     """Write ``out``, a folder that ``from_pretrained`` loads, equal to the model that was split (or trained since).
+
+    Adapters that were trained are merged into the weights they change.
 
     Args:
         folder: as `splitter.split` wrote it; its ``model`` subfolder says what the model is.
         out: a folder that does not exist yet, or is empty. It appears whole or not at all.
         trunk: default ``folder``'s own.
         shards: of all parties, in any order; default ``folder``'s own.
+        adapter: write the trained adapters alone, for peft, instead of the whole model; needs no shards.
 
     Raises:
-        ModelError: a tensor is missing, there twice, unknown or of another shape.
+        ModelError: a tensor is missing, there twice, unknown or of another shape; a file was changed after it was
+            written, or the files are not all of one run and round; or what was written does not read back.
     """
     check_vacant(out)
     trunk = trunk or folder / TRUNK_FILE
     shards = sorted(folder.glob("experts-*.safetensors")) if shards is None else list(shards)
     model = build_model(split_spec(folder), meta=True)
-    pieces = _Pieces.of(model, trunk, shards)
+    origin = _one_origin(folder, [trunk] if adapter else [trunk, *shards])
+    if adapter and origin.lora is None:
+        raise ModelError(
+            f"{trunk} holds no adapters: the weights themselves were trained.",
+            code="model-no-adapters",
+            fix="leave out --adapter to export the whole model",
+        )
     aside = out.with_name(out.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_weights(aside, model, pieces)
-        for path in sorted((folder / MODEL_FOLDER).iterdir()):
-            shutil.copyfile(path, aside / path.name)
-        write_config(model, aside)
+        # peft changes the model that it is given, so the adapters get one of their own.
+        base = build_model(split_spec(folder), meta=True)
+        adapted = None if origin.lora is None else AdaptedModel(base, origin.lora, trunk)
+        if adapter and adapted is not None:
+            adapted.save_adapter(aside)
+        else:
+            _write_whole(aside, folder, _Pieces.of(model, trunk, shards, adapted))
         if out.exists():
             out.rmdir()
         os.replace(aside, out)
@@ -58,6 +88,47 @@ def export(folder: Path, out: Path, *, trunk: Path | None = None, shards: Sequen
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return out
+
+
+def _one_origin(folder: Path, files: Sequence[Path]) -> Origin:
+    """Where all files come from, every byte of them checked.
+
+    Raises:
+        ModelError: they are not of one run and round, or one is of another split than ``folder``.
+    """
+    origins = {path: check_content(path) for path in files}
+    first, *others = origins.items()
+    for path, origin in others:
+        if (origin.run, origin.round) != (first[1].run, first[1].round):
+            raise ModelError(
+                f"{first[0]} is of {first[1].words()}, and {path} of {origin.words()}.",
+                code="model-parts-mixed",
+                why="each is whole, but together they are a model that nobody trained",
+                fix="give the trunk and every party's shard of one round: run/checkpoints/round-.../ of each party",
+            )
+    if not first[1].run:
+        listed = {str(entry["sha256"]) for entry in check_digests(folder)["files"].values()}
+        strange = [path for path in files if file_digest(path) not in listed]
+        if strange:
+            raise ModelError(
+                f"{strange[0]} is of another split than {folder}.",
+                code="model-parts-mixed",
+                why="it may belong to another model of the same shape",
+                fix="give the folder that `coterie split` wrote it to",
+            )
+    return first[1]
+
+
+def _write_whole(out: Path, folder: Path, pieces: _Pieces) -> None:
+    written = _write_weights(out, pieces)
+    for path in sorted((folder / MODEL_FOLDER).iterdir()):
+        shutil.copyfile(path, out / path.name)
+    write_config(pieces.model, out)
+    spec = split_spec(folder)
+    for group in stream_checkpoint(out, build_model(spec, meta=True)):
+        for name, tensor in group.items():
+            if written.get(name, "") != tensor_line(name, tensor):
+                raise ModelError(f"`{name}` in {out} is not what was written.", code="model-saved-differs")
 
 
 def split_spec(folder: Path) -> ModelSpec:
@@ -80,18 +151,30 @@ def split_spec(folder: Path) -> ModelSpec:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Which file holds which tensor: trunk tensors by name, experts by key."""
+    """Which file holds which tensor: trunk tensors by name, experts by key.
 
+    Attributes:
+        model: on meta, without adapters.
+        trunk: the trunk's file; trunk_names: the model's name of each of its tensors, and its name in the file.
+        changes: what adapters add, by the name of the weight.
+    """
+
+    model: PreTrainedModel
     trunk: Path
-    trunk_names: tuple[str, ...]
+    trunk_names: dict[str, str]
     experts: dict[str, Path]
+    changes: Mapping[str, Callable[[], Tensor]]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, trunk: Path, shards: Sequence[Path]) -> _Pieces:
+    def of(cls, model: PreTrainedModel, trunk: Path, shards: Sequence[Path], adapted: AdaptedModel | None) -> _Pieces:
         """Read the headers and make sure that together they are exactly this model."""
-        found = stored_shapes(trunk)
+        stored = stored_shapes(trunk)
+        names = {name: name for name in stored}
+        if adapted is not None:
+            names = {name: kept for name, kept in adapted.stored.items() if kept in stored}
         tied = model.all_tied_weights_keys
-        found = {name: shape for name, shape in found.items() if not (name in tied and tied[name] in found)}
+        names = {name: kept for name, kept in names.items() if not (name in tied and tied[name] in names)}
+        found = {name: stored[kept] for name, kept in names.items()}
         _check_shapes(str(trunk), found, {name: shape for name, (_, shape) in trunk_shapes(model).items()})
         experts: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -109,7 +192,7 @@ class _Pieces:
         everything = {layer.index: range(layer.num_experts) for layer in expert_layers(model)}
         expected = {key: shape for key, (_, shape) in shard_shapes(model, everything).items()}
         _check_shapes("the set of shards", shapes, expected)
-        return cls(trunk, tuple(found), experts)
+        return cls(model, trunk, names, experts, adapted.changes if adapted is not None else {})
 
 
 def _check_shapes(where: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -118,30 +201,40 @@ def _check_shapes(where: str, found: dict[str, tuple[int, ...]], expected: dict[
     check_keys(where, set(missing), set(unexpected), other, code="model-bad-shard")
 
 
-def _write_weights(out: Path, model: PreTrainedModel, pieces: _Pieces) -> None:
-    """One safetensors file a decoder layer, with an index: what `save_pretrained` calls a sharded checkpoint."""
+def _write_weights(out: Path, pieces: _Pieces) -> dict[str, str]:
+    """One safetensors file a decoder layer, with an index: what `save_pretrained` calls a sharded checkpoint.
+
+    Returns:
+        `tensor_line` of every tensor, by its name in the model.
+    """
     names: dict[str, list[str]] = {}
-    layers = {layer.name: layer for layer in expert_layers(model)}
-    for name in sorted([*pieces.trunk_names, *(f"{layer}." for layer in layers)], key=dot_natural_key):
+    layers = {f"{layer.name}.": layer for layer in expert_layers(pieces.model)}
+    for name in sorted([*pieces.trunk_names, *layers], key=dot_natural_key):
         names.setdefault(layer_group(name), []).append(name)
     weight_map: dict[str, str] = {}
+    written: dict[str, str] = {}
     total = 0
     with ExitStack() as stack:
         trunk = stack.enter_context(safe_open(pieces.trunk, framework="pt"))
         for number, group in enumerate(names.values(), start=1):
             tensors: dict[str, Tensor] = {}
             for name in group:
-                if name.removesuffix(".") in layers and name.endswith("."):
-                    tensors |= _stack_experts(layers[name.removesuffix(".")], pieces.experts)
+                if name in layers:
+                    tensors |= _stack_experts(layers[name], pieces.experts)
                 else:
-                    tensors[name] = trunk.get_tensor(name)
+                    tensors[name] = trunk.get_tensor(pieces.trunk_names[name])
+            for name in tensors.keys() & pieces.changes.keys():
+                tensors[name] = (tensors[name].float() + pieces.changes[name]()).to(tensors[name].dtype)
+            written |= {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
             file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
-            saved = {key: tensor.contiguous() for key, tensor in revert_weight_conversion(model, tensors).items()}
+            reverted = revert_weight_conversion(pieces.model, tensors)
+            saved = {key: tensor.contiguous() for key, tensor in reverted.items()}
             save_file(saved, out / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(saved, file)
             total += sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return written
 
 
 def _stack_experts(layer: ExpertLayer, where: dict[str, Path]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coterie.errors import ModelError
+from coterie.models.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
 
 TRUNK_FILE = "trunk.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -71,8 +72,12 @@ def parse_expert_key(key: str) -> tuple[int, int, str]:
     return int(match[1]), int(match[2]), match[3]
 
 
+_UNKNOWN = "~" * 64
+"""Stands where the digest of the content will, which is known when all tensors are written."""
+
+
 class TensorFileWriter:
-    """A safetensors file filled tensor by tensor, in any order, so that only the tensor in hand is in memory.
+    """A safetensors file of a split model, filled a tensor at a time, in any order, with only that one in memory.
 
     Written aside and renamed by `close`; leaving the ``with`` block on an error removes it.
 
@@ -87,7 +92,8 @@ class TensorFileWriter:
         self._aside = path.with_name(path.name + ".part")
         self._offsets: dict[str, int] = {}
         self._open: set[str] = set(shapes)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._lines: dict[str, str] = {}
+        header: dict[str, object] = {"__metadata__": Origin("", 0, _UNKNOWN).metadata()}
         end = 0
         # Widest types first, so that every tensor starts at a multiple of its item size, as readers assume.
         for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
@@ -98,6 +104,7 @@ class TensorFileWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._body = 8 + len(text)
+        self._content = 8 + text.index(_UNKNOWN.encode())
         self._file: BinaryIO = self._aside.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
         self._file.truncate(self._body + end)
@@ -119,21 +126,18 @@ class TensorFileWriter:
         assert (tensor.dtype, tuple(tensor.shape)) == self._shapes[name], name
         self._file.seek(self._body + self._offsets[name])
         self._file.write(tensor_bytes(tensor))
+        self._lines[name] = tensor_line(name, tensor)
         self._open.discard(name)
 
     def close(self) -> None:
         """Sync and rename. Every announced tensor must have been written."""
         assert not self._open, sorted(self._open)
+        self._file.seek(self._content)
+        self._file.write(digest_of_lines(self._lines.values()).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._aside, self.path)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw little-endian bytes of a CPU tensor; no copy when it is contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def file_digest(path: Path) -> str:
@@ -152,7 +156,7 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -164,21 +168,10 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
     try:
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> ModelError:
-    if not path.exists():
-        return ModelError(f"There is no file {path}.", code="model-no-file", fix="make it with `coterie split`")
-    return ModelError(
-        f"{path} is not a whole safetensors file: {error}.",
-        code="model-torn-file",
-        why="a part of the weights would be missing or wrong",
-        fix="copy it again and compare its SHA-256 with the one in manifest.json",
-    )
-
-
-def check_digests(folder: Path) -> dict[str, object]:
+def check_digests(folder: Path) -> dict[str, Any]:
     """Read a split's manifest and compare every file that is present with its digest.
 
     Returns:
@@ -189,8 +182,8 @@ def check_digests(folder: Path) -> dict[str, object]:
     """
     path = folder / MANIFEST_FILE
     try:
-        manifest: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-        files: dict[str, dict[str, object]] = manifest["files"]  # type: ignore[assignment]
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = manifest["files"]
         differing = [
             name
             for name, entry in files.items()

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models.build import build_model, quantized_error
+from coterie.models.origins import tensor_bytes
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.shards import (
@@ -34,7 +35,6 @@ from coterie.models.shards import (
     expert_key,
     file_digest,
     shard_file,
-    tensor_bytes,
 )
 from coterie.models.stream import stream_checkpoint, tensor_dtypes
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coterie.errors import CheckpointError
 from coterie.federation.files import writing
+from coterie.models.origins import save_tensors
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -58,13 +59,22 @@ class CheckpointStore:
         self.run = run
 
     def write(
-        self, round_index: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+        self,
+        round_index: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        run: str | None = None,
+        lora: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
         """Save after ``round_index`` finished rounds.
 
         Args:
             tensors: file stem (``weights``, ``optimizer``) to named tensors; written as ``{stem}.safetensors``.
             state: small values that JSON can hold.
+            run: name of the run that each file says it is of, where several members write parts of one; default: this
+                store's.
+            lora: settings of the adapters among the tensors.
 
         Raises:
             CheckpointError: the disk is full or broken; what was there before is kept.
@@ -73,7 +83,7 @@ class CheckpointStore:
         aside = final.with_name(final.name + ".part")
         try:
             with writing(final):
-                self._write(round_index, aside, tensors, state)
+                self._write(round_index, aside, tensors, state, run or self.run, lora)
         except CheckpointError:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
             raise
@@ -132,6 +142,8 @@ class CheckpointStore:
         aside: Path,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
+        run: str,
+        lora: Mapping[str, Any] | None,
     ) -> None:
         final = self._path(round_index)
         shutil.rmtree(aside, ignore_errors=True)
@@ -139,7 +151,7 @@ class CheckpointStore:
         files = {}
         for stem, named in tensors.items():
             path = aside / f"{stem}.safetensors"
-            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+            save_tensors(path, named, run, round_index, lora)
             _sync(path)
             files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
         manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}

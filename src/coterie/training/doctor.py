@@ -1,7 +1,7 @@
 """Whether a party could start: everything that can be checked before anybody else is there, and who can be reached.
 
-Each check is one finding, good or bad, and a bad one does not keep the others from being made. Nothing large is read
-and nothing is sent: files are looked at by their headers, endpoints by a TLS handshake.
+Each check is one finding, good or bad, and a bad one does not keep the others from being made. Nothing is sent: the
+starting weights are read through once, endpoints are tried by a TLS handshake.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from coterie.models.placement import Placement
 from coterie.models.shards import stored_shapes
 from coterie.models.splitter import trunk_shapes
 from coterie.training.data import read_documents
-from coterie.training.party import check_placement_signed, check_shard
+from coterie.training.party import check_placement_signed, check_shard, check_starting_weights
 
 SOON_DAYS = 30
 _CLOCK_SLACK = dt.timedelta(minutes=5)
@@ -86,6 +86,7 @@ class _Examination:
         yield self._try("placement", self._placement)
         yield self._try("trunk", self._trunk)
         yield self._try("shard", self._shard)
+        yield self._try("starting weights", self._weights)
         yield self._try("training text", lambda: self._text(self._config.data.train))
         yield self._try("held-out text", lambda: self._text(self._config.data.test))
         yield self._try("own endpoint", self._own_endpoint)
@@ -161,6 +162,14 @@ class _Examination:
         check_shard(self._config.shard, placement, self._config.party)
         hosted = sum(len(experts) for experts in placement.hosted(self._config.party).values())
         return f"{self._config.shard.name} holds this party's {hosted} experts"
+
+    def _weights(self) -> Finding | str:
+        roster = self._identified()[1]
+        found = check_starting_weights(self._config, roster)
+        if roster.weights:
+            return found
+        fix = "make the next roster with --weights DIR, the folder that `coterie split` wrote"
+        return Finding("starting weights", "note", f"{found}; the roster does not name them", fix, "weights-unsigned")
 
     def _text(self, files: tuple[Path, ...]) -> Finding | str:
         if not files:

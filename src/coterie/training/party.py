@@ -19,7 +19,7 @@ from coterie.config import (
 )
 from coterie.config.federation import party_privacy
 from coterie.dp.dataset import dataset_digest
-from coterie.errors import CheckpointError, PlacementError, RosterError
+from coterie.errors import CheckpointError, ModelError, PlacementError, RosterError
 from coterie.federation import reach
 from coterie.federation.coordinator_process import identify, transport_settings
 from coterie.federation.grpc_transport import GrpcTransport
@@ -27,9 +27,10 @@ from coterie.federation.identity import Role
 from coterie.federation.roster import Roster
 from coterie.models.build import torch_dtype
 from coterie.models.lora import attach_adapters
+from coterie.models.origins import check_content
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
-from coterie.models.shards import load_tensors, parse_expert_key, stored_shapes
+from coterie.models.shards import TRUNK_FILE, file_digest, load_tensors, parse_expert_key, shard_file, stored_shapes
 from coterie.training.after_private import check_after_private
 from coterie.training.data import Documents, read_documents
 from coterie.training.loop import use_checkpointing
@@ -123,6 +124,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     if roster is not None:
         check_placement_signed(placement, roster)
     check_shard(config.shard, placement, config.party)
+    check_starting_weights(config, roster)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(kept))
     first = trunk_tensors(adapted)
@@ -217,6 +219,38 @@ def check_shard(path: Path, placement: Placement, party: str) -> None:
         why="tokens would be sent to an expert that is not there",
         fix="take the shard that `coterie split` wrote for this party and this placement",
     )
+
+
+def check_starting_weights(config: PartyConfig, roster: Roster | None) -> str:
+    """Read trunk and shard, and make sure that they are whole, of one round, and what everybody signed.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        ModelError: a file was changed after it was written, the two do not belong together, or they are not those
+            whose digests are in the roster.
+    """
+    trunk, shard = check_content(config.trunk), check_content(config.shard)
+    if (trunk.run, trunk.round) != (shard.run, shard.round):
+        raise ModelError(
+            f"{config.trunk} is of {trunk.words()}, and {config.shard} of {shard.words()}.",
+            code="model-parts-mixed",
+            why="training would go on from a model that nobody trained",
+            fix="take both from one split, or from one round of one run",
+        )
+    agreed = roster.weights if roster is not None else {}
+    if not agreed:
+        return f"trunk and shard are whole, {trunk.words()}"
+    for path, name in ((config.trunk, TRUNK_FILE), (config.shard, shard_file(config.party))):
+        if file_digest(path) != agreed.get(name):
+            raise ModelError(
+                f"{path} is not the `{name}` whose digest is in the roster.",
+                code="weights-unsigned",
+                why="parties would start from different weights",
+                fix="copy it again from where `coterie split` wrote it, or sign a roster for these weights",
+            )
+    return f"trunk and shard are those of the roster, {trunk.words()}"
 
 
 def keep_settings(config: PartyConfig, federation: FederationConfig) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -76,17 +77,19 @@ class PartyStore:
                 found.append(saved)
         return tuple(found)
 
-    def save(self, round: int, parts: Parts) -> str:
+    def save(self, round: int, parts: Parts, lora: Mapping[str, Any] | None = None) -> str:
         """Write a checkpoint so that it survives a crash, and let old ones go, stale ones first.
 
         Args:
             parts: file stem to named tensors.
+            lora: settings of the adapters among them.
 
         Returns:
             The digest of its manifest, and so of everything in it.
         """
         store = self._store()
-        digest = store.write(round, parts, {"party": self._party, "agreement": self._agreement}).digest
+        state = {"party": self._party, "agreement": self._agreement}
+        digest = store.write(round, parts, state, run=self.run, lora=lora).digest
         for left in self._stale - {round}:
             store.remove(left)
         self._stale.clear()

@@ -157,7 +157,8 @@ class PartyWork(ABC):
             "hosted": {name: value for name, value in hosted.items() if not _EXPERT.fullmatch(name)},
         }
         apart = {stem: {name: _own(value) for name, value in named.items()} for stem, named in tensors.items()}
-        return self._store.save(told.round, apart)
+        lora = self.parts.federation.lora
+        return self._store.save(told.round, apart, lora.model_dump(mode="json") if lora is not None else None)
 
     def close(self) -> None:
         """Finish the figures and whatever runs beside."""

@@ -1,0 +1,141 @@
+"""What a federation with adapters trained can be used: merged into one model, or as an adapter for plain peft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from coterie.cli.app import main
+from coterie.config import FederationConfig, LoraSpec, PartyConfig
+from coterie.errors import ModelError
+from coterie.models.build import build_model
+from coterie.models.exporter import export
+from coterie.models.lora import attach_adapters
+from coterie.models.placement import Placement
+from coterie.models.seam import expert_layers
+from coterie.models.shards import load_tensors
+from coterie.models.splitter import split
+from coterie.models.tiny import tiny_model
+from coterie.training.in_process import run_in_process
+from coterie.training.party import prepare_party
+from federation_tools import PARTIES, settings
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A federation's folder after its last round."""
+
+    folder: Path
+    base: Path
+    config: FederationConfig
+
+    @property
+    def split(self) -> Path:
+        return self.folder / "split"
+
+    def part(self, party: str, stem: str, round: int = 2) -> Path:
+        return self.folder / party / "checkpoints" / f"round-{round:08d}" / f"{stem}.safetensors"
+
+    @property
+    def shards(self) -> list[Path]:
+        return [self.part(name, "experts") for name in PARTIES]
+
+    def reference(self) -> nn.Module:
+        """The starting model with alder's adapters, computed by peft alone."""
+        assert self.config.lora is not None
+        model = attach_adapters(AutoModelForCausalLM.from_pretrained(self.base), self.config.lora, seed=5)
+        trained = {key: value for key, value in load_tensors(self.part("alder", "trunk")).items() if "lora_" in key}
+        missing = {name for name, p in model.named_parameters() if p.requires_grad} ^ trained.keys()
+        assert not missing
+        model.load_state_dict(trained, strict=False)
+        return model.eval()
+
+
+def trained(family: str, folder: Path, **changes: object) -> Trained:
+    base = folder / "base"
+    tiny_model(family, vocab_size=300).save_pretrained(base)
+    lora = LoraSpec(rank=2, alpha=4.0, modules=("q_proj", "o_proj"))
+    config = settings(
+        exchange="experts", privacy="none", model={"path": str(base)}, lora=lora.model_dump(),
+        train__rounds=2, train__checkpoint_every=1, optim__lr=0.05, **changes,
+    )  # fmt: skip
+    model = build_model(config.model, meta=True)
+    split(config.model, Placement.of_spec(config.placement, list(PARTIES), model), folder / "split")
+    (folder / "text.txt").write_text("the river and the stone, wind and rain\n" * 30)
+    tokenizer = {"train": {"files": [str(folder / "text.txt")], "vocab_size": 260}}
+    parts = []
+    for name in PARTIES:
+        party = PartyConfig.model_validate(
+            {
+                "party": name, "federation": "federation.yaml", "kit": "kit", "run_dir": str(folder / name),
+                "data": {"train": str(folder / "text.txt"), "sequence_length": 16, "tokenizer": tokenizer},
+                "trunk": str(folder / "split" / "trunk.safetensors"),
+                "shard": str(folder / "split" / f"experts-{name}.safetensors"),
+            }
+        )  # fmt: skip
+        parts.append(prepare_party(party, config))
+    run_in_process(config, parts, folder / "coordinator")
+    return Trained(folder, base, config)
+
+
+@pytest.fixture(scope="module", params=["olmoe", "gpt_oss"])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Experts stored one way (olmoe) and transposed, with biases (gpt_oss)."""
+    return trained(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@torch.inference_mode()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def test_merged_weights_equal_pefts_own_merge(done: Trained, tmp_path: Path) -> None:
+    export(done.split, tmp_path / "merged", trunk=done.part("alder", "trunk"), shards=done.shards)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    reference = done.reference()
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(done.base)), logits(reference), atol=1e-3)
+    assert torch.allclose(logits(merged), logits(reference), atol=1e-4)
+    expected = reference.merge_and_unload().state_dict()  # type: ignore[operator]
+    for name, value in merged.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+
+
+def test_the_adapter_loads_in_plain_peft(done: Trained, tmp_path: Path) -> None:
+    trunk = str(done.part("alder", "trunk"))
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(done.split), "--trunk", trunk, "--adapter", "--out", str(tmp_path / "adapter")])
+    assert not end.value.code
+    base = AutoModelForCausalLM.from_pretrained(done.base)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.allclose(logits(loaded), logits(done.reference()), atol=1e-5)
+    size = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
+    assert size < 0.5 * done.part("alder", "trunk").stat().st_size + 200_000
+
+
+def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, tmp_path: Path) -> None:
+    earlier = [done.part(name, "experts", round=1) for name in PARTIES]
+    with pytest.raises(ModelError) as caught:
+        export(done.split, tmp_path / "merged", trunk=done.part("alder", "trunk"), shards=earlier)
+    assert caught.value.code == "model-parts-mixed"
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_without_adapters_has_none_to_export(tmp_path: Path) -> None:
+    tiny_model("olmoe").save_pretrained(tmp_path / "base")
+    model = build_model(settings(model={"path": str(tmp_path / "base")}).model)
+    counts = [layer.num_experts for layer in expert_layers(model)]
+    split(
+        settings(model={"path": str(tmp_path / "base")}).model, Placement.round_robin(["a"], counts), tmp_path / "s"
+    )
+    with pytest.raises(ModelError) as caught:
+        export(tmp_path / "s", tmp_path / "adapter", adapter=True)
+    assert caught.value.code == "model-no-adapters"
