@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,6 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ),
         (("family: olmoe", "config: {}"), "exactly one of `path`, `hub`, `family` (found: none)"),
         (("family: olmoe", "family: olmoe\n  revision: main"), "`revision` belongs to `hub`"),
-        (("tokenizer: {train: {files: [public.txt]}}", "tokenizer: model"), "brings no tokenizer"),
         (("tokenizer: {train: {files: [public.txt]}}", "sequence_length: 1"), "greater than or equal to 2 (got 1)"),
         (("tokenizer: {train: {files: [public.txt]}}", "packing: pages"), "'chunks', 'records' or 'documents'"),
         (("rounds: 10", "rounds: ten"), "must be a whole number"),
@@ -312,3 +312,77 @@ def test_every_setting_has_a_description_and_refuses_unknown_keys(root: type[Spe
 def test_the_reference_page_is_current() -> None:
     script = Path(__file__).parent.parent / "docs" / "generate_reference.py"
     subprocess.run([sys.executable, str(script), "--check", "config"], check=True)
+
+
+def written(folder: Path, more: str, name: str = "train.yaml") -> Path:
+    path = folder / name
+    path.write_text(TRAIN + more)
+    return path
+
+
+def test_merge_keys_bring_settings_that_the_block_itself_may_replace(tmp_path: Path):
+    text = TRAIN.replace("  rounds: 10\n", "  <<: [{rounds: 3, seed: 5}, {rounds: 4, batch_size: 7}]\n  rounds: 10\n")
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    train = load_yaml(path, TrainConfig).train
+    assert (train.rounds, train.seed, train.batch_size) == (10, 5, 7)
+    path.write_text(TRAIN + "optim: &o {lr: 1e-3}\n")
+    assert load_yaml(path, TrainConfig).optim.lr == 1e-3
+    path.write_text(TRAIN.replace("  rounds: 10\n", "  <<: {rouns: 3}\n  rounds: 10\n"))
+    with pytest.raises(ConfigError, match="rouns") as caught:
+        load_yaml(path, TrainConfig)
+    assert caught.value.where == "train.yaml:7, section train"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("more: &a [*a]\n", "refers to itself"),
+        ("more: &a {b: {c: *a}}\n", "refers to itself"),
+        ("more: &a\n  <<: *a\n", "refers to itself"),
+        ("more: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+        ("more: " + "{a: " * 3000 + "1" + "}" * 3000 + "\n", "nested too deeply"),
+        ("more: " + "- " * 3000 + "1\n", "not valid YAML"),
+        (
+            "a: &a [x]\n" + "".join(f"{k}: &{k} [{', '.join(['*' + chr(ord(k) - 1)] * 10)}]\n" for k in "bcdefgh"),
+            "100,000",
+        ),
+        ("? [a, b]\n: 1\n", "not valid YAML"),
+        ("? {a: b}\n: 1\n", "not valid YAML"),
+        ("more: !!python/object/apply:os.system [x]\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_never_ends_is_refused_in_a_sentence(tmp_path: Path, more: str, words: str):
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(written(tmp_path, more), TrainConfig)
+    assert words in str(caught.value)
+
+
+def test_paths_count_from_the_folder_that_was_named(tmp_path: Path):
+    for version in ("v1", "v2"):
+        (tmp_path / "etc" / version / "deep").mkdir(parents=True)
+        written(tmp_path / "etc" / version / "deep", "")
+    link = tmp_path / "etc" / "train.yaml"
+    link.symlink_to("v1/deep/train.yaml")
+    linked_folder = tmp_path / "conf"
+    linked_folder.symlink_to("etc/v2/deep")
+    assert load_yaml(link, TrainConfig).run_dir == tmp_path / "etc" / "run"
+    assert load_yaml(linked_folder / "train.yaml", TrainConfig).run_dir == linked_folder / "run"
+
+
+def test_a_folder_whose_name_is_not_utf8_is_one_sentence(tmp_path: Path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(written(folder, ""), TrainConfig)
+    assert caught.value.code == "config-path"
+    str(caught.value).encode("utf-8")
+
+
+def test_a_home_that_does_not_exist_is_said_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    path = tmp_path / "train.yaml"
+    path.write_text(TRAIN.replace("run_dir: run", "run_dir: ~/run"))
+    with pytest.raises(ConfigError, match="`~` stands for the home folder"):
+        load_yaml(path, TrainConfig)

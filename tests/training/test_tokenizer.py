@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from coterie.config import DataSpec, ModelSpec
-from coterie.errors import DataError
+from coterie.config import DataSpec, ModelSpec, TokenizerSpec
+from coterie.errors import ConfigError, DataError
 from coterie.training.data import Documents
 from coterie.training.tokenizer import encode, get_tokenizer, load_tokenizer_from, tokenize, train_tokenizer
 
@@ -82,3 +82,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json holds no tokenizer"):
         load_tokenizer_from(tmp_path / "tokenizer.json")
+
+
+def test_a_family_without_a_named_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="which brings no tokenizer"):
+        get_tokenizer(TokenizerSpec(), ModelSpec(family="olmoe"), DataSpec(train=(tmp_path / "a.txt",)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import typing
 from collections.abc import Hashable, Iterator
@@ -20,15 +21,21 @@ from coterie.errors import ConfigError
 SpecT = TypeVar("SpecT", bound=Spec)
 KeyPath = tuple[str | int, ...]
 
+_MOST_KEYS = 100_000
+"""Keys and list items that a settings file may have, aliases written out."""
+
 
 def load_yaml(path: str | Path, model: type[SpecT]) -> SpecT:
-    """Read a YAML file into ``model``. Relative paths in it start from the file's folder.
+    """Read a YAML file into ``model``. Relative paths in it start from the folder in which the file was named.
+
+    Where the file is a link, that is the link's folder, not the one of the file behind it, which may change its name.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has settings that do not fit; one error lists them all,
+        ConfigError: the file is missing, is not YAML, lies in a folder whose name is not UTF-8, or has settings that do not fit; one error lists them all,
             each with its line, the allowed keys where one is unknown, and a guess at what was meant.
     """
     path = Path(path)
+    _check_name(path)
     if not path.is_file():
         raise ConfigError(
             f"There is no settings file {path}.",
@@ -37,9 +44,22 @@ def load_yaml(path: str | Path, model: type[SpecT]) -> SpecT:
         )
     data, lines = _parse(path)
     try:
-        return model.model_validate(data, context={BASE_FOLDER: path.resolve().parent})
+        return model.model_validate(data, context={BASE_FOLDER: path.absolute().parent})
     except ValidationError as error:
         raise _report(path, model, data, lines, error) from None
+
+
+def _check_name(path: Path) -> None:
+    """Names that are not UTF-8 can be neither written into settings nor handed to the libraries that read weights."""
+    whole = os.fsencode(path.absolute())
+    try:
+        whole.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"The name {whole.decode('utf-8', 'backslashreplace')} is not UTF-8.",
+            code="config-path",
+            fix="rename the file or folder, or work in another one",
+        ) from None
 
 
 def dump_yaml(path: str | Path, spec: Spec) -> None:
@@ -81,8 +101,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
                     code="config-empty",
                     fix="write `key: value` lines; docs/reference/config.md lists them",
                 )
-            for key_path, line in _key_lines(loader, node, ()):
-                if key_path in lines:
+            for key_path, line, merged in _key_lines(loader, node, (), False, ()):
+                if key_path in lines and not merged:
                     raise ConfigError(
                         f"`{_dotted(key_path)}` is set twice.",
                         code="config-duplicate-key",
@@ -90,12 +110,26 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
                         why="only one of the two would count",
                         fix="remove one",
                     )
-                lines[key_path] = line
+                lines.setdefault(key_path, line)
+                if len(lines) > _MOST_KEYS:
+                    raise ConfigError(
+                        f"{path} has more than {_MOST_KEYS:,} settings, counting repeated aliases.",
+                        code="config-yaml",
+                        fix="write out what is meant; aliases of aliases grow without bound",
+                    )
             return loader.construct_document(node), lines
         finally:
             loader.dispose()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text.", code="config-yaml", where=f"byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", code="config-yaml") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{path} is nested too deeply.",
+            code="config-yaml",
+            fix="settings have a few levels; look for brackets or indentation that never close",
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(
@@ -106,19 +140,37 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         ) from None
 
 
-def _key_lines(loader: _Loader, node: yaml.Node, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+def _key_lines(
+    loader: _Loader, node: yaml.Node, prefix: KeyPath, merged: bool, above: tuple[yaml.Node, ...]
+) -> Iterator[tuple[KeyPath, int, bool]]:
+    """Every key with its line, and whether it came by a merge key (``<<``), whose settings others may replace."""
+    if any(node is outer for outer in above):
+        raise ConfigError(
+            f"`{_dotted(prefix)}` refers to itself.",
+            code="config-yaml",
+            where=f"line {node.start_mark.line + 1}",
+            fix="write out what is meant instead of the alias",
+        )
+    above = (*above, node)
     if isinstance(node, yaml.MappingNode):
+        later: list[yaml.Node] = []
         for key_node, value_node in node.value:
+            if key_node.tag.endswith(":merge"):
+                later += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                continue
             key = loader.construct_object(key_node, deep=True)
-            if key_node.tag.endswith(":merge") or not isinstance(key, Hashable):
+            if not isinstance(key, Hashable):
                 continue
             here = (*prefix, typing.cast("str | int", key))
-            yield here, key_node.start_mark.line + 1
-            yield from _key_lines(loader, value_node, here)
+            yield here, key_node.start_mark.line + 1, merged
+            yield from _key_lines(loader, value_node, here, merged, above)
+        for source in later:
+            yield from _key_lines(loader, source, prefix, True, above)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            yield (*prefix, index), item.start_mark.line + 1
-            yield from _key_lines(loader, item, (*prefix, index))
+            here = (*prefix, index)
+            yield here, item.start_mark.line + 1, merged
+            yield from _key_lines(loader, item, here, merged, above)
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,6 @@ class TrainConfig(Spec):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
-        tokenizer = self.data.tokenizer
-        if self.model.family is not None and tokenizer.path is None and tokenizer.train is None:
-            raise ValueError(
-                "a model given by `family` brings no tokenizer: set data.tokenizer to a path or a `train` block"
-            )
         if self.privacy is not None:
             problems = undeclared_artefacts(self.model, self.data)
             if self.data.packing == "documents":

@@ -255,33 +255,33 @@ def check_starting_weights(config: PartyConfig, roster: Roster | None) -> str:
 
 def keep_settings(config: PartyConfig, federation: FederationConfig) -> None:
     """Put both settings files into the run folder, with absolute paths: the run can be taken up from there."""
-    folder = config.run_dir.resolve()
+    folder = config.run_dir.absolute()
     dump_yaml(folder / FEDERATION_FILE, _absolute_model(federation))
     moved: dict[str, Any] = {"federation": folder / FEDERATION_FILE, "run_dir": folder}
-    moved |= {name: getattr(config, name).resolve() for name in ("kit", "trunk", "shard")}
+    moved |= {name: getattr(config, name).absolute() for name in ("kit", "trunk", "shard")}
     data = config.data
     files: dict[str, Any] = {
-        name: tuple(path.resolve() for path in getattr(data, name)) for name in ("train", "test")
+        name: tuple(path.absolute() for path in getattr(data, name)) for name in ("train", "test")
     }
     tokenizer = data.tokenizer
     if tokenizer.path is not None:
-        files["tokenizer"] = tokenizer.model_copy(update={"path": tokenizer.path.resolve()})
+        files["tokenizer"] = tokenizer.model_copy(update={"path": tokenizer.path.absolute()})
     elif tokenizer.train is not None:
-        public = tuple(path.resolve() for path in tokenizer.train.files)
+        public = tuple(path.absolute() for path in tokenizer.train.files)
         trained = tokenizer.train.model_copy(update={"files": public})
         files["tokenizer"] = tokenizer.model_copy(update={"train": trained})
     moved["data"] = data.model_copy(update=files)
     if isinstance(config.privacy, PartyPrivacy) and config.privacy.ledger is not None:
-        moved["privacy"] = config.privacy.model_copy(update={"ledger": config.privacy.ledger.resolve()})
+        moved["privacy"] = config.privacy.model_copy(update={"ledger": config.privacy.ledger.absolute()})
     if config.ledger is not None:
-        moved["ledger"] = config.ledger.resolve()
+        moved["ledger"] = config.ledger.absolute()
     dump_yaml(folder / PARTY_FILE, config.model_copy(update=moved))
 
 
 def _absolute_model(federation: FederationConfig) -> FederationConfig:
     if federation.model.path is None:
         return federation
-    model = federation.model.model_copy(update={"path": federation.model.path.resolve()})
+    model = federation.model.model_copy(update={"path": federation.model.path.absolute()})
     return federation.model_copy(update={"model": model})
 
 

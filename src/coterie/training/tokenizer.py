@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from coterie.config import DataSpec, ModelSpec, TokenizerSpec
-from coterie.errors import DataError
+from coterie.errors import ConfigError, DataError
 from coterie.training.data import Documents, read_documents
 from coterie.training.packing import Sequences, pack
 
@@ -41,8 +41,16 @@ def get_tokenizer(spec: TokenizerSpec, model: ModelSpec, data: DataSpec) -> PreT
     """The tokenizer that the settings name; a trained one is made now.
 
     Raises:
+        ConfigError: none is named, and the model is a family with random weights, which brings none.
         DataError: the path holds no tokenizer, or a public file cannot be read.
     """
+    if spec.train is None and spec.path is None and model.family is not None:
+        raise ConfigError(
+            f"The model is given by `family: {model.family}`, which brings no tokenizer.",
+            code="config-no-tokenizer",
+            where="data.tokenizer",
+            fix="set it to a path, or make one from public text with a `train` block",
+        )
     if spec.train is not None:
         public = data.model_copy(update={"format": None})
         return train_tokenizer(read_documents(spec.train.files, public).texts, spec.train.vocab_size)
