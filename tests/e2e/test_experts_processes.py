@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_federation import PARTIES, Processes, make_folder
 from test_federation import processes as processes
 
 from coterie.federation.run_folder import read_status
+from federation_processes import PARTIES, Processes, make_folder
 
 ROUNDS = 4
 RULES = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8}

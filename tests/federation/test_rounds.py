@@ -14,6 +14,7 @@ from coterie.federation.round_state import (
     Clock,
     Ending,
     History,
+    Move,
     Phase,
     Plan,
     Record,
@@ -22,7 +23,7 @@ from coterie.federation.round_state import (
     State,
     View,
 )
-from coterie.federation.rounds import advance, missing
+from coterie.federation.rounds import advance, wanting
 from coterie.federation.standing import Act, Standing, acts, after_act
 
 PARTIES = ("alder", "birch", "cedar")
@@ -57,7 +58,58 @@ def test_nothing_happens_before_everyone_is_there():
     assert advance(PLAN, state, History(), {}, AT_START) is None
     two = views(alder=Report("a", done=1, live=0), birch=Report("b", done=1, live=0))
     assert advance(PLAN, state, History(), two, AT_START) is None
-    assert missing(PLAN, state, two, AT_START) == ("cedar",)
+    assert wanting(PLAN, state, two, AT_START).missing == ("cedar",)
+
+
+def computing(now: float, **views_: View) -> Move | None:
+    """What is decided in compute of round 1 with these views, the others heard just now."""
+    state = State(seq=5, phase=Phase.COMPUTE, round=1, attempt=1)
+    here = {name: View(Report(name, live=0), now) for name in PARTIES}
+    return advance(PLAN, state, History(), {**here, **views_}, Clock(now, 0.0))
+
+
+def test_silent_party_without_a_connection_is_lost_long_before_one_that_is_only_busy():
+    """gRPC answers pings without Python: who is busy keeps its connection, who is frozen or cut off does not."""
+    quiet, now = PLAN.quiet_s, 100.0
+    assert quiet < PLAN.lease_s
+    heard = {"just in time": now - quiet + 0.1, "late": now - quiet - 0.1, "very late": now - PLAN.lease_s - 0.1}
+    report = Report("cedar", live=0)
+    for connected, lost in ((False, ("late", "very late")), (True, ("very late",))):
+        for name, at in heard.items():
+            move = computing(now, cedar=View(report, at, connected))
+            assert (move is not None) == (name in lost), (connected, name)
+            if move is not None:
+                assert (move.state.phase, move.state.note) == (Phase.GATHER, "lost cedar in compute of round 1")
+
+
+def test_line_between_two_parties_that_are_here_is_named_and_waited_for():
+    now = 100.0
+    cut = View(Report("birch", live=0, unreachable=("cedar",)), now)
+    move = computing(now, birch=cut)
+    assert move is not None
+    assert move.state.note == "no connection between birch and cedar in compute of round 1"
+    gathered = {name: View(Report(name, done=6, live=0), now) for name in PARTIES}
+    gathered["birch"] = View(Report("birch", done=6, live=0, unreachable=("cedar",)), now)
+    at = Clock(now, now - 1.0)
+    assert advance(PLAN, move.state, History(), gathered, at) is None
+    assert wanting(PLAN, move.state, gathered, at).cut == (("birch", "cedar"),)
+    ended = advance(PLAN, move.state, History(), gathered, Clock(now, now - PLAN.join_s - 1.0))
+    assert ended is not None
+    assert (ended.state.code, ended.state.ending) == ("round-link-cut", Ending.FAILED)
+    gathered["birch"] = View(Report("birch", done=6, live=0), now)
+    assert advance(PLAN, move.state, History(), gathered, at) is not None
+
+
+def test_party_that_is_gone_is_not_taken_for_a_line_that_is_cut():
+    """Both others say that they cannot reach it; nobody has heard of it either."""
+    now = 100.0
+    told = {name: View(Report(name, live=0, unreachable=("cedar",)), now) for name in ("alder", "birch")}
+    gone = View(Report("cedar", live=0), now - PLAN.quiet_s + 0.5, connected=False)
+    assert computing(now, cedar=gone, **told) is None
+    gone = View(Report("cedar", live=0), now - PLAN.quiet_s - 0.5, connected=False)
+    move = computing(now, cedar=gone, **told)
+    assert move is not None
+    assert move.state.note == "lost cedar in compute of round 1"
 
 
 def test_party_that_never_arrives_ends_the_run_and_is_named_with_the_deadline():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -58,12 +60,105 @@ def test_checkpoint_with_another_digest_than_the_published_one_is_refused(tmp_pa
     assert caught.value.code == "checkpoint-digest"
 
 
-def test_old_checkpoints_go_but_the_last_three_stay(tmp_path: Path):
+def rounds_of(one: PartyStore) -> list[int]:
+    return [saved.round for saved in one.held()]
+
+
+def test_old_checkpoints_go_once_the_next_one_is_published_and_the_last_two_stay(tmp_path: Path):
     one = store(tmp_path)
     one.adopt("run-1")
+    one.published(0)
     for round in (1, 2, 3, 4):
         one.save(round, parts(round))
-    assert [saved.round for saved in one.held()] == [2, 3, 4]
+        one.published(round - 1)  # a party lags behind: the others' newest is not published yet
+    assert rounds_of(one) == [2, 3, 4]
+    one.published(4)
+    assert rounds_of(one) == [3, 4]
+    one.published(4)
+    assert rounds_of(one) == [3, 4]
+
+
+def test_no_checkpoint_goes_before_the_next_is_published_however_many_are_written(tmp_path: Path):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    for round in range(2, 12):
+        one.save(round, parts(round))
+        one.published(2)
+    assert rounds_of(one) == list(range(2, 12))
+
+
+def test_new_process_does_not_know_what_was_published_before_and_keeps_all_until_the_next(tmp_path: Path):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    for round in (2, 4, 6):
+        one.save(round, parts(round))
+        one.published(round)
+    again = store(tmp_path)
+    again.published(6)
+    assert rounds_of(again) == [4, 6]
+    again.save(8, parts(8))
+    assert rounds_of(again) == [4, 6, 8]
+    again.published(8)
+    assert rounds_of(again) == [6, 8]
+
+
+@pytest.mark.parametrize("killed_at", range(8))
+def test_process_killed_while_one_goes_leaves_it_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+):
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+
+    def dying(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > killed_at:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    one = store(tmp_path)
+    one.adopt("run-1")
+    kept = Saved(2, one.save(2, parts(2)))
+    one.published(2)
+    one.save(4, parts(4))
+    with monkeypatch.context() as patched:
+        for name in ("unlink", "rmdir", "replace", "rename"):
+            patched.setattr(os, name, dying(getattr(os, name)))
+        try:
+            one.save(4, parts(4.5))  # the same round anew, as after a missed lease
+            one.published(4)
+            one.save(6, parts(6))
+            one.published(6)
+        except Killed:
+            pass
+    again = store(tmp_path)
+    for saved in again.held():
+        again.load(saved, ("trunk", "experts"))
+    assert kept in again.held() or rounds_of(again)[-2:] == [4, 6]
+
+
+def test_disk_that_cannot_be_read_now_is_not_taken_for_a_checkpoint_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    one = store(tmp_path)
+    one.adopt("run-1")
+    digest = one.save(2, parts(2))
+
+    def none_left(*arguments: object) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", none_left)
+        for look in (one.held, lambda: one.load(Saved(2, digest), ("trunk",))):
+            with pytest.raises(CheckpointError) as caught:
+                look()
+            assert caught.value.code == "checkpoint-read"
+    assert one.held() == (Saved(2, digest),)
 
 
 def test_folder_of_another_run_party_or_agreement_is_refused(tmp_path: Path):
@@ -95,7 +190,7 @@ def test_checkpoint_copied_from_another_party_is_not_offered(tmp_path: Path):
 
 
 def test_checkpoints_of_a_line_that_was_given_up_do_not_push_out_valid_ones(tmp_path: Path):
-    """After going back to round 2, rounds 20 and 30 must not count among the newest three that are kept."""
+    """After going back to round 2, rounds 20 and 30 must not count among those that are kept."""
     one = store(tmp_path)
     one.adopt("run-1")
     published = one.save(2, parts(2.0))
@@ -105,10 +200,14 @@ def test_checkpoints_of_a_line_that_was_given_up_do_not_push_out_valid_ones(tmp_
     again.load(Saved(2, published), ("trunk",))
     again.went_back_to(2)
     assert [saved.round for saved in again.held()] == [2, 20, 30]  # nothing is deleted before there is something new
+    again.published(2)
     again.save(4, parts(4.0))
-    assert [saved.round for saved in again.held()] == [2, 4]
+    assert rounds_of(again) == [2, 4, 20, 30]
+    again.published(4)
+    assert rounds_of(again) == [2, 4]
     again.save(6, parts(6.0))
-    assert [saved.round for saved in again.held()] == [2, 4, 6]
+    again.published(6)
+    assert rounds_of(again) == [4, 6]
 
 
 def test_rewritten_round_of_a_line_that_was_given_up_is_kept(tmp_path: Path):
@@ -118,6 +217,9 @@ def test_rewritten_round_of_a_line_that_was_given_up_is_kept(tmp_path: Path):
         one.save(round, parts(round))
     one.went_back_to(2)
     digest = one.save(4, parts(4.5))
-    assert one.held()[-1] == Saved(4, digest)
+    assert Saved(4, digest) in one.held()
+    one.published(2)
+    one.published(4)
+    assert rounds_of(one) == [2, 4]
     one.save(6, parts(6.5))
-    assert [saved.round for saved in one.held()] == [2, 4, 6]
+    assert rounds_of(one) == [2, 4, 6]

@@ -43,7 +43,9 @@ def command(
         config,
         kit or base / "kits" / "coordinator",
         folder,
-        lambda notice: lines.show(notice.state, notice.missing, notice.left_s, notice.refused),
+        lambda notice: lines.show(
+            notice.state, notice.missing, notice.left_s, notice.refused, cut=notice.cut, busy=notice.busy
+        ),
         listen,
     )
     say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from coterie.cli.output import Advance, progress
 
+SILENT_S = 3.5
+
 
 class Progressing(Protocol):
     """The fields of `federation.round_state.State` that are shown."""
@@ -39,6 +41,7 @@ class RoundLines:
         self._shown = 0
         self._said = ""
         self._remark = ""
+        self._silence_said = 0.0
 
     def __enter__(self) -> RoundLines:
         return self
@@ -56,17 +59,27 @@ class RoundLines:
         refused: Mapping[str, str] | None = None,
         spent: str = "",
         remark: str = "",
+        cut: Collection[tuple[str, str]] = (),
+        busy: Collection[str] = (),
     ) -> None:
-        """Tell what changed; ``spent`` stands beside each round, ``remark`` is said once."""
+        """Tell what changed; ``spent`` stands beside each round, ``remark`` is said once.
+
+        Args:
+            missing: parties that are not here. left_s: until the run ends for want of them.
+            cut: pairs of parties without a connection. busy: parties that have not done yet what was asked.
+        """
         if remark and remark != self._remark:
             self._remark = remark
             self._line(remark)
         for name, code in (refused or {}).items():
             self._say(f"{name} was turned away: {code}", key=f"{name}{code}")
-        if missing:
+        awaited = [*sorted(missing), *(f"a connection between {one} and {other}" for one, other in sorted(cut))]
+        if state.phase in ("gather", "restore"):
+            awaited += [f"{name} ({state.phase} of round {state.round})" for name in sorted(busy)]
+        if awaited:
             left = f", {left_s:.0f} s left" if left_s is not None else ""
             reason = f" ({state.note})" if state.note else ""
-            self._line(f"waiting for {', '.join(sorted(missing))}{left}{reason}")
+            self._line(f"waiting for {', '.join(awaited)}{left}{reason}")
         elif state.note and state.phase in ("gather", "restore", "end"):
             self._say(f"{state.note}" if state.phase != "restore" else f"restoring {state.note}", key=state.note)
         if state.committed < self._shown:
@@ -80,6 +93,16 @@ class RoundLines:
             again = f"attempt {state.attempt}" if state.phase == "step" and state.attempt > 1 else ""
             self._advance("  ".join(part for part in (spent, again) if part), steps=state.committed - self._shown)
             self._shown = state.committed
+
+    def silence(self, seconds: float) -> None:
+        """Tell a party's user when the coordinator has fallen silent, now and then how long, and when it is back."""
+        if seconds < SILENT_S:
+            if self._silence_said:
+                self._line("the coordinator is back")
+            self._silence_said = 0.0
+        elif seconds >= 2 * self._silence_said:
+            self._silence_said = seconds
+            self._line(f"waiting for the coordinator, which has been silent for {seconds:.0f} s")
 
     def _say(self, text: str, key: str) -> None:
         if key != self._said:

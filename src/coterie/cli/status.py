@@ -12,7 +12,7 @@ import typer
 from coterie.cli.output import say, table, write_json
 from coterie.cli.privacy_lines import revealed_so_far
 
-_NOTABLE_S = 5.0
+_NOTABLE_S = 3.5
 
 
 def command(
@@ -58,6 +58,8 @@ def show(status: Mapping[str, Any]) -> None:
         "checkpoint": status.get("checkpoint") or "none yet",
         "parties": ", ".join(status.get("parties", [])),
         "missing": ", ".join(status.get("missing", [])) or "nobody",
+        "no connection": ", ".join(f"{one} and {other}" for one, other in status.get("cut", [])),
+        "waiting for": ", ".join(status.get("waiting_for", [])),
         "going on without": ", ".join(status.get("absent", [])),
         "turned away": ", ".join(f"{name} ({code})" for name, code in status.get("refused", {}).items()),
         "last event": status.get("note"),

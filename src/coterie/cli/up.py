@@ -48,7 +48,8 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
     from coterie.training.party_run import Watch
 
     def show(directive: Directive) -> None:
-        lines.show(directive.state, directive.missing, spent=told["spent"], remark=told["remark"])
+        state, missing = directive.state, directive.missing
+        lines.show(state, missing, spent=told["spent"], remark=told["remark"], cut=directive.cut)
 
     def revealed(privacy: Mapping[str, Any] | None) -> None:
         told.update(spent=spent_note(privacy), remark=stopped_contributing(privacy))
@@ -58,7 +59,7 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
         log.error("%s: %s", error.code, error)
 
     told = {"spent": "", "remark": ""}
-    process = PartyProcess(config, Watch(show, tell, revealed), listen)
+    process = PartyProcess(config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s)), listen)
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)
     say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")

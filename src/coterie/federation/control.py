@@ -38,12 +38,14 @@ class Directive:
         run: random name of the run; checkpoints carry it.
         newest: rounds behind the newest published checkpoint; older ones may be removed.
         missing: who is being waited for.
+        cut: pairs of parties that have no connection to each other.
     """
 
     run: Token
     state: State
     newest: Count = 0
     missing: tuple[Name, ...] = ()
+    cut: tuple[tuple[Name, Name], ...] = ()
 
 
 @dataclass(frozen=True)

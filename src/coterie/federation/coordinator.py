@@ -15,8 +15,9 @@ from coterie.errors import CoterieError, TransportError
 from coterie.federation.control import Call, Directive, Refusal, decode, encode
 from coterie.federation.failures import run_failure
 from coterie.federation.journal import Journal
+from coterie.federation.own_time import OwnTime
 from coterie.federation.round_state import Clock, Ending, Move, Phase, Plan, Report, State, View
-from coterie.federation.rounds import advance, missing
+from coterie.federation.rounds import advance, wanting
 from coterie.federation.transport import Lane, Message, Transport
 
 _TICK_S = 0.2
@@ -29,6 +30,8 @@ class Notice:
     Attributes:
         state: the newest durable state.
         missing: parties that are waited for.
+        cut: pairs of parties that are here and have no connection to each other.
+        busy: parties that are here and have not done what was asked.
         refused: parties that were turned away, with the code.
         left_s: seconds until the run ends for want of a party; None while nobody is missing.
     """
@@ -37,6 +40,8 @@ class Notice:
     missing: tuple[str, ...]
     refused: dict[str, str]
     left_s: float | None = None
+    cut: tuple[tuple[str, str], ...] = ()
+    busy: tuple[str, ...] = ()
 
 
 class Coordinator:
@@ -67,7 +72,8 @@ class Coordinator:
         self._refused: dict[str, str] = {}
         self._stop = ""
         self._changed = threading.Condition()
-        self._entered = time.monotonic()
+        self._time = OwnTime()
+        self._entered = self._time.now()
 
     def stop(self, who: str = "the coordinator") -> None:
         """End the run after the round in progress, with a checkpoint."""
@@ -96,10 +102,12 @@ class Coordinator:
             state = notice.state
             if state.seq != told:
                 self._tell()
-            due = bool(notice.missing) and time.monotonic() - shown_at > self._notice_every_s
-            if due or shown != (state.seq, notice.missing, notice.refused):
+            waiting = notice.missing or notice.cut or notice.busy
+            due = bool(waiting) and time.monotonic() - shown_at > self._notice_every_s
+            news = (state.seq, notice.missing, notice.cut, notice.refused)
+            if due or shown != news:
                 self._notify(notice)
-                shown, shown_at = (state.seq, notice.missing, notice.refused), time.monotonic()
+                shown, shown_at = news, time.monotonic()
             told = state.seq
             if over:
                 break
@@ -128,7 +136,7 @@ class Coordinator:
                 note="taken up again",
             )
             self._journal.write(Move(again))
-        self._entered = time.monotonic()
+        self._entered = self._time.now()
 
     def _handle(self, peer: str, lane: Lane, message: Message) -> Message:
         call = decode(message, Call)
@@ -160,29 +168,38 @@ class Coordinator:
             self._retired.add(old.report.instance)
         elif old is not None and old.report.count > report.count:
             report = old.report  # it arrived late, but it still says that the party is alive
-        self._views[peer] = View(report, time.monotonic())
+        self._views[peer] = View(report, self._time.now())
         if report.stop:
             self.stop(peer)
 
     def _decide(self) -> None:
         """Write down and take up every decision that is due. Called with the lock held."""
         while True:
-            clock = Clock(time.monotonic(), self._entered)
-            move = advance(self._plan, self._journal.state, self._journal.history, self._views, clock, self._stop)
+            state, history = self._journal.state, self._journal.history
+            move = advance(self._plan, state, history, self._seen(), self._clock(), self._stop)
             if move is None:
                 return
             self._journal.write(move)
-            self._entered = time.monotonic()
+            self._entered = self._time.now()
+
+    def _clock(self) -> Clock:
+        return Clock(self._time.now(), self._entered)
+
+    def _seen(self) -> dict[str, View]:
+        connected = self._transport.connected()
+        return {name: replace(view, connected=name in connected) for name, view in self._views.items()}
 
     def _notice(self) -> Notice:
-        state, clock = self._journal.state, Clock(time.monotonic(), self._entered)
-        absent = missing(self._plan, state, self._views, clock) if state.phase is Phase.GATHER else ()
-        left = max(0.0, self._plan.join_s - (clock.now - clock.entered)) if absent else None
-        return Notice(state, absent, dict(self._refused), left)
+        state, clock = self._journal.state, self._clock()
+        wants = wanting(self._plan, state, self._seen(), clock)
+        left = max(0.0, self._plan.join_s - (clock.now - clock.entered)) if wants.missing or wants.cut else None
+        busy = wants.busy if clock.now - clock.entered > _TICK_S else ()
+        return Notice(state, wants.missing, dict(self._refused), left, wants.cut, busy)
 
     def _directive(self) -> Message:
         journal = self._journal
-        return encode(Directive(journal.run, journal.state, journal.history.newest, self._notice().missing))
+        notice = self._notice()
+        return encode(Directive(journal.run, journal.state, journal.history.newest, notice.missing, notice.cut))
 
     def _tell(self) -> None:
         """Say what is new to everybody connected; who misses it hears it in the answer to its next heartbeat."""
@@ -196,7 +213,7 @@ class Coordinator:
                     continue
 
     def _over(self, notice: Notice) -> bool:
-        state, now = notice.state, time.monotonic()
+        state, now = notice.state, self._time.now()
         if state.phase is not Phase.END:
             return False
         # A finished run is told to everybody, also to those that were started again afterwards.

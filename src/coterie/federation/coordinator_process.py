@@ -23,7 +23,8 @@ from coterie.federation.switchboard import Settings
 def plan_of(config: FederationConfig) -> Plan:
     """What federation.yaml says about rounds.
 
-    A party is lost after half the time it may keep another one waiting, but never before two seconds.
+    A party is lost after half the time it may keep another one waiting, but never before two seconds; one that has
+    no connection after four seconds at most.
     """
     return Plan(
         parties=tuple(config.parties),
@@ -44,8 +45,8 @@ def lease_s(config: FederationConfig) -> float:
 
 
 def heartbeat_s(config: FederationConfig) -> float:
-    """Time between a party's heartbeats: five in a lease, at most two seconds."""
-    return min(2.0, lease_s(config) / 5)
+    """Time between a party's heartbeats: five in a lease, at most half a second."""
+    return min(0.5, lease_s(config) / 5)
 
 
 def transport_settings(config: FederationConfig) -> Settings:
@@ -141,6 +142,8 @@ class CoordinatorProcess:
                     rounds=config.train.rounds,
                     parties=list(config.parties),
                     missing=list(notice.missing),
+                    cut=[list(pair) for pair in notice.cut],
+                    waiting_for=list(notice.busy),
                     refused=notice.refused,
                     checkpoint=journal.history.newest,
                     **status_of(notice.state),

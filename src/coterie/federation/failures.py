@@ -32,6 +32,15 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
                 why="a party that is alive but does not get on would hold up everybody for ever",
                 fix=f"see what that party is busy with, or allow more with `round_deadline_s`; {_AGAIN}",
             )
+        case "round-link-cut":
+            return RoundError(
+                f"the run ended at round {round}: {note}.",
+                code="round-link-cut",
+                where=where,
+                why="every party needs every other: each hosts a share of the experts",
+                fix="open the way between the two (firewall, routing, the endpoint in the roster; `coterie doctor` "
+                f"at both), or wait longer with `join_deadline_s`; {_AGAIN}",
+            )
         case "round-no-progress":
             return RoundError(
                 f"the run ended at round {round}: {note}.",

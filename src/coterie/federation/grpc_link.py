@@ -21,7 +21,7 @@ class GrpcLink(Link):
     Args:
         greeting: first message of the stream, sent before all frames.
         heartbeat: makes a heartbeat frame and counts it; called when nothing was sent for ``heartbeat_s``.
-        cut: ends the stream at once.
+        now: when it was made, by the clock that ``heard`` is kept by.
     """
 
     def __init__(
@@ -31,9 +31,10 @@ class GrpcLink(Link):
         greeting: bytes,
         heartbeat: Callable[[], Encoded],
         heartbeat_s: float,
+        now: float,
     ) -> None:
         self.peer, self.lane = peer, lane
-        self.heard = time.monotonic()
+        self.heard = now
         self.drained = threading.Event()
         self._greeting = greeting
         self._heartbeat, self._heartbeat_s = heartbeat, heartbeat_s

@@ -30,6 +30,7 @@ from coterie.federation.handshake import Hello, compare, decode_hello
 from coterie.federation.identity import Role
 from coterie.federation.kit import Kit
 from coterie.federation.newcomers import Newcomers
+from coterie.federation.own_time import OwnTime
 from coterie.federation.pace import Pace
 from coterie.federation.roster import Roster, RosterEntry, verify
 from coterie.federation.switchboard import ALL_LANES, Settings, Switchboard
@@ -50,12 +51,13 @@ def _options(settings: Settings, *, bulk: bool) -> list[tuple[str, int | str]]:
     The ping timeout is set beside the keepalive timeout: without it a frozen peer was noticed only after a minute,
     because that is its default when keepalive is on.
     """
-    ping_ms = int(settings.heartbeat_s * 2000) if bulk else int(min(settings.ping_s, settings.silence_s) * 1000)
+    patient = int(settings.heartbeat_s * 2000)
+    ping_ms = patient if bulk else min(patient, int(settings.ping_s * 1000))
     return [
         ("grpc.max_receive_message_length", CHUNK_BYTES + 1024),
         ("grpc.max_send_message_length", CHUNK_BYTES + 1024),
         ("grpc.http2.max_frame_size", 4 * CHUNK_BYTES),
-        ("grpc.keepalive_time_ms", ping_ms),
+        ("grpc.keepalive_time_ms", ping_ms if bulk else ping_ms // 2),
         ("grpc.keepalive_timeout_ms", ping_ms),
         ("grpc.http2.ping_timeout_ms", ping_ms),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -117,6 +119,7 @@ class GrpcTransport(Switchboard):
         self._listen = listen or self._entry.endpoint
         self._newcomers: Newcomers | None = None
         self._looked = 0.0
+        self._time = OwnTime()
         self._paces = {peer: Pace(time.monotonic()) for peer in self.peers}
         self._server: grpc.Server | None = None
         self._channels: list[grpc.Channel] = []
@@ -200,8 +203,9 @@ class GrpcTransport(Switchboard):
                 dialer.join(max(0.1, until - time.monotonic()))
 
     def _tick(self, now: float) -> None:
+        heard = self._time.now()
         with self._guard:
-            silent = [link for link in self._links if now - link.heard > self._settings.silence_s]
+            silent = [link for link in self._links if heard - link.heard > self._settings.silence_s]
             slow = [call for _, since, call in self._greeting.values() if now - since > self._settings.handshake_s]
         for link in silent:
             log.warning("nothing came from %s for %g s, lane %s", link.peer, self._settings.silence_s, link.lane.name)
@@ -315,10 +319,11 @@ class GrpcTransport(Switchboard):
             if problem is not None:
                 self._refuse(peer, problem)
                 return False
-            link.heard = time.monotonic()
+            link.heard = self._time.now()
             self._attach(link)
             self._welcome(peer)
-            self._read(link, call)
+            if not self._read(link, call) and lane is Lane.CONTROL:
+                self._cut_others(peer)
             return True
         finally:
             link.cut()
@@ -327,6 +332,13 @@ class GrpcTransport(Switchboard):
                 if channel in self._channels:
                     self._channels.remove(channel)
             channel.close()
+
+    def _cut_others(self, peer: str) -> None:
+        """A peer's lanes fall with its control lane: the others carry tensors and notice a dead line much later."""
+        with self._guard:
+            others = [link for link in self._links if link.peer == peer and link.lane is not Lane.CONTROL]
+        for link in others:
+            link.cut()
 
     def _channel(self, peer: str, lane: Lane) -> grpc.Channel | None:
         """A channel that trusts the one certificate the roster lists for ``peer``; None once this side is closing."""
@@ -372,24 +384,29 @@ class GrpcTransport(Switchboard):
             self._count_heartbeat(peer, lane, encoded)
             return encoded
 
-        link = GrpcLink(peer, lane, ours.encode(), heartbeat, self._settings.heartbeat_s)
+        link = GrpcLink(peer, lane, ours.encode(), heartbeat, self._settings.heartbeat_s, self._time.now())
         with self._guard:
             self._links.add(link)
         return link
 
-    def _read(self, link: GrpcLink, chunks: Iterator[bytes]) -> None:
-        """Put chunks together and file the frames, until the stream ends. Neither computes nor sends."""
-        reason = f"{link.peer} closed it"
+    def _read(self, link: GrpcLink, chunks: Iterator[bytes]) -> bool:
+        """Put chunks together and file the frames, until the stream ends. Neither computes nor sends.
+
+        Returns:
+            Whether the other side ended it in good order; False: it broke.
+        """
+        reason, in_order = f"{link.peer} closed it", False
         reader = FrameReader(self._session, link.lane)
         try:
             for chunk in chunks:
-                link.heard = time.monotonic()
+                link.heard = self._time.now()
                 frame = reader.feed(chunk)
                 if frame is not None:
                     self._arrived(link, frame)
                 pause = self._paces[link.peer].pause(len(chunk), link.heard)
                 if pause:  # what is not read waits at the sender: gRPC holds little
                     self._stopped.wait(pause)
+            in_order = True
         except FrameError as error:
             reason = f"it sent a frame that does not check out ({error.code})"
             key = ("closing", link.peer, error.code)
@@ -401,6 +418,7 @@ class GrpcTransport(Switchboard):
             link.cut()
             with self._guard:
                 self._links.discard(link)
+        return in_order
 
     def _refuse(self, peer: str, error: CoterieError) -> None:
         """Note why there is no connection; logged when it is news."""

@@ -14,7 +14,9 @@ from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, de
 from coterie.federation.round_state import Report
 from coterie.federation.transport import Lane, Message, Transport
 
-_ANSWER_S = 10.0
+_ANSWER_S = 4.0
+_UNREACHABLE_S = 1.0
+"""A line between two parties is dialled anew several times in this time before it is reported as cut."""
 
 
 class Membership:
@@ -55,6 +57,7 @@ class Membership:
         self._closed = False
         self._changed = threading.Condition()
         self._heard_at = time.monotonic()
+        self._down_since: dict[str, float] = {}
         self._thread = threading.Thread(target=self._beat, name="coterie-heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -128,6 +131,10 @@ class Membership:
                     return
                 if self._stop and not self._report.stop:
                     self._report = replace(self._report, count=self._report.count + 1, stop=True)
+                unreachable = self._unreachable(time.monotonic())
+                if unreachable != self._report.unreachable:
+                    count = self._report.count + 1
+                    self._report = replace(self._report, count=count, unreachable=unreachable)
                 call = Call(self._report, self._agreement, self._run)
             try:
                 try:
@@ -148,6 +155,12 @@ class Membership:
                     self._changed.notify_all()
             if self._lost is not None:
                 return
+
+    def _unreachable(self, now: float) -> tuple[str, ...]:
+        connected = self._transport.connected()
+        down = [peer for peer in self._transport.peers if peer != COORDINATOR and peer not in connected]
+        self._down_since = {peer: self._down_since.get(peer, now) for peer in down}
+        return tuple(peer for peer, since in self._down_since.items() if now - since >= _UNREACHABLE_S)
 
     def _heard(self, call: Call, reply: Message) -> None:
         if is_kind(reply, Refusal):

@@ -55,6 +55,7 @@ class Plan:
         evaluate_every, checkpoint_every: rounds between; 0 means only after the last round.
         deadline_s: how long one phase may take.
         lease_s: silence after which a party counts as lost.
+        quiet_s: the same for a party that has no connection either: its process or its line is gone, or frozen.
         join_s: how long to wait for a party before the run ends.
         max_attempts: failures after which the run ends, if it did not get further meanwhile than ever before; more
             interruptions than that end it as well.
@@ -67,6 +68,7 @@ class Plan:
     checkpoint_every: int = 0
     deadline_s: float = 1800.0
     lease_s: float = 30.0
+    quiet_s: float = 4.0
     join_s: float = 300.0
     max_attempts: int = 3
     lost_party: Literal["pause", "continue"] = "pause"
@@ -164,6 +166,7 @@ class Report:
         held: checkpoints on disk that can be loaded.
         saved: digest of the checkpoint written in this phase.
         stop: somebody asked this party to stop.
+        unreachable: parties it has had no connection to for a while.
     """
 
     instance: Token
@@ -175,14 +178,16 @@ class Report:
     held: Annotated[tuple[Saved, ...], Field(max_length=64)] = ()
     saved: Digest = ""
     stop: bool = False
+    unreachable: Annotated[tuple[Name, ...], Field(max_length=256)] = ()
 
 
 @dataclass(frozen=True)
 class View:
-    """The newest report of a party and when it came."""
+    """The newest report of a party, when it came, and whether it has a connection now."""
 
     report: Report
     heard_at: float
+    connected: bool = True
 
 
 @dataclass(frozen=True)

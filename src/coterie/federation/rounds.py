@@ -48,9 +48,29 @@ def advance(
     return _RULES[state.phase](_Scene(plan, state, history, views, clock, stop))
 
 
-def missing(plan: Plan, state: State, views: Mapping[str, View], clock: Clock) -> tuple[str, ...]:
-    """Parties that should be here and were not heard within the lease."""
-    return _Scene(plan, state, History(), views, clock, "").lost
+@dataclass(frozen=True)
+class Wanting:
+    """What a phase waits for.
+
+    Attributes:
+        missing: parties that should be here and were not heard within the lease.
+        cut: pairs of parties that are here and have no connection to each other.
+        busy: parties that are here and have not done what was asked.
+    """
+
+    missing: tuple[str, ...] = ()
+    cut: tuple[tuple[str, str], ...] = ()
+    busy: tuple[str, ...] = ()
+
+
+def wanting(plan: Plan, state: State, views: Mapping[str, View], clock: Clock) -> Wanting:
+    """Who and what is waited for now."""
+    if state.phase is Phase.END:
+        return Wanting()
+    scene = _Scene(plan, state, History(), views, clock, "")
+    lost = scene.lost
+    busy = tuple(name for name in scene.active if name not in lost and not scene.done(name))
+    return Wanting(lost if state.phase is Phase.GATHER else (), scene.cut, busy)
 
 
 @dataclass(frozen=True)
@@ -67,8 +87,34 @@ class _Scene:
         return tuple(name for name in self.plan.parties if name not in self.state.absent)
 
     def fresh(self, party: str) -> bool:
+        """Whether a party counts as being here.
+
+        A process that is only busy still answers pings, so it keeps its connection and has the whole lease; whoever
+        is silent and has no connection is gone.
+        """
         view = self.views.get(party)
-        return view is not None and self.clock.now - view.heard_at <= self.plan.lease_s
+        if view is None:
+            return False
+        patience = self.plan.lease_s if view.connected else min(self.plan.lease_s, self.plan.quiet_s)
+        return self.clock.now - view.heard_at <= patience
+
+    @property
+    def cut(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of parties without a connection, both heard just now: so it is the line between them."""
+        soon = min(self.plan.lease_s, self.plan.quiet_s) / 2
+        here = [
+            name
+            for name in self.active
+            if name in self.views
+            and self.views[name].connected
+            and self.clock.now - self.views[name].heard_at <= soon
+        ]
+        return tuple(
+            (one, other)
+            for index, one in enumerate(here)
+            for other in here[index + 1 :]
+            if other in self.views[one].report.unreachable or one in self.views[other].report.unreachable
+        )
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -155,6 +201,8 @@ class _Scene:
         what = self.activity
         if self.lost:
             return self.interrupted(f"lost {_names(self.lost)} in {what}")
+        if self.cut and self.state.phase in _TALKING:
+            return self.interrupted(f"no connection between {_pairs(self.cut)} in {what}")
         if self.restarted(*allowed):
             return self.interrupted(f"{_names(self.restarted(*allowed))} came back as a new process in {what}")
         if self.overdue:
@@ -189,8 +237,8 @@ def _gather(scene: _Scene) -> Move | None:
     state, plan = scene.state, scene.plan
     if scene.failed:  # it failed to apply the commit it learned of here; it answers to the next number only
         return scene.after_failure()
-    lost = scene.lost
-    if not lost and scene.all_done:
+    lost, cut = scene.lost, scene.cut
+    if not lost and not cut and scene.all_done:
         begun = replace(state, begun=True)
         behind = [name for name in scene.active if scene.live(name) != state.committed]
         if not behind:
@@ -207,6 +255,8 @@ def _gather(scene: _Scene) -> Move | None:
         rejoining = tuple(name for name in state.rejoining if name not in lost)
         note = f"going on without {_names(lost)}"
         return scene.gather(note, absent=absent, rejoining=rejoining, epoch=state.epoch + 1)
+    if waited > plan.join_s and cut and not lost:
+        return scene.fail("round-link-cut", f"no connection between {_pairs(cut)} within {plan.join_s:g} s")
     if waited > plan.join_s:
         late = lost or tuple(name for name in scene.active if not scene.done(name))
         return scene.fail("round-party-missing", f"{_names(late)} did not arrive within {plan.join_s:g} s")
@@ -318,6 +368,13 @@ def _due(round: int, every: int) -> bool:
 def _names(parties: Sequence[str]) -> str:
     return ", ".join(parties) if len(parties) < 2 else f"{', '.join(parties[:-1])} and {parties[-1]}"
 
+
+def _pairs(cut: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{one} and {other}" for one, other in cut)
+
+
+_TALKING = (Phase.COMPUTE, Phase.EVALUATE, Phase.CHECKPOINT)
+"""Phases in which parties need each other."""
 
 _ORDER = {Phase.STEP: 1, Phase.EVALUATE: 2, Phase.CHECKPOINT: 3}
 """In which order a round's lasting phases are done."""

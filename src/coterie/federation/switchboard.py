@@ -53,7 +53,7 @@ class Settings:
             it; until then the other side may just be restarting.
         redial_s: first pause before dialling again; doubles up to 16 times that.
         dial_s: how long one try to connect may take.
-        ping_s: a control connection is pinged after so long without a byte, and broken after so long without an
+        ping_s: a control connection is pinged after half of this without a byte, and broken after so long without an
             answer.
         close_s: how long `close` waits for handlers that are running.
     """
@@ -67,7 +67,7 @@ class Settings:
     refusal_s: float = 3.0
     redial_s: float = 0.1
     dial_s: float = 3.0
-    ping_s: float = 1.5
+    ping_s: float = 2.0
     close_s: float = 5.0
 
 

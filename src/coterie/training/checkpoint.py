@@ -133,8 +133,8 @@ class CheckpointStore:
             self.remove(round_index)
 
     def remove(self, round_index: int) -> None:
-        """Delete the checkpoint of one round, if there is one."""
-        shutil.rmtree(self._path(round_index), ignore_errors=True)
+        """Delete the checkpoint of one round, if there is one. A crash meanwhile leaves no half of it to be found."""
+        self._put_away(self._path(round_index))
 
     def _write(
         self,
@@ -157,10 +157,17 @@ class CheckpointStore:
         manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}
         write_json(aside / _MANIFEST, manifest)
         _sync(aside)
-        if final.exists():
-            shutil.rmtree(final)
+        self._put_away(final)
         os.replace(aside, final)
         _sync(self.folder)
+
+    def _put_away(self, path: Path) -> None:
+        """Take a folder's name away before anything in it is deleted."""
+        gone = path.with_name(path.name + ".old.part")
+        shutil.rmtree(gone, ignore_errors=True)
+        if path.exists():
+            os.replace(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _path(self, round_index: int) -> Path:
         return self.folder / f"round-{round_index:08d}"
@@ -171,8 +178,15 @@ class CheckpointStore:
             raw = (path / _MANIFEST).read_bytes()
             manifest = json.loads(raw)
             run, stored, version, state = (manifest[key] for key in ("run", "round", "format", "state"))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError):
             raise self._torn(path, f"{_MANIFEST} cannot be read") from None
+        except OSError as error:  # the checkpoint may be whole: nothing follows from a disk that cannot be read now
+            raise CheckpointError(
+                f"{path / _MANIFEST} cannot be read: {error.strerror or error}.",
+                code="checkpoint-read",
+                why="a checkpoint that counts would be taken for one that is lost",
+                fix="mend that disk or its permissions, or allow more open files, then start again",
+            ) from error
         if version != FORMAT:
             raise CheckpointError(
                 f"{path} has checkpoint format {version}; this version reads {FORMAT}.",

@@ -63,12 +63,14 @@ class Watch:
     Attributes:
         directive: called with each directive before it is carried out.
         failed: called with each error that was reported to the coordinator; its text stays here.
+        silent: called after every heartbeat with the seconds that the coordinator has not been heard of.
         privacy: called before ``directive`` with what was revealed so far; see `PartyWork.privacy`.
     """
 
     directive: Callable[[Directive], None] = lambda directive: None
     failed: Callable[[CoterieError], None] = lambda error: None
     privacy: Callable[[Mapping[str, Any] | None], None] = lambda privacy: None
+    silent: Callable[[float], None] = lambda silent_s: None
 
 
 class PartyRun:
@@ -163,6 +165,7 @@ class PartyRun:
 
     def _heard(self, directive: Directive) -> None:
         self._store.adopt(directive.run)
+        self._store.published(directive.newest)
         federation, privacy = self._parts.federation, self.work.privacy()
         self._status = dict(
             role="party",
@@ -171,7 +174,6 @@ class PartyRun:
             run=directive.run,
             rounds=federation.train.rounds,
             parties=list(federation.parties),
-            missing=list(directive.missing),
             checkpoint=directive.newest,
             privacy=privacy,
             **status_of(directive.state),
@@ -181,9 +183,17 @@ class PartyRun:
         self._watch.directive(directive)
 
     def _beat(self, silent_s: float) -> None:
-        """Write the status anew: bytes so far, and how long the coordinator has not been heard of."""
-        if self._status:
-            self._folder.status(**self._status, wire=self.wire(), coordinator_silent_s=round(silent_s, 1))
+        """Write the status anew: bytes so far, who is waited for, how long the coordinator has been silent."""
+        self._watch.silent(silent_s)
+        newest = self._membership.directive
+        if self._status and newest is not None:
+            self._folder.status(
+                **self._status,
+                missing=list(newest.missing),
+                cut=[list(pair) for pair in newest.cut],
+                wire=self.wire(),
+                coordinator_silent_s=round(silent_s, 1),
+            )
 
     def _result(self, state: State) -> PartyResult:
         self.work.open_books()

@@ -19,8 +19,8 @@ from coterie.federation.round_state import Saved
 from coterie.training.checkpoint import CheckpointStore, write_json
 
 _MARKER = "run.json"
-_KEPT = 3
-"""The newest is not published yet when it is written; one more is kept in case a record is torn somewhere."""
+_KEPT = 2
+"""Published checkpoints that stay; the older one in case the newer is torn somewhere."""
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -45,6 +45,7 @@ class PartyStore:
         self._run_dir, self._party, self._agreement, self._text = run_dir, party, agreement, text
         self._bad: set[Saved] = set()
         self._stale: set[int] = set()
+        self._published: list[int] = []
         self.run = self._read_marker()
 
     def adopt(self, run: str) -> None:
@@ -63,7 +64,11 @@ class PartyStore:
         write_json(self._run_dir / _MARKER, marker)
 
     def held(self) -> tuple[Saved, ...]:
-        """Checkpoints whose manifests can be read and that did not fail to load, oldest first."""
+        """Checkpoints whose manifests can be read and that did not fail to load, oldest first.
+
+        Raises:
+            CheckpointError: ``checkpoint-read``: one cannot be looked at now, so nothing may follow from its absence.
+        """
         if not self.run:
             return ()
         found = []
@@ -71,14 +76,16 @@ class PartyStore:
         for round in store.rounds():
             try:
                 saved = Saved(round, store.get(round).digest)
-            except CheckpointError:
+            except CheckpointError as error:
+                if error.code == "checkpoint-read":
+                    raise
                 continue
             if saved not in self._bad:
                 found.append(saved)
         return tuple(found)
 
     def save(self, round: int, parts: Parts, lora: Mapping[str, Any] | None = None) -> str:
-        """Write a checkpoint so that it survives a crash, and let old ones go, stale ones first.
+        """Write a checkpoint so that it survives a crash. What others may still need stays: see `published`.
 
         Args:
             parts: file stem to named tensors.
@@ -90,16 +97,32 @@ class PartyStore:
         store = self._store()
         state = {"party": self._party, "agreement": self._agreement}
         digest = store.write(round, parts, state, run=self.run, lora=lora).digest
-        for left in self._stale - {round}:
-            store.remove(left)
-        self._stale.clear()
-        store.keep_last(_KEPT)
+        self._stale.discard(round)
         return digest
+
+    def published(self, newest: int) -> None:
+        """The coordinator says which published checkpoint is the newest. Call it with everything it says.
+
+        Only now may older ones go, and those of a line that was given up: all parties hold this one. The one
+        published before it stays, too. A new process does not know which that was, and keeps all until the next.
+        """
+        if self._published and newest == self._published[-1]:
+            return
+        self._published = [round for round in self._published if round < newest] + ([newest] if newest else [])
+        if len(self._published) < _KEPT:
+            return
+        self._published = self._published[-_KEPT:]
+        store = self._store()
+        stale = self._stale - set(self._published)
+        for round in store.rounds():
+            if round < self._published[0] or round in stale:
+                store.remove(round)
+        self._stale -= stale
 
     def went_back_to(self, round: int) -> None:
         """The run goes on from ``round``: later checkpoints belong to a line that was given up.
 
-        They go with the next `save`, before any that count. Until then they stay, in case going back was a mistake.
+        They go once the next one is `published`. Until then they stay, in case going back was a mistake.
         """
         self._stale = {later for later in self._store().rounds() if later > round} if self.run else set()
 
@@ -120,8 +143,9 @@ class PartyStore:
                     fix="an older checkpoint that all hold will be taken",
                 )
             return {stem: store.load(checkpoint, stem) for stem in stems}
-        except CheckpointError:
-            self._bad.add(source)
+        except CheckpointError as error:
+            if error.code != "checkpoint-read":
+                self._bad.add(source)
             raise
 
     def _store(self) -> CheckpointStore:
