@@ -24,6 +24,9 @@ class SlowEngine:
         self.eta = eta
         self.sums: dict[str, Tensor] = {}
 
+    def group_of(self, name: str) -> str:
+        return self.clipping.group_of(name)
+
     @property
     def sensitivity(self) -> float:
         return float(self.thresholds.square().sum().sqrt()) * (1 + self.eta)

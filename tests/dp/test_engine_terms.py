@@ -215,9 +215,11 @@ def test_invariant_2_slack_of_the_compiled_pass_covers_cancelling_sums(
     lengths = (g.double().norm(dim=1) * a.double().norm(dim=1)[row_R]).cumsum(0)[stop - 1]
     assert norms.crude_S is not None
     assert torch.allclose(norms.crude_S, torch.diff(lengths, prepend=torch.zeros(1)), rtol=1e-6)
-    # The bound of dot products of 33 and of 512 terms, however wide the rows are.
+    # The bound of dot products of 33 and of 512 terms, however wide the rows are, and of the clipped sum over rows.
     factor = 2.0**-24 * (8 + 33**0.5 + min(outputs, 512) ** 0.5)
-    assert torch.allclose(found.slack, factor * norms.crude_S.square(), rtol=1e-9)
+    off = 2.0**-24 * (4 + torch.arange(1, 61).double().sqrt()) * norms.crude_S
+    expected = factor * norms.crude_S.square() + 2 * off * found.value.sqrt() + off.square()
+    assert torch.allclose(found.slack, expected, rtol=1e-9)
 
 
 @NEEDS_NUMBA

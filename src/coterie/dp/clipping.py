@@ -2,8 +2,9 @@
 
 Shape letters: B records of a physical batch, G gradient groups (one for flat clipping).
 
-Whatever the policy, the factor of record b in group k obeys ``factor * norm <= threshold_k``, so one record moves
-group k's sum by at most ``threshold_k`` and the whole release by at most ``sqrt(sum_k threshold_k ** 2)``.
+Whatever the policy, the factor of record b in group k obeys ``factor * norm <= threshold_k`` (`bounded_factors`), so
+one record moves group k's sum by at most ``threshold_k`` and the whole release by at most
+``sqrt(sum_k threshold_k ** 2)``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from coterie.dp.numbers import check_fields
 from coterie.errors import PrivacyError
+
+SMALLEST, LARGEST = 1e-9, 1e30
+"""Clip norms that the engine's float32 sums hold to."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks)\.(\d+)\.")
 _KINDS = (
@@ -103,6 +107,64 @@ Clipping = Flat
 """Every policy is a `Flat` with something replaced."""
 
 
+def bounded_factors(clipping: Clipping, norms_GB: Tensor, thresholds_G: Tensor) -> Tensor:
+    """The policy's factors, none of them more than ``threshold / norm``, whatever the policy says.
+
+    Args:
+        clipping: gets copies, and may do with them what it likes.
+        norms_GB: float64, finite upper bounds of the norms, above 0.
+        thresholds_G: float64, checked.
+
+    Returns:
+        [G, B] float64, at least 0.
+
+    Raises:
+        PrivacyError: the policy gives something else than a number for each norm.
+    """
+    given = clipping.factors(norms_GB.clone(), thresholds_G.clone())
+    reason = ""
+    if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_complex():
+        reason = f"it gives {type(given).__name__} instead of a tensor of real numbers"
+    elif given.shape != norms_GB.shape:
+        reason = f"it gives shape {list(given.shape)} for norms of shape {list(norms_GB.shape)}"
+    elif bool(torch.isnan(given).any()):
+        reason = "it gives NaN"
+    if reason:
+        raise PrivacyError(
+            f"The clipping policy {type(clipping).__name__} does not give a factor for each record.",
+            code="dp-clipping-factors",
+            where=reason,
+            why="a gradient without a factor cannot be clipped",
+            fix="let `factors` return a tensor like its first argument, with numbers from 0 to threshold / norm",
+        )
+    most = thresholds_G[:, None] / norms_GB
+    return torch.minimum(given.detach().to(most), most).clamp_min(0.0)
+
+
+def checked_thresholds(thresholds_G: Tensor, groups: int) -> Tensor:
+    """A float64 copy of the thresholds.
+
+    Raises:
+        PrivacyError: they are not one clip norm for each group.
+    """
+    thresholds = torch.as_tensor(thresholds_G).detach().to("cpu", torch.float64, copy=True)
+    if thresholds.shape != (groups,):
+        raise PrivacyError(
+            f"There are thresholds of shape {list(thresholds.shape)} for {groups} gradient groups.",
+            code="dp-clip-norm",
+            why="a group without a threshold is not clipped",
+            fix="let `thresholds` return one positive number for each group",
+        )
+    if not bool(((thresholds >= SMALLEST) & (thresholds <= LARGEST)).all()):
+        raise PrivacyError(
+            f"Every clip norm must be a number from {SMALLEST:g} to {LARGEST:g}, not {thresholds.tolist()}.",
+            code="dp-clip-norm",
+            why="it bounds what one record may contribute, and beyond these sizes float32 sums do not keep the bound",
+            fix="set clip_norm to a positive number, such as 1.0",
+        )
+    return thresholds
+
+
 def policy(name: str, clip_norm: float) -> Clipping:
     """The policy a config names: ``flat``, ``per_layer``, ``per_group`` or ``automatic``."""
     kinds = {"flat": Flat, "per_layer": PerLayer, "per_group": PerGroup, "automatic": Automatic}
@@ -126,4 +188,5 @@ def quantile_update(thresholds_G: Tensor, noisy_fraction_G: Tensor, target: floa
     Returns:
         [G], same dtype as ``thresholds_G``.
     """
-    return thresholds_G * torch.exp(-rate * (noisy_fraction_G.to(thresholds_G) - target))
+    moved = thresholds_G * torch.exp(-rate * (noisy_fraction_G.to(thresholds_G) - target))
+    return moved.clamp(SMALLEST, LARGEST)

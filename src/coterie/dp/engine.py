@@ -10,7 +10,7 @@ Shape letters: B records of a physical batch, G gradient groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from coterie.dp import resolve
 from coterie.dp.adapters import rows_of_single_experts
 from coterie.dp.capture import Capture, Sites
-from coterie.dp.clipping import Clipping, Flat
+from coterie.dp.clipping import Clipping, Flat, bounded_factors, checked_thresholds
 from coterie.dp.derived import Root
 from coterie.dp.experts import PrivateExperts
 from coterie.dp.gram import UNIT, SqNorms, worst_excess
@@ -31,6 +31,8 @@ from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_
 from coterie.dp.probe import learn_sites
 from coterie.dp.refusals import check_batch
 from coterie.dp.rules import apply_rule
+from coterie.dp.scaling import SMALLEST, UNSEEN, single
+from coterie.dp.terms import Dense
 from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
@@ -49,7 +51,7 @@ class Diagnostics:
         norms: [B] float64, norm of each record's whole gradient.
         group_norms: [G, B] float64.
         within: [G, B] bool, norm at or below the group's threshold; released only as a noised, centred sum.
-        masked: [B] bool, records that were not finite and contribute zero.
+        masked: [B] bool, records that were not finite, or beyond 2^126 thresholds, and contribute zero.
     """
 
     losses: Tensor
@@ -108,7 +110,7 @@ class Engine:
             )
         self._group_of = {name: self.clipping.group_of(name) for name in self.shapes}
         self.groups = list(dict.fromkeys(self._group_of.values()))
-        self.thresholds = self.clipping.thresholds(self.groups)
+        self.thresholds = self.clipping.thresholds(list(self.groups))
         self.eta = self._eta()
         self._source = expert_weights
         self._accumulate_on = accumulate_on
@@ -121,6 +123,18 @@ class Engine:
         """Rounding that the slack of the norms does not cover (see docs/concepts/dp-engine.md)."""
         longest = max((size for shape in self.shapes.values() for size in shape), default=1)
         return worst_excess(2 * longest) + 64 * UNIT
+
+    @property
+    def thresholds(self) -> Tensor:
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds_G: Tensor) -> None:
+        self._thresholds = checked_thresholds(thresholds_G, len(self.groups))
+
+    def group_of(self, name: str) -> str:
+        """The gradient group of a trained parameter, as the policy said when the engine was made."""
+        return self._group_of[name]
 
     @property
     def sensitivity(self) -> float:
@@ -171,12 +185,14 @@ class Engine:
             losses = self._second_pass(batch, ones, total)
             loss += losses.detach().sum().cpu()
         squares = torch.zeros(len(self.groups), 1, dtype=torch.float64)
+        slack = torch.zeros_like(squares)
         for name, gradient in total.items():
-            rows = torch.linalg.vector_norm(gradient.reshape(-1, gradient.shape[-1] if gradient.ndim else 1), dim=-1)
-            squares[self._group_index(name)] += rows.double().square().sum().cpu()
-        factors, diagnostics = self._factors(SqNorms(squares, 1e-6 * squares), loss)
+            norms = Dense(gradient.unsqueeze(0)).sq_norms()
+            squares[self._group_index(name)] += norms.value.cpu()
+            slack[self._group_index(name)] += norms.slack.cpu()
+        factors, diagnostics = self._factors(SqNorms(squares, slack), loss)
         for name, gradient in total.items():
-            factor = float(factors[self._group_index(name), 0])
+            factor = float(single(factors[self._group_index(name), 0]))
             if factor > 0.0:
                 self._sum_of(name).add_(gradient.to(self._sum_of(name).device), alpha=factor)
         return diagnostics
@@ -209,7 +225,7 @@ class Engine:
         records = batch_size(batch)
 
         def ready(root: Root) -> None:
-            found[root.name] = resolve.sq_norms(root, resolve.simplify(root), records, precise=True)
+            found[root.name] = resolve.precise_sq_norms(root, resolve.simplify(root, records), records)[1]
             root.captured = []
 
         self._run(batch, ready)
@@ -221,7 +237,7 @@ class Engine:
         kept: dict[str, tuple[Root, list[resolve.Use]]] = {}
 
         def ready(root: Root) -> None:
-            uses = resolve.simplify(root)
+            uses = resolve.simplify(root, records)
             root.captured = []
             kept[root.name] = (root, resolve.condensed(uses))
 
@@ -241,7 +257,7 @@ class Engine:
         return diagnostics
 
     def _refine(
-        self, found: dict[str, SqNorms], kept: Mapping[str, tuple[Root, list[resolve.Use]]], records: int
+        self, found: dict[str, SqNorms], kept: dict[str, tuple[Root, list[resolve.Use]]], records: int
     ) -> None:
         """Take norms again, more carefully, while the slack is a notable part of a group's whole norm.
 
@@ -262,25 +278,29 @@ class Engine:
             worst = max(sorted(adds), key=adds.__getitem__)
             left.remove(worst)
             root, uses = kept[worst]
-            found[worst] = resolve.sq_norms(root, uses, records, precise=True)
+            uses, found[worst] = resolve.precise_sq_norms(root, uses, records)
+            kept[worst] = root, uses
 
     def _ghost(self, batch: Batch) -> Diagnostics:
         records = batch_size(batch)
         found: dict[str, SqNorms] = {}
+        apart: set[str] = set()
         captured_bytes = 0
 
         def ready(root: Root) -> None:
             nonlocal captured_bytes
-            uses = resolve.simplify(root)
+            uses = resolve.simplify(root, records)
             root.captured = []
             captured_bytes += sum(term.nbytes() for _, term in uses)
-            found[root.name] = resolve.sq_norms(root, uses, records, precise=True)
+            careful, found[root.name] = resolve.precise_sq_norms(root, uses, records)
+            if careful is not uses:
+                apart.add(root.name)
 
         with _replayable_randomness(self._devices()):
             losses = self._run(batch, ready)
         self._captured_bytes_per_value = captured_bytes / max(_values(batch), 1)
         factors, diagnostics = self._factors(self._by_group(found, records), losses)
-        again = self._second_pass(batch, factors, self._sums, ~diagnostics.masked)
+        again = self._second_pass(batch, factors, self._sums, ~diagnostics.masked, apart)
         if not torch.equal(losses.nan_to_num(), again.nan_to_num()):
             raise PrivacyError(
                 "The second backward of ghost clipping did not repeat the first one.",
@@ -290,13 +310,21 @@ class Engine:
             )
         return diagnostics
 
-    def _second_pass(self, batch: Batch, factors_GB: Tensor, into: Sums, keep_B: Tensor | None = None) -> Tensor:
-        """Add gradients times known factors to ``into``; returns the losses."""
+    def _second_pass(
+        self, batch: Batch, factors_GB: Tensor, into: Sums, keep_B: Tensor | None = None, apart: Collection[str] = ()
+    ) -> Tensor:
+        """Add gradients times known factors to ``into``; returns the losses.
+
+        ``apart``: parameters whose gradients are formed one record at a time, as they were for their norms.
+        """
+        records = batch_size(batch)
         masked = keep_B is not None and not bool(keep_B.all())
 
         def ready(root: Root) -> None:
-            uses = resolve.simplify(root)
+            uses = resolve.simplify(root, records)
             root.captured = []
+            if root.name in apart:
+                uses = resolve.apart(root, uses, records)
             if masked and keep_B is not None:
                 uses = [(node, term.masked(keep_B.to(term_device))) for node, term in uses]
             self._add(root, uses, factors_GB[self._group_index(root.name)].to(term_device), into)
@@ -357,10 +385,10 @@ class Engine:
 
     def _factors(self, squares: SqNorms, losses: Tensor) -> tuple[Tensor, Diagnostics]:
         """[G, B] float64 factors, zero for records that are not finite."""
-        upper = squares.upper
-        finite = torch.isfinite(upper).all(0) & torch.isfinite(losses.cpu())
+        upper = (squares.upper + UNSEEN * len(self.shapes)).sqrt()
+        finite = (SMALLEST * upper <= self.thresholds[:, None]).all(0) & torch.isfinite(losses.cpu())
         norms = squares.value.sqrt()
-        factors = self.clipping.factors(torch.where(finite, upper, 1.0).sqrt(), self.thresholds)
+        factors = bounded_factors(self.clipping, torch.where(finite, upper, 1.0), self.thresholds)
         factors = torch.where(finite, factors, 0.0)
         if self._counted is not None:
             factors[:, self._counted :] = 0.0

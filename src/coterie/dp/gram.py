@@ -104,7 +104,8 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     inputs, outputs, rows = a_BTI.shape[2], g_BTO.shape[2], a_BTI.shape[1]
     if real_BT1 is None and rows > _BLOCK:
         value, crude = _lower_half_values(a_BTI, g_BTO)
-        cheap = SqNorms(value.clamp_min(0.0), gram_slack(crude, torch.full_like(crude, rows), inputs, outputs))
+        value = value.clamp_min(0.0)
+        cheap = SqNorms(value, gram_slack(value, crude, torch.full_like(crude, rows), inputs, outputs))
         if not precise or cheap.trusted():
             return cheap
     a_BTT, g_BTT = _products(a_BTI, a_BTI), _products(g_BTO, g_BTO)
@@ -113,8 +114,9 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     value = (a_BTT * g_BTT).flatten(1).sum(1).double().clamp_min(0.0)
     a_length, g_length = _lengths(a_BTT).unsqueeze(2), _lengths(g_BTT).unsqueeze(2)
     off_a, off_g, off_sum = (rounding_factor(length) for length in (inputs, outputs, rows))
-    crude = (a_length * g_length).sum((1, 2)).double().square()
-    slack = (off_a + off_g + off_sum) * crude
+    crude = (a_length * g_length).sum((1, 2)).double()
+    added = sum_slack(value, crude, rows)
+    slack = (off_a + off_g + off_sum) * crude.square() + added
     if not precise or _small(slack, value):
         return SqNorms(value, slack)
     # Where one factor is off, the other counts with its true size instead of |g_t| |g_s|.
@@ -122,7 +124,7 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     by_a = (a_length.mT @ (g_size @ a_length)).flatten()
     by_g = (g_length.mT @ (a_size @ g_length)).flatten()
     by_sum = (a_size * g_size).flatten(1).sum(1)
-    slack = (off_a * by_a + off_g * by_g + off_sum * by_sum).double()
+    slack = (off_a * by_a + off_g * by_g + off_sum * by_sum).double() + added
     if _small(slack, value) or not gram_is_cheaper(2 * rows, inputs, outputs):
         return SqNorms(value, slack)
     # A dot product is off relative to the sum of its terms' sizes, which is small where few entries are shared.
@@ -130,7 +132,7 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     by_g = _products(g_BTO.abs(), g_BTO.abs()) * a_size
     if real_BT1 is not None:
         by_g *= real_BT1 * real_BT1.mT
-    return SqNorms(value, (off_a * by_a + off_g * by_g.flatten(1).sum(1) + off_sum * by_sum).double())
+    return SqNorms(value, (off_a * by_a + off_g * by_g.flatten(1).sum(1) + off_sum * by_sum).double() + added)
 
 
 def _products(left_BTX: Tensor, right_BSX: Tensor) -> Tensor:
@@ -164,22 +166,23 @@ def _lengths(products_BTT: Tensor) -> Tensor:
     return products_BTT.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
 
 
-def gram_slack(crude_B: Tensor, rows_B: Tensor, inputs: int, outputs: int) -> Tensor:
-    """[B] bound on the rounding of `gram_values`.
+def gram_slack(value_B: Tensor, crude_B: Tensor, rows_B: Tensor, inputs: int, outputs: int) -> Tensor:
+    """[B] bound on the rounding of `gram_values`, and of the sum.
 
     Args:
+        value_B: the squared norms, at least 0.
         crude_B: ``sum_t |a_t| |g_t|``.
         rows_B: T of each, float64.
         inputs, outputs: I and O.
     """
     factor = rounding_factor(inputs) + rounding_factor(outputs) + UNIT * (4.0 + rows_B.sqrt())
-    return factor * crude_B.square()
+    return factor * crude_B.square() + sum_slack(value_B, crude_B, rows_B)
 
 
 def taken(norms: SegmentNorms | None, inputs: int, outputs: int) -> SqNorms | None:
     """What a compiled pass found, per segment, or finds now; None where there is none.
 
-    Only inside pieces of dot products is anything added up in float32.
+    Only inside pieces of dot products, and in the clipped sum, is anything added up in float32.
     """
     if norms is None:
         return None
@@ -187,7 +190,8 @@ def taken(norms: SegmentNorms | None, inputs: int, outputs: int) -> SqNorms | No
     if norms.value_S is None or norms.crude_S is None:
         return None
     factor = rounding_factor(min(inputs, PIECE)) + rounding_factor(min(outputs, PIECE))
-    return SqNorms(norms.value_S.clamp_min(0.0), factor * norms.crude_S.square())
+    value = norms.value_S.clamp_min(0.0)
+    return SqNorms(value, factor * norms.crude_S.square() + sum_slack(value, norms.crude_S, norms.rows_S))
 
 
 def _lower_half_values(a_BTI: Tensor, g_BTO: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,16 +212,40 @@ def _small(slack: Tensor, value: Tensor) -> bool:
     return not bool((slack > TRUSTED * value).any())
 
 
-def direct_slack(value: Tensor, crude: Tensor, rows: int | Tensor) -> Tensor:
-    """Slack of a norm taken from the gradient itself: each entry is a dot product over ``rows`` rows.
+def sum_slack(value: Tensor, crude: Tensor, rows: int | Tensor) -> Tensor:
+    """What the rounding of a gradient of outer products adds to its squared norm.
 
     Args:
         value: [B] squared norm.
         crude: [B] ``sum_t |a_t| |g_t|``, the norm if nothing cancelled.
-        rows: T, or [B] float64 where it differs.
+        rows: T, or [B] where it differs.
 
-    The entries are off by at most ``rounding_factor(T) * crude`` in norm; squaring gives twice that times the norm.
+    Each entry is a dot product over T rows, so all are off by ``rounding_factor(T) * crude`` in norm at most, which
+    squared gives twice that times the norm.
     """
-    factor = rounding_factor(rows) if isinstance(rows, int) else UNIT * (4.0 + rows.sqrt())
+    factor = rounding_factor(rows) if isinstance(rows, int) else UNIT * (4.0 + rows.double().sqrt())
     off = factor * crude
-    return 2.0 * off * value.sqrt() + off.square() + 4.0 * UNIT * value
+    return 2.0 * off * value.sqrt() + off.square()
+
+
+def direct_slack(value: Tensor, crude: Tensor, rows: int | Tensor, length: int) -> Tensor:
+    """Slack of a norm from a gradient that is formed once for its norm, and in other products for the sum.
+
+    Both are rounded, each by as much as `sum_slack` says. ``length`` as in `norm_slack`.
+    """
+    return sum_slack(value, 2.0 * crude, rows) + norm_slack(value, length)
+
+
+def square_norms(gradients_B: Tensor) -> Tensor:
+    """[B] float64 squared norms of tensors [B, *shape], in float32 by rows and in double where these overflow."""
+    rows = gradients_B.reshape(gradients_B.shape[0], -1, gradients_B.shape[-1] if gradients_B.ndim > 1 else 1)
+    pieces = [torch.linalg.vector_norm(piece, dim=-1, dtype=torch.float32) for piece in rows.split(LONGEST, 2)]
+    value = torch.stack([piece.double().square().sum(1) for piece in pieces]).sum(0)
+    if bool(torch.isfinite(value).all()):
+        return value
+    return torch.linalg.vector_norm(rows, dim=(1, 2), dtype=torch.float64).square()
+
+
+def norm_slack(value: Tensor, length: int) -> Tensor:
+    """Slack of `square_norms` of the very tensor that is added, of rows of ``length``."""
+    return rounding_factor(min(length, LONGEST)) * value

@@ -59,6 +59,11 @@ class SegmentNorms:
         """Whether these tensors are of the type and on the device that the pass is for."""
         return all(rows.device.type == "cpu" and rows.dtype == torch.float32 for rows in (a_RI, g_RO))
 
+    @property
+    def rows_S(self) -> Tensor:
+        """[S] int64, rows of each segment."""
+        return torch.from_numpy(self._stop - self._start)
+
     def work_S(self) -> np.ndarray:
         """[S] multiplications."""
         rows = self._stop - self._start

@@ -36,6 +36,8 @@ class SumEngine(Protocol):
     @property
     def groups(self) -> list[str]: ...
 
+    def group_of(self, name: str) -> str: ...
+
     @property
     def eta(self) -> float: ...
 
@@ -257,7 +259,7 @@ class LotSums:
             parts = {"gradients": Part(self.engine.sensitivity, rest, sum(gradients.values()))}
             return RoundNoise.of(sigma, parts | extra, lambda name: name if name in extra else "gradients")
         # Adaptive thresholds differ between groups and rounds: each group's noise follows its own threshold.
-        group_of = self.engine.clipping.group_of
+        group_of = self.engine.group_of
         values = dict.fromkeys(self.engine.groups, 0)
         for name, count in gradients.items():
             values[group_of(name)] += count

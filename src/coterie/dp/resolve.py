@@ -3,7 +3,10 @@
 One use is the common case and costs nothing extra. Several uses (tied embeddings, shared layers, slices) add up
 *before* the norm is taken: rows of the same matrix are joined, an embedding tied to an output layer gets the cross
 term between looked-up and projected rows, small parameters are added densely, and everything else is added one
-record at a time, which is exact for any mixture.
+record at a time (`Apart`), which is exact for any mixture.
+
+No norm is taken of one tensor while another is added that could cancel differently: either both are the same tensor,
+or the slack bounds the rounding of both.
 
 Shape letters: B records, T rows of a record, S looked-up places of a record, I inputs, O outputs, V vocabulary,
 D width.
@@ -17,9 +20,10 @@ import torch
 from torch import Tensor
 
 from coterie.dp.derived import Kind, Node, Pullback, Root
-from coterie.dp.gram import SqNorms, gram_is_cheaper, rounding_factor
+from coterie.dp.gram import SqNorms, gram_is_cheaper, norm_slack, rounding_factor, square_norms, sum_slack
 from coterie.dp.gram_kernel import SegmentNorms
 from coterie.dp.precision import in_full_float32
+from coterie.dp.scaling import bounded, single
 from coterie.dp.segments import StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer, Term
 
@@ -29,43 +33,71 @@ _DENSE_ELEMENTS = 1 << 24
 Use = tuple[Node, Term]
 
 
+class Apart:
+    """Gradients that are formed one record at a time, for the norm and again, by the same products, for the sum.
+
+    A `Term` at the root, for uses that only add up there and whose sums for all records at once take too much memory.
+
+    Args:
+        root: the parameter.
+        uses: its simplified uses.
+        records: B.
+    """
+
+    def __init__(self, root: Root, uses: list[Use], records: int) -> None:
+        self._root = root
+        self._uses = uses
+        self._records = records
+        self._pullbacks = [Pullback(node, root) for node, _ in uses]
+
+    def sq_norms(self, precise: bool = False) -> SqNorms:
+        value = torch.cat([square_norms(self.one(record).unsqueeze(0)) for record in range(self._records)])
+        return SqNorms(value, norm_slack(value, self._root.value.shape[-1] if self._root.value.ndim else 1))
+
+    def one(self, record: int) -> Tensor:
+        total = sum(pull(term.one(record)) for pull, (_, term) in zip(self._pullbacks, self._uses, strict=True))
+        assert isinstance(total, Tensor)
+        return total
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        for record, factor in enumerate(single(factors_B).tolist()):
+            if factor != 0.0:
+                out.add_(self.one(record), alpha=factor)
+
+    def masked(self, keep_B: Tensor) -> Apart:
+        """The same: records whose factor is zero are never formed."""
+        return self
+
+    def nbytes(self) -> int:
+        return sum(term.nbytes() for _, term in self._uses)
+
+
 @in_full_float32
-def simplify(root: Root) -> list[Use]:
+def simplify(root: Root, records: int) -> list[Use]:
     """The root's captured uses in the fewest and smallest terms that mean the same."""
-    uses = _joined_rows(root)
+    uses = [
+        (node, term.bounded() if isinstance(term, Outer | StackedOuter) else term)
+        for node, term in _joined_rows(root)
+    ]
     if len(uses) > 1 and all(isinstance(term, Dense) for _, term in uses):
         return [(root, _dense_total(root, uses))]
-    if len(uses) == 1:
-        node, term = uses[0]
-        if node.kind == Kind.GENERAL and isinstance(term, Dense) and _affordable(root, term):
-            return [(root, Dense(Pullback(node, root).batched(term.gradients.float())))]
-        return _each_record_once(root, uses)
-    if _tied(uses) and not _gram_pays(uses):
-        total = torch.zeros(_records(uses), *root.value.shape, device=root.value.device)
-        if total.numel() <= _DENSE_ELEMENTS:
-            return [(root, _filled(total, uses))]
-    return uses if _tied(uses) else _each_record_once(root, uses)
-
-
-def _each_record_once(root: Root, uses: list[Use]) -> list[Use]:
-    """Uses that only add up one record at a time, as those sums, where they fit: norm and sum then are of one tensor.
-
-    Adding the uses up again in another order could cancel differently, and exceed the norm that was taken.
-    """
-    known = next((term for _, term in uses if isinstance(term, Outer | Lookup | Dense)), None)
-    if known is None or (len(uses) == 1 and uses[0][0].kind <= Kind.ISOMETRIC):
+    if not uses or (len(uses) == 1 and uses[0][0].kind <= Kind.ISOMETRIC):
         return uses
-    first = known.a if isinstance(known, Outer) else known.ids if isinstance(known, Lookup) else known.gradients
-    if first.shape[0] * root.value.numel() > _DENSE_ELEMENTS:
-        return uses
-    pullbacks = [Pullback(node, root) for node, _ in uses]
-    return [(root, Dense(torch.stack([_of_record(pullbacks, uses, b) for b in range(first.shape[0])])))]
+    fits = records * root.value.numel() <= _DENSE_ELEMENTS
+    if _tied(uses) and _may_multiply(uses):
+        return uses if _gram_pays(uses) or not fits else [(root, _filled(root, uses, records))]
+    if not fits:
+        return apart(root, uses, records)
+    node, term = uses[0]
+    if len(uses) == 1 and isinstance(term, Dense):
+        return [(root, Dense(Pullback(node, root).batched(term.gradients.float())))]
+    each = Apart(root, uses, records)
+    return [(root, Dense(torch.stack([each.one(record) for record in range(records)])))]
 
 
-def _of_record(pullbacks: list[Pullback], uses: list[Use], record: int) -> Tensor:
-    total = sum(pull(term.one(record)) for pull, (_, term) in zip(pullbacks, uses, strict=True))
-    assert isinstance(total, Tensor)
-    return total
+def apart(root: Root, uses: list[Use], records: int) -> list[Use]:
+    """The uses as sums that are formed one record at a time, so that norm and sum cannot cancel differently."""
+    return [(root, Apart(root, uses, records))]
 
 
 def _joined_rows(root: Root) -> list[Use]:
@@ -102,11 +134,8 @@ def _dense_total(root: Root, uses: list[Use]) -> Dense:
     return Dense(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
 
 
-def _affordable(root: Root, term: Dense) -> bool:
-    return term.gradients.shape[0] * root.value.numel() <= _DENSE_ELEMENTS
-
-
 def _tied(uses: list[Use]) -> bool:
+    """An output layer and an embedding that share one matrix."""
     return len(uses) == 2 and {type(term) for _, term in uses} == {Outer, Lookup}
 
 
@@ -115,18 +144,20 @@ def _parts(uses: list[Use]) -> tuple[Outer, Lookup]:
     return outer, next(term for _, term in uses if isinstance(term, Lookup))
 
 
+def _may_multiply(uses: list[Use]) -> bool:
+    """Whether projected and looked-up rows are of sizes whose products float32 holds."""
+    outer, lookup = _parts(uses)
+    return bounded(outer.a, lookup.g, outer.a.shape[2])
+
+
 def _gram_pays(uses: list[Use]) -> bool:
     outer, _ = _parts(uses)
     return gram_is_cheaper(outer.a.shape[2], outer.a.shape[3], outer.g.shape[3])
 
 
-def _records(uses: list[Use]) -> int:
-    outer, _ = _parts(uses)
-    return outer.a.shape[0]
-
-
-def _filled(total: Tensor, uses: list[Use]) -> Dense:
+def _filled(root: Root, uses: list[Use], records: int) -> Dense:
     outer, lookup = _parts(uses)
+    total = torch.zeros(records, *root.value.shape, device=root.value.device)
     torch.bmm(outer.g.flatten(1, 2).float().mT, outer.a.flatten(1, 2).float(), out=total)
     for record in range(total.shape[0]):
         lookup.add_record(total[record], record)
@@ -157,13 +188,16 @@ def sq_norms(root: Root, uses: list[Use], records: int, precise: bool = False) -
     """Squared norm of the root's gradient for every record, [B]; ``precise`` as in `Term.sq_norms`."""
     if not uses:
         return SqNorms.zeros(records, root.value.device if not root.value.is_meta else torch.device("cpu"))
-    if len(uses) == 1 and uses[0][0].kind <= Kind.ISOMETRIC:
-        return uses[0][1].sq_norms(precise)
-    if _tied(uses):
-        result = _tied_sq_norms(uses, precise)
-        if not precise or result.trusted():
-            return result
-    return _one_by_one(root, uses, records)
+    return _tied_sq_norms(uses, precise) if _tied(uses) else uses[0][1].sq_norms(precise)
+
+
+def precise_sq_norms(root: Root, uses: list[Use], records: int) -> tuple[list[Use], SqNorms]:
+    """The most careful norms, and the uses that the sum then has to be taken of: others where two uses cancel."""
+    norms = sq_norms(root, uses, records, precise=True)
+    if not _tied(uses) or norms.trusted():
+        return uses, norms
+    uses = apart(root, uses, records)
+    return uses, sq_norms(root, uses, records, precise=True)
 
 
 def _tied_sq_norms(uses: list[Use], precise: bool) -> SqNorms:
@@ -185,17 +219,9 @@ def _tied_sq_norms(uses: list[Use], precise: bool) -> SqNorms:
     crude = (picked_BTS.abs() * a_length * e_length).flatten(1).sum(1).double()
     factor = rounding_factor(a_BTD.shape[2]) + rounding_factor(a_BTD.shape[1])
     value = (own.value + looked.value + 2.0 * cross).clamp_min(0.0)
-    return SqNorms(value, own.slack + looked.slack + 2.0 * factor * crude)
-
-
-def _one_by_one(root: Root, uses: list[Use], records: int) -> SqNorms:
-    pullbacks = [Pullback(node, root) for node, _ in uses]
-    value = torch.zeros(records, dtype=torch.float64, device=root.value.device)
-    for record in range(records):
-        total = _of_record(pullbacks, uses, record)
-        rows = torch.linalg.vector_norm(total.reshape(-1, total.shape[-1] if total.ndim else 1), dim=-1)
-        value[record] = rows.double().square().sum()
-    return SqNorms(value, 1e-5 * value)
+    # In the sum all rows of both uses are added up in the same entries.
+    rows, added_up = a_BTD.shape[1] + lookup.ids.shape[1], outer.crude().double() + lookup.crude()
+    return SqNorms(value, own.slack + looked.slack + 2.0 * factor * crude + sum_slack(value, added_up, rows))
 
 
 @in_full_float32

@@ -27,9 +27,12 @@ from coterie.dp.gram import (
     gram_slack,
     gram_sq_norms,
     gram_values,
+    norm_slack,
+    square_norms,
     taken,
 )
 from coterie.dp.gram_kernel import SegmentNorms
+from coterie.dp.scaling import Scaled, balance, bounded, single
 from coterie.models.grouped import as_EIO, grouped_sum
 
 _PADDED_UP_TO = 200
@@ -161,7 +164,7 @@ class _Formed:
             by_expert.setdefault(segment // records, []).append(place)
         for expert, places in by_expert.items():
             part = slice(places[0], places[-1] + 1)
-            factors = factors_B.float()[self.segments_K[part] % records].unsqueeze(0)
+            factors = single(factors_B)[self.segments_K[part] % records].unsqueeze(0)
             total = (factors @ self.gradients_K[part].flatten(1)).view(self.gradients_K.shape[1:])
             out_ELR[expert].copy_(total) if fresh else out_ELR[expert].add_(total)
         return set(by_expert)
@@ -196,6 +199,15 @@ class StackedOuter:
         self._gather = gather
         self._formed = formed
 
+    def bounded(self) -> StackedOuter | Scaled:
+        """The same; in balanced rows where products of these could underflow or overflow."""
+        if bounded(self._a, self._g, self._g.shape[0]):
+            return self
+        segments = self._segments
+        a = self._a if self._gather is None else self._a.index_select(0, self._gather)
+        a, g, exponent_B = balance(a, self._g, segments.record_R, segments.records)
+        return Scaled(StackedOuter(a, g, segments, self._shape, self._transposed), exponent_B)
+
     def condensed(self) -> StackedOuter:
         """The same with the gradients of long segments instead of their rows, where that takes less memory.
 
@@ -223,8 +235,8 @@ class StackedOuter:
             a, g = self._rows(slice(*self._segments.bounds[i]))
             left, right = (a, g) if self._transposed else (g, a)
             torch.mm(left.t(), right, out=gradients[place])
-            part = _norms_of(gradients[place : place + 1], a[None], g[None])
-            value[i], slack[i] = part.value[0], part.slack[0]
+            value[i] = square_norms(gradients[place : place + 1])[0]
+            slack[i] = norm_slack(value[i], self._shape[-1])
         return _Formed(segments_K, gradients, SqNorms(value, slack))
 
     def _rows(self, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -300,8 +312,8 @@ class StackedOuter:
         value_S, rows_S = value_S.clamp_min(0.0), segments.counts[number_S].double()
         slack_S = torch.where(
             torch.tensor(by_gram, dtype=torch.bool, device=g.device),
-            gram_slack(crude_S, rows_S, inputs, outputs),
-            direct_slack(value_S, crude_S, rows_S),
+            gram_slack(value_S, crude_S, rows_S, inputs, outputs),
+            direct_slack(value_S, crude_S, rows_S, inputs),
         )
         return SqNorms(value.index_copy(0, number_S, value_S), value.index_copy(0, number_S, slack_S))
 
@@ -350,7 +362,7 @@ class StackedOuter:
         return out
 
     def add_sum(self, out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
-        factors_R1 = factors_B.float()[self._segments.record_R].unsqueeze(1)
+        factors_R1 = single(factors_B)[self._segments.record_R].unsqueeze(1)
         stored = out if out.ndim == 3 else out.unsqueeze(0)
         out_EIO = as_EIO(stored, self._transposed)
         written = set() if self._formed is None else self._formed.add_sum(stored, factors_B, fresh)
@@ -391,26 +403,14 @@ def _gathered(rows_RX: Tensor, index_Sn: Tensor) -> Tensor:
 
 
 def _direct(a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
-    return _norms_of(torch.bmm(g_SnO.mT, a_SnI), a_SnI, g_SnO)
-
-
-def _norms_of(gradients_S: Tensor, a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
-    value = _values_of(gradients_S)
-    return SqNorms(value, direct_slack(value, _crude(a_SnI, g_SnO), a_SnI.shape[1]))
+    value, crude = _direct_values(a_SnI, g_SnO)
+    return SqNorms(value, direct_slack(value, crude, *a_SnI.shape[1:]))
 
 
 def _direct_values(a_SnI: Tensor, g_SnO: Tensor) -> tuple[Tensor, Tensor]:
     """[S] squared norms from the gradients themselves, and ``sum_t |a_t| |g_t|``."""
-    return _values_of(torch.bmm(g_SnO.mT, a_SnI)), _crude(a_SnI, g_SnO)
-
-
-def _values_of(gradients_S: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradients_S, dim=-1).double().square().sum(1)
-
-
-def _crude(a_SnI: Tensor, g_SnO: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(a_SnI, dim=-1) * torch.linalg.vector_norm(g_SnO, dim=-1)
-    return lengths.sum(1).double()
+    return square_norms(torch.bmm(g_SnO.mT, a_SnI)), lengths.sum(1).double()
 
 
 class StackedBias:
@@ -423,10 +423,10 @@ class StackedBias:
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
         sums = grouped_sum(self._g.float(), self._segments.counts.cumsum(0))
-        value = self._segments.by_record(torch.linalg.vector_norm(sums, dim=-1).double().square())
-        lengths = torch.linalg.vector_norm(self._g, dim=-1, dtype=torch.float32).double()
+        value = self._segments.by_record(square_norms(sums))
+        lengths = torch.linalg.vector_norm(self._g, dim=-1, dtype=torch.float64)
         crude = value.new_zeros(value.shape).index_add_(0, self._segments.record_R, lengths)
-        return SqNorms(value, direct_slack(value, crude, self._g.shape[0]))
+        return SqNorms(value, direct_slack(value, crude, *self._g.shape))
 
     def one(self, record: int) -> Tensor:
         rows = torch.where((self._segments.record_R == record).unsqueeze(1), self._g.float(), 0.0)
@@ -434,7 +434,7 @@ class StackedBias:
         return sums if self._segments.experts > 1 else sums[0]
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
-        factors_R = factors_B.float()[self._segments.record_R].unsqueeze(1)
+        factors_R = single(factors_B)[self._segments.record_R].unsqueeze(1)
         out += grouped_sum(self._g.float() * factors_R, self._segments.ends_E).view(out.shape)
 
     def masked(self, keep_B: Tensor) -> StackedBias:

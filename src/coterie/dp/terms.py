@@ -16,8 +16,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.dp.gram import SqNorms, direct_slack, gram_is_cheaper, gram_sq_norms, taken
+from coterie.dp.gram import (
+    SqNorms,
+    direct_slack,
+    gram_is_cheaper,
+    gram_sq_norms,
+    norm_slack,
+    square_norms,
+    taken,
+)
 from coterie.dp.gram_kernel import SegmentNorms
+from coterie.dp.scaling import Scaled, balance, bounded, single
 from coterie.models.grouped import grouped_sum
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -56,31 +65,25 @@ def _keep_rows(rows: Tensor, keep_B: Tensor) -> Tensor:
 class Dense:
     """Gradients stored as they are, [B, *shape]; for small parameters, or where the direct form was needed."""
 
-    def __init__(self, gradients_B: Tensor, slack: Tensor | None = None) -> None:
+    def __init__(self, gradients_B: Tensor) -> None:
         self.gradients = gradients_B
-        self._slack = slack
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
-        value = _dense_sq_norms(self.gradients)
-        return SqNorms(value, self._slack if self._slack is not None else 4e-7 * value)
+        value = square_norms(self.gradients)
+        return SqNorms(value, norm_slack(value, self.gradients.shape[-1]))
 
     def one(self, record: int) -> Tensor:
         return self.gradients[record].float()
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
-        flat = factors_B.to(torch.float32) @ self.gradients.float().flatten(1)
+        flat = single(factors_B) @ self.gradients.float().flatten(1)
         out += flat.view(out.shape)
 
     def masked(self, keep_B: Tensor) -> Dense:
-        return Dense(_keep_rows(self.gradients, keep_B), self._slack)
+        return Dense(_keep_rows(self.gradients, keep_B))
 
     def nbytes(self) -> int:
         return self.gradients.nbytes
-
-
-def _dense_sq_norms(gradients_B: Tensor) -> Tensor:
-    rows = gradients_B.reshape(gradients_B.shape[0], -1, gradients_B.shape[-1])
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).double().square().sum(1)
 
 
 class Outer:
@@ -97,6 +100,15 @@ class Outer:
         self.g = g_BGTO
         self.shape = shape
         self.flipped = flipped
+
+    def bounded(self) -> Outer | Scaled:
+        """The same; in balanced rows where products of these could underflow or overflow."""
+        if bounded(self.a, self.g, self.a.shape[2]):
+            return self
+        batch, groups, rows = self.a.shape[:3]
+        record_R = torch.arange(batch, device=self.g.device).repeat_interleave(groups * rows)
+        a, g, exponent_B = balance(self.a.flatten(0, 2), self.g.flatten(0, 2), record_R, batch)
+        return Scaled(Outer(a.view(self.a.shape), g.view(self.g.shape), self.shape, self.flipped), exponent_B)
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
         if not self._gram:
@@ -124,8 +136,8 @@ class Outer:
     def direct(self) -> SqNorms:
         batch = self.a.shape[0]
         step = max(1, _CHUNK_ELEMENTS // max(self.shape.numel(), 1))
-        value = torch.cat([_dense_sq_norms(self._gradients(i, i + step)) for i in range(0, batch, step)])
-        return SqNorms(value, direct_slack(value, self.crude().double(), self.a.shape[2]))
+        value = torch.cat([square_norms(self._gradients(i, i + step)) for i in range(0, batch, step)])
+        return SqNorms(value, direct_slack(value, self.crude().double(), self.a.shape[2], self.shape[-1]))
 
     def crude(self) -> Tensor:
         """[B] ``sum_t |a_t| |g_t|``: an upper bound of the norm."""
@@ -137,9 +149,7 @@ class Outer:
         rows, inputs = self.a.shape[2], self.a.shape[3]
         if inputs * 4 > self.g.element_size() * rows:
             return self
-        gradients = self._gradients(0, self.a.shape[0])
-        value = _dense_sq_norms(gradients)
-        return Dense(gradients, direct_slack(value, self.crude().double(), rows))
+        return Dense(self._gradients(0, self.a.shape[0]))
 
     def _gradients(self, start: int, stop: int) -> Tensor:
         """[b, *shape] float32 for the records start..stop."""
@@ -152,7 +162,7 @@ class Outer:
 
     def add_sum(self, out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
         left, right = (self.a, self.g) if self.flipped else (self.g, self.a)
-        factors = factors_B.to(torch.float32).view(-1, 1, 1, 1)
+        factors = single(factors_B).view(-1, 1, 1, 1)
         if left.shape[-1] <= right.shape[-1]:
             left, right = left.float() * factors, right.float()
         else:
@@ -193,10 +203,13 @@ class Lookup:
         keys, order = torch.sort(torch.where(self.ids < 0, batch * self.shape[0], self.ids + offset).flatten())
         groups, counts = torch.unique_consecutive(keys, return_counts=True)
         sums = grouped_sum(self.g.flatten(0, 1)[order].float(), counts.cumsum(0))
-        squares = torch.linalg.vector_norm(sums, dim=-1).double().square()
+        squares = square_norms(sums)
         value = squares.new_zeros(batch + 1).index_add_(0, groups // self.shape[0], squares)[:batch]
-        crude = torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32).sum(1).double()
-        return SqNorms(value, direct_slack(value, crude, self.ids.shape[1]))
+        return SqNorms(value, direct_slack(value, self.crude(), self.ids.shape[1], self.g.shape[-1]))
+
+    def crude(self) -> Tensor:
+        """[B] float64, the norm if no two rows were added up."""
+        return torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float64).sum(1)
 
     def one(self, record: int) -> Tensor:
         out = torch.zeros(self.shape, device=self.g.device)
@@ -208,7 +221,7 @@ class Lookup:
         self._add(out, self.ids[record], self.g[record].float())
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
-        self._add(out, self.ids.flatten(), (self.g.float() * factors_B.float().view(-1, 1, 1)).flatten(0, 1))
+        self._add(out, self.ids.flatten(), (self.g.float() * single(factors_B).view(-1, 1, 1)).flatten(0, 1))
 
     @staticmethod
     def _add(out: Tensor, ids: Tensor, rows: Tensor) -> None:
@@ -236,8 +249,8 @@ class Aligned:
         self._records = records
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
-        value = _dense_sq_norms(self.g.reshape(self._records, 1, -1))
-        return SqNorms(value, 4e-7 * value)
+        value = square_norms(self.g.reshape(self._records, -1))
+        return SqNorms(value, norm_slack(value, self.g[0].numel() * self._each))
 
     def one(self, record: int) -> Tensor:
         out = torch.zeros_like(self.g, dtype=torch.float32)
@@ -250,7 +263,7 @@ class Aligned:
         return self.g.shape[0] // self._records
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
-        factors = factors_B.float().repeat_interleave(self._each)
+        factors = single(factors_B).repeat_interleave(self._each)
         out += self.g.float() * factors.view(-1, *(1,) * (self.g.ndim - 1))
 
     def masked(self, keep_B: Tensor) -> Aligned:

@@ -67,6 +67,9 @@ class ConstantWork:
     def thresholds(self, value: Tensor) -> None:
         self._engine.thresholds = value
 
+    def group_of(self, name: str) -> str:
+        return self._engine.group_of(name)
+
     @property
     def eta(self) -> float:
         return self._engine.eta
