@@ -38,7 +38,7 @@ def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5, added_up: floa
         found = term.sq_norms(precise)
         exact = gradients.flatten(1).square().sum(1)
         assert bool((found.value.sqrt() - exact.sqrt()).abs().max() <= rel * scale + 2**-22 * added_up)
-        # What is added for one record is covered; so is the exact gradient, but for the rounding of what is kept of it.
+        # What is added for a record is covered, and the exact gradient but for the rounding of what is kept of it.
         upper = found.upper.sqrt() * (1 + 1e-6)
         assert bool((_added(term, records, gradients.shape[1:]) <= upper + 1e-6 * scale).all())
         assert bool((exact.sqrt() <= upper + 1e-6 * scale + 2**-22 * added_up).all())
