@@ -31,8 +31,9 @@ def load_yaml(path: str | Path, model: type[SpecT]) -> SpecT:
     Where the file is a link, that is the link's folder, not the one of the file behind it, which may change its name.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, lies in a folder whose name is not UTF-8, or has settings that do not fit; one error lists them all,
-            each with its line, the allowed keys where one is unknown, and a guess at what was meant.
+        ConfigError: the file is missing, is not YAML, lies in a folder whose name is not UTF-8, or has settings that
+            do not fit; one error lists them all, each with its line, the allowed keys where one is unknown, and a
+            guess at what was meant.
     """
     path = Path(path)
     _check_name(path)
