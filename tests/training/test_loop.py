@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -15,11 +12,9 @@ from transformers import PreTrainedModel
 from coterie.config import OptimSpec
 from coterie.errors import ModelError
 from coterie.training.loop import (
-    StopFlag,
     finish_round,
     loss_sum,
     sequence_losses,
-    stop_on_signals,
     train_round,
     use_checkpointing,
 )
@@ -168,27 +163,3 @@ def test_a_model_whose_experts_bypass_coterie_is_not_trained(make_tiny: MakeTiny
     model.set_experts_implementation("eager")
     with pytest.raises(ModelError, match="not through coterie"):
         train_round(model, make_optimizer(model.parameters(), SPEC), [sequences.batch([0])], lr=1e-2)
-
-
-def test_the_first_signal_asks_for_a_stop_and_the_second_interrupts() -> None:
-    stop = StopFlag()
-    before = signal.getsignal(signal.SIGINT)
-    with stop_on_signals(stop):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
-    seen = []
-
-    def work() -> None:
-        with stop_on_signals(StopFlag()):
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [signal.getsignal(signal.SIGINT)]

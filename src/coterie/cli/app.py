@@ -15,6 +15,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from coterie import __version__
 from coterie.cli.output import error_console, fail
+from coterie.cli.stopping import ending_on_request
+from coterie.cli.streams import guarded_output
 from coterie.errors import CoterieError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -118,20 +120,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # accepted anywhere: people add it to the end of the line that failed
     try:
+        with guarded_output(), ending_on_request():
+            _run(given, debug)
+    except SystemExit as end:
+        if arguments is None and isinstance(end.code, int) and end.code > 128:
+            os._exit(end.code)  # asked to end: wait for no thread that still waits for somebody else
+        raise
+
+
+def _run(given: list[str], debug: bool) -> None:
+    try:
         try:
             app([argument for argument in given if argument != "--debug"], prog_name="coterie")
         except CoterieError as error:
             if debug:
                 traceback.print_exc()
             fail(error)
+        except OSError as error:
+            if debug or error.filename is None:
+                raise
+            fail(_of_a_file(error))
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except KeyboardInterrupt:
         error_console().print("interrupted")
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone; that is its right
-        sys.exit(1)
     except Exception as error:
         if debug:
             raise
@@ -140,6 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         error_console().print(problem, style="red", markup=False)
         sys.exit(1)
+
+
+def _of_a_file(error: OSError) -> CoterieError:
+    """What the operating system refused, where no place of the code expected it to."""
+    name = os.fsencode(error.filename).decode("utf-8", "backslashreplace")
+    return CoterieError(
+        f"{name} cannot be used: {error.strerror}.",
+        code="file-access",
+        fix="make room, mend its permissions, or name another place; --debug shows where it was needed",
+    )
 
 
 if __name__ == "__main__":

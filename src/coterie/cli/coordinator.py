@@ -31,7 +31,8 @@ def command(
     Example:
         coterie coordinator federation.yaml --kit kits/coordinator --run-dir runs/coordinator
     """
-    from coterie.cli.rounds_progress import RoundLines, log_file, stop_signals
+    from coterie.cli.rounds_progress import RoundLines, log_file
+    from coterie.cli.stopping import stop_signals
     from coterie.config import FederationConfig, load_yaml
     from coterie.federation.coordinator_process import CoordinatorProcess, status_of
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from coterie.cli.output import progress, say, table, write_json
+from coterie.cli.stopping import stop_signals
 from coterie.config import TrainConfig
 from coterie.dp.budget import Spent
 from coterie.dp.lot_sums import RoundFigures
 from coterie.training.evaluate import Evaluation
-from coterie.training.loop import StopFlag, stop_on_signals
+from coterie.training.loop import StopFlag
 from coterie.training.private import PrivateRunResult, PrivateWatch
 
 
@@ -28,7 +29,7 @@ def watched_private(config: TrainConfig) -> Iterator[tuple[StopFlag, PrivateWatc
     say(f"budget: epsilon {privacy.epsilon:g} at delta {privacy.delta:g}; losses shown below are not private")
     stop = StopFlag()
     shown, note_spent = 0, ""
-    with stop_on_signals(stop), progress("round", config.train.rounds) as advance:
+    with stop_signals(stop.set, bounded=False), progress("round", config.train.rounds) as advance:
 
         def watch(done: int, figures: RoundFigures, spent: Spent | None, evaluation: Evaluation | None) -> None:
             nonlocal shown, note_spent

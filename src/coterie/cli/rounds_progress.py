@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Protocol
 
 from coterie.cli.output import Advance, progress
+from coterie.cli.streams import KeptOnFileHandler
+from coterie.federation.files import writing
 
 SILENT_S = 3.5
 
@@ -116,8 +117,9 @@ class RoundLines:
 @contextmanager
 def log_file(folder: Path) -> Iterator[logging.Logger]:
     """Warnings of connections, rounds and errors go to ``coterie.log`` in the run folder instead of the screen."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "coterie.log", encoding="utf-8", delay=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handler = KeptOnFileHandler(folder / "coterie.log", encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log = logging.getLogger("coterie")
     before = log.propagate, log.level
@@ -129,27 +131,3 @@ def log_file(folder: Path) -> Iterator[logging.Logger]:
         log.removeHandler(handler)
         log.propagate, log.level = before
         handler.close()
-
-
-@contextmanager
-def stop_signals(ask: Callable[[], bool]) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks for a clean end after the round; a second one interrupts at once.
-
-    Args:
-        ask: False when there is nothing to end cleanly yet; then the first one interrupts, too.
-    """
-    asked = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked or not ask():
-            raise KeyboardInterrupt
-        asked = True
-        print("stopping after this round; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -9,8 +9,9 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from coterie.cli.output import progress, say, table, write_json
+from coterie.cli.stopping import stop_signals
 from coterie.training.evaluate import Evaluation
-from coterie.training.loop import RoundResult, StopFlag, stop_on_signals
+from coterie.training.loop import RoundResult, StopFlag
 from coterie.training.run import RunResult, Watch
 
 
@@ -20,7 +21,7 @@ def watched(rounds: int) -> Iterator[tuple[StopFlag, Watch]]:
     disable_progress_bar()  # transformers' own, for a file that takes a second
     stop = StopFlag()
     shown = 0
-    with stop_on_signals(stop), progress("round", rounds) as advance:
+    with stop_signals(stop.set, bounded=False), progress("round", rounds) as advance:
 
         def watch(done: int, result: RoundResult, evaluation: Evaluation | None) -> None:
             nonlocal shown

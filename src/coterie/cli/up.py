@@ -41,7 +41,8 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
     say(f"{config.party}: loading")
 
     from coterie.cli.output import error_console
-    from coterie.cli.rounds_progress import RoundLines, log_file, stop_signals
+    from coterie.cli.rounds_progress import RoundLines, log_file
+    from coterie.cli.stopping import stop_signals
     from coterie.errors import CoterieError
     from coterie.federation.control import Directive
     from coterie.training.party import PartyProcess

@@ -25,6 +25,9 @@ POLL_S = 0.1
 GRACE_S = 4.0
 """How long a process may take to end after it was asked."""
 LAST_LINES = 6
+LIFELINE = "COTERIE_LIFELINE"
+"""Environment variable: the descriptor of a pipe that this process holds open while it lives. The system closes it
+also after ``kill -9``, and then what was started here ends itself."""
 _ENVIRONMENT = {
     # Idle compute threads sleep instead of spinning: with more processes than cores, spinning made a round of a
     # two-threaded run fifteen times slower.
@@ -110,6 +113,7 @@ class Processes:
         self._folder = folder
         self._command = command
         self._running: list[Running] = []
+        self._lifeline, self._held = os.pipe()
         self.cpu_s = 0.0
 
     def __enter__(self) -> Processes:
@@ -119,6 +123,8 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         self.stop()
+        os.close(self._held)
+        os.close(self._lifeline)
 
     def start(self, command: Command) -> Running:
         """Start a command; its output goes to its log."""
@@ -129,7 +135,8 @@ class Processes:
             process = subprocess.Popen(
                 [*self._command, *command.arguments],
                 cwd=self._folder,
-                env={**os.environ, **_ENVIRONMENT},
+                env={**os.environ, **_ENVIRONMENT, LIFELINE: str(self._lifeline)},
+                pass_fds=(self._lifeline,),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -7,12 +7,9 @@ its own loss would be a mean over the micro-batch.
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -135,29 +132,7 @@ class StopFlag:
     def asked(self) -> bool:
         return self._event.is_set()
 
-    def set(self) -> None:
-        """Ask for a stop after the current round."""
+    def set(self) -> bool:
+        """Ask for a stop after the current round, which can always be granted."""
         self._event.set()
-
-
-@contextmanager
-def stop_on_signals(flag: StopFlag) -> Iterator[None]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request to stop after the round; a second one interrupts at once.
-
-    Signals can be caught in the main thread only; elsewhere this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if flag.asked:
-            raise KeyboardInterrupt
-        flag.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return True
