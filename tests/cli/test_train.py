@@ -73,7 +73,7 @@ def test_ctrl_c_stops_cleanly_and_resume_ends_where_an_uninterrupted_run_ends(
     coterie("resume", folder / "parts")
     coterie("train", write_settings(folder, "whole", 60))
     assert capsys.readouterr().out.count("held-out loss") == 2
-    name = "checkpoints/round-00000060/weights.safetensors"
+    name = "private/checkpoints/round-00000060/weights.safetensors"
     whole, parts = (load_file(folder / run / name) for run in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 

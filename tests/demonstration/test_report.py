@@ -229,8 +229,10 @@ def test_every_arm_has_a_look() -> None:
 
 def test_the_pooled_evaluation_is_shared_out_in_order(tmp_path: Path) -> None:
     whole = Evaluation(torch.arange(5, dtype=torch.float64), torch.tensor([1, 2, 3, 4, 5]))
-    whole.save(tmp_path / "evaluation.safetensors")
-    (tmp_path / "result.json").write_text('{"model_state_bytes": 7, "peak_rss_bytes": 8}', encoding="utf-8")
+    (tmp_path / "private").mkdir()
+    whole.save(tmp_path / "private" / "evaluation.safetensors")
+    figures = '{"model_state_bytes": 7, "peak_rss_bytes": 8}'
+    (tmp_path / "private" / "result.json").write_text(figures, encoding="utf-8")
     shares = _shares(tmp_path, {"alder": 2, "birch": 3})
     assert shares["alder"].evaluation.tokens_S.tolist() == [1, 2]
     assert shares["birch"].evaluation.loss_S.tolist() == [2.0, 3.0, 4.0]

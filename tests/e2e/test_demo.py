@@ -101,8 +101,8 @@ def test_the_folder_is_complete(finished: tuple[Path, subprocess.CompletedProces
             assert own.shard.is_file()
             alone = "isolated_dp" if arm == "experts_dp" else "isolated"
             for run in (own.run_dir, root / alone / party / "run"):
-                assert (run / "metrics.jsonl").read_text("utf-8")
-                assert list((run / "checkpoints").glob("round-*/manifest.json"))
+                assert (run / "private" / "metrics.jsonl").read_text("utf-8")
+                assert list((run / "private" / "checkpoints").glob("round-*/manifest.json"))
             assert load_yaml(root / alone / party / "train.yaml", TrainConfig)
     assert (root / "public" / "run" / "model" / "config.json").is_file()
     alone_and_pooled, federations = 2 * (2 + 1), 3 * (2 + 1 + 2)

@@ -93,7 +93,7 @@ def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes
     make_private(folder, rounds)
     lose_cedar(processes, checkpoint=6)
     spools = {name: spooled(folder, name) for name in PARTIES}
-    held = sorted((folder / "cedar" / "run" / "checkpoints").iterdir())
+    held = sorted((folder / "cedar" / "run" / "private" / "checkpoints").iterdir())
     for path in held[1:]:
         shutil.rmtree(path)
     processes.start("cedar", "resume", "cedar/run", "--json", "cedar.json")

@@ -77,7 +77,7 @@ def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(proc
         pair = []
         for run in (folder / name / "run", tmp_path / "twin" / name):
             marker = json.loads((run / "run.json").read_text())
-            store = CheckpointStore(run / "checkpoints", f"{marker['run']}/{name}")
+            store = CheckpointStore(run / "private" / "checkpoints", f"{marker['run']}/{name}")
             pair.append((store, store.get(24)))
         for stem in ("trunk", "experts"):
             found, expected = (store.load(checkpoint, stem) for store, checkpoint in pair)
@@ -87,7 +87,7 @@ def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(proc
         assert not [path for path in (folder / name).rglob("*experts-*") if name not in path.name]
 
     # What was trained can be joined: alder's trunk with everybody's experts.
-    newest = "run/checkpoints/round-00000024"
+    newest = "run/private/checkpoints/round-00000024"
     shards = [
         option for name in PARTIES for option in ("--shard", str(folder / name / newest / "experts.safetensors"))
     ]

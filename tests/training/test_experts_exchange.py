@@ -134,7 +134,7 @@ def test_checkpoint_of_a_shared_trunk_is_the_model_after_its_round(tmp_path: Pat
     union_by_hand(two, models[PARTIES[0]], parts)
     expected = dict(models[PARTIES[0]].named_parameters())
     for name in PARTIES:
-        saved = load_file(tmp_path / name / "checkpoints" / "round-00000002" / "trunk.safetensors")
+        saved = load_file(tmp_path / name / "private" / "checkpoints" / "round-00000002" / "trunk.safetensors")
         for key, value in saved.items():
             if key in expected:
                 assert relative(value, expected[key].detach()) < 1e-5, (name, key)

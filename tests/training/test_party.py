@@ -248,7 +248,7 @@ def test_clean_stop_and_a_later_start_give_the_parameters_of_an_uninterrupted_ru
     assert all(result.finished for result in results.values())
     train_by_hand(config, models, parts)
     assert_same(federation, models)
-    rounds = [row["round"] for row in read_metrics(tmp_path / "alder") if "lr" in row]
+    rounds = [row["round"] for row in read_metrics(tmp_path / "alder" / "private") if "lr" in row]
     assert rounds == [0, 1, 2, 3, 4]
 
 
@@ -274,7 +274,7 @@ def test_start_of_a_finished_run_says_so_and_trains_nothing(tmp_path: Path):
     for name in PARTIES:
         assert second[name].finished
         assert second[name].loss == first[name].loss
-        assert len([row for row in read_metrics(tmp_path / name) if "lr" in row]) == 1
+        assert len([row for row in read_metrics(tmp_path / name / "private") if "lr" in row]) == 1
 
 
 def test_lost_checkpoint_ends_the_start_and_names_who_lacks_it(tmp_path: Path):
@@ -287,7 +287,7 @@ def test_lost_checkpoint_ends_the_start_and_names_who_lacks_it(tmp_path: Path):
     until(lambda: any(n.state.committed >= 1 for n in federation.notices))
     federation.runs["birch"].stop()
     federation.join()
-    shutil.rmtree(tmp_path / "birch" / "checkpoints")
+    shutil.rmtree(tmp_path / "birch" / "private" / "checkpoints")
     federation = InProcessFederation(config, tmp_path / "coordinator")
     federation.coordinate()
     for each in make_parts(config, models, tmp_path).values():

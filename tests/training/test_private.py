@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from transformers import AutoModelForCausalLM
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError
+from coterie.models.trainings import read_trainings
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
 from coterie.training.private import resume_private, run_private
-from coterie.training.run import evaluate_run, load_trained
+from coterie.training.run import evaluate_run, load_trained, start
 
 NOTES = ["a cough and a fever", "a swollen knee", "no pain in the chest", "the cough is gone", "the fever too"]
 SIZES = {
@@ -66,11 +69,11 @@ def test_private_run_stays_in_budget_and_says_what_it_promises(make_config: Make
     for part in ("one record", "adding or removing one record", "lifetime", "poisson", "not covered"):
         assert part in result.statement
     assert "provenance was not declared" not in result.statement
-    assert (tmp_path / "run/statement.txt").read_text().strip() == result.statement
-    assert json.loads((tmp_path / "run/result.json").read_text())["privacy"]["noise_multiplier"] > 0
-    names = set().union(*read_metrics(tmp_path / "run"))
+    assert (tmp_path / "run/public/statement.txt").read_text().strip() == result.statement
+    assert json.loads((tmp_path / "run/private/result.json").read_text())["privacy"]["noise_multiplier"] > 0
+    names = set().union(*read_metrics(tmp_path / "run" / "private"))
     assert names == {"round", "loss_not_private", "lot_size_not_private", "epsilon", "test_loss"}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/public/model")
     assert model.config.num_experts == 4
     assert evaluate_run(load_trained(tmp_path / "run")).loss == pytest.approx(result.loss, rel=1e-4)
 
@@ -98,7 +101,7 @@ def test_stopped_seeded_run_continues_as_if_it_had_not_stopped(
     result = resume_private(tmp_path / "parts")
     assert result.finished
     assert "NOT PRIVATE" in result.statement
-    whole, again = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "parts"))
+    whole, again = (load_file(tmp_path / name / "private/model/model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
@@ -159,3 +162,75 @@ def test_command_prints_epsilon_and_statement_and_writes_json(
     assert "PRIVACY STATEMENT" in shown.out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["privacy"]["epsilon"] <= 8
+
+
+def texts_in(folder: Path) -> str:
+    return "\n".join(path.read_bytes().decode("latin-1") for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_what_is_public_holds_no_private_figure_and_no_path_and_the_rest_is_closed(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    before = os.umask(0)
+    try:
+        result = run_private(make_config())
+    finally:
+        os.umask(before)
+    public, private = tmp_path / "run/public", tmp_path / "run/private"
+    assert {path.name for path in public.iterdir()} == {"model", "README.md", "statement.txt"}
+    shown = texts_in(public)
+    assert str(tmp_path) not in shown
+    assert "not_private" not in shown
+    ledger = result.privacy["ledger"]
+    assert ledger in shown
+    (folder,) = [path.name for path in (tmp_path / "ledger").iterdir() if (path / "ledger.jsonl").exists()]
+    assert folder not in shown, "the digest of the text would let others test guesses of it"
+    assert str(result.loss) not in shown
+    assert str(result.loss) in (private / "result.json").read_text()
+    assert {path.stat().st_mode & 0o077 for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]} == {0}
+
+
+def test_a_seeded_run_has_nothing_to_give_away(make_config: MakeConfig, tmp_path: Path) -> None:
+    run_private(make_config(privacy={"seeded": True}))
+    assert not (tmp_path / "run/public").exists()
+    assert "NOT PRIVATE" in (tmp_path / "run/private/statement.txt").read_text()
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_start_that_was_trained_on_private_text_is_refused_whatever_is_declared(
+    make_config: MakeConfig, tmp_path: Path, seeded: bool
+) -> None:
+    if seeded:
+        run_private(make_config("before", privacy={"seeded": True}))
+    else:
+        start(make_config("before").model_copy(update={"privacy": None}))
+    upcycled = tmp_path / "copied"
+    shutil.copytree(tmp_path / "before/private/model", upcycled)
+    words = "noise from a seed" if seeded else "without privacy"
+    for declared in ("public", "dp:abc"):
+        model = {"path": upcycled, "provenance": declared}
+        with pytest.raises(ProvenanceError, match=f"declared .*, but run .* trained them on private text.*{words}"):
+            run_private(make_config("after", model=model))
+    assert not (tmp_path / "after").exists()
+    model = {"path": upcycled, "provenance": "public", "overrule_origin": "the text was ours and is published now"}
+    result = run_private(make_config("after", model=model))
+    assert "what was saved with them was overruled: the text was ours and is published now" in result.statement
+    assert not (tmp_path / "after/public").exists()
+    assert [t.privacy for t in read_trainings(tmp_path / "after/private/model")] == [
+        "seeded" if seeded else "none", "budget",
+    ]  # fmt: skip
+
+
+def test_a_start_under_a_budget_is_counted_as_one_and_public_text_starts_anything(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    first = run_private(make_config("first"))
+    model = {"path": tmp_path / "first/public/model", "provenance": "public"}
+    second = run_private(make_config("second", model=model))
+    assert f"what the starting weights cost: counted in ledger {first.privacy['ledger']}" in second.statement
+    runs = [training.run for training in read_trainings(tmp_path / "second/public/model")]
+    assert runs == [first.privacy["run"], second.privacy["run"]]
+    config = make_config("open").model_copy(update={"privacy": None})
+    start(config.model_copy(update={"data": config.data.model_copy(update={"provenance": "public"})}))
+    model = {"path": tmp_path / "open/private/model", "provenance": "public"}
+    assert run_private(make_config("third", model=model)).finished

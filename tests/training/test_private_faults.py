@@ -120,7 +120,7 @@ class World:
     def go_back(self, *, checkpoints: int, name: str = "cedar") -> None:
         """A host comes back without its newest checkpoints, as from a disk image of some time ago."""
         self.federation.kill(name)
-        for newest in sorted((self.folder / name / "checkpoints").iterdir())[-checkpoints:]:
+        for newest in sorted((self.folder / name / "private" / "checkpoints").iterdir())[-checkpoints:]:
             shutil.rmtree(newest)
 
     def run_past(self, dead: threading.Event) -> None:
@@ -237,7 +237,7 @@ def test_run_with_a_death_ends_with_the_weights_of_one_without_bit_for_bit(
     dead = arrange(monkeypatch, world, point)
     world.run_past(dead)
     for name in PARTIES:
-        last = Path("checkpoints") / f"round-{ROUNDS:08d}"
+        last = Path("private") / "checkpoints" / f"round-{ROUNDS:08d}"
         for stem in ("trunk", "experts"):
             one, other = (load_file(w.folder / name / last / f"{stem}.safetensors") for w in (quiet, world))
             assert one.keys() == other.keys()

@@ -69,7 +69,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
 
 
 def weights(run_dir: Path, rounds: int) -> dict[str, Tensor]:
-    return load_file(run_dir / "checkpoints" / f"round-{rounds:08d}" / "weights.safetensors")
+    return load_file(run_dir / "private" / "checkpoints" / f"round-{rounds:08d}" / "weights.safetensors")
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -84,18 +84,19 @@ def test_a_run_learns_and_leaves_its_folder_complete(make_config: MakeConfig) ->
     result = start(config, watch=lambda done, outcome, evaluation: seen.append((done, evaluation is not None)))
     assert result.finished
     assert seen == [(done, done in (10, 20)) for done in range(1, 21)]
-    rows = read_metrics(config.run_dir)
+    rows = read_metrics(config.run_dir / "private")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] is not None
     assert losses[-1] is not None
     assert losses[-1] < losses[0] - 0.5
     assert [row["round"] for row in rows if "test_loss" in row] == [9, 19]
-    names = {path.name for path in config.run_dir.iterdir()}
-    files = {"config.yaml", "run.json", "metrics.jsonl", "result.json", "evaluation.safetensors"}
+    assert {path.name for path in config.run_dir.iterdir()} == {"config.yaml", "run.json", "private"}
+    names = {path.name for path in (config.run_dir / "private").iterdir()}
+    files = {"metrics.jsonl", "result.json", "evaluation.safetensors"}
     assert names == files | {"tensorboard", "tokenizer", "checkpoints", "model"}
-    kept = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
+    kept = sorted(path.name for path in (config.run_dir / "private" / "checkpoints").iterdir())
     assert kept == ["round-00000016", "round-00000020"]
-    assert json.loads((config.run_dir / "result.json").read_text())["loss"] == result.loss
+    assert json.loads((config.run_dir / "private" / "result.json").read_text())["loss"] == result.loss
     assert load_yaml(config.run_dir / "config.yaml", TrainConfig) == config
 
 
@@ -118,12 +119,12 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     stop = StopFlag()
     first = start(parts, stop=stop, watch=lambda done, *_: stop.set() if done == stop_after else None)
     assert (first.finished, first.rounds) == (False, stop_after)
-    assert not (parts.run_dir / "model").exists()
+    assert not (parts.run_dir / "private" / "model").exists()
     last = resume(parts.run_dir)
     assert last.finished
     assert last.loss == expected.loss
     assert_equal(weights(parts.run_dir, 6), weights(whole.run_dir, 6))
-    assert [row["round"] for row in read_metrics(parts.run_dir) if "loss" in row] == list(range(6))
+    assert [row["round"] for row in read_metrics(parts.run_dir / "private") if "loss" in row] == list(range(6))
 
 
 def test_a_run_that_died_between_checkpoints_repeats_the_lost_rounds(make_config: MakeConfig) -> None:
@@ -138,7 +139,7 @@ def test_a_run_that_died_between_checkpoints_repeats_the_lost_rounds(make_config
         start(broken, watch=die)
     assert resume(broken.run_dir).finished
     assert_equal(weights(broken.run_dir, 6), weights(whole.run_dir, 6))
-    assert [row["round"] for row in read_metrics(broken.run_dir) if "loss" in row] == list(range(6))
+    assert [row["round"] for row in read_metrics(broken.run_dir / "private") if "loss" in row] == list(range(6))
 
 
 def test_resuming_a_finished_run_changes_nothing(make_config: MakeConfig) -> None:
@@ -152,7 +153,7 @@ def test_resuming_a_finished_run_changes_nothing(make_config: MakeConfig) -> Non
 def test_the_final_model_is_an_ordinary_hugging_face_checkpoint(make_config: MakeConfig) -> None:
     config = make_config()
     start(config)
-    theirs = AutoModelForCausalLM.from_pretrained(config.run_dir / "model").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(config.run_dir / "private" / "model").eval()
     ours = load_trained(config.run_dir)
     ids = torch.tensor([ours.tokenizer("the patient")["input_ids"]])
     with torch.no_grad():
@@ -165,7 +166,7 @@ def test_a_trained_run_is_measured_as_it_was_in_training(make_config: MakeConfig
     trained = load_trained(config.run_dir)
     measured = evaluate_run(trained)
     assert measured.loss == result.loss
-    kept = Evaluation.load(config.run_dir / "evaluation.safetensors")
+    kept = Evaluation.load(config.run_dir / "private" / "evaluation.safetensors")
     assert paired_bootstrap(kept, measured).mean == 0.0
     other = evaluate_run(trained, [tmp_path / "train.jsonl"])
     assert other.loss < measured.loss, "it has seen this text"
@@ -239,7 +240,7 @@ def test_changed_settings_or_text_are_noticed_on_resume(make_config: MakeConfig,
 def test_a_damaged_checkpoint_stops_the_resume(make_config: MakeConfig) -> None:
     config = make_config()
     start(config)
-    path = config.run_dir / "checkpoints" / "round-00000006" / "optimizer.safetensors"
+    path = config.run_dir / "private" / "checkpoints" / "round-00000006" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="is damaged"):
         resume(config.run_dir)

@@ -54,7 +54,11 @@ def report_private(result: PrivateRunResult, json_file: Path | None) -> None:
         columns = ("rounds", "epsilon", "delta", "held-out loss", "perplexity")
         epsilon, delta = result.privacy["epsilon"], result.privacy["delta"]
         table(columns, [(result.rounds, epsilon, delta, result.loss, result.perplexity)])
-        say(f"model: {result.run_dir}/model   statement: {result.run_dir}/statement.txt")
+        public = Path(result.run_dir, "public")
+        if public.is_dir():
+            say(f"model, card and statement, which may be given away: {public}")
+        else:
+            say(f"model: {result.run_dir}/private/model, which may not be given away: see the statement")
     else:
         say(f"stopped after round {result.rounds}; go on with: coterie resume {result.run_dir}")
     say()

@@ -96,5 +96,5 @@ def report(result: PartyResult, json_file: Path | None) -> None:
         say(f"revealed: {revealed_so_far(result.privacy)}")
     if result.statement:
         say(result.statement)
-    say(f"trained parts: trunk and experts in {result.run_dir}/checkpoints/round-{result.rounds:08d}")
-    say(f"the loss is this party's own and stays here; figures: {result.run_dir}/metrics.jsonl")
+    say(f"trained parts: trunk and experts in {result.run_dir}/private/checkpoints/round-{result.rounds:08d}")
+    say(f"the loss is this party's own and stays here; figures: {result.run_dir}/private/metrics.jsonl")

@@ -64,6 +64,11 @@ class DataSpec(Spec):
         description="`chunks`: a document is cut into sequences, none holds text of two. `records`: one sequence per "
         "document, the rest is cut off. `documents`: several documents share a sequence and see each other.",
     )
+    provenance: Literal["private", "public"] = Field(
+        default="private",
+        description="Whether the text to train on needs protection. A model that was trained without privacy on text "
+        "that is not `public` says so, and private training does not start from it.",
+    )
     tokenizer: TokenizerSpec = Field(
         default=TokenizerSpec(), description="`model`, a path, or a block with `path` or `train`."
     )

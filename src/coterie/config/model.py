@@ -55,6 +55,13 @@ class ModelSpec(Spec):
         "them as not covered; without it private training refuses such weights.",
     )
 
+    overrule_origin: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Why `provenance` holds although the saved model itself says that it was trained on private text "
+        "without privacy. The final statement repeats it; without it private training refuses such weights.",
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
         named = [name for name in ("path", "hub", "family") if getattr(self, name) is not None]

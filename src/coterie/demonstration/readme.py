@@ -22,7 +22,8 @@ def _text(plan: Plan, folder: Folder) -> str:
         "  report.html        the verdict, the tables and the picture; results.json has the figures",
         "  data/              the text: documentation of this Python installation, one subject per party",
         "  public/run/model   the public checkpoint, an ordinary Hugging Face folder with its tokenizer",
-        "  */run/             metrics.jsonl, tensorboard/, checkpoints/, evaluation.safetensors, result.json",
+        "  */run/private/     metrics.jsonl, tensorboard/, checkpoints/, evaluation.safetensors, result.json",
+        "  */run/public/      where a budget made them: model or statement, to be given away",
         "  logs/              what each process printed",
         "",
     ]

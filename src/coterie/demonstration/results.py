@@ -19,6 +19,7 @@ from coterie.demonstration.plan import ARMS, Arm, Plan
 from coterie.demonstration.screen import Screen
 from coterie.errors import DataError
 from coterie.training.evaluate import Difference, Evaluation, paired_bootstrap
+from coterie.training.folders import private_folder
 from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import read_metrics
 from coterie.training.run import evaluate_run, load_trained
@@ -188,8 +189,8 @@ def _weight_bytes(model: Any) -> int:
 
 
 def _figures(run_dir: Path) -> Figures:
-    result = json.loads((run_dir / "result.json").read_text("utf-8"))
-    evaluation = Evaluation.load(run_dir / "evaluation.safetensors")
+    result = json.loads((private_folder(run_dir) / "result.json").read_text("utf-8"))
+    evaluation = Evaluation.load(private_folder(run_dir) / "evaluation.safetensors")
     told = result.get("privacy")
     promise = Promise(**{field.name: told[field.name] for field in fields(Promise)}) if told else None
     return Figures(evaluation, int(result["model_state_bytes"]), int(result["peak_rss_bytes"]), promise)
@@ -222,7 +223,7 @@ def _check_paired(arm: Arm, figures: Mapping[str, Figures], public: Mapping[str,
 
 def _evaluations(run_dir: Path) -> list[tuple[int, float]]:
     """(finished rounds, held-out loss) along a run."""
-    rows = read_metrics(run_dir)
+    rows = read_metrics(private_folder(run_dir))
     return [(int(row["round"] or 0) + 1, float(row["test_loss"])) for row in rows if row.get("test_loss") is not None]  # type: ignore[arg-type]
 
 
@@ -238,6 +239,6 @@ def _wire_of(run_dirs: Any) -> Wire:
     peers = [
         peer
         for run_dir in run_dirs
-        for peer in json.loads((run_dir / "result.json").read_text("utf-8"))["wire"].values()
+        for peer in json.loads((private_folder(run_dir) / "result.json").read_text("utf-8"))["wire"].values()
     ]
     return Wire(sum(int(peer["sent"]) for peer in peers), sum(int(peer["tensors_sent"]) for peer in peers))

@@ -119,7 +119,7 @@ def _span(ended: list[Running]) -> float:
 
 
 def _result(run_dir: Path) -> dict[str, float]:
-    figures: dict[str, float] = json.loads((run_dir / "result.json").read_text("utf-8"))
+    figures: dict[str, float] = json.loads((run_dir / "private" / "result.json").read_text("utf-8"))
     return figures
 
 

@@ -68,7 +68,7 @@ def newest_figures(run_dir: Path) -> dict[str, Any] | None:
 
     A private run keeps its losses to itself under another name; what is read of it is how far it is.
     """
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / "private" / "metrics.jsonl"
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2000))

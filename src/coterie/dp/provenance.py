@@ -7,11 +7,12 @@ declares where it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from coterie.errors import ProvenanceError
+from coterie.models.trainings import Training
 
 Origin = Literal["public", "dp", "private", "undeclared"]
 
@@ -26,12 +27,14 @@ class Artefact:
         ledger: for dp, the ledger that counts what it cost.
         uncovered: for private, whose records it was made from: accepted only with this sentence, which the final
             statement repeats.
+        overruled: why the origin holds although the saved model's own record speaks against it.
     """
 
     kind: str
     origin: Origin
     ledger: str | None = None
     uncovered: str | None = None
+    overruled: str | None = None
 
     @classmethod
     def parse(cls, kind: str, text: str | None, uncovered: str | None = None) -> Artefact:
@@ -54,7 +57,29 @@ class Artefact:
         )
 
     def to_json(self) -> dict[str, str | None]:
-        return {"kind": self.kind, "origin": self.origin, "ledger": self.ledger, "uncovered": self.uncovered}
+        return asdict(self)
+
+    def as_saved(self, trainings: Sequence[Training]) -> Artefact:
+        """What it really is, where the saved model itself says what it was trained under.
+
+        Raises:
+            ProvenanceError: it was trained on private text without privacy, and that is neither declared nor
+                overruled.
+        """
+        open_ones = [training for training in trainings if not training.protected]
+        ledgers = sorted({str(training.ledger) for training in trainings if training.privacy == "budget"})
+        if open_ones and self.origin != "private" and not self.overruled:
+            raise ProvenanceError(
+                f"the {self.kind} are declared {self.origin}, but run {open_ones[0].run} trained them on private "
+                f"text {'with noise from a seed' if open_ones[0].privacy == 'seeded' else 'without privacy'}.",
+                code="dp-private-start",
+                why="what they reveal about that text was never noised, and nothing in this run can take it back",
+                fix="start from another model, declare `provenance: private` with `not_covered`, or say in "
+                "`overrule_origin` why they may be taken for what is declared; the statement repeats it",
+            )
+        if self.origin in ("public", "undeclared") and ledgers and not self.overruled:
+            return replace(self, origin="dp", ledger=", ".join(ledgers))
+        return self
 
 
 def declared(provenance: Mapping[str, str] | Iterable[Artefact] | None) -> tuple[Artefact, ...]:
@@ -74,6 +99,11 @@ def not_covered(artefacts: Iterable[Artefact]) -> list[str]:
     """
     lines = []
     for artefact in artefacts:
+        if artefact.overruled:
+            lines.append(
+                f"whether the starting {artefact.kind} were made from private records: what was saved with them was "
+                f"overruled: {artefact.overruled}"
+            )
         if artefact.origin == "private":
             if not artefact.uncovered:
                 raise ProvenanceError(

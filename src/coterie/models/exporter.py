@@ -34,6 +34,7 @@ from coterie.models.shards import (
 )
 from coterie.models.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
 from coterie.models.stream import layer_group, stream_checkpoint
+from coterie.models.trainings import joined, read_trainings, trainings_near, write_trainings
 
 
 def export(
@@ -81,6 +82,9 @@ def export(
             adapted.save_adapter(aside)
         else:
             _write_whole(aside, folder, _Pieces.of(model, trunk, shards, adapted))
+        write_trainings(
+            aside, joined(read_trainings(folder / MODEL_FOLDER), *(trainings_near(file) for file in (trunk, *shards)))
+        )
         if out.exists():
             out.rmdir()
         os.replace(aside, out)
@@ -104,7 +108,8 @@ def _one_origin(folder: Path, files: Sequence[Path]) -> Origin:
                 f"{first[0]} is of {first[1].words()}, and {path} of {origin.words()}.",
                 code="model-parts-mixed",
                 why="each is whole, but together they are a model that nobody trained",
-                fix="give the trunk and every party's shard of one round: run/checkpoints/round-.../ of each party",
+                fix="give the trunk and every party's shard of one round: run/private/checkpoints/round-.../ of each "
+                "party",
             )
     if not first[1].run:
         listed = {str(entry["sha256"]) for entry in check_digests(folder)["files"].values()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +13,19 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from coterie.errors import ModelError
 from coterie.models.build import check_keys
 from coterie.models.stream import stream_checkpoint
+from coterie.models.trainings import Training, write_trainings
 
 
-def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    origin: Sequence[Training] = (),
+) -> None:
     """Write ``folder``, which `from_pretrained` loads as the same model; it appears whole or not at all.
+
+    Args:
+        origin: the trainings behind the model, for whoever starts from it.
 
     Raises:
         ModelError: what was written does not read back as this model.
@@ -28,6 +38,7 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
         model.save_pretrained(str(aside))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))
+        write_trainings(aside, origin)
         check_saved(model, aside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)

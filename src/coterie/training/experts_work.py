@@ -18,6 +18,7 @@ from coterie.federation.round_state import Saved, State
 from coterie.federation.transport import Lane, Message
 from coterie.training.adapter_sums import AdapterSums
 from coterie.training.experts_way import Contribution, ExpertsWay, PlainSums, shared_names
+from coterie.training.folders import private_folder
 from coterie.training.load_home import releases_loads
 from coterie.training.party_parts import Weights
 from coterie.training.party_work import PartyWork
@@ -54,7 +55,7 @@ class ExpertsWork(PartyWork):
             self._make_optimizer,
             self._sums,
             balancer=self._sums.balancer if isinstance(self._sums, PrivateSums) else None,
-            cache_dir=parts.run_dir / "cache" if parts.cache == "disk" else None,
+            cache_dir=private_folder(parts.run_dir) / "cache" if parts.cache == "disk" else None,
             device=parts.device,
             roster=parts.roster,
         )

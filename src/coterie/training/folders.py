@@ -16,6 +16,19 @@ from pathlib import Path
 from coterie.federation.files import writing
 
 PUBLIC, PRIVATE = "public", "private"
+_CARD = """---
+library_name: transformers
+tags: [coterie, differential-privacy, mixture-of-experts]
+---
+
+Trained with [coterie](https://pypi.org/project/coterie/). What is promised about the text it was trained on, and
+what is
+not:
+
+```
+{statement}
+```
+"""
 _FOLDER_MODE, _FILE_MODE = 0o700, 0o600
 
 
@@ -48,6 +61,18 @@ def kept_private(run_dir: Path) -> Iterator[Path]:
         yield private
     finally:
         os.umask(before)
+
+
+def write_statement(folder: Path, statement: str) -> None:
+    """The privacy statement, and a model card that says it: what may be published with a model.
+
+    Raises:
+        CheckpointError: the disk is full or broken.
+    """
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "statement.txt").write_text(statement + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_CARD.format(statement=statement), encoding="utf-8")
 
 
 def close_to_others(folder: Path) -> None:

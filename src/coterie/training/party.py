@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from coterie.config import (
 )
 from coterie.config.federation import party_privacy
 from coterie.dp.dataset import dataset_digest
+from coterie.dp.ledger import default_root
+from coterie.dp.texts import Keyring
 from coterie.errors import CheckpointError, ModelError, PlacementError, RosterError
 from coterie.federation import reach
 from coterie.federation.coordinator_process import identify, transport_settings
@@ -31,14 +33,16 @@ from coterie.models.origins import check_content
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
 from coterie.models.shards import TRUNK_FILE, file_digest, load_tensors, parse_expert_key, shard_file, stored_shapes
+from coterie.models.trainings import Training, write_trainings
 from coterie.training.after_private import check_after_private
 from coterie.training.data import Documents, read_documents
+from coterie.training.folders import kept_private, private_folder
 from coterie.training.loop import use_checkpointing
 from coterie.training.packing import Sequences
 from coterie.training.party_parts import PartyParts, PrivacyParts, Weights, trunk_tensors
 from coterie.training.party_run import PartyResult, PartyRun, Watch
 from coterie.training.party_store import PartyStore
-from coterie.training.provenance import artefacts, originals, record_facts
+from coterie.training.provenance import artefacts, originals, record_facts, starting_trainings
 from coterie.training.setup import check_fit, pick_device
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 
@@ -89,10 +93,21 @@ class PartyProcess:
             config.party, self._roster, self._kit, listen=self._listen, settings=transport_settings(federation)
         )
         reach.check_free(config.party, transport.address)  # before a large model is read
-        parts = prepare_party(config, federation, self._roster)
-        self._run = PartyRun(parts, transport, federation.content_hash(), self._watch)
-        keep_settings(config, federation)
-        return self._run.run()
+        with kept_private(config.run_dir) as private:
+            parts = prepare_party(config, federation, self._roster)
+            self._run = PartyRun(parts, transport, federation.content_hash(), self._watch)
+            keep_settings(config, federation)
+            write_trainings(private, (*starting_trainings(federation.model, config.trunk), self._training(parts)))
+            return self._run.run()
+
+    def _training(self, parts: PartyParts) -> Training:
+        """What the weights of this run's checkpoints are made under, for whoever exports them."""
+        name, privacy = f"{self.federation.name}-{self.config.party}", parts.privacy
+        if privacy is None:
+            return Training(name, "public" if self.config.data.provenance == "public" else "none")
+        kind: Literal["budget", "seeded"] = "budget" if privacy.seed is None else "seeded"
+        ledger = Keyring(privacy.spec.ledger or default_root()).public_name(privacy.digest or "")
+        return Training(name, kind, ledger, privacy.spec.epsilon, privacy.spec.delta)
 
 
 def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Roster | None = None) -> PartyParts:
@@ -105,7 +120,9 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         PlacementError: the shard holds other experts than this party is to host, or the placement was not signed.
     """
     data = config.data
-    kept = config.run_dir / TOKENIZER_FOLDER  # of an earlier start of this run; it wins over the settings
+    kept = (
+        private_folder(config.run_dir) / TOKENIZER_FOLDER
+    )  # of an earlier start of this run; it wins over the settings
     tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
     spec = party_privacy(federation, config)
     documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
@@ -125,7 +142,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         check_placement_signed(placement, roster)
     check_shard(config.shard, placement, config.party)
     check_starting_weights(config, roster)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(kept))
     first = trunk_tensors(adapted)
 
@@ -165,7 +182,7 @@ def _privacy_parts(
         spec,
         federation.train.rounds,
         seed=federation.train.seed if spec.seeded else None,
-        artefacts=artefacts(federation.model, config.data),
+        artefacts=artefacts(federation.model, config.data, config.trunk),
         digest=dataset_digest(documents.texts),
         push_after_s=federation.push_after_s,
         sequence_length=config.data.sequence_length,

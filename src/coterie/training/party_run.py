@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError
@@ -16,6 +17,7 @@ from coterie.federation.run_folder import RunFolder
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.training.checkpoint import write_json
 from coterie.training.experts_work import ExpertsWork
+from coterie.training.folders import private_folder, public_folder, write_statement
 from coterie.training.memory import peak_rss_bytes
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_store import PartyStore
@@ -93,6 +95,7 @@ class PartyRun:
     def __init__(self, parts: PartyParts, transport: Transport, agreement: str, watch: Watch | None = None) -> None:
         self._parts, self._transport, self._watch = parts, transport, watch or Watch()
         self._folder = RunFolder(parts.run_dir)
+        private_folder(parts.run_dir).mkdir(mode=0o700, exist_ok=True)
         self._status: dict[str, Any] = {}
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
@@ -134,7 +137,9 @@ class PartyRun:
             state = self._participant.run(self._membership)
             result = self._result(state)
             if result.finished:
-                write_json(self._parts.run_dir / "result.json", result.as_json())
+                write_json(private_folder(self._parts.run_dir) / "result.json", result.as_json())
+                if result.statement:
+                    write_statement(self._for_statement(), result.statement)
             return result
         finally:
             self._membership.close()
@@ -156,6 +161,11 @@ class PartyRun:
                 "tensors_received": total.tensor_bytes_received,
             }
         return found
+
+    def _for_statement(self) -> Path:
+        """A seeded run has nothing that may be given away."""
+        privacy, run_dir = self._parts.privacy, self._parts.run_dir
+        return public_folder(run_dir) if privacy is not None and privacy.seed is None else private_folder(run_dir)
 
     def _handle(self, peer: str, lane: Lane, message: Message) -> Message | None:
         if peer == COORDINATOR:

@@ -1,8 +1,8 @@
 """One party's checkpoints in a federation: trunk, hosted experts and their optimisers, under the run they belong to.
 
 ``RUN_DIR/run.json`` names the run (the coordinator chose it), the party, the agreement and the digest of the text;
-``RUN_DIR/checkpoints/`` holds `CheckpointStore` folders. A checkpoint counts once the coordinator has published its
-record.
+``RUN_DIR/private/checkpoints/`` holds `CheckpointStore` folders. A checkpoint counts once the coordinator has
+published its record.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from coterie.errors import CheckpointError
 from coterie.federation.round_state import Saved
 from coterie.training.checkpoint import CheckpointStore, write_json
+from coterie.training.folders import private_folder
 
 _MARKER = "run.json"
 _KEPT = 2
@@ -149,7 +150,7 @@ class PartyStore:
             raise
 
     def _store(self) -> CheckpointStore:
-        return CheckpointStore(self._run_dir / "checkpoints", f"{self.run}/{self._party}")
+        return CheckpointStore(private_folder(self._run_dir) / "checkpoints", f"{self.run}/{self._party}")
 
     def _read_marker(self) -> str:
         path = self._run_dir / _MARKER

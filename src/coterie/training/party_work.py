@@ -20,6 +20,7 @@ from coterie.federation.round_state import Saved, State
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.models import seam
 from coterie.training.evaluate import Evaluation, evaluate
+from coterie.training.folders import private_folder
 from coterie.training.loop import finish_round, loss_sum, to_device
 from coterie.training.memory import model_state_bytes
 from coterie.training.metrics import MetricsWriter
@@ -98,7 +99,7 @@ class PartyWork(ABC):
     @property
     def evaluation(self) -> Evaluation | None:
         """The newest evaluation on this party's held-out text, for its own eyes; also one of an earlier process."""
-        path = self.parts.run_dir / _EVALUATION
+        path = private_folder(self.parts.run_dir) / _EVALUATION
         return Evaluation.load(path) if path.exists() else None
 
     def open_books(self) -> bool:
@@ -133,7 +134,7 @@ class PartyWork(ABC):
             self._load_checkpoint(source)
         self._store.went_back_to(source.round)
         self._close_metrics()
-        self._metrics = MetricsWriter(self.parts.run_dir, first_round=told.round)
+        self._metrics = MetricsWriter(private_folder(self.parts.run_dir), first_round=told.round)
 
     def step(self, round: int, attempt: int) -> None:
         rate = lr_at(round - 1, self.parts.federation.optim, self._spec.rounds)
@@ -145,7 +146,7 @@ class PartyWork(ABC):
             if self.parts.test is None:
                 return
             found = evaluate(self.parts.model, self.parts.test, micro_batch=self._spec.micro_batch)
-        found.save(self.parts.run_dir / _EVALUATION)
+        found.save(private_folder(self.parts.run_dir) / _EVALUATION)
         self._log(max(told.round - 1, 0), test_loss=found.loss)
 
     def save(self, told: State, alive: Alive) -> str:

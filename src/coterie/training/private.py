@@ -1,8 +1,9 @@
 """`coterie train` with a `privacy:` block: one party trains with differential privacy.
 
-The run folder is that of `coterie.training.run`, plus ``private/`` (the session's newest checkpoint, nothing secret)
-and, after the last round, ``statement.txt``. The ledger lives elsewhere. What ``metrics.jsonl`` says of losses and
-lots is for the owner's eyes: those figures are not private, and their names say so.
+The run folder is that of `coterie.training.run`, plus ``private/session`` (the session's newest checkpoint) and,
+after the last round, ``public/``: the model, its card and the statement, which may be given away. A seeded run, and
+one whose start was made from private records, has no ``public/``. The ledger lives elsewhere. What ``metrics.jsonl``
+says of losses and lots is for the owner's eyes: those figures are not private, and their names say so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coterie import __version__
 from coterie.config import PrivacySpec, TrainConfig, dump_yaml
@@ -21,17 +22,20 @@ from coterie.dp.dataset import dataset_digest
 from coterie.dp.lot_sums import RoundFigures
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
+from coterie.dp.statement import Statement
 from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.files import writing
 from coterie.models.saved import save_model
+from coterie.models.trainings import Training
 from coterie.training.checkpoint import CheckpointStore, model_tensors, write_json
 from coterie.training.data import Documents, read_documents
 from coterie.training.evaluate import Evaluation, evaluate
+from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
 from coterie.training.loop import StopFlag
 from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import MetricsWriter
 from coterie.training.optim import AdamW, lr_at, make_optimizer
-from coterie.training.provenance import artefacts, originals, record_facts
+from coterie.training.provenance import artefacts, originals, record_facts, starting_trainings
 from coterie.training.run import KEPT_CHECKPOINTS, Prepared, RunResult, read_config
 from coterie.training.setup import build_for
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
@@ -88,10 +92,9 @@ def run_private(
         digest=dataset_digest(documents.texts), originals=originals(documents, prepared.train),
         seed=config.train.seed if privacy.seeded else None, record=record_facts(config.data),
     )  # fmt: skip
-    with session:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+    with session, kept_private(config.run_dir) as private:
         dump_yaml(config.run_dir / "config.yaml", config)
-        prepared.tokenizer.save_pretrained(str(config.run_dir / "tokenizer"))
+        prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
         _save(prepared, session)
         marker = {"run": prepared.run_id, "privacy_run": session.run, "coterie": __version__}
         write_json(config.run_dir / "run.json", marker)
@@ -108,8 +111,8 @@ def resume_private(
         LedgerError: the ledger is damaged or behind.
     """
     config = read_config(run_dir)
-    privacy = _privacy(config)
-    prepared, documents = _prepare(config, run_dir / "tokenizer")
+    private, privacy = private_folder(run_dir), _privacy(config)
+    prepared, documents = _prepare(config, private / "tokenizer")
     if json.loads((run_dir / "run.json").read_text("utf-8")).get("run") != prepared.run_id:
         raise CheckpointError(
             f"The settings of {run_dir} changed since the run was started.",
@@ -119,11 +122,11 @@ def resume_private(
         )
     optimizer = make_optimizer(prepared.model.parameters(), config.optim)
     session = resume_session(
-        run_dir / "private", prepared.model, optimizer, prepared.train, prepared.train.collate,
+        private / "session", prepared.model, optimizer, prepared.train, prepared.train.collate,
         schedule=_schedule(config), users=prepared.train.users, ledger=privacy.ledger,
         digest=dataset_digest(documents.texts),
     )  # fmt: skip
-    with session:
+    with session, kept_private(run_dir):
         return _train(prepared, optimizer, session, stop or StopFlag(), watch)
 
 
@@ -160,7 +163,7 @@ def _train(
     config, spec = prepared.config, prepared.config.train
     evaluation: Evaluation | None = None
     every = max(1, spec.rounds // _SPENT_SHOWN)
-    with MetricsWriter(config.run_dir, first_round=session.round) as metrics:
+    with MetricsWriter(private_folder(config.run_dir), first_round=session.round) as metrics:
         for lot in session:
             session.step(lot)
             done = session.round
@@ -206,13 +209,30 @@ def _finish(
         statement=str(statement),
     )
     if finished:
+        private = private_folder(config.run_dir)
         if evaluation is not None:
-            evaluation.save(config.run_dir / "evaluation.safetensors")
-        with writing(config.run_dir / "model"):
-            save_model(model, config.run_dir / "model", prepared.tokenizer)
-        write_json(config.run_dir / "result.json", outcome.as_json())
-        (config.run_dir / "statement.txt").write_text(outcome.statement + "\n", encoding="utf-8")
+            evaluation.save(private / "evaluation.safetensors")
+        place = public_folder(config.run_dir) if statement.private and _public_start(config) else private
+        with writing(place / "model"):
+            save_model(
+                model, place / "model", prepared.tokenizer, (*starting_trainings(config.model), _made(statement))
+            )
+        write_json(private / "result.json", outcome.as_json())
+        write_statement(place, outcome.statement)
     return outcome
+
+
+def _public_start(config: TrainConfig) -> bool:
+    """Whether nothing that the run started from was made from private records without privacy."""
+    model, tokenizer = config.model, config.data.tokenizer
+    return "private" not in (model.provenance, tokenizer.provenance) and model.overrule_origin is None
+
+
+def _made(statement: Statement) -> Training:
+    """What the run's model says of itself to whoever starts from it."""
+    budget = statement.budget
+    kind: Literal["budget", "seeded"] = "budget" if statement.private else "seeded"
+    return Training(statement.run, kind, statement.ledger, budget.epsilon, budget.delta)
 
 
 def _due(done: int, every: int) -> bool:
@@ -221,8 +241,9 @@ def _due(done: int, every: int) -> bool:
 
 def _save(prepared: Prepared, session: PrivateSession) -> None:
     """The session's checkpoint, and the weights where `coterie eval` and `coterie generate` look for them."""
-    session.save(prepared.config.run_dir / "private")
+    private = private_folder(prepared.config.run_dir)
+    session.save(private / "session")
     if session.round:
-        store = CheckpointStore(prepared.config.run_dir / "checkpoints", prepared.run_id)
+        store = CheckpointStore(private / "checkpoints", prepared.run_id)
         store.write(session.round, {"weights": model_tensors(prepared.model)}, {})
         store.keep_last(KEPT_CHECKPOINTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,27 +11,39 @@ import torch
 from coterie.config import DataSpec, ModelSpec
 from coterie.dp.provenance import Artefact
 from coterie.dp.texts import Originals
+from coterie.models.trainings import Training, joined, read_trainings, trainings_near
 from coterie.training.data import Documents
 from coterie.training.packing import Sequences
 
 
-def artefacts(model: ModelSpec, data: DataSpec) -> tuple[Artefact, ...]:
+def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, ...]:
     """Starting artefacts of a private run.
 
     Random weights, hub models and vocabularies made from public files are public; the rest declares itself, and what
     does not is listed as not covered. So are private ones, if the settings say whose records they were made from.
+    What a saved model says of itself wins over what the settings say.
+
+    Args:
+        near: files of weights that the run starts from, beside ``model``.
 
     Raises:
-        ProvenanceError: something has a provenance that is no known word.
+        ProvenanceError: something has a provenance that is no known word, or the saved model says otherwise.
     """
     weights = model.provenance or ("public" if model.path is None else None)
     tokenizer = data.tokenizer
     own = tokenizer.provenance if tokenizer.path is not None else "public" if tokenizer.train is not None else weights
     whose = tokenizer.not_covered if tokenizer.path is not None else model.not_covered
     return (
-        Artefact.parse("weights", weights, model.not_covered),
+        replace(Artefact.parse("weights", weights, model.not_covered), overruled=model.overrule_origin).as_saved(
+            starting_trainings(model, *near)
+        ),
         Artefact.parse("tokenizer", own, whose),
     )
+
+
+def starting_trainings(model: ModelSpec, *near: Path) -> tuple[Training, ...]:
+    """The trainings behind a run's starting weights, as far as these say."""
+    return joined(read_trainings(model.path), *(trainings_near(file) for file in near))
 
 
 def record_facts(data: DataSpec) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`coterie train`: one party trains by itself, in a run folder that holds everything.
 
-The folder: ``config.yaml`` (the settings), ``run.json`` (identity), ``tokenizer/``, ``metrics.jsonl``,
-``tensorboard/``, ``checkpoints/``; after the last round also ``model/`` (a Hugging Face checkpoint),
-``evaluation.safetensors`` (held-out loss of every sequence) and ``result.json``.
+The folder: ``config.yaml`` (the settings), ``run.json`` (identity) and ``private/`` (see `coterie.training.folders`)
+with ``tokenizer/``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``; after the last round also ``model/`` (a
+Hugging Face checkpoint), ``evaluation.safetensors`` (held-out loss of every sequence) and ``result.json``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from coterie.config import TrainConfig, content_hash, dump_yaml, load_yaml
 from coterie.errors import CheckpointError, ConfigError, DataError, PrivacyError
 from coterie.federation.files import writing
 from coterie.models.saved import save_model
+from coterie.models.trainings import Training
 from coterie.training.checkpoint import CheckpointStore, load_model_tensors, model_tensors, write_json
 from coterie.training.data import read_documents
 from coterie.training.evaluate import Evaluation, evaluate
+from coterie.training.folders import kept_private, private_folder
 from coterie.training.loop import RoundResult, StopFlag, seed_round, train_round
 from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import MetricsWriter
 from coterie.training.optim import AdamW, lr_at, make_optimizer
 from coterie.training.packing import RoundOrder, Sequences
+from coterie.training.provenance import starting_trainings
 from coterie.training.setup import build_for
 from coterie.training.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 
@@ -104,12 +107,12 @@ def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | N
             fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
         )
     prepared = prepare(config)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    dump_yaml(config.run_dir / "config.yaml", config)
-    prepared.tokenizer.save_pretrained(str(config.run_dir / "tokenizer"))
-    write_json(marker, {"run": prepared.run_id, "data": prepared.train.digest(), "coterie": __version__})
-    optimizer = make_optimizer(prepared.model.parameters(), config.optim)
-    return _train(prepared, optimizer, 0, stop or StopFlag(), watch)
+    with kept_private(config.run_dir) as private:
+        dump_yaml(config.run_dir / "config.yaml", config)
+        prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
+        write_json(marker, {"run": prepared.run_id, "data": prepared.train.digest(), "coterie": __version__})
+        optimizer = make_optimizer(prepared.model.parameters(), config.optim)
+        return _train(prepared, optimizer, 0, stop or StopFlag(), watch)
 
 
 def resume(run_dir: Path, *, stop: StopFlag | None = None, watch: Watch | None = None) -> RunResult:
@@ -119,11 +122,12 @@ def resume(run_dir: Path, *, stop: StopFlag | None = None, watch: Watch | None =
         CheckpointError: no run is here, its checkpoint is damaged, or settings or text changed since it started.
     """
     config, marker = _read_run(run_dir)
-    prepared = prepare(config, tokenizer_dir=run_dir / "tokenizer")
+    prepared = prepare(config, tokenizer_dir=private_folder(run_dir) / "tokenizer")
     _check_unchanged(prepared, marker, run_dir)
     optimizer = make_optimizer(prepared.model.parameters(), config.optim)
     done = _restore(prepared, optimizer)
-    return _train(prepared, optimizer, done, stop or StopFlag(), watch)
+    with kept_private(run_dir):
+        return _train(prepared, optimizer, done, stop or StopFlag(), watch)
 
 
 def load_trained(run_dir: Path) -> TrainedRun:
@@ -133,8 +137,9 @@ def load_trained(run_dir: Path) -> TrainedRun:
         CheckpointError: no run is here, or it has no checkpoint yet.
     """
     config, marker = _read_run(run_dir)
-    tokenizer = load_tokenizer_from(run_dir / "tokenizer")
-    store = CheckpointStore(run_dir / "checkpoints", str(marker["run"]))
+    private = private_folder(run_dir)
+    tokenizer = load_tokenizer_from(private / "tokenizer")
+    store = CheckpointStore(private / "checkpoints", str(marker["run"]))
     newest = store.newest()
     if newest is None:
         raise CheckpointError(
@@ -208,7 +213,7 @@ def _train(prepared: Prepared, optimizer: AdamW, done: int, stop: StopFlag, watc
     order = RoundOrder(len(prepared.train), spec.batch_size, spec.seed)
     model.train()
     evaluation: Evaluation | None = None
-    with MetricsWriter(config.run_dir, first_round=done) as metrics:
+    with MetricsWriter(private_folder(config.run_dir), first_round=done) as metrics:
         while done < spec.rounds and not stop.asked:
             began = time.monotonic()
             seed_round(spec.seed, done)
@@ -239,11 +244,13 @@ def _train(prepared: Prepared, optimizer: AdamW, done: int, stop: StopFlag, watc
         peak_rss_bytes=peak_rss_bytes(),
     )
     if outcome.finished:
+        private = private_folder(config.run_dir)
         if evaluation is not None:
-            evaluation.save(config.run_dir / "evaluation.safetensors")
-        with writing(config.run_dir / "model"):
-            save_model(model, config.run_dir / "model", prepared.tokenizer)
-        write_json(config.run_dir / "result.json", outcome.as_json())
+            evaluation.save(private / "evaluation.safetensors")
+        training = Training(prepared.run_id[:12], "public" if config.data.provenance == "public" else "none")
+        with writing(private / "model"):
+            save_model(model, private / "model", prepared.tokenizer, (*starting_trainings(config.model), training))
+        write_json(private / "result.json", outcome.as_json())
     return outcome
 
 
@@ -252,7 +259,7 @@ def _due(done: int, every: int) -> bool:
 
 
 def _store(prepared: Prepared) -> CheckpointStore:
-    return CheckpointStore(prepared.config.run_dir / "checkpoints", prepared.run_id)
+    return CheckpointStore(private_folder(prepared.config.run_dir) / "checkpoints", prepared.run_id)
 
 
 def _save(prepared: Prepared, optimizer: AdamW, done: int) -> None:
