@@ -177,7 +177,8 @@ class Measured:
         members = [_command(where, "coordinator", *keeper)]
         members += [_command(where, name, "up", f"{where}/{name}/party.yaml") for name in PARTIES]
         ran = processes.run_all(members, len(members), lambda: None)[1:]
-        results = [json.loads((where / name / "run" / "private" / "result.json").read_text("utf-8")) for name in PARTIES]
+        ended = [where / name / "run" / "private" / "result.json" for name in PARTIES]
+        results = [json.loads(path.read_text("utf-8")) for path in ended]
         sent, tensors = (
             sum(peer[what] for result in results for peer in result["wire"].values())
             for what in ("sent", "tensors_sent")

@@ -43,7 +43,7 @@ class Trained:
         return self.folder / "split"
 
     def part(self, party: str, stem: str, round: int = 2) -> Path:
-        return self.folder / party / "checkpoints" / f"round-{round:08d}" / f"{stem}.safetensors"
+        return self.folder / party / "private" / "checkpoints" / f"round-{round:08d}" / f"{stem}.safetensors"
 
     @property
     def shards(self) -> list[Path]:

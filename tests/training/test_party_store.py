@@ -185,7 +185,7 @@ def test_checkpoint_copied_from_another_party_is_not_offered(tmp_path: Path):
         one = store(tmp_path / party, party)
         one.adopt("run-1")
     store(tmp_path / "alder").save(2, parts(1.0))
-    (tmp_path / "alder" / "private" / "checkpoints").rename(tmp_path / "birch" / "private" / "checkpoints")
+    (tmp_path / "alder" / "private").rename(tmp_path / "birch" / "private")
     assert store(tmp_path / "birch", "birch").held() == ()
 
 

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from torch import nn
+
 from coterie.errors import ProvenanceError
-from coterie.models.trainings import Training
+from coterie.models.trainings import Training, trainings_of
 
 Origin = Literal["public", "dp", "private", "undeclared"]
 
@@ -89,6 +91,21 @@ def declared(provenance: Mapping[str, str] | Iterable[Artefact] | None) -> tuple
     if isinstance(provenance, Mapping):
         return tuple(Artefact.parse(kind, text) for kind, text in provenance.items())
     return tuple(provenance)
+
+
+def as_loaded(artefacts: Iterable[Artefact], model: nn.Module) -> tuple[Artefact, ...]:
+    """The artefacts, held to what the folder that the model was loaded from says of it.
+
+    Raises:
+        ProvenanceError: see `Artefact.as_saved`.
+    """
+    trainings = trainings_of(model)
+    if not trainings:
+        return tuple(artefacts)
+    given = list(artefacts)
+    if not any(artefact.kind == "weights" for artefact in given):
+        given.append(Artefact("weights", "undeclared"))
+    return tuple(a.as_saved(trainings) if a.kind == "weights" else a for a in given)
 
 
 def not_covered(artefacts: Iterable[Artefact]) -> list[str]:

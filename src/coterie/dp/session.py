@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from coterie.dp.releases import Pending, Releases
 from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release, Spool
 from coterie.dp.statement import Statement, make_statement
 from coterie.errors import CheckpointError, LedgerError, PrivacyError
+from coterie.models.trainings import Training
 
 
 @runtime_checkable
@@ -275,6 +276,12 @@ class PrivateSession:
     def statement(self) -> Statement:
         """The privacy statement as of now; ``str()`` of it is for people, ``to_json()`` for programs."""
         return make_statement(self.ledger, self.run, self.settings.budget, self.settings.clip_norm, self._not_covered)
+
+    def training(self) -> Training:
+        """What a saved model says of this run; see `coterie.models.trainings`."""
+        budget = self.settings.budget
+        kind: Literal["budget", "seeded"] = "budget" if self._source.private else "seeded"
+        return Training(self.run, kind, self.ledger.public_name(), budget.epsilon, budget.delta)
 
     # -- saving -----------------------------------------------------------------------------------------------------
 

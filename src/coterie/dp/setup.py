@@ -23,7 +23,7 @@ from coterie.dp.losses import LossFunction, default_loss
 from coterie.dp.lot_sums import Collate, Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
 from coterie.dp.numbers import checked_number
-from coterie.dp.provenance import Artefact, declared, not_covered
+from coterie.dp.provenance import Artefact, as_loaded, declared, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.run_facts import UNCHECKED, RunStart
 from coterie.dp.session import PrivateSession
@@ -144,7 +144,7 @@ def make_private(
         )
     unit = "record" if units.starts is None else "user"
     budget.warn_for(units.count, unit)
-    artefacts = declared(provenance)
+    artefacts = as_loaded(declared(provenance), model)
     uncovered = not_covered(artefacts)
     balance = balance or Balance()
     method = _repeatable(method, seed)

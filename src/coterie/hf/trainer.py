@@ -23,6 +23,7 @@ from coterie.dp.statement import Statement
 from coterie.dp.users import user_column, user_ids
 from coterie.errors import CheckpointError, PrivacyError
 from coterie.hf.arguments import PrivacyArguments, check_arguments, check_callbacks
+from coterie.models.trainings import trainings_of, write_trainings
 
 _STATE = "private_session"
 
@@ -160,6 +161,13 @@ class PrivateTrainer(Trainer):
         if self.session is not None and ("learning_rate" in logs or "train_runtime" in logs):
             logs["epsilon"] = self.session.spent().epsilon
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in Trainer, with what the model was trained under beside it, for whoever starts from it."""
+        super()._save(output_dir, state_dict)
+        if self.session is not None:
+            trainings = (*trainings_of(self.model), self.session.training())
+            write_trainings(Path(output_dir or self.args.output_dir), trainings)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

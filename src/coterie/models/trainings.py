@@ -73,6 +73,12 @@ def read_trainings(folder: Path | str | None) -> tuple[Training, ...]:
         ) from error
 
 
+def trainings_of(model: object) -> tuple[Training, ...]:
+    """The trainings behind a model of transformers, from the folder that it was loaded from."""
+    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return read_trainings(folder) if folder and Path(folder).is_dir() else ()
+
+
 def trainings_near(file: Path) -> tuple[Training, ...]:
     """The trainings behind a file of weights: from its folder, or the nearest one above it that says."""
     for folder in list(file.resolve().parents)[:_PARENTS]:

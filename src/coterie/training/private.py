@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from coterie import __version__
 from coterie.config import PrivacySpec, TrainConfig, dump_yaml
@@ -22,11 +22,9 @@ from coterie.dp.dataset import dataset_digest
 from coterie.dp.lot_sums import RoundFigures
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
-from coterie.dp.statement import Statement
 from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.files import writing
 from coterie.models.saved import save_model
-from coterie.models.trainings import Training
 from coterie.training.checkpoint import CheckpointStore, model_tensors, write_json
 from coterie.training.data import Documents, read_documents
 from coterie.training.evaluate import Evaluation, evaluate
@@ -215,7 +213,7 @@ def _finish(
         place = public_folder(config.run_dir) if statement.private and _public_start(config) else private
         with writing(place / "model"):
             save_model(
-                model, place / "model", prepared.tokenizer, (*starting_trainings(config.model), _made(statement))
+                model, place / "model", prepared.tokenizer, (*starting_trainings(config.model), session.training())
             )
         write_json(private / "result.json", outcome.as_json())
         write_statement(place, outcome.statement)
@@ -226,13 +224,6 @@ def _public_start(config: TrainConfig) -> bool:
     """Whether nothing that the run started from was made from private records without privacy."""
     model, tokenizer = config.model, config.data.tokenizer
     return "private" not in (model.provenance, tokenizer.provenance) and model.overrule_origin is None
-
-
-def _made(statement: Statement) -> Training:
-    """What the run's model says of itself to whoever starts from it."""
-    budget = statement.budget
-    kind: Literal["budget", "seeded"] = "budget" if statement.private else "seeded"
-    return Training(statement.run, kind, statement.ledger, budget.epsilon, budget.delta)
 
 
 def _due(done: int, every: int) -> bool:

@@ -1,0 +1,140 @@
+"""`coterie ledger`: what was spent, on which text, and what it adds up to."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coterie.cli.output import say, table, write_json
+from coterie.errors import LedgerError
+
+if TYPE_CHECKING:
+    from coterie.dp.ledger import Ledger
+    from coterie.dp.overlap import Held
+
+_DELTA = 1e-5
+
+
+class Action(StrEnum):
+    LIST = "list"
+    SHOW = "show"
+    MERGE = "merge"
+
+
+def command(
+    action: Annotated[Action, typer.Argument(help="What to do.")],
+    target: Annotated[
+        str | None, typer.Argument(help="show: a run. merge: the other machine's folder of ledgers, or a copy of it.")
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Folder of the ledgers; absent: ~/.local/share/coterie/ledger.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="list, show: write the figures to this file.")
+    ] = None,
+) -> None:
+    """Show privacy ledgers, and put those of two machines of one owner together.
+
+    list shows every run with its own epsilon and that of all runs on some of the same text. show says how the second
+    figure of one run comes about. merge copies another folder's ledgers, hashes and keys beside these: what was spent
+    on the same text there is counted here from then on. No text is in any of them; the keys are secret.
+
+    Example:
+        coterie ledger list
+        coterie ledger show 3f9c2a7be410
+        coterie ledger merge /media/laptop/coterie/ledger
+    """
+    from coterie.dp.ledger import default_root
+
+    root = (ledger or default_root()).expanduser()
+    if action is Action.LIST:
+        rows = [_figures(book, held) for book, held in _runs(root)]
+        _list(rows)
+        figures: Any = {"runs": rows}
+    elif action is Action.SHOW:
+        figures = _show(root, _needed(target, "show", "a run"))
+    else:
+        figures = _merge(Path(_needed(target, "merge", "the other folder of ledgers")), root)
+    if json_file is not None:
+        write_json(json_file, figures)
+
+
+def _needed(target: str | None, action: str, what: str) -> str:
+    if target is None:
+        raise typer.BadParameter(f"`coterie ledger {action}` needs {what}")
+    return target
+
+
+def _runs(root: Path) -> list[tuple[Ledger, Held]]:
+    from coterie.dp.lifetime import books_under
+
+    return [(book, held) for book in books_under(root) for held in book.held() if held.facts]
+
+
+def _figures(book: Ledger, held: Held) -> dict[str, Any]:
+    from coterie.dp.lifetime import lifetime
+
+    delta = float((held.facts.get("budget") or {}).get("delta", _DELTA))
+    overall = lifetime(book, held.run, delta)
+    return {
+        "ledger": book.public_name(),
+        "run": held.run,
+        "unit": str(held.facts.get("unit", "record")),
+        "units": held.facts.get("units"),
+        "rounds": len(held.releases),
+        "delta": delta,
+        "epsilon": _finite(book.spent(held.run, delta).epsilon),
+        "lifetime": _finite(overall.spent.epsilon),
+        "merged": held.merged,
+        "counted": list(overall.lines),
+        "revealed": list(overall.revealed),
+        "seeded": list(overall.seeded),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _list(rows: list[dict[str, Any]]) -> None:
+    columns = ("ledger", "run", "unit", "units", "rounds", "delta", "epsilon", "lifetime")
+    shown = [(*(row[name] for name in columns), "merged" if row["merged"] else "here") for row in rows]
+    if shown:
+        table((*columns, "from"), shown)
+        say("lifetime: all runs on some of the same text, for this run's unit; `-`: no bound")
+    else:
+        say("no run was counted here yet")
+
+
+def _show(root: Path, run: str) -> dict[str, Any]:
+    found = [(book, held) for book, held in _runs(root) if held.run == run]
+    if not found:
+        raise LedgerError(
+            f"run {run} is in no ledger under {root}.",
+            code="dp-ledger-no-run",
+            fix="`coterie ledger list` shows the runs; --ledger names another folder",
+        )
+    row = _figures(*found[0])
+    words = {name: "no bound" if row[name] is None else f"{row[name]:.3f}" for name in ("epsilon", "lifetime")}
+    say(f"run {run}, ledger {row['ledger']} ({found[0][0].folder})")
+    say(f"  unit       one {row['unit']} of {row['units']}; {row['rounds']} rounds released")
+    say(f"  this run   epsilon {words['epsilon']} at delta {row['delta']:.3g}")
+    say(f"  lifetime   epsilon {words['lifetime']} at delta {row['delta']:.3g}")
+    for line in row["counted"]:
+        say(f"  counted    {line}")
+    for name in ("revealed", "seeded"):
+        if row[name]:
+            say(f"  {name:<10} {', '.join(row[name])}")
+    return row
+
+
+def _merge(other: Path, root: Path) -> dict[str, Any]:
+    from coterie.dp.merging import merge
+
+    brought = merge(other.expanduser(), root)
+    say(f"ledgers of {brought.ledgers} data sets copied, {brought.known} were known: see `coterie ledger list`")
+    return {"ledgers": brought.ledgers, "known": brought.known}

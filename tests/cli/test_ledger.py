@@ -1,0 +1,118 @@
+"""`coterie ledger` and `coterie purge`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tests.dp.test_lifetime import TEXTS, composed, spend
+
+from coterie.cli.app import main
+from coterie.config import TrainConfig, dump_yaml
+from coterie.dp.ledger import open_ledger
+from coterie.dp.spool import Spool
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def test_list_show_and_merge_add_up_what_two_folders_spent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there, figures = tmp_path / "here", tmp_path / "there", tmp_path / "figures.json"
+    assert run("ledger", "list", "--ledger", here) == 0
+    assert "no run was counted here yet" in capsys.readouterr().out
+    spend(here, "own", TEXTS)
+    spend(there, "theirs", [*TEXTS, "one more"])
+    assert run("ledger", "merge", there, "--ledger", here) == 0
+    assert "ledgers of 1 data sets copied" in capsys.readouterr().out
+    assert run("ledger", "list", "--ledger", here, "--json", figures) == 0
+    rows = {row["run"]: row for row in json.loads(figures.read_text())["runs"]}
+    assert {name: row["merged"] for name, row in rows.items()} == {"own": False, "theirs": True}
+    assert rows["own"]["epsilon"] == composed(1)
+    assert rows["own"]["lifetime"] == composed(2)
+    assert run("ledger", "show", "own", "--ledger", here) == 0
+    shown = capsys.readouterr().out
+    assert f"lifetime   epsilon {composed(2):.3f} at delta 1e-05" in shown
+    assert "counted    1 run hashed with another key, so assumed to be on the same text" in shown
+    assert not any(text in shown for text in TEXTS)
+
+
+def test_what_is_not_there_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spend(tmp_path, "own", TEXTS)
+    assert run("ledger", "show", "nobody", "--ledger", tmp_path) == 1
+    assert "Error dp-ledger-no-run" in capsys.readouterr().err
+    assert run("ledger", "show", "--ledger", tmp_path) == 2
+    assert run("ledger", "merge", tmp_path / "nothing", "--ledger", tmp_path) == 1
+    assert "Error dp-ledger-none" in capsys.readouterr().err
+
+
+def finished_run(tmp_path: Path) -> tuple[Path, Path]:
+    """A run folder of `coterie train` and its spool."""
+    folder, ledger = tmp_path / "run", tmp_path / "ledger"
+    (folder / "private" / "cache").mkdir(parents=True)
+    (folder / "private" / "cache" / "layer").write_text("weights")
+    (folder / "private" / "metrics.jsonl").write_text("{}")
+    (folder / "private" / "result.json").write_text("{}")
+    (folder / "run.json").write_text(json.dumps({"run": "a" * 64, "privacy_run": "cafe"}))
+    values = {
+        "model": {"family": "olmoe"},
+        "data": {"train": ["x.txt"], "tokenizer": {"train": {"files": ["y.txt"]}}},
+        "train": {"rounds": 1},
+        "privacy": {"epsilon": 8.0, "ledger": str(ledger)},
+        "run_dir": str(folder),
+    }
+    dump_yaml(folder / "config.yaml", TrainConfig.model_validate(values))
+    book = open_ledger("d" * 64, ledger)
+    Spool(book.folder / "spool" / "other").close()
+    spool = Spool(book.folder / "spool" / "cafe")
+    (spool.folder / "lot.json").write_text("{}")
+    spool.close()
+    return folder, spool.folder
+
+
+def test_purge_removes_what_holds_text_and_never_a_ledger_entry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, spool = finished_run(tmp_path)
+    entries = (spool.parent.parent / "ledger.jsonl").read_bytes()
+    assert run("purge", folder) == 0
+    shown = capsys.readouterr().out
+    assert not spool.exists()
+    assert not (folder / "private" / "cache").exists()
+    assert (spool.parent / "other").is_dir(), "other runs' spools stay"
+    assert (folder / "private" / "metrics.jsonl").exists()
+    assert (spool.parent.parent / "ledger.jsonl").read_bytes() == entries
+    for part in ("released sums", "models, checkpoints and exports", "the ledger keeps its entries"):
+        assert part in shown
+    assert run("purge", folder) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+
+
+def test_purge_refuses_a_run_that_is_running_or_not_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, spool = finished_run(tmp_path)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert run("purge", folder) == 1
+    assert "Error purge-running" in capsys.readouterr().err
+    os.close(lock)
+    held = Spool(spool)
+    assert run("purge", folder) == 1
+    assert "Error dp-spool-busy" in capsys.readouterr().err
+    held.close()
+    (folder / "private" / "result.json").unlink()
+    assert run("purge", folder) == 1
+    assert "Error purge-unfinished" in capsys.readouterr().err
+    assert spool.exists()
+    assert run("purge", folder, "--give-up") == 0
+    assert not spool.exists()
+    assert run("purge", tmp_path) == 1
+    assert "Error run-dir-none" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""Ledgers of two machines put together: never below what either says, and exact where texts can be compared."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.dp.test_lifetime import DELTA, MECHANISM, ROUNDS, TEXTS, composed, spend
+
+from coterie.dp.accounting import epsilon
+from coterie.dp.lifetime import ledger_folders, lifetime
+from coterie.dp.merging import Merge, merge
+from coterie.dp.texts import OTHER_KEYS, OWN_KEY, Keyring
+from coterie.errors import LedgerError
+
+
+def test_what_was_spent_elsewhere_on_some_of_the_same_text_is_added_up(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    own = spend(here, "own", TEXTS)
+    spend(there, "theirs", [*TEXTS, "one more"])
+    spend(there, "theirs, other", ["something", "else"])
+    assert merge(there, here) == Merge(2, 0)
+    found = lifetime(own, "own", DELTA)
+    assert found.spent.epsilon == composed(3), "under another key texts cannot be compared, so all is assumed"
+    assert any("hashed with another key" in line for line in found.lines)
+    later = spend(here, "later", TEXTS[:1])
+    assert later.lifetime(DELTA, "later").epsilon == composed(3), "it shares nothing with `theirs, other`"
+    assert spend(here, "apart", ["new text"]).lifetime(DELTA, "apart").epsilon == composed(1)
+
+
+def test_a_machine_that_has_counted_nothing_takes_the_key_and_compares_exactly(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    spend(first, "one", TEXTS)
+    merge(first, second)
+    assert Keyring(first).own == Keyring(second).own
+    spend(second, "two", TEXTS[3:])
+    spend(second, "apart", ["something", "else"])
+    own = spend(first, "three", TEXTS[:5])
+    merge(second, first)
+    assert own.lifetime(DELTA, "three").epsilon == composed(3)
+
+
+def test_merging_again_adds_what_is_new_and_counts_nothing_twice(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    own = spend(here, "own", TEXTS)
+    theirs = spend(there, "theirs", TEXTS, rounds=ROUNDS + 5)
+    theirs_before = shutil.copytree(there, tmp_path / "old copy")
+    merge(there, here)
+    assert merge(there, here) == Merge(0, 1)
+    more = epsilon([(MECHANISM, 2 * ROUNDS + 5)], DELTA)
+    assert own.lifetime(DELTA, "own").epsilon == more
+    theirs.start_run("again", MECHANISM, 1, unit="record", units=40, record={"packing": "records"})
+    theirs.record_release("again", 1, 0, "f" * 64, {})
+    merge(there, here)
+    assert own.lifetime(DELTA, "own").epsilon == epsilon([(MECHANISM, 2 * ROUNDS + 6)], DELTA)
+    assert merge(theirs_before, here) == Merge(0, 1), "an older copy takes nothing back"
+    assert own.lifetime(DELTA, "own").epsilon == epsilon([(MECHANISM, 2 * ROUNDS + 6)], DELTA)
+
+
+def test_copies_that_went_their_own_ways_keep_what_each_of_them_knows(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    own = spend(here, "shared", TEXTS, rounds=2)
+    shutil.copytree(here, tmp_path / "copy")
+    copy = spend(tmp_path / "copy", "theirs", TEXTS)
+    own = spend(here, "own", TEXTS)
+    merge(tmp_path / "copy", here)
+    before = own.lifetime(DELTA, "own").epsilon
+    assert before == epsilon([(MECHANISM, 2 * ROUNDS + 2)], DELTA)
+    merge(here, tmp_path / "copy")
+    assert copy.lifetime(DELTA, "theirs").epsilon == before
+
+
+def test_users_are_compared_between_machines_too(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    spend(there, "theirs", TEXTS[:20], ["ana"] * 20)
+    merge(there, here)
+    own = spend(here, "own", TEXTS[20:], ["ana"] * 20)
+    assert own.lifetime(DELTA, "own").epsilon == composed(2)
+    records = spend(here, "records", TEXTS[:20])
+    assert records.lifetime(DELTA, "records").epsilon > composed(2)
+
+
+def test_bad_folders_are_refused_and_nothing_is_copied(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    with pytest.raises(LedgerError, match="holds no ledgers"):
+        merge(tmp_path / "nothing", here)
+    ledger = spend(there, "theirs", TEXTS)
+    spend(here, "own", TEXTS)
+    path = ledger.folder / "ledger.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"rounds":20', b'"rounds":19'))
+    with pytest.raises(LedgerError, match="does not continue the chain"):
+        merge(there, here)
+    assert len(ledger_folders(here)) == 1
+
+
+def test_keys_stay_secret_where_they_are_copied(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    spend(here, "own", TEXTS)
+    spend(there, "theirs", TEXTS)
+    merge(there, here)
+    keys = [here / OWN_KEY, *(here / OTHER_KEYS).iterdir()]
+    assert len(keys) == 2
+    assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
+    assert (here / OTHER_KEYS).stat().st_mode & 0o777 == 0o700
