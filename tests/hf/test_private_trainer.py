@@ -16,6 +16,7 @@ from transformers import (
     BertForSequenceClassification,
     DataCollatorWithFlattening,
     EarlyStoppingCallback,
+    OlmoeForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -24,10 +25,11 @@ from transformers import (
 from transformers.integrations import WandbCallback
 
 from coterie.dp.budget import PrivacyWarning
-from coterie.errors import CheckpointError, DataError, LedgerError, PrivacyError
+from coterie.errors import CheckpointError, DataError, LedgerError, PrivacyError, ProvenanceError
 from coterie.hf import PrivacyArguments, PrivateTrainer
 from coterie.hf.arguments import check_arguments
 from coterie.models.tiny import tiny_model
+from coterie.models.trainings import read_trainings
 
 
 class Reports(WandbCallback):
@@ -305,3 +307,21 @@ def test_logs_hold_nothing_that_json_cannot(make: Callable[..., PrivateTrainer])
     trainer.train()
     json.dumps(trainer.state.log_history)
     json.dumps(trainer.statement().to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_saved_model_says_what_it_was_trained_under_and_is_held_to_it(
+    make: Callable[..., PrivateTrainer], tmp_path: Path, seed: int | None
+) -> None:
+    trainer = make({"seed": seed}, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    (training,) = read_trainings(tmp_path / "saved")
+    assert (training.privacy, training.run) == ("budget" if seed is None else "seeded", trainer.session.run)
+    again = make(model=OlmoeForCausalLM.from_pretrained(tmp_path / "saved"), max_steps=1)
+    if seed is not None:
+        with pytest.raises(ProvenanceError, match=r"declared public, but run .* with noise from a seed"):
+            again.train()
+        return
+    again.train()
+    assert f"counted in ledger {training.ledger}" in str(again.statement())

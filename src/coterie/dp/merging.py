@@ -1,7 +1,7 @@
 """Ledgers of two machines of one owner, put together: runs on the same text add up wherever they were counted.
 
-The other folder's ledgers are copied beside one's own, with their hashes and keys. Nothing of one's own is changed, and
-a run that is in several copies counts once, with all releases that any copy knows. Runs whose hashes are under
+The other folder's ledgers are copied beside one's own, with hashes and keys. Nothing of one's own is changed, and a
+run that is in several copies counts once, with all releases that any copy knows. Runs whose hashes are under
 different keys cannot be compared and are taken to be on the same text; a run that starts after the merge is hashed
 under every key, so its figure is exact.
 """
@@ -43,7 +43,7 @@ def merge(other: Path, root: Path) -> Merge:
             f"{other} holds no ledgers.",
             code="dp-ledger-none",
             why="nothing of what was spent there would be counted here",
-            fix="name the folder of ledgers of the other machine, or a copy of it: `ledger.jsonl` lies one folder below",
+            fix="name the other machine's folder of ledgers, or a copy: `ledger.jsonl` lies one folder below",
         )
     make_private_folder(root)
     place = _take_keys(other, root)
