@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-lowest lint format clean
+.PHONY: demo test faults test-lowest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -14,6 +14,12 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Kills, frozen processes, cut lines, full disks, strangers, fuzzing, a soak: bounded, about half an hour on two idle
+# cores. Writes docs/reliability.md. Network faults need root; without it they are skipped.
+faults: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[faults]"
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults" $(ARGS)
 
 # The models' tests on the lowest transformers that pyproject.toml names, in an environment of their own.
 LOWEST := .venv-lowest

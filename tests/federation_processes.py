@@ -46,15 +46,19 @@ def run_here(*arguments: str) -> None:
     assert not code, arguments
 
 
-def make_folder(folder: Path, **settings: object) -> None:
-    """Everything a federation needs; each party has its own folder with its own files and nothing else."""
-    endpoints = free_endpoints(4)
+def make_folder(folder: Path, endpoints: list[str] | None = None, **settings: object) -> None:
+    """Everything a federation needs; each party has its own folder with its own files and nothing else.
+
+    Args:
+        endpoints: of the parties, then the coordinator; default: free ones on loopback.
+    """
+    endpoints = endpoints or free_endpoints(4)
     draw = random.Random(0)
 
     def words(count: int, start: int = 0) -> str:
         return " ".join(draw.choices(WORDS[start : start + 7], k=count))
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "public.txt").write_text("\n".join(words(40) for _ in range(20)))
     federation = {
         "name": "grove",

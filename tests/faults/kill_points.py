@@ -1,0 +1,113 @@
+"""Points at which a process of coterie kills itself (-9).
+
+The product knows nothing of this: functions are wrapped from outside, so that the process ends before or after the
+``nth`` call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+PARTY = {
+    "before a checkpoint is loaded": ("coterie.training.party_work", "PartyWork", "load", "before", ""),
+    "before a round is computed": ("coterie.training.tokens_work", "TokensWork", "compute", "before", ""),
+    "after a round is computed, before it is reported": (
+        "coterie.training.tokens_work",
+        "TokensWork",
+        "compute",
+        "after",
+        "",
+    ),
+    "after the commit, before the step": ("coterie.training.party_work", "PartyWork", "step", "before", ""),
+    "after the step": ("coterie.training.party_work", "PartyWork", "step", "after", ""),
+    "before a checkpoint is written": ("coterie.training.checkpoint", "CheckpointStore", "_write", "before", ""),
+    "between two files of a checkpoint": ("coterie.training.checkpoint", "", "_sync", "after", "trunk.safetensors"),
+    "after all files of a checkpoint, before its manifest": (
+        "coterie.training.checkpoint",
+        "",
+        "_sync",
+        "after",
+        "hosted.safetensors",
+    ),
+    "after a checkpoint's manifest, before its name": ("coterie.training.checkpoint", "", "_sync", "after", ".part"),
+    "after a checkpoint has its name": ("coterie.training.checkpoint", "CheckpointStore", "_write", "after", ""),
+    "while an old checkpoint goes": ("shutil", "", "rmtree", "before", ".old.part"),
+}
+COORDINATOR = {
+    "before a decision is written": ("coterie.federation.journal", "Journal", "_write", "before", ""),
+    "after a decision is written, before anybody is told": (
+        "coterie.federation.journal", "Journal", "_write", "after", "",
+    ),
+    "before everybody is told": ("coterie.federation.coordinator", "Coordinator", "_tell", "before", ""),
+}  # fmt: skip
+POINTS = {**PARTY, **COORDINATOR}
+
+
+def arm(point: str, nth: int) -> None:
+    """Wrap the function of a point."""
+    module_name, owner, name, when, ending = POINTS[point]
+    module = __import__(module_name, fromlist=["_"])
+    holder = getattr(module, owner) if owner else module
+    function: Callable[..., Any] = getattr(holder, name)
+    calls = 0
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        mine = not ending or str(arguments[0]).endswith(ending)
+        calls += mine
+        if mine and calls == nth and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments, **options)
+        if mine and calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, name, dying)
+
+
+def be_busy(nth: int, seconds: int = 10) -> None:
+    """In the ``nth`` computation, let no other Python of this process run for a while."""
+    from coterie.training.tokens_work import TokensWork
+
+    compute, calls = TokensWork.compute, 0
+
+    def busy(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            print("busy from now on", flush=True)
+            ctypes.PyDLL(None).sleep(seconds)
+            print("no longer busy", flush=True)
+        compute(*arguments, **options)
+
+    TokensWork.compute = busy  # type: ignore[method-assign]
+
+
+def jump(nth: int, days: int) -> None:
+    """After the ``nth`` computation the clock on the wall shows another day."""
+    from coterie.training.tokens_work import TokensWork
+
+    compute, wall, calls = TokensWork.compute, time.time, 0
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        compute(*arguments, **options)
+
+    TokensWork.compute = counted  # type: ignore[method-assign]
+    time.time = lambda: wall() + (86400.0 * days if calls >= nth else 0.0)
+
+
+def prepare(point: str, nth: int) -> None:
+    """`arm`, `be_busy` or `jump`."""
+    if point == "busy":
+        be_busy(nth)
+    elif point.startswith("clock "):
+        jump(nth, int(point.removeprefix("clock ")))
+    else:
+        arm(point, nth)

@@ -1,0 +1,220 @@
+"""Processes that are killed, frozen and started again, at named points and at random moments."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import kill_points
+import psutil
+import pytest
+from forked import ForkedProcesses
+from record import RECORD
+
+from coterie.federation.control import COORDINATOR
+from coterie.federation.run_folder import read_status
+from federation_processes import PARTIES, make_folder
+
+PART = "Processes"
+ENDLESS = {"rounds": 1_000_000, "batch_size": 4, "micro_batch": 2, "eval_every": 0, "checkpoint_every": 2}
+NAMED_S, BACK_S = 5.0, 10.0
+SLACK = 3.0
+"""Times are aims on an idle machine; the suite runs beside others and fails only well beyond them."""
+
+
+class Trial:
+    """A federation that goes on for as long as it is looked at."""
+
+    def __init__(self, processes: ForkedProcesses, **settings: object) -> None:
+        self.all = processes
+        make_folder(processes.folder, **{"train": ENDLESS, "deadline_s": 60.0, **settings})
+        self.start()
+
+    def start(self) -> None:
+        self.all.coordinate()
+        for name in PARTIES:
+            self.all.up(name)
+        self.goes_on()
+
+    def committed(self) -> int:
+        return int(self.all.status()["committed"])
+
+    def goes_on(self, beyond: int | None = None) -> float:
+        """Seconds until a round is committed that was not before."""
+        begun = time.monotonic()
+        before = self.committed() if beyond is None else beyond
+        self.all.until(lambda status: status["committed"] > before)
+        return time.monotonic() - begun
+
+    def named(self, name: str) -> float:
+        """Seconds until the coordinator says that it waits for this party."""
+        begun = time.monotonic()
+        self.all.until(lambda status: name in status["missing"], 60.0)
+        return time.monotonic() - begun
+
+    def kill(self, name: str) -> int:
+        """Kill -9; the rounds that were committed by then."""
+        self.all.signal(signal.SIGKILL, name)
+        self.all.running.pop(name).wait()
+        return self.committed()
+
+    def again(self, name: str) -> None:
+        """Start a killed process anew and wait until it has read its files."""
+        log = self.all.folder / f"{name}.log"
+        lines = log.read_text().count(f"{name}: joining")
+        if name == COORDINATOR:
+            self.all.coordinate()
+        else:
+            self.all.up(name)
+            self.all.until(lambda status: log.read_text().count(f"{name}: joining") > lines)
+
+    def start_with(self, name: str, point: str, nth: int) -> None:
+        """Start a process that dies, or is busy, at a point of `kill_points`."""
+        words = ("coordinator", "federation.yaml") if name == COORDINATOR else ("up", f"{name}/party.yaml")
+        self.all.start(name, *words, point=point, nth=nth)
+
+    def up_to(self, name: str, point: str, nth: int) -> None:
+        """Start a process and wait until it has died at a point."""
+        self.start_with(name, point, nth)
+        process = self.all.running[name]
+        self.all.until(lambda status: process.poll() is not None)
+        assert self.all.running.pop(name).wait() == -signal.SIGKILL
+
+    def silent(self, party: str) -> float:
+        """Seconds that a party says it has not heard of the coordinator."""
+        return float(read_status(self.all.folder / party / "run").get("coordinator_silent_s", 0.0))
+
+    def no_traceback(self) -> None:
+        for name in (COORDINATOR, *PARTIES):
+            assert "Traceback" not in self.all.log(name), self.all.log(name)
+
+
+def frozen_party(trial: Trial, name: str) -> None:
+    trial.goes_on()
+    trial.all.signal(signal.SIGSTOP, name)
+    named = trial.named(name)
+    before = trial.committed()
+    trial.all.signal(signal.SIGCONT, name)
+    back = trial.goes_on(before)
+    RECORD.tried(
+        PART, "a party frozen (SIGSTOP) and let go", "it is waited for; the same process goes on", 1, named, back
+    )
+    assert named < SLACK * NAMED_S
+    assert back < SLACK * BACK_S
+
+
+def killed_party(trial: Trial, name: str) -> None:
+    trial.goes_on()
+    before = trial.kill(name)
+    named = trial.named(name)
+    trial.again(name)
+    back = trial.goes_on(before)
+    RECORD.tried(PART, "a party killed (-9)", "all go back to the newest checkpoint and on", 1, named, back)
+    assert named < SLACK * NAMED_S
+    assert back < SLACK * BACK_S
+
+
+def frozen_coordinator(trial: Trial) -> None:
+    trial.goes_on()
+    before = trial.committed()
+    trial.all.signal(signal.SIGSTOP, COORDINATOR)
+    begun = time.monotonic()
+    while not all(trial.silent(name) >= 3.5 for name in PARTIES):
+        assert time.monotonic() - begun < 60.0
+        time.sleep(0.05)
+    named = time.monotonic() - begun
+    trial.all.signal(signal.SIGCONT, COORDINATOR)
+    back = trial.goes_on(before)
+    assert "waiting for the coordinator, which has been silent" in trial.all.log(PARTIES[0])
+    RECORD.tried(
+        PART, "the coordinator frozen and let go", "every party says so; nobody is blamed for it", 1, named, back
+    )
+    assert named < SLACK * NAMED_S
+    assert back < SLACK * BACK_S
+
+
+@pytest.mark.slow
+def test_frozen_and_killed_processes_are_named_and_the_run_goes_on(processes: ForkedProcesses):
+    trial = Trial(processes)
+    frozen_party(trial, "birch")
+    killed_party(trial, "cedar")
+    frozen_coordinator(trial)
+    trial.no_traceback()
+
+
+@pytest.mark.faults
+def test_killed_at_every_named_point_the_run_goes_on_and_no_published_checkpoint_is_torn(processes: ForkedProcesses):
+    """Each process that comes back is the one that dies at the next point."""
+    trial = Trial(processes)
+    for victim, points in (("cedar", kill_points.PARTY), (COORDINATOR, kill_points.COORDINATOR)):
+        trial.kill(victim)
+        for point in points:
+            before = trial.committed()
+            trial.up_to(victim, point, 7 if victim == COORDINATOR else 2)
+            after = trial.committed()
+            assert after >= before or victim != COORDINATOR  # what was committed may be given up, never forgotten
+            RECORD.tried(PART, f"{'coordinator' if victim == COORDINATOR else 'a party'} killed {point}", "all go on")
+        before = trial.committed()
+        trial.again(victim)
+        trial.goes_on(before)
+    assert "checkpoint-none-common" not in trial.all.log(COORDINATOR)
+    trial.no_traceback()
+
+
+@pytest.mark.faults
+def test_killed_at_random_moments_the_run_goes_on(processes: ForkedProcesses):
+    draw, trial = random.Random(4), Trial(processes, lost_party="pause")
+    for _ in range(12):
+        victim = draw.choice((COORDINATOR, *PARTIES))
+        time.sleep(draw.uniform(0.0, 2.0))
+        before = trial.kill(victim)
+        trial.again(victim)
+        back = trial.goes_on(before)
+        RECORD.tried(PART, "any process killed at a random moment, started at once", "all go on", 1, None, back)
+        assert back < SLACK * BACK_S + (20.0 if victim == COORDINATOR else 0.0)  # it reads its files meanwhile
+    assert "checkpoint-none-common" not in trial.all.log(COORDINATOR)
+    trial.no_traceback()
+
+
+@pytest.mark.faults
+def test_busy_process_that_lets_no_other_python_run_is_not_taken_for_lost(processes: ForkedProcesses):
+    """Ten seconds in one call that never lets go: no heartbeat is sent, but gRPC answers pings."""
+    trial = Trial(processes)
+    trial.kill("cedar")
+    trial.start_with("cedar", "busy", 3)
+    trial.all.until(lambda status: "busy from now on" in trial.all.log("cedar"))
+    since = len(trial.all.log(COORDINATOR))
+    trial.all.until(lambda status: "no longer busy" in trial.all.log("cedar"))
+    trial.goes_on()
+    said = trial.all.log(COORDINATOR)[since:]
+    assert "cedar" not in said, said
+    RECORD.tried(PART, "a party busy for 10 s without a heartbeat", "it is waited for and not taken for lost")
+
+
+@pytest.mark.faults
+def test_soak_of_two_thousand_rounds_with_flat_memory_and_descriptors(processes: ForkedProcesses):
+    rounds = 2000
+    make_folder(processes.folder, train={**ENDLESS, "rounds": rounds, "checkpoint_every": 50})
+    processes.coordinate()
+    for name in PARTIES:
+        processes.up(name)
+    used: list[dict[str, tuple[int, int]]] = []
+    for mark in range(400, rounds - 100, 100):
+        processes.until(lambda status, mark=mark: status["committed"] >= mark, 1800.0)  # type: ignore[misc]
+        used.append({name: used_by(process.pid) for name, process in processes.running.items()})
+    assert set(processes.wait(600).values()) == {0}
+    for name in used[0]:
+        memory, descriptors = zip(*(each[name] for each in used), strict=True)
+        assert max(memory[-3:]) < 1.05 * max(memory[:3]) + 2**20, (name, memory)
+        assert max(descriptors[-3:]) <= max(descriptors[:3]) + 2, (name, descriptors)
+    growth = max(max(each[name][0] for each in used[-3:]) / used[0][name][0] - 1.0 for name in used[0])
+    RECORD.tried(
+        PART, "soak, rounds", f"memory grew by {100 * growth:.1f} % from round 400 on, descriptors did not", rounds
+    )
+
+
+def used_by(pid: int) -> tuple[int, int]:
+    """Resident bytes and open descriptors."""
+    process = psutil.Process(pid)
+    return process.memory_info().rss, process.num_fds()
