@@ -19,7 +19,8 @@ from coterie.dp.derived import Root
 from coterie.dp.engine import Engine
 from coterie.dp.functional import clipped_sum
 from coterie.dp.losses import default_loss, token_loss
-from coterie.dp.selfcheck import check, padding_example
+from coterie.dp.made_up import FromCollator
+from coterie.dp.selfcheck import check
 from coterie.errors import NoRuleError, PrivacyError
 from coterie.models.tiny import tiny_model
 
@@ -54,7 +55,7 @@ class Weighted(nn.Module):
 
 
 def checked(middle: nn.Module) -> dict[str, float]:
-    return check(Engine(Toy(middle)), token_batch(2, 5, VOCAB))
+    return check(Engine(Toy(middle)), token_batch(2, 5, VOCAB)).errors
 
 
 ODD_BUT_FINE = {
@@ -240,13 +241,13 @@ def pad_right(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_invariant_4_pooling_over_padding_is_refused() -> None:
     batch = pad_right([labelled(5)])
     for model, given in ((Pooled(False), None), (Pooled(False), pad_right)):
-        pairs = given and padding_example(model, given, labelled(5))
+        source = given and FromCollator(model, given, labelled(5))
         with pytest.raises(NoRuleError, match="changes with its padding") as caught:
-            check(Engine(model), batch, pairs)
+            check(Engine(model), batch, source)
         assert caught.value.code == "dp-padding"
     model = Pooled(True)
     check(Engine(model), batch)
-    check(Engine(model), batch, padding_example(model, pad_right, labelled(5)))
+    check(Engine(model), batch, FromCollator(model, pad_right, labelled(5)))
 
 
 def test_records_that_are_never_padded_may_be_pooled_without_a_mask() -> None:
@@ -254,7 +255,7 @@ def test_records_that_are_never_padded_may_be_pooled_without_a_mask() -> None:
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
     model = Pooled(False)
-    check(Engine(model), stack([labelled(5)]), padding_example(model, stack, labelled(5)))
+    check(Engine(model), stack([labelled(5)]), FromCollator(model, stack, labelled(5)))
 
 
 def test_invariant_4_absolute_positions_behind_left_padding_are_refused() -> None:
@@ -388,7 +389,7 @@ def test_self_check_passes_and_leaves_the_model_as_it_was() -> None:
     model = tiny_model("qwen3_moe").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    errors = check(Engine(model, default_loss, Flat(1.0)))
+    errors = check(Engine(model, default_loss, Flat(1.0))).errors
     assert set(errors) == {name for name, _ in model.named_parameters()}
     assert max(errors.values()) <= 1e-4
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

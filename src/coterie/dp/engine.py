@@ -208,14 +208,19 @@ class Engine:
         """[B] float64 norm of each record's whole gradient; nothing is added to the sums."""
         return self.norms_by_parameter(batch)[0].sum(0).sqrt()
 
-    def summed(self, batch: Batch) -> Sums:
-        """The sum of the records' gradients with factor one each, by the path that adds clipped ones; unclipped.
+    def summed(self, batch: Batch, factors_B: Tensor | None = None) -> Sums:
+        """The records' gradients added up by the path that adds clipped ones, with factors of the caller's.
 
         For the self-check alone; nothing is added to the engine's sums.
+
+        Args:
+            batch: as for `accumulate`.
+            factors_B: [B]; a record of factor zero is left out, whatever its numbers are. Default: one each.
         """
         self.prepare(batch)
+        factors_B = torch.ones(batch_size(batch)) if factors_B is None else factors_B
         total: Sums = {}
-        self._second_pass(batch, torch.ones(len(self.groups), batch_size(batch)), total)
+        self._second_pass(batch, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
         return total
 
     def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:

@@ -21,8 +21,8 @@ from coterie.dp.lots import Lot, Units
 from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
 from coterie.dp.numbers import check_fields
 from coterie.dp.randomness import RandomSource
-from coterie.dp.refusals import check_rows, untrained_changed
-from coterie.dp.untrained import Untrained
+from coterie.dp.refusals import check_rows, value_changed
+from coterie.dp.watched import Watched
 from coterie.errors import CheckpointError, PrivacyError
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
@@ -91,7 +91,7 @@ class RoundFigures:
     Attributes:
         round: its number.
         lot_size: records drawn.
-        loss: mean loss of the lot; NaN for an empty one.
+        loss: mean loss of the records that were finite; NaN where there is none, see `nothing_learnt`.
         clipped: share of units whose gradient was clipped.
         masked: records that were not finite and contributed zero.
     """
@@ -101,6 +101,15 @@ class RoundFigures:
     loss: float
     clipped: float
     masked: int
+
+    @property
+    def nothing_learnt(self) -> str | None:
+        """Why the round's gradient was noise alone, for the owner's eyes; None where it was not."""
+        if self.lot_size == 0:
+            return "the lot was empty"
+        if math.isnan(self.loss):
+            return f"none of the lot's {self.lot_size} records gave a finite loss and gradient"
+        return None
 
 
 class LotSums:
@@ -145,7 +154,7 @@ class LotSums:
     def compute(self, lot: Lot, name: str) -> dict[str, Tensor]:
         """Clipped sums of a lot, a tensor for every trained parameter, and the extra parts of the release.
 
-        Buffers and frozen parameters are compared before and after, and put back where a record changed them.
+        What the model holds (see `Watched`) is compared before and after, and put back where a record changed it.
 
         Args:
             lot: may be empty; the model is then not run.
@@ -153,10 +162,10 @@ class LotSums:
 
         Raises:
             PrivacyError: the collator packs records, or the engine leaves out a parameter.
-            NoRuleError: the lot changed a buffer or a frozen parameter.
+            NoRuleError: the lot changed a parameter, a buffer or another tensor of the model.
         """
         self._model.train()
-        before = Untrained(self._model)
+        before = Watched(self._model, sampled=True)
         try:
             with self._secret_torch_randomness(name):
                 return self._compute(lot)
@@ -165,9 +174,9 @@ class LotSums:
             if changed:
                 self._put_back(before, changed[0])
 
-    def _put_back(self, before: Untrained, name: str) -> None:
+    def _put_back(self, before: Watched, name: str) -> None:
         lost = before.restore()
-        error = untrained_changed(self._model, name)
+        error = value_changed(self._model, name)
         if lost:
             error.add_note(f"`{lost[0]}` could not be put back: load the model anew, and do not share this one.")
         self.engine.take()
@@ -236,11 +245,9 @@ class LotSums:
         if column is not None:
             items = [{name: value for name, value in item.items() if name != column} for item in items]
         device = next(iter(self._trained.values())).device
-        batch = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in self._collate(items).items()
-        }
-        check_rows(batch, len(items))
+        collated = self._collate(items)
+        check_rows(collated, len(items))
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in collated.items()}
         return {name: _with_a_token(name, value) for name, value in batch.items()}
 
     def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:

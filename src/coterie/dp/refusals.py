@@ -6,6 +6,7 @@ model is found by the self-check, which compares numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,9 +51,13 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def untrained_changed(model: nn.Module, name: str) -> NoRuleError:
-    """The error for a buffer or a frozen parameter that changes when the model sees data."""
-    kind = "buffer" if name in dict(model.named_buffers()) else "frozen parameter"
+def value_changed(model: nn.Module, name: str) -> NoRuleError:
+    """The error for a buffer, a parameter or another tensor of a model that changes when the model sees data."""
+    parameter = dict(model.named_parameters()).get(name)
+    if parameter is not None:
+        kind = "trained parameter" if parameter.requires_grad else "frozen parameter"
+    else:
+        kind = "buffer" if name in dict(model.named_buffers()) else "attribute"
     return NoRuleError(
         f"The {kind} `{name}` changes when the model sees data.",
         code="dp-buffer",
@@ -61,12 +66,46 @@ def untrained_changed(model: nn.Module, name: str) -> NoRuleError:
     )
 
 
+def unused_warning(model: nn.Module, names: Sequence[str]) -> str | None:
+    """One sentence about trained parameters that no record uses, with the line that freezes them; None without any.
+
+    Args:
+        model: whose parameters these are.
+        names: of parameters that got no gradient.
+    """
+    if not names:
+        return None
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    whole = _unused_modules(model, set(names))
+    first = whole[0] if whole else names[0]
+    get = "get_submodule" if whole else "get_parameter"
+    return (
+        f"{len(names)} of {max(trained, len(names))} trained tensors were used by no made-up record and would be "
+        f"moved by noise alone (first: `{names[0]}`); before the optimizer is made, freeze what no record uses: "
+        f'model.{get}("{first}").requires_grad_(False)'
+        + (f", and so on for {', '.join(f'`{name}`' for name in whole[1:4])}" if len(whole) > 1 else "")
+    )
+
+
+def _unused_modules(model: nn.Module, unused: set[str]) -> list[str]:
+    """Largest modules in which every trained parameter is unused."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(f"{other}.") for other in found):
+            continue
+        inside = [f"{name}.{inner}" for inner, p in module.named_parameters() if p.requires_grad]
+        if inside and unused.issuperset(inside):
+            found.append(name)
+    return found
+
+
 def check_batch(batch: Batch, model: nn.Module | None = None) -> None:
     """Refuse a batch in which a row is not one record.
 
     Raises:
         PrivacyError: rows pack several records, or padding on the left displaces tokens from an expert's capacity.
     """
+    check_mapping(batch)
     packed = next((key for key in _PACKED_KEYS if batch.get(key) is not None), None)
     positions = batch.get("position_ids")
     if packed is None and isinstance(positions, Tensor) and positions.ndim == 2 and _restarts(positions, batch):
@@ -88,12 +127,28 @@ def check_batch(batch: Batch, model: nn.Module | None = None) -> None:
         )
 
 
+def check_mapping(batch: Any) -> None:
+    """Refuse a batch whose parts have no names.
+
+    Raises:
+        PrivacyError: it is a tuple, a tensor or the like.
+    """
+    if not isinstance(batch, Mapping):
+        raise PrivacyError(
+            f"The collator made a {type(batch).__name__}, not a mapping of names to tensors.",
+            code="dp-batch-mapping",
+            why="losses, padding and packing are told by the names of a batch's parts",
+            fix="let collate_fn return a dict, for example {'input_ids': ..., 'labels': ...}, and read it in loss_fn",
+        )
+
+
 def check_rows(batch: Batch, items: int) -> None:
     """Refuse a collator that does not give one row for each record.
 
     Raises:
-        PrivacyError: it made another number of rows.
+        PrivacyError: it made another number of rows, or no mapping.
     """
+    check_mapping(batch)
     if batch_size(batch) != items:
         raise PrivacyError(
             f"the collator made {batch_size(batch)} rows of {items} records.",

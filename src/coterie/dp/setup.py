@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,17 +15,20 @@ from torch import nn
 from coterie.dp import checkpoint, selfcheck
 from coterie.dp.accounting import noise_multiplier
 from coterie.dp.balance import Balance, Balancer
-from coterie.dp.budget import Budget
+from coterie.dp.budget import Budget, PrivacyWarning
 from coterie.dp.clipping import Clipping, policy
+from coterie.dp.comparison import Report
 from coterie.dp.dataset import checked_length, dataset_digest
 from coterie.dp.engine import Engine, Method
 from coterie.dp.ledger import open_ledger
 from coterie.dp.losses import LossFunction, default_loss
 from coterie.dp.lot_sums import Collate, Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
+from coterie.dp.made_up import FromCollator, longest_record
 from coterie.dp.numbers import checked_number
 from coterie.dp.provenance import Artefact, as_loaded, declared, not_covered
 from coterie.dp.randomness import random_source
+from coterie.dp.refusals import check_rows, unused_warning
 from coterie.dp.run_facts import UNCHECKED, RunStart
 from coterie.dp.session import PrivateSession
 from coterie.dp.spool import Spool
@@ -155,14 +159,17 @@ def make_private(
     settings = Settings(
         budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed
     )
-    compared = self_check and _self_check(built, dataset, collate, user_column)
-    if not compared:
+    report = _self_check(built, dataset, collate, settings) if self_check else None
+    if report is None:
         uncovered.append(UNCHECKED)
+    elif (unused := unused_warning(model, report.unused)) is not None:
+        warnings.warn(unused, PrivacyWarning, stacklevel=2)
+        uncovered.append(unused)
     books = open_ledger(digest or dataset_digest(dataset), ledger)
     run = run or secrets.token_hex(6)
     about = dict(record or {}) | ({"user_column": user_column} if user_column is not None else {})
     RunStart(plan, settings, units, built).open(
-        books, run, artefacts, about, compared, originals or Originals(dataset, units.owners())
+        books, run, artefacts, about, report is not None, originals or Originals(dataset, units.owners())
     )
     options = {
         "clipping": clipping if isinstance(clipping, str) else None,
@@ -231,7 +238,7 @@ def resume_session(
     RunStart(plan, settings, units, built).check(books, facts["run"])
     _check_optimizer(model, optimizer)
     if options.get("self_check", True):
-        _self_check(built, dataset, collate, settings.user_column)
+        _self_check(built, dataset, collate, settings)
     session = PrivateSession(
         model, optimizer, dataset, collate, built, balancer, plan, units,
         settings, random_source(settings.seed), books, Spool(books.folder / "spool" / facts["run"]), facts["run"],
@@ -316,19 +323,21 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def _self_check(engine: SumEngine, dataset: Any, collate: Collate, column: str | None) -> bool:
+def _self_check(engine: SumEngine, dataset: Any, collate: Collate, settings: Settings) -> Report | None:
     """Compare with one record at a time, on made-up records of the keys, shapes and types of a real one.
 
     Returns:
-        Whether that was done: an engine of the caller's own cannot be compared.
+        None for an engine of the caller's own, which cannot be compared.
     """
     if not isinstance(engine, Engine):
-        return False
+        return None
     item = dataset[0]
-    if column is not None:
-        item = {name: value for name, value in item.items() if name != column}
-    selfcheck.check(engine, collate([item]), selfcheck.padding_example(engine.model, collate, item))
-    return True
+    if settings.user_column is not None:
+        item = {name: value for name, value in item.items() if name != settings.user_column}
+    example = collate([item])
+    check_rows(example, 1)
+    source = FromCollator(engine.model, collate, item, longest_record(dataset, collate))
+    return selfcheck.check(engine, example, source if source.usable() else None, settings.physical_batch)
 
 
 def _default_collate(items: list[Any]) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 
 from coterie.dp import selfcheck
 from coterie.dp.balance import Balance, Balancer
-from coterie.dp.budget import Budget
+from coterie.dp.budget import Budget, PrivacyWarning
 from coterie.dp.clipping import policy
 from coterie.dp.contributor import Contributor, Plan
 from coterie.dp.engine import Engine
 from coterie.dp.ledger import Head
 from coterie.dp.losses import default_loss
 from coterie.dp.lot_sums import SumEngine
-from coterie.dp.refusals import check_model
+from coterie.dp.made_up import FromCollator
+from coterie.dp.refusals import check_model, unused_warning
 from coterie.dp.spool import Release
 from coterie.errors import PrivacyError
 from coterie.models import seam
@@ -144,9 +146,12 @@ class PrivateSums:
                 seam.computed_by(self._model, StreamedExperts(streamer, HostGradients(), adapters)),
             ):
                 first, collate = self._records[0], self._records.collate
-                pairs = selfcheck.padding_example(self._model, collate, first)
-                selfcheck.check(engine, collate([first]), pairs)
+                source = FromCollator(self._model, collate, first, int(self._records.lengths.max()))
+                report = selfcheck.check(engine, collate([first]), source, self._parts.spec.physical_batch)
             self._compared = True
+            unused = unused_warning(self._model, report.unused)
+            if unused is not None:
+                warnings.warn(unused, PrivacyWarning, stacklevel=2)
             self.open_books(streamer)
 
     def open_books(self, streamer: LayerStreamer) -> Contributor:
