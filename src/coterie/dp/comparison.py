@@ -30,6 +30,8 @@ _DRAWS = 8
 _COARSER = 16.0
 """Roundings of float32 that a compared record has to stand; in half precision one more of its own."""
 
+_ROUNDINGS = 3
+
 _FLOOR = 1e-3
 """A parameter's norm below this part of the whole cannot move it, and keeps little precision of its own."""
 
@@ -309,13 +311,16 @@ class Comparison:
                 raise _Disagreement(_coupled("gradient", None, None), made[2 * int(moved.int().argmax())])
 
     def _stands(self, record: Made) -> bool:
-        """Whether rounding leaves a record as it is, computed alone: then it is a witness."""
+        """Whether coarser rounding leaves a record as it is, computed alone: then it is a witness."""
         one = self._batch([record])
         assert one is not None
         factor = _COARSER if self._allowed < 0.01 else 1.0
         loss, gradient = self._alone(one)
-        loss_now, now = self._alone(one, Rounding(factor))
-        return abs(loss - loss_now) <= 0.1 * self._allowed * max(abs(loss), 1e-3) and self._near(now, gradient)
+        for seed in range(_ROUNDINGS):
+            loss_now, now = self._alone(one, Rounding(factor, seed))
+            if not abs(loss - loss_now) <= 0.1 * self._allowed * max(abs(loss), 1e-3) or not self._near(now, gradient):
+                return False
+        return True
 
     def _near(self, ours: Gradient, theirs: Gradient) -> bool:
         whole = sum(_square(g) for g in theirs.values()) ** 0.5

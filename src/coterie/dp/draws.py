@@ -82,11 +82,17 @@ class Rounding(TorchDispatchMode):
     """Products come out as if rounded more coarsely: each value times (1 + factor * eps * normal noise).
 
     What a record computes by itself has to stand this before it is a witness for anything.
+
+    Args:
+        factor: how many times coarser.
+        seed: of the noise, which has a generator of its own: what the model draws stays the same.
     """
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float, seed: int) -> None:
         super().__init__()
         self._factor = factor
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -99,7 +105,10 @@ class Rounding(TorchDispatchMode):
     def _rounded(self, out: Tensor) -> Tensor:
         if not out.is_floating_point():
             return out
-        return out * (1 + self._factor * torch.finfo(out.dtype).eps * torch.randn_like(out))
+        if out.device not in self._generators:
+            self._generators[out.device] = torch.Generator(out.device).manual_seed(self._seed)
+        noise = torch.randn(out.shape, generator=self._generators[out.device], device=out.device)
+        return (out * (1 + self._factor * torch.finfo(out.dtype).eps * noise)).to(out.dtype)
 
 
 @contextmanager

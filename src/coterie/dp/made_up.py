@@ -67,9 +67,9 @@ class FromCollator:
         self._item = item
         self._whole = length_of(item)
         self._tokens = _Tokens(model)
-        self.base = TOKENS
-        if self._whole is not None and self.batch([Made(TOKENS, 0), Made(TOKENS, 1)]) is None:
-            self.base = self._whole  # a collator, or a model's other inputs, of this length only
+        self.base = min(TOKENS, longest or TOKENS)
+        if self._whole is not None and not self.usable():
+            self.base = self._whole  # a collator of this length only
         self.longest = max(longest or 0, self.base)
 
     def usable(self) -> bool:
