@@ -363,7 +363,7 @@ def test_left_padding_with_a_capacity_per_sequence_is_refused() -> None:
 def test_bad_input_is_one_clear_sentence() -> None:
     model = tiny_model("mixtral")
     for clip_norm in (0.0, -1.0, float("nan")):
-        with pytest.raises(PrivacyError, match="clip norm"):
+        with pytest.raises(PrivacyError, match="clip_norm"):
             clipped_sum(model, token_batch(2, 5), clip_norm)
     with pytest.raises(PrivacyError, match="how many records"):
         Engine(model).accumulate({**token_batch(2, 5), "labels": torch.zeros(3, 5, dtype=torch.int64)})

@@ -1,4 +1,4 @@
-"""Invariant 4: what couples the records of a batch is found by numbers, in the mode, sizes and lengths of training."""
+"""Invariant 4: what couples a batch's records is found by numbers, in the mode, sizes and lengths of training."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from coterie.dp.made_up import FromCollator
 from coterie.dp.selfcheck import check
 from coterie.dp.watched import Watched
 from coterie.errors import DataError, NoRuleError, PrivacyError
-from coterie.models import seam
-from coterie.models.tiny import tiny_model
 
 VOCAB, WIDTH = 24, 8
 Middle = Callable[[nn.Module, Tensor], Tensor]
@@ -59,7 +57,7 @@ def normalised(module: nn.Module, h: Tensor) -> Tensor:
 
 
 def shared_scale(module: nn.Module, h: Tensor) -> Tensor:
-    """Activations in whole steps of the batch's largest, as fake quantisation has them; gradients straight through."""
+    """Activations in whole steps of the batch's largest, as in fake quantisation; gradients straight through."""
     if not module.training:
         return h
     step = h.detach().abs().amax() / 127
@@ -163,7 +161,7 @@ def test_randomness_that_keeps_records_apart_passes(name: str) -> None:
 
 
 def nearly_tied(difference: float) -> Middle:
-    """Token 3 is as near to one expert as to the other, up to ``difference``, which alone and together disagree on."""
+    """Token 3 is as near to one expert as to the other, up to a difference that alone and together see otherwise."""
 
     def middle(module: nn.Module, h: Tensor) -> Tensor:
         tied = (h - module.embed.weight[3]).abs().amax(-1, keepdim=True) < 1e-4  # type: ignore[union-attr]
@@ -180,7 +178,7 @@ def test_a_routing_tie_is_settled_by_rounding_alone_and_not_by_luck() -> None:
         checked(nearly_tied(1e-3))
 
 
-# -- collators and losses ----------------------------------------------------------------------------------------------
+# -- collators and losses --------------------------------------------------------------------------------------------
 
 
 def stacked(items: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -247,7 +245,7 @@ def test_records_of_tuples_pass_through_a_collator_that_names_their_parts() -> N
     check(Engine(model, loss_fn), named([item]), FromCollator(model, named, item))
 
 
-# -- lengths -----------------------------------------------------------------------------------------------------------
+# -- lengths ---------------------------------------------------------------------------------------------------------
 
 
 def item_of(length: int, seed: int = 0) -> dict[str, Tensor]:
@@ -313,7 +311,7 @@ def test_a_record_longer_than_the_model_takes_is_refused_before_the_first_lot(tm
     assert caught.value.code == "dp-length"
 
 
-# -- values that a forward changes -------------------------------------------------------------------------------------
+# -- values that a forward changes -----------------------------------------------------------------------------------
 
 
 class Remembers(Toy):
@@ -371,7 +369,9 @@ WAYS = [
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_invariant_6_values_written_past_the_version_counter_are_seen_whatever_they_are(way: str, large: bool) -> None:
+def test_invariant_6_values_written_past_the_version_counter_are_seen_whatever_they_are(
+    way: str, large: bool
+) -> None:
     model = Remembers(way, large)
     with pytest.raises(NoRuleError, match="changes when the model sees data") as caught:
         check(Engine(model), example())
@@ -423,7 +423,7 @@ def test_watched_sees_one_element_of_any_type_and_puts_small_ones_back() -> None
     assert swapped.changed() == ["a"], "an exchange of two values is a change"
 
 
-# -- what no record uses, and lots that teach nothing ------------------------------------------------------------------
+# -- what no record uses, and lots that teach nothing ----------------------------------------------------------------
 
 
 def test_parameters_that_no_record_uses_are_warned_of_and_in_the_statement(tmp_path: Path) -> None:
@@ -469,12 +469,15 @@ def test_the_owner_is_told_of_a_lot_that_taught_nothing(tmp_path: Path) -> None:
     session.close()
 
 
-def test_float64_models_are_exact_and_train(tmp_path: Path) -> None:
-    model = tiny_model("olmoe", num_hidden_layers=1, dtype=torch.float64)
-    seam.select(model)
-    assert max(check(Engine(model)).errors.values()) < 1e-5
-    with set_up(model, [item_of(5, i) for i in range(12)], tmp_path) as session:
-        session.step(session.next_lot())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_models_of_types_that_norms_are_not_taken_in_get_one_sentence(dtype: torch.dtype) -> None:
+    model = Toy()
+    model.head = model.head.to(dtype)
+    with pytest.raises(NoRuleError, match=r"`head\.weight` is (float64|complex64)") as caught:
+        dp.per_sample_norms(model, example())
+    assert caught.value.code == "dp-dtype"
+    model.head.requires_grad_(False)
+    Engine(model)
 
 
 def test_batches_and_datasets_of_another_kind_get_one_sentence(tmp_path: Path) -> None:

@@ -93,10 +93,10 @@ class Comparison:
         """What was found so far."""
         return Report(self._errors, [name for name in self._engine.parameters if name not in self._used])
 
-    def on_device(self, batch: Batch) -> Batch:
-        """A batch whose tensors are where the model is."""
-        device = self._devices[0]
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    def prepare(self, like: Batch) -> None:
+        """Let the engine learn the model's dimensions."""
+        with repeated(0, self._devices):
+            self._engine.prepare(self._on_device(like))
 
     # -- what is compared --------------------------------------------------------------------------------------------
 
@@ -318,7 +318,9 @@ class Comparison:
         loss, gradient = self._alone(one)
         for seed in range(_ROUNDINGS):
             loss_now, now = self._alone(one, Rounding(factor, seed))
-            if not abs(loss - loss_now) <= 0.1 * self._allowed * max(abs(loss), 1e-3) or not self._near(now, gradient):
+            if not abs(loss - loss_now) <= 0.1 * self._allowed * max(abs(loss), 1e-3) or not self._near(
+                now, gradient
+            ):
                 return False
         return True
 
@@ -342,7 +344,11 @@ class Comparison:
 
     def _batch(self, made: Sequence[Made]) -> Batch | None:
         batch = self._source.batch(made)
-        return None if batch is None else self.on_device(batch)
+        return None if batch is None else self._on_device(batch)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        device = self._devices[0]
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     @contextmanager
     def _draws(self, *modes: Any) -> Iterator[None]:

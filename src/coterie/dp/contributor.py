@@ -82,6 +82,7 @@ class Contributor:
         record: what one record is, in public words and numbers, for ledger and statement.
         originals: the documents that the records were made from; default: the records.
         self_check: the engine was compared with one record at a time.
+        gaps: lines for what the statement lists as not covered, beside those of the artefacts.
 
     Raises:
         BudgetError: an impossible budget or lot.
@@ -105,6 +106,7 @@ class Contributor:
         record: Mapping[str, Any] | None = None,
         originals: Originals | None = None,
         self_check: bool = False,
+        gaps: Sequence[str] = (),
     ) -> None:
         units = Units.of_records(len(dataset)) if users is None else Units.of_users(users, plan.records_per_user)
         lots = LotPlan.of(units.count, plan.lot_size, plan.sampler, plan.max_lot)  # type: ignore[arg-type]
@@ -124,7 +126,7 @@ class Contributor:
         self.seconds: dict[str, float] = {}
         self._source = random_source(plan.seed)
         self._units, self._lots, self._plan, self._run, self._ledger = units, lots, plan, run, books
-        self._sigma, self._not_covered = sigma, not_covered(artefacts)
+        self._sigma, self._not_covered = sigma, [*not_covered(artefacts), *gaps]
         self._sums = LotSums(model, dataset, collate, engine, balancer, units, settings, self._source)
         self._releases = Releases(books, Spool(books.folder / "spool" / run), run)
 

@@ -18,13 +18,22 @@ def checked_length(dataset: Any) -> int:
     """Number of records.
 
     Raises:
-        DataError: the dataset has no length or cannot be indexed, or is empty.
+        DataError: the dataset has no length or cannot be indexed, is empty, or is several datasets by name.
     """
+    if isinstance(dataset, Mapping):
+        raise DataError(
+            f"{type(dataset).__name__} is not a dataset but a mapping of {', '.join(map(str, list(dataset)[:4]))}.",
+            code="dp-dataset-splits",
+            why="nobody says which of its parts are the records to protect",
+            fix="pass one of them, for example dataset['train']",
+        )
     try:
         length = len(dataset)
-    except TypeError:
+        if length:
+            dataset[0]
+    except (TypeError, KeyError, NotImplementedError):
         length = -1
-    if length < 0 or not hasattr(dataset, "__getitem__"):
+    if length < 0:
         raise DataError(
             f"{type(dataset).__name__} has no length or cannot be indexed.",
             code="dp-dataset-length",

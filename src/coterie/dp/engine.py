@@ -29,7 +29,7 @@ from coterie.dp.gram import UNIT, SqNorms, worst_excess
 from coterie.dp.gram_kernel import take_all
 from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_loss
 from coterie.dp.probe import learn_sites
-from coterie.dp.refusals import check_batch
+from coterie.dp.refusals import check_batch, check_types
 from coterie.dp.rules import apply_rule
 from coterie.dp.scaling import SMALLEST, UNSEEN, single
 from coterie.dp.terms import Dense
@@ -81,6 +81,7 @@ class Engine:
 
     Raises:
         PrivacyError: nothing to train.
+        NoRuleError: a trained parameter is neither float32 nor a half-precision type.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Engine:
                 code="dp-nothing-to-train",
                 fix="call requires_grad_(True) on what should be trained, or attach LoRA adapters",
             )
+        check_types(self.parameters)
         self._group_of = {name: self.clipping.group_of(name) for name in self.shapes}
         self.groups = list(dict.fromkeys(self._group_of.values()))
         self.thresholds = self.clipping.thresholds(list(self.groups))

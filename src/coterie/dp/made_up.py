@@ -230,19 +230,19 @@ def length_of(item: Any) -> int | None:
     return len(ids) if isinstance(ids, list) or (isinstance(ids, Tensor) and ids.ndim == 1) else None
 
 
-def longest_record(dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]]) -> int | None:
-    """Most tokens of a record of a dataset: read off the records, or off what the collator makes of each.
+def longest_record(records: Iterable[Any], collate: Callable[[list[Any]], Mapping[str, Any]]) -> int | None:
+    """Most tokens of a record: read off the records, or off what the collator makes of each.
 
     Returns:
         None where neither has token ids.
 
-    Cost: one pass over the dataset, and over the collator where records hold no token ids.
+    Cost: one pass over the records, and over the collator where they hold no token ids.
     """
     longest = 0
-    for i in range(len(dataset)):
-        length = length_of(dataset[i])
+    for record in records:
+        length = length_of(record)
         if length is None:
-            ids = collate([dataset[i]]).get("input_ids")
+            ids = collate([record]).get("input_ids")
             if not isinstance(ids, Tensor) or ids.ndim != 2:
                 return None
             length = ids.shape[1]

@@ -17,6 +17,7 @@ from coterie.errors import NoRuleError, PrivacyError
 
 _PACKED_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "document_ids")
 _CAPACITY_PER_SEQUENCE = "SwitchTransformersTop1Router"
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BATCH_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -49,6 +50,23 @@ def check_model(model: nn.Module) -> None:
                 why="every record's gradient depends on the other records",
                 fix="replace it by LayerNorm or RMSNorm: every round puts the whole model in train mode",
             )
+
+
+def check_types(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse trained parameters of a type that norms are not taken in.
+
+    Raises:
+        NoRuleError: one is float64, complex, or of eight bits.
+    """
+    other = next((name for name, p in parameters.items() if p.dtype not in _TYPES), None)
+    if other is not None:
+        kind = str(parameters[other].dtype).removeprefix("torch.")
+        raise NoRuleError(
+            f"`{other}` is {kind}; trained parameters have to be float32, bfloat16 or float16.",
+            code="dp-dtype",
+            why="norms and sums are taken in float32, and their bound is proven for that",
+            fix="train it in float32 (model.float()), or freeze it (requires_grad_(False))",
+        )
 
 
 def value_changed(model: nn.Module, name: str) -> NoRuleError:

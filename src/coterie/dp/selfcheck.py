@@ -74,7 +74,7 @@ def check(engine: Engine, batch: Batch | None = None, source: Source | None = No
         comparison = Comparison(engine, source or FromExample(engine.model, like), values)
         with _mode(engine.model, training=True):
             comparison.watch_values(records)
-            engine.prepare(comparison.on_device(like))
+            comparison.prepare(like)
             if comparison.comparable:
                 comparison.of_one_length(records)
                 comparison.of_several_lengths()

@@ -29,7 +29,7 @@ from coterie.dp.numbers import checked_number
 from coterie.dp.provenance import Artefact, as_loaded, declared, not_covered
 from coterie.dp.randomness import random_source
 from coterie.dp.refusals import check_rows, unused_warning
-from coterie.dp.run_facts import UNCHECKED, RunStart
+from coterie.dp.run_facts import RunStart
 from coterie.dp.session import PrivateSession
 from coterie.dp.spool import Spool
 from coterie.dp.texts import Originals
@@ -160,9 +160,8 @@ def make_private(
         budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed
     )
     report = _self_check(built, dataset, collate, settings) if self_check else None
-    if report is None:
-        uncovered.append(UNCHECKED)
-    elif (unused := unused_warning(model, report.unused)) is not None:
+    unused = unused_warning(model, report.unused) if report is not None else None
+    if unused is not None:
         warnings.warn(unused, PrivacyWarning, stacklevel=2)
         uncovered.append(unused)
     books = open_ledger(digest or dataset_digest(dataset), ledger)
@@ -331,17 +330,28 @@ def _self_check(engine: SumEngine, dataset: Any, collate: Collate, settings: Set
     """
     if not isinstance(engine, Engine):
         return None
-    item = dataset[0]
-    if settings.user_column is not None:
-        item = {name: value for name, value in item.items() if name != settings.user_column}
-    example = collate([item])
+    column = settings.user_column
+
+    def item(index: int) -> Any:
+        record = dataset[index]
+        return record if column is None else {name: value for name, value in record.items() if name != column}
+
+    example = collate([item(0)])
     check_rows(example, 1)
-    source = FromCollator(engine.model, collate, item, longest_record(dataset, collate))
+    longest = longest_record((item(index) for index in range(len(dataset))), collate)
+    source = FromCollator(engine.model, collate, item(0), longest)
     return selfcheck.check(engine, example, source if source.usable() else None, settings.physical_batch)
 
 
 def _default_collate(items: list[Any]) -> Mapping[str, Any]:
     from transformers import default_data_collator
 
+    if not all(isinstance(item, Mapping) for item in items):
+        raise DataError(
+            f"a record is a {type(items[0]).__name__}, not a mapping of names to values.",
+            code="dp-record-mapping",
+            why="the default collator does not know what its parts are called",
+            fix="give records as dicts, or pass a collate_fn that makes a dict of tensors from a list of records",
+        )
     batch: Mapping[str, Any] = default_data_collator(items)
     return batch

@@ -83,6 +83,7 @@ class PrivateSums:
         self.contributor: Contributor | None = None
         self.exhausted = False
         self._compared = False
+        self._gaps: tuple[str, ...] = ()
         self._expected: Head | None = None
         self._constant: ConstantWork | None = None
         self._alive: Callable[[], bool] = lambda: True
@@ -152,6 +153,7 @@ class PrivateSums:
             unused = unused_warning(self._model, report.unused)
             if unused is not None:
                 warnings.warn(unused, PrivacyWarning, stacklevel=2)
+                self._gaps = (unused,)
             self.open_books(streamer)
 
     def open_books(self, streamer: LayerStreamer) -> Contributor:
@@ -178,6 +180,7 @@ class PrivateSums:
                 self._model, self._records, self._collate, engine, plan, ledger=spec.ledger, run=self._run(),
                 digest=parts.digest, users=self._records.users, artefacts=parts.artefacts, balancer=self.balancer,
                 record=parts.record, originals=parts.originals, self_check=self._compared,
+                gaps=self._gaps,
             )  # fmt: skip
         return self.contributor
 
