@@ -136,6 +136,15 @@ _FAMILY: Mapping[str, Mapping[str, Any]] = {
         "unpadded_vocab_size": VOCAB,
         "n_layers_per_attn_res_block": 2,
     },
+    "inkling2_loop_text": {
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+        "unpadded_vocab_size": VOCAB,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 3,
+        "loop_gate_rank": 4,
+    },
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,
