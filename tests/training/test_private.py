@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
-from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError
+from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError, RoundError
+from coterie.federation.run_folder import RunFolder
 from coterie.models.trainings import read_trainings
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
@@ -234,3 +235,12 @@ def test_a_start_under_a_budget_is_counted_as_one_and_public_text_starts_anythin
     start(config.model_copy(update={"data": config.data.model_copy(update={"provenance": "public"})}))
     model = {"path": tmp_path / "open/private/model", "provenance": "public"}
     assert run_private(make_config("third", model=model)).finished
+
+
+def test_two_private_runs_never_spend_in_one_folder(make_config: MakeConfig) -> None:
+    config = make_config()
+    with RunFolder(config.run_dir):
+        for begin in (lambda: run_private(config), lambda: resume_private(config.run_dir)):
+            with pytest.raises(RoundError, match="another process is running"):
+                begin()
+    assert not list((config.run_dir.parent / "ledger").glob("*/*"))

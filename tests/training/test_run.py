@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from coterie.config import TrainConfig, load_yaml
-from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, PrivacyError
+from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, PrivacyError, RoundError
+from coterie.federation.run_folder import RunFolder
 from coterie.training.evaluate import Evaluation, paired_bootstrap
 from coterie.training.generate import generate
 from coterie.training.loop import StopFlag
@@ -266,3 +267,11 @@ def test_training_on_real_text_beats_a_unigram_model(
     unigram = -(counts / counts.sum()).log()[test_ids].mean().item()
     assert result.loss is not None
     assert result.loss < unigram - 0.3
+
+
+def test_a_folder_in_use_is_neither_resumed_nor_started_in(make_config: MakeConfig) -> None:
+    config = make_config()
+    with RunFolder(config.run_dir):
+        for begin in (lambda: resume(config.run_dir), lambda: start(config)):
+            with pytest.raises(RoundError, match="another process is running"):
+                begin()

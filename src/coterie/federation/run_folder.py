@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
+import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from coterie.errors import CheckpointError, RoundError
 from coterie.federation.files import writing
@@ -18,10 +21,12 @@ LOCK_FILE = ".lock"
 
 
 class RunFolder:
-    """A run folder held by this process until `close`.
+    """A run folder held by this process until `close`, or for a ``with`` block.
+
+    The system takes the lock back when the process ends, however it ends: nothing is left to clear up after a kill.
 
     Raises:
-        RoundError: another process holds it.
+        RoundError: another process holds it; the message says which.
         CheckpointError: it cannot be written.
     """
 
@@ -34,13 +39,28 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            holder = _holder(os.pread(self._lock, 512, 0))
             os.close(self._lock)
             raise RoundError(
-                f"another process is running in {path}.",
+                f"another process is running in {path}{holder}.",
                 code="run-busy",
-                why="two processes in one folder would overwrite each other's checkpoints",
+                why="two processes in one folder would overwrite each other's checkpoints and spend a budget twice",
                 fix="end the other one, or name another run_dir",
             ) from error
+        since = time.strftime("%Y-%m-%d %H:%M")
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        with writing(path / LOCK_FILE):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, text.encode(), 0)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if [found.name for found in self.path.iterdir()] == [LOCK_FILE]:  # refused before anything was begun
+            (self.path / LOCK_FILE).unlink()
+            self.path.rmdir()
+        self.close()
 
     def status(self, **fields: Any) -> None:
         """Replace the status file, from any thread. Never anything derived from data in it: no loss, no tokens."""
@@ -54,6 +74,32 @@ class RunFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _holder(text: bytes) -> str:
+    try:
+        found = json.loads(text)
+        return f": process {int(found['pid'])} on {found['host']}, since {found['since']}"
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+def holding_its_folder(run: Run) -> Run:
+    """Hold a run folder while a function runs: its first argument, or the ``run_dir`` of the settings that it is.
+
+    Raises:
+        RoundError, CheckpointError: see `RunFolder`.
+    """
+
+    @functools.wraps(run)
+    def held(target: Any, *rest: Any, **more: Any) -> Any:
+        with RunFolder(target if isinstance(target, Path) else target.run_dir):
+            return run(target, *rest, **more)
+
+    return cast("Run", held)
 
 
 def is_running(path: Path) -> bool:

@@ -24,6 +24,7 @@ from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
 from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.files import writing
+from coterie.federation.run_folder import holding_its_folder
 from coterie.models.saved import save_model
 from coterie.training.checkpoint import CheckpointStore, model_tensors, write_json
 from coterie.training.data import Documents, read_documents
@@ -58,6 +59,7 @@ class PrivateRunResult(RunResult):
     statement: str
 
 
+@holding_its_folder
 def run_private(
     config: TrainConfig, *, stop: StopFlag | None = None, watch: PrivateWatch | None = None
 ) -> PrivateRunResult:
@@ -99,6 +101,7 @@ def run_private(
         return _train(prepared, optimizer, session, stop or StopFlag(), watch)
 
 
+@holding_its_folder
 def resume_private(
     run_dir: Path, *, stop: StopFlag | None = None, watch: PrivateWatch | None = None
 ) -> PrivateRunResult:

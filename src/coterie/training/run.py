@@ -20,6 +20,7 @@ from coterie import __version__
 from coterie.config import TrainConfig, content_hash, dump_yaml, load_yaml
 from coterie.errors import CheckpointError, ConfigError, DataError, PrivacyError
 from coterie.federation.files import writing
+from coterie.federation.run_folder import holding_its_folder
 from coterie.models.saved import save_model
 from coterie.models.trainings import Training
 from coterie.training.checkpoint import CheckpointStore, load_model_tensors, model_tensors, write_json
@@ -91,6 +92,7 @@ class TrainedRun:
     rounds: int
 
 
+@holding_its_folder
 def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | None = None) -> RunResult:
     """Train from the beginning in a fresh run folder.
 
@@ -115,6 +117,7 @@ def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | N
         return _train(prepared, optimizer, 0, stop or StopFlag(), watch)
 
 
+@holding_its_folder
 def resume(run_dir: Path, *, stop: StopFlag | None = None, watch: Watch | None = None) -> RunResult:
     """Go on from a run's newest checkpoint. The result is that of a run that was never stopped.
 

@@ -1,0 +1,59 @@
+"""A run folder belongs to one process at a time, which is named, and to nobody after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coterie.errors import RoundError
+from coterie.federation.run_folder import LOCK_FILE, RunFolder, is_running
+
+HOLD = (
+    "import sys, time, subprocess\nfrom pathlib import Path\nfrom coterie.federation.run_folder import RunFolder\n"
+    "held = RunFolder(Path(sys.argv[1]))\n"
+    "child = subprocess.Popen(['sleep', '30'])\n"  # outlives it, and must not hold the folder in its place
+    "print(child.pid, flush=True)\ntime.sleep(60)\n"
+)
+
+
+def test_the_holder_is_named_and_a_killed_one_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        assert is_running(tmp_path)
+        with pytest.raises(RoundError, match=f"process {process.pid} on ") as caught:
+            RunFolder(tmp_path)
+        assert caught.value.code == "run-busy"
+    finally:
+        process.kill()
+        process.wait()
+    assert not is_running(tmp_path)
+    with RunFolder(tmp_path):
+        assert is_running(tmp_path)
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_in_which_nothing_was_begun_is_left_as_it_was(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "kept").write_text("x")
+    with RunFolder(tmp_path / "new"):
+        pass
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"kept", LOCK_FILE}
+
+
+def test_a_lock_file_that_says_nothing_is_a_lock_all_the_same(tmp_path: Path) -> None:
+    held = RunFolder(tmp_path)
+    (tmp_path / LOCK_FILE).write_text("{")
+    with pytest.raises(RoundError) as caught:
+        RunFolder(tmp_path)
+    assert caught.value.message == f"another process is running in {tmp_path}."
+    held.close()
