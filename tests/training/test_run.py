@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from coterie.config import TrainConfig, load_yaml
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, PrivacyError, RoundError
-from coterie.federation.run_folder import RunFolder
+from coterie.federation.run_folder import LOCK_FILE, RunFolder
 from coterie.training.evaluate import Evaluation, paired_bootstrap
 from coterie.training.generate import generate
 from coterie.training.loop import StopFlag
@@ -91,7 +91,7 @@ def test_a_run_learns_and_leaves_its_folder_complete(make_config: MakeConfig) ->
     assert losses[-1] is not None
     assert losses[-1] < losses[0] - 0.5
     assert [row["round"] for row in rows if "test_loss" in row] == [9, 19]
-    assert {path.name for path in config.run_dir.iterdir()} == {"config.yaml", "run.json", "private"}
+    assert {path.name for path in config.run_dir.iterdir()} == {"config.yaml", "run.json", "private", LOCK_FILE}
     names = {path.name for path in (config.run_dir / "private").iterdir()}
     files = {"metrics.jsonl", "result.json", "evaluation.safetensors"}
     assert names == files | {"tensorboard", "tokenizer", "checkpoints", "model"}
