@@ -77,7 +77,7 @@ def make_folder(folder: Path, endpoints: list[str] | None = None, **settings: ob
     run_here("split", "--federation", str(folder / "federation.yaml"), "--out", str(folder / "split"))
     for index, name in enumerate(PARTIES):
         own = folder / name
-        own.mkdir()
+        own.mkdir(exist_ok=True)
         for part, count in (("train", 40), ("test", 5)):
             rows = [json.dumps({"text": words(20, 3 * index)}) for _ in range(count)]
             (own / f"{part}.jsonl").write_text("\n".join(rows) + "\n")

@@ -69,7 +69,6 @@ def test_full_disk_ends_the_run_in_one_sentence_and_it_goes_on_once_there_is_roo
         trial.start()
         assert trial.committed() > 0
         trial.goes_on(max(0, before - 2))
-        trial.no_traceback()
         processes.end()
     RECORD.tried(PART, f"the disk of {whose} full", "one sentence; started again with room it goes on")
 

@@ -58,6 +58,7 @@ class Membership:
         self._changed = threading.Condition()
         self._heard_at = time.monotonic()
         self._down_since: dict[str, float] = {}
+        self._met: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._beat, name="coterie-heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -157,10 +158,13 @@ class Membership:
                 return
 
     def _unreachable(self, now: float) -> tuple[str, ...]:
+        """Peers without a connection: at once those never met, so that nothing begins before they are."""
         connected = self._transport.connected()
+        self._met |= connected
         down = [peer for peer in self._transport.peers if peer != COORDINATOR and peer not in connected]
         self._down_since = {peer: self._down_since.get(peer, now) for peer in down}
-        return tuple(peer for peer, since in self._down_since.items() if now - since >= _UNREACHABLE_S)
+        overdue = now - _UNREACHABLE_S
+        return tuple(peer for peer, since in self._down_since.items() if since <= overdue or peer not in self._met)
 
     def _heard(self, call: Call, reply: Message) -> None:
         if is_kind(reply, Refusal):
