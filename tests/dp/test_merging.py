@@ -9,9 +9,10 @@ import pytest
 from tests.dp.test_lifetime import DELTA, MECHANISM, ROUNDS, TEXTS, composed, spend
 
 from coterie.dp.accounting import epsilon
-from coterie.dp.lifetime import ledger_folders, lifetime
+from coterie.dp.ledger import open_ledger
+from coterie.dp.lifetime import ledger_folders, lifetime, private_runs_on
 from coterie.dp.merging import Merge, merge
-from coterie.dp.texts import OTHER_KEYS, OWN_KEY, Keyring
+from coterie.dp.texts import OTHER_KEYS, OWN_KEY, Keyring, Originals
 from coterie.errors import LedgerError
 
 
@@ -103,3 +104,24 @@ def test_keys_stay_secret_where_they_are_copied(tmp_path: Path) -> None:
     assert len(keys) == 2
     assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
     assert (here / OTHER_KEYS).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_that_went_on_in_two_copies_counts_every_release_of_both(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    own = spend(here, "shared", TEXTS, rounds=2)
+    own.start_run("long", MECHANISM, 10, unit="record", units=40, record={"packing": "records"})
+    shutil.copytree(here, tmp_path / "copy")
+    copy = open_ledger(own.dataset, tmp_path / "copy")
+    for number in (1, 2, 3):
+        own.record_release("long", number, 0, f"here {number}", {})
+    for number in (1, 2):
+        copy.record_release("long", number, 0, f"there {number}", {})
+    merge(tmp_path / "copy", here)
+    assert own.lifetime(DELTA, "long").epsilon == epsilon([(MECHANISM, 2 + 3 + 2)], DELTA)
+
+
+def test_text_is_taken_to_be_trained_on_where_hashes_are_under_a_key_that_is_gone(tmp_path: Path) -> None:
+    spend(tmp_path, "own", TEXTS)
+    (tmp_path / OWN_KEY).unlink()
+    found = private_runs_on(tmp_path, Originals(["new"]), "e" * 64)
+    assert [run.run for run in found] == ["own"]
