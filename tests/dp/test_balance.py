@@ -96,17 +96,19 @@ def test_one_record_moves_the_load_sum_by_at_most_the_bound(make_tiny: Make) -> 
     assert balanced.load_bound == pytest.approx(math.sqrt(sum(1 - 1 / size for size in sizes)))
     one_expert = torch.zeros(1, sum(sizes), dtype=torch.float64)
     one_expert[0, 0] = one_expert[0, sizes[0]] = 1.0
-    assert torch.linalg.vector_norm(balanced.load_sum(one_expert, torch.tensor([0]))) == pytest.approx(
+    assert torch.linalg.vector_norm(balanced.unit_loads(one_expert, torch.tensor([0])).sum(0)) == pytest.approx(
         balanced.load_bound
     )
     for bad in (math.nan, math.inf, 1e9):
         row = torch.full((1, sum(sizes)), bad, dtype=torch.float64)
-        assert torch.linalg.vector_norm(balanced.load_sum(row, torch.tensor([0]))) <= balanced.load_bound * (1 + 1e-9)
-    same_user = balanced.load_sum(one_expert.repeat(5, 1), torch.zeros(5, dtype=torch.int64))
+        assert torch.linalg.vector_norm(balanced.unit_loads(row, torch.tensor([0])).sum(0)) <= balanced.load_bound * (
+            1 + 1e-9
+        )
+    same_user = balanced.unit_loads(one_expert.repeat(5, 1), torch.zeros(5, dtype=torch.int64)).sum(0)
     assert torch.linalg.vector_norm(same_user) == pytest.approx(balanced.load_bound)
-    assert balanced.load_sum(torch.zeros(0, sum(sizes)), torch.zeros(0, dtype=torch.int64)).tolist() == [0.0] * sum(
-        sizes
-    )
+    assert balanced.unit_loads(torch.zeros(0, sum(sizes)), torch.zeros(0, dtype=torch.int64)).sum(0).tolist() == [
+        0.0
+    ] * sum(sizes)
 
 
 def test_padding_is_not_load(make_tiny: Make) -> None:

@@ -294,7 +294,7 @@ def test_small_sums_share_a_slab_and_large_ones_are_split() -> None:
     steps = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": 1.0, "f": 2.0}
     arrays = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
     pieces = [
-        noise._Piece(name, a[start : start + noise._SLAB], a[start : start + noise._SLAB], steps[name])
+        noise._Piece(name, a[start : start + noise._SLAB], a[start : start + noise._SLAB], steps[name], steps[name])
         for name, a in arrays.items()
         for start in range(0, a.shape[0], noise._SLAB)
     ]

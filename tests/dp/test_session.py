@@ -719,6 +719,7 @@ def test_invariant_9_thresholds_of_other_groups_are_refused(
         ("clip_norm", 2.0, "the clip_norm of run"),
         ("seed", 1, "the seeded of run .* is True, the ledger says False"),
         ("adaptive_quantile", 0.5, "the adaptive_quantile of run"),
+        ("isolation", "exact", "the isolation of run .* is exact, the ledger says fast"),
     ],
 )
 def test_invariant_8_a_checkpoint_that_contradicts_the_ledger_is_refused(

@@ -24,6 +24,12 @@ class PrivacyRules(Spec):
     clipping: Literal["flat", "per_layer", "per_group", "automatic"] = Field(
         default="flat", description="One norm over all parameters, one per layer or group, or normalisation (AUTO-S)."
     )
+    isolation: Literal["exact", "fast"] | None = Field(
+        default=None,
+        description="`exact`: every record is computed alone and added in integers, so that no record moves what "
+        "another adds, whatever weights are served. `fast`: up to rounding. Absent: `exact` in a federation and for "
+        "models in half precision, else `fast`.",
+    )
     lot_size: Count | None = Field(
         default=None,
         description="Expected records per round; absent: `train.batch_size`. Real lots vary around it.",

@@ -25,6 +25,7 @@ _HOME = {
     "per_sample_norms": "functional",
     "clipped_sum": "functional",
     "Engine": "engine",
+    "ExactEngine": "isolation",
     "Flat": "clipping",
     "PerLayer": "clipping",
     "PerGroup": "clipping",

@@ -282,18 +282,18 @@ class Balancer:
         counts.scatter_add_(1, ids.clamp(0, layer.num_experts - 1).long(), weight)
         return counts / counts.sum(1, keepdim=True).clamp_min(1)
 
-    def load_sum(self, loads_RS: Tensor, units_R: Tensor) -> Tensor:
-        """What one lot contributes to the released loads: the sum over units of centred, bounded load vectors.
+    def unit_loads(self, loads_RS: Tensor, units_R: Tensor) -> Tensor:
+        """What each unit of a lot contributes to the released loads: a centred, bounded load vector, [U, S] float64.
 
         Args:
             loads_RS: [R, S] float64 shares of each record; a row of NaN or zeros counts as nothing.
             units_R: [R] unit of each record, from 0.
 
         Returns:
-            [S] float64. One unit moves it by at most ``load_bound``.
+            Rows of norm at most ``load_bound``; their sum is released.
         """
         if loads_RS.shape[0] == 0:
-            return torch.zeros(sum(self.sizes), dtype=torch.float64)
+            return torch.zeros(0, sum(self.sizes), dtype=torch.float64)
         usable = torch.isfinite(loads_RS).all(1) & (loads_RS.sum(1) > 0)
         centred = torch.where(usable[:, None], loads_RS - self.average.even, 0.0)
         count = int(units_R.max()) + 1
@@ -301,7 +301,7 @@ class Balancer:
         records = torch.zeros(count, dtype=torch.float64).index_add_(0, units_R, usable.double())
         mean = total / records.clamp_min(1)[:, None]
         norm = torch.linalg.vector_norm(mean, dim=1, keepdim=True)
-        return (mean * (self.load_bound / norm.clamp_min(self.load_bound))).sum(0)
+        return mean * (self.load_bound / norm.clamp_min(self.load_bound))
 
     def take_released(self, mean_S: Tensor) -> None:
         """Post-processing of a released load sum over the expected units: running average, and routing bias."""

@@ -18,6 +18,7 @@ from coterie.dp.accounting import epsilon, noise_multiplier
 from coterie.dp.balance import Balancer
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
+from coterie.dp.isolation import Isolation
 from coterie.dp.ledger import Head, open_ledger
 from coterie.dp.lot_sums import Collate, LotSums, RoundFigures, Settings, SumEngine
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
@@ -46,6 +47,7 @@ class Plan:
         records_per_user: cap, where units are users.
         seed: for tests; the run is then not private.
         sigma: noise multiplier; default: calibrated to the budget. Another value is for tests, with a seed.
+        isolation, half_precision: see `coterie.dp.lot_sums.Settings`.
     """
 
     budget: Budget
@@ -58,6 +60,8 @@ class Plan:
     records_per_user: int = 16
     seed: int | None = None
     sigma: float | None = None
+    isolation: Isolation = "fast"
+    half_precision: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "rounds", "lot_size", "clip_norm", "physical_batch", "max_lot", "records_per_user", "seed")
@@ -119,7 +123,10 @@ class Contributor:
         if plan.sigma is not None and plan.seed is None:
             raise BudgetError("a noise multiplier of one's own is for seeded tests.", code="dp-sigma")
         books = open_ledger(digest or dataset_digest(dataset), ledger)
-        settings = Settings(plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed)
+        settings = Settings(
+            plan.budget, sigma, plan.clip_norm, plan.rounds, plan.physical_batch, seed=plan.seed,
+            isolation=plan.isolation, half_precision=plan.half_precision,
+        )  # fmt: skip
         RunStart(lots, settings, units, engine).open(
             books, run, artefacts, record or {}, self_check, originals or Originals(dataset, units.owners())
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from coterie.dp.balance import Balancer
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping, quantile_update
 from coterie.dp.engine import Diagnostics
+from coterie.dp.isolation import Isolation
 from coterie.dp.losses import IGNORED
 from coterie.dp.lots import Lot, Units
 from coterie.dp.mechanism import LOAD, WITHIN, Part, RoundNoise
@@ -54,6 +56,13 @@ class SumEngine(Protocol):
     def take(self) -> dict[str, Tensor]: ...
 
 
+@runtime_checkable
+class OnGrid(Protocol):
+    """A `SumEngine` that sums integers, which `isolation: exact` needs."""
+
+    def use_grid(self, step_of: Callable[[str], float]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Settings:
     """A session's public numbers, fixed in advance and kept with its checkpoints.
@@ -68,6 +77,8 @@ class Settings:
         adaptive_share: the part of the clip norm, in (0, 1), that the released clip indicators take.
         user_column: left out of what the model sees.
         seed: for tests; None in private runs.
+        isolation: how records are kept from changing each other's rounding; see `coterie.dp.isolation`.
+        half_precision: the model computes in a half-precision format.
     """
 
     budget: Budget
@@ -79,6 +90,8 @@ class Settings:
     adaptive_share: float = 0.1
     user_column: str | None = None
     seed: int | None = None
+    isolation: Isolation = "fast"
+    half_precision: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "clip_norm", "rounds", "physical_batch", "adaptive_quantile", "seed")
@@ -150,9 +163,13 @@ class LotSums:
         self._settings = settings
         self._source = source
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._exact = settings.isolation == "exact"
+        self._on_grid: RoundNoise | None = None
 
     def compute(self, lot: Lot, name: str) -> dict[str, Tensor]:
         """Clipped sums of a lot, a tensor for every trained parameter, and the extra parts of the release.
+
+        With `isolation: exact` all of them are int64, in steps of the grid of `noise`.
 
         What the model holds (see `Watched`) is compared before and after, and put back where a record changed it.
 
@@ -167,8 +184,8 @@ class LotSums:
         self._model.train()
         before = Watched(self._model, sampled=True)
         try:
-            with self._secret_torch_randomness(name):
-                return self._compute(lot)
+            with self._secret_torch_randomness(name) as key:
+                return self._compute(lot, key)
         finally:
             changed = before.changed()
             if changed:
@@ -182,24 +199,27 @@ class LotSums:
         self.engine.take()
         raise error
 
-    def _compute(self, lot: Lot) -> dict[str, Tensor]:
+    def _compute(self, lot: Lot, key: int) -> dict[str, Tensor]:
         self.engine.take()  # what an interrupted step left
+        if self._exact:
+            self._on_grid = self._round_noise({})
+            assert isinstance(self.engine, OnGrid)
+            self.engine.use_grid(self._on_grid.step)
         losses: list[float] = []
-        within = torch.zeros(len(self.engine.groups), dtype=torch.float64)
+        within: list[Tensor] = []
         masked = clipped = 0
         loads: list[Tensor] = []
-        for figures in self._accumulate(lot, loads):
+        for figures in self._accumulate(lot, loads, key):
             usable = ~figures.masked
             losses += figures.losses[usable].tolist()
-            within += torch.where(usable, figures.within.double() - 0.5, 0.0).sum(1)
+            within.append(torch.where(usable, figures.within.double() - 0.5, 0.0).T)
             clipped += int((usable & ~figures.within.all(0)).sum())
             masked += int(figures.masked.sum())
         sums = self.engine.take()
         if self.balancer is not None and self.balancer.balance.releases_loads:
-            empty = torch.zeros(0, sum(self.balancer.sizes), dtype=torch.float64)
-            sums[LOAD] = self.balancer.load_sum(torch.cat(loads) if loads else empty, torch.from_numpy(lot.units))
+            sums[LOAD] = self._total(LOAD, self._unit_loads(self.balancer, loads, torch.from_numpy(lot.units)))
         if self._settings.adaptive_quantile is not None:
-            sums[WITHIN] = within
+            sums[WITHIN] = self._total(WITHIN, torch.cat([torch.zeros(0, len(self.engine.groups)), *within]))
         missing = self._trained.keys() - sums.keys()
         if missing:
             raise PrivacyError(
@@ -212,18 +232,41 @@ class LotSums:
         self.last = RoundFigures(lot.round, len(lot), mean, clipped / max(len(losses), 1), masked)
         return sums
 
-    def _accumulate(self, lot: Lot, loads: list[Tensor]) -> Iterator[Diagnostics]:
+    def _unit_loads(self, balancer: Balancer, loads: list[Tensor], units_R: Tensor) -> Tensor:
+        """[U, S] loads of the lot's units; with `isolation: exact` each unit's are computed without the others."""
+        loads_RS = torch.cat([torch.zeros(0, sum(balancer.sizes), dtype=torch.float64), *loads])
+        if not self._exact:
+            return balancer.unit_loads(loads_RS, units_R)
+        each = [loads_RS[units_R == unit] for unit in units_R.unique()]
+        alone = [balancer.unit_loads(own, torch.zeros(own.shape[0], dtype=torch.int64)) for own in each]
+        return torch.cat([balancer.unit_loads(loads_RS[:0], units_R[:0]), *alone])
+
+    def _total(self, name: str, units_UN: Tensor) -> Tensor:
+        """[N] the sum over units of something that is released beside the gradients, rounded as these are."""
+        if self._on_grid is None:
+            return units_UN.double().sum(0)
+        return (units_UN.double() / self._on_grid.step(name)).to(torch.int64).sum(0)
+
+    def _accumulate(self, lot: Lot, loads: list[Tensor], key: int) -> Iterator[Diagnostics]:
         """Run the physical batches of a lot, one unit at a time where units are users."""
-        size = self._settings.physical_batch
+        size = 1 if self._exact else self._settings.physical_batch
         if self._units.starts is None:
             for records, _ in lot.physical_batches(size):
+                self._own_randomness(key, records)
                 figures = self.engine.accumulate(self._batch(records))
                 loads += self._loads(~figures.masked)
                 yield figures
             return
         for unit in range(lot.num_units):
             own = lot.records[lot.units == unit]
+            self._own_randomness(key, own)
             yield self.engine.accumulate_user(self._user_batches(own, size, loads))
+
+    def _own_randomness(self, key: int, records: np.ndarray) -> None:
+        """With `isolation: exact`, let torch draw next what this unit draws in whatever company."""
+        if self._exact:
+            digest = hashlib.sha256(f"{key}|{records.min()}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
     def _user_batches(self, records: np.ndarray, size: int, loads: list[Tensor]) -> Iterator[Mapping[str, Any]]:
         for start in range(0, len(records), size):
@@ -251,16 +294,22 @@ class LotSums:
         return {name: _with_a_token(name, value) for name, value in batch.items()}
 
     def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:
-        """This round's noise: one Gaussian over gradient groups, loads and clip indicators."""
+        """The noise of the lot that was computed last: one Gaussian over gradient groups, loads and indicators."""
+        if self._on_grid is not None:
+            return self._on_grid
+        return self._round_noise({name: tensor.numel() for name, tensor in sums.items()})
+
+    def _round_noise(self, rounded: Mapping[str, int]) -> RoundNoise:
+        """This round's noise, where so many values of each sum are rounded to the grid after adding up."""
         extra: dict[str, Part] = {}
-        if LOAD in sums and self.balancer is not None:
+        if self.balancer is not None and self.balancer.balance.releases_loads:
             share = self.balancer.balance.load_share**2
-            extra[LOAD] = Part(self.balancer.load_bound * (1 + 1e-6), share, sums[LOAD].numel())
-        if WITHIN in sums:
-            bound = 0.5 * math.sqrt(sums[WITHIN].numel())
-            extra[WITHIN] = Part(bound, self._settings.adaptive_share**2, sums[WITHIN].numel())
+            extra[LOAD] = Part(self.balancer.load_bound * (1 + 1e-6), share, rounded.get(LOAD, 0))
+        if self._settings.adaptive_quantile is not None:
+            bound = 0.5 * math.sqrt(len(self.engine.groups))
+            extra[WITHIN] = Part(bound, self._settings.adaptive_share**2, rounded.get(WITHIN, 0))
         rest = 1 - sum(part.share for part in extra.values())
-        gradients = {name: tensor.numel() for name, tensor in sums.items() if name not in extra}
+        gradients = {name: count for name, count in rounded.items() if name not in extra}
         sigma = self._settings.noise_multiplier
         if self._settings.adaptive_quantile is None:
             parts = {"gradients": Part(self.engine.sensitivity, rest, sum(gradients.values()))}
@@ -316,12 +365,13 @@ class LotSums:
             self.balancer.restore(state)
 
     @contextmanager
-    def _secret_torch_randomness(self, name: str) -> Iterator[None]:
+    def _secret_torch_randomness(self, name: str) -> Iterator[int]:
         """Dropout, and whatever else draws from torch, from a key that is not kept; the caller's state comes back."""
+        key = self._source.stream(f"dropout|{name}").integer(56)
         devices = {p.device for p in self._trained.values() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(self._source.stream(f"dropout|{name}").integer(56))
-            yield
+            torch.manual_seed(key)
+            yield key
 
 
 def _with_a_token(name: str, value: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coterie.dp.accounting import check_joint, joint_noise
-from coterie.dp.noise import add_noise, calibrate
+from coterie.dp.noise import GRID_SIGMA, add_noise, calibrate
 from coterie.dp.randomness import RandomSource
 
 LOAD = "coterie.load"
@@ -27,7 +27,7 @@ class Part:
     Attributes:
         bound: C_k, rounding of the sum included.
         share: its part of 1 / sigma^2.
-        values: how many numbers it has, for the rounding to the grid.
+        values: how many numbers are rounded to the grid after they were added up.
     """
 
     bound: float
@@ -61,6 +61,10 @@ class RoundNoise:
         std = {name: calibrate(joint[name] / part.bound, part.bound, part.values) for name, part in parts.items()}
         check_joint(sigma, {name: (part.bound, std[name]) for name, part in parts.items()})
         return cls(std, part_of)
+
+    def step(self, name: str) -> float:
+        """The step of the grid that a released tensor lies on."""
+        return self.std[self.part_of(name)] / GRID_SIGMA
 
     def add(
         self, sums: Mapping[str, Tensor], source: RandomSource, purpose: str, divisor: float = 1.0

@@ -25,6 +25,7 @@ notices.
 
 **What rounding costs.** Two neighbouring sums differ by one record's contribution, norm at most C (1 + eta), before
 rounding, and by at most one more step in each of d coordinates after it: sqrt(d) steps. `calibrate` pays for both.
+Sums that are integers on the grid already (`coterie.dp.grid_sums`) are not rounded, and cost nothing.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ def calibrate(noise_multiplier: float, bound: float, num_values: int) -> float:
     Args:
         noise_multiplier: sigma that the accountant was given.
         bound: largest contribution of one unit, floating-point slack included: C (1 + eta).
-        num_values: d, numbers released together under this bound.
+        num_values: d, numbers released together under this bound; 0 for sums that are integers on the grid.
 
     Raises:
         PrivacyError: so many values that the grid would be too coarse (about 3e12 / sigma^2).
@@ -305,7 +306,7 @@ def add_noise(
     """Each clipped sum rounded to the grid, plus discrete Gaussian noise of standard deviation ``std``.
 
     Args:
-        sums: float tensors by name, any device and shape.
+        sums: tensors by name, any device and shape: floating point, or int64 in steps of ``std`` over `GRID_SIGMA`.
         std: noise standard deviation, one for all or one per name, in the unit of the sums; see `calibrate`.
         source: a private run passes `SystemRandom`.
         purpose: names the streams of a seeded source; must differ from round to round.
@@ -332,12 +333,14 @@ def add_noise(
                 why="without noise what is released is not private",
                 fix="every trainable parameter needs a positive clip norm and noise multiplier",
             )
-        plain = sums[name].detach().to("cpu", torch.float32).contiguous()
-        owned = in_place or plain.data_ptr() != sums[name].data_ptr()
-        out[name] = plain if owned else torch.empty_like(plain)
+        counted = sums[name].dtype == torch.int64
+        plain = sums[name].detach().to("cpu", torch.int64 if counted else torch.float32).contiguous()
+        owned = not counted and (in_place or plain.data_ptr() != sums[name].data_ptr())
+        out[name] = plain if owned else torch.empty_like(plain, dtype=torch.float32)
         value, target = plain.view(-1).numpy(), out[name].view(-1).numpy()
+        step = scale / GRID_SIGMA
         pieces += [
-            _Piece(name, value[start : start + _SLAB], target[start : start + _SLAB], scale / GRID_SIGMA)
+            _Piece(name, value[start : start + _SLAB], target[start : start + _SLAB], 1.0 if counted else step, step)
             for start in range(0, value.shape[0], _SLAB)
         ]
     compiled = kernel() if sum(piece.value.shape[0] for piece in pieces) >= _WORTH_COMPILING else None
@@ -347,22 +350,26 @@ def add_noise(
 
 
 class _Piece(NamedTuple):
-    """Values of one sum, at most `_SLAB`, and where their noised ones go; ``step`` of the grid."""
+    """Values of one sum, at most `_SLAB`, and where their noised ones go.
+
+    ``unit`` is the step of the grid, ``step`` the same in the unit of the values: 1 where these are integers.
+    """
 
     name: str
     value: np.ndarray
     target: np.ndarray
     step: float
+    unit: float
 
 
 def _slabs(pieces: list[_Piece]) -> list[list[_Piece]]:
     """Pieces that are drawn together: with the same step, and at most `_SLAB` values."""
     slabs: list[list[_Piece]] = []
-    last: dict[float, list[_Piece]] = {}
+    last: dict[tuple[float, float], list[_Piece]] = {}
     for piece in pieces:
-        slab = last.get(piece.step)
+        slab = last.get((piece.step, piece.unit))
         if slab is None or sum(other.value.shape[0] for other in slab) + piece.value.shape[0] > _SLAB:
-            slab = last[piece.step] = []
+            slab = last[piece.step, piece.unit] = []
             slabs.append(slab)
         slab.append(piece)
     return slabs
@@ -372,8 +379,9 @@ def _noise_slab(slab: list[_Piece], divisor: float, stream: Keystream, compiled:
     step = slab[0].step
     value, target = slab[0].value, slab[0].target
     if len(slab) > 1:
-        value = target = np.concatenate([piece.value for piece in slab])
-    if not _pass(value, target, step, step / divisor, stream, compiled):
+        value = np.concatenate([piece.value for piece in slab])
+        target = np.empty(value.shape[0], np.float32)
+    if not _pass(value, target, step, slab[0].unit / divisor, stream, compiled):
         name = next(piece.name for piece in slab if not _sound(piece.value, step))
         raise PrivacyError(
             f"the clipped sum of `{name}` is not finite or far above its clip norm.",

@@ -47,6 +47,8 @@ class RunStart(NamedTuple):
             "eta": self.engine.eta,
             "adaptive_quantile": settings.adaptive_quantile,
             "seeded": settings.seed is not None,
+            "isolation": settings.isolation,
+            "half_precision": settings.half_precision,
         }
 
     def open(

@@ -20,6 +20,7 @@ from coterie.dp.clipping import Clipping, policy
 from coterie.dp.comparison import Report
 from coterie.dp.dataset import checked_length, dataset_digest
 from coterie.dp.engine import Engine, Method
+from coterie.dp.isolation import ExactEngine, Isolation, chosen, computes_in_half, make_engine
 from coterie.dp.ledger import open_ledger
 from coterie.dp.losses import LossFunction, default_loss
 from coterie.dp.lot_sums import Collate, Settings, SumEngine
@@ -54,6 +55,8 @@ def make_private(
     schedule: Callable[[int], float] | None = None,
     clipping: str | Clipping = "flat",
     method: Method = "auto",
+    isolation: Isolation | None = None,
+    half_precision: bool | None = None,
     adaptive_quantile: float | None = None,
     sampler: str = "poisson",
     max_lot: int | None = None,
@@ -90,6 +93,11 @@ def make_private(
             repeats released rounds. Default: the optimizer's own rate.
         clipping: ``flat``, ``per_layer``, ``per_group``, ``automatic``, or a policy of `coterie.dp.clipping`.
         method: how the engine computes clipped sums; never changes the result.
+        isolation: ``exact``: each record is computed alone and added in integers, so that no record moves what
+            another adds, whatever the weights are; ``fast``: up to rounding, which crafted weights can amplify.
+            Default: ``exact`` where the model computes in half precision, else ``fast``. ``exact`` leaves ``method``
+            and ``physical_batch`` without effect.
+        half_precision: whether the model computes in half precision. Default: by its parameters and autocast.
         adaptive_quantile: adapt the clip norms so that this share of units stays unclipped (Andrew et al. 2021); what
             they adapt to is released inside the round's one Gaussian.
         sampler: ``poisson``, or ``truncated_poisson`` with lots of at most ``max_lot``.
@@ -152,13 +160,18 @@ def make_private(
     uncovered = not_covered(artefacts)
     balance = balance or Balance()
     method = _repeatable(method, seed)
-    built, balancer = _engine(model, loss_fn, clipping, clip_norm, method, balance, engine)
+    if engine is not None:
+        isolation = _isolation_of(engine, isolation)
+    half_precision = computes_in_half(model) if half_precision is None else half_precision
+    isolation = chosen(isolation, half_precision)
+    built, balancer = _engine(model, loss_fn, clipping, clip_norm, method, isolation, balance, engine)
     _check_optimizer(model, optimizer)
     collate = collate_fn or _default_collate
     sigma = noise_multiplier(budget, plan.rate, planned, plan.sampler, *_event_numbers(plan))
     settings = Settings(
-        budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed
-    )
+        budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed,
+        isolation=isolation, half_precision=half_precision,
+    )  # fmt: skip
     report = _self_check(built, dataset, collate, settings) if self_check else None
     unused = unused_warning(model, report.unused) if report is not None else None
     if unused is not None:
@@ -215,8 +228,8 @@ def resume_session(
             why="every record would become a unit of its own",
             fix="pass the same users: PrivateSession.resume(..., users=...)",
         )
-    chosen = clipping or options["clipping"]
-    if chosen is None:
+    clipper = clipping or options["clipping"]
+    if clipper is None:
         raise PrivacyError(
             "the session was started with a clipping policy of its own.",
             code="dp-resume-clipping",
@@ -226,9 +239,10 @@ def resume_session(
     built, balancer = _engine(
         model,
         loss_fn,
-        chosen,
+        clipper,
         settings.clip_norm,
         _repeatable(method or options["method"], settings.seed),
+        settings.isolation,
         Balance(**options["balance"]),
         engine,
     )
@@ -278,13 +292,14 @@ def _engine(
     clipping: str | Clipping,
     clip_norm: float,
     method: Method,
+    isolation: Isolation,
     balance: Balance,
     engine: SumEngine | None,
 ) -> tuple[SumEngine, Balancer | None]:
-    chosen = policy(clipping, clip_norm) if isinstance(clipping, str) else clipping
-    if chosen.clip_norm != clip_norm:
+    clipper = policy(clipping, clip_norm) if isinstance(clipping, str) else clipping
+    if clipper.clip_norm != clip_norm:
         raise PrivacyError(
-            f"the clipping policy has clip norm {chosen.clip_norm}, the session {clip_norm}.",
+            f"the clipping policy has clip norm {clipper.clip_norm}, the session {clip_norm}.",
             code="dp-clip-norm",
             why="noise is calibrated to the clip norm",
             fix="give both the same number",
@@ -293,7 +308,20 @@ def _engine(
         seam.select(model)
     loss = loss_fn or default_loss
     balancer = Balancer(balance, model, loss) if balance.mode != "off" else None
-    return engine or Engine(model, balancer or loss, chosen, method), balancer
+    return engine or make_engine(isolation, model, balancer or loss, clipper, method), balancer
+
+
+def _isolation_of(engine: SumEngine, asked: Isolation | None) -> Isolation:
+    """What a ready engine does."""
+    own: Isolation = "exact" if isinstance(engine, ExactEngine) else "fast"
+    if asked not in (None, own):
+        raise PrivacyError(
+            f"isolation {asked} was asked for, and the engine that was given does not do that.",
+            code="dp-isolation-engine",
+            why="the statement would promise what is not computed",
+            fix="leave out isolation, or pass dp.ExactEngine for exact and dp.Engine for fast",
+        )
+    return own
 
 
 def _event_numbers(plan: LotPlan) -> tuple[int | None, int | None]:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from coterie.dp.balance import Balance
 from coterie.dp.clipping import Clipping
 from coterie.dp.engine import Method
+from coterie.dp.isolation import Isolation
 from coterie.dp.losses import LossFunction
 from coterie.dp.numbers import check_fields
 from coterie.dp.provenance import Artefact
@@ -48,6 +49,7 @@ class PrivacyArguments:
     clip_norm: float = 1.0
     clipping: str | Clipping = "flat"
     method: Method = "auto"
+    isolation: Isolation | None = None
     adaptive_quantile: float | None = None
     sampler: str = "poisson"
     max_lot: int | None = None

@@ -245,6 +245,10 @@ class PrivateTrainer(Trainer):
             return checked_number("rounds", self.args.max_steps)
         return math.ceil(checked_number("epochs", self.args.num_train_epochs) * per_epoch)
 
+    def _in_half(self) -> bool:
+        """Whether accelerate runs the model under autocast, which the model itself does not show."""
+        return self.args.bf16 or self.accelerator.mixed_precision in ("bf16", "fp16")
+
     def _records(self) -> Any:
         columns = getattr(self.train_dataset, "column_names", None)
         return self.train_dataset if columns is None else self._remove_unused_columns(self.train_dataset, "training")
@@ -266,6 +270,7 @@ class PrivateTrainer(Trainer):
                 adaptive_quantile=privacy.adaptive_quantile, sampler=privacy.sampler, max_lot=privacy.max_lot,
                 users=self._users(), records_per_user=privacy.records_per_user, balance=privacy.balance,
                 provenance=privacy.provenance, ledger=privacy.ledger, digest=digest, seed=privacy.seed,
+                isolation=privacy.isolation, half_precision=self._in_half() or None,
             )  # fmt: skip
         session = resume_session(
             checkpoint / _STATE, self.model, self.optimizer, records, collate, privacy.loss_fn, ledger=privacy.ledger,

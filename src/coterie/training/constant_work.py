@@ -10,7 +10,7 @@ Shape letters: B records, T tokens, G gradient groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from coterie.dp.clipping import Clipping
 from coterie.dp.engine import Diagnostics, Engine
+from coterie.dp.isolation import ExactEngine
 from coterie.errors import ConfigError
 from coterie.training.packing import IGNORED
 
@@ -38,7 +39,7 @@ class ConstantWork:
 
     Args:
         engine: does the work.
-        rows: records in every physical batch.
+        rows: records in every physical batch; 1 with `isolation: exact`.
         tokens: length of every row.
         largest_lot: most records of a lot.
         pad_id: token that fills up.
@@ -102,6 +103,11 @@ class ConstantWork:
             ConfigError: always; set-up refuses it, too.
         """
         raise no_whole_users()
+
+    def use_grid(self, step_of: Callable[[str], float]) -> None:
+        """See `coterie.dp.isolation.ExactEngine`."""
+        assert isinstance(self._engine, ExactEngine)
+        self._engine.use_grid(step_of)
 
     def take(self) -> dict[str, Tensor]:
         return self._engine.take()

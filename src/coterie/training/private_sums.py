@@ -16,6 +16,7 @@ from coterie.dp.budget import Budget, PrivacyWarning
 from coterie.dp.clipping import policy
 from coterie.dp.contributor import Contributor, Plan
 from coterie.dp.engine import Engine
+from coterie.dp.isolation import chosen, computes_in_half, make_engine
 from coterie.dp.ledger import Head
 from coterie.dp.losses import default_loss
 from coterie.dp.lot_sums import SumEngine
@@ -80,6 +81,8 @@ class PrivateSums:
         spec = parts.spec
         balance = Balance(spec.balance, spec.balance_coefficient, spec.load_share, spec.load_smoothing)
         self.balancer = Balancer(balance, model, default_loss) if balance.mode != "off" else None
+        self._in_half = computes_in_half(model)
+        self._isolation = chosen(spec.isolation, self._in_half, against_hosts=True)
         self.contributor: Contributor | None = None
         self.exhausted = False
         self._compared = False
@@ -173,6 +176,8 @@ class PrivateSums:
                 records_per_user=spec.records_per_user,
                 seed=parts.seed,
                 sigma=parts.sigma,
+                isolation=self._isolation,
+                half_precision=self._in_half,
             )
             if parts.push_after_s is not None:
                 engine = self._constant = self._steadied(made)
@@ -206,14 +211,21 @@ class PrivateSums:
         }
         clipping = policy(self._parts.spec.clipping, self._parts.spec.clip_norm)
         cpu = torch.device("cpu")
-        return Engine(self._model, self.balancer, clipping, self._parts.spec.method, streamer, shapes, cpu)
+        return make_engine(
+            self._isolation, self._model, self.balancer, clipping, self._parts.spec.method, streamer, shapes, cpu
+        )
 
     def _steadied(self, engine: Engine) -> ConstantWork:
         spec, length = self._parts.spec, self._parts.sequence_length
         longest = length or max(len(self._records[row]["input_ids"]) for row in range(len(self._records)))
         device = next(p for p in self._model.parameters() if not p.is_meta).device
         return ConstantWork(
-            engine, spec.physical_batch, longest, spec.max_lot or len(self._records), self._records.pad_id, device
+            engine,
+            1 if self._isolation == "exact" else spec.physical_batch,
+            longest,
+            spec.max_lot or len(self._records),
+            self._records.pad_id,
+            device,
         )
 
     def _collate(self, items: list[Any]) -> Batch:
