@@ -6,9 +6,9 @@
 A step is forward, backward and AdamW (``foreach=False``) for every arm; for the private arms also clipping and the
 noise of every parameter. Arms: ``plain``; ``gaussian_only``, the plain step plus ``torch.randn`` of every parameter
 without clipping (the least that private training costs with ordinary floating-point noise); ours by
-``book_keeping``, by ``ghost`` and by ``auto``; ``loop``, one record at a time by autograd. ``opacus`` and
-``opake``, with transformers' own experts and noise of their own, change classes of transformers for a whole process,
-so each is asked for in a run of its own:
+``book_keeping``, by ``ghost`` and by ``auto``, these with ``isolation: fast``; ``exact``, with ``isolation: exact``;
+``loop``, one record at a time by autograd. ``opacus`` and ``opake``, with transformers' own experts and noise of
+their own, change classes of transformers for a whole process, so each is asked for in a run of its own:
 
     pip install --no-deps --target DIR opacus==1.6.0 opt_einsum optree torchopt opake==0.16.1 opake-base==0.16.1 \\
         opake-engine==0.16.1 opake-dpsgd==0.16.1 opake-optimizers==0.16.1 opake-patches==0.16.1
@@ -40,14 +40,15 @@ from transformers import AutoModelForCausalLM, BertConfig, Qwen3MoeConfig
 
 from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
+from coterie.dp.isolation import ExactEngine
 from coterie.dp.losses import default_loss
-from coterie.dp.noise import add_noise
+from coterie.dp.noise import GRID_SIGMA, add_noise
 from coterie.dp.randomness import random_source
 from coterie.models import seam
 from coterie.training.memory import peak_rss_bytes
 
 SHAPES = ("4x64", "16x64", "32x64", "4x512")
-ARMS = ("plain", "gaussian_only", "book_keeping", "ghost", "auto", "loop")
+ARMS = ("plain", "gaussian_only", "book_keeping", "ghost", "auto", "exact", "loop")
 THEIRS = ("opacus", "opake")
 CLIP, SIGMA = 1.0, 0.7
 VOCABULARY = 4096
@@ -142,6 +143,16 @@ def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool 
         return plain if arm == "plain" else gaussian_only
     if arm == "loop":
         return loop
+    if arm == "exact":
+        alone = ExactEngine(model, clipping=Flat(CLIP))
+        alone.use_grid(lambda name: SIGMA * CLIP / GRID_SIGMA)
+
+        def exact() -> None:
+            for record in range(records):
+                alone.accumulate({name: value[record : record + 1] for name, value in batch.items()})
+            finish(alone.take())
+
+        return exact
     engine = Engine(model, clipping=Flat(CLIP), method=arm)  # type: ignore[arg-type]
     engine.prepare(batch)
 
@@ -238,6 +249,11 @@ def measure_times(model_name: str, shape: str, repeats: int, arms: list[str], no
             "cpu_seconds": statistics.median(cpu[arm]),
             "over_plain": _median_ratio(seconds[arm], seconds["plain"]),
             "cpu_over_plain": _median_ratio(cpu[arm], cpu["plain"]),
+        }
+    if "exact" in steps and "book_keeping" in steps:
+        found["exact"] |= {
+            "over_book_keeping": _median_ratio(seconds["exact"], seconds["book_keeping"]),
+            "cpu_over_book_keeping": _median_ratio(cpu["exact"], cpu["book_keeping"]),
         }
     return found
 
