@@ -132,10 +132,7 @@ class ExactEngine(Engine):
 
     def _add_clipped(self, losses: Tensor, gradients: Mapping[str, Tensor], weight: float) -> Diagnostics:
         squared = {name: squares(gradient) for name, gradient in gradients.items()}
-        norms = self._squares(squared)
-        factors, diagnostics = self._factors(norms, losses)
-        # Whatever the policy says: the bound is taken here, from the numbers that are added.
-        factors = torch.minimum(factors, self.thresholds[:, None] / norms.upper.sqrt())
+        factors, diagnostics = self._factors(self._squares(squared), losses)
         if not bool(diagnostics.masked.any()):
             scale = {
                 name: weight * float(factors[self._group_index(name), 0]) / self._step_of(name) for name in gradients
