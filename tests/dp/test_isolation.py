@@ -90,7 +90,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "switch": switch,
     "mixtral bfloat16": lambda: tiny_model("mixtral").to(torch.bfloat16),
     "qwen3_moe bfloat16 crafted": lambda: amplified(tiny_model("qwen3_moe").to(torch.bfloat16), 1e3),
-    "mixtral float64": lambda: tiny_model("mixtral").double(),
     "adapters": lambda: with_adapters("mixtral"),
     "dense": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=96, bos_token_id=1, eos_token_id=2, n_embd=32, n_layer=2, n_head=4, n_positions=128)

@@ -190,7 +190,9 @@ def make_statement(
         seeded_runs=overall.seeded,
         revealed=overall.revealed,
         copies=tuple((size, group_epsilon(events, budget.delta, size)) for size in groups) if rounds else (),
-        not_covered=tuple(dict.fromkeys((*_always_outside(unit), *_between_records(facts), *not_covered, *unchecked))),
+        not_covered=tuple(
+            dict.fromkeys((*_always_outside(unit), *_between_records(facts), *not_covered, *unchecked))
+        ),
         private=private,
         ledger=ledger.public_name(),
         run=run,
