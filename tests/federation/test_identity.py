@@ -289,3 +289,27 @@ def test_an_expired_kit_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="The certificate of alder expired on") as caught:
         kit.load_kit(folder, now=dt.datetime.now(dt.UTC) + dt.timedelta(days=400))
     assert code_of(caught) == "identity-expired"
+
+
+def test_nothing_the_ca_issues_outlives_it() -> None:
+    authority = identity.new_authority("demo", days=20)
+    certificate = authority.issue(ALDER, identity.new_key().public_key(), days=400)
+    assert certificate.not_valid_after_utc == authority.certificate.not_valid_after_utc
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=21)
+    with pytest.raises(IdentityError, match="The CA certificate expired on"):
+        authority.issue(ALDER, identity.new_key().public_key(), days=3, now=later)
+
+
+@pytest.mark.parametrize(("ca_days", "days", "file"), [(1000, 20, "cert.pem"), (20, 400, "ca.pem"), (1000, 400, "")])
+def test_the_first_of_two_dates_is_the_one_that_is_told(tmp_path: Path, ca_days: int, days: int, file: str) -> None:
+    authority, key = identity.new_authority("demo", days=ca_days), identity.new_key()
+    certificate = authority.issue(ALDER, key.public_key(), days=days)
+    mine = kit.Kit(tmp_path, "alder", Role.PARTY, "demo", key, certificate, authority.certificate)
+    if file == "ca.pem":  # issued by an earlier version, beyond its CA's end
+        object.__setattr__(mine, "certificate", identity.new_authority("x", days=400).certificate)
+    assert (str(tmp_path / file) in mine.ends_soon()) if file else mine.ends_soon() == ""
+    if file:
+        assert "in 19 days" in mine.ends_soon()
+        with pytest.raises(IdentityError, match="expired on") as caught:
+            mine.check_dates(now=dt.datetime.now(dt.UTC) + dt.timedelta(days=30))
+        assert caught.value.where == str(tmp_path / file)

@@ -64,6 +64,7 @@ def show(status: Mapping[str, Any]) -> None:
         "turned away": ", ".join(f"{name} ({code})" for name, code in status.get("refused", {}).items()),
         "last event": status.get("note"),
         "coordinator": _silence(status),
+        "certificate": status.get("certificate"),
         "revealed": revealed_so_far(status.get("privacy")),
     }
     for name, value in lines.items():

@@ -64,8 +64,9 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)
     say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")
-    for line in opening_lines(config, process.federation):
-        say(f"{config.party}: {line}")
+    for line in (*opening_lines(config, process.federation), process.notice()):
+        if line:
+            say(f"{config.party}: {line}")
     with log_file(config.run_dir) as log, stop_signals(process.stop), lines:
         result = process.run()
     report(result, json_file)

@@ -117,6 +117,10 @@ class CoordinatorProcess:
         self._kit, self._roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
 
+    def notice(self) -> str:
+        """What a person should know of the coordinator's certificates; empty while there is nothing."""
+        return self._kit.ends_soon()
+
     def stop(self, who: str = "the coordinator") -> bool:
         """Ask for a clean end. Safe in a signal handler. False: it has not begun, there is nothing to end."""
         if self._coordinator is None:
@@ -146,6 +150,7 @@ class CoordinatorProcess:
                     waiting_for=list(notice.busy),
                     refused=notice.refused,
                     checkpoint=journal.history.newest,
+                    certificate=self.notice(),
                     **status_of(notice.state),
                 )
                 self._notify(notice)

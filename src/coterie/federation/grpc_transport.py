@@ -363,7 +363,7 @@ class GrpcTransport(Switchboard):
         try:
             return decode_hello(next(call), peer)
         except grpc.RpcError as error:
-            raise reach.why_refused(peer, self._roster, self._kit.authority, error) from None
+            raise reach.why_refused(peer, self._roster, self._kit, error) from None
         except StopIteration:
             raise TransportError(f"{peer} hung up during the handshake.", code="unreachable") from None
         finally:
@@ -435,10 +435,22 @@ class GrpcTransport(Switchboard):
             self._problems.pop(peer, None)
 
     def _last_seen(self, peer: str) -> str:
-        problem = self._problems.get(peer)
-        return "never heard of" if problem is None else problem[1].message.rstrip(".")
+        expired = self._expired(peer)
+        problem = expired or (self._problems[peer][1] if peer in self._problems else None)
+        return "never heard of" if problem is None else problem.message.rstrip(".")
+
+    def _expired(self, peer: str) -> IdentityError | None:
+        """Whether a peer's certificate has ended: it cannot tell us, since no connection comes about any more."""
+        try:
+            identity.check_dates(self._roster.certificate_of(peer), f"The certificate of {peer}")
+        except IdentityError as error:
+            return error
+        return None
 
     def _refusal(self, peer: str, now: float) -> CoterieError | None:
+        expired = self._expired(peer)
+        if expired is not None:
+            return expired
         problem = self._problems.get(peer)
         if problem is None or problem[1].code == "unreachable" or now - problem[0] < self._settings.refusal_s:
             return None

@@ -30,6 +30,8 @@ COORDINATOR = "coordinator"
 
 CA_DAYS = 5 * 365
 CERT_DAYS = 397
+SOON_DAYS = 30
+"""How long before its end a certificate is spoken of."""
 _SKEW = dt.timedelta(minutes=5)  # clocks of two organisations differ a little
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _RESERVED = frozenset({"localhost", "ca"})
@@ -172,10 +174,17 @@ class Authority:
         days: float = CERT_DAYS,
         now: dt.datetime | None = None,
     ) -> x509.Certificate:
-        """A certificate for ``member``, for TLS as server and as client, valid for ``days``."""
+        """A certificate for ``member``, as TLS server and client, valid for ``days`` but never longer than the CA.
+
+        Raises:
+            IdentityError: the CA itself has expired, or the member's name or endpoint is unusable.
+        """
         check_member(member)
         now = now or dt.datetime.now(dt.UTC)
         issuer = self.certificate
+        if now > issuer.not_valid_after_utc:
+            check_dates(issuer, "The CA certificate", now=now)
+        days = min(days, (issuer.not_valid_after_utc - now) / dt.timedelta(days=1))
         return (
             _builder(subject_of(member.name, self.federation), issuer.subject, key, now, days)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -241,19 +250,33 @@ def check_issued(
             why="anybody can make a certificate; only the CA's signature says that it belongs to a member",
             fix="ask the CA's keeper to approve your request, and compare the CA fingerprint by phone",
         ) from None
-    for cert, name in ((certificate, whose), (authority, "The CA certificate")):
-        if now > cert.not_valid_after_utc:
-            raise IdentityError(
-                f"{name} expired on {cert.not_valid_after_utc:%Y-%m-%d %H:%M} UTC.",
-                code="identity-expired",
-                fix="request and approve a new one, then sign a new roster",
-            )
-        if now < cert.not_valid_before_utc:
-            raise IdentityError(
-                f"{name} is valid only from {cert.not_valid_before_utc:%Y-%m-%d %H:%M} UTC.",
-                code="identity-not-yet",
-                fix="check this machine's clock",
-            )
+    check_dates(certificate, whose, now=now)
+    check_dates(authority, "The CA certificate", now=now)
+
+
+def check_dates(
+    certificate: x509.Certificate, whose: str, *, now: dt.datetime | None = None, where: str | None = None
+) -> None:
+    """Check that a certificate is valid today.
+
+    Raises:
+        IdentityError: codes ``identity-expired``, ``identity-not-yet``.
+    """
+    now = now or dt.datetime.now(dt.UTC)
+    if now > certificate.not_valid_after_utc:
+        raise IdentityError(
+            f"{whose} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC.",
+            code="identity-expired",
+            where=where,
+            fix="renew it (docs/how-to/identity.md, Renewing), then sign a new roster",
+        )
+    if now < certificate.not_valid_before_utc:
+        raise IdentityError(
+            f"{whose} is valid only from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC.",
+            code="identity-not-yet",
+            where=where,
+            fix="check this machine's clock",
+        )
 
 
 def text_of(name: x509.Name, oid: x509.ObjectIdentifier) -> str:

@@ -27,10 +27,12 @@ from coterie.errors import IdentityError
 from coterie.federation.files import PRIVATE, PUBLIC, new_folder, write_whole
 from coterie.federation.identity import (
     CERT_DAYS,
+    SOON_DAYS,
     Authority,
     Member,
     Role,
     cert_pem,
+    check_dates,
     check_issued,
     check_member,
     fingerprint,
@@ -107,6 +109,28 @@ class Kit:
     @property
     def roster_path(self) -> Path:
         return self.folder / ROSTER_FILE
+
+    def check_dates(self, *, now: dt.datetime | None = None) -> None:
+        """Make sure that neither certificate has run out since the kit was loaded; IdentityError names the file."""
+        for certificate, name, file in self._certificates():
+            check_dates(certificate, name, now=now, where=str(self.folder / file))
+
+    def first_to_end(self) -> tuple[dt.datetime, str]:
+        """When this member can no longer connect, and which file ends then."""
+        ends = [
+            (cert.not_valid_after_utc, f"{name} ({self.folder / file})") for cert, name, file in self._certificates()
+        ]
+        return min(ends)
+
+    def ends_soon(self, *, now: dt.datetime | None = None) -> str:
+        """One sentence from `SOON_DAYS` before the end on; empty earlier."""
+        end, what = self.first_to_end()
+        left = (end - (now or dt.datetime.now(dt.UTC))).days
+        return f"{what} ends on {end:%Y-%m-%d %H:%M} UTC, in {left} days" if left < SOON_DAYS else ""
+
+    def _certificates(self) -> tuple[tuple[x509.Certificate, str, str], ...]:
+        mine = (self.certificate, f"The certificate of {self.name}", CERT_FILE)
+        return mine, (self.authority, "The CA certificate", CA_FILE)
 
 
 def load_kit(folder: Path, *, now: dt.datetime | None = None) -> Kit:

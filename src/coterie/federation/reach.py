@@ -14,9 +14,11 @@ from cryptography.exceptions import InvalidSignature
 
 from coterie.errors import CoterieError, IdentityError, TransportError
 from coterie.federation import identity
+from coterie.federation.kit import Kit
 from coterie.federation.roster import Roster
 
 _PROBE_S = 2.0
+_NAME_SERVICE = (socket.EAI_AGAIN, socket.EAI_FAIL)
 _PROXY_NAMES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy", "grpc_address_http_proxy")
 
 
@@ -61,7 +63,15 @@ def _try_to_listen(listen: str) -> int:
 def cannot_listen(me: str, listen: str) -> TransportError:
     """The reason why a port could not be opened, found by trying once more with a plain socket."""
     reason = _try_to_listen(listen)
-    if reason in (errno.EADDRNOTAVAIL, -2, socket.EAI_NONAME):
+    if reason == errno.EACCES:
+        return TransportError(
+            f"{me} cannot listen on {listen}: ports below 1024 need an administrator's rights here.",
+            code="port-needs-root",
+            fix="listen on a higher port with --listen and forward to it, or sign a roster with a higher port",
+        )
+    if reason in _NAME_SERVICE:
+        return _unnamed(listen)
+    if reason in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
         return TransportError(
             f"{me} cannot listen on {listen}: this machine has no such address.",
             code="address-not-here",
@@ -76,11 +86,27 @@ def cannot_listen(me: str, listen: str) -> TransportError:
     )
 
 
-def why_refused(peer: str, roster: Roster, authority: x509.Certificate, error: grpc.RpcError) -> CoterieError:
+def _unnamed(endpoint: str) -> TransportError:
+    host = split_endpoint(endpoint)[0]
+    return TransportError(
+        f"The name {host} cannot be resolved: the name service does not answer, or does not know it.",
+        code="unreachable",
+        where=endpoint,
+        fix="see whether other names resolve; otherwise put it into /etc/hosts, or an address into the next roster",
+    )
+
+
+def why_refused(peer: str, roster: Roster, kit: Kit, error: grpc.RpcError) -> CoterieError:
     """What a failed call to ``peer`` means for a person.
+
+    A certificate of ours that ended meanwhile comes first: the other side drops the connection without a word then.
 
     Codes that start with ``peer-`` or come from the peer's own check are definite; ``unreachable`` may pass.
     """
+    try:
+        kit.check_dates()
+    except IdentityError as expired:
+        return expired
     endpoint = roster.entry(peer).endpoint
     details = error.details() or "" if isinstance(error, grpc.Call) else ""
     status = error.code() if isinstance(error, grpc.Call) else None
@@ -93,7 +119,9 @@ def why_refused(peer: str, roster: Roster, authority: x509.Certificate, error: g
             fix=f"compare `coterie roster show` here and at {peer}",
         )
     if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
-        return _other_certificate(peer, roster, authority)
+        return _other_certificate(peer, roster, kit.authority)
+    if "DNS resolution failed" in details or "name resolution" in details:
+        return _unnamed(endpoint)
     if "Connection refused" in details:
         return TransportError(f"{endpoint} refuses connections; {peer} is not running there.", code="unreachable")
     if "handshake" in details.lower() or "ALERT" in details:
@@ -153,6 +181,8 @@ def look_at(peer: str, roster: Roster, authority: x509.Certificate) -> CoterieEr
     endpoint = roster.entry(peer).endpoint
     try:
         socket.create_connection(split_endpoint(endpoint), timeout=_PROBE_S).close()
+    except socket.gaierror:
+        return _unnamed(endpoint)
     except OSError as error:
         return TransportError(
             f"{endpoint} cannot be reached: {error.strerror or error}.",

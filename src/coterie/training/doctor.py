@@ -31,7 +31,6 @@ from coterie.models.splitter import trunk_shapes
 from coterie.training.data import read_documents
 from coterie.training.party import check_placement_signed, check_shard, check_starting_weights
 
-SOON_DAYS = 30
 _CLOCK_SLACK = dt.timedelta(minutes=5)
 
 
@@ -111,11 +110,13 @@ class _Examination:
         return load_kit(self._config.kit, now=self._now)
 
     def _certificate(self) -> Finding | str:
-        left = (self._kit().certificate.not_valid_after_utc - self._now).days
-        if left < SOON_DAYS:
-            fix = "ask the CA's keeper for a new one and sign a new roster"
-            return Finding("certificate", "note", f"expires in {left} days", fix, "identity-expires-soon")
-        return f"of this federation's CA, valid for {left} more days"
+        kit = self._kit()
+        soon = kit.ends_soon(now=self._now)
+        if soon:
+            fix = "renew it (docs/how-to/identity.md, Renewing) and sign a new roster"
+            return Finding("certificate", "note", soon, fix, "identity-expires-soon")
+        end, what = kit.first_to_end()
+        return f"of this federation's CA; first to end is {what}, in {(end - self._now).days} days"
 
     def _clock(self) -> str:
         written = max(path.stat().st_mtime for path in (self._kit().folder, self._kit().roster_path) if path.exists())

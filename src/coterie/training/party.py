@@ -74,6 +74,10 @@ class PartyProcess:
         self._kit, self._roster = identify(self.federation, config.kit, config.party, Role.PARTY)
         self._run: PartyRun | None = None
 
+    def notice(self) -> str:
+        """What a person should know of this party's certificates; empty while there is nothing."""
+        return self._kit.ends_soon()
+
     def stop(self) -> bool:
         """Ask for a clean end after the round in progress. Safe in a signal handler.
 
@@ -95,7 +99,7 @@ class PartyProcess:
         reach.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir) as private:
             parts = prepare_party(config, federation, self._roster)
-            self._run = PartyRun(parts, transport, federation.content_hash(), self._watch)
+            self._run = PartyRun(parts, transport, federation.content_hash(), self._watch, self.notice)
             keep_settings(config, federation)
             write_trainings(private, (*starting_trainings(federation.model, config.trunk), self._training(parts)))
             return self._run.run()

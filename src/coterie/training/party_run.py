@@ -83,6 +83,7 @@ class PartyRun:
         transport: not started yet; closed at the end.
         agreement: hash of what all parties signed.
         watch: see `Watch`.
+        notice: what a person should know of this party's certificates; stands in the status file.
 
     Attributes:
         work: the party's model, data and experts.
@@ -92,8 +93,15 @@ class PartyRun:
         RoundError: another process uses the run folder.
     """
 
-    def __init__(self, parts: PartyParts, transport: Transport, agreement: str, watch: Watch | None = None) -> None:
-        self._parts, self._transport, self._watch = parts, transport, watch or Watch()
+    def __init__(
+        self,
+        parts: PartyParts,
+        transport: Transport,
+        agreement: str,
+        watch: Watch | None = None,
+        notice: Callable[[], str] = str,
+    ) -> None:
+        self._parts, self._transport, self._watch, self._notice = parts, transport, watch or Watch(), notice
         self._folder = RunFolder(parts.run_dir)
         private_folder(parts.run_dir).mkdir(mode=0o700, exist_ok=True)
         self._status: dict[str, Any] = {}
