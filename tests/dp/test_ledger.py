@@ -210,10 +210,42 @@ def test_two_processes_on_one_ledger_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_default_place_is_outside_run_folders_and_configurable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COTERIE_HOME", raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
     assert default_root() == Path("/somewhere/coterie/ledger")
     monkeypatch.delenv("XDG_DATA_HOME")
     assert default_root() == Path.home() / ".local/share/coterie/ledger"
+    monkeypatch.setenv("COTERIE_HOME", "/state")
+    assert default_root() == Path("/state/ledger")
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/nowhere", None])
+def test_without_a_home_that_can_be_written_ledgers_live_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    for name in ("COTERIE_HOME", "XDG_DATA_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is None:
+        monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    else:
+        monkeypatch.setenv("HOME", home)
+        monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith("/proc"))
+    assert default_root(tmp_path / "run") == tmp_path / ".coterie" / "ledger"
+    with pytest.raises(LedgerError, match="has no place") as caught:
+        default_root()
+    assert caught.value.code == "dp-ledger-home"
+
+
+def test_a_ledger_that_lies_in_a_home_that_became_read_only_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COTERIE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = tmp_path / ".local" / "share" / "coterie" / "ledger"
+    kept.mkdir(parents=True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert default_root(tmp_path / "elsewhere" / "run") == kept
 
 
 def test_files_are_readable_by_their_owner_alone(tmp_path: Path) -> None:

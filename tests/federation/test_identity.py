@@ -6,6 +6,7 @@ import datetime as dt
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -313,3 +314,29 @@ def test_the_first_of_two_dates_is_the_one_that_is_told(tmp_path: Path, ca_days:
         with pytest.raises(IdentityError, match="expired on") as caught:
             mine.check_dates(now=dt.datetime.now(dt.UTC) + dt.timedelta(days=30))
         assert caught.value.where == str(tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    ("key", "folder", "fixed", "open_to_others"),
+    [(0o600, 0o755, False, False), (0o400, 0o755, True, False), (0o440, 0o700, False, True), (0o440, 0o700, True, False),
+     (0o444, 0o700, True, False), (0o444, 0o755, True, True), (0o440, 0o711, True, True), (0o622, 0o755, True, False),
+     (0o622, 0o755, False, True)],
+)  # fmt: skip
+def test_a_key_whose_mode_cannot_be_changed_is_open_when_others_can_really_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: int, folder: int, fixed: bool, open_to_others: bool
+) -> None:
+    for place in (tmp_path, *[each for each in tmp_path.parents if "pytest" in each.name]):
+        place.chmod(0o755)
+    if fixed:  # a secret that is mounted read-only
+        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    kept = tmp_path / "kit"
+    kept.mkdir()
+    (kept / "key.pem").write_bytes(identity.key_pem(identity.new_key()))
+    (kept / "key.pem").chmod(key)
+    kept.chmod(folder)
+    if open_to_others:
+        with pytest.raises(IdentityError) as caught:
+            kit.load_key(kept / "key.pem", "The key")
+        assert code_of(caught) == "identity-key-open"
+    else:
+        kit.load_key(kept / "key.pem", "The key")

@@ -31,7 +31,8 @@ def command(
         str | None, typer.Argument(help="show: a run. merge: the other machine's folder of ledgers, or a copy of it.")
     ] = None,
     ledger: Annotated[
-        Path | None, typer.Option(help="Folder of the ledgers; absent: ~/.local/share/coterie/ledger.")
+        Path | None,
+        typer.Option(help="Folder of the ledgers; absent: COTERIE_HOME/ledger, else ~/.local/share/coterie/ledger."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="list, show: write the figures to this file.")

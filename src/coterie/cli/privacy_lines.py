@@ -17,6 +17,7 @@ def opening_lines(config: PartyConfig, federation: FederationConfig) -> list[str
         ConfigError: its privacy settings do not fit the federation's.
     """
     from coterie.config.federation import party_privacy
+    from coterie.dp.ledger import default_root
 
     if federation.exchange == "tokens":
         return [
@@ -33,7 +34,7 @@ def opening_lines(config: PartyConfig, federation: FederationConfig) -> list[str
         ]
     lines = [
         f"budget: epsilon {spec.epsilon:g} at delta {spec.delta:g} for {federation.train.rounds} rounds; the ledger "
-        f"is in {spec.ledger or '~/.local/share/coterie/ledger'}"
+        f"is in {spec.ledger or default_root(config.run_dir)}"
     ]
     if spec.seeded:
         lines.append("NOT PRIVATE: `seeded` draws lots and noise from the seed; nothing of this run may be released")

@@ -170,7 +170,7 @@ class PartyConfig(Spec):
     ledger: LocalPath | None = Field(
         default=None,
         description="For `tokens`: folder of this party's privacy ledgers, to look there for earlier private runs; "
-        "absent: ~/.local/share/coterie/ledger.",
+        "absent: as for `privacy.ledger`.",
     )
 
 

@@ -77,7 +77,7 @@ class LocalPrivacy(Spec):
     records_per_user: Count = Field(default=16, description="Most sequences of one user per lot, for `unit: user`.")
     ledger: LocalPath | None = Field(
         default=None,
-        description="Folder of the privacy ledger; absent: ~/.local/share/coterie/ledger. Outside run folders.",
+        description="Folder of the privacy ledger; absent: COTERIE_HOME/ledger, else ~/.local/share/coterie/ledger.",
     )
     seeded: bool = Field(
         default=False, description="Noise and lots from the seed. For tests; the run is then NOT private."

@@ -35,10 +35,43 @@ FILE = "ledger.jsonl"
 _FORMAT = 1
 
 
-def default_root() -> Path:
-    """Where ledgers live unless told otherwise: the user's data folder, under ``coterie/ledger``."""
+def default_root(beside: Path | None = None) -> Path:
+    """Where ledgers live unless told otherwise: ``ledger`` in COTERIE_HOME, else in the user's data folder (XDG).
+
+    A service account may have no home, or one that cannot be written. Then they live beside the run.
+
+    Args:
+        beside: the run folder; None where there is none.
+
+    Raises:
+        LedgerError: there is no such place.
+    """
+    named = os.environ.get("COTERIE_HOME")
+    if named:
+        return Path(named, "ledger")
     base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "coterie" / "ledger"
+    if base:
+        return Path(base, "coterie", "ledger")
+    try:
+        own = Path.home() / ".local" / "share" / "coterie" / "ledger"
+    except RuntimeError:  # neither HOME nor an entry for this user
+        own = None
+    if own is not None and (own.exists() or _writable(own)):
+        return own
+    if beside is not None:
+        return beside.absolute().parent / ".coterie" / "ledger"
+    raise LedgerError(
+        "This user has no home folder that can be written, so the ledger of privacy spent has no place.",
+        code="dp-ledger-home",
+        why="what is spent on a text has to be remembered from one run to the next",
+        fix="set COTERIE_HOME to a folder that stays, or name the ledger's folder (`ledger`)",
+    )
+
+
+def _writable(path: Path) -> bool:
+    """Whether a folder could be made: its nearest ancestor that exists is a folder this user may write to."""
+    there = next(folder for folder in path.parents if folder.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 @dataclass(frozen=True)

@@ -440,8 +440,9 @@ class GrpcTransport(Switchboard):
         return "never heard of" if problem is None else problem.message.rstrip(".")
 
     def _expired(self, peer: str) -> IdentityError | None:
-        """Whether a peer's certificate has ended: it cannot tell us, since no connection comes about any more."""
+        """Whether our certificate has ended, or a peer's: no connection comes about any more that could tell it."""
         try:
+            self._kit.check_dates()
             identity.check_dates(self._roster.certificate_of(peer), f"The certificate of {peer}")
         except IdentityError as error:
             return error

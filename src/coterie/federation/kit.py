@@ -14,6 +14,8 @@ its own key, which never leaves the machine it was made on.
 from __future__ import annotations
 
 import datetime as dt
+import os
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +77,14 @@ def load_key(path: Path, what: str) -> ec.EllipticCurvePrivateKey:
         IdentityError: absent, damaged, of another kind, or readable by other users of the machine.
     """
     pem = _read(path, what)
-    if path.stat().st_mode & 0o077:
+    if _others_can_read(path):
         raise IdentityError(
             f"{what} can be read by other users of this machine.",
             code="identity-key-open",
             where=str(path),
             why="whoever has the key can speak in this party's name",
-            fix=f"chmod 600 {path}",
+            fix=f"chmod 600 {path}; where a mounted secret cannot be changed, mount it with mode 0400 or inside a "
+            "folder of mode 0700",
         )
     try:
         key = serialization.load_pem_private_key(pem, password=None)
@@ -92,6 +95,24 @@ def load_key(path: Path, what: str) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise IdentityError(f"{what} is not an ECDSA P-256 key.", code="identity-key-type", where=str(path))
     return key
+
+
+def _others_can_read(path: Path) -> bool:
+    """Whether a key is open to group or others.
+
+    Where its mode can be changed, it has to be closed. A mounted secret cannot be; there it counts whether anybody
+    else could really read it: its mode allows that, and no folder above it keeps them out.
+    """
+    real = path.resolve()
+    mode = real.stat().st_mode
+    if not mode & 0o077:
+        return False
+    if real.stat().st_uid == os.geteuid() and not os.statvfs(real).f_flag & os.ST_RDONLY:
+        return True
+    above = [folder.stat().st_mode for folder in real.parents]
+    group = mode & stat.S_IRGRP and all(each & (stat.S_IXGRP | stat.S_IXOTH) for each in above)
+    others = mode & stat.S_IROTH and all(each & stat.S_IXOTH for each in above)
+    return bool(group or others)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def check_after_private(party: PartyConfig, federation: FederationConfig, docume
     Raises:
         LedgerError: ``tokens-after-private``.
     """
-    root = (party.ledger or default_root()).expanduser()
+    root = (party.ledger or default_root(party.run_dir)).expanduser()
     if federation.exchange != "tokens" or not ledger_folders(root):
         return
     originals, digest = Originals(documents.texts, documents.users), dataset_digest(documents.texts)

@@ -7,6 +7,7 @@ starting weights are read through once, endpoints are tried by a TLS handshake.
 from __future__ import annotations
 
 import datetime as dt
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 from coterie.config.federation import party_privacy
-from coterie.errors import CoterieError, IdentityError
+from coterie.dp.ledger import default_root
+from coterie.errors import CoterieError, IdentityError, LedgerError
 from coterie.federation import newcomers, reach
 from coterie.federation.control import COORDINATOR
 from coterie.federation.coordinator_process import identify
@@ -88,6 +90,7 @@ class _Examination:
         yield self._try("starting weights", self._weights)
         yield self._try("training text", lambda: self._text(self._config.data.train))
         yield self._try("held-out text", lambda: self._text(self._config.data.test))
+        yield self._try("ledger folder", self._ledger)
         yield self._try("own endpoint", self._own_endpoint)
         yield self._try("proxy", self._proxy)
         yield self._try("descriptors", self._descriptors)
@@ -177,6 +180,30 @@ class _Examination:
             return Finding("held-out text", "note", "none is named, so nothing is evaluated", "set `data.test`")
         documents = read_documents(files, self._config.data)
         return f"{len(documents)} documents in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+    def _ledger(self) -> str:
+        spec = party_privacy(self._federation, self._config)
+        root = (
+            (spec.ledger if spec is not None else None) or self._config.ledger or default_root(self._config.run_dir)
+        )
+        root = root.expanduser()
+        if spec is None:
+            return f"{root}, not needed: this party trains without a budget"
+        made = not root.exists()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                pass
+            if made:
+                root.rmdir()
+        except OSError as error:
+            raise LedgerError(
+                f"The ledger's folder {root} cannot be written: {error.strerror}.",
+                code="dp-ledger-home",
+                why="what is spent on a text has to be remembered from one run to the next",
+                fix="set COTERIE_HOME to a folder that stays and can be written, or name one with `ledger`",
+            ) from None
+        return f"{root} can be written"
 
     def _own_endpoint(self) -> str:
         endpoint = self._listen or self._federation.parties[self._config.party].endpoint

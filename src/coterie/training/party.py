@@ -110,7 +110,7 @@ class PartyProcess:
         if privacy is None:
             return Training(name, "public" if self.config.data.provenance == "public" else "none")
         kind: Literal["budget", "seeded"] = "budget" if privacy.seed is None else "seeded"
-        ledger = Keyring(privacy.spec.ledger or default_root()).public_name(privacy.digest or "")
+        ledger = Keyring(privacy.spec.ledger or default_root(self.config.run_dir)).public_name(privacy.digest or "")
         return Training(name, kind, ledger, privacy.spec.epsilon, privacy.spec.delta)
 
 
@@ -129,6 +129,8 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     )  # of an earlier start of this run; it wins over the settings
     tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
     spec = party_privacy(federation, config)
+    if spec is not None and spec.ledger is None:
+        spec = spec.model_copy(update={"ledger": default_root(config.run_dir)})
     documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
     check_after_private(config, federation, documents)
     train = tokenize(documents, data, tokenizer)

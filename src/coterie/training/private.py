@@ -19,6 +19,7 @@ from coterie.config import PrivacySpec, TrainConfig, dump_yaml
 from coterie.dp.balance import Balance
 from coterie.dp.budget import Budget, Spent
 from coterie.dp.dataset import dataset_digest
+from coterie.dp.ledger import default_root
 from coterie.dp.lot_sums import RoundFigures
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
@@ -134,7 +135,7 @@ def resume_private(
 def _privacy(config: TrainConfig) -> PrivacySpec:
     if config.privacy is None:
         raise ConfigError("The settings have no `privacy` block.", code="train-no-privacy", fix="add one")
-    return config.privacy
+    return config.privacy.model_copy(update={"ledger": config.privacy.ledger or default_root(config.run_dir)})
 
 
 def _prepare(config: TrainConfig, tokenizer_dir: Path | None) -> tuple[Prepared, Documents]:

@@ -89,10 +89,10 @@ def _spools(run_dir: Path, marker: dict[str, str]) -> list[Path]:
     if (run_dir / "party.yaml").is_file():
         party = load_yaml(run_dir / "party.yaml", PartyConfig)
         own = party.privacy.ledger if isinstance(party.privacy, PartyPrivacy) else None
-        root, run = own or default_root(), f"{marker.get('run', '')}-{party.party}"
+        root, run = own or default_root(run_dir), f"{marker.get('run', '')}-{party.party}"
     else:
         privacy = load_yaml(run_dir / "config.yaml", TrainConfig).privacy
-        root, run = (privacy and privacy.ledger) or default_root(), marker.get("privacy_run", "")
+        root, run = (privacy and privacy.ledger) or default_root(run_dir), marker.get("privacy_run", "")
     return sorted(root.expanduser().glob(f"*/spool/{run}")) if run else []
 
 

@@ -1,0 +1,112 @@
+"""Why a member cannot listen or be reached: each reason is a sentence of its own."""
+
+from __future__ import annotations
+
+import datetime as dt
+import errno
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coterie.errors import IdentityError, TransportError
+from coterie.federation import identity, reach
+from coterie.federation.files import write_whole
+from coterie.federation.grpc_transport import GrpcTransport
+from coterie.federation.identity import Authority, Member, Role, cert_pem, key_pem
+from coterie.federation.kit import Kit, load_kit
+from coterie.federation.provision import free_endpoints, local_kits
+from coterie.federation.roster import draft, load_roster, save_roster, sign
+
+
+def refuse(number: int) -> Any:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, "no")
+
+    return fails
+
+
+def test_a_port_that_needs_an_administrator_is_not_called_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "create_server", refuse(errno.EACCES))
+    with pytest.raises(TransportError, match="need an administrator's rights") as caught:
+        reach.check_free("alder", "127.0.0.1:443")
+    assert caught.value.code == "port-needs-root"
+
+
+def test_a_name_service_that_is_away_is_said_wherever_a_name_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    kits = local_kits(tmp_path, ("alder", "birch"))
+    roster = load_roster(kits["birch"])
+    monkeypatch.setattr(socket, "create_server", away)
+    monkeypatch.setattr(socket, "create_connection", away)
+    with pytest.raises(TransportError, match="cannot be resolved"):
+        reach.check_free("alder", "alder.example:7410")
+    found = reach.look_at("alder", roster, kits["birch"].authority)
+    assert found is not None
+    assert "cannot be resolved" in found.message
+
+
+@contextmanager
+def two_sides(folder: Path, authority: Authority, lives: dict[str, float]) -> Iterator[dict[str, GrpcTransport]]:
+    """alder listens and birch dials, with certificates that live for so many seconds."""
+    members = [Member(n, Role.PARTY, e) for n, e in zip(lives, free_endpoints(2), strict=True)]
+    keys = {member.name: identity.new_key() for member in members}
+    certificates = {
+        m.name: authority.issue(m, keys[m.name].public_key(), days=lives[m.name] / 86400) for m in members
+    }
+    roster = draft("demo", 1, members, certificates, config_hash="", placement_hash="")
+    for name, key in keys.items():
+        roster = sign(roster, key, certificates[name])
+    kits: dict[str, Kit] = {}
+    for name, key in keys.items():
+        kit = folder / name
+        kit.mkdir()
+        write_whole(kit / "key.pem", key_pem(key), 0o600)
+        write_whole(kit / "cert.pem", cert_pem(certificates[name]))
+        write_whole(kit / "ca.pem", cert_pem(authority.certificate))
+        save_roster(roster, kit / "roster.json")
+        kits[name] = load_kit(kit)
+    sides = {name: GrpcTransport(name, load_roster(kit), kit) for name, kit in kits.items()}
+    try:
+        for side in sides.values():
+            side.start(lambda peer, lane, message: message)
+        yield sides
+    finally:
+        for side in sides.values():
+            side.close()
+
+
+@pytest.mark.parametrize("whose", ["dialling", "listening", "ca"])
+def test_a_certificate_that_ends_in_mid_run_is_named_with_its_date_on_both_sides(
+    tmp_path: Path, whose: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    life, long = 6.0, 30 * 86400.0
+    authority = identity.new_authority("demo", days=(life if whose == "ca" else long) / 86400)
+    end = time.monotonic() + life
+    lives = {"alder": life if whose == "listening" else long, "birch": life if whose == "dialling" else long}
+    with two_sides(tmp_path, authority, lives) as sides:
+        sides["birch"].connect(life, ["alder"])
+        time.sleep(max(0.0, end + 1 - time.monotonic()))
+        for link in list(sides["birch"]._links):
+            link.cut()
+        deadline = time.monotonic() + 60
+        told = {"birch": "", "alder": ""}
+        while not all("expired on" in text for text in told.values()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            told = {"birch": sides["birch"]._last_seen("alder"), "alder": sides["alder"]._last_seen("birch")}
+        day = f"{dt.datetime.now(dt.UTC):%Y-%m-%d}"
+        for text in told.values():
+            assert f"expired on {day}" in text
+            assert {"dialling": "of birch", "listening": "of alder", "ca": ""}[whose] in text
+        with pytest.raises(IdentityError, match="expired on"):
+            sides["birch"].connect(30.0, ["alder"])
