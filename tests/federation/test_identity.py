@@ -318,7 +318,8 @@ def test_the_first_of_two_dates_is_the_one_that_is_told(tmp_path: Path, ca_days:
 
 @pytest.mark.parametrize(
     ("key", "folder", "fixed", "open_to_others"),
-    [(0o600, 0o755, False, False), (0o400, 0o755, True, False), (0o440, 0o700, False, True), (0o622, 0o755, False, True),
+    [(0o600, 0o755, False, False), (0o440, 0o700, False, True), (0o622, 0o755, False, True),
+     (0o400, 0o755, True, False),
      (0o440, 0o700, True, False), (0o444, 0o700, True, False), (0o444, 0o755, True, True), (0o440, 0o711, True, True),
      (0o622, 0o755, True, False)],
 )  # fmt: skip
