@@ -1,4 +1,4 @@
-"""Write docs/reference/config.md and docs/reference/cli.md from the code: ``python docs/generate_reference.py``.
+"""Write docs/reference/config.md, cli.md and messages.md from the code: ``python docs/generate_reference.py``.
 
 With ``--check`` nothing is written and the exit code says whether the pages are current.
 """
@@ -128,7 +128,58 @@ def cli_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"config": config_page, "cli": cli_page}
+def messages_page() -> str:
+    """Every message between members, from the table that handlers check against."""
+    import dataclasses
+
+    from coterie.federation.control import Call, Directive, Refusal
+    from coterie.federation.messages import NUMBERS, TABLE, Form
+    from coterie.federation.round_state import Complaint, Report, Saved, State
+
+    bodies = {"report": Call, "directive": Directive, "refused": Refusal}
+
+    def row(role: str, form: Form) -> str:
+        body = form.body
+        if body is None:
+            said = f"fields of [{bodies[form.kind].__name__}](#bodies-of-the-rounds)"
+        else:
+            said = "<br>".join(f"`{name}`: {value.words}" for name, value in body.items()) or "-"
+        tensors = "<br>".join(
+            f"{rule.name} [{', '.join(rule.axes)}] {' or '.join(str(d).removeprefix('torch.') for d in rule.dtypes)}"
+            + (", or none" if rule.optional else "")
+            for rule in form.tensors
+        )
+        return f"| {role} `{form.kind}` | {', '.join(form.numbers) or '-'} | {said} | {tensors or '-'} |"
+
+    lines = [
+        HEAD,
+        "# Messages",
+        "",
+        "Everything that members say to each other ([how it is framed](wire.md)). A handler compares a message with",
+        "its line here before it touches anything: kind, lane, sender, header numbers (one that is not named is 0),",
+        "entries of the body (all of them, no others), number, dtype and axes of the tensors (a letter is the same",
+        "extent all over a message). A reply has the numbers of its request. What does not fit is refused as",
+        "`message-unfit`; values that are not finite or too large as `message-not-finite` and `message-too-large`.",
+        "",
+        f"Header numbers: {', '.join(NUMBERS)}. Letters: M tokens, D model width, P pairs of token and expert,",
+        "R rows of outputs (M, or P without weights), O output width, S bytes of a chunk.",
+        "",
+    ]
+    titles = {"tokens": "Exchange `tokens`", "experts": "Exchange `experts`", "rounds": "Rounds"}
+    for part, title in titles.items():
+        lines += [f"## {title}", "", "| message | numbers | body | tensors |", "|---|---|---|---|"]
+        for line in TABLE:
+            if line.part == part:
+                where = f"{line.sender} to {line.receiver}, {line.lane.name.lower()}:"
+                lines += [row(where, line.request), *(row("reply:", reply) for reply in line.replies)]
+        lines.append("")
+    lines += ["## Bodies of the rounds", "", "| name | fields |", "|---|---|"]
+    for body in (Call, Report, Complaint, Saved, Directive, State, Refusal):
+        lines.append(f"| {body.__name__} | {', '.join(f'`{f.name}`' for f in dataclasses.fields(body))} |")
+    return "\n".join(lines)
+
+
+PAGES = {"config": config_page, "cli": cli_page, "messages": messages_page}
 
 
 def main() -> int:

@@ -11,6 +11,7 @@
     │   └── RosterError    the signed list of parties does not fit
     ├── TransportError     the wire: a peer that is gone, late or speaks nonsense
     │   ├── FrameError     a message whose header does not check out
+    │   │   └── MessageError a member's message that does not fit what was agreed
     │   └── DeadlineError  nothing came in time
     ├── RoundError         a round that was aborted or cannot be joined
     ├── CheckpointError    saved state that is missing, torn or of another run
@@ -99,6 +100,21 @@ class TransportError(CoterieError):
 
 class FrameError(TransportError):
     code = "frame"
+
+
+class MessageError(FrameError):
+    """A message that no honest member sends.
+
+    Args:
+        peer: who sent it, where it came to this process; None where another member says so of a message of ours.
+    """
+
+    code = "message"
+
+    def __init__(self, message: str, *, peer: str | None = None, **details: str | None) -> None:
+        super().__init__(message, **details)
+        self.peer = peer
+        self.counted = False  # against its sender, by the gate of this process
 
 
 class DeadlineError(TransportError):

@@ -339,7 +339,7 @@ def test_newer_process_of_a_party_takes_over_and_the_older_one_is_told(grove: Fe
     old, new = Report("old", 1), Report("new", 1)
     for report in (old, new):
         reply = coordinator_handle("alder", Lane.CONTROL, encode(Call(report, AGREEMENT)))
-        assert decode(reply, Directive).state.phase is Phase.GATHER
+        assert decode(reply, Directive, COORDINATOR).state.phase is Phase.GATHER
     reply = coordinator_handle("alder", Lane.CONTROL, encode(Call(old, AGREEMENT)))
     assert reply.kind == "refused"
     assert reply.body["code"] == "round-superseded"
@@ -449,7 +449,7 @@ def test_no_field_of_a_report_has_room_for_text(grove: Federation, field: str, c
 def test_coordinator_cannot_write_what_it_likes_on_a_terminal(kind: type, body: dict[str, object]):
     name = {Refusal: "refused", Directive: "directive"}[kind]
     with pytest.raises(FrameError) as caught:
-        decode(Message(name, body=body), kind)
+        decode(Message(name, body=body), kind, "alder")
     assert caught.value.code == "control-body"
     assert "Anna" not in str(caught.value)
 
@@ -457,8 +457,8 @@ def test_coordinator_cannot_write_what_it_likes_on_a_terminal(kind: type, body: 
 def test_everything_that_is_really_said_passes_the_checks():
     held = (Saved(0, ""), Saved(40, "0123456789abcdef" * 4))
     call = Call(Report("0011aabb", 3, 4, 5, "exchange-deadline", 7, held, "f" * 64, True), AGREEMENT, "00ff")
-    assert decode(encode(call), Call) == call
+    assert decode(encode(call), Call, "alder") == call
     note = "alder, birch-2 and cedar_3 failed in compute of round 7 (deadline, data-unreadable), 3 times in a row"
     state = State(9, Phase.RESTORE, 7, absent=("birch-2",), sources={"cedar_3": held[1]}, code="deadline", note=note)
     directive = Directive("00ff", state, 40, ("alder",))
-    assert decode(encode(directive), Directive) == directive
+    assert decode(encode(directive), Directive, COORDINATOR) == directive

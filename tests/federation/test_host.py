@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from token_world import PARTIES, SPEC, Recording, expert_weights
 from torch import Tensor
 
-from coterie.errors import CheckpointError, CoterieError, FrameError, ModelError, RoundError
+from coterie.errors import CheckpointError, CoterieError, MessageError, ModelError, RoundError
 from coterie.federation.expert_work import Rows
 from coterie.federation.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, ExpertHost, HostLimits
 from coterie.federation.shard import Shard
@@ -202,7 +202,7 @@ def test_tokens_cannot_be_declared_twice_differently_or_below_zero() -> None:
     host.tokens("birch", 0, 0, 5)
     host.tokens("birch", 0, 0, 5)
     assert code_of(lambda: host.tokens("birch", 0, 0, 6)) == "tokens-changed"
-    assert code_of(lambda: host.tokens("cedar", 0, 0, -1)) == "tokens-negative"
+    assert code_of(lambda: host.tokens("cedar", 0, 0, -1)) == "message-unfit"
     assert code_of(lambda: host.forward(exchange(), rows(), keep=True)) == "micro-batch-over"
 
 
@@ -364,9 +364,11 @@ def test_rows_that_do_not_fit_are_refused_and_leave_nothing(change: dict[str, Te
 def test_messages_that_do_not_fit_are_refused(message: Message) -> None:
     host = make_host()
     host.begin(0, 0)
-    with pytest.raises(FrameError) as caught:
-        host.handle("birch", Lane.FORWARD, message)
-    assert caught.value.code == "exchange-unfit"
+    lane = Lane.BACKWARD if message.kind in (GRADIENT, TOKENS) else Lane.FORWARD
+    with pytest.raises(MessageError) as caught:
+        host.handle("birch", lane, message)
+    assert caught.value.peer == "birch"
+    assert caught.value.code == ("exchange-unfit" if message.layer == 2 else "message-unfit")
 
 
 def test_a_transcript_sees_what_was_received_even_if_it_is_refused() -> None:
@@ -374,7 +376,7 @@ def test_a_transcript_sees_what_was_received_even_if_it_is_refused() -> None:
     host = make_host(transcript=lambda peer, lane, message: seen.append((peer, lane, message.kind)))
     host.begin(0, 0)
     host.handle("birch", Lane.FORWARD, dispatch(rows()))
-    with pytest.raises(FrameError):
+    with pytest.raises(MessageError):
         host.handle("cedar", Lane.BACKWARD, Message(GRADIENT))
     assert seen == [("birch", Lane.FORWARD, "dispatch"), ("cedar", Lane.BACKWARD, "gradient")]
 

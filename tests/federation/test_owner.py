@@ -76,7 +76,7 @@ class World:
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
         self.seen.append((message.kind, message.layer))
         self.before(message)
-        return self.service.handle(message)
+        return self.service.handle(peer, message)
 
     def begin(self, round: int) -> None:
         self.service.begin_round(round)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from coterie.errors import FrameError, RoundError, TransportError
+from coterie.errors import FrameError, MessageError, RoundError, TransportError
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.parts import CHUNK, Part, digest_of, expert_parts
 from coterie.federation.push_service import Push, Pusher, PushService
@@ -81,7 +82,7 @@ class Federation:
             self.break_at = None
             raise TransportError("the line broke")
         if message.kind.startswith("weights"):
-            return self.service.handle(message)
+            return self.service.handle(peer, message)
         return self.pushes.handle(peer, message)
 
     def close(self) -> None:
@@ -132,16 +133,16 @@ def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation)
     federation.service.begin_round(1)
     honest = federation.service.handle
 
-    def dishonest(message: Message) -> Message:
-        reply = honest(message)
+    def dishonest(peer: str, message: Message) -> Message:
+        reply = honest(peer, message)
         if message.kind != CHUNK_KIND:
             return reply
-        return Message(CHUNK_KIND, 1, tensors=(reply.tensors[0] ^ 1,))
+        return replace(reply, tensors=(reply.tensors[0] ^ 1,))
 
     federation.service.handle = dishonest
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
     digest = fetcher.offers([BIG], 1, torch.float32)[0].digest
-    with pytest.raises(RoundError, match="other bytes than it offered"):
+    with pytest.raises(MessageError, match="other bytes than it offered"):
         fetcher.fetch(BIG, 1, torch.float32, digest)
 
 
@@ -211,9 +212,9 @@ def test_a_retry_of_the_attempt_keeps_what_was_staged(open_round):
 @pytest.mark.parametrize(
     ("blob", "options", "code"),
     [
-        (blob_of(float("nan")), {}, "push-not-finite"),
-        (blob_of(float("inf")), {}, "push-not-finite"),
-        (blob_of(1.0)[:-4], {}, "part-size"),
+        (blob_of(float("nan")), {}, "message-not-finite"),
+        (blob_of(float("inf")), {}, "message-not-finite"),
+        (blob_of(1.0)[:-4], {}, "message-unfit"),
         (blob_of(1.0), {"round": 6}, "push-round"),
         (blob_of(1.0), {"weights": "older"}, "push-stale-weights"),
     ],

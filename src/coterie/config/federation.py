@@ -108,6 +108,19 @@ class FederationConfig(Spec):
     lost_party: Literal["pause", "continue"] = Field(
         default="pause", description="When a party is gone: wait for it, or go on without its experts."
     )
+    value_limit: float = Field(
+        default=1e5,
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest size of a weight, hidden vector, expert output or gradient that crosses, and of a sum "
+        "without privacy for each token or record in it. Noised sums have a bound of their own.",
+    )
+    max_refusals: int = Field(
+        default=2,
+        ge=1,
+        description="Messages that do not fit what was agreed, or hold values beyond it, after which their sender is "
+        "treated as lost until it is started again; less than `max_attempts` in effect.",
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> FederationConfig:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from coterie.errors import FrameError
-from coterie.federation.round_state import Code, Count, Name, Report, Saved, State, Token
+from coterie.errors import MessageError
+from coterie.federation.round_state import Code, Complaint, Count, Name, Report, Saved, State, Strict, Token
 from coterie.federation.transport import Message
 
 COORDINATOR = "coordinator"
@@ -17,7 +18,7 @@ COORDINATOR = "coordinator"
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Strict):
     """Party to coordinator: a heartbeat with everything the party has to say.
 
     Attributes:
@@ -31,7 +32,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Directive:
+class Directive(Strict):
     """Coordinator to party: the newest state. Sent when it changes, and as the answer to every call.
 
     Attributes:
@@ -49,7 +50,7 @@ class Directive:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Refusal(Strict):
     """Coordinator to party: you cannot take part. Codes and hashes only."""
 
     code: Code
@@ -64,7 +65,8 @@ _KINDS: Mapping[type, tuple[str, TypeAdapter[Any]]] = {
 }
 
 
-_FIELDS = frozenset(f.name for kind in (Call, Directive, Refusal, Report, State, Saved) for f in fields(kind))
+_BODIES = (Call, Complaint, Directive, Refusal, Report, State, Saved)
+_FIELDS = frozenset(field.name for kind in _BODIES for field in fields(kind))
 
 
 def encode(body: Call | Directive | Refusal) -> Message:
@@ -78,19 +80,21 @@ def is_kind(message: Message, kind: type) -> bool:
     return message.kind == _KINDS[kind][0]
 
 
-def decode(message: Message, kind: type[_Body]) -> _Body:
-    """The body of a control message.
+def decode(message: Message, kind: type[_Body], peer: str) -> _Body:
+    """The body of a control message that ``peer`` sent.
 
     Raises:
-        FrameError: another kind of message, or a field that does not fit; the value is not repeated.
+        MessageError: another kind of message, or a field that does not fit; the value is not repeated.
     """
     name, adapter = _KINDS[kind]
     if message.kind != name:
-        raise FrameError(f"expected `{name}`, got `{message.kind}`.", code="control-kind")
+        raise MessageError(f"{peer} sent `{message.kind}` for `{name}`.", code="control-kind", peer=peer)
     try:
-        value: _Body = adapter.validate_python(dict(message.body))
+        value: _Body = adapter.validate_json(json.dumps(dict(message.body)), strict=True)
     except ValidationError as error:
         # The names of an unknown or nested key are the sender's own words: only ours are repeated.
         field = next((str(part) for part in error.errors()[0]["loc"] if part in _FIELDS), "body")
-        raise FrameError(f"`{name}` has a bad field `{field}`.", code="control-body", field=field) from None
+        raise MessageError(
+            f"{peer} sent `{name}` with a bad field `{field}`.", code="control-body", field=field, peer=peer
+        ) from None
     return value

@@ -12,15 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from coterie.errors import CoterieError, TransportError
-from coterie.federation.control import Call, Directive, Refusal, decode, encode
+from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, decode, encode
 from coterie.federation.failures import run_failure
+from coterie.federation.gate import Gate
 from coterie.federation.journal import Journal
+from coterie.federation.messages import check_request
 from coterie.federation.own_time import OwnTime
 from coterie.federation.round_state import Clock, Ending, Move, Phase, Plan, Report, State, View
 from coterie.federation.rounds import advance, wanting
 from coterie.federation.transport import Lane, Message, Transport
 
 _TICK_S = 0.2
+
+
+def refusals_allowed(plan: Plan) -> int:
+    """Misfits of one member after which it is dropped: before the attempts that they cost would end the run."""
+    return max(1, min(plan.max_refusals, plan.max_attempts - 1))
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,12 @@ class Coordinator:
         notify: Callable[[Notice], None] = lambda notice: None,
         notice_every_s: float = 10.0,
     ) -> None:
-        self._plan, self._transport, self._journal, self._agreement = plan, transport, journal, agreement
+        self._plan, self._journal, self._agreement = plan, journal, agreement
+        self._transport = Gate(transport, refusals_allowed(plan), self._refused_too_often)
         self._notify, self._notice_every_s = notify, notice_every_s
         self._views: dict[str, View] = {}
-        self._retired: set[str] = set()
+        self._retired: dict[str, str] = {}  # instance to why it may not come back
+        self._since: dict[str, int] = {}  # number of the state in which each party's present process came
         self._refused: dict[str, str] = {}
         self._stop = ""
         self._changed = threading.Condition()
@@ -139,7 +148,8 @@ class Coordinator:
         self._entered = self._time.now()
 
     def _handle(self, peer: str, lane: Lane, message: Message) -> Message:
-        call = decode(message, Call)
+        check_request("rounds", COORDINATOR, peer, lane, message)
+        call = decode(message, Call, peer)
         with self._changed:
             refusal = self._refuse(peer, call)
             if refusal is not None:
@@ -159,18 +169,50 @@ class Coordinator:
         if call.run not in ("", self._journal.run):
             return Refusal("checkpoint-other-run", self._journal.run)
         if call.report.instance in self._retired:
-            return Refusal("round-superseded")
+            return Refusal(self._retired[call.report.instance])
         return None
 
     def _take(self, peer: str, report: Report) -> None:
         old = self._views.get(peer)
+        if old is None or old.report.instance != report.instance:
+            self._since[peer] = self._journal.state.seq
         if old is not None and old.report.instance != report.instance:
-            self._retired.add(old.report.instance)
+            self._retired.setdefault(old.report.instance, "round-superseded")
         elif old is not None and old.report.count > report.count:
             report = old.report  # it arrived late, but it still says that the party is alive
         self._views[peer] = View(report, self._time.now())
+        self._hear_complaints(peer)
         if report.stop:
             self.stop(peer)
+
+    def _hear_complaints(self, peer: str) -> None:
+        """Drop whoever a party complains of; it is one's word against the other's, so whoever complains of several,
+        and of more than half of the others, is itself the one that does not fit."""
+        valid = [
+            each
+            for each in self._views[peer].report.complaints
+            if each.about != peer
+            and each.about in self._views
+            and not self._views[each.about].dropped
+            and each.seq >= self._since[each.about]
+        ]
+        if len(valid) > 1 and 2 * len(valid) > len(self._plan.parties) - 1:
+            self._drop(peer, f"it refuses what {', '.join(each.about for each in valid)} sent")
+            return
+        for each in valid:
+            self._drop(each.about, f"{peer} refuses what it sent ({each.code})")
+
+    def _refused_too_often(self, peer: str, code: str) -> None:
+        with self._changed:
+            self._drop(peer, f"the coordinator refuses what it sent ({code})")
+
+    def _drop(self, party: str, reason: str) -> None:
+        """From now on this process of a party counts as lost; a new one may come."""
+        view = self._views.get(party)
+        if view is not None and not view.dropped:
+            self._retired[view.report.instance] = "member-dropped"
+            self._views[party] = replace(view, dropped=reason)
+            self._changed.notify_all()
 
     def _decide(self) -> None:
         """Write down and take up every decision that is due. Called with the lock held."""

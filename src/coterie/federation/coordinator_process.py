@@ -35,6 +35,7 @@ def plan_of(config: FederationConfig) -> Plan:
         lease_s=lease_s(config),
         join_s=config.join_deadline_s,
         max_attempts=config.max_attempts,
+        max_refusals=config.max_refusals,
         lost_party=config.lost_party,
     )
 

@@ -6,6 +6,7 @@ never wait for anything but the round to begin.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.errors import FrameError, RoundError
+from coterie.errors import FrameError, MessageError, RoundError
 from coterie.federation.expert_work import Kept, Rows, work_backward, work_forward
+from coterie.federation.messages import LARGEST, check_request, kinds, unfit
 from coterie.federation.shard import Shard
 from coterie.federation.staging import PartyStage
 from coterie.federation.transport import Lane, Message
+from coterie.federation.values import check_own, check_received
 from coterie.models.seam import ExpertLayer
 
 DISPATCH = "dispatch"
@@ -40,11 +43,17 @@ class HostLimits:
         kept_bytes: most memory for forwards whose backward has not come, per party.
         ahead: most micro-batches begun behind one that has not finished.
         begin_s: how long a message may wait for this host to begin the round it belongs to.
+        rounds, micro_batches, tokens: most of each, from the signed settings; tokens of one party in one round.
+        value: largest size of a number that a party may send, or be sent.
     """
 
     kept_bytes: int = 8 << 30
     ahead: int = 16
     begin_s: float = 60.0
+    rounds: int = LARGEST
+    micro_batches: int = 1 << 32
+    tokens: int = LARGEST
+    value: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class ExpertHost:
     All methods can be called from any thread.
     """
 
-    KINDS = frozenset({DISPATCH, GRADIENT, TOKENS})
+    KINDS = kinds("tokens")
 
     def __init__(
         self,
@@ -138,8 +147,8 @@ class ExpertHost:
         Raises:
             RoundError: a backward of it is missing, or the attempt is over.
         """
-        if count < 0:
-            raise FrameError(f"{party} declares {count} tokens.", code="tokens-negative", field="count")
+        if not 0 <= count <= self._limits.tokens:
+            raise unfit(party, TOKENS, "count", f"is {count}; {self._limits.tokens} were agreed")
         self._stage(party, round, attempt).declare(count)
 
     def missing(self) -> tuple[str, ...]:
@@ -278,6 +287,12 @@ class ExpertHost:
             grad = grad.to(kept.rows.x_MD.device)
             grad_x_MD, grad_weights_P, gradients = work_backward(layer, weights, kept, grad)
             staged = {name: value.cpu() for name, value in gradients.items()}
+        check_own(
+            "gradients of hosted experts",
+            staged.values(),
+            self._limits.value * max(1, kept.rows.ids_P.shape[0]),
+            where=_where(exchange),
+        )
         with self._changed:
             self._check_open(exchange)
             self._reserved[exchange.party] -= kept.num_bytes
@@ -291,30 +306,33 @@ class ExpertHost:
           host is to weight and sum. Reply: the outputs.
         - ``gradient``: the gradient at the outputs. Reply: the gradient at x_MD, and at weights_P if there were any.
         - ``tokens``, body ``{"count": int}``. Reply: nothing.
+
+        Raises:
+            MessageError: it is no such message, or holds what cannot be computed with; nothing was touched.
         """
         if self._transcript is not None:
             self._transcript(peer, lane, message)
+        limits = self._limits
+        most = {"round": limits.rounds, "micro_batch": limits.micro_batches - 1, "layer": len(self._layers) - 1}
+        line = check_request("tokens", self.me, peer, lane, message, most=most)
+        for rule, tensor in zip(line.request.tensors, message.tensors, strict=False):
+            if tensor.is_floating_point():
+                check_received(peer, message.kind, rule.name, tensor, limits.value)
         exchange = ExchangeId(
             peer, message.round, message.attempt, message.micro_batch, message.layer, message.exchange
         )
         if message.kind == DISPATCH:
-            keep = message.body.get("keep")
-            if len(message.tensors) not in (3, 4) or not isinstance(keep, bool):
-                raise _unfit(exchange, "dispatch", f"brings {len(message.tensors)} tensors")
             x_MD, counts_M, ids_P, *weights = message.tensors
-            if counts_M.dtype != torch.uint8 or ids_P.dtype not in (torch.uint8, torch.int32):
-                raise _unfit(exchange, "dispatch", f"counts with {counts_M.dtype}, ids with {ids_P.dtype}")
             rows = Rows(x_MD, counts_M.long(), ids_P.long(), weights[0] if weights else None)
-            return _reply("outputs", message, self.forward(exchange, rows, keep))
+            out = self.forward(exchange, rows, message.body["keep"])
+            check_own("outputs of hosted experts", [out], limits.value, where=_where(exchange))
+            return _reply("outputs", message, out)
         if message.kind == GRADIENT:
-            if len(message.tensors) != 1:
-                raise _unfit(exchange, "gradient", f"brings {len(message.tensors)} tensors")
             grad_x_MD, grad_weights_P = self.backward(exchange, message.tensors[0])
-            return _reply("gradients", message, grad_x_MD, *(() if grad_weights_P is None else (grad_weights_P,)))
-        count = message.body.get("count")
-        if message.kind != TOKENS or type(count) is not int:
-            raise _unfit(exchange, "message", f"is a `{message.kind}`")
-        self.tokens(peer, message.round, message.attempt, count)
+            grads = (grad_x_MD,) if grad_weights_P is None else (grad_x_MD, grad_weights_P)
+            check_own("gradients behind hosted experts", grads, limits.value, where=_where(exchange))
+            return _reply("gradients", message, *grads)
+        self.tokens(peer, message.round, message.attempt, message.body["count"])
         return _reply("counted", message)
 
     def _layer(self, exchange: ExchangeId) -> ExpertLayer:
@@ -344,13 +362,14 @@ class ExpertHost:
         local_E[list(hosted)] = torch.arange(len(hosted), device=ids_P.device)
         local_P = local_E[ids_P]
         if bool((local_P < 0).any()):
-            raise FrameError(
+            raise MessageError(
                 f"{exchange.party} sends tokens to an expert that {self.me} does not host.",
                 code="expert-not-hosted",
                 where=_where(exchange),
                 why="the two sides disagree on who hosts which expert",
                 fix="compare the roster hash on both sides: coterie roster show",
                 field="ids",
+                peer=exchange.party,
             )
         if self._size(layer, rows) > self._limits.kept_bytes:
             raise _too_much(exchange, self._limits.kept_bytes)
@@ -442,13 +461,14 @@ def _over(round: int, attempt: int) -> RoundError:
     )
 
 
-def _unfit(exchange: ExchangeId, field: str, problem: str) -> FrameError:
-    return FrameError(
+def _unfit(exchange: ExchangeId, field: str, problem: str) -> MessageError:
+    return MessageError(
         f"{exchange.party} sent something that does not fit: {field} {problem}.",
         code="exchange-unfit",
         where=_where(exchange),
         why="both sides must run the same model, placement and version",
         field=field,
+        peer=exchange.party,
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DeadlineError, RoundError, TransportError
 from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, decode, encode, is_kind
-from coterie.federation.round_state import Report
+from coterie.federation.messages import check_request
+from coterie.federation.round_state import Complaint, Report
 from coterie.federation.transport import Lane, Message, Transport
 
 _ANSWER_S = 4.0
@@ -28,6 +29,7 @@ class Membership:
         run: the run its checkpoints belong to; empty for none.
         heartbeat_s: time between heartbeats.
         patience_s: silence of the coordinator after which the party gives up.
+        check: looks at every directive; what it raises makes it one that was not said.
         on_news: called from the heartbeat or a transport thread whenever the directive changed or the tie is lost;
             must return at once.
         on_beat: called from the heartbeat thread after every heartbeat, with the seconds that the coordinator has
@@ -42,12 +44,13 @@ class Membership:
         run: str = "",
         heartbeat_s: float = 2.0,
         patience_s: float = 300.0,
+        check: Callable[[Directive], None] = lambda directive: None,
         on_news: Callable[[], None] = lambda: None,
         on_beat: Callable[[float], None] = lambda silent_s: None,
     ) -> None:
         self._transport, self._agreement, self._run = transport, agreement, run
         self._heartbeat_s, self._patience_s, self._on_news = heartbeat_s, patience_s, on_news
-        self._on_beat = on_beat
+        self._on_beat, self._check = on_beat, check
         self._report = Report(secrets.token_hex(8))
         self._directive: Directive | None = None
         self._lost: CoterieError | None = None
@@ -96,6 +99,13 @@ class Membership:
             self._unsent = True
             self._changed.notify_all()
 
+    def complain(self, about: str, code: str) -> None:
+        """Tell the coordinator that another party's messages do not fit what was agreed. Returns at once."""
+        with self._changed:
+            seq = 0 if self._directive is None else self._directive.state.seq
+            others = [each for each in self._report.complaints if each.about != about]
+            self.say(complaints=(*others, Complaint(about, seq, code)))
+
     def ask_to_stop(self) -> None:
         """Ask for a clean end after the round in progress. Safe in a signal handler: takes no lock."""
         self._stop = True
@@ -106,7 +116,8 @@ class Membership:
 
     def handle(self, message: Message) -> None:
         """Take a directive the coordinator sent on its own."""
-        self._absorb(decode(message, Directive))
+        check_request("rounds", self._transport.me, COORDINATOR, Lane.CONTROL, message)
+        self._absorb(decode(message, Directive, COORDINATOR))
 
     def close(self) -> None:
         with self._changed:
@@ -168,8 +179,9 @@ class Membership:
 
     def _heard(self, call: Call, reply: Message) -> None:
         if is_kind(reply, Refusal):
-            raise _refused(decode(reply, Refusal), self._agreement)
-        directive = decode(reply, Directive)
+            raise _refused(decode(reply, Refusal, COORDINATOR), self._agreement)
+        directive = decode(reply, Directive, COORDINATOR)
+        self._check(directive)
         with self._changed:
             self._heard_at = time.monotonic()
             if self._report.count == call.report.count:
@@ -178,6 +190,7 @@ class Membership:
         self._absorb(directive)
 
     def _absorb(self, directive: Directive) -> None:
+        self._check(directive)
         with self._changed:
             if self._run and directive.run != self._run:
                 self._lost = _refused(Refusal("checkpoint-other-run", directive.run), self._agreement)
@@ -235,6 +248,14 @@ def _refused(refusal: Refusal, agreement: str) -> CoterieError:
                 "a newer process of this party has taken its place.",
                 code=refusal.code,
                 fix="end one of the two: a party takes part once",
+            )
+        case "member-dropped":
+            return RoundError(
+                "the others dropped this process: what it sent does not fit what was agreed.",
+                code=refusal.code,
+                why="they compute with nothing that was not agreed on",
+                fix="see the coordinator's log for who refused what; check that all run the same version, then start "
+                "again",
             )
         case _:
             return RoundError(f"the coordinator turned this party away (`{refusal.code}`).", code=refusal.code)

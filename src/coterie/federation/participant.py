@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from coterie.errors import CoterieError, RoundError
+from coterie.errors import CoterieError, MessageError, RoundError
 from coterie.federation.control import Directive
 from coterie.federation.failures import run_failure
 from coterie.federation.membership import Membership
@@ -132,10 +132,17 @@ class Participant:
             self._clean_up(act, state)
             if membership.current(state.seq):
                 self._failed(error)
-                membership.say(failed=state.seq, code=error.code, live=self._standing.live, held=self._actor.held())
+                culprit = error.peer if isinstance(error, MessageError) else None
+                membership.say(
+                    failed=state.seq,
+                    code=error.code,
+                    culprit=culprit,
+                    live=self._standing.live,
+                    held=self._actor.held(),
+                )
             return
         except BaseException:
-            membership.say(failed=state.seq, code="internal", live=None)
+            membership.say(failed=state.seq, code="internal", culprit=None, live=None)
             membership.flush(GOODBYE_S)
             raise
         finally:

@@ -160,6 +160,11 @@ def combined_digest(digests: Iterable[str]) -> str:
     return hashlib.sha256("|".join(digests).encode()).hexdigest()
 
 
+def span(num_bytes: int, number: int) -> tuple[int, int]:
+    """Start and end of one chunk of a blob."""
+    return number * CHUNK, min((number + 1) * CHUNK, num_bytes)
+
+
 def spans(num_bytes: int) -> list[tuple[int, int]]:
     """Start and end of every chunk of a blob."""
-    return [(start, min(start + CHUNK, num_bytes)) for start in range(0, num_bytes, CHUNK)]
+    return [span(num_bytes, number) for number in range(-(-num_bytes // CHUNK))]

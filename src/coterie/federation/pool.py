@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.errors import FrameError, RoundError
+from coterie.errors import RoundError
 from coterie.federation import push_service, weight_service
 from coterie.federation.home import TrunkHome
+from coterie.federation.messages import LARGEST, answer, check_request, kinds, unfit
 from coterie.federation.parts import Part
 from coterie.federation.push_service import PushService
 from coterie.federation.shard import Shard
@@ -42,6 +43,23 @@ class Declared:
     weight: float
 
 
+@dataclass(frozen=True)
+class PoolLimits:
+    """What a party can make a host take, from the signed settings.
+
+    Attributes:
+        serial: highest number of a round that will ever be asked for.
+        weight: most that a party's sums can be divided by.
+        value: largest size of a weight, and of a sum for each unit of its party's weight.
+        noised: largest size of a sum that was clipped and noised, by tensor name; None where sums are not.
+    """
+
+    serial: int = LARGEST
+    weight: float = LARGEST
+    value: float = math.inf
+    noised: Callable[[str], float] | None = None
+
+
 class Pool:
     """Serves and steps the parts of one party.
 
@@ -56,22 +74,14 @@ class Pool:
         transcript: sees every message that another party sent, for the audit.
         lend: this party's copy of a trunk share whose host is absent.
         ahead: a message for a round that is at least this far ahead is refused at once.
+        limits: bounds on what a party can send.
 
     Attributes:
         version: commits applied since this object was made.
         received: by party, number of the newest round of which all its sums are here; part of a checkpoint.
     """
 
-    KINDS = frozenset(
-        {
-            weight_service.OFFER,
-            weight_service.CHUNK_KIND,
-            push_service.BEGIN,
-            push_service.CHUNK_KIND,
-            push_service.END,
-            DECLARE,
-        }
-    )
+    KINDS = kinds("experts")
 
     def __init__(
         self,
@@ -86,14 +96,17 @@ class Pool:
         transcript: Transcript | None = None,
         lend: Callable[[Part], Mapping[str, Tensor]] | None = None,
         ahead: int | None = None,
+        limits: PoolLimits = PoolLimits(),
     ) -> None:
         self.me, self.shard, self.home = me, shard, home
         self.version = 0
         self.received: dict[str, int] = {}
         self._parties = tuple(parties)
         self._mine = tuple(part for part in parts if part.host == me)
-        self._weights = WeightService(self._mine, self._read, weights_dtype)
-        self._pushes = PushService(self._mine, push_dtype, self._parties)
+        self._limits = limits
+        self._most = {"round": limits.serial, "layer": max((part.number for part in parts), default=0)}
+        self._weights = WeightService(self._mine, self._read, weights_dtype, limits.value)
+        self._pushes = PushService(self._mine, push_dtype, self._parties, self.push_limit)
         self.transcript = transcript
         self._lend = lend
         self._round = -1
@@ -149,9 +162,13 @@ class Pool:
 
         A message for the round that is about to begin here waits up to ``wait_s`` for it: parties hear of a new
         round at slightly different times.
+
+        Raises:
+            MessageError: it is no such message, or holds what cannot be computed with; nothing was touched.
         """
         if self.transcript is not None and peer != self.me:
             self.transcript(peer, lane, message)
+        check_request("experts", self.me, peer, lane, message, most=self._most)
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or self._round >= message.round or self._far(message.round), timeout=wait_s
@@ -162,9 +179,9 @@ class Pool:
                 raise RoundError(f"{self.me} went back to before round {message.round}.", code="round-given-up")
         if message.kind == DECLARE:
             self._declare(peer, message)
-            return Message(DECLARE, message.round)
+            return answer(message, DECLARE)
         if message.kind in (weight_service.OFFER, weight_service.CHUNK_KIND):
-            return self._weights.handle(message, self.received.get(peer, 0))
+            return self._weights.handle(peer, message, self.received.get(peer, 0))
         reply = self._pushes.handle(peer, message)
         if message.kind == push_service.END and self._pushes.complete(peer):
             self.received[peer] = max(self.received.get(peer, 0), message.round)
@@ -235,13 +252,21 @@ class Pool:
         declared = self._declared.get(party)
         return declared is not None and (not declared.contributes or self._pushes.complete(party))
 
+    def push_limit(self, party: str, name: str) -> float:
+        """Largest size of a value in a party's sum of a tensor: what was agreed, for the weight it declared."""
+        declared = self._declared.get(party)  # no lock: it is asked for under the lock of the pushes
+        if declared is None or not declared.contributes:
+            raise RoundError(f"{party} pushes sums that it did not declare.", code="push-undeclared")
+        plain = self._limits.value * max(declared.weight, 1.0)
+        return plain if self._limits.noised is None else self._limits.noised(name)
+
     def _declare(self, peer: str, message: Message) -> None:
-        contributes, weight = message.body.get("contributes"), message.body.get("weight")
-        if not isinstance(contributes, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise FrameError(f"{peer} declares its part in a round with {weight!r}.", code="declare", field="weight")
+        contributes, weight = message.body["contributes"], float(message.body["weight"])
+        if not (weight == 0 or 1 <= weight <= self._limits.weight):
+            raise unfit(peer, DECLARE, "weight", f"is neither 0 nor from 1 to {self._limits.weight:g}")
         with self._changed:
             if message.round != self._round or peer not in self._active:
                 raise RoundError(f"{peer} declares round {message.round}; {self._round} is open.", code="push-round")
-            declared = Declared(contributes, float(weight))
+            declared = Declared(contributes, weight)
             if self._declared.setdefault(peer, declared) != declared:
                 raise RoundError(f"{peer} declares its part in round {message.round} twice.", code="declare-changed")

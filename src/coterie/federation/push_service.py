@@ -6,9 +6,10 @@ broken line, a restart or a retry of the attempt, and count once; other bytes un
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,11 +18,16 @@ import torch
 from torch import Tensor
 
 from coterie.errors import FrameError, RoundError, TransportError
-from coterie.federation.parts import AHEAD, Part, digest_of, spans
+from coterie.federation.messages import answer, unfit
+from coterie.federation.parts import AHEAD, CHUNK, Part, digest_of, span
 from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.values import check_received
 
 BEGIN, CHUNK_KIND, END = "push-begin", "push-chunk", "push-end"
 LANE = Lane.BACKWARD
+
+Limit = Callable[[str, str], float]
+"""``limit(party, name)``: largest size of a value in a party's sum of the tensor of that name."""
 
 
 @dataclass
@@ -29,6 +35,10 @@ class _Incoming:
     digest: str
     blob: Tensor
     seen: set[int] = field(default_factory=set)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.blob.numel() // CHUNK)
 
 
 class PushService:
@@ -38,9 +48,17 @@ class PushService:
         parts: the parts this party stores.
         dtype: what crosses, float32 or bfloat16.
         parties: who may push, in the order in which sums are added up.
+        limit: see `Limit`; asked when a push is whole.
     """
 
-    def __init__(self, parts: tuple[Part, ...], dtype: torch.dtype, parties: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        parts: tuple[Part, ...],
+        dtype: torch.dtype,
+        parties: tuple[str, ...],
+        limit: Limit = lambda party, name: math.inf,
+    ) -> None:
+        self._limit = limit
         self._parts = {part.number: part for part in parts}
         self._dtype = dtype
         self._parties = parties
@@ -65,21 +83,21 @@ class PushService:
         """Answer one step of a push; the reply of ``push-begin`` names the chunks that are missing.
 
         Raises:
-            RoundError: another round, another version of the weights, a party outside the roster, other bytes
-                than before (code push-changed), or a value that is not finite (code push-not-finite).
-            FrameError: wrong size or span.
+            RoundError: another round, another version of the weights, a party outside the roster, or other bytes
+                than before (code push-changed).
+            MessageError: wrong size or span, or values that no honest sum has.
         """
         with self._lock:
             part = self._check(peer, message)
             key = (peer, part.number)
             if message.kind == BEGIN:
                 missing = self._begin(key, part, message)
-                return Message(BEGIN, message.round, layer=part.number, body={"missing": missing})
+                return answer(message, BEGIN, {"missing": missing})
             if message.kind == CHUNK_KIND:
                 self._chunk(key, message)
             elif key not in self._staged:
                 self._finish(key, part)
-            return Message(message.kind, message.round, layer=part.number)
+            return answer(message, message.kind)
 
     def stage(self, party: str, number: int, round: int, blob: Tensor, weights: str) -> None:
         """Stage a whole part at once, as the party itself does for what it hosts; the same checks as `handle`."""
@@ -129,10 +147,10 @@ class PushService:
         return part
 
     def _begin(self, key: tuple[str, int], part: Part, message: Message) -> list[int]:
-        digest, size = message.body.get("digest"), message.body.get("size")
-        if not isinstance(digest, str) or len(digest) != 64 or size != part.num_bytes(self._dtype):
-            raise FrameError(f"{key[0]} announces part {part.number} with {size} bytes.", code="part-size")
-        if message.body.get("weights") != self._weights.get(part.number):
+        digest, size, due = message.body["digest"], message.body["size"], part.num_bytes(self._dtype)
+        if size != due:
+            raise unfit(key[0], BEGIN, "size", f"of part {part.number} is {size} bytes, not {due}")
+        if message.body["weights"] != self._weights.get(part.number):
             raise RoundError(
                 f"{key[0]} computed part {part.number} on other weights than this round's.",
                 code="push-stale-weights",
@@ -154,35 +172,35 @@ class PushService:
         incoming = self._incoming.setdefault(
             key, _Incoming(digest, torch.empty(part.num_bytes(self._dtype), dtype=torch.uint8))
         )
-        return [number for number in range(len(spans(incoming.blob.numel()))) if number not in incoming.seen]
+        return [number for number in range(incoming.chunks) if number not in incoming.seen]
 
     def _chunk(self, key: tuple[str, int], message: Message) -> None:
         if key in self._staged:
             return
-        incoming = self._incoming.get(key)
-        number = int(message.exchange)
-        if incoming is None or number >= len(spans(incoming.blob.numel())):
-            raise FrameError(f"a chunk of a push that {key[0]} did not begin.", code="push-span")
-        start, end = spans(incoming.blob.numel())[number]
+        incoming, number = self._incoming.get(key), message.exchange
+        if incoming is None:
+            raise RoundError(f"{key[0]} sends a chunk of a push that it did not begin.", code="push-not-begun")
+        if number >= incoming.chunks:
+            raise unfit(key[0], CHUNK_KIND, "exchange", f"is {number} of {incoming.chunks} chunks")
+        start, end = span(incoming.blob.numel(), number)
         (chunk,) = message.tensors
-        if chunk.dtype != torch.uint8 or tuple(chunk.shape) != (end - start,):
-            raise FrameError(f"chunk {number} of {key[0]}'s push has another size.", code="push-span")
+        if chunk.numel() != end - start:
+            raise unfit(key[0], CHUNK_KIND, "bytes", f"of chunk {number} are {chunk.numel()}, not {end - start}")
         incoming.blob[start:end] = chunk
         incoming.seen.add(number)
 
     def _finish(self, key: tuple[str, int], part: Part) -> None:
-        incoming = self._incoming.pop(key, None)
-        if incoming is None or len(incoming.seen) != len(spans(incoming.blob.numel())):
-            raise FrameError(f"{key[0]} ended a push before all its chunks came.", code="push-short")
+        incoming = self._incoming.get(key)
+        if incoming is None:
+            raise RoundError(f"{key[0]} ends a push that it did not begin.", code="push-not-begun")
+        if len(incoming.seen) != incoming.chunks:
+            raise unfit(key[0], END, "chunks", f"came {len(incoming.seen)} of {incoming.chunks}")
+        del self._incoming[key]
         if digest_of(incoming.blob) != incoming.digest:
-            raise FrameError(f"{key[0]}'s push of part {part.number} has another digest.", code="push-digest")
-        if not bool(torch.isfinite(incoming.blob.view(self._dtype)).all()):
-            raise RoundError(
-                f"{key[0]}'s push of part {part.number} holds NaN or infinity.",
-                code="push-not-finite",
-                why="it would ruin the shared weights for everybody",
-                fix="nothing of it is applied; the attempt is aborted",
-            )
+            raise unfit(key[0], END, "digest", f"of part {part.number} is another than was announced")
+        for name, values in part.decode(incoming.blob, self._dtype).items():
+            where = f"part {part.number}, round {self._round}"
+            check_received(key[0], END, f"sum of {name}", values, self._limit(key[0], name), where=where)
         self._staged[key] = (incoming.digest, incoming.blob)
 
 
@@ -275,10 +293,12 @@ class Pusher:
     def _send_chunks(self, item: Push, round: int, reply: Future[Message]) -> list[Future[Message]]:
         """What the host is missing; a host that could not be asked has that error as its only answer."""
         try:
-            missing = [int(number) for number in reply.result().body["missing"]]
+            missing: list[int] = reply.result().body["missing"]
         except TransportError as error:
             return [_failed(error)]
-        all_spans = spans(item.blob.numel())
+        chunks = -(-item.blob.numel() // CHUNK)
+        if max(missing, default=0) >= max(chunks, 1):
+            return [_failed(unfit(item.part.host, BEGIN, "missing", f"names chunks beyond {chunks}"))]
         return [
             self._ask(
                 item.part,
@@ -287,7 +307,7 @@ class Pusher:
                     round,
                     layer=item.part.number,
                     exchange=number,
-                    tensors=(item.blob[slice(*all_spans[number])],),
+                    tensors=(item.blob[slice(*span(item.blob.numel(), number))],),
                 ),
             )
             for number in missing

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints
 
 # What a process says about itself is shown on everybody's terminal and kept in the coordinator's journal. So no field
 # has room for text: the patterns are checked wherever these values are read from JSON.
@@ -22,6 +22,12 @@ Digest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 Note = Annotated[str, StringConstraints(pattern=r"^\P{C}*$", max_length=16384)]
 """Written by the coordinator from names, numbers and codes; printable."""
 Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Strict:
+    """A value that is refused with a key it does not know."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 class Phase(StrEnum):
@@ -57,6 +63,7 @@ class Plan:
         lease_s: silence after which a party counts as lost.
         quiet_s: the same for a party that has no connection either: its process or its line is gone, or frozen.
         join_s: how long to wait for a party before the run ends.
+        max_refusals: messages that do not fit after which a party's process is dropped.
         max_attempts: failures after which the run ends, if it did not get further meanwhile than ever before; more
             interruptions than that end it as well.
         lost_party: wait for a lost party, or go on without its experts.
@@ -71,11 +78,12 @@ class Plan:
     quiet_s: float = 4.0
     join_s: float = 300.0
     max_attempts: int = 3
+    max_refusals: int = 2
     lost_party: Literal["pause", "continue"] = "pause"
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Strict):
     """One party's checkpoint: the rounds behind it and the digest of its manifest. Round 0 is the split model."""
 
     round: Count
@@ -115,7 +123,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class State:
+class State(Strict):
     """Where the federation is. Written to disk before anybody is told.
 
     Attributes:
@@ -155,7 +163,22 @@ class State:
 
 
 @dataclass(frozen=True)
-class Report:
+class Complaint(Strict):
+    """A party says that another one's messages do not fit what was agreed.
+
+    Attributes:
+        about: that other party.
+        seq: of the newest directive when it said so; one about an earlier process of that party counts no more.
+        code: of the last message's refusal.
+    """
+
+    about: Name
+    seq: Count
+    code: Code
+
+
+@dataclass(frozen=True)
+class Report(Strict):
     """What a party says in every heartbeat.
 
     Attributes:
@@ -167,6 +190,8 @@ class Report:
         saved: digest of the checkpoint written in this phase.
         stop: somebody asked this party to stop.
         unreachable: parties it has had no connection to for a while.
+        culprit: whose message was at fault in ``failed``.
+        complaints: the newest one about each party.
     """
 
     instance: Token
@@ -179,15 +204,23 @@ class Report:
     saved: Digest = ""
     stop: bool = False
     unreachable: Annotated[tuple[Name, ...], Field(max_length=256)] = ()
+    culprit: Name | None = None
+    complaints: Annotated[tuple[Complaint, ...], Field(max_length=64)] = ()
 
 
 @dataclass(frozen=True)
 class View:
-    """The newest report of a party, when it came, and whether it has a connection now."""
+    """The newest report of a party and when it came.
+
+    Attributes:
+        connected: whether it has a connection now.
+        dropped: why this process of the party counts no more, in names and codes; empty while it does.
+    """
 
     report: Report
     heard_at: float
     connected: bool = True
+    dropped: str = ""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class _Scene:
         is silent and has no connection is gone.
         """
         view = self.views.get(party)
-        if view is None:
+        if view is None or view.dropped:
             return False
         patience = self.plan.lease_s if view.connected else min(self.plan.lease_s, self.plan.quiet_s)
         return self.clock.now - view.heard_at <= patience
@@ -115,6 +115,11 @@ class _Scene:
             for other in here[index + 1 :]
             if other in self.views[one].report.unreachable or one in self.views[other].report.unreachable
         )
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Parties whose process was told to leave, for what it sent."""
+        return tuple(name for name in self.active if name in self.views and self.views[name].dropped)
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -191,14 +196,23 @@ class _Scene:
 
     def after_failure(self) -> Move:
         """What follows once a party reported that it could not do what it was told."""
-        codes = sorted({self.views[name].report.code for name in self.failed})
-        return self.again(codes[0], f"{_names(self.failed)} failed in {self.activity} ({', '.join(codes)})")
+        reports = [self.views[name].report for name in self.failed]
+        codes = sorted({report.code for report in reports})
+        note = f"{_names(self.failed)} failed in {self.activity} ({', '.join(codes)})"
+        if culprits := sorted({report.culprit for report in reports if report.culprit is not None}):
+            note += f" by what {_names(culprits)} sent"
+        return self.again(codes[0], note)
 
     def trouble(self, *allowed: int | None) -> Move | None:
         """The way back to gather, when something is wrong with the present phase."""
+        what = self.activity
+        if self.dropped:
+            reasons = "; ".join(self.views[name].dropped for name in self.dropped)
+            # Failures before it are put down to it: they say nothing about those that go on.
+            move = self.interrupted(f"{_names(self.dropped)} dropped in {what}: {reasons}")
+            return move if move.state.phase is Phase.END else replace(move, state=replace(move.state, failures=0))
         if self.failed:
             return self.after_failure()
-        what = self.activity
         if self.lost:
             return self.interrupted(f"lost {_names(self.lost)} in {what}")
         if self.cut and self.state.phase in _TALKING:
@@ -235,7 +249,9 @@ class _Scene:
 
 def _gather(scene: _Scene) -> Move | None:
     state, plan = scene.state, scene.plan
-    if scene.failed:  # it failed to apply the commit it learned of here; it answers to the next number only
+    if (
+        scene.failed and not scene.dropped
+    ):  # it failed to apply the commit it learned of here; it answers to the next number only
         return scene.after_failure()
     lost, cut = scene.lost, scene.cut
     if not lost and not cut and scene.all_done:

@@ -9,6 +9,7 @@ P (token, expert) pairs at one host, R routed rows over all hosts.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -20,10 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from coterie.errors import DeadlineError, FrameError, PlacementError, RoundError
+from coterie.errors import DeadlineError, MessageError, PlacementError, RoundError
 from coterie.federation.expert_work import Rows
 from coterie.federation.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, ExpertHost
 from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.values import check_own, check_received
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows
 
@@ -46,6 +48,7 @@ class TokenExchange:
             each expert are always combined by the owner.
         deadline_s: longest wait for one reply.
         random_bytes: where the order of rows comes from; anything but the operating system is for tests.
+        value_limit: largest size of a number that crosses.
 
     Attributes:
         absent: parties that the others agreed to go on without. Their experts are masked: they add nothing to a
@@ -65,9 +68,10 @@ class TokenExchange:
         combine: Combine = "host",
         deadline_s: float = 60.0,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        value_limit: float = math.inf,
     ) -> None:
         self.transport, self.host, self.combine = transport, host, combine
-        self.deadline_s, self.random_bytes = deadline_s, random_bytes
+        self.deadline_s, self.random_bytes, self.value_limit = deadline_s, random_bytes, value_limit
         self.absent: frozenset[str] = frozenset()
         _check_placement(placement, layers, host)
         self._hosts = {
@@ -166,6 +170,8 @@ class TokenMicroBatch:
     def forward(self, call: ExpertsCall, keep: bool) -> tuple[Tensor, _Ticket]:
         """See `Exchange.forward`."""
         layer, hidden_ND = call.layer, call.hidden_ND.to(_wire_dtype(call.hidden_ND))
+        crossing = (hidden_ND, call.expert_weights_NK)
+        check_own("hidden vectors", crossing, self._exchange.value_limit, where=f"MoE layer {layer.index}")
         row_P = _rows_of_pairs(call) if self.answers_rows(layer) else None
         shares = self._share_out(call)
         if not keep:  # a backward wants every host to know of every micro-batch; an inference does not
@@ -195,7 +201,7 @@ class TokenMicroBatch:
             out = hidden_ND.new_zeros(int((row_P >= 0).sum()), width)
         for name, share in shares.items():
             lines = share.token_M if row_P is None else row_P[share.pair_P]
-            (part,) = _checked(replies[name], [(len(lines), width)], hidden_ND, name, exchange)
+            (part,) = self._checked(replies[name], [(len(lines), width)], hidden_ND, name, exchange)
             # A token has one line per host (and a pair has one host), so the order of the sums is that of the hosts.
             out.index_add_(0, lines, part.to(out.dtype))
         return out.to(call.hidden_ND.dtype), _Ticket(
@@ -206,6 +212,8 @@ class TokenMicroBatch:
     def backward(self, ticket: _Ticket, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Exchange.backward`."""
         row_P = ticket.row_P
+        where = f"MoE layer {ticket.exchange.layer}"
+        check_own("gradients behind experts", [grad], self._exchange.value_limit, where=where)
         grads = {
             name: grad[share.token_M if row_P is None else row_P[share.pair_P]].to(ticket.dtype)
             for name, share in ticket.shares.items()
@@ -225,7 +233,7 @@ class TokenMicroBatch:
             shapes: list[tuple[int, ...]] = [(len(share.token_M), like_ND.shape[1])]
             if row_P is None:
                 shapes.append((len(share.pair_P),))
-            found = _checked(replies[name], shapes, grad, name, ticket.exchange)
+            found = self._checked(replies[name], shapes, grad, name, ticket.exchange)
             grad_hidden.index_add_(0, share.token_M, found[0].to(grad_hidden.dtype))
             if row_P is None:
                 grad_weights.view(-1)[share.pair_P] = found[1].to(grad_weights.dtype)
@@ -288,6 +296,29 @@ class TokenMicroBatch:
         for name, reply in gather(asked, self._stopped, deadline_s, where).items():
             replies[name] = reply.tensors
         return replies
+
+    def _checked(
+        self,
+        tensors: tuple[Tensor, ...],
+        shapes: Sequence[tuple[int, ...]],
+        like: Tensor,
+        name: str,
+        exchange: ExchangeId,
+    ) -> tuple[Tensor, ...]:
+        """A host's answer on this device, if it has the promised shapes and can be computed with."""
+        where = f"round {exchange.round}, micro-batch {exchange.micro_batch}, layer {exchange.layer}"
+        if [tuple(t.shape) for t in tensors] != list(shapes) or not all(t.is_floating_point() for t in tensors):
+            raise MessageError(
+                f"{name} answered with shapes {[tuple(t.shape) for t in tensors]}, not {list(shapes)}.",
+                code="exchange-reply",
+                where=where,
+                why="both sides must run the same model, placement and version",
+                peer=name,
+            )
+        if name != self._exchange.host.me:
+            for tensor in tensors:
+                check_received(name, "reply", "rows", tensor, self._exchange.value_limit, where=where)
+        return tuple(tensor.to(like.device) for tensor in tensors)
 
 
 def gather(
@@ -359,20 +390,6 @@ def _rows_of_pairs(call: ExpertsCall) -> Tensor:
     row_P = torch.full((call.expert_ids_NK.numel(),), -1, device=rows.pair_R.device)
     row_P[rows.pair_R] = torch.arange(len(rows.pair_R), device=rows.pair_R.device)
     return row_P
-
-
-def _checked(
-    tensors: tuple[Tensor, ...], shapes: Sequence[tuple[int, ...]], like: Tensor, name: str, exchange: ExchangeId
-) -> tuple[Tensor, ...]:
-    """A host's answer on this device, if it has the promised shapes."""
-    if [tuple(t.shape) for t in tensors] != list(shapes) or not all(t.is_floating_point() for t in tensors):
-        raise FrameError(
-            f"{name} answered with shapes {[tuple(t.shape) for t in tensors]}, not {list(shapes)}.",
-            code="exchange-reply",
-            where=f"round {exchange.round}, micro-batch {exchange.micro_batch}, layer {exchange.layer}",
-            why="both sides must run the same model, placement and version",
-        )
-    return tuple(tensor.to(like.device) for tensor in tensors)
 
 
 def _wire_dtype(hidden: Tensor) -> torch.dtype:

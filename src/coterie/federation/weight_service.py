@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError, FrameError, RoundError, TransportError
-from coterie.federation.parts import Part, digest_of, spans
+from coterie.errors import CoterieError, MessageError, RoundError, TransportError
+from coterie.federation.messages import answer, unfit
+from coterie.federation.parts import CHUNK, Part, digest_of, span, spans
 from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.values import check_own, check_received
 
 OFFER, CHUNK_KIND = "weights-offer", "weights-chunk"
 LANE = Lane.FORWARD
@@ -25,13 +28,19 @@ class WeightService:
         parts: the parts this party stores.
         read: the present weights of a part, any dtype.
         dtype: what crosses.
+        value_limit: largest size of a weight that is served.
 
     Guarantee: between two calls of `begin_round` a part is read once and always the same bytes are served.
     """
 
     def __init__(
-        self, parts: tuple[Part, ...], read: Callable[[Part], Mapping[str, Tensor]], dtype: torch.dtype
+        self,
+        parts: tuple[Part, ...],
+        read: Callable[[Part], Mapping[str, Tensor]],
+        dtype: torch.dtype,
+        value_limit: float = math.inf,
     ) -> None:
+        self._value_limit = value_limit
         self._own = {part.number: part for part in parts}
         self._parts = dict(self._own)
         self._read = read
@@ -52,7 +61,7 @@ class WeightService:
                 self._round = round
             self._parts = self._own | {part.number: part for part in lent}
 
-    def handle(self, message: Message, received: int = 0) -> Message:
+    def handle(self, peer: str, message: Message, received: int = 0) -> Message:
         """Answer an offer or a chunk request.
 
         Args:
@@ -60,23 +69,22 @@ class WeightService:
 
         Raises:
             RoundError: another round, or a part that is not stored here.
-            FrameError: a span outside the part.
+            MessageError: a span that is not one of the part.
         """
         blob, digest = self.frozen(message.layer, message.round)
         if message.kind == OFFER:
-            return Message(
-                OFFER,
-                message.round,
-                layer=message.layer,
-                body={"digest": digest, "size": blob.numel(), "received": received},
-            )
-        start, end = int(message.body["start"]), int(message.body["end"])
-        if not 0 <= start < end <= blob.numel():
-            raise FrameError(f"bytes {start}:{end} are outside part {message.layer}.", code="part-span")
-        return Message(CHUNK_KIND, message.round, layer=message.layer, tensors=(blob[start:end],))
+            return answer(message, OFFER, {"digest": digest, "size": blob.numel(), "received": received})
+        start, end = message.body["start"], message.body["end"]
+        if start % CHUNK or start >= blob.numel() or (start, end) != span(blob.numel(), start // CHUNK):
+            raise unfit(peer, CHUNK_KIND, "start", f"and end are {start}:{end}, no chunk of part {message.layer}")
+        return answer(message, CHUNK_KIND, tensors=(blob[start:end],))
 
     def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
-        """Bytes and digest of a part in this round."""
+        """Bytes and digest of a part in this round.
+
+        Raises:
+            RoundError: another round, a part that is not stored here, or weights that diverged.
+        """
         with self._lock:
             if round != self._round:
                 raise RoundError(
@@ -89,6 +97,7 @@ class WeightService:
             if number not in self._blobs:
                 part = self._parts[number]
                 blob = part.encode(self._read(part), self._dtype)
+                check_own("weights of this host", [blob.view(self._dtype)], self._value_limit, where=_where(part))
                 self._blobs[number] = (blob, digest_of(blob))
             return self._blobs[number]
 
@@ -120,17 +129,26 @@ class Transfer:
 
     part: Part
     round: int
+    dtype: torch.dtype
     blob: Tensor
     asked: list[tuple[Span, Future[Message]]]
 
     def collect(self) -> tuple[list[Span], CoterieError | None]:
-        """Take in every answer; returns the spans that did not come, with the first error."""
+        """Take in every answer; returns the spans that did not come, with the first error.
+
+        Raises:
+            MessageError: an answer does not fit; the host would give it again.
+        """
         missing: list[Span] = []
         first: CoterieError | None = None
         for (start, end), future in self.asked:
             try:
                 (chunk,) = future.result().tensors
+                if chunk.numel() != end - start:
+                    raise unfit(self.part.host, CHUNK_KIND, "bytes", f"are {chunk.numel()}; asked for {end - start}")
                 self.blob[start:end] = chunk
+            except MessageError:
+                raise
             except TransportError as error:
                 missing.append((start, end))
                 first = first or error
@@ -141,9 +159,15 @@ class WeightFetcher:
     """The owner's side: every part, in the fixed order, whatever the lot.
 
     A transfer that breaks goes on with the chunks that are missing.
+
+    Args:
+        value_limit: largest size of a weight that is taken.
     """
 
-    def __init__(self, transport: Transport, *, deadline_s: float, retries: int = 3) -> None:
+    def __init__(
+        self, transport: Transport, *, deadline_s: float, retries: int = 3, value_limit: float = math.inf
+    ) -> None:
+        self._value_limit = value_limit
         self._transport = transport
         self._deadline_s = deadline_s
         self._retries = retries
@@ -152,11 +176,12 @@ class WeightFetcher:
         """What hosts serve for parts in this round, by part number; all are asked at once.
 
         Raises:
-            FrameError: a host offers another size than the model's.
+            MessageError: a host offers another size than the model's, or says that it holds a sum of ours of a
+                round that is still to come.
             RoundError, TransportError: a host serves another round, or is gone.
         """
         asked = [(part, self._ask(part, Message(OFFER, round, layer=part.number))) for part in parts]
-        return {part.number: _offered(part, future.result(), dtype) for part, future in asked}
+        return {part.number: _offered(part, future.result(), round, dtype) for part, future in asked}
 
     def fetch(self, part: Part, round: int, dtype: torch.dtype, digest: str) -> Tensor:
         """The bytes of one part, uint8; see `begin` and `finish`."""
@@ -165,7 +190,7 @@ class WeightFetcher:
     def begin(self, part: Part, round: int, dtype: torch.dtype) -> Transfer:
         """Ask for all chunks of a part and return at once."""
         blob = torch.empty(part.num_bytes(dtype), dtype=torch.uint8)
-        return Transfer(part, round, blob, self._request(part, round, spans(blob.numel())))
+        return Transfer(part, round, dtype, blob, self._request(part, round, spans(blob.numel())))
 
     def finish(self, transfer: Transfer, digest: str) -> Tensor:
         """Wait for a part; returns its bytes, uint8.
@@ -175,7 +200,7 @@ class WeightFetcher:
 
         Raises:
             TransportError: the host did not answer, also after retries.
-            RoundError: the bytes do not have that digest.
+            MessageError: the bytes do not have that digest, or are no numbers to compute with.
         """
         for tries_left in range(self._retries, -1, -1):
             missing, error = transfer.collect()
@@ -185,12 +210,16 @@ class WeightFetcher:
                 raise error
             transfer.asked = self._request(transfer.part, transfer.round, missing)
         if digest_of(transfer.blob) != digest:
-            raise RoundError(
+            raise MessageError(
                 f"{transfer.part.host} served part {transfer.part.number} with other bytes than it offered.",
                 code="weights-changed",
                 why="every pass over a record must see the same weights",
                 fix="the attempt is aborted; look at the host's own log",
+                peer=transfer.part.host,
             )
+        values = transfer.blob.view(transfer.dtype)
+        part = transfer.part
+        check_received(part.host, CHUNK_KIND, "weights", values, self._value_limit, where=_where(part))
         return transfer.blob
 
     def _request(self, part: Part, round: int, wanted: list[Span]) -> list[tuple[Span, Future[Message]]]:
@@ -210,8 +239,14 @@ class WeightFetcher:
         return self._transport.request_async(part.host, LANE, message, self._deadline_s)
 
 
-def _offered(part: Part, reply: Message, dtype: torch.dtype) -> Offer:
-    digest, size, received = (reply.body.get(name) for name in ("digest", "size", "received"))
-    if not isinstance(digest, str) or size != part.num_bytes(dtype):
-        raise FrameError(f"{part.host} offers part {part.number} with {size} bytes.", code="part-size")
-    return Offer(digest, received if isinstance(received, int) else 0)
+def _offered(part: Part, reply: Message, round: int, dtype: torch.dtype) -> Offer:
+    digest, size, received = (reply.body[name] for name in ("digest", "size", "received"))
+    if size != part.num_bytes(dtype):
+        raise unfit(part.host, OFFER, "size", f"of part {part.number} is {size} bytes, not {part.num_bytes(dtype)}")
+    if received > round:
+        raise unfit(part.host, OFFER, "received", f"is {received}, which round {round} comes before")
+    return Offer(digest, received)
+
+
+def _where(part: Part) -> str:
+    return f"part {part.number} of {part.host}, " + (f"MoE layer {part.layer}" if part.layer >= 0 else "shared trunk")

@@ -32,6 +32,7 @@ from coterie.federation.pool import Pool
 from coterie.federation.round_state import State
 from coterie.federation.shard import OptimizerFactory, Shard
 from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.values import check_own
 from coterie.federation.weight_service import WeightFetcher
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, expert_wrappers, factors_stay_apart
@@ -39,6 +40,7 @@ from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.weight_cache import FileStore, MemoryStore, WeightCache
+from coterie.training.agreed_limits import pool_limits
 from coterie.training.load_home import LoadHome, releases_loads
 from coterie.training.loop import to_device
 from coterie.training.packing import Batch
@@ -245,6 +247,7 @@ class ExpertsWay:
             push_dtype=push_dtype,
             lend=self._lend,
             ahead=2 * _ATTEMPTS,
+            limits=pool_limits(federation, model, _ATTEMPTS),
         )
         pinned = device.type == "cuda"
         store = FileStore(cache_dir) if cache_dir is not None else MemoryStore(pinned=pinned)
@@ -253,7 +256,7 @@ class ExpertsWay:
             [layer.num_experts for layer in self._layers],
             WeightCache(store, len(self._layers)),
             self.pool,
-            WeightFetcher(transport, deadline_s=federation.deadline_s),
+            WeightFetcher(transport, deadline_s=federation.deadline_s, value_limit=federation.value_limit),
             weights_dtype,
             set_trunk=self._set_trunk,
             wait_s=federation.deadline_s,
@@ -296,9 +299,11 @@ class ExpertsWay:
         computed = time.monotonic()
         if not going():
             raise superseded()
-        self._sender.declare(serial, contributes=sums.experts is not None, weight=sums.weight)
-        if sums.experts is not None:
-            self._sender.push(serial, self._encode(sums, serial), versions)
+        blobs = self._encode(sums, serial) if sums.experts is not None else None
+        self._sender.declare(serial, contributes=blobs is not None, weight=sums.weight)
+        if blobs is not None:
+            self._check_own(blobs, serial)
+            self._sender.push(serial, blobs, versions)
         self.sums = sums
         self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
 
@@ -432,6 +437,14 @@ class ExpertsWay:
                 tensors = {name: stacked[name][list(part.experts)] for name, _ in part.shapes}
             blobs[part.number] = self._rounded(part, tensors, sums.digest or f"{serial:x}")
         return blobs
+
+    def _check_own(self, blobs: Mapping[int, Tensor], serial: int) -> None:
+        """What a host would refuse does not leave: this party says itself that it diverged."""
+        for part in self.parts:
+            if part.trained:
+                for name, values in part.decode(blobs[part.number], self._push_dtype).items():
+                    limit = self.pool.push_limit(self.pool.me, name)
+                    check_own(f"this party's sums of {name}", [values], limit, where=f"round {serial // _ATTEMPTS}")
 
     def _rounded(self, part: Part, tensors: Mapping[str, Tensor], release: str) -> Tensor:
         """The part's bytes; in bfloat16 by coins that follow from the release, so that resending repeats them.

@@ -13,6 +13,7 @@ from coterie.config import (
     ModelSpec,
     PartyConfig,
     PartyPrivacy,
+    PrivacyRules,
     PrivacySpec,
     dump_yaml,
     load_yaml,
@@ -35,6 +36,7 @@ from coterie.models.placement import Placement
 from coterie.models.shards import TRUNK_FILE, file_digest, load_tensors, parse_expert_key, shard_file, stored_shapes
 from coterie.models.trainings import Training, write_trainings
 from coterie.training.after_private import check_after_private
+from coterie.training.agreed_limits import largest_noise
 from coterie.training.data import Documents, read_documents
 from coterie.training.folders import kept_private, private_folder
 from coterie.training.loop import use_checkpointing
@@ -184,6 +186,7 @@ def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
 def _privacy_parts(
     config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, documents: Documents, train: Sequences
 ) -> PrivacyParts:
+    assert isinstance(federation.privacy, PrivacyRules), "a party has a budget only where rules were agreed on"
     return PrivacyParts(
         spec,
         federation.train.rounds,
@@ -194,6 +197,7 @@ def _privacy_parts(
         sequence_length=config.data.sequence_length,
         record=record_facts(config.data),
         originals=originals(documents, train),
+        largest_noise=largest_noise(federation.privacy, federation.train.rounds),
     )
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from coterie.errors import CoterieError
 from coterie.federation.control import COORDINATOR, Directive
-from coterie.federation.coordinator_process import heartbeat_s, status_of
+from coterie.federation.coordinator import refusals_allowed
+from coterie.federation.coordinator_process import heartbeat_s, plan_of, status_of
+from coterie.federation.gate import Gate
 from coterie.federation.membership import Membership
+from coterie.federation.messages import unfit
 from coterie.federation.participant import Participant
 from coterie.federation.round_state import Ending, State
 from coterie.federation.run_folder import RunFolder
@@ -108,17 +111,19 @@ class PartyRun:
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
             kind = TokensWork if parts.federation.exchange == "tokens" else ExpertsWork
-            self.work: PartyWork = kind(parts, transport, self._store)
+            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._complain)
+            self.work: PartyWork = kind(parts, self._gate, self._store)
         except BaseException:
             self._folder.close()
             raise
-        self._participant = Participant(parts.party, self.work, self._heard, self._watch.failed)
+        self._participant = Participant(parts.party, self.work, self._heard, self._failed)
         self._membership = Membership(
-            transport,
+            self._gate,
             agreement,
             run=self._store.run,
             heartbeat_s=heartbeat_s(parts.federation),
             patience_s=parts.federation.join_deadline_s,
+            check=self._check,
             on_news=self._participant.on_news,
             on_beat=self._beat,
         )
@@ -140,7 +145,7 @@ class PartyRun:
     def run(self) -> PartyResult:
         """Take part until the run ends; see `Participant.run` for what it raises."""
         try:
-            self._transport.start(self._handle)
+            self._gate.start(self._handle)
             self._transport.connect(self._parts.federation.join_deadline_s, [COORDINATOR])
             state = self._participant.run(self._membership)
             result = self._result(state)
@@ -180,6 +185,24 @@ class PartyRun:
             self._membership.handle(message)
             return None
         return self.work.handle(peer, lane, message)
+
+    def _complain(self, peer: str, code: str) -> None:
+        if peer != COORDINATOR:
+            self._membership.complain(peer, code)
+
+    def _check(self, directive: Directive) -> None:
+        """A coordinator can name no round and no party that was not agreed on."""
+        state, federation = directive.state, self._parts.federation
+        if max(state.round, state.committed) > federation.train.rounds:
+            raise unfit(
+                COORDINATOR, "directive", "round", f"is beyond the {federation.train.rounds} that were agreed"
+            )
+        if not {*directive.missing, *state.absent, *state.rejoining, *state.sources} <= federation.parties.keys():
+            raise unfit(COORDINATOR, "directive", "absent", "names a party that is none")
+
+    def _failed(self, error: CoterieError) -> None:
+        self._gate.count(error)
+        self._watch.failed(error)
 
     def _heard(self, directive: Directive) -> None:
         self._store.adopt(directive.run)

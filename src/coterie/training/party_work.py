@@ -18,6 +18,7 @@ from coterie.federation.control import COORDINATOR
 from coterie.federation.participant import Alive
 from coterie.federation.round_state import Saved, State
 from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.values import check_own
 from coterie.models import seam
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import private_folder
@@ -138,7 +139,11 @@ class PartyWork(ABC):
 
     def step(self, round: int, attempt: int) -> None:
         rate = lr_at(round - 1, self.parts.federation.optim, self._spec.rounds)
-        self._log(round - 1, **self._commit(round, attempt, rate), lr=rate, attempt=attempt)
+        figures = self._commit(round, attempt, rate)
+        hosted = (value for name, value in self._hosted_state().items() if "/" not in name)
+        own = (*trunk_tensors(self.parts.model).values(), *hosted)
+        check_own("the parameters", own, where=f"after round {round}, at {self.parts.party}")
+        self._log(round - 1, **figures, lr=rate, attempt=attempt)
 
     def evaluate(self, told: State, alive: Alive) -> None:
         self._meet(told.absent, alive)
@@ -157,6 +162,8 @@ class PartyWork(ABC):
             "experts": {name: value for name, value in hosted.items() if _EXPERT.fullmatch(name)},
             "hosted": {name: value for name, value in hosted.items() if not _EXPERT.fullmatch(name)},
         }
+        for stem, named in tensors.items():
+            check_own(f"`{stem}`", named.values(), where=f"checkpoint of round {told.round}; nothing was written")
         apart = {stem: {name: _own(value) for name, value in named.items()} for stem, named in tensors.items()}
         lora = self.parts.federation.lora
         return self._store.save(told.round, apart, lora.model_dump(mode="json") if lora is not None else None)

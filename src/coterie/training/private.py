@@ -26,6 +26,7 @@ from coterie.dp.setup import make_private, resume_session
 from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.files import writing
 from coterie.federation.run_folder import holding_its_folder
+from coterie.federation.values import check_own
 from coterie.models.saved import save_model
 from coterie.training.checkpoint import CheckpointStore, model_tensors, write_json
 from coterie.training.data import Documents, read_documents
@@ -169,6 +170,7 @@ def _train(
         for lot in session:
             session.step(lot)
             done = session.round
+            check_own("the parameters", prepared.model.parameters(), where=f"after round {done}; it was not saved")
             last = done == spec.rounds or session.releases.remaining == 0
             figures = session.last
             assert figures is not None

@@ -23,7 +23,7 @@ from coterie.dp.lot_sums import SumEngine
 from coterie.dp.made_up import FromCollator
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.dp.spool import Release
-from coterie.errors import PrivacyError
+from coterie.errors import BudgetError, PrivacyError
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
@@ -187,7 +187,21 @@ class PrivateSums:
                 record=parts.record, originals=parts.originals, self_check=self._compared,
                 gaps=self._gaps,
             )  # fmt: skip
+            self._check_noise(parts.largest_noise)
         return self.contributor
+
+    def _check_noise(self, largest: float) -> None:
+        assert self.contributor is not None
+        multiplier = self.contributor.noise_multiplier
+        if multiplier > largest:
+            self.close()
+            raise BudgetError(
+                f"This party's budget needs {multiplier:.4g} times the clip norm in noise; hosts take {largest:.4g}.",
+                code="dp-noise-beyond-agreed",
+                where="set-up of the party; nothing has left it",
+                why="noise beyond what the agreed epsilon can need would drown everybody's sums",
+                fix="ask for an epsilon and delta nearer to those of federation.yaml",
+            )
 
     def _check_covered(self) -> None:
         """Everything that is trained has to get noise."""

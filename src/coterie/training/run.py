@@ -21,6 +21,7 @@ from coterie.config import TrainConfig, content_hash, dump_yaml, load_yaml
 from coterie.errors import CheckpointError, ConfigError, DataError, PrivacyError
 from coterie.federation.files import writing
 from coterie.federation.run_folder import holding_its_folder
+from coterie.federation.values import check_own
 from coterie.models.saved import save_model
 from coterie.models.trainings import Training
 from coterie.training.checkpoint import CheckpointStore, load_model_tensors, model_tensors, write_json
@@ -223,6 +224,7 @@ def _train(prepared: Prepared, optimizer: AdamW, done: int, stop: StopFlag, watc
             rate = lr_at(done, config.optim, spec.rounds)
             batches = (prepared.train.batch(rows) for rows in order.micro_batches(done, spec.micro_batch))
             result = train_round(model, optimizer, batches, lr=rate)
+            check_own("the parameters", model.parameters(), where=f"after round {done + 1}; it was not saved")
             seconds = time.monotonic() - began
             metrics.log(done, loss=result.loss, lr=rate, tokens=result.tokens, seconds=seconds)
             done += 1

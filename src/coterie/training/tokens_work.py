@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from coterie.federation.host import ExpertHost, HostLimits
+from coterie.federation.host import ExpertHost
 from coterie.federation.participant import Alive
 from coterie.federation.round_state import State
 from coterie.federation.shard import Shard
@@ -17,6 +17,7 @@ from coterie.federation.transport import Lane, Message, Transport
 from coterie.models.seam import check_selected
 from coterie.models.segments import Cut
 from coterie.models.turn import Turn
+from coterie.training.agreed_limits import host_limits
 from coterie.training.packing import Batch
 from coterie.training.party_parts import PartyParts, Weights
 from coterie.training.party_store import PartyStore
@@ -40,14 +41,13 @@ class TokensWork(PartyWork):
     def _begin(self, weights: Weights) -> None:
         parts = self.parts
         shard = Shard(self._cut.layers, weights.experts, self._make_optimizer, device=parts.device)
-        limits = HostLimits(begin_s=parts.federation.deadline_s)
         self.host = ExpertHost(
             parts.party,
             tuple(parts.federation.parties),
             self._cut.layers,
             shard,
             recompute=parts.federation.model.gradient_checkpointing,
-            limits=limits,
+            limits=host_limits(parts.federation, parts.model),
         )
         self._exchange = TokenExchange(
             self._transport,
@@ -56,6 +56,7 @@ class TokensWork(PartyWork):
             parts.placement,
             combine=parts.federation.combine,
             deadline_s=parts.federation.deadline_s,
+            value_limit=parts.federation.value_limit,
         )
 
     def _hosted_state(self) -> dict[str, Tensor]:

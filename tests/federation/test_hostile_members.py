@@ -1,0 +1,326 @@
+"""No message of a member ends an honest process or changes what it holds: the table of messages, field by field."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_host import dispatch, make_host, rows
+from torch import Tensor
+
+from coterie.errors import CoterieError, MessageError
+from coterie.federation.control import COORDINATOR
+from coterie.federation.gate import Gate
+from coterie.federation.grpc_transport import GrpcTransport
+from coterie.federation.home import TrunkHome
+from coterie.federation.host import HostLimits
+from coterie.federation.messages import TABLE, check_request
+from coterie.federation.parts import digest_of, expert_parts
+from coterie.federation.pool import Pool, PoolLimits
+from coterie.federation.provision import local_kits
+from coterie.federation.roster import load_roster
+from coterie.federation.switchboard import Settings
+from coterie.federation.transport import Handler, Lane, Message
+from coterie.models.placement import Placement
+from coterie.models.seam import expert_layers
+from coterie.models.tiny import tiny_model
+from hostile import POISON, mutations, poisoned
+
+PARTIES = ("alder", "birch", "cedar")
+LIMITS = PoolLimits(serial=4096, weight=64, value=1e5)
+
+
+class Tokens:
+    """A host in an open round, with one message of each kind that its peer may send."""
+
+    def __init__(self) -> None:
+        self.host = make_host(limits=HostLimits(begin_s=0.05, rounds=4, micro_batches=4, tokens=64, value=1e5))
+        self.host.begin(1, 1)
+        self.handle: Handler = self.host.handle
+        first = dispatch(rows(), round=1, attempt=1)
+        out = self.host.handle("birch", Lane.FORWARD, first).tensors[0]
+        self.messages = {
+            "dispatch": dispatch(rows(), round=1, attempt=1, micro_batch=1),
+            "gradient": Message("gradient", 1, 1, tensors=(torch.ones_like(out),)),
+            "tokens": Message("tokens", 1, 1, body={"count": 5}),
+        }
+        self.lanes = {"dispatch": Lane.FORWARD}
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.host.state_dict().items()}
+
+
+class Experts:
+    """A pool in an open round, with one message of each kind that its peer may send."""
+
+    def __init__(self) -> None:
+        model = tiny_model("olmoe")
+        layers = expert_layers(model)
+        placement = Placement.round_robin(PARTIES, [layer.num_experts for layer in layers])
+        from coterie.config import OptimSpec
+        from coterie.federation.shard import Shard
+        from coterie.training.optim import make_optimizer
+        from federation_tools import shard_of
+
+        parts = expert_parts(
+            [{name: tuple(p.shape) for name, p in layer.parameters().items()} for layer in layers],
+            [[placement.host_name(layer.index, e) for e in range(layer.num_experts)] for layer in layers],
+            PARTIES,
+        )
+        make = lambda params: make_optimizer(params, OptimSpec())  # noqa: E731
+        shard = Shard(layers, shard_of(model, placement, "alder"), make)
+        self.pool = Pool("alder", PARTIES, parts, shard, TrunkHome({}, make), limits=LIMITS, ahead=2048)
+        self.pool.begin(1024)
+        self.handle: Handler = lambda peer, lane, message: self.pool.handle(peer, lane, message, wait_s=0.05)
+        self.part = next(part for part in parts if part.host == "alder")
+        self.blob = self.part.encode(
+            {name: torch.full(shape, 0.5) for name, shape in self.part.shapes}, torch.float32
+        )
+        number, weights = self.part.number, self.pool.frozen(self.part.number, 1024)[1]
+        begin = {"digest": digest_of(self.blob), "size": self.blob.numel(), "weights": weights}
+        size = self.part.num_bytes(torch.bfloat16)
+        self.messages = {
+            "declare": Message("declare", 1024, body={"contributes": True, "weight": 6.0}),
+            "weights-offer": Message("weights-offer", 1024, layer=number),
+            "weights-chunk": Message("weights-chunk", 1024, layer=number, body={"start": 0, "end": size}),
+            "push-begin": Message("push-begin", 1024, layer=number, body=begin),
+            "push-chunk": Message("push-chunk", 1024, layer=number, tensors=(self.blob,)),
+            "push-end": Message("push-end", 1024, layer=number),
+        }
+        assert self.blob.numel() <= 1 << 20
+        self.lanes = {"declare": Lane.CONTROL, "weights-offer": Lane.FORWARD, "weights-chunk": Lane.FORWARD}
+
+    def push(self, blob: Tensor, weight: float = 6.0) -> None:
+        """A whole push of birch."""
+        number, size = self.part.number, blob.numel()
+        body = {"digest": digest_of(blob), "size": size, "weights": self.pool.frozen(number, 1024)[1]}
+        for message in (
+            Message("declare", 1024, body={"contributes": True, "weight": weight}),
+            Message("push-begin", 1024, layer=number, body=body),
+            Message("push-chunk", 1024, layer=number, tensors=(blob,)),
+            Message("push-end", 1024, layer=number),
+        ):
+            self.handle("birch", Lane.CONTROL if message.kind == "declare" else Lane.BACKWARD, message)
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.pool.shard.state_dict().items()}
+
+
+def refusal(action: Callable[[], object]) -> Exception | None:
+    """What an action raised, if anything."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+WORLDS: dict[str, Callable[[], Tokens | Experts]] = {"tokens": Tokens, "experts": Experts}
+KINDS = [(line.part, line.request.kind) for line in TABLE if line.part in WORLDS]
+
+
+@pytest.mark.parametrize(("part", "kind"), KINDS)
+def test_a_message_changed_in_any_field_is_refused_by_a_code_or_does_no_harm(part: str, kind: str) -> None:
+    world = WORLDS[part]()
+    before, tried, refused = world.state(), 0, 0
+    lane = world.lanes.get(kind, Lane.BACKWARD)
+    for words, message in mutations(world.messages[kind]):
+        tried += 1
+        error = refusal(lambda message=message: world.handle("birch", lane, message))  # type: ignore[misc]
+        refused += error is not None
+        assert error is None or isinstance(error, CoterieError), (words, error)
+        assert len(str(error)) < 2000, f"{words}: the error repeats what came"
+    assert tried > 20
+    assert refused > 0.8 * tried
+    assert all(torch.equal(value, before[name]) for name, value in world.state().items())
+
+
+@pytest.mark.parametrize(("part", "kind"), KINDS)
+def test_a_message_on_another_lane_or_from_the_coordinator_is_refused_and_its_sender_named(
+    part: str, kind: str
+) -> None:
+    world = WORLDS[part]()
+    right = world.lanes.get(kind, Lane.BACKWARD)
+    for lane in set(Lane) - {right}:
+        with pytest.raises(MessageError) as caught:
+            world.handle("birch", lane, world.messages[kind])
+        assert (caught.value.peer, caught.value.field) == ("birch", "lane")
+    with pytest.raises(MessageError) as caught:
+        world.handle(COORDINATOR, right, world.messages[kind])
+    assert (caught.value.peer, caught.value.field) == (COORDINATOR, "sender")
+    other = "experts" if part == "tokens" else "tokens"
+    with pytest.raises(MessageError) as caught:
+        check_request(other, "alder", "birch", right, world.messages[kind])
+    assert caught.value.field == "kind"
+
+
+@pytest.mark.parametrize("kind", ["push-chunk", "push-end"])
+def test_steps_of_a_push_out_of_order_or_twice_leave_what_was_staged(kind: str) -> None:
+    world = Experts()
+    with pytest.raises(CoterieError) as caught:
+        world.handle("birch", Lane.BACKWARD, world.messages[kind])
+    assert caught.value.code == "push-not-begun"
+    world.push(world.blob)
+    world.push(world.blob)
+    with pytest.raises(CoterieError):
+        world.push(world.blob ^ 1)
+    found = world.pool._pushes.sums(world.part.number, ("birch",))
+    assert all(bool((value == 0.5).all()) for value in found.values())
+
+
+@pytest.mark.parametrize("value", POISON)
+def test_poison_in_tokens_is_refused_before_it_is_staged(value: float) -> None:
+    world = Tokens()
+    for kind, index in [("dispatch", 0), ("dispatch", 3), ("gradient", 0)]:
+        message = world.messages[kind]
+        spoilt = poisoned(message.tensors[index], value)
+        tensors = (*message.tensors[:index], spoilt, *message.tensors[index + 1 :])
+        with pytest.raises(MessageError) as caught:
+            world.handle(
+                "birch", world.lanes.get(kind, Lane.BACKWARD), Message(kind, 1, 1, tensors=tensors, body=message.body)
+            )
+        assert caught.value.code in ("message-not-finite", "message-too-large")
+        assert caught.value.peer == "birch"
+    world.handle("birch", Lane.BACKWARD, world.messages["gradient"])  # the honest one still counts
+    world.handle("birch", Lane.BACKWARD, world.messages["tokens"])
+
+
+@pytest.mark.parametrize("value", POISON)
+def test_poison_in_a_push_is_refused_and_an_honest_push_still_counts(value: float) -> None:
+    world = Experts()
+    with pytest.raises(MessageError) as caught:
+        world.push(poisoned(world.blob.view(torch.float32), value).view(torch.uint8))
+    assert caught.value.peer == "birch"
+    world.push(world.blob)
+    assert bool((next(iter(world.pool._pushes.sums(world.part.number, ("birch",)).values())) == 0.5).all())
+
+
+def test_a_sum_may_be_as_large_as_its_weight_allows_and_no_larger() -> None:
+    for factor, fits in [(0.99, True), (1.01, False)]:
+        world = Experts()
+        blob = torch.full_like(world.blob.view(torch.float32), factor * LIMITS.value * 6).view(torch.uint8)
+        if fits:
+            world.push(blob)
+            continue
+        with pytest.raises(MessageError, match="beyond 6e\\+05"):
+            world.push(blob)
+
+
+@pytest.mark.parametrize("weight", [10**400, 65, 0.5, 2**53])
+def test_a_weight_that_would_drown_or_lift_everybodys_sums_is_refused(weight: float) -> None:
+    world = Experts()
+    with pytest.raises(MessageError):
+        world.handle("birch", Lane.CONTROL, Message("declare", 1024, body={"contributes": True, "weight": weight}))
+
+
+def test_the_page_of_messages_is_current() -> None:
+    script = Path(__file__).parents[2] / "docs" / "generate_reference.py"
+    subprocess.run([sys.executable, str(script), "--check", "messages"], check=True)
+
+
+# ---- replies, and the gate ----------------------------------------------------------------------------------------
+
+
+class Answers:
+    """A transport on which every request is answered with what was put there."""
+
+    me, peers = "alder", ("birch",)
+
+    def __init__(self) -> None:
+        self.reply = Message("ack")
+
+    def request_async(self, peer: str, lane: Lane, message: Message, deadline_s: float):  # type: ignore[no-untyped-def]
+        from concurrent.futures import Future
+
+        future: Future[Message] = Future()
+        future.set_result(self.reply)
+        return future
+
+
+@pytest.mark.parametrize("line", [line for line in TABLE if line.part in WORLDS], ids=lambda line: line.request.kind)
+def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_nothing_else(line) -> None:  # type: ignore[no-untyped-def]
+    world = WORLDS[line.part]()
+    request = world.messages[line.request.kind]
+    if line.request.kind == "push-chunk":
+        world.handle("birch", Lane.CONTROL, world.messages["declare"])
+        world.handle("birch", Lane.BACKWARD, world.messages["push-begin"])
+    if line.request.kind == "push-end":
+        world.push(world.blob)  # type: ignore[union-attr]
+    if line.request.kind == "tokens":
+        world.handle("birch", Lane.BACKWARD, world.messages["gradient"])
+    honest = world.handle("birch", line.lane, request)
+    assert honest is not None
+    answers, said = Answers(), []
+    gate = Gate(answers, 2, lambda peer, code: said.append((peer, code)))  # type: ignore[arg-type]
+    answers.reply = honest
+    assert gate.request("birch", line.lane, request, 1.0) is honest
+    misfits = 0
+    for words, reply in mutations(honest):
+        answers.reply = reply
+        error = refusal(lambda: gate.request("birch", line.lane, request, 1.0))
+        assert error is None or (isinstance(error, MessageError) and error.peer == "birch"), (words, error)
+        misfits += error is not None
+    assert misfits > 20
+    assert len(said) == misfits // 2
+    assert set(said) == {("birch", "message-unfit")}
+
+
+def test_an_exception_of_our_own_is_a_refusal_that_counts_against_nobody() -> None:
+    started: list[Handler] = []
+
+    class Quiet(Answers):
+        def start(self, handler: Handler) -> None:
+            started.append(handler)
+
+    said: list[str] = []
+    gate = Gate(Quiet(), 1, lambda peer, code: said.append(peer))  # type: ignore[arg-type]
+
+    def broken(peer: str, lane: Lane, message: Message) -> Message:
+        raise ZeroDivisionError("a private value")
+
+    gate.start(broken)
+    with pytest.raises(CoterieError) as caught:
+        started[0]("birch", Lane.FORWARD, Message("dispatch"))
+    assert caught.value.code == "message-failed"
+    assert "private" not in str(caught.value)
+    assert not said
+
+
+# ---- with a member's key over mutual TLS --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", WORLDS)
+def test_a_member_with_its_key_cannot_end_or_change_an_honest_one(tmp_path: Path, part: str) -> None:
+    """Every change that a frame can carry goes over a real channel; afterwards honest messages are answered."""
+    world, said = WORLDS[part](), []
+    kits = local_kits(tmp_path / "kits", ["alder", "birch"])
+    settings = Settings(redial_s=0.05, close_s=1.0)
+    ends = {name: GrpcTransport(name, load_roster(kit), kit, settings=settings) for name, kit in kits.items()}
+    gate = Gate(ends["alder"], 2, lambda peer, code: said.append((peer, threading.current_thread().name)))
+    try:
+        gate.start(world.handle)
+        ends["birch"].start(lambda peer, lane, message: message)
+        ends["birch"].connect(10.0)
+        before, answered = world.state(), 0
+        for kind, message in world.messages.items():
+            lane = world.lanes.get(kind, Lane.BACKWARD)
+            for words, changed in list(mutations(message))[::3]:
+                error = refusal(lambda m=changed, on=lane: ends["birch"].request("alder", on, m, 10.0))  # type: ignore[misc]
+                assert error is None or isinstance(error, CoterieError), (kind, words, error)
+                code = getattr(error, "code", "")
+                assert code not in ("connection-lost", "remote-failure", "message-failed"), (kind, words)
+                answered += not code.startswith("frame-")  # which no frame can hold
+        assert answered > 50
+        assert len(said) > 20
+        assert {peer for peer, _ in said} == {"birch"}
+        assert all(torch.equal(value, before[name]) for name, value in world.state().items())
+        for kind in {"tokens": ("gradient",), "experts": ("weights-offer", "weights-chunk")}[part]:
+            ends["birch"].request("alder", world.lanes.get(kind, Lane.BACKWARD), world.messages[kind], 10.0)
+    finally:
+        for end in ends.values():
+            end.close()
