@@ -19,6 +19,7 @@ from coterie.federation.gate import Gate
 from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.home import TrunkHome
 from coterie.federation.host import HostLimits
+from coterie.federation.inprocess import InProcessHub
 from coterie.federation.messages import TABLE, check_request
 from coterie.federation.parts import digest_of, expert_parts
 from coterie.federation.pool import Pool, PoolLimits
@@ -271,24 +272,22 @@ def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_noth
 
 
 def test_an_exception_of_our_own_is_a_refusal_that_counts_against_nobody() -> None:
-    started: list[Handler] = []
-
-    class Quiet(Answers):
-        def start(self, handler: Handler) -> None:
-            started.append(handler)
-
-    said: list[str] = []
-    gate = Gate(Quiet(), 1, lambda peer, code: said.append(peer))  # type: ignore[arg-type]
+    hub, said = InProcessHub(["alder", "birch"]), []
+    gate = Gate(hub.transport("alder"), 1, lambda peer, code: said.append(peer))
+    birch = hub.transport("birch")
 
     def broken(peer: str, lane: Lane, message: Message) -> Message:
         raise ZeroDivisionError("a private value")
 
     gate.start(broken)
+    birch.start(lambda peer, lane, message: message)
     with pytest.raises(CoterieError) as caught:
-        started[0]("birch", Lane.FORWARD, Message("dispatch"))
-    assert caught.value.code == "message-failed"
+        birch.request("alder", Lane.FORWARD, Message("dispatch"), 5.0)
+    assert caught.value.code == "remote-failure"
     assert "private" not in str(caught.value)
     assert not said
+    gate.close()
+    birch.close()
 
 
 # ---- with a member's key over mutual TLS --------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
 
-from coterie.errors import CoterieError, MessageError, TransportError
+from coterie.errors import CoterieError, MessageError
 from coterie.federation.messages import check_reply, line_of
 from coterie.federation.transport import Counters, Handler, Lane, Message, Transport
 
@@ -20,8 +20,8 @@ class Gate:
     """A `Transport` that gives its owner no reply that does not fit, and keeps count of each member's misfits.
 
     Requests are checked by the handlers, which know the model; what they refuse with a `MessageError` counts here.
-    Any other exception that a request causes is a bug of ours: it is logged and the request refused, but it counts
-    against nobody, since a full memory looks the same.
+    Any other exception that a request causes is a bug of ours: the transport logs it and refuses the request
+    (``remote-failure``), but it counts against nobody, since a full memory looks the same.
 
     Args:
         transport: not started yet.
@@ -49,9 +49,6 @@ class Gate:
             except CoterieError as error:
                 self.count(error)
                 raise
-            except Exception:
-                log.exception("a bug: `%s` of %s could not be handled", message.kind, peer)
-                raise TransportError(f"`{message.kind}` could not be handled.", code="message-failed") from None
 
         self._transport.start(guarded)
 

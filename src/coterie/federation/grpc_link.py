@@ -36,6 +36,7 @@ class GrpcLink(Link):
         self.peer, self.lane = peer, lane
         self.heard = now
         self.drained = threading.Event()
+        self.process = ""  # random name of the peer's process, once it has introduced itself
         self._greeting = greeting
         self._heartbeat, self._heartbeat_s = heartbeat, heartbeat_s
         self._chunks: deque[bytes] = deque()

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -26,15 +28,16 @@ from coterie.errors import CoterieError, FrameError, IdentityError, TransportErr
 from coterie.federation import identity, newcomers, reach
 from coterie.federation.frame import CHUNK_BYTES, RUN_BYTES, Encoded, FrameReader, Session
 from coterie.federation.grpc_link import GrpcLink
-from coterie.federation.handshake import Hello, compare, decode_hello
+from coterie.federation.handshake import Hello, compare, decode_hello, twin
 from coterie.federation.identity import Role
 from coterie.federation.kit import Kit
 from coterie.federation.newcomers import Newcomers
 from coterie.federation.own_time import OwnTime
 from coterie.federation.pace import Pace
 from coterie.federation.roster import Roster, RosterEntry, verify
-from coterie.federation.switchboard import ALL_LANES, Settings, Switchboard
-from coterie.federation.transport import Lane
+from coterie.federation.seldom import EVERY_S
+from coterie.federation.switchboard import ALL_LANES, TWIN, Settings, Switchboard
+from coterie.federation.transport import Lane, Message
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,10 @@ def _options(settings: Settings, *, bulk: bool) -> list[tuple[str, int | str]]:
         ("grpc.min_reconnect_backoff_ms", int(settings.dial_s * 1000)),  # how long one try to connect may take
         ("grpc.max_reconnect_backoff_ms", int(settings.dial_s * 1000)),
     ]
+
+
+_ALIVE_BEATS = 3
+"""A process that was heard within so many heartbeats is alive."""
 
 
 class GrpcTransport(Switchboard):
@@ -127,6 +134,9 @@ class GrpcTransport(Switchboard):
         self._links: set[GrpcLink] = set()
         self._greeting: dict[object, tuple[str, float, grpc.RpcContext]] = {}
         self._problems: dict[str, tuple[float, CoterieError]] = {}
+        self._process = secrets.token_hex(8)
+        self._broken: dict[str, tuple[str, float]] = {}  # by peer, the process whose connection broke last, and when
+        self._warned: dict[str, float] = {}
         self._guard = threading.Lock()
 
     @property
@@ -241,8 +251,12 @@ class GrpcTransport(Switchboard):
             self._refuse(peer, problem)
             yield ours.encode()  # the other side finds the same difference by itself
             return
+        if self._another_is_alive(peer, theirs.process):
+            self._turn_away_twin(peer)
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "identity-in-use")
         assert self._newcomers is not None
         link = self._link(peer, lane, ours)
+        link.process = theirs.process
         link.on_cut(context.cancel)
         connection = context.peer()  # gRPC forgets it once the stream has ended
         self._newcomers.admit(connection)
@@ -319,7 +333,10 @@ class GrpcTransport(Switchboard):
             if problem is not None:
                 self._refuse(peer, problem)
                 return False
-            link.heard = self._time.now()
+            if self._another_is_alive(peer, theirs.process):
+                self._refuse(peer, twin(peer, self.me))
+                return False
+            link.process, link.heard = theirs.process, self._time.now()
             self._attach(link)
             self._welcome(peer)
             if not self._read(link, call) and lane is Lane.CONTROL:
@@ -372,10 +389,43 @@ class GrpcTransport(Switchboard):
 
     # ---- both sides ------------------------------------------------------------------------------------------
 
+    def _another_is_alive(self, peer: str, process: str) -> bool:
+        """Whether another process with the peer's kit was heard within a few heartbeats, or lost its line just now.
+
+        One that died has no connection, one that is frozen sends no heartbeat: neither keeps a restart out for long.
+        """
+        settings, now = self._settings, self._time.now()
+        with self._guard:
+            others = [link.heard for link in self._links if link.peer == peer and link.process not in ("", process)]
+            broken = self._broken.get(peer, (process, 0.0))
+        alive = any(now - heard <= _ALIVE_BEATS * settings.heartbeat_s for heard in others)
+        return alive or (broken[0] != process and now - broken[1] <= 16 * settings.redial_s)
+
+    def _turn_away_twin(self, peer: str) -> None:
+        """Note it here, and tell the process that goes on, at most once a minute."""
+        self._seldom.say(("twin", peer), logging.WARNING, f"{peer}: {twin(peer, self.me)}")
+        now = time.monotonic()
+        with self._guard:
+            due = now - self._warned.get(peer, -math.inf) >= EVERY_S
+            if due:
+                self._warned[peer] = now
+        if due and self._lines[peer, Lane.CONTROL].link is not None:
+            try:
+                self.send(peer, Lane.CONTROL, Message(TWIN))
+            except TransportError as error:
+                log.info("%s was not told of its second process: %s", peer, error.message)
+
     def _hello(self, peer: str, lane: Lane) -> Hello:
         roster = self._roster
         return Hello(
-            self.me, peer, lane, roster.federation, roster.membership_epoch, roster.content_hash(), self._run
+            self.me,
+            peer,
+            lane,
+            roster.federation,
+            roster.membership_epoch,
+            roster.content_hash(),
+            self._run,
+            process=self._process,
         )
 
     def _link(self, peer: str, lane: Lane, ours: Hello) -> GrpcLink:
@@ -418,6 +468,8 @@ class GrpcTransport(Switchboard):
             link.cut()
             with self._guard:
                 self._links.discard(link)
+                if not in_order:
+                    self._broken[link.peer] = (link.process, link.heard)
         return in_order
 
     def _refuse(self, peer: str, error: CoterieError) -> None:
@@ -453,9 +505,12 @@ class GrpcTransport(Switchboard):
         if expired is not None:
             return expired
         problem = self._problems.get(peer)
-        if problem is None or problem[1].code == "unreachable" or now - problem[0] < self._settings.refusal_s:
+        if problem is None or problem[1].code == "unreachable":
             return None
-        return problem[1]
+        settings, patience = self._settings, self._settings.refusal_s
+        if problem[1].code == "identity-in-use":  # after a crash the other process may only seem to be alive
+            patience += _ALIVE_BEATS * settings.heartbeat_s + 16 * settings.redial_s
+        return None if now - problem[0] < patience else problem[1]
 
 
 def _lanes_between(one: Role, other: Role) -> tuple[Lane, ...]:

@@ -24,6 +24,7 @@ class Hello:
         lane: what the stream is for.
         run: name of the run.
         roster: content hash of the sender's roster.
+        process: random name of the sender's process: two processes with one kit differ in it alone.
     """
 
     sender: str
@@ -34,6 +35,7 @@ class Hello:
     roster: str
     run: str
     protocol: int = PROTOCOL_VERSION
+    process: str = ""
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -51,9 +53,10 @@ def decode_hello(raw: bytes, peer: str) -> Hello:
             raise ValueError("too long")
         values = json.loads(raw.decode())
         lane, epoch, protocol = (values[name] for name in ("lane", "membership_epoch", "protocol"))
-        if not all(isinstance(number, int) for number in (lane, epoch, protocol)):
+        if not all(type(number) is int and 0 <= number < 2**32 for number in (lane, epoch, protocol)):
             raise ValueError("not a number")
         text = {name: values[name] for name in ("sender", "receiver", "federation", "roster", "run")}
+        text["process"] = values.get("process", "")
         if not all(isinstance(value, str) and value.isprintable() for value in text.values()):
             raise ValueError("not text")
         return Hello(**text, lane=lane, membership_epoch=epoch, protocol=protocol)
@@ -109,3 +112,14 @@ def compare(ours: Hello, theirs: Hello, peer: str) -> CoterieError | None:
             fix="start all parties of one run with the same run name",
         )
     return None
+
+
+def twin(peer: str, me: str) -> TransportError:
+    """Why a second process with one kit is turned away while the first one is alive."""
+    return TransportError(
+        f"another process with {peer}'s kit is connected to {me} and alive.",
+        code="identity-in-use",
+        where=f"handshake with {peer}; no data was sent",
+        why="two processes of one member would undo each other's rounds",
+        fix=f"end one of the two; a restart of {peer} is let in as soon as the old process is gone or silent",
+    )

@@ -146,6 +146,7 @@ _REFUSALS = {
     "handshake-lane": "it has no such lane to us",
     "handshake-busy": "we open more streams to it than there are lanes",
     "identity-tls-version": "it accepts TLS 1.3 alone",
+    "identity-in-use": "another process with our kit is connected to it, and alive",
     "handshake-damaged": "it did not understand our first message",
 }
 

@@ -35,6 +35,9 @@ from coterie.federation.transport import (
 
 log = logging.getLogger(__name__)
 
+TWIN = "same-kit"
+"""One-way: a second process with the receiver's kit was turned away. Between transports; no handler sees it."""
+
 ALL_LANES = (Lane.CONTROL, Lane.FORWARD, Lane.BACKWARD)
 
 
@@ -358,7 +361,11 @@ class Switchboard(ABC):
         request = frame.message
         type, reply = FrameType.REPLY, None
         try:
-            reply = self._handler(link.peer, link.lane, request)
+            if request.kind == TWIN:
+                text = f"another process with our kit tried to connect to {link.peer} and was turned away"
+                self._seldom.say(("twin", link.peer), logging.WARNING, text)
+            else:
+                reply = self._handler(link.peer, link.lane, request)
         except CoterieError as error:
             text = f"`{request.kind}` of {link.peer} failed here: {error}"
             self._seldom.say((link.peer, error.code), logging.INFO, text)
