@@ -176,12 +176,11 @@ class WeightFetcher:
         """What hosts serve for parts in this round, by part number; all are asked at once.
 
         Raises:
-            MessageError: a host offers another size than the model's, or says that it holds a sum of ours of a
-                round that is still to come.
+            MessageError: a host offers another size than the model's.
             RoundError, TransportError: a host serves another round, or is gone.
         """
         asked = [(part, self._ask(part, Message(OFFER, round, layer=part.number))) for part in parts]
-        return {part.number: _offered(part, future.result(), round, dtype) for part, future in asked}
+        return {part.number: _offered(part, future.result(), dtype) for part, future in asked}
 
     def fetch(self, part: Part, round: int, dtype: torch.dtype, digest: str) -> Tensor:
         """The bytes of one part, uint8; see `begin` and `finish`."""
@@ -239,12 +238,10 @@ class WeightFetcher:
         return self._transport.request_async(part.host, LANE, message, self._deadline_s)
 
 
-def _offered(part: Part, reply: Message, round: int, dtype: torch.dtype) -> Offer:
+def _offered(part: Part, reply: Message, dtype: torch.dtype) -> Offer:
     digest, size, received = (reply.body[name] for name in ("digest", "size", "received"))
     if size != part.num_bytes(dtype):
         raise unfit(part.host, OFFER, "size", f"of part {part.number} is {size} bytes, not {part.num_bytes(dtype)}")
-    if received > round:
-        raise unfit(part.host, OFFER, "received", f"is {received}, which round {round} comes before")
     return Offer(digest, received)
 
 
