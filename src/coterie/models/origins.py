@@ -40,8 +40,8 @@ class Origin:
     lora: Mapping[str, Any] | None = None
 
     def metadata(self) -> dict[str, str]:
-        """For the header of a safetensors file."""
-        return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))}
+        """For the header of a safetensors file; one entry, since safetensors writes several in any order."""
+        return {KEY: json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))}
 
     def words(self) -> str:
         """For error texts."""
