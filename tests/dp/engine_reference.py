@@ -32,7 +32,7 @@ def gradients(model: nn.Module, batch: Mapping[str, Tensor], loss_fn: LossFuncti
         parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         found.append(
             {
-                name: torch.zeros_like(p, dtype=torch.float64) if g is None else g.double()
+                name: torch.zeros_like(p, dtype=torch.float64) if g is None else g.to_dense().double()
                 for (name, p), g in zip(parameters.items(), parts, strict=True)
             }
         )

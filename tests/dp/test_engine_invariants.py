@@ -412,6 +412,11 @@ def test_no_reference_cycles(method: Any) -> None:
     engine.take()
     gc.collect()
     gc.disable()
+
+    def derived() -> set[int]:
+        return {id(t) for t in gc.get_objects() if isinstance(t, Tensor) and type(t).__name__ == "DerivedTensor"}
+
+    before = derived()
     try:
         seen: list[weakref.ref[Tensor]] = []
 
@@ -423,7 +428,7 @@ def test_no_reference_cycles(method: Any) -> None:
         engine.loss_fn = loss
         engine.accumulate(batch)
         engine.take()
-        left = [t for t in gc.get_objects() if isinstance(t, Tensor) and type(t).__name__ == "DerivedTensor"]
+        left = derived() - before
         assert all(reference() is None for reference in seen)
         assert not left
     finally:

@@ -12,60 +12,20 @@ Shape letters: B records.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coterie.dp.derived import Function, Node, Root, kind_of
+from coterie.dp.sites import Key, Meaning, Sites, Size, supposed
 from coterie.dp.terms import Term
 from coterie.errors import NoRuleError, PrivacyError
 
 _NODE = "_coterie_node"
 _CAPTURE = "_coterie_capture"
-
-CONSTANT, RECORDS, FLAT = "constant", "records", "flat"
-"""What a tensor's first dimension is: nothing to do with records, the records, or records times rows."""
-
-
-@dataclass
-class Sites:
-    """What the first dimension of the data is at every use of every parameter, learnt from probe passes.
-
-    A run's own sizes cannot tell: with 4 records of 64 tokens, a table of 64 positions looks like 4 records of 16
-    rows. Two probe passes whose sizes share no factor can.
-
-    Attributes:
-        seen: (parameter, operation) to the first dimensions seen, in call order, for each probe batch size.
-    """
-
-    seen: dict[tuple[str, str], dict[int, list[int]]] = field(default_factory=lambda: defaultdict(dict))
-
-    def note(self, key: tuple[str, str], batch: int, length: int) -> None:
-        self.seen[key].setdefault(batch, []).append(length)
-
-    def meaning(self, key: tuple[str, str], call: int) -> str | None:
-        """RECORDS, FLAT or CONSTANT for the ``call``-th use; None if the probes never saw it or disagree."""
-        if key not in self.seen:
-            return None
-        columns = list(zip(*self.seen[key].values(), strict=False))
-        found = [self._of_lengths(tuple(self.seen[key]), lengths) for lengths in columns]
-        if len(set(found)) == 1:
-            return found[0]
-        same_count = len({len(lengths) for lengths in self.seen[key].values()}) == 1
-        return found[call] if same_count and call < len(found) else None
-
-    @staticmethod
-    def _of_lengths(batches: tuple[int, ...], lengths: tuple[int, ...]) -> str:
-        pairs = list(zip(batches, lengths, strict=True))
-        if len(pairs) > 1 and len(set(lengths)) == 1:
-            return CONSTANT  # the probes differ in records and tokens, so what follows either would differ too
-        if all(length == batch for batch, length in pairs):
-            return RECORDS
-        return FLAT if all(length and length % batch == 0 for batch, length in pairs) else CONSTANT
 
 
 class TrackedParameter(nn.Parameter):
@@ -77,14 +37,40 @@ class TrackedParameter(nn.Parameter):
 
 
 class DerivedTensor(Tensor):
-    """A value computed from parameters alone during a `Capture`."""
+    """A value computed from parameters alone during a `Capture`.
+
+    It is a leaf that requires a gradient, and refuses to get one: the rules use the plain value of its node, so a
+    gradient that arrives here went past them, whatever way that was.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(func, args, kwargs or {})
 
 
-Rule = Callable[["Capture", Function, tuple[Any, ...], dict[str, Any]], Any]
+class Use:
+    """The tensors of one operation, tracked ones included, and what each has to do with records."""
+
+    __slots__ = ("meanings", "operands")
+
+    def __init__(self, operands: Sequence[Tensor], meanings: Sequence[Meaning]) -> None:
+        self.operands = operands
+        self.meanings = meanings
+
+    def of(self, tensor: Tensor) -> Meaning:
+        """The meaning of one of the operands."""
+        return next(m for operand, m in zip(self.operands, self.meanings, strict=True) if operand is tensor)
+
+    def records_first(self, tensor: Tensor) -> bool:
+        """The records are its first dimension, or lie along it."""
+        return self.of(tensor).dim == 0
+
+    def constant(self, tensor: Tensor | None) -> bool:
+        """It has nothing to do with records, or there is none."""
+        return tensor is None or self.of(tensor).dim == -1
+
+
+Rule = Callable[["Capture", Function, tuple[Any, ...], dict[str, Any], Use], Any]
 
 
 class Capture:
@@ -96,23 +82,25 @@ class Capture:
         rule: called for every operation on a tracked tensor.
         ready: called once for each root, when all its uses have delivered their gradients.
         sites: what was learnt by probing.
-        probing: this pass teaches ``sites``.
+        probing: (records, tokens) of this pass if it teaches ``sites``.
 
     Attributes:
         anchor: a leaf that requires a gradient; rules pass it to their autograd functions so that these are
             visited even where the data itself needs no gradient.
         row_records: while set, rows of data are not grouped by record and this [R] says whose each row is.
         recomputing: the backward has begun, so a forward seen now is a recompute.
+        active: between entering and leaving.
+        last: the parameter that was used last, to be named if something fails.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         batch: int,
-        rule: Rule,
+        rule: Callable[[Capture, Function, tuple[Any, ...], dict[str, Any]], Any],
         ready: Callable[[Root], None],
         sites: Sites,
-        probing: bool = False,
+        probing: Size | None = None,
     ) -> None:
         self.batch = batch
         self.rule = rule
@@ -121,19 +109,22 @@ class Capture:
         self.roots = {name: Root(p.detach(), name=name) for name, p in parameters.items()}
         self.row_records: Tensor | None = None
         self.recomputing = False
+        self.active = False
+        self.last: Node | None = None
         device = next(iter(parameters.values())).device
         self.anchor = torch.zeros((), device=device if device.type != "meta" else None, requires_grad=True)
         self._parameters = dict(parameters)
         self._gradients: dict[str, Tensor | None] = {}
         self._ready = ready
-        self._calls: dict[tuple[str, str], int] = defaultdict(int)
+        self._calls: dict[Key, int] = defaultdict(int)
 
     def __enter__(self) -> Capture:
         for name, parameter in self._parameters.items():
-            if type(parameter) is not nn.Parameter:
+            if type(parameter) is not nn.Parameter or parameter.is_complex():
+                kind = "complex parameter" if parameter.is_complex() else type(parameter).__name__
                 self.__exit__()
                 raise NoRuleError(
-                    f"`{name}` is a {type(parameter).__name__}, not a plain parameter.",
+                    f"`{name}` is a {kind}, not a plain parameter.",
                     why="its operations could not be seen, so its gradient could not be clipped",
                     fix="freeze it, or load the model without quantised or sharded parameter classes",
                 )
@@ -142,9 +133,11 @@ class Capture:
             setattr(parameter, _NODE, self.roots[name])
             setattr(parameter, _CAPTURE, self)
             parameter.__class__ = TrackedParameter
+        self.active = True
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.active = False
         for name, gradient in self._gradients.items():
             parameter = self._parameters[name]
             parameter.__class__ = nn.Parameter
@@ -181,58 +174,80 @@ class Capture:
             self._settle(root)
 
     def derive(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A weight-only operation: its value as `DerivedTensor`, with the expression remembered."""
+        """A weight-only operation: its value as `DerivedTensor`, with the expression remembered.
+
+        Raises:
+            NoRuleError: it wrote into one of its arguments, or returned something that cannot be followed.
+        """
+        plain_args, plain_kwargs = values(args), values(kwargs)
+        operands = list(tensors((plain_args, plain_kwargs)))
+        versions = [tensor._version for tensor in operands]
         with torch.no_grad():
-            result = function(*values(args), **values(kwargs))
+            result = function(*plain_args, **plain_kwargs)
         nodes_args, nodes_kwargs = nodes(args), nodes(kwargs)
+        if versions != [tensor._version for tensor in operands]:
+            raise refusal(next(iterate_nodes((nodes_args, nodes_kwargs))), function, "it writes into its arguments")
         if isinstance(result, Tensor):
             return self._derived(result, function, nodes_args, nodes_kwargs, None)
         if isinstance(result, tuple | list) and any(isinstance(part, Tensor) for part in result):
-            parts = [self._derived(part, function, nodes_args, nodes_kwargs, i) for i, part in enumerate(result)]
-            return tuple(parts)
+            return rebuilt(
+                result, [self._derived(part, function, nodes_args, nodes_kwargs, i) for i, part in enumerate(result)]
+            )
+        if not _holds_no_tensor(result):
+            raise refusal(
+                next(iterate_nodes((nodes_args, nodes_kwargs))), function, f"it returns a {type(result).__name__}"
+            )
         return result
 
     def _derived(
-        self, value: Tensor, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], part: int | None
-    ) -> Tensor:
-        if not value.is_floating_point():
+        self, value: Any, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], part: int | None
+    ) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
         sources = list(iterate_nodes((args, kwargs)))
+        if value.layout != torch.strided:
+            raise refusal(sources[0], function, "it makes a sparse tensor of a parameter")
         roots = tuple(dict.fromkeys(root for source in sources for root in source.roots))
         kind = kind_of(function, sources, args, kwargs, value)
         return self.wrap(Node(value, roots, kind, function, args, kwargs, part))
 
     def wrap(self, node: Node) -> Tensor:
-        derived = node.value.as_subclass(DerivedTensor)
+        derived = node.value.detach().as_subclass(DerivedTensor)
+        derived.requires_grad_()
+        derived.register_hook(_Escaped(node))
         setattr(derived, _NODE, node)
         setattr(derived, _CAPTURE, self)
         return derived
 
-    def rows_of(self, node: Node, function: Function, data: Tensor) -> int | None:
-        """Rows of ``data`` that belong to one record, or None if its first dimension has nothing to do with records.
+    def meanings(self, node: Node, name: str, operands: Sequence[Tensor]) -> Sequence[Meaning]:
+        """What the tensors of a call of operation ``name`` have to do with records.
 
         Raises:
-            NoRuleError: the first dimension does not fit what the probes learnt.
+            NoRuleError: the probes never saw this use, or its sizes do not fit what they learnt.
         """
-        length = data.shape[0] if data.ndim else 0
-        name = function.__name__
-        key = (node.roots[0].name, name)
-        if self.probing:
-            self.sites.note(key, self.batch, length)
-            return length // self.batch if length and length % self.batch == 0 else None
+        key = (node.roots[0].name, name, self.recomputing)
+        shapes = tuple([tuple(tensor.shape) for tensor in operands])
+        if self.probing is not None:
+            self.sites.note(key, self.probing, shapes)
+            self.sites.lowered |= torch.is_autocast_enabled(operands[0].device.type)
+            return [supposed(shape, self.batch) for shape in shapes]
         call = self._calls[key]
-        self._calls[key] += 0 if self.recomputing else 1
-        meaning = self.sites.meaning(key, call)
-        if meaning == CONSTANT:
-            return None
-        fits = length == self.batch if meaning == RECORDS else length and length % self.batch == 0
-        if meaning is None or not fits:
+        self._calls[key] = call + 1
+        found = self.sites.meanings(key, call, shapes)
+        if found is not None:
+            for meaning, shape in zip(found, shapes, strict=True):
+                if meaning.dim >= 0:
+                    size = shape[meaning.dim] if meaning.dim < len(shape) else 0
+                    if size != self.batch if meaning.exact else not size or size % self.batch:
+                        found = None
+                        break
+        if found is None:
             raise refusal(
                 node,
-                function,
-                f"its input has {length} rows, which cannot be told apart by record ({self.batch} records)",
+                name,
+                f"its rows cannot be told apart by record ({self.batch} records, shapes {[list(s) for s in shapes]})",
             )
-        return length // self.batch
+        return found
 
     def expect(self, node: Node) -> None:
         """A use whose gradient will be delivered in the backward."""
@@ -243,6 +258,13 @@ class Capture:
 
     def deliver(self, node: Node, term: Term) -> None:
         """The gradient of one use."""
+        if not self.recomputing:
+            raise NoRuleError(
+                f"{_named(node)} received a gradient inside the forward.",
+                where="a gradient that the model or the loss takes itself, such as torch.autograd.grad",
+                why="it would be taken for a part of the loss's gradient",
+                fix="freeze what that gradient runs through, or leave it out of the loss",
+            )
         for root in node.roots:
             if root.done:
                 raise PrivacyError(
@@ -275,17 +297,32 @@ def node_of(tensor: Any) -> Node | None:
     return getattr(tensor, _NODE, None) if isinstance(tensor, TrackedParameter | DerivedTensor) else None
 
 
-def _mapped(item: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(item, tuple | list):
-        return type(item)(change(part) for part in item) if type(item) in (tuple, list) else item
-    if isinstance(item, dict):
-        return {key: _mapped(part, change) for key, part in item.items()}
-    return change(item)
+def mapped(items: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments with every tensor and node in them changed, however they are nested."""
+    if isinstance(items, Tensor | Node):
+        return change(items)
+    kind = type(items)
+    if kind is tuple:
+        return tuple([mapped(part, change) for part in items])
+    if kind is list:
+        return [mapped(part, change) for part in items]
+    if kind is dict:
+        return {key: mapped(part, change) for key, part in items.items()}
+    if kind is slice:
+        return slice(mapped(items.start, change), mapped(items.stop, change), mapped(items.step, change))
+    if isinstance(items, tuple) and kind is not torch.Size:
+        return rebuilt(items, [mapped(part, change) for part in items])
+    return items
+
+
+def rebuilt(like: Any, parts: list[Any]) -> Any:
+    """A sequence of the class of ``like``: plain, named, or one of torch's own."""
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
 
 def values(items: Any) -> Any:
-    """Arguments with tracked tensors replaced by their plain values (one list deep)."""
-    return _mapped(items, lambda item: _mapped(item, _value) if isinstance(item, list | tuple) else _value(item))
+    """Arguments with tracked tensors replaced by their plain values."""
+    return mapped(items, _value)
 
 
 def _value(item: Any) -> Any:
@@ -294,12 +331,15 @@ def _value(item: Any) -> Any:
 
 
 def nodes(items: Any) -> Any:
-    """Arguments with tracked tensors replaced by their nodes (one list deep)."""
+    """Arguments with tracked tensors replaced by their nodes, and others detached: an expression holds no graph."""
+    return mapped(items, _node)
 
-    def change(item: Any) -> Any:
-        return node_of(item) or item
 
-    return _mapped(items, lambda item: _mapped(item, change) if isinstance(item, list | tuple) else change(item))
+def _node(item: Any) -> Any:
+    node = node_of(item)
+    if node is not None:
+        return node
+    return item.detach() if isinstance(item, Tensor) and item.requires_grad else item
 
 
 def iterate_nodes(items: Any) -> Iterator[Node]:
@@ -311,6 +351,8 @@ def iterate_nodes(items: Any) -> Iterator[Node]:
             yield from iterate_nodes(item)
     elif isinstance(items, dict):
         yield from iterate_nodes(list(items.values()))
+    elif isinstance(items, slice):
+        yield from iterate_nodes((items.start, items.stop, items.step))
 
 
 def tensors(items: Any) -> Iterator[Tensor]:
@@ -322,45 +364,88 @@ def tensors(items: Any) -> Iterator[Tensor]:
             yield from tensors(item)
     elif isinstance(items, dict):
         yield from tensors(list(items.values()))
+    elif isinstance(items, slice):
+        yield from tensors((items.start, items.stop, items.step))
 
 
-def refusal(node: Node, function: Function, reason: str) -> NoRuleError:
+def _holds_no_tensor(result: Any) -> bool:
+    if isinstance(result, tuple | list):
+        return all(_holds_no_tensor(part) for part in result)
+    plain = bool | int | float | complex | str | torch.dtype | torch.device | torch.layout | torch.memory_format
+    return result is None or isinstance(result, plain)
+
+
+def _named(node: Node) -> str:
+    return ", ".join(f"`{root.name}`" for root in node.roots)
+
+
+def refusal(node: Node, function: Function | str, reason: str) -> NoRuleError:
     """The error for a use of a parameter that cannot be bounded."""
-    names = ", ".join(f"`{root.name}`" for root in node.roots)
+    name = function if isinstance(function, str) else getattr(function, "__name__", str(function))
     return NoRuleError(
-        f"{names} meets data in `{getattr(function, '__name__', function)}`, which cannot be clipped per record.",
+        f"{_named(node)} meets data in `{name}`, which cannot be clipped per record.",
         where=reason,
         why="a gradient that is not split by record cannot be bounded, and epsilon would be wrong",
         fix="freeze the parameter (requires_grad_(False)), or use a model variant with plain linear layers there",
     )
 
 
+class _Escaped:
+    """The hook of a derived value."""
+
+    def __init__(self, node: Node) -> None:
+        self._names = _named(node)
+
+    def __call__(self, gradient: Tensor) -> None:
+        raise NoRuleError(
+            f"A value made from {self._names} received a gradient that no rule saw.",
+            where="an operation outside torch's function dispatch, such as a custom autograd function",
+            why="that part of its gradient would escape clipping",
+            fix="freeze the parameter, or use the plain PyTorch form of that layer",
+        )
+
+
 _T: Any = torch.Tensor
-_WEIGHT_PROPERTIES = {_T.T.__get__, _T.mT.__get__}
+_WEIGHT_PROPERTIES = {getattr(_T, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
 _PLAIN = {
     _T.detach, torch.detach, _T.requires_grad_, _T.size, _T.dim, _T.numel, _T.stride, _T.is_floating_point,
-    _T.register_hook, _T.__repr__, _T.__hash__, _T.__len__, _T.item, _T.tolist, _T.data_ptr, _T.element_size,
+    _T.__repr__, _T.__hash__, _T.__len__, _T.item, _T.tolist, _T.data_ptr, _T.element_size,
     _T.is_contiguous, _T.get_device, _T.storage_offset, _T.untyped_storage, torch.is_floating_point, torch.numel,
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
     _T.new_zeros, _T.new_empty, _T.new_ones, _T.new_full, _T.new_tensor,
 }  # fmt: skip
+_HOOKS = {_T.register_hook, _T.register_post_accumulate_grad_hook}
 
 
 def _dispatch(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         name = getattr(function, "__name__", "")
-        accessor = name in ("__get__", "__set__") and function not in _WEIGHT_PROPERTIES
-        if accessor or function in _PLAIN or not torch.is_grad_enabled():
+        if name in ("__get__", "__set__") and function not in _WEIGHT_PROPERTIES:
+            if name == "__set__" and function == _T.data.__set__:
+                raise _unfollowed(args[0], "its `.data` is replaced")
+            return function(*args, **kwargs)
+        if function in _PLAIN or not torch.is_grad_enabled():
             return function(*_unwrapped(args), **_unwrapped(kwargs))
+        if function in _HOOKS:
+            raise _unfollowed(args[0], "it is given a hook that may change its gradient")
         capture = next(
             (found for tensor in tensors((args, kwargs)) if (found := getattr(tensor, _CAPTURE, None)) is not None),
             None,
         )
-        if capture is None:  # a tensor that outlived its capture: plain again
-            return function(*values(args), **values(kwargs))
+        if capture is None or not capture.active:  # a derived value that outlived its pass refuses gradients itself
+            return function(*args, **kwargs)
         return capture.rule(capture, function, args, kwargs)
+
+
+def _unfollowed(tensor: Tensor, what: str) -> NoRuleError:
+    node = node_of(tensor)
+    return NoRuleError(
+        f"{_named(node) if node is not None else 'A parameter'} is changed during the forward: {what}.",
+        why="its gradient would no longer be that of the value which was used",
+        fix="freeze the parameter, or leave that out of the forward",
+    )
 
 
 def _unwrapped(items: Any) -> Any:
     """Derived tensors as plain values; parameters stay themselves, so that their attributes are theirs."""
-    return _mapped(items, lambda item: _value(item) if isinstance(item, DerivedTensor) else item)
+    return mapped(items, lambda item: _value(item) if isinstance(item, DerivedTensor) else item)

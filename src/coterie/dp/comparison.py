@@ -95,6 +95,7 @@ class Comparison:
 
     def prepare(self, like: Batch) -> None:
         """Let the engine learn the model's dimensions."""
+        self._engine.compared = True  # by what follows
         with repeated(0, self._devices):
             self._engine.prepare(self._on_device(like))
 

@@ -9,13 +9,16 @@ Nothing here holds an autograd graph: values are plain, and an expression is rep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from coterie.errors import NoRuleError
 
 Function = Callable[..., Any]
 
@@ -100,7 +103,8 @@ def kind_of(
         return Kind.GENERAL
     source = sources[0]
     same_size = value.numel() == source.value.numel()
-    if function in _SAME_WHEN_ALONE and same_size:
+    reinterpreted = function is _T.view and any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values()))
+    if function in _SAME_WHEN_ALONE and same_size and not reinterpreted:
         return source.kind if source.kind != Kind.TRANSPOSED or value.shape == source.value.shape else Kind.ISOMETRIC
     if function in _SHIFTS and value.shape == source.value.shape and not kwargs and len(args) == 2:
         # ``c - w`` turns the sign, which `_T.__rsub__` covers as GENERAL; here the node comes first or is added.
@@ -137,26 +141,59 @@ def replay(node: Node, leaves: dict[Root, Tensor]) -> Tensor:
     def again(item: Any) -> Any:
         if isinstance(item, Node):
             return replay(item, leaves)
-        if isinstance(item, list | tuple) and any(isinstance(part, Node) for part in item):
-            return type(item)(again(part) for part in item)
-        return item
+        if isinstance(item, list | tuple) and type(item) is not torch.Size:
+            parts = [again(part) for part in item]
+            return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+        if isinstance(item, slice):
+            return slice(again(item.start), again(item.stop), again(item.step))
+        return {key: again(part) for key, part in item.items()} if isinstance(item, dict) else item
 
-    result = node.function(*again(node.args), **{key: again(item) for key, item in node.kwargs.items()})
+    result = node.function(*again(node.args), **again(node.kwargs))
     return result if node.part is None else result[node.part]
 
 
+def same_numbers(again: Tensor, before: Tensor) -> bool:
+    """Whether a computation that was repeated gave what it gave before, up to the rounding of its type."""
+    if again.shape != before.shape:
+        return False
+    loose = before.dtype in (torch.float16, torch.bfloat16) or torch.get_float32_matmul_precision() != "highest"
+    wide = torch.complex128 if before.is_complex() else torch.float64
+    again, before = again.detach().to(wide), before.detach().to(wide)
+    finite = torch.isfinite(before)
+    largest = before[finite].abs().max() if bool(finite.any()) else 0.0
+    apart = torch.where(finite, again - before, 0.0).abs()
+    return bool((apart <= (0.05 if loose else 1e-3) * largest).all())
+
+
 class Pullback:
-    """Carries gradients at a node back to one of its roots, as often as wanted. Linear in the gradient."""
+    """Carries gradients at a node back to one of its roots, as often as wanted. Linear in the gradient.
+
+    Raises:
+        NoRuleError: the expression, run again, does not give the value that the forward used (it draws random
+            numbers, or something it reads was changed since), or cannot be differentiated.
+    """
 
     def __init__(self, node: Node, root: Root) -> None:
         self._node = node
         self._root = root
         self._graph: tuple[Tensor, Tensor] | None = None
         if node.kind > Kind.TRANSPOSED:
-            leaves = {other: other.value.float() for other in node.roots}
-            leaves[root] = leaves[root].clone().requires_grad_()
-            with torch.enable_grad():
-                self._graph = (replay(node, leaves), leaves[root])
+            with torch.enable_grad(), self._explained():
+                self._graph = self._replayed(torch.float32)
+            if not same_numbers(self._graph[0], node.value):
+                raise self._refusal(
+                    "run again, it gives another value: it draws random numbers, or what it reads changed"
+                )
+
+    def _replayed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaves = {other: other.value.to(dtype) for other in self._node.roots}
+        leaf = leaves[self._root] = leaves[self._root].clone().requires_grad_()
+        try:
+            return replay(self._node, leaves), leaf
+        except RuntimeError:
+            if dtype == self._root.value.dtype:
+                raise
+            return self._replayed(self._root.value.dtype)  # beside constants of that type
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """[*node shape] to [*root shape], float32."""
@@ -165,7 +202,10 @@ class Pullback:
             turned = gradient if self._node.kind == Kind.SAME else gradient.transpose(-1, -2)
             return turned.reshape(shape).float()
         value, leaf = self._graph
-        (result,) = torch.autograd.grad(value, leaf, gradient.to(value.dtype), retain_graph=True, allow_unused=True)
+        with self._explained():
+            (result,) = torch.autograd.grad(
+                value, leaf, gradient.reshape(value.shape).to(value.dtype), retain_graph=True, allow_unused=True
+            )
         return result.float() if result is not None else torch.zeros(shape, device=gradient.device)
 
     def batched(self, gradients_B: Tensor) -> Tensor:
@@ -174,3 +214,21 @@ class Pullback:
             turned = gradients_B if self._node.kind == Kind.SAME else gradients_B.transpose(-1, -2)
             return turned.reshape(-1, *self._root.value.shape).float()
         return torch.stack([self(gradient) for gradient in gradients_B])
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self._refusal(f"it cannot be differentiated again ({type(error).__name__})") from error
+
+    def _refusal(self, reason: str) -> NoRuleError:
+        name = getattr(self._node.function, "__name__", "an operation")
+        return NoRuleError(
+            f"The value that `{name}` makes from `{self._root.name}` cannot be carried back to it.",
+            where=reason,
+            why="norm and sum would be of another gradient than the model's, and clipping would not bound it",
+            fix="freeze the parameter, or switch off the randomness on it (dropout of weights)",
+        )

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from coterie.dp import resolve
 from coterie.dp.adapters import rows_of_single_experts
-from coterie.dp.capture import Capture, Sites
+from coterie.dp.capture import Capture
 from coterie.dp.clipping import Clipping, Flat, bounded_factors, checked_thresholds
+from coterie.dp.batches_of_one import compare_once
 from coterie.dp.derived import Root
 from coterie.dp.experts import PrivateExperts
 from coterie.dp.gram import UNIT, SqNorms, worst_excess
@@ -32,8 +33,9 @@ from coterie.dp.probe import learn_sites
 from coterie.dp.refusals import check_batch, check_types
 from coterie.dp.rules import apply_rule
 from coterie.dp.scaling import SMALLEST, UNSEEN, single
+from coterie.dp.sites import Sites, Size
 from coterie.dp.terms import Dense
-from coterie.errors import PrivacyError
+from coterie.errors import CoterieError, NoRuleError, PrivacyError
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.streaming import WeightSource
@@ -77,6 +79,8 @@ class Engine:
     Attributes:
         groups: gradient groups, in the order of ``thresholds``.
         thresholds: [G] float64 clip norms of the groups; adaptive clipping replaces them between rounds.
+        compared: with batches of one; `prepare` then does not. Where expert weights are lent the model cannot compute
+            by itself, and nothing is compared.
         eta: the clipped sum of one record has norm at most ``(1 + eta)`` times the thresholds' root sum of squares.
 
     Raises:
@@ -117,7 +121,8 @@ class Engine:
         self._source = expert_weights
         self._accumulate_on = accumulate_on
         self._sums: Sums = {}
-        self._sites: Sites | None = None
+        self._sites: dict[bool, Sites] = {}
+        self.compared = expert_weights is not None
         self._captured_bytes_per_value: float | None = None
         self._counted: int | None = None
 
@@ -144,13 +149,23 @@ class Engine:
         return float(self.thresholds.square().sum().sqrt()) * (1.0 + self.eta)
 
     def prepare(self, batch: Batch) -> None:
-        """Learn from two probe passes what the dimensions of the model's tensors mean. Uses only shapes of ``batch``.
+        """Learn from probe passes what the dimensions of the model's tensors mean, and compare with batches of one.
+
+        Only keys, shapes and types of ``batch`` are used. Once for each mode (train, eval), and the comparison once.
 
         Raises:
-            NoRuleError: a trainable parameter is used in a way that cannot be bounded.
+            NoRuleError: a trainable parameter is used in a way that cannot be bounded, or the comparison failed.
         """
-        if self._sites is None:
-            self._sites = learn_sites(self, batch)
+        mode = self.model.training
+        if mode not in self._sites:
+            self._sites[mode] = learn_sites(self, batch)
+        if not self.compared:
+            self.compared = True
+            try:
+                compare_once(self, batch, self._sites[mode].lowered)
+            except BaseException:
+                self.compared = False
+                raise
 
     def accumulate(self, batch: Batch, counted: int | None = None) -> Diagnostics:
         """Add the clipped gradients of one physical batch to the sums.
@@ -353,23 +368,45 @@ class Engine:
 
     def _run(self, batch: Batch, ready: object) -> Tensor:
         """One captured forward and backward; returns the losses, detached."""
+        return self.run_captured(batch, ready, self._sites[self.model.training], None)
+
+    def run_captured(self, batch: Batch, ready: object, sites: Sites, probing: Size | None) -> Tensor:
+        """A forward and backward of this model, experts included, seen by a capture; ``probing`` as in `Capture`.
+
+        Raises:
+            NoRuleError: also where something fails that does not fail in the model by itself.
+        """
         records = batch_size(batch)
-        with self.capturing(records, ready) as capture:
-            losses = checked(self.loss_fn(self.model, batch), records)
-            capture.backward(losses.float().sum())
+        try:
+            with self._capturing(records, ready, sites, probing) as capture:
+                losses = checked(self.loss_fn(self.model, batch), records)
+                capture.backward(losses.float().sum())
+        except (CoterieError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if self._fails_plainly(batch):
+                raise
+            used = "" if capture.last is None else f", where `{capture.last.roots[0].name}` was used last"
+            raise NoRuleError(
+                f"The model fails while its parameters are followed{used}: {type(error).__name__}: {error}",
+                why="its gradients cannot be clipped per record, though it runs by itself",
+                fix="freeze that parameter, or use the plain PyTorch form of that layer",
+            ) from error
         return losses.detach().float()
 
+    def _fails_plainly(self, batch: Batch) -> bool:
+        """Whether forward or backward fail without a capture too: then the fault is the model's own."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                loss = self.loss_fn(self.model, batch).sum()
+                torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        except Exception:
+            return True
+        return False
+
     @contextmanager
-    def capturing(self, records: int, ready: object, sites: Sites | None = None) -> Iterator[Capture]:
-        """A capture of this model, experts included. With ``sites`` it is a probe that fills them."""
-        capture = Capture(
-            self.parameters,
-            records,
-            apply_rule,
-            ready,  # type: ignore[arg-type]
-            sites if sites is not None else (self._sites or Sites()),
-            probing=sites is not None,
-        )
+    def _capturing(self, records: int, ready: object, sites: Sites, probing: Size | None) -> Iterator[Capture]:
+        capture = Capture(self.parameters, records, apply_rule, ready, sites, probing)  # type: ignore[arg-type]
         for name, shape in self.lent_shapes.items():
             capture.roots[name] = Root(torch.empty(shape, device="meta"), name=name)
         with ExitStack() as stack:

@@ -1,6 +1,6 @@
-"""Probe passes: two small forwards and backwards on synthetic records whose sizes share no factor.
+"""Probe passes: small forwards and backwards on synthetic records, in numbers that divide none of the model's own.
 
-They teach `Sites` what the first dimension of every tensor is where it meets a parameter, and raise `NoRuleError`
+They teach `Sites` which dimension holds the records in every tensor that meets a parameter, and raise `NoRuleError`
 for a use that no rule covers. Nothing of a real record is used, only the batch's keys, shapes and types.
 
 Shape letters: B records, T tokens.
@@ -11,32 +11,78 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coterie.dp.capture import Sites
-from coterie.dp.derived import Root
-from coterie.dp.losses import Batch, checked
+from coterie.dp.derived import Pullback, Root
+from coterie.dp.losses import Batch
+from coterie.dp.sites import Sites, Size
+from coterie.errors import NoRuleError
 
 if TYPE_CHECKING:
     from coterie.dp.engine import Engine
 
-_SIZES = ((3, 11), (5, 13))
-"""(records, tokens) of the probes: distinct primes, none of which divides another size by accident for both."""
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+_LENGTHS = (11, 13, 17, 19, 23, 29)
+_ATTEMPTS = 3
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
 def learn_sites(engine: Engine, batch: Batch) -> Sites:
-    """Run both probes."""
-    sites = Sites()
-    for records, tokens in _SIZES:
-        made = synthetic_batch(engine.model, batch, records, tokens)
-        with torch.random.fork_rng(devices=[]), engine.capturing(records, _forget, sites) as capture:
-            losses = checked(engine.loss_fn(engine.model, made), records)
-            capture.backward(losses.float().sum())
-    return sites
+    """Run the probes; with other numbers if some number of the model happens to be a multiple of theirs.
+
+    Raises:
+        NoRuleError: see the module text.
+    """
+    failure: NoRuleError | None = None
+    for attempt in range(_ATTEMPTS):
+        sites = Sites(probe_sizes(engine.model, attempt))
+        try:
+            for seed, (records, tokens) in enumerate(sites.sizes):
+                made = synthetic_batch(engine.model, batch, records, tokens, seed)
+                with torch.random.fork_rng(devices=[]):
+                    engine.run_captured(made, _forget, sites, (records, tokens))
+        except NoRuleError as error:
+            failure = error
+            continue
+        misled = sites.settle()
+        if misled is None:
+            return sites
+        parameter, operation, _ = misled
+        failure = NoRuleError(
+            f"`{parameter}` meets data in `{operation}`, whose sizes are not those of records in any number of them.",
+            why="which row belongs to which record cannot be told, so clipping would not bound it",
+            fix="freeze the parameter, or use a model whose shapes do not depend on how many records it is given",
+        )
+    assert failure is not None
+    raise failure
 
 
 def _forget(root: Root) -> None:
+    """Keep nothing; but expressions that cannot be run again are found here, not in the first round."""
+    for node in {node: None for node, _ in root.captured}:
+        Pullback(node, root)
     root.captured = []
+
+
+def probe_sizes(model: nn.Module, attempt: int = 0) -> tuple[Size, Size, Size]:
+    """Records and tokens of the three passes: primes that divide no dimension of a parameter or buffer."""
+    taken = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
+    free = [prime for prime in _PRIMES if all(size % prime for size in taken)]
+    free += [prime for prime in _PRIMES if prime not in free]
+    first, second = free[2 * attempt : 2 * attempt + 2]
+    config = getattr(model, "config", None)
+    limit = min(
+        (n for name in _LIMITS if isinstance(n := getattr(config, name, None), int) and n > 0), default=1 << 30
+    )
+    lengths = [n for n in _LENGTHS if n <= limit and n not in taken and not _related(n, first, second)]
+    lengths += [n for n in range(min(limit, 11), 0, -1) if n not in lengths][:2]
+    short, long = (lengths * 2)[:2]
+    return (first, short), (second, short), (second, long)
+
+
+def _related(tokens: int, *records: int) -> bool:
+    """A number that models make of the tokens is a multiple of a number of records."""
+    return any((a * tokens + b) % n == 0 for a in (1, 2) for b in (-2, -1, 0, 1, 2) for n in records)
 
 
 def synthetic_batch(model: Any, like: Batch, records: int, tokens: int, seed: int = 0) -> dict[str, Any]:
@@ -78,7 +124,7 @@ def _values(
         return torch.zeros(shape, dtype=like.dtype)
     top = vocabulary
     if name == "labels" and len(shape) == 1:
-        top = int(getattr(model.config, "num_labels", 2))
+        top = int(getattr(getattr(model, "config", None), "num_labels", 2))
     return torch.randint(0, top, shape, generator=generator, dtype=like.dtype)
 
 

@@ -106,8 +106,9 @@ def _joined_rows(root: Root) -> list[Use]:
     outers: list[Outer] = []
     lookups: list[Lookup] = []
     for node, term in root.captured:
-        plain = node.kind <= Kind.TRANSPOSED and node.value.ndim == 2 and root.value.ndim == 2
-        if isinstance(term, Outer) and plain and term.a.shape[1] == 1 and node.value.numel() == root.value.numel():
+        as_stored = root.value.shape if node.kind == Kind.SAME else root.value.shape[::-1]
+        plain = node.kind <= Kind.TRANSPOSED and root.value.ndim == 2 and node.value.shape == as_stored
+        if isinstance(term, Outer) and plain and term.a.shape[1] == 1:
             turned = term.flipped != (node.kind == Kind.TRANSPOSED)
             a, g = (term.g, term.a) if turned else (term.a, term.g)
             outers.append(Outer(a, g, root.value.shape))
@@ -135,8 +136,9 @@ def _dense_total(root: Root, uses: list[Use]) -> Dense:
 
 
 def _tied(uses: list[Use]) -> bool:
-    """An output layer and an embedding that share one matrix."""
-    return len(uses) == 2 and {type(term) for _, term in uses} == {Outer, Lookup}
+    """An output layer and an embedding that share one matrix, both as it is stored."""
+    plain = all(isinstance(node, Root) for node, _ in uses)
+    return len(uses) == 2 and plain and {type(term) for _, term in uses} == {Outer, Lookup}
 
 
 def _parts(uses: list[Use]) -> tuple[Outer, Lookup]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.dp.capture import Capture, Rule, node_of, refusal, tensors
+from coterie.dp.capture import Capture, Rule, Use, node_of
 from coterie.dp.derived import Function, Node
 from coterie.dp.terms import Aligned, Dense, Lookup, Term
 
@@ -23,25 +23,29 @@ _T = torch.Tensor
 
 class _Expand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, value: Tensor, shape: torch.Size, capture: Capture, node: Node) -> Tensor:
-        ctx.capture, ctx.node, ctx.row_records = capture, node, capture.row_records
+    def forward(
+        ctx: Any, anchor: Tensor, value: Tensor, shape: torch.Size, capture: Capture, node: Node, repeated: bool
+    ) -> Tensor:
+        ctx.capture, ctx.node, ctx.row_records, ctx.repeated = capture, node, capture.row_records, repeated
         return value.expand(shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ctx.capture.deliver(*settle(ctx.node, grad, ctx.capture.batch, ctx.row_records))
-        return None, None, None, None, None
+        ctx.capture.deliver(*settle(ctx.node, grad, ctx.capture.batch, ctx.row_records, ctx.repeated))
+        return None, None, None, None, None, None
 
 
-def settle(node: Node, grad: Tensor, batch: int, row_records: Tensor | None) -> tuple[Node, Term]:
+def settle(node: Node, grad: Tensor, batch: int, row_records: Tensor | None, repeated: bool) -> tuple[Node, Term]:
     """The term of an expanded value, given the gradient of every entry of the expansion.
+
+    ``repeated``: the value's own first dimension already was the records'.
 
     Values that were themselves made by repeating (``expand``, a table looked up at fixed positions) are taken back
     one step, where the gradients are smaller.
     """
     shape = (*(1,) * (grad.ndim - node.value.ndim), *node.value.shape)
-    if shape[0] != 1 and shape[0] == grad.shape[0]:
-        return _settle_aligned(node, _summed(grad, (grad.shape[0], *shape[1:])), batch)
+    if repeated:
+        return settle_repeated(node, _summed(grad, (grad.shape[0], *shape[1:])), batch)
     if row_records is None:
         grouped = grad.reshape(batch, -1, *grad.shape[1:])
         # Sum a record's rows, and every other dimension along which the value was repeated.
@@ -57,7 +61,7 @@ def _summed(grad: Tensor, shape: tuple[int, ...]) -> Tensor:
     return grad.sum(dims, keepdim=True, dtype=torch.float32) if dims else grad
 
 
-def _settle_aligned(node: Node, grad: Tensor, batch: int) -> tuple[Node, Term]:
+def settle_repeated(node: Node, grad: Tensor, batch: int) -> tuple[Node, Term]:
     source = node.args[0] if node.function is _T.expand else None
     if isinstance(source, Node):
         padded = (*(1,) * (grad.ndim - source.value.ndim), *source.value.shape)
@@ -79,66 +83,59 @@ def _settle_lookup(node: Node, gradients_B: Tensor) -> tuple[Node, Term]:
     return node, Dense(gradients_B)
 
 
-def expand(capture: Capture, node: Node, shape: torch.Size) -> Tensor:
-    """The node's value expanded to ``shape``, its gradient per record arranged for."""
-    if len(shape) == 0:
-        raise refusal(node, torch.Tensor.expand, "it meets a single number, which belongs to no record")
+def expand(capture: Capture, node: Node, shape: torch.Size, repeated: bool = False) -> Tensor:
+    """The node's value expanded to ``shape``, its gradient per record arranged for; ``repeated`` as in `settle`."""
     capture.expect(node)
-    return _Expand.apply(capture.anchor, node.value, shape, capture, node)
+    return _Expand.apply(capture.anchor, node.value, shape, capture, node, repeated)
 
 
-def elementwise(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def elementwise(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
     """Any broadcasting operation of parameters with data."""
-    operands = list(tensors((args, kwargs)))
-    data = [tensor for tensor in operands if node_of(tensor) is None]
-    if not any(tensor.requires_grad for tensor in data):
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in use.operands))
+    if not _records_first(use, len(shape)):
         return NotImplemented
-    if args and node_of(args[0]) is not None and _in_place(function):
-        raise refusal(node_of(args[0]), function, "it changes a parameter in place")  # type: ignore[arg-type]
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in operands))
-    sources = [node for tensor in operands if (node := node_of(tensor)) is not None]
-    if capture.row_records is None and not _records_first(capture, function, sources[0], shape, data):
-        raise refusal(sources[0], function, f"the result of shape {list(shape)} does not have the records first")
 
     def plain(item: Any) -> Any:
         node = node_of(item)
-        return item if node is None else expand(capture, node, shape)
+        return item if node is None else expand(capture, node, shape, use.records_first(item))
 
     return function(*(plain(item) for item in args), **{key: plain(item) for key, item in kwargs.items()})
 
 
-def _records_first(capture: Capture, function: Function, node: Node, shape: torch.Size, data: list[Tensor]) -> bool:
-    widest = max((tensor for tensor in data if tensor.requires_grad), key=lambda tensor: tensor.ndim)
-    if widest.ndim < len(shape) or (widest.shape[0] == 1 and shape[0] != 1 and capture.batch != 1):
-        return False
-    return capture.rows_of(node, function, widest) is not None
+def _records_first(use: Use, ndim: int) -> bool:
+    """The result of broadcasting has the records in its first dimension, from all operands that hold any."""
+    for tensor, meaning in zip(use.operands, use.meanings, strict=True):
+        if meaning.dim > 0 or meaning.dim < -1:
+            return False
+        if meaning.dim == 0 and tensor.ndim != ndim:
+            return False
+        if meaning.dim == -1 and (
+            (tensor.ndim == ndim and ndim and tensor.shape[0] != 1)
+            or (tensor.requires_grad and node_of(tensor) is None)
+        ):
+            return False
+    return any(meaning.dim == 0 for meaning in use.meanings)
 
 
-def _in_place(function: Function) -> bool:
-    name = function.__name__
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def layer_norm(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def layer_norm(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
     """``F.layer_norm`` and ``F.rms_norm``: normalise without weight, then scale and shift entry by entry."""
     names: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
     if function is F.rms_norm:
         names = ("input", "normalized_shape", "weight", "eps")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     weight, bias = given.pop("weight", None), given.pop("bias", None)
-    if node_of(given["input"]) is not None:
+    data = given["input"]
+    if node_of(data) is not None or not use.records_first(data) or data.ndim <= len(given["normalized_shape"]):
+        return NotImplemented
+    if not (use.constant(weight) and use.constant(bias)):
         return NotImplemented
     out = function(**given)
-    if weight is not None:
-        out = _scaled(capture, torch.mul, out, weight)
-    return out if bias is None else _scaled(capture, torch.add, out, bias)
-
-
-def _scaled(capture: Capture, function: Function, data: Tensor, parameter: Tensor) -> Any:
-    if node_of(parameter) is None:
-        return function(data, parameter)
-    result = elementwise(capture, function, (data, parameter), {})
-    return capture.derive(function, (data, parameter), {}) if result is NotImplemented else result
+    for step, parameter in ((torch.mul, weight), (torch.add, bias)):
+        if parameter is not None:
+            both = Use((out, parameter), (use.of(data), use.of(parameter)))
+            tracked = node_of(parameter) is not None
+            out = elementwise(capture, step, (out, parameter), {}, both) if tracked else step(out, parameter)
+    return out
 
 
 _NAMES = (

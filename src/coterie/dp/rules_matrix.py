@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.dp.capture import Capture, Rule, node_of, refusal
+from coterie.dp.capture import Capture, Rule, Use, node_of, refusal
 from coterie.dp.derived import Function, Node
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer
@@ -76,26 +76,27 @@ def _deliver_ragged(ctx: Any, x_RI: Tensor, g_RO: Tensor) -> None:
         ctx.capture.deliver(ctx.bias_node, StackedBias(g_RO, segments))
 
 
-def linear(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def linear(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
     """``F.linear(x, W, b)`` with W, b or both trainable; x is [B, .., I] or [B * T, I]."""
     x, weight, bias = _signature(args, kwargs, "input", "weight", "bias")
-    if node_of(x) is not None:
+    if not (_multiplied(x, use) and use.constant(weight) and use.constant(bias)):
         return NotImplemented
-    return _linear(capture, function, x, weight, bias)
+    return _linear(capture, x, weight, bias)
 
 
-def _linear(capture: Capture, function: Function, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+def _multiplied(x: Tensor, use: Use) -> bool:
+    """It is data whose rows are taken one by one."""
+    return node_of(x) is None and x.ndim >= 2 and use.records_first(x)
+
+
+def _linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     weight_node, bias_node = node_of(weight), node_of(bias)
-    node = weight_node or bias_node
-    assert node is not None
-    if capture.row_records is None and _data_rows(capture, node, function, x) is None:
+    if weight.ndim != 2 or (bias is not None and bias.ndim != 1) or (weight_node is None and weight.requires_grad):
         return NotImplemented
     for used in (weight_node, bias_node):
         if used is not None:
             capture.expect(used)
     plain = weight if weight_node is None else weight_node.value
-    if weight_node is None and weight.requires_grad:
-        raise refusal(node, function, "the weight beside this bias is computed from data")
     plain_bias = bias if bias_node is None else bias_node.value
     dtype = compute_dtype(x, plain)
     if torch.is_autocast_enabled(x.device.type):
@@ -103,36 +104,29 @@ def _linear(capture: Capture, function: Function, x: Tensor, weight: Tensor, bia
     return _Linear.apply(capture.anchor, x, plain, plain_bias, capture, weight_node, bias_node)
 
 
-def _data_rows(capture: Capture, node: Node, function: Function, x: Tensor) -> int | None:
-    """Rows per record of a matrix product's input; None if the input has no records (a constant)."""
-    if capture.row_records is not None:
-        raise refusal(node, function, "it is used on rows sorted by expert")
-    rows = capture.rows_of(node, function, x)
-    if rows is None and x.requires_grad:
-        raise refusal(node, function, f"its input of shape {list(x.shape)} does not have the records first")
-    return rows
-
-
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tuple[Any, ...]:
     return tuple(args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names))
 
 
-def matmul(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def matmul(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
     """``x @ W``, ``W @ x`` and their stacked forms, with one side trainable."""
-    left, right = _signature(args, kwargs, "input", "other")
+    left, right = _signature(args, kwargs, "input", "mat2" if "mat2" in kwargs else "other")
     if function is _T.__rmatmul__:
         left, right = right, left
     weight_left, weight_right = node_of(left), node_of(right)
     if (weight_left is None) == (weight_right is None):
         return NotImplemented
     if weight_right is not None:
-        if weight_right.value.ndim == 2 and left.ndim >= 2:
-            turned = capture.derive(_T.transpose, (right, 0, 1), {})
-            return _linear(capture, function, left, turned, None)
-        return _stacked(capture, function, left, right, weight_right)
+        if not use.constant(right):
+            return NotImplemented
+        if weight_right.value.ndim == 2:
+            if not _multiplied(left, use):
+                return NotImplemented
+            return _linear(capture, left, capture.derive(_T.transpose, (right, 0, 1), {}), None)
+        return _stacked(capture, function, left, weight_right, use)
     assert weight_left is not None
-    if weight_left.value.ndim == 2 and right.ndim >= 3:
-        result = _linear(capture, function, right.transpose(-1, -2), left, None)
+    if weight_left.value.ndim == 2 and right.ndim >= 3 and _multiplied(right, use) and use.constant(left):
+        result = _linear(capture, right.transpose(-1, -2), left, None)
         return result if result is NotImplemented else result.transpose(-1, -2)
     return NotImplemented
 
@@ -163,24 +157,26 @@ def _by_record(rows: Tensor, batch: int) -> Tensor:
     return rows.reshape(rows.shape[0], batch, -1, rows.shape[-1]).transpose(0, 1)
 
 
-def _stacked(capture: Capture, function: Function, x: Tensor, weight: Tensor, node: Node) -> Any:
-    if node.value.ndim != 3 or x.ndim not in (3, 4) or node.function in (_T.expand, torch.broadcast_to):
+def _stacked(capture: Capture, function: Function, x: Tensor, node: Node, use: Use) -> Any:
+    if capture.row_records is not None:
+        raise refusal(node, function, "it is used on rows sorted by expert")
+    if node.value.ndim != 3 or x.ndim not in (3, 4) or use.of(x).dim != 4 - x.ndim:
         return NotImplemented
     if x.shape[-3] != node.value.shape[0]:
-        raise refusal(node, function, f"shapes {list(x.shape)} and {list(node.value.shape)} do not pair up")
-    if _data_rows(capture, node, function, x if x.ndim == 4 else x.transpose(0, 1)) is None:
         return NotImplemented
     capture.expect(node)
     return _Stacked.apply(capture.anchor, x, node.value.to(x.dtype), capture, node)
 
 
-def addmm(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def addmm(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
     """``addmm(bias, x, W)`` (Hugging Face's Conv1D) as a linear layer."""
-    bias, x, weight = args[:3]
-    if len(args) > 3 or kwargs or node_of(x) is not None:
+    if len(args) != 3 or kwargs:
+        return NotImplemented
+    bias, x, weight = args
+    if not (_multiplied(x, use) and use.constant(weight) and use.constant(bias)):
         return NotImplemented
     turned = weight.t() if node_of(weight) is None else capture.derive(_T.t, (weight,), {})
-    return _linear(capture, function, x, turned, bias)
+    return _linear(capture, x, turned, bias)
 
 
 class _Embedding(torch.autograd.Function):
@@ -204,8 +200,8 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None, None, None
 
 
-def embedding(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``F.embedding(ids, W)``; ids that are the same for all records (positions) make a weight-only value."""
+def embedding(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
+    """``F.embedding(ids, W)``."""
     ids, weight, padding, max_norm, _, by_frequency = _signature(
         args, kwargs, "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"
     )
@@ -214,25 +210,35 @@ def embedding(capture: Capture, function: Function, args: tuple[Any, ...], kwarg
         return NotImplemented
     if max_norm is not None or by_frequency:
         raise refusal(node, function, "max_norm and scale_grad_by_freq mix the records of a batch")
-    return _lookup(capture, function, ids, node, padding)
+    return _lookup(capture, function, ids, weight, padding, use)
 
 
-def _lookup(capture: Capture, function: Function, ids: Tensor, node: Node, padding: int | None) -> Any:
+def _lookup(capture: Capture, function: Function, ids: Tensor, table: Tensor, padding: int | None, use: Use) -> Any:
+    node = node_of(table)
+    if node is None or node_of(ids) is not None:
+        return NotImplemented
     if capture.row_records is not None:
         raise refusal(node, function, "it is used on rows sorted by expert")
-    if capture.rows_of(node, function, ids) is None:
+    if not use.records_first(ids) or not use.constant(table):
         return NotImplemented
     capture.expect(node)
     return _Embedding.apply(capture.anchor, ids, node.value, padding, capture, node)
 
 
-def getitem(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``W[ids]`` as a table; every other index gives a weight-only value."""
-    index = args[1]
-    node = node_of(args[0])
-    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and node is not None:
-        return _lookup(capture, function, index, node, None)
+def getitem(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
+    """``W[ids]`` as a table."""
+    table, index = args
+    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool:
+        return _lookup(capture, function, index, table, None, use)
     return NotImplemented
+
+
+def index_select(
+    capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use
+) -> Any:
+    """``W.index_select(0, ids)``, the same as ``W[ids]``."""
+    table, dim, ids = _signature(args, kwargs, "input", "dim", "index")
+    return _lookup(capture, function, ids, table, None, use) if dim == 0 and ids.ndim == 1 else NotImplemented
 
 
 MATRIX_RULES: dict[Function, Rule] = {
@@ -248,4 +254,6 @@ MATRIX_RULES: dict[Function, Rule] = {
     torch.addmm: addmm,
     F.embedding: embedding,
     _T.__getitem__: getitem,
+    torch.index_select: index_select,
+    _T.index_select: index_select,
 }

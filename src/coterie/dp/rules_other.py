@@ -1,4 +1,4 @@
-"""Convolutions, values repeated over the records, and exact replay of small odd operations.
+"""Convolutions, and values repeated over the records.
 
 Shape letters: B records.
 """
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.dp.capture import Capture, Rule, node_of, nodes, refusal, tensors
+from coterie.dp.capture import Capture, Rule, Use, mapped, node_of
 from coterie.dp.derived import Function, Node
-from coterie.dp.rules_elementwise import _settle_aligned
+from coterie.dp.rules_elementwise import settle_repeated
 from coterie.dp.terms import Dense
-
-_T = torch.Tensor
 
 
 class _Convolution(torch.autograd.Function):
@@ -43,15 +41,22 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_node, bias_node = ctx.nodes
         if weight_node is not None:
-            ctx.capture.deliver(weight_node, Dense(_weight_gradients(x, weight, grad, ctx.options)))
+            rows = _weight_gradients(x, weight, grad, ctx.options)
+            ctx.capture.deliver(weight_node, Dense(_of_records(rows, ctx.capture.batch)))
         if bias_node is not None:
-            ctx.capture.deliver(bias_node, Dense(grad.flatten(2).sum(2, dtype=torch.float32)))
+            rows = grad.flatten(2).sum(2, dtype=torch.float32)
+            ctx.capture.deliver(bias_node, Dense(_of_records(rows, ctx.capture.batch)))
         grad_x = None
         if ctx.needs_input_grad[1]:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
                 (grad_x,) = torch.autograd.grad(_convolve(leaf, weight, None, ctx.options), leaf, grad)
         return None, grad_x, *(None,) * 6
+
+
+def _of_records(rows: Tensor, batch: int) -> Tensor:
+    """[B * k, ..] to [B, ..], summed."""
+    return rows if rows.shape[0] == batch else rows.reshape(batch, -1, *rows.shape[1:]).sum(1)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -70,17 +75,16 @@ def _weight_gradients(x: Tensor, weight: Tensor, grad: Tensor, options: dict[str
     return gradients.view(batch, *weight.shape)
 
 
-def convolution(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def convolution(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
     """``F.conv1d`` and its wider forms."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
-    node = node_of(weight) or node_of(bias)
-    if node is None or node_of(x) is not None:
+    if capture.row_records is not None or node_of(x) is not None or x.ndim != weight.ndim:
         return NotImplemented
-    if x.ndim != weight.ndim:
-        raise refusal(node, function, "its input has no dimension for the records")
-    if capture.rows_of(node, function, x) is None:
+    if not (use.records_first(x) and use.constant(weight) and use.constant(bias)):
+        return NotImplemented
+    if any(each is not None and node_of(each) is None and each.requires_grad for each in (weight, bias)):
         return NotImplemented
     for used in (node_of(weight), node_of(bias)):
         if used is not None:
@@ -107,122 +111,21 @@ class _Repeated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ctx.capture.deliver(*_settle_aligned(ctx.node, grad, ctx.capture.batch))
+        ctx.capture.deliver(*settle_repeated(ctx.node, grad, ctx.capture.batch))
         return None, None, None, None
 
 
 def aligned(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that treats records apart, on data and on parameters repeated over the records beforehand."""
-    first = next(node for tensor in tensors((args, kwargs)) if (node := node_of(tensor)) is not None)
-    data = next(tensor for tensor in tensors((args, kwargs)) if tensor.requires_grad and node_of(tensor) is None)
-    if _data_rows(capture, first, function, data) is None:
-        raise refusal(first, function, "its inputs do not have the records in their first dimension")
 
     def plain(item: Any) -> Any:
-        if isinstance(item, list | tuple):
-            return type(item)(plain(part) for part in item)
         node = node_of(item)
         if node is None:
             return item
         capture.expect(node)
         return _Repeated.apply(capture.anchor, node.value, capture, node)
 
-    return function(*(plain(item) for item in args), **{key: plain(item) for key, item in kwargs.items()})
-
-
-def _data_rows(capture: Capture, node: Node, function: Function, data: Tensor) -> int | None:
-    return capture.rows_of(node, function, data)
-
-
-class _Replay(torch.autograd.Function):
-    """Any function of data and small parameters; the backward runs it again, one record at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, call: _Call, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        ctx.call = call
-        return call.run(list(inputs), call.values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        call: _Call = ctx.call
-        inputs = ctx.saved_tensors
-        batch = call.capture.batch
-        each = grad.shape[0] // batch
-        per_input: list[list[Tensor]] = [[] for _ in inputs]
-        per_node: list[list[Tensor]] = [[] for _ in call.values]
-        for record in range(batch):
-            rows = slice(record * each, (record + 1) * each)
-            with torch.enable_grad():
-                leaves = [_leaf(tensor[_rows(tensor, batch, record)]) for tensor in inputs]
-                weights = [_leaf(value) for value in call.values]
-                out = call.run(leaves, weights)
-                wanted = [leaf for leaf in (*leaves, *weights) if leaf.requires_grad]
-                found = iter(torch.autograd.grad(out, wanted, grad[rows], allow_unused=True))
-            for store, leaf in zip((*per_input, *per_node), (*leaves, *weights), strict=True):
-                gradient = next(found) if leaf.requires_grad else None
-                store.append(torch.zeros_like(leaf) if gradient is None else gradient)
-        for node, gradients in zip(call.sources, per_node, strict=True):
-            call.capture.deliver(node, Dense(torch.stack(gradients)))
-        needs = ctx.needs_input_grad[2:]
-        return None, None, *(torch.cat(parts) if need else None for parts, need in zip(per_input, needs, strict=True))
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point())
-
-
-def _rows(tensor: Tensor, batch: int, record: int) -> slice:
-    each = tensor.shape[0] // batch
-    return slice(record * each, (record + 1) * each)
-
-
-class _Call:
-    """A function call with its data tensors and its nodes as numbered holes."""
-
-    def __init__(self, capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.capture = capture
-        self._function = function
-        self._args = nodes(args)
-        self._kwargs = nodes(kwargs)
-        self.sources = [node for tensor in tensors((args, kwargs)) if (node := node_of(tensor)) is not None]
-        self.values = [node.value for node in self.sources]
-        self.data = [tensor for tensor in tensors((args, kwargs)) if node_of(tensor) is None]
-
-    def run(self, inputs: list[Tensor], weights: list[Tensor]) -> Tensor:
-        data, plain = iter(inputs), iter(weights)
-
-        def fill(item: Any) -> Any:
-            if isinstance(item, Node):
-                return next(plain)
-            if isinstance(item, Tensor):
-                return next(data)
-            if isinstance(item, list | tuple):
-                return type(item)(fill(part) for part in item)
-            return item
-
-        args = fill(self._args)
-        result = self._function(*args, **{key: fill(item) for key, item in self._kwargs.items()})
-        if not isinstance(result, Tensor):
-            raise refusal(self.sources[0], self._function, "it returns several tensors")
-        return result
-
-
-def replayed(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation without a rule, run again per record; needs every data tensor to have the records first.
-
-    The self-check compares it with batches of one, as it does every rule.
-    """
-    call = _Call(capture, function, args, kwargs)
-    node = call.sources[0]
-    for tensor in call.data:
-        if tensor.ndim == 0 or (tensor.shape[0] % capture.batch):
-            raise refusal(node, function, "one of its inputs does not have the records in its first dimension")
-    if capture.rows_of(node, function, call.data[0]) is None:
-        raise refusal(node, function, "its input does not have the records in its first dimension")
-    for source in call.sources:
-        capture.expect(source)
-    return _Replay.apply(capture.anchor, call, *call.data)
+    return function(*mapped(args, plain), **mapped(kwargs, plain))
 
 
 OTHER_RULES: dict[Function, Rule] = {

@@ -66,7 +66,7 @@ class Dense:
     """Gradients stored as they are, [B, *shape]; for small parameters, or where the direct form was needed."""
 
     def __init__(self, gradients_B: Tensor) -> None:
-        self.gradients = gradients_B
+        self.gradients = gradients_B if gradients_B.ndim > 1 else gradients_B.unsqueeze(1)
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
         value = square_norms(self.gradients)
