@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from coterie.dp import resolve
 from coterie.dp.adapters import rows_of_single_experts
+from coterie.dp.batches_of_one import compare_once
 from coterie.dp.capture import Capture
 from coterie.dp.clipping import Clipping, Flat, bounded_factors, checked_thresholds
-from coterie.dp.batches_of_one import compare_once
 from coterie.dp.derived import Root
 from coterie.dp.experts import PrivateExperts
 from coterie.dp.gram import UNIT, SqNorms, worst_excess
