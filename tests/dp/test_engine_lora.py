@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
-from coterie.errors import ModelError
+from coterie.errors import ModelError, NoRuleError
 from coterie.models.tiny import tiny_model
 
 peft = pytest.importorskip("peft")
@@ -47,6 +47,36 @@ def test_invariant_1_exact_for_lora(family: str, targets: dict[str, Any]) -> Non
         figures = engine.accumulate(batch)
         assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
         assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_invariant_1_a_router_s_adapter_works_beside_those_of_experts(family: str) -> None:
+    model, batch = adapted(family, target_parameters=[*EXPERTS, "mlp.gate.weight"]), token_batch(3, 7)
+    expected = gradients(model, batch)
+    assert any("gate.lora" in name and g.any() for name, g in expected[0].items())
+    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
+    figures = engine.accumulate(batch)
+    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
+    assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+
+
+def test_invariant_4_experts_whose_bias_is_computed_are_refused() -> None:
+    model = adapted("gpt_oss", target_parameters=["mlp.experts.down_proj_bias"])
+    with pytest.raises(NoRuleError, match=r"lora_[AB]"):
+        Engine(model).norms(token_batch(3, 7))
+
+
+def test_invariant_1_a_tied_table_used_through_an_expression_is_exact() -> None:
+    """peft's trained tokens: a few rows replace those of a table that input and output share."""
+    model, batch = tiny_model("olmoe", tie_word_embeddings=True), token_batch(3, 7)
+    tokens = sorted({int(batch["input_ids"][0, 0]), int(batch["input_ids"][1, 3])})
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=tokens)
+    model = peft.get_peft_model(model, config).eval()
+    expected = gradients(model, batch)
+    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
+    figures = engine.accumulate(batch)
+    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
+    assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
 
 
 class _Shapes(TorchDispatchMode):

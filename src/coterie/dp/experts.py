@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.capture import Capture, node_of
+from coterie.dp.capture import Capture, node_of, refusal
 from coterie.dp.derived import Node
 from coterie.dp.rules_matrix import compute_dtype
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
@@ -175,6 +175,10 @@ class _Work:
         self.rows = rows
         self.segments = Segments(rows.token_R // max(tokens // records, 1), rows.ends_E, records)
         own, up = call.layer.parameters(), call.layer.layout.up_name  # on meta where weights are lent
+        for name, weight in own.items():
+            node = node_of(weight)
+            if node is not None and node is not experts.capture.roots.get(f"{call.layer.name}.{name}"):
+                raise refusal(node, "experts", f"`{call.layer.name}.{name}` is computed from it")
         self.up = experts.matrix(call.layer, up, call.hidden_ND, own[up])
         self.down = experts.matrix(call.layer, "down_proj", call.hidden_ND, own["down_proj"])
 

@@ -117,6 +117,12 @@ def _is_wrapper(module: nn.Module) -> bool:
     return hasattr(module, "parameter_name") and hasattr(module, "lora_A") and hasattr(module, "num_experts")
 
 
+def _beside_experts(model: nn.Module) -> list[Any]:
+    """The wrappers of matrices that whoever computes the experts reads; a router computes with its own."""
+    read = {(layer.module, name) for layer in expert_layers(model) for name in (layer.layout.up_name, "down_proj")}
+    return [each for each in expert_wrappers(model) if (each.get_base_layer(), each.parameter_name) in read]
+
+
 def expert_adapters(model: nn.Module) -> dict[tuple[nn.Module, str], list[ExpertAdapter]]:
     """Active adapters of each (experts module, parameter name).
 
@@ -124,7 +130,7 @@ def expert_adapters(model: nn.Module) -> dict[tuple[nn.Module, str], list[Expert
         ModelError: an adapter is merged into the weights, so its factors no longer say what the model computes.
     """
     found: dict[tuple[nn.Module, str], list[ExpertAdapter]] = {}
-    for wrapper in expert_wrappers(model):
+    for wrapper in _beside_experts(model):
         if wrapper.merged:
             raise ModelError(
                 f"The LoRA adapters of `{wrapper.parameter_name}` are merged into the expert weights.",
@@ -142,7 +148,7 @@ def expert_adapters(model: nn.Module) -> dict[tuple[nn.Module, str], list[Expert
 @contextmanager
 def factors_stay_apart(model: nn.Module) -> Iterator[None]:
     """Inside, peft leaves the expert weights alone; whoever computes the experts adds `expert_adapters` to them."""
-    changed = [wrapper for wrapper in expert_wrappers(model) if not wrapper.disable_adapters]
+    changed = [wrapper for wrapper in _beside_experts(model) if not wrapper.disable_adapters]
     for wrapper in changed:
         wrapper._disable_adapters = True
     try:
