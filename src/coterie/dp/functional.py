@@ -26,8 +26,8 @@ def per_sample_norms(model: nn.Module, batch: Batch, loss_fn: LossFunction | Non
             disagree with batches of one.
 
     Guarantee: entry b is the norm that record b has in a batch of its own (relative error at most 1e-5 in float32).
-    Cost: three tiny probe passes in each mode and a comparison of two records, then one forward and one backward. Keep
-    an `Engine` to pay for the probes once.
+    Cost: three tiny probe passes in each mode and a comparison of two records, then one forward and one backward.
+    Keep an `Engine` to pay for the probes once.
     """
     return Engine(model, loss_fn).norms(batch).float()
 
