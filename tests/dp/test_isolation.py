@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,19 @@ from test_engine_models import switch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from coterie import dp
 from coterie.dp import grid_sums
+from coterie.dp.balance import Balance
+from coterie.dp.budget import Budget
 from coterie.dp.clipping import Automatic, Clipping, Flat, PerGroup
 from coterie.dp.engine import Engine
 from coterie.dp.isolation import ExactEngine
 from coterie.dp.losses import default_loss
+from coterie.dp.lots import Lot
+from coterie.dp.mechanism import LOAD, WITHIN
+from coterie.dp.noise import GRID_SIGMA, add_noise
+from coterie.dp.randomness import SeededRandom
+from coterie.dp.session import PrivateSession
 from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.tiny import tiny_model
@@ -281,14 +290,11 @@ class Remembers(nn.Module):
         elif self.how == "buffer":
             self.seen = self.seen + trace
             factor = float(self.seen)
-        elif self.how == "made on first use":
-            self.__dict__.setdefault("first", trace)
-            factor = self.__dict__["first"]
         logits = self.head(self.table(input_ids) * factor)
         return type("Output", (), {"logits": logits})()
 
 
-@pytest.mark.parametrize("how", ["attribute", "list", "dict", "tensor", "buffer", "made on first use"])
+@pytest.mark.parametrize("how", ["attribute", "list", "dict", "tensor", "buffer"])
 def test_what_a_forward_leaves_in_the_model_is_gone_for_the_next_record(how: str) -> None:
     torch.manual_seed(0)
     assert_isolated(ExactEngine(Remembers(how), clipping=Flat(0.01)), made_records(lengths=(9, 5, 61)), 0.01)
@@ -382,3 +388,146 @@ def test_half_of_the_numbers_that_numpy_has_not_are_added_exactly() -> None:
     sums = grid_sums.GridSums({"w": gradient.shape}, {"w": torch.device("cpu")})
     sums.add({"w": gradient}, {"w": grid_sums.squares(gradient)}, {"w": 1e4})
     assert np.array_equal(sums.take()["w"].numpy(), np.trunc(gradient.double().numpy() * 1e4).astype(np.int64))
+
+
+def test_noise_on_integers_is_the_noise_on_the_grid_they_count() -> None:
+    std = 0.7
+    counts = {
+        "large": torch.randint(-(2**20), 2**20, (70_000,), generator=torch.Generator().manual_seed(1)),
+        "small": torch.arange(-3, 4),
+        "also small": torch.arange(5),
+    }
+    sums = {name: (value.double() * std / GRID_SIGMA).float() for name, value in counts.items()}
+    ours = add_noise(counts, std, SeededRandom(1), "r", divisor=3.0)
+    theirs = add_noise(sums, std, SeededRandom(1), "r", divisor=3.0)
+    for name, value in ours.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, theirs[name])
+    with pytest.raises(PrivacyError, match="far above its clip norm"):
+        add_noise({"w": torch.tensor([2**51])}, std, SeededRandom(1), "r")
+
+
+class Text(list[dict[str, Any]]):
+    """Records of several lengths, each with a user."""
+
+    def __init__(self, count: int = 24) -> None:
+        for i in range(count):
+            ids = token_batch(1, 3 + 7 * i % 19, seed=i)["input_ids"][0]
+            self.append({"input_ids": ids, "labels": ids, "user": f"u{i % 7}"})
+
+
+def collate(items: list[dict[str, Any]]) -> Record:
+    one = [{n: item[n][None] for n in ("input_ids", "labels")} for item in items]
+    return padded([{**record, "attention_mask": torch.ones_like(record["input_ids"])} for record in one])
+
+
+def session(folder: Path, model: nn.Module, data: Any = None, **options: Any) -> PrivateSession:
+    defaults: dict[str, Any] = {
+        "dataset": data if data is not None else Text(), "collate_fn": collate, "budget": Budget(6.0, 1e-3),
+        "lot_size": 8, "rounds": 4, "physical_batch": 4, "ledger": folder / "ledger",
+    }  # fmt: skip
+    return dp.make_private(model, torch.optim.SGD(model.parameters(), 0.1), **defaults | options)
+
+
+@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+@pytest.mark.parametrize("unit", ["record", "user"])
+def test_invariant_2_all_that_a_round_releases_is_a_sum_of_what_each_unit_adds_alone(
+    tmp_path: Path, unit: str
+) -> None:
+    model = tiny_model("mixtral", attention_dropout=0.3)
+    users = {"user_column": "user"} if unit == "user" else {}
+    made = session(
+        tmp_path,
+        model,
+        seed=3,
+        lot_size=4,
+        isolation="exact",
+        adaptive_quantile=0.5,
+        balance=Balance("private_load"),
+        **users,
+    )
+    numbers = [(1, 8, 15), (2, 9), (4, 11, 18)] if unit == "user" else [(1,), (4,), (5,), (20,), (23,)]
+
+    def released(units: list[tuple[int, ...]]) -> Sums:
+        records = np.array([number for own in units for number in own], np.int64)
+        owners = np.repeat(np.arange(len(units)), [len(own) for own in units]).astype(np.int64)
+        return made.lot_sums.compute(Lot(1, records, owners), "1|0")
+
+    whole = released(numbers)
+    assert {LOAD, WITHIN} <= whole.keys()
+    assert all(value.dtype == torch.int64 for value in whole.values())
+    noise = made.lot_sums.noise(whole)
+    bounds = {"gradients": made.lot_sums.engine.sensitivity, LOAD: made.lot_sums.balancer.load_bound * (1 + 1e-6)}  # type: ignore[union-attr]
+    for unit_records in numbers:
+        own = released([unit_records])
+        assert equal(
+            difference(whole, released([other for other in reversed(numbers) if other != unit_records])), own
+        )
+        gradient = {name: value for name, value in own.items() if name not in (LOAD, WITHIN)}
+        assert exact_square(gradient) <= (bounds["gradients"] / noise.step(min(gradient))) ** 2
+        assert exact_square({LOAD: own[LOAD]}) <= (bounds[LOAD] / noise.step(LOAD)) ** 2
+        assert exact_square({WITHIN: own[WITHIN]}) <= (0.5 / noise.step(WITHIN)) ** 2
+        assert exact_square({WITHIN: own[WITHIN]}) > 0
+    assert not equal(whole, made.lot_sums.compute(Lot(2, np.array([1]), np.array([0])), "2|0"))
+    made.close()
+
+
+@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+def test_dropout_masks_are_each_records_own_and_differ(tmp_path: Path) -> None:
+    record = Text()[3]
+    made = session(tmp_path, tiny_model("mixtral", attention_dropout=0.5), [record] * 9, seed=3, isolation="exact")
+    sums = [made.lot_sums.compute(Lot(1, np.array([i]), np.array([0])), "1|0") for i in (0, 1, 0)]
+    assert equal(sums[0], sums[2])
+    assert not equal(sums[0], sums[1])
+    assert not equal(sums[0], made.lot_sums.compute(Lot(1, np.array([0]), np.array([0])), "1|1"))
+    made.close()
+
+
+@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+def test_isolation_is_in_ledger_and_statement_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    made = session(tmp_path, model, isolation="exact", run="one")
+    made.step(made.next_lot())
+    made.save(tmp_path / "saved")
+    assert made.ledger.run("one")["isolation"] == "exact"
+    assert made.ledger.run("one")["eta"] == 0.0
+    text = str(made.statement())
+    assert "isolation exact" in text
+    assert "rounding in shared batches" not in text
+    made.close()
+    again = PrivateSession.resume(
+        tmp_path / "saved",
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        Text(),
+        collate,
+        ledger=tmp_path / "ledger",
+    )
+    assert isinstance(again.lot_sums.engine, ExactEngine)
+    again.step(again.next_lot())
+    again.close()
+    fast = session(tmp_path, model, run="two")
+    assert fast.statement().isolation == "fast"
+    assert "2.7 to 3.9 C" in str(fast.statement())
+    fast.close()
+
+
+@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+def test_half_precision_is_exact_unless_it_is_said_otherwise(tmp_path: Path) -> None:
+    half = session(tmp_path, tiny_model("mixtral").to(torch.bfloat16), run="a")
+    assert isinstance(half.lot_sums.engine, ExactEngine)
+    half.close()
+    asked = session(tmp_path, tiny_model("mixtral").to(torch.bfloat16), isolation="fast", run="b")
+    assert "0.05 to 0.25 C" in str(asked.statement())
+    asked.close()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = session(tmp_path, tiny_model("mixtral"), run="c", self_check=False)
+    assert cast.statement().isolation == "exact"
+    cast.close()
+
+
+def test_an_engine_that_does_not_do_what_is_asked_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(PrivacyError, match="isolation exact was asked for") as error:
+        session(tmp_path, model, engine=Engine(model), isolation="exact")
+    assert error.value.code == "dp-isolation-engine"

@@ -20,6 +20,7 @@ from coterie.config import PartyConfig, PartyPrivacy
 from coterie.dp.balance import Balance, Balancer
 from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
+from coterie.dp.isolation import ExactEngine
 from coterie.dp.losses import default_loss
 from coterie.dp.lots import Lot
 from coterie.errors import ConfigError, CoterieError, NoRuleError, PrivacyError
@@ -47,8 +48,9 @@ def constant_settings(**changes: object):  # type: ignore[no-untyped-def]
     )
 
 
+@pytest.mark.parametrize(("isolation", "batches", "rows"), [("fast", 3, 2), ("exact", 5, 1)])
 def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_leave_no_earlier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolation: str, batches: int, rows: int
 ):
     sizes = {1: 0, 2: 1, 3: 5}
     monkeypatch.setattr(
@@ -58,7 +60,8 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
     shapes: dict[int, list[tuple]] = {}
     waited: list[float] = []
     current = [0]
-    accumulate, compute, declare = Engine.accumulate, ExpertsWay.compute, SumSender.declare
+    kind = ExactEngine if isolation == "exact" else Engine
+    accumulate, compute, declare = kind.accumulate, ExpertsWay.compute, SumSender.declare
     began: dict[int, float] = {}
 
     def seen(self, batch, **rest):  # type: ignore[no-untyped-def]
@@ -74,10 +77,10 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
         waited.append(time.monotonic() - began[id(self)])
         declare(self, round, **rest)
 
-    monkeypatch.setattr(Engine, "accumulate", seen)
+    monkeypatch.setattr(kind, "accumulate", seen)
     monkeypatch.setattr(ExpertsWay, "compute", starts)
     monkeypatch.setattr(SumSender, "declare", leaves)
-    config = constant_settings()
+    config = constant_settings(privacy__isolation=isolation)
     one = full_models()[PARTIES[0]]
     parts = make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, tmp_path)
     parts = with_privacy(parts, tmp_path, sigma=1e-7)
@@ -85,9 +88,9 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
         assert each.privacy is not None
         parts[name] = replace(each, privacy=replace(each.privacy, push_after_s=1.0, sequence_length=12))
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
-    # Three batches of two rows hold five records; three parties.
-    assert {round: len(found) for round, found in shapes.items()} == {1: 9, 2: 9, 3: 9}
-    assert {shape for found in shapes.values() for shape in found} == {((2, 12),) * 3}
+    # As many batches as hold five records; three parties.
+    assert {round: len(found) for round, found in shapes.items()} == dict.fromkeys((1, 2, 3), 3 * batches)
+    assert {shape for found in shapes.values() for shape in found} == {((rows, 12),) * 3}
     assert len(waited) == 9
     assert min(waited) >= 1.0
     assert_clipped_sums(config, one, parts, federation, sizes)

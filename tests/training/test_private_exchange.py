@@ -209,6 +209,7 @@ def test_a_party_that_starts_again_after_the_end_still_says_what_it_revealed(tmp
         assert isinstance(after, PartyResult)
         assert before.privacy is not None
         assert before.privacy["rounds"] == 2
+        assert before.privacy["isolation"] == "exact"  # what holds where others serve the weights
         assert after.privacy == before.privacy
         assert after.statement == before.statement
 

@@ -143,6 +143,11 @@ class Contributor:
         return self._sigma
 
     @property
+    def isolation(self) -> Isolation:
+        """Whether rounding may let one record move what others contribute."""
+        return self._plan.isolation
+
+    @property
     def expected_lot(self) -> int:
         """What sums are divided by, added up over the parties; public."""
         return self._lots.expected_size
@@ -181,6 +186,7 @@ class Contributor:
         sums = self._sums.compute(begun.lot, begun.name)
         summed = time.monotonic()
         noised = self._sums.noise(sums).add(sums, self._source, f"noise|{begun.name}")
+        del sums  # with isolation: exact they take twice the memory of what is spooled
         drawn = time.monotonic()
         release = self._releases.publish(begun, noised)
         self.seconds = {"sums": summed - began, "noise": drawn - summed, "spool": time.monotonic() - drawn}

@@ -70,8 +70,8 @@ class ExactEngine(Engine):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         own = {name: self._accumulate_on or parameter.device for name, parameter in self.parameters.items()}
-        elsewhere = self._accumulate_on or torch.device("cpu")
-        devices = {name: own.get(name, elsewhere) for name in self.shapes}
+        self._elsewhere = self._accumulate_on or torch.device("cpu")
+        devices = {name: own.get(name, self._elsewhere) for name in self.shapes}
         self._grid = GridSums(self.shapes, devices)
         self._step_of: Callable[[str], float] = lambda name: self.sensitivity / GRID_SIGMA
         self._state: ModelState | None = None
@@ -167,17 +167,16 @@ class ExactEngine(Engine):
         if self._state is None:
             self._state = ModelState(self.model)
         adapters = expert_adapters(self.model)
-        experts = LoneExperts(adapters, self._source, frozenset(self.lent_shapes))
+        experts = LoneExperts(adapters, self._source, frozenset(self.lent_shapes), self._elsewhere)
         try:
             with ExitStack() as stack:
                 stack.enter_context(_repeatable(self._threads))
                 stack.enter_context(factors_stay_apart(self.model))
                 stack.enter_context(seam.computed_by(self.model, experts))
-                gradients = stack.enter_context(_own_gradients(self.parameters))
+                gradients = stack.enter_context(_own_gradients(self.parameters, self._accumulate_on))
                 losses = checked(self.loss_fn(self.model, alone), 1)
                 if losses.requires_grad:
                     losses.float().sum().backward()
-                    gradients.update({n: p.grad for n, p in self.parameters.items() if p.grad is not None})
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
@@ -194,14 +193,33 @@ class ExactEngine(Engine):
 
 
 @contextmanager
-def _own_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[Sums]:
-    """Inside, parameters have no gradient; the caller's come back."""
+def _own_gradients(parameters: Mapping[str, nn.Parameter], keep_on: torch.device | None) -> Iterator[Sums]:
+    """Inside, gradients go into what is yielded as soon as they are formed; the caller's come back afterwards.
+
+    Args:
+        parameters: by name.
+        keep_on: device that they go to; None: their own.
+    """
+    found: Sums = {}
+
+    def taking(name: str) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.to(keep_on or parameter.device)
+            found[name] = gradient if name not in found else found[name] + gradient
+            parameter.grad = None
+
+        return take
+
     before = {name: parameter.grad for name, parameter in parameters.items()}
+    hooks = [parameter.register_post_accumulate_grad_hook(taking(name)) for name, parameter in parameters.items()]
     for parameter in parameters.values():
         parameter.grad = None
     try:
-        yield {}
+        yield found
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, parameter in parameters.items():
             parameter.grad = before[name]
 

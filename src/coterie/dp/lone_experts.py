@@ -27,15 +27,19 @@ class LoneExperts:
         adapters: LoRA factors by (experts module, parameter).
         source: lends the weights, instead of the module.
         trained: names ``{layer.name}.{parameter}`` of lent weights whose gradients are wanted.
+        keep_on: device that these gradients go to as they are formed, a matrix of a layer at a time.
 
     Attributes:
         gradients: of lent weights, by these names; filled by the backward.
     """
 
-    def __init__(self, adapters: Adapters, source: WeightSource | None, trained: frozenset[str]) -> None:
+    def __init__(
+        self, adapters: Adapters, source: WeightSource | None, trained: frozenset[str], keep_on: torch.device
+    ) -> None:
         self.source = source
         self.trained = trained
         self.gradients: dict[str, Tensor] = {}
+        self._keep_on = keep_on
         self._adapters = adapters
 
     def __call__(self, call: ExpertsCall) -> Tensor:
@@ -63,8 +67,8 @@ class LoneExperts:
     def add(self, name: str, gradient: Tensor) -> None:
         """Take a gradient of a lent tensor, if it is trained."""
         if name in self.trained:
-            known = self.gradients.get(name)
-            self.gradients[name] = gradient if known is None else known + gradient
+            kept, known = gradient.to(self._keep_on), self.gradients.get(name)
+            self.gradients[name] = kept if known is None else known + kept
 
 
 def _own_linear(layer: ExpertLayer, own: dict[str, Tensor], name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:

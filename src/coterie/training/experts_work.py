@@ -141,6 +141,7 @@ class ExpertsWork(PartyWork):
             "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
             "delta": spent.delta,
             "noise_multiplier": contributor.noise_multiplier,
+            "isolation": contributor.isolation,
             "rounds": contributor.rounds_released(),
             "rounds_left": contributor.rounds_left(),
             "contributing": not self._sums.exhausted,
