@@ -140,13 +140,17 @@ def test_three_private_parties_equal_centralised_clipped_sgd_with_the_same_summe
     assert_same(federation, model, tolerance)
 
 
+def ledgers_in(root: Path) -> list[Path]:
+    """The folders of the datasets; the root also holds the key of their texts' hashes."""
+    return [path for path in root.iterdir() if path.is_dir()]
+
+
 def test_each_party_spends_by_its_own_ledger_what_the_accountant_says(tmp_path: Path):
     config = private_settings()
     _, parts, _ = run(config, tmp_path, sigma=None)
     for name in PARTIES:
-        ledgers = list((tmp_path / f"ledger-{name}").iterdir())
-        assert len(ledgers) == 1
-        text = (ledgers[0] / "ledger.jsonl").read_text()
+        (ledger,) = ledgers_in(tmp_path / f"ledger-{name}")
+        text = (ledger / "ledger.jsonl").read_text()
         assert text.count('"kind":"release"') == config.train.rounds
         count = len(parts[name].train)
         assert f'"units":{count}' in text
@@ -162,7 +166,7 @@ def test_a_party_whose_budget_is_spent_stops_contributing_and_the_others_go_on(t
     parts["alder"] = replace(parts["alder"], privacy=replace(alder, rounds=2))
     federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     assert all(result.finished and result.rounds == 4 for result in results.values())
-    (ledger,) = (tmp_path / "ledger-alder").iterdir()
+    (ledger,) = ledgers_in(tmp_path / "ledger-alder")
     assert (ledger / "ledger.jsonl").read_text().count('"kind":"release"') == 2
     assert contributor_rounds(federation) == {"alder": 2, "birch": 4, "cedar": 4}
 
@@ -184,7 +188,7 @@ def test_an_unnoised_private_trunk_cannot_be_configured(tmp_path: Path):
     for name in PARTIES:
         work = federation.runs[name].work
         trained = {key for key, p in work.parts.model.named_parameters() if p.requires_grad and not p.is_meta}
-        (ledger,) = (tmp_path / f"ledger-{name}").iterdir()
+        (ledger,) = ledgers_in(tmp_path / f"ledger-{name}")
         assert trained
         for file in (ledger / "spool").rglob("release-*.safetensors"):
             with safe_open(file, "pt") as opened:
