@@ -325,3 +325,17 @@ def test_a_saved_model_says_what_it_was_trained_under_and_is_held_to_it(
         return
     again.train()
     assert f"counted in ledger {training.ledger}" in str(again.statement())
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "expected"),
+    [({"bf16": True}, None, "exact"), ({"bf16": True}, "fast", "fast"), ({}, None, "fast"), ({}, "exact", "exact")],
+)
+def test_autocast_of_the_trainer_counts_as_half_precision(
+    make: Callable[..., PrivateTrainer], options: dict[str, Any], asked: str | None, expected: str
+) -> None:
+    trainer = make({"isolation": asked}, max_steps=1, **options)
+    trainer.train()
+    statement = trainer.statement()
+    assert statement.isolation == expected
+    assert ("0.05 to 0.25 C" in str(statement)) == (expected == "fast" and "bf16" in options)
