@@ -157,6 +157,20 @@ def test_invariant_4_tokens_sorted_across_records_are_found_by_the_self_check() 
     assert caught.value.code == "dp-self-check"
 
 
+def test_invariant_4_a_parameter_whose_data_is_replaced_in_the_forward_is_refused() -> None:
+    def replaced(w: Tensor, x: Tensor) -> Tensor:
+        w.data = w.data * 2
+        return F.linear(x, w)
+
+    def moved(w: Tensor, x: Tensor) -> Tensor:
+        w.data = w.data.float()  # to the type it has
+        return F.linear(x, w)
+
+    with pytest.raises(NoRuleError, match=r"`middle\.weight` is changed during the forward"):
+        Engine(Toy(Weighted(replaced, WIDTH, WIDTH))).norms(token_batch(2, 5, VOCAB))
+    Engine(Toy(Weighted(moved, WIDTH, WIDTH))).norms(token_batch(2, 5, VOCAB))
+
+
 def test_invariant_4_batch_normalisation_is_refused() -> None:
     class Norm(nn.BatchNorm1d):
         def forward(self, x: Tensor) -> Tensor:

@@ -421,7 +421,7 @@ def _dispatch(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
     with torch._C.DisableTorchFunctionSubclass():
         name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__") and function not in _WEIGHT_PROPERTIES:
-            if name == "__set__" and function == _T.data.__set__:
+            if name == "__set__" and function == _T.data.__set__ and not _same_storage(*args):
                 raise _unfollowed(args[0], "its `.data` is replaced")
             return function(*args, **kwargs)
         if function in _PLAIN or not torch.is_grad_enabled():
@@ -435,6 +435,11 @@ def _dispatch(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
         if capture is None or not capture.active:  # a derived value that outlived its pass refuses gradients itself
             return function(*args, **kwargs)
         return capture.rule(capture, function, args, kwargs)
+
+
+def _same_storage(old: Tensor, new: Tensor) -> bool:
+    """Nothing changes: a module that is moved to the type and device it has sets every `.data` to itself."""
+    return old.data_ptr() == new.data_ptr() and old.dtype == new.dtype and old.shape == new.shape
 
 
 def _unfollowed(tensor: Tensor, what: str) -> NoRuleError:
