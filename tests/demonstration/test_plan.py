@@ -100,7 +100,7 @@ def test_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -> None:
     _, plan = written(tmp_path)
     alone, pooled, together, own = settings_of(tmp_path, "isolated", "centralised", "tokens")
     model = {config.model.path.resolve() for config in (alone, pooled, together) if config.model.path}
-    assert model == {tmp_path / "public" / "run" / "private" / "model"}
+    assert model == {tmp_path / "public" / "run" / "model"}
     lengths = [(c.train.rounds, c.train.seed, c.train.eval_every) for c in (alone, pooled, together)]
     assert len(set(lengths)) == 1
     assert pooled.train.batch_size == len(plan.parties) * alone.train.batch_size

@@ -206,7 +206,7 @@ def test_a_start_that_was_trained_on_private_text_is_refused_whatever_is_declare
     else:
         start(make_config("before").model_copy(update={"privacy": None}))
     upcycled = tmp_path / "copied"
-    shutil.copytree(tmp_path / "before/private/model", upcycled)
+    shutil.copytree(tmp_path / ("before/private/model" if seeded else "before/model"), upcycled)
     words = "noise from a seed" if seeded else "without privacy"
     for declared in ("public", "dp:abc"):
         model = {"path": upcycled, "provenance": declared}
@@ -233,7 +233,7 @@ def test_a_start_under_a_budget_is_counted_as_one_and_public_text_starts_anythin
     assert runs == [first.privacy["run"], second.privacy["run"]]
     config = make_config("open").model_copy(update={"privacy": None})
     start(config.model_copy(update={"data": config.data.model_copy(update={"provenance": "public"})}))
-    model = {"path": tmp_path / "open/private/model", "provenance": "public"}
+    model = {"path": tmp_path / "open/model", "provenance": "public"}
     assert run_private(make_config("third", model=model)).finished
 
 

@@ -91,10 +91,16 @@ def test_a_run_learns_and_leaves_its_folder_complete(make_config: MakeConfig) ->
     assert losses[-1] is not None
     assert losses[-1] < losses[0] - 0.5
     assert [row["round"] for row in rows if "test_loss" in row] == [9, 19]
-    assert {path.name for path in config.run_dir.iterdir()} == {"config.yaml", "run.json", "private", LOCK_FILE}
+    assert {path.name for path in config.run_dir.iterdir()} == {
+        "config.yaml",
+        "run.json",
+        "private",
+        "model",
+        LOCK_FILE,
+    }
     names = {path.name for path in (config.run_dir / "private").iterdir()}
     files = {"metrics.jsonl", "result.json", "evaluation.safetensors"}
-    assert names == files | {"tensorboard", "tokenizer", "checkpoints", "model"}
+    assert names == files | {"tensorboard", "tokenizer", "checkpoints"}
     kept = sorted(path.name for path in (config.run_dir / "private" / "checkpoints").iterdir())
     assert kept == ["round-00000016", "round-00000020"]
     assert json.loads((config.run_dir / "private" / "result.json").read_text())["loss"] == result.loss
@@ -120,7 +126,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     stop = StopFlag()
     first = start(parts, stop=stop, watch=lambda done, *_: stop.set() if done == stop_after else None)
     assert (first.finished, first.rounds) == (False, stop_after)
-    assert not (parts.run_dir / "private" / "model").exists()
+    assert not (parts.run_dir / "model").exists()
     last = resume(parts.run_dir)
     assert last.finished
     assert last.loss == expected.loss
@@ -154,7 +160,7 @@ def test_resuming_a_finished_run_changes_nothing(make_config: MakeConfig) -> Non
 def test_the_final_model_is_an_ordinary_hugging_face_checkpoint(make_config: MakeConfig) -> None:
     config = make_config()
     start(config)
-    theirs = AutoModelForCausalLM.from_pretrained(config.run_dir / "private" / "model").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(config.run_dir / "model").eval()
     ours = load_trained(config.run_dir)
     ids = torch.tensor([ours.tokenizer("the patient")["input_ids"]])
     with torch.no_grad():

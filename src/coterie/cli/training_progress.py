@@ -56,4 +56,4 @@ def report(result: RunResult, json_file: Path | None) -> None:
             )
         ],
     )
-    say(f"model: {result.run_dir}/private/model   figures: {result.run_dir}/private/metrics.jsonl")
+    say(f"model: {result.run_dir}/model   figures: {result.run_dir}/private/metrics.jsonl")

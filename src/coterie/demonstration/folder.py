@@ -168,7 +168,7 @@ class Folder:
         assert arm.exchange is not None
         config = FederationConfig(
             name="demo",
-            model=ModelSpec(path=self._up(where) / PUBLIC / "run" / "private" / "model", provenance="public"),
+            model=ModelSpec(path=self._up(where) / PUBLIC / "run" / "model", provenance="public"),
             parties=dict(zip(plan.parties, addresses, strict=True)),
             coordinator=coordinator,
             optim=self._optim(arm),
@@ -224,7 +224,7 @@ class Folder:
         if isinstance(rules, PrivacyRules):
             privacy = PrivacySpec(**{**rules.model_dump(), "lot_size": train.batch_size}, **self._local(where))
         return TrainConfig(
-            model=ModelSpec(path=self._up(where) / PUBLIC / "run" / "private" / "model", provenance="public"),
+            model=ModelSpec(path=self._up(where) / PUBLIC / "run" / "model", provenance="public"),
             data=self._data(where, parties, TokenizerSpec(), arm),
             optim=self._optim(arm),
             train=train,

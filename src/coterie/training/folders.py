@@ -2,8 +2,8 @@
 
 ``RUN_DIR/public/`` holds what a privacy budget allows to be given away: the model, its card, the statement. It is
 there only where a budget made them. ``RUN_DIR/private/`` holds everything else that text went into: losses, lot
-sizes, TensorBoard's files, checkpoints, models that were trained without a budget. Sending ``public/`` publishes
-nothing else.
+sizes, TensorBoard's files, checkpoints, models of private runs that no budget covers. Sending ``public/`` publishes
+nothing else. A run without privacy has no ``public/``; its model lies in ``RUN_DIR/model``, closed to others as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """`coterie train`: one party trains by itself, in a run folder that holds everything.
 
-The folder: ``config.yaml`` (the settings), ``run.json`` (identity) and ``private/`` (see `coterie.training.folders`)
-with ``tokenizer/``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``; after the last round also ``model/`` (a
-Hugging Face checkpoint), ``evaluation.safetensors`` (held-out loss of every sequence) and ``result.json``.
+The folder: ``config.yaml`` (the settings), ``run.json`` (identity), after the last round ``model/`` (a Hugging Face
+checkpoint), and ``private/`` (see `coterie.training.folders`) with ``tokenizer/``, ``metrics.jsonl``,
+``tensorboard/``, ``checkpoints/``, at the end ``evaluation.safetensors`` (held-out loss of every sequence) and
+``result.json``.
 """
 
 from __future__ import annotations
@@ -253,8 +254,9 @@ def _train(prepared: Prepared, optimizer: AdamW, done: int, stop: StopFlag, watc
         if evaluation is not None:
             evaluation.save(private / "evaluation.safetensors")
         training = Training(prepared.run_id[:12], "public" if config.data.provenance == "public" else "none")
-        with writing(private / "model"):
-            save_model(model, private / "model", prepared.tokenizer, (*starting_trainings(config.model), training))
+        with writing(config.run_dir / "model"):
+            trainings = (*starting_trainings(config.model), training)
+            save_model(model, config.run_dir / "model", prepared.tokenizer, trainings)
         write_json(private / "result.json", outcome.as_json())
     return outcome
 
