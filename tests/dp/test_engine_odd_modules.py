@@ -363,3 +363,13 @@ def test_invariant_1_operations_that_meet_data_are_exact_or_refused(name: str, f
 @pytest.mark.parametrize("name", MODULES)
 def test_invariant_1_modules_of_every_kind_are_exact_or_refused(name: str) -> None:
     assert_right(MODULES[name](), name in REFUSED_MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_WEIGHTS - {"noise added"}))
+def test_invariant_4_gradients_past_the_rules_are_refused_without_a_comparison(name: str) -> None:
+    """The guard of derived values itself, not the comparison with batches of one that would find many of them too."""
+    make = WEIGHTS[name]
+    engine = dp.Engine(Made(lambda x, w: F.linear(x, make(w)), (D, D)), loss)
+    engine.compared = True
+    with pytest.raises(NoRuleError, match=r"`weights\.0`"):
+        engine.norms(batch_of(4))
