@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -257,7 +257,7 @@ def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_noth
     honest = world.handle("birch", line.lane, request)
     assert honest is not None
     answers, said = Answers(), []
-    gate = Gate(answers, 2, lambda peer, code: said.append((peer, code)))  # type: ignore[arg-type]
+    gate = Gate(answers, 2, itertools.count().__next__, lambda peer, code: said.append((peer, code)))  # type: ignore[arg-type]
     answers.reply = honest
     assert gate.request("birch", line.lane, request, 1.0) is honest
     misfits = 0
@@ -271,9 +271,19 @@ def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_noth
     assert set(said) == {("birch", "message-unfit")}
 
 
+def test_all_that_does_not_fit_in_one_attempt_counts_once() -> None:
+    answers, said, attempt = Answers(), [], [1]
+    gate = Gate(answers, 2, lambda: attempt[0], lambda peer, code: said.append(peer))  # type: ignore[arg-type]
+    for number in (1, 1, 1, 2, 2):
+        attempt[0] = number
+        with pytest.raises(MessageError):
+            gate.request("birch", Lane.BACKWARD, Message("push-end", 1), 1.0)  # it is answered with `ack`
+    assert said == ["birch"]
+
+
 def test_an_exception_of_our_own_is_a_refusal_that_counts_against_nobody() -> None:
     hub, said = InProcessHub(["alder", "birch"]), []
-    gate = Gate(hub.transport("alder"), 1, lambda peer, code: said.append(peer))
+    gate = Gate(hub.transport("alder"), 1, lambda: 1, lambda peer, code: said.append(peer))
     birch = hub.transport("birch")
 
     def broken(peer: str, lane: Lane, message: Message) -> Message:
@@ -300,7 +310,12 @@ def test_a_member_with_its_key_cannot_end_or_change_an_honest_one(tmp_path: Path
     kits = local_kits(tmp_path / "kits", ["alder", "birch"])
     settings = Settings(redial_s=0.05, close_s=1.0)
     ends = {name: GrpcTransport(name, load_roster(kit), kit, settings=settings) for name, kit in kits.items()}
-    gate = Gate(ends["alder"], 2, lambda peer, code: said.append((peer, threading.current_thread().name)))
+    gate = Gate(
+        ends["alder"],
+        2,
+        itertools.count().__next__,
+        lambda peer, code: said.append(peer),
+    )
     try:
         gate.start(world.handle)
         ends["birch"].start(lambda peer, lane, message: message)
@@ -316,7 +331,7 @@ def test_a_member_with_its_key_cannot_end_or_change_an_honest_one(tmp_path: Path
                 answered += not code.startswith("frame-")  # which no frame can hold
         assert answered > 50
         assert len(said) > 20
-        assert {peer for peer, _ in said} == {"birch"}
+        assert set(said) == {"birch"}
         assert all(torch.equal(value, before[name]) for name, value in world.state().items())
         for kind in {"tokens": ("gradient",), "experts": ("weights-offer", "weights-chunk")}[part]:
             ends["birch"].request("alder", world.lanes.get(kind, Lane.BACKWARD), world.messages[kind], 10.0)

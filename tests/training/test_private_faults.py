@@ -430,7 +430,7 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
     world.start()
     world.finished()
     assert broken.is_set()
-    assert any("push-not-finite" in notice.state.note for notice in world.federation.notices)
+    assert any("message-not-finite" in notice.state.note for notice in world.federation.notices)
     assert world.releases() == [(round, 0) for round in range(1, ROUNDS + 1)]
     spoiled = {len(set(digests)) for (_, round, _), digests in world.announced.items() if round == FATAL}
     assert max(spoiled) == 2, "the damaged bytes and the spooled ones"

@@ -118,8 +118,8 @@ class FederationConfig(Spec):
     max_refusals: int = Field(
         default=2,
         ge=1,
-        description="Messages that do not fit what was agreed, or hold values beyond it, after which their sender is "
-        "treated as lost until it is started again; less than `max_attempts` in effect.",
+        description="Attempts or other phases in which a member sends what does not fit what was agreed, or values "
+        "beyond it, after which it is treated as lost until it is started again; less than `max_attempts` in effect.",
     )
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
@@ -25,13 +25,17 @@ class Gate:
 
     Args:
         transport: not started yet.
-        limit: misfits of one member after which `complain` is called; counting then begins anew.
+        limit: times that a member's messages may not fit until `complain` is called; counting then begins anew.
+        period: number of what is being done; misfits of one member in one period count once, since one fault of its
+            memory can spoil all that it sends in one attempt at a round.
         complain: called with the member's name and the code of its last misfit, on any thread; must return at once.
     """
 
-    def __init__(self, transport: Transport, limit: int, complain: Callable[[str, str], None]) -> None:
-        self._transport, self._limit, self._complain = transport, limit, complain
-        self._misfits: Counter[str] = Counter()
+    def __init__(
+        self, transport: Transport, limit: int, period: Callable[[], int], complain: Callable[[str, str], None]
+    ) -> None:
+        self._transport, self._limit, self._period, self._complain = transport, limit, period, complain
+        self._misfits: dict[str, set[int]] = defaultdict(set)
         self._lock = threading.Lock()
 
     @property
@@ -104,10 +108,11 @@ class Gate:
             if error.counted:
                 return
             error.counted = True
-            self._misfits[error.peer] += 1
-            full = self._misfits[error.peer] >= self._limit
+            periods = self._misfits[error.peer]
+            periods.add(self._period())
+            full = len(periods) >= self._limit
             if full:
                 del self._misfits[error.peer]
         if full:
-            log.warning("%s: %s; its messages are refused for the %d. time", error.peer, error.code, self._limit)
+            log.warning("%s: %s; refused %d times over", error.peer, error.code, self._limit)
             self._complain(error.peer, error.code)

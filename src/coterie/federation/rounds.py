@@ -122,6 +122,11 @@ class _Scene:
         return tuple(name for name in self.active if name in self.views and self.views[name].dropped)
 
     @property
+    def reasons(self) -> str:
+        """Why parties were dropped, for the end of a note; empty where none is."""
+        return "".join(f": {self.views[name].dropped}" for name in self.dropped)
+
+    @property
     def lost(self) -> tuple[str, ...]:
         """Silent for longer than the lease; one lease is granted after a change and after a restart."""
         if self.state.phase is Phase.GATHER or self.clock.now - self.clock.entered > self.plan.lease_s:
@@ -207,9 +212,8 @@ class _Scene:
         """The way back to gather, when something is wrong with the present phase."""
         what = self.activity
         if self.dropped:
-            reasons = "; ".join(self.views[name].dropped for name in self.dropped)
             # Failures before it are put down to it: they say nothing about those that go on.
-            move = self.interrupted(f"{_names(self.dropped)} dropped in {what}: {reasons}")
+            move = self.interrupted(f"{_names(self.dropped)} dropped in {what}{self.reasons}")
             return move if move.state.phase is Phase.END else replace(move, state=replace(move.state, failures=0))
         if self.failed:
             return self.after_failure()
@@ -269,13 +273,15 @@ def _gather(scene: _Scene) -> Move | None:
     if lost and can_go_on and waited > plan.lease_s:
         absent = tuple(name for name in plan.parties if name in state.absent or name in lost)
         rejoining = tuple(name for name in state.rejoining if name not in lost)
-        note = f"going on without {_names(lost)}"
-        return scene.gather(note, absent=absent, rejoining=rejoining, epoch=state.epoch + 1)
+        note = f"going on without {_names(lost)}{scene.reasons}"
+        failures = 0 if scene.dropped else state.failures
+        return scene.gather(note, absent=absent, rejoining=rejoining, epoch=state.epoch + 1, failures=failures)
     if waited > plan.join_s and cut and not lost:
         return scene.fail("round-link-cut", f"no connection between {_pairs(cut)} within {plan.join_s:g} s")
     if waited > plan.join_s:
         late = lost or tuple(name for name in scene.active if not scene.done(name))
-        return scene.fail("round-party-missing", f"{_names(late)} did not arrive within {plan.join_s:g} s")
+        note = f"{_names(late)} did not arrive within {plan.join_s:g} s{scene.reasons}"
+        return scene.fail("round-party-missing", note)
     return None
 
 

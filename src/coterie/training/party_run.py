@@ -111,7 +111,7 @@ class PartyRun:
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
             kind = TokensWork if parts.federation.exchange == "tokens" else ExpertsWork
-            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._complain)
+            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._told, self._complain)
             self.work: PartyWork = kind(parts, self._gate, self._store)
         except BaseException:
             self._folder.close()
@@ -185,6 +185,10 @@ class PartyRun:
             self._membership.handle(message)
             return None
         return self.work.handle(peer, lane, message)
+
+    def _told(self) -> int:
+        directive = self._membership.directive
+        return 0 if directive is None else directive.state.seq
 
     def _complain(self, peer: str, code: str) -> None:
         if peer != COORDINATOR:
