@@ -98,8 +98,8 @@ def _federation(arm: Arm, plan: Plan, folder: Folder, processes: Processes, scre
     from coterie.federation.provision import free_endpoints  # loads cryptography; only this phase needs it
 
     config = folder.federation(arm, free_endpoints(len(plan.parties) + 1))
-    ready = [folder.split(arm), folder.provision(arm)]
-    processes.run_all(ready, plan.at_once, lambda: screen.progress(f"{arm.title}: splitting the model, making keys"))
+    ready = [folder.split(arm), folder.provision(arm)]  # in this order: the roster holds the digests of the split
+    processes.run_all(ready, 1, lambda: screen.progress(f"{arm.title}: splitting the model, making keys"))
     names = ", ".join(plan.parties)
     screen.line(f"{len(plan.parties) + 1} keys made here; roster signed by all; {names}: TLS both ways")
     commands = [folder.coordinator(arm), *(folder.up(arm, party) for party in plan.parties)]
