@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import random
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,9 @@ import torch
 from coterie.errors import DataError
 
 _SEPARATOR = b"\x1f"
+
+_REREAD = 16
+"""Records read again from all over the dataset, and as many of the largest."""
 
 
 def checked_length(dataset: Any) -> int:
@@ -55,13 +61,100 @@ def dataset_digest(dataset: Any) -> str:
 
     Lists, arrays and tensors of the same integers count as the same; so do mappings in any key order.
 
-    Cost: one pass over the dataset, about 20 us a record.
+    Raises:
+        DataError: a record is another one when it is read again, has no content, or is not there.
+
+    Cost: one pass over the dataset, about 20 us a record, and a few records twice.
     """
-    digests = sorted(record_digest(dataset[i]) for i in range(checked_length(dataset)))
+    length = checked_length(dataset)
+    digests, sizes = [], np.zeros(length, np.int64)
+    for index in range(length):
+        record = read_record(dataset, index)
+        digests.append(record_digest(record))
+        sizes[index] = record_size(record)
+    _check_rereads(dataset, digests, sizes)
     total = hashlib.sha256(b"coterie dataset 1")
-    for digest in digests:
+    for digest in sorted(digests):
         total.update(digest)
     return total.hexdigest()
+
+
+def read_record(dataset: Any, index: int) -> Any:
+    """One record.
+
+    Raises:
+        DataError: the dataset has fewer records than it said.
+    """
+    try:
+        return dataset[index]
+    except IndexError:
+        raise _other_size(f"record {index} is not there") from None
+
+
+def check_length(dataset: Any, records: int) -> None:
+    """Hold a dataset to the number of records that the run was set up with.
+
+    Raises:
+        DataError: it has grown or shrunk.
+    """
+    if len(dataset) != records:
+        raise _other_size(f"it had {records} records and now has {len(dataset)}")
+
+
+def _other_size(what: str) -> DataError:
+    return DataError(
+        f"the dataset changed after it was looked at: {what}.",
+        code="dp-dataset-size",
+        why="the number of records decides the sampling rate, and with it epsilon",
+        fix="train on a dataset that stays as it is; start a new run for another one",
+    )
+
+
+def _check_rereads(dataset: Any, digests: Sequence[bytes], sizes: np.ndarray) -> None:
+    """Read some records again under other random numbers: over the whole dataset, and the largest, which are cropped.
+
+    Raises:
+        DataError: a record is not what it was.
+    """
+    spread = np.linspace(0, len(digests) - 1, min(_REREAD, len(digests)), dtype=np.int64)
+    largest = np.argsort(-sizes, kind="stable")[:_REREAD]
+    with _other_randomness():
+        for index in sorted({*spread.tolist(), *largest.tolist()}):
+            if record_digest(read_record(dataset, index)) != digests[index]:
+                raise DataError(
+                    f"record {index} differs each time it is read.",
+                    code="dp-record-changes",
+                    why="the ledger is kept for the records' content, so two runs on the same text would get two "
+                    "ledgers and their costs would not be added up",
+                    fix="crop, mask and augment in the collate_fn, or name the underlying data: digest=...",
+                )
+    check_length(dataset, len(digests))
+
+
+@contextmanager
+def _other_randomness() -> Iterator[None]:
+    """Python's, numpy's and torch's global random states moved on, and put back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            seed = secrets.randbits(31)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def record_size(record: Any) -> int:
+    """How much a record holds, roughly: values of its largest part."""
+    parts = record.values() if isinstance(record, Mapping) else [record]
+    return max((part.numel() if isinstance(part, torch.Tensor) else _len(part) for part in parts), default=0)
+
+
+def _len(part: Any) -> int:
+    return len(part) if hasattr(part, "__len__") else 1
 
 
 def record_digest(record: Any) -> bytes:

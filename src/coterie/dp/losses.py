@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coterie.dp.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TARGETS, accepts, base_of, head_of
 from coterie.errors import PrivacyError
 
 Batch = Mapping[str, Any]
@@ -39,31 +40,43 @@ def batch_size(batch: Batch) -> int:
 
 
 def default_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Each record's own loss, [B] float32.
+    """Each record's own loss, [B] float32: what the model's own loss is on a batch of that record alone.
 
-    Causal LM: mean next-token cross-entropy over the record's labels that are not -100 and follow a token that is not
-    masked (0 if it has none).
-    Encoder-decoder and masked LM: the same without the shift. Sequence classification: cross-entropy, or binary
-    cross-entropy for labels of several classes, or squared error for one.
+    The head decides (`heads.head_of`), by the model's class. Causal LM: mean next-token cross-entropy over the
+    record's labels that are not -100 and follow a token that is not masked (0 if it has none). Encoder-decoder,
+    masked LM and token classification: the same without the shift. Classification: what ``config.problem_type`` says,
+    or as transformers infers it. Question answering: mean of the two ends' cross-entropies over tokens that are not
+    masked. Multiple choice and next sentence: cross-entropy. Auxiliary (balance) losses over the batch are left out.
+
+    Raises:
+        PrivacyError: a head whose loss is not one of these, or labels that do not fit it.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor):
+    head = head_of(model)
+    targets = {name: batch.get(name) for name in head.targets}
+    missing = [name for name, value in targets.items() if not isinstance(value, Tensor)]
+    if missing:
         raise PrivacyError(
-            "The batch has no `labels`.",
+            f"The batch has no `{missing[0]}`.",
             code="dp-batch",
             why="the default loss compares the model's output with them",
-            fix="let the collator add labels, or pass a loss_fn(model, batch) that returns one loss per record",
+            fix=f"let the collator add {', '.join(head.targets)} (`labels` for most heads), or pass a "
+            "loss_fn(model, batch) that returns one loss per record",
         )
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        if "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = _shifted_right(labels, config)
-        return token_loss(_logits(model, inputs), labels)
-    logits = _logits(model, inputs)
-    if logits.ndim == 2:
-        return classification_loss(logits, labels)
-    if _is_masked_lm(model):
+    inputs = {name: value for name, value in batch.items() if name not in TARGETS}
+    if head.kind == "span":
+        return _span_loss(_outputs(model, inputs), batch)
+    labels = targets["labels"]
+    assert isinstance(labels, Tensor)
+    if head.kind == "decoder" and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = _decoder_inputs(model, labels)
+    logits: Tensor = _outputs(model, inputs).logits
+    if head.kind == "classes" or (head.kind == "next" and head.by_shape and logits.ndim == 2):
+        return classification_loss(logits, labels, problem_type(model, logits, labels))
+    if head.kind == "choice":
+        return classification_loss(logits, labels, SINGLE_LABEL)
+    if labels.ndim != 2 or logits.ndim != 3:
+        raise _misfit(labels, logits, "one label for each token [B, T]")
+    if head.kind != "next":
         return token_loss(logits, labels)
     mask, following = inputs.get("attention_mask"), labels[:, 1:]
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
@@ -72,22 +85,71 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     return token_loss(logits[:, :-1], following)
 
 
-def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    if getattr(getattr(model, "config", None), "use_cache", False):
+def _outputs(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    if getattr(getattr(model, "config", None), "use_cache", False) and accepts(model, "use_cache"):
         inputs = {**inputs, "use_cache": False}
-    logits: Tensor = model(**inputs).logits
-    return logits
+    return model(**inputs)
 
 
-def _shifted_right(labels: Tensor, config: Any) -> Tensor:
+def _decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
+    """The decoder sees the labels one place later: by the model's own rule, where it has one."""
+    own = getattr(base_of(model), "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        made: Tensor = own(labels=labels)
+        return made
+    config: Any = base_of(model).config
     start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.pad_token_id
     shifted = torch.cat([labels.new_full((labels.shape[0], 1), start), labels[:, :-1]], 1)
     return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
 
 
-def _is_masked_lm(model: nn.Module) -> bool:
-    base = getattr(model, "get_base_model", lambda: model)()
-    return type(base).__name__.endswith("ForMaskedLM")
+def _span_loss(outputs: Any, batch: Batch) -> Tensor:
+    """[B]: half the sum of both ends' cross-entropies. A token that the mask leaves out is no answer."""
+    mask = batch.get("attention_mask")
+    ends = []
+    for logits_BT, name in ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions")):
+        positions_B = batch[name].view(-1)
+        logits = logits_BT.float()
+        if isinstance(mask, Tensor) and mask.shape == logits.shape:
+            logits = logits.masked_fill(mask == 0, float("-inf"))
+        ends.append(F.cross_entropy(logits, positions_B, reduction="none"))
+    return (ends[0] + ends[1]) / 2
+
+
+def check_own_loss(model: nn.Module, batch: Batch) -> None:
+    """Compare `default_loss` with the model's own loss on a batch of one made-up record, in eval mode.
+
+    Raises:
+        PrivacyError: they differ, so the head has a loss of its own under a common name.
+    """
+    if head_of(model).by_shape:
+        return
+    config = getattr(base_of(model), "config", None)
+    stated = getattr(config, "problem_type", None)
+    more = {"output_router_logits": False} if hasattr(config, "output_router_logits") else {}
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ours = default_loss(model, batch)
+            own = getattr(model(**batch, **more), "loss", None)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return  # the model's own loss takes other labels; `default_loss` has said what it needs
+    finally:
+        model.train(training)
+        if config is not None:
+            config.problem_type = stated  # transformers writes down what it inferred
+    if not isinstance(own, Tensor) or own.numel() != 1 or not bool(torch.isfinite(own).all()):
+        return
+    close = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
+    if not abs(float(ours) - float(own)) <= close * max(1.0, abs(float(own))):
+        raise PrivacyError(
+            f"The default loss is not what {type(base_of(model)).__name__} itself computes.",
+            code="dp-loss-head",
+            where="a made-up record, before training",
+            why="the model would be trained towards something else than its head is for",
+            fix="pass loss_fn(model, batch), which returns one loss per record",
+        )
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -99,14 +161,50 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return losses.view(labels_BT.shape).sum(1) / counted
 
 
-def classification_loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy for class numbers [B], binary cross-entropy for [B, C], squared error for one output. [B]."""
+def problem_type(model: nn.Module, logits_BC: Tensor, labels: Tensor) -> str:
+    """What a classifier's loss is: ``config.problem_type``, or what transformers infers where it is absent."""
+    stated = getattr(getattr(base_of(model), "config", None), "problem_type", None)
+    if stated is not None:
+        return str(stated)
+    if logits_BC.shape[-1] == 1:
+        return REGRESSION
+    return MULTI_LABEL if labels.is_floating_point() and labels.ndim == 2 else SINGLE_LABEL
+
+
+def classification_loss(logits_BC: Tensor, labels: Tensor, problem: str) -> Tensor:
+    """[B]: cross-entropy of class numbers, or the record's mean binary cross-entropy or squared error over outputs.
+
+    Args:
+        logits_BC: [B, C].
+        labels: class numbers [B] (or [B, 1]); targets [B, C], or [B] where C is 1.
+        problem: a `problem_type`.
+
+    Raises:
+        PrivacyError: labels of another shape or kind.
+    """
     logits_BC = logits_BC.float()
-    if logits_BC.shape[1] == 1:
-        return (logits_BC.squeeze(1) - labels.view(-1).float()).square()
-    if labels.ndim == 2:
-        return F.binary_cross_entropy_with_logits(logits_BC, labels.float(), reduction="none").mean(1)
-    return F.cross_entropy(logits_BC, labels, reduction="none")
+    if logits_BC.ndim != 2 or problem not in (REGRESSION, MULTI_LABEL, SINGLE_LABEL):
+        raise _misfit(labels, logits_BC, f"one row of outputs a record and a known problem_type, not `{problem}`")
+    if problem == SINGLE_LABEL:
+        if labels.numel() != labels.shape[0] or labels.is_floating_point():
+            raise _misfit(labels, logits_BC, "one class number (integer) a record [B]")
+        return F.cross_entropy(logits_BC, labels.view(-1).long(), ignore_index=IGNORED, reduction="none")
+    if labels.numel() != logits_BC.numel():
+        raise _misfit(labels, logits_BC, "a target for each output [B, C]")
+    targets_BC = labels.view(logits_BC.shape).float()
+    if problem == REGRESSION:
+        return (logits_BC - targets_BC).square().mean(1)
+    return F.binary_cross_entropy_with_logits(logits_BC, targets_BC, reduction="none").mean(1)
+
+
+def _misfit(labels: Tensor, logits: Tensor, wanted: str) -> PrivacyError:
+    return PrivacyError(
+        f"`labels` {list(labels.shape)} ({labels.dtype}) do not fit outputs {list(logits.shape)}: it takes {wanted}.",
+        code="dp-labels",
+        why="a loss against other labels than the model's own would train something else than asked for",
+        fix="prepare labels as the model's documentation says, set config.problem_type for a classifier "
+        "(regression, single_label_classification, multi_label_classification), or pass a loss_fn",
+    )
 
 
 def checked(losses: Any, records: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from coterie.dp.balance import Balancer
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping, quantile_update
+from coterie.dp.dataset import check_length, read_record
 from coterie.dp.engine import Diagnostics
 from coterie.dp.isolation import Isolation
 from coterie.dp.losses import IGNORED
@@ -178,9 +179,11 @@ class LotSums:
             name: of this draw; names a seeded source's streams.
 
         Raises:
+            DataError: the dataset has another number of records than the run was set up with.
             PrivacyError: the collator packs records, or the engine leaves out a parameter.
             NoRuleError: the lot changed a parameter, a buffer or another tensor of the model.
         """
+        check_length(self._dataset, self._units.records)
         self._model.train()
         before = Watched(self._model, sampled=True)
         try:
@@ -283,7 +286,7 @@ class LotSums:
         return [torch.where(keep[:, None], latest[: keep.shape[0]], 0.0)]
 
     def _batch(self, records: np.ndarray) -> dict[str, Any]:
-        items = [self._dataset[int(i)] for i in records]
+        items = [read_record(self._dataset, int(i)) for i in records]
         column = self._settings.user_column
         if column is not None:
             items = [{name: value for name, value in item.items() if name != column} for item in items]
@@ -291,7 +294,7 @@ class LotSums:
         collated = self._collate(items)
         check_rows(collated, len(items))
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in collated.items()}
-        return {name: _with_a_token(name, value) for name, value in batch.items()}
+        return {name: with_a_token(name, value) for name, value in batch.items()}
 
     def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:
         """The noise of the lot that was computed last: one Gaussian over gradient groups, loads and indicators."""
@@ -374,7 +377,7 @@ class LotSums:
             yield key
 
 
-def _with_a_token(name: str, value: Any) -> Any:
+def with_a_token(name: str, value: Any) -> Any:
     """Records without any token, alone in their batch, as beside longer ones: padding. Models fail on no tokens."""
     if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[1] > 0:
         return value

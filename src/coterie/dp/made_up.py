@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coterie.dp.losses import IGNORED, Batch
-from coterie.dp.probe import synthetic_batch, vocabulary_of
+from coterie.dp.probe import classes_of, synthetic_batch, vocabulary_of
 from coterie.dp.refusals import check_rows
 
 TOKENS, SHORT = 11, 6
@@ -195,9 +195,7 @@ class _Tokens:
         self._allowed = allowed.nonzero().flatten() if int(allowed.sum()) > 1 else torch.arange(vocabulary)
         self._extreme: int | None = None
         self._model = model
-        config = getattr(model, "config", None)
-        tagger = "TokenClassification" in type(model).__name__
-        self._classes = int(config.num_labels) if tagger and config is not None else None
+        self._classes = classes_of(model)
 
     def of(self, record: Made) -> Tensor:
         """[T] int64."""
@@ -228,26 +226,6 @@ def length_of(item: Any) -> int | None:
     """Tokens of a record of token ids; None for any other."""
     ids = item.get("input_ids") if isinstance(item, Mapping) else None
     return len(ids) if isinstance(ids, list) or (isinstance(ids, Tensor) and ids.ndim == 1) else None
-
-
-def longest_record(records: Iterable[Any], collate: Callable[[list[Any]], Mapping[str, Any]]) -> int | None:
-    """Most tokens of a record: read off the records, or off what the collator makes of each.
-
-    Returns:
-        None where neither has token ids.
-
-    Cost: one pass over the records, and over the collator where they hold no token ids.
-    """
-    longest = 0
-    for record in records:
-        length = length_of(record)
-        if length is None:
-            ids = collate([record]).get("input_ids")
-            if not isinstance(ids, Tensor) or ids.ndim != 2:
-                return None
-            length = ids.shape[1]
-        longest = max(longest, length)
-    return longest
 
 
 def _special(model: Any) -> set[int]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.derived import Pullback, Root
+from coterie.dp.heads import TARGETS, head_of, num_classes
 from coterie.dp.losses import Batch
 from coterie.dp.sites import Sites, Size
-from coterie.errors import NoRuleError
+from coterie.errors import NoRuleError, PrivacyError
 
 if TYPE_CHECKING:
     from coterie.dp.engine import Engine
@@ -102,12 +103,9 @@ def synthetic_batch(model: Any, like: Batch, records: int, tokens: int, seed: in
             continue
         shape = (records, *(tokens if size == length else size for size in value.shape[1:]))
         made[name] = _values(name, value, shape, vocabulary, model, generator).to(value.device)
-    if (
-        isinstance(made.get("labels"), Tensor)
-        and "input_ids" in made
-        and made["labels"].shape == made["input_ids"].shape
-    ):
-        made["labels"] = made["input_ids"].clone()
+    labels, ids = made.get("labels"), made.get("input_ids")
+    if isinstance(labels, Tensor) and ids is not None and labels.shape == ids.shape and classes_of(model) is None:
+        made["labels"] = ids.clone()
     return made
 
 
@@ -123,9 +121,23 @@ def _values(
     if name == "token_type_ids" or like.dtype == torch.bool:
         return torch.zeros(shape, dtype=like.dtype)
     top = vocabulary
-    if name == "labels" and len(shape) == 1:
+    if name in TARGETS[1:]:
+        top = 2  # a place that is there in short records too
+    elif name == "labels" and len(shape) == 1:
         top = int(getattr(getattr(model, "config", None), "num_labels", 2))
+    elif name == "labels":
+        top = classes_of(model) or vocabulary
     return torch.randint(0, top, shape, generator=generator, dtype=like.dtype)
+
+
+def classes_of(model: Any) -> int | None:
+    """Classes of a token's label, where these are not the vocabulary's tokens."""
+    try:
+        head = head_of(model)
+    except PrivacyError:  # the caller's own loss knows
+        return None
+    classes = num_classes(model, head)
+    return None if classes is None or head.kind != "tokens" or classes == vocabulary_of(model) else classes
 
 
 def vocabulary_of(model: Any) -> int:

@@ -52,6 +52,33 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def check_hooks(model: nn.Module) -> None:
+    """Refuse hooks on gradients: a release is formed without autograd's accumulation, so they would not run as meant.
+
+    Raises:
+        PrivacyError: a trained parameter or a module has one; the message names it.
+    """
+    hooked = [
+        f"parameter `{name}`"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+    ]
+    hooked += [
+        f"module `{name}` ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    if hooked:
+        raise PrivacyError(
+            f"The {hooked[0]} has a hook on its gradient ({len(hooked)} in all).",
+            code="dp-gradient-hook",
+            why="private gradients do not pass through it: what it holds still would be trained and noised",
+            fix="remove the hook; freeze what is to stay (requires_grad_(False)), or change the released gradients "
+            "in optimizer.register_step_pre_hook",
+        )
+
+
 def check_types(parameters: Mapping[str, Tensor]) -> None:
     """Refuse trained parameters of a type that norms are not taken in.
 

@@ -21,6 +21,7 @@ from coterie.dp.ledger import Head, Ledger
 from coterie.dp.lot_sums import Collate, LotSums, RoundFigures, Settings, SumEngine
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.randomness import RandomSource
+from coterie.dp.refusals import check_hooks
 from coterie.dp.releases import Pending, Releases
 from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release, Spool
 from coterie.dp.statement import Statement, make_statement
@@ -34,6 +35,14 @@ class KeepsFloat32(Protocol):
 
     def gradient(self, param: Tensor) -> Tensor:
         """The float32 gradient of a parameter, to be changed in place."""
+
+
+def put_gradient(optimizer: Any, parameter: Tensor, mean: Tensor) -> None:
+    """Hand a parameter's part of a release to the optimizer."""
+    if isinstance(optimizer, KeepsFloat32):
+        optimizer.gradient(parameter).copy_(mean)
+    else:
+        parameter.grad = mean.to(parameter.device, parameter.dtype)
 
 
 class PrivateSession:
@@ -202,6 +211,7 @@ class PrivateSession:
 
     def _check_trained(self) -> None:
         """The mechanism covers what required a gradient, and was stepped, when the session was made."""
+        check_hooks(self.model)
         now = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         other = now.keys() ^ self._parameters.keys()
         other |= {name for name in now.keys() - other if now[name] is not self._parameters[name]}
@@ -229,10 +239,7 @@ class PrivateSession:
         self._drop_other_gradients()
         for name, parameter in self._parameters.items():
             mean = means[name]
-            if isinstance(self.optimizer, KeepsFloat32):
-                self.optimizer.gradient(parameter).copy_(mean)
-            else:
-                parameter.grad = mean.to(parameter.device, parameter.dtype)
+            put_gradient(self.optimizer, parameter, mean)
         self.lot_sums.take_released(means)
         self._pending = None
         self._parent = release.digest

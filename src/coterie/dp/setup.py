@@ -19,19 +19,22 @@ from coterie.dp.budget import Budget, PrivacyWarning
 from coterie.dp.clipping import Clipping, policy
 from coterie.dp.comparison import Report
 from coterie.dp.dataset import checked_length, dataset_digest
+from coterie.dp.dry_step import check_optimizer_step
 from coterie.dp.engine import Engine, Method
 from coterie.dp.isolation import ExactEngine, Isolation, chosen, computes_in_half, make_engine
 from coterie.dp.ledger import open_ledger
-from coterie.dp.losses import LossFunction, default_loss
+from coterie.dp.losses import LossFunction, check_own_loss, default_loss
 from coterie.dp.lot_sums import Collate, Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
-from coterie.dp.made_up import FromCollator, longest_record
+from coterie.dp.made_up import FromCollator
 from coterie.dp.numbers import checked_number
+from coterie.dp.probe import synthetic_batch
 from coterie.dp.provenance import Artefact, as_loaded, declared, not_covered
 from coterie.dp.randomness import random_source
-from coterie.dp.refusals import check_rows, unused_warning
+from coterie.dp.records import check_records
+from coterie.dp.refusals import check_hooks, check_rows, unused_warning
 from coterie.dp.run_facts import RunStart
-from coterie.dp.session import PrivateSession
+from coterie.dp.session import PrivateSession, put_gradient
 from coterie.dp.spool import Spool
 from coterie.dp.texts import Originals
 from coterie.dp.users import user_column as users_of
@@ -172,7 +175,8 @@ def make_private(
         budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed,
         isolation=isolation, half_precision=half_precision,
     )  # fmt: skip
-    report = _self_check(built, dataset, collate, settings) if self_check else None
+    longest = check_records(_Without(dataset, user_column), units.records, collate, model, loss_fn, physical_batch)
+    report = _self_check(built, dataset, collate, settings, loss_fn, longest) if self_check else None
     unused = unused_warning(model, report.unused) if report is not None else None
     if unused is not None:
         warnings.warn(unused, PrivacyWarning, stacklevel=2)
@@ -250,8 +254,11 @@ def resume_session(
     plan, collate = LotPlan(**facts["plan"]), collate_fn or _default_collate
     RunStart(plan, settings, units, built).check(books, facts["run"])
     _check_optimizer(model, optimizer)
+    longest = check_records(
+        _Without(dataset, settings.user_column), units.records, collate, model, loss_fn, settings.physical_batch
+    )
     if options.get("self_check", True):
-        _self_check(built, dataset, collate, settings)
+        _self_check(built, dataset, collate, settings, loss_fn, longest)
     session = PrivateSession(
         model, optimizer, dataset, collate, built, balancer, plan, units,
         settings, random_source(settings.seed), books, Spool(books.folder / "spool" / facts["run"]), facts["run"],
@@ -348,9 +355,40 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
             why="its gradient would use up clip norm and noise without being learned from",
             fix="freeze it with requires_grad_(False), or add it to the optimizer",
         )
+    check_hooks(model)
+    if not any(parameter.is_meta for parameter in stepped):
+        check_optimizer_step(model, _unwrapped(optimizer), put_gradient)
 
 
-def _self_check(engine: SumEngine, dataset: Any, collate: Collate, settings: Settings) -> Report | None:
+def _unwrapped(optimizer: Any) -> Any:
+    """What accelerate's wrapper steps.
+
+    Raises:
+        PrivacyError: the wrapper leaves out steps.
+    """
+    while hasattr(optimizer, "gradient_state") and hasattr(optimizer, "optimizer"):
+        every = getattr(optimizer.gradient_state, "num_steps", 1)
+        if every != 1 or getattr(optimizer, "scaler", None) is not None:
+            raise PrivacyError(
+                f"accelerate steps this optimizer every {every} batches"
+                if every != 1
+                else "accelerate scales this optimizer's gradients (fp16).",
+                code="dp-optimizer-step",
+                why="each release is paid for when it is counted, and some would not be applied",
+                fix="pass the optimizer itself, or an Accelerator without gradient accumulation and fp16",
+            )
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _self_check(
+    engine: SumEngine,
+    dataset: Any,
+    collate: Collate,
+    settings: Settings,
+    loss_fn: LossFunction | None,
+    longest: int | None,
+) -> Report | None:
     """Compare with one record at a time, on made-up records of the keys, shapes and types of a real one.
 
     Returns:
@@ -358,25 +396,34 @@ def _self_check(engine: SumEngine, dataset: Any, collate: Collate, settings: Set
     """
     if not isinstance(engine, Engine):
         return None
-    column = settings.user_column
-
-    def item(index: int) -> Any:
-        record = dataset[index]
-        return record if column is None else {name: value for name, value in record.items() if name != column}
-
-    example = collate([item(0)])
+    item = _Without(dataset, settings.user_column)[0]
+    example = collate([item])
     check_rows(example, 1)
-    longest = longest_record((item(index) for index in range(len(dataset))), collate)
-    source = FromCollator(engine.model, collate, item(0), longest)
+    if loss_fn is None:
+        check_own_loss(engine.model, synthetic_batch(engine.model, example, 1, 7))
+    source = FromCollator(engine.model, collate, item, longest)
     return selfcheck.check(engine, example, source if source.usable() else None, settings.physical_batch)
+
+
+class _Without:
+    """A dataset whose records lack a column, read as they are needed."""
+
+    def __init__(self, dataset: Any, column: str | None) -> None:
+        self._dataset = dataset
+        self._column = column
+
+    def __getitem__(self, index: int) -> Any:
+        item = self._dataset[index]
+        return item if self._column is None else {name: item[name] for name in item if name != self._column}
 
 
 def _default_collate(items: list[Any]) -> Mapping[str, Any]:
     from transformers import default_data_collator
 
-    if not all(isinstance(item, Mapping) for item in items):
+    other = next((item for item in items if not isinstance(item, Mapping)), None)
+    if other is not None:
         raise DataError(
-            f"a record is a {type(items[0]).__name__}, not a mapping of names to values.",
+            f"a record is a {type(other).__name__}, not a mapping of names to values.",
             code="dp-record-mapping",
             why="the default collator does not know what its parts are called",
             fix="give records as dicts, or pass a collate_fn that makes a dict of tensors from a list of records",

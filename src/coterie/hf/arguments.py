@@ -22,6 +22,7 @@ from coterie.errors import PrivacyError
 
 _LOCAL_REPORTS = {"none", "tensorboard"}
 _DEFAULT_MAX_GRAD_NORM = 1.0
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 _REMOTE_CALLBACKS = tuple(
     callback for name, callback in INTEGRATION_TO_CALLBACK.items() if name not in _LOCAL_REPORTS
 )
@@ -145,7 +146,13 @@ def _check_selection(args: TrainingArguments, privacy: PrivacyArguments) -> None
     if privacy.evaluation_is_public:
         return
     best = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
-    if best or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+    if args.metric_for_best_model is not None and not best and args.lr_scheduler_type not in _BY_METRIC:
+        _refuse(
+            "metric_for_best_model is set",
+            "the checkpoint that is kept would be chosen by looking at private records",
+            "leave it out; save_total_limit then keeps the newest",
+        )
+    if best or args.lr_scheduler_type in _BY_METRIC:
         _refuse(
             "load_best_model_at_end is set" if best else f"lr_scheduler_type is {args.lr_scheduler_type}",
             "a choice made by looking at private records reveals them, and no noise was added to it",
@@ -184,6 +191,35 @@ def _check_machine(args: TrainingArguments) -> None:
             "each would sample, clip and noise on its own",
             "train on one device (CUDA_VISIBLE_DEVICES=0)",
         )
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Refuse what is in effect and was not asked for in the arguments: a launcher's variables, plugins.
+
+    Raises:
+        PrivacyError: fp16, several processes, accumulation, compiled or sharded models.
+    """
+    state = accelerator.state
+    found = {
+        "fp16 or fp8 (ACCELERATE_MIXED_PRECISION)": state.mixed_precision in ("fp16", "fp8")
+        or getattr(accelerator, "scaler", None) is not None,
+        "gradient accumulation": accelerator.gradient_accumulation_steps != 1,
+        "several processes": accelerator.num_processes > 1,
+        "DeepSpeed": getattr(state, "deepspeed_plugin", None) is not None,
+        "FSDP": getattr(state, "fsdp_plugin", None) is not None,
+        "Megatron": getattr(state, "megatron_lm_plugin", None) is not None,
+        "torch.compile (ACCELERATE_DYNAMO_BACKEND)": str(getattr(state.dynamo_plugin, "backend", "NO"))
+        .rpartition(".")[2]
+        .upper()
+        != "NO",
+    }
+    for what, in_effect in found.items():
+        if in_effect:
+            _refuse(
+                f"accelerate is set up with {what}",
+                "it changes what the clipping sees or what is stepped, whatever the training arguments say",
+                "unset the ACCELERATE_ variables, or start with plain python instead of a launcher's configuration",
+            )
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback | type[TrainerCallback]], privacy: PrivacyArguments) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import shutil
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.trainer
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from coterie.dp.budget import Budget, PrivacyWarning, Spent
@@ -22,10 +29,19 @@ from coterie.dp.setup import make_private, resume_session
 from coterie.dp.statement import Statement
 from coterie.dp.users import user_column, user_ids
 from coterie.errors import CheckpointError, PrivacyError
-from coterie.hf.arguments import PrivacyArguments, check_arguments, check_callbacks
+from coterie.hf.arguments import PrivacyArguments, check_accelerator, check_arguments, check_callbacks
+from coterie.hf.choices import WatchedCallbacks, check_scheduler, refusal
 from coterie.models.trainings import trainings_of, write_trainings
+from coterie.training.folders import close_to_others, kept_private, public_folder
 
 _STATE = "private_session"
+
+_DRAWN_HERE = (
+    "get_train_dataloader", "_get_train_sampler", "_get_dataloader", "get_batch_samples", "_prepare_inputs",
+    "_prepare_input", "_run_epoch", "_inner_training_loop", "_clip_grad_norm", "compute_loss_context_manager",
+    "autocast_smart_context_manager",
+)  # fmt: skip
+"""Methods of Trainer that a private round does not call, or that would change which records it uses."""
 
 
 class _Rounds(Dataset[dict[str, Tensor]]):
@@ -80,8 +96,9 @@ class PrivateTrainer(Trainer):
         self.privacy = PrivacyArguments.of(privacy)
         self.session: PrivateSession | None = None
         super().__init__(*args, **kwargs)
-        check_arguments(self.args, self.privacy)
-        check_callbacks(self.callback_handler.callbacks, self.privacy)
+        self._check_again()
+        if not self.privacy.evaluation_is_public:
+            self.callback_handler: Any = WatchedCallbacks.of(self.callback_handler)
         if self.args.max_grad_norm:
             warnings.warn(
                 "max_grad_norm is not used in private training: privacy clip_norm clips each record's gradient.",
@@ -89,13 +106,33 @@ class PrivateTrainer(Trainer):
                 stacklevel=2,
             )
             self.args.max_grad_norm = 0.0
-        self._check_hooks()
         self.callback_handler.add_callback(_StopWhenSpent(self))
+
+    def _check_again(self) -> None:
+        """What may have changed since the trainer was made: arguments, callbacks, schedule, methods of the object."""
+        check_arguments(self.args, self.privacy)
+        check_accelerator(self.accelerator)
+        check_callbacks(self.callback_handler.callbacks, self.privacy)
+        if not self.privacy.evaluation_is_public:
+            check_scheduler(self.lr_scheduler)
+        self._check_hooks()
+        self._check_loaders()
+
+    def _check_loaders(self) -> None:
+        for name in _DRAWN_HERE:
+            if getattr(type(self), name, None) is not getattr(PrivateTrainer, name, None) or name in vars(self):
+                raise PrivacyError(
+                    f"{type(self).__name__} overrides {name}.",
+                    code="hf-loader",
+                    why="records are drawn by Poisson sampling in secret; another sampler or loader would be ignored",
+                    fix="change the train_dataset or the data_collator, or pass privacy sampler and lot_size",
+                )
 
     def _check_hooks(self) -> None:
         problems = {
             "compute_loss_func is given": self.compute_loss_func is not None,
-            "compute_loss is overridden": type(self).compute_loss is not Trainer.compute_loss,
+            "compute_loss is overridden": type(self).compute_loss is not Trainer.compute_loss
+            or "compute_loss" in vars(self),
         }
         for problem, found in problems.items():
             if found:
@@ -105,7 +142,7 @@ class PrivateTrainer(Trainer):
                     why="num_items_in_batch and batch means tie each record's gradient to the other records",
                     fix="pass privacy loss_fn=..., a function of (model, batch) that returns one loss per record",
                 )
-        if type(self).training_step is not PrivateTrainer.training_step:
+        if type(self).training_step is not PrivateTrainer.training_step or "training_step" in vars(self):
             raise PrivacyError(
                 f"{type(self).__name__} overrides training_step.",
                 code="hf-loss",
@@ -141,8 +178,107 @@ class PrivateTrainer(Trainer):
                     code="hf-no-checkpoint",
                     fix="start with train(), or name a checkpoint folder",
                 )
-        with self._open(Path(found) if found else None) as self.session:
-            return super().train(found, *args, **kwargs)
+        self._check_again()
+        with kept_private(Path(self.args.output_dir)) as private:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is None:
+                    callback.logging_dir = str(private / "tensorboard")
+            with self._open(Path(found) if found else None) as self.session:
+                return super().train(found, *args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; a schedule of a subclass's own is looked at too."""
+        made = super().create_scheduler(*args, **kwargs)
+        if not self.privacy.evaluation_is_public:
+            check_scheduler(made)
+        return made
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        private = not self.privacy.evaluation_is_public
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler or private)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """No checkpoint is the best by private figures: the newest are kept."""
+        return self.privacy.evaluation_is_public and bool(super()._determine_best_metric(metrics, trial))
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the best trial would be chosen by private figures, and trials are runs of their own."""
+        raise refusal(
+            "hyperparameter_search chooses among trials by a metric",
+            "each trial spends budget of its own, and the choice reveals private records",
+            "choose settings on public data; the ledger adds up runs that you start yourself",
+        )
+
+    # -- what leaves this machine ----------------------------------------------------------------------------------
+
+    def publish(self, model_name: str | None = None, **card: Any) -> Path:
+        """Write what may be given away into ``output_dir/public``: model, tokenizer, card without losses, statement.
+
+        Args:
+            model_name, card: as for ``create_model_card``.
+
+        Returns:
+            The folder; nothing else is in it.
+
+        Raises:
+            PrivacyError: nothing was trained, or the run was seeded and is not private.
+        """
+        statement = self.statement()
+        if not statement.private:
+            raise PrivacyError(
+                "the run was seeded, so its model is not private.",
+                code="hf-not-private",
+                why="whoever knows the seed can take the noise away",
+                fix="train without a seed before publishing",
+            )
+        folder = public_folder(Path(self.args.output_dir))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, mode=0o700)
+        self._save(str(folder))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # names folders of this machine, and tokens
+        self._write_card(folder, model_name or Path(self.args.output_dir).absolute().name, card)
+        (folder / "statement.txt").write_text(f"{statement}\n", encoding="utf-8")
+        close_to_others(folder)
+        return folder
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card in ``output_dir/public``, without losses; see `publish`."""
+        names = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+        names.pop("self")
+        self.publish(names.pop("model_name", None), **names)
+
+    def _write_card(self, folder: Path, model_name: str, card: dict[str, Any]) -> None:
+        state: Any = self.state
+        output_dir = self.args.output_dir
+        # Trainer writes the card from the logs, which hold every round's exact loss, into the output folder.
+        self.state, self.args.output_dir = copy(state), str(folder)
+        self.state.log_history = []
+        try:
+            super().create_model_card(model_name=model_name, **card)
+        finally:
+            self.state, self.args.output_dir = state, output_dir
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
+        revision: str | None = None, private: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Send up ``output_dir/public`` and nothing else; see `publish`. Arguments and result are Trainer's.
+
+        Raises:
+            PrivacyError: as `publish`.
+        """
+        folder = self.publish(**kwargs)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        api: Any = getattr(transformers.trainer, "hf_api", HfApi)()
+        return api.upload_folder(
+            repo_id=self.hub_model_id, folder_path=str(folder), commit_message=commit_message, token=token,
+            run_as_future=not blocking, revision=revision if revision is not None else self.args.hub_revision,
+        )  # fmt: skip
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: checkpoints hold the logs."""
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One round: noisy mean gradients are in ``.grad`` afterwards; Trainer steps the optimizer."""
