@@ -281,10 +281,12 @@ def test_model_card_and_statement_are_all_that_leaves(
     public = tmp_path / "out/public"
     files = {path.name for path in public.iterdir()}
     assert {"README.md", "statement.txt", "config.json", "model.safetensors"} <= files
-    assert files <= {"README.md", "statement.txt", "config.json", "model.safetensors", "generation_config.json"}
+    files -= {"README.md", "statement.txt", "config.json", "model.safetensors", "generation_config.json"}
+    assert files <= {"coterie.json"}
     if way == "push_to_hub":
-        assert set(hub.sent) == files
+        assert set(hub.sent) == {path.name for path in public.iterdir()}
     card = (public / "README.md").read_text()
+    assert "adding or removing one record" in card
     for entry in made.state.log_history:
         for name in ("eval_loss", "loss_not_private"):
             assert name not in entry or f"{entry[name]:.4f}" not in card

@@ -92,13 +92,16 @@ class PrivateTrainer(Trainer):
         print(trainer.statement())
     """
 
+    state: Any
+    callback_handler: Any
+
     def __init__(self, *args: Any, privacy: PrivacyArguments | Mapping[str, Any], **kwargs: Any) -> None:
         self.privacy = PrivacyArguments.of(privacy)
         self.session: PrivateSession | None = None
         super().__init__(*args, **kwargs)
         self._check_again()
         if not self.privacy.evaluation_is_public:
-            self.callback_handler: Any = WatchedCallbacks.of(self.callback_handler)
+            self.callback_handler = WatchedCallbacks.of(self.callback_handler)
         if self.args.max_grad_norm:
             warnings.warn(
                 "max_grad_norm is not used in private training: privacy clip_norm clips each record's gradient.",
@@ -238,6 +241,8 @@ class PrivateTrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # names folders of this machine, and tokens
         self._write_card(folder, model_name or Path(self.args.output_dir).absolute().name, card)
         (folder / "statement.txt").write_text(f"{statement}\n", encoding="utf-8")
+        with (folder / "README.md").open("a", encoding="utf-8") as file:
+            file.write(f"\n## Privacy\n\n```\n{statement}\n```\n")
         close_to_others(folder)
         return folder
 
@@ -248,8 +253,7 @@ class PrivateTrainer(Trainer):
         self.publish(names.pop("model_name", None), **names)
 
     def _write_card(self, folder: Path, model_name: str, card: dict[str, Any]) -> None:
-        state: Any = self.state
-        output_dir = self.args.output_dir
+        state, output_dir = self.state, self.args.output_dir
         # Trainer writes the card from the logs, which hold every round's exact loss, into the output folder.
         self.state, self.args.output_dir = copy(state), str(folder)
         self.state.log_history = []
