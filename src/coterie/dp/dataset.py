@@ -71,7 +71,7 @@ def dataset_digest(dataset: Any) -> str:
     for index in range(length):
         record = read_record(dataset, index)
         digests.append(record_digest(record))
-        sizes[index] = record_size(record)
+        sizes[index] = _size(record)
     _check_rereads(dataset, digests, sizes)
     total = hashlib.sha256(b"coterie dataset 1")
     for digest in sorted(digests):
@@ -147,7 +147,7 @@ def _other_randomness() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def record_size(record: Any) -> int:
+def _size(record: Any) -> int:
     """How much a record holds, roughly: values of its largest part."""
     parts = record.values() if isinstance(record, Mapping) else [record]
     return max((part.numel() if isinstance(part, torch.Tensor) else _len(part) for part in parts), default=0)

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.dataset import read_record, record_size
+from coterie.dp.dataset import read_record
 from coterie.dp.heads import Head, base_of, head_of, num_classes
-from coterie.dp.losses import IGNORED, LossFunction, default_loss
+from coterie.dp.losses import IGNORED, LossFunction
 from coterie.dp.lot_sums import with_a_token
 from coterie.dp.refusals import check_batch, check_rows
-from coterie.dp.watched import Watched
 from coterie.errors import CoterieError, DataError
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
@@ -46,13 +45,12 @@ def check_records(
             the message names the record's index and no content. Or no record at all that has a label.
         PrivacyError: the collator packs records.
 
-    Cost: the dataset is read and collated once, without the model; the longest record goes through it once.
+    Cost: the dataset is read and collated once, without the model.
     """
     check = _Check(dataset, collate, model, head_of(model) if loss_fn is None else None)
     with torch.random.fork_rng(devices=[]):
         for indices in _groups(records, physical_batch):
             check.group(indices)
-        check.longest_goes_through(loss_fn or default_loss)
     if check.head is not None and check.labelled == 0:
         raise DataError(
             f"none of the {records} records has a label that counts.",
@@ -79,7 +77,6 @@ class _Check:
         self.head = head
         self.labelled = 0
         self.tokens = 0
-        self._longest = (0, 0)
         self._keys: set[str] = set()
         self._dataset = dataset
         self._collate = collate
@@ -90,8 +87,6 @@ class _Check:
     def group(self, indices: list[int]) -> None:
         """Check records together, and one by one where something is wrong."""
         items = [read_record(self._dataset, index) for index in indices]
-        size, at = max((record_size(item), -index) for index, item in zip(indices, items, strict=True))
-        self._longest = max(self._longest, (size, at))
         if self._problem(items) is None:
             return
         for index, item in zip(indices, items, strict=True):
@@ -106,23 +101,6 @@ class _Check:
             why="the round that draws them together would fail, which tells that they were drawn",
             fix="use a collator that pads (transformers.DataCollatorWithPadding), or make all records equally long",
         )
-
-    def longest_goes_through(self, loss_fn: LossFunction) -> None:
-        """Compute the loss of the largest record: a table of positions may end before it does."""
-        index = -self._longest[1]
-        before, training = Watched(self._model), self._model.training
-        device = next(self._model.parameters()).device
-        batch = {n: with_a_token(n, v) for n, v in self._collate([read_record(self._dataset, index)]).items()}
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                loss_fn(self._model, {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()})
-        except (IndexError, RuntimeError, ValueError, AssertionError) as error:
-            problem = f"does not go through the model ({type(error).__name__}); it is the largest"
-            raise _refusal(index, problem) from None
-        finally:
-            self._model.train(training)
-            before.restore()
 
     def _problem(self, items: list[Any]) -> str | None:
         try:

@@ -85,7 +85,7 @@ def make_private(
         dataset: records by index, with a length. One item is one record, whatever it holds.
         collate_fn: list of items to a batch of tensors [B, ...], one row for each record. Default: transformers'
             ``default_data_collator``, which needs items of equal length.
-        loss_fn: ``loss_fn(model, batch) -> [B]``; default: mean next-token cross-entropy of each record.
+        loss_fn: ``loss_fn(model, batch) -> [B]``; default: the model's own loss of each record (`default_loss`).
         budget: epsilon and delta for adding or removing one record (one user, with ``user_column``).
         clip_norm: C, the bound of one unit's gradient norm.
         lot_size: expected units in a round; real lots vary around it and may be empty.

@@ -39,7 +39,7 @@ class PrivacyArguments:
         epsilon, delta: the budget.
         lot_size: expected records in one optimizer step.
         clip_norm: C; there is no default for the gradient of the whole batch, as each record is clipped by itself.
-        loss_fn: ``loss_fn(model, batch) -> [B]``; default: mean cross-entropy of each record.
+        loss_fn: ``loss_fn(model, batch) -> [B]``; default: the model's own loss of each record.
         evaluation_is_public: the evaluation set is public, so that stopping and choosing checkpoints may use it.
         seed: for tests only; the run is then NOT private. ``TrainingArguments.seed`` never seeds anything secret.
     """
@@ -137,7 +137,7 @@ def check_arguments(args: TrainingArguments, privacy: PrivacyArguments) -> None:
         _refuse(
             f"report_to is {remote[0]}" if remote else "push_to_hub is set",
             "training losses are computed on private records without noise and must not leave this machine",
-            "use report_to='tensorboard' or 'none', and push the finished model yourself",
+            "use report_to='tensorboard' or 'none', and call push_to_hub() when the model is finished",
         )
 
 
