@@ -288,17 +288,17 @@ def test_invariant_4_positions_scaled_by_the_batch_s_longest_are_refused_where_r
     set_up(roped(kind), [*short, item_of(16)], tmp_path).close()
 
 
-@pytest.mark.parametrize("limits", [{"attention_chunk_size": 9}, {}], ids=["in the config", "in the code alone"])
+@pytest.mark.parametrize("limits", [{"attention_chunk_size": 14}, {}], ids=["in the config", "in the code alone"])
 def test_invariant_4_a_limit_at_which_the_model_computes_otherwise_is_refused(
     limits: dict[str, int], tmp_path: Path
 ) -> None:
     def chunked(module: nn.Module, h: Tensor) -> Tensor:
-        return 1.1 * h if h.shape[1] > 9 else h
+        return 1.1 * h if h.shape[1] > 14 else h
 
     data = [item_of(4, i) for i in range(12)]
-    set_up(Toy(chunked, **limits), [*data, item_of(9)], tmp_path, collate=padded).close()
+    set_up(Toy(chunked, **limits), [*data, item_of(14)], tmp_path, collate=padded).close()
     with pytest.raises(NoRuleError, match="padding"):
-        set_up(Toy(chunked, **limits), [*data, item_of(10)], tmp_path)
+        set_up(Toy(chunked, **limits), [*data, item_of(15)], tmp_path)
 
 
 def test_a_record_longer_than_the_model_takes_is_refused_before_the_first_lot(tmp_path: Path) -> None:

@@ -99,6 +99,22 @@ def test_it_trains_evaluates_and_states_what_it_spent(make: Callable[..., Privat
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+def test_rounds_of_noise_alone_are_no_loss_of_zero(make: Callable[..., PrivateTrainer]) -> None:
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.forward = lambda *given, _forward=model.forward, **named: broken(_forward(*given, **named))
+
+    def broken(out: Any) -> Any:
+        out.logits = out.logits * math.nan
+        return out
+
+    trainer = make(max_steps=3, callbacks=[Breaks()])
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss_not_private" in entry]
+    assert [math.isnan(entry["loss_not_private"]) for entry in logs] == [False, True, True]
+    assert [entry.get("rounds_of_noise_alone_not_private") for entry in logs] == [None, 1, 1]
+
+
 @pytest.mark.parametrize(("max_steps", "epochs", "rounds"), [(-1, 1.0, 4), (-1, 1.5, 6), (3, 9.0, 3)])
 def test_steps_and_epochs_fix_the_number_of_rounds(
     make: Callable[..., PrivateTrainer], max_steps: int, epochs: float, rounds: int

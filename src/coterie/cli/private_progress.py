@@ -35,7 +35,7 @@ def watched_private(config: TrainConfig) -> Iterator[tuple[StopFlag, PrivateWatc
             nonlocal shown, note_spent
             if spent is not None:
                 note_spent = f"epsilon {spent.epsilon:.3f}"
-            note = f"{note_spent}  loss {figures.loss:.3f}"
+            note = f"{note_spent}  {figures.nothing_learnt or f'loss {figures.loss:.3f}'}"
             if evaluation is not None:
                 note += f"  held-out {evaluation.loss:.3f}"
             if stop.asked:

@@ -98,6 +98,7 @@ class PrivateTrainer(Trainer):
     def __init__(self, *args: Any, privacy: PrivacyArguments | Mapping[str, Any], **kwargs: Any) -> None:
         self.privacy = PrivacyArguments.of(privacy)
         self.session: PrivateSession | None = None
+        self._logged_losses: list[float] = []
         super().__init__(*args, **kwargs)
         self._check_again()
         if not self.privacy.evaluation_is_public:
@@ -291,10 +292,21 @@ class PrivateTrainer(Trainer):
             self.optimizer.train()
         self.session.put_gradients()
         figures = self.session.last
-        return torch.tensor(figures.loss if figures is not None else float("nan"), device=self.args.device)
+        loss = figures.loss if figures is not None else math.nan
+        self._logged_losses.append(loss)
+        return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; the training loss is named for what it is, and epsilon goes with it."""
+        """As in Trainer; the training loss is named for what it is, and epsilon goes with it.
+
+        Rounds whose lot was empty, or had no finite record, have no loss: Trainer would put an average or 0.0 there.
+        """
+        if "loss" in logs and self._logged_losses:
+            finite = [loss for loss in self._logged_losses if math.isfinite(loss)]
+            if len(finite) < len(self._logged_losses):
+                logs["loss"] = math.fsum(finite) / len(finite) if finite else math.nan
+                logs["rounds_of_noise_alone_not_private"] = len(self._logged_losses) - len(finite)
+            self._logged_losses = []
         for name in ("loss", "train_loss"):
             if name in logs:
                 logs[f"{name}_not_private"] = logs.pop(name)

@@ -174,7 +174,10 @@ def _train(
             last = done == spec.rounds or session.releases.remaining == 0
             figures = session.last
             assert figures is not None
-            metrics.log(done - 1, loss_not_private=figures.loss, lot_size_not_private=figures.lot_size)
+            metrics.log(
+                done - 1, loss_not_private=figures.loss, lot_size_not_private=figures.lot_size,
+                not_finite_not_private=figures.masked,
+            )  # fmt: skip
             spent = session.spent() if last or _due(done, every) else None
             if spent is not None:
                 metrics.log(done - 1, epsilon=spent.epsilon)

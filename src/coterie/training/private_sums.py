@@ -268,5 +268,6 @@ class PrivateSums:
                 "loss_not_private": last.loss,
                 "lot_size_not_private": last.lot_size,
                 "clipped_not_private": last.clipped,
+                "not_finite_not_private": last.masked,
             }
         return figures
