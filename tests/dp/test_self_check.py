@@ -121,6 +121,17 @@ def test_invariant_4_records_coupled_in_training_are_refused_and_the_coupling_is
     assert caught.value.code == "dp-batch-coupled"
 
 
+def test_invariant_4_a_rare_token_shows_a_coupling_that_others_leave_below_the_tolerance() -> None:
+    model = Toy(lambda module, h: h + 1e-6 * h.mean((0, 1)))
+    model.config.vocab_size = 5000
+    model.embed, model.head = nn.Embedding(5000, WIDTH), nn.Linear(WIDTH, 5000)
+    check(Engine(model), example())
+    with torch.no_grad():
+        model.embed.weight[1234] = 1e5
+    with pytest.raises(NoRuleError, match="records beside it"):
+        check(Engine(model), example())
+
+
 def test_a_physical_batch_is_as_large_as_training_has_it() -> None:
     checked(in_large_batches, records=7)
 
