@@ -26,7 +26,7 @@ from coterie.dp.capture import Capture
 from coterie.dp.clipping import Clipping, Flat, bounded_factors, checked_thresholds
 from coterie.dp.derived import Root
 from coterie.dp.experts import PrivateExperts
-from coterie.dp.gram import UNIT, SqNorms, worst_excess
+from coterie.dp.gram import LONGEST, UNIT, SqNorms, worst_excess
 from coterie.dp.gram_kernel import take_all
 from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_loss
 from coterie.dp.probe import learn_sites
@@ -129,7 +129,7 @@ class Engine:
     def _eta(self) -> float:
         """Rounding that the slack of the norms does not cover (see docs/concepts/dp-engine.md)."""
         longest = max((size for shape in self.shapes.values() for size in shape), default=1)
-        return worst_excess(2 * longest) + 64 * UNIT
+        return worst_excess(max(2 * longest, LONGEST)) + 64 * UNIT  # a record's rows are added up as well
 
     @property
     def thresholds(self) -> Tensor:
@@ -247,7 +247,8 @@ class Engine:
         records = batch_size(batch)
 
         def ready(root: Root) -> None:
-            found[root.name] = resolve.precise_sq_norms(root, resolve.simplify(root, records), records)[1]
+            uses = resolve.bounded(resolve.simplify(root, records))
+            found[root.name] = resolve.precise_sq_norms(root, uses, records)[1]
             root.captured = []
 
         self._run(batch, ready)
@@ -266,6 +267,7 @@ class Engine:
         losses = self._run(batch, ready)
         # All together, so that threads are started once.
         take_all(resolve.segment_norms(uses for _, uses in kept.values()))
+        kept = {name: (root, resolve.bounded(uses)) for name, (root, uses) in kept.items()}
         found = {name: resolve.sq_norms(root, uses, records) for name, (root, uses) in kept.items()}
         self._refine(found, kept, records)
         factors, diagnostics = self._factors(self._by_group(found, records), losses)
@@ -311,7 +313,7 @@ class Engine:
 
         def ready(root: Root) -> None:
             nonlocal captured_bytes
-            uses = resolve.simplify(root, records)
+            uses = resolve.bounded(resolve.simplify(root, records))
             root.captured = []
             captured_bytes += sum(term.nbytes() for _, term in uses)
             careful, found[root.name] = resolve.precise_sq_norms(root, uses, records)
@@ -343,7 +345,7 @@ class Engine:
         masked = keep_B is not None and not bool(keep_B.all())
 
         def ready(root: Root) -> None:
-            uses = resolve.simplify(root, records)
+            uses = resolve.bounded(resolve.simplify(root, records))
             root.captured = []
             if root.name in apart:
                 uses = resolve.apart(root, uses, records)

@@ -45,6 +45,7 @@ class SegmentNorms:
         value_S: float64 squared norms, or None as long as they are not taken. A row that is not finite makes its own
             segment not finite, and no other.
         crude_S: float64 ``sum_t |a_t| |g_t|``, or None.
+        reach_S: float64 ``T (O sum_t |a_t|^2 + I sum_t |g_t|^2)``, see `scaling.bounded`, or None.
     """
 
     def __init__(self, a_RI: Tensor, row_R: Tensor | None, g_RO: Tensor, start_S: Tensor, stop_S: Tensor) -> None:
@@ -53,6 +54,7 @@ class SegmentNorms:
         self._start, self._stop = start_S.numpy(), stop_S.numpy()
         self.value_S: Tensor | None = None
         self.crude_S: Tensor | None = None
+        self.reach_S: Tensor | None = None
 
     @staticmethod
     def possible(a_RI: Tensor, g_RO: Tensor) -> bool:
@@ -76,14 +78,16 @@ class SegmentNorms:
         return [slice(int(a), int(b)) for a, b in zip([0, *cuts], [*cuts, done.shape[0]], strict=True)]
 
     def prepare(self) -> None:
-        self.value_S, self.crude_S = (torch.empty(self._start.shape[0], dtype=torch.float64) for _ in range(2))
+        count = self._start.shape[0]
+        self.value_S, self.crude_S, self.reach_S = (torch.empty(count, dtype=torch.float64) for _ in range(3))
 
     def take(self, compiled: Kernel, share: slice) -> None:
         assert self.value_S is not None
         assert self.crude_S is not None
+        assert self.reach_S is not None
         compiled(
             self._a, self._row, self._g, self._start[share], self._stop[share],
-            self.value_S.numpy()[share], self.crude_S.numpy()[share],
+            self.value_S.numpy()[share], self.crude_S.numpy()[share], self.reach_S.numpy()[share],
         )  # fmt: skip
 
 
@@ -99,7 +103,7 @@ def take_all(norms: Iterable[SegmentNorms]) -> None:
 
 @functools.cache
 def kernel() -> Kernel | None:
-    """``kernel(a, rows, g, start, stop, value, crude)``, see `SegmentNorms`; None without numba."""
+    """``kernel(a, rows, g, start, stop, value, crude, reach)``, see `SegmentNorms`; None without numba."""
     if find_spec("numba") is None:
         return None
     import numba
@@ -138,12 +142,12 @@ def kernel() -> Kernel | None:
 
     def whole(
         a: np.ndarray, rows: np.ndarray, g: np.ndarray, start: np.ndarray, stop: np.ndarray,
-        value: np.ndarray, crude: np.ndarray,
+        value: np.ndarray, crude: np.ndarray, reach: np.ndarray,
     ) -> None:  # fmt: skip
         by_a, by_g = np.empty(16), np.empty(16)
         for s in range(start.shape[0]):
             begin, end = u(start[s]), u(stop[s])
-            total = length = 0.0
+            total = length = a_squares = g_squares = 0.0
             for i in range(begin, end, four):
                 i4 = compiled_four(i, end - one)
                 a4 = (u(rows[i4[0]]), u(rows[i4[1]]), u(rows[i4[2]]), u(rows[i4[3]]))
@@ -162,7 +166,10 @@ def kernel() -> Kernel | None:
                             elif j + q == i + p:
                                 total += product
                                 length += np.sqrt(product)
+                                a_squares += by_a[four * p + q]
+                                g_squares += by_g[four * p + q]
             value[s], crude[s] = total, length
+            reach[s] = float(end - begin) * (a_squares * g.shape[1] + g_squares * a.shape[1])
 
     compiled: Kernel = jit(whole)
     return compiled

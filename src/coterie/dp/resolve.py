@@ -23,7 +23,8 @@ from coterie.dp.derived import Kind, Node, Pullback, Root
 from coterie.dp.gram import SqNorms, gram_is_cheaper, norm_slack, rounding_factor, square_norms, sum_slack
 from coterie.dp.gram_kernel import SegmentNorms
 from coterie.dp.precision import in_full_float32
-from coterie.dp.scaling import bounded, single
+from coterie.dp.scaling import bounded as rows_bounded
+from coterie.dp.scaling import single
 from coterie.dp.segments import StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer, Term
 
@@ -74,15 +75,13 @@ class Apart:
 
 @in_full_float32
 def simplify(root: Root, records: int) -> list[Use]:
-    """The root's captured uses in the fewest and smallest terms that mean the same."""
-    uses = [
-        (node, term.bounded() if isinstance(term, Outer | StackedOuter) else term)
-        for node, term in _joined_rows(root)
-    ]
+    """The root's captured uses in the fewest and smallest terms that mean the same; `bounded` comes next."""
+    uses = _joined_rows(root)
     if len(uses) > 1 and all(isinstance(term, Dense) for _, term in uses):
         return [(root, _dense_total(root, uses))]
     if not uses or (len(uses) == 1 and uses[0][0].kind <= Kind.ISOMETRIC):
         return uses
+    uses = [(node, _bounded(term)) for node, term in uses]
     fits = records * root.value.numel() <= _DENSE_ELEMENTS
     if _tied(uses) and _may_multiply(uses):
         return uses if _gram_pays(uses) or not fits else [(root, _filled(root, uses, records))]
@@ -93,6 +92,16 @@ def simplify(root: Root, records: int) -> list[Use]:
         return [(root, Dense(Pullback(node, root).batched(term.gradients.float())))]
     each = Apart(root, uses, records)
     return [(root, Dense(torch.stack([each.one(record) for record in range(records)])))]
+
+
+@in_full_float32
+def bounded(uses: list[Use]) -> list[Use]:
+    """A single use in rows whose products float32 holds; cheaper where `segment_norms` of it are taken already."""
+    return [(node, _bounded(term)) for node, term in uses] if len(uses) == 1 else uses
+
+
+def _bounded(term: Term) -> Term:
+    return term.bounded() if isinstance(term, Outer | StackedOuter) else term
 
 
 def apart(root: Root, uses: list[Use], records: int) -> list[Use]:
@@ -149,7 +158,7 @@ def _parts(uses: list[Use]) -> tuple[Outer, Lookup]:
 def _may_multiply(uses: list[Use]) -> bool:
     """Whether projected and looked-up rows are of sizes whose products float32 holds."""
     outer, lookup = _parts(uses)
-    return bounded(outer.a, lookup.g, outer.a.shape[2])
+    return rows_bounded(outer.a, lookup.g, outer.a.shape[2])
 
 
 def _gram_pays(uses: list[Use]) -> bool:
@@ -190,7 +199,10 @@ def sq_norms(root: Root, uses: list[Use], records: int, precise: bool = False) -
     """Squared norm of the root's gradient for every record, [B]; ``precise`` as in `Term.sq_norms`."""
     if not uses:
         return SqNorms.zeros(records, root.value.device if not root.value.is_meta else torch.device("cpu"))
-    return _tied_sq_norms(uses, precise) if _tied(uses) else uses[0][1].sq_norms(precise)
+    if _tied(uses):
+        return _tied_sq_norms(uses, precise)
+    ((_, term),) = uses
+    return term.sq_norms(precise)
 
 
 def precise_sq_norms(root: Root, uses: list[Use], records: int) -> tuple[list[Use], SqNorms]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coterie.dp.gram import SqNorms
+from coterie.dp.gram_kernel import SegmentNorms
 
 if TYPE_CHECKING:
     from coterie.dp.terms import Term
@@ -29,18 +30,21 @@ SMALLEST = 2.0**-126
 _FAR_BELOW = -(1 << 20)
 
 
-def bounded(a: Tensor, g: Tensor, rows: int) -> bool:
+def bounded(a: Tensor, g: Tensor, rows: int, norms: SegmentNorms | None = None) -> bool:
     """Whether products of these rows neither overflow float32 nor lose more than `UNSEEN` to underflow.
 
     Args:
         a: [.., I] rows that entered.
         g: [.., O] gradients at the output.
         rows: most rows that are added up to one gradient.
+        norms: of these rows; where they are taken, their sums of squares need not be taken again.
 
     A dot product loses at most ``2 n 2^-126`` for n terms, also where subnormal numbers count as zero. Summed over
     all pairs of rows, the squared norm is off by at most ``2^-125 rows (O |a|^2 + I |g|^2)``, norms over all rows;
     and no sum of products exceeds ``|a|^2 |g|^2``. Rows that are not finite are not bounded.
     """
+    if norms is not None and norms.reach_S is not None and int(norms.rows_S.sum()) == g[..., 0].numel():
+        return bool(norms.reach_S.sum() <= _REACH)
     a_norm, g_norm = (torch.linalg.vector_norm(x, dtype=torch.float32).double() for x in (a, g))
     reach = rows * (g.shape[-1] * a_norm.square() + a.shape[-1] * g_norm.square())
     return bool(reach <= _REACH)

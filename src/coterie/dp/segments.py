@@ -201,7 +201,7 @@ class StackedOuter:
 
     def bounded(self) -> StackedOuter | Scaled:
         """The same; in balanced rows where products of these could underflow or overflow."""
-        if bounded(self._a, self._g, self._g.shape[0]):
+        if self._formed is not None or bounded(self._a, self._g, self._g.shape[0], self.segment_norms):
             return self
         segments = self._segments
         a = self._a if self._gather is None else self._a.index_select(0, self._gather)
@@ -211,7 +211,8 @@ class StackedOuter:
     def condensed(self) -> StackedOuter:
         """The same with the gradients of long segments instead of their rows, where that takes less memory.
 
-        Norm and sum then share a product. Rows of other segments would have to be copied, so these must be the fewer.
+        Norm and sum then share a product. Rows of other segments would have to be copied, so these must be the fewer,
+        and they have to be `bounded`, as the gradients are not scaled.
         """
         segments, inputs, outputs = self._segments, self._a.shape[1], self._g.shape[1]
         row_bytes = outputs * self._g.element_size() + (
@@ -219,6 +220,8 @@ class StackedOuter:
         )
         long = segments.counts * row_bytes >= 4 * inputs * outputs
         if self._formed is not None or 2 * int(segments.counts[long].sum()) < self._g.shape[0]:
+            return self
+        if not bounded(self._a, self._g, self._g.shape[0]):
             return self
         formed = self._form(torch.nonzero(long).flatten())
         rest = torch.nonzero(~long[segments.segment_R]).flatten()

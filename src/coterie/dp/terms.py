@@ -103,7 +103,7 @@ class Outer:
 
     def bounded(self) -> Outer | Scaled:
         """The same; in balanced rows where products of these could underflow or overflow."""
-        if bounded(self.a, self.g, self.a.shape[2]):
+        if bounded(self.a, self.g, self.a.shape[2], self.segment_norms):
             return self
         batch, groups, rows = self.a.shape[:3]
         record_R = torch.arange(batch, device=self.g.device).repeat_interleave(groups * rows)
@@ -145,9 +145,10 @@ class Outer:
         return (a_length * torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32)).flatten(1).sum(1)
 
     def condensed(self) -> Term:
-        """The same as `Dense` if that is no larger than ``g``: norm and sum then share one product."""
+        """The same as `Dense` if that is no larger than ``g`` and the rows are `bounded`; norm and sum then share one
+        product."""
         rows, inputs = self.a.shape[2], self.a.shape[3]
-        if inputs * 4 > self.g.element_size() * rows:
+        if inputs * 4 > self.g.element_size() * rows or not bounded(self.a, self.g, rows):
             return self
         return Dense(self._gradients(0, self.a.shape[0]))
 
