@@ -53,7 +53,7 @@ def test_a_missing_user_is_refused_in_every_form(value: Any) -> None:
     assert caught.value.code == "dp-no-user"
 
 
-@pytest.mark.parametrize("value", NO_ONE_TEXT, ids=repr)
+@pytest.mark.parametrize("value", NO_ONE_TEXT, ids=lambda value: type(value).__name__)
 def test_an_id_that_can_be_written_in_two_ways_is_refused(value: Any) -> None:
     with pytest.raises(DataError, match="record 0 names its user by a") as caught:
         user_ids([value])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from forked import ForkedProcesses
 from record import RECORD
-from test_processes import ENDLESS, Trial
+from test_kills import ENDLESS, Trial
 
 from coterie.federation.control import COORDINATOR
 from federation_processes import PARTIES, make_folder

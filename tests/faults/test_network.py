@@ -10,7 +10,7 @@ import pytest
 from forked import ForkedProcesses, Starter
 from network import Network, possible
 from record import RECORD
-from test_processes import BACK_S, NAMED_S, SLACK, Trial
+from test_kills import BACK_S, NAMED_S, SLACK, Trial
 
 from coterie.federation.control import COORDINATOR
 from federation_processes import PARTIES
