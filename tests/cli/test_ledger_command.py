@@ -12,8 +12,11 @@ from tests.dp.test_lifetime import TEXTS, composed, spend
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
+from coterie.dp.accounting import Mechanism
 from coterie.dp.ledger import open_ledger
 from coterie.dp.spool import Spool
+from coterie.federation.run_folder import is_running
+from coterie.training.purging import purge
 
 
 def run(*arguments: object) -> int:
@@ -70,6 +73,7 @@ def finished_run(tmp_path: Path) -> tuple[Path, Path]:
     }
     dump_yaml(folder / "config.yaml", TrainConfig.model_validate(values))
     book = open_ledger("d" * 64, ledger)
+    book.start_run("cafe", Mechanism(2.0, 0.1), 1, unit="record", units=10)
     Spool(book.folder / "spool" / "other").close()
     spool = Spool(book.folder / "spool" / "cafe")
     (spool.folder / "lot.json").write_text("{}")
@@ -116,3 +120,25 @@ def test_purge_refuses_a_run_that_is_running_or_not_finished(
     assert not spool.exists()
     assert run("purge", tmp_path) == 1
     assert "Error run-dir-none" in capsys.readouterr().err
+
+
+def test_purge_does_not_say_that_nothing_is_left_where_it_looks_in_the_wrong_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, spool = finished_run(tmp_path)
+    (tmp_path / "ledger").rename(tmp_path / "moved")
+    assert run("purge", folder) == 1
+    assert "Error purge-no-ledger" in capsys.readouterr().err
+    assert (folder / "private" / "cache").exists()
+    (tmp_path / "moved").rename(tmp_path / "ledger")
+    assert run("purge", folder) == 0
+    assert not spool.exists()
+
+
+def test_nobody_takes_a_run_up_while_it_is_purged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = finished_run(tmp_path)
+    seen = []
+    monkeypatch.setattr("coterie.training.purging.shutil.rmtree", lambda path: seen.append(is_running(folder)))
+    purge(folder)
+    assert seen == [True, True]
+    assert not is_running(folder)

@@ -157,3 +157,21 @@ def test_truncated_sampling_is_refused_below_the_floor_and_unbounded_there() -> 
     assert caught.value.code == "dp-delta"
     assert epsilon([(mechanism, 50)], 1e-11) == math.inf
     assert epsilon([(mechanism, 50)], 1e-9) < math.inf
+
+
+def test_a_million_rounds_on_all_units_are_the_one_gaussian_that_they_are() -> None:
+    sigma = noise_multiplier(Budget(8.0, 1e-5), 1.0, 1_000_000)
+    assert gaussian_delta(8.0, sigma / 1000) <= 1e-5 < gaussian_delta(8.0, sigma / 1000 * (1 - 1e-3))
+
+
+def test_many_sampled_rounds_cost_no_more_than_renyi_says() -> None:
+    many = [(Mechanism(2.0, 0.001), 150_000)]
+    fewer = [(Mechanism(2.0, 0.001), 100_000)]
+    assert epsilon(fewer, 1e-5) < epsilon(many, 1e-5) <= epsilon(many, 1e-5, "rdp")
+    assert epsilon(many, 1e-5) > 1.2 * epsilon(fewer, 1e-5)  # about the square root of 1.5
+
+
+def test_noise_of_a_huge_epsilon_is_within_it_and_close() -> None:
+    sigma = noise_multiplier(Budget(1000.0, 1e-5), 1.0, 3)
+    assert gaussian_delta(1000.0, sigma / math.sqrt(3)) <= 1e-5
+    assert gaussian_delta(1000.0, sigma / math.sqrt(3) * 0.99) > 1e-5

@@ -94,3 +94,12 @@ def test_what_cannot_be_bounded_is_unbounded() -> None:
     assert joint_epsilon([Share(mechanism, 1, LARGEST_GROUP + 1)], 1e-5) == math.inf
     assert joint_epsilon([Share(Mechanism(0.0, 0.1), 1, 1, replaced=True)], 1e-5) == math.inf
     assert joint_epsilon([Share(Mechanism(0.01, 0.1), 1, 1, replaced=True)], 1e-5) == math.inf
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("sigma", [0.5, 0.12, 0.079, 0.06, 0.042])
+def test_replaced_contributions_under_little_noise_have_a_bound_or_none_and_never_a_smaller_one(
+    sigma: float, rate: float
+) -> None:
+    mechanism = Mechanism(sigma, rate)
+    assert joint_epsilon([Share(mechanism, 3, 1, True)], 1e-5) >= epsilon([(mechanism, 3)], 1e-5)

@@ -230,3 +230,14 @@ def test_changed_hashes_and_a_damaged_neighbour_are_refused_not_skipped(tmp_path
     (other.folder / "ledger.jsonl").write_text("{}\n")
     with pytest.raises(LedgerError, match="is not a ledger"):
         ledger.lifetime(DELTA, "run")
+
+
+def test_a_run_on_the_same_text_in_another_form_is_named_as_not_compared(tmp_path: Path) -> None:
+    spend(tmp_path, "text", TEXTS)
+    ids = [{"input_ids": torch.tensor([len(word) for word in text.split()])} for text in TEXTS]
+    later = lifetime(spend(tmp_path, "ids", ids), "ids", DELTA)
+    assert later.spent.epsilon == pytest.approx(composed(1))
+    assert "1 run prepared in another form (text, token ids), so not compared" in later.lines
+    spend(tmp_path, "both", [*TEXTS[:1], ids[0]])
+    third = lifetime(open_ledger(dataset_digest(ids), tmp_path), "ids", DELTA)
+    assert len([line for line in third.lines if "not compared" in line]) == 1, "a form in common is compared"

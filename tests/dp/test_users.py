@@ -25,7 +25,7 @@ from coterie.models.tiny import tiny_model
 SEVEN = [
     7, "7", b"7", 7.0, np.int8(7), np.uint64(7), np.float32(7), np.str_("7"), np.bytes_(b"7"), np.array(7),
     np.array([7]), np.array(["7"]), np.array([7], dtype=object), torch.tensor(7), torch.tensor([[7]]),
-    torch.tensor(7.0), torch.tensor(7, dtype=torch.uint8), [7], ("7",), decimal.Decimal(7),
+    torch.tensor(7.0), torch.tensor(7, dtype=torch.uint8), [7], ("7",), decimal.Decimal(7), "7.0", b"7.000",
 ]  # fmt: skip
 
 MISSING = [
@@ -62,7 +62,8 @@ def test_an_id_that_can_be_written_in_two_ways_is_refused(value: Any) -> None:
 
 def test_different_ids_stay_apart_and_keep_what_they_are_written_as() -> None:
     made = uuid.uuid4()
-    written = ["7", "07", " 7", "u", "U", 2**62, -7, made, ("a", 1), ("a", 2), ("a,1",), "('a', '1')x"]
+    written = ["7", "07", " 7", "7.5", "7.", ".0", "7.0.0", "u", "U", 2**62, -7, made]
+    written += [("a", 1), ("a", 2), ("a,1",), "('a', '1')x"]
     assert len(set(user_ids(written))) == len(written)
     assert user_ids([made, str(made)]) == [str(made)] * 2
     assert user_ids([("a", 1), ["a", np.int64(1)]]) == user_ids([("a", "1")]) * 2

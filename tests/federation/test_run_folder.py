@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.errors import RoundError
+from coterie.errors import CheckpointError, RoundError
 from coterie.federation.run_folder import LOCK_FILE, RunFolder, is_running
 
 HOLD = (
@@ -57,3 +60,42 @@ def test_a_lock_file_that_says_nothing_is_a_lock_all_the_same(tmp_path: Path) ->
         RunFolder(tmp_path)
     assert caught.value.message == f"another process is running in {tmp_path}."
     held.close()
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_on_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opened the file before its holder removed it would otherwise hold a lock that nobody else sees."""
+    real, calls = fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    held = RunFolder(tmp_path)
+    assert len(calls) == 2
+    assert is_running(tmp_path)
+    with pytest.raises(RoundError):
+        RunFolder(tmp_path)
+    held.close()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match="No locks available"):
+        RunFolder(tmp_path)
+
+
+def test_a_folder_that_was_removed_under_a_run_hides_no_reason(tmp_path: Path) -> None:
+    held = RunFolder(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    held.__exit__()
+    assert not is_running(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from coterie.models.seam import expert_layers
 from coterie.models.shards import load_tensors
 from coterie.models.splitter import split
 from coterie.models.tiny import tiny_model
+from coterie.models.trainings import read_trainings
 from coterie.training.in_process import run_in_process
 from coterie.training.party import prepare_party
 from federation_tools import PARTIES, settings
@@ -119,6 +121,17 @@ def test_the_adapter_loads_in_plain_peft(done: Trained, tmp_path: Path) -> None:
     assert torch.allclose(logits(loaded), logits(done.reference()), atol=1e-5)
     size = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
     assert size < 0.5 * done.part("alder", "trunk").stat().st_size + 200_000
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_parts_that_were_taken_away_still_say_what_they_were_trained_under(
+    done: Trained, tmp_path: Path, adapter: bool
+) -> None:
+    away = [Path(shutil.copy(path, tmp_path / f"{n}.safetensors")) for n, path in enumerate(done.shards)]
+    trunk = Path(shutil.copy(done.part("alder", "trunk"), tmp_path / "trunk.safetensors"))
+    export(done.split, tmp_path / "out", trunk=trunk, shards=away, adapter=adapter)
+    behind = {training.run.split("-")[-1]: training.privacy for training in read_trainings(tmp_path / "out")}
+    assert behind == dict.fromkeys(["alder"] if adapter else PARTIES, "none")
 
 
 def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import dp_accounting
@@ -34,6 +34,12 @@ _SMALLEST_MULTIPLIER = 1e-2
 
 PLD_FLOOR = 1e-10
 """Smallest delta for which privacy loss distributions are used."""
+
+_MANY_ROUNDS = 100_000
+"""Beyond it a fine grid would take minutes; Renyi, whose cost does not grow with the rounds, bounds from above."""
+
+_GRID = 20_000
+"""Steps of a grid between no loss and the mean loss of one round of little noise: finer ones take minutes."""
 
 _TOLERANCE = 1e-4
 _HIGH_ORDERS = (2048, 4096, 8192, 16384)
@@ -113,12 +119,21 @@ def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant:
     if accountant == "rdp" or delta < PLD_FLOOR:
         return math.inf if truncated else _renyi_epsilon(spent, delta)
     rounds = sum(count for _, count in spent)
-    rough = _pld_epsilon(spent, delta, 1e-2)
-    if not math.isfinite(rough):
+    rough = _rough_epsilon(spent, delta)
+    if not math.isfinite(rough) or rough >= 100:
         return rough
     # Rounding in the discretised losses grows with the rounds and matters most for small epsilon. Every grid gives
     # an upper bound; this choice keeps it within about 0.1 % at a cost of at most a second or two.
-    return _pld_epsilon(spent, delta, 1e-4 if rough < 1 or rounds > 5000 else 1e-3) if rough < 100 else rough
+    fine = rounds <= _MANY_ROUNDS and (rough < 1 or rounds > 5000)
+    return min(rough, _pld_epsilon(spent, delta, 1e-4 if fine else 1e-3))
+
+
+def _rough_epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float) -> float:
+    """An upper bound that is quick and may be loose; beyond `_MANY_ROUNDS` never looser than Renyi's."""
+    found = _pld_epsilon(spent, delta, 1e-2)
+    many = sum(count for _, count in spent) > _MANY_ROUNDS
+    truncated = any(mechanism.sampler == "truncated_poisson" for mechanism, _ in spent)
+    return min(found, _renyi_epsilon(spent, delta)) if many and not truncated else found
 
 
 def _renyi_epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float) -> float:
@@ -151,10 +166,19 @@ def _without_warnings() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=4096)
 def _pld_epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, interval: float) -> float:
+    interval = max(interval, *(0.5 / mechanism.noise_multiplier**2 / _GRID for mechanism, _ in map(_merged, spent)))
     total = distribution.identity(value_discretization_interval=interval)
-    for mechanism, count in spent:
+    for mechanism, count in map(_merged, spent):
         total = total.compose(one_round(mechanism, interval).self_compose(count))
     return float(total.get_epsilon_for_delta(delta))
+
+
+def _merged(spent: tuple[Mechanism, int]) -> tuple[Mechanism, int]:
+    """Rounds on all units are one Gaussian together: nothing to compose, and nothing rounded."""
+    mechanism, count = spent
+    if mechanism.sampler != "poisson" or mechanism.sampling_rate < 1:
+        return spent
+    return replace(mechanism, noise_multiplier=mechanism.noise_multiplier / math.sqrt(count)), 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,7 +218,7 @@ def noise_multiplier(
         a
             delta below `PLD_FLOOR` (code dp-delta).
 
-    Cost: a few seconds at most.
+    Cost: a few seconds; tens of seconds beyond 100,000 rounds, or where hardly any noise is needed.
     """
     if sampler == "truncated_poisson" and budget.delta < PLD_FLOOR:
         raise BudgetError(
@@ -209,12 +233,16 @@ def noise_multiplier(
 
     def rough(sigma: float) -> float:
         by_renyi = accountant == "rdp" or budget.delta < PLD_FLOOR
-        return cost(sigma) if by_renyi else _pld_epsilon(spent(sigma), budget.delta, 1e-2)
+        return cost(sigma) if by_renyi else _rough_epsilon(spent(sigma), budget.delta)
 
     def cost(sigma: float) -> float:
         return epsilon(spent(sigma), budget.delta, accountant)
 
-    high = 1.0
+    high = 1.0  # Renyi's answer for plain sampling is a start, and quick also where there is far too little noise
+    while high <= _LARGEST_MULTIPLIER and (
+        _renyi_epsilon(((Mechanism(high, sampling_rate), rounds),), budget.delta) > budget.epsilon
+    ):
+        high *= 2
     while rough(high) > budget.epsilon:
         high *= 2
         if high > _LARGEST_MULTIPLIER:

@@ -27,6 +27,8 @@ _LEAST_DELTA = 1e-30
 _LARGEST_EXPONENT = 600.0
 _NEGLIGIBLE = 1e-22
 _LARGEST_MOVE = 50.0
+_LARGEST_REPLACED = 25.0
+"""Of what is replaced: beyond it the powers of e in `_replaced_delta` leave the range of floating-point numbers."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def joint_epsilon(shares: Iterable[Share], delta: float, accountant: Accountant 
     plain = all(share.size == 1 and not share.replaced for share in held)
     if plain:
         return epsilon([(share.mechanism, share.count) for share in held], delta, accountant)
-    if any(_move(share) > _LARGEST_MOVE for share in held):
+    if any(_move(share) > (_LARGEST_REPLACED if share.replaced else _LARGEST_MOVE) for share in held):
         return math.inf  # it would be above a thousand, on a grid that takes long
     truncated = any(share.mechanism.sampler != "poisson" and (share.size > 1 or share.replaced) for share in held)
     if truncated or accountant == "rdp" or delta < PLD_FLOOR:

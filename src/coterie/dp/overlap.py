@@ -82,7 +82,10 @@ def compare(own: Held, other: Held) -> Compared:
     if own.dataset == other.dataset:
         return Compared(True, "" if pair else "known by its data set's digest", pair)
     if pair is not None:
-        return Compared(overlap(*pair), "", pair)
+        if overlap(*pair):
+            return Compared(True, "", pair)
+        apart = bool(pair[0].forms and pair[1].forms) and not pair[0].forms & pair[1].forms
+        return Compared(False, "prepared in another form (text, token ids), so not compared" if apart else "", pair)
     if own.texts and other.texts:
         return Compared(True, "hashed with another key, so assumed to be on the same text")
     return Compared(False, "older than text hashes, so not compared")

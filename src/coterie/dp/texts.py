@@ -53,11 +53,13 @@ class Fingerprints:
         texts: [N] uint64, ascending; a text that is there twice counts twice.
         users: [N] uint64, whose each is; None where units are records.
         pieces: see `Originals`.
+        forms: what the hashes are of: ``text``, ``ids``, ``item``. Those of two forms never agree.
     """
 
     texts: np.ndarray
     users: np.ndarray | None
     pieces: int
+    forms: frozenset[str] = frozenset()
 
 
 class Keyring:
@@ -125,39 +127,44 @@ def fingerprints(originals: Originals, key: bytes) -> Fingerprints:
 
     Cost: 3 us a short text.
     """
-    texts = np.fromiter((_hash(content, key, b"text") for content in _contents(originals.texts)), np.uint64)
+    forms: set[str] = set()
+    hashes = (_hash(content, key, b"text") for content in _contents(originals.texts, forms))
+    texts = np.fromiter(hashes, np.uint64)
     order = np.argsort(texts, kind="stable")
     if originals.users is None:
-        return Fingerprints(texts[order], None, originals.pieces)
+        return Fingerprints(texts[order], None, originals.pieces, frozenset(forms))
     owners = user_ids(originals.users)
     known = {user: _hash(user.encode("utf-8", "surrogatepass"), key, b"user") for user in set(owners)}
     users = np.fromiter((known[user] for user in owners), np.uint64)
-    return Fingerprints(texts[order], users[order], originals.pieces)
+    return Fingerprints(texts[order], users[order], originals.pieces, frozenset(forms))
 
 
 def _hash(content: bytes, key: bytes, kind: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, key=key, digest_size=8, person=kind).digest(), "big")
 
 
-def _contents(texts: Sequence[Any]) -> Iterator[bytes]:
-    return (_content(texts[number]) for number in range(len(texts)))
+def _contents(texts: Sequence[Any], forms: set[str]) -> Iterator[bytes]:
+    for number in range(len(texts)):
+        form, content = _content(texts[number])
+        forms.add(form)
+        yield form.encode() + content
 
 
-def _content(item: Any) -> bytes:
+def _content(item: Any) -> tuple[str, bytes]:
     """What stays the same where the same text is prepared again.
 
     Text: its words, whatever the spaces and line ends between them, in one Unicode form. Token ids: those that are
     attended to, without padding and without what else the item holds. Anything else: all of it.
     """
     if isinstance(item, str):
-        return b"text" + " ".join(unicodedata.normalize("NFC", item).split()).encode("utf-8", "surrogatepass")
+        return "text", " ".join(unicodedata.normalize("NFC", item).split()).encode("utf-8", "surrogatepass")
     if isinstance(item, Mapping) and "input_ids" in item:
         ids = np.asarray(item["input_ids"], np.int64).ravel()
         mask = np.asarray(item.get("attention_mask", ())).ravel()
         if mask.size == ids.size:
             ids = ids[mask != 0]
-        return b"ids" + ids.tobytes()
-    return b"item" + record_digest(item)
+        return "ids", ids.tobytes()
+    return "item", record_digest(item)
 
 
 def store(folder: Path, found: Fingerprints) -> str:
@@ -167,7 +174,7 @@ def store(folder: Path, found: Fingerprints) -> str:
         The name of the file, which follows from its content.
     """
     arrays = {"texts": found.texts} | ({} if found.users is None else {"users": found.users})
-    content = save(arrays, metadata={"pieces": str(found.pieces)})
+    content = save(arrays, metadata={"pieces": str(found.pieces), "forms": " ".join(sorted(found.forms))})
     name = hashlib.sha256(content).hexdigest()[:24]
     path = folder / FOLDER / name
     if not path.exists():
@@ -196,4 +203,6 @@ def load(path: Path) -> Fingerprints:
         )
     with safe_open(path, framework="np") as file:
         users = file.get_tensor("users") if "users" in file.keys() else None  # noqa: SIM118
-        return Fingerprints(file.get_tensor("texts"), users, int(file.metadata()["pieces"]))
+        facts = file.metadata()
+        forms = frozenset(facts.get("forms", "").split())
+        return Fingerprints(file.get_tensor("texts"), users, int(facts["pieces"]), forms)

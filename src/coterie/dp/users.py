@@ -1,7 +1,8 @@
 """Whose record is whose: ids of users, compared by one stated value whatever type they come as.
 
 The value is the id's text as it would be written in a file: 7, numpy's 7, a tensor of 7, 7.0, "7" and b"7" are one
-user. Text counts as it is written, spaces and case included. An id that is missing is refused in every form; so is
+user, and so is "7.0", which many programs write to CSV for a whole number in a column with gaps. Other text counts as
+it is written, spaces and case included. An id that is missing is refused in every form; so is
 one whose text could differ between two copies, such as a number with a fraction.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import decimal
 import math
 import numbers
+import re
 import uuid
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
@@ -24,6 +26,8 @@ _EXACT = 2.0**53
 
 _MISSING_WORDS = {"", "nan", "none", "null", "<na>", "nat"}
 """What Python, numpy, pandas and JSON write for a missing value, in lower case."""
+
+_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 
 _MISSING_TYPES = {"NAType", "NaTType"}
 
@@ -106,7 +110,8 @@ def user_text(value: Any) -> str | None:
         except UnicodeDecodeError:
             return None
     if isinstance(value, str):
-        return "" if value.strip().lower() in _MISSING_WORDS else str(value)
+        whole = _WHOLE.fullmatch(value)
+        return "" if value.strip().lower() in _MISSING_WORDS else whole[1] if whole else str(value)
     if isinstance(value, uuid.UUID):
         return str(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real | decimal.Decimal):

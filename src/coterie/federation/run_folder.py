@@ -31,16 +31,15 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         self.path = path
         self._writing = threading.Lock()
+        self._lock = -1
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            while not self._taken():  # whoever held it removed the file meanwhile
+                self.close()
+        except BlockingIOError as error:
             holder = _holder(os.pread(self._lock, 512, 0))
-            os.close(self._lock)
+            self.close()
             raise RoundError(
                 f"another process is running in {path}{holder}.",
                 code="run-busy",
@@ -49,18 +48,48 @@ class RunFolder:
             ) from error
         since = time.strftime("%Y-%m-%d %H:%M")
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
-        with writing(path / LOCK_FILE):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, text.encode(), 0)
+        try:
+            with writing(path / LOCK_FILE):
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, text.encode(), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def _taken(self) -> bool:
+        """Lock the file, and see whether it is still the one that others would lock.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        lock = self.path / LOCK_FILE
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # a file system without locks
+            with writing(lock):
+                raise error
+        try:
+            return os.path.samestat(os.fstat(self._lock), lock.stat())
+        except FileNotFoundError:
+            return False
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if [found.name for found in self.path.iterdir()] == [LOCK_FILE]:  # refused before anything was begun
-            (self.path / LOCK_FILE).unlink()
-            self.path.rmdir()
-        self.close()
+        try:
+            if os.listdir(self.path) == [LOCK_FILE]:  # refused before anything was begun
+                (self.path / LOCK_FILE).unlink()
+                self.path.rmdir()
+        except OSError:  # somebody removed it, or put something there
+            pass
+        finally:
+            self.close()
 
     def status(self, **fields: Any) -> None:
         """Replace the status file, from any thread. Never anything derived from data in it: no loss, no tokens."""

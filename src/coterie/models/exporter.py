@@ -34,7 +34,7 @@ from coterie.models.shards import (
 )
 from coterie.models.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
 from coterie.models.stream import layer_group, stream_checkpoint
-from coterie.models.trainings import joined, read_trainings, trainings_near, write_trainings
+from coterie.models.trainings import Training, joined, read_trainings, write_trainings
 
 
 def export(
@@ -64,7 +64,7 @@ def export(
     trunk = trunk or folder / TRUNK_FILE
     shards = sorted(folder.glob("experts-*.safetensors")) if shards is None else list(shards)
     model = build_model(split_spec(folder), meta=True)
-    origin = _one_origin(folder, [trunk] if adapter else [trunk, *shards])
+    origin, trainings = _one_origin(folder, [trunk] if adapter else [trunk, *shards])
     if adapter and origin.lora is None:
         raise ModelError(
             f"{trunk} holds no adapters: the weights themselves were trained.",
@@ -82,9 +82,7 @@ def export(
             adapted.save_adapter(aside)
         else:
             _write_whole(aside, folder, _Pieces.of(model, trunk, shards, adapted))
-        write_trainings(
-            aside, joined(read_trainings(folder / MODEL_FOLDER), *(trainings_near(file) for file in (trunk, *shards)))
-        )
+        write_trainings(aside, joined(read_trainings(folder / MODEL_FOLDER), trainings))
         if out.exists():
             out.rmdir()
         os.replace(aside, out)
@@ -94,8 +92,8 @@ def export(
     return out
 
 
-def _one_origin(folder: Path, files: Sequence[Path]) -> Origin:
-    """Where all files come from, every byte of them checked.
+def _one_origin(folder: Path, files: Sequence[Path]) -> tuple[Origin, tuple[Training, ...]]:
+    """Where all files come from, every byte of them checked, and the trainings behind any of them.
 
     Raises:
         ModelError: they are not of one run and round, or one is of another split than ``folder``.
@@ -121,7 +119,7 @@ def _one_origin(folder: Path, files: Sequence[Path]) -> Origin:
                 why="it may belong to another model of the same shape",
                 fix="give the folder that `coterie split` wrote it to",
             )
-    return first[1]
+    return first[1], joined(*(origin.trainings for origin in origins.values()))
 
 
 def _write_whole(out: Path, folder: Path, pieces: _Pieces) -> None:

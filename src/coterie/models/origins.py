@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.errors import ModelError
+from coterie.models.trainings import Training, trainings_from
 
 KEY = "coterie"
 
@@ -32,12 +33,14 @@ class Origin:
         round: finished rounds; 0 after a split.
         content: `content_digest` of its tensors.
         lora: settings of the adapters that were trained; None where the weights themselves were.
+        trainings: what is behind the weights; see `coterie.models.trainings`.
     """
 
     run: str
     round: int
     content: str
     lora: Mapping[str, Any] | None = None
+    trainings: tuple[Training, ...] = ()
 
     def metadata(self) -> dict[str, str]:
         """For the header of a safetensors file; one entry, since safetensors writes several in any order."""
@@ -49,11 +52,16 @@ class Origin:
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], run: str, round: int, lora: Mapping[str, Any] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    run: str,
+    round: int,
+    lora: Mapping[str, Any] | None = None,
+    trainings: tuple[Training, ...] = (),
 ) -> None:
     """Write a safetensors file that says where it comes from; see `Origin` for the arguments."""
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, Origin(run, round, content_digest(plain), lora).metadata())
+    save_file(plain, path, Origin(run, round, content_digest(plain), lora, trainings).metadata())
 
 
 def origin_of(path: Path) -> Origin:
@@ -66,7 +74,8 @@ def origin_of(path: Path) -> Origin:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
         made: dict[str, Any] = json.loads(text or "null")
-        return Origin(str(made["run"]), int(made["round"]), str(made["content"]), made["lora"])
+        trainings = trainings_from(made["trainings"])
+        return Origin(str(made["run"]), int(made["round"]), str(made["content"]), made["lora"], trainings)
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
     except (ValueError, TypeError, KeyError):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from coterie.errors import ModelError
 from coterie.models.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
+from coterie.models.trainings import Training
 
 TRUNK_FILE = "trunk.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -84,16 +85,17 @@ class TensorFileWriter:
     Args:
         path: the finished file.
         shapes: every tensor it will hold.
+        trainings: what is behind the weights.
     """
 
-    def __init__(self, path: Path, shapes: Shapes) -> None:
+    def __init__(self, path: Path, shapes: Shapes, trainings: tuple[Training, ...] = ()) -> None:
         self.path = path
         self._shapes = shapes
         self._aside = path.with_name(path.name + ".part")
         self._offsets: dict[str, int] = {}
         self._open: set[str] = set(shapes)
         self._lines: dict[str, str] = {}
-        header: dict[str, object] = {"__metadata__": Origin("", 0, _UNKNOWN).metadata()}
+        header: dict[str, object] = {"__metadata__": Origin("", 0, _UNKNOWN, None, trainings).metadata()}
         end = 0
         # Widest types first, so that every tensor starts at a multiple of its item size, as readers assume.
         for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):

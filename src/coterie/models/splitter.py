@@ -37,6 +37,7 @@ from coterie.models.shards import (
     shard_file,
 )
 from coterie.models.stream import stream_checkpoint, tensor_dtypes
+from coterie.models.trainings import Training, read_trainings, write_trainings
 
 FORMAT = "coterie-split-1"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -74,8 +75,10 @@ def split(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write_tensors(aside, model, placement, groups, notify or (lambda text: None))
+        trainings = read_trainings(folder)
+        _write_tensors(aside, model, placement, groups, trainings, notify or (lambda text: None))
         _write_model_folder(aside / MODEL_FOLDER, model, folder)
+        write_trainings(aside / MODEL_FOLDER, trainings)
         manifest = _write_manifest(aside, model, placement)
         if out.exists():
             out.rmdir()
@@ -121,13 +124,18 @@ def expert_parameters(model: PreTrainedModel) -> dict[str, tuple[ExpertLayer, st
 
 
 def _write_tensors(
-    folder: Path, model: PreTrainedModel, placement: Placement, groups: Iterator[dict[str, Tensor]], notify: Notify
+    folder: Path,
+    model: PreTrainedModel,
+    placement: Placement,
+    groups: Iterator[dict[str, Tensor]],
+    trainings: tuple[Training, ...],
+    notify: Notify,
 ) -> None:
     experts = expert_parameters(model)
     with ExitStack() as stack:
 
         def writer(name: str, shapes: Shapes) -> TensorFileWriter:
-            return stack.enter_context(TensorFileWriter(folder / name, shapes))
+            return stack.enter_context(TensorFileWriter(folder / name, shapes, trainings))
 
         trunk = _TrunkWriter(writer(TRUNK_FILE, trunk_shapes(model)), model.all_tied_weights_keys)
         shards = [

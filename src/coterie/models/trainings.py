@@ -1,13 +1,15 @@
-"""Where a saved model comes from: ``coterie.json`` beside its weights, carried through every copy that coterie makes.
+"""Where a saved model comes from: the trainings behind its weights, oldest first.
 
-It lists the trainings behind the weights, oldest first: the run, whether its text was public, and under which budget
-it was trained if under any. A model without the file was not trained by coterie, or nobody knows.
+Each names the run, whether its text was public, and under which budget it was trained if under any. The list lies in
+``coterie.json`` beside the weights and in the model's own ``config.json``, which transformers carries from one
+`save_pretrained` to the next; files of trunks and shards have it in their headers (`coterie.models.origins`). A model
+without one was not trained by coterie, or nobody knows.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from coterie import __version__
 from coterie.errors import ModelError
 
 TRAININGS_FILE = "coterie.json"
-_PARENTS = 4
+_CONFIG_FILE, _CONFIG_KEY = "config.json", "coterie_trainings"
 
 
 @dataclass(frozen=True)
@@ -45,47 +47,79 @@ class Training:
 
 
 def write_trainings(folder: Path, trainings: Iterable[Training]) -> None:
-    """Put the file beside a model's weights; nothing where there was no training."""
+    """Put the list beside a model's weights and into its config; nothing where there was no training."""
     listed = [asdict(training) for training in dict.fromkeys(trainings)]
-    if listed:
-        content = {"format": 1, "coterie": __version__, "trainings": listed}
-        (folder / TRAININGS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if not listed:
+        return
+    content = {"format": 1, "coterie": __version__, "trainings": listed}
+    (folder / TRAININGS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if (folder / _CONFIG_FILE).is_file():
+        config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
+        text = json.dumps({**config, _CONFIG_KEY: listed}, indent=2, sort_keys=True)
+        (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_trainings(folder: Path | str | None) -> tuple[Training, ...]:
     """The trainings behind the model in a folder; none where nothing says.
 
     Raises:
-        ModelError: the file is there and cannot be read.
+        ModelError: a file that says it is there and cannot be read.
     """
-    path = Path(folder or ".") / TRAININGS_FILE
-    if folder is None or not path.is_file():
+    if folder is None:
+        return ()
+    beside, config = Path(folder, TRAININGS_FILE), Path(folder, _CONFIG_FILE)
+    return joined(_listed(beside, "trainings", needed=True), _listed(config, _CONFIG_KEY, needed=False))
+
+
+def _listed(path: Path, key: str, *, needed: bool) -> tuple[Training, ...]:
+    if not path.is_file():
         return ()
     try:
-        listed: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["trainings"]
-        return tuple(Training(**training) for training in listed)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path} cannot be read.",
-            code="model-trainings",
-            why="it says whether the model was trained on private text without privacy",
-            fix="put it back as it was written, or use the model as it was saved",
-        ) from error
+        made = json.loads(path.read_text(encoding="utf-8"))
+        return trainings_from(made[key] if needed else made.get(key, ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(str(path)) from error
 
 
 def trainings_of(model: object) -> tuple[Training, ...]:
-    """The trainings behind a model of transformers, from the folder that it was loaded from."""
-    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return read_trainings(folder) if folder and Path(folder).is_dir() else ()
+    """The trainings behind a model of transformers: what its config says, and the folder that it was loaded from.
+
+    Raises:
+        ModelError: what says it cannot be read.
+    """
+    config = getattr(model, "config", None)
+    folder = getattr(config, "_name_or_path", None)
+    return joined(trainings_in(config), read_trainings(folder) if folder and Path(folder).is_dir() else ())
 
 
-def trainings_near(file: Path) -> tuple[Training, ...]:
-    """The trainings behind a file of weights: from its folder, or the nearest one above it that says."""
-    for folder in list(file.resolve().parents)[:_PARENTS]:
-        found = read_trainings(folder)
-        if found:
-            return found
-    return ()
+def trainings_in(config: object) -> tuple[Training, ...]:
+    """The trainings that a config of transformers brings along.
+
+    Raises:
+        ModelError: they cannot be read.
+    """
+    try:
+        return trainings_from(getattr(config, _CONFIG_KEY, ()))
+    except TypeError as error:
+        raise _unreadable(f"`{_CONFIG_KEY}` in the model's config") from error
+
+
+def trainings_from(listed: Iterable[Mapping[str, Any]]) -> tuple[Training, ...]:
+    """From what ``asdict`` made of each.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    return tuple(Training(**training) for training in listed)
+
+
+def _unreadable(what: str) -> ModelError:
+    return ModelError(
+        f"{what} cannot be read.",
+        code="model-trainings",
+        why="it says whether the model was trained on private text without privacy",
+        fix="put it back as it was written, or use the model as it was saved",
+    )
 
 
 def joined(*histories: Sequence[Training]) -> tuple[Training, ...]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from coterie.errors import ModelError
 from coterie.models.build import ask_for_plain_weights, make_plain
 from coterie.models.saved import check_saved
-from coterie.models.trainings import read_trainings, write_trainings
+from coterie.models.trainings import trainings_of, write_trainings
 
 _LLAMA_NAMES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -238,7 +238,7 @@ def upcycle_checkpoint(
     moe = upcycle(dense_model, experts, top_k, noise, normalise=normalise, seed=seed)
     try:
         moe.save_pretrained(str(out))
-        write_trainings(out, read_trainings(dense))
+        write_trainings(out, trainings_of(dense_model))
         check_saved(moe, out)
     except OSError as error:
         raise _cannot_write(out, error) from None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from coterie.errors import CheckpointError
 from coterie.federation.files import writing
 from coterie.models.origins import save_tensors
+from coterie.models.trainings import Training
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -66,6 +67,7 @@ class CheckpointStore:
         *,
         run: str | None = None,
         lora: Mapping[str, Any] | None = None,
+        trainings: tuple[Training, ...] = (),
     ) -> Checkpoint:
         """Save after ``round_index`` finished rounds.
 
@@ -75,6 +77,7 @@ class CheckpointStore:
             run: name of the run that each file says it is of, where several members write parts of one; default: this
                 store's.
             lora: settings of the adapters among the tensors.
+            trainings: what is behind the weights, for whoever exports them.
 
         Raises:
             CheckpointError: the disk is full or broken; what was there before is kept.
@@ -83,7 +86,7 @@ class CheckpointStore:
         aside = final.with_name(final.name + ".part")
         try:
             with writing(final):
-                self._write(round_index, aside, tensors, state, run or self.run, lora)
+                self._write(round_index, aside, tensors, state, run or self.run, lora, trainings)
         except CheckpointError:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
             raise
@@ -144,6 +147,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         run: str,
         lora: Mapping[str, Any] | None,
+        trainings: tuple[Training, ...],
     ) -> None:
         final = self._path(round_index)
         shutil.rmtree(aside, ignore_errors=True)
@@ -151,7 +155,7 @@ class CheckpointStore:
         files = {}
         for stem, named in tensors.items():
             path = aside / f"{stem}.safetensors"
-            save_tensors(path, named, run, round_index, lora)
+            save_tensors(path, named, run, round_index, lora, trainings)
             _sync(path)
             files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
         manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}

@@ -34,7 +34,7 @@ from coterie.models.origins import check_content
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
 from coterie.models.shards import TRUNK_FILE, file_digest, load_tensors, parse_expert_key, shard_file, stored_shapes
-from coterie.models.trainings import Training, write_trainings
+from coterie.models.trainings import Training
 from coterie.training.after_private import check_after_private
 from coterie.training.agreed_limits import largest_noise
 from coterie.training.data import Documents, read_documents
@@ -99,21 +99,11 @@ class PartyProcess:
             config.party, self._roster, self._kit, listen=self._listen, settings=transport_settings(federation)
         )
         reach.check_free(config.party, transport.address)  # before a large model is read
-        with kept_private(config.run_dir) as private:
+        with kept_private(config.run_dir):
             parts = prepare_party(config, federation, self._roster)
             self._run = PartyRun(parts, transport, federation.content_hash(), self._watch, self.notice)
             keep_settings(config, federation)
-            write_trainings(private, (*starting_trainings(federation.model, config.trunk), self._training(parts)))
             return self._run.run()
-
-    def _training(self, parts: PartyParts) -> Training:
-        """What the weights of this run's checkpoints are made under, for whoever exports them."""
-        name, privacy = f"{self.federation.name}-{self.config.party}", parts.privacy
-        if privacy is None:
-            return Training(name, "public" if self.config.data.provenance == "public" else "none")
-        kind: Literal["budget", "seeded"] = "budget" if privacy.seed is None else "seeded"
-        ledger = Keyring(privacy.spec.ledger or default_root(self.config.run_dir)).public_name(privacy.digest or "")
-        return Training(name, kind, ledger, privacy.spec.epsilon, privacy.spec.delta)
 
 
 def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Roster | None = None) -> PartyParts:
@@ -162,6 +152,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
             trunk = trunk_tensors(_with_adapters(anew, federation))
         return Weights(trunk, load_experts(config.shard, federation.model))
 
+    privacy = _privacy_parts(config, federation, spec, documents, train) if spec else None
     return PartyParts(
         party=config.party,
         federation=federation,
@@ -173,9 +164,23 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         run_dir=config.run_dir,
         device=device,
         cache=config.cache,
-        privacy=_privacy_parts(config, federation, spec, documents, train) if spec else None,
+        privacy=privacy,
         roster=roster.content_hash() if roster is not None else "",
+        trainings=(
+            *starting_trainings(federation.model, config.trunk, config.shard),
+            _training(config, federation, privacy),
+        ),
     )
+
+
+def _training(config: PartyConfig, federation: FederationConfig, privacy: PrivacyParts | None) -> Training:
+    """What the weights of this run's checkpoints are made under, for whoever exports them."""
+    name = f"{federation.name}-{config.party}"
+    if privacy is None:
+        return Training(name, "public" if config.data.provenance == "public" else "none")
+    kind: Literal["budget", "seeded"] = "budget" if privacy.seed is None else "seeded"
+    ledger = Keyring(privacy.spec.ledger or default_root(config.run_dir)).public_name(privacy.digest or "")
+    return Training(name, kind, ledger, privacy.spec.epsilon, privacy.spec.delta)
 
 
 def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
@@ -191,7 +196,7 @@ def _privacy_parts(
         spec,
         federation.train.rounds,
         seed=federation.train.seed if spec.seeded else None,
-        artefacts=artefacts(federation.model, config.data, config.trunk),
+        artefacts=artefacts(federation.model, config.data, config.trunk, config.shard),
         digest=dataset_digest(documents.texts),
         push_after_s=federation.push_after_s,
         sequence_length=config.data.sequence_length,

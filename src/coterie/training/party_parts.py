@@ -15,6 +15,7 @@ from coterie.config import FederationConfig, PrivacySpec
 from coterie.dp.provenance import Artefact
 from coterie.dp.texts import Originals
 from coterie.models.placement import Placement
+from coterie.models.trainings import Training
 from coterie.training.packing import Sequences
 
 
@@ -73,6 +74,7 @@ class PartyParts:
         cache: where fetched layers lie in the `experts` exchange.
         privacy: what this party trains under; None without privacy.
         roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
+        trainings: what is behind the weights of this run's checkpoints, this run included.
     """
 
     party: str
@@ -87,6 +89,7 @@ class PartyParts:
     cache: Literal["memory", "disk"] = "memory"
     privacy: PrivacyParts | None = None
     roster: str = ""
+    trainings: tuple[Training, ...] = ()
 
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coterie.errors import CheckpointError
 from coterie.federation.round_state import Saved
+from coterie.models.trainings import Training
 from coterie.training.checkpoint import CheckpointStore, write_json
 from coterie.training.folders import private_folder
 
@@ -85,19 +86,26 @@ class PartyStore:
                 found.append(saved)
         return tuple(found)
 
-    def save(self, round: int, parts: Parts, lora: Mapping[str, Any] | None = None) -> str:
+    def save(
+        self,
+        round: int,
+        parts: Parts,
+        lora: Mapping[str, Any] | None = None,
+        trainings: tuple[Training, ...] = (),
+    ) -> str:
         """Write a checkpoint so that it survives a crash. What others may still need stays: see `published`.
 
         Args:
             parts: file stem to named tensors.
             lora: settings of the adapters among them.
+            trainings: what is behind the weights.
 
         Returns:
             The digest of its manifest, and so of everything in it.
         """
         store = self._store()
         state = {"party": self._party, "agreement": self._agreement}
-        digest = store.write(round, parts, state, run=self.run, lora=lora).digest
+        digest = store.write(round, parts, state, run=self.run, lora=lora, trainings=trainings).digest
         self._stale.discard(round)
         return digest
 

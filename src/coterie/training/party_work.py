@@ -166,7 +166,8 @@ class PartyWork(ABC):
             check_own(f"`{stem}`", named.values(), where=f"checkpoint of round {told.round}; nothing was written")
         apart = {stem: {name: _own(value) for name, value in named.items()} for stem, named in tensors.items()}
         lora = self.parts.federation.lora
-        return self._store.save(told.round, apart, lora.model_dump(mode="json") if lora is not None else None)
+        adapters = lora.model_dump(mode="json") if lora is not None else None
+        return self._store.save(told.round, apart, adapters, self.parts.trainings)
 
     def close(self) -> None:
         """Finish the figures and whatever runs beside."""

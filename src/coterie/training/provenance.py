@@ -11,7 +11,9 @@ import torch
 from coterie.config import DataSpec, ModelSpec
 from coterie.dp.provenance import Artefact
 from coterie.dp.texts import Originals
-from coterie.models.trainings import Training, joined, read_trainings, trainings_near
+from coterie.models.build import load_config
+from coterie.models.origins import origin_of
+from coterie.models.trainings import Training, joined, read_trainings, trainings_in
 from coterie.training.data import Documents
 from coterie.training.packing import Sequences
 
@@ -43,7 +45,8 @@ def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, 
 
 def starting_trainings(model: ModelSpec, *near: Path) -> tuple[Training, ...]:
     """The trainings behind a run's starting weights, as far as these say."""
-    return joined(read_trainings(model.path), *(trainings_near(file) for file in near))
+    spec = read_trainings(model.path) if model.hub is None else trainings_in(load_config(model))
+    return joined(spec, *(origin_of(file).trainings for file in near))
 
 
 def record_facts(data: DataSpec) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from pathlib import Path
 
 from coterie.config import PartyConfig, PartyPrivacy, TrainConfig, load_yaml
 from coterie.dp.ledger import default_root
+from coterie.dp.lifetime import books_under
 from coterie.dp.spool import Spool
-from coterie.errors import CheckpointError
-from coterie.federation.run_folder import is_running
+from coterie.errors import CheckpointError, RoundError
+from coterie.federation.run_folder import RunFolder
 from coterie.training.folders import private_folder
 
 CACHES, TRANSCRIPTS = ("cache",), ("transcript*",)
@@ -42,13 +44,20 @@ def purge(run_dir: Path, *, give_up: bool = False) -> Purged:
         LedgerError: another process uses the run's spool.
     """
     marker = _marker(run_dir)
-    if is_running(run_dir):
+    try:
+        held = RunFolder(run_dir)
+    except RoundError as error:
         raise CheckpointError(
             f"{run_dir} is running.",
             code="purge-running",
             why="it would lose what it needs to go on",
             fix="wait until it ends, or stop it first",
-        )
+        ) from error
+    with held:  # nobody takes it up again while parts of it go
+        return _purge(run_dir, marker, give_up)
+
+
+def _purge(run_dir: Path, marker: dict[str, str], give_up: bool) -> Purged:
     private = private_folder(run_dir)
     if not give_up and not (private / "result.json").is_file():
         raise CheckpointError(
@@ -58,7 +67,15 @@ def purge(run_dir: Path, *, give_up: bool = False) -> Purged:
             fix=f"`coterie resume {run_dir}`, or add --give-up if it is not to go on",
         )
     removed: list[Path] = []
-    for folder in _spools(run_dir, marker):
+    root, run = _ledger_of(run_dir, marker)
+    if run and not give_up and not any(held.run == run for book in books_under(root) for held in book.held()):
+        raise CheckpointError(
+            f"The ledger of {run_dir} is not under {root}.",
+            code="purge-no-ledger",
+            why="the run's spool lies beside its ledger, and would stay",
+            fix="set COTERIE_HOME or XDG_DATA_HOME as they were when the run was started",
+        )
+    for folder in sorted(root.glob(f"*/spool/{glob.escape(run)}")) if run else []:
         spool = Spool(folder)
         try:
             shutil.rmtree(folder)
@@ -84,16 +101,17 @@ def _marker(run_dir: Path) -> dict[str, str]:
     return marker
 
 
-def _spools(run_dir: Path, marker: dict[str, str]) -> list[Path]:
-    """The run's spools: one, in the ledger of its data set."""
+def _ledger_of(run_dir: Path, marker: dict[str, str]) -> tuple[Path, str]:
+    """The folder of the ledgers that count the run, and its name in them; empty where it has no budget."""
     if (run_dir / "party.yaml").is_file():
         party = load_yaml(run_dir / "party.yaml", PartyConfig)
+        budget = isinstance(party.privacy, PartyPrivacy)
         own = party.privacy.ledger if isinstance(party.privacy, PartyPrivacy) else None
-        root, run = own or default_root(run_dir), f"{marker.get('run', '')}-{party.party}"
+        run = f"{marker.get('run', '')}-{party.party}" if budget else ""
     else:
         privacy = load_yaml(run_dir / "config.yaml", TrainConfig).privacy
-        root, run = (privacy and privacy.ledger) or default_root(run_dir), marker.get("privacy_run", "")
-    return sorted(root.expanduser().glob(f"*/spool/{run}")) if run else []
+        own, run = privacy.ledger if privacy else None, marker.get("privacy_run", "")
+    return (own or default_root(run_dir)).expanduser(), run
 
 
 def _remains(run_dir: Path, marker: dict[str, str]) -> list[str]:

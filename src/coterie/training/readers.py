@@ -91,9 +91,11 @@ def _only(path: Path, where: str, made: _Pairs, column: str) -> Any:
 
 
 def _clean(value: Any) -> Any:
-    return (
-        _SURROGATES.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, IntegerText) else value
-    )
+    if isinstance(value, _Pairs):  # not a list, whose first item might be taken for what was meant
+        return dict(value)
+    if isinstance(value, str) and not isinstance(value, IntegerText):
+        return _SURROGATES.sub("\ufffd", value)
+    return value
 
 
 def csv_rows(path: Path, columns: Sequence[str], separator: str) -> Iterator[Row]:
