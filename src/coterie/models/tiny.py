@@ -136,13 +136,14 @@ _FAMILY: Mapping[str, Mapping[str, Any]] = {
         "unpadded_vocab_size": VOCAB,
         "n_layers_per_attn_res_block": 2,
     },
-    "inkling2_loop_text": {
-        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "inkling2_loop_text": {  # a message between passes weighs two blocks, so that its query matters
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"],
         "unpadded_vocab_size": VOCAB,
         "n_layers_per_attn_res_block": 1,
         "loop_layer_index_start": 1,
-        "loop_layer_index_end": 2,
-        "loop_num_passes": 3,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,  # three amplify the rounding of a forward to 2e-5 of a gradient's norm
         "loop_gate_rank": 4,
     },
     "jamba": {
