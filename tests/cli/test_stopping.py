@@ -16,7 +16,11 @@ import pytest
 from coterie.cli.stopping import LAST_S, stop_signals
 from coterie.demonstration.processes import LIFELINE
 
-PREFACE = "import signal, sys, threading, time\nfrom coterie.cli import stopping\n"
+PREFACE = (
+    "import signal, sys, threading, time\nfrom coterie.cli import stopping\n"
+    # A test run in the background ignores these, and what it starts would, too.
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+)
 ASKED = "with stopping.stop_signals(lambda: True):\n    print('ready', flush=True)\n"
 STUCK = "while True:\n    try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        pass\n"
 """Work that cannot be interrupted, as a wait inside a library may be."""
