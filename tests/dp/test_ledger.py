@@ -252,3 +252,15 @@ def test_files_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
     ledger = started(tmp_path / "new")
     assert (ledger.folder / FILE).stat().st_mode & 0o077 == 0
     assert ledger.folder.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_nobody_else_sees_which_data_sets_have_ledgers(tmp_path: Path, mask: int) -> None:
+    """A ledger's folder is named by its data set's digest, which lets others test a guess of the whole text."""
+    before = os.umask(mask)
+    try:
+        open_ledger("d" * 64, tmp_path / "home" / "ledger")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "home", *(tmp_path / "home").rglob("*")]
+    assert {path.stat().st_mode & 0o077 for path in made} == {0}

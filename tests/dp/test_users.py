@@ -44,6 +44,7 @@ NO_ONE_TEXT = [
 def test_one_user_in_every_type_is_one_unit() -> None:
     assert user_ids(SEVEN) == ["7"] * len(SEVEN)
     assert Units.of_users(SEVEN, 4).count == 1
+    assert user_ids([0, "0", "-0", "-0.0", -0.0, "0.0"]) == ["0"] * 6
 
 
 @pytest.mark.parametrize("value", MISSING, ids=repr)

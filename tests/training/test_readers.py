@@ -194,3 +194,13 @@ def test_what_is_no_id_is_refused(tmp_path: Path, who: str) -> None:
     with pytest.raises(DataError) as caught:
         read(written(tmp_path, "a.jsonl", f'{{"text": "x", "who": {who}}}'), user_column="who")
     assert caught.value.code == "data-user-id"
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [pa.array([10**8, 2], pa.date32()), pa.array([1, 2], pa.timestamp("ns", tz="No/Where"))],
+)
+def test_a_value_that_python_cannot_hold_is_one_sentence(tmp_path: Path, ids: Any) -> None:
+    with pytest.raises(DataError, match="cannot be read as parquet") as caught:
+        read(table(tmp_path, text=["one", "two"], who=ids), user_column="who")
+    assert caught.value.code == "data-unreadable"

@@ -111,7 +111,8 @@ def user_text(value: Any) -> str | None:
             return None
     if isinstance(value, str):
         whole = _WHOLE.fullmatch(value)
-        return "" if value.strip().lower() in _MISSING_WORDS else whole[1] if whole else str(value)
+        number = whole[1] if whole else str(value)
+        return "" if value.strip().lower() in _MISSING_WORDS else "0" if number == "-0" else number
     if isinstance(value, uuid.UUID):
         return str(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real | decimal.Decimal):

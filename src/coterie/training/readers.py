@@ -189,7 +189,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 for values in zip(*read, strict=True):
                     number += 1
                     yield f"row {number}", list(values)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:  # their messages may quote a value
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # their messages may quote a value
         reason = f"it is damaged, or of another format ({type(error).__name__})"
         raise _unreadable(path, "parquet", None, reason) from None
 
