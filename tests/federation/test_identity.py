@@ -326,7 +326,7 @@ def test_the_first_of_two_dates_is_the_one_that_is_told(tmp_path: Path, ca_days:
 def test_a_key_whose_mode_cannot_be_changed_is_open_when_others_can_really_read_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: int, folder: int, fixed: bool, open_to_others: bool
 ) -> None:
-    for place in (tmp_path, *[each for each in tmp_path.parents if "pytest" in each.name]):
+    for place in (tmp_path, *[each for each in tmp_path.parents if not each.stat().st_mode & 0o077]):
         place.chmod(0o755)
     if fixed:  # a secret that is mounted read-only
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))

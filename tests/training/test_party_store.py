@@ -64,18 +64,18 @@ def rounds_of(one: PartyStore) -> list[int]:
     return [saved.round for saved in one.held()]
 
 
-def test_old_checkpoints_go_once_the_next_one_is_published_and_the_last_two_stay(tmp_path: Path):
+def test_old_checkpoints_go_once_the_next_one_is_published_and_the_last_three_stay(tmp_path: Path):
     one = store(tmp_path)
     one.adopt("run-1")
     one.published(0)
     for round in (1, 2, 3, 4):
         one.save(round, parts(round))
         one.published(round - 1)  # a party lags behind: the others' newest is not published yet
+    assert rounds_of(one) == [1, 2, 3, 4]
+    one.published(4)
     assert rounds_of(one) == [2, 3, 4]
     one.published(4)
-    assert rounds_of(one) == [3, 4]
-    one.published(4)
-    assert rounds_of(one) == [3, 4]
+    assert rounds_of(one) == [2, 3, 4]
 
 
 def test_no_checkpoint_goes_before_the_next_is_published_however_many_are_written(tmp_path: Path):
@@ -90,16 +90,16 @@ def test_no_checkpoint_goes_before_the_next_is_published_however_many_are_writte
 def test_new_process_does_not_know_what_was_published_before_and_keeps_all_until_the_next(tmp_path: Path):
     one = store(tmp_path)
     one.adopt("run-1")
-    for round in (2, 4, 6):
+    for round in (2, 4, 6, 8):
         one.save(round, parts(round))
         one.published(round)
     again = store(tmp_path)
-    again.published(6)
-    assert rounds_of(again) == [4, 6]
-    again.save(8, parts(8))
-    assert rounds_of(again) == [4, 6, 8]
     again.published(8)
-    assert rounds_of(again) == [6, 8]
+    assert rounds_of(again) == [4, 6, 8]
+    for round, kept in ((10, [4, 6, 8, 10]), (12, [8, 10, 12])):
+        again.save(round, parts(round))
+        again.published(round)
+        assert rounds_of(again) == kept
 
 
 @pytest.mark.parametrize("killed_at", range(8))
@@ -207,7 +207,7 @@ def test_checkpoints_of_a_line_that_was_given_up_do_not_push_out_valid_ones(tmp_
     assert rounds_of(again) == [2, 4]
     again.save(6, parts(6.0))
     again.published(6)
-    assert rounds_of(again) == [4, 6]
+    assert rounds_of(again) == [2, 4, 6]
 
 
 def test_rewritten_round_of_a_line_that_was_given_up_is_kept(tmp_path: Path):

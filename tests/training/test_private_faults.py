@@ -21,7 +21,7 @@ from torch import Tensor
 
 from coterie.config import FederationConfig
 from coterie.dp import contributor
-from coterie.dp.engine import Engine
+from coterie.dp.isolation import ExactEngine
 from coterie.dp.ledger import Ledger
 from coterie.dp.spool import Spool
 from coterie.errors import CoterieError
@@ -170,7 +170,7 @@ def _is_victims(owner: object) -> bool:
 DEATHS: dict[str, tuple[type, str, bool, int]] = {
     # point: class, method, whether the method is carried out first, which of its calls in the fatal round
     "the lot is stored": (Spool, "store_lot", True, 1),
-    "while it computes": (Engine, "accumulate", False, 2),
+    "while it computes": (ExactEngine, "accumulate", False, 2),
     "noised but not spooled": (Spool, "store_release", False, 1),
     "spooled but not counted": (Ledger, "record_release", False, 1),
     "counted but not declared": (Ledger, "record_release", True, 1),

@@ -21,8 +21,8 @@ from coterie.training.checkpoint import CheckpointStore, write_json
 from coterie.training.folders import private_folder
 
 _MARKER = "run.json"
-_KEPT = 2
-"""Published checkpoints that stay; the older one in case the newer is torn somewhere."""
+_KEPT = 3
+"""Published checkpoints that stay; the older ones in case newer ones are torn or lost somewhere."""
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -112,19 +112,20 @@ class PartyStore:
     def published(self, newest: int) -> None:
         """The coordinator says which published checkpoint is the newest. Call it with everything it says.
 
-        Only now may older ones go, and those of a line that was given up: all parties hold this one. The one
-        published before it stays, too. A new process does not know which that was, and keeps all until the next.
+        Only now may older ones go, and those of a line that was given up: all parties hold this one. Two
+        published before it stay, too. A new process does not know which they were, and keeps all until then.
         """
         if self._published and newest == self._published[-1]:
             return
         self._published = [round for round in self._published if round < newest] + ([newest] if newest else [])
-        if len(self._published) < _KEPT:
+        if len(self._published) < 2:
             return
         self._published = self._published[-_KEPT:]
+        oldest = self._published[0] if len(self._published) == _KEPT else 0
         store = self._store()
         stale = self._stale - set(self._published)
         for round in store.rounds():
-            if round < self._published[0] or round in stale:
+            if round < oldest or round in stale:
                 store.remove(round)
         self._stale -= stale
 
