@@ -22,8 +22,11 @@ PREFACE = (
     "signal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
 )
 ASKED = "with stopping.stop_signals(lambda: True):\n    print('ready', flush=True)\n"
-STUCK = "while True:\n    try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        pass\n"
-"""Work that cannot be interrupted, as a wait inside a library may be."""
+STUCK = (
+    "while True:\n    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
+    "    except KeyboardInterrupt:\n        pass\n"
+)
+"""Work that cannot be interrupted, as a wait inside a library may be; ready only where it catches what interrupts."""
 
 
 def start(code: str, **more: object) -> subprocess.Popen[str]:
@@ -68,7 +71,7 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGHUP]])
 @pytest.mark.parametrize("granted", [True, False])
 def test_work_that_never_ends_is_ended(signals: list[int], granted: bool) -> None:
-    code = f"with stopping.stop_signals(lambda: {granted}):\n    print('ready', flush=True)\n"
+    code = f"with stopping.stop_signals(lambda: {granted}):\n"
     process = start(code + "".join(f"    {line}\n" for line in STUCK.splitlines()))
     for number in signals:
         process.send_signal(number)
