@@ -42,8 +42,8 @@ def lose_cedar(processes: Processes, *, checkpoint: int) -> None:
 
 def released(folder: Path, name: str) -> list[tuple[int, int]]:
     """(round, draw) of every release in a party's only ledger."""
-    (ledger,) = (folder / name / "ledger").iterdir()
-    entries = [json.loads(line) for line in (ledger / "ledger.jsonl").read_text().splitlines()]
+    (ledger,) = (folder / name / "ledger").glob("*/ledger.jsonl")
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
     return [(e["data"]["round"], e["data"]["draw"]) for e in entries if e["kind"] == "release"]
 
 

@@ -247,6 +247,7 @@ def test_clipped_sums_with_masked_experts_are_those_of_one_record_at_a_time(meth
             norm = float(torch.cat([g.flatten() for g in found.values()]).double().norm())
             for name, gradient in found.items():
                 total[name] += gradient * min(1.0, 0.5 / norm)
+    seam.select(model)
     seam.mask(model, masked)
     engine = Engine(model, None, Flat(0.5), method)
     engine.accumulate(records.collate([records[row] for row in range(4)]))

@@ -259,6 +259,8 @@ def computed_by(model: nn.Module, implementation: ExpertsImplementation) -> Iter
 def mask(model: nn.Module, experts: Mapping[int, Collection[int]]) -> None:
     """From now on some experts add nothing to the tokens that choose them, whatever computes the others.
 
+    Heeded wherever coterie computes them (`select`, `computed_by`), not by Hugging Face's own code.
+
     Args:
         experts: by layer index; every layer that is not named computes with all of its experts again.
     """
