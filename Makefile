@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults test-lowest lint format clean
+.PHONY: demo test site wheel faults test-lowest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -14,6 +14,15 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The documentation, in build/site: a broken link or anchor stops it, and tests/docs see what Zensical does not.
+site: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/zensical build --clean --strict
+
+# The wheel in a fresh environment: `coterie --help` and a tiny private run.
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 # Kills, frozen processes, cut lines, full disks, strangers, fuzzing, a soak: bounded, about half an hour on two idle
 # cores. Writes docs/reliability.md. Network faults need root; without it they are skipped.
@@ -51,4 +60,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) coterie-demo build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) coterie-demo build .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

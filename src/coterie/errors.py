@@ -3,23 +3,23 @@
 ::
 
     CoterieError
-    ├── ConfigError        a file somebody wrote: unknown key, bad value, missing part
-    ├── DataError          text that cannot be read, is empty, or lacks a column
-    ├── ModelError         a model that cannot be built, split, joined or exchanged
-    │   └── PlacementError an expert hosted by nobody, or by two parties
-    ├── IdentityError      keys, certificates, the private CA
-    │   └── RosterError    the signed list of parties does not fit
-    ├── TransportError     the wire: a peer that is gone, late or speaks nonsense
-    │   ├── FrameError     a message whose header does not check out
-    │   │   └── MessageError a member's message that does not fit what was agreed
-    │   └── DeadlineError  nothing came in time
-    ├── RoundError         a round that was aborted or cannot be joined
-    ├── CheckpointError    saved state that is missing, torn or of another run
-    └── PrivacyError       anything that would make a privacy statement untrue
-        ├── NoRuleError    a trainable parameter used in a way the engine cannot bound
-        ├── BudgetError    an impossible or exhausted privacy budget
-        ├── LedgerError    the durable record of privacy spent does not fit
-        └── ProvenanceError a starting artefact made from private records
+    ├── ConfigError
+    ├── DataError
+    ├── ModelError
+    │   └── PlacementError
+    ├── IdentityError
+    │   └── RosterError
+    ├── TransportError
+    │   ├── FrameError
+    │   │   └── MessageError
+    │   └── DeadlineError
+    ├── RoundError
+    ├── CheckpointError
+    └── PrivacyError
+        ├── NoRuleError
+        ├── BudgetError
+        ├── LedgerError
+        └── ProvenanceError
 
 A person sees four lines: what is wrong, where, why it matters, what to do. Codes are stable.
 """
@@ -71,34 +71,50 @@ class CoterieError(Exception):
 
 
 class ConfigError(CoterieError):
+    """A file somebody wrote: unknown key, bad value, missing part."""
+
     code = "config"
 
 
 class DataError(CoterieError):
+    """Text that cannot be read, is empty, or lacks a column."""
+
     code = "data"
 
 
 class ModelError(CoterieError):
+    """A model that cannot be built, split, joined or exchanged."""
+
     code = "model"
 
 
 class PlacementError(ModelError):
+    """An expert hosted by nobody, or by two parties."""
+
     code = "placement"
 
 
 class IdentityError(CoterieError):
+    """Keys, certificates or the private CA do not fit."""
+
     code = "identity"
 
 
 class RosterError(IdentityError):
+    """The signed list of parties does not fit."""
+
     code = "roster"
 
 
 class TransportError(CoterieError):
+    """The wire: a peer that is gone, late or speaks nonsense."""
+
     code = "transport"
 
 
 class FrameError(TransportError):
+    """A message whose header does not check out."""
+
     code = "frame"
 
 
@@ -118,32 +134,48 @@ class MessageError(FrameError):
 
 
 class DeadlineError(TransportError):
+    """Nothing came in time."""
+
     code = "deadline"
 
 
 class RoundError(CoterieError):
+    """A round that was aborted or cannot be joined."""
+
     code = "round"
 
 
 class CheckpointError(CoterieError):
+    """Saved state that is missing, torn or of another run."""
+
     code = "checkpoint"
 
 
 class PrivacyError(CoterieError):
+    """Anything that would make a privacy statement untrue."""
+
     code = "privacy"
 
 
 class NoRuleError(PrivacyError):
+    """A trainable parameter is used in a way that the engine cannot bound."""
+
     code = "dp-no-rule"
 
 
 class BudgetError(PrivacyError):
+    """An impossible or exhausted privacy budget."""
+
     code = "dp-budget"
 
 
 class LedgerError(PrivacyError):
+    """The durable record of privacy spent does not fit."""
+
     code = "dp-ledger"
 
 
 class ProvenanceError(PrivacyError):
+    """A starting artefact was made from private records."""
+
     code = "dp-provenance"

@@ -215,8 +215,7 @@ def noise_multiplier(
 
     Raises:
         BudgetError: no noise multiplier below 10,000 reaches the budget (code dp-unreachable); truncated sampling at
-        a
-            delta below `PLD_FLOOR` (code dp-delta).
+            a delta below `PLD_FLOOR` (code dp-delta).
 
     Cost: a few seconds; tens of seconds beyond 100,000 rounds, or where hardly any noise is needed.
     """

@@ -181,7 +181,7 @@ def quantile_update(thresholds_G: Tensor, noisy_fraction_G: Tensor, target: floa
     Args:
         thresholds_G: current thresholds.
         noisy_fraction_G: *released* share of records whose norm was at or below the threshold; it must come out of
-            the round's one Gaussian (DESIGN.md, invariant 9), never from raw indicators.
+            the round's one Gaussian (invariant 9), never from raw indicators.
         target: share of records that should stay unclipped.
         rate: step on the logarithm of the threshold.
 

@@ -370,8 +370,7 @@ class Ledger:
         Args:
             delta: the same for all.
             run: whose text, and for whose unit; see `coterie.dp.lifetime`. None: all runs of this dataset alone,
-            which
-                must protect the same unit.
+                which must protect the same unit.
             accountant: see `coterie.dp.accounting`.
 
         Raises:

@@ -1,7 +1,7 @@
 """What one round releases: gradient sums and, with them, small statistics, as one Gaussian.
 
 Every part k has a bound C_k on what one unit contributes and a noise standard deviation s_k, with
-sum_k (C_k / s_k)^2 <= 1 / sigma^2 (DESIGN.md, invariant 9).
+sum_k (C_k / s_k)^2 <= 1 / sigma^2 (invariant 9, docs/concepts/invariants.md).
 """
 
 from __future__ import annotations

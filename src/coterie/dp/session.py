@@ -379,7 +379,11 @@ class PrivateSession:
 
         Args:
             path: what `save` was given.
-            model, optimizer, dataset, collate_fn, loss_fn: built as they were at the start.
+            model: built as it was at the start.
+            optimizer: the same, over the parameters of this model.
+            dataset: the records of the start.
+            collate_fn: as at the start.
+            loss_fn: as at the start.
             options: the further arguments that `make_private` was given (ledger, clipping, method, balance...).
         """
         from coterie.dp.setup import resume_session

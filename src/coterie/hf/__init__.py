@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and the reference pages
+    from coterie.hf.arguments import PrivacyArguments as PrivacyArguments
+    from coterie.hf.trainer import PrivateTrainer as PrivateTrainer
 
 _HOME = {"PrivateTrainer": "trainer", "PrivacyArguments": "arguments"}
 

@@ -79,7 +79,8 @@ class PrivateTrainer(Trainer):
 
     Args:
         privacy: `PrivacyArguments`, or a mapping of them.
-        args, kwargs: as for Trainer.
+        args: as for Trainer.
+        kwargs: as for Trainer.
 
     Raises:
         PrivacyError: an option that would make the statement untrue.
@@ -219,7 +220,8 @@ class PrivateTrainer(Trainer):
         """Write what may be given away into ``output_dir/public``: model, tokenizer, card without losses, statement.
 
         Args:
-            model_name, card: as for ``create_model_card``.
+            model_name: as for ``create_model_card``.
+            card: as for ``create_model_card``.
 
         Returns:
             The folder; nothing else is in it.
