@@ -1,103 +1,18 @@
 """Coverage-guided inputs (atheris) for everything that reads a peer's bytes: ``fuzz_decoders.py [ATHERIS OPTIONS]``.
 
-Each decoder gives a value or raises an error of coterie; anything else is a finding, and ends the program. The first
-byte of an input picks the decoder. ``--corpus DIR`` before the options writes seeds and uses that folder.
+What `decoders` does not take as a value or an error of coterie ends the program. ``--corpus DIR`` before the options
+writes seeds and uses that folder.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["coterie.federation"]):
-    from coterie.federation import control, handshake, identity, roster
-    from coterie.federation.frame import FrameReader, FrameType, Session, encode
-    from coterie.federation.round_state import Report, State
-    from coterie.federation.transport import Lane, Message, remote_error
-
-import contextlib
-
-import torch
-
-from coterie.errors import CoterieError
-
-SESSION = Session(b"r" * 16, 1)
-
-
-def read_frames(raw: bytes) -> None:
-    """One chunk, or two cut in the middle."""
-    FrameReader(SESSION, Lane.FORWARD, 1 << 20).feed(raw)
-    reader, half = FrameReader(SESSION, Lane.FORWARD, 1 << 20), len(raw) // 2
-    reader.feed(raw[:half])
-    reader.feed(raw[half:])
-
-
-def read_body(kind: type[control.Call] | type[control.Directive] | type[control.Refusal], name: str) -> Callable:
-    def read(raw: bytes) -> None:
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            return
-        if isinstance(body, dict):
-            control.decode(Message(name, body=body), kind)
-
-    return read
-
-
-def read_error(raw: bytes) -> None:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(body, dict):
-        str(remote_error("birch", Lane.CONTROL, Message("error", body=body)))
-
-
-DECODERS: tuple[Callable[[bytes], object], ...] = (
-    read_frames,
-    read_frames,
-    lambda raw: handshake.decode_hello(raw, "birch"),
-    read_body(control.Call, "report"),
-    read_body(control.Directive, "directive"),
-    read_body(control.Refusal, "refused"),
-    read_error,
-    roster.from_json,
-    lambda raw: identity.parse_certificate(raw, "a certificate", "here"),
-)
-
-
-def one_input(data: bytes) -> None:
-    if not data:
-        return
-    with contextlib.suppress(CoterieError):
-        DECODERS[data[0] % len(DECODERS)](data[1:])
-
-
-def seeds() -> list[bytes]:
-    """Something valid for every decoder."""
-    message = Message("push", 3, 1, 2, 1, 7, {"a": [1]}, (torch.zeros(3, 2), torch.ones(1, dtype=torch.int64)))
-    frames = [b"".join(encode(SESSION, type, Lane.FORWARD, 9, message).chunks()) for type in FrameType]
-    hello = handshake.Hello("birch", "alder", 1, "demo", 1, "a" * 64, "b" * 16).encode()
-    bodies = [
-        control.encode(body).body
-        for body in (
-            control.Call(Report("a1"), "a" * 64),
-            control.Directive("00", State(), 2, ("alder",)),
-            control.Refusal("roster-stranger"),
-        )
-    ]
-    text = [json.dumps(body).encode() for body in (*bodies, {"error": "DataError", "code": "data", "step": "push"})]
-    members = identity.Member("alder", identity.Role.PARTY, "127.0.0.1:1")
-    authority = identity.new_authority("demo")
-    certificate = identity.cert_pem(authority.issue(members, identity.new_key().public_key()))
-    written = json.dumps({"roster": {}, "content_hash": "a" * 64, "signatures": {}}).encode()
-    found = [bytes([0]) + frame for frame in frames]
-    return found + [bytes([2 + i]) + each for i, each in enumerate((hello, *text, written, certificate))]
-
+    from decoders import one_input, seeds
 
 if __name__ == "__main__":
     options = sys.argv[1:]

@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from decoders import DECODERS, one_input, seeds
 from record import RECORD
 
 from coterie.federation import identity
@@ -107,6 +108,17 @@ def test_mutated_messages_over_tls_with_a_members_key_end_their_own_stream_alone
 def test_many_mutated_messages_over_tls_with_a_members_key(tmp_path: Path) -> None:
     mutate_over_tls(tmp_path / "kits", 1500)
     RECORD.tried(PART, "a mutated message over TLS with a member's key", "its stream ends; others are served", 1500)
+
+
+def test_every_decoder_takes_its_seed_and_what_mutations_make_of_it() -> None:
+    draw = random.Random(5)
+    assert {seed[0] for seed in seeds()} | {1} == set(range(len(DECODERS))), (
+        "the second reads frames as the first does"
+    )
+    for seed in seeds():
+        one_input(seed)
+        for _ in range(300):
+            one_input(seed[:1] + mutated(seed[1:], draw))
 
 
 def fuzz(folder: Path, inputs: int) -> str:
