@@ -1,4 +1,4 @@
-"""Imports go one way: errors < config < models < {dp, federation} < training < hf < demonstration < cli."""
+"""Imports go one way: errors < storage < config < models < {dp, federation} < training < hf < demonstration < cli."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import coterie
 
 PACKAGE = Path(coterie.__file__).parent
-ORDER = ("errors", "config", "models", "dp", "federation", "training", "hf", "demonstration", "cli")
+ORDER = ("errors", "storage", "config", "models", "dp", "federation", "training", "hf", "demonstration", "cli")
 NEVER = {("dp", "federation"), ("federation", "dp")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,13 +121,6 @@ def test_a_checkpoint_of_another_run_is_refused(store: CheckpointStore) -> None:
 def test_a_renamed_checkpoint_is_refused(store: CheckpointStore) -> None:
     store.write(5, TENSORS, {}).path.rename(store.folder / "round-00000009")
     with pytest.raises(CheckpointError, match="round 5"):
-        store.newest()
-
-
-def test_another_format_is_refused(store: CheckpointStore) -> None:
-    manifest = store.write(5, TENSORS, {}).path / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
         store.newest()
 
 

@@ -35,6 +35,7 @@ def raised_errors() -> list[Raised]:
 
 def _raised_in(tree: ast.Module) -> Iterator[Raised]:
     classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    classes["error"] = CoterieError  # a parameter of this name: the class that the caller asks for
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes):
             continue

@@ -14,15 +14,16 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import dp_accounting
 from dp_accounting import rdp
 from dp_accounting.pld import privacy_loss_distribution as distribution
 
 from coterie.dp.budget import Budget
-from coterie.errors import BudgetError, PrivacyError
+from coterie.errors import BudgetError, LedgerError, PrivacyError
+from coterie.storage import check_known
 
 Sampler = Literal["poisson", "truncated_poisson"]
 Accountant = Literal["pld", "rdp"]
@@ -81,6 +82,18 @@ class Mechanism:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Mechanism:
         return cls(**data)
+
+
+def check_mechanism(data: Mapping[str, Any], where: str) -> None:
+    """Make sure that a stored mechanism (`Mechanism.to_json`) is one that this version can account for.
+
+    Raises:
+        LedgerError: it has a field or a sampler that is not known.
+    """
+    known = [field.name for field in fields(Mechanism)]
+    for name in sorted(data.keys() - set(known)):
+        check_known(where, "field of a mechanism", name, known, LedgerError)
+    check_known(where, "sampler", data["sampler"], get_args(Sampler), LedgerError)
 
 
 def epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, accountant: Accountant = "pld") -> float:

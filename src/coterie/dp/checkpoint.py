@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from coterie.dp.durable import sync_file, sync_folder
 from coterie.errors import CheckpointError
+from coterie.storage import check_known
 
 _MODEL, _OPTIMIZER, _STATE, _SESSION = (
     "model.safetensors",
@@ -26,6 +27,7 @@ _MODEL, _OPTIMIZER, _STATE, _SESSION = (
     "state.safetensors",
     "session.json",
 )
+_FORMAT = 1
 
 
 def save(
@@ -60,7 +62,7 @@ def _replace(folder: Path, extra: dict[str, Tensor], content: dict[str, Any], wr
     aside.mkdir(parents=True)
     write(aside)
     save_file({name: tensor.contiguous() for name, tensor in extra.items()}, aside / _STATE)
-    (aside / _SESSION).write_text(json.dumps(content, indent=1))
+    (aside / _SESSION).write_text(json.dumps({"format": _FORMAT, **content}, indent=1))
     for path in aside.iterdir():
         sync_file(path)
     sync_folder(aside)
@@ -77,7 +79,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is of another format.
     """
     facts: dict[str, Any] = _read(folder)["facts"]
     return facts
@@ -113,6 +115,8 @@ def _read(folder: Path) -> dict[str, Any]:
             if place != folder:
                 os.replace(place, folder)
             content: dict[str, Any] = json.loads((folder / _SESSION).read_text())
+            # the first versions did not write it
+            check_known(folder, "format", content.get("format", _FORMAT), {_FORMAT}, CheckpointError)
             return content
     raise CheckpointError(
         f"{folder} holds no saved private session.",

@@ -8,6 +8,9 @@ dataset's digest; beside it lie keyed hashes of documents, by which runs on some
 Kinds of entries: ``dataset`` (the first), ``run`` (a run and its mechanism, fixed in advance), ``texts`` (which keyed
 hashes are those of its documents), ``release`` (noised bytes that may have been sent: this is what costs), ``burned``
 (a release that will not be used; it still costs), ``revealed`` (the text itself was shown to others).
+
+No kind is ever removed or changes its meaning; what costs anything new gets a new kind, or a new format. A version
+that meets a format, a kind or a field it does not know refuses the ledger: skipped, it would read as less spent.
 """
 
 from __future__ import annotations
@@ -23,16 +26,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from coterie.dp.accounting import Accountant, Mechanism, epsilon
+from coterie.dp.accounting import Accountant, Mechanism, check_mechanism, epsilon
 from coterie.dp.budget import Spent
 from coterie.dp.durable import locked, make_private_folder, sync_folder
 from coterie.dp.lifetime import MERGED, lifetime, units_differ
 from coterie.dp.overlap import Held, compare, counted
 from coterie.dp.texts import FOLDER, Keyring, Originals, fingerprints, store
 from coterie.errors import LedgerError
+from coterie.storage import check_known
 
 FILE = "ledger.jsonl"
 _FORMAT = 1
+_FIELDS = {
+    "dataset": {"format", "digest"},
+    "run": {"run", "mechanism", "rounds"},
+    "texts": {"run", "key", "file"},
+    "release": {"run", "round", "draw", "digest", "pins"},
+    "burned": {"run", "round", "draw", "reason"},
+    "revealed": {"run", "how"},
+}
+"""What an entry of each kind holds; a run's holds public facts besides."""
+
+_UNITS = ("record", "user")
 
 
 def default_root(beside: Path | None = None) -> Path:
@@ -92,9 +107,42 @@ class Entry:
         return cls(seq, stamp, kind, dict(data), prev, _entry_hash(seq, stamp, kind, data, prev))
 
     @classmethod
-    def parse(cls, line: bytes) -> Entry:
-        fields = json.loads(line)
-        return cls(*(fields[name] for name in ("seq", "time", "kind", "data", "prev", "hash")))
+    def read(cls, line: bytes, previous: Entry | None, path: Path) -> Entry:
+        """The entry that a line of ``path`` holds, whose place is after ``previous``.
+
+        Raises:
+            ValueError: it does not continue the chain.
+            LedgerError: it does, and this version does not know what it says.
+        """
+        try:
+            values = json.loads(line)
+            if previous is None:  # first of all: a later format may chain its entries in another way
+                check_known(path, "format", values["data"]["format"], {_FORMAT}, LedgerError)
+            entry = cls(*(values[name] for name in ("seq", "time", "kind", "data", "prev", "hash")))
+            if not entry.follows(previous):
+                raise ValueError("not the next entry")
+            entry.check(f"{path}, line {entry.seq + 1}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("not an entry") from error
+        return entry
+
+    def check(self, where: str) -> None:
+        """Make sure that this version knows what it says.
+
+        Raises:
+            KeyError: something is missing.
+            LedgerError: it does not.
+        """
+        check_known(where, "kind", self.kind, _FIELDS, LedgerError)
+        needed, found = _FIELDS[self.kind], self.data.keys()
+        if needed - found:
+            raise KeyError(*needed - found)
+        if self.kind == "run":
+            check_mechanism(self.data["mechanism"], where)
+            check_known(where, "unit", self.data.get("unit", "record"), _UNITS, LedgerError)
+        else:
+            for name in sorted(found - needed):
+                check_known(where, f"field of a `{self.kind}`", name, needed, LedgerError)
 
     def line(self) -> bytes:
         return json.dumps(self.__dict__, sort_keys=True, separators=(",", ":")).encode() + b"\n"
@@ -197,16 +245,6 @@ class Ledger:
         with self._thread_lock, locked(self._lock_path):
             self._catch_up()
             return tuple(self._entries)
-
-    def append(self, kind: str, data: Mapping[str, Any]) -> Entry:
-        """Add an entry; it is on disk when this returns.
-
-        Raises:
-            LedgerError: it could not be written and synced. Nothing may be released then.
-        """
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
-            return self._append(kind, data)
 
     # -- runs ----------------------------------------------------------------------------------------------------
 
@@ -328,7 +366,9 @@ class Ledger:
 
     def record_burned(self, run: str, round_number: int, draw: int, reason: str) -> None:
         """Note that a release will not be used. It keeps counting."""
-        self.append("burned", {"run": run, "round": round_number, "draw": draw, "reason": reason})
+        with self._thread_lock, locked(self._lock_path):
+            self._catch_up()
+            self._append("burned", {"run": run, "round": round_number, "draw": draw, "reason": reason})
 
     def record_revealed(self, run: str, how: str) -> None:
         """Note that a run shows the text itself to others. From then on no epsilon holds for the dataset.
@@ -483,16 +523,19 @@ class Ledger:
                 # The crash of a writer: the entry was never synced, so nothing was released on its strength.
                 return
             try:
-                entry = Entry.parse(line)
-                sound = entry.follows(self._entries[-1] if self._entries else None)
-            except (ValueError, KeyError, TypeError):
-                sound = False
-            if not sound:
-                raise self._broken(f"line {len(self._entries) + 1} does not continue the chain")
+                entry = Entry.read(line, self._entries[-1] if self._entries else None, self._path)
+            except ValueError:
+                raise self._broken(f"line {len(self._entries) + 1} does not continue the chain") from None
             self._add(entry, len(line))
 
-    def _append(self, kind: str, data: Mapping[str, Any]) -> Entry:
+    def _append(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Add an entry; it is on disk when this returns. Needs both locks.
+
+        Raises:
+            LedgerError: it could not be written and synced. Nothing may be released then.
+        """
         entry = Entry.after(self._entries[-1] if self._entries else None, kind, json.loads(json.dumps(data)))
+        entry.check(str(self._path))  # what would be refused when it is read is not written
         line = entry.line()
         try:
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -514,7 +557,6 @@ class Ledger:
                 fix="free disk space or repair the disk, then resume the run",
             ) from error
         self._add(entry, len(line))
-        return entry
 
     def _broken(self, what: str) -> LedgerError:
         return LedgerError(
@@ -544,8 +586,8 @@ def existing_ledger(folder: Path) -> Ledger:
     """
     try:
         with (folder / FILE).open("rb") as file:
-            dataset = str(Entry.parse(file.readline()).data["digest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            dataset = str(Entry.read(file.readline(), None, folder / FILE).data["digest"])
+    except (OSError, ValueError, KeyError) as error:
         raise LedgerError(
             f"{folder / FILE} is not a ledger.",
             code="dp-ledger-tampered",

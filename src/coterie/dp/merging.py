@@ -89,23 +89,22 @@ def _take_ledger(source: Path, root: Path, place: str) -> bool:
 
 
 def _check_chain(source: Path, lines: bytes) -> None:
-    """Read only: the other folder may lie on a medium that cannot be written."""
+    """Make sure that it is whole and that this version knows all of it.
+
+    Read only: the other folder may lie on a medium that cannot be written.
+    """
     last: Entry | None = None
     for line in lines.splitlines():
         try:
-            entry = Entry.parse(line)
-            sound = entry.follows(last)
-        except (ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
+            last = Entry.read(line, last, source / FILE)
+        except ValueError:
             raise LedgerError(
                 f"{source / FILE} is not what was written: line {last.seq + 2 if last else 1} does not continue "
                 "the chain.",
                 code="dp-ledger-tampered",
                 why="privacy already spent may be missing from it",
                 fix="copy the folder again while nothing runs on the other machine",
-            )
-        last = entry
+            ) from None
 
 
 def _held(folder: Path) -> bytes:

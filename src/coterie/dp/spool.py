@@ -32,11 +32,13 @@ from coterie.dp.durable import (
 )
 from coterie.dp.lots import Lot
 from coterie.errors import LedgerError
+from coterie.storage import check_known
 
 SPOOL_LIMIT_BYTES = 16 * 2**30
 """Beyond this much on disk, results are kept only as far as the newest checkpoints need them."""
 
-_LOT = "lot.json"
+_FORMAT = 1
+_LOCK, _LOT = "spool.lock", "lot.json"
 _RELEASE = re.compile(r"release-(\d+)-(\d+)\.safetensors")
 
 
@@ -92,14 +94,15 @@ class Spool:
         folder: created if absent.
 
     Raises:
-        LedgerError: another process (or another session of this one) is using it.
+        LedgerError: another process (or another session of this one) is using it, or something in it is of a format
+            that this version does not know.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_private_folder(folder)
         try:
-            handle = lock(folder / "spool.lock", wait=False)
+            handle = lock(folder / _LOCK, wait=False)
         except BlockingIOError as error:
             raise LedgerError(
                 f"the run's spool {folder} is in use.",
@@ -110,6 +113,17 @@ class Spool:
         self._unlock = weakref.finalize(self, os.close, handle)
         for leftover in folder.glob("*.part"):
             leftover.unlink()
+        try:
+            self._check_names()
+        except LedgerError:
+            self.close()
+            raise
+
+    def _check_names(self) -> None:
+        """Make sure that no later version keeps here what this one would overlook."""
+        for path in sorted(self.folder.glob("[!.]*")):
+            if not _RELEASE.fullmatch(path.name):
+                check_known(self.folder, "file", path.name, {_LOCK, _LOT}, LedgerError)
 
     def close(self) -> None:
         """Let other processes use the spool."""
@@ -117,7 +131,7 @@ class Spool:
 
     def store_lot(self, lot: Lot, draw: int, pins: Mapping[str, str]) -> None:
         """Keep the lot until its result is released."""
-        content = {"draw": draw, "pins": dict(pins), "lot": lot.to_json()}
+        content = {"format": _FORMAT, "draw": draw, "pins": dict(pins), "lot": lot.to_json()}
         write_durably(self.folder / _LOT, json.dumps(content).encode())
 
     def stored_lot(self) -> StoredLot | None:
@@ -126,6 +140,7 @@ class Spool:
         if not path.exists():
             return None
         content: dict[str, Any] = json.loads(path.read_bytes())
+        _check(path, content, _FORMAT, ("draw", "pins", "lot"))
         return StoredLot(int(content["draw"]), dict(content["pins"]), Lot.from_json(content["lot"]))
 
     def drop_lot(self) -> None:
@@ -138,7 +153,8 @@ class Spool:
         """Put noised sums on disk, synced. They are not released yet: the ledger comes next."""
         path = self.folder / f"release-{round_number:08d}-{draw}.safetensors"
         aside = path.with_suffix(".part")
-        header = {"round": str(round_number), "draw": str(draw), "pins": json.dumps(dict(pins), sort_keys=True)}
+        header = {"format": str(_FORMAT), "round": str(round_number), "draw": str(draw)}
+        header["pins"] = json.dumps(dict(pins), sort_keys=True)
         save_file({name: tensor.contiguous() for name, tensor in noised.items()}, aside, metadata=header)
         os.chmod(aside, 0o600)
         digest = file_digest(aside)
@@ -154,7 +170,9 @@ class Spool:
             match = _RELEASE.fullmatch(path.name)
             if match:
                 with safe_open(path, framework="pt") as file:
-                    pins = json.loads(file.metadata()["pins"])
+                    header = file.metadata()
+                _check(path, header, str(_FORMAT), ("round", "draw", "pins"))
+                pins = json.loads(header["pins"])
                 found.append(Release(int(match[1]), int(match[2]), file_digest(path), pins, path))
         return sorted(found, key=lambda release: (release.round, release.draw))
 
@@ -185,3 +203,14 @@ class Spool:
     def drop(self, release: Release) -> None:
         """Remove one result, which will never be used."""
         remove_durably(release.path)
+
+
+def _check(path: Path, content: Mapping[str, Any], form: int | str, known: tuple[str, ...]) -> None:
+    """Make sure that a stored lot or result is one of this version; the first versions did not write the format.
+
+    Raises:
+        LedgerError: it is not.
+    """
+    check_known(path, "format", content.get("format", form), {form}, LedgerError)
+    for name in sorted(content.keys() - {"format", *known}):
+        check_known(path, "field", name, known, LedgerError)

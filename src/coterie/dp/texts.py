@@ -25,8 +25,10 @@ from coterie.dp.dataset import record_digest
 from coterie.dp.durable import locked, make_private_folder, write_durably
 from coterie.dp.users import user_ids
 from coterie.errors import LedgerError
+from coterie.storage import check_known
 
 OWN_KEY, OTHER_KEYS, FOLDER = "key", "keys", "texts"
+FORMS = ("text", "ids", "item")
 _KEY_BYTES = 32
 
 
@@ -53,7 +55,7 @@ class Fingerprints:
         texts: [N] uint64, ascending; a text that is there twice counts twice.
         users: [N] uint64, whose each is; None where units are records.
         pieces: see `Originals`.
-        forms: what the hashes are of: ``text``, ``ids``, ``item``. Those of two forms never agree.
+        forms: what the hashes are of, of `FORMS`. Those of two forms never agree.
     """
 
     texts: np.ndarray
@@ -188,7 +190,7 @@ def load(path: Path) -> Fingerprints:
     """What `store` kept.
 
     Raises:
-        LedgerError: it is missing, or not what was written.
+        LedgerError: it is missing, not what was written, or says something this version does not know.
     """
     try:
         intact = hashlib.sha256(path.read_bytes()).hexdigest()[:24] == path.name
@@ -205,4 +207,7 @@ def load(path: Path) -> Fingerprints:
         users = file.get_tensor("users") if "users" in file.keys() else None  # noqa: SIM118
         facts = file.metadata()
         forms = frozenset(facts.get("forms", "").split())
+        for what, found, known in (("field", facts, ("pieces", "forms")), ("form", forms, FORMS)):
+            for each in sorted(found):
+                check_known(path, what, each, known, LedgerError)
         return Fingerprints(file.get_tensor("texts"), users, int(facts["pieces"]), forms)

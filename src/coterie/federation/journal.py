@@ -9,13 +9,16 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from coterie.errors import CheckpointError
 from coterie.federation.files import writing
 from coterie.federation.round_state import History, Move, Phase, Record, State
+from coterie.storage import check_known
 
 FILE = "coordinator.sqlite"
 _FORMAT = "1"
@@ -45,36 +48,55 @@ class Journal:
         agreement: hash of what the parties signed; another one in the file means another run.
 
     Raises:
-        CheckpointError: the file belongs to another federation or another agreement, or cannot be read.
+        CheckpointError: the file belongs to another federation or another agreement, cannot be read, or is of a
+            format that this version does not know; it is not changed then.
     """
 
     def __init__(self, folder: Path, federation: str, agreement: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
-        try:
+        with self._readable():
             # Used under the coordinator's lock only, from whichever thread holds it.
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=1.0)
-            self._db.execute("PRAGMA journal_mode = WAL").close()
-            self._db.execute("PRAGMA synchronous = FULL").close()
-            self._db.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
+            try:
+                self._check_format()
+                self._db.execute("PRAGMA journal_mode = WAL").close()
+                self._db.execute("PRAGMA synchronous = FULL").close()
+                self._db.executescript(_SCHEMA)
+                self.run = self._check_in(federation, agreement)
+                self.state = self._read_state()
+                self.history = self._read_history()
+            except BaseException:
+                self._db.close()
+                raise
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.DatabaseError, ValidationError, KeyError) as error:
+            reason = "it holds values of another shape" if isinstance(error, ValidationError) else error
             raise CheckpointError(
-                f"{self.path} cannot be used as a coordinator's journal ({error}).",
+                f"{self.path} cannot be used as a coordinator's journal ({reason}).",
                 code="checkpoint-journal",
                 fix="restore it from a copy, or name another folder with --run-dir to begin anew",
             ) from error
-        self.run = self._check_in(federation, agreement)
-        self.state = self._read_state()
-        self.history = self._read_history()
+
+    def _check_format(self) -> None:
+        """Before anything is written: a later version's file stays as it is."""
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() and (meta := self._meta()):
+            check_known(self.path, "format", meta.get("format"), {_FORMAT}, CheckpointError)
+
+    def _meta(self) -> dict[str, str]:
+        return dict(self._db.execute("SELECT name, value FROM meta").fetchall())
 
     def _check_in(self, federation: str, agreement: str) -> str:
-        meta = dict(self._db.execute("SELECT name, value FROM meta").fetchall())
+        meta = self._meta()
         if not meta:
             meta = {"format": _FORMAT, "federation": federation, "agreement": agreement, "run": secrets.token_hex(8)}
             self._db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-        for name, now in (("format", _FORMAT), ("federation", federation), ("agreement", agreement)):
+        for name, now in (("federation", federation), ("agreement", agreement)):
             if meta[name] != now:
-                self._db.close()
                 raise CheckpointError(
                     f"{self.path} is of another run: its {name} is {meta[name][:16]}, here it is {now[:16]}.",
                     code="checkpoint-other-run",

@@ -94,7 +94,7 @@ FIRST = Saved(0, "")
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Strict):
     """A published checkpoint of the federation: what each party has to load to go on from ``round``."""
 
     round: Count

@@ -24,12 +24,14 @@ from coterie.models.build import build_model, check_keys
 from coterie.models.origins import Origin, check_content, tensor_line
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.shards import (
+    MANIFEST_FILE,
     MODEL_FOLDER,
     TRUNK_FILE,
     check_digests,
     expert_key,
     file_digest,
     parse_expert_key,
+    read_manifest,
     stored_shapes,
 )
 from coterie.models.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
@@ -138,9 +140,11 @@ def split_spec(folder: Path) -> ModelSpec:
     """The spec of a split model: its ``model`` subfolder, in the dtype it was split in.
 
     Raises:
-        ModelError: ``folder`` is not what `splitter.split` writes.
+        ModelError: ``folder`` is not what `splitter.split` writes, or its manifest is of another format.
     """
     path = folder / MODEL_FOLDER / "config.json"
+    if (folder / MANIFEST_FILE).exists():
+        read_manifest(folder)
     try:
         dtype = json.loads(path.read_text(encoding="utf-8"))["dtype"]
         return ModelSpec(path=folder / MODEL_FOLDER, dtype=dtype)

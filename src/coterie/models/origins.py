@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from coterie.errors import ModelError
 from coterie.models.trainings import Training, trainings_from
+from coterie.storage import check_known
 
 KEY = "coterie"
 
@@ -68,17 +69,20 @@ def origin_of(path: Path) -> Origin:
     """What a file says about itself; its tensors are not read.
 
     Raises:
-        ModelError: no such file, torn, or without an origin.
+        ModelError: no such file, torn, without an origin, or with one that this version does not know.
     """
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
         made: dict[str, Any] = json.loads(text or "null")
-        trainings = trainings_from(made["trainings"])
+        known = [field.name for field in fields(Origin)]
+        for name in sorted(made.keys() - set(known)):
+            check_known(path, f"field of `{KEY}` in the header", name, known, ModelError)
+        trainings = trainings_from(made["trainings"], str(path))
         return Origin(str(made["run"]), int(made["round"]), str(made["content"]), made["lora"], trainings)
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ModelError(
             f"{path} does not say which run and round it is of.",
             code="model-no-origin",

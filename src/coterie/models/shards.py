@@ -24,9 +24,11 @@ from torch import Tensor
 from coterie.errors import ModelError
 from coterie.models.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
 from coterie.models.trainings import Training
+from coterie.storage import check_known
 
 TRUNK_FILE = "trunk.safetensors"
 MANIFEST_FILE = "manifest.json"
+SPLIT_FORMAT = "coterie-split-1"
 MODEL_FOLDER = "model"
 
 _NAMES = {
@@ -173,6 +175,21 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         raise unreadable(path, error) from error
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `coterie split` wrote about a folder.
+
+    Raises:
+        ModelError: there is no manifest, or it is of another format.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_known(path, "format", manifest["format"], {SPLIT_FORMAT}, ModelError)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_manifest(path) from error
+    return manifest
+
+
 def check_digests(folder: Path) -> dict[str, Any]:
     """Read a split's manifest and compare every file that is present with its digest.
 
@@ -180,21 +197,18 @@ def check_digests(folder: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        ModelError: no manifest, or a file that differs from it. A party has only its own files; absent ones pass.
+        ModelError: as `read_manifest`; or a file differs from it. A party has only its own files; absent ones pass.
     """
-    path = folder / MANIFEST_FILE
+    manifest = read_manifest(folder)
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         files: dict[str, dict[str, Any]] = manifest["files"]
         differing = [
             name
             for name, entry in files.items()
             if (folder / name).exists() and file_digest(folder / name) != entry["sha256"]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{path} is not the manifest of a split model.", code="model-no-manifest", fix="run `coterie split`"
-        ) from error
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise _no_manifest(folder / MANIFEST_FILE) from error
     if differing:
         raise ModelError(
             f"{', '.join(differing)} in {folder} changed since the split.",
@@ -203,3 +217,9 @@ def check_digests(folder: Path) -> dict[str, Any]:
             fix="copy the files again from where `coterie split` wrote them",
         )
     return manifest
+
+
+def _no_manifest(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} is not the manifest of a split model.", code="model-no-manifest", fix="run `coterie split`"
+    )

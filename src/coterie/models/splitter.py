@@ -29,6 +29,7 @@ from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.shards import (
     MANIFEST_FILE,
     MODEL_FOLDER,
+    SPLIT_FORMAT,
     TRUNK_FILE,
     Shapes,
     TensorFileWriter,
@@ -39,7 +40,6 @@ from coterie.models.shards import (
 from coterie.models.stream import stream_checkpoint, tensor_dtypes
 from coterie.models.trainings import Training, read_trainings, write_trainings
 
-FORMAT = "coterie-split-1"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
 Notify = Callable[[str], None]
@@ -220,7 +220,7 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
 def _write_manifest(folder: Path, model: PreTrainedModel, placement: Placement) -> dict[str, Any]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     manifest = {
-        "format": FORMAT,
+        "format": SPLIT_FORMAT,
         "model_class": type(model).__name__,
         "model_type": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),

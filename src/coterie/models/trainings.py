@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from coterie import __version__
 from coterie.errors import ModelError
+from coterie.storage import check_known
 
 TRAININGS_FILE = "coterie.json"
+_FORMAT = 1
 _CONFIG_FILE, _CONFIG_KEY = "config.json", "coterie_trainings"
+
+Protection = Literal["budget", "none", "seeded", "public"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Training:
     """
 
     run: str
-    privacy: Literal["budget", "none", "seeded", "public"]
+    privacy: Protection
     ledger: str | None = None
     epsilon: float | None = None
     delta: float | None = None
@@ -51,7 +55,7 @@ def write_trainings(folder: Path, trainings: Iterable[Training]) -> None:
     listed = [asdict(training) for training in dict.fromkeys(trainings)]
     if not listed:
         return
-    content = {"format": 1, "coterie": __version__, "trainings": listed}
+    content = {"format": _FORMAT, "coterie": __version__, "trainings": listed}
     (folder / TRAININGS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if (folder / _CONFIG_FILE).is_file():
         config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
@@ -63,7 +67,7 @@ def read_trainings(folder: Path | str | None) -> tuple[Training, ...]:
     """The trainings behind the model in a folder; none where nothing says.
 
     Raises:
-        ModelError: a file that says it is there and cannot be read.
+        ModelError: a file that says it is there and cannot be read, or says something this version does not know.
     """
     if folder is None:
         return ()
@@ -76,9 +80,12 @@ def _listed(path: Path, key: str, *, needed: bool) -> tuple[Training, ...]:
         return ()
     try:
         made = json.loads(path.read_text(encoding="utf-8"))
-        return trainings_from(made[key] if needed else made.get(key, ()))
+        if needed:
+            check_known(path, "format", made["format"], {_FORMAT}, ModelError)
+        listed = made[key] if needed else made.get(key, ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(str(path)) from error
+    return trainings_from(listed, str(path))
 
 
 def trainings_of(model: object) -> tuple[Training, ...]:
@@ -98,19 +105,27 @@ def trainings_in(config: object) -> tuple[Training, ...]:
     Raises:
         ModelError: they cannot be read.
     """
-    try:
-        return trainings_from(getattr(config, _CONFIG_KEY, ()))
-    except TypeError as error:
-        raise _unreadable(f"`{_CONFIG_KEY}` in the model's config") from error
+    return trainings_from(getattr(config, _CONFIG_KEY, ()), f"`{_CONFIG_KEY}` in the model's config")
 
 
-def trainings_from(listed: Iterable[Mapping[str, Any]]) -> tuple[Training, ...]:
+def trainings_from(listed: Iterable[Mapping[str, Any]], where: str) -> tuple[Training, ...]:
     """From what ``asdict`` made of each.
 
+    Args:
+        where: names what holds them, for error texts.
+
     Raises:
-        TypeError: it is something else.
+        ModelError: it is something else, or a word is among them that this version does not know.
     """
-    return tuple(Training(**training) for training in listed)
+    known = [field.name for field in fields(Training)]
+    try:
+        for training in listed:
+            for name in sorted(training.keys() - set(known)):
+                check_known(where, "field of a training", name, known, ModelError)
+            check_known(where, "privacy", training["privacy"], get_args(Protection), ModelError)
+        return tuple(Training(**training) for training in listed)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(where) from error
 
 
 def _unreadable(what: str) -> ModelError:

@@ -24,6 +24,7 @@ from coterie.errors import CheckpointError
 from coterie.federation.files import writing
 from coterie.models.origins import save_tensors
 from coterie.models.trainings import Training
+from coterie.storage import check_known
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -108,7 +109,7 @@ class CheckpointStore:
         """The checkpoint of one round.
 
         Raises:
-            CheckpointError: it is not there, torn, or of another run.
+            CheckpointError: it is not there, torn, of another run or of another format.
         """
         return self._read_manifest(round_index)
 
@@ -181,7 +182,8 @@ class CheckpointStore:
         try:
             raw = (path / _MANIFEST).read_bytes()
             manifest = json.loads(raw)
-            run, stored, version, state = (manifest[key] for key in ("run", "round", "format", "state"))
+            check_known(path, "format", manifest["format"], {FORMAT}, CheckpointError)
+            run, stored, state = (manifest[key] for key in ("run", "round", "state"))
         except (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError):
             raise self._torn(path, f"{_MANIFEST} cannot be read") from None
         except OSError as error:  # the checkpoint may be whole: nothing follows from a disk that cannot be read now
@@ -191,12 +193,6 @@ class CheckpointStore:
                 why="a checkpoint that counts would be taken for one that is lost",
                 fix="mend that disk or its permissions, or allow more open files, then start again",
             ) from error
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{path} has checkpoint format {version}; this version reads {FORMAT}.",
-                code="checkpoint-format",
-                fix="resume with the version of coterie that wrote it",
-            )
         if run != self.run or stored != round_index:
             raise CheckpointError(
                 f"{path} belongs to another run ({run[:12]}, round {stored}), not to this one ({self.run[:12]}).",

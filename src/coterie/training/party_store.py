@@ -17,12 +17,16 @@ from torch import Tensor
 from coterie.errors import CheckpointError
 from coterie.federation.round_state import Saved
 from coterie.models.trainings import Training
+from coterie.storage import check_known
 from coterie.training.checkpoint import CheckpointStore, write_json
 from coterie.training.folders import private_folder
 
 _MARKER = "run.json"
 _KEPT = 3
 """Published checkpoints that stay; the older ones in case newer ones are torn or lost somewhere."""
+
+_UNSEEN = ("checkpoint-read", "format-unknown")
+"""Errors that say nothing about whether a checkpoint is whole."""
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -69,7 +73,8 @@ class PartyStore:
         """Checkpoints whose manifests can be read and that did not fail to load, oldest first.
 
         Raises:
-            CheckpointError: ``checkpoint-read``: one cannot be looked at now, so nothing may follow from its absence.
+            CheckpointError: one cannot be looked at now (``checkpoint-read``), or is not known to this version
+                (``format-unknown``): nothing may follow from its absence.
         """
         if not self.run:
             return ()
@@ -79,7 +84,7 @@ class PartyStore:
             try:
                 saved = Saved(round, store.get(round).digest)
             except CheckpointError as error:
-                if error.code == "checkpoint-read":
+                if error.code in _UNSEEN:
                     raise
                 continue
             if saved not in self._bad:
@@ -154,7 +159,7 @@ class PartyStore:
                 )
             return {stem: store.load(checkpoint, stem) for stem in stems}
         except CheckpointError as error:
-            if error.code != "checkpoint-read":
+            if error.code not in _UNSEEN:
                 self._bad.add(source)
             raise
 
@@ -175,8 +180,9 @@ class PartyStore:
                 code="checkpoint-torn",
                 fix="restore it from a copy, or name another run_dir to begin anew",
             ) from None
-        if kind != "federation":
+        if kind is None:
             raise self._foreign("`coterie train`")
+        check_known(path, "kind", kind, {"federation"}, CheckpointError)
         if party != self._party:
             raise self._foreign(f"party {party}, not of {self._party}")
         if agreement != self._agreement:
