@@ -1,0 +1,66 @@
+"""Names of code in the documentation exist: dotted names in full, paths from the repository's root, tests by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+DIRECTIVE = re.compile(r"^::: (\S+)", re.MULTILINE)
+DOTTED = re.compile(r"\b(?:coterie|dp|hf)(?:\.\w+)+")
+PATH = re.compile(r"[\w./-]*\w\.py\b")
+FOLDER = re.compile(r"^(?:src|tests|docs|benchmarks|examples)/[\w./-]*$")
+TEST = re.compile(r"\btest_\w+$")
+OTHER = {"coterie.json", "coterie.log", "coterie.Lanes"}  # two files and a gRPC service
+
+
+def exists(dotted: str) -> bool:
+    """Whether ``coterie.a.b.C.d`` is a module, or something in one; ``dp.x`` stands for ``coterie.dp.x``."""
+    names = dotted.removeprefix("coterie.").split(".")
+    found: Any = import_module("coterie")
+    for at, name in enumerate(names, start=1):
+        if hasattr(found, name):
+            found = getattr(found, name)
+        elif dataclasses.is_dataclass(found) or isinstance(found, type):
+            return at == len(names) and any(name in vars(base).get("__annotations__", {}) for base in found.__mro__)
+        else:
+            try:
+                found = import_module(".".join(["coterie", *names[:at]]))
+            except ModuleNotFoundError:
+                return False
+    return True
+
+
+def spans(page: Path) -> list[str]:
+    text = page.read_text("utf-8")
+    return [*SPAN.findall(FENCED.sub("", text)), *DIRECTIVE.findall(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_of_code_on_a_page_exist(page: Path) -> None:
+    tests = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    wrong = []
+    for span in spans(page):
+        wrong += [name for name in DOTTED.findall(span) if name not in OTHER and not exists(name)]
+        wrong += [path for path in PATH.findall(span) if not (ROOT / path).is_file()]
+        wrong += [path for path in FOLDER.findall(span) if not (ROOT / path).exists()]
+        wrong += [name for name in TEST.findall(span) if name not in tests]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["coterie.dp.nothing", "dp.Flat.nothing", "coterie.nothing.dp", "coterie.dp.budget.Budgets"])
+def test_the_check_sees_names_that_are_gone(name: str) -> None:
+    assert not exists(name)
+
+
+@pytest.mark.parametrize("name", ["coterie.dp.Budget.epsilon", "dp.make_private", "coterie.federation.frame", "coterie.cli"])
+def test_the_check_finds_fields_functions_modules_and_packages(name: str) -> None:
+    assert exists(name)
