@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from importlib import import_module
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 
+import coterie
+
+PACKAGE = Path(coterie.__file__).parent
+PACKAGES = sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -46,7 +51,9 @@ def spans(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_of_code_on_a_page_exist(page: Path) -> None:
-    tests = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    tests = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
     wrong = []
     for span in spans(page):
         wrong += [name for name in DOTTED.findall(span) if name not in OTHER and not exists(name)]
@@ -56,11 +63,36 @@ def test_names_of_code_on_a_page_exist(page: Path) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["coterie.dp.nothing", "dp.Flat.nothing", "coterie.nothing.dp", "coterie.dp.budget.Budgets"])
+@pytest.mark.parametrize(
+    "name", ["coterie.dp.nothing", "dp.Flat.nothing", "coterie.nothing.dp", "coterie.dp.budget.A"]
+)
 def test_the_check_sees_names_that_are_gone(name: str) -> None:
     assert not exists(name)
 
 
-@pytest.mark.parametrize("name", ["coterie.dp.Budget.epsilon", "dp.make_private", "coterie.federation.frame", "coterie.cli"])
+@pytest.mark.parametrize("name", ["dp.Budget.epsilon", "dp.make_private", "coterie.federation.frame", "coterie.cli"])
 def test_the_check_finds_fields_functions_modules_and_packages(name: str) -> None:
     assert exists(name)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_package_names_each_of_its_modules_once_and_nothing_else(package: Path) -> None:
+    dotted = ".".join(["coterie", *package.relative_to(PACKAGE).parts])
+    story = ast.get_docstring(ast.parse((package / "__init__.py").read_text("utf-8"))) or ""
+    named = re.findall(rf"`{re.escape(dotted)}\.(\w+)`", story)
+    modules = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    folders = [path.parent.name for path in package.glob("*/__init__.py")]
+    assert sorted(named) == sorted(modules + folders)
+
+
+def test_the_tree_in_the_readme_has_a_line_for_every_folder() -> None:
+    tree = next(block for block in FENCED.findall((ROOT / "README.md").read_text("utf-8")) if "src/coterie/" in block)
+    lines = re.findall(r"^( *)([\w./-]+) {2,}\S", tree, re.MULTILINE)
+    folders = {path.relative_to(PACKAGE).as_posix() for path in PACKAGES} - {"."}
+    inside: list[str] = []
+    listed = set()
+    for indent, name in lines:
+        inside[len(indent) // 2 :] = [name.removesuffix("/")]
+        listed.add("/".join(inside))
+    assert not [name for name in listed if not (ROOT / name).exists()]
+    assert {f"src/coterie/{name}" for name in folders} <= listed

@@ -1,0 +1,24 @@
+"""The command line: one module a command, and what they show.
+
+`coterie.cli.app` is the table of commands; each is loaded when it is used, so that `--help` answers without torch.
+Only bodies of commands import what is heavy. In reading order.
+
+One party: `coterie.cli.train`, `coterie.cli.resume`, `coterie.cli.eval`, `coterie.cli.generate`,
+`coterie.cli.purge`.
+
+Models: `coterie.cli.models`, `coterie.cli.upcycle`, `coterie.cli.split`, `coterie.cli.export`.
+
+Keys and the roster: `coterie.cli.provision`, or `coterie.cli.request`, `coterie.cli.approve`,
+`coterie.cli.install`; `coterie.cli.roster`, `coterie.cli.members`.
+
+A federation: `coterie.cli.plan`, `coterie.cli.doctor`, `coterie.cli.coordinator`, `coterie.cli.up`,
+`coterie.cli.status`.
+
+What was spent, and what an error means: `coterie.cli.ledger`, `coterie.cli.explain`. All of it at once:
+`coterie.cli.demo`.
+
+Shown and ended: `coterie.cli.output` prints, `coterie.cli.streams` never reaches into the work,
+`coterie.cli.timed_screen`, `coterie.cli.training_progress`, `coterie.cli.private_progress`,
+`coterie.cli.rounds_progress` and `coterie.cli.privacy_lines` say how far it is, `coterie.cli.stopping` ends on
+request.
+"""

@@ -1,6 +1,10 @@
 """Settings files as frozen models: train.yaml, federation.yaml, party.yaml.
 
 An unknown key is an error, every field has a description, and `load_yaml` reports all problems of a file at once.
+
+In reading order: `coterie.config.base` is what all share, `coterie.config.numbers` the numbers,
+`coterie.config.load` the files. `coterie.config.train` and `coterie.config.federation` are the files' whole
+content; `coterie.config.model`, `coterie.config.data` and `coterie.config.privacy` are blocks in them.
 """
 
 from coterie.config.base import LocalPath, Spec, content_hash

@@ -1,6 +1,41 @@
 """Differential privacy for any model: exact per-sample clipping, noise, accounting.
 
-Names are loaded when they are first used, so that importing the package stays cheap.
+Names are loaded when they are first used, so that importing the package stays cheap. In reading order.
+
+What people call: `coterie.dp.functional` (norms and clipped sums), `coterie.dp.setup` (`make_private`),
+`coterie.dp.session` (a run), `coterie.dp.budget`, `coterie.dp.numbers`. A federation's party has
+`coterie.dp.contributor` in place of the session.
+
+One round: `coterie.dp.lots` draws who is in it, `coterie.dp.lot_sums` makes physical batches and adds up,
+`coterie.dp.clipping` says how much of each record counts, `coterie.dp.mechanism` what is released as one Gaussian,
+`coterie.dp.balance` what becomes of released loads, `coterie.dp.releases` lets it out once. Around it:
+`coterie.dp.dataset`, `coterie.dp.users`, `coterie.dp.losses`, `coterie.dp.heads`, `coterie.dp.checkpoint`,
+`coterie.dp.durable`, `coterie.dp.threads`.
+
+Per-sample gradients, from operations to sums. `coterie.dp.engine` runs a pass; `coterie.dp.capture` sees every use
+of a parameter in it, `coterie.dp.derived` follows values computed from parameters alone, `coterie.dp.probe` and
+`coterie.dp.sites` know where the records lie. A use is handled by a rule: `coterie.dp.rules`, then
+`coterie.dp.rules_matrix`, `coterie.dp.rules_elementwise`, `coterie.dp.rules_other`, `coterie.dp.replays`. A rule
+makes a term: `coterie.dp.terms`, `coterie.dp.segments` for stacked experts, and `coterie.dp.resolve` where a
+parameter is used several times. Norms without cancellation: `coterie.dp.gram`, `coterie.dp.gram_kernel`,
+`coterie.dp.scaling`, `coterie.dp.precision`. Experts: `coterie.dp.experts` behind the seam, `coterie.dp.adapters`
+for Switch Transformers.
+
+Each record alone: `coterie.dp.isolation`, `coterie.dp.lone_experts`, `coterie.dp.grid_sums`.
+
+Checks before the first lot: `coterie.dp.refusals`, `coterie.dp.records`, `coterie.dp.dry_step`,
+`coterie.dp.provenance`; the self-check `coterie.dp.selfcheck` by `coterie.dp.batches_of_one`,
+`coterie.dp.comparison`, `coterie.dp.made_up` and `coterie.dp.draws`. Checks while it runs: `coterie.dp.watched`,
+`coterie.dp.model_state`, `coterie.dp.guard`.
+
+Noise: `coterie.dp.randomness`, `coterie.dp.noise`, `coterie.dp.noise_kernel`.
+
+Accounting: `coterie.dp.accounting` turns noise into epsilon, `coterie.dp.spool` and `coterie.dp.ledger` keep what
+was released, `coterie.dp.run_facts` what a run fixed at its start, `coterie.dp.texts` what tells the same text
+again, `coterie.dp.lifetime` with `coterie.dp.overlap` and `coterie.dp.groups` add up runs, `coterie.dp.merging` two
+machines; `coterie.dp.statement` says it.
+
+For developers: `coterie.dp.survey`.
 """
 
 from __future__ import annotations

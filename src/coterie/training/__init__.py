@@ -1,0 +1,31 @@
+"""Training: data, one party alone, one party in a federation, and what it will need.
+
+It joins `coterie.dp` and `coterie.federation`, which know nothing of each other. In reading order.
+
+A round: `coterie.training.loop`, with `coterie.training.optim`, `coterie.training.evaluate` and
+`coterie.training.metrics`.
+
+Text becomes sequences: `coterie.training.data` and `coterie.training.readers`, `coterie.training.tokenizer`,
+`coterie.training.packing`.
+
+One party: `coterie.training.run` is `coterie train`, `coterie.training.private` the same with a `privacy:` block.
+`coterie.training.setup` puts model and tokenizer together, `coterie.training.provenance` says where they are from,
+`coterie.training.checkpoint` saves, `coterie.training.folders` keeps what is for people apart from what is for the
+owner, `coterie.training.purging` removes text, `coterie.training.generate` continues a prompt.
+
+One party in a federation: `coterie.training.party` is the process, `coterie.training.party_parts` its inputs,
+`coterie.training.party_run` the run over any transport, `coterie.training.party_work` what it does in each phase of
+a round, `coterie.training.party_store` its checkpoints. `coterie.training.in_process` has all parties in one
+process, `coterie.training.doctor` looks before anybody starts, `coterie.training.agreed_limits` says what a member
+may send, and `coterie.training.after_private` keeps private text out of `tokens`.
+
+The exchange `tokens`: `coterie.training.tokens_work`, with `coterie.training.scheduler` for micro-batches in flight
+and `coterie.training.ordered_sums` for sums that do not depend on who came first.
+
+The exchange `experts`: `coterie.training.experts_work` and `coterie.training.experts_way`. Where the sums come
+from: `coterie.training.private_sums`, `coterie.training.adapter_sums`; `coterie.training.constant_work` makes every
+round look the same, `coterie.training.load_home` adds up the loads of all parties.
+
+Planning: `coterie.training.plan`, by `coterie.training.device_memory` in closed form and `coterie.training.memory`
+as measured.
+"""
