@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -93,8 +94,9 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
     assert optimizer.gradient(low).item() == 0.0
 
 
+@pytest.mark.parametrize("way", ["tensors", "state_dict"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_state_continues_identically(dtype: torch.dtype) -> None:
+def test_saved_state_continues_identically(dtype: torch.dtype, way: str) -> None:
     torch.manual_seed(0)
     first = param(torch.randn(6, 2, dtype=dtype))
     optimizer = make_optimizer([first], SPEC)
@@ -102,7 +104,10 @@ def test_saved_state_continues_identically(dtype: torch.dtype) -> None:
     optimizer.step()
     second = param(first.detach())
     resumed = make_optimizer([second], SPEC)
-    resumed.load_tensors({"w": second}, {k: v.clone() for k, v in optimizer.tensors({"w": first}).items()})
+    if way == "tensors":
+        resumed.load_tensors({"w": second}, {k: v.clone() for k, v in optimizer.tensors({"w": first}).items()})
+    else:
+        resumed.load_state_dict(deepcopy(optimizer.state_dict()))
     grad = torch.randn_like(first)
     for one, chosen in ((first, optimizer), (second, resumed)):
         chosen.zero_grad()

@@ -21,8 +21,8 @@ from coterie.federation.run_folder import RunFolder
 from coterie.models.trainings import read_trainings
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
-from coterie.training.private import resume_private, run_private
-from coterie.training.run import evaluate_run, load_trained, start
+from coterie.training.run import resume, start
+from coterie.training.trained import evaluate_run, load_trained
 
 NOTES = ["a cough and a fever", "a swollen knee", "no pain in the chest", "the cough is gone", "the fever too"]
 SIZES = {
@@ -62,7 +62,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
 
 def test_private_run_stays_in_budget_and_says_what_it_promises(make_config: MakeConfig, tmp_path: Path) -> None:
     seen = []
-    result = run_private(make_config(), watch=lambda done, figures, spent, evaluation: seen.append((done, spent)))
+    result = start(make_config(), watch=lambda done, step, evaluation: seen.append((done, step.spent)))
     assert [done for done, _ in seen] == [1, 2, 3, 4]
     assert result.finished
     assert 0 < result.privacy["epsilon"] <= 8
@@ -81,26 +81,27 @@ def test_private_run_stays_in_budget_and_says_what_it_promises(make_config: Make
 
 
 def test_runs_on_the_same_text_add_up_however_it_is_cut(make_config: MakeConfig) -> None:
-    first = run_private(make_config("one"))
+    first = start(make_config("one"))
     config = make_config("two")
     data = config.data.model_copy(update={"sequence_length": 8})
-    cut = run_private(config.model_copy(update={"data": data}))
+    cut = start(config.model_copy(update={"data": data}))
     assert cut.privacy["ledger"] == first.privacy["ledger"]
     assert cut.privacy["lifetime"]["epsilon"] > 1.3 * cut.privacy["epsilon"]
     assert "counted          2 runs for the same unit" in cut.statement
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize(("stop_after", "dtype"), [(1, "float32"), (3, "float32"), (3, "bfloat16")])
 def test_stopped_seeded_run_continues_as_if_it_had_not_stopped(
-    make_config: MakeConfig, tmp_path: Path, stop_after: int
+    make_config: MakeConfig, tmp_path: Path, stop_after: int, dtype: str
 ) -> None:
+    model = {"family": "olmoe", "config": SIZES, "dtype": dtype}
     seeded = {"seeded": True}
-    run_private(make_config("whole", privacy=seeded | {"ledger": tmp_path / "a"}))
+    start(make_config("whole", model=model, privacy=seeded | {"ledger": tmp_path / "a"}))
     stop = StopFlag()
-    parts = make_config("parts", privacy=seeded | {"ledger": tmp_path / "b"})
-    half = run_private(parts, stop=stop, watch=lambda done, *_: stop.set() if done == stop_after else None)
+    parts = make_config("parts", model=model, privacy=seeded | {"ledger": tmp_path / "b"})
+    half = start(parts, stop=stop, watch=lambda done, *_: stop.set() if done == stop_after else None)
     assert (half.rounds, half.finished) == (stop_after, False)
-    result = resume_private(tmp_path / "parts")
+    result = resume(tmp_path / "parts")
     assert result.finished
     assert "NOT PRIVATE" in result.statement
     whole, again = (load_file(tmp_path / name / "private/model/model.safetensors") for name in ("whole", "parts"))
@@ -116,40 +117,56 @@ def test_private_run_that_was_killed_goes_on_without_spending_twice(make_config:
             raise Killed
 
     with pytest.raises(Killed):
-        run_private(make_config(), watch=kill)
-    result = resume_private(tmp_path / "run")
+        start(make_config(), watch=kill)
+    result = resume(tmp_path / "run")
     assert (result.rounds, result.privacy["rounds"]) == (4, 4)
+
+
+def test_private_run_that_was_killed_after_its_last_round_ends_with_that_rounds_weights(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def fail(done: int, *_: Any) -> None:
+        if done == 4:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        start(make_config(), watch=fail)
+    result = resume(tmp_path / "run")
+    assert (result.finished, result.privacy["rounds"]) == (True, 4)
+    trained = load_trained(tmp_path / "run")
+    assert trained.rounds == 4
+    assert evaluate_run(trained).loss == pytest.approx(result.loss, rel=1e-4)
 
 
 def test_users_are_units_when_the_column_says_so(make_config: MakeConfig) -> None:
     changes = {"unit": "user", "user_column": "patient", "records_per_user": 3, "lot_size": 2}
-    result = run_private(make_config(privacy=changes))
+    result = start(make_config(privacy=changes))
     assert "one user; neighbouring datasets differ by adding or removing one user" in result.statement
     assert result.privacy["units"] == 6
 
 
 @pytest.mark.parametrize("mode", ["per_sequence", "private_load"])
 def test_balance_modes_run_inside_the_budget(make_config: MakeConfig, mode: str) -> None:
-    assert run_private(make_config(privacy={"balance": mode})).privacy["epsilon"] <= 8
+    assert start(make_config(privacy={"balance": mode})).privacy["epsilon"] <= 8
 
 
 def test_bad_private_runs_are_refused_before_anything_is_trained(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("clash")
     model = config.model.model_copy(update={"provenance": "private"})
     with pytest.raises(ProvenanceError, match="made from private records"):
-        run_private(config.model_copy(update={"model": model}))
+        start(config.model_copy(update={"model": model}))
     with pytest.raises(CoterieError, match="a lot of 31 is larger than the data"):
-        run_private(make_config("clash", privacy={"lot_size": 31}))
+        start(make_config("clash", privacy={"lot_size": 31}))
     with pytest.raises(DataError, match="has no column `doctor`"):
-        run_private(make_config("clash", privacy={"unit": "user", "user_column": "doctor"}))
+        start(make_config("clash", privacy={"unit": "user", "user_column": "doctor"}))
     assert not (tmp_path / "clash").exists()
-    run_private(make_config("taken"))
+    start(make_config("taken"))
     with pytest.raises(ConfigError, match="already holds a run"):
-        run_private(make_config("taken"))
+        start(make_config("taken"))
     settings = tmp_path / "taken/config.yaml"
     settings.write_text(settings.read_text().replace("rounds: 4", "rounds: 9"))
     with pytest.raises(CheckpointError, match="changed since the run was started"):
-        resume_private(tmp_path / "taken")
+        resume(tmp_path / "taken")
 
 
 def test_command_prints_epsilon_and_statement_and_writes_json(
@@ -175,7 +192,7 @@ def test_what_is_public_holds_no_private_figure_and_no_path_and_the_rest_is_clos
 ) -> None:
     before = os.umask(0)
     try:
-        result = run_private(make_config())
+        result = start(make_config())
     finally:
         os.umask(before)
     public, private = tmp_path / "run/public", tmp_path / "run/private"
@@ -193,7 +210,7 @@ def test_what_is_public_holds_no_private_figure_and_no_path_and_the_rest_is_clos
 
 
 def test_a_seeded_run_has_nothing_to_give_away(make_config: MakeConfig, tmp_path: Path) -> None:
-    run_private(make_config(privacy={"seeded": True}))
+    start(make_config(privacy={"seeded": True}))
     assert not (tmp_path / "run/public").exists()
     assert "NOT PRIVATE" in (tmp_path / "run/private/statement.txt").read_text()
 
@@ -203,7 +220,7 @@ def test_a_start_that_was_trained_on_private_text_is_refused_whatever_is_declare
     make_config: MakeConfig, tmp_path: Path, seeded: bool
 ) -> None:
     if seeded:
-        run_private(make_config("before", privacy={"seeded": True}))
+        start(make_config("before", privacy={"seeded": True}))
     else:
         start(make_config("before").model_copy(update={"privacy": None}))
     upcycled = tmp_path / "copied"
@@ -212,10 +229,10 @@ def test_a_start_that_was_trained_on_private_text_is_refused_whatever_is_declare
     for declared in ("public", "dp:abc"):
         model = {"path": upcycled, "provenance": declared}
         with pytest.raises(ProvenanceError, match=f"declared .*, but run .* trained them on private text.*{words}"):
-            run_private(make_config("after", model=model))
+            start(make_config("after", model=model))
     assert not (tmp_path / "after").exists()
     model = {"path": upcycled, "provenance": "public", "overrule_origin": "the text was ours and is published now"}
-    result = run_private(make_config("after", model=model))
+    result = start(make_config("after", model=model))
     assert "what was saved with them was overruled: the text was ours and is published now" in result.statement
     assert not (tmp_path / "after/public").exists()
     assert [t.privacy for t in read_trainings(tmp_path / "after/private/model")] == [
@@ -226,22 +243,22 @@ def test_a_start_that_was_trained_on_private_text_is_refused_whatever_is_declare
 def test_a_start_under_a_budget_is_counted_as_one_and_public_text_starts_anything(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    first = run_private(make_config("first"))
+    first = start(make_config("first"))
     model = {"path": tmp_path / "first/public/model", "provenance": "public"}
-    second = run_private(make_config("second", model=model))
+    second = start(make_config("second", model=model))
     assert f"what the starting weights cost: counted in ledger {first.privacy['ledger']}" in second.statement
     runs = [training.run for training in read_trainings(tmp_path / "second/public/model")]
     assert runs == [first.privacy["run"], second.privacy["run"]]
     config = make_config("open").model_copy(update={"privacy": None})
     start(config.model_copy(update={"data": config.data.model_copy(update={"provenance": "public"})}))
     model = {"path": tmp_path / "open/model", "provenance": "public"}
-    assert run_private(make_config("third", model=model)).finished
+    assert start(make_config("third", model=model)).finished
 
 
 def test_two_private_runs_never_spend_in_one_folder(make_config: MakeConfig) -> None:
     config = make_config()
     with RunFolder(config.run_dir):
-        for begin in (lambda: run_private(config), lambda: resume_private(config.run_dir)):
+        for begin in (lambda: start(config), lambda: resume(config.run_dir)):
             with pytest.raises(RoundError, match="another process is running"):
                 begin()
     assert not list((config.run_dir.parent / "ledger").glob("*/*"))

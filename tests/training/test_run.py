@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from coterie.config import TrainConfig, load_yaml
-from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, PrivacyError, RoundError
+from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, RoundError
 from coterie.federation.run_folder import LOCK_FILE, RunFolder
 from coterie.training.evaluate import Evaluation, paired_bootstrap
 from coterie.training.generate import generate
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
-from coterie.training.run import evaluate_run, load_trained, resume, start
+from coterie.training.run import resume, start
+from coterie.training.trained import evaluate_run, load_trained
 
 NOTES = [
     "the patient has a cough and a light fever",
@@ -208,7 +209,6 @@ def test_a_folder_that_holds_a_run_is_not_used_again(make_config: MakeConfig) ->
         ({"model": {"family": "olmoe", "config": SIZES | {"vocab_size": 100}}}, ConfigError, "vocabulary only 100"),
         ({"model": {"family": "llama", "config": {"hidden_size": 32}}}, CoterieError, "llama"),
         ({"device": "cuda"}, ConfigError, "torch finds no GPU"),
-        ({"privacy": {"epsilon": 8}}, PrivacyError, "trains without privacy"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(

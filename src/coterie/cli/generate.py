@@ -25,7 +25,7 @@ def command(
         coterie generate runs/first --prompt "The patient" --tokens 40
     """
     from coterie.training.generate import generate
-    from coterie.training.run import load_trained
+    from coterie.training.trained import load_trained
 
     trained = load_trained(run_dir)
     say(

@@ -31,18 +31,8 @@ def command(
         take_part(settings_of_run(run_dir), listen, json_file)
         return
 
-    from coterie.cli.training_progress import report, watched
-    from coterie.training.run import read_config, resume
+    from coterie.cli.training_progress import shown
+    from coterie.training.prepared import read_config
+    from coterie.training.run import resume
 
-    config = read_config(run_dir)
-    if config.privacy is not None:
-        from coterie.cli.private_progress import report_private, watched_private
-        from coterie.training.private import resume_private
-
-        with watched_private(config) as (stop, watch_private):
-            private = resume_private(run_dir, stop=stop, watch=watch_private)
-        report_private(private, json_file)
-        return
-    with watched(config.train.rounds) as (stop, watch):
-        result = resume(run_dir, stop=stop, watch=watch)
-    report(result, json_file)
+    shown(read_config(run_dir), lambda stop, watch: resume(run_dir, stop=stop, watch=watch), json_file)

@@ -29,18 +29,7 @@ def command(
     config = load_yaml(settings, TrainConfig)
     say(f"training {config.model.family or config.model.path or config.model.hub} for {config.train.rounds} rounds")
 
-    if config.privacy is not None:
-        from coterie.cli.private_progress import report_private, watched_private
-        from coterie.training.private import run_private
-
-        with watched_private(config) as (stop, watch_private):
-            private = run_private(config, stop=stop, watch=watch_private)
-        report_private(private, json_file)
-        return
-
-    from coterie.cli.training_progress import report, watched
+    from coterie.cli.training_progress import shown
     from coterie.training.run import start
 
-    with watched(config.train.rounds) as (stop, watch):
-        result = start(config, stop=stop, watch=watch)
-    report(result, json_file)
+    shown(config, lambda stop, watch: start(config, stop=stop, watch=watch), json_file)

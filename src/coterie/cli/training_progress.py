@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,50 +10,86 @@ from transformers.utils.logging import disable_progress_bar
 
 from coterie.cli.output import progress, say, table, write_json
 from coterie.cli.stopping import stop_signals
+from coterie.config import PrivacySpec, TrainConfig
 from coterie.training.evaluate import Evaluation
-from coterie.training.loop import RoundResult, StopFlag
+from coterie.training.loop import StopFlag
 from coterie.training.run import RunResult, Watch
+from coterie.training.stepper import Step
+
+MIB = 1024**2
+
+
+def shown(config: TrainConfig, run: Callable[[StopFlag, Watch], RunResult], json_file: Path | None) -> None:
+    """Do a run on the screen: its rounds, how it ended, and what to do next."""
+    with watched(config) as (stop, watch):
+        result = run(stop, watch)
+    report(result, json_file)
 
 
 @contextmanager
-def watched(rounds: int) -> Iterator[tuple[StopFlag, Watch]]:
-    """Show progress over ``rounds`` and turn Ctrl-C into a stop after the round."""
+def watched(config: TrainConfig) -> Iterator[tuple[StopFlag, Watch]]:
+    """Show the rounds, and epsilon as it is spent, and turn Ctrl-C into a stop after the round."""
     disable_progress_bar()  # transformers' own, for a file that takes a second
+    if config.privacy is not None:
+        _open(config.privacy)
     stop = StopFlag()
-    shown = 0
-    with stop_signals(stop.set, bounded=False), progress("round", rounds) as advance:
+    told, epsilon = 0, ""
+    with stop_signals(stop.set, bounded=False), progress("round", config.train.rounds) as advance:
 
-        def watch(done: int, result: RoundResult, evaluation: Evaluation | None) -> None:
-            nonlocal shown
-            note = f"loss {result.loss:.3f}"
-            if evaluation is not None:
-                note += f"  held-out {evaluation.loss:.3f}"
-            if stop.asked:
-                note += "  stopping: writing a checkpoint"
-            advance(note, steps=done - shown)
-            shown = done
+        def watch(done: int, step: Step, evaluation: Evaluation | None) -> None:
+            nonlocal told, epsilon
+            if step.spent is not None:
+                epsilon = f"epsilon {step.spent.epsilon:.3f}"
+            held_out = f"held-out {evaluation.loss:.3f}" if evaluation is not None else ""
+            stopping = "stopping: writing a checkpoint" if stop.asked else ""
+            notes = (epsilon, step.nothing_learnt or f"loss {step.loss:.3f}", held_out, stopping)
+            advance("  ".join(filter(None, notes)), steps=done - told)
+            told = done
 
         yield stop, watch
 
 
+def _open(privacy: PrivacySpec) -> None:
+    if privacy.seeded:
+        say("NOT PRIVATE: `seeded` draws lots and noise from the seed; nothing this run makes may be released")
+    say(f"budget: epsilon {privacy.epsilon:g} at delta {privacy.delta:g}; losses shown below are not private")
+
+
 def report(result: RunResult, json_file: Path | None) -> None:
-    """Print how the run ended and what to do next."""
+    """Print how the run ended and what to do next; of a private run its statement, too."""
     if json_file is not None:
         write_json(json_file, result.as_json())
-    if not result.finished:
+    if result.finished:
+        row, where = _plain_end(result) if result.privacy is None else _private_end(result, result.privacy)
+        table(tuple(row), [tuple(row.values())])
+        say(where)
+    else:
         say(f"stopped after round {result.rounds}; go on with: coterie resume {result.run_dir}")
-        return
-    mib = 1024**2
-    table(
-        ("rounds", "held-out loss", "perplexity", "model state MiB", "peak memory MiB"),
-        [
-            (
-                result.rounds,
-                result.loss,
-                result.perplexity,
-                result.model_state_bytes / mib,
-                result.peak_rss_bytes / mib,
-            )
-        ],
-    )
-    say(f"model: {result.run_dir}/model   figures: {result.run_dir}/private/metrics.jsonl")
+    if result.statement:
+        say()
+        say(result.statement)
+
+
+def _plain_end(result: RunResult) -> tuple[dict[str, object], str]:
+    row: dict[str, object] = {
+        "rounds": result.rounds,
+        "held-out loss": result.loss,
+        "perplexity": result.perplexity,
+        "model state MiB": result.model_state_bytes / MIB,
+        "peak memory MiB": result.peak_rss_bytes / MIB,
+    }
+    return row, f"model: {result.run_dir}/model   figures: {result.run_dir}/private/metrics.jsonl"
+
+
+def _private_end(result: RunResult, privacy: dict[str, object]) -> tuple[dict[str, object], str]:
+    row: dict[str, object] = {
+        "rounds": result.rounds,
+        "epsilon": privacy["epsilon"],
+        "delta": privacy["delta"],
+        "held-out loss": result.loss,
+        "perplexity": result.perplexity,
+    }
+    public = Path(result.run_dir, "public")
+    if public.is_dir():
+        return row, f"model, card and statement, which may be given away: {public}"
+    return row, f"model: {result.run_dir}/private/model, which may not be given away: see the statement"

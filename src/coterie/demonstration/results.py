@@ -22,7 +22,7 @@ from coterie.training.evaluate import Difference, Evaluation, paired_bootstrap
 from coterie.training.folders import private_folder
 from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import read_metrics
-from coterie.training.run import evaluate_run, load_trained
+from coterie.training.trained import evaluate_run, load_trained
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,15 @@ class AdamW(torch.optim.Optimizer):
                     )
                 value.copy_(saved)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, except that the state of low-precision parameters stays in float32."""
+        super().load_state_dict(state_dict)
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        for index, param in zip(saved, self._params(), strict=True):
+            for part, value in state_dict["state"].get(index, {}).items():
+                if part != "step":
+                    self.state[param][part] = value.to(param.device, torch.float32, copy=True)
+
     def _state(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if "exp_avg" not in state:
