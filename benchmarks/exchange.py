@@ -21,135 +21,45 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from coterie.federation.identity import members_of
-from coterie.federation.provision import free_endpoints, provision
+from coterie.demonstration.plan import Plan
 from coterie.training.loop import train_round
 from coterie.training.optim import make_optimizer
-from delay_proxy import DelayProxy
-from exchange_party import OPTIM, Work
+from exchange_party import OPTIM, TokensWork
+from harness import Parties, machine, parties, write_figures
 from transport import measure as measure_echo
 
 PARTIES = ("alder", "birch", "cedar")
 DELAY_S = 0.020
 IN_FLIGHT = 2
+SCRIPT = "exchange_party.py"
 PARTS = ("echo", "round", "delay")
 RECORD = 16 << 10
 """Bytes that TLS encrypts at once."""
-CONFIG: dict[str, Any] = {
-    "vocab_size": 1024,
-    "hidden_size": 96,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 24,
-    "num_experts": 16,
-    "num_experts_per_tok": 2,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 64,
-}
-"""The demo's model."""
+CONFIG = Plan().model | {"vocab_size": 1024}
 
 
-class Federation:
-    """Three party processes that do rounds when told to."""
-
-    def __init__(self, work: Work, folder: Path, proxy: DelayProxy | None) -> None:
-        folder.mkdir(parents=True)
-        (folder / "work.json").write_text(json.dumps(asdict(work)), encoding="utf-8")
-        listen = free_endpoints(2 * len(work.parties))
-        real, seen = listen[: len(work.parties)], listen[len(work.parties) :]
-        if proxy is None:
-            seen = real
-        else:
-            for target, port in zip(real, seen, strict=True):
-                proxy.forward(int(port.rpartition(":")[2]), int(target.rpartition(":")[2]))
-        endpoints = dict(zip(work.parties, seen, strict=True))
-        provision("bench", members_of(endpoints, None), folder / "kits", config_hash="", placement_hash="")
-        script = str(Path(__file__).with_name("exchange_party.py"))
-        self._children = [
-            subprocess.Popen(
-                [sys.executable, script, name, str(folder), address],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-            )
-            for name, address in zip(work.parties, real, strict=True)
-        ]
-        self._answers()
-        self._round = 0
-
-    def round(self, in_flight: int) -> float:
-        """Seconds of one whole round, both phases."""
-        self._round += 1
-        began = time.perf_counter()
-        self._tell(f"round {self._round} {in_flight}")
-        self._tell(f"step {self._round}")
-        return time.perf_counter() - began
-
-    def figures(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._tell("figures")]
-
-    def close(self) -> None:
-        for child in self._children:
-            assert child.stdin is not None
-            child.stdin.close()
-        for child in self._children:
-            try:
-                child.wait(20)
-            except subprocess.TimeoutExpired:
-                child.kill()
-
-    def _tell(self, line: str) -> list[str]:
-        for child in self._children:
-            assert child.stdin is not None
-            child.stdin.write(line + "\n")
-            child.stdin.flush()
-        return self._answers()
-
-    def _answers(self) -> list[str]:
-        answers = []
-        for child in self._children:
-            assert child.stdout is not None
-            answer = child.stdout.readline()
-            if not answer:
-                self.close()
-                raise SystemExit("a party ended with an error; it is printed above")
-            answers.append(answer)
-        return answers
-
-
-@contextmanager
-def federation(work: Work, folder: Path, delay_s: float = 0.0) -> Iterator[Federation]:
-    """A started `Federation`, ended afterwards."""
-    with ExitStack() as stack:
-        proxy = stack.enter_context(DelayProxy(delay_s)) if delay_s else None
-        running = Federation(work, folder, proxy)
-        stack.callback(running.close)
-        yield running
+def timed_round(three: Parties, in_flight: int) -> float:
+    """Seconds of one whole round, both phases."""
+    number = three.next_round()
+    began = time.perf_counter()
+    three.tell(f"round {number} {in_flight}")
+    three.tell(f"step {number}")
+    return time.perf_counter() - began
 
 
 class OneProcess:
     """The same sequences through the same model with all experts here; one process, one thread."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: TokensWork) -> None:
         self._model = work.model()
         self._optimizer = make_optimizer(self._model.parameters(), OPTIM)
         self._batches = [batch for party in work.parties for batch in work.batches(party)]
@@ -161,18 +71,18 @@ class OneProcess:
         return time.perf_counter() - began, time.process_time() - used
 
 
-def measure_rounds(work: Work, folder: Path, repeats: int) -> dict[str, Any]:
+def measure_rounds(work: TokensWork, folder: Path, repeats: int) -> dict[str, Any]:
     """Rounds of three processes and of one, in turn; bytes, and processor time by what it went to."""
     alone = OneProcess(work)
     tokens = len(work.parties) * work.batch * work.tokens
-    with federation(work, folder) as three:
+    with parties(SCRIPT, work, folder) as (three, _):
         for _ in range(3):
-            three.round(IN_FLIGHT)
+            timed_round(three, IN_FLIGHT)
             alone.round()
         before = three.figures()
         spans, single, single_cpu = [], [], []
         for _ in range(repeats):
-            spans.append(three.round(IN_FLIGHT))
+            spans.append(timed_round(three, IN_FLIGHT))
             seconds, used = alone.round()
             single.append(seconds)
             single_cpu.append(used)
@@ -222,15 +132,15 @@ def _encryption_s(count: float) -> float:
     return (time.process_time() - began) * count / (rounds * RECORD)
 
 
-def measure_delay(work: Work, folder: Path, repeats: int) -> dict[str, Any]:
+def measure_delay(work: TokensWork, folder: Path, repeats: int) -> dict[str, Any]:
     """Rounds over a slow link with one and two micro-batches in flight, in turn."""
     spans: dict[int, list[float]] = {1: [], 2: []}
-    with federation(work, folder, DELAY_S) as three:
+    with parties(SCRIPT, work, folder, delay_s=DELAY_S) as (three, _):
         for in_flight in (1, 2):
-            three.round(in_flight)
+            timed_round(three, in_flight)
         for _ in range(repeats):
             for in_flight, measured in spans.items():
-                measured.append(three.round(in_flight))
+                measured.append(timed_round(three, in_flight))
     tokens = len(work.parties) * work.batch * work.tokens
     rates = {in_flight: tokens / statistics.median(measured) for in_flight, measured in spans.items()}
     paired = [one / two for one, two in zip(spans[1], spans[2], strict=True)]
@@ -262,29 +172,6 @@ def targets(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.platform(),
-    }
-
-
-def _lines(path: str) -> Sequence[str]:
-    try:
-        return Path(path).read_text("utf-8").splitlines()
-    except OSError:
-        return ()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=15, help="measured rounds of each kind")
@@ -298,14 +185,13 @@ def main() -> None:
         if "echo" in given.parts:
             found["echo"] = measure_echo(max(10, given.repeats), folder / "echo")
         if "round" in given.parts:
-            found |= measure_rounds(Work(CONFIG, PARTIES, 8, 4, 64), folder / "round", given.repeats)
+            found |= measure_rounds(TokensWork(CONFIG, PARTIES, 8, 4, 64), folder / "round", given.repeats)
         if "delay" in given.parts:
-            slow = Work(CONFIG, PARTIES, 8, 2, 32)
+            slow = TokensWork(CONFIG, PARTIES, 8, 2, 32)
             found["delay"] = measure_delay(slow, folder / "delay", max(5, given.repeats // 2))
     found["targets"] = targets(found)
     print(json.dumps(found, indent=2))
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_figures(given.json, found)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ Started by exchange.py. Commands: ``round N IN_FLIGHT`` (compute), ``step N`` (c
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -19,11 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from coterie.config import ModelSpec, OptimSpec
-from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.host import ExpertHost
-from coterie.federation.kit import load_kit
-from coterie.federation.roster import load_roster
-from coterie.federation.shard import Shard, expert_key
+from coterie.federation.shard import Shard
 from coterie.federation.tokens import TokenExchange, TokenMicroBatch
 from coterie.models.build import build_model
 from coterie.models.placement import Placement
@@ -33,30 +28,23 @@ from coterie.training.loop import finish_round, loss_sum
 from coterie.training.optim import make_optimizer
 from coterie.training.packing import Batch
 from coterie.training.scheduler import Scheduler
+from harness import Work, serve, take_out_experts, transport_of
 
 OPTIM = OptimSpec(lr=1e-3)
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every process of the benchmark agrees on.
+class TokensWork(Work):
+    """What the processes agree on; the model is a qwen3_moe.
 
     Attributes:
-        config: settings of the random qwen3_moe model.
         batch, micro_batch: sequences per party and round, and per micro-batch.
         tokens: per sequence.
     """
 
-    config: dict[str, Any]
-    parties: tuple[str, ...]
     batch: int
     micro_batch: int
     tokens: int
-
-    @classmethod
-    def load(cls, path: Path) -> Work:
-        found = json.loads(path.read_text("utf-8"))
-        return cls(**{**found, "parties": tuple(found["parties"])})
 
     def model(self) -> nn.Module:
         """The same random weights in every process."""
@@ -70,18 +58,6 @@ class Work:
         ids = torch.randint(0, self.config["vocab_size"], shape, generator=generator)
         parts = ids.split(self.micro_batch)
         return [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in parts]
-
-
-def take_out_experts(model: nn.Module, placement: Placement, party: str) -> dict[str, Tensor]:
-    """The party's own experts by global key; the model keeps none."""
-    hosted = placement.hosted(party)
-    found = {}
-    for layer in expert_layers(model):
-        for name, stacked in layer.parameters().items():
-            for expert in hosted.get(layer.index, ()):
-                found[expert_key(layer.index, expert, name)] = stacked.detach()[expert].clone()
-            setattr(layer.module, name, nn.Parameter(stacked.to("meta"), requires_grad=False))
-    return found
 
 
 class Watched:
@@ -112,7 +88,8 @@ class Watched:
 class Party:
     """A party without coordinator, checkpoints and evaluation: the round alone."""
 
-    def __init__(self, work: Work, name: str, kit_folder: Path, listen: str) -> None:
+    def __init__(self, name: str, folder: Path, listen: str) -> None:
+        work = TokensWork.load(folder)
         self.work, self.name = work, name
         model = work.model()
         counts = [layer.num_experts for layer in expert_layers(model)]
@@ -122,8 +99,7 @@ class Party:
         self.host = ExpertHost(
             name, work.parties, cut.layers, Shard(cut.layers, experts, lambda params: make_optimizer(params, OPTIM))
         )
-        kit = load_kit(kit_folder)
-        self.transport = GrpcTransport(name, load_roster(kit), kit, listen=listen)
+        self.transport = transport_of(name, folder, listen)
         self.transport.start(self.host.handle)
         self.transport.connect(60.0)
         self.exchange = TokenExchange(self.transport, self.host, cut.layers, self.placement)
@@ -139,7 +115,7 @@ class Party:
         with self._guard:
             self._counts[name] += amount
 
-    def compute(self, number: int, in_flight: int) -> None:
+    def round(self, number: int, in_flight: int) -> None:
         self.host.begin(number, 1)
         self._sums = self.schedulers[in_flight].run(
             self.batches, lambda n, stopped: Watched(self.exchange.micro_batch(number, 1, n, stopped), self)
@@ -179,6 +155,9 @@ class Party:
             **self._counts,
         }
 
+    def close(self) -> None:
+        self.transport.close()
+
 
 def cpu_by_kind() -> dict[str, float]:
     """Processor seconds of this process so far, by what its threads are for."""
@@ -204,23 +183,5 @@ def kind_of(name: str | None) -> str:
     return "experts"
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    name, folder, listen = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    party = Party(Work.load(folder / "work.json"), name, folder / "kits" / name, listen)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        match line.split():
-            case ["round", number, in_flight]:
-                party.compute(int(number), int(in_flight))
-            case ["step", number]:
-                party.step(int(number))
-            case ["figures"]:
-                print(json.dumps(party.figures()), flush=True)
-                continue
-        print("done", flush=True)
-    party.transport.close()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Party, ("round", "step"))

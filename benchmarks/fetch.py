@@ -16,115 +16,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coterie.federation.identity import members_of
-from coterie.federation.provision import free_endpoints, provision
-from delay_proxy import DelayProxy
-from exchange import machine
-from fetch_party import LENGTH, OWNER, Work
+from fetch_party import LENGTH, OWNER, FetchWork
+from harness import Parties, machine, parties, write_figures
 from memory import LARGE
 
+SCRIPT = "fetch_party.py"
 PARTIES = ("alder", "birch", OWNER)
 DELAY_S, GIGABIT = 0.020, 125e6
 
 
-class Federation:
-    """Three processes that do rounds when told to."""
-
-    def __init__(self, work: Work, folder: Path, proxy: DelayProxy | None) -> None:
-        folder.mkdir(parents=True)
-        (folder / "work.json").write_text(json.dumps(asdict(work)), encoding="utf-8")
-        real = free_endpoints(2 * len(work.parties))
-        seen = dict(zip(work.parties, real, strict=False))
-        listen = dict(seen)
-        if proxy is not None:
-            for name, hidden in zip(work.parties, real[len(work.parties) :], strict=True):
-                listen[name] = hidden
-                proxy.forward(_port(seen[name]), _port(hidden))
-        provision("bench", members_of(seen, None), folder / "kits", config_hash="", placement_hash="")
-        script = str(Path(__file__).with_name("fetch_party.py"))
-        self._children = {
-            name: subprocess.Popen(
-                [sys.executable, script, name, str(folder), listen[name]],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "2"},
-            )
-            for name in work.parties
-        }
-        self._round = 0
-        for child in self._children.values():
-            self._answer(child)
-
-    def round(self) -> dict[str, Any]:
-        """The owner's figures of one whole round."""
-        self._round += 1
-        hosts = [name for name in self._children if name != OWNER]
-        self._tell(f"round {self._round}", hosts)
-        self._tell(f"round {self._round}", [OWNER])
-        self._tell(f"declare {self._round}", hosts)
-        figures = json.loads(self._tell("figures", [OWNER])[0])
-        self._tell(f"step {self._round}", list(self._children))
-        return figures
-
-    def close(self) -> None:
-        for child in self._children.values():
-            assert child.stdin is not None
-            child.stdin.close()
-        for child in self._children.values():
-            try:
-                child.wait(20)
-            except subprocess.TimeoutExpired:
-                child.kill()
-
-    def _tell(self, line: str, names: list[str]) -> list[str]:
-        for name in names:
-            stdin = self._children[name].stdin
-            assert stdin is not None
-            stdin.write(line + "\n")
-            stdin.flush()
-        return [self._answer(self._children[name]) for name in names]
-
-    def _answer(self, child: subprocess.Popen[str]) -> str:
-        assert child.stdout is not None
-        answer = child.stdout.readline()
-        if not answer:
-            self.close()
-            raise SystemExit("a party ended with an error; it is printed above")
-        return answer
+def owner_round(running: Parties) -> dict[str, Any]:
+    """The owner's figures of one whole round."""
+    number = running.next_round()
+    hosts = [name for name in running.names if name != OWNER]
+    running.tell(f"round {number}", hosts)
+    running.tell(f"round {number}", [OWNER])
+    running.tell(f"declare {number}", hosts)
+    (figures,) = running.figures([OWNER])
+    running.tell(f"step {number}")
+    return figures
 
 
-def _port(endpoint: str) -> int:
-    return int(endpoint.rpartition(":")[2])
-
-
-@contextmanager
-def federation(work: Work, folder: Path, gbit: float) -> Iterator[tuple[Federation, DelayProxy | None]]:
-    """A started `Federation`, ended afterwards, and the link before it."""
-    with ExitStack() as stack:
-        proxy = stack.enter_context(DelayProxy(DELAY_S, GIGABIT * gbit)) if gbit else None
-        running = Federation(work, folder, proxy)
-        stack.callback(running.close)
-        yield running, proxy
-
-
-def measure(work: Work, folder: Path, gbit: float, rounds: int) -> dict[str, Any]:
+def measure(work: FetchWork, folder: Path, gbit: float, rounds: int) -> dict[str, Any]:
     """Medians over rounds; the first round, with its self-check, is not counted."""
-    with federation(work, folder, gbit) as (running, proxy):
-        first = running.round()
+    few_arenas = {"MALLOC_ARENA_MAX": "2"}
+    link = parties(
+        SCRIPT, work, folder, delay_s=DELAY_S if gbit else 0.0, bytes_per_s=GIGABIT * gbit, environment=few_arenas
+    )
+    with link as (running, proxy):
+        first = owner_round(running)
         passed = sum(proxy.passed) if proxy is not None else 0
-        found = [running.round() for _ in range(rounds)]
+        found = [owner_round(running) for _ in range(rounds)]
         on_line = sum(proxy.passed) - passed if proxy is not None else None
 
     def middle(name: str) -> float:
@@ -178,11 +105,10 @@ def main() -> None:
         found["rows"] = json.loads(given.json.read_text("utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as name:
         for number, size in enumerate(given.batches):
-            work = Work(LARGE, PARTIES, given.lot, size, given.method)
+            work = FetchWork(LARGE, PARTIES, given.lot, size, given.method)
             found["rows"].append(measure(work, Path(name) / str(number), given.gbit, given.rounds))
             print(json.dumps(found["rows"][-1], indent=1), flush=True)
-            if given.json is not None:
-                given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write_figures(given.json, found)
 
 
 if __name__ == "__main__":

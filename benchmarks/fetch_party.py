@@ -5,8 +5,6 @@ Started by fetch.py. Commands on its input: ``round N``, ``declare N``, ``step N
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,7 @@ import torch
 from torch import nn
 
 from coterie.config import FederationConfig, ModelSpec, OptimSpec, PrivacySpec
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.kit import load_kit
 from coterie.federation.parts import Part
-from coterie.federation.roster import load_roster
 from coterie.federation.round_state import State
 from coterie.models.build import build_model
 from coterie.models.placement import Placement
@@ -30,7 +25,7 @@ from coterie.training.optim import make_optimizer
 from coterie.training.packing import pack
 from coterie.training.party_parts import PrivacyParts, trunk_tensors
 from coterie.training.private_sums import PrivateSums
-from exchange_party import take_out_experts
+from harness import Work, serve, take_out_experts, transport_of
 
 OWNER = "cedar"
 """The last in the roster dials all others, so its whole traffic passes the proxies before their doors."""
@@ -38,25 +33,17 @@ LENGTH = 64
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every process of the benchmark agrees on.
+class FetchWork(Work):
+    """What the processes agree on; the model is an olmoe.
 
     Attributes:
-        config: settings of the random olmoe model.
         lot: expected records of a round. physical_batch: records computed at once.
         method: of clipping.
     """
 
-    config: dict[str, Any]
-    parties: tuple[str, ...]
     lot: int
     physical_batch: int
     method: str
-
-    @classmethod
-    def load(cls, path: Path) -> Work:
-        found = json.loads(path.read_text("utf-8"))
-        return cls(**{**found, "parties": tuple(found["parties"])})
 
     def federation(self) -> FederationConfig:
         return FederationConfig.model_validate(
@@ -91,7 +78,8 @@ class HostOnly:
 class Party:
     """A party without coordinator and checkpoints: the round alone."""
 
-    def __init__(self, work: Work, name: str, folder: Path, listen: str) -> None:
+    def __init__(self, name: str, folder: Path, listen: str) -> None:
+        work = FetchWork.load(folder)
         self.work, self.name = work, name
         federation = work.federation()
         torch.manual_seed(0)
@@ -102,8 +90,7 @@ class Party:
             for param in layer.parameters().values():
                 param.requires_grad_(True)
         self.contribution: Any = HostOnly() if name != OWNER else self._private(model, folder)
-        kit = load_kit(folder / "kits" / name)
-        self.transport = GrpcTransport(name, load_roster(kit), kit, listen=listen)
+        self.transport = transport_of(name, folder, listen)
         self.way = ExpertsWay(
             name, federation, model, placement, trunk_tensors(model), experts, self.transport,
             lambda params: make_optimizer(params, OptimSpec(lr=1e-4)), self.contribution,
@@ -150,6 +137,10 @@ class Party:
             "must_move_bytes": sum(_moved(part) for part in self.way.parts if part.host != self.name),
         }
 
+    def close(self) -> None:
+        self.transport.close()
+        self.way.close()
+
 
 def _serial(number: int) -> int:
     """The number under which `ExpertsWay` serves a private round."""
@@ -161,26 +152,5 @@ def _moved(part: Part) -> int:
     return part.num_bytes(torch.bfloat16) + (part.num_bytes(torch.float32) if part.trained else 0)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    name, folder, listen = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    party = Party(Work.load(folder / "work.json"), name, folder, listen)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        match line.split():
-            case ["round", number]:
-                party.round(int(number))
-            case ["declare", number]:
-                party.declare(int(number))
-            case ["step", number]:
-                party.step(int(number))
-            case ["figures"]:
-                print(json.dumps(party.figures()), flush=True)
-                continue
-        print("done", flush=True)
-    party.transport.close()
-    party.way.close()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Party, ("round", "declare", "step"))
