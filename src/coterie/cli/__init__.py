@@ -18,7 +18,6 @@ What was spent, and what an error means: `coterie.cli.ledger`, `coterie.cli.expl
 `coterie.cli.demo`.
 
 Shown and ended: `coterie.cli.output` prints, `coterie.cli.streams` never reaches into the work,
-`coterie.cli.timed_screen`, `coterie.cli.training_progress`, `coterie.cli.private_progress`,
-`coterie.cli.rounds_progress` and `coterie.cli.privacy_lines` say how far it is, `coterie.cli.stopping` ends on
-request.
+`coterie.cli.timed_screen`, `coterie.cli.training_progress`, `coterie.cli.rounds_progress` and
+`coterie.cli.privacy_lines` say how far it is, `coterie.cli.stopping` ends on request.
 """
