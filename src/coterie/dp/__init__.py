@@ -34,8 +34,6 @@ Accounting: `coterie.dp.accounting` turns noise into epsilon, `coterie.dp.spool`
 was released, `coterie.dp.run_facts` what a run fixed at its start, `coterie.dp.texts` what tells the same text
 again, `coterie.dp.lifetime` with `coterie.dp.overlap` and `coterie.dp.groups` add up runs, `coterie.dp.merging` two
 machines; `coterie.dp.statement` says it.
-
-For developers: `coterie.dp.survey`.
 """
 
 from __future__ import annotations

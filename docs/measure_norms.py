@@ -1,8 +1,10 @@
-"""How exact the engine is, family by family, on this machine's releases of torch and transformers."""
+"""How exact the engine is, family by family, on this machine's releases of torch and transformers.
+
+``python docs/measure_norms.py`` writes the column of docs/models.md; then `coterie models --markdown docs/models.md`.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from coterie.dp.losses import default_loss
 from coterie.models.catalogue import causal_lm_types
 from coterie.models.tiny import VOCAB, tiny_model
 
+COLUMN = Path(__file__).parent / "models" / "norms.json"
 _RECORDS, _TOKENS = 3, 7
 
 
@@ -49,14 +52,9 @@ def _alone(model: nn.Module, one: dict[str, Tensor]) -> Tensor:
 
 
 def main() -> None:
-    """Write a column for docs/models.md: ``python -m coterie.dp.survey docs/models/norms.json``."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", type=Path)
-    path: Path = parser.parse_args().file
     cells = {family: f"{error:.1e}" for family, error in norm_errors().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     column = {"title": "per-sample norms, largest relative error", "cells": cells}
-    path.write_text(json.dumps(column, indent=2) + "\n", encoding="utf-8")
+    COLUMN.write_text(json.dumps(column, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
