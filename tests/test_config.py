@@ -386,3 +386,29 @@ def test_a_home_that_does_not_exist_is_said_where_it_is_used(tmp_path: Path, mon
     path.write_text(TRAIN.replace("run_dir: run", "run_dir: ~/run"))
     with pytest.raises(ConfigError, match="`~` stands for the home folder"):
         load_yaml(path, TrainConfig)
+
+
+@pytest.mark.parametrize("written", ['""', '" "', '"ru\\0n"', '"\\ud83d"'])
+def test_a_path_that_is_empty_or_that_no_file_can_have_is_refused(tmp_path: Path, written: str) -> None:
+    (tmp_path / "train.yaml").write_text(TRAIN.replace("run_dir: run", f"run_dir: {written}"))
+    with pytest.raises(ConfigError, match=r"`run_dir`") as caught:
+        load_yaml(tmp_path / "train.yaml", TrainConfig)
+    assert caught.value.code == "config-invalid"
+    assert "train.yaml:8" in str(caught.value)
+
+
+@pytest.mark.parametrize("written", ["9" * 5000, "0x" + "f" * 5000, "-" + "1" * 400])
+def test_a_number_without_end_is_one_short_sentence(tmp_path: Path, written: str) -> None:
+    (tmp_path / "train.yaml").write_text(TRAIN.replace("rounds: 10", f"rounds: {written}"))
+    with pytest.raises(ConfigError, match=r"`train.rounds`") as caught:
+        load_yaml(tmp_path / "train.yaml", TrainConfig)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("written", ["!!int ten", '!!int ""', "!!bool maybe", "!!timestamp soon", "!!float x"])
+def test_a_tag_that_does_not_fit_its_value_is_one_sentence(tmp_path: Path, written: str) -> None:
+    for text in (f"train: {{rounds: {written}}}", f"? {written}\n: 5"):
+        (tmp_path / "train.yaml").write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_yaml(tmp_path / "train.yaml", TrainConfig)
+        assert caught.value.code == "config-yaml"

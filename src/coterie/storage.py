@@ -1,8 +1,10 @@
-"""What lies on disk: whether this version knows it."""
+"""What lies on disk: whether it is what coterie writes, and whether this version knows it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
+from typing import Any
 
 from coterie.errors import CoterieError
 
@@ -31,3 +33,18 @@ def check_known(
         why="what is not understood and left out would count as if it were not there",
         fix="use the version of coterie that wrote it, or a newer one; nothing in it was changed",
     )
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in a text.
+
+    Raises:
+        ValueError: it is no JSON, not UTF-8, nested without bound, or something else than an object.
+    """
+    try:
+        made = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(made, dict):
+        raise ValueError(f"{type(made).__name__} instead of an object")
+    return made

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +134,29 @@ def test_json_is_whole_and_has_no_nan(tmp_path: Path) -> None:
     output.write_json(path, {"loss": float("nan"), "list": (1, float("inf")), 3: "x"})
     assert json.loads(path.read_text()) == {"loss": None, "list": [1, None], "3": "x"}
     assert [found.name for found in path.parent.iterdir()] == ["figures.json"]
+
+
+def test_figures_go_into_a_pipe_and_through_a_link_and_replace_neither(tmp_path: Path) -> None:
+    pipe, link, real = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "real.json"
+    os.mkfifo(pipe)
+    link.symlink_to(real.name)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    for path in (pipe, link):
+        output.write_json(path, {"loss": 1.5})
+    assert json.loads(reader.communicate(timeout=30)[0]) == json.loads(real.read_text()) == {"loss": 1.5}
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert link.is_symlink()
+
+
+def test_figures_that_cannot_be_written_leave_nothing_and_name_their_file(tmp_path: Path) -> None:
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        output.write_json(folder, {})
+    assert caught.value.filename == str(folder)
+    with pytest.raises(TypeError):
+        output.write_json(tmp_path / "new.json", {"no": object()})
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_table_without_a_terminal_is_aligned_plain_text(capsys: pytest.CaptureFixture[str]) -> None:

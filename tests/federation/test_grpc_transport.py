@@ -218,8 +218,9 @@ def test_bytes_that_are_no_frame_end_the_connection_and_no_other(kits: dict[str,
         assert decode_hello(next(call), "alder").sender == "alder"
         with pytest.raises((grpc.RpcError, StopIteration)):
             drain(call)
-    birch = start(kits["birch"])
-    birch.connect(10.0)
+    # For a moment alder takes this process for a second one beside the one that spoke rubbish, and turns it away.
+    birch = start(kits["birch"], settings=replace(QUICK, refusal_s=10.0))
+    birch.connect(20.0)
     birch.request("alder", Lane.FORWARD, Message("fine"), 5.0)
     assert handled == ["fine"]
     assert alder.connected() == {"birch"}

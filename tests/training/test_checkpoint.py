@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +151,27 @@ def test_weights_of_another_model_are_refused(make_tiny: Callable[..., PreTraine
     wider = make_tiny("qwen3_moe", vocab_size=97)
     with pytest.raises(CheckpointError, match="do not fit the model"):
         load_model_tensors(model, model_tensors(wider))
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", "[" * 100_000, '{"run": 5}', "\udcff"])
+def test_a_manifest_of_any_other_content_is_a_damaged_checkpoint(store: CheckpointStore, content: str) -> None:
+    good = store.write(5, TENSORS, {})
+    (good.path / "manifest.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError) as caught:
+        store.newest()
+    assert caught.value.code == "checkpoint-torn"
+    with pytest.raises(CheckpointError) as caught:
+        store.load(good, "weights")
+    assert caught.value.code == "checkpoint-torn"
+
+
+@pytest.mark.parametrize("files", [[], "x", {"weights.safetensors": "x"}, {"weights.safetensors": {}}])
+def test_a_manifest_whose_list_of_files_is_something_else_is_a_damaged_checkpoint(
+    store: CheckpointStore, files: object
+) -> None:
+    good = store.write(5, TENSORS, {})
+    manifest = json.loads((good.path / "manifest.json").read_text())
+    (good.path / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+    with pytest.raises(CheckpointError) as caught:
+        store.load(good, "weights")
+    assert caught.value.code == "checkpoint-torn"

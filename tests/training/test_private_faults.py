@@ -54,7 +54,7 @@ class World:
 
     def __init__(self, folder: Path, *, rounds: int = ROUNDS, seeded: bool = False, **changes: object) -> None:
         self.folder, self.seeded = folder, seeded
-        self.config: FederationConfig = private_settings(train__rounds=rounds, deadline_s=4.0, **changes)
+        self.config: FederationConfig = private_settings(**{"train__rounds": rounds, "deadline_s": 4.0, **changes})
         self.model = full_models()[PARTIES[0]]
         self.federation = InProcessFederation(self.config, folder / "coordinator")
         self.uncounted: list[str] = []
@@ -417,7 +417,8 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched
 ):
     """A memory fault on the way: the host takes nothing of it, and nothing is drawn or counted again."""
-    world = watched(World(tmp_path))
+    # Nothing here waits for a deadline; a short one would end attempts of its own accord on a busy machine.
+    world = watched(World(tmp_path, deadline_s=60.0))
     push, broken = SumSender.push, threading.Event()
 
     def damaged(self, round, blobs: Mapping[int, Tensor], versions):  # type: ignore[no-untyped-def]

@@ -204,3 +204,48 @@ def test_a_value_that_python_cannot_hold_is_one_sentence(tmp_path: Path, ids: An
     with pytest.raises(DataError, match="cannot be read as parquet") as caught:
         read(table(tmp_path, text=["one", "two"], who=ids), user_column="who")
     assert caught.value.code == "data-unreadable"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_ascii_in_utf16_is_not_read_as_letters_and_zeros(tmp_path: Path, encoding: str, name: str) -> None:
+    path = written(tmp_path, name, f"text\n{SECRET} went home\n".encode(encoding))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert caught.value.code == "data-encoding"
+    assert "line 1" in caught.value.message
+    assert SECRET not in str(caught.value)
+
+
+def test_a_quote_between_tabs_that_would_swallow_rows_is_refused(tmp_path: Path) -> None:
+    rows = f'id\ttext\n1\t"{SECRET} said\n2\tand then\n3\tno more"\n'
+    with pytest.raises(DataError) as caught:
+        read(written(tmp_path, "a.tsv", rows))
+    assert caught.value.code == "data-rows-merged"
+    assert "line 2" in caught.value.message
+    assert SECRET not in str(caught.value)
+    assert read(written(tmp_path, "b.tsv", 'id\ttext\n1\t"two\nlines"\n2\t"a ""word"""\n')).texts == (
+        "two\nlines",
+        'a "word"',
+    )
+
+
+@pytest.mark.parametrize("way", ["name", "link", "hard link", "detour"])
+def test_a_file_that_is_named_twice_is_refused(tmp_path: Path, way: str) -> None:
+    first = written(tmp_path, "a.jsonl", '{"text": "once"}\n')
+    second = {
+        "name": first,
+        "link": tmp_path / "link.jsonl",
+        "hard link": tmp_path / "hard.jsonl",
+        "detour": tmp_path / "x" / ".." / "a.jsonl",
+    }[way]
+    (tmp_path / "x").mkdir()
+    if way == "link":
+        second.symlink_to(first)
+    if way == "hard link":
+        second.hardlink_to(first)
+    other = written(tmp_path, "b.jsonl", '{"text": "once"}\n')
+    with pytest.raises(DataError) as caught:
+        read_documents([first, other, second], DataSpec(train=(first,)))
+    assert caught.value.code == "data-file-twice"
+    assert len(read_documents([first, other], DataSpec(train=(first,)))) == 2

@@ -19,7 +19,8 @@ from coterie.federation.run_folder import LOCK_FILE, RunFolder
 from coterie.training.evaluate import Evaluation, paired_bootstrap
 from coterie.training.generate import generate
 from coterie.training.loop import StopFlag
-from coterie.training.metrics import read_metrics
+from coterie.training.metrics import MetricsWriter, read_metrics
+from coterie.training.purging import purge
 from coterie.training.run import resume, start
 from coterie.training.trained import evaluate_run, load_trained
 
@@ -226,6 +227,23 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_resuming_where_no_run_is_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no run"):
         resume(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"5", b"null", b"[" * 100_000, b"\xff"])
+def test_a_marker_of_any_other_content_is_no_run(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    for look in (resume, load_trained, purge):
+        with pytest.raises(CheckpointError) as caught:
+            look(tmp_path)
+        assert caught.value.code == "run-dir-none"
+
+
+def test_lines_of_figures_that_a_crash_left_are_dropped_and_written_anew(tmp_path: Path) -> None:
+    lines = [b'{"round": 0, "loss": 1.0}', b'{"loss": 2.0}', b'{"round": 7}', b'{"round": 1, "lo\xff\n[5]\n']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    with MetricsWriter(tmp_path, first_round=3) as metrics:
+        metrics.log(3, loss=0.5)
+    assert read_metrics(tmp_path) == [{"round": 0, "loss": 1.0}, {"round": 3, "loss": 0.5}]
 
 
 def test_changed_settings_or_text_are_noticed_on_resume(make_config: MakeConfig, tmp_path: Path) -> None:

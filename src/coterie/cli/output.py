@@ -74,12 +74,27 @@ def _cell(value: object) -> str:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write figures as JSON, whole or not at all. A number that is not finite becomes null."""
+    """Write figures as JSON, whole or not at all. A number that is not finite becomes null.
+
+    A link stays one, and what is no ordinary file (a pipe, ``/dev/null``) is written to, not replaced.
+    """
     path = Path(path)
+    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (not path.is_file() or path.is_relative_to("/dev") or path.is_relative_to("/proc")):
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:  # of a pipe whose reader is gone, it does not say which
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return
+    path = path.resolve()
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 
 BASE_FOLDER = "base_folder"
 """Key of the validation context that holds the folder relative paths start from."""
@@ -18,6 +18,16 @@ class Spec(BaseModel):
     """A block of settings. Values cannot change after loading; a key that is not listed is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def _check_path(value: Any) -> Any:
+    """An empty path would be the settings' own folder; the others no file can have."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("a path is missing here: write `.` for the folder of this file")
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError("no file can have this name: it holds a character 0 or half of a surrogate pair")
+    return value
 
 
 def _resolve(path: Path, info: ValidationInfo) -> Path:
@@ -30,7 +40,7 @@ def _resolve(path: Path, info: ValidationInfo) -> Path:
     return Path(context[BASE_FOLDER], path) if BASE_FOLDER in context else path
 
 
-LocalPath = Annotated[Path, AfterValidator(_resolve)]
+LocalPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(_resolve)]
 """A path; in a YAML file it starts from that file's folder."""
 
 

@@ -21,6 +21,8 @@ from coterie.errors import ConfigError
 SpecT = TypeVar("SpecT", bound=Spec)
 KeyPath = tuple[str | int, ...]
 
+_SHOWN = 200
+"""Most characters of a value that an error repeats."""
 _MOST_KEYS = 100_000
 """Keys and list items that a settings file may have, aliases written out."""
 
@@ -85,7 +87,7 @@ _Loader.add_implicit_resolver(
     "-+.0123456789",
 )
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^([-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+)$"), "-+0123456789"
+    "tag:yaml.org,2002:int", re.compile(r"^([-+]?(0|[1-9][0-9]{0,30})|0x[0-9a-fA-F]{1,30})$"), "-+0123456789"
 )
 
 
@@ -119,6 +121,14 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
                         fix="write out what is meant; aliases of aliases grow without bound",
                     )
             return loader.construct_document(node), lines
+        except (ValueError, LookupError, AttributeError) as error:  # of PyYAML, where a tag is written out
+            if isinstance(error, yaml.YAMLError):
+                raise
+            raise ConfigError(
+                f"{path} has a value that does not fit the tag (`!!...`) before it.",
+                code="config-yaml",
+                fix="leave the tag out",
+            ) from None
         finally:
             loader.dispose()
     except UnicodeDecodeError as error:
@@ -235,8 +245,13 @@ def _problem(model: type[Spec], data: Any, detail: dict[str, Any]) -> _Problem:
     text = str(detail["msg"]).removeprefix("Value error, ")
     text = re.sub(r"dictionary or instance of \w+", "block of settings", text)
     text = text[0].lower() + text[1:] if text.startswith("Input ") else text
-    got = f" (got {node!r})" if isinstance(node, (str, int, float)) and detail["type"] != "value_error" else ""
+    got = f" (got {_short(node)})" if isinstance(node, (str, int, float)) and detail["type"] != "value_error" else ""
     return _Problem(detail["type"], tuple(keys), (f"`{name}`: " if keys else "") + text + got, in_union)
+
+
+def _short(value: str | int | float) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _merge(problems: list[_Problem]) -> list[_Problem]:

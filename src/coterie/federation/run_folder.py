@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from coterie.errors import CheckpointError, RoundError
 from coterie.federation.files import writing
+from coterie.storage import json_object
 
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"
@@ -107,7 +108,7 @@ class RunFolder:
 
 def _holder(text: bytes) -> str:
     try:
-        found = json.loads(text)
+        found = json_object(text)
         return f": process {int(found['pid'])} on {found['host']}, since {found['since']}"
     except (ValueError, TypeError, KeyError):
         return ""
@@ -153,9 +154,7 @@ def read_status(path: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it cannot be read.
     """
     try:
-        status = json.loads((path / STATUS_FILE).read_text(encoding="utf-8"))
-        if not isinstance(status, dict):
-            raise ValueError("not an object")
+        status = json_object((path / STATUS_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} holds no status of a federation's process.",

@@ -37,6 +37,7 @@ from coterie.models.shards import (
 from coterie.models.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
 from coterie.models.stream import layer_group, stream_checkpoint
 from coterie.models.trainings import Training, joined, read_trainings, write_trainings
+from coterie.storage import json_object
 
 
 def export(
@@ -146,7 +147,7 @@ def split_spec(folder: Path) -> ModelSpec:
     if (folder / MANIFEST_FILE).exists():
         read_manifest(folder)
     try:
-        dtype = json.loads(path.read_text(encoding="utf-8"))["dtype"]
+        dtype = json_object(path.read_bytes())["dtype"]
         return ModelSpec(path=folder / MODEL_FOLDER, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

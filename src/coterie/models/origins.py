@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coterie.errors import ModelError
 from coterie.models.trainings import Training, trainings_from
-from coterie.storage import check_known
+from coterie.storage import check_known, json_object
 
 KEY = "coterie"
 
@@ -74,7 +74,7 @@ def origin_of(path: Path) -> Origin:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
-        made: dict[str, Any] = json.loads(text or "null")
+        made = json_object(text or "null")
         known = [field.name for field in fields(Origin)]
         for name in sorted(made.keys() - set(known)):
             check_known(path, f"field of `{KEY}` in the header", name, known, ModelError)

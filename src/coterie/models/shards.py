@@ -24,7 +24,7 @@ from torch import Tensor
 from coterie.errors import ModelError
 from coterie.models.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
 from coterie.models.trainings import Training
-from coterie.storage import check_known
+from coterie.storage import check_known, json_object
 
 TRUNK_FILE = "trunk.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -183,7 +183,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_FILE
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_object(path.read_bytes())
         check_known(path, "format", manifest["format"], {SPLIT_FORMAT}, ModelError)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_manifest(path) from error

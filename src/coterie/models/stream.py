@@ -8,7 +8,6 @@ the meta device before and after.
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from coterie.errors import ModelError
 from coterie.models.build import check_keys, quiet_loading
+from coterie.storage import json_object
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -59,7 +59,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json_object(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
             raise ModelError(f"{index} is not a weight index.", code="model-bad-checkpoint") from error
     else:

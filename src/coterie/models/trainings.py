@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from coterie import __version__
 from coterie.errors import ModelError
-from coterie.storage import check_known
+from coterie.storage import check_known, json_object
 
 TRAININGS_FILE = "coterie.json"
 _FORMAT = 1
@@ -79,7 +79,7 @@ def _listed(path: Path, key: str, *, needed: bool) -> tuple[Training, ...]:
     if not path.is_file():
         return ()
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = json_object(path.read_bytes())
         if needed:
             check_known(path, "format", made["format"], {_FORMAT}, ModelError)
         listed = made[key] if needed else made.get(key, ())

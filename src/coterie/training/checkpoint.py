@@ -24,7 +24,7 @@ from coterie.errors import CheckpointError
 from coterie.federation.files import writing
 from coterie.models.origins import save_tensors
 from coterie.models.trainings import Training
-from coterie.storage import check_known
+from coterie.storage import check_known, json_object
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -120,11 +120,14 @@ class CheckpointStore:
             CheckpointError: the file is missing or its bytes are not those that were written.
         """
         path = checkpoint.path / f"{stem}.safetensors"
-        manifest = json.loads((checkpoint.path / _MANIFEST).read_text("utf-8"))
-        entry = manifest["files"].get(path.name)
-        if entry is None or not path.is_file():
+        try:
+            entry = json_object((checkpoint.path / _MANIFEST).read_bytes())["files"].get(path.name)
+            told = None if entry is None else (entry["bytes"], entry["sha256"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise self._torn(checkpoint.path, f"{_MANIFEST} cannot be read") from None
+        if told is None or not path.is_file():
             raise self._torn(checkpoint.path, f"{path.name} is missing")
-        if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+        if (path.stat().st_size, _digest(path)) != told:
             raise self._torn(checkpoint.path, f"{path.name} is not what was written")
         try:
             return load_file(path, device=device)
@@ -181,7 +184,7 @@ class CheckpointStore:
         path = self._path(round_index)
         try:
             raw = (path / _MANIFEST).read_bytes()
-            manifest = json.loads(raw)
+            manifest = json_object(raw)
             check_known(path, "format", manifest["format"], {FORMAT}, CheckpointError)
             run, stored, state = (manifest[key] for key in ("run", "round", "state"))
         except (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError):
@@ -195,7 +198,8 @@ class CheckpointStore:
             ) from error
         if run != self.run or stored != round_index:
             raise CheckpointError(
-                f"{path} belongs to another run ({run[:12]}, round {stored}), not to this one ({self.run[:12]}).",
+                f"{path} belongs to another run ({str(run)[:12]}, round {stored}), not to this one "
+                f"({self.run[:12]}).",
                 code="checkpoint-foreign",
                 why="its weights were trained with other settings",
                 fix="resume with the settings of that run, or choose another run_dir",

@@ -40,6 +40,7 @@ def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | 
     """
     texts: list[str] = []
     users: list[str] = []
+    _check_different(files)
     for path in files:
         before = len(texts)
         for text, user in _documents_of(path, spec, user_column):
@@ -54,6 +55,24 @@ def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | 
                 fix="remove the file from the config, or check that it was written completely",
             )
     return Documents(tuple(texts), tuple(users) if user_column is not None else None)
+
+
+def _check_different(files: Sequence[Path]) -> None:
+    """By what they are on the disk: a second name, or a link, is the same file."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in files:
+        if not path.is_file():  # said where it is read
+            continue
+        found = path.stat()
+        place = (found.st_dev, found.st_ino)
+        if place in seen:
+            raise DataError(
+                f"{path} is the same file as {seen[place]}.",
+                code="data-file-twice",
+                why="everything in it would count twice; a promise for one record would cover half of it",
+                fix="name it once",
+            )
+        seen[place] = path
 
 
 def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterator[tuple[str, str]]:

@@ -9,10 +9,12 @@ nothing else. A run without privacy has no ``public/``; its model lies in ``RUN_
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from coterie.errors import ConfigError
 from coterie.federation.files import writing
 
 PUBLIC, PRIVATE = "public", "private"
@@ -29,7 +31,7 @@ not:
 {statement}
 ```
 """
-_FOLDER_MODE, _FILE_MODE = 0o700, 0o600
+_OWNERS = 0o700
 
 
 def public_folder(run_dir: Path) -> Path:
@@ -50,8 +52,10 @@ def kept_private(run_dir: Path) -> Iterator[Path]:
         The private folder, which exists; ``run_dir`` and all that lies in it already is closed to others too.
 
     Raises:
+        ConfigError: ``run_dir`` is the home folder or the root of all folders.
         CheckpointError: the folder cannot be made or closed.
     """
+    _check_own(run_dir)
     before = os.umask(0o077)
     try:
         private = private_folder(run_dir)
@@ -76,15 +80,30 @@ def write_statement(folder: Path, statement: str) -> None:
 
 
 def close_to_others(folder: Path) -> None:
-    """Set the modes of ``folder`` and of everything in it to the owner's alone; links are not followed."""
-    os.chmod(folder, _FOLDER_MODE)
+    """Take what others may do with ``folder`` and everything in it; links are not followed.
+
+    What the owner may do stays as it was: a program that lies there can still be run. What belongs to another user (a
+    volume that is mounted there) keeps its mode, since only that user can change it.
+    """
+    _close(folder.resolve())
     for place, folders, files in os.walk(folder):
-        for name in folders:
-            _close(Path(place, name), _FOLDER_MODE)
-        for name in files:
-            _close(Path(place, name), _FILE_MODE)
+        for name in (*folders, *files):
+            _close(Path(place, name))
 
 
-def _close(path: Path, mode: int) -> None:
-    if not path.is_symlink():
-        os.chmod(path, mode)
+def _close(path: Path) -> None:
+    found = path.lstat()
+    if not stat.S_ISLNK(found.st_mode) and found.st_uid == os.geteuid():
+        os.chmod(path, found.st_mode & _OWNERS)
+
+
+def _check_own(run_dir: Path) -> None:
+    """A run folder is closed to others with all that lies in it, which these two must not be."""
+    place = run_dir.resolve()
+    if place == Path(place.anchor) or str(place) == os.path.realpath(os.path.expanduser("~")):
+        raise ConfigError(
+            f"`run_dir` is {place}, which is no folder of a run's own.",
+            code="run-dir-shared",
+            why="a run folder is closed to other users, with everything that lies in it",
+            fix="name a folder inside it",
+        )

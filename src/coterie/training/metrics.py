@@ -11,6 +11,7 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 
 from coterie.federation.files import writing
+from coterie.storage import json_object
 
 
 class MetricsWriter:
@@ -58,7 +59,9 @@ class MetricsWriter:
         if not self.path.exists():
             return
         kept = [
-            row for row in read_metrics(self.path.parent) if row["round"] is not None and row["round"] < first_round
+            row
+            for row in read_metrics(self.path.parent)
+            if isinstance(at := row.get("round"), int | float) and at < first_round
         ]
         aside = self.path.with_name(self.path.name + ".part")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -68,9 +71,9 @@ class MetricsWriter:
 def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
     """The lines of a run's metrics.jsonl; a last line that was cut short by a crash is left out."""
     rows = []
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (run_dir / "metrics.jsonl").read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(json_object(line))
+        except ValueError:
             break
     return rows

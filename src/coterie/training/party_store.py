@@ -7,7 +7,6 @@ published its record.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from coterie.errors import CheckpointError
 from coterie.federation.round_state import Saved
 from coterie.models.trainings import Training
-from coterie.storage import check_known
+from coterie.storage import check_known, json_object
 from coterie.training.checkpoint import CheckpointStore, write_json
 from coterie.training.folders import private_folder
 
@@ -171,10 +170,10 @@ class PartyStore:
         if not path.exists():
             return ""
         try:
-            marker = json.loads(path.read_text("utf-8"))
+            marker = json_object(path.read_bytes())
             kind, run, party, agreement = (marker.get(key) for key in ("kind", "run", "party", "agreement"))
             text = marker.get("data")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError):
             raise CheckpointError(
                 f"{path} cannot be read.",
                 code="checkpoint-torn",

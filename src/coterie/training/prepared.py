@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.config import TrainConfig, content_hash, load_yaml
 from coterie.errors import CheckpointError
+from coterie.storage import json_object
 from coterie.training.checkpoint import CheckpointStore
 from coterie.training.data import Documents, read_documents
 from coterie.training.folders import private_folder
@@ -92,7 +92,7 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         CheckpointError: no run is here.
     """
     try:
-        marker = json.loads((run_dir / MARKER).read_text("utf-8"))
+        marker = json_object((run_dir / MARKER).read_bytes())
     except (OSError, ValueError):
         raise CheckpointError(
             f"{run_dir} holds no run of `coterie train`.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from coterie.dp.lifetime import books_under
 from coterie.dp.spool import Spool
 from coterie.errors import CheckpointError, RoundError
 from coterie.federation.run_folder import RunFolder
+from coterie.storage import json_object
 from coterie.training.folders import private_folder
 
 CACHES, TRANSCRIPTS = ("cache",), ("transcript*",)
@@ -91,7 +91,7 @@ def _purge(run_dir: Path, marker: dict[str, str], give_up: bool) -> Purged:
 
 def _marker(run_dir: Path) -> dict[str, str]:
     try:
-        marker: dict[str, str] = json.loads((run_dir / "run.json").read_text("utf-8"))
+        marker = json_object((run_dir / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(
             f"{run_dir} holds no run.",

@@ -103,7 +103,7 @@ def csv_rows(path: Path, columns: Sequence[str], separator: str) -> Iterator[Row
 
     Raises:
         DataError: a column is missing or named twice, a row has more or fewer fields than the header, quotes do not
-            close, or the file is not UTF-8.
+            close, a quoted field between tabs holds what may be rows, or the file is not UTF-8.
     """
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader((line for _, line in _lines(path)), delimiter=separator, strict=True)
@@ -117,6 +117,13 @@ def csv_rows(path: Path, columns: Sequence[str], separator: str) -> Iterator[Row
                 code="data-columns-shifted",
                 why="a field could be taken for its neighbour's column",
                 fix="put fields that hold the separator in double quotes, and end no line with a separator",
+            )
+        if separator == "\t" and any("\t" in field and "\n" in field for field in fields):
+            raise DataError(
+                f"{path}, {where}: a quoted field holds both a tab and a line end.",
+                code="data-rows-merged",
+                why="in files with tabs a quote is often a letter like any other: several rows would be read as one",
+                fix="double the quotes that are letters and put the field in quotes, or write the file as jsonl",
             )
         yield where, [fields[place] for place in places]
 
@@ -199,11 +206,24 @@ def plain_text(path: Path) -> str:
     return "".join(line for _, line in _lines(path)).replace("\r\n", "\n")
 
 
+def _check_no_zero(path: Path, number: int, line: bytes) -> None:
+    """ASCII in UTF-16 is valid UTF-8, with a zero byte beside every letter."""
+    at = line.find(b"\0")
+    if at >= 0:
+        raise DataError(
+            f"{path} holds a zero byte (line {number}, byte {at + 1}).",
+            code="data-encoding",
+            why="it is UTF-16 or no text at all; read as UTF-8, every letter would be trained with a zero beside it",
+            fix="convert it, for example with `iconv -f utf-16 -t utf-8`",
+        )
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers from 1, ended by LF alone, as they are, less a byte-order mark."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(_without_mark(file), 1):
+                _check_no_zero(path, number, line)
                 try:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError as error:
