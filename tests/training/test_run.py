@@ -192,6 +192,12 @@ def test_generation_repeats_with_the_seed(make_config: MakeConfig) -> None:
     assert isinstance(generate(trained.model, trained.tokenizer, "", tokens=3), str)
 
 
+@pytest.mark.parametrize("prompt", ["caf\udce9", "\ud83d"])
+def test_a_prompt_that_is_not_utf8_is_one_sentence(prompt: str) -> None:
+    with pytest.raises(DataError, match="not UTF-8"):
+        generate(None, None, prompt, tokens=1)  # type: ignore[arg-type]
+
+
 def test_a_folder_that_holds_a_run_is_not_used_again(make_config: MakeConfig) -> None:
     config = make_config()
     start(config)

@@ -25,10 +25,14 @@ def generate(
         seed: of the sampling.
 
     Raises:
-        DataError: the prompt has no token and the tokenizer no token that begins a text.
+        DataError: the prompt has no token and the tokenizer no token that begins a text; or it is not UTF-8.
 
     Cost: the whole text is computed again for each token, because not every family's cache works the same way.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of another encoding on the command line
+        raise DataError("The prompt is not UTF-8 text.", code="data-encoding", fix="use a UTF-8 terminal") from None
     ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
