@@ -130,13 +130,11 @@ def pelted(
 @pytest.mark.faults
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_member_whose_messages_say_what_was_not_agreed_ends_nobody(tmp_path: Path, exchange: str) -> None:
-    sent = answered = 0
-    for seed in range(2):
-        sent += pelted(tmp_path / f"requests-{seed}", exchange, seed, beside=40).answers.total()
-        sent += pelted(tmp_path / f"reports-{seed}", exchange, seed, reports=True, beside=40).answers.total()
-        answered += pelted(tmp_path / f"replies-{seed}", exchange, seed, replies=0.1).replies
-    assert sent > 300
-    assert answered > 1
+    sent = pelted(tmp_path / "requests", exchange, 0, beside=40).answers.total()
+    sent += pelted(tmp_path / "reports", exchange, 0, reports=True, beside=40).answers.total()
+    answered = pelted(tmp_path / "replies", exchange, 0, replies=0.1).replies
+    assert sent > 200
+    assert answered > 0
     happened = "refused by code; the others finish without that member"
     words = f"of a member in a run that says what was not agreed (`{exchange}`)"
     RECORD.tried(PART, f"a request {words}", happened, sent)
