@@ -75,14 +75,35 @@ def test_the_check_finds_fields_functions_modules_and_packages(name: str) -> Non
     assert exists(name)
 
 
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
-def test_a_package_names_each_of_its_modules_once_and_nothing_else(package: Path) -> None:
-    dotted = ".".join(["coterie", *package.relative_to(PACKAGE).parts])
-    story = ast.get_docstring(ast.parse((package / "__init__.py").read_text("utf-8"))) or ""
-    named = re.findall(rf"`{re.escape(dotted)}\.(\w+)`", story)
-    modules = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
-    folders = [path.parent.name for path in package.glob("*/__init__.py")]
-    assert sorted(named) == sorted(modules + folders)
+STORIES = {
+    ".".join(["coterie", *package.relative_to(PACKAGE).parts]): ast.get_docstring(
+        ast.parse((package / "__init__.py").read_text("utf-8"))
+    )
+    or ""
+    for package in PACKAGES
+}
+MODULES = [
+    ".".join(["coterie", *path.relative_to(PACKAGE).with_suffix("").parts])
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+]
+
+
+def test_every_module_is_named_once_in_the_story_of_its_package() -> None:
+    """Or of a package above it; the root's names what lies directly below it."""
+    told = dict.fromkeys(MODULES, 0)
+    for package, story in STORIES.items():
+        for module in told:
+            inside = (
+                module.rpartition(".")[0] == package if package == "coterie" else module.startswith(package + ".")
+            )
+            told[module] += inside and story.count(f"`{module}`")
+    assert not {module: times for module, times in told.items() if times != 1}
+
+
+def test_stories_name_nothing_that_is_gone() -> None:
+    names = [name for story in STORIES.values() for name in re.findall(r"`(coterie\.[\w.]+)`", story)]
+    assert not [name for name in names if name not in MODULES and name not in STORIES]
 
 
 def test_the_tree_in_the_readme_has_a_line_for_every_folder() -> None:
