@@ -391,7 +391,7 @@ def test_a_later_protocol_may_say_more() -> None:
     assert decode_hello(hello.encode()[:-1] + b', "more": [1]}', "alder") == hello
 
 
-# ---- breaks and returns
+# ---- connections that break, and peers that return
 
 
 def test_a_peer_that_returns_is_connected_again_and_old_requests_have_failed(

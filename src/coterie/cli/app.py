@@ -91,7 +91,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(__version__)
+        typer.echo(__version__, file=sys.stdout)
         raise typer.Exit()
 
 

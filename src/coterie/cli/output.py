@@ -50,10 +50,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     if not sys.stdout.isatty():
         widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
         if title:
-            print(title)
+            typer.echo(title, file=sys.stdout)
         for line in [list(columns), *cells]:
             padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)]
-            print("  ".join(padded).rstrip())
+            typer.echo("  ".join(padded).rstrip(), file=sys.stdout)
         return
     shown = Table(title=title, title_justify="left")
     for name, right in zip(columns, numeric, strict=True):
@@ -131,7 +131,7 @@ def progress(description: str, total: int, *, done: int = 0, lines: int = 20) ->
         nonlocal count
         before, count = count, count + steps
         if count // every > before // every or count >= total:
-            print(f"{description} {count}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
+            typer.echo(f"{description} {count}/{total}  {note}".rstrip(), file=sys.stderr)
 
     yield line
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+import typer
+
 from coterie.cli.output import Advance, progress
 from coterie.cli.streams import KeptOnFileHandler
 from coterie.federation.files import writing
@@ -111,7 +113,7 @@ class RoundLines:
             self._line(text)
 
     def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        typer.echo(text, file=sys.stderr)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
+import typer
+
 from coterie.demonstration.processes import LIFELINE
 
 LAST_S = 4.0
@@ -43,7 +45,7 @@ def stop_signals(ask: Callable[[], bool], *, bounded: bool = True) -> Iterator[N
             text = f"stopping: after this round, or in {LAST_S:.0f} s with what was saved"
         else:
             text = "stopping after this round; Ctrl-C again ends at once"
-        print(text, file=sys.stderr, flush=True)
+        typer.echo(text, file=sys.stderr)
 
     with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handle)):
         try:
@@ -98,7 +100,7 @@ def end_within(seconds: float, number: int, ended: threading.Event) -> None:
 
     def wait() -> None:
         if not ended.wait(seconds):
-            print("ending now, with what was saved", file=sys.stderr, flush=True)
+            typer.echo("ending now, with what was saved", file=sys.stderr)
             os._exit(128 + number)
 
     threading.Thread(target=wait, name="end-within", daemon=True).start()

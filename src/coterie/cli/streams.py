@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+import typer
+
 
 class KeptOn:
     """A text stream that stops writing at the first error instead of raising it.
@@ -82,7 +84,7 @@ def guarded_output() -> Iterator[None]:
     log = logging.getLogger("coterie")
 
     def tell_errors(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        typer.echo(text, file=sys.stderr)
 
     sys.stdout = KeptOn(output, "standard output", tell_errors)
     sys.stderr = KeptOn(errors, "standard error", log.warning)
@@ -113,8 +115,5 @@ class KeptOnFileHandler(logging.FileHandler):
             return
         self._lost = True
         reason = error.strerror or type(error).__name__
-        print(
-            f"the log {self.baseFilename} cannot be written any more ({reason}); going on without it",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"the log {self.baseFilename} cannot be written any more ({reason}); going on without it"
+        typer.echo(text, file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+import typer
+
 from coterie.cli.output import error_console
 
 EVERY_S = 10.0
@@ -29,10 +31,8 @@ class TimedScreen:
     def line(self, text: str) -> None:
         """A line that stays."""
         self._erase()
-        print(
-            f"{self._time()}  {self._head:<18} {text}" if self._head else f"{self._time()}  {text}", file=sys.stderr
-        )
-        sys.stderr.flush()
+        head = f"{self._head:<18} " if self._head else ""
+        typer.echo(f"{self._time()}  {head}{text}", file=sys.stderr)
         self._head = " " if self._head else ""
 
     def progress(self, text: str) -> None:
