@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test site wheel faults test-lowest lint format clean
+.PHONY: demo test test-fast site wheel faults test-lowest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -14,6 +14,10 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Under two minutes on two idle cores; tests/fast.txt says what.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not faults" $$(grep -v '^#' tests/fast.txt) $(ARGS)
 
 # The documentation, in build/site: a broken link or anchor stops it, and tests/docs see what Zensical does not.
 site: $(STAMP)

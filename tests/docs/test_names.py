@@ -101,6 +101,11 @@ def test_every_module_is_named_once_in_the_story_of_its_package() -> None:
     assert not {module: times for module, times in told.items() if times != 1}
 
 
+def test_what_is_run_fast_is_there() -> None:
+    lines = (ROOT / "tests" / "fast.txt").read_text("utf-8").splitlines()
+    assert not [line for line in lines if not line.startswith("#") and not (ROOT / line).exists()]
+
+
 def test_stories_name_nothing_that_is_gone() -> None:
     names = [name for story in STORIES.values() for name in re.findall(r"`(coterie\.[\w.]+)`", story)]
     assert not [name for name in names if name not in MODULES and name not in STORIES]

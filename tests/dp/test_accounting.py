@@ -117,6 +117,7 @@ def test_delta_outside_its_range_is_refused(value: float) -> None:
         Budget(1.0, value)
 
 
+@pytest.mark.slow
 def test_unreachable_epsilon_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"epsilon 1e-06 at delta 1e-12 cannot be reached in 1000 rounds"):
         noise_multiplier(Budget(1e-6, 1e-12), 0.5, 1000)

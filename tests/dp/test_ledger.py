@@ -200,6 +200,7 @@ for number in range(1, 41):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_ledger_lose_nothing(tmp_path: Path) -> None:
     runs = ["one", "two"]
     processes = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), run]) for run in runs]

@@ -312,6 +312,7 @@ for number in (1, 2, 3):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [8, 13, 17])
 def test_invariant_8_a_killed_process_resumes_without_losing_count(tmp_path: Path, step: int) -> None:
     victim = subprocess.run(

@@ -126,6 +126,7 @@ def test_tensors_of_ids_make_as_many_units_as_users(tmp_path: Path, given: str) 
             assert len(lot) <= 4 * lot.num_units
 
 
+@pytest.mark.slow
 def test_the_trainer_counts_the_users_of_a_torch_dataset(tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
