@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from coterie.config import FederationConfig, ModelSpec, OptimSpec, PrivacySpec
+from coterie.federation.attempt import Attempt
 from coterie.federation.parts import Part
 from coterie.federation.round_state import State
 from coterie.models.build import build_model
@@ -115,14 +116,14 @@ class Party:
         if self.name == OWNER:
             self.way.compute(State(round=number, attempt=1), lambda: True)
         else:
-            self.way.pool.begin(_serial(number))
+            self.way.pool.begin(Attempt(number, 1))
 
     def declare(self, number: int) -> None:
         """Host: say that nothing will come."""
-        self.way._sender.declare(_serial(number), contributes=False, weight=0.0)
+        self.way._sender.declare(Attempt(number, 1), contributes=False, weight=0.0)
 
     def step(self, number: int) -> None:
-        self.way.pool.commit(_serial(number), 1e-4)
+        self.way.pool.commit(Attempt(number, 1), 1e-4)
 
     def figures(self) -> dict[str, Any]:
         if self.name != OWNER:
@@ -140,11 +141,6 @@ class Party:
     def close(self) -> None:
         self.transport.close()
         self.way.close()
-
-
-def _serial(number: int) -> int:
-    """The number under which `ExpertsWay` serves a private round."""
-    return number * 1024
 
 
 def _moved(part: Part) -> int:

@@ -1,4 +1,4 @@
-"""Write docs/reference/config.md, cli.md and messages.md from the code: ``python docs/generate_reference.py``.
+"""Write docs/reference/config.md, cli.md and wire.md's tables from the code: ``python docs/generate_reference.py``.
 
 With ``--check`` nothing is written and the exit code says whether the pages are current.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import re
 import sys
 import types
 import typing
@@ -128,17 +129,52 @@ def cli_page() -> str:
     return "\n".join(lines)
 
 
-def messages_page() -> str:
+_HEADER_CHECKS = {
+    "magic": "`CTRE`",
+    "version": "protocol version, now {version}; another one is refused",
+    "type": "1 request, 2 reply, 3 error, 4 one-way, 5 heartbeat",
+    "lane": "the stream's",
+    "run": "SHA-256 of the run's name, first half; the session's",
+    "epoch": "membership epoch; the session's",
+    "correlation": "ties a reply to its request; where nobody waits, the frame is dropped",
+    "kind": "zero-padded; 1 to 24 of `a-z 0-9 _ . -`",
+    "body_length": "<= 64 KiB",
+    "tensor_count": "<= 4096",
+    "reserved": "0",
+    "data_length": "end of the last tensor; <= lane limit, and equal to what the table needs",
+}
+
+
+def header_table() -> str:
+    """Every field of a frame's header; the numbers of the address with the words of `Address`."""
+    import struct
+
+    from coterie.federation.frame import ADDRESS, HEADER, PROTOCOL_VERSION
+    from coterie.federation.transport import Address
+
+    attributes = inspect.cleandoc(Address.__doc__ or "").split("Attributes:", 1)[1]
+    described = re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", attributes, re.M)
+    said = {name: " ".join(text.replace("``", "`").split()) for name, text in described}
+    lines, offset = ["| offset | bytes | field | value |", "|---|---|---|---|"], 0
+    for name, kind in HEADER.items():
+        size = struct.calcsize(f"<{kind}")
+        text = said[name].rstrip(".") if name in ADDRESS else _HEADER_CHECKS[name].format(version=PROTOCOL_VERSION)
+        lines.append(f"| {offset} | {size} | `{name}` | {text} |")
+        offset += size
+    return "\n".join([f"Header, {offset} bytes:", "", *lines])
+
+
+def messages_tables() -> str:
     """Every message between members, from the table that handlers check against."""
     import dataclasses
 
     from coterie.federation.control import Call, Directive, Refusal
-    from coterie.federation.messages import NUMBERS, TABLE, Form
+    from coterie.federation.messages import TABLE, Form
     from coterie.federation.round_state import Complaint, Report, Saved, State
 
     bodies = {"report": Call, "directive": Directive, "refused": Refusal}
 
-    def row(role: str, form: Form) -> str:
+    def line(role: str, form: Form, numbers: str) -> str:
         body = form.body
         if body is None:
             said = f"fields of [{bodies[form.kind].__name__}](#bodies-of-the-rounds)"
@@ -149,37 +185,34 @@ def messages_page() -> str:
             + (", or none" if rule.optional else "")
             for rule in form.tensors
         )
-        return f"| {role} `{form.kind}` | {', '.join(form.numbers) or '-'} | {said} | {tensors or '-'} |"
+        return f"| {role} `{form.kind}` | {numbers} | {said} | {tensors or '-'} |"
 
-    lines = [
-        HEAD,
-        "# Messages",
-        "",
-        "Everything that members say to each other ([how it is framed](wire.md)). A handler compares a message with",
-        "its line here before it touches anything: kind, lane, sender, header numbers (one that is not named is 0),",
-        "entries of the body (all of them, no others), number, dtype and axes of the tensors (a letter is the same",
-        "extent all over a message). A reply has the numbers of its request. What does not fit is refused as",
-        "`message-unfit`; values that are not finite or too large as `message-not-finite` and `message-too-large`.",
-        "",
-        f"Header numbers: {', '.join(NUMBERS)}. Letters: M tokens, D model width, P pairs of token and expert,",
-        "R rows of outputs (M, or P without weights), O output width, S bytes of a chunk.",
-        "",
-    ]
-    titles = {"tokens": "Exchange `tokens`", "experts": "Exchange `experts`", "rounds": "Rounds"}
-    for part, title in titles.items():
-        lines += [f"## {title}", "", "| message | numbers | body | tensors |", "|---|---|---|---|"]
-        for line in TABLE:
-            if line.part == part:
-                where = f"{line.sender} to {line.receiver}, {line.lane.name.lower()}:"
-                lines += [row(where, line.request), *(row("reply:", reply) for reply in line.replies)]
+    lines = []
+    for topic, title in {"tokens": "Exchange `tokens`", "experts": "Exchange `experts`", "rounds": "Rounds"}.items():
+        lines += [f"### {title}", "", "| message | address | body | tensors |", "|---|---|---|---|"]
+        for row in TABLE:
+            if row.topic == topic:
+                role = f"{row.sender} to {row.receiver}, {row.lane.name.lower()}:"
+                lines.append(line(role, row.request, ", ".join(row.numbers) or "-"))
+                lines += [line("reply:", reply, "the same" if row.numbers else "-") for reply in row.replies]
         lines.append("")
-    lines += ["## Bodies of the rounds", "", "| name | fields |", "|---|---|"]
-    for body in (Call, Report, Complaint, Saved, Directive, State, Refusal):
-        lines.append(f"| {body.__name__} | {', '.join(f'`{f.name}`' for f in dataclasses.fields(body))} |")
+    lines += ["### Bodies of the rounds", "", "| name | fields |", "|---|---|"]
+    for kind in (Call, Report, Complaint, Saved, Directive, State, Refusal):
+        lines.append(f"| {kind.__name__} | {', '.join(f'`{f.name}`' for f in dataclasses.fields(kind))} |")
     return "\n".join(lines)
 
 
-PAGES = {"config": config_page, "cli": cli_page, "messages": messages_page}
+def wire_page() -> str:
+    """The page as it is, with its tables made anew."""
+    text = (REFERENCE / "wire.md").read_text("utf-8")
+    for name, table in {"header": header_table(), "messages": messages_tables()}.items():
+        begin, end = f"<!-- {name}: made by docs/generate_reference.py -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+PAGES = {"config": config_page, "cli": cli_page, "wire": wire_page}
 
 
 def main() -> int:

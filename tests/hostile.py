@@ -12,8 +12,7 @@ from torch import Tensor
 
 from coterie.federation.transport import Counters, Handler, Lane, Message, Transport
 
-NUMBERS = ("round", "attempt", "micro_batch", "layer", "exchange")
-_WIDTHS = {"round": 64, "attempt": 32, "micro_batch": 32, "layer": 32, "exchange": 64}
+_BITS = {"round": 64, "attempt": 32, "micro_batch": 32, "layer": 32, "call": 64, "part": 32, "chunk": 32}
 _WRONG: tuple[Any, ...] = (
     *(None, True, -1, 0.5, 2**31, 2**53 + 1, 2**63, 10**4000, 1e308, float("inf"), float("nan")),
     *("", "garbage", "x" * 1_000_000, [], [[]], [-1], [0, 0], [2**63], {}, {"keep": True}),
@@ -25,9 +24,9 @@ def mutations(message: Message) -> Iterator[tuple[str, Message]]:
     for kind in ("surprise", "dispatch", "tokens", "push-end", "declare", "directive", "report", "error", "ack"):
         if kind != message.kind:
             yield f"kind {kind}", replace(message, kind=kind)
-    for name in NUMBERS:
-        for value in {1, getattr(message, name) + 1, 2**31, 2 ** _WIDTHS[name] - 1}:
-            yield f"{name} {value}", replace(message, **{name: value})
+    for name, bits in _BITS.items():
+        for value in {1, getattr(message.address, name) + 1, 2**31, 2**bits - 1}:
+            yield f"{name} {value}", replace(message, address=replace(message.address, **{name: value}))
     for name in message.body:
         yield f"without {name}", replace(message, body={k: v for k, v in message.body.items() if k != name})
         for value in _WRONG:

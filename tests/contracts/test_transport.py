@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +15,15 @@ import torch
 
 from coterie.errors import DeadlineError, FrameError, RoundError, TransportError
 from coterie.federation import switchboard
+from coterie.federation.frame import PROTOCOL_VERSION
 from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.provision import local_kits
 from coterie.federation.roster import load_roster
 from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Handler, Lane, Message, Transport
+from coterie.federation.transport import Address, Handler, Lane, Message, Transport
 
-SETTINGS = Settings(window=4, window_bytes=8 << 20, close_s=2.0, redial_s=0.05, send_deadline_s=10.0)
+SETTINGS = Settings(window=4, window_bytes=8 << 20, close_s=2.0, redial_s=0.05, send_deadline_s=10.0, refusal_s=0.3)
 DTYPES = [
     torch.float32,
     torch.bfloat16,
@@ -97,7 +99,11 @@ def test_every_dtype_comes_back_bit_for_bit(world: World) -> None:
 
 def test_all_header_fields_and_the_body_come_back(world: World) -> None:
     alder = world.started({"alder": silent, "birch": echo})["alder"]
-    message = Message("grad", 2**40, 3, 4, 5, 2**50, body={"rows": [1, 2], "name": "é", "none": None, "x": 0.5})
+    message = Message(
+        "grad",
+        Address(round=2**40, attempt=3, micro_batch=4, layer=5, call=2**50, part=6, chunk=7),
+        body={"rows": [1, 2], "name": "é", "none": None, "x": 0.5},
+    )
     assert alder.request("birch", Lane.BACKWARD, message, 10.0) == message
 
 
@@ -148,17 +154,17 @@ def test_requests_of_a_peer_on_a_lane_are_handled_in_the_order_sent(world: World
     order: list[int] = []
 
     def note(peer: str, lane: Lane, message: Message) -> None:
-        if message.round % 7 == 0:
+        if message.address.round % 7 == 0:
             time.sleep(0.002)
-        order.append(message.round)
+        order.append(message.address.round)
 
     alder = world.started({"alder": silent, "birch": note})["alder"]
     for number in range(60):
         if number % 2:
-            alder.send("birch", Lane.CONTROL, Message("note", number))
+            alder.send("birch", Lane.CONTROL, Message("note", Address(round=number)))
         else:
-            last = alder.request_async("birch", Lane.CONTROL, Message("note", number), 10.0)
-    alder.request("birch", Lane.CONTROL, Message("note", 60), 10.0)
+            last = alder.request_async("birch", Lane.CONTROL, Message("note", Address(round=number)), 10.0)
+    alder.request("birch", Lane.CONTROL, Message("note", Address(round=60)), 10.0)
     last.result(10)
     assert order == list(range(61))
 
@@ -187,8 +193,9 @@ def test_replies_find_their_requests_when_many_threads_ask_at_once(world: World)
         for step in range(15):
             number = thread * 1000 + step
             tensor = torch.full((50,), number)
-            reply = members["alder"].request("birch", Lane.FORWARD, Message("ask", number, tensors=(tensor,)), 20.0)
-            if reply.round != number or not torch.equal(reply.tensors[0], tensor):
+            message = Message("ask", Address(round=number), tensors=(tensor,))
+            reply = members["alder"].request("birch", Lane.FORWARD, message, 20.0)
+            if reply.address.round != number or not torch.equal(reply.tensors[0], tensor):
                 wrong.append(number)
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
@@ -203,10 +210,38 @@ def test_both_sides_can_ask_each_other_inside_their_handlers(world: World) -> No
     members: dict[str, Transport] = {}
 
     def ask_back(peer: str, lane: Lane, message: Message) -> Message:
-        return members["birch"].request(peer, Lane.BACKWARD, Message("back", message.round), 5.0)
+        return members["birch"].request(peer, Lane.BACKWARD, Message("back", message.address), 5.0)
 
     members.update(world.started({"alder": echo, "birch": ask_back}))
-    assert members["alder"].request("birch", Lane.FORWARD, Message("there", 9), 10.0).round == 9
+    reply = members["alder"].request("birch", Lane.FORWARD, Message("there", Address(round=9)), 10.0)
+    assert reply.address.round == 9
+
+
+@pytest.mark.parametrize("theirs", [PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1])
+def test_a_peer_of_another_protocol_version_is_refused_on_both_sides_and_the_others_go_on(
+    world: World, theirs: int
+) -> None:
+    members = world.unstarted("alder", "birch", "cedar")
+    birch = members["birch"]
+    birch._session = replace(birch._session, protocol=theirs)  # type: ignore[attr-defined]
+    for member in members.values():
+        member.start(echo)
+    for name, peer in (("alder", "birch"), ("birch", "alder"), ("cedar", "birch")):
+        with pytest.raises(TransportError) as caught:
+            members[name].connect(20.0, [peer])
+        assert caught.value.code == "handshake-protocol"
+        assert f"version {theirs}" in caught.value.message
+        with pytest.raises(TransportError) as unsent:
+            members[name].request(peer, Lane.CONTROL, Message("hello"), 1.0)
+        assert unsent.value.code == "not-connected"
+    members["alder"].connect(20.0, ["cedar"])
+    assert members["alder"].request("cedar", Lane.CONTROL, Message("hello"), 5.0).kind == "hello"
+
+
+def test_a_reply_is_about_what_its_request_was_about() -> None:
+    address = Address(round=4, attempt=2, micro_batch=3, layer=1, call=5, part=6, chunk=7)
+    reply = Message("dispatch", address, {"keep": True}, (torch.ones(2),)).reply("outputs")
+    assert (reply.kind, reply.address, reply.body, reply.tensors) == ("outputs", address, {}, ())
 
 
 def test_an_error_of_the_handler_crosses_as_class_code_step_and_field_without_its_text(world: World) -> None:
@@ -217,7 +252,8 @@ def test_an_error_of_the_handler_crosses_as_class_code_step_and_field_without_it
 
     alder = world.started({"alder": silent, "birch": refuse})["alder"]
     with pytest.raises(RoundError) as caught:
-        alder.request("birch", Lane.FORWARD, Message("dispatch", 3, layer=2), 10.0)
+        alder.request("birch", Lane.FORWARD, Message("dispatch", Address(round=3, attempt=1, part=2)), 10.0)
+    assert caught.value.where == "birch, lane forward, round 3, attempt 1, part 2"
     assert caught.value.code == "round-aborted"
     assert caught.value.field == "micro_batch"
     assert "birch answered `dispatch` with error `round-aborted`" in str(caught.value)
@@ -238,13 +274,14 @@ def test_an_unexpected_exception_crosses_as_remote_failure_without_its_text(worl
 
 def test_a_reply_that_cannot_be_sent_fails_the_request_and_not_the_connection(world: World) -> None:
     def bad(peer: str, lane: Lane, message: Message) -> Message:
-        return message if message.round else Message("reply", tensors=(torch.zeros(2, dtype=torch.complex64),))
+        unsendable = message.reply("reply", tensors=(torch.zeros(2, dtype=torch.complex64),))
+        return message if message.address.round else unsendable
 
     alder = world.started({"alder": silent, "birch": bad})["alder"]
     with pytest.raises(FrameError) as caught:
         alder.request("birch", Lane.FORWARD, Message("dispatch"), 10.0)
     assert caught.value.code == "frame-dtype"
-    assert alder.request("birch", Lane.FORWARD, Message("dispatch", 1), 10.0).round == 1
+    assert alder.request("birch", Lane.FORWARD, Message("dispatch", Address(round=1)), 10.0).address.round == 1
 
 
 @pytest.mark.parametrize(
@@ -254,8 +291,8 @@ def test_a_reply_that_cannot_be_sent_fails_the_request_and_not_the_connection(wo
         (Message("x" * 25), "kind"),
         (Message("m", tensors=(torch.zeros(1, dtype=torch.complex64),)), "dtype"),
         (Message("m", tensors=(torch.zeros([1] * 9),)), "rank"),
-        (Message("m", round=-1), "number"),
-        (Message("m", layer=2**32), "number"),
+        (Message("m", Address(round=-1)), "number"),
+        (Message("m", Address(layer=2**32)), "number"),
         (Message("m", body={"x": "y" * 70_000}), "body_length"),
         (Message("m", body={"x": float("nan")}), "body"),
         (Message("m", body={"x": b"bytes"}), "body"),
@@ -286,12 +323,14 @@ def test_no_more_than_the_window_is_unanswered_and_the_next_one_waits_for_room(w
 
     def wait(peer: str, lane: Lane, message: Message) -> None:
         gate.wait(10)
-        handled.append(message.round)
+        handled.append(message.address.round)
 
     alder = world.started({"alder": silent, "birch": wait})["alder"]
-    futures = [alder.request_async("birch", Lane.FORWARD, Message("dispatch", n), 10.0) for n in range(4)]
+    futures = [
+        alder.request_async("birch", Lane.FORWARD, Message("dispatch", Address(round=n)), 10.0) for n in range(4)
+    ]
     with pytest.raises(DeadlineError) as caught:
-        alder.request_async("birch", Lane.FORWARD, Message("dispatch", 4), 0.2)
+        alder.request_async("birch", Lane.FORWARD, Message("dispatch", Address(round=4)), 0.2)
     assert caught.value.code == "queue-full"
     gate.set()
     for future in futures:
@@ -405,8 +444,9 @@ def test_close_waits_once_for_all_handlers_together(world: World, monkeypatch: p
 
 def test_the_coordinator_has_the_control_lane_alone_and_sees_no_tensor(world: World) -> None:
     members = world.started({"coordinator": echo, "alder": echo, "birch": echo}, coordinator="coordinator")
-    assert members["alder"].request("coordinator", Lane.CONTROL, Message("ready", 4), 5.0).round == 4
-    assert members["coordinator"].request("alder", Lane.CONTROL, Message("begin", 5), 5.0).round == 5
+    ready, begin = Message("ready", body={"round": 4}), Message("begin", body={"round": 5})
+    assert members["alder"].request("coordinator", Lane.CONTROL, ready, 5.0) == ready
+    assert members["coordinator"].request("alder", Lane.CONTROL, begin, 5.0) == begin
     with pytest.raises(TransportError) as caught:
         members["alder"].request("coordinator", Lane.FORWARD, Message("dispatch"), 5.0)
     assert caught.value.code == "no-such-lane"

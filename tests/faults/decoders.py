@@ -16,7 +16,7 @@ from coterie.errors import CoterieError
 from coterie.federation import control, handshake, identity, roster
 from coterie.federation.frame import FrameReader, FrameType, Session, encode
 from coterie.federation.round_state import Report, State
-from coterie.federation.transport import Lane, Message, remote_error
+from coterie.federation.transport import Address, Lane, Message, remote_error
 
 SESSION = Session(b"r" * 16, 1)
 
@@ -72,7 +72,8 @@ def one_input(data: bytes) -> None:
 
 def seeds() -> list[bytes]:
     """Something valid for every decoder."""
-    message = Message("push", 3, 1, 2, 1, 7, {"a": [1]}, (torch.zeros(3, 2), torch.ones(1, dtype=torch.int64)))
+    address = Address(round=3, attempt=1, micro_batch=2, layer=1, call=7)
+    message = Message("push", address, {"a": [1]}, (torch.zeros(3, 2), torch.ones(1, dtype=torch.int64)))
     frames = [b"".join(encode(SESSION, type, Lane.FORWARD, 9, message).chunks()) for type in FrameType]
     hello = handshake.Hello("birch", "alder", 1, "demo", 1, "a" * 64, "b" * 16).encode()
     bodies = [

@@ -26,7 +26,7 @@ from coterie.federation.kit import Kit
 from coterie.federation.provision import local_kits
 from coterie.federation.roster import load_roster
 from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 
 PART = "Messages"
 QUICK = Settings(window=4, close_s=2.0, redial_s=0.05, heartbeat_s=0.3, silence_s=10.0)
@@ -87,7 +87,12 @@ def mutate_over_tls(folder: Path, times: int) -> None:
         tensors = (torch.arange(6.0).reshape(3, 2), torch.ones(4, dtype=torch.bool))
         for number in range(times):
             type = draw.choice(list(FrameType))
-            message = Message("push", 3, 1, 2, 1, 7, {"rows": [1, 2]}, tensors[: draw.randrange(3)])
+            message = Message(
+                "push",
+                Address(round=3, attempt=1, micro_batch=2, layer=1, call=7),
+                {"rows": [1, 2]},
+                tensors[: draw.randrange(3)],
+            )
             (chunk,) = encode(made["birch"]._session, type, Lane.FORWARD, draw.randrange(9), message).chunks()
             wrong = mutated(chunk, draw)
             say(kits, mutated(hello, draw) if number % 10 == 0 else hello, [chunk, wrong] if number % 3 else [wrong])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from coterie.errors import FrameError
 from coterie.federation.frame import (
+    ADDRESS,
     ALIGNMENT,
     CHUNK_BYTES,
+    HEADER,
     MAGIC,
     Frame,
     FrameReader,
@@ -20,11 +23,11 @@ from coterie.federation.frame import (
     Session,
     encode,
 )
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 
 SESSION = Session(b"0123456789abcdef", 3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8]
-HEADER_BYTES = 104  # docs/reference/wire.md
+HEADER_BYTES = 112  # docs/reference/wire.md
 ENTRY_BYTES = 80
 
 
@@ -42,7 +45,14 @@ def read(chunks: list[bytes], lane: Lane = Lane.FORWARD, session: Session = SESS
 
 def example() -> bytes:
     tensors = (torch.arange(6.0).view(2, 3), torch.tensor([True, False]))
-    (chunk,) = chunks_of(Message("dispatch", 5, 1, 2, 3, 4, body={"rows": 2}, tensors=tensors))
+    (chunk,) = chunks_of(
+        Message(
+            "dispatch",
+            Address(round=5, attempt=1, micro_batch=2, layer=3, call=4, part=6, chunk=7),
+            body={"rows": 2},
+            tensors=tensors,
+        )
+    )
     return chunk
 
 
@@ -66,14 +76,12 @@ json_st = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
+U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+addresses_st = st.builds(Address, round=U64, attempt=U32, micro_batch=U32, layer=U32, call=U64, part=U32, chunk=U32)
 messages_st = st.builds(
     Message,
     st.from_regex(r"[a-z0-9_.-]{1,24}", fullmatch=True),
-    st.integers(0, 2**64 - 1),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 2**64 - 1),
+    addresses_st,
     st.dictionaries(st.text(max_size=8), json_st, max_size=4),
     st.lists(tensors_st, max_size=4).map(tuple),
 )
@@ -87,8 +95,7 @@ def test_any_message_comes_back_as_it_was(message: Message, type: FrameType, lan
     assert (frame.type, frame.lane, frame.correlation) == (type, lane, correlation)
     assert (frame.payload_bytes, frame.tensor_bytes) == (encoded.payload_bytes, encoded.tensor_bytes)
     came = frame.message
-    for name in ("kind", "round", "attempt", "micro_batch", "layer", "exchange", "body"):
-        assert getattr(came, name) == getattr(message, name)
+    assert (came.kind, came.address, came.body) == (message.kind, message.address, message.body)
     assert len(came.tensors) == len(message.tensors)
     for sent, arrived in zip(message.tensors, came.tensors, strict=True):
         assert (arrived.dtype, arrived.shape) == (sent.dtype, sent.shape)
@@ -133,24 +140,25 @@ def test_payload_of_a_large_tensor_is_hardly_more_than_the_tensor() -> None:
     ("offset", "form", "value", "field"),
     [
         (0, "<4s", b"XXXX", "magic"),
-        (4, "<H", 2, "version"),
+        (4, "<H", 1, "version"),
+        (4, "<H", 3, "version"),
         (6, "<B", 0, "type"),
         (6, "<B", 6, "type"),
         (7, "<B", 0, "lane"),
         (7, "<B", 9, "lane"),
         (8, "<16s", b"another run 1234", "run"),
         (24, "<I", 4, "epoch"),
-        (64, "<24s", b"", "kind"),
-        (64, "<24s", b"UPPER", "kind"),
-        (64, "<24s", b"a\0b", "kind"),
-        (88, "<I", 65537, "body_length"),
-        (88, "<I", 2**32 - 1, "body_length"),
-        (88, "<I", 9, "reserved"),  # one byte less: the last one of the body now lies in the padding
-        (92, "<H", 4097, "tensor_count"),
-        (92, "<H", 65535, "tensor_count"),
-        (94, "<H", 1, "reserved"),
-        (96, "<Q", 2**63, "data_length"),
-        (96, "<Q", 67, "data_length"),
+        (72, "<24s", b"", "kind"),
+        (72, "<24s", b"UPPER", "kind"),
+        (72, "<24s", b"a\0b", "kind"),
+        (96, "<I", 65537, "body_length"),
+        (96, "<I", 2**32 - 1, "body_length"),
+        (96, "<I", 9, "reserved"),  # one byte less: the last one of the body now lies in the padding
+        (100, "<H", 4097, "tensor_count"),
+        (100, "<H", 65535, "tensor_count"),
+        (102, "<H", 1, "reserved"),
+        (104, "<Q", 2**63, "data_length"),
+        (104, "<Q", 67, "data_length"),
         (HEADER_BYTES, "<B", 0, "dtype"),
         (HEADER_BYTES, "<B", 9, "dtype"),
         (HEADER_BYTES + 1, "<B", 9, "rank"),
@@ -166,6 +174,12 @@ def test_each_field_of_the_head_is_checked(offset: int, form: str, value: object
     with pytest.raises(FrameError) as caught:
         read([patched(example(), offset, form, value)])
     assert caught.value.field == field
+
+
+def test_the_header_holds_every_number_of_an_address_once() -> None:
+    assert [*ADDRESS] == [field.name for field in fields(Address)]
+    assert [name for name in HEADER if name in ADDRESS] == [*ADDRESS]
+    assert struct.calcsize("<" + "".join(HEADER.values())) == HEADER_BYTES
 
 
 def test_an_empty_tensor_cannot_carry_an_impossible_extent() -> None:
@@ -186,7 +200,7 @@ def test_a_bool_that_is_neither_0_nor_1_is_refused() -> None:
 )
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     (chunk,) = chunks_of(Message("a"))
-    head = patched(chunk, 88, "<I", len(body))[:HEADER_BYTES] + body
+    head = patched(chunk, 96, "<I", len(body))[:HEADER_BYTES] + body
     with pytest.raises(FrameError) as caught:
         read([head + bytes(-len(head) % ALIGNMENT)])
     assert caught.value.field == "body"
@@ -254,7 +268,7 @@ def test_a_head_that_announces_too_much_is_refused_before_memory_is_taken(monkey
     readers = [FrameReader(SESSION, Lane.FORWARD, max_data_bytes=1 << 40) for _ in range(3)]
     taken: list[object] = []
     monkeypatch.setattr(torch, "empty", lambda *size, **options: taken.append(size))
-    for reader, offset in zip(readers, (96, HEADER_BYTES + 8, HEADER_BYTES + 16), strict=True):
+    for reader, offset in zip(readers, (104, HEADER_BYTES + 8, HEADER_BYTES + 16), strict=True):
         with pytest.raises(FrameError):
             reader.feed(patched(example(), offset, "<Q", 1 << 39))
     assert taken == []

@@ -26,7 +26,7 @@ from coterie.federation.kit import Kit, load_authority, load_kit
 from coterie.federation.provision import free_endpoints, local_kits
 from coterie.federation.roster import Roster, draft, install_roster, join, load_roster, sign
 from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Handler, Lane, Message
+from coterie.federation.transport import Address, Handler, Lane, Message
 
 QUICK = Settings(window=4, close_s=2.0, redial_s=0.05, refusal_s=0.3, heartbeat_s=0.3, silence_s=1.5, handshake_s=1.0)
 
@@ -409,7 +409,7 @@ def test_a_peer_that_returns_is_connected_again_and_old_requests_have_failed(
     gate.set()
     start(kits["alder"])
     birch.connect(10.0)
-    assert birch.request("alder", Lane.FORWARD, Message("again", 2), 5.0).round == 2
+    assert birch.request("alder", Lane.FORWARD, Message("again", Address(round=2)), 5.0).address.round == 2
 
 
 def test_a_listener_hears_again_from_a_dialler_that_returns(kits: dict[str, Kit], start: Start) -> None:
@@ -417,7 +417,8 @@ def test_a_listener_hears_again_from_a_dialler_that_returns(kits: dict[str, Kit]
     for attempt in range(3):
         birch = start(kits["birch"])
         alder.connect(10.0)
-        assert alder.request("birch", Lane.BACKWARD, Message("grad", attempt), 5.0).round == attempt
+        message = Message("grad", Address(attempt=attempt))
+        assert alder.request("birch", Lane.BACKWARD, message, 5.0).address == message.address
         birch.close()
 
 
@@ -427,14 +428,16 @@ def test_a_dialler_that_returns_is_not_held_back_by_what_it_sent_before(kits: di
 
     def wait(peer: str, lane: Lane, message: Message) -> None:
         gate.wait(20)
-        handled.append(message.round)
+        handled.append(message.address.round)
 
     start(kits["alder"], handler=wait)
     for attempt in range(3):
         birch = start(kits["birch"])
         birch.connect(10.0)
         futures = [
-            birch.request_async("alder", Lane.FORWARD, Message("dispatch", 10 * attempt + number), 20.0)
+            birch.request_async(
+                "alder", Lane.FORWARD, Message("dispatch", Address(round=10 * attempt + number)), 20.0
+            )
             for number in range(QUICK.window)
         ]
         if attempt < 2:
@@ -552,7 +555,7 @@ def test_a_peer_that_falls_silent_is_noticed_and_comes_back(tmp_path: Path, star
         assert alder.connected() == frozenset()
         relay.thaw()
         birch.connect(20.0)
-        assert birch.request("alder", Lane.FORWARD, Message("again", 3), 10.0).round == 3
+        assert birch.request("alder", Lane.FORWARD, Message("again", Address(round=3)), 10.0).address.round == 3
     finally:
         relay.close()
 
@@ -570,7 +573,7 @@ def test_eight_parties_with_large_tensors_in_both_directions_at_once(tmp_path: P
         member.connect(30.0)
     tensor = torch.arange(2 * CHUNK_BYTES // 4 + 999, dtype=torch.int32)
     futures = [
-        member.request_async(peer, lane, Message("there", number, tensors=(tensor,)), 60.0)
+        member.request_async(peer, lane, Message("there", Address(round=number), tensors=(tensor,)), 60.0)
         for number in range(2)
         for member in members
         for peer in member.peers
@@ -592,7 +595,7 @@ def test_payload_is_at_most_three_percent_above_the_tensors_that_move(kits: dict
     birch.connect(10.0)
     rows, ids, weights = torch.randn(64, 512).bfloat16(), torch.zeros(64, 2, dtype=torch.int32), torch.randn(64, 2)
     for number in range(20):
-        message = Message("dispatch", number, tensors=(rows, ids, weights), body={"tokens": 64})
+        message = Message("dispatch", Address(round=number), tensors=(rows, ids, weights), body={"tokens": 64})
         birch.request("alder", Lane.FORWARD, message, 10.0)
     total = birch.counters().total(lane=Lane.FORWARD)
     assert total.tensor_bytes_sent == 20 * (rows.nbytes + ids.nbytes + weights.nbytes)
@@ -618,4 +621,4 @@ def test_members_that_made_their_own_keys_talk_to_each_other(tmp_path: Path, sta
         install_roster(each, agreed)
     started = [start(load_kit(tmp_path / name)) for name in installed]
     started[1].connect(10.0)
-    assert started[1].request("alder", Lane.CONTROL, Message("hello", 5), 5.0).round == 5
+    assert started[1].request("alder", Lane.CONTROL, Message("hello", Address(round=5)), 5.0).address.round == 5

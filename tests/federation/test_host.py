@@ -21,7 +21,7 @@ from coterie.federation.expert_work import Rows
 from coterie.federation.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, ExpertHost, HostLimits
 from coterie.federation.shard import Shard
 from coterie.federation.staging import PartyStage
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 from coterie.models.seam import ExpertsCall, LocalExperts, expert_layers
 from coterie.models.tiny import tiny_model
 from coterie.training.optim import make_optimizer
@@ -55,13 +55,13 @@ def rows(seed: int = 0, tokens: int = 7, weighted: bool = True, dtype: torch.dty
 def exchange(
     micro_batch: int = 0, layer: int = 0, party: str = "birch", attempt: int = 0, number: int = 0
 ) -> ExchangeId:
-    return ExchangeId(party, 0, attempt, micro_batch, layer, number)
+    return ExchangeId(party, Address(attempt=attempt, micro_batch=micro_batch, layer=layer, call=number))
 
 
 def dispatch(part: Rows, keep: bool = True, **header: int) -> Message:
     tensors = (part.x_MD, part.counts_M.to(torch.uint8), part.ids_P.to(torch.uint8))
     tensors += () if part.weights_P is None else (part.weights_P,)
-    return Message(DISPATCH, body={"keep": keep}, tensors=tensors, **header)
+    return Message(DISPATCH, Address(**header), {"keep": keep}, tensors)
 
 
 def code_of(action: Callable[[], Any]) -> str:
@@ -368,7 +368,7 @@ def test_messages_that_do_not_fit_are_refused(message: Message) -> None:
     with pytest.raises(MessageError) as caught:
         host.handle("birch", lane, message)
     assert caught.value.peer == "birch"
-    assert caught.value.code == ("exchange-unfit" if message.layer == 2 else "message-unfit")
+    assert caught.value.code == ("exchange-unfit" if message.address.layer == 2 else "message-unfit")
 
 
 def test_a_transcript_sees_what_was_received_even_if_it_is_refused() -> None:
@@ -408,7 +408,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped() -> None:
     for one in (host, resumed):
         one.begin(1, 0)
         for layer in (0, 1):
-            where = ExchangeId("birch", 1, 0, 0, layer, 0)
+            where = ExchangeId("birch", Address(round=1, layer=layer))
             one.backward(where, torch.ones_like(one.forward(where, rows(8), keep=True)))
         for party in PARTIES:
             one.tokens(party, 1, 0, 3)

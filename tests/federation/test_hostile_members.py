@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from test_host import dispatch, make_host, rows
 from torch import Tensor
 
 from coterie.errors import CoterieError, MessageError
+from coterie.federation.attempt import Attempt
 from coterie.federation.control import COORDINATOR
 from coterie.federation.gate import Gate
 from coterie.federation.grpc_transport import GrpcTransport
@@ -33,7 +35,8 @@ from coterie.models.tiny import tiny_model
 from hostile import POISON, mutations, poisoned
 
 PARTIES = ("alder", "birch", "cedar")
-LIMITS = PoolLimits(serial=4096, weight=64, value=1e5)
+LIMITS = PoolLimits(rounds=4, weight=64, value=1e5)
+NOW = Attempt(1, 1)
 
 
 class Tokens:
@@ -47,8 +50,8 @@ class Tokens:
         out = self.host.handle("birch", Lane.FORWARD, first).tensors[0]
         self.messages = {
             "dispatch": dispatch(rows(), round=1, attempt=1, micro_batch=1),
-            "gradient": Message("gradient", 1, 1, tensors=(torch.ones_like(out),)),
-            "tokens": Message("tokens", 1, 1, body={"count": 5}),
+            "gradient": Message("gradient", NOW.address(), tensors=(torch.ones_like(out),)),
+            "tokens": Message("tokens", NOW.address(), {"count": 5}),
         }
         self.lanes = {"dispatch": Lane.FORWARD}
 
@@ -75,23 +78,23 @@ class Experts:
         )
         make = lambda params: make_optimizer(params, OptimSpec())  # noqa: E731
         shard = Shard(layers, shard_of(model, placement, "alder"), make)
-        self.pool = Pool("alder", PARTIES, parts, shard, TrunkHome({}, make), limits=LIMITS, ahead=2048)
-        self.pool.begin(1024)
+        self.pool = Pool("alder", PARTIES, parts, shard, TrunkHome({}, make), limits=LIMITS, ahead=2)
+        self.pool.begin(NOW)
         self.handle: Handler = lambda peer, lane, message: self.pool.handle(peer, lane, message, wait_s=0.05)
         self.part = next(part for part in parts if part.host == "alder")
         self.blob = self.part.encode(
             {name: torch.full(shape, 0.5) for name, shape in self.part.shapes}, torch.float32
         )
-        number, weights = self.part.number, self.pool.frozen(self.part.number, 1024)[1]
+        number, weights = self.part.number, self.pool.frozen(self.part.number, NOW)[1]
         begin = {"digest": digest_of(self.blob), "size": self.blob.numel(), "weights": weights}
-        size = self.part.num_bytes(torch.bfloat16)
+        at = NOW.address(part=number)
         self.messages = {
-            "declare": Message("declare", 1024, body={"contributes": True, "weight": 6.0}),
-            "weights-offer": Message("weights-offer", 1024, layer=number),
-            "weights-chunk": Message("weights-chunk", 1024, layer=number, body={"start": 0, "end": size}),
-            "push-begin": Message("push-begin", 1024, layer=number, body=begin),
-            "push-chunk": Message("push-chunk", 1024, layer=number, tensors=(self.blob,)),
-            "push-end": Message("push-end", 1024, layer=number),
+            "declare": Message("declare", NOW.address(), {"contributes": True, "weight": 6.0}),
+            "weights-offer": Message("weights-offer", at),
+            "weights-chunk": Message("weights-chunk", at),
+            "push-begin": Message("push-begin", at, begin),
+            "push-chunk": Message("push-chunk", at, tensors=(self.blob,)),
+            "push-end": Message("push-end", at),
         }
         assert self.blob.numel() <= 1 << 20
         self.lanes = {"declare": Lane.CONTROL, "weights-offer": Lane.FORWARD, "weights-chunk": Lane.FORWARD}
@@ -99,12 +102,13 @@ class Experts:
     def push(self, blob: Tensor, weight: float = 6.0) -> None:
         """A whole push of birch."""
         number, size = self.part.number, blob.numel()
-        body = {"digest": digest_of(blob), "size": size, "weights": self.pool.frozen(number, 1024)[1]}
+        at = NOW.address(part=number)
+        body = {"digest": digest_of(blob), "size": size, "weights": self.pool.frozen(number, NOW)[1]}
         for message in (
-            Message("declare", 1024, body={"contributes": True, "weight": weight}),
-            Message("push-begin", 1024, layer=number, body=body),
-            Message("push-chunk", 1024, layer=number, tensors=(blob,)),
-            Message("push-end", 1024, layer=number),
+            Message("declare", NOW.address(), {"contributes": True, "weight": weight}),
+            Message("push-begin", at, body),
+            Message("push-chunk", at, tensors=(blob,)),
+            Message("push-end", at),
         ):
             self.handle("birch", Lane.CONTROL if message.kind == "declare" else Lane.BACKWARD, message)
 
@@ -122,7 +126,7 @@ def refusal(action: Callable[[], object]) -> Exception | None:
 
 
 WORLDS: dict[str, Callable[[], Tokens | Experts]] = {"tokens": Tokens, "experts": Experts}
-KINDS = [(line.part, line.request.kind) for line in TABLE if line.part in WORLDS]
+KINDS = [(row.topic, row.request.kind) for row in TABLE if row.topic in WORLDS]
 
 
 @pytest.mark.parametrize(("part", "kind"), KINDS)
@@ -182,9 +186,7 @@ def test_poison_in_tokens_is_refused_before_it_is_staged(value: float) -> None:
         spoilt = poisoned(message.tensors[index], value)
         tensors = (*message.tensors[:index], spoilt, *message.tensors[index + 1 :])
         with pytest.raises(MessageError) as caught:
-            world.handle(
-                "birch", world.lanes.get(kind, Lane.BACKWARD), Message(kind, 1, 1, tensors=tensors, body=message.body)
-            )
+            world.handle("birch", world.lanes.get(kind, Lane.BACKWARD), replace(message, tensors=tensors))
         assert caught.value.code in ("message-not-finite", "message-too-large")
         assert caught.value.peer == "birch"
     world.handle("birch", Lane.BACKWARD, world.messages["gradient"])  # the honest one still counts
@@ -216,12 +218,14 @@ def test_a_sum_may_be_as_large_as_its_weight_allows_and_no_larger() -> None:
 def test_a_weight_that_would_drown_or_lift_everybodys_sums_is_refused(weight: float) -> None:
     world = Experts()
     with pytest.raises(MessageError):
-        world.handle("birch", Lane.CONTROL, Message("declare", 1024, body={"contributes": True, "weight": weight}))
+        world.handle(
+            "birch", Lane.CONTROL, Message("declare", NOW.address(), {"contributes": True, "weight": weight})
+        )
 
 
-def test_the_page_of_messages_is_current() -> None:
+def test_the_tables_of_the_wire_are_current() -> None:
     script = Path(__file__).parents[2] / "docs" / "generate_reference.py"
-    subprocess.run([sys.executable, str(script), "--check", "messages"], check=True)
+    subprocess.run([sys.executable, str(script), "--check", "wire"], check=True)
 
 
 # ---- replies, and the gate ----------------------------------------------------------------------------------------
@@ -243,27 +247,27 @@ class Answers:
         return future
 
 
-@pytest.mark.parametrize("line", [line for line in TABLE if line.part in WORLDS], ids=lambda line: line.request.kind)
-def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_nothing_else(line) -> None:  # type: ignore[no-untyped-def]
-    world = WORLDS[line.part]()
-    request = world.messages[line.request.kind]
-    if line.request.kind == "push-chunk":
+@pytest.mark.parametrize("row", [row for row in TABLE if row.topic in WORLDS], ids=lambda row: row.request.kind)
+def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_nothing_else(row) -> None:  # type: ignore[no-untyped-def]
+    world = WORLDS[row.topic]()
+    request = world.messages[row.request.kind]
+    if row.request.kind == "push-chunk":
         world.handle("birch", Lane.CONTROL, world.messages["declare"])
         world.handle("birch", Lane.BACKWARD, world.messages["push-begin"])
-    if line.request.kind == "push-end":
+    if row.request.kind == "push-end":
         world.push(world.blob)  # type: ignore[union-attr]
-    if line.request.kind == "tokens":
+    if row.request.kind == "tokens":
         world.handle("birch", Lane.BACKWARD, world.messages["gradient"])
-    honest = world.handle("birch", line.lane, request)
+    honest = world.handle("birch", row.lane, request)
     assert honest is not None
     answers, said = Answers(), []
     gate = Gate(answers, 2, itertools.count().__next__, lambda peer, code: said.append((peer, code)))  # type: ignore[arg-type]
     answers.reply = honest
-    assert gate.request("birch", line.lane, request, 1.0) is honest
+    assert gate.request("birch", row.lane, request, 1.0) is honest
     misfits = 0
     for words, reply in mutations(honest):
         answers.reply = reply
-        error = refusal(lambda: gate.request("birch", line.lane, request, 1.0))
+        error = refusal(lambda: gate.request("birch", row.lane, request, 1.0))
         assert error is None or (isinstance(error, MessageError) and error.peer == "birch"), (words, error)
         misfits += error is not None
     assert misfits > 20
@@ -277,7 +281,7 @@ def test_all_that_does_not_fit_in_one_attempt_counts_once() -> None:
     for number in (1, 1, 1, 2, 2):
         attempt[0] = number
         with pytest.raises(MessageError):
-            gate.request("birch", Lane.BACKWARD, Message("push-end", 1), 1.0)  # it is answered with `ack`
+            gate.request("birch", Lane.BACKWARD, Message("push-end", NOW.address()), 1.0)  # it is answered with `ack`
     assert said == ["birch"]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from coterie.errors import TransportError
 from coterie.federation.inprocess import InProcessHub
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_restarted_party_is_connected_again(stack: ExitStack) -> None:
     again = hub.transport("birch")
     stack.callback(again.close)
     again.start(lambda peer, lane, message: message)
-    assert alder.request("birch", Lane.BACKWARD, Message("grad", 3), 5.0).round == 3
+    assert alder.request("birch", Lane.BACKWARD, Message("grad", Address(round=3)), 5.0).address.round == 3
 
 
 def test_a_party_cannot_run_twice_and_a_stranger_not_at_all(stack: ExitStack) -> None:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from coterie.errors import RoundError
+from coterie.federation.attempt import Attempt
+from coterie.federation.fetch_weights import WeightFetcher
 from coterie.federation.home import TrunkHome
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.owner import Mirror
 from coterie.federation.parts import Part, digest_of, expert_parts
 from coterie.federation.pool import DECLARE, Pool
+from coterie.federation.serve_weights import CHUNK, WeightService
 from coterie.federation.transport import Lane, Message
-from coterie.federation.weight_service import CHUNK_KIND, WeightFetcher, WeightService
 from coterie.models.weight_cache import MemoryStore, WeightCache
 
 PARTIES = ("alder", "birch")
@@ -37,7 +39,7 @@ class OwnParts:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
+    def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
         part = PARTS[number]
         blob = part.encode(self._world.weights(part), torch.float32)
         return blob, digest_of(blob)
@@ -74,13 +76,14 @@ class World:
         return {name: tensor[list(part.experts)] for name, tensor in self.layers[part.layer].items()}
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
-        self.seen.append((message.kind, message.layer))
+        self.seen.append((message.kind, message.address.part))
         self.before(message)
         return self.service.handle(peer, message)
 
     def begin(self, round: int) -> None:
-        self.service.begin_round(round)
-        self.mirror.start(round, self.mirror.versions(round))
+        attempt = Attempt(round, 1)
+        self.service.begin(attempt)
+        self.mirror.start(attempt, self.mirror.versions(attempt))
 
     def whole_round(self, round: int) -> None:
         """Fetch everything. A fault shows at the start already, or at the end."""
@@ -108,7 +111,7 @@ def world() -> Iterator[World]:
 def test_a_layer_is_usable_while_the_next_one_is_still_on_its_way(world: World):
     go_on = threading.Event()
     world.before = lambda message: (
-        go_on.wait(5) if message.kind == CHUNK_KIND and PARTS[message.layer].layer == 1 else None
+        go_on.wait(5) if message.kind == CHUNK and PARTS[message.address.part].layer == 1 else None
     )
     world.begin(1)
     world.assert_right(0)
@@ -125,8 +128,8 @@ def test_following_parts_are_asked_for_before_the_first_one_has_come(world: Worl
     chunks = []
 
     def before(message: Message) -> None:
-        if message.kind == CHUNK_KIND:
-            chunks.append(message.layer)
+        if message.kind == CHUNK:
+            chunks.append(message.address.part)
             assert asked.wait(5), "the second part was not asked for while the first was on its way"
 
     begin = world.mirror._fetcher.begin
@@ -152,7 +155,7 @@ def test_a_part_whose_layer_never_became_whole_comes_again(world: World):
             tensor.add_(1)
 
     def broken(message: Message) -> None:
-        if message.kind == CHUNK_KIND:
+        if message.kind == CHUNK:
             raise RoundError("birch gave the attempt up.", code="round-interrupted")
 
     world.before = broken
@@ -172,7 +175,7 @@ def test_trunk_that_was_overwritten_from_elsewhere_is_taken_in_again_though_it_i
     world.mirror.forget_trunk()
     world.whole_round(3)
     assert len(world.trunks) == 2
-    assert not [part for kind, part in world.seen if kind == CHUNK_KIND and PARTS[part].layer >= 0]
+    assert not [part for kind, part in world.seen if kind == CHUNK and PARTS[part].layer >= 0]
 
 
 def test_unchanged_parts_are_not_asked_for_again(world: World):
@@ -182,7 +185,7 @@ def test_unchanged_parts_are_not_asked_for_again(world: World):
     world.layers[1]["down_proj"].add_(1)
     world.begin(2)
     world.mirror.join()
-    assert {PARTS[part].layer for kind, part in world.seen if kind == CHUNK_KIND} == {1}
+    assert {PARTS[part].layer for kind, part in world.seen if kind == CHUNK} == {1}
     for layer in range(LAYERS):
         world.assert_right(layer)
 
@@ -190,32 +193,32 @@ def test_unchanged_parts_are_not_asked_for_again(world: World):
 def test_messages_for_a_line_that_was_given_up_hold_up_nothing() -> None:
     """One thread serves a lane: a request that waits for a round which never comes would delay all that follow."""
     home = TrunkHome({}, lambda params: None)  # type: ignore[arg-type, return-value]
-    pool = Pool("birch", ("alder", "birch"), [], None, home, ahead=2048)  # type: ignore[arg-type]
-    pool.begin(8 * 1024)
+    pool = Pool("birch", ("alder", "birch"), [], None, home, ahead=2)  # type: ignore[arg-type]
+    pool.begin(Attempt(8, 1))
     refused: list[str] = []
 
     def ask(round: int) -> None:
         try:
             body = {"contributes": False, "weight": 0.0}
-            pool.handle("alder", Lane.CONTROL, Message(DECLARE, round, body=body), wait_s=30.0)
+            pool.handle("alder", Lane.CONTROL, Message(DECLARE, Attempt(round, 1).address(), body), wait_s=30.0)
         except RoundError as error:
             refused.append(str(error.code))
 
-    early = threading.Thread(target=ask, args=(9 * 1024,))  # the next round: it waits
+    early = threading.Thread(target=ask, args=(9,))  # the next round: it waits
     early.start()
     early.join(0.2)
     assert early.is_alive()
     pool.forget()
-    pool.go_on_after(4 * 1024)
+    pool.go_on_after(4)
     early.join(5.0)
     assert not early.is_alive()
-    ask(9 * 1024)  # one that was queued behind it
+    ask(9)  # one that was queued behind it
     assert refused == ["round-given-up"] * 2
-    next_one = threading.Thread(target=ask, args=(5 * 1024,))  # the next round of the line that counts
+    next_one = threading.Thread(target=ask, args=(5,))  # the next round of the line that counts
     next_one.start()
     next_one.join(0.2)
     assert next_one.is_alive()
-    pool.begin(5 * 1024)
+    pool.begin(Attempt(5, 1))
     next_one.join(5.0)
     assert not next_one.is_alive()
     assert len(refused) == 2

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from coterie.errors import FrameError, MessageError, RoundError, TransportError
+from coterie.federation.attempt import Attempt
+from coterie.federation.fetch_weights import WeightFetcher
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.parts import CHUNK, Part, digest_of, expert_parts
-from coterie.federation.push_service import Push, Pusher, PushService
+from coterie.federation.push_sums import Push, Pusher
+from coterie.federation.serve_weights import CHUNK as WEIGHTS_CHUNK
+from coterie.federation.serve_weights import WeightService
+from coterie.federation.take_sums import PushService
 from coterie.federation.transport import Lane, Message
-from coterie.federation.weight_service import CHUNK_KIND, WeightFetcher, WeightService
 
 PARTIES = ("alder", "birch")
 SHAPES = [{"gate_up_proj": (4, 6, 5), "down_proj": (4, 5, 3)}] * 2
@@ -98,61 +102,63 @@ def federation():
 
 
 def test_a_fetched_part_is_the_hosts_own_bytes(federation):
-    federation.service.begin_round(4)
+    federation.service.begin(Attempt(4, 1))
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    digest = fetcher.offers([BIG], 4, torch.float32)[0].digest
-    blob = fetcher.fetch(BIG, 4, torch.float32, digest)
+    digest = fetcher.offers([BIG], Attempt(4, 1), torch.float32)[0].digest
+    blob = fetcher.fetch(BIG, Attempt(4, 1), torch.float32, digest)
     torch.testing.assert_close(BIG.decode(blob, torch.float32), federation.weights, rtol=0, atol=0)
-    assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 3
-    federation.service.begin_round(5)
-    assert fetcher.offers([BIG], 5, torch.float32)[0].digest == digest == digest_of(blob)
+    assert sum(message.kind == WEIGHTS_CHUNK for message in federation.seen) == 3
+    federation.service.begin(Attempt(5, 1))
+    assert fetcher.offers([BIG], Attempt(5, 1), torch.float32)[0].digest == digest == digest_of(blob)
 
 
 def test_a_broken_transfer_goes_on_at_the_missing_chunk(federation):
-    federation.service.begin_round(1)
+    federation.service.begin(Attempt(1, 1))
     federation.break_at = 3
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    blob = fetcher.fetch(BIG, 1, torch.float32, fetcher.offers([BIG], 1, torch.float32)[0].digest)
+    blob = fetcher.fetch(
+        BIG, Attempt(1, 1), torch.float32, fetcher.offers([BIG], Attempt(1, 1), torch.float32)[0].digest
+    )
     torch.testing.assert_close(BIG.decode(blob, torch.float32), federation.weights, rtol=0, atol=0)
-    assert sum(message.kind == CHUNK_KIND for message in federation.seen) == 4
+    assert sum(message.kind == WEIGHTS_CHUNK for message in federation.seen) == 4
 
 
 def test_weights_are_frozen_while_a_round_is_open(federation):
-    federation.service.begin_round(1)
+    federation.service.begin(Attempt(1, 1))
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    before = fetcher.offers([BIG], 1, torch.float32)[0].digest
+    before = fetcher.offers([BIG], Attempt(1, 1), torch.float32)[0].digest
     federation.weights["down_proj"].add_(1)
-    assert fetcher.offers([BIG], 1, torch.float32)[0].digest == before
-    federation.service.begin_round(2)
-    assert fetcher.offers([BIG], 2, torch.float32)[0].digest != before
+    assert fetcher.offers([BIG], Attempt(1, 1), torch.float32)[0].digest == before
+    federation.service.begin(Attempt(2, 1))
+    assert fetcher.offers([BIG], Attempt(2, 1), torch.float32)[0].digest != before
     with pytest.raises(RoundError, match="weights-round"):
-        fetcher.offers([BIG], 1, torch.float32)
+        fetcher.offers([BIG], Attempt(1, 1), torch.float32)
 
 
 def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation):
-    federation.service.begin_round(1)
+    federation.service.begin(Attempt(1, 1))
     honest = federation.service.handle
 
     def dishonest(peer: str, message: Message) -> Message:
         reply = honest(peer, message)
-        if message.kind != CHUNK_KIND:
+        if message.kind != WEIGHTS_CHUNK:
             return reply
         return replace(reply, tensors=(reply.tensors[0] ^ 1,))
 
     federation.service.handle = dishonest
     fetcher = WeightFetcher(federation.alder, deadline_s=5)
-    digest = fetcher.offers([BIG], 1, torch.float32)[0].digest
+    digest = fetcher.offers([BIG], Attempt(1, 1), torch.float32)[0].digest
     with pytest.raises(MessageError, match="other bytes than it offered"):
-        fetcher.fetch(BIG, 1, torch.float32, digest)
+        fetcher.fetch(BIG, Attempt(1, 1), torch.float32, digest)
 
 
-def push(federation: Federation, blob: torch.Tensor, *, round: int = 7, weights: str = "w") -> None:
-    Pusher(federation.alder, deadline_s=5).push_all([Push(BIG, blob, weights)], round)
+def push(federation: Federation, blob: torch.Tensor, *, round: int = 7, attempt: int = 1, weights: str = "w"):
+    Pusher(federation.alder, deadline_s=5).push_all([Push(BIG, blob, weights)], Attempt(round, attempt))
 
 
 @pytest.fixture
 def open_round(federation):
-    federation.pushes.begin_round(7, {0: "w"})
+    federation.pushes.begin(Attempt(7, 1), {0: "w"})
     return federation
 
 
@@ -183,30 +189,55 @@ MANY = tuple(Part(n, "birch", n, (0,), (("down_proj", (2, CHUNK // 4 + n)),)) fo
 def test_parts_pushed_together_are_all_staged_wherever_the_line_breaks(break_at):
     federation = Federation()
     federation.pushes = PushService(MANY, torch.float32, PARTIES)
-    federation.pushes.begin_round(7, dict.fromkeys(range(4), "w"))
+    federation.pushes.begin(Attempt(7, 1), dict.fromkeys(range(4), "w"))
     federation.break_at = break_at
     sums = [part.encode({"down_proj": torch.full((2, CHUNK // 4 + part.number), float(part.number))}, torch.float32)
             for part in MANY]  # fmt: skip
     items = [Push(part, blob, "w") for part, blob in zip(MANY, sums, strict=True)]
-    Pusher(federation.alder, deadline_s=5).push_all(items, 7)
+    Pusher(federation.alder, deadline_s=5).push_all(items, Attempt(7, 1))
     federation.close()
     assert federation.pushes.complete("alder")
     for part, blob in zip(MANY, sums, strict=True):
         found = part.encode(federation.pushes.sums(part.number, ("alder",)), torch.float32)
         assert torch.equal(found, blob)
     if break_at is None:
-        kinds = [(message.kind, message.layer) for message in federation.seen]
+        kinds = [(message.kind, message.address.part) for message in federation.seen]
         assert [layer for kind, layer in kinds if kind == "push-begin"] == [0, 1, 2, 3]
         assert kinds.index(("push-begin", 3)) < kinds.index(("push-end", 0)), "the next parts do not wait for one"
         assert sum(kind == "push-chunk" for kind, _ in kinds) == 2 + 3 * 3
 
 
-def test_a_retry_of_the_attempt_keeps_what_was_staged(open_round):
+def test_a_retry_that_brings_the_same_bytes_keeps_what_was_staged(open_round):
+    """As many attempts as a round may need, under as many epochs: no number ever stands for another one."""
+    open_round.pushes.begin(Attempt(7, 1), {0: "w"}, (7, 0))
     push(open_round, blob_of(2.0))
-    open_round.pushes.begin_round(7, {0: "w"})
-    assert open_round.pushes.complete("alder")
-    open_round.pushes.begin_round(7, {0: "other weights"})
+    for number in (2, 1022, 1023, 1024, 1025, 2**32 - 1):
+        open_round.pushes.begin(Attempt(7, number), {0: "w"}, (7, 0))
+        assert open_round.pushes.complete("alder")
+    open_round.pushes.begin(Attempt(7, 2), {0: "w"}, (7, 1023))
+    assert not open_round.pushes.complete("alder"), "another epoch"
+    push(open_round, blob_of(3.0), attempt=2)
+    open_round.pushes.begin(Attempt(7, 3), {0: "other weights"}, (7, 1023))
     assert not open_round.pushes.complete("alder")
+
+
+def test_attempts_whose_bytes_may_differ_share_nothing(open_round):
+    push(open_round, blob_of(2.0))
+    open_round.pushes.begin(Attempt(7, 2), {0: "w"})
+    assert not open_round.pushes.complete("alder")
+    push(open_round, blob_of(5.0), attempt=2)
+    assert float(open_round.pushes.sums(0, ("alder",))["down_proj"].max()) == 5.0
+
+
+def test_attempts_follow_each_other_and_the_end_of_their_round_follows_them_all():
+    in_order = [
+        Attempt(1, 1), Attempt(1, 2), Attempt(1, 1023), Attempt(1, 1024), Attempt(1, 2**32 - 1), Attempt(1),
+        Attempt(2, 1), Attempt(2), Attempt(1025, 1),
+    ]  # fmt: skip
+    for index, one in enumerate(in_order):
+        for place, other in enumerate(in_order):
+            assert one.is_before(other) == (index < place)
+    assert len({attempt.address() for attempt in in_order}) == len(in_order)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +247,8 @@ def test_a_retry_of_the_attempt_keeps_what_was_staged(open_round):
         (blob_of(float("inf")), {}, "message-not-finite"),
         (blob_of(1.0)[:-4], {}, "message-unfit"),
         (blob_of(1.0), {"round": 6}, "push-round"),
+        (blob_of(1.0), {"attempt": 2}, "push-round"),
+        (blob_of(1.0), {"attempt": 0}, "push-round"),
         (blob_of(1.0), {"weights": "older"}, "push-stale-weights"),
     ],
 )
@@ -236,24 +269,24 @@ def test_other_bytes_for_the_same_round_are_refused_and_the_first_stay(open_roun
 
 def test_a_party_outside_the_roster_cannot_push():
     service = PushService((BIG,), torch.float32, PARTIES)
-    service.begin_round(7, {0: "w"})
+    service.begin(Attempt(7, 1), {0: "w"})
     with pytest.raises(RoundError, match="cedar is not a party"):
-        service.handle("cedar", Message("push-begin", 7))
+        service.handle("cedar", Message("push-begin", Attempt(7, 1).address()))
 
 
 def test_sums_are_added_in_roster_order_whatever_arrived_first():
     sums = []
     for order in (PARTIES, PARTIES[::-1]):
         service = PushService((BIG,), torch.float32, PARTIES)
-        service.begin_round(1, {0: "w"})
+        service.begin(Attempt(1, 1), {0: "w"})
         for party in order:
             blob = BIG.encode({"down_proj": torch.randn((3, CHUNK // 4), generator=seeded(party))}, torch.float32)
             begin = {"digest": digest_of(blob), "size": blob.numel(), "weights": "w"}
-            service.handle(party, Message("push-begin", 1, body=begin))
+            service.handle(party, Message("push-begin", Attempt(1, 1).address(), begin))
             for number in (2, 0, 1):
                 chunk = blob[number * CHUNK : (number + 1) * CHUNK]
-                service.handle(party, Message("push-chunk", 1, exchange=number, tensors=(chunk,)))
-            service.handle(party, Message("push-end", 1))
+                service.handle(party, Message("push-chunk", Attempt(1, 1).address(chunk=number), tensors=(chunk,)))
+            service.handle(party, Message("push-end", Attempt(1, 1).address()))
         sums.append(service.sums(0, PARTIES)["down_proj"])
     assert torch.equal(*sums)
     only_alder = torch.randn((3, CHUNK // 4), generator=seeded("alder"))
@@ -267,24 +300,29 @@ def seeded(party: str) -> torch.Generator:
 
 def test_a_missing_push_is_named():
     service = PushService((BIG,), torch.float32, PARTIES)
-    service.begin_round(1, {0: "w"})
+    service.begin(Attempt(1, 1), {0: "w"})
     with pytest.raises(RoundError, match="push of birch for part 0 is not complete"):
         service.sums(0, ("birch",))
 
 
 def test_two_owners_can_push_at_the_same_time():
     service = PushService((BIG,), torch.float32, PARTIES)
-    service.begin_round(1, {0: "w"})
+    service.begin(Attempt(1, 1), {0: "w"})
     blob = blob_of(1.0)
 
     def whole(party: str) -> None:
         service.handle(
-            party, Message("push-begin", 1, body={"digest": digest_of(blob), "size": blob.numel(), "weights": "w"})
+            party,
+            Message(
+                "push-begin",
+                Attempt(1, 1).address(),
+                {"digest": digest_of(blob), "size": blob.numel(), "weights": "w"},
+            ),
         )
         for number in range(3):
             chunk = blob[number * CHUNK : (number + 1) * CHUNK]
-            service.handle(party, Message("push-chunk", 1, exchange=number, tensors=(chunk,)))
-        service.handle(party, Message("push-end", 1))
+            service.handle(party, Message("push-chunk", Attempt(1, 1).address(chunk=number), tensors=(chunk,)))
+        service.handle(party, Message("push-end", Attempt(1, 1).address()))
 
     threads = [threading.Thread(target=whole, args=(party,)) for party in PARTIES]
     for thread in threads:

@@ -14,7 +14,7 @@ from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.provision import free_endpoints, local_kits
 from coterie.federation.roster import load_roster
 from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 
 NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 
@@ -54,7 +54,7 @@ def test_members_reach_each_other_past_it_and_doctor_says_the_same(
         for member in members:
             member.start(lambda peer, lane, message: message)
         members[1].connect(10.0)
-        assert members[1].request("alder", Lane.FORWARD, Message("hello", 3), 5.0).round == 3
+        assert members[1].request("alder", Lane.FORWARD, Message("hello", Address(round=3)), 5.0).address.round == 3
         assert reach.look_at("alder", load_roster(kits["birch"]), kits["birch"].authority) is None
         assert reach.proxies_named()
     finally:

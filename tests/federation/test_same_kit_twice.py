@@ -21,7 +21,7 @@ from coterie.federation.kit import Kit
 from coterie.federation.provision import free_endpoints, local_kits
 from coterie.federation.roster import load_roster
 from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 
 QUICK = Settings(redial_s=0.05, refusal_s=0.3, heartbeat_s=0.4, silence_s=30.0, close_s=1.0)
 _MEMBER = """
@@ -71,7 +71,7 @@ def kits(tmp_path: Path) -> dict[str, Kit]:
 
 
 def asks(transport: GrpcTransport, number: int) -> int:
-    return transport.request("birch", Lane.FORWARD, Message("hello", number), 5.0).round
+    return transport.request("birch", Lane.FORWARD, Message("hello", Address(round=number)), 5.0).address.round
 
 
 def test_the_newcomer_is_turned_away_both_are_told_and_the_first_goes_on(

@@ -16,14 +16,14 @@ from torch.nn import functional
 
 from coterie.errors import RoundError
 from coterie.federation.pool import Pool
+from coterie.federation.serve_weights import OFFER
 from coterie.federation.transport import Lane, Message
-from coterie.federation.weight_service import OFFER
 from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.streaming import HostGradients
 from coterie.training import experts_work
 from coterie.training.experts_way import PlainSums
-from coterie.training.experts_work import ExpertsWork
+from coterie.training.experts_work import ExpertsWork, received_rounds
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.packing import RoundOrder
 from coterie.training.party_parts import trunk_tensors
@@ -185,7 +185,7 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
     handle, compute = Pool.handle, ExpertsWork.compute
 
     def seen(self, peer, lane, message, **options):  # type: ignore[no-untyped-def]
-        if (self.me, peer, message.kind, message.round // 1024) == ("birch", "alder", OFFER, 6):
+        if (self.me, peer, message.kind, message.address.round) == ("birch", "alder", OFFER, 6):
             asked.set()
         return handle(self, peer, lane, message, **options)
 
@@ -232,7 +232,7 @@ def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type:
             sizes = tuple((str(t.dtype), tuple(t.shape)) for t in message.tensors)
             fields = sorted(set(message.body) - {"digest", "weights", "weight"})
             seen.setdefault(f"{peer}->{host} {lane.name}", []).append(
-                (lane, message.kind, message.round, message.layer, message.exchange, fields, sizes)
+                (lane, message.kind, message.address, fields, sizes)
             )
 
         work.way.pool.transcript = record
@@ -241,6 +241,26 @@ def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type:
         if isinstance(end, BaseException):
             raise end
     return seen
+
+
+def test_messages_name_their_round_attempt_part_and_chunk(tmp_path: Path):
+    """Sums and the weights behind them belong to an attempt, from 1; weights of a round's end to attempt 0."""
+    config = experts_settings(train__rounds=2, train__eval_every=1)
+    seen = {message[1:3] for messages in recorded(config, tmp_path, 10).values() for message in messages}
+    assert {(at.round, at.attempt) for _, at in seen} == {(1, 1), (1, 0), (2, 1), (2, 0)}
+    assert {kind for kind, at in seen if at.attempt == 0} == {OFFER, "weights-chunk"}
+    assert not any(at.layer or at.micro_batch or at.call for _, at in seen)
+    parts = {kind: {at.part for of, at in seen if of == kind} for kind in (OFFER, "push-begin", "push-end")}
+    every = set(range(len(parts[OFFER])))
+    assert parts == dict.fromkeys(parts, every)
+    assert {at.chunk for kind, at in seen if kind.endswith("chunk")} == {0}, "no part here is larger than one"
+    assert not any(at.chunk for kind, at in seen if not kind.endswith("chunk"))
+
+
+def test_checkpoints_of_the_first_protocol_say_which_rounds_their_host_received():
+    """There, attempt 3 of round 5 had the number 5 * 1024 + 3."""
+    state = {"received:alder": torch.tensor(5 * 1024 + 3), "received-round:birch": torch.tensor(2048)}
+    assert received_rounds(state) == {"alder": 5, "birch": 2048}
 
 
 def test_what_leaves_an_owner_has_the_same_sizes_and_order_whatever_its_text(tmp_path: Path):

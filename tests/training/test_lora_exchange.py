@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from coterie.config import FederationConfig, LoraSpec
 from coterie.errors import ModelError
+from coterie.federation.parts import span
 from coterie.federation.transport import Lane, Message
 from coterie.models.lora import attach_adapters
 from coterie.models.tiny import tiny_model
@@ -71,9 +72,8 @@ def run(config: FederationConfig, folder: Path) -> tuple[InProcessFederation, di
         assert work.way is not None
 
         def record(peer: str, lane: Lane, message: Message) -> None:
-            asked = message.body.get("end", 0) - message.body.get("start", 0)
-            size = sum(t.nbytes for t in message.tensors) + asked
-            seen.append((message.kind, message.round // 1024, message.layer, size))
+            size = sum(t.nbytes for t in message.tensors)
+            seen.append((message.kind, message.address, size))
 
         work.way.pool.transcript = record
     federation.join()
@@ -106,12 +106,14 @@ def test_adapters_equal_one_process_and_base_weights_cross_once(tmp_path: Path):
     assert isinstance(work, ExpertsWork)
     assert work.way is not None
     base = {part.number for part in work.way.parts if part.layer >= 0}
-    assert {round for kind, round, part, _ in seen if kind == "weights-chunk" and part in base} == {1}
-    assert not any(part in base for kind, _, part, _ in seen if kind == "push-chunk")
+    assert {at.round for kind, at, _ in seen if kind == "weights-chunk" and at.part in base} == {1}
+    assert not any(at.part in base for kind, at, _ in seen if kind == "push-chunk")
     adapters = sum(whole[name].numel() for name in trained) * 4
     for round in range(2, 6):
-        down = sum(size for kind, r, _, size in seen if kind == "weights-chunk" and r == round)
-        up = sum(size for kind, r, _, size in seen if kind == "push-chunk" and r == round)
+        asked = [at for kind, at, _ in seen if kind == "weights-chunk" and at.round == round]
+        sizes = [(at, work.way.parts[at.part].num_bytes(torch.float32)) for at in asked]
+        down = sum(len(range(size)[span(size, at.chunk)]) for at, size in sizes)
+        up = sum(size for kind, at, size in seen if kind == "push-chunk" and at.round == round)
         assert down == up == adapters * (len(PARTIES) - 1)
 
 

@@ -172,9 +172,9 @@ def test_a_party_whose_budget_is_spent_stops_contributing_and_the_others_go_on(t
 
 
 def contributor_rounds(federation: InProcessFederation) -> dict[str, int]:
-    """Serial number, without the attempt, of the newest round of which some other host has each party's sums."""
+    """The newest round of which some other host has each party's sums."""
     return {
-        name: max(way_of(federation, host).pool.received[name] for host in PARTIES if host != name) // 1024
+        name: max(way_of(federation, host).pool.received[name] for host in PARTIES if host != name)
         for name in PARTIES
     }
 

@@ -27,7 +27,8 @@ from coterie.dp.spool import Spool
 from coterie.errors import CoterieError
 from coterie.federation.owner import SumSender
 from coterie.federation.pool import Pool
-from coterie.federation.push_service import BEGIN, Pusher
+from coterie.federation.push_sums import Pusher
+from coterie.federation.take_sums import BEGIN
 from coterie.models import weight_cache
 from coterie.training.in_process import InProcessFederation
 from coterie.training.party_parts import PartyParts
@@ -105,8 +106,8 @@ class World:
         """Called for every push that begins, before its bytes are taken."""
         if peer != VICTIM:
             return
-        round = message.round // 1024
-        told = self.announced[host, round, message.layer]
+        round = message.address.round
+        told = self.announced[host, round, message.address.part]
         told.append(message.body["digest"])
         counted = sum(r == round for r, _ in self.releases())
         if len(set(told)) > counted:
@@ -421,11 +422,11 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
     world = watched(World(tmp_path, deadline_s=60.0))
     push, broken = SumSender.push, threading.Event()
 
-    def damaged(self, round, blobs: Mapping[int, Tensor], versions):  # type: ignore[no-untyped-def]
-        if round // 1024 == FATAL and _is_victims(self) and not broken.is_set():
+    def damaged(self, attempt, blobs: Mapping[int, Tensor], versions):  # type: ignore[no-untyped-def]
+        if attempt.round == FATAL and _is_victims(self) and not broken.is_set():
             broken.set()
             blobs = {number: torch.full_like(blob, 0xFF) for number, blob in blobs.items()}
-        push(self, round, blobs, versions)
+        push(self, attempt, blobs, versions)
 
     monkeypatch.setattr(SumSender, "push", damaged)
     world.start()

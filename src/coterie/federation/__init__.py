@@ -25,9 +25,10 @@ side, `coterie.federation.participant` and `coterie.federation.membership` on th
 The exchange `tokens`: `coterie.federation.tokens` is the owner, `coterie.federation.host` the host, with
 `coterie.federation.expert_work` (its arithmetic), `coterie.federation.staging` and `coterie.federation.shard`.
 
-The exchange `experts`: `coterie.federation.parts` is what crosses, `coterie.federation.owner` the owner,
-`coterie.federation.pool` the host, `coterie.federation.weight_service` the way down,
-`coterie.federation.push_service` the way up, `coterie.federation.home` a shared trunk's place.
+The exchange `experts`: `coterie.federation.parts` is what crosses, `coterie.federation.attempt` when. The host is
+`coterie.federation.pool`, with `coterie.federation.serve_weights` (down), `coterie.federation.take_sums` (up) and
+`coterie.federation.home` (a shared trunk's place); the owner is `coterie.federation.owner`, with
+`coterie.federation.fetch_weights` and `coterie.federation.push_sums`.
 """
 
 import os

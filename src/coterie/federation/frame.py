@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from coterie.errors import FrameError
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 
 MAGIC = b"CTRE"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CHUNK_BYTES = 1 << 20
 ALIGNMENT = 64
 MAX_RANK = 8
@@ -38,9 +38,20 @@ MAX_BODY_BYTES = 64 << 10
 MAX_KIND_BYTES = 24
 RUN_BYTES = 16
 
-# magic, version, type, lane, run, epoch, round, attempt, micro-batch, layer, exchange, correlation, kind,
-# body length, number of tensors, reserved, data length
-_HEADER = struct.Struct(f"<4sHBB{RUN_BYTES}sIQIIIQQ{MAX_KIND_BYTES}sIHHQ")
+ADDRESS: Mapping[str, str] = {
+    "round": "Q", "attempt": "I", "micro_batch": "I", "layer": "I", "call": "Q", "part": "I", "chunk": "I",
+}  # fmt: skip
+"""The numbers of an `Address` in the order of the header, each with its `struct` format."""
+
+HEADER: Mapping[str, str] = {
+    **{"magic": "4s", "version": "H", "type": "B", "lane": "B", "run": f"{RUN_BYTES}s", "epoch": "I"},
+    **ADDRESS,
+    **{"correlation": "Q", "kind": f"{MAX_KIND_BYTES}s"},
+    **{"body_length": "I", "tensor_count": "H", "reserved": "H", "data_length": "Q"},
+}
+"""Every field of the header, little-endian and without gaps."""
+
+_HEADER = struct.Struct("<" + "".join(HEADER.values()))
 # dtype, rank, reserved, reserved, byte length, extent of every axis (0 beyond the rank)
 _ENTRY = struct.Struct(f"<BBHIQ{MAX_RANK}Q")
 _KIND = re.compile(rb"[a-z0-9_.-]{1,24}")
@@ -75,10 +86,12 @@ class Session:
     Args:
         run: the first 16 bytes of the SHA-256 of the run's name.
         epoch: membership epoch of the roster (u32).
+        protocol: version of everything that is said here; a peer of another one is refused.
     """
 
     run: bytes
     epoch: int
+    protocol: int = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True)
@@ -208,9 +221,9 @@ def encode(
         )
     try:
         header = _HEADER.pack(
-            *(MAGIC, PROTOCOL_VERSION, type, lane, session.run, session.epoch),
-            *(message.round, message.attempt, message.micro_batch, message.layer, message.exchange, correlation),
-            *(kind, len(body), len(entries), 0, offset),
+            *(MAGIC, session.protocol, type, lane, session.run, session.epoch),
+            *(getattr(message.address, name) for name in ADDRESS),
+            *(correlation, kind, len(body), len(entries), 0, offset),
         )
     except struct.error as error:
         raise _refuse(f"A number in the header of `{message.kind}` is out of range: {error}.", "number") from None
@@ -317,13 +330,12 @@ def read_head(chunk: bytes, session: Session, lane: Lane, max_data_bytes: int) -
     """
     if len(chunk) < _HEADER.size:
         raise _refuse(f"A frame starts with {_HEADER.size} bytes of header; {len(chunk)} came.", "header")
-    (magic, version, type_code, lane_code, run, epoch, *numbers, kind, body_length, count, reserved, data_length) = (
-        _HEADER.unpack_from(chunk)
-    )
+    magic, version, type_code, lane_code, run, epoch, *numbers = _HEADER.unpack_from(chunk)
+    *numbers, correlation, kind, body_length, count, reserved, data_length = numbers
     if magic != MAGIC:
         raise _refuse("These bytes are no coterie frame (wrong magic number).", "magic")
-    if version != PROTOCOL_VERSION:
-        raise _refuse(f"The frame has protocol version {version}; this side speaks {PROTOCOL_VERSION}.", "version")
+    if version != session.protocol:
+        raise _refuse(f"The frame has protocol version {version}; this side speaks {session.protocol}.", "version")
     if type_code not in set(FrameType):
         raise _refuse(f"Frame type {type_code} does not exist.", "type")
     if lane_code != lane:
@@ -353,8 +365,7 @@ def read_head(chunk: bytes, session: Session, lane: Lane, max_data_bytes: int) -
     if end != data_length:
         raise _refuse(f"The tensors need {end} bytes; the frame announces {data_length}.", "data_length")
     body = _decode_body(chunk[body_start : body_start + body_length])
-    round_, attempt, micro_batch, layer, exchange, correlation = numbers
-    message = Message(name.decode("ascii"), round_, attempt, micro_batch, layer, exchange, body)
+    message = Message(name.decode("ascii"), Address(**dict(zip(ADDRESS, numbers, strict=True))), body)
     tensor_bytes = sum(plan.nbytes for plan in plans)
     frame = Frame(FrameType(type_code), lane, correlation, message, length + data_length, tensor_bytes)
     return _Head(frame, tuple(plans), length, data_length)

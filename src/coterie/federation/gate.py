@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from coterie.errors import CoterieError, MessageError
-from coterie.federation.messages import check_reply, line_of
+from coterie.federation.messages import check_reply, row_of
 from coterie.federation.transport import Counters, Handler, Lane, Message, Transport
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Gate:
 
     def request_async(self, peer: str, lane: Lane, message: Message, deadline_s: float) -> Future[Message]:
         """As `Transport.request_async`; the future also fails with a `MessageError` for a reply that does not fit."""
-        line, asked = line_of(message, self.me, peer), replace(message, body={}, tensors=())
+        row, asked = row_of(message, self.me, peer), replace(message, body={}, tensors=())
         checked: Future[Message] = Future()
         checked.set_running_or_notify_cancel()
 
@@ -80,8 +80,8 @@ class Gate:
                 return
             reply = done.result()
             try:
-                if line is not None:
-                    check_reply(line, peer, asked, reply)
+                if row is not None:
+                    check_reply(row, peer, asked, reply)
             except MessageError as misfit:
                 self.count(misfit)
                 checked.set_exception(misfit)

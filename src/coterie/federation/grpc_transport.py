@@ -425,7 +425,8 @@ class GrpcTransport(Switchboard):
             roster.membership_epoch,
             roster.content_hash(),
             self._run,
-            process=self._process,
+            self._session.protocol,
+            self._process,
         )
 
     def _link(self, peer: str, lane: Lane, ours: Hello) -> GrpcLink:

@@ -21,7 +21,7 @@ from coterie.federation.expert_work import Kept, Rows, work_backward, work_forwa
 from coterie.federation.messages import LARGEST, check_request, kinds, unfit
 from coterie.federation.shard import Shard
 from coterie.federation.staging import PartyStage
-from coterie.federation.transport import Lane, Message
+from coterie.federation.transport import Address, Lane, Message
 from coterie.federation.values import check_own, check_received
 from coterie.models.seam import ExpertLayer
 
@@ -61,11 +61,11 @@ class ExchangeId:
     """One experts call of one party."""
 
     party: str
-    round: int
-    attempt: int
-    micro_batch: int
-    layer: int
-    exchange: int
+    address: Address
+
+    @property
+    def round_id(self) -> RoundId:
+        return self.address.round, self.address.attempt
 
 
 class ExpertHost:
@@ -149,7 +149,7 @@ class ExpertHost:
         """
         if not 0 <= count <= self._limits.tokens:
             raise unfit(party, TOKENS, "count", f"is {count}; {self._limits.tokens} were agreed")
-        self._stage(party, round, attempt).declare(count)
+        self._stage(party, (round, attempt)).declare(count)
 
     def missing(self) -> tuple[str, ...]:
         """Parties of the open attempt that have not declared their tokens; nobody where no expert is hosted."""
@@ -247,9 +247,9 @@ class ExpertHost:
         layer = self._layer(exchange)
         rows = self._checked(exchange, layer, rows)
         if keep:
-            stage = self._stage(exchange.party, exchange.round, exchange.attempt)
+            stage = self._stage(exchange.party, exchange.round_id)
             self._reserve(exchange, self._size(layer, rows))
-            stage.begin(exchange.layer, exchange.micro_batch)
+            stage.begin(layer.index, exchange.address.micro_batch)
         with self._weights(layer) as weights:
             out, kept = work_forward(layer, weights, rows, recompute=self._recompute)
         if keep:
@@ -269,7 +269,7 @@ class ExpertHost:
             FrameError: another shape.
         """
         layer = self._layer(exchange)
-        stage = self._stage(exchange.party, exchange.round, exchange.attempt)
+        stage = self._stage(exchange.party, exchange.round_id)
         with self._changed:
             kept = self._kept.get(exchange)
             if kept is None:
@@ -296,7 +296,7 @@ class ExpertHost:
         with self._changed:
             self._check_open(exchange)
             self._reserved[exchange.party] -= kept.num_bytes
-        stage.finish(exchange.layer, exchange.micro_batch, staged)
+        stage.finish(layer.index, exchange.address.micro_batch, staged)
         return grad_x_MD, grad_weights_P
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
@@ -314,31 +314,30 @@ class ExpertHost:
             self._transcript(peer, lane, message)
         limits = self._limits
         most = {"round": limits.rounds, "micro_batch": limits.micro_batches - 1, "layer": len(self._layers) - 1}
-        line = check_request("tokens", self.me, peer, lane, message, most=most)
-        for rule, tensor in zip(line.request.tensors, message.tensors, strict=False):
+        row = check_request("tokens", self.me, peer, lane, message, most=most)
+        for rule, tensor in zip(row.request.tensors, message.tensors, strict=False):
             if tensor.is_floating_point():
                 check_received(peer, message.kind, rule.name, tensor, limits.value)
-        exchange = ExchangeId(
-            peer, message.round, message.attempt, message.micro_batch, message.layer, message.exchange
-        )
+        exchange = ExchangeId(peer, message.address)
         if message.kind == DISPATCH:
             x_MD, counts_M, ids_P, *weights = message.tensors
             rows = Rows(x_MD, counts_M.long(), ids_P.long(), weights[0] if weights else None)
             out = self.forward(exchange, rows, message.body["keep"])
             check_own("outputs of hosted experts", [out], limits.value, where=_where(exchange))
-            return _reply("outputs", message, out)
+            return message.reply("outputs", tensors=(out,))
         if message.kind == GRADIENT:
             grad_x_MD, grad_weights_P = self.backward(exchange, message.tensors[0])
             grads = (grad_x_MD,) if grad_weights_P is None else (grad_x_MD, grad_weights_P)
             check_own("gradients behind hosted experts", grads, limits.value, where=_where(exchange))
-            return _reply("gradients", message, *grads)
-        self.tokens(peer, message.round, message.attempt, message.body["count"])
-        return _reply("counted", message)
+            return message.reply("gradients", tensors=grads)
+        self.tokens(peer, message.address.round, message.address.attempt, message.body["count"])
+        return message.reply("counted")
 
     def _layer(self, exchange: ExchangeId) -> ExpertLayer:
-        if exchange.layer not in self.shard.hosted:
-            raise _unfit(exchange, "layer", f"{exchange.layer} has no expert hosted by {self.me}")
-        return self._layers[exchange.layer]
+        layer = exchange.address.layer
+        if layer not in self.shard.hosted:
+            raise _unfit(exchange, "layer", f"{layer} has no expert hosted by {self.me}")
+        return self._layers[layer]
 
     def _checked(self, exchange: ExchangeId, layer: ExpertLayer, rows: Rows) -> Rows:
         """The rows on the computing device, with ids that count the hosted experts. Nothing is trusted."""
@@ -395,9 +394,9 @@ class ExpertHost:
                 raise _too_much(exchange, self._limits.kept_bytes)
             self._reserved[exchange.party] += size
 
-    def _stage(self, party: str, round: int, attempt: int) -> PartyStage:
+    def _stage(self, party: str, wanted: RoundId) -> PartyStage:
         """The party's stage, when this host has begun the attempt; a faster party waits for it here."""
-        wanted = (round, attempt)
+        round, attempt = wanted
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or wanted <= (self._open or (-1, 0)) or wanted <= self._over,
@@ -420,8 +419,8 @@ class ExpertHost:
             return self._stages[party]
 
     def _check_open(self, exchange: ExchangeId) -> None:
-        if self._open != (exchange.round, exchange.attempt):
-            raise _over(exchange.round, exchange.attempt)
+        if self._open != exchange.round_id:
+            raise _over(*exchange.round_id)
 
     @contextmanager
     def _weights(self, layer: ExpertLayer) -> Iterator[dict[str, Tensor]]:
@@ -442,15 +441,9 @@ def _input_width(layer: ExpertLayer, weights: dict[str, Tensor]) -> int:
     return up.shape[-2] if layer.layout.is_transposed else up.shape[-1]
 
 
-def _reply(kind: str, to: Message, *tensors: Tensor) -> Message:
-    return Message(kind, to.round, to.attempt, to.micro_batch, to.layer, to.exchange, tensors=tensors)
-
-
 def _where(exchange: ExchangeId) -> str:
-    return (
-        f"{exchange.party}, round {exchange.round}, attempt {exchange.attempt}, micro-batch {exchange.micro_batch}, "
-        f"layer {exchange.layer}"
-    )
+    at = exchange.address
+    return f"{exchange.party}, round {at.round}, attempt {at.attempt}, micro-batch {at.micro_batch}, layer {at.layer}"
 
 
 def _over(round: int, attempt: int) -> RoundError:

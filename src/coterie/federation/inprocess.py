@@ -6,8 +6,9 @@ import hashlib
 import threading
 from collections.abc import Iterable
 
-from coterie.errors import TransportError
+from coterie.errors import CoterieError, TransportError
 from coterie.federation.frame import Encoded, FrameReader, Session
+from coterie.federation.handshake import Hello, compare
 from coterie.federation.line import Link
 from coterie.federation.switchboard import ALL_LANES, Settings, Switchboard
 from coterie.federation.transport import Lane
@@ -16,8 +17,9 @@ from coterie.federation.transport import Lane
 class InProcessHub:
     """Where the parties of one process meet.
 
-    Messages are encoded and decoded as on the wire, so limits, dtypes and byte counts are the same. After a
-    transport was closed, `transport` makes a new one for the same party, as if its process had been restarted.
+    Members introduce themselves, and messages are encoded and decoded, as on the wire, so refusals, limits, dtypes
+    and byte counts are the same. After a transport was closed, `transport` makes a new one for the same party, as if
+    its process had been restarted.
 
     Args:
         parties: names in roster order.
@@ -86,7 +88,7 @@ class InProcessHub:
             for name, other in self._live.items():
                 if name != new.me:
                     for lane in self.lanes_between(new.me, name):
-                        _join_pair(new, other, lane)
+                        _introduce(new, other, lane)
 
     def leave(self, gone: _InProcessTransport) -> None:
         with self._lock:
@@ -121,8 +123,14 @@ class _InProcessLink(Link):
         self._closed = True
 
 
-def _join_pair(one: _InProcessTransport, other: _InProcessTransport, lane: Lane) -> None:
-    there = _InProcessLink(other, other.me, lane, one.session)
+def _introduce(one: _InProcessTransport, other: _InProcessTransport, lane: Lane) -> None:
+    ours, theirs = one.hello(other.me, lane), other.hello(one.me, lane)
+    problem, same = compare(ours, theirs, other.me), compare(theirs, ours, one.me)
+    if problem is not None and same is not None:
+        one.refuse(other.me, problem)
+        other.refuse(one.me, same)
+        return
+    there = _InProcessLink(other, other.me, lane, other.session)
     back = _InProcessLink(one, one.me, lane, one.session)
     there.back, back.back = back, there
     one.gain(there)
@@ -137,9 +145,26 @@ class _InProcessTransport(Switchboard):
             me, {name: hub.lanes_between(me, name) for name in others}, hub.session, hub.settings, no_tensors
         )
         self._hub = hub
-        self.session = hub.session
-        self.gain = self._attach
+        self._problems: dict[str, CoterieError] = {}
         self.take = self._arrived
+
+    @property
+    def session(self) -> Session:
+        return self._session
+
+    def hello(self, peer: str, lane: Lane) -> Hello:
+        session = self._session
+        return Hello(self._me, peer, lane, "in-process", session.epoch, "", session.run.hex(), session.protocol)
+
+    def gain(self, link: _InProcessLink) -> None:
+        self._problems.pop(link.peer, None)
+        self._attach(link)
+
+    def refuse(self, peer: str, problem: CoterieError) -> None:
+        self._problems[peer] = problem
+
+    def _refusal(self, peer: str, now: float) -> CoterieError | None:
+        return self._problems.get(peer)
 
     def lose(self, peer: str, reason: str) -> None:
         for (name, _), line in self._lines.items():

@@ -1,25 +1,22 @@
-"""Every message that members send each other: one table, and the check that what came is a line of it.
+"""Every message that members send each other: one table, and the check that what came is a row of it.
 
 A handler checks a request here before it touches anything; `Gate` checks replies. What depends on the model (which
-experts are hosted, how large a part is) is checked where it is known. docs/reference/messages.md is made from the
-table.
+experts are hosted, how large a part is) is checked where it is known. docs/reference/wire.md shows the table.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from coterie.errors import MessageError
 from coterie.federation.control import COORDINATOR
+from coterie.federation.frame import ADDRESS
 from coterie.federation.transport import Lane, Message
-
-NUMBERS = ("round", "attempt", "micro_batch", "layer", "exchange")
-"""Header fields that a message can use; one that its line does not name is 0."""
 
 LARGEST = 2**53
 """Of any whole number in a body."""
@@ -82,47 +79,51 @@ class Form:
     """What a message of one kind holds.
 
     Attributes:
-        numbers: the header fields it uses.
         body: its entries, all of them required and no others; None: checked by `control.decode`.
     """
 
     kind: str
-    numbers: tuple[str, ...] = ()
     body: Mapping[str, Value] | None = None
     tensors: tuple[TensorRule, ...] = ()
 
 
 @dataclass(frozen=True)
-class Line:
+class Row:
     """One request, who may send it to whom, and what may answer it.
 
     Attributes:
-        part: the exchange it belongs to, or ``rounds``.
+        topic: the exchange it belongs to, or ``rounds``.
+        numbers: the numbers of the address that it uses; the others are 0. A reply has those of its request.
     """
 
-    part: Literal["tokens", "experts", "rounds"]
+    topic: Literal["tokens", "experts", "rounds"]
     lane: Lane
     sender: Role
     receiver: Role
     request: Form
     replies: tuple[Form, ...]
+    numbers: tuple[str, ...] = ()
 
 
-_EXCHANGE = ("round", "attempt", "micro_batch", "layer", "exchange")
-_PART = ("round", "layer")
+_ATTEMPT = ("round", "attempt")
+_CALL = (*_ATTEMPT, "micro_batch", "layer", "call")
+_PART = (*_ATTEMPT, "part")
+_CHUNK = (*_PART, "chunk")
 
 
-def _between_parties(part: Literal["tokens", "experts"], lane: Lane, request: Form, reply: Form) -> Line:
-    return Line(part, lane, "party", "party", request, (reply,))
+def _between_parties(
+    topic: Literal["tokens", "experts"], lane: Lane, numbers: tuple[str, ...], request: Form, reply: Form
+) -> Row:
+    return Row(topic, lane, "party", "party", request, (reply,), numbers)
 
 
 TABLE = (
     _between_parties(
         "tokens",
         Lane.FORWARD,
+        _CALL,
         Form(
             "dispatch",
-            _EXCHANGE,
             {"keep": FLAG},
             (
                 TensorRule("hidden", FLOATS, "MD"),
@@ -131,64 +132,64 @@ TABLE = (
                 TensorRule("weights", FLOATS, "P", optional=True),
             ),
         ),
-        Form("outputs", _EXCHANGE, {}, (TensorRule("outputs", FLOATS, "RO"),)),
+        Form("outputs", {}, (TensorRule("outputs", FLOATS, "RO"),)),
     ),
     _between_parties(
         "tokens",
         Lane.BACKWARD,
-        Form("gradient", _EXCHANGE, {}, (TensorRule("at outputs", FLOATS, "RO"),)),
+        _CALL,
+        Form("gradient", {}, (TensorRule("at outputs", FLOATS, "RO"),)),
         Form(
             "gradients",
-            _EXCHANGE,
             {},
             (TensorRule("at hidden", FLOATS, "MD"), TensorRule("at weights", FLOATS, "P", optional=True)),
         ),
     ),
+    _between_parties("tokens", Lane.BACKWARD, _ATTEMPT, Form("tokens", {"count": WHOLE}), Form("counted", {})),
     _between_parties(
-        "tokens",
-        Lane.BACKWARD,
-        Form("tokens", ("round", "attempt"), {"count": WHOLE}),
-        Form("counted", ("round", "attempt"), {}),
+        "experts",
+        Lane.FORWARD,
+        _PART,
+        Form("weights-offer", {}),
+        Form("weights-offer", {"digest": HASH, "size": WHOLE, "received": WHOLE}),
     ),
     _between_parties(
         "experts",
         Lane.FORWARD,
-        Form("weights-offer", _PART, {}),
-        Form("weights-offer", _PART, {"digest": HASH, "size": WHOLE, "received": WHOLE}),
-    ),
-    _between_parties(
-        "experts",
-        Lane.FORWARD,
-        Form("weights-chunk", _PART, {"start": WHOLE, "end": WHOLE}),
-        Form("weights-chunk", _PART, {}, (TensorRule("bytes", BYTES, "S"),)),
+        _CHUNK,
+        Form("weights-chunk", {}),
+        Form("weights-chunk", {}, (TensorRule("bytes", BYTES, "S"),)),
     ),
     _between_parties(
         "experts",
         Lane.CONTROL,
-        Form("declare", ("round",), {"contributes": FLAG, "weight": WEIGHT}),
-        Form("declare", ("round",), {}),
+        _ATTEMPT,
+        Form("declare", {"contributes": FLAG, "weight": WEIGHT}),
+        Form("declare", {}),
     ),
     _between_parties(
         "experts",
         Lane.BACKWARD,
-        Form("push-begin", _PART, {"digest": HASH, "size": WHOLE, "weights": HASH}),
-        Form("push-begin", _PART, {"missing": INDICES}),
+        _PART,
+        Form("push-begin", {"digest": HASH, "size": WHOLE, "weights": HASH}),
+        Form("push-begin", {"missing": INDICES}),
     ),
     _between_parties(
         "experts",
         Lane.BACKWARD,
-        Form("push-chunk", (*_PART, "exchange"), {}, (TensorRule("bytes", BYTES, "S"),)),
-        Form("push-chunk", (*_PART, "exchange"), {}),
+        _CHUNK,
+        Form("push-chunk", {}, (TensorRule("bytes", BYTES, "S"),)),
+        Form("push-chunk", {}),
     ),
-    _between_parties("experts", Lane.BACKWARD, Form("push-end", _PART, {}), Form("push-end", _PART, {})),
-    Line("rounds", Lane.CONTROL, "party", "coordinator", Form("report"), (Form("directive"), Form("refused"))),
-    Line("rounds", Lane.CONTROL, "coordinator", "party", Form("directive"), ()),
+    _between_parties("experts", Lane.BACKWARD, _PART, Form("push-end", {}), Form("push-end", {})),
+    Row("rounds", Lane.CONTROL, "party", "coordinator", Form("report"), (Form("directive"), Form("refused"))),
+    Row("rounds", Lane.CONTROL, "coordinator", "party", Form("directive"), ()),
 )
 
 
-def kinds(part: str) -> frozenset[str]:
+def kinds(topic: str) -> frozenset[str]:
     """The requests of one exchange, or of the rounds."""
-    return frozenset(line.request.kind for line in TABLE if line.part == part)
+    return frozenset(row.request.kind for row in TABLE if row.topic == topic)
 
 
 def role_of(member: str) -> Role:
@@ -197,7 +198,7 @@ def role_of(member: str) -> Role:
 
 
 def check_request(
-    part: str,
+    topic: str,
     me: str,
     peer: str,
     lane: Lane,
@@ -205,62 +206,62 @@ def check_request(
     *,
     most: Mapping[str, int] | None = None,
     sizes: Mapping[str, int] | None = None,
-) -> Line:
+) -> Row:
     """Make sure that a request is one that ``peer`` may send here.
 
     Args:
-        part: the exchange that was agreed on, or ``rounds``.
-        most: highest value of header fields, from what was signed; the others are as wide as the header.
+        topic: the exchange that was agreed on, or ``rounds``.
+        most: highest value of numbers of the address, from what was signed; the others are as wide as the header.
         sizes: extent of axes by letter.
 
     Raises:
         MessageError: ``message-unfit`` with the first field that does not fit.
     """
-    for line in TABLE:
-        if line.request.kind == message.kind and line.part == part and line.receiver == role_of(me):
+    for row in TABLE:
+        if row.request.kind == message.kind and row.topic == topic and row.receiver == role_of(me):
             break
     else:
         raise unfit(peer, message.kind, "kind", f"is not one that {me} answers in this federation")
-    if role_of(peer) != line.sender:
-        raise unfit(peer, message.kind, "sender", f"may be sent by a {line.sender} alone")
-    if lane != line.lane:
+    if role_of(peer) != row.sender:
+        raise unfit(peer, message.kind, "sender", f"may be sent by a {row.sender} alone")
+    if lane != row.lane:
         raise unfit(peer, message.kind, "lane", f"came on lane {lane.name.lower()}")
-    for name, highest in (most or {}).items():
-        if getattr(message, name) > highest:
-            raise unfit(peer, message.kind, name, f"is {getattr(message, name)}; {highest} was agreed")
-    _check_form(line.request, peer, message, dict(sizes or {}))
-    return line
+    for name in ADDRESS:
+        number = getattr(message.address, name)
+        if name not in row.numbers and number != 0:
+            raise unfit(peer, message.kind, name, f"is {number}; this message has none")
+        if most is not None and name in most and number > most[name]:
+            raise unfit(peer, message.kind, name, f"is {number}; {most[name]} was agreed")
+    _check_form(row.request, peer, message, dict(sizes or {}))
+    return row
 
 
-def check_reply(line: Line, peer: str, request: Message, reply: Message) -> None:
+def check_reply(row: Row, peer: str, request: Message, reply: Message) -> None:
     """Make sure that a reply is one that may follow a request of ours.
 
     Raises:
         MessageError: ``message-unfit`` with the first field that does not fit.
     """
-    for form in line.replies:
+    for form in row.replies:
         if form.kind == reply.kind:
             break
     else:
         raise unfit(peer, request.kind, "kind", f"was answered with `{reply.kind}`")
-    for name in form.numbers:
-        if getattr(reply, name) != getattr(request, name):
+    for name in ADDRESS:
+        if getattr(reply.address, name) != getattr(request.address, name):
             raise unfit(peer, reply.kind, name, f"answers another {name}")
     _check_form(form, peer, reply, {})
 
 
-def line_of(request: Message, me: str, peer: str) -> Line | None:
-    """The line of a request of ours; None if the table has none (then any reply will do)."""
-    for line in TABLE:
-        if (line.request.kind, line.sender, line.receiver) == (request.kind, role_of(me), role_of(peer)):
-            return line
+def row_of(request: Message, me: str, peer: str) -> Row | None:
+    """The row of a request of ours; None if the table has none (then any reply will do)."""
+    for row in TABLE:
+        if (row.request.kind, row.sender, row.receiver) == (request.kind, role_of(me), role_of(peer)):
+            return row
     return None
 
 
 def _check_form(form: Form, peer: str, message: Message, sizes: dict[str, int]) -> None:
-    for name in NUMBERS:
-        if name not in form.numbers and getattr(message, name) != 0:
-            raise unfit(peer, form.kind, name, f"has a {name}")
     if form.body is not None:
         if message.body.keys() != form.body.keys():
             raise unfit(peer, form.kind, "body", f"must have exactly these entries: {', '.join(form.body) or 'none'}")
@@ -280,15 +281,8 @@ def _check_form(form: Form, peer: str, message: Message, sizes: dict[str, int]) 
                 )
 
 
-def answer(
-    request: Message, kind: str, body: Mapping[str, object] | None = None, tensors: tuple[torch.Tensor, ...] = ()
-) -> Message:
-    """A reply with the numbers of its request."""
-    return replace(request, kind=kind, body=body or {}, tensors=tensors)
-
-
 def unfit(peer: str, kind: str, field: str, problem: str) -> MessageError:
-    """The refusal of a message that is no line of the table."""
+    """The refusal of a message that is no row of the table."""
     return MessageError(
         f"{peer} sent a message that does not fit: `{kind}`, {field.replace('_', ' ')} {problem}.",
         code="message-unfit",

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CoterieError, DeadlineError, RoundError
+from coterie.federation.attempt import Attempt
+from coterie.federation.fetch_weights import Transfer, WeightFetcher
 from coterie.federation.parts import AHEAD, Part, combined_digest
 from coterie.federation.pool import DECLARE, Pool
-from coterie.federation.push_service import Push, Pusher
+from coterie.federation.push_sums import Push, Pusher
 from coterie.federation.transport import Lane, Message, Transport
-from coterie.federation.weight_service import Transfer, WeightFetcher
 from coterie.models.weight_cache import LayerWeights, WeightCache
 
 
@@ -39,7 +40,7 @@ class Mirror:
         wait_s: how long computing waits for a layer.
 
     Attributes:
-        received: number of the newest round of which another host has a complete sum of ours.
+        received: the newest round of which another host has a complete sum of ours.
         fetch_s: seconds from the start of this round's fetch until everything was in; 0 before that.
     """
 
@@ -75,20 +76,20 @@ class Mirror:
         """From the next round on, mirror these parts; see `coterie.federation.parts.present_parts`."""
         self._parts = tuple(parts)
 
-    def versions(self, round: int) -> dict[int, str]:
-        """Digest of every part that this round is to be computed on, by part number, before anything large moves.
+    def versions(self, attempt: Attempt) -> dict[int, str]:
+        """Digest of every part that is to be computed on, by part number, before anything large moves.
 
         Raises:
-            TransportError, RoundError: a host is gone, or serves another round.
+            TransportError, RoundError: a host is gone, or serves another attempt.
         """
         own = [part for part in self._parts if part.host == self._pool.me]
         others = [part for part in self._parts if part.host != self._pool.me]
-        offers = self._fetcher.offers(others, round, self._dtype)
+        offers = self._fetcher.offers(others, attempt, self._dtype)
         self.received = max((offer.received for offer in offers.values()), default=0)
         found = {number: offer.digest for number, offer in offers.items()}
-        return found | {part.number: self._pool.frozen(part.number, round)[1] for part in own}
+        return found | {part.number: self._pool.frozen(part.number, attempt)[1] for part in own}
 
-    def start(self, round: int, versions: Mapping[int, str]) -> None:
+    def start(self, attempt: Attempt, versions: Mapping[int, str]) -> None:
         """Bring in whatever is not held yet; returns once the trunk's parts are in, the layers follow.
 
         Every part is asked for in every round; one whose bytes are held already answers with its digest alone.
@@ -107,11 +108,11 @@ class Mirror:
         self._ready = {layer for layer, parts in self._coming.items() if not parts}
         self._threads = ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-fetch")
         for host_parts in by_host.values():
-            self._threads.submit(self._bring, host_parts, round, dict(versions))
+            self._threads.submit(self._bring, host_parts, attempt, dict(versions))
         self._wait(-1)
 
     def get(self, layer: int) -> LayerWeights:
-        """A layer's stacked weights off the device; waits for it on first use in a round.
+        """A layer's stacked weights off the device; waits for it on first use in an attempt.
 
         Raises:
             DeadlineError: it did not come in time.
@@ -147,13 +148,13 @@ class Mirror:
             self._error = self._error or RoundError("the attempt was given up.", code="round-interrupted")
             self._arrived.notify_all()
 
-    def _bring(self, parts: Sequence[Part], round: int, versions: Mapping[int, str]) -> None:
+    def _bring(self, parts: Sequence[Part], attempt: Attempt, versions: Mapping[int, str]) -> None:
         """Bring one host's parts in, in their order."""
         begun: deque[tuple[Part, Transfer | Tensor | None]] = deque()
         ahead = 0
         try:
             for part in parts:
-                begun.append((part, self._begin(part, round, versions[part.number])))
+                begun.append((part, self._begin(part, attempt, versions[part.number])))
                 ahead += part.num_bytes(self._dtype)
                 while begun and (ahead >= AHEAD or part is parts[-1]):
                     if self._stopped:
@@ -168,15 +169,15 @@ class Mirror:
                 self._error = self._error or error
                 self._arrived.notify_all()
 
-    def _begin(self, part: Part, round: int, digest: str) -> Transfer | Tensor | None:
+    def _begin(self, part: Part, attempt: Attempt, digest: str) -> Transfer | Tensor | None:
         """A part that is on its way, or here; None for one that is held already."""
         if self._held.get(part.number) == digest:
             return None
         if part.host != self._pool.me:
-            return self._fetcher.begin(part, round, self._dtype)
-        blob, own = self._pool.frozen(part.number, round)
+            return self._fetcher.begin(part, attempt, self._dtype)
+        blob, own = self._pool.frozen(part.number, attempt)
         if own != digest:
-            raise RoundError("this party's own weights changed within a round.", code="weights-changed")
+            raise RoundError("this party's own weights changed within an attempt.", code="weights-changed")
         return blob
 
     def _accept(self, part: Part, blob: Tensor | None, digest: str) -> None:
@@ -255,9 +256,9 @@ class SumSender:
         """From now on, bring sums of these parts to their hosts."""
         self._parts = tuple(parts)
 
-    def declare(self, round: int, *, contributes: bool, weight: float) -> None:
+    def declare(self, attempt: Attempt, *, contributes: bool, weight: float) -> None:
         """Tell every host whether sums will come, and what they are to be divided by."""
-        message = Message(DECLARE, round, body={"contributes": contributes, "weight": weight})
+        message = Message(DECLARE, attempt.address(), {"contributes": contributes, "weight": weight})
         hosts = sorted({part.host for part in self._parts})
         asked = [
             self._transport.request_async(host, Lane.CONTROL, message, self._deadline_s)
@@ -268,7 +269,7 @@ class SumSender:
         for future in asked:
             future.result()
 
-    def push(self, round: int, blobs: Mapping[int, Tensor], versions: Mapping[int, str]) -> None:
+    def push(self, attempt: Attempt, blobs: Mapping[int, Tensor], versions: Mapping[int, str]) -> None:
         """Bring every part's sum to its host, all hosts at the same time, each part in the fixed order.
 
         Args:
@@ -286,10 +287,10 @@ class SumSender:
         def bring(parts: Sequence[Part]) -> None:
             if parts[0].host == self._pool.me:
                 for part in parts:
-                    self._pool.stage_own(part, round, blobs[part.number], versions[part.number])
+                    self._pool.stage_own(part, attempt, blobs[part.number], versions[part.number])
                 return
             items = [Push(part, blobs[part.number], versions[part.number]) for part in parts]
-            self._pusher.push_all(items, round)
+            self._pusher.push_all(items, attempt)
 
         with ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-push") as pool:
             futures = [pool.submit(bring, parts) for parts in by_host.values()]

@@ -44,6 +44,10 @@ class Part:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     trained: bool = True
 
+    def __str__(self) -> str:
+        of = f"MoE layer {self.layer}" if self.layer >= 0 else "shared trunk"
+        return f"part {self.number} of {self.host}, {of}"
+
     @property
     def num_values(self) -> int:
         return sum(math.prod(shape) for _, shape in self.shapes)
@@ -160,11 +164,11 @@ def combined_digest(digests: Iterable[str]) -> str:
     return hashlib.sha256("|".join(digests).encode()).hexdigest()
 
 
-def span(num_bytes: int, number: int) -> tuple[int, int]:
-    """Start and end of one chunk of a blob."""
-    return number * CHUNK, min((number + 1) * CHUNK, num_bytes)
+def chunks_in(num_bytes: int) -> int:
+    """How many chunks a blob has."""
+    return -(-num_bytes // CHUNK)
 
 
-def spans(num_bytes: int) -> list[tuple[int, int]]:
-    """Start and end of every chunk of a blob."""
-    return [span(num_bytes, number) for number in range(-(-num_bytes // CHUNK))]
+def span(num_bytes: int, chunk: int) -> slice:
+    """Where one chunk of a blob lies."""
+    return slice(chunk * CHUNK, min((chunk + 1) * CHUNK, num_bytes))

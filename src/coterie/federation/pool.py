@@ -1,7 +1,7 @@
 """What one party stores of the shared model in the `experts` exchange: it serves weights and takes sums.
 
-Master weights and optimiser state of a part exist here alone. A round is: freeze the weights, serve them to every
-owner, stage every owner's sum, and at the commit add the sums up in roster order, divide and step.
+Master weights and optimiser state of a part exist here alone. An attempt at a round is: freeze the weights, serve
+them to every owner, stage every owner's sum, and at the commit add the sums up in roster order, divide and step.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from coterie.errors import RoundError
-from coterie.federation import push_service, weight_service
+from coterie.federation import serve_weights, take_sums
+from coterie.federation.attempt import Attempt
 from coterie.federation.home import TrunkHome
-from coterie.federation.messages import LARGEST, answer, check_request, kinds, unfit
+from coterie.federation.messages import LARGEST, check_request, kinds, unfit
 from coterie.federation.parts import Part
-from coterie.federation.push_service import PushService
+from coterie.federation.serve_weights import WeightService
 from coterie.federation.shard import Shard
+from coterie.federation.take_sums import PushService
 from coterie.federation.transport import Lane, Message
-from coterie.federation.weight_service import WeightService
 
 DECLARE = "declare"
 
@@ -48,13 +49,13 @@ class PoolLimits:
     """What a party can make a host take, from the signed settings.
 
     Attributes:
-        serial: highest number of a round that will ever be asked for.
+        rounds: the last round of the federation.
         weight: most that a party's sums can be divided by.
         value: largest size of a weight, and of a sum for each unit of its party's weight.
         noised: largest size of a sum that was clipped and noised, by tensor name; None where sums are not.
     """
 
-    serial: int = LARGEST
+    rounds: int = LARGEST
     weight: float = LARGEST
     value: float = math.inf
     noised: Callable[[str], float] | None = None
@@ -73,12 +74,12 @@ class Pool:
         push_dtype: of what comes up.
         transcript: sees every message that another party sent, for the audit.
         lend: this party's copy of a trunk share whose host is absent.
-        ahead: a message for a round that is at least this far ahead is refused at once.
+        ahead: a message for this many rounds ahead, or more, is refused at once.
         limits: bounds on what a party can send.
 
     Attributes:
         version: commits applied since this object was made.
-        received: by party, number of the newest round of which all its sums are here; part of a checkpoint.
+        received: by party, the newest round of which all its sums are here; part of a checkpoint.
     """
 
     KINDS = kinds("experts")
@@ -104,45 +105,52 @@ class Pool:
         self._parties = tuple(parties)
         self._mine = tuple(part for part in parts if part.host == me)
         self._limits = limits
-        self._most = {"round": limits.serial, "layer": max((part.number for part in parts), default=0)}
+        self._most = {"round": limits.rounds, "part": max((part.number for part in parts), default=0)}
         self._weights = WeightService(self._mine, self._read, weights_dtype, limits.value)
         self._pushes = PushService(self._mine, push_dtype, self._parties, self.push_limit)
         self.transcript = transcript
         self._lend = lend
-        self._round = -1
+        self._open: Attempt | None = None
         self._after, self._ahead = 0, ahead
         self._active: tuple[str, ...] = self._parties
         self._declared: dict[str, Declared] = {}
-        self._committed: int | None = None
+        self._committed: Attempt | None = None
         self._changed = threading.Condition()
         self._closed = False
 
-    def begin(self, round: int, active: Sequence[str] | None = None, lent: Sequence[Part] = ()) -> None:
-        """Freeze the weights under this round's number and take pushes for it. Can be repeated for a new attempt.
+    def begin(
+        self,
+        attempt: Attempt,
+        active: Sequence[str] | None = None,
+        lent: Sequence[Part] = (),
+        release: object = None,
+    ) -> None:
+        """Freeze the weights for this attempt and take pushes for it.
 
         Args:
             active: parties that take part; default: all.
             lent: trunk shares of absent hosts that this party serves, as they are at this moment.
+            release: see `PushService.begin`.
         """
-        self._weights.begin_round(round, lent)
+        self._weights.begin(attempt, lent)
         for part in lent:
-            self._weights.frozen(part.number, round)
-        digests = {part.number: self._weights.frozen(part.number, round)[1] for part in self._mine}
-        self._pushes.begin_round(round, digests)
+            self._weights.frozen(part.number, attempt)
+        digests = {part.number: self._weights.frozen(part.number, attempt)[1] for part in self._mine}
+        self._pushes.begin(attempt, digests, release)
         with self._changed:
-            if round != self._round:
+            if attempt != self._open:
                 self._declared.clear()
-            self._round = self._after = round
+            self._open, self._after = attempt, attempt.round
             self._active = tuple(active) if active is not None else self._parties
             self._changed.notify_all()
 
     def forget(self) -> None:
         """Serve no round any more: the stored weights are about to be replaced (a checkpoint is loaded)."""
         with self._changed:
-            self._round, self._committed = -1, None
+            self._open = self._committed = None
             self._declared.clear()
-        self._weights.begin_round(-1)
-        self._pushes.begin_round(-1, {})
+        self._weights.begin(None)
+        self._pushes.begin(None, {})
 
     def go_on_after(self, round: int) -> None:
         """Say where the run stands after a checkpoint was loaded: what was asked for a line of it that was given up
@@ -160,8 +168,8 @@ class Pool:
     def handle(self, peer: str, lane: Lane, message: Message, *, wait_s: float = 60.0) -> Message:
         """The reply to a message of one of `KINDS`.
 
-        A message for the round that is about to begin here waits up to ``wait_s`` for it: parties hear of a new
-        round at slightly different times.
+        A message for the attempt that is about to begin here waits up to ``wait_s`` for it: parties hear of a new one
+        at slightly different times.
 
         Raises:
             MessageError: it is no such message, or holds what cannot be computed with; nothing was touched.
@@ -169,35 +177,39 @@ class Pool:
         if self.transcript is not None and peer != self.me:
             self.transcript(peer, lane, message)
         check_request("experts", self.me, peer, lane, message, most=self._most)
+        asked = Attempt.of(message)
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or self._round >= message.round or self._far(message.round), timeout=wait_s
+                lambda: self._closed or self._has_begun(asked) or self._far(asked.round), timeout=wait_s
             )
             if self._closed:
                 raise RoundError(f"{self.me} is leaving.", code="host-closed")
-            if self._far(message.round):
-                raise RoundError(f"{self.me} went back to before round {message.round}.", code="round-given-up")
+            if self._far(asked.round):
+                raise RoundError(f"{self.me} went back to before round {asked.round}.", code="round-given-up")
         if message.kind == DECLARE:
             self._declare(peer, message)
-            return answer(message, DECLARE)
-        if message.kind in (weight_service.OFFER, weight_service.CHUNK_KIND):
+            return message.reply(DECLARE)
+        if message.kind in (serve_weights.OFFER, serve_weights.CHUNK):
             return self._weights.handle(peer, message, self.received.get(peer, 0))
         reply = self._pushes.handle(peer, message)
-        if message.kind == push_service.END and self._pushes.complete(peer):
-            self.received[peer] = max(self.received.get(peer, 0), message.round)
+        if message.kind == take_sums.END and self._pushes.complete(peer):
+            self.received[peer] = max(self.received.get(peer, 0), asked.round)
         return reply
+
+    def _has_begun(self, attempt: Attempt) -> bool:
+        return self._open is not None and not self._open.is_before(attempt)
 
     def _far(self, round: int) -> bool:
         """Parties move together, so nobody who follows the same line of the run can be more than one round ahead."""
         return self._ahead is not None and round >= self._after + self._ahead
 
-    def frozen(self, number: int, round: int) -> tuple[Tensor, str]:
-        """Bytes and digest of an own part, as every owner sees it in this round."""
-        return self._weights.frozen(number, round)
+    def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
+        """Bytes and digest of an own part, as every owner sees it in this attempt."""
+        return self._weights.frozen(number, attempt)
 
-    def stage_own(self, part: Part, round: int, blob: Tensor, weights: str) -> None:
+    def stage_own(self, part: Part, attempt: Attempt, blob: Tensor, weights: str) -> None:
         """Take this party's own sum of a part, by the same checks as everybody's."""
-        self._pushes.stage(self.me, part.number, round, blob, weights)
+        self._pushes.stage(self.me, part.number, attempt, blob, weights)
 
     def missing(self) -> tuple[str, ...]:
         """Active parties that have not declared their part, or declared sums that did not all arrive.
@@ -209,19 +221,19 @@ class Pool:
         with self._changed:
             return tuple(party for party in self._active if not self._complete(party))
 
-    def commit(self, round: int, learning_rate: float) -> None:
+    def commit(self, attempt: Attempt, learning_rate: float) -> None:
         """Step every stored part by the divided sum of the contributing parties. Repeating it does nothing.
 
         Raises:
-            RoundError: another round is open, or something is missing. Nothing was changed then.
+            RoundError: another attempt is open, or something is missing. Nothing was changed then.
         """
-        if self._committed == round:
+        if self._committed == attempt:
             return
         missing = self.missing()
-        if self._round != round or missing:
+        if self._open != attempt or missing:
             raise RoundError(
-                f"round {round} cannot commit at {self.me}: "
-                + (f"no complete sum from {', '.join(missing)}." if missing else f"round {self._round} is open."),
+                f"{attempt} cannot commit at {self.me}: "
+                + (f"no complete sum from {', '.join(missing)}." if missing else f"{self._open or 'none'} is open."),
                 code="round-incomplete",
             )
         contributing = tuple(party for party in self._active if self._mine and self._declared[party].contributes)
@@ -233,7 +245,7 @@ class Pool:
             if any(part.layer >= 0 for part in trained):
                 self.shard.step(learning_rate)
             self.home.step(learning_rate)
-        self._committed = round
+        self._committed = attempt
         self.version += 1
 
     @torch.no_grad()
@@ -262,11 +274,12 @@ class Pool:
 
     def _declare(self, peer: str, message: Message) -> None:
         contributes, weight = message.body["contributes"], float(message.body["weight"])
+        asked = Attempt.of(message)
         if not (weight == 0 or 1 <= weight <= self._limits.weight):
             raise unfit(peer, DECLARE, "weight", f"is neither 0 nor from 1 to {self._limits.weight:g}")
         with self._changed:
-            if message.round != self._round or peer not in self._active:
-                raise RoundError(f"{peer} declares round {message.round}; {self._round} is open.", code="push-round")
+            if asked != self._open or peer not in self._active:
+                raise RoundError(f"{peer} declares {asked}; {self._open or 'none'} is open.", code="push-round")
             declared = Declared(contributes, weight)
             if self._declared.setdefault(peer, declared) != declared:
-                raise RoundError(f"{peer} declares its part in round {message.round} twice.", code="declare-changed")
+                raise RoundError(f"{peer} declares its part in {asked} twice.", code="declare-changed")

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from coterie.errors import DeadlineError, MessageError, PlacementError, RoundError
 from coterie.federation.expert_work import Rows
 from coterie.federation.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, ExpertHost
-from coterie.federation.transport import Lane, Message, Transport
+from coterie.federation.transport import Address, Lane, Message, Transport
 from coterie.federation.values import check_own, check_received
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows
@@ -107,7 +107,7 @@ class TokenExchange:
         Raises:
             RoundError: a host misses a backward, or has dropped the attempt; or ``stopped`` was set.
         """
-        message = Message(TOKENS, round, attempt, body={"count": tokens})
+        message = Message(TOKENS, Address(round=round, attempt=attempt), {"count": tokens})
         hosts = {name for layer in self._hosts for name in self.hosts(layer)}
         remote = [name for name in self.transport.peers if name in hosts]
         asked = {name: self.transport.request_async(name, Lane.BACKWARD, message, self.deadline_s) for name in remote}
@@ -159,7 +159,7 @@ class TokenMicroBatch:
         self, exchange: TokenExchange, round: int, attempt: int, number: int, stopped: Future[None] | None
     ) -> None:
         self._exchange, self._stopped = exchange, stopped
-        self._round, self._attempt, self._number = round, attempt, number
+        self._address = Address(round=round, attempt=attempt, micro_batch=number)
         self._calls: Counter[int] = Counter()
 
     def answers_rows(self, layer: ExpertLayer) -> bool:
@@ -189,7 +189,7 @@ class TokenMicroBatch:
         exchange = self._next_exchange(layer)
         ids_dtype = torch.uint8 if layer.num_experts <= 256 else torch.int32
         messages = {
-            name: self._message(DISPATCH, exchange, _dispatched(part, ids_dtype), {"keep": keep})
+            name: Message(DISPATCH, exchange.address, {"keep": keep}, _dispatched(part, ids_dtype))
             for name, part in rows.items()
         }
         host = self._exchange.host
@@ -212,13 +212,13 @@ class TokenMicroBatch:
     def backward(self, ticket: _Ticket, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Exchange.backward`."""
         row_P = ticket.row_P
-        where = f"MoE layer {ticket.exchange.layer}"
+        where = f"MoE layer {ticket.exchange.address.layer}"
         check_own("gradients behind experts", [grad], self._exchange.value_limit, where=where)
         grads = {
             name: grad[share.token_M if row_P is None else row_P[share.pair_P]].to(ticket.dtype)
             for name, share in ticket.shares.items()
         }
-        messages = {name: self._message(GRADIENT, ticket.exchange, (part,)) for name, part in grads.items()}
+        messages = {name: Message(GRADIENT, ticket.exchange.address, tensors=(part,)) for name, part in grads.items()}
         host = self._exchange.host
 
         def own() -> tuple[Tensor, ...]:
@@ -242,22 +242,8 @@ class TokenMicroBatch:
     def _next_exchange(self, layer: ExpertLayer) -> ExchangeId:
         number = self._calls[layer.index]
         self._calls[layer.index] += 1
-        me = self._exchange.transport.me
-        return ExchangeId(me, self._round, self._attempt, self._number, layer.index, number)
-
-    def _message(
-        self, kind: str, exchange: ExchangeId, tensors: tuple[Tensor, ...], body: Mapping[str, object] | None = None
-    ) -> Message:
-        return Message(
-            kind,
-            exchange.round,
-            exchange.attempt,
-            exchange.micro_batch,
-            exchange.layer,
-            exchange.exchange,
-            dict(body or {}),
-            tensors,
-        )
+        address = replace(self._address, layer=layer.index, call=number)
+        return ExchangeId(self._exchange.transport.me, address)
 
     def _share_out(self, call: ExpertsCall) -> dict[str, _Share]:
         """Who gets which tokens. Those that leave this party do so in a fresh random order."""
@@ -292,7 +278,7 @@ class TokenMicroBatch:
                 asked[name] = transport.request_async(name, lane, message, deadline_s)
         replies = {transport.me: own()} if transport.me in messages else {}
         one = next(iter(messages.values()), None)
-        where = "" if one is None else f"round {one.round}, micro-batch {one.micro_batch}, layer {one.layer}"
+        where = "" if one is None else _where(one.address)
         for name, reply in gather(asked, self._stopped, deadline_s, where).items():
             replies[name] = reply.tensors
         return replies
@@ -306,7 +292,7 @@ class TokenMicroBatch:
         exchange: ExchangeId,
     ) -> tuple[Tensor, ...]:
         """A host's answer on this device, if it has the promised shapes and can be computed with."""
-        where = f"round {exchange.round}, micro-batch {exchange.micro_batch}, layer {exchange.layer}"
+        where = _where(exchange.address)
         if [tuple(t.shape) for t in tensors] != list(shapes) or not all(t.is_floating_point() for t in tensors):
             raise MessageError(
                 f"{name} answered with shapes {[tuple(t.shape) for t in tensors]}, not {list(shapes)}.",
@@ -358,6 +344,10 @@ def gather(
                 ) from error
         waiting -= done
     return {name: future.result() for name, future in asked.items()}
+
+
+def _where(address: Address) -> str:
+    return f"round {address.round}, micro-batch {address.micro_batch}, layer {address.layer}"
 
 
 def _check_placement(placement: Placement, layers: Sequence[ExpertLayer], host: ExpertHost) -> None:

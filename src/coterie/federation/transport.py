@@ -36,30 +36,55 @@ class Lane(IntEnum):
     BACKWARD = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """What a message is about. A number that its kind does not use is 0; `messages.TABLE` says which it uses.
+
+    Attributes:
+        round: the round being made, from 1; where ``attempt`` is 0 the number of rounds behind the model (u64).
+        attempt: one try at that round, from 1 and never used again; 0: the round is done, and its model is evaluated
+            or saved (u32).
+        micro_batch: unit in flight within the round, from 0 (u32).
+        layer: ordinal of the MoE layer, from 0 (u32).
+        call: which experts call of that layer in the micro-batch, from 0 (u64).
+        part: number of a host's share of a layer, see `parts.Part` (u32).
+        chunk: which piece of a part's bytes, from 0 (u32).
+    """
+
+    round: int = 0
+    attempt: int = 0
+    micro_batch: int = 0
+    layer: int = 0
+    call: int = 0
+    part: int = 0
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        """For people: the round, and the other numbers that are not 0."""
+        named = {name: number for name, number in vars(self).items() if number or name == "round"}
+        return ", ".join(f"{name.replace('_', '-')} {number}" for name, number in named.items())
+
+
 @dataclass(frozen=True)
 class Message:
     """What crosses the wire.
 
     Args:
         kind: what this is, e.g. ``dispatch``; 1 to 24 characters out of ``a-z 0-9 _ . -``.
-        round: one optimiser step of the whole federation, counted from 0 (u64).
-        attempt: one try at that round (u32).
-        micro_batch: unit in flight within the round (u32).
-        layer: ordinal of the MoE layer (u32).
-        exchange: caller's own number for this exchange (u64).
+        address: what it is about.
         body: a small JSON object, at most 64 KiB encoded. Never text of records, losses or norms.
         tensors: float32, bfloat16, float16, float64, int64, int32, uint8 or bool, any device, rank <= 8.
             On arrival: writable CPU tensors that share one buffer (clone a small one to let the rest go).
     """
 
     kind: str
-    round: int = 0
-    attempt: int = 0
-    micro_batch: int = 0
-    layer: int = 0
-    exchange: int = 0
+    address: Address = Address()
     body: Mapping[str, Any] = field(default_factory=dict)
     tensors: tuple[Tensor, ...] = ()
+
+    def reply(self, kind: str, body: Mapping[str, Any] | None = None, tensors: tuple[Tensor, ...] = ()) -> Message:
+        """An answer to this request: about the same."""
+        return Message(kind, self.address, body or {}, tensors)
 
 
 Handler = Callable[[str, Lane, Message], Message | None]
@@ -193,9 +218,7 @@ def error_message(error: BaseException, request: Message) -> Message:
         code = error.code if _CODE.fullmatch(error.code) else known.code
         part = error.field if error.field is not None and _FIELD.fullmatch(error.field) else None
     body = {"error": name, "code": code, "step": request.kind, "field": part}
-    return Message(
-        "error", request.round, request.attempt, request.micro_batch, request.layer, request.exchange, body=body
-    )
+    return request.reply("error", body)
 
 
 def remote_error(peer: str, lane: Lane, reply: Message) -> CoterieError:
@@ -213,7 +236,7 @@ def remote_error(peer: str, lane: Lane, reply: Message) -> CoterieError:
     return kind(
         f"{peer} answered `{step}` with error `{code}`{about}.",
         code=code,
-        where=f"{peer}, lane {lane.name.lower()}, round {reply.round}, attempt {reply.attempt}, layer {reply.layer}",
+        where=f"{peer}, lane {lane.name.lower()}, {reply.address}",
         fix=f"the full reason is in {peer}'s own log; only the code may cross between parties",
         field=part,
     )

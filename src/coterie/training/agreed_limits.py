@@ -51,17 +51,13 @@ def noised_limits(
     return limit
 
 
-def pool_limits(federation: FederationConfig, model: PreTrainedModel, serials_per_round: int) -> PoolLimits:
-    """Bounds of the `experts` exchange.
-
-    Args:
-        serials_per_round: numbers that one round may have.
-    """
-    rules, serial = federation.privacy, (federation.train.rounds + 1) * serials_per_round
+def pool_limits(federation: FederationConfig, model: PreTrainedModel) -> PoolLimits:
+    """Bounds of the `experts` exchange."""
+    rules, rounds = federation.privacy, federation.train.rounds
     if not isinstance(rules, PrivacyRules):
-        return PoolLimits(serial, _most_tokens(federation, model), federation.value_limit)
+        return PoolLimits(rounds, _most_tokens(federation, model), federation.value_limit)
     weight = max(rules.lot_size or 0, federation.train.batch_size)
-    return PoolLimits(serial, weight, federation.value_limit, noised_limits(federation, rules, model))
+    return PoolLimits(rounds, weight, federation.value_limit, noised_limits(federation, rules, model))
 
 
 def host_limits(federation: FederationConfig, model: PreTrainedModel) -> HostLimits:

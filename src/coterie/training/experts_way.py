@@ -10,6 +10,7 @@ One attempt at a round:
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from coterie.config import FederationConfig, PrivacyRules
 from coterie.dp.balance import Balancer
 from coterie.dp.losses import default_loss
 from coterie.dp.mechanism import LOAD
+from coterie.federation.attempt import Attempt
+from coterie.federation.fetch_weights import WeightFetcher
 from coterie.federation.home import TrunkHome
 from coterie.federation.owner import Mirror, SumSender, model_version
 from coterie.federation.parts import Part, expert_parts, present_parts
@@ -33,7 +36,6 @@ from coterie.federation.round_state import State
 from coterie.federation.shard import OptimizerFactory, Shard
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.federation.values import check_own
-from coterie.federation.weight_service import WeightFetcher
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, expert_wrappers, factors_stay_apart
 from coterie.models.placement import Placement
@@ -45,9 +47,6 @@ from coterie.training.load_home import LoadHome, releases_loads
 from coterie.training.loop import to_device
 from coterie.training.packing import Batch
 from coterie.training.party_work import superseded
-
-_ATTEMPTS = 1024
-"""Serial numbers of one round: one for each attempt, the last for the evaluation after it."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ class ExpertsWay:
         self._federation, self._model, self._transport = federation, model, transport
         self._contribution, self._balancer = contribution, balancer
         # Where everybody sends spooled bytes, a second attempt at a round brings the same ones and hosts keep what
-        # they have. All parties have to see it alike, or they would not agree on a number for the round.
+        # they have.
         self._repeatable = isinstance(federation.privacy, PrivacyRules) and not federation.mixed_privacy
         self._layers = seam.expert_layers(model)
         self.parts = model_parts(federation, model, placement)
@@ -246,8 +245,8 @@ class ExpertsWay:
             weights_dtype=weights_dtype,
             push_dtype=push_dtype,
             lend=self._lend,
-            ahead=2 * _ATTEMPTS,
-            limits=pool_limits(federation, model, _ATTEMPTS),
+            ahead=2,
+            limits=pool_limits(federation, model),
         )
         pinned = device.type == "cuda"
         store = FileStore(cache_dir) if cache_dir is not None else MemoryStore(pinned=pinned)
@@ -267,7 +266,7 @@ class ExpertsWay:
         self._interrupted = False
         self.sums: Sums | None = None
         self.seconds: dict[str, float] = {}
-        self._serial = -1
+        self._attempt = Attempt(0)
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
         """Serve another party."""
@@ -277,10 +276,10 @@ class ExpertsWay:
         """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched."""
         self._interrupted = False
         began = time.monotonic()
-        serial = self._serial = told.round * _ATTEMPTS + self._try(told)
-        versions = self._refresh(serial, told)
+        attempt = self._attempt = Attempt(told.round, told.attempt)
+        versions = self._refresh(attempt, told)
         self._contribution.open(self.streamer)
-        self._contribution.check_not_behind(self._mirror.received // _ATTEMPTS)
+        self._contribution.check_not_behind(self._mirror.received)
         pins = {
             "weights": model_version(versions),
             "agreement": self._federation.content_hash(),
@@ -299,11 +298,11 @@ class ExpertsWay:
         computed = time.monotonic()
         if not going():
             raise superseded()
-        blobs = self._encode(sums, serial) if sums.experts is not None else None
-        self._sender.declare(serial, contributes=blobs is not None, weight=sums.weight)
+        blobs = self._encode(sums, attempt) if sums.experts is not None else None
+        self._sender.declare(attempt, contributes=blobs is not None, weight=sums.weight)
         if blobs is not None:
-            self._check_own(blobs, serial)
-            self._sender.push(serial, blobs, versions)
+            self._check_own(blobs, attempt)
+            self._sender.push(attempt, blobs, versions)
         self.sums = sums
         self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
 
@@ -322,7 +321,7 @@ class ExpertsWay:
     def step(self, rate: float) -> Sums:
         """Apply the committed round to the own parts; returns this party's sums, for a private trunk."""
         assert self.sums is not None
-        self.pool.commit(self._serial, rate)
+        self.pool.commit(self._attempt, rate)
         sums, self.sums = self.sums, None
         return sums
 
@@ -358,7 +357,7 @@ class ExpertsWay:
 
     def go_on_after(self, round: int) -> None:
         """A checkpoint was loaded, behind which lie this many rounds of the run."""
-        self.pool.go_on_after(round * _ATTEMPTS)
+        self.pool.go_on_after(round)
 
     def interrupt(self) -> None:
         """Called from another thread: give the attempt up soon."""
@@ -373,19 +372,19 @@ class ExpertsWay:
         self.streamer.close()
         self._contribution.close()
 
-    def _try(self, told: State) -> int:
-        """Which of a round's numbers an attempt has: another one whenever its sums may be other bytes.
+    def _release(self, attempt: Attempt, told: State) -> tuple[object, ...]:
+        """Another one whenever the parties' sums may be other bytes.
 
         Spooled bytes are the same at every attempt, but not under another membership epoch: then they are burned.
         """
-        return told.epoch % (_ATTEMPTS - 1) if self._repeatable else min(told.attempt, _ATTEMPTS - 2)
+        return (attempt.round, told.epoch) if self._repeatable and attempt.number else (attempt,)
 
     def _refresh_between(self, told: State) -> None:
         """Fetch what the round that was committed last made; computing the next one finds it here."""
         self._interrupted = False
-        self._refresh(told.round * _ATTEMPTS + _ATTEMPTS - 1, told)
+        self._refresh(Attempt(told.round), told)
 
-    def _refresh(self, serial: int, told: State) -> dict[int, str]:
+    def _refresh(self, attempt: Attempt, told: State) -> dict[int, str]:
         active = [name for name in self._federation.parties if name not in told.absent]
         parts = present_parts(self.parts, active)
         lent = [part for part in parts if part.host == self.pool.me and self.parts[part.number].host != part.host]
@@ -394,9 +393,9 @@ class ExpertsWay:
         self._mask(told.absent)
         self._mirror.use(parts)
         self._sender.use(parts)
-        self.pool.begin(serial, active, lent)
-        versions = self._mirror.versions(serial)
-        self._mirror.start(serial, versions)
+        self.pool.begin(attempt, active, lent, self._release(attempt, told))
+        versions = self._mirror.versions(attempt)
+        self._mirror.start(attempt, versions)
         return versions
 
     def _mask(self, absent: Collection[str]) -> None:
@@ -424,7 +423,7 @@ class ExpertsWay:
             else:
                 own[name].copy_(value)
 
-    def _encode(self, sums: Sums, serial: int) -> dict[int, Tensor]:
+    def _encode(self, sums: Sums, attempt: Attempt) -> dict[int, Tensor]:
         assert sums.experts is not None
         blobs = {}
         for part in self.parts:
@@ -435,16 +434,16 @@ class ExpertsWay:
             else:
                 stacked = sums.experts[part.layer]
                 tensors = {name: stacked[name][list(part.experts)] for name, _ in part.shapes}
-            blobs[part.number] = self._rounded(part, tensors, sums.digest or f"{serial:x}")
+            blobs[part.number] = self._rounded(part, tensors, sums.digest or _name_of(attempt))
         return blobs
 
-    def _check_own(self, blobs: Mapping[int, Tensor], serial: int) -> None:
+    def _check_own(self, blobs: Mapping[int, Tensor], attempt: Attempt) -> None:
         """What a host would refuse does not leave: this party says itself that it diverged."""
         for part in self.parts:
             if part.trained:
                 for name, values in part.decode(blobs[part.number], self._push_dtype).items():
                     limit = self.pool.push_limit(self.pool.me, name)
-                    check_own(f"this party's sums of {name}", [values], limit, where=f"round {serial // _ATTEMPTS}")
+                    check_own(f"this party's sums of {name}", [values], limit, where=str(attempt))
 
     def _rounded(self, part: Part, tensors: Mapping[str, Tensor], release: str) -> Tensor:
         """The part's bytes; in bfloat16 by coins that follow from the release, so that resending repeats them.
@@ -458,6 +457,11 @@ class ExpertsWay:
         return part.encode(
             {name: stochastic_bfloat16(tensors[name], coins) for name, _ in part.shapes}, torch.bfloat16
         )
+
+
+def _name_of(attempt: Attempt) -> str:
+    """A hexadecimal name for sums that were not spooled."""
+    return hashlib.sha256(str(attempt).encode()).hexdigest()
 
 
 def stochastic_bfloat16(values: Tensor, coins: torch.Generator) -> Tensor:

@@ -25,7 +25,9 @@ from coterie.training.party_work import PartyWork
 from coterie.training.private_sums import PrivateSums
 
 _TRUNK = "trunk:"
-_RECEIVED = "received:"
+_RECEIVED = "received-round:"
+_RECEIVED_BEFORE, _NUMBERS_BEFORE = "received:", 1024
+"""In checkpoints of protocol version 1, where a round had that many numbers, one for each attempt."""
 _LEDGER = "ledger:"
 
 
@@ -118,9 +120,9 @@ class ExpertsWork(PartyWork):
             self._sums.expect(heads[0] if heads else None)
         home = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
         self.way.pool.home.load_state_dict(home)
-        found = {name.removeprefix(_RECEIVED): int(v) for name, v in state.items() if name.startswith(_RECEIVED)}
-        self.way.pool.received = {party: max(n, self.way.pool.received.get(party, 0)) for party, n in found.items()}
-        others = (_TRUNK, _RECEIVED, _LEDGER)
+        received = received_rounds(state)
+        self.way.pool.received = {n: max(round, self.way.pool.received.get(n, 0)) for n, round in received.items()}
+        others = (_TRUNK, _RECEIVED, _RECEIVED_BEFORE, _LEDGER)
         self.way.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(others)})
         for name, param in self._stepped.items():
             _follow(param, self._private[name])
@@ -215,6 +217,17 @@ class ExpertsWork(PartyWork):
     def _close(self) -> None:
         if self.way is not None:
             self.way.close()
+
+
+def received_rounds(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """By party, the newest round of which a checkpoint's host had all its sums."""
+    found = {}
+    for name, value in state.items():
+        if name.startswith(_RECEIVED):
+            found[name.removeprefix(_RECEIVED)] = int(value)
+        elif name.startswith(_RECEIVED_BEFORE):
+            found[name.removeprefix(_RECEIVED_BEFORE)] = int(value) // _NUMBERS_BEFORE
+    return found
 
 
 def _on_host(param: nn.Parameter) -> nn.Parameter:
