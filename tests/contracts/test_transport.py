@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -230,7 +231,7 @@ def test_a_peer_of_another_protocol_version_is_refused_on_both_sides_and_the_oth
         with pytest.raises(TransportError) as caught:
             members[name].connect(20.0, [peer])
         assert caught.value.code == "handshake-protocol"
-        assert f"version {theirs}" in caught.value.message
+        assert {str(theirs), str(PROTOCOL_VERSION)} <= set(re.findall(r"\d+", caught.value.message))
         with pytest.raises(TransportError) as unsent:
             members[name].request(peer, Lane.CONTROL, Message("hello"), 1.0)
         assert unsent.value.code == "not-connected"
