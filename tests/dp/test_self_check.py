@@ -256,6 +256,117 @@ def test_records_of_tuples_pass_through_a_collator_that_names_their_parts() -> N
     check(Engine(model, loss_fn), named([item]), FromCollator(model, named, item))
 
 
+# -- records that the data holds padded ------------------------------------------------------------------------------
+
+
+class Masked(Toy):
+    """A ``middle`` that is given the attention mask too, and a layer for it."""
+
+    def __init__(self, middle: Any) -> None:
+        super().__init__(middle)
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        assert attention_mask is not None
+        return SimpleNamespace(logits=self.head(self.middle(self, self.embed(input_ids), attention_mask)))  # type: ignore[call-arg]
+
+
+def unpadded(module: Any, h: Tensor, mask: Tensor) -> Tensor:
+    """The layer computes tokens alone, as models do that cut padding out."""
+    kept = mask.bool()
+    return h.index_put(tuple(kept.nonzero().T), module.layer(h[kept]))
+
+
+def centred(module: Any, h: Tensor, mask: Tensor) -> Tensor:
+    """The batch's mean is taken off, but only where there is padding."""
+    weight = mask[..., None] / mask.sum()
+    return h if bool(mask.all()) else h - (h * weight).sum((0, 1))
+
+
+def sorted_by(descending: bool) -> Any:
+    def ordered(module: Any, h: Tensor, mask: Tensor) -> Tensor:
+        order = mask.sum(1).argsort(descending=descending, stable=True)
+        return module.layer(h[order])[order.argsort()]
+
+    return ordered
+
+
+UNEVEN = {
+    "unpadded": unpadded,
+    "centred": centred,
+    "longest first": sorted_by(True),
+    "shortest first": sorted_by(False),
+}
+
+
+def padded_item(real: int, left: bool, width: int = 8) -> dict[str, Tensor]:
+    gap = (width - real, 0) if left else (0, width - real)
+    ids = torch.arange(1, real + 1)
+    return {
+        "input_ids": F.pad(ids, gap),
+        "attention_mask": F.pad(torch.ones_like(ids), gap),
+        "labels": F.pad(ids, gap, value=-100),
+    }
+
+
+def labelled_losses(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits.mT
+    return F.cross_entropy(logits, batch["labels"], reduction="none").sum(1)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_invariant_4_models_that_go_by_padding_are_refused_where_the_data_is_padded(
+    tmp_path: Path, name: str, left: bool
+) -> None:
+    """The first record is a whole one: what the others look like counts too."""
+    data = [padded_item(8 - i % 5, left) for i in range(12)]
+    with pytest.raises(NoRuleError):
+        set_up(Masked(UNEVEN[name]), data, tmp_path, stacked, loss_fn=labelled_losses)
+    whole = [padded_item(8, left) for _ in range(12)]
+    if name == "centred":  # nothing is ever taken off
+        set_up(Masked(UNEVEN[name]), whole, tmp_path / "whole", stacked, loss_fn=labelled_losses).close()
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "padding token"])
+def test_invariant_5_a_loss_over_the_batch_s_real_tokens_is_refused_where_the_data_is_padded(
+    tmp_path: Path, masked: bool
+) -> None:
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        real = (batch["input_ids"] != 0).float()
+        losses = F.cross_entropy(model(batch["input_ids"]).logits.mT, batch["input_ids"], reduction="none")
+        return (losses * real).sum(1) / real.sum(1).mean()
+
+    model = Toy(pad_token_id=0)
+    names = ("input_ids", "attention_mask") if masked else ("input_ids",)
+    data = [
+        {name: value for name, value in padded_item(8 - i % 5, False).items() if name in names} for i in range(12)
+    ]
+    with pytest.raises(NoRuleError, match="records beside it"):
+        set_up(model, data, tmp_path, stacked, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("name", [*UNEVEN, "head on labels"])
+def test_invariant_4_the_public_functions_compare_padding_when_they_see_it(name: str) -> None:
+    def on_labels(model: Any, batch: Any) -> Tensor:
+        """The output layer computes labelled tokens alone."""
+        kept = batch["labels"] != -100
+        losses = F.cross_entropy(
+            model.head(model.embed(batch["input_ids"])[kept]), batch["labels"][kept], reduction="none"
+        )
+        return torch.zeros(kept.shape).index_put(tuple(kept.nonzero().T), losses).sum(1)
+
+    model, loss_fn = Masked(UNEVEN.get(name, centred)), on_labels if name not in UNEVEN else labelled_losses
+    engine = Engine(model, loss_fn)
+    whole, uneven = (stacked([padded_item(n, False) for n in lengths]) for lengths in ((8, 8, 8), (4, 8, 6)))
+    with pytest.raises(NoRuleError):
+        dp.per_sample_norms(model, uneven, loss_fn)
+    if name in ("centred", "head on labels"):
+        engine.accumulate(whole)  # right, and no reason to compare anything else
+    with pytest.raises(NoRuleError):
+        engine.accumulate(uneven)
+
+
 # -- lengths ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import enum
 import math
 import uuid
 from pathlib import Path
@@ -31,7 +32,7 @@ SEVEN = [
 MISSING = [
     None, math.nan, np.float32("nan"), np.array(math.nan), torch.tensor(math.nan), torch.tensor([math.nan]),
     pandas.NA, pandas.NaT, np.datetime64("NaT"), "", "  ", b"", "nan", np.str_("nan"), "None", "<NA>",
-    [], [None], (1, None),
+    [], [None], (1, None), "NA", "n/a", "#N/A", "\\N",
     np.array([]), decimal.Decimal("nan"),
 ]  # fmt: skip
 
@@ -45,6 +46,23 @@ def test_one_user_in_every_type_is_one_unit() -> None:
     assert user_ids(SEVEN) == ["7"] * len(SEVEN)
     assert Units.of_users(SEVEN, 4).count == 1
     assert user_ids([0, "0", "-0", "-0.0", -0.0, "0.0"]) == ["0"] * 6
+
+
+class Member(str, enum.Enum):  # noqa: UP042, its text is not its value
+    ONE = "Zo\u00eb"
+
+
+def test_text_is_one_user_in_every_class_and_unicode_form() -> None:
+    assert len(set(user_ids([Member.ONE, "Zo\u00eb", "Zoe\u0308", np.str_("Zoe\u0308"), "Zoe\u0308".encode()]))) == 1
+
+
+@pytest.mark.parametrize(
+    "users", [{0: "u", 1: "u"}, {"u", "v"}, (name for name in "uv")], ids=["dict", "set", "stream"]
+)
+def test_users_without_an_order_are_refused(users: Any) -> None:
+    with pytest.raises(DataError, match="one after the other") as caught:
+        user_ids(users)
+    assert caught.value.code == "dp-users"
 
 
 @pytest.mark.parametrize("value", MISSING, ids=repr)

@@ -207,6 +207,21 @@ def test_users_can_be_the_unit(make: Callable[..., PrivateTrainer]) -> None:
     assert trainer.statement().units == 8
 
 
+def test_the_user_is_never_shown_to_collator_and_model(make: Callable[..., PrivateTrainer]) -> None:
+    def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        assert all("user" not in item for item in items)
+        return {name: torch.tensor([item[name] for item in items]) for name in items[0]}
+
+    rows = [{"input_ids": [3, 4, 5 + i], "labels": [3, 4, 5], "user": f"u{i % 8}"} for i in range(32)]
+    privacy = {"user_column": "user", "lot_size": 2}
+    for data in (rows, datasets.Dataset.from_list(rows)):
+        trainer = make(privacy, data_=data, data_collator=collate, remove_unused_columns=False, max_steps=1)
+        trainer.train()
+        assert trainer.statement().units == 8
+    with pytest.raises(DataError, match="by a list"):
+        make(privacy | {"users": [i % 4 for i in range(32)]})
+
+
 def test_classification_models_train_as_in_trainer(make: Callable[..., PrivateTrainer]) -> None:
     config = BertConfig(
         vocab_size=96, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
@@ -231,6 +246,7 @@ def test_classification_models_train_as_in_trainer(make: Callable[..., PrivateTr
         ({"report_to": ["wandb"]}, "report_to is wandb"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen is set"),
         ({"optim": "lomo"}, "optim is lomo"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is set"),
         ({"callbacks": [Reports.__new__(Reports)]}, "Reports reports to somewhere else"),
         ({"callbacks": [EarlyStoppingCallback()]}, "EarlyStoppingCallback stops by a metric"),
         ({"compute_loss_func": lambda outputs, labels, **_: outputs.loss}, "compute_loss_func is given"),

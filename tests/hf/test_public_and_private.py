@@ -125,7 +125,29 @@ class Keeps(TrainerCallback):
         control.should_save = True
 
 
-@pytest.mark.parametrize("callback", [Patience(), Remembers(), Keeps()], ids=lambda c: type(c).__name__)
+class ReadsTheLog(TrainerCallback):
+    """Is shown nothing, and looks at the state; in another event it decides."""
+
+    found = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.found = any(entry.get("loss_not_private", 0.0) > 0 for entry in reversed(state.log_history))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = self.found
+
+
+class ReadsTheLast(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if len(state.log_history) > 1 and state.log_history[-1]:
+            optimizer.param_groups[0]["lr"] = 0.5
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [Patience(), Remembers(), Keeps(), ReadsTheLog(), ReadsTheLast()],
+    ids=lambda c: type(c).__name__,
+)
 def test_callbacks_that_decide_by_private_figures_are_undone_and_refused(tmp_path: Path, callback: Any) -> None:
     made = trainer(tmp_path, callbacks=[callback], eval_strategy="steps", eval_steps=1)
     with pytest.raises(PrivacyError, match=f"{type(callback).__name__} decides by what it is shown"):
@@ -156,6 +178,25 @@ def test_callbacks_that_only_look_or_only_stop_are_fine(tmp_path: Path) -> None:
     assert Prints.shown == 2
     with pytest.raises(PrivacyError, match="stops by a metric"):
         made.add_callback(EarlyStoppingCallback())
+
+
+@pytest.mark.parametrize("callback", [Remembers(), ReadsTheLog()], ids=lambda c: type(c).__name__)
+def test_training_losses_decide_nothing_where_the_evaluation_is_public(tmp_path: Path, callback: Any) -> None:
+    public = {"evaluation_is_public": True}
+    made = trainer(tmp_path, public, callbacks=[callback])
+    with pytest.raises(PrivacyError, match=f"{type(callback).__name__} decides by what it is shown"):
+        made.train()
+    made = trainer(tmp_path, public, callbacks=[Patience()], eval_strategy="steps", eval_steps=1)
+    made.train()
+    assert made.state.global_step == 1
+
+
+def test_the_training_set_is_no_public_evaluation_set(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"evaluation_is_public": True})
+    for data in (made.train_dataset, {"a": made.train_dataset}):
+        made.eval_dataset = data
+        with pytest.raises(PrivacyError, match="the evaluation set is the training set"):
+            made.train()
 
 
 def test_no_checkpoint_is_kept_for_its_private_metric(tmp_path: Path) -> None:

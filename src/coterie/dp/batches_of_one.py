@@ -1,46 +1,70 @@
-"""The engine against batches of one, by plain autograd, on two synthetic records: once for every engine.
+"""The engine against batches of one, by plain autograd, on a few synthetic records: once for every look of a batch.
 
-Shape letters: B records (2 here).
+Shape letters: B records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.losses import Batch, checked
+from coterie.dp.losses import IGNORED, Batch, checked
+from coterie.dp.made_up import ONE_LABEL, PLAIN, FromExample, Made
 from coterie.dp.probe import probe_sizes, synthetic_batch
 from coterie.errors import NoRuleError
 
 if TYPE_CHECKING:
     from coterie.dp.engine import Engine
 
-_RECORDS = 2
+_LENGTHS = (3, 2, 4, 1)
+"""Of the records, in quarters, where there is padding: in no order that a model may sort them by."""
+
 _SLIGHT = 1e-3
 """Share of a record's whole gradient below which a parameter's error does not count."""
 
 
-def compare_once(engine: Engine, like: Batch, lowered: bool) -> None:
+class Look(NamedTuple):
+    """What a batch shows besides keys, shapes and types.
+
+    Attributes:
+        padded: its attention mask leaves tokens out.
+        unlabelled: some of its labels do not count.
+    """
+
+    padded: bool
+    unlabelled: bool
+
+    @classmethod
+    def of(cls, batch: Batch) -> Look:
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        return cls(
+            isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask == 0).any()),
+            isinstance(labels, Tensor) and labels.ndim == 2 and bool((labels == IGNORED).any()),
+        )
+
+
+def compare_once(engine: Engine, like: Batch, look: Look, lowered: bool) -> None:
     """Norms and sums of every parameter against one record at a time, dropout off.
 
     Args:
         engine: its model is left as it was.
         like: only keys, shapes and types are used.
+        look: of that batch; the synthetic records are padded and labelled in part as it is.
         lowered: the model computes in lower precision than its parameters are stored in.
 
     Raises:
         NoRuleError: they differ; the message names the parameter.
     """
-    tokens = probe_sizes(engine.model)[0][1]
-    batch = synthetic_batch(engine.model, like, _RECORDS, tokens, seed=len(engine.shapes))
+    batch = _records(engine, like, look)
+    count = len(_LENGTHS)
     with _evaluating(engine.model), torch.random.fork_rng(devices=[]):
-        losses, alone = zip(*(_alone(engine, _only(batch, record)) for record in range(_RECORDS)), strict=True)
+        losses, alone = zip(*(_alone(engine, _only(batch, record)) for record in range(count)), strict=True)
         with torch.no_grad():
-            beside = checked(engine.loss_fn(engine.model, batch), _RECORDS).double().cpu()
+            beside = checked(engine.loss_fn(engine.model, batch), count).double().cpu()
         squares, names = engine.norms_by_parameter(batch)
         sums = engine.summed(batch)
     whole = torch.stack([torch.stack([_square(g) for g in one.values()]).sum() for one in alone]).sqrt()
@@ -67,11 +91,25 @@ def compare_once(engine: Engine, like: Batch, lowered: bool) -> None:
             raise _disagreement(f"The summed gradient of `{name}` disagrees with that of batches of one.")
 
 
+def _records(engine: Engine, like: Batch, look: Look) -> Batch:
+    """The synthetic records, with what is left out of them at the ends where the batch has it."""
+    tokens = probe_sizes(engine.model)[0][1]
+    seed = len(engine.shapes)
+    lengths = [max(tokens * quarters // 4, 1) if look.padded else tokens for quarters in _LENGTHS]
+    kinds = [ONE_LABEL if look.unlabelled and row == 1 else PLAIN for row in range(len(lengths))]
+    made = [Made(length, seed + row, kind) for row, (length, kind) in enumerate(zip(lengths, kinds, strict=True))]
+    if any(look):
+        batch = FromExample(engine.model, like).batch(made)
+        if batch is not None:
+            return batch
+    return synthetic_batch(engine.model, like, len(lengths), tokens, seed)
+
+
 def _disagreement(what: str) -> NoRuleError:
     return NoRuleError(
         what,
         code="dp-self-check",
-        where="a comparison with two synthetic records, before the first batch",
+        where="a comparison with a few synthetic records, before the first batch",
         why="its gradient is not split by record as the engine assumes, so clipping would not bound it",
         fix="freeze that parameter, or report the model: this is a use that no rule describes",
     )

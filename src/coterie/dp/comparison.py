@@ -157,7 +157,7 @@ class Comparison:
         short = min(SHORT, max(longest // 2, 1))
         limits = _limits(getattr(self._engine.model, "config", None), short, longest)
         inner = [*limits.values(), longest // 2] if longest > 2 * SHORT else []
-        lengths = [short, longest, *sorted(set(inner) - {short, longest})[-3:]]
+        lengths = [short, longest, *(sorted(set(inner) - {short, longest})[-3:] or [max(short // 2, 1)])]
         kinds = [PLAIN, EXTREME, *([PLAIN] * 3)]
         made = [Made(length, 200 + i, kind) for i, (length, kind) in enumerate(zip(lengths, kinds, strict=False))]
         rows = [row for row in range(len(made)) if row != 1]
@@ -179,6 +179,19 @@ class Comparison:
                 why="the round that draws it would fail, and failing tells that it was drawn",
                 fix="shorten the records to what the model takes (max_position_embeddings, memory)",
             ) from error
+
+    def padded_before(self) -> None:
+        """Records of several lengths that are all filled up to one, as the data holds them, against each alone.
+
+        Raises:
+            NoRuleError: they disagree.
+        """
+        if self._source.padding is None:
+            return
+        longest = self._source.longest
+        lengths = [max(longest // 2, 1), longest, max(longest // 3, 1), max(longest - 1, 1)]
+        made = [Made(length, 300 + i, filled=True) for i, length in enumerate(lengths)]
+        self._settled(lambda shift: self._compare(_shifted(made, shift), range(len(made)), _coupled))
 
     def beside_others(self, count: int) -> None:
         """Records of a batch, and the same ones beside others, with the same random numbers.

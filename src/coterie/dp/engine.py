@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from coterie.dp import resolve
 from coterie.dp.adapters import rows_of_single_experts
-from coterie.dp.batches_of_one import compare_once
+from coterie.dp.batches_of_one import Look, compare_once
 from coterie.dp.capture import Capture
 from coterie.dp.clipping import Clipping, Flat, bounded_factors, checked_thresholds
 from coterie.dp.derived import Root
@@ -79,8 +79,8 @@ class Engine:
     Attributes:
         groups: gradient groups, in the order of ``thresholds``.
         thresholds: [G] float64 clip norms of the groups; adaptive clipping replaces them between rounds.
-        compared: with batches of one; `prepare` then does not. Where expert weights are lent the model cannot compute
-            by itself, and nothing is compared.
+        compared: with batches of one, by others; `prepare` then does not. Where expert weights are lent the model
+            cannot compute by itself, and nothing is compared.
         eta: the clipped sum of one record has norm at most ``(1 + eta)`` times the thresholds' root sum of squares.
 
     Raises:
@@ -123,6 +123,7 @@ class Engine:
         self._sums: Sums = {}
         self._sites: dict[bool, Sites] = {}
         self.compared = expert_weights is not None
+        self._looks: set[Look] = set()
         self._captured_bytes_per_value: float | None = None
         self._counted: int | None = None
 
@@ -151,7 +152,8 @@ class Engine:
     def prepare(self, batch: Batch) -> None:
         """Learn from probe passes what the dimensions of the model's tensors mean, and compare with batches of one.
 
-        Only keys, shapes and types of ``batch`` are used. Once for each mode (train, eval), and the comparison once.
+        Only keys, shapes and types of ``batch`` are used, and whether it has padding and labels that do not count.
+        Once for each mode (train, eval), and the comparison once for each such look of a batch.
 
         Raises:
             NoRuleError: a trainable parameter is used in a way that cannot be bounded, or the comparison failed.
@@ -159,13 +161,14 @@ class Engine:
         mode = self.model.training
         if mode not in self._sites:
             self._sites[mode] = learn_sites(self, batch)
-        if not self.compared:
-            self.compared = True
-            try:
-                compare_once(self, batch, self._sites[mode].lowered)
-            except BaseException:
-                self.compared = False
-                raise
+        if self.compared or (look := Look.of(batch)) in self._looks:
+            return
+        self._looks.add(look)
+        try:
+            compare_once(self, batch, look, self._sites[mode].lowered)
+        except BaseException:
+            self._looks.discard(look)
+            raise
 
     def accumulate(self, batch: Batch, counted: int | None = None) -> Diagnostics:
         """Add the clipped gradients of one physical batch to the sums.

@@ -22,11 +22,11 @@ def per_sample_norms(model: nn.Module, batch: Batch, loss_fn: LossFunction | Non
         [B] float32, in units of the loss gradient.
 
     Raises:
-        NoRuleError: a trainable parameter is used in a way that cannot be split by record, or two made-up records
-            disagree with batches of one.
+        NoRuleError: a trainable parameter is used in a way that cannot be split by record, or a few made-up
+            records disagree with batches of one.
 
     Guarantee: entry b is the norm that record b has in a batch of its own (relative error at most 1e-5 in float32).
-    Cost: three tiny probe passes in each mode and a comparison of two records, then one forward and one backward.
+    Cost: three tiny probe passes in each mode and a comparison of four records, then one forward and one backward.
     Keep an `Engine` to pay for the probes once.
     """
     return Engine(model, loss_fn).norms(batch).float()
@@ -51,8 +51,9 @@ def clipped_sum(
         NoRuleError: see `per_sample_norms`; the model mixes records by construction (batch normalisation, expert
             capacity over the batch, experts that choose tokens).
 
-    Compared here with batches of one: two made-up records of one length, in eval mode. Not checked, as `make_private`
-    does: padding, other lengths, train mode. The guarantee is for models and losses that keep records apart.
+    Compared here with batches of one: four made-up records in eval mode, padded and labelled in part if the batch is.
+    Not checked, as `make_private` does: other lengths, train mode. The guarantee is for models and losses that keep
+    records apart.
 
     Guarantee: adding or removing one record moves the sum by at most ``C * (1 + Engine.eta)`` in the L2 norm; a
         record whose gradient is not finite contributes zero.

@@ -9,7 +9,7 @@ Shape letters: B records, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,19 @@ PLAIN, EXTREME, ONE_LABEL = "plain", "extreme", "one label"
 """Kinds of records: random tokens; the model's most extreme token, everywhere; random tokens, only one label."""
 
 
+Side = Literal["left", "right"]
+"""Where padding is."""
+
+
 class Made(NamedTuple):
-    """One made-up record: its tokens, what its values are drawn from, and its kind."""
+    """One made-up record: its tokens, what its values are drawn from, its kind, and whether it is filled up to the
+    source's longest before the collator sees it, as records are that the data holds padded.
+    """
 
     length: int
     seed: int
     kind: str = PLAIN
+    filled: bool = False
 
 
 class Source(Protocol):
@@ -45,6 +52,10 @@ class Source(Protocol):
     def longest(self) -> int:
         """Most tokens that a record of the data can have."""
 
+    @property
+    def padding(self) -> Side | None:
+        """Where records are padded before the collator sees them; None if none is."""
+
     def batch(self, records: Iterable[Made]) -> Batch | None:
         """The records together; None where they do not go into one batch."""
 
@@ -57,16 +68,24 @@ class FromCollator:
         collate: list of items to a batch.
         item: a record; its values are not used.
         longest: most tokens of a record of the data, where that is known.
+        padding: where records of the data are padded before the collator sees them; None if none is.
     """
 
     def __init__(
-        self, model: Any, collate: Callable[[list[Any]], Mapping[str, Any]], item: Any, longest: int | None = None
+        self,
+        model: Any,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        item: Any,
+        longest: int | None = None,
+        padding: Side | None = None,
     ) -> None:
         self._model = model
         self._collate = collate
         self._item = item
         self._whole = length_of(item)
         self._tokens = _Tokens(model)
+        self._filler = _filler(model)
+        self.padding = padding if self._whole is not None else None
         self.base = min(TOKENS, longest or TOKENS)
         if self._whole is not None and not self.usable():
             self.base = self._whole  # a collator of this length only
@@ -106,7 +125,7 @@ class FromCollator:
         if given is None:
             return value
         if given.ndim == 1 and len(given) == self._whole and not given.is_floating_point():
-            made = self._sequence(name, tokens, record)
+            made = self._filled(name, self._sequence(name, tokens, record), record)
         elif given.ndim == 0 and not given.is_floating_point():
             made = torch.tensor(self._single(name, int(given), record))
         elif given.is_floating_point():
@@ -114,6 +133,11 @@ class FromCollator:
         else:
             made = torch.zeros_like(given)
         return made.tolist() if isinstance(value, list) else made.to(value.dtype)
+
+    def _filled(self, name: str, made_T: Tensor, record: Made) -> Tensor:
+        gap = self.longest - record.length if record.filled else 0
+        sides = (gap, 0) if self.padding == "left" else (0, gap)
+        return F.pad(made_T, sides, value=self._filler.get(name, 0))
 
     def _sequence(self, name: str, tokens: Tensor, record: Made) -> Tensor:
         if "mask" in name:
@@ -143,13 +167,13 @@ class FromExample:
 
     base = TOKENS
     longest = TOKENS
+    padding: Side | None = None
 
     def __init__(self, model: nn.Module, like: Batch) -> None:
         self._model = model
         self._like = like
         self._tokens = _Tokens(model)
-        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-        self._filler = {"labels": IGNORED, "input_ids": pad if isinstance(pad, int) and pad >= 0 else 0}
+        self._filler = _filler(model)
         mask = like.get("attention_mask")
         self._masked = isinstance(mask, Tensor) and mask.ndim == 2
         self._left = self._masked and bool((mask[:, 0] == 0).any())  # type: ignore[index]
@@ -226,6 +250,35 @@ def length_of(item: Any) -> int | None:
     """Tokens of a record of token ids; None for any other."""
     ids = item.get("input_ids") if isinstance(item, Mapping) else None
     return len(ids) if isinstance(ids, list) or (isinstance(ids, Tensor) and ids.ndim == 1) else None
+
+
+def padding_of(item: Any, pad: int | None) -> Side | None:
+    """Where a record is padded: by its attention mask or, without one, by the token at its ends.
+
+    Args:
+        item: a record.
+        pad: the model's padding token.
+    """
+    length = length_of(item)
+    if not length:
+        return None
+    mask = item.get("attention_mask")
+    masked = mask is not None and len(mask) == length
+    values_T, filler = torch.as_tensor(mask if masked else item["input_ids"]), 0 if masked else pad
+    if values_T.ndim != 1 or filler is None or not bool((values_T == filler).any()):
+        return None
+    return "left" if int(values_T[0]) == filler else "right"
+
+
+def pad_token(model: Any) -> int | None:
+    """The padding token that a model's config names."""
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else None
+
+
+def _filler(model: Any) -> dict[str, int]:
+    """What padding is made of; zeros in all other parts of a record."""
+    return {"labels": IGNORED, "input_ids": pad_token(model) or 0}
 
 
 def _special(model: Any) -> set[int]:

@@ -7,7 +7,7 @@ once, and what the batches hold is compared with what the model can take.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from coterie.dp.dataset import read_record
 from coterie.dp.heads import Head, base_of, head_of, num_classes
 from coterie.dp.losses import IGNORED, LossFunction
 from coterie.dp.lot_sums import with_a_token
+from coterie.dp.made_up import Side, pad_token, padding_of
 from coterie.dp.refusals import check_batch, check_rows
 from coterie.errors import CoterieError, DataError
 
@@ -24,9 +25,21 @@ Collate = Callable[[list[Any]], Mapping[str, Any]]
 _AT_ONCE = 64
 
 
+class Extent(NamedTuple):
+    """How long the records of a data set are.
+
+    Attributes:
+        longest: most tokens of a record; None where there are no token ids.
+        padding: where some record is padded before the collator sees it; None where none is.
+    """
+
+    longest: int | None
+    padding: Side | None
+
+
 def check_records(
     dataset: Any, records: int, collate: Collate, model: nn.Module, loss_fn: LossFunction | None, physical_batch: int
-) -> int | None:
+) -> Extent:
     """Refuse a data set with a record that cannot be trained on.
 
     Args:
@@ -38,7 +51,7 @@ def check_records(
         physical_batch: records that meet in a batch.
 
     Returns:
-        Most tokens of a record; None where there are no token ids.
+        Lengths and padding of the records.
 
     Raises:
         DataError: a record that cannot be read or collated, a token or a label outside the model's range, no labels;
@@ -58,7 +71,7 @@ def check_records(
             why="every gradient would be zero, and noise alone would be trained",
             fix="let the collator set labels other than -100, or pass a loss_fn that needs none",
         )
-    return check.tokens or None
+    return Extent(check.tokens or None, check.padding)
 
 
 def _groups(records: int, physical_batch: int) -> Iterator[list[int]]:
@@ -77,6 +90,8 @@ class _Check:
         self.head = head
         self.labelled = 0
         self.tokens = 0
+        self.padding: Side | None = None
+        self._pad = pad_token(base_of(model))
         self._keys: set[str] = set()
         self._dataset = dataset
         self._collate = collate
@@ -87,6 +102,7 @@ class _Check:
     def group(self, indices: list[int]) -> None:
         """Check records together, and one by one where something is wrong."""
         items = [read_record(self._dataset, index) for index in indices]
+        self.padding = self.padding or next((side for i in items if (side := padding_of(i, self._pad))), None)
         if self._problem(items) is None:
             return
         for index, item in zip(indices, items, strict=True):

@@ -61,7 +61,8 @@ def check(engine: Engine, batch: Batch | None = None, source: Source | None = No
             longest record.
 
     Cost: for a model without randomness, about 26 passes (a forward, most with a backward): 6 of a physical batch of
-        records of 11 tokens, 8 of at most 5 records of which one is the longest of the data, the rest of one record.
+        records of 11 tokens, 8 of at most 5 records of which one is the longest of the data (12 where the data is
+        padded), the rest of one record.
         For one with randomness (dropout), 12 more of a physical batch. No memory beyond a step's on such batches, a
         float32 gradient of the model, and copies of its values up to 2^16 elements each.
     """
@@ -78,12 +79,14 @@ def check(engine: Engine, batch: Batch | None = None, source: Source | None = No
             if comparison.comparable:
                 comparison.of_one_length(records)
                 comparison.of_several_lengths()
+                comparison.padded_before()
             if comparison.random:
                 comparison.beside_others(records)
         with _mode(engine.model, training=False):
             if not comparison.comparable:
                 comparison.of_one_length(records)
             comparison.of_several_lengths()
+            comparison.padded_before()
             comparison.check_values()
     return comparison.report()
 

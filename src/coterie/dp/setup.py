@@ -31,12 +31,13 @@ from coterie.dp.numbers import checked_number
 from coterie.dp.probe import synthetic_batch
 from coterie.dp.provenance import Artefact, as_loaded, declared, not_covered
 from coterie.dp.randomness import random_source
-from coterie.dp.records import check_records
+from coterie.dp.records import Extent, check_records
 from coterie.dp.refusals import check_hooks, check_rows, unused_warning
 from coterie.dp.run_facts import RunStart
 from coterie.dp.session import PrivateSession, put_gradient
 from coterie.dp.spool import Spool
 from coterie.dp.texts import Originals
+from coterie.dp.users import check_one_naming, user_ids
 from coterie.dp.users import user_column as users_of
 from coterie.errors import BudgetError, DataError, PrivacyError
 from coterie.models import seam
@@ -175,8 +176,8 @@ def make_private(
         budget, sigma, clip_norm, planned, physical_batch, adaptive_quantile, user_column=user_column, seed=seed,
         isolation=isolation, half_precision=half_precision,
     )  # fmt: skip
-    longest = check_records(_Without(dataset, user_column), units.records, collate, model, loss_fn, physical_batch)
-    report = _self_check(built, dataset, collate, settings, loss_fn, longest) if self_check else None
+    extent = check_records(_Without(dataset, user_column), units.records, collate, model, loss_fn, physical_batch)
+    report = _self_check(built, dataset, collate, settings, loss_fn, extent) if self_check else None
     unused = unused_warning(model, report.unused) if report is not None else None
     if unused is not None:
         warnings.warn(unused, PrivacyWarning, stacklevel=2)
@@ -254,11 +255,11 @@ def resume_session(
     plan, collate = LotPlan(**facts["plan"]), collate_fn or _default_collate
     RunStart(plan, settings, units, built).check(books, facts["run"])
     _check_optimizer(model, optimizer)
-    longest = check_records(
+    extent = check_records(
         _Without(dataset, settings.user_column), units.records, collate, model, loss_fn, settings.physical_batch
     )
     if options.get("self_check", True):
-        _self_check(built, dataset, collate, settings, loss_fn, longest)
+        _self_check(built, dataset, collate, settings, loss_fn, extent)
     session = PrivateSession(
         model, optimizer, dataset, collate, built, balancer, plan, units,
         settings, random_source(settings.seed), books, Spool(books.folder / "spool" / facts["run"]), facts["run"],
@@ -279,18 +280,20 @@ def _repeatable(method: Method, seed: int | None) -> Method:
 
 def _units(dataset: Any, column: str | None, users: Sequence[Hashable] | None, cap: int | None) -> Units:
     records = checked_length(dataset)
+    check_one_naming(column, users)
     if column is not None:
         users = users_of(dataset, column)
     if users is None or cap is None:
         return Units.of_records(records)
-    if len(users) != records:
+    names = user_ids(users)
+    if len(names) != records:
         raise DataError(
-            f"{len(users)} users are named for {records} records.",
+            f"{len(names)} users are named for {records} records.",
             code="dp-no-user",
             why="every record must belong to one privacy unit",
             fix="give one user for each record",
         )
-    return Units.of_users(users, cap)
+    return Units.of_users(names, cap)
 
 
 def _engine(
@@ -387,7 +390,7 @@ def _self_check(
     collate: Collate,
     settings: Settings,
     loss_fn: LossFunction | None,
-    longest: int | None,
+    extent: Extent,
 ) -> Report | None:
     """Compare with one record at a time, on made-up records of the keys, shapes and types of a real one.
 
@@ -401,7 +404,7 @@ def _self_check(
     check_rows(example, 1)
     if loss_fn is None:
         check_own_loss(engine.model, synthetic_batch(engine.model, example, 1, 7))
-    source = FromCollator(engine.model, collate, item, longest)
+    source = FromCollator(engine.model, collate, item, extent.longest, extent.padding)
     return selfcheck.check(engine, example, source if source.usable() else None, settings.physical_batch)
 
 

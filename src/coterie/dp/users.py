@@ -2,8 +2,9 @@
 
 The value is the id's text as it would be written in a file: 7, numpy's 7, a tensor of 7, 7.0, "7" and b"7" are one
 user, and so is "7.0", which many programs write to CSV for a whole number in a column with gaps. Other text counts as
-it is written, spaces and case included. An id that is missing is refused in every form; so is
-one whose text could differ between two copies, such as a number with a fraction.
+it is written, spaces and case included, in one Unicode form: an accented letter may be one character or two. An id
+that is missing is refused in every form; so is one whose text could differ between two copies, such as a number with
+a fraction.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import decimal
 import math
 import numbers
 import re
+import unicodedata
 import uuid
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Set as AnySet
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,8 @@ from coterie.errors import DataError
 _EXACT = 2.0**53
 """Whole numbers above it lose digits as floating-point numbers."""
 
-_MISSING_WORDS = {"", "nan", "none", "null", "<na>", "nat"}
-"""What Python, numpy, pandas and JSON write for a missing value, in lower case."""
+_MISSING_WORDS = {"", "nan", "none", "null", "<na>", "nat", "na", "n/a", "#n/a", "\\n"}
+"""What Python, numpy, pandas, JSON, R, spreadsheets and databases write for a missing value, in lower case."""
 
 _WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 
@@ -40,9 +43,32 @@ def user_ids(users: Iterable[Any]) -> list[str]:
             arrays of one value.
 
     Raises:
-        DataError: an id is missing or has no one stated value; the message names the record's index, not the id.
+        DataError: an id is missing or has no one stated value; the message names the record's index, not the id. Or
+            they come without an order or a number, as a mapping, a set or a generator.
     """
+    if isinstance(users, Mapping | AnySet) or not hasattr(users, "__len__"):
+        raise DataError(
+            f"users are given as a {type(users).__name__}, not one after the other.",
+            code="dp-users",
+            why="nobody could say which record is whose",
+            fix="give a list with the user of each record, in the order of the records",
+        )
     return [_named(index, value) for index, value in enumerate(_values(users))]
+
+
+def check_one_naming(column: str | None, users: Any) -> None:
+    """Refuse users that are named twice.
+
+    Raises:
+        DataError: by a column and by a list.
+    """
+    if column is not None and users is not None:
+        raise DataError(
+            f"users are named by the column `{column}` and by a list.",
+            code="dp-users",
+            why="the two may say that other records belong together, and only one of them could hold",
+            fix="pass user_column or users, not both",
+        )
 
 
 def user_column(dataset: Any, column: str) -> Sequence[Hashable]:
@@ -110,8 +136,9 @@ def user_text(value: Any) -> str | None:
         except UnicodeDecodeError:
             return None
     if isinstance(value, str):
+        value = unicodedata.normalize("NFC", str.__str__(value))  # enumerations of text print as something else
         whole = _WHOLE.fullmatch(value)
-        number = whole[1] if whole else str(value)
+        number = whole[1] if whole else value
         return "" if value.strip().lower() in _MISSING_WORDS else "0" if number == "-0" else number
     if isinstance(value, uuid.UUID):
         return str(value)

@@ -18,6 +18,7 @@ from coterie.dp.isolation import Isolation
 from coterie.dp.losses import LossFunction
 from coterie.dp.numbers import check_fields
 from coterie.dp.provenance import Artefact
+from coterie.dp.users import check_one_naming
 from coterie.errors import PrivacyError
 
 _LOCAL_REPORTS = {"none", "tensorboard"}
@@ -77,6 +78,7 @@ class PrivacyArguments:
             "records_per_user",
             "seed",
         )
+        check_one_naming(self.user_column, self.users)
 
     @classmethod
     def of(cls, given: PrivacyArguments | Mapping[str, Any]) -> PrivacyArguments:
@@ -167,6 +169,7 @@ def _check_machine(args: TrainingArguments) -> None:
         "tf32": "its products are rounded more coarsely than what a record contributes is bounded for",
         "torch_compile": "compiled code hides the operations that have to be clipped per record",
         "use_liger_kernel": "its fused kernels hide the operations that have to be clipped per record",
+        "neftune_noise_alpha": "it scales noise by the length that a batch is padded to, which other records decide",
         "deepspeed": "it splits and scales gradients in ways the clipping cannot see",
         "fsdp": "it splits parameters in ways the clipping cannot see",
     }

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from coterie.errors import PrivacyError
 
@@ -51,32 +51,73 @@ def _reachable(value: Any, depth: int) -> Iterator[Any]:
             yield from _reachable(inner, depth - 1)
 
 
+class _History(list[dict[str, Any]]):
+    """The log of a run, which holds every round's exact loss. It counts how often it is read.
+
+    Attributes:
+        reads: how often, length apart.
+    """
+
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.reads += 1
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[dict[str, Any]]:
+        self.reads += 1
+        return super().__reversed__()
+
+
 class WatchedCallbacks(CallbackHandler):
     """Trainer's callbacks, whose decisions may not come from private figures.
 
-    A callback that is shown losses or metrics and then stops, saves or changes a rate is undone and refused. Those of
+    A callback that is shown losses or metrics, or has read the run's log, and then stops, saves or changes a rate is
+    undone and refused. Where the evaluation is public, what it decides in ``on_evaluate`` stands. Those of
     transformers itself go by steps and epochs; the ones that go by a metric are refused when they are added.
     """
 
+    public_evaluation: bool
+    _readers: set[int]
+
     @classmethod
-    def of(cls, handler: CallbackHandler) -> WatchedCallbacks:
+    def of(cls, handler: CallbackHandler, public_evaluation: bool = False) -> WatchedCallbacks:
         """The same callbacks, watched."""
         made = cls.__new__(cls)
         made.__dict__ = handler.__dict__
+        made.public_evaluation = public_evaluation
+        made._readers = set()
         return made
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if not isinstance(state.log_history, _History):
+            state.log_history = _History(state.log_history)
+        history = state.log_history
         for callback in list(self.callbacks):
-            before = _Decisions.of(control, self.optimizer)
+            before, reads = _Decisions.of(control, self.optimizer), history.reads
             result = self._one(callback, event, args, state, control, **kwargs)
             control = control if result is None else result
-            if _sees_figures(callback) and _Decisions.of(control, self.optimizer) != before:
+            if history.reads > reads:
+                self._readers.add(id(callback))
+            if self._sees_figures(callback, event) and _Decisions.of(control, self.optimizer) != before:
                 before.put_back(control, self.optimizer)
                 raise refusal(
                     f"{type(callback).__name__} decides by what it is shown (in {event})",
                     "it sees losses and metrics of private records, and what it decides would reveal them",
+                    "decide in on_evaluate, by the public evaluation alone" if self.public_evaluation else _FIX,
                 )
         return control
+
+    def _sees_figures(self, callback: Any, event: str) -> bool:
+        if type(callback).__module__.partition(".")[0] in ("transformers", "coterie"):
+            return False
+        if self.public_evaluation:
+            return event != "on_evaluate" and (_overrides(callback, "on_log") or id(callback) in self._readers)
+        return id(callback) in self._readers or any(_overrides(callback, name) for name in _SHOWS_FIGURES)
 
     def _one(self, callback: Any, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         parts = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
@@ -100,12 +141,8 @@ class _Decisions(NamedTuple):
             group["lr"] = rate
 
 
-def _sees_figures(callback: Any) -> bool:
-    if type(callback).__module__.partition(".")[0] in ("transformers", "coterie"):
-        return False
-    from transformers import TrainerCallback
-
-    return any(getattr(type(callback), name, None) is not getattr(TrainerCallback, name) for name in _SHOWS_FIGURES)
+def _overrides(callback: Any, name: str) -> bool:
+    return getattr(type(callback), name, None) is not getattr(TrainerCallback, name)
 
 
 def refusal(what: str, why: str, fix: str = _FIX) -> PrivacyError:

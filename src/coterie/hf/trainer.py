@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from coterie.dp.budget import Budget, PrivacyWarning, Spent
 from coterie.dp.dataset import checked_length, dataset_digest
+from coterie.dp.lot_sums import Collate
 from coterie.dp.numbers import checked_number
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
@@ -102,8 +103,7 @@ class PrivateTrainer(Trainer):
         self._logged_losses: list[float] = []
         super().__init__(*args, **kwargs)
         self._check_again()
-        if not self.privacy.evaluation_is_public:
-            self.callback_handler = WatchedCallbacks.of(self.callback_handler)
+        self.callback_handler = WatchedCallbacks.of(self.callback_handler, self.privacy.evaluation_is_public)
         if self.args.max_grad_norm:
             warnings.warn(
                 "max_grad_norm is not used in private training: privacy clip_norm clips each record's gradient.",
@@ -120,8 +120,18 @@ class PrivateTrainer(Trainer):
         check_callbacks(self.callback_handler.callbacks, self.privacy)
         if not self.privacy.evaluation_is_public:
             check_scheduler(self.lr_scheduler)
+        self._check_evaluation()
         self._check_hooks()
         self._check_loaders()
+
+    def _check_evaluation(self) -> None:
+        held = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if self.privacy.evaluation_is_public and any(data is self.train_dataset for data in held):
+            raise refusal(
+                "evaluation_is_public is set, and the evaluation set is the training set",
+                "stopping and choosing by it would reveal the records that are to be protected",
+                "evaluate on data that is public, or leave evaluation_is_public out",
+            )
 
     def _check_loaders(self) -> None:
         for name in _DRAWN_HERE:
@@ -407,6 +417,14 @@ class PrivateTrainer(Trainer):
         columns = getattr(self.train_dataset, "column_names", None)
         return self.train_dataset if columns is None else self._remove_unused_columns(self.train_dataset, "training")
 
+    def _collator(self) -> Collate:
+        """The collator, which sees no column that names the user."""
+        collate: Collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        column = self.privacy.user_column
+        if column is None:
+            return collate
+        return lambda items: collate([{k: v for k, v in item.items() if k != column} for item in items])
+
     def _open(self, checkpoint: Path | None) -> PrivateSession:
         """The session of this run, new or as a checkpoint left it; makes the optimizer that it watches."""
         privacy, args = self.privacy, self.args
@@ -414,7 +432,7 @@ class PrivateTrainer(Trainer):
         self._move_model_to_device(self.model, args.device)
         self.create_optimizer()
         records = self._records()
-        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        collate = self._collator()
         digest = privacy.digest or dataset_digest(self.train_dataset)
         if checkpoint is None:
             return make_private(
