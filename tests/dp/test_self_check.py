@@ -328,6 +328,37 @@ def test_invariant_4_models_that_go_by_padding_are_refused_where_the_data_is_pad
         set_up(Masked(UNEVEN[name]), whole, tmp_path / "whole", stacked, loss_fn=labelled_losses).close()
 
 
+@pytest.mark.parametrize("largest_first", [False, True])
+@pytest.mark.parametrize("numbers", [2, 3, 40])
+def test_invariant_4_records_that_the_model_sorts_by_a_number_of_theirs_are_refused(
+    tmp_path: Path, numbers: int, largest_first: bool
+) -> None:
+    """As where tasks or languages have experts of their own; the first records have the same number."""
+
+    class Sorted(Toy):
+        def forward(self, input_ids: Tensor, task: Tensor) -> SimpleNamespace:  # type: ignore[override]
+            order = task.argsort(descending=largest_first, stable=True)
+            return SimpleNamespace(logits=self.head(self.embed(input_ids)[order])[order.argsort()])
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        logits = model(batch["input_ids"], batch["task"]).logits.mT
+        return F.cross_entropy(logits, batch["input_ids"], reduction="none").sum(1)
+
+    data = [{"input_ids": torch.arange(1, 6), "task": torch.tensor(max(0, i - 3) % numbers)} for i in range(50)]
+    with pytest.raises(NoRuleError, match="disagree"):
+        set_up(Sorted(), data, tmp_path, stacked, loss_fn=loss_fn)
+
+
+def test_numbers_that_the_model_cannot_compute_made_up_are_left_out(tmp_path: Path) -> None:
+    def last(model: nn.Module, batch: Any) -> Tensor:
+        place = (batch["length"] - 1).clamp_min(0)[:, None, None].expand(-1, 1, VOCAB)
+        at = model(batch["input_ids"]).logits.gather(1, place)
+        return F.cross_entropy(at[:, 0], batch["input_ids"][:, 0], reduction="none")
+
+    data = [{"input_ids": torch.arange(1, 21), "length": torch.tensor(15 + i % 6)} for i in range(12)]
+    set_up(Toy(), data, tmp_path, stacked, loss_fn=last).close()
+
+
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "padding token"])
 def test_invariant_5_a_loss_over_the_batch_s_real_tokens_is_refused_where_the_data_is_padded(
     tmp_path: Path, masked: bool

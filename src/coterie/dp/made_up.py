@@ -8,13 +8,14 @@ Shape letters: B records, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coterie.dp.heads import TARGETS
 from coterie.dp.losses import IGNORED, Batch
 from coterie.dp.probe import classes_of, synthetic_batch, vocabulary_of
 from coterie.dp.refusals import check_rows
@@ -69,6 +70,8 @@ class FromCollator:
         item: a record; its values are not used.
         longest: most tokens of a record of the data, where that is known.
         padding: where records of the data are padded before the collator sees them; None if none is.
+        numbers: least and largest of the whole numbers that records hold under a name (a task, a language); made-up
+            records take values between, in no order. Default: all alike.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class FromCollator:
         item: Any,
         longest: int | None = None,
         padding: Side | None = None,
+        numbers: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self._model = model
         self._collate = collate
@@ -85,6 +89,7 @@ class FromCollator:
         self._whole = length_of(item)
         self._tokens = _Tokens(model)
         self._filler = _filler(model)
+        self._numbers = dict(numbers or {})
         self.padding = padding if self._whole is not None else None
         self.base = min(TOKENS, longest or TOKENS)
         if self._whole is not None and not self.usable():
@@ -154,6 +159,9 @@ class FromCollator:
         classes = getattr(getattr(self._model, "config", None), "num_labels", None)
         if isinstance(value, int) and name in ("label", "labels") and isinstance(classes, int) and classes > 1:
             return record.seed % classes
+        if isinstance(value, int) and name in self._numbers:
+            least, largest = self._numbers[name]
+            return least + (record.seed ^ 1) % (largest - least + 1)
         return type(value)(isinstance(value, float))
 
 
@@ -268,6 +276,17 @@ def padding_of(item: Any, pad: int | None) -> Side | None:
     if values_T.ndim != 1 or filler is None or not bool((values_T == filler).any()):
         return None
     return "left" if int(values_T[0]) == filler else "right"
+
+
+def numbers_of(item: Any) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a record by name, those apart that outputs are compared with."""
+    for name, value in item.items() if isinstance(item, Mapping) else ():
+        if name in ("label", *TARGETS) or isinstance(value, bool):
+            continue
+        if isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point() and not value.is_complex():
+            yield name, int(value)
+        elif isinstance(value, int):
+            yield name, value
 
 
 def pad_token(model: Any) -> int | None:

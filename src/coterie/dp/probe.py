@@ -90,7 +90,7 @@ def synthetic_batch(model: Any, like: Batch, records: int, tokens: int, seed: in
     """A batch with the keys and types of ``like``, made-up values and other sizes.
 
     Dimensions equal to the length of ``input_ids`` become ``tokens``; token ids are drawn from the vocabulary,
-    masks are full, labels of a sequence are its own tokens.
+    masks are full, labels of a sequence are its own tokens, numbers of a record are at most the largest of ``like``.
     """
     generator = torch.Generator().manual_seed(seed)
     main = next((like[name] for name in ("input_ids", "inputs_embeds") if name in like), None)
@@ -127,6 +127,8 @@ def _values(
         top = int(getattr(getattr(model, "config", None), "num_labels", 2))
     elif name == "labels":
         top = classes_of(model) or vocabulary
+    elif len(shape) == 1:  # a task, a language, a length: neither beyond the model's tables nor its tokens
+        top = min(max(int(like.max()) + 1, 1), _LENGTHS[0]) if like.numel() else 1
     return torch.randint(0, top, shape, generator=generator, dtype=like.dtype)
 
 

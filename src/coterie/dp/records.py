@@ -16,7 +16,7 @@ from coterie.dp.dataset import read_record
 from coterie.dp.heads import Head, base_of, head_of, num_classes
 from coterie.dp.losses import IGNORED, LossFunction
 from coterie.dp.lot_sums import with_a_token
-from coterie.dp.made_up import Side, pad_token, padding_of
+from coterie.dp.made_up import Side, numbers_of, pad_token, padding_of
 from coterie.dp.refusals import check_batch, check_rows
 from coterie.errors import CoterieError, DataError
 
@@ -26,15 +26,17 @@ _AT_ONCE = 64
 
 
 class Extent(NamedTuple):
-    """How long the records of a data set are.
+    """What made-up records have to be like.
 
     Attributes:
         longest: most tokens of a record; None where there are no token ids.
         padding: where some record is padded before the collator sees it; None where none is.
+        numbers: least and largest of the whole numbers that records hold under a name.
     """
 
     longest: int | None
     padding: Side | None
+    numbers: Mapping[str, tuple[int, int]]
 
 
 def check_records(
@@ -71,7 +73,7 @@ def check_records(
             why="every gradient would be zero, and noise alone would be trained",
             fix="let the collator set labels other than -100, or pass a loss_fn that needs none",
         )
-    return Extent(check.tokens or None, check.padding)
+    return Extent(check.tokens or None, check.padding, check.numbers)
 
 
 def _groups(records: int, physical_batch: int) -> Iterator[list[int]]:
@@ -91,6 +93,7 @@ class _Check:
         self.labelled = 0
         self.tokens = 0
         self.padding: Side | None = None
+        self.numbers: dict[str, tuple[int, int]] = {}
         self._pad = pad_token(base_of(model))
         self._keys: set[str] = set()
         self._dataset = dataset
@@ -103,6 +106,9 @@ class _Check:
         """Check records together, and one by one where something is wrong."""
         items = [read_record(self._dataset, index) for index in indices]
         self.padding = self.padding or next((side for i in items if (side := padding_of(i, self._pad))), None)
+        for name, number in (pair for item in items for pair in numbers_of(item)):
+            least, largest = self.numbers.get(name, (number, number))
+            self.numbers[name] = min(least, number), max(largest, number)
         if self._problem(items) is None:
             return
         for index, item in zip(indices, items, strict=True):

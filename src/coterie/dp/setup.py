@@ -26,7 +26,7 @@ from coterie.dp.ledger import open_ledger
 from coterie.dp.losses import LossFunction, check_own_loss, default_loss
 from coterie.dp.lot_sums import Collate, Settings, SumEngine
 from coterie.dp.lots import LotPlan, Units
-from coterie.dp.made_up import FromCollator
+from coterie.dp.made_up import FromCollator, Made
 from coterie.dp.numbers import checked_number
 from coterie.dp.probe import synthetic_batch
 from coterie.dp.provenance import Artefact, as_loaded, declared, not_covered
@@ -39,6 +39,7 @@ from coterie.dp.spool import Spool
 from coterie.dp.texts import Originals
 from coterie.dp.users import check_one_naming, user_ids
 from coterie.dp.users import user_column as users_of
+from coterie.dp.watched import Watched
 from coterie.errors import BudgetError, DataError, PrivacyError
 from coterie.models import seam
 
@@ -404,8 +405,30 @@ def _self_check(
     check_rows(example, 1)
     if loss_fn is None:
         check_own_loss(engine.model, synthetic_batch(engine.model, example, 1, 7))
-    source = FromCollator(engine.model, collate, item, extent.longest, extent.padding)
+    source = FromCollator(engine.model, collate, item, extent.longest, extent.padding, extent.numbers)
+    if extent.numbers and not _computes(
+        engine, source
+    ):  # numbers that mean something of the record, such as its length
+        source = FromCollator(engine.model, collate, item, extent.longest, extent.padding)
     return selfcheck.check(engine, example, source if source.usable() else None, settings.physical_batch)
+
+
+def _computes(engine: Engine, source: FromCollator) -> bool:
+    """Whether the model can compute made-up records at all; it is left as it was."""
+    batch = source.batch([Made(source.base, 0), Made(source.base, 1)])
+    device = next((parameter.device for parameter in engine.parameters.values()), torch.device("cpu"))
+    before = Watched(engine.model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            on_device = {
+                name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in (batch or {}).items()
+            }
+            engine.loss_fn(engine.model, on_device)
+    except (RuntimeError, IndexError, ValueError, KeyError):
+        return False
+    finally:
+        before.restore()
+    return True
 
 
 class _Without:
