@@ -25,9 +25,9 @@ from coterie.federation.identity import members_of
 from coterie.federation.kit import load_kit
 from coterie.federation.provision import free_endpoints, provision
 from coterie.federation.roster import load_roster
-from coterie.federation.shard import expert_key
 from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers
+from coterie.models.shards import expert_key
 from delay_proxy import DelayProxy
 
 WORK = "work.json"

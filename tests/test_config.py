@@ -17,6 +17,7 @@ from coterie.config import (
     PrivacySpec,
     Spec,
     TrainConfig,
+    due,
     dump_yaml,
     load_yaml,
     party_privacy,
@@ -412,3 +413,8 @@ def test_a_tag_that_does_not_fit_its_value_is_one_sentence(tmp_path: Path, writt
         with pytest.raises(ConfigError) as caught:
             load_yaml(tmp_path / "train.yaml", TrainConfig)
         assert caught.value.code == "config-yaml"
+
+
+@pytest.mark.parametrize(("done", "every", "wanted"), [(4, 2, True), (5, 2, False), (3, 3, True), (6, 0, False)])
+def test_what_happens_every_so_many_rounds(done: int, every: int, wanted: bool) -> None:
+    assert due(done, every) is wanted

@@ -266,7 +266,7 @@ def test_a_file_that_nobody_would_look_at_is_refused(tmp_path: Path, name: str) 
 
 def test_what_a_crash_or_the_file_system_leaves_in_a_spool_is_no_news(tmp_path: Path) -> None:
     first_spool(tmp_path / "spool")
-    for name in ("release-00000003-0.part", "lot.json.part", ".nfs0001"):
+    for name in ("release-00000003-0.part", ".lot.json.0a1b2c3d.part", ".nfs0001"):
         (tmp_path / "spool" / name).touch()
     assert len(Spool(tmp_path / "spool").releases()) == 1
 

@@ -146,7 +146,7 @@ class RoundError(CoterieError):
 
 
 class CheckpointError(CoterieError):
-    """Saved state that is missing, torn or of another run."""
+    """Saved state that is missing, torn, of another run or of a later version."""
 
     code = "checkpoint"
 

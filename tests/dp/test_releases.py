@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,7 +154,8 @@ def test_invariant_8_order_is_spool_sync_then_ledger_sync_then_use(
     real_sync, real_replace = os.fsync, os.replace
 
     def name_of(handle: int) -> str:
-        return Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        return re.sub(r"^\.(.+)\.[0-9a-f]{8}\.part$", r"\1 aside", name)
 
     with world.open() as releases:
         pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
@@ -164,7 +166,7 @@ def test_invariant_8_order_is_spool_sync_then_ledger_sync_then_use(
         assert isinstance(pending, Pending)
         releases.publish(pending, {"w": torch.ones(8)})
     wanted = [
-        ("sync", "release-00000001-0.part"),
+        ("sync", "release-00000001-0.safetensors aside"),
         ("rename", "release-00000001-0.safetensors"),
         ("sync", "spool"),
         ("sync", "ledger.jsonl"),

@@ -12,7 +12,7 @@ import pytest
 from forked import ForkedProcesses
 from record import RECORD
 
-from coterie.federation.control import COORDINATOR
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.run_folder import read_status
 from federation_processes import PARTIES, make_folder
 

@@ -12,9 +12,9 @@ import torch
 from record import RECORD
 
 from coterie.errors import CoterieError
-from coterie.federation.control import COORDINATOR
 from coterie.federation.coordinator_process import transport_settings
 from coterie.federation.grpc_transport import GrpcTransport
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.provision import local_kits
 from coterie.federation.roster import load_roster
 from coterie.federation.transport import Lane, Message, Transport

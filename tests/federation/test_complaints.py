@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, decode, encode, is_kind
+from coterie.federation.control import Call, Directive, Refusal, decode, encode, is_kind
 from coterie.federation.coordinator import Coordinator, refusals_allowed
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.journal import Journal
 from coterie.federation.round_state import Complaint, Phase, Plan, Report, State

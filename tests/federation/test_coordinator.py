@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CheckpointError, CoterieError, FrameError, RoundError
-from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, decode, encode
+from coterie.federation.control import Call, Directive, Refusal, decode, encode
 from coterie.federation.coordinator import Coordinator, Notice
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.journal import Journal
 from coterie.federation.membership import Membership

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from coterie.errors import CoterieError, MessageError
 from coterie.federation.attempt import Attempt
-from coterie.federation.control import COORDINATOR
 from coterie.federation.gate import Gate
 from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.home import TrunkHome
 from coterie.federation.host import HostLimits
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.messages import TABLE, check_request
 from coterie.federation.parts import digest_of, expert_parts

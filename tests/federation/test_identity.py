@@ -16,9 +16,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from coterie.errors import IdentityError
 from coterie.federation import identity, kit
-from coterie.federation.files import new_folder, write_whole
 from coterie.federation.identity import Authority, Member, Role, members_of
+from coterie.federation.kit import new_kit
 from coterie.federation.provision import local_kits, provision
+from coterie.storage import write_whole
 
 ALDER = Member("alder", Role.PARTY, "alder.example.org:7001")
 BIRCH = Member("birch", Role.PARTY, "127.0.0.1:7002")
@@ -82,7 +83,7 @@ def test_a_name_that_cannot_be_used_is_refused_and_nothing_is_written(tmp_path: 
 
 def test_a_folder_that_fails_halfway_does_not_appear(tmp_path: Path) -> None:
     def fail() -> None:
-        with new_folder(tmp_path / "kits") as aside:
+        with new_kit(tmp_path / "kits") as aside:
             write_whole(aside / "key.pem", b"secret")
             raise OSError("disk full")
 

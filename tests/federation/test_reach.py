@@ -16,12 +16,12 @@ import pytest
 
 from coterie.errors import IdentityError, TransportError
 from coterie.federation import identity, reach
-from coterie.federation.files import write_whole
 from coterie.federation.grpc_transport import GrpcTransport
 from coterie.federation.identity import Authority, Member, Role, cert_pem, key_pem
 from coterie.federation.kit import Kit, load_kit
 from coterie.federation.provision import free_endpoints, local_kits
 from coterie.federation.roster import draft, load_roster, save_roster, sign
+from coterie.storage import write_whole
 
 
 def refuse(number: int) -> Any:

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from coterie.errors import CoterieError, DeadlineError, PlacementError, RoundError, TransportError
 from coterie.federation.inprocess import InProcessHub
-from coterie.federation.shard import expert_key
 from coterie.federation.switchboard import Switchboard
 from coterie.federation.tokens import TokenExchange
 from coterie.federation.transport import Lane, Message
 from coterie.models.catalogue import causal_lm_types
 from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers, select
+from coterie.models.shards import expert_key
 from coterie.training.loop import loss_sum, train_round
 from coterie.training.optim import make_optimizer
 

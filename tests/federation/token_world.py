@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from coterie.config import OptimSpec
 from coterie.federation.host import ExpertHost
 from coterie.federation.inprocess import InProcessHub
-from coterie.federation.shard import Shard, expert_key
+from coterie.federation.shard import Shard
 from coterie.federation.tokens import TokenExchange
 from coterie.federation.transport import Transport
 from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers
 from coterie.models.segments import Cut
+from coterie.models.shards import expert_key
 from coterie.models.tiny import VOCAB, tiny_model
 from coterie.training.loop import finish_round, loss_sum, use_checkpointing
 from coterie.training.optim import AdamW, make_optimizer

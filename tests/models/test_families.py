@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from coterie.cli.models import command
-from coterie.errors import ModelError
+from coterie.errors import ConfigError, ModelError
 from coterie.models import families
 from coterie.models.catalogue import causal_lm_types, modules_without_causal_lm
+from coterie.models.families import experts_per_token
 from coterie.models.seam import expert_layers
 from coterie.models.tiny import tiny_model
 
@@ -117,3 +119,17 @@ def test_the_published_page_is_current():
     assert PAGE.read_text(encoding="utf-8") == families.markdown(columns), (
         "run: coterie models --markdown docs/models.md"
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token"]
+)
+@pytest.mark.parametrize(("value", "wanted"), [(2, 2), ([1, 4, 2], 4)])
+def test_how_many_experts_a_token_takes_is_read_under_every_name(name, value, wanted):
+    assert experts_per_token(SimpleNamespace(**{"num_experts_per_tok": None, name: value})) == wanted
+
+
+def test_a_config_that_does_not_say_how_many_is_refused():
+    with pytest.raises(ConfigError, match="SimpleNamespace does not say how many experts") as caught:
+        experts_per_token(SimpleNamespace(num_experts=8))
+    assert caught.value.code == "plan-top-k"

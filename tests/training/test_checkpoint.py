@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from coterie.errors import CheckpointError
-from coterie.training import checkpoint as module
 from coterie.training.checkpoint import CheckpointStore, load_model_tensors, model_tensors
 
 TENSORS = {"weights": {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}}
@@ -58,7 +57,9 @@ class Crash(BaseException):
     """The end of a process."""
 
 
-@pytest.mark.parametrize("step", ["save_tensors", "write_json", "os.replace"])
+@pytest.mark.parametrize(
+    "step", ["training.checkpoint.save_tensors", "training.checkpoint.write_json", "storage._sync_tree"]
+)
 def test_a_crash_while_writing_leaves_the_earlier_one(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -68,7 +69,7 @@ def test_a_crash_while_writing_leaves_the_earlier_one(
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"{module.__name__}.{step}", crash)
+        patched.setattr(f"coterie.{step}", crash)
         with pytest.raises(Crash):
             store.write(6, TENSORS, {})
     newest = store.newest()

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from coterie import storage
 from coterie.errors import CheckpointError
 from coterie.federation.journal import Journal
 from coterie.federation.round_state import Move, Phase, State
 from coterie.federation.run_folder import RunFolder
+from coterie.storage import write_json
 from coterie.training import checkpoint as checkpoints
-from coterie.training.checkpoint import CheckpointStore, write_json
+from coterie.training.checkpoint import CheckpointStore
 from coterie.training.evaluate import Evaluation
 from coterie.training.metrics import MetricsWriter, read_metrics
 
@@ -42,7 +44,7 @@ def test_checkpoint_that_finds_no_room_leaves_the_older_one_and_nothing_else(
     store = CheckpointStore(tmp_path, run="a" * 64)
     kept = store.write(2, TENSORS, {})
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "_sync", full)
+        patched.setattr(storage, "sync_file", full)
         refused(lambda: store.write(4, TENSORS, {}), tmp_path / "round-00000004")
     assert store.newest() == kept
     assert [path.name for path in tmp_path.iterdir()] == ["round-00000002"]

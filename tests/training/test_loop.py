@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coterie.config import OptimSpec
+from coterie.dp.losses import default_loss
 from coterie.errors import ModelError
 from coterie.training.loop import (
     finish_round,
@@ -163,3 +164,27 @@ def test_a_model_whose_experts_bypass_coterie_is_not_trained(make_tiny: MakeTiny
     model.set_experts_implementation("eager")
     with pytest.raises(ModelError, match="not through coterie"):
         train_round(model, make_optimizer(model.parameters(), SPEC), [sequences.batch([0])], lr=1e-2)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_plain_and_private_training_have_one_loss(make_tiny: MakeTiny, left: bool) -> None:
+    """Sums and means over the same tokens, for padding on either side: each record by log-probabilities, alone."""
+    model = make_tiny("qwen3_moe").eval()
+    ids_BT = torch.tensor([[5, 9, 8, 7, 6], [4, 3, 11, 12, 13], [21, 22, 23, 24, 25]])
+    mask_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
+    labels_BT[0, 2] = -100
+    batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+    if left:
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    with torch.no_grad():
+        sums_B, counts_B = sequence_losses(model, batch)
+        means_B = default_loss(model, batch)
+        logprobs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    for row in range(3):
+        ids, mask, labels = (batch[name][row].tolist() for name in ("input_ids", "attention_mask", "labels"))
+        counted = [t for t in range(1, 5) if labels[t] != -100 and mask[t - 1]]
+        wanted = sum(-float(logprobs[row, t - 1, ids[t]]) for t in counted)
+        assert int(counts_B[row]) == len(counted)
+        assert float(sums_B[row]) == pytest.approx(wanted, rel=1e-5)
+        assert float(means_B[row]) == pytest.approx(wanted / max(len(counted), 1), rel=1e-5)

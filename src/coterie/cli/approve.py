@@ -32,8 +32,8 @@ def command(
     from coterie.config import FederationConfig, load_yaml
     from coterie.errors import IdentityError
     from coterie.federation import kit as kits
-    from coterie.federation.files import write_whole
     from coterie.federation.identity import cert_pem, fingerprint
+    from coterie.storage import PUBLIC, write_whole
 
     config = load_yaml(settings, FederationConfig)
     if not request.is_file():
@@ -41,8 +41,8 @@ def command(
     authority = kits.load_authority(ca)
     member, certificate = kits.approve(request.read_bytes(), members(config), authority, days=days)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / kits.CA_FILE, cert_pem(authority.certificate))
-    write_whole(out / f"{member.name}.pem", cert_pem(certificate))
+    write_whole(out / kits.CA_FILE, cert_pem(authority.certificate), PUBLIC)
+    write_whole(out / f"{member.name}.pem", cert_pem(certificate), PUBLIC)
     mine, theirs = fingerprint(authority.certificate), fingerprint(certificate)
     say(f"{member.name} ({member.role}, {member.endpoint}) approved until {certificate.not_valid_after_utc:%Y-%m-%d}")
     say(f"send back        {out / f'{member.name}.pem'} and {out / kits.CA_FILE}")

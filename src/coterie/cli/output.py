@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from coterie.errors import CoterieError
+from coterie.storage import write_whole
 
 EXIT_ERROR = 1
 
@@ -87,14 +87,7 @@ def write_json(path: str | Path, data: Any) -> None:
         except OSError as error:  # of a pipe whose reader is gone, it does not say which
             raise OSError(error.errno, error.strerror, str(path)) from error
         return
-    path = path.resolve()
-    aside = path.with_name(path.name + ".part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    write_whole(path.resolve(), text.encode())
 
 
 def _finite(value: Any) -> Any:

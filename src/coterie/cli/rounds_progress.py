@@ -14,7 +14,7 @@ import typer
 
 from coterie.cli.output import Advance, progress
 from coterie.cli.streams import KeptOnFileHandler
-from coterie.federation.files import writing
+from coterie.storage import writing
 
 SILENT_S = 3.5
 

@@ -19,7 +19,7 @@ from coterie.config.federation import (
 from coterie.config.load import dump_yaml, load_yaml
 from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec
-from coterie.config.train import OptimSpec, TrainConfig, TrainSpec
+from coterie.config.train import OptimSpec, TrainConfig, TrainSpec, due
 
 __all__ = [
     "Address",
@@ -40,6 +40,7 @@ __all__ = [
     "TrainConfig",
     "TrainSpec",
     "content_hash",
+    "due",
     "dump_yaml",
     "load_yaml",
     "party_privacy",

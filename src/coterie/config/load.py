@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from coterie.config.base import BASE_FOLDER, Spec
 from coterie.errors import ConfigError
+from coterie.storage import write_whole
 
 SpecT = TypeVar("SpecT", bound=Spec)
 KeyPath = tuple[str | int, ...]
@@ -68,7 +69,7 @@ def _check_name(path: Path) -> None:
 def dump_yaml(path: str | Path, spec: Spec) -> None:
     """Write settings so that `load_yaml` gives them back. Defaults are left out, paths are written as they are."""
     data = spec.model_dump(mode="json", exclude_defaults=True)
-    Path(path).write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(Path(path), yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode())
 
 
 class _Loader(yaml.SafeLoader):

@@ -70,3 +70,8 @@ class TrainConfig(Spec):
             if problems:
                 raise ValueError("; ".join(problems))
         return self
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens every so many rounds comes after ``done`` of them; 0: never."""
+    return every > 0 and done % every == 0

@@ -12,6 +12,7 @@ from coterie.demonstration.readme import save_readme
 from coterie.demonstration.run import PHASES, run
 from coterie.demonstration.screen import Screen
 from coterie.federation.run_folder import RunFolder
+from coterie.storage import write_json
 
 if TYPE_CHECKING:
     from coterie.demonstration.results import Results
@@ -46,7 +47,6 @@ def run_demo(plan: Plan, folder: Path, screen: Screen) -> Results:
             from coterie.demonstration.plot import save_plot
             from coterie.demonstration.report import save_report
             from coterie.demonstration.results import collect
-            from coterie.training.checkpoint import write_json
 
             subjects = {party: part.subject for party, part in finished.corpus.parties.items()}
             results = collect(plan, root, subjects, screen)

@@ -10,7 +10,7 @@ One round: `coterie.dp.lots` draws who is in it, `coterie.dp.lot_sums` makes phy
 `coterie.dp.clipping` says how much of each record counts, `coterie.dp.mechanism` what is released as one Gaussian,
 `coterie.dp.balance` what becomes of released loads, `coterie.dp.releases` lets it out once. Around it:
 `coterie.dp.dataset`, `coterie.dp.users`, `coterie.dp.losses`, `coterie.dp.heads`, `coterie.dp.checkpoint`,
-`coterie.dp.durable`, `coterie.dp.threads`.
+`coterie.dp.threads`.
 
 Per-sample gradients, from operations to sums. `coterie.dp.engine` runs a pass; `coterie.dp.capture` sees every use
 of a parameter in it, `coterie.dp.derived` follows values computed from parameters alone, `coterie.dp.probe` and

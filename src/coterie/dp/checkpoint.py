@@ -7,8 +7,6 @@ results already told.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from coterie.dp.durable import sync_file, sync_folder
 from coterie.errors import CheckpointError
-from coterie.storage import check_known
+from coterie.storage import check_known, new_folder, restore, write_json
 
 _MODEL, _OPTIMIZER, _STATE, _SESSION = (
     "model.safetensors",
@@ -57,22 +54,10 @@ def save_state(folder: Path, extra: dict[str, Tensor], facts: dict[str, Any]) ->
 
 
 def _replace(folder: Path, extra: dict[str, Tensor], content: dict[str, Any], write: Callable[[Path], None]) -> None:
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    save_file({name: tensor.contiguous() for name, tensor in extra.items()}, aside / _STATE)
-    (aside / _SESSION).write_text(json.dumps({"format": _FORMAT, **content}, indent=1))
-    for path in aside.iterdir():
-        sync_file(path)
-    sync_folder(aside)
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with new_folder(folder) as aside:
+        write(aside)
+        save_file({name: tensor.contiguous() for name, tensor in extra.items()}, aside / _STATE)
+        write_json(aside / _SESSION, {"format": _FORMAT, **content})
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -109,15 +94,12 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    # A crash between two renames leaves the previous checkpoint under this name.
-    for place in (folder, folder.with_name(folder.name + ".old")):
-        if (place / _SESSION).exists():
-            if place != folder:
-                os.replace(place, folder)
-            content: dict[str, Any] = json.loads((folder / _SESSION).read_text())
-            # the first versions did not write it
-            check_known(folder, "format", content.get("format", _FORMAT), {_FORMAT}, CheckpointError)
-            return content
+    restore(folder)
+    if (folder / _SESSION).exists():
+        content: dict[str, Any] = json.loads((folder / _SESSION).read_text("utf-8"))
+        # the first versions did not write it
+        check_known(folder, "format", content.get("format", _FORMAT), {_FORMAT}, CheckpointError)
+        return content
     raise CheckpointError(
         f"{folder} holds no saved private session.",
         code="dp-no-checkpoint",

@@ -20,7 +20,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,12 +29,11 @@ from typing import Any
 
 from coterie.dp.accounting import Accountant, Mechanism, check_mechanism, epsilon
 from coterie.dp.budget import Spent
-from coterie.dp.durable import locked, make_private_folder, sync_folder
 from coterie.dp.lifetime import MERGED, lifetime, units_differ
 from coterie.dp.overlap import Held, compare, counted
 from coterie.dp.texts import FOLDER, Keyring, Originals, fingerprints, store
 from coterie.errors import LedgerError
-from coterie.storage import check_known
+from coterie.storage import check_known, locked, make_private_folder, sync_folder, write_all
 
 FILE = "ledger.jsonl"
 _FORMAT = 1
@@ -218,8 +218,7 @@ class Ledger:
                 why="nothing may be released that no ledger counts",
                 fix="name a folder you may write to: `privacy.ledger`, or ledger=... in Python",
             ) from error
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             if not self._entries:
                 self._append("dataset", {"format": _FORMAT, "digest": dataset})
                 sync_folder(folder)
@@ -232,9 +231,12 @@ class Ledger:
                 fix="let coterie choose the folder, or name the folder that this dataset's ledger is in",
             )
 
-    @property
-    def _lock_path(self) -> Path:
-        return self.folder / "ledger.lock"
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Inside, everything that is on disk is known, and no other thread or process adds to it."""
+        with self._thread_lock, locked(self.folder / "ledger.lock", LedgerError):
+            self._catch_up()
+            yield
 
     def public_name(self) -> str:
         """What this ledger is called where others may read it; see `Keyring.public_name`."""
@@ -242,8 +244,7 @@ class Ledger:
 
     def entries(self) -> tuple[Entry, ...]:
         """Everything in the ledger now, other processes' entries included."""
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             return tuple(self._entries)
 
     # -- runs ----------------------------------------------------------------------------------------------------
@@ -261,8 +262,7 @@ class Ledger:
             LedgerError: the run exists already with other numbers.
         """
         data = {"run": run, "mechanism": mechanism.to_json(), "rounds": rounds, **facts}
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             known = self._runs.get(run)
             if known is None:
                 self._append("run", data)
@@ -283,16 +283,14 @@ class Ledger:
             originals: its documents.
         """
         for name, key in Keyring(self.folder.parent).keys().items():
-            with self._thread_lock, locked(self._lock_path):
-                self._catch_up()
+            with self._current():
                 if name not in self._texts.get(run, {}):
                     file = store(self.folder, fingerprints(originals, key))
                     self._append("texts", {"run": run, "key": name, "file": file})
 
     def held(self) -> list[Held]:
         """All runs, with what they released, and all showings of text."""
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             merged = self.folder.parent.parent.name == MERGED
             runs = [(run, entry.data) for run, entry in self._runs.items()]
             shown: list[tuple[str, dict[str, Any]]] = [(run, {}) for run in self._revealed]
@@ -339,8 +337,7 @@ class Ledger:
             LedgerError: this lot already has another noised result, or more releases than planned.
         """
         data = {"run": run, "round": round_number, "draw": draw, "digest": digest, "pins": dict(pins)}
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             mine = self._releases.get(run, {})
             known = mine.get((round_number, draw))
             if known is not None and known.digest == digest:
@@ -366,8 +363,7 @@ class Ledger:
 
     def record_burned(self, run: str, round_number: int, draw: int, reason: str) -> None:
         """Note that a release will not be used. It keeps counting."""
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             self._append("burned", {"run": run, "round": round_number, "draw": draw, "reason": reason})
 
     def record_revealed(self, run: str, how: str) -> None:
@@ -377,15 +373,13 @@ class Ledger:
             run: whatever names it; a second entry for it is not made.
             how: ``tokens``, for example.
         """
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             if run not in self._revealed:
                 self._append("revealed", {"run": run, "how": how})
 
     def revealed(self) -> list[str]:
         """Runs that showed the text itself to others."""
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             return list(self._revealed)
 
     def private_runs(self) -> list[str]:
@@ -394,8 +388,7 @@ class Ledger:
 
     def releases(self, run: str) -> list[Released]:
         """All releases of a run, burned ones included, in order."""
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             return list(self._releases.get(run, {}).values())
 
     # -- what it adds up to ----------------------------------------------------------------------------------------
@@ -433,8 +426,7 @@ class Ledger:
         return [run for run, entry in self._known_runs().items() if _seeded(entry) and self._releases.get(run)]
 
     def _known_runs(self) -> dict[str, Entry]:
-        with self._thread_lock, locked(self._lock_path):
-            self._catch_up()
+        with self._current():
             return dict(self._runs)
 
     def _spent(self, runs: list[str], delta: float, accountant: Accountant) -> Spent:
@@ -508,7 +500,7 @@ class Ledger:
         self._offset += size
 
     def _catch_up(self) -> None:
-        """Read and check the lines that were added since, by whatever process. Needs both locks."""
+        """Read and check the lines that were added since, by whatever process. Only inside `_current`."""
         if not self._path.exists():
             if self._entries:
                 raise self._broken("it has disappeared while in use")
@@ -529,7 +521,7 @@ class Ledger:
             self._add(entry, len(line))
 
     def _append(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Add an entry; it is on disk when this returns. Needs both locks.
+        """Add an entry; it is on disk when this returns. Only inside `_current`.
 
         Raises:
             LedgerError: it could not be written and synced. Nothing may be released then.
@@ -542,9 +534,7 @@ class Ledger:
             try:
                 os.ftruncate(handle, self._offset)  # what a torn line left behind
                 os.lseek(handle, self._offset, os.SEEK_SET)
-                view = memoryview(line)
-                while view:
-                    view = view[os.write(handle, view) :]
+                write_all(handle, line)
                 os.fsync(handle)
             finally:
                 os.close(handle)

@@ -78,11 +78,7 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         raise _misfit(labels, logits, "one label for each token [B, T]")
     if head.kind != "next":
         return token_loss(logits, labels)
-    mask, following = inputs.get("attention_mask"), labels[:, 1:]
-    if isinstance(mask, Tensor) and mask.shape == labels.shape:
-        # What follows padding on the left is predicted from padding, whose length the records beside it decide.
-        following = following.masked_fill(mask[:, :-1] == 0, IGNORED)
-    return token_loss(logits[:, :-1], following)
+    return token_loss(logits[:, :-1], next_tokens(labels, inputs.get("attention_mask")))
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -152,13 +148,32 @@ def check_own_loss(model: nn.Module, batch: Batch) -> None:
         )
 
 
-def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of each record over its own labels that are not -100. [B] float32."""
+def next_tokens(labels_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """What each place but the last has to predict: [B, T-1], -100 where nothing counts.
+
+    Args:
+        labels_BT: of the same places as the model's input.
+        mask_BT: 0 where the input is padding; of another shape it is not looked at.
+    """
+    following = labels_BT[:, 1:]
+    if isinstance(mask_BT, Tensor) and mask_BT.shape == labels_BT.shape:
+        # What follows padding on the left is predicted from padding, whose length the records beside it decide.
+        following = following.masked_fill(mask_BT[:, :-1] == 0, IGNORED)
+    return following
+
+
+def summed_token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of each record over its labels that are not -100, and their number. [B] float32, int64."""
     losses = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    counted = (labels_BT != IGNORED).sum(1).clamp_min(1)
-    return losses.view(labels_BT.shape).sum(1) / counted
+    return losses.view(labels_BT.shape).sum(1), (labels_BT != IGNORED).sum(1)
+
+
+def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of each record over its own labels that are not -100. [B] float32."""
+    losses_B, counted_B = summed_token_losses(logits_BTV, labels_BT)
+    return losses_B / counted_B.clamp_min(1)
 
 
 def problem_type(model: nn.Module, logits_BC: Tensor, labels: Tensor) -> str:

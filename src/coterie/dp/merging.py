@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.dp.durable import locked, make_private_folder, write_durably
 from coterie.dp.ledger import FILE, Entry
 from coterie.dp.lifetime import MERGED, ledger_folders
 from coterie.dp.texts import FOLDER, OTHER_KEYS, OWN_KEY, Keyring, key_name, read_key
 from coterie.errors import LedgerError
+from coterie.storage import PRIVATE, locked, make_private_folder, write_whole
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def merge(other: Path, root: Path) -> Merge:
 def _take_keys(other: Path, root: Path) -> str:
     """Their keys beside ours; as our own where nothing was counted here yet. The name of the other's own key."""
     theirs = [read_key(path) for path in ((other / OWN_KEY), *sorted((other / OTHER_KEYS).glob("*")))]
-    with locked(root / "key.lock"):
+    with locked(root / "key.lock", LedgerError):
         if not ledger_folders(root):
             _write_key(root / OWN_KEY, theirs[0])
     own = Keyring(root).own
@@ -66,7 +66,7 @@ def _take_keys(other: Path, root: Path) -> str:
 
 
 def _write_key(path: Path, key: bytes) -> None:
-    write_durably(path, key.hex().encode() + b"\n")
+    write_whole(path, key.hex().encode() + b"\n", PRIVATE)
 
 
 def _take_ledger(source: Path, root: Path, place: str) -> bool:
@@ -83,8 +83,8 @@ def _take_ledger(source: Path, root: Path, place: str) -> bool:
     make_private_folder(target)
     for path in sorted((source / FOLDER).glob("*")):
         make_private_folder(target / FOLDER)
-        write_durably(target / FOLDER / path.name, path.read_bytes())
-    write_durably(target / FILE, lines)
+        write_whole(target / FOLDER / path.name, path.read_bytes(), PRIVATE)
+    write_whole(target / FILE, lines, PRIVATE)
     return True
 
 

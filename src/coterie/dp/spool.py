@@ -21,18 +21,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.dp.durable import (
+from coterie.dp.lots import Lot
+from coterie.errors import LedgerError
+from coterie.storage import (
+    PRIVATE,
+    check_known,
+    clear_leftovers,
     file_digest,
     lock,
     make_private_folder,
-    remove_durably,
-    sync_file,
+    remove,
+    replacing,
     sync_folder,
-    write_durably,
+    write_whole,
 )
-from coterie.dp.lots import Lot
-from coterie.errors import LedgerError
-from coterie.storage import check_known
 
 SPOOL_LIMIT_BYTES = 16 * 2**30
 """Beyond this much on disk, results are kept only as far as the newest checkpoints need them."""
@@ -102,7 +104,7 @@ class Spool:
         self.folder = folder
         make_private_folder(folder)
         try:
-            handle = lock(folder / _LOCK, wait=False)
+            handle = lock(folder / _LOCK, wait=False, error=LedgerError)
         except BlockingIOError as error:
             raise LedgerError(
                 f"the run's spool {folder} is in use.",
@@ -111,8 +113,7 @@ class Spool:
                 fix="stop the other process, or close the other session of this run",
             ) from error
         self._unlock = weakref.finalize(self, os.close, handle)
-        for leftover in folder.glob("*.part"):
-            leftover.unlink()
+        clear_leftovers(folder)
         try:
             self._check_names()
         except LedgerError:
@@ -132,7 +133,7 @@ class Spool:
     def store_lot(self, lot: Lot, draw: int, pins: Mapping[str, str]) -> None:
         """Keep the lot until its result is released."""
         content = {"format": _FORMAT, "draw": draw, "pins": dict(pins), "lot": lot.to_json()}
-        write_durably(self.folder / _LOT, json.dumps(content).encode())
+        write_whole(self.folder / _LOT, json.dumps(content).encode(), PRIVATE)
 
     def stored_lot(self) -> StoredLot | None:
         """The lot that was drawn last, if its result was not released."""
@@ -145,22 +146,18 @@ class Spool:
 
     def drop_lot(self) -> None:
         """Forget the stored lot."""
-        remove_durably(self.folder / _LOT)
+        remove(self.folder / _LOT)
 
     def store_release(
         self, round_number: int, draw: int, noised: Mapping[str, Tensor], pins: Mapping[str, str]
     ) -> Release:
         """Put noised sums on disk, synced. They are not released yet: the ledger comes next."""
         path = self.folder / f"release-{round_number:08d}-{draw}.safetensors"
-        aside = path.with_suffix(".part")
         header = {"format": str(_FORMAT), "round": str(round_number), "draw": str(draw)}
         header["pins"] = json.dumps(dict(pins), sort_keys=True)
-        save_file({name: tensor.contiguous() for name, tensor in noised.items()}, aside, metadata=header)
-        os.chmod(aside, 0o600)
-        digest = file_digest(aside)
-        sync_file(aside)
-        os.replace(aside, path)
-        sync_folder(self.folder)
+        with replacing(path, PRIVATE) as aside:
+            save_file({name: tensor.contiguous() for name, tensor in noised.items()}, aside, metadata=header)
+            digest = file_digest(aside)
         return Release(round_number, draw, digest, dict(pins), path)
 
     def releases(self, pattern: str = "release-*") -> list[Release]:
@@ -202,7 +199,7 @@ class Spool:
 
     def drop(self, release: Release) -> None:
         """Remove one result, which will never be used."""
-        remove_durably(release.path)
+        remove(release.path)
 
 
 def _check(path: Path, content: Mapping[str, Any], form: int | str, known: tuple[str, ...]) -> None:

@@ -22,10 +22,9 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from coterie.dp.dataset import record_digest
-from coterie.dp.durable import locked, make_private_folder, write_durably
 from coterie.dp.users import user_ids
 from coterie.errors import LedgerError
-from coterie.storage import check_known
+from coterie.storage import PRIVATE, check_known, locked, make_private_folder, write_whole
 
 OWN_KEY, OTHER_KEYS, FOLDER = "key", "keys", "texts"
 FORMS = ("text", "ids", "item")
@@ -74,9 +73,9 @@ class Keyring:
     def __init__(self, root: Path) -> None:
         self.root = root
         make_private_folder(root)
-        with locked(root / "key.lock"):
+        with locked(root / "key.lock", LedgerError):
             if not (root / OWN_KEY).exists():
-                write_durably(root / OWN_KEY, secrets.token_bytes(_KEY_BYTES).hex().encode() + b"\n")
+                write_whole(root / OWN_KEY, secrets.token_bytes(_KEY_BYTES).hex().encode() + b"\n", PRIVATE)
         self.own = read_key(root / OWN_KEY)
 
     def keys(self) -> dict[str, bytes]:
@@ -181,7 +180,7 @@ def store(folder: Path, found: Fingerprints) -> str:
     path = folder / FOLDER / name
     if not path.exists():
         make_private_folder(path.parent)
-        write_durably(path, content)
+        write_whole(path, content, PRIVATE)
     return name
 
 

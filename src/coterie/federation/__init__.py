@@ -19,8 +19,8 @@ coordinator decides), `coterie.federation.standing` (what a party does about it)
 `coterie.federation.coordinator`, `coterie.federation.journal`, `coterie.federation.coordinator_process` on one
 side, `coterie.federation.participant` and `coterie.federation.membership` on the other;
 `coterie.federation.control` is what they say, `coterie.federation.failures` what all are told when a run failed,
-`coterie.federation.own_time` a clock for judging others, `coterie.federation.run_folder` and
-`coterie.federation.files` what lies on disk.
+`coterie.federation.own_time` a clock for judging others, `coterie.federation.run_folder`
+(and `coterie.federation.files`, an old name of `coterie.storage.write_whole`) what lies on disk.
 
 The exchange `tokens`: `coterie.federation.tokens` is the owner, `coterie.federation.host` the host, with
 `coterie.federation.expert_work` (its arithmetic), `coterie.federation.staging` and `coterie.federation.shard`.

@@ -13,9 +13,6 @@ from coterie.errors import MessageError
 from coterie.federation.round_state import Code, Complaint, Count, Name, Report, Saved, State, Strict, Token
 from coterie.federation.transport import Message
 
-COORDINATOR = "coordinator"
-"""The coordinator's name in the roster and on the wire."""
-
 
 @dataclass(frozen=True)
 class Call(Strict):

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from coterie.errors import CoterieError, TransportError
-from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, decode, encode
+from coterie.federation.control import Call, Directive, Refusal, decode, encode
 from coterie.federation.failures import run_failure
 from coterie.federation.gate import Gate
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.journal import Journal
 from coterie.federation.messages import check_request
 from coterie.federation.own_time import OwnTime

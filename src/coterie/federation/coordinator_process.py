@@ -8,10 +8,9 @@ from pathlib import Path
 
 from coterie.config import FederationConfig
 from coterie.errors import ConfigError, IdentityError, RosterError
-from coterie.federation.control import COORDINATOR
 from coterie.federation.coordinator import Coordinator, Notice
 from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.identity import Role
+from coterie.federation.identity import COORDINATOR, Role
 from coterie.federation.journal import Journal
 from coterie.federation.kit import ROSTER_FILE, Kit, load_kit
 from coterie.federation.roster import Roster, read_roster

@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from coterie.errors import IdentityError
 
 COORDINATOR = "coordinator"
-"""The name of the member that keeps the rounds."""
+"""The name of the member that keeps the rounds, in the roster and on the wire."""
 
 CA_DAYS = 5 * 365
 CERT_DAYS = 397

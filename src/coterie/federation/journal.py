@@ -16,9 +16,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.errors import CheckpointError
-from coterie.federation.files import writing
 from coterie.federation.round_state import History, Move, Phase, Record, State
-from coterie.storage import check_known
+from coterie.storage import check_known, writing
 
 FILE = "coordinator.sqlite"
 _FORMAT = "1"

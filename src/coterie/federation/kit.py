@@ -16,7 +16,8 @@ from __future__ import annotations
 import datetime as dt
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from coterie.errors import IdentityError
-from coterie.federation.files import PRIVATE, PUBLIC, new_folder, write_whole
 from coterie.federation.identity import (
     CERT_DAYS,
     SOON_DAYS,
@@ -48,10 +48,29 @@ from coterie.federation.identity import (
     text_of,
     uri_of,
 )
+from coterie.storage import PRIVATE, PUBLIC, new_folder, write_whole
 
 KEY_FILE, CERT_FILE, CA_FILE, ROSTER_FILE = "key.pem", "cert.pem", "ca.pem", "roster.json"
 CA_KEY_FILE, REQUEST_FILE = "ca-key.pem", "request.csr"
 CA_FOLDER = "ca"
+
+
+@contextmanager
+def new_kit(folder: Path) -> Iterator[Path]:
+    """A folder to fill that appears, closed to others, when the block ends well, and not at all otherwise.
+
+    Raises:
+        IdentityError: ``folder`` exists and is not empty; nothing in it is touched.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise IdentityError(
+            f"{folder} exists already and is not empty.",
+            code="identity-exists",
+            why="keys that are in use would be overwritten",
+            fix="name another folder, or move the old one away",
+        )
+    with new_folder(folder, 0o700) as aside:
+        yield aside
 
 
 def _read(path: Path, what: str) -> bytes:
@@ -187,7 +206,7 @@ def load_kit(folder: Path, *, now: dt.datetime | None = None) -> Kit:
 
 def save_authority(authority: Authority, folder: Path) -> None:
     """Write the CA's key (mode 0600) and certificate into a new folder."""
-    with new_folder(folder) as aside:
+    with new_kit(folder) as aside:
         _write_authority(authority, aside)
 
 
@@ -219,9 +238,9 @@ def request(member: Member, federation: str, kit: Path) -> Path:
         )
         .sign(key, hashes.SHA256())
     )
-    with new_folder(kit) as aside:
+    with new_kit(kit) as aside:
         write_whole(aside / KEY_FILE, key_pem(key), PRIVATE)
-        write_whole(aside / REQUEST_FILE, signed.public_bytes(serialization.Encoding.PEM))
+        write_whole(aside / REQUEST_FILE, signed.public_bytes(serialization.Encoding.PEM), PUBLIC)
     return kit / REQUEST_FILE
 
 
@@ -288,6 +307,6 @@ def install(
             fix="install the certificate approved for this kit's request.csr; nothing was installed",
         )
     check_issued(certificate, authority, f"The certificate of {name}")
-    write_whole(kit / CA_FILE, cert_pem(authority))
-    write_whole(kit / CERT_FILE, cert_pem(certificate))
+    write_whole(kit / CA_FILE, cert_pem(authority), PUBLIC)
+    write_whole(kit / CERT_FILE, cert_pem(certificate), PUBLIC)
     return Kit(kit, name, role, federation, key, certificate, authority)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DeadlineError, RoundError, TransportError
-from coterie.federation.control import COORDINATOR, Call, Directive, Refusal, decode, encode, is_kind
+from coterie.federation.control import Call, Directive, Refusal, decode, encode, is_kind
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.messages import check_request
 from coterie.federation.round_state import Complaint, Report
 from coterie.federation.transport import Lane, Message, Transport

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from coterie.errors import MessageError
-from coterie.federation.control import COORDINATOR
 from coterie.federation.frame import ADDRESS
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.transport import Lane, Message
 
 LARGEST = 2**53

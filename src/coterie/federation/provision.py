@@ -7,10 +7,20 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from coterie.federation.files import PRIVATE, new_folder, write_whole
 from coterie.federation.identity import CERT_DAYS, Member, cert_pem, key_pem, members_of, new_authority, new_key
-from coterie.federation.kit import CA_FILE, CA_FOLDER, CERT_FILE, KEY_FILE, ROSTER_FILE, Kit, load_kit, save_authority
+from coterie.federation.kit import (
+    CA_FILE,
+    CA_FOLDER,
+    CERT_FILE,
+    KEY_FILE,
+    ROSTER_FILE,
+    Kit,
+    load_kit,
+    new_kit,
+    save_authority,
+)
 from coterie.federation.roster import Roster, draft, save_roster, sign, verify
+from coterie.storage import PRIVATE, PUBLIC, write_whole
 
 
 def provision(
@@ -45,14 +55,14 @@ def provision(
     for name, key in keys.items():
         roster = sign(roster, key, certificates[name])
     verify(roster, authority.certificate)
-    with new_folder(out) as aside:
+    with new_kit(out) as aside:
         save_authority(authority, aside / CA_FOLDER)
         for name, key in keys.items():
             folder = aside / name
             folder.mkdir(mode=0o700)
             write_whole(folder / KEY_FILE, key_pem(key), PRIVATE)
-            write_whole(folder / CERT_FILE, cert_pem(certificates[name]))
-            write_whole(folder / CA_FILE, cert_pem(authority.certificate))
+            write_whole(folder / CERT_FILE, cert_pem(certificates[name]), PUBLIC)
+            write_whole(folder / CA_FILE, cert_pem(authority.certificate), PUBLIC)
             save_roster(roster, folder / ROSTER_FILE)
     return roster
 

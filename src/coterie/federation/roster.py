@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from coterie.errors import IdentityError, RosterError
 from coterie.federation import identity
-from coterie.federation.files import write_whole
 from coterie.federation.identity import Member, Role
 from coterie.federation.kit import Kit
+from coterie.storage import PUBLIC, write_whole
 
 _PREFIX = b"coterie roster v1\n"
 _MAX_BYTES = 4 << 20
@@ -357,7 +357,7 @@ def _parse(content: Any, signed: Any) -> Roster:
 
 def save_roster(roster: Roster, path: Path) -> None:
     """Write the roster, whole or not at all."""
-    write_whole(path, to_json(roster))
+    write_whole(path, to_json(roster), PUBLIC)
 
 
 def read_roster(path: Path) -> Roster:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from coterie.config import due
 from coterie.federation.round_state import (
     FIRST,
     Clock,
@@ -232,10 +233,10 @@ class _Scene:
         """The next activity once the model of ``state.committed`` rounds is live at everybody."""
         here = replace(self, state=state, history=history)
         round, last = state.committed, state.committed >= self.plan.rounds
-        due = _due(round, self.plan.evaluate_every) or last
-        if due and round > state.evaluated and not (self.stop and not last):
+        measured = due(round, self.plan.evaluate_every) or last
+        if measured and round > state.evaluated and not (self.stop and not last):
             nxt = here.to(Phase.EVALUATE, round=round, attempt=state.failures + 1)
-        elif round > history.newest and (_due(round, self.plan.checkpoint_every) or last or self.stop):
+        elif round > history.newest and (due(round, self.plan.checkpoint_every) or last or self.stop):
             nxt = here.to(Phase.CHECKPOINT, round=round)
         elif last:
             nxt = here.to(Phase.END, round=round, ending=Ending.FINISHED)
@@ -381,10 +382,6 @@ def _checkpoint(scene: _Scene) -> Move | None:
 def _th(number: int) -> str:
     endings = {1: "st", 2: "nd", 3: "rd"}
     return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
-
-
-def _due(round: int, every: int) -> bool:
-    return every > 0 and round % every == 0
 
 
 def _names(parties: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from coterie.errors import CheckpointError, RoundError
-from coterie.federation.files import writing
-from coterie.storage import json_object
+from coterie.storage import is_locked, json_object, lock, write_whole, writing
 
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"
@@ -39,10 +37,8 @@ class RunFolder:
             while not self._taken():  # whoever held it removed the file meanwhile
                 self.close()
         except BlockingIOError as error:
-            holder = _holder(os.pread(self._lock, 512, 0))
-            self.close()
             raise RoundError(
-                f"another process is running in {path}{holder}.",
+                f"another process is running in {path}{_holder(path / LOCK_FILE)}.",
                 code="run-busy",
                 why="two processes in one folder would overwrite each other's checkpoints and spend a budget twice",
                 fix="end the other one, or name another run_dir",
@@ -63,19 +59,17 @@ class RunFolder:
         Raises:
             BlockingIOError: another process holds it.
         """
-        lock = self.path / LOCK_FILE
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        file = self.path / LOCK_FILE
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(file, wait=False)
         except BlockingIOError:
             raise
-        except OSError as error:  # a file system without locks
-            with writing(lock):
+        except OSError as error:
+            with writing(self.path):
                 raise error
         try:
-            return os.path.samestat(os.fstat(self._lock), lock.stat())
+            return os.path.samestat(os.fstat(self._lock), file.stat())
         except FileNotFoundError:
             return False
 
@@ -95,10 +89,8 @@ class RunFolder:
     def status(self, **fields: Any) -> None:
         """Replace the status file, from any thread. Never anything derived from data in it: no loss, no tokens."""
         text = json.dumps({"at": time.time(), **fields}, indent=2, default=str) + "\n"
-        aside = self.path / f"{STATUS_FILE}.part"
-        with self._writing, writing(self.path / STATUS_FILE):
-            aside.write_text(text, encoding="utf-8")  # not synced: only the newest one matters, and only for a while
-            os.replace(aside, self.path / STATUS_FILE)
+        with self._writing, writing(self.path / STATUS_FILE):  # not synced: only the newest one matters, for a while
+            write_whole(self.path / STATUS_FILE, text.encode(), synced=False)
 
     def close(self) -> None:
         if self._lock >= 0:
@@ -106,11 +98,11 @@ class RunFolder:
             self._lock = -1
 
 
-def _holder(text: bytes) -> str:
+def _holder(file: Path) -> str:
     try:
-        found = json_object(text)
+        found = json_object(file.read_bytes())
         return f": process {int(found['pid'])} on {found['host']}, since {found['since']}"
-    except (ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return ""
 
 
@@ -134,17 +126,7 @@ def holding_its_folder(run: Run) -> Run:
 
 def is_running(path: Path) -> bool:
     """Whether a process holds the run folder now."""
-    try:
-        lock = os.open(path / LOCK_FILE, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False
+    return is_locked(path / LOCK_FILE)
 
 
 def read_status(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ all of them. Nothing here has room for an expert that is hosted elsewhere.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from coterie.errors import CheckpointError, ModelError
 from coterie.models.seam import ExpertLayer
-
-_KEY = re.compile(r"layer\.(\d+)\.expert\.(\d+)\.([a-z_]+)")
+from coterie.models.shards import expert_key, parse_expert_key
 
 
 class HostOptimizer(Protocol):
@@ -45,11 +43,6 @@ class HostOptimizer(Protocol):
 
 
 OptimizerFactory = Callable[[list[nn.Parameter]], HostOptimizer]
-
-
-def expert_key(layer: int, expert: int, parameter: str) -> str:
-    """The global name of one expert's parameter, as in shard files."""
-    return f"layer.{layer}.expert.{expert}.{parameter}"
 
 
 class Shard:
@@ -185,13 +178,13 @@ class Shard:
     def _hosted(self, weights: Mapping[str, Tensor]) -> dict[int, tuple[int, ...]]:
         found: dict[int, set[int]] = defaultdict(set)
         for key in weights:
-            match = _KEY.fullmatch(key)
-            layer = self._layers.get(int(match[1])) if match else None
-            if match is None or layer is None or int(match[2]) >= layer.num_experts:
+            number, expert, name = parse_expert_key(key)
+            layer = self._layers.get(number)
+            if layer is None or expert >= layer.num_experts:
                 raise _unfit(key, "is no expert parameter of this model")
-            if match[3] not in layer.layout.parameter_names:
+            if name not in layer.layout.parameter_names:
                 raise _unfit(key, f"should be one of {', '.join(layer.layout.parameter_names)}")
-            found[layer.index].add(int(match[2]))
+            found[layer.index].add(expert)
         return {layer: tuple(sorted(experts)) for layer, experts in sorted(found.items())}
 
     def _stack(self, weights: Mapping[str, Tensor], layer: int, name: str) -> nn.Parameter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +28,6 @@ from coterie.models.shards import (
     TRUNK_FILE,
     check_digests,
     expert_key,
-    file_digest,
     parse_expert_key,
     read_manifest,
     stored_shapes,
@@ -37,7 +35,7 @@ from coterie.models.shards import (
 from coterie.models.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
 from coterie.models.stream import layer_group, stream_checkpoint
 from coterie.models.trainings import Training, joined, read_trainings, write_trainings
-from coterie.storage import json_object
+from coterie.storage import file_digest, json_object, new_folder
 
 
 def export(
@@ -74,10 +72,7 @@ def export(
             code="model-no-adapters",
             fix="leave out --adapter to export the whole model",
         )
-    aside = out.with_name(out.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(out) as aside:
         # peft changes the model that it is given, so the adapters get one of their own.
         base = build_model(split_spec(folder), meta=True)
         adapted = None if origin.lora is None else AdaptedModel(base, origin.lora, trunk)
@@ -86,12 +81,6 @@ def export(
         else:
             _write_whole(aside, folder, _Pieces.of(model, trunk, shards, adapted))
         write_trainings(aside, joined(read_trainings(folder / MODEL_FOLDER), trainings))
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return out
 
 

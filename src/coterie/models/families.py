@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from coterie.errors import ModelError
+from coterie.errors import ConfigError, ModelError
 from coterie.models.catalogue import causal_lm_types, is_installed, modeling_files, modules_without_causal_lm
 from coterie.models.seam import ExpertLayer, ExpertsLayout, expert_layers
 from coterie.models.tiny import tiny_model
@@ -158,7 +158,7 @@ def describe(model_type: str, model: PreTrainedModel) -> Family:
         layers=text.num_hidden_layers,
         moe_layers=len(layers),
         num_experts=layers[0].num_experts,
-        top_k=_top_k(text),
+        top_k=experts_per_token(text),
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         notes=_NOTES.get(model_type, ""),
     )
@@ -180,9 +180,21 @@ def _shared_experts(model: nn.Module, layer: ExpertLayer) -> tuple[str, ...]:
     return tuple(_pattern(name) for name in names if re.search(r"\.shared_(experts?|mlp)$", name))
 
 
-def _top_k(text_config: PretrainedConfig) -> int:
-    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
-    return next(int(getattr(text_config, name)) for name in names if getattr(text_config, name, None) is not None)
+def experts_per_token(text_config: PretrainedConfig) -> int:
+    """K, under whatever name the family has for it; the largest one where layers differ.
+
+    Raises:
+        ConfigError: the config does not say.
+    """
+    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token"):
+        value = getattr(text_config, name, None)
+        if value is not None:
+            return int(value if isinstance(value, int) else max(value))
+    raise ConfigError(
+        f"{type(text_config).__name__} does not say how many experts a token takes.",
+        code="plan-top-k",
+        fix="set num_experts_per_tok in the model's config",
+    )
 
 
 Columns = Mapping[str, Mapping[str, object]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from coterie.errors import ModelError
 from coterie.models.build import check_keys
 from coterie.models.stream import stream_checkpoint
 from coterie.models.trainings import Training, write_trainings
+from coterie.storage import new_folder
 
 
 def save_model(
@@ -31,20 +30,12 @@ def save_model(
         ModelError: what was written does not read back as this model.
         OSError: the disk is full or broken.
     """
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(folder) as aside:
         model.save_pretrained(str(aside))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))
         write_trainings(aside, origin)
         check_saved(model, aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 @torch.no_grad()

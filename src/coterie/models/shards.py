@@ -6,12 +6,11 @@ parameter names of the transformers model. Both are plain safetensors files.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -24,7 +23,7 @@ from torch import Tensor
 from coterie.errors import ModelError
 from coterie.models.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
 from coterie.models.trainings import Training
-from coterie.storage import check_known, json_object
+from coterie.storage import check_known, file_digest, json_object, replacing
 
 TRUNK_FILE = "trunk.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -93,7 +92,6 @@ class TensorFileWriter:
     def __init__(self, path: Path, shapes: Shapes, trainings: tuple[Training, ...] = ()) -> None:
         self.path = path
         self._shapes = shapes
-        self._aside = path.with_name(path.name + ".part")
         self._offsets: dict[str, int] = {}
         self._open: set[str] = set(shapes)
         self._lines: dict[str, str] = {}
@@ -109,7 +107,9 @@ class TensorFileWriter:
         text += b" " * (-len(text) % 8)
         self._body = 8 + len(text)
         self._content = 8 + text.index(_UNKNOWN.encode())
-        self._file: BinaryIO = self._aside.open("wb")
+        self._writing = ExitStack()
+        aside = self._writing.enter_context(replacing(path))
+        self._file: BinaryIO = self._writing.enter_context(aside.open("wb"))
         self._file.write(struct.pack("<Q", len(text)) + text)
         self._file.truncate(self._body + end)
 
@@ -122,8 +122,7 @@ class TensorFileWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
-            self._aside.unlink(missing_ok=True)
+            self._writing.__exit__(kind, error, trace)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place; its dtype and shape must be the announced ones."""
@@ -135,19 +134,10 @@ class TensorFileWriter:
 
     def close(self) -> None:
         """Sync and rename. Every announced tensor must have been written."""
-        assert not self._open, sorted(self._open)
-        self._file.seek(self._content)
-        self._file.write(digest_of_lines(self._lines.values()).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._aside, self.path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        with self._writing:
+            assert not self._open, sorted(self._open)
+            self._file.seek(self._content)
+            self._file.write(digest_of_lines(self._lines.values()).encode())
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,6 @@ Partial models never pass through transformers' save and load, which would renum
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,11 +32,11 @@ from coterie.models.shards import (
     Shapes,
     TensorFileWriter,
     expert_key,
-    file_digest,
     shard_file,
 )
 from coterie.models.stream import stream_checkpoint, tensor_dtypes
 from coterie.models.trainings import Training, read_trainings, write_trainings
+from coterie.storage import file_digest, new_folder, write_json
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -71,22 +69,12 @@ def split(
     if getattr(model.config, "quantization_config", None) is not None:
         raise quantized_error(str(spec.path or spec.hub), "its experts would be packed")
     groups = stream_checkpoint(folder, model) if folder is not None else _in_memory(spec, seed)
-    aside = out.with_name(out.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(out) as aside:
         trainings = read_trainings(folder)
         _write_tensors(aside, model, placement, groups, trainings, notify or (lambda text: None))
         _write_model_folder(aside / MODEL_FOLDER, model, folder)
         write_trainings(aside / MODEL_FOLDER, trainings)
-        manifest = _write_manifest(aside, model, placement)
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return manifest
+        return _write_manifest(aside, model, placement)
 
 
 def trunk_shapes(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -232,5 +220,5 @@ def _write_manifest(folder: Path, model: PreTrainedModel, placement: Placement) 
             for path in files
         },
     }
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST_FILE, manifest)
     return manifest

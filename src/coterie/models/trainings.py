@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from coterie import __version__
 from coterie.errors import ModelError
-from coterie.storage import check_known, json_object
+from coterie.storage import check_known, json_object, write_json
 
 TRAININGS_FILE = "coterie.json"
 _FORMAT = 1
@@ -56,11 +56,10 @@ def write_trainings(folder: Path, trainings: Iterable[Training]) -> None:
     if not listed:
         return
     content = {"format": _FORMAT, "coterie": __version__, "trainings": listed}
-    (folder / TRAININGS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / TRAININGS_FILE, content)
     if (folder / _CONFIG_FILE).is_file():
         config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
-        text = json.dumps({**config, _CONFIG_KEY: listed}, indent=2, sort_keys=True)
-        (folder / _CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / _CONFIG_FILE, dict(sorted({**config, _CONFIG_KEY: listed}.items())))
 
 
 def read_trainings(folder: Path | str | None) -> tuple[Training, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.errors import CheckpointError, RoundError
+from coterie.storage import clear_leftovers, replacing
 
 LayerWeights = Mapping[str, Tensor]
 
@@ -56,16 +56,15 @@ class FileStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
 
     def put(self, layer: int, weights: LayerWeights) -> None:
         path = self._path(layer)
-        aside = path.with_suffix(".part")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside)
+            with replacing(path, synced=False) as aside:
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside)
         except Exception as error:
-            aside.unlink(missing_ok=True)
             raise _cannot_write(path, error) from error
-        os.replace(aside, path)
 
     def get(self, layer: int) -> LayerWeights:
         return load_file(self._path(layer))

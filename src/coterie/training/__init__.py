@@ -2,8 +2,8 @@
 
 It joins `coterie.dp` and `coterie.federation`, which know nothing of each other. In reading order.
 
-A round: `coterie.training.loop`, with `coterie.training.optim`, `coterie.training.evaluate` and
-`coterie.training.metrics`.
+A round: `coterie.training.loop`, with `coterie.training.optim`, `coterie.training.seeds`,
+`coterie.training.evaluate` and `coterie.training.metrics`.
 
 Text becomes sequences: `coterie.training.data` and `coterie.training.readers`, `coterie.training.tokenizer`,
 `coterie.training.packing`.

@@ -15,6 +15,7 @@ from coterie.training.experts_way import Sums
 from coterie.training.loop import sequence_losses, to_device
 from coterie.training.packing import Batch
 from coterie.training.party_work import superseded
+from coterie.training.seeds import derived_seed
 
 _NEVER_CLIPS = 1e30
 
@@ -48,7 +49,7 @@ class AdapterSums:
         self._engine.take()
         self._model.train()
         with torch.random.fork_rng():
-            torch.manual_seed((self._seed * 1_000_003 + round - 1) % 2**63)
+            torch.manual_seed(derived_seed(self._seed, round - 1))
             for batch in self._batches(round):
                 if not alive():
                     raise superseded()

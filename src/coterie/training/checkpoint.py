@@ -7,10 +7,7 @@ and SHA-256 of every file. A folder that ends in ``.part`` was being written whe
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coterie.errors import CheckpointError
-from coterie.federation.files import writing
 from coterie.models.origins import save_tensors
 from coterie.models.trainings import Training
-from coterie.storage import check_known, json_object
+from coterie.storage import check_known, file_digest, json_object, new_folder, put_away, write_json, writing
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -84,13 +80,8 @@ class CheckpointStore:
             CheckpointError: the disk is full or broken; what was there before is kept.
         """
         final = self._path(round_index)
-        aside = final.with_name(final.name + ".part")
-        try:
-            with writing(final):
-                self._write(round_index, aside, tensors, state, run or self.run, lora, trainings)
-        except CheckpointError:
-            shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
-            raise
+        with writing(final):
+            self._write(round_index, final, tensors, state, run or self.run, lora, trainings)
         return self._read_manifest(round_index)
 
     def rounds(self) -> list[int]:
@@ -127,7 +118,7 @@ class CheckpointStore:
             raise self._torn(checkpoint.path, f"{_MANIFEST} cannot be read") from None
         if told is None or not path.is_file():
             raise self._torn(checkpoint.path, f"{path.name} is missing")
-        if (path.stat().st_size, _digest(path)) != told:
+        if (path.stat().st_size, file_digest(path)) != told:
             raise self._torn(checkpoint.path, f"{path.name} is not what was written")
         try:
             return load_file(path, device=device)
@@ -141,41 +132,26 @@ class CheckpointStore:
 
     def remove(self, round_index: int) -> None:
         """Delete the checkpoint of one round, if there is one. A crash meanwhile leaves no half of it to be found."""
-        self._put_away(self._path(round_index))
+        put_away(self._path(round_index))
 
     def _write(
         self,
         round_index: int,
-        aside: Path,
+        final: Path,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
         run: str,
         lora: Mapping[str, Any] | None,
         trainings: tuple[Training, ...],
     ) -> None:
-        final = self._path(round_index)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         files = {}
-        for stem, named in tensors.items():
-            path = aside / f"{stem}.safetensors"
-            save_tensors(path, named, run, round_index, lora, trainings)
-            _sync(path)
-            files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size}
-        manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}
-        write_json(aside / _MANIFEST, manifest)
-        _sync(aside)
-        self._put_away(final)
-        os.replace(aside, final)
-        _sync(self.folder)
-
-    def _put_away(self, path: Path) -> None:
-        """Take a folder's name away before anything in it is deleted."""
-        gone = path.with_name(path.name + ".old.part")
-        shutil.rmtree(gone, ignore_errors=True)
-        if path.exists():
-            os.replace(path, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+        with new_folder(final) as aside:
+            for stem, named in tensors.items():
+                path = aside / f"{stem}.safetensors"
+                save_tensors(path, named, run, round_index, lora, trainings)
+                files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+            manifest = {"format": FORMAT, "run": self.run, "round": round_index, "files": files, "state": dict(state)}
+            write_json(aside / _MANIFEST, manifest)
 
     def _path(self, round_index: int) -> Path:
         return self.folder / f"round-{round_index:08d}"
@@ -241,28 +217,3 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in own.items():
         tensor.data.copy_(tensors[name])
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is old, or new, but never torn."""
-    aside = path.with_name(path.name + ".part")
-    with writing(path):
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,8 +20,8 @@ from torch.nn import functional
 from coterie.dp.clipping import Clipping
 from coterie.dp.engine import Diagnostics, Engine
 from coterie.dp.isolation import ExactEngine
+from coterie.dp.losses import IGNORED
 from coterie.errors import ConfigError
-from coterie.training.packing import IGNORED
 
 
 def no_whole_users() -> ConfigError:

@@ -19,9 +19,8 @@ from coterie.config.federation import party_privacy
 from coterie.dp.ledger import default_root
 from coterie.errors import CoterieError, IdentityError, LedgerError
 from coterie.federation import newcomers, reach
-from coterie.federation.control import COORDINATOR
 from coterie.federation.coordinator_process import identify
-from coterie.federation.identity import Role
+from coterie.federation.identity import COORDINATOR, Role
 from coterie.federation.kit import Kit, load_kit
 from coterie.federation.roster import Roster, verify
 from coterie.federation.run_folder import is_running

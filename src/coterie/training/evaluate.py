@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coterie.errors import DataError
-from coterie.federation.files import writing
+from coterie.storage import replacing, writing
 from coterie.training.loop import sequence_losses, to_device
 from coterie.training.packing import Sequences
 
@@ -47,8 +47,8 @@ class Evaluation:
         Raises:
             CheckpointError: the disk is full or broken.
         """
-        with writing(path):
-            save_file({"loss": self.loss_S, "tokens": self.tokens_S}, path)
+        with writing(path), replacing(path) as aside:
+            save_file({"loss": self.loss_S, "tokens": self.tokens_S}, aside)
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:

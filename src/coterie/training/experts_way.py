@@ -47,6 +47,7 @@ from coterie.training.load_home import LoadHome, releases_loads
 from coterie.training.loop import to_device
 from coterie.training.packing import Batch
 from coterie.training.party_work import superseded
+from coterie.training.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class PlainSums:
         loss_sum, tokens = 0.0, 0
         self._model.train()
         with torch.random.fork_rng(), seam.computed_by(self._model, StreamedExperts(streamer, sink)):
-            torch.manual_seed((self._seed * 1_000_003 + round - 1) % 2**63)
+            torch.manual_seed(derived_seed(self._seed, round - 1))
             for batch in self._batches(round):
                 if not alive():
                     raise superseded()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coterie.errors import ConfigError
-from coterie.federation.files import writing
+from coterie.storage import write_whole, writing
 
 PUBLIC, PRIVATE = "public", "private"
 _CARD = """---
@@ -75,8 +75,8 @@ def write_statement(folder: Path, statement: str) -> None:
     """
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        (folder / "statement.txt").write_text(statement + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_CARD.format(statement=statement), encoding="utf-8")
+        write_whole(folder / "statement.txt", f"{statement}\n".encode())
+        write_whole(folder / "README.md", _CARD.format(statement=statement).encode())
 
 
 def close_to_others(folder: Path) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.config import FederationConfig
-from coterie.federation.control import COORDINATOR
 from coterie.federation.coordinator import Coordinator, Notice
 from coterie.federation.coordinator_process import plan_of
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.inprocess import InProcessHub
 from coterie.federation.journal import Journal
 from coterie.federation.round_state import State

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
+from coterie.dp.losses import next_tokens, summed_token_losses
 from coterie.errors import ModelError
 from coterie.models.seam import check_selected
 from coterie.training.optim import AdamW, set_lr
-from coterie.training.packing import IGNORED, Batch
+from coterie.training.packing import Batch
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,8 @@ def sequence_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Entry b depends on sequence b alone (up to rounding), and positions labelled -100 count nowhere.
     """
-    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
-        :, :-1
-    ]
-    targets_BT = batch["labels"][:, 1:]
-    losses_BT = functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets_BT.shape)
-    return losses_BT.sum(1), (targets_BT != IGNORED).sum(1)
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return summed_token_losses(outputs.logits[:, :-1], next_tokens(batch["labels"], batch["attention_mask"]))
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -96,11 +90,6 @@ def finish_round(optimizer: AdamW, tokens: float, *, lr: float) -> None:
     set_lr(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def seed_round(seed: int, round_index: int) -> None:
-    """Seed torch's generators for one round, so that dropout in a resumed run repeats the uninterrupted one."""
-    torch.manual_seed((seed * 1_000_003 + round_index) % 2**63)
 
 
 def use_checkpointing(model: PreTrainedModel) -> None:

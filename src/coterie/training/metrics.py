@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from coterie.federation.files import writing
-from coterie.storage import json_object
+from coterie.storage import json_object, write_whole, writing
 
 
 class MetricsWriter:
@@ -63,9 +61,7 @@ class MetricsWriter:
             for row in read_metrics(self.path.parent)
             if isinstance(at := row.get("round"), int | float) and at < first_round
         ]
-        aside = self.path.with_name(self.path.name + ".part")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:

@@ -21,9 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from coterie.dp.losses import IGNORED
 from coterie.errors import DataError
+from coterie.training.seeds import derived_seed
 
-IGNORED = -100
 """Label of a position that is not predicted, as in Hugging Face."""
 
 Packing = Literal["chunks", "records", "documents"]
@@ -171,5 +172,5 @@ class RoundOrder:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _shuffled(self, number: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, number))
         return torch.randperm(self.num_rows, generator=generator).tolist()

@@ -33,8 +33,9 @@ from coterie.models.lora import attach_adapters
 from coterie.models.origins import check_content
 from coterie.models.partial import build_partial
 from coterie.models.placement import Placement
-from coterie.models.shards import TRUNK_FILE, file_digest, load_tensors, parse_expert_key, shard_file, stored_shapes
+from coterie.models.shards import TRUNK_FILE, load_tensors, parse_expert_key, shard_file, stored_shapes
 from coterie.models.trainings import Training
+from coterie.storage import file_digest
 from coterie.training.after_private import check_after_private
 from coterie.training.agreed_limits import largest_noise
 from coterie.training.data import Documents, read_documents

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.federation.control import COORDINATOR, Directive
+from coterie.federation.control import Directive
 from coterie.federation.coordinator import refusals_allowed
 from coterie.federation.coordinator_process import heartbeat_s, plan_of, status_of
 from coterie.federation.gate import Gate
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.membership import Membership
 from coterie.federation.messages import unfit
 from coterie.federation.participant import Participant
 from coterie.federation.round_state import Ending, State
 from coterie.federation.run_folder import RunFolder
 from coterie.federation.transport import Lane, Message, Transport
-from coterie.training.checkpoint import write_json
+from coterie.storage import write_json
 from coterie.training.experts_work import ExpertsWork
 from coterie.training.folders import private_folder, public_folder, write_statement
 from coterie.training.memory import peak_rss_bytes

@@ -16,8 +16,8 @@ from torch import Tensor
 from coterie.errors import CheckpointError
 from coterie.federation.round_state import Saved
 from coterie.models.trainings import Training
-from coterie.storage import check_known, json_object
-from coterie.training.checkpoint import CheckpointStore, write_json
+from coterie.storage import check_known, json_object, write_json
+from coterie.training.checkpoint import CheckpointStore
 from coterie.training.folders import private_folder
 
 _MARKER = "run.json"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.errors import CheckpointError, RoundError
-from coterie.federation.control import COORDINATOR
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.participant import Alive
 from coterie.federation.round_state import Saved, State
 from coterie.federation.transport import Lane, Message, Transport

@@ -17,6 +17,7 @@ from coterie.config import FederationConfig
 from coterie.errors import ConfigError
 from coterie.models import seam
 from coterie.models.build import build_model, torch_dtype
+from coterie.models.families import experts_per_token
 from coterie.models.placement import Placement
 from coterie.training.device_memory import Need, Shape, predict
 
@@ -159,20 +160,8 @@ def _token_bytes(
     number (1 byte), its weight and the weight's gradient.
     """
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    chosen = _chosen(text)
+    chosen = experts_per_token(text)
     item = torch_dtype(federation.model).itemsize
     hosts = (parties - 1) * (1 - (1 - 1 / parties) ** chosen)
     pairs = chosen * (1 - 1 / parties)
     return len(layers) * (hosts * 4 * int(text.hidden_size) * item + pairs * (1 + 2 * item))
-
-
-def _chosen(config: Any) -> int:
-    for name in ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return int(value if isinstance(value, int) else max(value))
-    raise ConfigError(
-        f"{type(config).__name__} does not say how many experts a token takes.",
-        code="plan-top-k",
-        fix="set num_experts_per_tok in the model's config",
-    )

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from coterie import __version__
-from coterie.config import TrainConfig, dump_yaml
+from coterie.config import TrainConfig, due, dump_yaml
 from coterie.dp.statement import Statement
 from coterie.errors import CheckpointError, ConfigError
-from coterie.federation.files import writing
 from coterie.federation.run_folder import holding_its_folder
 from coterie.federation.values import check_own
 from coterie.models.saved import save_model
-from coterie.training.checkpoint import write_json
+from coterie.storage import write_json, writing
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
 from coterie.training.loop import StopFlag
@@ -188,12 +187,12 @@ class Run:
         parameters = self._prepared.model.parameters()
         check_own("the parameters", parameters, where=f"after round {done}; it was not saved")
         metrics.log(index, **step.figures)
-        self._evaluation = self._evaluate() if stepper.finished or _due(done, spec.eval_every) else None
+        self._evaluation = self._evaluate() if stepper.finished or due(done, spec.eval_every) else None
         if self._evaluation is not None:
             metrics.log(index, test_loss=self._evaluation.loss)
         if self._watch is not None:
             self._watch(done, step, self._evaluation)
-        if stepper.finished or self._stop.asked or _due(done, spec.checkpoint_every):
+        if stepper.finished or self._stop.asked or due(done, spec.checkpoint_every):
             self._save()
 
     def _save(self) -> None:
@@ -246,7 +245,3 @@ def _public_start(config: TrainConfig) -> bool:
     """Whether nothing that the run started from was made from private records without privacy."""
     model, tokenizer = config.model, config.data.tokenizer
     return "private" not in (model.provenance, tokenizer.provenance) and model.overrule_origin is None
-
-
-def _due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0

@@ -18,6 +18,7 @@ from coterie.errors import RoundError
 from coterie.models.segments import Cut, Exchange
 from coterie.models.turn import Turn
 from coterie.training.ordered_sums import OrderedSums
+from coterie.training.seeds import derived_seed
 
 Batch = TypeVar("Batch")
 
@@ -130,7 +131,7 @@ class _Work(Generic[Batch]):
             self._turn.stop(error)
 
     def _run(self, number: int, batch: Batch) -> None:
-        seed = None if self._seed is None else (self._seed * 1_000_003 + number) % 2**63
+        seed = None if self._seed is None else derived_seed(self._seed, number)
         with self._cut.record(self._exchange(number, self._turn.stopped), seed=seed) as tape:
             loss, self.tokens[number] = self._loss(batch)
             tape.backward(loss, self.sums.micro_batch(number))

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from coterie.dp.budget import Spent
 from coterie.dp.statement import Statement
 from coterie.models.trainings import Training
 from coterie.training.checkpoint import Checkpoint, load_model_tensors, model_tensors
-from coterie.training.loop import seed_round, train_round
+from coterie.training.loop import train_round
 from coterie.training.optim import AdamW, lr_at, make_optimizer
 from coterie.training.packing import RoundOrder
 from coterie.training.prepared import Prepared
+from coterie.training.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class PlainStepper:
     def step(self) -> Step:
         began = time.monotonic()
         config, model, train = self._prepared.config, self._prepared.model, self._prepared.train
-        seed_round(config.train.seed, self.round)
+        torch.manual_seed(derived_seed(config.train.seed, self.round))
         rate = lr_at(self.round, config.optim, config.train.rounds)
         batches = (train.batch(rows) for rows in self._order.micro_batches(self.round, config.train.micro_batch))
         result = train_round(model, self.optimizer, batches, lr=rate)

@@ -23,6 +23,7 @@ from coterie.training.party_parts import PartyParts, Weights
 from coterie.training.party_store import PartyStore
 from coterie.training.party_work import PartyWork, superseded
 from coterie.training.scheduler import RoundSums, Scheduler
+from coterie.training.seeds import derived_seed
 
 
 class TokensWork(PartyWork):
@@ -78,7 +79,7 @@ class TokensWork(PartyWork):
                 raise superseded()
             return self._exchange.micro_batch(told.round, told.attempt, number, stopped)  # type: ignore[arg-type]
 
-        seed = (self._spec.seed * 1_000_003 + told.round - 1) % 2**63
+        seed = derived_seed(self._spec.seed, told.round - 1)
         sums = self._scheduler.run(self._batches(told.round), exchange, seed=seed)
         self._exchange.declare(told.round, told.attempt, sums.tokens, self._cut.turn.stopped)
         self._prepared = sums, time.monotonic() - began
