@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from coterie.config import OptimSpec
 from coterie.federation.host import ExpertHost
 from coterie.federation.inprocess import InProcessHub
-from coterie.federation.shard import Shard, expert_key
+from coterie.federation.shard import Shard
 from coterie.federation.tokens import TokenExchange
 from coterie.models.placement import Placement
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, expert_layers
 from coterie.models.segments import Exchange
+from coterie.models.shards import expert_key
 from coterie.models.tiny import tiny_model
 from coterie.training.optim import make_optimizer
 
