@@ -50,7 +50,9 @@ def make_folder(folder: Path, endpoints: list[str] | None = None, **settings: ob
     """Everything a federation needs; each party has its own folder with its own files and nothing else.
 
     Args:
+        folder: made here.
         endpoints: of the parties, then the coordinator; default: free ones on loopback.
+        **settings: go into federation.yaml, over the defaults.
     """
     endpoints = endpoints or free_endpoints(4)
     draw = random.Random(0)

@@ -68,8 +68,14 @@ class RoundLines:
         """Tell what changed; ``spent`` stands beside each round, ``remark`` is said once.
 
         Args:
-            missing: parties that are not here. left_s: until the run ends for want of them.
-            cut: pairs of parties without a connection. busy: parties that have not done yet what was asked.
+            state: where the run stands.
+            missing: parties that are not here.
+            left_s: seconds until the run ends for want of them.
+            refused: error codes of parties that were turned away, by name.
+            spent: stands beside each round.
+            remark: said once.
+            cut: pairs of parties without a connection.
+            busy: parties that have not done yet what was asked.
         """
         if remark and remark != self._remark:
             self._remark = remark

@@ -50,6 +50,7 @@ def content_hash(spec: Spec, *, without: Set[str] = frozenset()) -> str:
     A path counts by its last component only, because it starts from a folder that differs between machines.
 
     Args:
+        spec: the settings.
         without: top-level keys that do not count.
     """
     values = _portable(spec.model_dump(exclude=set(without)))

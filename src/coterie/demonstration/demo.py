@@ -24,7 +24,9 @@ def run_demo(plan: Plan, folder: Path, screen: Screen) -> Results:
     """Run all arms and compare them.
 
     Args:
+        plan: arms, sizes and the text.
         folder: made when it is not there; an earlier demo in it is replaced.
+        screen: is told how far it is.
 
     Raises:
         ConfigError: the folder holds something else.

@@ -161,6 +161,7 @@ class Folder:
         """Write federation.yaml and every party.yaml.
 
         Args:
+            arm: its exchange and privacy.
             endpoints: one per party, then the coordinator's.
         """
         plan, where = self._plan, Path(arm.name)
@@ -253,6 +254,7 @@ class Folder:
         """How much is trained; the size of a micro-batch changes the speed only.
 
         Args:
+            arm: which way of training.
             shares: parties whose sequences one process takes in a round.
         """
         plan = self._plan

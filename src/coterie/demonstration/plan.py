@@ -194,6 +194,9 @@ def make_plan(
     """The plan behind the demo's options.
 
     Args:
+        parties: members of the federation.
+        rounds: of every arm; default: by the demo's size.
+        arms: names out of `ARMS`.
         quick: a much smaller demo that shows every step and proves nothing.
 
     Raises:

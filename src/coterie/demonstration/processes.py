@@ -150,6 +150,8 @@ class Processes:
         """Run commands, at most ``at_once`` at a time, until all have ended well.
 
         Args:
+            commands: in the order they are started.
+            at_once: most commands that run together.
             watch: called several times a second meanwhile.
 
         Raises:

@@ -105,7 +105,7 @@ class RouterWatch:
         config = getattr(model, "config", None)
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         self.sigmoid = "sigmoid" in str(getattr(text, "scoring_func", getattr(text, "score_func", "")))
-        self._modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules())
 
     @contextmanager
     def watching(self) -> Iterator[_Seen]:
@@ -117,7 +117,7 @@ class RouterWatch:
                 handles.append(
                     layer.module.register_forward_pre_hook(self._on_experts(layer, seen), with_kwargs=True)
                 )
-                for module in _beside(layer, self._modules):
+                for module in _beside(layer, self.modules):
                     handles.append(module.register_forward_hook(self._on_router(layer, seen)))
             yield seen
         finally:
@@ -376,7 +376,7 @@ def _biases(watch: RouterWatch) -> list[tuple[Tensor, int]]:
     for layer in watch.layers:
         named = [
             (name, tensor)
-            for module in _beside(layer, watch._modules)
+            for module in _beside(layer, watch.modules)
             for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]
         ]
         biases = [

@@ -148,7 +148,9 @@ def gram_values(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None) ->
     """[B] float64 squared norms by dot products, and ``sum_t |a_t| |g_t|``, of which `gram_slack` makes a bound.
 
     Args:
-        a_BTI, g_BTO, real_BT1: as in `gram_sq_norms`.
+        a_BTI: as in `gram_sq_norms`.
+        g_BTO: as in `gram_sq_norms`.
+        real_BT1: as in `gram_sq_norms`.
     """
     if real_BT1 is None and a_BTI.shape[1] > _BLOCK:
         return _lower_half_values(a_BTI, g_BTO)
@@ -173,7 +175,8 @@ def gram_slack(value_B: Tensor, crude_B: Tensor, rows_B: Tensor, inputs: int, ou
         value_B: the squared norms, at least 0.
         crude_B: ``sum_t |a_t| |g_t|``.
         rows_B: T of each, float64.
-        inputs, outputs: I and O.
+        inputs: I.
+        outputs: O.
     """
     factor = rounding_factor(inputs) + rounding_factor(outputs) + UNIT * (4.0 + rows_B.sqrt())
     return factor * crude_B.square() + sum_slack(value_B, crude_B, rows_B)

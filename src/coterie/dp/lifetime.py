@@ -74,6 +74,8 @@ def private_runs_on(root: Path, originals: Originals, digest: str) -> list[Held]
     """Private runs in the ledgers under ``root`` that released something about some of these documents.
 
     Args:
+        root: folder of the privacy ledgers.
+        originals: the documents.
         digest: of the documents together, by which ledgers without hashes know them.
     """
     keys = {name: fingerprints(originals, key) for name, key in Keyring(root).keys().items()}

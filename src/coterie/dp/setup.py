@@ -106,6 +106,7 @@ def make_private(
         adaptive_quantile: adapt the clip norms so that this share of units stays unclipped (Andrew et al. 2021); what
             they adapt to is released inside the round's one Gaussian.
         sampler: ``poisson``, or ``truncated_poisson`` with lots of at most ``max_lot``.
+        max_lot: most units in a lot, for ``truncated_poisson``.
         user_column: column that names a record's user; the unit is then the user.
         users: the user of each record, instead of ``user_column``.
         records_per_user: most records of one user in a lot.

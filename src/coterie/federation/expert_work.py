@@ -56,6 +56,9 @@ def work_forward(layer: ExpertLayer, weights: Weights, rows: Rows, *, recompute:
     """Outputs of the hosted experts, in the tokens' dtype.
 
     Args:
+        layer: names the layout and the activation.
+        weights: of the hosted experts, {name: [E, ...]}.
+        rows: tokens and the hosted experts that they chose.
         recompute: keep only what arrived; costs one more product in the backward.
 
     Returns:
@@ -76,6 +79,9 @@ def work_backward(
     """Gradients at what arrived, and summed over the rows at the hosted experts' weights.
 
     Args:
+        layer: as in `work_forward`.
+        weights: as in `work_forward`.
+        kept: what `work_forward` returned for these rows.
         grad: gradient at what `work_forward` returned.
 
     Returns:

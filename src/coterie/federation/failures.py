@@ -12,6 +12,7 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
     """The error for a run whose last state is ``state``.
 
     Args:
+        state: the coordinator's last.
         where: what this process knows besides.
     """
     round, note = state.committed, state.note  # the messages are literal so that `coterie explain` finds them

@@ -110,6 +110,7 @@ class WeightFetcher:
         """Wait for a part; returns its bytes, uint8.
 
         Args:
+            transfer: what `begin` returned.
             digest: what `offers` gave.
 
         Raises:

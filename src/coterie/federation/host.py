@@ -117,6 +117,8 @@ class ExpertHost:
         """Take part in an attempt at a round; whatever an earlier one staged is dropped. Can be repeated.
 
         Args:
+            round: counted from 1.
+            attempt: counted from 1 within the round.
             parties: who contributes; default: everybody.
 
         Raises:
@@ -162,6 +164,8 @@ class ExpertHost:
         """Step all hosted experts by the summed gradients over all parties' tokens. Repeating it does nothing.
 
         Args:
+            round: the round of the open attempt.
+            attempt: the open attempt.
             learning_rate: of this round; None leaves the optimiser's.
 
         Raises:
@@ -234,6 +238,7 @@ class ExpertHost:
         """Outputs of the hosted experts for some tokens; see `work_forward`.
 
         Args:
+            exchange: names the micro-batch and the layer; used once.
             rows: any device; ids are global.
             keep: whether `backward` will follow.
 
@@ -262,6 +267,7 @@ class ExpertHost:
         """Gradients at the tokens [M, D] and routing weights [P]; those of the experts are staged here.
 
         Args:
+            exchange: that of the `forward` it belongs to.
             grad: gradient at what `forward` returned, same shape.
 
         Raises:

@@ -283,6 +283,9 @@ def install(
     """Party side: put the approved certificate and the CA's beside the key that was requested.
 
     Args:
+        kit: folder in which `request` left the key.
+        certificate: the approved certificate.
+        authority: certificate of the federation's CA.
         expected_ca_fingerprint: read to you by the CA's keeper over another channel (telephone, in person).
 
     Raises:

@@ -211,6 +211,10 @@ def check_request(
 
     Args:
         topic: the exchange that was agreed on, or ``rounds``.
+        me: this member's name.
+        peer: who sent it, by its certificate.
+        lane: where it arrived.
+        message: the request.
         most: highest value of numbers of the address, from what was signed; the others are as wide as the header.
         sizes: extent of axes by letter.
 

@@ -273,6 +273,7 @@ class SumSender:
         """Bring every part's sum to its host, all hosts at the same time, each part in the fixed order.
 
         Args:
+            attempt: the round's open attempt.
             blobs: uint8 bytes by part number, exactly as spooled.
             versions: digest of the weights each sum was computed on.
 

@@ -54,6 +54,8 @@ class PendingReplies:
         """A correlation number and a future for its reply; waits for room until the deadline.
 
         Args:
+            kind: of the request, for error texts.
+            deadline_s: seconds to wait for room.
             size: bytes of the request's tensors.
 
         Raises:

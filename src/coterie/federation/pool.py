@@ -128,6 +128,7 @@ class Pool:
         """Freeze the weights for this attempt and take pushes for it.
 
         Args:
+            attempt: the one that requests have to name from now on.
             active: parties that take part; default: all.
             lent: trunk shares of absent hosts that this party serves, as they are at this moment.
             release: see `PushService.begin`.

@@ -173,7 +173,13 @@ def draft(
     """An unsigned roster.
 
     Args:
+        federation: its name.
+        membership_epoch: rises with every change of members.
+        members: parties and the coordinator, in roster order.
         certificates: the approved certificate of every member.
+        config_hash: hex SHA-256 of what was agreed (`content_hash`).
+        placement_hash: hex SHA-256 of who hosts which expert.
+        weights: hex SHA-256 of the start's files, by name.
 
     Raises:
         RosterError: a certificate is missing or was issued for another name or role.

@@ -42,6 +42,11 @@ def advance(
     """What comes next, or None while there is something to wait for.
 
     Args:
+        plan: what was agreed.
+        state: what the coordinator says now.
+        history: what the journal holds.
+        views: what each party answered last, by name.
+        clock: seconds; now, and when ``state`` was entered.
         stop: who asked the run to stop; empty while nobody did.
     """
     if state.phase is Phase.END:

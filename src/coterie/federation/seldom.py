@@ -37,6 +37,8 @@ class Seldom:
 
         Args:
             key: from a small set, such as a member's name with an error code; never a peer's own words.
+            level: of `logging`.
+            text: one sentence.
             trace: with the traceback of the exception being handled.
         """
         now = self._clock()

@@ -52,6 +52,7 @@ class WeightService:
         """Serve the weights as they are now for this attempt, and for no other; for none with None.
 
         Args:
+            attempt: the one that requests have to name.
             lent: parts of absent hosts that are served in their stead.
         """
         with self._lock:
@@ -64,6 +65,8 @@ class WeightService:
         """Answer an offer or a chunk request.
 
         Args:
+            peer: who asks.
+            message: the request.
             received: see `fetch_weights.Offer`.
 
         Raises:

@@ -71,6 +71,8 @@ class PushService:
         """Take pushes of this attempt, computed on weights with these digests by part number; of none with None.
 
         Args:
+            attempt: the one that pushes have to name.
+            weights: hex SHA-256 by part number.
             release: equal for attempts in which every party brings the same bytes; default: no two do. What was
                 staged for the same release and weights stays: a retry of the attempt need not send it again.
         """

@@ -89,6 +89,8 @@ class TokenExchange:
         """The exchange of one training micro-batch.
 
         Args:
+            round: counted from 1.
+            attempt: counted from 1 within the round.
             number: from 0, without gaps: hosts add gradients in this order.
             stopped: ends a wait when it completes or fails (`Turn.stopped`).
         """
@@ -102,6 +104,9 @@ class TokenExchange:
         """Tell all hosts that this party's micro-batches of the attempt are done, and how many tokens they had.
 
         Args:
+            round: counted from 1.
+            attempt: counted from 1 within the round.
+            tokens: sum over the micro-batches.
             stopped: ends the wait when it completes or fails.
 
         Raises:
@@ -313,7 +318,10 @@ def gather(
     """Wait for all replies together; the first failure ends the wait.
 
     Args:
+        asked: the reply to come, by host.
         stopped: its completion or failure ends the wait too.
+        deadline_s: seconds for all together.
+        where: what was asked for, for error texts.
 
     Raises:
         DeadlineError: names the host that did not answer in time.

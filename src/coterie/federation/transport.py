@@ -148,6 +148,8 @@ class Transport(Protocol):
         """Wait until all (or the named) peers are connected.
 
         Args:
+            deadline_s: seconds until it fails.
+            peers: names; default: all of them.
             alive: asked several times a second; once it says no, the wait ends without an error.
 
         Raises:

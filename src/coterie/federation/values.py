@@ -25,7 +25,12 @@ def check_received(
     """Make sure that what came from a member is finite and at most ``limit`` in size.
 
     Args:
-        kind, name: of the message and of the tensor in it.
+        peer: who sent it.
+        kind: of the message.
+        name: of the tensor in it.
+        values: any shape and dtype.
+        limit: largest size of one value.
+        where: round and part, for the error text.
 
     Raises:
         MessageError: ``message-not-finite`` or ``message-too-large``; no value is repeated.

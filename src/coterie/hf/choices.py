@@ -82,7 +82,7 @@ class WatchedCallbacks(CallbackHandler):
     """
 
     public_evaluation: bool
-    _readers: set[int]
+    readers: set[int]
 
     @classmethod
     def of(cls, handler: CallbackHandler, public_evaluation: bool = False) -> WatchedCallbacks:
@@ -90,7 +90,7 @@ class WatchedCallbacks(CallbackHandler):
         made = cls.__new__(cls)
         made.__dict__ = handler.__dict__
         made.public_evaluation = public_evaluation
-        made._readers = set()
+        made.readers = set()
         return made
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class WatchedCallbacks(CallbackHandler):
             result = self._one(callback, event, args, state, control, **kwargs)
             control = control if result is None else result
             if history.reads > reads:
-                self._readers.add(id(callback))
+                self.readers.add(id(callback))
             if self._sees_figures(callback, event) and _Decisions.of(control, self.optimizer) != before:
                 before.put_back(control, self.optimizer)
                 raise refusal(
@@ -116,8 +116,8 @@ class WatchedCallbacks(CallbackHandler):
         if type(callback).__module__.partition(".")[0] in ("transformers", "coterie"):
             return False
         if self.public_evaluation:
-            return event != "on_evaluate" and (_overrides(callback, "on_log") or id(callback) in self._readers)
-        return id(callback) in self._readers or any(_overrides(callback, name) for name in _SHOWS_FIGURES)
+            return event != "on_evaluate" and (_overrides(callback, "on_log") or id(callback) in self.readers)
+        return id(callback) in self.readers or any(_overrides(callback, name) for name in _SHOWS_FIGURES)
 
     def _one(self, callback: Any, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         parts = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")

@@ -37,6 +37,7 @@ def build_model(
     """The model of a spec, its experts computed through the seam with local weights.
 
     Args:
+        spec: names a family of random weights, or a checkpoint.
         device: where the weights go.
         meta: only the structure, on the meta device; no weights are read or drawn.
         seed: of random weights (``family``); None draws from torch's global generator.

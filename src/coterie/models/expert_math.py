@@ -69,6 +69,11 @@ def backward_rows(
     """Gradients at the rows, given the gradient at `forward_rows`' output.
 
     Args:
+        layer: names the layout and the activation.
+        weights: {name: [E, ...]}, as in `forward_rows`.
+        pre_RG: what `forward_rows` returned beside its output.
+        grad_out_RD: gradient at that output.
+        ends_E: where each expert's rows end.
         scale_R: routing weights, if ``grad_out_RD`` is the gradient at the weighted output. Their own gradient is
             then formed too, without the expert's output: (x W) . g = x . (g W^T), and g W^T is needed anyway.
     """

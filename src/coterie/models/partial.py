@@ -24,6 +24,7 @@ def build_partial(spec: ModelSpec, trunk_file: Path, *, device: torch.device | s
     Args:
         spec: names the config; a path without weights will do. The trunk is cast to its dtype.
         trunk_file: of the same model, as `splitter.split` writes it or training saves it.
+        device: where the trunk goes.
 
     Raises:
         ModelError: the trunk does not hold exactly the tensors of this model's trunk.

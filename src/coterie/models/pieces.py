@@ -157,6 +157,7 @@ class Pieces:
 
         Args:
             loss: a scalar with a history.
+            sink: gets each parameter's gradient, as soon as it is whole.
             ask: called outside autograd; may wait.
 
         Raises:

@@ -24,6 +24,9 @@ def save_model(
     """Write ``folder``, which `from_pretrained` loads as the same model; it appears whole or not at all.
 
     Args:
+        model: on any device.
+        folder: made, or replaced whole.
+        tokenizer: written beside the weights.
         origin: the trainings behind the model, for whoever starts from it.
 
     Raises:

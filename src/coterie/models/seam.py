@@ -262,6 +262,7 @@ def mask(model: nn.Module, experts: Mapping[int, Collection[int]]) -> None:
     Heeded wherever coterie computes them (`select`, `computed_by`), not by Hugging Face's own code.
 
     Args:
+        model: any model with expert layers.
         experts: by layer index; every layer that is not named computes with all of its experts again.
     """
     for layer in expert_layers(model):

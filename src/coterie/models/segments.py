@@ -62,6 +62,7 @@ class Exchange(Protocol):
         """Gradients at the hidden states [N, D] and the routing weights [N, K] (None where `answers_rows`).
 
         Args:
+            ticket: what `forward` returned beside its output.
             grad: gradient at what `forward` returned, same shape and dtype.
         """
         ...

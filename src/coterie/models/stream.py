@@ -81,6 +81,7 @@ def stream_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[dict[str
     Use each group before asking for the next: its tensors may be views of files that are then closed.
 
     Args:
+        folder: holds the safetensors files.
         model: of the checkpoint's config, on the meta device, in the dtype to read; it is on meta again afterwards.
 
     Raises:

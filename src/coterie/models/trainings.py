@@ -111,6 +111,7 @@ def trainings_from(listed: Iterable[Mapping[str, Any]], where: str) -> tuple[Tra
     """From what ``asdict`` made of each.
 
     Args:
+        listed: mappings that a file or header holds.
         where: names what holds them, for error texts.
 
     Raises:

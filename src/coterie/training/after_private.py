@@ -20,6 +20,8 @@ def check_after_private(party: PartyConfig, federation: FederationConfig, docume
     Called before anything is sent; where nothing was ever trained on privately, no ledger is made.
 
     Args:
+        party: says where its ledgers lie.
+        federation: names the exchange.
         documents: the training text.
 
     Raises:

@@ -69,6 +69,7 @@ class CheckpointStore:
         """Save after ``round_index`` finished rounds.
 
         Args:
+            round_index: finished rounds.
             tensors: file stem (``weights``, ``optimizer``) to named tensors; written as ``{stem}.safetensors``.
             state: small values that JSON can hold.
             run: name of the run that each file says it is of, where several members write parts of one; default: this

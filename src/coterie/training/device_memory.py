@@ -107,6 +107,8 @@ def saving(arrangement: Arrangement, shape: Shape, activations: int = 0) -> floa
     """Share of the centralised device memory that a party does without.
 
     Args:
+        arrangement: the exchange, or ``centralised``.
+        shape: sizes of model and federation.
         activations: bytes that come on top in both.
     """
     alone = predict("centralised", shape).device + activations

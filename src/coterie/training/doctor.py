@@ -61,6 +61,7 @@ def diagnose(settings: Path, *, listen: str | None = None, now: dt.datetime | No
     """All findings about the party of a party.yaml.
 
     Args:
+        settings: the party.yaml; it names the federation.yaml.
         listen: address to listen on, where it differs from the agreed endpoint.
         now: for tests.
 

@@ -450,6 +450,8 @@ class ExpertsWay:
         """The part's bytes; in bfloat16 by coins that follow from the release, so that resending repeats them.
 
         Args:
+            part: gives the order of its tensors.
+            tensors: float32, by name.
             release: hexadecimal name, another one in every round: the same coins each time would add up to a bias.
         """
         if self._push_dtype == torch.float32:

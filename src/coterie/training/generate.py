@@ -21,6 +21,10 @@ def generate(
     """The continuation of ``prompt``: at most ``tokens`` new tokens, fewer when the text ends.
 
     Args:
+        model: on any device.
+        tokenizer: the model's own.
+        prompt: may be empty where the tokenizer begins texts by a token.
+        tokens: most new tokens.
         temperature: divides the logits before sampling; 0 takes the likeliest token.
         seed: of the sampling.
 

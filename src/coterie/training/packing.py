@@ -99,7 +99,10 @@ def pack(
 
     Args:
         documents: token ids of each document, with whatever begins a text for this tokenizer.
+        sequence_length: most tokens in a sequence.
+        packing: whether documents share sequences.
         end_id: appended to a document that does not end with it; None for tokenizers without one.
+        pad_id: fills up the batch behind short sequences.
 
     Raises:
         DataError: nothing is left to train on: every piece is a single token, which predicts nothing.

@@ -100,6 +100,7 @@ class PartyStore:
         """Write a checkpoint so that it survives a crash. What others may still need stays: see `published`.
 
         Args:
+            round: finished rounds.
             parts: file stem to named tensors.
             lora: settings of the adapters among them.
             trainings: what is behind the weights.

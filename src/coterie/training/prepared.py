@@ -47,6 +47,7 @@ def prepare(config: TrainConfig, *, tokenizer_dir: Path | None = None) -> tuple[
     """Read the text, make the tokenizer, build the model, and check that they fit. Writes nothing.
 
     Args:
+        config: the settings of train.yaml.
         tokenizer_dir: the tokenizer of an earlier start of this run, which wins over the settings.
 
     Returns:

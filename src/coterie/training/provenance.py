@@ -26,6 +26,8 @@ def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, 
     What a saved model says of itself wins over what the settings say.
 
     Args:
+        model: the start's settings.
+        data: the text's and the tokenizer's settings.
         near: files of weights that the run starts from, beside ``model``.
 
     Raises:

@@ -60,6 +60,7 @@ class Scheduler(Generic[Batch]):
         """Forward and backward of all micro-batches. No parameter and no ``.grad`` is touched.
 
         Args:
+            batches: the micro-batches, in their order.
             exchange: makes the exchange of each micro-batch; they are numbered from 0.
             seed: makes dropout and router noise repeatable whatever the timing; None: the process's random state.
 
