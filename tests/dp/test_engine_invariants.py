@@ -435,6 +435,7 @@ def test_no_reference_cycles(method: Any) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_50_steps() -> None:
     model, batch = tiny_model("qwen2_moe", hidden_size=64), token_batch(4, 32)
     engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
