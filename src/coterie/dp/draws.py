@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,10 @@ _UNIFORM = {_aten.rand, _aten.rand_like, _aten.uniform, _aten.uniform_}
 _NORMAL = {_aten.randn, _aten.randn_like, _aten.normal, _aten.normal_}
 _EXPONENTIAL = {_aten.exponential, _aten.exponential_}
 _CHANCE = {_aten.bernoulli, _aten.bernoulli_}
+_WHOLE = {_aten.randint}
+_WITH_LOW = {_aten.randint.low, _aten.randint.low_generator}
+_ROW = 4096
+"""Values that a record draws at a time, at least: see `RowDraws`."""
 _FROZEN = _UNIFORM | _NORMAL | _EXPONENTIAL | _CHANCE
 _PRODUCTS = {
     _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten._grouped_mm, _aten.embedding,
@@ -76,6 +80,46 @@ class OneDraw(TorchDispatchMode):
             return out.fill_(-math.log1p(-value) / rate)
         self.others = True  # a distribution around each element of a tensor
         return out
+
+
+class RowDraws(TorchDispatchMode):
+    """Random draws with a row for every record come from a generator of that record's own.
+
+    For collators that draw (masked language modelling): a made-up record then draws the same alone and beside others,
+    at whatever length, as long as its tokens begin in the first column.
+
+    Args:
+        seeds: one for every record, in the order of the rows.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self._rows = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        packet = func.overloadpacket
+        if packet not in _UNIFORM | _CHANCE | _WHOLE:
+            return func(*args, **kwargs)
+        state = torch.get_rng_state()
+        out: Tensor = func(*args, **kwargs)
+        if out.ndim < 2 or out.shape[0] != len(self._rows):
+            return out
+        torch.set_rng_state(state)
+        width = math.prod(out.shape[1:])
+        # A generator gives other numbers for another count, so that a longer row would begin differently.
+        drawn = [
+            torch.rand(-(-width // _ROW) * _ROW, generator=row, dtype=torch.float64)[:width] for row in self._rows
+        ]
+        uniform = torch.stack(drawn).reshape(out.shape)
+        if packet in _CHANCE:
+            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            return out.copy_(uniform < (args[0] if func is _aten.bernoulli.default else chance))
+        if packet in _WHOLE:
+            low, high = (args[0], args[1]) if func in _WITH_LOW else (0, args[0])
+            return out.copy_((low + uniform * (high - low)).floor())
+        low, high = _two(args, kwargs, ("from", 0.0), ("to", 1.0), packet)
+        return out.copy_(low + uniform * (high - low))
 
 
 class Rounding(TorchDispatchMode):

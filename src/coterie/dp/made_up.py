@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coterie.dp.draws import RowDraws
 from coterie.dp.heads import TARGETS
 from coterie.dp.losses import IGNORED, Batch
 from coterie.dp.probe import classes_of, synthetic_batch, vocabulary_of
@@ -105,9 +106,11 @@ class FromCollator:
         return self.batch([Made(self.base, 0), Made(self.base, 1)]) is not None
 
     def batch(self, records: Iterable[Made]) -> Batch | None:
+        records = list(records)
         made = [self._made(record) for record in records]
         try:
-            batch = self._collate(made)
+            with RowDraws([record.seed for record in records]):
+                batch = self._collate(made)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
             return None
         check_rows(batch, len(made))
