@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from coterie.checkpoints import CheckpointStore
 from coterie.dp import checkpoint, texts
 from coterie.dp.accounting import Mechanism, epsilon
 from coterie.dp.ledger import FILE, Entry, Ledger, existing_ledger, ledger_folder, open_ledger
@@ -29,7 +30,6 @@ from coterie.federation.round_state import Phase, Saved
 from coterie.models.origins import Origin, check_content, origin_of, save_tensors
 from coterie.models.shards import check_digests
 from coterie.models.trainings import Training, read_trainings
-from coterie.training.checkpoint import CheckpointStore
 from coterie.training.party_store import PartyStore
 
 FIRST = Path(__file__).parent / "formats"
@@ -293,7 +293,7 @@ def test_a_checkpoint_of_the_first_version_is_loaded(tmp_path: Path) -> None:
     newest = store.newest()
     assert newest is not None
     assert (newest.round, newest.state) == (5, {"party": "alder"})
-    assert torch.equal(store.load(newest, "weights")["a"], TWO)
+    assert torch.equal(newest.load("weights")["a"], TWO)
 
 
 @pytest.mark.parametrize("form", [form for form in OTHERS if form is not None], ids=repr)
@@ -351,11 +351,12 @@ def test_a_private_session_of_the_first_version_is_loaded(tmp_path: Path) -> Non
     first_session(tmp_path / "session")
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    checkpoint.load(tmp_path / "session", model, optimizer)
+    saved = checkpoint.read(tmp_path / "session")
+    saved.load(model, optimizer)
     assert model.weight.item() == 2.0
     assert optimizer.param_groups[0]["lr"] == 0.5
-    assert checkpoint.read_facts(tmp_path / "session") == {"run": "run-a", "round": 4}
-    assert checkpoint.load_extra(tmp_path / "session")["load"].tolist() == [3.0]
+    assert saved.facts == {"run": "run-a", "round": 4}
+    assert saved.extra()["load"].tolist() == [3.0]
 
 
 @pytest.mark.parametrize("form", OTHERS, ids=repr)
@@ -363,10 +364,7 @@ def test_a_private_session_of_another_format_is_refused(tmp_path: Path, form: An
     path = first_session(tmp_path / "session")
     edited(path, lambda content: content.update(format=form))
     with refused(CheckpointError, path.parent, "format", form):
-        checkpoint.read_facts(path.parent)
-    model = nn.Linear(1, 1, bias=False)
-    with refused(CheckpointError, path.parent):
-        checkpoint.load(path.parent, model, torch.optim.SGD(model.parameters(), 0.1))
+        checkpoint.read(path.parent)
 
 
 # -- journal -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Imports go one way: errors < storage < config < models < {dp, federation} < training < hf < demonstration < cli."""
+"""Imports go one way.
+
+errors < storage < config < models < checkpoints < {dp, federation} < training < hf < demonstration < cli
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,19 @@ import pytest
 import coterie
 
 PACKAGE = Path(coterie.__file__).parent
-ORDER = ("errors", "storage", "config", "models", "dp", "federation", "training", "hf", "demonstration", "cli")
+ORDER = (
+    "errors",
+    "storage",
+    "config",
+    "models",
+    "checkpoints",
+    "dp",
+    "federation",
+    "training",
+    "hf",
+    "demonstration",
+    "cli",
+)
 NEVER = {("dp", "federation"), ("federation", "dp")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

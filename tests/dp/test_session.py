@@ -288,8 +288,8 @@ def test_invariant_8_resume_of_a_private_run_spends_nothing_twice_and_stores_not
     pending = session.next_lot().records.tolist()
     session.close()
     names = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert names == {"model.safetensors", "optimizer.safetensors", "state.safetensors", "session.json"}
-    facts = json.loads((tmp_path / "saved/session.json").read_text())["facts"]
+    assert names == {"weights.safetensors", "optimizer.safetensors", "session.safetensors", "manifest.json"}
+    facts = json.loads((tmp_path / "saved/manifest.json").read_text())["state"]["session"]
     assert facts["settings"]["seed"] is None
     assert set(facts) == {
         "run", "round", "parent", "dataset", "ledger_root", "head", "settings", "plan", "user_cap", "not_covered",
@@ -726,9 +726,9 @@ def test_invariant_8_a_checkpoint_that_contradicts_the_ledger_is_refused(
     start: Callable[..., PrivateSession], tmp_path: Path, name: str, value: float, sentence: str
 ) -> None:
     saved_session(start, tmp_path / "saved")
-    path = tmp_path / "saved" / "session.json"
+    path = tmp_path / "saved" / "manifest.json"
     content = json.loads(path.read_text())
-    content["facts"]["settings"][name] = value
+    content["state"]["session"]["settings"][name] = value
     path.write_text(json.dumps(content))
     with pytest.raises(LedgerError, match=sentence):
         resumed(tmp_path / "saved")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coterie.checkpoints import CheckpointStore
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
 from coterie.models.build import build_model
-from coterie.training.checkpoint import CheckpointStore
 from coterie.training.in_process import run_in_process
 from coterie.training.party import prepare_party
 from federation_processes import PARTIES, Processes, make_folder, run_here
@@ -80,7 +80,7 @@ def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(proc
             store = CheckpointStore(run / "private" / "checkpoints", f"{marker['run']}/{name}")
             pair.append((store, store.get(24)))
         for stem in ("trunk", "experts"):
-            found, expected = (store.load(checkpoint, stem) for store, checkpoint in pair)
+            found, expected = (checkpoint.load(stem) for _, checkpoint in pair)
             assert found.keys() == expected.keys()
             for key, value in found.items():
                 assert relative(value.float(), expected[key].float()) < 1e-5, (name, key)

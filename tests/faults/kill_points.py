@@ -25,23 +25,23 @@ PARTY = {
     ),
     "after the commit, before the step": ("coterie.training.party_work", "PartyWork", "step", "before", ""),
     "after the step": ("coterie.training.party_work", "PartyWork", "step", "after", ""),
-    "before a checkpoint is written": ("coterie.training.checkpoint", "CheckpointStore", "_write", "before", ""),
+    "before a checkpoint is written": ("coterie.checkpoints", "CheckpointStore", "write", "before", ""),
     "between two files of a checkpoint": (
-        "coterie.training.checkpoint",
+        "coterie.checkpoints",
         "",
         "save_tensors",
         "after",
         "trunk.safetensors",
     ),
     "after all files of a checkpoint, before its manifest": (
-        "coterie.training.checkpoint",
+        "coterie.checkpoints",
         "",
         "save_tensors",
         "after",
         "hosted.safetensors",
     ),
     "after a checkpoint's manifest, before its name": ("coterie.storage", "", "_sync_tree", "after", ".part"),
-    "after a checkpoint has its name": ("coterie.training.checkpoint", "CheckpointStore", "_write", "after", ""),
+    "after a checkpoint has its name": ("coterie.checkpoints", "CheckpointStore", "write", "after", ""),
     "while an old checkpoint goes": ("shutil", "", "rmtree", "before", ".old.part"),
 }
 COORDINATOR = {

@@ -166,7 +166,7 @@ def test_resume_goes_through_the_session_and_spends_nothing_twice(
     with pytest.raises(Killed):
         make({"seed": 5, "digest": "parts"}, callbacks=[KillAt(killed_at)], **options).train()
     saved = tmp_path / "out/checkpoint-2"
-    assert (saved / "private_session/session.json").exists()
+    assert (saved / "private_session/manifest.json").exists()
     assert not list(saved.glob("rng_state*"))
     trainer = make({"seed": 5, "digest": "parts"}, **options)
     trainer.train(resume_from_checkpoint=str(saved))

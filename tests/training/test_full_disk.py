@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from coterie import storage
+from coterie import checkpoints, storage
+from coterie.checkpoints import CheckpointStore
 from coterie.errors import CheckpointError
 from coterie.federation.journal import Journal
 from coterie.federation.round_state import Move, Phase, State
 from coterie.federation.run_folder import RunFolder
 from coterie.storage import write_json
-from coterie.training import checkpoint as checkpoints
-from coterie.training.checkpoint import CheckpointStore
 from coterie.training.evaluate import Evaluation
 from coterie.training.metrics import MetricsWriter, read_metrics
 

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
+from coterie.dp.dataset import dataset_digest
+from coterie.dp.session import PrivateSession
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError, RoundError
 from coterie.federation.run_folder import RunFolder
 from coterie.models.trainings import read_trainings
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
+from coterie.training.optim import make_optimizer
+from coterie.training.prepared import prepare
 from coterie.training.run import resume, start
 from coterie.training.trained import evaluate_run, load_trained
 
@@ -136,6 +140,79 @@ def test_private_run_that_was_killed_after_its_last_round_ends_with_that_rounds_
     trained = load_trained(tmp_path / "run")
     assert trained.rounds == 4
     assert evaluate_run(trained).loss == pytest.approx(result.loss, rel=1e-4)
+
+
+def test_checkpoint_of_a_private_run_holds_its_weights_once_and_a_session_resumes_from_it(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    stop = StopFlag()
+    config = make_config(privacy={"seeded": True})
+    start(config, stop=stop, watch=lambda done, *_: stop.set() if done == 3 else None)
+    private = tmp_path / "run/private"
+    assert not (private / "session").exists()
+    newest = private / "checkpoints/round-00000003"
+    names = {"manifest.json", "weights.safetensors", "optimizer.safetensors", "session.safetensors"}
+    assert {path.name for path in newest.iterdir()} == names
+    assert {path.name for path in newest.parent.iterdir()} == {"round-00000002", "round-00000003"}
+    weights = load_file(newest / "weights.safetensors")
+    steps = {name for name in load_file(newest / "optimizer.safetensors") if name.endswith("/step")}
+    assert steps == {f"{name}/step" for name in weights}
+    prepared, documents = prepare(config, tokenizer_dir=private / "tokenizer")
+    optimizer = make_optimizer(prepared.model.parameters(), config.optim)
+    session = PrivateSession.resume(
+        newest, prepared.model, optimizer, prepared.train, prepared.train.collate, ledger=config.privacy.ledger,
+        digest=dataset_digest(documents.texts),
+    )  # fmt: skip
+    with session:
+        assert session.round == 3
+    assert all(torch.equal(weights[name], value) for name, value in prepared.model.named_parameters())
+
+
+def as_the_first_version_wrote_it(config: TrainConfig) -> None:
+    """Model, optimizer by number and facts in ``private/session``, the weights alone once more in the checkpoint."""
+    private = config.run_dir / "private"
+    newest = sorted((private / "checkpoints").iterdir())[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    state = manifest.pop("state")
+    model = prepare(config, tokenizer_dir=private / "tokenizer")[0].model
+    names = [name for name, _ in model.named_parameters()]
+    numbered = {
+        f"state.{names.index(name.rpartition('/')[0])}.{name.rpartition('/')[2]}": value
+        for name, value in load_file(newest / "optimizer.safetensors").items()
+    }
+    session = private / "session"
+    session.mkdir()
+    shutil.copy(newest / "weights.safetensors", session / "model.safetensors")
+    save_file(numbered, session / "optimizer.safetensors")
+    (newest / "session.safetensors").rename(session / "state.safetensors")
+    (newest / "optimizer.safetensors").unlink()
+    (session / "session.json").write_text(json.dumps({"facts": state["session"], "optimizer": state["optimizer"]}))
+    files = {"weights.safetensors": manifest["files"]["weights.safetensors"]}
+    (newest / "manifest.json").write_text(json.dumps(manifest | {"files": files, "state": {}}))
+
+
+def test_run_folder_of_the_first_version_goes_on_and_is_then_like_any_other(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    seeded = {"seeded": True}
+    start(make_config("whole", privacy=seeded | {"ledger": tmp_path / "a"}))
+    stop = StopFlag()
+    config = make_config("parts", privacy=seeded | {"ledger": tmp_path / "b"})
+    start(config, stop=stop, watch=lambda done, *_: stop.set() if done == 3 else None)
+    as_the_first_version_wrote_it(config)
+    assert load_trained(config.run_dir).rounds == 3
+    assert resume(config.run_dir).finished
+    assert not (config.run_dir / "private/session").exists()
+    whole, again = (load_file(tmp_path / name / "private/model/model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_run_that_has_done_no_round_has_nothing_to_measure(make_config: MakeConfig) -> None:
+    stop = StopFlag()
+    stop.set()
+    assert start(make_config(), stop=stop).rounds == 0
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        load_trained(make_config().run_dir)
 
 
 def test_users_are_units_when_the_column_says_so(make_config: MakeConfig) -> None:

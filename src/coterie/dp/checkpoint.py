@@ -1,122 +1,153 @@
-"""Saved state of a private session: safetensors and JSON, nothing secret.
+"""What a checkpoint of a private session holds; see `coterie.checkpoints` for the folder.
 
-What is not in it: lots, random states, noise, keys, losses and norms. Who reads a checkpoint learns what the noised
-results already told.
+``weights`` and ``optimizer`` are the model's and the optimizer's tensors by parameter, ``session`` further public
+ones (released loads, clip norms). What is not in it: lots, random states, noise, keys, losses and norms. Who reads a
+checkpoint learns what the noised results already told.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from coterie.errors import CheckpointError
-from coterie.storage import check_known, new_folder, restore, write_json
-
-_MODEL, _OPTIMIZER, _STATE, _SESSION = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.safetensors",
-    "session.json",
+from coterie.checkpoints import (
+    MANIFEST,
+    Checkpoint,
+    Content,
+    load_model_tensors,
+    model_tensors,
+    read_checkpoint,
+    write_checkpoint,
 )
-_FORMAT = 1
+from coterie.errors import CheckpointError
+from coterie.storage import check_known, json_object, restore
+
+SESSION = "session"
+_EARLIER = "session.json"
 
 
-def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], facts: dict[str, Any]
-) -> None:
-    """Write a checkpoint aside, sync it, and put it in the place of an older one.
+def pack(
+    model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], facts: dict[str, Any]
+) -> tuple[Content, dict[str, Any]]:
+    """A checkpoint's tensors and JSON values.
 
     Args:
-        folder: becomes the checkpoint.
         model: all parameters and buffers are saved, shared ones once.
         optimizer: state tensors and settings.
         extra: further tensors (public, such as released loads).
         facts: JSON values.
     """
-    tensors, structure = _flatten(optimizer)
-
-    def write(aside: Path) -> None:
-        save_model(model, str(aside / _MODEL))
-        save_file(tensors, aside / _OPTIMIZER)
-
-    _replace(folder, extra, {"facts": facts, "optimizer": structure}, write)
-
-
-def save_state(folder: Path, extra: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """`save` without model and optimizer."""
-    _replace(folder, extra, {"facts": facts}, lambda aside: None)
-
-
-def _replace(folder: Path, extra: dict[str, Tensor], content: dict[str, Any], write: Callable[[Path], None]) -> None:
-    with new_folder(folder) as aside:
-        write(aside)
-        save_file({name: tensor.contiguous() for name, tensor in extra.items()}, aside / _STATE)
-        write_json(aside / _SESSION, {"format": _FORMAT, **content})
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is of another format.
-    """
-    facts: dict[str, Any] = _read(folder)["facts"]
-    return facts
-
-
-def load_extra(folder: Path) -> dict[str, Tensor]:
-    """The extra tensors of a checkpoint."""
-    return load_file(folder / _STATE)
-
-
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put model and optimizer into the saved state.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, or is of another model or optimizer.
-    """
-    structure = _read(folder)["optimizer"]
-    try:
-        load_model(model, str(folder / _MODEL))
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"{folder} does not fit this model: {str(error).splitlines()[0]}",
-            code="dp-checkpoint-model",
-            fix="build the model as it was when the checkpoint was saved",
-        ) from error
-    _unflatten(optimizer, load_file(folder / _OPTIMIZER), structure, folder)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    restore(folder)
-    if (folder / _SESSION).exists():
-        content: dict[str, Any] = json.loads((folder / _SESSION).read_text("utf-8"))
-        # the first versions did not write it
-        check_known(folder, "format", content.get("format", _FORMAT), {_FORMAT}, CheckpointError)
-        return content
-    raise CheckpointError(
-        f"{folder} holds no saved private session.",
-        code="dp-no-checkpoint",
-        fix="name the folder that session.save(path) was given",
+    tensors, structure = _flatten(optimizer, model)
+    return (
+        {"weights": model_tensors(model), "optimizer": tensors, SESSION: extra},
+        {SESSION: facts, "optimizer": structure},
     )
 
 
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    state = optimizer.state_dict()
+def save(folder: Path, content: Content, state: dict[str, Any]) -> None:
+    """Write a checkpoint in the place of an older one."""
+    facts = state[SESSION]
+    write_checkpoint(folder, facts["run"], facts["round"], content, state)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A session's checkpoint, of this format or of the one before it.
+
+    Attributes:
+        folder: where it is.
+        facts: its JSON values.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    _optimizer: dict[str, Any] | None
+    _checkpoint: Checkpoint | None
+
+    def extra(self) -> dict[str, Tensor]:
+        """Its further tensors."""
+        if self._checkpoint is None:
+            return load_file(self.folder / "state.safetensors")
+        return self._checkpoint.load(SESSION)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put model and optimizer into the saved state.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or is of another model or optimizer.
+        """
+        if self._optimizer is None:
+            raise CheckpointError(
+                f"{self.folder} holds no model and no optimizer.",
+                code="dp-checkpoint-state-only",
+                fix="restore those that were saved beside it, and resume with state_only=True",
+            )
+        if self._checkpoint is None:
+            _load_earlier(self.folder, model)
+            tensors = _renamed(load_file(self.folder / "optimizer.safetensors"), _names(optimizer, model))
+        else:
+            load_model_tensors(model, self._checkpoint.load("weights"))
+            tensors = self._checkpoint.load("optimizer")
+        _unflatten(optimizer, model, tensors, self._optimizer, self.folder)
+
+
+def read(folder: Path) -> Saved:
+    """The session's checkpoint in a folder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another format.
+    """
+    restore(folder)
+    if (folder / _EARLIER).is_file():
+        values = json_object((folder / _EARLIER).read_bytes())
+        check_known(folder, "format", values.get("format", 1), {1}, CheckpointError)
+        return Saved(folder, values["facts"], values.get("optimizer"), None)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} holds no saved private session.",
+            code="dp-no-checkpoint",
+            fix="name the folder that session.save(path) was given",
+        )
+    found = read_checkpoint(folder)
+    return Saved(folder, found.state[SESSION], found.state.get("optimizer"), found)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The session's JSON values in a checkpoint.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    return read(folder).facts
+
+
+# -- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """The parameters of an optimizer in the order of its ``state_dict``; strangers by position."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [names.get(id(parameter), f"#{index}") for index, parameter in enumerate(stepped)]
+
+
+def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors ``{parameter}/{part}``, as in a plain run's checkpoint, and what JSON can hold."""
+    state, names = optimizer.state_dict(), _names(optimizer, model)
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        for part, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"state.{index}.{key}"] = value.contiguous()
+                tensors[f"{names[index]}/{part}"] = value
             else:
-                plain.setdefault(str(index), {})[key] = value
+                plain.setdefault(str(index), {})[part] = value
     groups = json.loads(json.dumps(state["param_groups"], default=_number))
     return tensors, {"plain": plain, "groups": groups}
 
@@ -126,23 +157,48 @@ def _number(value: Any) -> Any:
 
 
 def _unflatten(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], structure: dict[str, Any], folder: Path
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    structure: dict[str, Any],
+    folder: Path,
 ) -> None:
+    index_of = {name: index for index, name in enumerate(_names(optimizer, model))}
     state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in structure["plain"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith("state."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
     current = optimizer.state_dict()["param_groups"]
     groups = structure["groups"]
-    if [len(g["params"]) for g in current] != [len(g["params"]) for g in groups]:
+    saved_names = {name.rpartition("/")[0] for name in tensors}
+    if [len(g["params"]) for g in current] != [len(g["params"]) for g in groups] or saved_names - index_of.keys():
         raise CheckpointError(
             f"{folder} was saved with an optimizer of other parameters.",
             code="dp-checkpoint-optimizer",
             fix="build the optimizer as it was when the checkpoint was saved",
         )
+    for name, tensor in tensors.items():
+        parameter, _, part = name.rpartition("/")
+        state.setdefault(index_of[parameter], {})[part] = tensor
     merged = [
         {key: tuple(saved[key]) if isinstance(own[key], tuple) else saved.get(key, own[key]) for key in own}
         for own, saved in zip(current, groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+# -- the format before -----------------------------------------------------------------------------------------------
+
+
+def _load_earlier(folder: Path, model: nn.Module) -> None:
+    try:
+        load_model(model, str(folder / "model.safetensors"))
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{folder} does not fit this model: {str(error).splitlines()[0]}",
+            code="dp-checkpoint-model",
+            fix="build the model as it was when the checkpoint was saved",
+        ) from error
+
+
+def _renamed(tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """``state.{index}.{part}`` as ``{parameter}/{part}``."""
+    parts = {name: name.split(".", 2)[1:] for name in tensors}
+    return {f"{names[int(index)]}/{part}": tensors[name] for name, (index, part) in parts.items()}

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from coterie.checkpoints import Content
 from coterie.dp import checkpoint
 from coterie.dp.balance import Balancer
 from coterie.dp.budget import Spent
@@ -298,15 +299,22 @@ class PrivateSession:
 
         Nothing secret is in it: no lot, no random state, no noise. Results it includes leave the spool.
         """
-        folder = Path(path)
-        checkpoint.save(folder, self.model, self.optimizer, self.lot_sums.state(), self._facts())
-        self._saved = folder
-        self.releases.spool.drop_releases(self.round)
+        checkpoint.save(Path(path), *self.content())
+        self.saved(Path(path))
 
     def save_state(self, path: str | Path) -> None:
         """`save` without model and optimizer, for loops that save these themselves, before this call."""
-        checkpoint.save_state(Path(path), self.lot_sums.state(), self._facts())
-        self._saved = Path(path)
+        content, state = {checkpoint.SESSION: self.lot_sums.state()}, {checkpoint.SESSION: self._facts()}
+        checkpoint.save(Path(path), content, state)
+        self.saved(Path(path))
+
+    def content(self) -> tuple[Content, dict[str, Any]]:
+        """What `save` writes, tensors and JSON values, for whoever keeps checkpoints in a store and calls `saved`."""
+        return checkpoint.pack(self.model, self.optimizer, self.lot_sums.state(), self._facts())
+
+    def saved(self, folder: Path) -> None:
+        """Everything up to now is durable in ``folder``: the results it includes leave the spool."""
+        self._saved = folder
         self.releases.spool.drop_releases(self.round)
 
     def _facts(self) -> dict[str, Any]:
@@ -333,7 +341,7 @@ class PrivateSession:
             LedgerError: the ledger does not hold what it held when the checkpoint was made.
         """
         self.restore_state(path)
-        checkpoint.load(Path(path), self.model, self.optimizer)
+        checkpoint.read(Path(path)).load(self.model, self.optimizer)
         while self._replay():
             pass
 
@@ -345,7 +353,8 @@ class PrivateSession:
             LedgerError: the ledger does not hold what it held when the checkpoint was made.
         """
         folder = Path(path)
-        facts = checkpoint.read_facts(folder)
+        saved = checkpoint.read(folder)
+        facts = saved.facts
         if (facts["run"], facts["dataset"]) != (self.run, self.ledger.dataset):
             raise CheckpointError(
                 f"{folder} is of run {facts['run']} on dataset {facts['dataset'][:12]}, "
@@ -361,7 +370,7 @@ class PrivateSession:
                 why="privacy already spent would be forgotten",
                 fix="put the newest ledger back",
             )
-        self.lot_sums.restore(checkpoint.load_extra(folder))
+        self.lot_sums.restore(saved.extra())
         self.round, self._parent, self._saved = int(facts["round"]), str(facts["parent"]), folder
 
     @classmethod

@@ -12,8 +12,8 @@ One party: `coterie.training.run` is `coterie train`. `coterie.training.prepared
 (`coterie.training.setup` puts model and tokenizer together, `coterie.training.provenance` says where they are from);
 `coterie.training.stepper` does the rounds, `coterie.training.private_stepper` those within a privacy budget.
 `coterie.training.trained` is a run's model afterwards, `coterie.training.generate` lets it continue a prompt.
-`coterie.training.checkpoint` saves, `coterie.training.folders` keeps what is for people apart from what is for the
-owner, `coterie.training.purging` removes text.
+`coterie.training.folders` keeps what is for people apart from what is for the owner, `coterie.training.purging`
+removes text.
 
 One party in a federation: `coterie.training.party` is the process, `coterie.training.party_parts` its inputs,
 `coterie.training.party_run` the run over any transport, `coterie.training.party_work` what it does in each phase of

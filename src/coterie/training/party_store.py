@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from coterie.checkpoints import CheckpointStore
 from coterie.errors import CheckpointError
 from coterie.federation.round_state import Saved
 from coterie.models.trainings import Training
 from coterie.storage import check_known, json_object, write_json
-from coterie.training.checkpoint import CheckpointStore
 from coterie.training.folders import private_folder
 
 _MARKER = "run.json"
@@ -110,7 +110,7 @@ class PartyStore:
         """
         store = self._store()
         state = {"party": self._party, "agreement": self._agreement}
-        digest = store.write(round, parts, state, run=self.run, lora=lora, trainings=trainings).digest
+        digest = store.write(round, parts, state, named=self.run, lora=lora, trainings=trainings).digest
         self._stale.discard(round)
         return digest
 
@@ -157,7 +157,7 @@ class PartyStore:
                     why="parties would go on from states that do not belong together",
                     fix="an older checkpoint that all hold will be taken",
                 )
-            return {stem: store.load(checkpoint, stem) for stem in stems}
+            return {stem: checkpoint.load(stem) for stem in stems}
         except CheckpointError as error:
             if error.code not in _UNSEEN:
                 self._bad.add(source)

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coterie.checkpoints import CheckpointStore
 from coterie.config import TrainConfig, content_hash, load_yaml
 from coterie.errors import CheckpointError
 from coterie.storage import json_object
-from coterie.training.checkpoint import CheckpointStore
 from coterie.training.data import Documents, read_documents
 from coterie.training.folders import private_folder
 from coterie.training.packing import Sequences

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from coterie.checkpoints import Content
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.balance import Balance
 from coterie.dp.budget import Budget
@@ -14,9 +16,7 @@ from coterie.dp.session import PrivateSession
 from coterie.dp.setup import make_private, resume_session
 from coterie.dp.statement import Statement
 from coterie.models.trainings import Training
-from coterie.training.checkpoint import model_tensors
 from coterie.training.data import Documents
-from coterie.training.folders import private_folder
 from coterie.training.optim import AdamW, lr_at, make_optimizer
 from coterie.training.prepared import Prepared
 from coterie.training.provenance import artefacts, originals, record_facts
@@ -32,7 +32,7 @@ class PrivateStepper:
     Args:
         prepared: what to train on what; its settings have a ``privacy`` block.
         documents: what the records were made from; the ledger knows their text again.
-        resumed: go on from the newest checkpoint. Rounds released since are repeated from the spool, not redrawn.
+        saved: a checkpoint to go on from. Rounds released since are repeated from the spool, not redrawn.
 
     Raises:
         PrivacyError: anything that would make the statement untrue; nothing is trained then.
@@ -40,10 +40,12 @@ class PrivateStepper:
         LedgerError: the ledger is damaged, behind, or in use.
     """
 
-    def __init__(self, prepared: Prepared, documents: Documents, *, resumed: bool) -> None:
+    def __init__(self, prepared: Prepared, documents: Documents, saved: Path | None = None) -> None:
         self.optimizer = make_optimizer(prepared.model.parameters(), prepared.config.optim)
-        self._prepared = prepared
-        self._session = (_resumed if resumed else _begun)(prepared, documents, self.optimizer)
+        if saved is None:
+            self._session = _begun(prepared, documents, self.optimizer)
+        else:
+            self._session = _resumed(prepared, documents, self.optimizer, saved)
 
     @property
     def round(self) -> int:
@@ -69,11 +71,11 @@ class PrivateStepper:
             figures["epsilon"] = spent.epsilon
         return Step(made.loss, figures, made.nothing_learnt, spent)
 
-    def save(self) -> None:
-        """The session's checkpoint, and the weights where `coterie eval` and `coterie generate` look for them."""
-        self._session.save(private_folder(self._prepared.config.run_dir) / "session")
-        if self.round:
-            self._prepared.store.write(self.round, {"weights": model_tensors(self._prepared.model)}, {})
+    def content(self) -> tuple[Content, Mapping[str, Any]]:
+        return self._session.content()
+
+    def saved(self, folder: Path) -> None:
+        self._session.saved(folder)
 
     def marker(self) -> Mapping[str, str]:
         return {"privacy_run": self._session.run}
@@ -104,10 +106,10 @@ def _begun(prepared: Prepared, documents: Documents, optimizer: AdamW) -> Privat
     )  # fmt: skip
 
 
-def _resumed(prepared: Prepared, documents: Documents, optimizer: AdamW) -> PrivateSession:
+def _resumed(prepared: Prepared, documents: Documents, optimizer: AdamW, saved: Path) -> PrivateSession:
     config = prepared.config
     return resume_session(
-        private_folder(config.run_dir) / "session", prepared.model, optimizer, prepared.train, prepared.train.collate,
+        saved, prepared.model, optimizer, prepared.train, prepared.train.collate,
         schedule=_schedule(config), users=prepared.train.users, ledger=_ledger(config),
         digest=dataset_digest(documents.texts),
     )  # fmt: skip

@@ -20,12 +20,13 @@ from typing import Any
 
 from coterie import __version__
 from coterie.config import TrainConfig, due, dump_yaml
+from coterie.dp.checkpoint import SESSION
 from coterie.dp.statement import Statement
 from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.run_folder import holding_its_folder
 from coterie.federation.values import check_own
 from coterie.models.saved import save_model
-from coterie.storage import write_json, writing
+from coterie.storage import put_away, write_json, writing
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
 from coterie.training.loop import StopFlag
@@ -93,10 +94,11 @@ def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | N
     with closing(stepper), kept_private(config.run_dir) as private:
         dump_yaml(config.run_dir / "config.yaml", config)
         prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
+        run = Run(prepared, stepper, stop or StopFlag(), watch)
         if config.privacy is not None:  # the ledger holds the run from now on: it cannot begin again, only go on
-            stepper.save()
+            run.save()
         write_json(config.run_dir / MARKER, {"run": prepared.run_id, "coterie": __version__, **stepper.marker()})
-        return Run(prepared, stepper, stop or StopFlag(), watch).go_on()
+        return run.go_on()
 
 
 @holding_its_folder
@@ -118,7 +120,7 @@ def _begun(config: TrainConfig) -> tuple[Prepared, Stepper]:
     prepared, documents = prepare(config)
     if config.privacy is None:
         return prepared, PlainStepper(prepared)
-    return prepared, PrivateStepper(prepared, documents, resumed=False)
+    return prepared, PrivateStepper(prepared, documents)
 
 
 def _resumed(run_dir: Path) -> tuple[Prepared, Stepper]:
@@ -127,7 +129,20 @@ def _resumed(run_dir: Path) -> tuple[Prepared, Stepper]:
     _check_unchanged(prepared, marker, run_dir)
     if config.privacy is None:
         return prepared, PlainStepper(prepared, prepared.store.newest())
-    return prepared, PrivateStepper(prepared, documents, resumed=True)
+    return prepared, PrivateStepper(prepared, documents, _session_of(prepared))
+
+
+def _session_of(prepared: Prepared) -> Path:
+    """The newest checkpoint that holds the session of a private run."""
+    newest = prepared.store.newest()
+    if newest is not None and SESSION in newest.state:
+        return newest.path
+    return _earlier_session(prepared.config)
+
+
+def _earlier_session(config: TrainConfig) -> Path:
+    """Where the versions before this one kept it, apart from the weights."""
+    return private_folder(config.run_dir) / "session"
 
 
 def _check_unchanged(prepared: Prepared, marker: dict[str, Any], run_dir: Path) -> None:
@@ -173,7 +188,7 @@ class Run:
         if stepper.finished and self._evaluation is None:  # resumed when all was done, or all was released
             self._evaluation = self._evaluate()
             if self._prepared.store.rounds()[-1:] != [stepper.round]:
-                self._save()
+                self.save()
         outcome = self._outcome()
         if outcome.finished:
             self._finish(outcome)
@@ -193,11 +208,18 @@ class Run:
         if self._watch is not None:
             self._watch(done, step, self._evaluation)
         if stepper.finished or self._stop.asked or due(done, spec.checkpoint_every):
-            self._save()
+            self.save()
 
-    def _save(self) -> None:
-        self._stepper.save()
+    def save(self) -> None:
+        """Write a checkpoint; only the newest stay.
+
+        Raises:
+            CheckpointError: the disk is full or broken.
+        """
+        written = self._prepared.store.write(self._stepper.round, *self._stepper.content())
+        self._stepper.saved(written.path)
         self._prepared.store.keep_last(KEPT_CHECKPOINTS)
+        put_away(_earlier_session(self._prepared.config))
 
     def _evaluate(self) -> Evaluation | None:
         model, test = self._prepared.model, self._prepared.test

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from coterie.checkpoints import Checkpoint, Content, load_model_tensors, model_tensors
 from coterie.dp.budget import Spent
 from coterie.dp.statement import Statement
 from coterie.models.trainings import Training
-from coterie.training.checkpoint import Checkpoint, load_model_tensors, model_tensors
 from coterie.training.loop import train_round
 from coterie.training.optim import AdamW, lr_at, make_optimizer
 from coterie.training.packing import RoundOrder
@@ -55,8 +56,11 @@ class Stepper(Protocol):
     def step(self) -> Step:
         """Do one round."""
 
-    def save(self) -> None:
-        """Make everything up to now durable, so that a resumed run goes on from here."""
+    def content(self) -> tuple[Content, Mapping[str, Any]]:
+        """Tensors and JSON values of a checkpoint from which a resumed run goes on."""
+
+    def saved(self, folder: Path) -> None:
+        """Everything up to now is durable in ``folder``."""
 
     def marker(self) -> Mapping[str, str]:
         """What `run.json` says of the run beside its settings."""
@@ -105,10 +109,14 @@ class PlainStepper:
         figures = {"loss": result.loss, "lr": rate, "tokens": result.tokens, "seconds": seconds}
         return Step(result.loss, figures)
 
-    def save(self) -> None:
-        model, store = self._prepared.model, self._prepared.store
-        state = self.optimizer.tensors(dict(model.named_parameters()))
-        store.write(self.round, {"weights": model_tensors(model), "optimizer": state}, {})
+    def content(self) -> tuple[Content, Mapping[str, Any]]:
+        model = self._prepared.model
+        return {
+            "weights": model_tensors(model),
+            "optimizer": self.optimizer.tensors(dict(model.named_parameters())),
+        }, {}
+
+    def saved(self, folder: Path) -> None: ...
 
     def marker(self) -> Mapping[str, str]:
         return {"data": self._prepared.train.digest()}
@@ -123,7 +131,7 @@ class PlainStepper:
     def close(self) -> None: ...
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        model, store = self._prepared.model, self._prepared.store
-        load_model_tensors(model, store.load(checkpoint, "weights"))
-        self.optimizer.load_tensors(dict(model.named_parameters()), store.load(checkpoint, "optimizer"))
+        model = self._prepared.model
+        load_model_tensors(model, checkpoint.load("weights"))
+        self.optimizer.load_tensors(dict(model.named_parameters()), checkpoint.load("optimizer"))
         self.round = checkpoint.round

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from coterie.checkpoints import load_model_tensors
 from coterie.config import TrainConfig
 from coterie.errors import CheckpointError, DataError
-from coterie.training.checkpoint import load_model_tensors
 from coterie.training.data import read_documents
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import private_folder
@@ -39,14 +39,14 @@ def load_trained(run_dir: Path) -> TrainedRun:
     tokenizer = load_tokenizer_from(private_folder(run_dir) / "tokenizer")
     store = checkpoints_of(run_dir, str(marker["run"]))
     newest = store.newest()
-    if newest is None:
+    if newest is None or newest.round == 0:
         raise CheckpointError(
             f"{run_dir} has no checkpoint yet.",
             code="checkpoint-none",
             fix=f"`coterie resume {run_dir}` goes on with the run",
         )
     model = build_for(config, tokenizer)
-    load_model_tensors(model, store.load(newest, "weights"))
+    load_model_tensors(model, newest.load("weights"))
     return TrainedRun(config, tokenizer, model.eval(), newest.round)
 
 

@@ -1,0 +1,253 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, written aside, synced, renamed, with digests.
+
+A checkpoint is a folder of tensor files with ``manifest.json``, which names the run, the round and the size and
+SHA-256 of every file. It is the same for plain and private runs, for one party's part of a federation and for a
+private session; they differ in what they put in. A `CheckpointStore` keeps those of one run as
+``FOLDER/round-00000100/``. A folder that ends in ``.part`` was being written when the process died; it is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from coterie.errors import CheckpointError
+from coterie.models.origins import save_tensors
+from coterie.models.trainings import Training
+from coterie.storage import check_known, file_digest, json_object, new_folder, put_away, write_json, writing
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"round-(\d{8})")
+
+Content = Mapping[str, Mapping[str, Tensor]]
+"""File stem (``weights``, ``optimizer``) to named tensors; written as ``{stem}.safetensors``."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint.
+
+    Attributes:
+        run: identity of the run it is of.
+        round: rounds that were finished when it was written.
+        path: its folder.
+        digest: SHA-256 of the manifest, and so of everything in it.
+        state: the JSON values that were saved with it.
+        files: name of each tensor file to its bytes and their SHA-256.
+    """
+
+    run: str
+    round: int
+    path: Path
+    digest: str
+    state: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+
+    def load(self, stem: str, device: str = "cpu") -> dict[str, Tensor]:
+        """The tensors of one file, after its digest was compared.
+
+        Raises:
+            CheckpointError: the file is missing or its bytes are not those that were written.
+        """
+        path = self.path / f"{stem}.safetensors"
+        entry = self.files.get(path.name)
+        if entry is None or not path.is_file():
+            raise _torn(self.path, f"{path.name} is missing")
+        if (path.stat().st_size, file_digest(path)) != entry:
+            raise _torn(self.path, f"{path.name} is not what was written")
+        try:
+            return load_file(path, device=device)
+        except SafetensorError as error:
+            raise _torn(self.path, f"{path.name}: {error}") from None
+
+
+def write_checkpoint(
+    folder: Path,
+    run: str,
+    round_index: int,
+    content: Content,
+    state: Mapping[str, Any],
+    *,
+    named: str | None = None,
+    lora: Mapping[str, Any] | None = None,
+    trainings: tuple[Training, ...] = (),
+) -> Checkpoint:
+    """Save after ``round_index`` finished rounds, in the place of an older checkpoint in ``folder``.
+
+    Args:
+        folder: becomes the checkpoint.
+        run: identity of the run.
+        round_index: finished rounds.
+        content: its tensor files.
+        state: small values that JSON can hold.
+        named: the run that each file says it is of, where several members write parts of one; default: ``run``.
+        lora: settings of the adapters among the tensors.
+        trainings: what is behind the weights, for whoever exports them.
+
+    Raises:
+        CheckpointError: the disk is full or broken; what was there before is kept.
+    """
+    files = {}
+    with writing(folder), new_folder(folder) as aside:
+        for stem, tensors in content.items():
+            path = aside / f"{stem}.safetensors"
+            save_tensors(path, tensors, run if named is None else named, round_index, lora, trainings)
+            files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        manifest = {"format": FORMAT, "run": run, "round": round_index, "files": files, "state": dict(state)}
+        write_json(aside / MANIFEST, manifest)
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder; its tensors are not read.
+
+    Raises:
+        CheckpointError: it is not there, torn, or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        manifest = json_object(raw)
+        check_known(folder, "format", manifest["format"], {FORMAT}, CheckpointError)
+        run, number, state = (manifest[key] for key in ("run", "round", "state"))
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError):
+        raise _torn(folder, f"{MANIFEST} cannot be read") from None
+    except OSError as error:  # the checkpoint may be whole: nothing follows from a disk that cannot be read now
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}.",
+            code="checkpoint-read",
+            why="a checkpoint that counts would be taken for one that is lost",
+            fix="mend that disk or its permissions, or allow more open files, then start again",
+        ) from error
+    return Checkpoint(run, number, folder, hashlib.sha256(raw).hexdigest(), state, files)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, or of one party's part of it.
+
+    Args:
+        folder: where they are; made when the first one is written.
+        run: identity of the run, for example the hash of its settings. A checkpoint of another is refused.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder = folder
+        self.run = run
+
+    def write(
+        self,
+        round_index: int,
+        content: Content,
+        state: Mapping[str, Any],
+        *,
+        named: str | None = None,
+        lora: Mapping[str, Any] | None = None,
+        trainings: tuple[Training, ...] = (),
+    ) -> Checkpoint:
+        """Save after ``round_index`` finished rounds; see `write_checkpoint`."""
+        path = self._path(round_index)
+        return write_checkpoint(
+            path, self.run, round_index, content, state, named=named, lora=lora, trainings=trainings
+        )
+
+    def rounds(self) -> list[int]:
+        """Rounds of which a complete checkpoint is here, ascending."""
+        return _rounds_in(self.folder)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint, or None when there is none yet."""
+        rounds = self.rounds()
+        return self.get(rounds[-1]) if rounds else None
+
+    def get(self, round_index: int) -> Checkpoint:
+        """The checkpoint of one round.
+
+        Raises:
+            CheckpointError: it is not there, torn, of another run or of another format.
+        """
+        found = read_checkpoint(self._path(round_index))
+        if (found.run, found.round) != (self.run, round_index):
+            raise CheckpointError(
+                f"{found.path} belongs to another run ({str(found.run)[:12]}, round {found.round}), not to this one "
+                f"({self.run[:12]}).",
+                code="checkpoint-foreign",
+                why="its weights were trained with other settings",
+                fix="resume with the settings of that run, or choose another run_dir",
+            )
+        return found
+
+    def keep_last(self, count: int) -> None:
+        """Delete all but the newest ``count`` checkpoints."""
+        for round_index in self.rounds()[:-count]:
+            self.remove(round_index)
+
+    def remove(self, round_index: int) -> None:
+        """Delete the checkpoint of one round, if there is one. A crash meanwhile leaves no half of it to be found."""
+        put_away(self._path(round_index))
+
+    def _path(self, round_index: int) -> Path:
+        return self.folder / f"round-{round_index:08d}"
+
+
+def _rounds_in(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    found = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(int(match[1]) for match in found)
+
+
+def _torn(path: Path, what: str) -> CheckpointError:
+    others = [number for number in _rounds_in(path.parent) if path.name != f"round-{number:08d}"]
+    return CheckpointError(
+        f"The checkpoint {path} is damaged: {what}.",
+        code="checkpoint-torn",
+        why="training on from damaged weights would not be noticed later",
+        fix=f"delete that folder to go on from round {others[-1]}" if others else "start the run again",
+    )
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name; those that share all their memory once, under their first name."""
+    saved = model.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in saved})
+    seen: set[tuple[object, ...]] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place not in seen or tensor.is_meta or not tensor.numel():
+            seen.add(place)
+            kept[name] = tensor
+    return kept
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into a model of the same shape.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape differs.
+    """
+    own = model_tensors(model)
+    different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    if different:
+        raise CheckpointError(
+            f"The saved weights do not fit the model: {len(different)} tensors differ, first `{different[0]}`.",
+            code="checkpoint-weights",
+            why="a partly loaded model would train on random weights",
+            fix="resume with the model settings the run was started with",
+        )
+    for name, tensor in own.items():
+        tensor.data.copy_(tensors[name])
