@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from coterie.cli.stopping import LAST_S, stop_signals
 from coterie.demonstration.processes import LIFELINE
+from helpers.waiting import until
 
 PREFACE = (
     "import signal, sys, threading, time\nfrom coterie.cli import stopping\n"
@@ -136,10 +136,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def until(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)

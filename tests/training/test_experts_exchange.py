@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_party import until
 from torch import nn
 from torch.nn import functional
 
@@ -29,6 +28,7 @@ from coterie.training.packing import RoundOrder
 from coterie.training.party_parts import trunk_tensors
 from coterie.training.party_work import superseded
 from federation_tools import PARTIES, full_models, make_parts, relative, settings, text, train_by_hand
+from helpers.waiting import until
 
 
 def experts_settings(**changes: object):  # type: ignore[no-untyped-def]

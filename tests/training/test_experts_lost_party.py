@@ -13,7 +13,7 @@ from test_experts_exchange import experts_settings
 from test_party import Deadly, Killed
 from test_private_balance import balanced_settings
 from test_private_exchange import way_of
-from test_private_faults import World, until
+from test_private_faults import World
 from test_private_faults import watched as watched
 from torch import nn
 from torch.nn import functional
@@ -30,6 +30,7 @@ from coterie.training.in_process import InProcessFederation
 from coterie.training.packing import RoundOrder
 from coterie.training.party_parts import PartyParts
 from federation_tools import PARTIES, ByHand, _Masked, full_models, make_parts, relative, text
+from helpers.waiting import until
 
 LEFT = ("alder", "birch")
 

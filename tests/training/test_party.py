@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
-import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from coterie.training.packing import Batch, Sequences
 from coterie.training.party_parts import trunk_tensors
 from coterie.training.party_run import PartyResult
 from federation_tools import PARTIES, ByHand, full_models, make_parts, relative, settings, train_by_hand
+from helpers.waiting import until
 
 
 def assert_same(
@@ -132,13 +132,6 @@ def test_no_tensor_of_a_party_has_the_values_of_a_foreign_expert(tmp_path: Path)
                 for row in rows
             ]
             assert all(found) if host == name else not any(found), (name, host)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 class Killed(BaseException):

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from test_experts_exchange import recorded_of
 from test_private_exchange import CLIP, LOT, assert_same, private_settings, way_of, with_privacy
-from test_private_faults import World, until
+from test_private_faults import World
 from test_private_faults import watched as watched
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +29,7 @@ from coterie.training.in_process import run_in_process
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_run import PartyResult
 from federation_tools import PARTIES, full_models, make_parts, relative
+from helpers.waiting import until
 
 COEFFICIENT, SHARE, SMOOTHING = 0.3, 0.4, 0.6
 

@@ -7,7 +7,6 @@ import errno
 import json
 import shutil
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,16 +33,10 @@ from coterie.training.in_process import InProcessFederation
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_run import PartyResult
 from federation_tools import PARTIES, full_models, make_parts
+from helpers.waiting import until
 
 VICTIM = "birch"
 ROUNDS, FATAL = 4, 3
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 class Died(BaseException):
