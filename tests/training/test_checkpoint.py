@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from coterie.checkpoints import CheckpointStore, load_model_tensors, model_tensors
@@ -171,3 +172,13 @@ def test_a_manifest_whose_list_of_files_is_something_else_is_a_damaged_checkpoin
     with pytest.raises(CheckpointError) as caught:
         store.newest()
     assert caught.value.code == "checkpoint-torn"
+
+
+def test_tensors_that_share_their_memory_are_saved_once(store: CheckpointStore) -> None:
+    models = [nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)) for _ in range(2)]
+    for model in models:
+        model[1].weight.data = model[0].weight.data
+    written = store.write(1, {"weights": model_tensors(models[0])}, {})
+    assert written.load("weights").keys() == {"0.weight"}
+    load_model_tensors(models[1], written.load("weights"))
+    assert torch.equal(models[1][1].weight, models[0][1].weight)
