@@ -21,11 +21,14 @@ from coterie.models.build import build_model
 from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers
 from coterie.models.streaming import LayerStreamer
-from coterie.training.experts_way import ExpertsWay, Sums
+from coterie.training.contribution import Sums, WithoutLedger
+from coterie.training.experts_host import make_pool, model_parts
+from coterie.training.experts_owner import ExpertsOwner
 from coterie.training.optim import make_optimizer
 from coterie.training.packing import pack
 from coterie.training.party_parts import PrivacyParts, trunk_tensors
 from coterie.training.private_sums import PrivateSums
+from coterie.training.shared_trunk import TrunkCopy
 from harness import Work, serve, take_out_experts, transport_of
 
 OWNER = "cedar"
@@ -61,19 +64,11 @@ class FetchWork(Work):
         )
 
 
-class HostOnly:
+class HostOnly(WithoutLedger):
     """A `Contribution` of a party that hosts and adds nothing."""
 
     def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
         return Sums(None, {}, 0.0, {})
-
-    def open(self, streamer: LayerStreamer) -> None: ...
-
-    def applied(self, round: int, newest: int) -> None: ...
-
-    def check_not_behind(self, received: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Party:
@@ -92,12 +87,18 @@ class Party:
                 param.requires_grad_(True)
         self.contribution: Any = HostOnly() if name != OWNER else self._private(model, folder)
         self.transport = transport_of(name, folder, listen)
-        self.way = ExpertsWay(
-            name, federation, model, placement, trunk_tensors(model), experts, self.transport,
-            lambda params: make_optimizer(params, OptimSpec(lr=1e-4)), self.contribution,
+        self.parts = model_parts(federation, model, placement)
+        copy = TrunkCopy(model, None)
+        self.pool = pool = make_pool(
+            name, federation, model, self.parts, trunk_tensors(model), experts,
+            lambda params: make_optimizer(params, OptimSpec(lr=1e-4)), copy,
+        )  # fmt: skip
+        self.owner = ExpertsOwner(
+            federation, model, self.parts, pool, self.transport, self.contribution, copy,
             cache_dir=None, device=torch.device("cpu"),
         )  # fmt: skip
-        self.transport.start(self.way.handle)
+        wait_s = federation.deadline_s
+        self.transport.start(lambda peer, lane, message: pool.handle(peer, lane, message, wait_s=wait_s))
         self.transport.connect(120.0)
 
     def _private(self, model: nn.Module, folder: Path) -> PrivateSums:
@@ -114,16 +115,16 @@ class Party:
     def round(self, number: int) -> None:
         """Owner: fetch, compute, push. Host: open the round, which lets owners fetch and push."""
         if self.name == OWNER:
-            self.way.compute(State(round=number, attempt=1), lambda: True)
+            self.owner.compute(State(round=number, attempt=1), lambda: True)
         else:
-            self.way.pool.begin(Attempt(number, 1))
+            self.pool.begin(Attempt(number, 1))
 
     def declare(self, number: int) -> None:
         """Host: say that nothing will come."""
-        self.way._sender.declare(Attempt(number, 1), contributes=False, weight=0.0)
+        self.owner.sender.declare(Attempt(number, 1), contributes=False, weight=0.0)
 
     def step(self, number: int) -> None:
-        self.way.pool.commit(Attempt(number, 1), 1e-4)
+        self.pool.commit(Attempt(number, 1), 1e-4)
 
     def figures(self) -> dict[str, Any]:
         if self.name != OWNER:
@@ -131,16 +132,17 @@ class Party:
         total = [self.transport.counters().total(peer) for peer in self.work.parties if peer != self.name]
         last = self.contribution.contributor.last
         return {
-            **self.way.seconds,
+            **self.owner.seconds,
             **{f"{what}_seconds": seconds for what, seconds in self.contribution.contributor.seconds.items()},
             "records": last.lot_size,
             "payload_bytes": sum(each.payload_bytes_sent + each.payload_bytes_received for each in total),
-            "must_move_bytes": sum(_moved(part) for part in self.way.parts if part.host != self.name),
+            "must_move_bytes": sum(_moved(part) for part in self.parts if part.host != self.name),
         }
 
     def close(self) -> None:
         self.transport.close()
-        self.way.close()
+        self.owner.close()
+        self.contribution.close()
 
 
 def _moved(part: Part) -> int:

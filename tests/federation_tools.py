@@ -16,8 +16,11 @@ from coterie.models import seam
 from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers
 from coterie.models.tiny import VOCAB, tiny_model
+from coterie.training.experts_exchange import ExpertsExchange
 from coterie.training.packing import RoundOrder, Sequences, pack
 from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
+from coterie.training.party_run import PartyRun
+from coterie.training.tokens_exchange import TokensExchange
 
 PARTIES = ("alder", "birch", "cedar")
 
@@ -185,6 +188,18 @@ class ByHand:
 def train_by_hand(config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyParts]) -> None:
     """All rounds with all parties; see `ByHand`."""
     ByHand(config, models, parts).train(range(config.train.rounds), tuple(config.parties))
+
+
+def tokens_of(run: PartyRun) -> TokensExchange:
+    """A party's side of the `tokens` exchange."""
+    assert isinstance(run.actor.exchange, TokensExchange)
+    return run.actor.exchange
+
+
+def experts_of(run: PartyRun) -> ExpertsExchange:
+    """A party's side of the `experts` exchange."""
+    assert isinstance(run.actor.exchange, ExpertsExchange)
+    return run.actor.exchange
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

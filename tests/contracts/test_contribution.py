@@ -18,7 +18,7 @@ from coterie.models.seam import expert_layers
 from coterie.models.streaming import LayerStreamer
 from coterie.models.weight_cache import MemoryStore, WeightCache
 from coterie.training.adapter_sums import AdapterSums
-from coterie.training.experts_way import Contribution, PlainSums, Sums
+from coterie.training.contribution import Contribution, PlainSums, Sums
 from coterie.training.loop import loss_sum
 from coterie.training.packing import Batch
 from coterie.training.party_parts import PartyParts, PrivacyParts
@@ -134,3 +134,15 @@ def test_rounds_that_were_applied_are_let_go_and_closing_twice_is_closing(case: 
     made_in(case, 2)
     case.made.close()
     case.made.close()
+
+
+def test_ledger_budget_and_statement_come_together_or_not_at_all(case: Case) -> None:
+    made_in(case, 1)
+    made = case.made
+    promised = isinstance(made, PrivateSums)
+    assert (made.open_books(case.streamer) is not None) == promised
+    assert (made.ledger_head() is not None) == promised
+    assert (made.privacy() is not None) == promised
+    assert bool(made.statement()) == promised
+    made.expect(made.ledger_head())
+    made.check_not_behind(1)

@@ -14,17 +14,17 @@ from collections.abc import Callable
 from typing import Any
 
 PARTY = {
-    "before a checkpoint is loaded": ("coterie.training.party_work", "PartyWork", "load", "before", ""),
-    "before a round is computed": ("coterie.training.tokens_work", "TokensWork", "compute", "before", ""),
+    "before a checkpoint is loaded": ("coterie.training.party_actor", "PartyActor", "load", "before", ""),
+    "before a round is computed": ("coterie.training.party_actor", "PartyActor", "compute", "before", ""),
     "after a round is computed, before it is reported": (
-        "coterie.training.tokens_work",
-        "TokensWork",
+        "coterie.training.party_actor",
+        "PartyActor",
         "compute",
         "after",
         "",
     ),
-    "after the commit, before the step": ("coterie.training.party_work", "PartyWork", "step", "before", ""),
-    "after the step": ("coterie.training.party_work", "PartyWork", "step", "after", ""),
+    "after the commit, before the step": ("coterie.training.party_actor", "PartyActor", "step", "before", ""),
+    "after the step": ("coterie.training.party_actor", "PartyActor", "step", "after", ""),
     "before a checkpoint is written": ("coterie.checkpoints", "CheckpointStore", "write", "before", ""),
     "between two files of a checkpoint": (
         "coterie.checkpoints",
@@ -78,9 +78,9 @@ def arm(point: str, nth: int) -> None:
 
 def be_busy(nth: int, seconds: int = 10) -> None:
     """In the ``nth`` computation, let no other Python of this process run for a while."""
-    from coterie.training.tokens_work import TokensWork
+    from coterie.training.party_actor import PartyActor
 
-    compute, calls = TokensWork.compute, 0
+    compute, calls = PartyActor.compute, 0
 
     def busy(*arguments: Any, **options: Any) -> None:
         nonlocal calls
@@ -91,21 +91,21 @@ def be_busy(nth: int, seconds: int = 10) -> None:
             print("no longer busy", flush=True)
         compute(*arguments, **options)
 
-    TokensWork.compute = busy  # type: ignore[method-assign]
+    PartyActor.compute = busy  # type: ignore[method-assign]
 
 
 def jump(nth: int, days: int) -> None:
     """After the ``nth`` computation the clock on the wall shows another day."""
-    from coterie.training.tokens_work import TokensWork
+    from coterie.training.party_actor import PartyActor
 
-    compute, wall, calls = TokensWork.compute, time.time, 0
+    compute, wall, calls = PartyActor.compute, time.time, 0
 
     def counted(*arguments: Any, **options: Any) -> None:
         nonlocal calls
         calls += 1
         compute(*arguments, **options)
 
-    TokensWork.compute = counted  # type: ignore[method-assign]
+    PartyActor.compute = counted  # type: ignore[method-assign]
     time.time = lambda: wall() + (86400.0 * days if calls >= nth else 0.0)
 
 

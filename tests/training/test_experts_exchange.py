@@ -14,20 +14,21 @@ from torch import nn
 from torch.nn import functional
 
 from coterie.errors import RoundError
+from coterie.federation.participant import superseded
 from coterie.federation.pool import Pool
 from coterie.federation.serve_weights import OFFER
 from coterie.federation.transport import Lane, Message
 from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.streaming import HostGradients
-from coterie.training import experts_work
-from coterie.training.experts_way import PlainSums
-from coterie.training.experts_work import ExpertsWork, received_rounds
+from coterie.training import own_trunk
+from coterie.training.contribution import PlainSums
+from coterie.training.experts_exchange import received_rounds
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.packing import RoundOrder
+from coterie.training.party_actor import PartyActor
 from coterie.training.party_parts import trunk_tensors
-from coterie.training.party_work import superseded
-from federation_tools import PARTIES, full_models, make_parts, relative, settings, text, train_by_hand
+from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings, text, train_by_hand
 from helpers.waiting import until
 
 
@@ -40,17 +41,16 @@ def assert_same(federation: InProcessFederation, models, tolerance: float = 1e-5
     """Trunks and hosted experts of a federation against whole models."""
     first = expert_layers(models[PARTIES[0]])
     for name in PARTIES:
-        work = federation.runs[name].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
+        exchange = experts_of(federation.runs[name])
         whole = dict(models[name].named_parameters())
-        if work.parts.federation.trunk == "private":
-            for key, value in trunk_tensors(work.parts.model).items():
+        parts = federation.runs[name].actor.parts
+        if parts.federation.trunk == "private":
+            for key, value in trunk_tensors(parts.model).items():
                 if key in whole:
                     assert relative(value, whole[key]) < tolerance, (name, key)
-        for key, value in work.way.pool.home.weights().items():
+        for key, value in exchange.pool.home.weights().items():
             assert relative(value, whole[key]) < tolerance, (name, key)
-        for key, value in work.way.pool.shard.state_dict().items():
+        for key, value in exchange.pool.shard.state_dict().items():
             if "/" not in key:
                 _, layer, _, expert, parameter = key.split(".")
                 expected = first[int(layer)].parameters()[parameter][int(expert)]
@@ -72,7 +72,7 @@ def test_party_that_hosts_no_expert_trains_like_the_others(tmp_path: Path):
 def test_a_private_trunk_trains_as_the_same_loop_by_hand(tmp_path: Path, cache, apart, monkeypatch):
     """Also with the trunk's master weights apart from what computes, as they are beside a GPU."""
     if apart:
-        monkeypatch.setattr(experts_work, "_on_host", lambda param: nn.Parameter(param.detach().clone()))
+        monkeypatch.setattr(own_trunk, "_on_host", lambda param: nn.Parameter(param.detach().clone()))
     config = experts_settings()
     models = full_models()
     parts = make_parts(config, models, tmp_path)
@@ -82,10 +82,8 @@ def test_a_private_trunk_trains_as_the_same_loop_by_hand(tmp_path: Path, cache, 
     assert_same(federation, models)
     assert all(result.finished and result.loss is not None for result in results.values())
     for name in PARTIES:
-        work = federation.runs[name].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
-        assert work.way.streamer.peak_layers <= 2
+        exchange = experts_of(federation.runs[name])
+        assert exchange.owner.streamer.peak_layers <= 2
 
 
 def union_by_hand(config, model, parts) -> None:  # type: ignore[no-untyped-def]
@@ -182,7 +180,7 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
     parts = make_parts(config, models, tmp_path)
     federation = InProcessFederation(config, tmp_path / "coordinator")
     asked, died = threading.Event(), threading.Event()
-    handle, compute = Pool.handle, ExpertsWork.compute
+    handle, compute = Pool.handle, PartyActor.compute
 
     def seen(self, peer, lane, message, **options):  # type: ignore[no-untyped-def]
         if (self.me, peer, message.kind, message.address.round) == ("birch", "alder", OFFER, 6):
@@ -199,7 +197,7 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
         compute(self, told, alive)
 
     monkeypatch.setattr(Pool, "handle", seen)
-    monkeypatch.setattr(ExpertsWork, "compute", late)
+    monkeypatch.setattr(PartyActor, "compute", late)
     federation.coordinate()
     for each in parts.values():
         federation.up(each)
@@ -224,9 +222,7 @@ def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type:
     federation = InProcessFederation(config, folder / "coordinator")
     federation.coordinate()
     for name, each in parts.items():
-        work = federation.up(each).work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
+        exchange = experts_of(federation.up(each))
 
         def record(peer: str, lane: Lane, message: Message, host: str = name) -> None:
             sizes = tuple((str(t.dtype), tuple(t.shape)) for t in message.tensors)
@@ -235,7 +231,7 @@ def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type:
                 (lane, message.kind, message.address, fields, sizes)
             )
 
-        work.way.pool.transcript = record
+        exchange.pool.transcript = record
     federation.join()
     for end in federation.ends.values():
         if isinstance(end, BaseException):
@@ -300,7 +296,7 @@ def test_attempt_that_fails_in_the_middle_of_a_backward_leaves_no_gradient_to_th
 
 
 def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(experts_work, "_on_host", lambda param: nn.Parameter(param.detach().clone()))
+    monkeypatch.setattr(own_trunk, "_on_host", lambda param: nn.Parameter(param.detach().clone()))
     config = experts_settings(train__rounds=6, deadline_s=4.0)
     models = full_models()
     parts = make_parts(config, models, tmp_path)

@@ -29,12 +29,12 @@ from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.tiny import tiny_model
 from coterie.training.constant_work import ConstantWork
-from coterie.training.experts_way import ExpertsWay, stochastic_bfloat16
-from coterie.training.experts_work import ExpertsWork
+from coterie.training.experts_owner import ExpertsOwner
 from coterie.training.in_process import run_in_process
 from coterie.training.packing import RoundOrder
 from coterie.training.private_sums import PrivateSums
-from federation_tools import PARTIES, full_models, make_parts, relative, settings, text
+from coterie.training.sum_bytes import stochastic_bfloat16
+from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings, text
 
 # ---- constant work ----
 
@@ -61,7 +61,7 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
     waited: list[float] = []
     current = [0]
     kind = ExactEngine if isolation == "exact" else Engine
-    accumulate, compute, declare = kind.accumulate, ExpertsWay.compute, SumSender.declare
+    accumulate, compute, declare = kind.accumulate, ExpertsOwner.compute, SumSender.declare
     began: dict[int, float] = {}
 
     def seen(self, batch, **rest):  # type: ignore[no-untyped-def]
@@ -70,15 +70,15 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
 
     def starts(self, told, alive):  # type: ignore[no-untyped-def]
         current[0] = told.round
-        began[id(self._sender)] = time.monotonic()
-        compute(self, told, alive)
+        began[id(self.sender)] = time.monotonic()
+        return compute(self, told, alive)
 
-    def leaves(self, round, **rest):  # type: ignore[no-untyped-def]
+    def leaves(self, attempt, **rest):  # type: ignore[no-untyped-def]
         waited.append(time.monotonic() - began[id(self)])
-        declare(self, round, **rest)
+        declare(self, attempt, **rest)
 
     monkeypatch.setattr(kind, "accumulate", seen)
-    monkeypatch.setattr(ExpertsWay, "compute", starts)
+    monkeypatch.setattr(ExpertsOwner, "compute", starts)
     monkeypatch.setattr(SumSender, "declare", leaves)
     config = constant_settings(privacy__isolation=isolation)
     one = full_models()[PARTIES[0]]
@@ -117,10 +117,8 @@ def assert_clipped_sums(config, model, parts, federation, sizes) -> None:  # typ
         step.step()
     whole = dict(model.named_parameters())
     for name in PARTIES:
-        work = federation.runs[name].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
-        for key, value in work.way.pool.home.weights().items():
+        exchange = experts_of(federation.runs[name])
+        for key, value in exchange.pool.home.weights().items():
             assert relative(value, whole[key]) < 1e-4, key
 
 
@@ -183,10 +181,8 @@ def test_bfloat16_both_ways_stays_close_to_float32(tmp_path: Path):
         parts = make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, tmp_path / kind)
         federation, results = run_in_process(config, list(parts.values()), tmp_path / kind / "coordinator")
         losses[kind] = [results[name].loss for name in PARTIES]
-        work = federation.runs["alder"].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
-        held = [value for key, value in work.way.pool.shard.state_dict().items() if "/" not in key]
+        exchange = experts_of(federation.runs["alder"])
+        held = [value for key, value in exchange.pool.shard.state_dict().items() if "/" not in key]
         assert any(not torch.equal(value.to(torch.bfloat16).float(), value) for value in held)
     for exact, rounded in zip(losses["float32"], losses["bfloat16"], strict=True):
         assert exact is not None
@@ -226,10 +222,8 @@ def test_a_party_without_privacy_counts_records_on_the_same_scale_as_private_one
         step.step()
     whole = dict(one.named_parameters())
     for name in PARTIES:
-        work = federation.runs[name].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
-        for key, value in work.way.pool.home.weights().items():
+        exchange = experts_of(federation.runs[name])
+        for key, value in exchange.pool.home.weights().items():
             assert relative(value, whole[key]) < 1e-4, key
     assert results["alder"].privacy is not None
     assert results["birch"].privacy is None

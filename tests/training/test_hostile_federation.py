@@ -123,8 +123,8 @@ def federation_with(
 
 
 def assert_sound(federation: InProcessFederation, name: str) -> None:
-    work = federation.runs[name].work
-    for key, value in {**trunk_tensors(work.parts.model), **work._hosted_state()}.items():
+    actor = federation.runs[name].actor
+    for key, value in {**trunk_tensors(actor.parts.model), **actor.exchange.hosted_state()}.items():
         assert bool(torch.isfinite(value.float()).all()), (name, key)
 
 

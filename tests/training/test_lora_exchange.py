@@ -18,11 +18,10 @@ from coterie.federation.parts import span
 from coterie.federation.transport import Lane, Message
 from coterie.models.lora import attach_adapters
 from coterie.models.tiny import tiny_model
-from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation
 from coterie.training.packing import RoundOrder
 from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
-from federation_tools import PARTIES, full_models, make_parts, relative, settings
+from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -67,15 +66,13 @@ def run(config: FederationConfig, folder: Path) -> tuple[InProcessFederation, di
     federation = InProcessFederation(config, folder / "coordinator")
     federation.coordinate()
     for each in parts.values():
-        work = federation.up(each).work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
+        exchange = experts_of(federation.up(each))
 
         def record(peer: str, lane: Lane, message: Message) -> None:
             size = sum(t.nbytes for t in message.tensors)
             seen.append((message.kind, message.address, size))
 
-        work.way.pool.transcript = record
+        exchange.pool.transcript = record
     federation.join()
     for end in federation.ends.values():
         if isinstance(end, BaseException):
@@ -94,24 +91,20 @@ def test_adapters_equal_one_process_and_base_weights_cross_once(tmp_path: Path):
     trained = {name for name, p in whole.items() if p.requires_grad}
     held = {}
     for name in PARTIES:
-        work = federation.runs[name].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
-        held |= work.way.pool.home.weights()
+        exchange = experts_of(federation.runs[name])
+        held |= exchange.pool.home.weights()
     assert held.keys() == trained
     for name, value in held.items():
         assert relative(value, whole[name]) < 1e-5, name
 
-    work = federation.runs["alder"].work
-    assert isinstance(work, ExpertsWork)
-    assert work.way is not None
-    base = {part.number for part in work.way.parts if part.layer >= 0}
+    exchange = experts_of(federation.runs["alder"])
+    base = {part.number for part in exchange.parts if part.layer >= 0}
     assert {at.round for kind, at, _ in seen if kind == "weights-chunk" and at.part in base} == {1}
     assert not any(at.part in base for kind, at, _ in seen if kind == "push-chunk")
     adapters = sum(whole[name].numel() for name in trained) * 4
     for round in range(2, 6):
         asked = [at for kind, at, _ in seen if kind == "weights-chunk" and at.round == round]
-        sizes = [(at, work.way.parts[at.part].num_bytes(torch.float32)) for at in asked]
+        sizes = [(at, exchange.parts[at.part].num_bytes(torch.float32)) for at in asked]
         down = sum(len(range(size)[span(size, at.chunk)]) for at, size in sizes)
         up = sum(size for kind, at, size in seen if kind == "push-chunk" and at.round == round)
         assert down == up == adapters * (len(PARTIES) - 1)
@@ -124,11 +117,9 @@ def test_expert_adapters_are_shared_though_the_trunk_is_private(tmp_path: Path):
     federation, _, _, _ = run(config, tmp_path)
     trunks, shared = [], set()
     for name in PARTIES:
-        work = federation.runs[name].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
-        shared |= work.way.pool.home.weights().keys()
-        trunks.append(dict(work.parts.model.named_parameters()))
+        exchange = experts_of(federation.runs[name])
+        shared |= exchange.pool.home.weights().keys()
+        trunks.append(dict(federation.runs[name].actor.parts.model.named_parameters()))
     assert shared
     assert all("experts" in name for name in shared)
     private = [name for name, p in trunks[0].items() if p.requires_grad and "q_proj" in name and "lora_B" in name]

@@ -22,7 +22,7 @@ from coterie.training.metrics import read_metrics
 from coterie.training.packing import Batch, Sequences
 from coterie.training.party_parts import trunk_tensors
 from coterie.training.party_run import PartyResult
-from federation_tools import PARTIES, ByHand, full_models, make_parts, relative, settings, train_by_hand
+from federation_tools import PARTIES, ByHand, full_models, make_parts, relative, settings, tokens_of, train_by_hand
 from helpers.waiting import until
 
 
@@ -33,12 +33,12 @@ def assert_same(
     tolerance = 1e-5
     first = expert_layers(models[PARTIES[0]])
     for name in parties:
-        work = federation.runs[name].work
+        run = federation.runs[name]
         whole = dict(models[name].named_parameters())
-        for key, value in trunk_tensors(work.parts.model).items():
+        for key, value in trunk_tensors(run.actor.parts.model).items():
             if key in whole:
                 assert relative(value, whole[key]) < tolerance, (name, key)
-        for key, value in work.host.state_dict().items():
+        for key, value in tokens_of(run).host.state_dict().items():
             if "/" not in key:
                 _, layer, _, expert, parameter = key.split(".")
                 expected = first[int(layer)].parameters()[parameter][int(expert)]
@@ -83,14 +83,14 @@ def test_parties_hold_no_weights_of_experts_hosted_elsewhere(tmp_path: Path):
     parts = make_parts(config, models, tmp_path)
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     for name in PARTIES:
-        work = federation.runs[name].work
+        run = federation.runs[name]
         hosted = parts[name].placement.hosted(name)
-        for layer in expert_layers(work.parts.model):
+        for layer in expert_layers(run.actor.parts.model):
             for param in layer.parameters().values():
                 assert param.is_meta
-            for parameter, stacked in work.host.shard.weights(layer.index).items():
+            for parameter, stacked in tokens_of(run).host.shard.weights(layer.index).items():
                 assert stacked.shape[0] == len(hosted[layer.index]), parameter
-        saved = {key for key in work.host.state_dict() if "/" not in key}
+        saved = {key for key in tokens_of(run).host.state_dict() if "/" not in key}
         assert {tuple(map(int, key.split(".")[1:4:2])) for key in saved} == {
             (layer, expert) for layer, experts in hosted.items() for expert in experts
         }
@@ -118,7 +118,7 @@ def test_no_tensor_of_a_party_has_the_values_of_a_foreign_expert(tmp_path: Path)
     models = full_models()
     parts = make_parts(config, models, tmp_path)
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
-    experts = {name: federation.runs[name].work.host.state_dict() for name in PARTIES}
+    experts = {name: tokens_of(federation.runs[name]).host.state_dict() for name in PARTIES}
     for name in PARTIES:
         held = [tensor.detach() for tensor in reachable_tensors(federation.runs[name])]
         for host in PARTIES:
@@ -323,10 +323,10 @@ def test_wait_for_a_party_out_of_reach_ends_as_soon_as_the_attempt_no_longer_cou
     config = settings(deadline_s=600.0)
     parts = make_parts(config, full_models(), tmp_path)
     federation = InProcessFederation(config, tmp_path / "coordinator")
-    work = federation.up(parts["alder"]).work  # nobody else is there
+    actor = federation.up(parts["alder"]).actor  # nobody else is there
     asked = iter([True, True, False])
     with pytest.raises(RoundError) as caught:
-        work._meet((), lambda: next(asked, False))
+        actor._meet((), lambda: next(asked, False))
     assert caught.value.code == "round-interrupted"
     federation.kill("alder")
 

@@ -12,10 +12,9 @@ from coterie.config import FederationConfig
 from coterie.errors import ConfigError
 from coterie.models.seam import expert_layers
 from coterie.training.device_memory import Shape, predict, saving
-from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import run_in_process
 from coterie.training.plan import make_plan
-from federation_tools import PARTIES, full_models, make_parts, settings
+from federation_tools import PARTIES, experts_of, full_models, make_parts, settings
 
 OLMOE = {
     "vocab_size": 50304,
@@ -101,10 +100,8 @@ def test_planned_bytes_are_those_of_a_real_round_and_the_device_holds_what_was_p
     plan = {each.party: each for each in make_plan(whole).parties if each.exchange == "experts"}
     layer = sum(p.numel() for p in expert_layers(model)[0].parameters().values())
     for name in PARTIES:
-        work = federation.runs[name].work
-        assert isinstance(work, ExpertsWork)
-        assert work.way is not None
-        assert work.way.streamer.peak_bytes == 2 * torch.bfloat16.itemsize * layer
+        exchange = experts_of(federation.runs[name])
+        assert exchange.owner.streamer.peak_bytes == 2 * torch.bfloat16.itemsize * layer
     received = sum(peer["tensors_received"] for result in results.values() for peer in result.wire.values())
     # Three rounds, and once more the weights for the evaluation at the end.
     assert received == sum(4 * (plan[name].down or 0) + 3 * (plan[name].up or 0) for name in PARTIES)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_experts_exchange import recorded_of
-from test_private_exchange import CLIP, LOT, assert_same, private_settings, way_of, with_privacy
+from test_private_exchange import CLIP, LOT, assert_same, exchange_of, private_settings, with_privacy
 from test_private_faults import World
 from test_private_faults import watched as watched
 from torch import Tensor, nn
@@ -156,7 +156,9 @@ def test_federation_equals_centralised_training_with_the_same_loads_and_noise(tm
     whole = Routed(model, mode)
     whole.train(config, parts, sigma)
     load = torch.cat([whole.bias(layer) for layer in whole.layers]) if mode == "bias" else whole.load.float()
-    assert [name for name in PARTIES if LOAD in way_of(federation, name).pool.home.weights()], "somebody is its home"
+    assert [name for name in PARTIES if LOAD in exchange_of(federation, name).pool.home.weights()], (
+        "somebody is its home"
+    )
     assert float((whole.load - whole.even).abs().max()) > 0.01, "loads that stay even would show nothing"
     assert_same(federation, model, 1e-5 if sigma < 0.1 else 2e-4, {LOAD: load})
 
@@ -170,7 +172,9 @@ def test_without_the_loads_the_result_is_another_one(tmp_path: Path):
     whole.train(config, parts, 1e-7)
     own = dict(model.named_parameters())
     gate = "model.layers.0.mlp.gate.weight"
-    (served,) = [home[gate] for name in PARTIES if gate in (home := way_of(federation, name).pool.home.weights())]
+    (served,) = [
+        home[gate] for name in PARTIES if gate in (home := exchange_of(federation, name).pool.home.weights())
+    ]
     assert relative(served, own[gate]) > 1e-4
 
 
@@ -215,7 +219,7 @@ def test_home_of_the_loads_goes_back_with_its_checkpoint_and_the_same_bytes_are_
     world = watched(World(tmp_path, rounds=8, privacy=rules))
     world.start()
     until(lambda: world.at(round=8))
-    (home,) = [name for name in PARTIES if LOAD in way_of(world.federation, name).pool.home.weights()]
+    (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).pool.home.weights()]
     world.go_back(checkpoints=1, name=home)
     world.federation.up(world.parts()[home])
     world.finished()

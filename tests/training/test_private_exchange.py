@@ -23,11 +23,10 @@ from coterie.dp.noise import add_noise
 from coterie.dp.randomness import random_source
 from coterie.models import seam
 from coterie.models.seam import expert_layers
-from coterie.training.experts_work import ExpertsWork
 from coterie.training.in_process import InProcessFederation, run_in_process
 from coterie.training.party_parts import PartyParts, PrivacyParts
 from coterie.training.party_run import PartyResult
-from federation_tools import PARTIES, full_models, make_parts, relative, settings
+from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings
 
 LOT, CLIP = 5, 0.7
 
@@ -106,11 +105,8 @@ def run(
     return federation, parts, one
 
 
-def way_of(federation: InProcessFederation, name: str):  # type: ignore[no-untyped-def]
-    work = federation.runs[name].work
-    assert isinstance(work, ExpertsWork)
-    assert work.way is not None
-    return work.way
+def exchange_of(federation: InProcessFederation, name: str):  # type: ignore[no-untyped-def]
+    return experts_of(federation.runs[name])
 
 
 def assert_same(
@@ -119,7 +115,7 @@ def assert_same(
     """Everything that hosts store against one model, and what else they are home to."""
     whole, layers = {**dict(model.named_parameters()), **(also or {})}, expert_layers(model)
     for name in PARTIES:
-        pool = way_of(federation, name).pool
+        pool = exchange_of(federation, name).pool
         for key, value in pool.home.weights().items():
             assert relative(value, whole[key]) < tolerance, key
         for key, value in pool.shard.state_dict().items():
@@ -174,7 +170,7 @@ def test_a_party_whose_budget_is_spent_stops_contributing_and_the_others_go_on(t
 def contributor_rounds(federation: InProcessFederation) -> dict[str, int]:
     """The newest round of which some other host has each party's sums."""
     return {
-        name: max(way_of(federation, host).pool.received[name] for host in PARTIES if host != name)
+        name: max(exchange_of(federation, host).pool.received[name] for host in PARTIES if host != name)
         for name in PARTIES
     }
 
@@ -186,8 +182,8 @@ def test_an_unnoised_private_trunk_cannot_be_configured(tmp_path: Path):
     parts = with_privacy(make_parts(config, models, tmp_path), tmp_path, sigma=None)
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     for name in PARTIES:
-        work = federation.runs[name].work
-        trained = {key for key, p in work.parts.model.named_parameters() if p.requires_grad and not p.is_meta}
+        actor = federation.runs[name].actor
+        trained = {key for key, p in actor.parts.model.named_parameters() if p.requires_grad and not p.is_meta}
         (ledger,) = ledgers_in(tmp_path / f"ledger-{name}")
         assert trained
         for file in (ledger / "spool").rglob("release-*.safetensors"):

@@ -20,6 +20,11 @@ Alive = Callable[[], bool]
 once after whatever `interrupt` acts on is in place, since it may have come before."""
 
 
+def superseded() -> RoundError:
+    """What ends an attempt that no longer counts."""
+    return RoundError("The round was interrupted.", code="round-interrupted")
+
+
 class Actor(Protocol):
     """One party's model, data and hosted experts. All methods but `interrupt` are called from one thread."""
 

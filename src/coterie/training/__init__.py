@@ -16,16 +16,19 @@ One party: `coterie.training.run` is `coterie train`. `coterie.training.prepared
 removes text.
 
 One party in a federation: `coterie.training.party` is the process, `coterie.training.party_parts` its inputs,
-`coterie.training.party_run` the run over any transport, `coterie.training.party_work` what it does in each phase of
-a round, `coterie.training.party_store` its checkpoints. `coterie.training.in_process` has all parties in one
+`coterie.training.party_run` the run over any transport, `coterie.training.party_actor` what it does in each phase of
+a round, by the exchange that it is given, `coterie.training.own_trunk` what it trains by itself,
+`coterie.training.party_store` its checkpoints. `coterie.training.in_process` has all parties in one
 process, `coterie.training.doctor` looks before anybody starts, `coterie.training.agreed_limits` says what a member
 may send, and `coterie.training.after_private` keeps private text out of `tokens`.
 
-The exchange `tokens`: `coterie.training.tokens_work`, with `coterie.training.scheduler` for micro-batches in flight
-and `coterie.training.ordered_sums` for sums that do not depend on who came first.
+The exchange `tokens`: `coterie.training.tokens_exchange`, with `coterie.training.scheduler` for micro-batches in
+flight and `coterie.training.ordered_sums` for sums that do not depend on who came first.
 
-The exchange `experts`: `coterie.training.experts_work` and `coterie.training.experts_way`. Where the sums come
-from: `coterie.training.private_sums`, `coterie.training.adapter_sums`; `coterie.training.constant_work` makes every
+The exchange `experts`: `coterie.training.experts_exchange` joins `coterie.training.experts_host` (what is stored for
+all) and `coterie.training.experts_owner` (fetch, compute, push), with `coterie.training.shared_trunk` and
+`coterie.training.sum_bytes`. Where the sums come from: `coterie.training.contribution`,
+`coterie.training.private_sums`, `coterie.training.adapter_sums`; `coterie.training.constant_work` makes every
 round look the same, `coterie.training.load_home` adds up the loads of all parties.
 
 Planning: `coterie.training.plan`, by `coterie.training.device_memory` in closed form and `coterie.training.memory`

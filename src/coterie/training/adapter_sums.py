@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from coterie.dp.clipping import Flat
 from coterie.dp.engine import Engine
+from coterie.federation.participant import superseded
 from coterie.models.streaming import LayerStreamer
-from coterie.training.experts_way import Sums
+from coterie.training.contribution import Sums, WithoutLedger
 from coterie.training.loop import sequence_losses, to_device
 from coterie.training.packing import Batch
-from coterie.training.party_work import superseded
 from coterie.training.seeds import derived_seed
 
 _NEVER_CLIPS = 1e30
@@ -24,8 +24,8 @@ def _summed_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return sequence_losses(model, dict(batch))[0]
 
 
-class AdapterSums:
-    """Summed token gradients of the adapters; see `coterie.training.experts_way.Contribution`.
+class AdapterSums(WithoutLedger):
+    """Summed token gradients of the adapters; see `coterie.training.contribution.Contribution`.
 
     Args:
         model: partial model with adapters.
@@ -36,9 +36,6 @@ class AdapterSums:
     def __init__(self, model: nn.Module, batches: Callable[[int], Sequence[Batch]], seed: int) -> None:
         self._model, self._batches, self._seed = model, batches, seed
         self._engine: Engine | None = None
-
-    def open(self, streamer: LayerStreamer) -> None:
-        """There is nothing to refuse."""
 
     def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
         if self._engine is None:
@@ -58,12 +55,3 @@ class AdapterSums:
                 tokens += int((batch["labels"][:, 1:] != -100).sum())
         figures_out = {"loss": loss / max(tokens, 1), "tokens": tokens}
         return Sums({}, self._engine.take(), float(tokens), figures_out)
-
-    def applied(self, round: int, newest: int) -> None:
-        """Nothing is kept."""
-
-    def check_not_behind(self, received: int) -> None:
-        """There is no ledger."""
-
-    def close(self) -> None:
-        """Nothing is open."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +90,10 @@ class PartyParts:
     privacy: PrivacyParts | None = None
     roster: str = ""
     trainings: tuple[Training, ...] = ()
+
+    def active(self, absent: Collection[str]) -> tuple[str, ...]:
+        """The parties that take part, in roster order."""
+        return tuple(name for name in self.federation.parties if name not in absent)
 
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:

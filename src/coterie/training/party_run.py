@@ -20,13 +20,15 @@ from coterie.federation.round_state import Ending, State
 from coterie.federation.run_folder import RunFolder
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.storage import write_json
-from coterie.training.experts_work import ExpertsWork
+from coterie.training.experts_exchange import ExpertsExchange
 from coterie.training.folders import private_folder, public_folder, write_statement
 from coterie.training.memory import peak_rss_bytes
+from coterie.training.own_trunk import OwnTrunk
+from coterie.training.party_actor import PartyActor
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_store import PartyStore
-from coterie.training.party_work import PartyWork
-from coterie.training.tokens_work import TokensWork
+from coterie.training.shared_trunk import shared_names
+from coterie.training.tokens_exchange import TokensExchange
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Watch:
         directive: called with each directive before it is carried out.
         failed: called with each error that was reported to the coordinator; its text stays here.
         silent: called after every heartbeat with the seconds that the coordinator has not been heard of.
-        privacy: called before ``directive`` with what was revealed so far; see `PartyWork.privacy`.
+        privacy: called before ``directive`` with what was revealed so far; see `Exchange.privacy`.
     """
 
     directive: Callable[[Directive], None] = lambda directive: None
@@ -90,7 +92,7 @@ class PartyRun:
         notice: what a person should know of this party's certificates; stands in the status file.
 
     Attributes:
-        work: the party's model, data and experts.
+        actor: the party's model, data and experts.
 
     Raises:
         CheckpointError: the run folder belongs to another run, party or agreement, or other text.
@@ -111,13 +113,12 @@ class PartyRun:
         self._status: dict[str, Any] = {}
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
-            kind = TokensWork if parts.federation.exchange == "tokens" else ExpertsWork
             self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._told, self._complain)
-            self.work: PartyWork = kind(parts, self._gate, self._store)
+            self.actor = make_actor(parts, self._gate, self._store)
         except BaseException:
             self._folder.close()
             raise
-        self._participant = Participant(parts.party, self.work, self._heard, self._failed)
+        self._participant = Participant(parts.party, self.actor, self._heard, self._failed)
         self._membership = Membership(
             self._gate,
             agreement,
@@ -141,7 +142,7 @@ class PartyRun:
     def abandon(self) -> None:
         """End at once without a goodbye; the others treat this party as lost. Safe from any thread."""
         self._membership.abandon()
-        self.work.interrupt()
+        self.actor.interrupt()
 
     def run(self) -> PartyResult:
         """Take part until the run ends; see `Participant.run` for what it raises."""
@@ -157,9 +158,9 @@ class PartyRun:
             return result
         finally:
             self._membership.close()
-            self.work.stop_serving()
+            self.actor.exchange.stop_serving()
             self._transport.close()
-            self.work.close()
+            self.actor.close()
             self._folder.close()
 
     def wire(self) -> dict[str, dict[str, int]]:
@@ -185,7 +186,7 @@ class PartyRun:
         if peer == COORDINATOR:
             self._membership.handle(message)
             return None
-        return self.work.handle(peer, lane, message)
+        return self.actor.exchange.handle(peer, lane, message)
 
     def _told(self) -> int:
         directive = self._membership.directive
@@ -212,7 +213,7 @@ class PartyRun:
     def _heard(self, directive: Directive) -> None:
         self._store.adopt(directive.run)
         self._store.published(directive.newest)
-        federation, privacy = self._parts.federation, self.work.privacy()
+        federation, privacy = self._parts.federation, self.actor.exchange.privacy()
         self._status = dict(
             role="party",
             party=self._parts.party,
@@ -242,8 +243,8 @@ class PartyRun:
             )
 
     def _result(self, state: State) -> PartyResult:
-        self.work.open_books()
-        evaluation = self.work.evaluation if state.ending is Ending.FINISHED else None
+        self.actor.exchange.open_books()
+        evaluation = self.actor.evaluation if state.ending is Ending.FINISHED else None
         return PartyResult(
             party=self._parts.party,
             run_dir=str(self._parts.run_dir),
@@ -252,9 +253,26 @@ class PartyRun:
             loss=evaluation.loss if evaluation else None,
             perplexity=evaluation.perplexity if evaluation else None,
             tokens=evaluation.tokens if evaluation else None,
-            model_state_bytes=self.work.state_bytes(),
+            model_state_bytes=self.actor.state_bytes(),
             peak_rss_bytes=peak_rss_bytes(),
             wire=self.wire(),
-            privacy=self.work.privacy(),
-            statement=self.work.statement(),
+            privacy=self.actor.exchange.privacy(),
+            statement=self.actor.exchange.statement(),
         )
+
+
+def make_actor(parts: PartyParts, transport: Transport, store: PartyStore) -> PartyActor:
+    """A party as it is before the first round, with the exchange that was agreed on.
+
+    Args:
+        parts: what the party brings.
+        transport: to the others; not started.
+        store: the party's checkpoints.
+    """
+    weights = parts.weights()
+    if parts.federation.exchange == "tokens":
+        trunk = OwnTrunk(parts, weights)
+        return PartyActor(trunk, TokensExchange(trunk, transport, weights), transport, store)
+    trunk = OwnTrunk(parts, weights, shared_names(parts.federation, parts.model), on_host=True)
+    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights)
+    return PartyActor(trunk, exchange, transport, store)

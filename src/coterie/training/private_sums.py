@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,20 +25,20 @@ from coterie.dp.made_up import FromCollator
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.dp.spool import Release
 from coterie.errors import BudgetError, PrivacyError
+from coterie.federation.participant import superseded
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.weight_cache import digest_layer
 from coterie.training.constant_work import ConstantWork, no_whole_users
-from coterie.training.experts_way import Sums
+from coterie.training.contribution import Sums
 from coterie.training.packing import Batch, Sequences
 from coterie.training.party_parts import PrivacyParts
-from coterie.training.party_work import superseded
 
 
 class PrivateSums:
-    """Sums under a privacy budget; see `coterie.training.experts_way.Contribution`.
+    """Sums under a privacy budget; see `coterie.training.contribution.Contribution`.
 
     Args:
         model: partial model, trunk on its device.
@@ -108,7 +109,8 @@ class PrivateSums:
         for full, (layer, name) in self._names.items():
             experts[layer][name] = noised[full]
         rest = {name: value for name, value in noised.items() if name not in self._names}
-        return Sums(experts, rest, float(contributor.expected_lot), self._figures(round, release), release.digest)
+        figures = self._figures(contributor, round, release)
+        return Sums(experts, rest, float(contributor.expected_lot), figures, release.digest)
 
     def applied(self, round: int, newest: int) -> None:
         """Nobody will ask for spooled results up to ``round`` again; those up to ``newest`` go if room is short."""
@@ -129,6 +131,23 @@ class PrivateSums:
     def expect(self, head: Head | None) -> None:
         """A checkpoint was loaded; before every attempt from now on, the ledger has to hold what it held then."""
         self._expected = head
+
+    def privacy(self) -> dict[str, object] | None:
+        if self.contributor is None:
+            return None
+        contributor, spent = self.contributor, self.contributor.spent()
+        return {
+            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "delta": spent.delta,
+            "noise_multiplier": contributor.noise_multiplier,
+            "isolation": contributor.isolation,
+            "rounds": contributor.rounds_released(),
+            "rounds_left": contributor.rounds_left(),
+            "contributing": not self.exhausted,
+        }
+
+    def statement(self) -> str:
+        return "" if self.contributor is None else str(self.contributor.statement())
 
     def close(self) -> None:
         if self.contributor is not None:
@@ -187,12 +206,11 @@ class PrivateSums:
                 record=parts.record, originals=parts.originals, self_check=self._compared,
                 gaps=self._gaps,
             )  # fmt: skip
-            self._check_noise(parts.largest_noise)
+            self._check_noise(self.contributor, parts.largest_noise)
         return self.contributor
 
-    def _check_noise(self, largest: float) -> None:
-        assert self.contributor is not None
-        multiplier = self.contributor.noise_multiplier
+    def _check_noise(self, contributor: Contributor, largest: float) -> None:
+        multiplier = contributor.noise_multiplier
         if multiplier > largest:
             self.close()
             raise BudgetError(
@@ -258,11 +276,10 @@ class PrivateSums:
                 raise superseded()
             time.sleep(min(0.05, max(0.0, after - (time.monotonic() - began))))
 
-    def _figures(self, round: int, release: Release) -> dict[str, float]:
-        assert self.contributor is not None
-        figures: dict[str, float] = {"epsilon": self.contributor.spent().epsilon}
-        figures |= {f"{what}_seconds": seconds for what, seconds in self.contributor.seconds.items()}
-        last = self.contributor.last
+    def _figures(self, contributor: Contributor, round: int, release: Release) -> dict[str, float]:
+        figures: dict[str, float] = {"epsilon": contributor.spent().epsilon}
+        figures |= {f"{what}_seconds": seconds for what, seconds in contributor.seconds.items()}
+        last = contributor.last
         if last is not None and last.round == round:
             figures |= {
                 "loss_not_private": last.loss,
