@@ -9,8 +9,8 @@ import pytest
 from tests.dp.test_lifetime import DELTA, MECHANISM, ROUNDS, TEXTS, composed, spend
 
 from coterie.dp.accounting import epsilon
-from coterie.dp.ledger import open_ledger
-from coterie.dp.lifetime import ledger_folders, lifetime, private_runs_on
+from coterie.dp.ledger import FILE, open_ledger
+from coterie.dp.lifetime import MERGED, books_under, ledger_folders, lifetime, private_runs_on
 from coterie.dp.merging import Merge, merge
 from coterie.dp.texts import OTHER_KEYS, OWN_KEY, Keyring, Originals
 from coterie.errors import LedgerError
@@ -93,6 +93,45 @@ def test_bad_folders_are_refused_and_nothing_is_copied(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="does not continue the chain"):
         merge(there, here)
     assert len(ledger_folders(here)) == 1
+
+
+@pytest.mark.parametrize("damage", ["hashes gone", "hashes torn", "ledger empty", "key gone", "second ledger torn"])
+def test_a_copy_that_is_not_whole_is_refused_and_the_whole_one_taken_afterwards(tmp_path: Path, damage: str) -> None:
+    """Taken as it is, it would end every figure of one's own, and hide that something is missing."""
+    here, there, copy = tmp_path / "here", tmp_path / "there", tmp_path / "copy"
+    own, theirs = spend(here, "own", TEXTS), spend(there, "theirs", TEXTS)
+    spend(there, "second", ["another", "text"])
+    shutil.copytree(there, copy)
+    copied = copy / theirs.folder.name
+    (hashes,) = (copied / "texts").iterdir()
+    if damage == "hashes gone":
+        hashes.unlink()
+    elif damage == "hashes torn":
+        hashes.write_bytes(hashes.read_bytes()[:-1])
+    elif damage == "ledger empty":
+        (copied / FILE).write_bytes(b"")
+    elif damage == "key gone":
+        (copy / OWN_KEY).unlink()
+    else:
+        last = ledger_folders(copy)[-1] / FILE
+        last.write_bytes(last.read_bytes()[:-9])
+    with pytest.raises(LedgerError):
+        merge(copy, here)
+    assert len(ledger_folders(here)) == 1
+    assert own.lifetime(DELTA, "own").epsilon == composed(1)
+    assert merge(there, here) == Merge(2, 0)
+    # the other text's hashes are under another key, so it is counted, too
+    assert own.lifetime(DELTA, "own").epsilon == composed(3)
+
+
+def test_a_ledger_is_called_the_same_wherever_it_was_copied(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    spend(here, "own", TEXTS)
+    theirs = spend(there, "theirs", TEXTS)
+    merge(there, here)
+    (copied,) = (book for book in books_under(here) if book.folder.parent.parent.name == MERGED)
+    assert copied.public_name() == theirs.public_name()
+    assert not (copied.folder.parent / OWN_KEY).exists()
 
 
 def test_keys_stay_secret_where_they_are_copied(tmp_path: Path) -> None:

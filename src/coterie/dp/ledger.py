@@ -33,7 +33,7 @@ from coterie.dp.lifetime import MERGED, lifetime, units_differ
 from coterie.dp.overlap import Held, compare, counted
 from coterie.dp.texts import FOLDER, Keyring, Originals, fingerprints, store
 from coterie.errors import LedgerError
-from coterie.storage import check_known, locked, make_private_folder, sync_folder, write_all
+from coterie.storage import check_known, json_object, locked, make_private_folder, sync_folder, write_all
 
 FILE = "ledger.jsonl"
 _FORMAT = 1
@@ -115,7 +115,7 @@ class Entry:
             LedgerError: it does, and this version does not know what it says.
         """
         try:
-            values = json.loads(line)
+            values = json_object(line)
             if previous is None:  # first of all: a later format may chain its entries in another way
                 check_known(path, "format", values["data"]["format"], {_FORMAT}, LedgerError)
             entry = cls(*(values[name] for name in ("seq", "time", "kind", "data", "prev", "hash")))
@@ -240,7 +240,10 @@ class Ledger:
 
     def public_name(self) -> str:
         """What this ledger is called where others may read it; see `Keyring.public_name`."""
-        return Keyring(self.folder.parent).public_name(self.dataset)
+        place = self.folder.parent
+        if place.parent.name == MERGED:  # as where it was counted, in the statements that were made there
+            return Keyring(place.parent.parent).public_name(self.dataset, place.name.partition("-")[0])
+        return Keyring(place).public_name(self.dataset)
 
     def entries(self) -> tuple[Entry, ...]:
         """Everything in the ledger now, other processes' entries included."""

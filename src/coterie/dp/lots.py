@@ -55,7 +55,21 @@ class Lot:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Lot:
-        return cls(int(data["round"]), np.array(data["records"], np.int64), np.array(data["units"], np.int64))
+        """What `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: it is something else.
+        """
+        records, units = (_indices(data[name]) for name in ("records", "units"))
+        if records.size != units.size:
+            raise ValueError("records and units do not pair up")
+        return cls(int(data["round"]), records, units)
+
+
+def _indices(values: object) -> np.ndarray:
+    if not isinstance(values, list) or any(type(value) is not int or value < 0 for value in values):
+        raise ValueError("no list of indices")
+    return np.array(values, np.int64)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coterie.dp.ledger import FILE, Entry
 from coterie.dp.lifetime import MERGED, ledger_folders
-from coterie.dp.texts import FOLDER, OTHER_KEYS, OWN_KEY, Keyring, key_name, read_key
+from coterie.dp.texts import FOLDER, OTHER_KEYS, OWN_KEY, Keyring, key_name, load, read_key
 from coterie.errors import LedgerError
 from coterie.storage import PRIVATE, locked, make_private_folder, write_whole
 
@@ -35,10 +35,11 @@ def merge(other: Path, root: Path) -> Merge:
     """Copy the ledgers under ``other`` beside those under ``root``.
 
     Raises:
-        LedgerError: ``other`` holds no ledgers, or one of them is damaged; or a disk refuses.
+        LedgerError: ``other`` holds no ledgers, or its key or one of them is damaged: nothing is copied then; or
+            a disk refuses.
     """
-    sources = ledger_folders(other)
-    if not sources or not (other / OWN_KEY).is_file():
+    sources = {folder: _checked(folder) for folder in ledger_folders(other)}
+    if not sources:
         raise LedgerError(
             f"{other} holds no ledgers.",
             code="dp-ledger-none",
@@ -47,7 +48,7 @@ def merge(other: Path, root: Path) -> Merge:
         )
     make_private_folder(root)
     place = _take_keys(other, root)
-    copied = sum(_take_ledger(source, root, place) for source in sources)
+    copied = sum(_take_ledger(source, lines, root, place) for source, lines in sources.items())
     return Merge(copied, len(sources) - copied)
 
 
@@ -69,14 +70,11 @@ def _write_key(path: Path, key: bytes) -> None:
     write_whole(path, key.hex().encode() + b"\n", PRIVATE)
 
 
-def _take_ledger(source: Path, root: Path, place: str) -> bool:
+def _take_ledger(source: Path, lines: bytes, root: Path, place: str) -> bool:
     """Copy one data set's ledger, unless everything in it is here. A copy is only ever replaced by a longer one."""
-    lines = (source / FILE).read_bytes()
-    _check_chain(source, lines)
     here = [root / source.name, *(folder for folder in ledger_folders(root) if folder.name == source.name)]
     for folder in here:
-        held = (folder / FILE).read_bytes() if (folder / FILE).exists() else b""
-        if held.startswith(lines):
+        if _held(folder).startswith(lines):
             return False
     free = (root / MERGED / f"{place}-{number}" / source.name for number in range(len(here) + 1))
     target = next(folder for folder in free if lines.startswith(_held(folder)))
@@ -88,13 +86,14 @@ def _take_ledger(source: Path, root: Path, place: str) -> bool:
     return True
 
 
-def _check_chain(source: Path, lines: bytes) -> None:
-    """Make sure that it is whole and that this version knows all of it.
+def _checked(source: Path) -> bytes:
+    """The lines of a ledger that is whole, with the hashes it names, and of which this version knows all.
 
     Read only: the other folder may lie on a medium that cannot be written.
     """
+    lines = (source / FILE).read_bytes()
     last: Entry | None = None
-    for line in lines.splitlines():
+    for line in lines.splitlines() or [b""]:
         try:
             last = Entry.read(line, last, source / FILE)
         except ValueError:
@@ -105,6 +104,9 @@ def _check_chain(source: Path, lines: bytes) -> None:
                 why="privacy already spent may be missing from it",
                 fix="copy the folder again while nothing runs on the other machine",
             ) from None
+        if last.kind == "texts":
+            load(source / FOLDER / last.data["file"])
+    return lines
 
 
 def _held(folder: Path) -> bytes:

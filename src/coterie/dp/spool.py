@@ -12,12 +12,13 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from coterie.storage import (
     check_known,
     clear_leftovers,
     file_digest,
+    json_object,
     lock,
     make_private_folder,
     remove,
@@ -136,13 +138,18 @@ class Spool:
         write_whole(self.folder / _LOT, json.dumps(content).encode(), PRIVATE)
 
     def stored_lot(self) -> StoredLot | None:
-        """The lot that was drawn last, if its result was not released."""
+        """The lot that was drawn last, if its result was not released.
+
+        Raises:
+            LedgerError: it is damaged, or of another format.
+        """
         path = self.folder / _LOT
         if not path.exists():
             return None
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        _check(path, content, _FORMAT, ("draw", "pins", "lot"))
-        return StoredLot(int(content["draw"]), dict(content["pins"]), Lot.from_json(content["lot"]))
+        with _whole(path):
+            content = json_object(path.read_bytes())
+            _check(path, content, _FORMAT, ("draw", "pins", "lot"))
+            return StoredLot(int(content["draw"]), dict(content["pins"]), Lot.from_json(content["lot"]))
 
     def drop_lot(self) -> None:
         """Forget the stored lot."""
@@ -161,15 +168,20 @@ class Spool:
         return Release(round_number, draw, digest, dict(pins), path)
 
     def releases(self, pattern: str = "release-*") -> list[Release]:
-        """What lies in the spool, by round and draw."""
+        """What lies in the spool, by round and draw.
+
+        Raises:
+            LedgerError: a result is damaged, or of another format.
+        """
         found = []
         for path in self.folder.glob(pattern):
             match = _RELEASE.fullmatch(path.name)
             if match:
-                with safe_open(path, framework="pt") as file:
-                    header = file.metadata()
-                _check(path, header, str(_FORMAT), ("round", "draw", "pins"))
-                pins = json.loads(header["pins"])
+                with _whole(path):
+                    with safe_open(path, framework="pt") as file:
+                        header = file.metadata()
+                    _check(path, header, str(_FORMAT), ("round", "draw", "pins"))
+                    pins = json_object(header["pins"])
                 found.append(Release(int(match[1]), int(match[2]), file_digest(path), pins, path))
         return sorted(found, key=lambda release: (release.round, release.draw))
 
@@ -200,6 +212,20 @@ class Spool:
     def drop(self, release: Release) -> None:
         """Remove one result, which will never be used."""
         remove(release.path)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Inside, a file that is not what was stored becomes one sentence."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise LedgerError(
+            f"{path} is damaged.",
+            code="dp-spool-damaged",
+            why="only a lot as it was drawn, and the bytes that the ledger counted, may be used",
+            fix="remove that file: the ledger keeps what it counted, and the round is drawn anew",
+        ) from None
 
 
 def _check(path: Path, content: Mapping[str, Any], form: int | str, known: tuple[str, ...]) -> None:

@@ -83,12 +83,16 @@ class Keyring:
         others = (read_key(path) for path in sorted((self.root / OTHER_KEYS).glob("*")))
         return {key_name(key): key for key in (self.own, *others)}
 
-    def public_name(self, dataset: str) -> str:
+    def public_name(self, dataset: str, key: str | None = None) -> str:
         """What a dataset's ledger is called in statements.
 
         The dataset's digest itself would let anybody who can guess the whole text test the guess.
+
+        Args:
+            key: name of the key of whoever counted it; the own one where it is None or not here.
         """
-        return hashlib.blake2b(dataset.encode(), key=self.own, digest_size=8, person=b"ledger").hexdigest()
+        secret = self.own if key is None else self.keys().get(key, self.own)
+        return hashlib.blake2b(dataset.encode(), key=secret, digest_size=8, person=b"ledger").hexdigest()
 
 
 def read_key(path: Path) -> bytes:
