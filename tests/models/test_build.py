@@ -226,3 +226,28 @@ def test_a_config_file_that_is_not_json_is_refused(checkpoint):
     refusal("model-bad-checkpoint", ModelSpec(path=checkpoint))
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
     assert "no_such_type" in refusal("model-bad-checkpoint", ModelSpec(path=checkpoint)).message
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_two_sets_of_weights_and_an_adapter_beside_them_are_refused(checkpoint, meta):
+    """A split would read the one, a run the other; an adapter would be in the one and not in the other."""
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds a peft adapter beside a model's weights"):
+        build_model(ModelSpec(path=checkpoint), meta=meta)
+    (checkpoint / "adapter_config.json").unlink()
+    tiny_model("qwen3_moe").save_pretrained(checkpoint.parent / "shards", max_shard_size="20KB")
+    for path in (checkpoint.parent / "shards").glob("model*"):
+        path.rename(checkpoint / path.name)
+    with pytest.raises(ModelError, match="holds two sets of weights"):
+        build_model(ModelSpec(path=checkpoint), meta=meta)
+    (checkpoint / "model.safetensors").unlink()
+    build_model(ModelSpec(path=checkpoint), meta=meta)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "7"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_json_of_another_kind_is_refused(checkpoint, name, content):
+    if "index" in name:
+        (checkpoint / "model.safetensors").unlink()
+    (checkpoint / name).write_text(content)
+    refusal("model-bad-checkpoint", ModelSpec(path=checkpoint))

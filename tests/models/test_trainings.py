@@ -94,11 +94,24 @@ def test_later_trainings_follow_earlier_ones_and_each_is_there_once(saved: Path,
     assert trainings_of(AutoModelForCausalLM.from_pretrained(tmp_path / "next")) == (OPEN, budget)
 
 
-@pytest.mark.parametrize("wrong", [["a1b2"], [{"run": "a1b2"}], 7])
+@pytest.mark.parametrize(
+    "wrong", [["a1b2"], [{"run": "a1b2"}], 7, {}, "", None, [{"run": ["a1b2"], "privacy": "none"}]]
+)
 def test_a_record_that_cannot_be_read_is_refused_wherever_it_lies(saved: Path, wrong: object) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "coterie_trainings": wrong}))
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        read_trainings(saved)
+
+
+@pytest.mark.parametrize("way", ["link to nowhere", "folder"])
+def test_a_record_that_is_there_and_no_file_is_not_taken_for_none(saved: Path, way: str) -> None:
+    (saved / "coterie.json").unlink()
+    if way == "folder":
+        (saved / "coterie.json").mkdir()
+    else:
+        (saved / "coterie.json").symlink_to(saved / "blobs" / "a1b2")
+    with pytest.raises(ModelError, match=r"coterie\.json cannot be read"):
         read_trainings(saved)
 
 

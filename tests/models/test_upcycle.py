@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -204,6 +205,23 @@ def test_checkpoints_that_cannot_be_turned_are_refused(tmp_path: Path) -> None:
     (tmp_path / "torn/model.safetensors").write_bytes((tmp_path / "moe/model.safetensors").read_bytes()[:1000])
     with pytest.raises(ModelError, match="holds no checkpoint that can be read"):
         upcycle_checkpoint(tmp_path / "torn", tmp_path / "out", 4, 2)
+
+
+@pytest.mark.parametrize("wrong", ["layer missing", "matrix missing", "adapter beside"])
+def test_a_dense_checkpoint_that_would_be_filled_at_random_is_refused(tmp_path: Path, wrong: str) -> None:
+    dense = tmp_path / "dense"
+    dense_model("llama").save_pretrained(dense)
+    config = json.loads((dense / "config.json").read_text())
+    if wrong == "layer missing":
+        (dense / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    elif wrong == "matrix missing":
+        weights = load_file(dense / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (dense / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds a peft adapter" if wrong == "adapter beside" else "it misses"):
+        upcycle_checkpoint(dense, tmp_path / "out", 4, 2)
 
 
 def test_places_that_cannot_take_a_checkpoint_are_refused(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ class Keyring:
         The dataset's digest itself would let anybody who can guess the whole text test the guess.
 
         Args:
+            dataset: its digest.
             key: name of the key of whoever counted it; the own one where it is None or not here.
         """
         secret = self.own if key is None else self.keys().get(key, self.own)

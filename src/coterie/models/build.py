@@ -74,7 +74,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     source = _source(spec)
     try:
         config = AutoConfig.from_pretrained(source, revision=spec.revision, local_files_only=spec.path is not None)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise _cannot_load(spec, "its config", error) from error
     if not spec.config:
         return config
@@ -186,8 +186,10 @@ def _load(model_class: type[PreTrainedModel], config: PretrainedConfig, spec: Mo
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are reported together with the rest, by us
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(spec, "its weights", error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapters_beside(_source(spec))
     check_keys(_source(spec), set(info["missing_keys"]), set(info["unexpected_keys"]), set(info["mismatched_keys"]))
     if quantized:
         make_plain(model, _source(spec))
@@ -247,7 +249,35 @@ def _source(spec: ModelSpec) -> str:
             where="model.path",
             fix="give the folder of a Hugging Face checkpoint (config.json and *.safetensors)",
         )
+    check_one_model(path)
     return str(path)
+
+
+def check_one_model(folder: Path) -> None:
+    """Make sure that whoever reads a checkpoint's folder finds the same weights in it.
+
+    Raises:
+        ModelError: it holds adapters beside the weights, which transformers would put into the model, or two sets of
+            weights.
+    """
+    if (folder / "adapter_config.json").exists() and (folder / "config.json").exists():
+        raise _adapters_beside(str(folder))
+    if (folder / "model.safetensors").exists() and (folder / "model.safetensors.index.json").exists():
+        raise ModelError(
+            f"{folder} holds two sets of weights: model.safetensors and those of model.safetensors.index.json.",
+            code="model-two-checkpoints",
+            why="one of them is older, and which one is read depends on who reads",
+            fix="move the older one to another folder",
+        )
+
+
+def _adapters_beside(source: str) -> ModelError:
+    return ModelError(
+        f"{source} holds a peft adapter beside a model's weights.",
+        code="model-has-adapters",
+        why="transformers would put it into the model, frozen weights and all, and a split would leave it out",
+        fix="move the adapter to another folder, or merge it first (peft's merge_and_unload)",
+    )
 
 
 def _seeded(seed: int | None) -> Any:

@@ -9,6 +9,7 @@ without one was not trained by coterie, or nobody knows.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -75,7 +76,7 @@ def read_trainings(folder: Path | str | None) -> tuple[Training, ...]:
 
 
 def _listed(path: Path, key: str, *, needed: bool) -> tuple[Training, ...]:
-    if not path.is_file():
+    if not os.path.lexists(path):  # a link to nowhere, or a folder, is there and cannot be read
         return ()
     try:
         made = json_object(path.read_bytes())
@@ -119,11 +120,15 @@ def trainings_from(listed: Iterable[Mapping[str, Any]], where: str) -> tuple[Tra
     """
     known = [field.name for field in fields(Training)]
     try:
+        if not isinstance(listed, list | tuple):
+            raise TypeError("no list")
         for training in listed:
             for name in sorted(training.keys() - set(known)):
                 check_known(where, "field of a training", name, known, ModelError)
             check_known(where, "privacy", training["privacy"], get_args(Protection), ModelError)
-        return tuple(Training(**training) for training in listed)
+        found = tuple(Training(**training) for training in listed)
+        hash(found)  # every value is a plain one
+        return found
     except (KeyError, TypeError, AttributeError) as error:
         raise _unreadable(where) from error
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from coterie.errors import ModelError
-from coterie.models.build import ask_for_plain_weights, make_plain
+from coterie.models.build import ask_for_plain_weights, check_keys, check_one_model, make_plain
 from coterie.models.saved import check_saved
 from coterie.models.trainings import trainings_of, write_trainings
 
@@ -277,7 +277,11 @@ def _read(dense: str, normalise: bool) -> PreTrainedModel:
         quantized = ask_for_plain_weights(config, dense)
         names = config.architectures or []
         model_class = next((c for c in _classes(names) if c is not None), None) or transformers.AutoModel
-        model: PreTrainedModel = model_class.from_pretrained(dense, config=config if quantized else None)
+        check_one_model(Path(dense))
+        model: PreTrainedModel
+        model, info = model_class.from_pretrained(
+            dense, config=config if quantized else None, output_loading_info=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         absent = not Path(dense).exists()
         raise ModelError(
@@ -287,6 +291,7 @@ def _read(dense: str, normalise: bool) -> PreTrainedModel:
             code="upcycle-read",
             fix="name a folder with config.json and safetensors weights",
         ) from None
+    check_keys(dense, set(info["missing_keys"]), set(), set(info["mismatched_keys"]))
     if quantized:
         make_plain(model, dense)
     return model
