@@ -25,6 +25,12 @@ def run(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
+def test_a_file_is_no_folder_in_which_nothing_was_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ledger.jsonl").write_text("{}\n")
+    assert run("ledger", "list", "--ledger", tmp_path / "ledger.jsonl") == 1
+    assert "is no folder of ledgers" in capsys.readouterr().err
+
+
 def test_list_show_and_merge_add_up_what_two_folders_spent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -356,6 +356,15 @@ def test_an_export_of_files_that_do_not_belong_together_is_refused(qwen_parts, r
     assert "before any training" in trained
 
 
+def test_an_export_of_trained_files_refuses_a_config_that_changed_since_the_split(qwen_parts):
+    """Another number of experts per token is another model, with tensors of the same shapes."""
+    trunk, shards = trained_files(qwen_parts)
+    config = qwen_parts / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_experts_per_tok": 1}))
+    message = refused_export(qwen_parts, "model-changed-file", trunk=trunk, shards=shards)
+    assert "model/config.json" in message
+
+
 def test_an_export_of_files_that_were_changed_or_say_nothing_is_refused(qwen_parts, tmp_path):
     trunk, shards = trained_files(qwen_parts)
     raw = bytearray(shards[1].read_bytes())

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from coterie.cli.app import main
 from coterie.config import FederationConfig, LoraSpec, PartyConfig
 from coterie.errors import ModelError
+from coterie.models.adapted import AdaptedModel
 from coterie.models.build import build_model
 from coterie.models.exporter import export
 from coterie.models.lora import attach_adapters
@@ -152,3 +153,11 @@ def test_a_run_without_adapters_has_none_to_export(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         export(tmp_path / "s", tmp_path / "adapter", adapter=True)
     assert caught.value.code == "model-no-adapters"
+
+
+def test_a_trunk_whose_adapter_settings_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as error:
+        AdaptedModel(tiny_model("olmoe"), {"rank": "many", "beta": 1}, tmp_path / "trunk.safetensors")
+    assert error.value.code == "model-bad-trunk"
+    assert "beta" in error.value.message
+    assert "rank" in error.value.message

@@ -52,6 +52,10 @@ def command(
     from coterie.dp.ledger import default_root
 
     root = (ledger or default_root()).expanduser()
+    if root.exists() and not root.is_dir():
+        raise LedgerError(
+            f"{root} is no folder of ledgers.", code="dp-ledger-none", fix="name the folder of `privacy: ledger:`"
+        )
     if action is Action.LIST:
         rows = [_figures(book, held) for book, held in _runs(root)]
         _list(rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,12 +37,12 @@ class AdaptedModel:
         changes: name of each adapted weight, and what its adapters add to it (float32).
 
     Raises:
-        ModelError: the file lacks an adapter, or has one that the settings do not name.
+        ModelError: the settings cannot be read, or the file lacks an adapter or has one that they do not name.
     """
 
     def __init__(self, model: PreTrainedModel, lora: Mapping[str, Any], trunk: Path) -> None:
         own = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-        self._peft: Any = attach_adapters(model, LoraSpec.model_validate(lora), seed=0)
+        self._peft: Any = attach_adapters(model, _settings(lora, trunk), seed=0)
         named: dict[str, Tensor] = self._peft.state_dict(keep_vars=True)
         self.stored = {own[id(tensor)]: name for name, tensor in named.items() if id(tensor) in own}
         adapters = {name: tensor for name, tensor in named.items() if id(tensor) not in own}
@@ -82,6 +83,19 @@ class AdaptedModel:
             if hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear):
                 found[own[id(module.base_layer.weight)]] = partial(_linear_change, module)
         return found
+
+
+def _settings(lora: Mapping[str, Any], trunk: Path) -> LoraSpec:
+    try:
+        return LoraSpec.model_validate(lora)
+    except ValidationError as error:
+        names = ", ".join(sorted({str(part) for problem in error.errors() for part in problem["loc"][:1]}))
+        raise ModelError(
+            f"{trunk} names settings of adapters that cannot be read" + (f": {names}." if names else "."),
+            code="model-bad-trunk",
+            why="without them, what the adapters add to the weights is unknown",
+            fix="take the file again from the run folder that wrote it",
+        ) from error
 
 
 @torch.no_grad()
