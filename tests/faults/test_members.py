@@ -118,8 +118,8 @@ def pelted(
         assert not isinstance(end, BaseException), (name, end)
         if isinstance(end, PartyResult):
             assert end.finished
-            work = federation.runs[name].work
-            for key, value in {**trunk_tensors(work.parts.model), **work._hosted_state()}.items():
+            actor = federation.runs[name].actor
+            for key, value in {**trunk_tensors(actor.parts.model), **actor.exchange.hosted_state()}.items():
                 assert bool(torch.isfinite(value.float()).all()), (name, key)
     hostile = made[HOSTILE]
     assert isinstance(hostile, Pelting)
