@@ -1,6 +1,6 @@
 """Imports go one way.
 
-errors < storage < config < models < checkpoints < {dp, federation} < training < hf < demonstration < cli
+errors < storage < config < models < checkpoints < {dp, federation} < training < hf < audit < demonstration < cli
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ORDER = (
     "federation",
     "training",
     "hf",
+    "audit",
     "demonstration",
     "cli",
 )

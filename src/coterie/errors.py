@@ -15,6 +15,7 @@
     │   └── DeadlineError
     ├── RoundError
     ├── CheckpointError
+    ├── AuditError
     └── PrivacyError
         ├── NoRuleError
         ├── BudgetError
@@ -149,6 +150,12 @@ class CheckpointError(CoterieError):
     """Saved state that is missing, torn, of another run or of a later version."""
 
     code = "checkpoint"
+
+
+class AuditError(CoterieError):
+    """A measurement that cannot be made from what is there."""
+
+    code = "audit"
 
 
 class PrivacyError(CoterieError):

@@ -1,0 +1,1 @@
+"""Attacks on a finished run: what each party could read from what it received, measured."""
