@@ -1,7 +1,7 @@
 """What a figure of the audit means, and how far it can be trusted.
 
 Every rate comes as an `Estimate` with a 95 % interval. Places of one document are alike, so intervals resample whole
-documents. Where all documents agree that would give an interval of no width: none is narrower than the exact interval, or
+documents. Where all documents agree that would give an interval of no width: none is narrower than the exact one, or
 the score interval, of independent places.
 
 Shape letters: P places (tokens of the attacked text), D documents, M members, N others (non-members), V vocabulary, U
