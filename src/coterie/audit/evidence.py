@@ -1,0 +1,155 @@
+"""Everything that the audit of one owner rests on, joined and checked to be of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from coterie.audit.answers import Answers
+from coterie.audit.transcript import Transcript
+from coterie.config import FederationConfig, PartyConfig, load_yaml
+from coterie.errors import CheckpointError, ConfigError
+from coterie.federation.recording import ANSWERS
+from coterie.storage import json_object
+from coterie.training.data import read_documents
+from coterie.training.folders import private_folder
+from coterie.training.party import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
+from coterie.training.tokenizer import load_tokenizer_from, tokenize
+
+Document = list[int]
+"""Token ids."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the owner's ledger says of the run."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What attacks may use, and the owner's answers, which only scoring reads.
+
+    Attributes:
+        owner: the party under attack.
+        exchange, trunk: as agreed.
+        privacy: what the owner claims; None where nothing bounds it.
+        start: folder of the public starting checkpoint, in Hugging Face's form.
+        public: public text, as token ids; none of it is the owner's.
+        received: what each other party received from the owner.
+        answers: the owner's key; None where it was not kept.
+        run_folder: the owner's.
+    """
+
+    owner: str
+    exchange: Literal["tokens", "experts"]
+    trunk: Literal["private", "shared"]
+    privacy: Claim | None
+    start: Path
+    public: Sequence[Document]
+    received: Mapping[str, Transcript]
+    answers: Answers | None
+    run_folder: Path
+
+    @classmethod
+    def read(
+        cls, run_folder: Path, received: Sequence[Path], public: Sequence[Path] = (), start: Path | None = None
+    ) -> Evidence:
+        """Join what lies in folders.
+
+        Args:
+            run_folder: the owner's, of `coterie up`.
+            received: run folders, or transcript folders, of other parties.
+            public: files of public text, read as the owner's own settings read text. What is among the owner's
+                records is left out.
+            start: default: the model that federation.yaml names.
+
+        Raises:
+            CheckpointError: ``run-dir-none``; ``transcript-other-run``: a transcript or the key is of another run or
+                other settings; what `Transcript.read` and `Answers.read` raise.
+            ConfigError: ``audit-start``: federation.yaml names no checkpoint.
+            DataError: public text cannot be read.
+        """
+        marker = _marker(run_folder)
+        party = load_yaml(run_folder / PARTY_FILE, PartyConfig)
+        federation = load_yaml(run_folder / FEDERATION_FILE, FederationConfig)
+        start = start or federation.model.path
+        if start is None:
+            raise ConfigError(
+                f"{run_folder} started from no checkpoint, but from random weights that its settings describe.",
+                code="audit-start",
+                why="an adversary knows the starting model; the audit has to know it, too",
+                fix="save the starting model in Hugging Face's form, and name its folder",
+            )
+        transcripts = {}
+        for folder in received:
+            found = Transcript.read(folder, party.party)
+            _check_same(folder, found.run, found.agreement, marker)
+            transcripts[found.party] = found
+        answers = None
+        if (private_folder(run_folder) / ANSWERS).is_dir():
+            answers = Answers.read(run_folder)
+            _check_same(run_folder, answers.run, marker["agreement"], marker)
+        return cls(
+            owner=party.party,
+            exchange=federation.exchange,
+            trunk=federation.trunk,
+            privacy=_claim(run_folder),
+            start=start,
+            public=_public(party, run_folder, public),
+            received=transcripts,
+            answers=answers,
+            run_folder=run_folder,
+        )
+
+
+def _marker(run_folder: Path) -> Mapping[str, Any]:
+    try:
+        marker = json_object((run_folder / "run.json").read_bytes())
+        if marker["kind"] != "federation":
+            raise ValueError("a run of one party alone")
+        return {"run": str(marker["run"]), "agreement": str(marker["agreement"])}
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(
+            f"{run_folder} holds no run of `coterie up`.",
+            code="run-dir-none",
+            fix="give the run_dir of the party whose text is to be audited",
+        ) from None
+
+
+def _check_same(folder: Path, run: str, agreement: str, marker: Mapping[str, Any]) -> None:
+    if (run, agreement) != (marker["run"], marker["agreement"]):
+        other = f"run {run[:8]}, not of {marker['run'][:8]}" if run != marker["run"] else "other settings"
+        raise CheckpointError(
+            f"What {folder} holds is of {other}.",
+            code="transcript-other-run",
+            why="answers and messages of two runs do not belong together, and every score would be wrong",
+            fix="give what the parties recorded in this very run",
+        )
+
+
+def _claim(run_folder: Path) -> Claim | None:
+    for path in (private_folder(run_folder) / "result.json", run_folder / "status.json"):
+        try:
+            privacy = json_object(path.read_bytes()).get("privacy")
+        except (OSError, ValueError):
+            continue
+        if privacy and privacy.get("epsilon") is not None:
+            return Claim(float(privacy["epsilon"]), float(privacy["delta"]))
+        return None
+    return None
+
+
+def _public(party: PartyConfig, run_folder: Path, files: Sequence[Path]) -> list[Document]:
+    if not files:
+        return []
+    tokenizer = load_tokenizer_from(private_folder(run_folder) / TOKENIZER_FOLDER)
+    own = tokenize(read_documents((*party.data.train, *party.data.test), party.data), party.data, tokenizer)
+    known = {tuple(own[row]["input_ids"].tolist()) for row in range(len(own))}
+    found = tokenize(read_documents(files, party.data), party.data, tokenizer)
+    ids = [found[row]["input_ids"].tolist() for row in range(len(found))]
+    return [each for each in ids if tuple(each) not in known]

@@ -1,0 +1,296 @@
+"""What one party received from the others, as it recorded it (`coterie.federation.recording`), in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from coterie.errors import CheckpointError
+from coterie.federation.frame import FrameType
+from coterie.federation.frame_log import Logged, files_in, read_entries, read_head
+from coterie.federation.messages import TABLE, TensorRule
+from coterie.federation.parts import Part, chunks_in, span
+from coterie.federation.recording import STOPPED, TRANSCRIPT
+from coterie.training.folders import private_folder
+
+Phase = Literal["train", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message that arrived.
+
+    Attributes:
+        number: place in the transcript, from 0.
+        peer: who sent it, by its certificate.
+        kind: of the message, as in docs/reference/wire.md.
+        reply: it answers a request of the recording party's.
+        lane: control, forward or backward.
+        round: being made, from 1; in an evaluation the number of rounds behind the model.
+        attempt: from 1; 0 in an evaluation.
+        micro_batch, layer, call, part, chunk: the other numbers of the address; 0 where the kind has none.
+        phase: a host knows it by the attempt's number alone.
+        body: small facts of the header.
+        tensors: by the names of docs/reference/wire.md, with ``_`` for a space; on the CPU, as they came.
+    """
+
+    number: int
+    peer: str
+    kind: str
+    reply: bool
+    lane: str
+    round: int
+    attempt: int
+    micro_batch: int
+    layer: int
+    call: int
+    part: int
+    chunk: int
+    phase: Phase
+    body: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Rows of one experts call of the `tokens` exchange, as a host sees them. M rows, P (row, expert) pairs.
+
+    Attributes:
+        hidden_MD: the tokens' hidden vectors.
+        counts_M: hosted experts of each row.
+        ids_P: global expert ids, row after row.
+        weights_P: routing weights; None where the owner combines.
+        gradient: what came back at the outputs, [M, O] or [P, O]; None in an evaluation or if it never came.
+    """
+
+    peer: str
+    round: int
+    attempt: int
+    micro_batch: int
+    layer: int
+    call: int
+    phase: Phase
+    hidden_MD: Tensor
+    counts_M: Tensor
+    ids_P: Tensor
+    weights_P: Tensor | None
+    gradient: Tensor | None
+
+
+@dataclass(frozen=True)
+class Push:
+    """One part of a party's sum in the `experts` exchange, whole.
+
+    Attributes:
+        peer: whose sum it is.
+        part: which piece of the model: layer (-1: trunk), experts, shapes.
+        weights: digest of the weights that it was computed on.
+        sums: float32 by tensor name; expert parameters are [experts of the part, ...].
+    """
+
+    peer: str
+    round: int
+    attempt: int
+    part: Part
+    weights: str
+    sums: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What ``party`` recorded; iterating reads it from the disk, one entry in memory at a time.
+
+    Attributes:
+        party: who received.
+        run: name of the run.
+        agreement: hash of the signed federation.yaml.
+        federation: name.
+        parties: everybody, in roster order.
+        exchange: `tokens` or `experts`.
+        placement: for each MoE layer the host of each expert.
+        parts: the pieces of the model that cross in `experts`; empty in `tokens`.
+        rounds: rounds that were to be recorded; None: all.
+        stopped: first round that is not here, or not whole, because the recording grew too large; None: nothing is
+            missing.
+        sender: only what this party sent; None: everybody.
+    """
+
+    party: str
+    run: str
+    agreement: str
+    federation: str
+    parties: tuple[str, ...]
+    exchange: Literal["tokens", "experts"]
+    placement: tuple[tuple[str, ...], ...]
+    parts: tuple[Part, ...]
+    rounds: int | None
+    files: tuple[Path, ...]
+    push_dtype: torch.dtype = torch.float32
+    weights_dtype: torch.dtype = torch.bfloat16
+    sender: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path, sender: str | None = None) -> Transcript:
+        """A party's transcript.
+
+        Args:
+            folder: the party's run folder, or the folder of the transcript itself.
+            sender: see `Transcript`.
+
+        Raises:
+            CheckpointError: ``transcript-none``: nothing was recorded here; ``transcript-mixed``: files of several
+                runs lie together; ``transcript-damaged``; ``format-unknown``.
+        """
+        inside = private_folder(folder) / TRANSCRIPT
+        place = inside if inside.is_dir() else folder
+        found = [(path, head) for path in files_in(place) if (head := read_head(path)) is not None]
+        if not found or any(head.get("kind") != TRANSCRIPT for _, head in found):
+            raise CheckpointError(
+                f"{folder} holds no transcript.",
+                code="transcript-none",
+                why="what others received can be attacked only where they recorded it",
+                fix="agree on `transcript:` in federation.yaml and run again; the parties' run folders then hold it",
+            )
+        first = found[0][1]
+        if any(head != first for _, head in found):
+            raise CheckpointError(
+                f"{place} holds transcripts of several runs or settings.",
+                code="transcript-mixed",
+                fix="keep the transcript of each run in a folder of its own",
+            )
+        return cls(
+            party=first["party"],
+            run=first["run"],
+            agreement=first["agreement"],
+            federation=first["federation"],
+            parties=tuple(first["parties"]),
+            exchange=first["exchange"],
+            placement=tuple(tuple(first["parties"][host] for host in layer) for layer in first["placement"]),
+            parts=tuple(part_of(saved) for saved in first["parts"]),
+            rounds=first["rounds"],
+            files=tuple(path for path, _ in found),
+            push_dtype=getattr(torch, first["push_dtype"]),
+            weights_dtype=getattr(torch, first["weights_dtype"]),
+            sender=sender,
+        )
+
+    def of(self, sender: str) -> Transcript:
+        """The same transcript, with what one party sent alone."""
+        return replace(self, sender=sender)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Every message in the order of arrival.
+
+        Raises:
+            CheckpointError: ``transcript-damaged`` at the first entry that was changed.
+        """
+        for number, logged in enumerate(self._logged()):
+            if logged.name in self.parties and self.sender in (None, logged.name):
+                yield _entry(number, logged)
+
+    @cached_property
+    def stopped(self) -> int | None:
+        """See `Transcript`."""
+        ends = [logged.frame.message for logged in self._logged() if logged.name == STOPPED]
+        return min((int(message.address.round) for message in ends), default=None)
+
+    def dispatches(self) -> Iterator[Dispatch]:
+        """Rows that came to this host in `tokens`, each with the gradient that followed.
+
+        An evaluation's come at once; a training micro-batch's when its gradient has come, or the round has gone.
+        """
+        waiting: dict[tuple[object, ...], Entry] = {}
+        for entry in self:
+            key = (entry.peer, entry.round, entry.attempt, entry.micro_batch, entry.layer, entry.call)
+            if entry.kind == "dispatch" and not entry.reply:
+                if entry.phase == "evaluation":
+                    yield _dispatch(entry, None)
+                else:
+                    waiting[key] = entry
+            elif entry.kind == "gradient" and not entry.reply and key in waiting:
+                yield _dispatch(waiting.pop(key), entry.tensors["at_outputs"])
+        for entry in waiting.values():
+            yield _dispatch(entry, None)
+
+    def pushes(self) -> Iterator[Push]:
+        """Sums that came to this host in `experts`, each part when it was whole."""
+        begun: dict[tuple[str, int], tuple[Mapping[str, Any], Tensor, set[int]]] = {}
+        for entry in self:
+            key = (entry.peer, entry.part)
+            if entry.reply or entry.part >= len(self.parts):
+                continue
+            if entry.kind == "push-begin":
+                held = begun.get(key)
+                if held is None or held[0]["digest"] != entry.body["digest"]:
+                    begun[key] = (entry.body, torch.empty(entry.body["size"], dtype=torch.uint8), set())
+            elif entry.kind == "push-chunk" and key in begun:
+                _, blob, seen = begun[key]
+                if entry.chunk < chunks_in(blob.numel()):
+                    blob[span(blob.numel(), entry.chunk)] = entry.tensors["bytes"]
+                    seen.add(entry.chunk)
+            elif entry.kind == "push-end" and key in begun:
+                body, blob, seen = begun[key]
+                part = self.parts[entry.part]
+                if len(seen) == chunks_in(blob.numel()) and blob.numel() == part.num_bytes(self.push_dtype):
+                    sums = {name: values.float() for name, values in part.decode(blob, self.push_dtype).items()}
+                    yield Push(entry.peer, entry.round, entry.attempt, part, body["weights"], sums)
+
+    def _logged(self) -> Iterator[Logged]:
+        for path in self.files:
+            yield from read_entries(path)
+
+
+def part_of(saved: Mapping[str, Any]) -> Part:
+    """A part of the model, as the head of a transcript names it."""
+    shapes = tuple((name, tuple(shape)) for name, shape in saved["shapes"])
+    return Part(saved["number"], saved["host"], saved["layer"], tuple(saved["experts"]), shapes, saved["trained"])
+
+
+_RULES: Mapping[tuple[str, bool], tuple[TensorRule, ...]] = {
+    **{(row.request.kind, False): row.request.tensors for row in TABLE},
+    **{(form.kind, True): form.tensors for row in TABLE for form in row.replies},
+}
+
+
+def _entry(number: int, logged: Logged) -> Entry:
+    frame, message = logged.frame, logged.frame.message
+    reply = frame.type is FrameType.REPLY
+    rules = _RULES.get((message.kind, reply), ())
+    names = [rule.name.replace(" ", "_") for rule in rules]
+    names += [f"tensor_{place}" for place in range(len(names), len(message.tensors))]
+    at = message.address
+    return Entry(
+        number=number,
+        peer=logged.name,
+        kind=message.kind,
+        reply=reply,
+        lane=frame.lane.name.lower(),
+        **vars(at),
+        phase="train" if at.attempt else "evaluation",
+        body=message.body,
+        tensors=dict(zip(names, message.tensors, strict=False)),
+    )
+
+
+def _dispatch(entry: Entry, gradient: Tensor | None) -> Dispatch:
+    found = entry.tensors
+    return Dispatch(
+        entry.peer,
+        entry.round,
+        entry.attempt,
+        entry.micro_batch,
+        entry.layer,
+        entry.call,
+        entry.phase,
+        found["hidden"],
+        found["counts"].long(),
+        found["ids"].long(),
+        found.get("weights"),
+        gradient,
+    )

@@ -1,0 +1,102 @@
+"""Messages kept for an audit that all parties have agreed on, until the agreed round or size is reached.
+
+What other parties send to this one is recorded in the gate (`coterie.federation.gate`), where every message of theirs
+arrives: each as it came, before anybody looks at it. So a transcript holds what this party received and nothing it
+could not know.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coterie.errors import CheckpointError
+from coterie.federation.frame import FrameType
+from coterie.federation.frame_log import FrameLog
+from coterie.federation.transport import Address, Lane, Message
+
+TRANSCRIPT, ANSWERS = "transcript", "transcript-answers"
+"""Folders in the private part of a party's run folder: what others sent, and the owner's own key to what it sent."""
+STOPPED = "stopped"
+"""Name and kind of the entry that says in which round a recording stopped."""
+
+log = logging.getLogger(__name__)
+
+_FOR_THE_END = 4096
+"""Bytes that are always left for that entry."""
+_MOST_EARLY = 256
+
+
+class Recorder:
+    """Writes entries to a folder; training goes on where it cannot.
+
+    Args:
+        folder: made when the recording begins.
+        names: what entries are filed under.
+        rounds: the last round that is recorded; None: all.
+        limit: most bytes on the disk.
+
+    All methods can be called from any thread.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], rounds: int | None, limit: int) -> None:
+        self._folder, self._names, self._rounds, self._limit = folder, (*names, STOPPED), rounds, limit
+        self._lock = threading.Lock()
+        self._log: FrameLog | None = None
+        self._early: list[tuple[str, FrameType, Lane, Message]] | None = []
+        self._over = False
+
+    def open(self, facts: Mapping[str, Any]) -> None:
+        """The run has a name: begin to write. Can be repeated.
+
+        Args:
+            facts: what all entries have in common; ``run`` is the run's name.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        with self._lock:
+            if self._log is not None or self._over:
+                return
+            self._log = FrameLog(self._folder, {"rounds": self._rounds, **facts}, self._names, self._limit)
+            early, self._early = self._early or [], None
+            for each in early:
+                self._write(*each)
+
+    def keep(self, name: str, type: FrameType, lane: Lane, message: Message) -> None:
+        """Record a message."""
+        if self._rounds is not None and message.address.round > self._rounds:
+            return
+        with self._lock:
+            if self._over:
+                return
+            if self._early is None:
+                self._write(name, type, lane, message)
+            else:  # of a peer that heard of the run before us; it waits until we have, too
+                self._early.append((name, type, lane, message))
+                self._over = len(self._early) > _MOST_EARLY
+
+    def close(self) -> None:
+        """Make everything durable; nothing is recorded after it."""
+        with self._lock:
+            self._over = True
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+    def _write(self, name: str, type: FrameType, lane: Lane, message: Message) -> None:
+        assert self._log is not None
+        why = f"it would grow beyond {self._limit} bytes"
+        try:
+            whole = self._log.append(name, type, lane, message, spare=_FOR_THE_END)
+            if not whole:
+                end = Message(STOPPED, Address(round=message.address.round))
+                self._log.append(STOPPED, FrameType.ONE_WAY, Lane.CONTROL, end)
+        except CheckpointError as error:
+            whole, why = False, error.message
+        if not whole:
+            log.warning("%s stops at round %d: %s; training goes on", self._folder.name, message.address.round, why)
+            self._over = True
