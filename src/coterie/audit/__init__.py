@@ -1,7 +1,7 @@
 """Attack one's own run: what could others read from what they received, and what does the trained model give away?
 
-In reading order: `coterie.audit.adversaries` says who attacks, `coterie.audit.metrics` what a figure means and how far
-it carries; `coterie.audit.transcript` reads what a party recorded of what others sent to it, `coterie.audit.answers`
-the owner's own key to it, and `coterie.audit.evidence` joins everything that an audit of one owner rests on. Attacks
-read transcripts, the public starting checkpoint and public text; answers are for scoring.
+In reading order: `coterie.audit.adversaries` says who attacks, `coterie.audit.metrics` what a figure means and how
+far it carries; `coterie.audit.transcript` reads what a party recorded of what others sent to it,
+`coterie.audit.answers` the owner's own key to it, and `coterie.audit.evidence` joins everything that an audit of one
+owner rests on. Attacks read transcripts, the public starting checkpoint and public text; answers are for scoring.
 """
