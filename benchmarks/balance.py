@@ -115,7 +115,7 @@ def run(mode: BalanceMode, seed: int, train: list, held_out: list, folder: Path,
     ) as session:  # fmt: skip
         for lot in session:
             session.step(lot)
-        sigma = session.settings.noise_multiplier
+        sigma = session.noise_multiplier
     result = {"mode": mode, "seed": seed, "noise_multiplier": sigma, "seconds": time.perf_counter() - began}
     return {**result, "before": before, "after": measure(model, held_out)}
 

@@ -130,10 +130,10 @@ class Party:
         if self.name != OWNER:
             return {}
         total = [self.transport.counters().total(peer) for peer in self.work.parties if peer != self.name]
-        last = self.contribution.contributor.last
+        last = self.contribution.contributor.run.lot_sums.last
         return {
             **self.owner.seconds,
-            **{f"{what}_seconds": seconds for what, seconds in self.contribution.contributor.seconds.items()},
+            **{f"{what}_seconds": seconds for what, seconds in self.contribution.contributor.run.seconds.items()},
             "records": last.lot_size,
             "payload_bytes": sum(each.payload_bytes_sent + each.payload_bytes_received for each in total),
             "must_move_bytes": sum(_moved(part) for part in self.parts if part.host != self.name),

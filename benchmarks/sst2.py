@@ -111,8 +111,8 @@ def train_private(model: Any, train: Features, rounds: int, args: argparse.Names
         return {
             "epsilon": spent.epsilon,
             "delta": spent.delta,
-            "noise_multiplier": session.settings.noise_multiplier,
-            "q": session.plan.rate,
+            "noise_multiplier": session.noise_multiplier,
+            "q": session.lots.rate,
             "clipped_share_last_round": session.last.clipped if session.last else None,
         }
 

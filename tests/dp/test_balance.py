@@ -144,7 +144,7 @@ def test_invariant_9_load_shares_the_round_s_one_gaussian(session: Callable[...,
     sums = run.lot_sums.compute(run.next_lot(), "x")
     assert sums[LOAD].shape == (8,)
     std = run.lot_sums.noise(sums).std
-    sigma, engine, bound = run.settings.noise_multiplier, run.lot_sums.engine, run.lot_sums.balancer.load_bound
+    sigma, engine, bound = run.noise_multiplier, run.lot_sums.engine, run.lot_sums.balancer.load_bound
     spent = (engine.sensitivity / std["gradients"]) ** 2 + (bound / std[LOAD]) ** 2
     assert spent <= 1 / sigma**2
     assert spent == pytest.approx(1 / sigma**2, rel=1e-2)

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from coterie import dp
 from coterie.config import PrivacySpec
-from coterie.dp.contributor import Plan
 from coterie.dp.numbers import checked_number
+from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.errors import BudgetError, PrivacyError
 from coterie.hf import PrivacyArguments, PrivateTrainer
 from coterie.models.tiny import tiny_model
@@ -115,18 +115,18 @@ def test_numpy_counts_are_counts(tmp_path: Path) -> None:
         tmp_path, physical_batch=np.int64(3), lot_size=np.uint8(4), rounds=np.int32(2), clip_norm=np.float32(1)
     )
     with run:
-        assert [type(run.settings.physical_batch), type(run.settings.rounds), type(run.plan.expected_size)] == [
-            int
-        ] * 3
+        assert [type(run.plan.rounds), type(run.plan.lot_size), type(run.lots.lot_size)] == [int] * 3
         for lot in run:
             run.step(lot)
         run.save(tmp_path / "saved")  # JSON takes no numpy number
 
 
 def test_parties_and_trainer_use_the_same_types(tmp_path: Path) -> None:
-    for name in ("physical_batch", "rounds", "lot_size", "max_lot", "records_per_user"):
+    for name in ("rounds", "lot_size", "max_lot", "records_per_user", "clip_norm", "adaptive_quantile"):
         with pytest.raises(BudgetError, match=f"`{name}` is 0"):
-            Plan(**{"budget": dp.Budget(1.0, 1e-5), "rounds": 1, "lot_size": 1, name: 0})
+            PrivacyPlan(**{"budget": dp.Budget(1.0, 1e-5), "rounds": 1, "lot_size": 1, name: 0})
+    with pytest.raises(BudgetError, match="`physical_batch` is 0"):
+        ComputeOptions(physical_batch=0)
     for options in (
         {"lot_size": 0},
         {"lot_size": "8"},

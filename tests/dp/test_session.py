@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_public_signature_trains_and_counts(start: Callable[..., PrivateSession]
     assert len(seen) == 6
     assert seen == sorted(seen)
     assert 0 < seen[0] < seen[-1] <= BUDGET.epsilon
-    assert seen[-1] == epsilon([(Mechanism(session.settings.noise_multiplier, 0.25), 6)], 1e-3)
+    assert seen[-1] == epsilon([(Mechanism(session.noise_multiplier, 0.25), 6)], 1e-3)
     assert session.lifetime() == session.spent()
 
 
@@ -334,14 +335,14 @@ def test_invariant_8_resume_from_an_older_checkpoint_counts_what_was_lost(
 def test_invariant_8_a_failed_step_uses_the_same_lot_again(start: Callable[..., PrivateSession]) -> None:
     session = start()
     broken = True
-    plain = session.lot_sums._collate
+    plain = session.lot_sums.data.collate
 
     def failing(items: list[Any]) -> Any:
         if broken:
             raise RuntimeError("out of memory")
         return plain(items)
 
-    session.lot_sums._collate = failing
+    session.lot_sums.data = replace(session.lot_sums.data, collate=failing)
     lot = next(lot for lot in [session.next_lot()] if len(lot))
     before = weights(session)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -387,7 +388,7 @@ def test_invariant_8_what_an_interrupted_step_left_is_not_added_to_the_retry(
             model, seed=6, lot_size=40, rounds=1, run=f"interrupted {interrupted}",
             optimizer=torch.optim.SGD(model.parameters(), 1.0),
         )  # fmt: skip
-        plain, calls = session.lot_sums._collate, 0
+        plain, calls = session.lot_sums.data.collate, 0
 
         def failing(items: list[Any], plain: Any = plain) -> Any:
             nonlocal calls
@@ -398,7 +399,7 @@ def test_invariant_8_what_an_interrupted_step_left_is_not_added_to_the_retry(
 
         lot = session.next_lot()
         if interrupted:
-            session.lot_sums._collate = failing
+            session.lot_sums.data = replace(session.lot_sums.data, collate=failing)
             with pytest.raises(KeyboardInterrupt):
                 session.step(lot)
         session.step(lot)
@@ -426,7 +427,7 @@ def test_users_are_the_unit_and_clipped_once_across_physical_batches(start: Call
             model, user_column="user", records_per_user=4, lot_size=3, physical_batch=size, seed=3, run=f"u{size}",
             optimizer=torch.optim.SGD(model.parameters(), 1.0),
         )  # fmt: skip
-        assert session.plan.units == 9
+        assert session.lots.units == 9
         for lot in session:
             session.step(lot)
         results.append(weights(session))

@@ -14,7 +14,7 @@ from test_experts_exchange import experts_settings
 from test_private_exchange import private_settings, with_privacy
 from torch.nn import functional
 
-import coterie.dp.contributor as contributor
+import coterie.dp.open_run as open_run
 from coterie.cli.privacy_lines import opening_lines, stopped_contributing
 from coterie.config import PartyConfig, PartyPrivacy
 from coterie.dp.balance import Balance, Balancer
@@ -54,7 +54,7 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
 ):
     sizes = {1: 0, 2: 1, 3: 5}
     monkeypatch.setattr(
-        contributor, "draw_lot",
+        open_run, "draw_lot",
         lambda round, *rest: Lot(round, np.arange(sizes[round]), np.arange(sizes[round])),
     )  # fmt: skip
     shapes: dict[int, list[tuple]] = {}
@@ -133,10 +133,13 @@ def test_rows_that_fill_up_a_batch_bring_no_balance_term(method):
         model = tiny_model("olmoe", num_hidden_layers=1)
         balancer = Balancer(Balance("per_sequence", coefficient=1.0), model, default_loss)
         engine = Engine(model, balancer, Flat(0.7), method)
-        steady = ConstantWork(engine, 5, longest, 7, records.pad_id, torch.device("cpu")) if constant else engine
-        figures = steady.accumulate(pair)
+        if constant:
+            steady = ConstantWork(5, longest, 7, records.pad_id, torch.device("cpu"))
+            figures = engine.accumulate(steady.fill(pair), counted=2).first(2)
+        else:
+            figures = engine.accumulate(pair)
         assert figures.losses.shape == (2,)
-        sums.append(steady.take())
+        sums.append(engine.take())
     for name, value in sums[0].items():
         assert relative(sums[1][name], value) < 1e-4, name
 

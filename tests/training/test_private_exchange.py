@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.config import FederationConfig, PrivacySpec
-from coterie.dp import contributor
+from coterie.dp import open_run
 from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.noise import add_noise
 from coterie.dp.randomness import random_source
@@ -221,7 +221,7 @@ def test_what_leaves_an_owner_has_the_same_sizes_and_order_whatever_the_size_of_
     seen = []
     for size in (0, 1, 9):
         lot = np.arange(size)
-        monkeypatch.setattr(contributor, "draw_lot", lambda round, *rest, lot=lot: Lot(round, lot, lot))
+        monkeypatch.setattr(open_run, "draw_lot", lambda round, *rest, lot=lot: Lot(round, lot, lot))
         config = private_settings(train__rounds=2)
         parts = make_parts(config, full_models(), tmp_path / str(size))
         seen.append(recorded_of(config, tmp_path / str(size), with_privacy(parts, tmp_path / str(size), sigma=None)))

@@ -62,6 +62,16 @@ class Diagnostics:
     within: Tensor
     masked: Tensor
 
+    def first(self, records: int) -> Diagnostics:
+        """Those of the first records: later rows only filled up the batch."""
+        return Diagnostics(
+            self.losses[:records],
+            self.norms[:records],
+            self.group_norms[:, :records],
+            self.within[:, :records],
+            self.masked[:records],
+        )
+
 
 class Engine:
     """Adds clipped per-sample gradients into float32 sums.

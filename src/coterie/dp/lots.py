@@ -78,25 +78,25 @@ class LotPlan:
 
     Attributes:
         units: N, records or users.
-        expected_size: N q, the lot size that noisy sums are divided by.
-        sampler: poisson, or truncated_poisson with ``limit``.
-        limit: largest lot in units.
+        lot_size: N q, the lot size that noisy sums are divided by.
+        sampler: poisson, or truncated_poisson with ``max_lot``.
+        max_lot: largest lot in units.
     """
 
     units: int
-    expected_size: int
+    lot_size: int
     sampler: Sampler = "poisson"
-    limit: int | None = None
+    max_lot: int | None = None
 
     @classmethod
-    def of(cls, units: int, lot_size: int, sampler: Sampler = "poisson", limit: int | None = None) -> LotPlan:
+    def of(cls, units: int, lot_size: int, sampler: Sampler = "poisson", max_lot: int | None = None) -> LotPlan:
         """Check the numbers, and choose the limit of truncated sampling where none is given.
 
         Raises:
             BudgetError: lots that are empty by plan, larger than the data, or truncated below their own size.
         """
         lot_size = checked_number("lot_size", lot_size)
-        limit = None if limit is None else checked_number("max_lot", limit)
+        max_lot = None if max_lot is None else checked_number("max_lot", max_lot)
         if lot_size > units:
             raise BudgetError(
                 f"a lot of {lot_size} is larger than the data ({units}).",
@@ -105,32 +105,32 @@ class LotPlan:
                 fix=f"choose a lot size of at most {units}",
             )
         if sampler == "truncated_poisson":
-            if limit is None:
-                limit = min(units, math.ceil(lot_size + _TRUNCATION_DEVIATIONS * math.sqrt(lot_size)))
-            if limit < lot_size:
+            if max_lot is None:
+                max_lot = min(units, math.ceil(lot_size + _TRUNCATION_DEVIATIONS * math.sqrt(lot_size)))
+            if max_lot < lot_size:
                 raise BudgetError(
-                    f"the largest lot ({limit}) is below the expected one ({lot_size}).",
+                    f"the largest lot ({max_lot}) is below the expected one ({lot_size}).",
                     code="dp-lot-limit",
                     why="most lots would be cut, which costs far more privacy than it saves work",
                     fix=f"leave the limit to the default, or set it above {lot_size}",
                 )
-        elif limit is not None:
+        elif max_lot is not None:
             raise BudgetError(
-                f"a largest lot ({limit}) was set for plain Poisson sampling.",
+                f"a largest lot ({max_lot}) was set for plain Poisson sampling.",
                 code="dp-lot-limit",
                 why="a cut lot is another mechanism with another privacy cost",
                 fix="set the sampler to truncated_poisson",
             )
-        return cls(units, lot_size, sampler, limit)
+        return cls(units, lot_size, sampler, max_lot)
 
     @property
     def rate(self) -> float:
-        return self.expected_size / self.units
+        return self.lot_size / self.units
 
     def mechanism(self, noise_multiplier: float) -> Mechanism:
         """What the accountant composes for one round. N enters it for truncated sampling only."""
         if self.sampler == "truncated_poisson":
-            return Mechanism(noise_multiplier, self.rate, self.sampler, self.units, self.limit)
+            return Mechanism(noise_multiplier, self.rate, self.sampler, self.units, self.max_lot)
         return Mechanism(noise_multiplier, self.rate)
 
 
@@ -226,9 +226,9 @@ def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSourc
         chosen = np.arange(units.count)
     else:
         chosen = np.flatnonzero(stream.uint64(units.count) < np.uint64(math.floor(plan.rate * 2**64)))
-    if plan.limit is not None and chosen.shape[0] > plan.limit:
+    if plan.max_lot is not None and chosen.shape[0] > plan.max_lot:
         keys = stream.uint64(chosen.shape[0])
-        chosen = np.sort(chosen[np.argsort(keys)[: plan.limit]])
+        chosen = np.sort(chosen[np.argsort(keys)[: plan.max_lot]])
     if units.starts is None or units.order is None or units.cap is None:
         return Lot(round_number, chosen.astype(np.int64), np.arange(chosen.shape[0], dtype=np.int64))
     records: list[np.ndarray] = []

@@ -6,7 +6,7 @@ once, and what the batches hold is compared with what the model can take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from coterie.dp.dataset import read_record
 from coterie.dp.heads import Head, base_of, head_of, num_classes
 from coterie.dp.losses import IGNORED, LossFunction
-from coterie.dp.lot_sums import with_a_token
 from coterie.dp.made_up import Side, numbers_of, pad_token, padding_of
+from coterie.dp.private_data import Collate, PrivateData, with_a_token
 from coterie.dp.refusals import check_batch, check_rows
 from coterie.errors import CoterieError, DataError
-
-Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 _AT_ONCE = 64
 
@@ -39,15 +37,11 @@ class Extent(NamedTuple):
     numbers: Mapping[str, tuple[int, int]]
 
 
-def check_records(
-    dataset: Any, records: int, collate: Collate, model: nn.Module, loss_fn: LossFunction | None, physical_batch: int
-) -> Extent:
+def check_records(data: PrivateData, model: nn.Module, loss_fn: LossFunction | None, physical_batch: int) -> Extent:
     """Refuse a data set with a record that cannot be trained on.
 
     Args:
-        dataset: records by index; what a user column holds is left out already.
-        records: their number.
-        collate: list of items to a batch.
+        data: records and their collator.
         model: tells the vocabulary and the outputs.
         loss_fn: the caller's loss; labels are its business then. None: the default loss.
         physical_batch: records that meet in a batch.
@@ -62,7 +56,8 @@ def check_records(
 
     Cost: the dataset is read and collated once, without the model.
     """
-    check = _Check(dataset, collate, model, head_of(model) if loss_fn is None else None)
+    records = data.units.records
+    check = _Check(data.visible, data.collate, model, head_of(model) if loss_fn is None else None)
     with torch.random.fork_rng(devices=[]):
         for indices in _groups(records, physical_batch):
             check.group(indices)

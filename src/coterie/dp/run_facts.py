@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coterie.dp.accounting import Mechanism
 from coterie.dp.ledger import Ledger
-from coterie.dp.lot_sums import Settings, SumEngine
-from coterie.dp.lots import LotPlan, Units
+from coterie.dp.lots import Units
+from coterie.dp.plan import PrivacyPlan
 from coterie.dp.provenance import Artefact
+from coterie.dp.sum_engine import SumEngine
 from coterie.dp.texts import Originals
 from coterie.errors import LedgerError
 
@@ -29,26 +31,26 @@ UNCHECKED = (
 class RunStart(NamedTuple):
     """The parts of a run that its ledger entry is made from."""
 
-    plan: LotPlan
-    settings: Settings
+    plan: PrivacyPlan
+    mechanism: Mechanism
     units: Units
     engine: SumEngine
 
     def facts(self) -> dict[str, Any]:
         """Public facts of the entry, JSON values."""
-        clipping, settings = self.engine.clipping, self.settings
+        plan = self.plan
         return {
             "unit": "record" if self.units.starts is None else "user",
             "units": self.units.count,
             "users": grouping_digest(self.units),
-            "clip_norm": settings.clip_norm,
-            "clipping": repr(clipping),
+            "clip_norm": plan.clip_norm,
+            "clipping": repr(self.engine.clipping),
             "groups": len(self.engine.groups),
             "eta": self.engine.eta,
-            "adaptive_quantile": settings.adaptive_quantile,
-            "seeded": settings.seed is not None,
-            "isolation": settings.isolation,
-            "half_precision": settings.half_precision,
+            "adaptive_quantile": plan.adaptive_quantile,
+            "seeded": plan.seed is not None,
+            "isolation": plan.isolation,
+            "half_precision": plan.half_precision,
         }
 
     def open(
@@ -72,8 +74,8 @@ class RunStart(NamedTuple):
         """
         ledger.record_texts(run, originals)
         ledger.start_run(
-            run, self.plan.mechanism(self.settings.noise_multiplier), self.settings.rounds, **self.facts(),
-            budget=asdict(self.settings.budget), provenance=[artefact.to_json() for artefact in artefacts],
+            run, self.mechanism, self.plan.rounds, **self.facts(),
+            budget=asdict(self.plan.budget), provenance=[artefact.to_json() for artefact in artefacts],
             record=dict(record), self_check=self_check,
         )  # fmt: skip
 
@@ -85,8 +87,8 @@ class RunStart(NamedTuple):
         """
         fixed = ledger.run(run)
         now = {
-            "mechanism": self.plan.mechanism(self.settings.noise_multiplier).to_json(),
-            "rounds": self.settings.rounds,
+            "mechanism": self.mechanism.to_json(),
+            "rounds": self.plan.rounds,
             **self.facts(),
         }
         # `eta` follows from the model's shapes and may be stated more tightly by a later version.

@@ -6,44 +6,32 @@ trainable parameter, spool, count, and only then step the optimizer with the noi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from coterie.checkpoints import Content
 from coterie.dp import checkpoint
-from coterie.dp.balance import Balancer
 from coterie.dp.budget import Spent
-from coterie.dp.ledger import Head, Ledger
-from coterie.dp.lot_sums import Collate, LotSums, RoundFigures, Settings, SumEngine
-from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
-from coterie.dp.randomness import RandomSource
+from coterie.dp.ledger import Head
+from coterie.dp.losses import LossFunction
+from coterie.dp.lot_sums import RoundFigures
+from coterie.dp.lots import Lot
+from coterie.dp.open_run import OpenRun
+from coterie.dp.private_data import Collate
 from coterie.dp.refusals import check_hooks
-from coterie.dp.releases import Pending, Releases
-from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release, Spool
-from coterie.dp.statement import Statement, make_statement
+from coterie.dp.releases import Pending
+from coterie.dp.saved_plan import plan_to_json
+from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release
+from coterie.dp.start import resume_run
+from coterie.dp.statement import Statement
+from coterie.dp.stepping import put_gradient
 from coterie.errors import CheckpointError, LedgerError, PrivacyError
 from coterie.models.trainings import Training
-
-
-@runtime_checkable
-class KeepsFloat32(Protocol):
-    """An optimizer that keeps float32 gradients of low-precision parameters, as `coterie.training.optim.AdamW`."""
-
-    def gradient(self, param: Tensor) -> Tensor:
-        """The float32 gradient of a parameter, to be changed in place."""
-
-
-def put_gradient(optimizer: Any, parameter: Tensor, mean: Tensor) -> None:
-    """Hand a parameter's part of a release to the optimizer."""
-    if isinstance(optimizer, KeepsFloat32):
-        optimizer.gradient(parameter).copy_(mean)
-    else:
-        parameter.grad = mean.to(parameter.device, parameter.dtype)
 
 
 class PrivateSession:
@@ -51,42 +39,32 @@ class PrivateSession:
 
     Use it as a context manager, or call `close`, to let another process continue the run.
 
+    Args:
+        model: as the run was opened with.
+        optimizer: of its trained parameters.
+        opened: the run.
+        schedule: learning rate of a round, counted from 0; None: the optimizer's own.
+
     Attributes:
         round: rounds that the model has taken.
+        run: identifier in the ledger.
+        plan: what bounds the cost of the run.
+        lots: how lots are drawn.
+        ledger, releases, lot_sums: see `coterie.dp.open_run.OpenRun`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataset: Any,
-        collate: Collate,
-        engine: SumEngine,
-        balancer: Balancer | None,
-        plan: LotPlan,
-        units: Units,
-        settings: Settings,
-        source: RandomSource,
-        ledger: Ledger,
-        spool: Spool,
-        run: str,
-        not_covered: Sequence[str] = (),
-        options: Mapping[str, Any] | None = None,
+        opened: OpenRun,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.settings = settings
-        self.plan = plan
-        self.run = run
-        self.round = 0
-        self.ledger = ledger
-        self.releases = Releases(ledger, spool, run)
-        self.lot_sums = LotSums(model, dataset, collate, engine, balancer, units, settings, source)
-        self._units = units
-        self._source = source
-        self._not_covered = tuple(not_covered)
-        self._options = dict(options or {})
+        self.plan, self.lots, self.run, self.round = opened.plan, opened.lots, opened.name, 0
+        self.ledger, self.releases, self.lot_sums = opened.ledger, opened.releases, opened.lot_sums
+        self._opened = opened
         self._schedule = schedule
         self._pending: Pending | None = None
         self._parent = "start"
@@ -101,7 +79,7 @@ class PrivateSession:
         while True:
             while self._replay():
                 pass
-            if self.round >= self.settings.rounds or self.releases.remaining <= 0:
+            if self.round >= self.plan.rounds or self.releases.remaining <= 0:
                 return
             before = self.round
             yield self.next_lot()
@@ -123,10 +101,7 @@ class PrivateSession:
         while self._replay():
             pass
         if self._pending is None:
-            number = self.round + 1
-            begun = self.releases.begin(
-                number, self._pins(), lambda draw: draw_lot(number, self.plan, self._units, self._source, draw)
-            )
+            begun = self._opened.begin(self.round + 1, self._pins())
             assert isinstance(begun, Pending)  # a release for these pins would have been replayed
             self._pending = begun
         return self._pending.lot
@@ -170,6 +145,11 @@ class PrivateSession:
         self._take(*self.publish(self._pending))
         self._trim_spool()
 
+    @property
+    def noise_multiplier(self) -> float:
+        """Sigma of every round."""
+        return self._opened.noise_multiplier
+
     def has_release(self) -> bool:
         """Whether the next round's result is already in the spool, so that it costs nothing more."""
         return self._published() is not None
@@ -186,15 +166,7 @@ class PrivateSession:
             The noised sums over the expected lot size, float32 on the CPU, and the release that holds them.
         """
         self._check_trained()
-        earlier = self.releases.spooled(pending)
-        if earlier is not None:
-            return earlier.tensors(), earlier
-        sums = self.lot_sums.compute(pending.lot, pending.name)
-        means = self.lot_sums.noise(sums).add(
-            sums, self._source, f"noise|{pending.name}", divisor=float(self.plan.expected_size)
-        )
-        del sums  # with isolation: exact they take twice the memory of what is spooled
-        return means, self.releases.publish(pending, means)
+        return self._opened.publish(pending, divisor=float(self.plan.lot_size))
 
     def _trim_spool(self) -> None:
         """Drop results that no checkpoint could be brought up to date with, and keep the rest within bounds.
@@ -257,7 +229,7 @@ class PrivateSession:
 
     def _published(self) -> Release | None:
         """The next round's result, if a run before this one had released it already from the same weights."""
-        if self._pending is not None or self.round >= self.settings.rounds:
+        if self._pending is not None or self.round >= self.plan.rounds:
             return None
         release = self.releases.published(self.round + 1)
         if release is not None and release.pins != self._pins():
@@ -276,20 +248,20 @@ class PrivateSession:
 
     def spent(self) -> Spent:
         """What this run has spent so far, at the budget's delta; infinite for a seeded run."""
-        return self.ledger.spent(self.run, self.settings.budget.delta)
+        return self._opened.spent()
 
     def lifetime(self) -> Spent:
         """What all private runs on this dataset that protect the same unit have spent together."""
-        return self.ledger.lifetime(self.settings.budget.delta, self.run)
+        return self.ledger.lifetime(self.plan.budget.delta, self.run)
 
     def statement(self) -> Statement:
         """The privacy statement as of now; ``str()`` of it is for people, ``to_json()`` for programs."""
-        return make_statement(self.ledger, self.run, self.settings.budget, self.settings.clip_norm, self._not_covered)
+        return self._opened.statement()
 
     def training(self) -> Training:
         """What a saved model says of this run; see `coterie.models.trainings`."""
-        budget = self.settings.budget
-        kind: Literal["budget", "seeded"] = "budget" if self._source.private else "seeded"
+        budget = self.plan.budget
+        kind: Literal["budget", "seeded"] = "budget" if self._opened.source.private else "seeded"
         return Training(self.run, kind, self.ledger.public_name(), budget.epsilon, budget.delta)
 
     # -- saving -----------------------------------------------------------------------------------------------------
@@ -318,19 +290,20 @@ class PrivateSession:
         self.releases.spool.drop_releases(self.round)
 
     def _facts(self) -> dict[str, Any]:
+        opened = self._opened
+        facts = plan_to_json(self.plan, opened.options, self.lots, self.noise_multiplier)
+        facts["settings"]["user_column"] = opened.data.user_column
         return {
+            **facts,
             "run": self.run,
             "round": self.round,
             "parent": self._parent,
             "dataset": self.ledger.dataset,
             "ledger_root": str(self.ledger.folder.parent),
             "head": asdict(self.ledger.head()),
-            "settings": asdict(self.settings),
-            "plan": asdict(self.plan),
-            "user_cap": self._units.cap,
-            "not_covered": list(self._not_covered),
-            "options": self._options,
-            "private": self._source.private,
+            "user_cap": opened.data.units.cap,
+            "not_covered": list(opened.not_covered),
+            "private": opened.source.private,
         }
 
     def restore(self, path: str | Path) -> None:
@@ -381,7 +354,10 @@ class PrivateSession:
         optimizer: torch.optim.Optimizer,
         dataset: Any,
         collate_fn: Collate | None = None,
-        loss_fn: Any = None,
+        loss_fn: LossFunction | None = None,
+        *,
+        schedule: Callable[[int], float] | None = None,
+        state_only: bool = False,
         **options: Any,
     ) -> PrivateSession:
         """Continue a saved run: same settings, same ledger; nothing that was released is computed again.
@@ -393,17 +369,30 @@ class PrivateSession:
             dataset: the records of the start.
             collate_fn: as at the start.
             loss_fn: as at the start.
-            options: the further arguments that `make_private` was given (ledger, clipping, method, balance...).
-        """
-        from coterie.dp.setup import resume_session
+            schedule: as at the start.
+            state_only: the checkpoint is one of `save_state`: model and optimizer are the caller's.
+            options: objects that a checkpoint does not hold, and places: ``ledger``, ``digest``, ``users``,
+                ``clipping``, ``method``, ``engine``, as `make_private` was given them.
 
-        return resume_session(Path(path), model, optimizer, dataset, collate_fn, loss_fn, **options)
+        Raises:
+            CheckpointError: no checkpoint, or another run's, dataset's or model's.
+            PrivacyError: something that the run rests on is not in the checkpoint and was not given.
+            LedgerError: the ledger is behind, or says otherwise.
+        """
+        opened = resume_run(Path(path), model, optimizer, dataset, collate_fn, loss_fn, **options)
+        try:
+            session = cls(model, optimizer, opened, schedule)
+            session.restore_state(path) if state_only else session.restore(path)
+        except BaseException:
+            opened.close()
+            raise
+        return session
 
     def close(self) -> None:
         """Let another process or session continue this run. Without a checkpoint there is nothing to continue."""
         if self._saved is None:
             self.releases.spool.remove()
-        self.releases.spool.close()
+        self._opened.close()
 
     def __enter__(self) -> PrivateSession:
         return self

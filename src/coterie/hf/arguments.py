@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 
 from coterie.dp.balance import Balance
+from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping
 from coterie.dp.engine import Method
-from coterie.dp.isolation import Isolation
+from coterie.dp.isolation import Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
 from coterie.dp.numbers import check_fields
+from coterie.dp.plan import PrivacyPlan
 from coterie.dp.provenance import Artefact
 from coterie.dp.users import check_one_naming
 from coterie.errors import PrivacyError
@@ -79,6 +82,31 @@ class PrivacyArguments:
             "seed",
         )
         check_one_naming(self.user_column, self.users)
+
+    def plan(self, model: nn.Module, rounds: int, half_precision: bool) -> PrivacyPlan:
+        """What these settings bound.
+
+        Args:
+            model: tells whether it computes in half precision.
+            rounds: optimizer steps planned.
+            half_precision: it does under autocast, which the model itself does not show.
+        """
+        half = half_precision or computes_in_half(model)
+        return PrivacyPlan(
+            Budget(self.epsilon, self.delta),
+            rounds,
+            self.lot_size,
+            clip_norm=self.clip_norm,
+            clipping=self.clipping,
+            adaptive_quantile=self.adaptive_quantile,
+            sampler=self.sampler,  # type: ignore[arg-type]
+            max_lot=self.max_lot,
+            records_per_user=self.records_per_user,
+            balance=self.balance or Balance(),
+            isolation=chosen(self.isolation, half),
+            half_precision=half,
+            seed=self.seed,
+        )
 
     @classmethod
     def of(cls, given: PrivacyArguments | Mapping[str, Any]) -> PrivacyArguments:

@@ -21,12 +21,14 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from coterie.dp.budget import Budget, PrivacyWarning, Spent
+from coterie.dp.budget import PrivacyWarning, Spent
 from coterie.dp.dataset import checked_length, dataset_digest
 from coterie.dp.lot_sums import Collate
 from coterie.dp.numbers import checked_number
+from coterie.dp.plan import ComputeOptions
+from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
-from coterie.dp.setup import make_private, resume_session
+from coterie.dp.setup import start_session
 from coterie.dp.statement import Statement
 from coterie.dp.users import user_column, user_ids
 from coterie.errors import CheckpointError, PrivacyError
@@ -66,7 +68,7 @@ class _StopWhenSpent(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         session = self._trainer.session
-        if session is not None and session.releases.remaining <= 0 and session.round < session.settings.rounds:
+        if session is not None and session.releases.remaining <= 0 and session.round < session.plan.rounds:
             control.should_training_stop = not session.has_release()
         return control
 
@@ -435,23 +437,23 @@ class PrivateTrainer(Trainer):
         collate = self._collator()
         digest = privacy.digest or dataset_digest(self.train_dataset)
         if checkpoint is None:
-            return make_private(
-                self.model, self.optimizer, records, collate, privacy.loss_fn, Budget(privacy.epsilon, privacy.delta),
-                clip_norm=privacy.clip_norm, lot_size=privacy.lot_size, rounds=self._rounds(),
-                physical_batch=args.per_device_train_batch_size, clipping=privacy.clipping, method=privacy.method,
-                adaptive_quantile=privacy.adaptive_quantile, sampler=privacy.sampler, max_lot=privacy.max_lot,
-                users=self._users(), records_per_user=privacy.records_per_user, balance=privacy.balance,
-                provenance=privacy.provenance, ledger=privacy.ledger, digest=digest, seed=privacy.seed,
-                isolation=privacy.isolation, half_precision=self._in_half() or None,
+            plan = privacy.plan(self.model, self._rounds(), self._in_half())
+            data = PrivateData.of(
+                records, collate, users=self._users(), records_per_user=plan.records_per_user, digest=digest
+            )
+            options = ComputeOptions(privacy.method, args.per_device_train_batch_size).repeatable(plan.seed)
+            return start_session(
+                self.model, self.optimizer, data, plan, options, loss_fn=privacy.loss_fn,
+                provenance=privacy.provenance, ledger=privacy.ledger,
             )  # fmt: skip
-        session = resume_session(
+        session = PrivateSession.resume(
             checkpoint / _STATE, self.model, self.optimizer, records, collate, privacy.loss_fn, ledger=privacy.ledger,
             digest=digest, users=self._users(), clipping=privacy.clipping, method=privacy.method, state_only=True,
         )  # fmt: skip
-        if session.settings.rounds != self._rounds():
+        if session.plan.rounds != self._rounds():
             session.close()
             raise CheckpointError(
-                f"{self._rounds()} steps are asked for, the run was started for {session.settings.rounds}.",
+                f"{self._rounds()} steps are asked for, the run was started for {session.plan.rounds}.",
                 code="hf-rounds-changed",
                 why="noise was calibrated to the number of steps",
                 fix="keep max_steps, num_train_epochs and lot_size as they were, or start a new run",

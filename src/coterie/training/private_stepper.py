@@ -8,12 +8,12 @@ from typing import Any
 
 from coterie.checkpoints import Content
 from coterie.config import PrivacySpec, TrainConfig
-from coterie.dp.balance import Balance
-from coterie.dp.budget import Budget
 from coterie.dp.dataset import dataset_digest
 from coterie.dp.ledger import default_root
+from coterie.dp.plan import ComputeOptions, PrivacyPlan
+from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
-from coterie.dp.setup import make_private, resume_session
+from coterie.dp.setup import start_session
 from coterie.dp.statement import Statement
 from coterie.models.trainings import Training
 from coterie.training.data import Documents
@@ -53,14 +53,14 @@ class PrivateStepper:
 
     @property
     def finished(self) -> bool:
-        return self.round == self._session.settings.rounds or self._session.releases.remaining == 0
+        return self.round == self._session.plan.rounds or self._session.releases.remaining == 0
 
     def step(self) -> Step:
         session = self._session
         session.step(session.next_lot())
         made = session.last
         assert made is not None
-        every = max(1, session.settings.rounds // _SPENT_SHOWN)
+        every = max(1, session.plan.rounds // _SPENT_SHOWN)
         spent = session.spent() if self.finished or self.round % every == 0 else None
         figures = {
             "loss_not_private": made.loss,
@@ -92,23 +92,24 @@ class PrivateStepper:
 
 def _begun(prepared: Prepared, documents: Documents, optimizer: AdamW) -> PrivateSession:
     config, privacy = prepared.config, _privacy(prepared.config)
-    return make_private(
-        prepared.model, optimizer, prepared.train, prepared.train.collate,
-        budget=Budget(privacy.epsilon, privacy.delta), clip_norm=privacy.clip_norm,
-        lot_size=privacy.lot_size or config.train.batch_size, rounds=config.train.rounds,
-        physical_batch=privacy.physical_batch, schedule=_schedule(config), clipping=privacy.clipping,
-        method=privacy.method, isolation=privacy.isolation, adaptive_quantile=privacy.adaptive_quantile,
-        sampler=privacy.sampler, max_lot=privacy.max_lot, users=prepared.train.users,
-        records_per_user=privacy.records_per_user, balance=_balance(privacy),
-        provenance=artefacts(config.model, config.data), ledger=_ledger(config),
+    plan = PrivacyPlan.of_settings(
+        privacy, prepared.model, config.train.rounds, lot_size=config.train.batch_size,
+        seed=config.train.seed if privacy.seeded else None,
+    )  # fmt: skip
+    data = PrivateData.of(
+        prepared.train, prepared.train.collate, users=prepared.train.users, records_per_user=plan.records_per_user,
         digest=dataset_digest(documents.texts), originals=originals(documents, prepared.train),
-        seed=config.train.seed if privacy.seeded else None, record=record_facts(config.data),
+    )  # fmt: skip
+    return start_session(
+        prepared.model, optimizer, data, plan, ComputeOptions.of_settings(privacy).repeatable(plan.seed),
+        provenance=artefacts(config.model, config.data), ledger=_ledger(config), record=record_facts(config.data),
+        schedule=_schedule(config),
     )  # fmt: skip
 
 
 def _resumed(prepared: Prepared, documents: Documents, optimizer: AdamW, saved: Path) -> PrivateSession:
     config = prepared.config
-    return resume_session(
+    return PrivateSession.resume(
         saved, prepared.model, optimizer, prepared.train, prepared.train.collate,
         schedule=_schedule(config), users=prepared.train.users, ledger=_ledger(config),
         digest=dataset_digest(documents.texts),
@@ -122,10 +123,6 @@ def _privacy(config: TrainConfig) -> PrivacySpec:
 
 def _ledger(config: TrainConfig) -> Path:
     return _privacy(config).ledger or default_root(config.run_dir)
-
-
-def _balance(privacy: PrivacySpec) -> Balance:
-    return Balance(privacy.balance, privacy.balance_coefficient, privacy.load_share, privacy.load_smoothing)
 
 
 def _schedule(config: TrainConfig) -> Callable[[int], float]:

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp import selfcheck
-from coterie.dp.balance import Balance, Balancer
-from coterie.dp.budget import Budget, PrivacyWarning
-from coterie.dp.clipping import policy
-from coterie.dp.contributor import Contributor, Plan
+from coterie.dp.budget import PrivacyWarning
+from coterie.dp.contributor import Contributor
 from coterie.dp.engine import Engine
-from coterie.dp.isolation import chosen, computes_in_half, make_engine
 from coterie.dp.ledger import Head
-from coterie.dp.losses import default_loss
-from coterie.dp.lot_sums import SumEngine
 from coterie.dp.made_up import FromCollator
+from coterie.dp.open_run import RunEntry, open_run
+from coterie.dp.plan import ComputeOptions, PrivacyPlan
+from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.dp.spool import Release
 from coterie.errors import BudgetError, PrivacyError
@@ -79,17 +77,18 @@ class PrivateSums:
         }
         check_model(model)
         self._check_covered()
-        spec = parts.spec
-        balance = Balance(spec.balance, spec.balance_coefficient, spec.load_share, spec.load_smoothing)
-        self.balancer = Balancer(balance, model, default_loss) if balance.mode != "off" else None
-        self._in_half = computes_in_half(model)
-        self._isolation = chosen(spec.isolation, self._in_half, against_hosts=True)
+        self._plan = PrivacyPlan.of_settings(
+            parts.spec, model, parts.rounds, seed=parts.seed, against_hosts=True, noise_multiplier=parts.sigma
+        )
+        self._options = ComputeOptions.of_settings(parts.spec, accumulate_on=torch.device("cpu"))
+        self.balancer = self._plan.balancer(model)
         self.contributor: Contributor | None = None
         self.exhausted = False
         self._compared = False
         self._gaps: tuple[str, ...] = ()
         self._expected: Head | None = None
         self._constant: ConstantWork | None = None
+        self._engine: Engine | None = None
         self._alive: Callable[[], bool] = lambda: True
 
     def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
@@ -103,14 +102,14 @@ class PrivateSums:
         self._finish_work(began)
         self.exhausted = made is None
         if made is None:
-            return Sums(None, {}, 0.0, {"epsilon": contributor.spent().epsilon})
+            return Sums(None, {}, 0.0, {"epsilon": contributor.run.spent().epsilon})
         noised, release = made
         experts: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in self._layers}
         for full, (layer, name) in self._names.items():
             experts[layer][name] = noised[full]
         rest = {name: value for name, value in noised.items() if name not in self._names}
         figures = self._figures(contributor, round, release)
-        return Sums(experts, rest, float(contributor.expected_lot), figures, release.digest)
+        return Sums(experts, rest, float(self._plan.lot_size), figures, release.digest)
 
     def applied(self, round: int, newest: int) -> None:
         """Nobody will ask for spooled results up to ``round`` again; those up to ``newest`` go if room is short."""
@@ -121,12 +120,13 @@ class PrivateSums:
         """Hosts received this many rounds of ours; a ledger that knows fewer was put back and stops the run."""
         if self.contributor is not None:
             if self._expected is not None:
-                self.contributor.check_contains(self._expected)
-            self.contributor.check_not_behind(received)
+                self.contributor.run.ledger.check_contains(self._expected)
+            run = self.contributor.run
+            run.ledger.check_not_behind(run.name, received)
 
     def ledger_head(self) -> Head | None:
         """The newest entry of the ledger, for a checkpoint."""
-        return None if self.contributor is None else self.contributor.head()
+        return None if self.contributor is None else self.contributor.run.ledger.head()
 
     def expect(self, head: Head | None) -> None:
         """A checkpoint was loaded; before every attempt from now on, the ledger has to hold what it held then."""
@@ -135,23 +135,24 @@ class PrivateSums:
     def privacy(self) -> dict[str, object] | None:
         if self.contributor is None:
             return None
-        contributor, spent = self.contributor, self.contributor.spent()
+        run = self.contributor.run
+        spent = run.spent()
         return {
             "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
             "delta": spent.delta,
-            "noise_multiplier": contributor.noise_multiplier,
-            "isolation": contributor.isolation,
-            "rounds": contributor.rounds_released(),
-            "rounds_left": contributor.rounds_left(),
+            "noise_multiplier": run.noise_multiplier,
+            "isolation": run.plan.isolation,
+            "rounds": run.releases.used,
+            "rounds_left": run.releases.remaining,
             "contributing": not self.exhausted,
         }
 
     def statement(self) -> str:
-        return "" if self.contributor is None else str(self.contributor.statement())
+        return "" if self.contributor is None else str(self.contributor.run.statement())
 
     def close(self) -> None:
         if self.contributor is not None:
-            self.contributor.close()
+            self.contributor.run.close()
             self.contributor = None
 
     def open(self, streamer: LayerStreamer) -> None:
@@ -181,36 +182,24 @@ class PrivateSums:
     def open_books(self, streamer: LayerStreamer) -> Contributor:
         """Open the ledger and what was spooled; uses no weights."""
         if self.contributor is None:
-            spec, parts = self._parts.spec, self._parts
-            made = self._make_engine(streamer)
-            engine: SumEngine = made
-            plan = Plan(
-                budget=Budget(spec.epsilon, spec.delta),
-                rounds=parts.rounds,
-                lot_size=spec.lot_size or 1,
-                clip_norm=spec.clip_norm,
-                physical_batch=spec.physical_batch,
-                sampler=spec.sampler,
-                max_lot=spec.max_lot,
-                records_per_user=spec.records_per_user,
-                seed=parts.seed,
-                sigma=parts.sigma,
-                isolation=self._isolation,
-                half_precision=self._in_half,
-            )
-            if parts.push_after_s is not None:
-                engine = self._constant = self._steadied(made)
-            self.contributor = Contributor(
-                self._model, self._records, self._collate, engine, plan, ledger=spec.ledger, run=self._run(),
-                digest=parts.digest, users=self._records.users, artefacts=parts.artefacts, balancer=self.balancer,
-                record=parts.record, originals=parts.originals, self_check=self._compared,
-                gaps=self._gaps,
+            parts = self._parts
+            data = PrivateData.of(
+                self._records, self._collate, users=self._records.users,
+                records_per_user=self._plan.records_per_user, digest=parts.digest, originals=parts.originals,
             )  # fmt: skip
+            entry = RunEntry(
+                parts.spec.ledger, self._run(), parts.artefacts, parts.record, self._compared, self._gaps
+            )
+            engine = self._engine = self._make_engine(streamer)
+            self._constant = None if parts.push_after_s is None else self._one_shape()
+            self.contributor = Contributor(
+                open_run(self._plan, self._options, data, self._model, engine, self.balancer, entry, self._constant)
+            )
             self._check_noise(self.contributor, parts.largest_noise)
         return self.contributor
 
     def _check_noise(self, contributor: Contributor, largest: float) -> None:
-        multiplier = contributor.noise_multiplier
+        multiplier = contributor.run.noise_multiplier
         if multiplier > largest:
             self.close()
             raise BudgetError(
@@ -241,19 +230,14 @@ class PrivateSums:
             for name, param in layer.parameters().items()
             if param.requires_grad
         }
-        clipping = policy(self._parts.spec.clipping, self._parts.spec.clip_norm)
-        cpu = torch.device("cpu")
-        return make_engine(
-            self._isolation, self._model, self.balancer, clipping, self._parts.spec.method, streamer, shapes, cpu
-        )
+        return self._options.engine(self._plan, self._model, self.balancer, streamer, shapes)
 
-    def _steadied(self, engine: Engine) -> ConstantWork:
+    def _one_shape(self) -> ConstantWork:
         spec, length = self._parts.spec, self._parts.sequence_length
         longest = length or max(len(self._records[row]["input_ids"]) for row in range(len(self._records)))
         device = next(p for p in self._model.parameters() if not p.is_meta).device
         return ConstantWork(
-            engine,
-            1 if self._isolation == "exact" else spec.physical_batch,
+            1 if self._plan.isolation == "exact" else spec.physical_batch,
             longest,
             spec.max_lot or len(self._records),
             self._records.pad_id,
@@ -268,18 +252,18 @@ class PrivateSums:
     def _finish_work(self, began: float) -> None:
         """In constant-work mode: compute what the lot did not need, and wait for the fixed moment."""
         after = self._parts.push_after_s
-        if after is None or self._constant is None:
+        if after is None or self._constant is None or self._engine is None:
             return
-        self._constant.fill_up()
+        self._constant.fill_up(self._engine)
         while time.monotonic() - began < after:
             if not self._alive():
                 raise superseded()
             time.sleep(min(0.05, max(0.0, after - (time.monotonic() - began))))
 
     def _figures(self, contributor: Contributor, round: int, release: Release) -> dict[str, float]:
-        figures: dict[str, float] = {"epsilon": contributor.spent().epsilon}
-        figures |= {f"{what}_seconds": seconds for what, seconds in contributor.seconds.items()}
-        last = contributor.last
+        figures: dict[str, float] = {"epsilon": contributor.run.spent().epsilon}
+        figures |= {f"{what}_seconds": seconds for what, seconds in contributor.run.seconds.items()}
+        last = contributor.run.lot_sums.last
         if last is not None and last.round == round:
             figures |= {
                 "loss_not_private": last.loss,

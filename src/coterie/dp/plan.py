@@ -1,0 +1,231 @@
+"""What a private run is, in two halves: what bounds its cost, and what cannot change it.
+
+Settings files, `coterie.dp.make_private` and `coterie.hf` build both; `coterie.dp.open_run` is given both, for a
+session of one party and for a party of a federation alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from coterie.config import PrivacySpec
+from coterie.dp.accounting import Mechanism, Sampler, noise_multiplier
+from coterie.dp.balance import Balance, Balancer
+from coterie.dp.budget import Budget
+from coterie.dp.clipping import Clipping, policy
+from coterie.dp.engine import Engine, Method
+from coterie.dp.isolation import Isolation, chosen, computes_in_half, make_engine
+from coterie.dp.losses import LossFunction, default_loss
+from coterie.dp.lots import LotPlan
+from coterie.dp.numbers import check_fields
+from coterie.errors import BudgetError, PrivacyError
+from coterie.models.streaming import WeightSource
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """A run's mechanism, fixed before the first lot: all that bounds what is spent, in public numbers.
+
+    Attributes:
+        budget: what the run may spend.
+        rounds: releases planned; failed ones count.
+        lot_size: expected units in a lot, by which noisy sums are divided.
+        clip_norm: C, the bound of one unit's gradient norm.
+        clipping: name of a policy, or a policy of `coterie.dp.clipping` with the same clip norm.
+        adaptive_quantile: share of records that adaptive clipping keeps unclipped; None for fixed thresholds.
+        adaptive_share: the part of the clip norm, in (0, 1), that the released clip indicators take.
+        sampler, max_lot: how lots are drawn; None: the limit that `LotPlan.of` chooses.
+        records_per_user: most records of one user in a lot, where units are users.
+        balance: how experts are kept evenly used; some ways of it are released, too.
+        isolation: how records are kept from changing each other's rounding; see `coterie.dp.isolation`.
+        half_precision: the model computes in a half-precision format.
+        seed: for tests; lots, dropout and noise come from it, and the run is then not private.
+        noise_multiplier: sigma; None: calibrated to the budget. Another value is for seeded tests, and for a run that
+            goes on with the one it was started with.
+
+    Raises:
+        BudgetError: a number outside its range.
+        PrivacyError: a word that is none of the choices.
+    """
+
+    budget: Budget
+    rounds: int
+    lot_size: int
+    clip_norm: float = 1.0
+    clipping: str | Clipping = "flat"
+    adaptive_quantile: float | None = None
+    adaptive_share: float = 0.1
+    sampler: Sampler = "poisson"
+    max_lot: int | None = None
+    records_per_user: int = 16
+    balance: Balance = field(default_factory=Balance)
+    isolation: Isolation = "fast"
+    half_precision: bool = False
+    seed: int | None = None
+    noise_multiplier: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, "rounds", "lot_size", "clip_norm", "adaptive_quantile", "max_lot", "records_per_user", "seed"
+        )
+        _check_choice("sampler", self.sampler, get_args(Sampler))
+        _check_choice("isolation", self.isolation, get_args(Isolation))
+
+    @classmethod
+    def of_settings(
+        cls,
+        spec: PrivacySpec,
+        model: nn.Module,
+        rounds: int,
+        *,
+        lot_size: int | None = None,
+        seed: int | None = None,
+        against_hosts: bool = False,
+        noise_multiplier: float | None = None,
+    ) -> PrivacyPlan:
+        """What a settings file asks for.
+
+        Args:
+            spec: the `privacy` block.
+            model: tells whether it computes in half precision.
+            rounds: of the run.
+            lot_size: where the block names none.
+            seed: for tests.
+            against_hosts: others choose the weights; see `coterie.dp.isolation.chosen`.
+            noise_multiplier: for seeded tests.
+        """
+        half = computes_in_half(model)
+        return cls(
+            Budget(spec.epsilon, spec.delta),
+            rounds,
+            spec.lot_size or lot_size or 1,
+            clip_norm=spec.clip_norm,
+            clipping=spec.clipping,
+            adaptive_quantile=spec.adaptive_quantile,
+            sampler=spec.sampler,
+            max_lot=spec.max_lot,
+            records_per_user=spec.records_per_user,
+            balance=Balance(spec.balance, spec.balance_coefficient, spec.load_share, spec.load_smoothing),
+            isolation=chosen(spec.isolation, half, against_hosts),
+            half_precision=half,
+            seed=seed,
+            noise_multiplier=noise_multiplier,
+        )
+
+    def lots(self, units: int) -> LotPlan:
+        """How lots of so many records or users are drawn.
+
+        Raises:
+            BudgetError: lots larger than the data, or truncated below their own size.
+        """
+        return LotPlan.of(units, self.lot_size, self.sampler, self.max_lot)
+
+    def mechanism(self, lots: LotPlan) -> Mechanism:
+        """What the accountant composes for one round, with the noise that the budget needs.
+
+        Raises:
+            BudgetError: no noise reaches the budget.
+
+        Cost: see `coterie.dp.accounting.noise_multiplier`.
+        """
+        if self.noise_multiplier is not None:
+            return lots.mechanism(self.noise_multiplier)
+        least = lots.mechanism(1.0)
+        return lots.mechanism(
+            noise_multiplier(self.budget, lots.rate, self.rounds, lots.sampler, least.units, least.limit)
+        )
+
+    def policy(self) -> Clipping:
+        """How norms become factors.
+
+        Raises:
+            PrivacyError: a policy with another clip norm.
+        """
+        clipper = policy(self.clipping, self.clip_norm) if isinstance(self.clipping, str) else self.clipping
+        if clipper.clip_norm != self.clip_norm:
+            raise PrivacyError(
+                f"the clipping policy has clip norm {clipper.clip_norm}, the session {self.clip_norm}.",
+                code="dp-clip-norm",
+                why="noise is calibrated to the clip norm",
+                fix="give both the same number",
+            )
+        return clipper
+
+    def balancer(self, model: nn.Module, loss_fn: LossFunction | None = None) -> Balancer | None:
+        """What adds the balance term to a model's loss; None where nothing is balanced."""
+        return None if self.balance.mode == "off" else Balancer(self.balance, model, loss_fn or default_loss)
+
+    def check_secrecy(self) -> None:
+        """Hold a new run to noise that fits its budget.
+
+        Raises:
+            BudgetError: a noise multiplier of one's own in a run that is private.
+        """
+        if self.noise_multiplier is not None and self.seed is None:
+            raise BudgetError("a noise multiplier of one's own is for seeded tests.", code="dp-sigma")
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How a run computes: nothing here changes a result beyond rounding, or what is promised.
+
+    Attributes:
+        method: how the engine computes clipped sums. ``isolation: exact`` has one way only.
+        physical_batch: records computed at once; one with ``isolation: exact``.
+        accumulate_on: device of the sums; None: each parameter's own.
+        self_check: compare the engine with one record at a time before training; the statement says where not.
+    """
+
+    method: Method = "auto"
+    physical_batch: int = 16
+    accumulate_on: torch.device | None = None
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "physical_batch")
+        _check_choice("method", self.method, get_args(Method))
+
+    @classmethod
+    def of_settings(cls, spec: PrivacySpec, accumulate_on: torch.device | None = None) -> ComputeOptions:
+        """What a settings file asks for."""
+        return cls(spec.method, spec.physical_batch, accumulate_on)
+
+    def repeatable(self, seed: int | None) -> ComputeOptions:
+        """The automatic choice of method depends on free memory; a seeded run has to repeat to the last bit."""
+        fixed = seed is not None and self.method == "auto"
+        return replace(self, method="book_keeping") if fixed else self
+
+    def engine(
+        self,
+        plan: PrivacyPlan,
+        model: nn.Module,
+        loss_fn: LossFunction | None,
+        expert_weights: WeightSource | None = None,
+        expert_shapes: dict[str, torch.Size] | None = None,
+    ) -> Engine:
+        """The engine that computes what a plan bounds.
+
+        Args:
+            plan: clipping and isolation.
+            model: see `Engine`.
+            loss_fn: with the balance term, if there is one; default: `losses.default_loss`.
+            expert_weights, expert_shapes: of a streamed model; see `Engine`.
+        """
+        return make_engine(
+            plan.isolation, model, loss_fn, plan.policy(), self.method, expert_weights, expert_shapes,
+            self.accumulate_on,
+        )  # fmt: skip
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PrivacyError(
+            f"`{name}` is {value!r}, it must be one of {', '.join(choices)}.",
+            code="dp-choice",
+            why="a word that means nothing would leave the default in place, whatever was meant",
+            fix=f"choose one of {', '.join(choices)}",
+        )

@@ -1,0 +1,78 @@
+"""Handing a release to an optimizer, and holding the optimizer to the parameters that the mechanism covers."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.dry_step import check_optimizer_step
+from coterie.dp.refusals import check_hooks
+from coterie.errors import PrivacyError
+
+
+@runtime_checkable
+class KeepsFloat32(Protocol):
+    """An optimizer that keeps float32 gradients of low-precision parameters, as `coterie.training.optim.AdamW`."""
+
+    def gradient(self, param: Tensor) -> Tensor:
+        """The float32 gradient of a parameter, to be changed in place."""
+
+
+def put_gradient(optimizer: Any, parameter: Tensor, mean: Tensor) -> None:
+    """Hand a parameter's part of a release to the optimizer."""
+    if isinstance(optimizer, KeepsFloat32):
+        optimizer.gradient(parameter).copy_(mean)
+    else:
+        parameter.grad = mean.to(parameter.device, parameter.dtype)
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Make sure that an optimizer steps what is trained, nothing else, and every release once.
+
+    Raises:
+        PrivacyError: it does not.
+    """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = sum(p.requires_grad and id(p) not in trained for p in stepped)
+    missing = [name for key, name in trained.items() if key not in {id(p) for p in stepped}]
+    if strangers:
+        raise PrivacyError(
+            f"the optimizer steps {strangers} parameters that are not the model's.",
+            code="dp-outside-mechanism",
+            why="what is trained outside the mechanism gets no noise",
+            fix="build the optimizer from model.parameters()",
+        )
+    if missing:
+        raise PrivacyError(
+            f"`{missing[0]}` is trainable but not in the optimizer ({len(missing)} in all).",
+            code="dp-not-stepped",
+            why="its gradient would use up clip norm and noise without being learned from",
+            fix="freeze it with requires_grad_(False), or add it to the optimizer",
+        )
+    check_hooks(model)
+    if not any(parameter.is_meta for parameter in stepped):
+        check_optimizer_step(model, _unwrapped(optimizer), put_gradient)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """What accelerate's wrapper steps.
+
+    Raises:
+        PrivacyError: the wrapper leaves out steps.
+    """
+    while hasattr(optimizer, "gradient_state") and hasattr(optimizer, "optimizer"):
+        every = getattr(optimizer.gradient_state, "num_steps", 1)
+        if every != 1 or getattr(optimizer, "scaler", None) is not None:
+            raise PrivacyError(
+                f"accelerate steps this optimizer every {every} batches"
+                if every != 1
+                else "accelerate scales this optimizer's gradients (fp16).",
+                code="dp-optimizer-step",
+                why="each release is paid for when it is counted, and some would not be applied",
+                fix="pass the optimizer itself, or an Accelerator without gradient accumulation and fp16",
+            )
+        optimizer = optimizer.optimizer
+    return optimizer
