@@ -27,8 +27,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from coterie import dp
-from coterie.dp.balance import Balance, BalanceMode, RouterWatch
+from coterie.dp.balance import Balance, BalanceMode
 from coterie.dp.losses import default_loss
+from coterie.dp.router_watch import RouterWatch
 
 MODES: tuple[BalanceMode, ...] = ("off", "per_sequence", "private_load", "bias")
 TOKENS, EXPERTS = 32, 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.clipping import Clipping
-from coterie.dp.engine import Diagnostics
+from coterie.dp.gradient_groups import Diagnostics
 from coterie.dp.losses import LossFunction, batch_size
 
 

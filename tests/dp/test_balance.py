@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie import dp
-from coterie.dp.balance import Balance, Balancer, RouterWatch
+from coterie.dp.balance import Balance, Balancer
 from coterie.dp.losses import default_loss
 from coterie.dp.mechanism import LOAD
+from coterie.dp.router_watch import RouterWatch
 from coterie.errors import PrivacyError
 from coterie.models.tiny import tiny_model
 

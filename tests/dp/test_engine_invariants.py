@@ -407,7 +407,14 @@ def test_lent_experts_are_clipped_like_the_models_own() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_no_reference_cycles(method: Any) -> None:
     model, batch = tiny_model("gpt_oss"), token_batch(2, 7)
-    engine = Engine(model, clipping=Flat(0.5), method=method)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses = default_loss(model, batch)
+        seen.append(weakref.ref(losses))
+        return losses
+
+    engine = Engine(model, loss, Flat(0.5), method)
     engine.accumulate(batch)
     engine.take()
     gc.collect()
@@ -418,17 +425,11 @@ def test_no_reference_cycles(method: Any) -> None:
 
     before = derived()
     try:
-        seen: list[weakref.ref[Tensor]] = []
-
-        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            losses = default_loss(model, batch)
-            seen.append(weakref.ref(losses))
-            return losses
-
-        engine.loss_fn = loss
+        seen.clear()
         engine.accumulate(batch)
         engine.take()
         left = derived() - before
+        assert seen
         assert all(reference() is None for reference in seen)
         assert not left
     finally:
@@ -521,7 +522,7 @@ def test_invariant_2_norms_are_taken_again_until_the_slack_is_small_and_no_furth
         monkeypatch.setattr(resolve, "sq_norms", taken)
         found = {f"{name}.weight": SqNorms(whole, slack * whole) for name, slack in slacks.items()}
         engine._refine(found, {name: (name, []) for name in found}, 2)  # type: ignore[misc]
-        assert bool(engine._by_group(found, 2).trusted_rows().all())
+        assert bool(engine.gradient_groups.added_up(found, 2).trusted_rows().all())
         return [name.removesuffix(".weight") for name in again]
 
     assert refined(one, {"a": 2e-5, "b": 2e-4, "c": 1.2e-4}) == ["b"]

@@ -449,7 +449,7 @@ def test_resume_of_a_user_level_run_needs_the_users_again(
         PrivateSession.resume(*arguments)
     with pytest.raises(DataError, match="2 users are named for 40 records"):
         PrivateSession.resume(*arguments, users=users[:2])
-    assert PrivateSession.resume(*arguments, users=users).plan.units == 9
+    assert PrivateSession.resume(*arguments, users=users).lots.units == 9
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "per_group", "automatic"])

@@ -16,19 +16,18 @@ S = sum of E over layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from coterie.dp.losses import Batch, LossFunction, batch_size
 from coterie.dp.numbers import check_fields
+from coterie.dp.router_watch import RouterWatch, Seen
 from coterie.errors import PrivacyError
-from coterie.models.seam import ExpertLayer, expert_layers
+from coterie.models.seam import ExpertLayer
 
 BalanceMode = Literal["off", "per_sequence", "private_load", "bias"]
 
@@ -72,95 +71,6 @@ class Balance:
     def strength(self) -> float:
         """The coefficient that holds."""
         return DEFAULT_COEFFICIENT[self.mode] if self.coefficient is None else self.coefficient
-
-
-@dataclass
-class _Seen:
-    """What one forward showed, by MoE layer."""
-
-    ids: dict[int, Tensor] = field(default_factory=dict)
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    candidates: dict[int, Tensor] = field(default_factory=dict)
-
-
-class RouterWatch:
-    """Sees expert ids and router logits of a model's MoE layers while a forward runs, whatever the family.
-
-    Expert ids are what the experts module is called with. Logits are the last floating output [..., E] that a module
-    beside the experts (the router) gave before that, for as many tokens.
-
-    Raises:
-        PrivacyError: the model has no MoE layer.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = expert_layers(model)
-        if not self.layers:
-            raise PrivacyError(
-                f"{type(model).__name__} has no experts to balance.",
-                code="dp-balance-experts",
-                why="balance compares how often a router chooses each expert",
-                fix="set balance to off",
-            )
-        config = getattr(model, "config", None)
-        text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-        self.sigmoid = "sigmoid" in str(getattr(text, "scoring_func", getattr(text, "score_func", "")))
-        self.modules = dict(model.named_modules())
-
-    @contextmanager
-    def watching(self) -> Iterator[_Seen]:
-        """Inside, forwards of the model fill what is yielded. Recomputation in a later backward is not seen."""
-        seen = _Seen()
-        handles: list[RemovableHandle] = []
-        try:
-            for layer in self.layers:
-                handles.append(
-                    layer.module.register_forward_pre_hook(self._on_experts(layer, seen), with_kwargs=True)
-                )
-                for module in _beside(layer, self.modules):
-                    handles.append(module.register_forward_hook(self._on_router(layer, seen)))
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """[..., E] float32 that sum to one."""
-        if self.sigmoid:
-            scores = logits.float().sigmoid()
-            return scores / scores.sum(-1, keepdim=True).clamp_min(1e-9)
-        return logits.float().softmax(-1)
-
-    def _on_experts(self, layer: ExpertLayer, seen: _Seen) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values = [*args, *kwargs.values()]
-            seen.ids[layer.index] = values[1].detach()
-            found = seen.candidates.get(layer.index)
-            if found is not None and found.numel() == values[1].shape[0] * layer.num_experts:
-                seen.logits[layer.index] = found
-
-        return hook
-
-    def _on_router(self, layer: ExpertLayer, seen: _Seen) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            for value in output if isinstance(output, tuple | list) else (output,):
-                if (
-                    isinstance(value, Tensor)
-                    and value.is_floating_point()
-                    and value.shape[-1:] == (layer.num_experts,)
-                ):
-                    seen.candidates[layer.index] = value
-                    return
-
-        return hook
-
-
-def _beside(layer: ExpertLayer, modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """Modules of the MoE block that are not its experts: the router and whatever it is made of, outermost last."""
-    parent = layer.name.rpartition(".")[0]
-    experts = {id(module) for module in layer.module.modules()}
-    inside = [module for name, module in modules.items() if name.startswith(f"{parent}.")]
-    return [module for module in inside if id(module) not in experts and isinstance(module, nn.Module)]
 
 
 class LoadAverage:
@@ -249,7 +159,7 @@ class Balancer:
             return losses
         return losses + self.balance.strength * self._term(seen, shares, batch)
 
-    def _term(self, seen: _Seen, shares: Sequence[Tensor], batch: Batch) -> Tensor:
+    def _term(self, seen: Seen, shares: Sequence[Tensor], batch: Batch) -> Tensor:
         """Mean over layers of E sum_e f_e P_e, [B]."""
         terms = []
         start = 0
@@ -271,7 +181,7 @@ class Balancer:
             terms.append(size * (mean_BE * fraction).sum(1))
         return torch.stack(terms).mean(0)
 
-    def _shares(self, layer: ExpertLayer, seen: _Seen, batch: Batch) -> Tensor:
+    def _shares(self, layer: ExpertLayer, seen: Seen, batch: Batch) -> Tensor:
         """Share of each record's routed pairs that went to each expert, [B, E]; zero for a record without tokens."""
         ids_NK = seen.ids[layer.index]
         mask_BT = _mask(batch, ids_NK.shape[0], ids_NK.device)
@@ -376,7 +286,7 @@ def _biases(watch: RouterWatch) -> list[tuple[Tensor, int]]:
     for layer in watch.layers:
         named = [
             (name, tensor)
-            for module in _beside(layer, watch.modules)
+            for module in watch.beside(layer)
             for name, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]
         ]
         biases = [

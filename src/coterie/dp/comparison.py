@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from coterie.dp.batches_of_one import FLOOR, Alone, BatchesOfOne, Gradient
 from coterie.dp.draws import OneDraw, Rounding, generators, repeated
 from coterie.dp.engine import Engine
 from coterie.dp.losses import Batch, checked
@@ -21,8 +22,6 @@ from coterie.dp.made_up import EXTREME, ONE_LABEL, PLAIN, SHORT, Made, Source, c
 from coterie.dp.refusals import value_changed
 from coterie.dp.watched import Watched
 from coterie.errors import CoterieError, NoRuleError, PrivacyError
-
-Gradient = dict[str, Tensor]
 
 _DRAWS = 8
 """Most sets of records drawn, where rounding alone moves those before."""
@@ -32,8 +31,7 @@ _COARSER = 16.0
 
 _ROUNDINGS = 3
 
-_FLOOR = 1e-3
-"""A parameter's norm below this part of the whole cannot move it, and keeps little precision of its own."""
+_WHERE = "the self-check with made-up records, before training"
 
 _LENGTH_WORDS = ("max_position", "n_positions", "window", "chunk", "block_size", "length", "seq", "extent", "context")
 
@@ -86,6 +84,7 @@ class Comparison:
         self._dtype = next((p.dtype for p in engine.parameters.values()), torch.float32)
         self._devices = list({p.device for p in engine.parameters.values()}) or [torch.device("cpu")]
         self._allowed = tolerance(self._dtype)
+        self._singles = BatchesOfOne(engine, self._allowed, _WHERE)
         self._errors = dict.fromkeys(engine.shapes, 0.0)
         self._used: set[str] = set()
 
@@ -144,7 +143,9 @@ class Comparison:
             NoRuleError: they disagree.
         """
         made = _kinds(self._source.base, count)
-        self._settled(lambda shift: self._compare(_shifted(made, shift), sorted({0, 2, count - 1}), _coupled))
+        self._settled(
+            lambda shift: self._compare(_shifted(made, shift), sorted({0, 2, count - 1}), self._singles.coupled)
+        )
 
     def of_several_lengths(self) -> None:
         """Short records and ones at every limit of the config beside the longest of the data, against each alone.
@@ -191,7 +192,7 @@ class Comparison:
         longest = self._source.longest
         lengths = [max(longest // 2, 1), longest, max(longest // 3, 1), max(longest - 1, 1)]
         made = [Made(length, 300 + i, filled=True) for i, length in enumerate(lengths)]
-        self._settled(lambda shift: self._compare(_shifted(made, shift), range(len(made)), _coupled))
+        self._settled(lambda shift: self._compare(_shifted(made, shift), range(len(made)), self._singles.coupled))
 
     def beside_others(self, count: int) -> None:
         """Records of a batch, and the same ones beside others, with the same random numbers.
@@ -225,75 +226,40 @@ class Comparison:
         losses = self._losses(together, len(made))
         with self._draws():
             squares_PB, names = self._engine.norms_by_parameter(together)
-        factors_B = torch.zeros(len(made))
-        expected: Gradient = {}
-        reference = torch.zeros(len(names), len(rows), dtype=torch.float64)
+        reference = Alone(names, len(rows))
         for column, (row, one) in enumerate(zip(rows, alone, strict=True)):
             assert one is not None
             loss, gradient = self._alone(one)
-            if not abs(float(losses[row]) - loss) <= 0.1 * self._allowed * max(abs(loss), 1e-3):
+            if not self._singles.same_loss(float(losses[row]), loss):
                 raise _Disagreement(refusal("loss", float(losses[row]), loss), made[row])
-            factors_B[row] = 0.5**column
-            for place, name in enumerate(names):
-                if name in gradient:
-                    reference[place, column] = _square(gradient[name])
-                    _add(expected, name, gradient.pop(name), 0.5**column)
-        self._compare_norms(squares_PB[:, list(rows)], reference, names, made, rows, (together, alone), refusal)
+            reference.add(column, gradient)
+        found = self._wrong_norm(squares_PB[:, list(rows)], reference.squares_PB, names)
+        if found is not None:
+            column, error = found
+            row, one = rows[column], alone[column]
+            assert one is not None
+            coupled = self._gradient_is_coupled(together, row, one)
+            raise _Disagreement(refusal("gradient", None, None) if coupled else error, made[row])
+        factors_B = torch.zeros(len(made))
+        factors_B[list(rows)] = torch.tensor(reference.factors)
         with self._draws():
             sums = self._engine.summed(together, factors_B)
-        self._compare_sums(sums, expected, [made[row] for row in rows])
+        wrong = self._singles.wrong_sum(sums, reference.total)
+        if wrong is not None:
+            raise _Disagreement(wrong, *(made[row] for row in rows))
 
-    def _compare_norms(
-        self,
-        squares: Tensor,
-        reference: Tensor,
-        names: list[str],
-        made: Sequence[Made],
-        rows: Sequence[int],
-        batches: tuple[Batch, Sequence[Batch | None]],
-        refusal: Callable[..., NoRuleError],
-    ) -> None:
-        ours, theirs = squares.sqrt(), reference.sqrt()
-        whole = theirs.square().sum(0).sqrt()
-        scale = torch.maximum(theirs, _FLOOR * whole).clamp_min(torch.finfo(torch.float32).tiny)
-        errors = ((ours - theirs).abs() / scale).nan_to_num(torch.inf)
+    def _wrong_norm(
+        self, squares_PB: Tensor, reference_PB: Tensor, names: list[str]
+    ) -> tuple[int, NoRuleError] | None:
+        """The record whose norm is furthest off, with the refusal; None where all agree, which is noted."""
+        errors = self._singles.norm_errors(squares_PB, reference_PB)
         worst = int(errors.amax(1).argmax())
-        if float(errors[worst].max()) <= self._allowed:
-            for name, error in zip(names, errors.amax(1).tolist(), strict=True):
-                self._errors[name] = max(self._errors[name], error)
-            return
-        column = int(errors[worst].argmax())
-        row, one = rows[column], batches[1][column]
-        assert one is not None
-        if self._gradient_is_coupled(batches[0], row, one):
-            error = refusal("gradient", None, None)
-        else:
-            error = NoRuleError(
-                f"The per-sample norms of `{names[worst]}` disagree with batches of one: "
-                f"{ours[worst].tolist()} against {theirs[worst].tolist()}.",
-                code="dp-self-check",
-                where=f"the self-check with {len(made)} made-up records, before training",
-                why="its gradient is not split by record as the engine assumes, so clipping would not bound it",
-                fix="freeze that parameter, or report the model: this is a use that no rule describes",
-            )
-        raise _Disagreement(error, made[row])
-
-    def _compare_sums(self, sums: Mapping[str, Tensor], expected: Gradient, compared: Sequence[Made]) -> None:
-        """What the engine adds up against the sum of the gradients of batches of one."""
-        whole = sum(_square(g) for g in expected.values()) ** 0.5
-        for name in self._engine.shapes:
-            found = (sums.get(name), expected.get(name))
-            ours, theirs = (torch.zeros(()) if x is None else x.detach().double().cpu() for x in found)
-            if not float((ours - theirs).norm()) <= self._allowed * max(float(theirs.norm()), _FLOOR * whole):
-                error = NoRuleError(
-                    f"The summed gradient of `{name}` disagrees with batches of one: "
-                    f"norm {float(ours.norm()):.6g} against {float(theirs.norm()):.6g}.",
-                    code="dp-self-check",
-                    where="the self-check with made-up records, before training",
-                    why="what is added is not what was measured, so clipping would not bound it",
-                    fix="freeze that parameter, or report the model: this is a use that no rule describes",
-                )
-                raise _Disagreement(error, *compared)
+        if float(errors[worst].max()) > self._allowed:
+            error = self._singles.wrong_norm(names[worst], squares_PB[worst], reference_PB[worst])
+            return int(errors[worst].argmax()), error
+        for name, own in zip(names, errors.amax(1).tolist(), strict=True):
+            self._errors[name] = max(self._errors[name], own)
+        return None
 
     def _swap(self, made: Sequence[Made], seed: int) -> None:
         """Every second record replaced by another: the rest may not notice."""
@@ -315,14 +281,14 @@ class Comparison:
         moved = ~((losses - losses_now).abs() <= 0.1 * self._allowed * losses.abs().clamp_min(1e-3))
         if bool(moved.any()):
             row = int(moved.int().argmax())
-            error = _coupled("loss", float(losses_now[row]), float(losses[row]), "beside these")
+            error = self._singles.coupled("loss", float(losses_now[row]), float(losses[row]), "beside these")
             raise _Disagreement(error, made[2 * row])
         if squares is not None and squares_now is not None:
             norms, now = squares.sqrt(), squares_now.sqrt()
-            scale = torch.maximum(norms, _FLOOR * norms.square().sum(0).sqrt()).clamp_min(1e-30)
+            scale = torch.maximum(norms, FLOOR * norms.square().sum(0).sqrt()).clamp_min(1e-30)
             moved = ~(((norms - now).abs() / scale).amax(0) <= self._allowed)
             if bool(moved.any()):
-                raise _Disagreement(_coupled("gradient", None, None), made[2 * int(moved.int().argmax())])
+                raise _Disagreement(self._singles.coupled("gradient"), made[2 * int(moved.int().argmax())])
 
     def _stands(self, record: Made) -> bool:
         """Whether coarser rounding leaves a record as it is, computed alone: then it is a witness."""
@@ -332,18 +298,9 @@ class Comparison:
         loss, gradient = self._alone(one)
         for seed in range(_ROUNDINGS):
             loss_now, now = self._alone(one, Rounding(factor, seed))
-            if not abs(loss - loss_now) <= 0.1 * self._allowed * max(abs(loss), 1e-3) or not self._near(
-                now, gradient
-            ):
+            if not self._singles.same_loss(loss_now, loss) or not self._singles.near(now, gradient):
                 return False
         return True
-
-    def _near(self, ours: Gradient, theirs: Gradient) -> bool:
-        whole = sum(_square(g) for g in theirs.values()) ** 0.5
-        return ours.keys() == theirs.keys() and all(
-            _square(ours[name].double() - g.double()) ** 0.5 <= self._allowed * max(_square(g) ** 0.5, _FLOOR * whole)
-            for name, g in theirs.items()
-        )
 
     def _gradient_is_coupled(self, together: Batch, row: int, one: Batch) -> bool:
         """Whether plain autograd gives a record's own loss another gradient in the batch than alone."""
@@ -351,8 +308,9 @@ class Comparison:
             return False
         records = next(value.shape[0] for value in together.values() if isinstance(value, Tensor) and value.ndim)
         with self._draws():
-            inside = self._autograd(checked(self._engine.loss_fn(self._engine.model, together), records)[row])
-        return not self._near(inside, self._alone(one)[1])
+            losses = checked(self._engine.loss_fn(self._engine.model, together), records)
+            inside = self._singles.autograd(losses[row])
+        return not self._singles.near(inside, self._alone(one)[1])
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
@@ -376,22 +334,11 @@ class Comparison:
             return checked(self._engine.loss_fn(self._engine.model, batch), records).double()
 
     def _alone(self, one: Batch, *modes: Any) -> tuple[float, Gradient]:
-        """Loss and gradient of a batch of one by plain autograd; of lent weights by the engine."""
+        """Loss and gradient of a batch of one, with the draws that it makes in every batch."""
         with self._draws(*modes):
-            if self._engine.lent_shapes:
-                with torch.no_grad():
-                    loss = checked(self._engine.loss_fn(self._engine.model, one), 1)
-                gradient = self._engine.summed(one)
-            else:
-                loss = checked(self._engine.loss_fn(self._engine.model, one), 1)
-                gradient = self._autograd(loss.sum())
+            loss, gradient = self._singles.alone(one)
         self._used.update(gradient)
-        return float(loss.detach()), gradient
-
-    def _autograd(self, loss: Tensor) -> Gradient:
-        names = list(self._engine.parameters)
-        found = torch.autograd.grad(loss, [self._engine.parameters[name] for name in names], allow_unused=True)
-        return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+        return loss, gradient
 
 
 def _kinds(length: int, count: int) -> list[Made]:
@@ -403,15 +350,6 @@ def _shifted(made: Sequence[Made], shift: int) -> list[Made]:
     return [record._replace(seed=record.seed + shift) for record in made]
 
 
-def _square(g: Tensor) -> float:
-    return float(g.double().square().sum())
-
-
-def _add(into: Gradient, name: str, g: Tensor, factor: float) -> None:
-    scaled = g.detach().to(torch.promote_types(g.dtype, torch.float32)) * factor
-    into[name] = into[name].add_(scaled) if name in into else scaled
-
-
 def _limits(config: Any, short: int, longest: int) -> dict[str, int]:
     """Numbers of a config that may be limits of length and lie between two lengths, by name, at most three."""
     found = {
@@ -420,19 +358,6 @@ def _limits(config: Any, short: int, longest: int) -> dict[str, int]:
         if short < value < longest and any(word in name for word in _LENGTH_WORDS)
     }
     return dict(sorted(found.items(), key=lambda pair: -pair[1])[:3])
-
-
-def _coupled(what: str, beside: float | None, alone: float | None, otherwise: str = "alone") -> NoRuleError:
-    figures = "" if beside is None else f" ({beside:.6f} beside others, {alone:.6f} {otherwise})"
-    return NoRuleError(
-        f"A record's {what} changes with the records beside it{figures}.",
-        code="dp-batch-coupled",
-        where="the self-check with made-up records, before training",
-        why="the gradient of one record then depends on others, and clipping per record bounds nothing",
-        fix="leave out what mixes the records of a batch: a balance (auxiliary) loss over it (coterie's `balance` "
-        "settings offer private replacements), statistics of it, mixup, expert capacity over it, a division by "
-        "something that the batch decides, such as its number of tokens",
-    )
 
 
 def _padded(

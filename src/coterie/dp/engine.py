@@ -11,66 +11,30 @@ Shape letters: B records of a physical batch, G gradient groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import contextmanager
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from coterie.dp import resolve
-from coterie.dp.adapters import rows_of_single_experts
 from coterie.dp.batches_of_one import Look, compare_once
-from coterie.dp.capture import Capture
-from coterie.dp.clipping import Clipping, Flat, bounded_factors, checked_thresholds
+from coterie.dp.captured_pass import CapturedPass, Ready
+from coterie.dp.clipping import Clipping, Flat
 from coterie.dp.derived import Root
-from coterie.dp.experts import PrivateExperts
+from coterie.dp.gradient_groups import Diagnostics, GradientGroups
 from coterie.dp.gram import LONGEST, UNIT, SqNorms, worst_excess
 from coterie.dp.gram_kernel import take_all
-from coterie.dp.losses import Batch, LossFunction, batch_size, checked, default_loss
+from coterie.dp.losses import Batch, LossFunction, batch_size, default_loss
+from coterie.dp.memory_choice import MemoryChoice, Method
 from coterie.dp.probe import learn_sites
 from coterie.dp.refusals import check_batch, check_types
-from coterie.dp.rules import apply_rule
-from coterie.dp.scaling import SMALLEST, UNSEEN, single
-from coterie.dp.sites import Sites, Size
+from coterie.dp.scaling import single
+from coterie.dp.sites import Sites
 from coterie.dp.terms import Dense
-from coterie.errors import CoterieError, NoRuleError, PrivacyError
-from coterie.models import seam
-from coterie.models.lora import expert_adapters, factors_stay_apart
+from coterie.errors import PrivacyError
 from coterie.models.streaming import WeightSource
 
-Method = Literal["auto", "book_keeping", "ghost"]
 Sums = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """What one physical batch looked like. For the owner's eyes only: none of it is private.
-
-    Attributes:
-        losses: [B] float32.
-        norms: [B] float64, norm of each record's whole gradient.
-        group_norms: [G, B] float64.
-        within: [G, B] bool, norm at or below the group's threshold; released only as a noised, centred sum.
-        masked: [B] bool, records that were not finite, or beyond 2^126 thresholds, and contribute zero.
-    """
-
-    losses: Tensor
-    norms: Tensor
-    group_norms: Tensor
-    within: Tensor
-    masked: Tensor
-
-    def first(self, records: int) -> Diagnostics:
-        """Those of the first records: later rows only filled up the batch."""
-        return Diagnostics(
-            self.losses[:records],
-            self.norms[:records],
-            self.group_norms[:, :records],
-            self.within[:, :records],
-            self.masked[:records],
-        )
 
 
 class Engine:
@@ -87,7 +51,7 @@ class Engine:
         accumulate_on: device of the sums; default: each parameter's own.
 
     Attributes:
-        groups: gradient groups, in the order of ``thresholds``.
+        gradient_groups: what is clipped together.
         thresholds: [G] float64 clip norms of the groups; adaptive clipping replaces them between rounds.
         compared: with batches of one, by others; `prepare` then does not. Where expert weights are lent the model
             cannot compute by itself, and nothing is compared.
@@ -111,7 +75,6 @@ class Engine:
         self.model = model
         self.loss_fn: LossFunction = loss_fn or default_loss
         self.clipping = clipping or Flat(1.0)
-        self.method: Method = method
         self.parameters = {
             name: p for name, p in model.named_parameters() if p.requires_grad and p.device.type != "meta"
         }
@@ -124,18 +87,16 @@ class Engine:
                 fix="call requires_grad_(True) on what should be trained, or attach LoRA adapters",
             )
         check_types(self.parameters)
-        self._group_of = {name: self.clipping.group_of(name) for name in self.shapes}
-        self.groups = list(dict.fromkeys(self._group_of.values()))
-        self.thresholds = self.clipping.thresholds(list(self.groups))
+        self.gradient_groups = GradientGroups(self.shapes, self.clipping)
         self.eta = self._eta()
+        self.compared = expert_weights is not None
         self._source = expert_weights
         self._accumulate_on = accumulate_on
+        self._passes = CapturedPass(model, self.loss_fn, self.parameters, self.lent_shapes, expert_weights)
+        self._memory = MemoryChoice(method, self._devices())
         self._sums: Sums = {}
         self._sites: dict[bool, Sites] = {}
-        self.compared = expert_weights is not None
         self._looks: set[Look] = set()
-        self._captured_bytes_per_value: float | None = None
-        self._counted: int | None = None
 
     def _eta(self) -> float:
         """Rounding that the slack of the norms does not cover (see docs/concepts/dp-engine.md)."""
@@ -143,21 +104,26 @@ class Engine:
         return worst_excess(max(2 * longest, LONGEST)) + 64 * UNIT  # a record's rows are added up as well
 
     @property
+    def groups(self) -> list[str]:
+        """Gradient groups, in the order of ``thresholds``."""
+        return self.gradient_groups.names
+
+    @property
     def thresholds(self) -> Tensor:
-        return self._thresholds
+        return self.gradient_groups.thresholds
 
     @thresholds.setter
     def thresholds(self, thresholds_G: Tensor) -> None:
-        self._thresholds = checked_thresholds(thresholds_G, len(self.groups))
+        self.gradient_groups.thresholds = thresholds_G
 
     def group_of(self, name: str) -> str:
         """The gradient group of a trained parameter, as the policy said when the engine was made."""
-        return self._group_of[name]
+        return self.gradient_groups.of(name)
 
     @property
     def sensitivity(self) -> float:
         """Most that one record moves the sum, rounding included, in the L2 norm over all parameters."""
-        return float(self.thresholds.square().sum().sqrt()) * (1.0 + self.eta)
+        return self.gradient_groups.bound() * (1.0 + self.eta)
 
     def prepare(self, batch: Batch) -> None:
         """Learn from probe passes what the dimensions of the model's tensors mean, and compare with batches of one.
@@ -170,7 +136,7 @@ class Engine:
         """
         mode = self.model.training
         if mode not in self._sites:
-            self._sites[mode] = learn_sites(self, batch)
+            self._sites[mode] = learn_sites(self._passes, batch)
         if self.compared or (look := Look.of(batch)) in self._looks:
             return
         self._looks.add(look)
@@ -193,11 +159,9 @@ class Engine:
         """
         check_batch(batch, self.model)
         self.prepare(batch)
-        self._counted = counted
-        try:
-            return self._ghost(batch) if self.next_method(batch) == "ghost" else self._book_keeping(batch)
-        finally:
-            self._counted = None
+        if self.next_method(batch) == "ghost":
+            return self._ghost(batch, counted)
+        return self._book_keeping(batch, counted)
 
     def accumulate_user(self, batches: Iterable[Batch]) -> Diagnostics:
         """Add one user's gradient, summed over all records of all ``batches`` and clipped once.
@@ -214,15 +178,11 @@ class Engine:
             ones = torch.ones(len(self.groups), records)
             losses = self._second_pass(batch, ones, total)
             loss += losses.detach().sum().cpu()
-        squares = torch.zeros(len(self.groups), 1, dtype=torch.float64)
-        slack = torch.zeros_like(squares)
+        groups = self.gradient_groups
+        norms = {name: Dense(gradient.unsqueeze(0)).sq_norms() for name, gradient in total.items()}
+        factors, diagnostics = groups.factors(groups.added_up(norms, 1), loss)
         for name, gradient in total.items():
-            norms = Dense(gradient.unsqueeze(0)).sq_norms()
-            squares[self._group_index(name)] += norms.value.cpu()
-            slack[self._group_index(name)] += norms.slack.cpu()
-        factors, diagnostics = self._factors(SqNorms(squares, slack), loss)
-        for name, gradient in total.items():
-            factor = float(single(factors[self._group_index(name), 0]))
+            factor = float(single(factors[self.gradient_groups.index(name), 0]))
             if factor > 0.0:
                 self._sum_of(name).add_(gradient.to(self._sum_of(name).device), alpha=factor)
         return diagnostics
@@ -268,8 +228,8 @@ class Engine:
         names = list(self.shapes)
         return torch.stack([found[name].value.cpu() for name in names]), names
 
-    def _book_keeping(self, batch: Batch) -> Diagnostics:
-        records = batch_size(batch)
+    def _book_keeping(self, batch: Batch, counted: int | None) -> Diagnostics:
+        records, groups = batch_size(batch), self.gradient_groups
         kept: dict[str, tuple[Root, list[resolve.Use]]] = {}
 
         def ready(root: Root) -> None:
@@ -283,14 +243,14 @@ class Engine:
         kept = {name: (root, resolve.bounded(uses)) for name, (root, uses) in kept.items()}
         found = {name: resolve.sq_norms(root, uses, records) for name, (root, uses) in kept.items()}
         self._refine(found, kept, records)
-        factors, diagnostics = self._factors(self._by_group(found, records), losses)
+        factors, diagnostics = groups.factors(groups.added_up(found, records), losses, counted)
         keep = ~diagnostics.masked
         masked = bool(diagnostics.masked.any())
         for name in list(kept):
             root, uses = kept.pop(name)
             if masked:
                 uses = [(node, term.masked(keep.to(losses.device))) for node, term in uses]
-            self._add(root, uses, factors[self._group_index(name)].to(losses.device), self._sums)
+            self._add(root, uses, factors[self.gradient_groups.index(name)].to(losses.device), self._sums)
         return diagnostics
 
     def _refine(
@@ -303,12 +263,12 @@ class Engine:
         """
         left = {name for name in kept if not found[name].trusted()}
         while left:
-            whole = self._by_group(found, records)
+            whole = self.gradient_groups.added_up(found, records)
             doubtful = ~whole.trusted_rows()
             adds = {
                 name: float((found[name].slack.cpu() / whole.value[index]).nan_to_num(0.0).max())
                 for name in left
-                if doubtful[index := self._group_index(name)]
+                if doubtful[index := self.gradient_groups.index(name)]
             }
             if not adds:
                 return
@@ -318,8 +278,8 @@ class Engine:
             uses, found[worst] = resolve.precise_sq_norms(root, uses, records)
             kept[worst] = root, uses
 
-    def _ghost(self, batch: Batch) -> Diagnostics:
-        records = batch_size(batch)
+    def _ghost(self, batch: Batch, counted: int | None) -> Diagnostics:
+        records, groups = batch_size(batch), self.gradient_groups
         found: dict[str, SqNorms] = {}
         apart: set[str] = set()
         captured_bytes = 0
@@ -335,8 +295,8 @@ class Engine:
 
         with _replayable_randomness(self._devices()):
             losses = self._run(batch, ready)
-        self._captured_bytes_per_value = captured_bytes / max(_values(batch), 1)
-        factors, diagnostics = self._factors(self._by_group(found, records), losses)
+        self._memory.measured(batch, captured_bytes)
+        factors, diagnostics = groups.factors(groups.added_up(found, records), losses, counted)
         again = self._second_pass(batch, factors, self._sums, ~diagnostics.masked, apart)
         if not torch.equal(losses.nan_to_num(), again.nan_to_num()):
             raise PrivacyError(
@@ -364,7 +324,7 @@ class Engine:
                 uses = resolve.apart(root, uses, records)
             if masked and keep_B is not None:
                 uses = [(node, term.masked(keep_B.to(term_device))) for node, term in uses]
-            self._add(root, uses, factors_GB[self._group_index(root.name)].to(term_device), into)
+            self._add(root, uses, factors_GB[self.gradient_groups.index(root.name)].to(term_device), into)
 
         term_device = next(iter(self._devices()), torch.device("cpu"))
         return self._run(batch, ready)
@@ -381,82 +341,9 @@ class Engine:
             resolve.add_sum(root, uses, here, factors_B, fresh=True)
             out.copy_(here) if fresh else out.add_(here.to(out.device))
 
-    def _run(self, batch: Batch, ready: object) -> Tensor:
+    def _run(self, batch: Batch, ready: Ready) -> Tensor:
         """One captured forward and backward; returns the losses, detached."""
-        return self.run_captured(batch, ready, self._sites[self.model.training], None)
-
-    def run_captured(self, batch: Batch, ready: object, sites: Sites, probing: Size | None) -> Tensor:
-        """A forward and backward of this model, experts included, seen by a capture; ``probing`` as in `Capture`.
-
-        Raises:
-            NoRuleError: also where something fails that does not fail in the model by itself.
-        """
-        records = batch_size(batch)
-        try:
-            with self._capturing(records, ready, sites, probing) as capture:
-                losses = checked(self.loss_fn(self.model, batch), records)
-                capture.backward(losses.float().sum())
-        except (CoterieError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            if self._fails_plainly(batch):
-                raise
-            used = "" if capture.last is None else f", where `{capture.last.roots[0].name}` was used last"
-            raise NoRuleError(
-                f"The model fails while its parameters are followed{used}: {type(error).__name__}: {error}",
-                why="its gradients cannot be clipped per record, though it runs by itself",
-                fix="freeze that parameter, or use the plain PyTorch form of that layer",
-            ) from error
-        return losses.detach().float()
-
-    def _fails_plainly(self, batch: Batch) -> bool:
-        """Whether forward or backward fail without a capture too: then the fault is the model's own."""
-        try:
-            with torch.random.fork_rng(devices=[]):
-                loss = self.loss_fn(self.model, batch).sum()
-                torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        except Exception:
-            return True
-        return False
-
-    @contextmanager
-    def _capturing(self, records: int, ready: object, sites: Sites, probing: Size | None) -> Iterator[Capture]:
-        capture = Capture(self.parameters, records, apply_rule, ready, sites, probing)  # type: ignore[arg-type]
-        for name, shape in self.lent_shapes.items():
-            capture.roots[name] = Root(torch.empty(shape, device="meta"), name=name)
-        with ExitStack() as stack:
-            if seam.expert_layers(self.model):
-                adapters = expert_adapters(self.model)
-                stack.enter_context(factors_stay_apart(self.model))
-                stack.enter_context(seam.computed_by(self.model, PrivateExperts(capture, adapters, self._source)))
-            stack.enter_context(rows_of_single_experts(self.model, capture))
-            stack.enter_context(capture)
-            yield capture
-
-    def _by_group(self, found: Mapping[str, SqNorms], records: int) -> SqNorms:
-        """[G, B] squared norms of the groups."""
-        value = torch.zeros(len(self.groups), records, dtype=torch.float64)
-        slack = torch.zeros_like(value)
-        for name, norms in found.items():
-            value[self._group_index(name)] += norms.value.cpu()
-            slack[self._group_index(name)] += norms.slack.cpu()
-        return SqNorms(value, slack)
-
-    def _factors(self, squares: SqNorms, losses: Tensor) -> tuple[Tensor, Diagnostics]:
-        """[G, B] float64 factors, zero for records that are not finite."""
-        upper = (squares.upper + UNSEEN * len(self.shapes)).sqrt()
-        finite = (SMALLEST * upper <= self.thresholds[:, None]).all(0) & torch.isfinite(losses.cpu())
-        norms = squares.value.sqrt()
-        factors = bounded_factors(self.clipping, torch.where(finite, upper, 1.0), self.thresholds)
-        factors = torch.where(finite, factors, 0.0)
-        if self._counted is not None:
-            factors[:, self._counted :] = 0.0
-        within = (norms <= self.thresholds[:, None]) & finite
-        total = squares.value.sum(0).sqrt()
-        return factors, Diagnostics(losses.cpu(), total, norms, within, ~finite)
-
-    def _group_index(self, name: str) -> int:
-        return self.groups.index(self._group_of[name])
+        return self._passes.run(batch, ready, self._sites[self.model.training])
 
     def _sum_of(self, name: str, into: Sums | None = None, make: Callable[..., Tensor] = torch.zeros) -> Tensor:
         sums = self._sums if into is None else into
@@ -469,24 +356,8 @@ class Engine:
         return list(dict.fromkeys(p.device for p in self.parameters.values()))
 
     def next_method(self, batch: Batch) -> Method:
-        """Ghost for the first batch of ``auto``, to measure; then book-keeping if its captures take half at most."""
-        if self.method != "auto":
-            return self.method
-        if self._captured_bytes_per_value is None:
-            return "ghost"
-        need = self._captured_bytes_per_value * _values(batch)
-        return "book_keeping" if need < 0.5 * _free_bytes(self._devices()) else "ghost"
-
-
-def _values(batch: Batch) -> int:
-    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=1)
-
-
-def _free_bytes(devices: list[torch.device]) -> int:
-    cuda = [device for device in devices if device.type == "cuda"]
-    if cuda:
-        return min(torch.cuda.mem_get_info(device)[0] for device in cuda)
-    return int(psutil.virtual_memory().available)
+        """The way in which a batch would be summed; see `MemoryChoice`."""
+        return self._memory.next(batch)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.engine import Diagnostics, Engine, Sums
+from coterie.dp.engine import Engine, Sums
+from coterie.dp.gradient_groups import Diagnostics
 from coterie.dp.gram import SqNorms
 from coterie.dp.grid_sums import GridSums, squares, whole
 from coterie.dp.lone_experts import LoneExperts
@@ -132,11 +133,10 @@ class ExactEngine(Engine):
 
     def _add_clipped(self, losses: Tensor, gradients: Mapping[str, Tensor], weight: float) -> Diagnostics:
         squared = {name: squares(gradient) for name, gradient in gradients.items()}
-        factors, diagnostics = self._factors(self._squares(squared), losses)
+        groups = self.gradient_groups
+        factors, diagnostics = groups.factors(self._squares(squared), losses)
         if not bool(diagnostics.masked.any()):
-            scale = {
-                name: weight * float(factors[self._group_index(name), 0]) / self._step_of(name) for name in gradients
-            }
+            scale = {name: weight * float(factors[groups.index(name), 0]) / self._step_of(name) for name in gradients}
             self._grid.add(gradients, squared, scale)
         return diagnostics
 
@@ -148,7 +148,7 @@ class ExactEngine(Engine):
         """
         value = torch.zeros(len(self.groups), 1, dtype=torch.float64)
         for name, parts in squared.items():
-            value[self._group_index(name)] += whole(parts)
+            value[self.gradient_groups.index(name)] += whole(parts)
         count = sum(math.prod(shape) for shape in self.shapes.values())
         return SqNorms(value, value * ((count + 64) * 2.0**-52))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from coterie.dp.balance import Balancer
 from coterie.dp.clipping import quantile_update
-from coterie.dp.engine import Diagnostics
+from coterie.dp.gradient_groups import Diagnostics
 from coterie.dp.lot_noise import LotNoise
 from coterie.dp.lots import Lot
 from coterie.dp.mechanism import LOAD, WITHIN, RoundNoise

@@ -17,10 +17,11 @@ from coterie.dp.accounting import Mechanism, Sampler, noise_multiplier
 from coterie.dp.balance import Balance, Balancer
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping, policy
-from coterie.dp.engine import Engine, Method
+from coterie.dp.engine import Engine
 from coterie.dp.isolation import Isolation, chosen, computes_in_half, make_engine
 from coterie.dp.losses import LossFunction, default_loss
 from coterie.dp.lots import LotPlan
+from coterie.dp.memory_choice import Method
 from coterie.dp.numbers import check_fields
 from coterie.errors import BudgetError, PrivacyError
 from coterie.models.streaming import WeightSource

@@ -8,19 +8,17 @@ Shape letters: B records, T tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coterie.dp.captured_pass import CapturedPass
 from coterie.dp.derived import Pullback, Root
 from coterie.dp.heads import TARGETS, head_of, num_classes
 from coterie.dp.losses import Batch
 from coterie.dp.sites import Sites, Size
 from coterie.errors import NoRuleError, PrivacyError
-
-if TYPE_CHECKING:
-    from coterie.dp.engine import Engine
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 _LENGTHS = (11, 13, 17, 19, 23, 29)
@@ -28,20 +26,20 @@ _ATTEMPTS = 3
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
-def learn_sites(engine: Engine, batch: Batch) -> Sites:
-    """Run the probes; with other numbers if some number of the model happens to be a multiple of theirs.
+def learn_sites(passes: CapturedPass, batch: Batch) -> Sites:
+    """Run the probes on the passes' model; with other numbers if one of the model happens to be a multiple of theirs.
 
     Raises:
         NoRuleError: see the module text.
     """
     failure: NoRuleError | None = None
     for attempt in range(_ATTEMPTS):
-        sites = Sites(probe_sizes(engine.model, attempt))
+        sites = Sites(probe_sizes(passes.model, attempt))
         try:
             for seed, (records, tokens) in enumerate(sites.sizes):
-                made = synthetic_batch(engine.model, batch, records, tokens, seed)
+                made = synthetic_batch(passes.model, batch, records, tokens, seed)
                 with torch.random.fork_rng(devices=[]):
-                    engine.run_captured(made, _forget, sites, (records, tokens))
+                    passes.run(made, _forget, sites, (records, tokens))
         except NoRuleError as error:
             failure = error
             continue

@@ -9,8 +9,8 @@ from typing import Any
 from coterie.dp.balance import Balance
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping
-from coterie.dp.engine import Method
 from coterie.dp.lots import LotPlan
+from coterie.dp.memory_choice import Method
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.errors import PrivacyError
 

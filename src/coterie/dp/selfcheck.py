@@ -24,6 +24,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from coterie.dp.batches_of_one import in_mode
 from coterie.dp.comparison import Comparison, Report
 from coterie.dp.engine import Engine
 from coterie.dp.losses import Batch
@@ -68,12 +69,12 @@ def check(engine: Engine, batch: Batch | None = None, source: Source | None = No
     """
     like = example_batch() if batch is None else batch
     check_batch(like, engine.model)
-    with _mode(engine.model, training=True):
+    with in_mode(engine.model, training=True):
         check_model(engine.model)
     records = max(records, RECORDS)
     with _restored(engine.model) as values:
         comparison = Comparison(engine, source or FromExample(engine.model, like), values)
-        with _mode(engine.model, training=True):
+        with in_mode(engine.model, training=True):
             comparison.watch_values(records)
             comparison.prepare(like)
             if comparison.comparable:
@@ -82,7 +83,7 @@ def check(engine: Engine, batch: Batch | None = None, source: Source | None = No
                 comparison.padded_before()
             if comparison.random:
                 comparison.beside_others(records)
-        with _mode(engine.model, training=False):
+        with in_mode(engine.model, training=False):
             if not comparison.comparable:
                 comparison.of_one_length(records)
             comparison.of_several_lengths()
@@ -98,15 +99,3 @@ def _restored(model: nn.Module) -> Iterator[Watched]:
         yield before
     finally:
         before.restore()
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in train mode, as a private round runs it, or in eval mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, before in modes:
-            module.training = before

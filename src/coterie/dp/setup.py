@@ -12,10 +12,10 @@ from torch import nn
 from coterie.dp.balance import Balance
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping
-from coterie.dp.engine import Method
 from coterie.dp.isolation import ExactEngine, Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
 from coterie.dp.lots import LotPlan
+from coterie.dp.memory_choice import Method
 from coterie.dp.numbers import checked_number
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import Collate, PrivateData

@@ -19,9 +19,10 @@ from coterie.dp.balance import Balancer
 from coterie.dp.budget import PrivacyWarning
 from coterie.dp.clipping import Clipping
 from coterie.dp.comparison import Report
-from coterie.dp.engine import Engine, Method
+from coterie.dp.engine import Engine
 from coterie.dp.losses import LossFunction, check_own_loss
 from coterie.dp.made_up import FromCollator, Made
+from coterie.dp.memory_choice import Method
 from coterie.dp.open_run import OpenRun, RunEntry, open_run
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import Collate, PrivateData

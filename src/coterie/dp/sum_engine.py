@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from coterie.dp.clipping import Clipping
-from coterie.dp.engine import Diagnostics
+from coterie.dp.gradient_groups import Diagnostics
 
 
 class SumEngine(Protocol):

@@ -15,9 +15,9 @@ from transformers.trainer_utils import SaveStrategy
 from coterie.dp.balance import Balance
 from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping
-from coterie.dp.engine import Method
 from coterie.dp.isolation import Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
+from coterie.dp.memory_choice import Method
 from coterie.dp.numbers import check_fields
 from coterie.dp.plan import PrivacyPlan
 from coterie.dp.provenance import Artefact
