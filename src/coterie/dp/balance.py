@@ -210,7 +210,7 @@ class Balancer:
         total = torch.zeros(count, loads_RS.shape[1], dtype=torch.float64).index_add_(0, units_R, centred)
         records = torch.zeros(count, dtype=torch.float64).index_add_(0, units_R, usable.double())
         mean = total / records.clamp_min(1)[:, None]
-        norm = torch.linalg.vector_norm(mean, dim=1, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(mean, dim=1, keepdim=True)
         return mean * (self.load_bound / norm.clamp_min(self.load_bound))
 
     def take_released(self, mean_S: Tensor) -> None:
@@ -226,7 +226,7 @@ class Balancer:
     @torch.no_grad()
     def set_bias(self, bias_S: Tensor) -> None:
         """Put routing biases into the model."""
-        for (bias, _), own in zip(self._biases, bias_S.split([size for _, size in self._biases]), strict=True):
+        for (bias, _), own in zip(self._biases, torch.split(bias_S, [size for _, size in self._biases]), strict=True):
             bias.copy_(own)
 
     def follow(self, public_S: Tensor) -> None:

@@ -23,6 +23,7 @@ from coterie.dp.derived import Function, Node, Root, kind_of
 from coterie.dp.sites import Key, Meaning, Sites, Size, supposed
 from coterie.dp.terms import Term
 from coterie.errors import NoRuleError, PrivacyError
+from coterie.models.autograd import backward, on_gradient
 
 _NODE = "_coterie_node"
 _CAPTURE = "_coterie_capture"
@@ -159,7 +160,7 @@ class Capture:
                 fix="check that the loss function uses the model's output, and that something is trainable",
             )
         self.recomputing = True
-        total.backward()
+        backward(total)
         for name, parameter in self._parameters.items():
             with torch._C.DisableTorchFunctionSubclass():
                 escaped = parameter.grad is not None
@@ -214,7 +215,7 @@ class Capture:
     def wrap(self, node: Node) -> Tensor:
         derived = node.value.detach().as_subclass(DerivedTensor)
         derived.requires_grad_()
-        derived.register_hook(_Escaped(node))
+        on_gradient(derived, _Escaped(node))
         setattr(derived, _NODE, node)
         setattr(derived, _CAPTURE, self)
         return derived

@@ -149,7 +149,8 @@ def replay(node: Node, leaves: dict[Root, Tensor]) -> Tensor:
         return {key: again(part) for key, part in item.items()} if isinstance(item, dict) else item
 
     result = node.function(*again(node.args), **again(node.kwargs))
-    return result if node.part is None else result[node.part]
+    chosen: Tensor = result if node.part is None else result[node.part]
+    return chosen
 
 
 def same_numbers(again: Tensor, before: Tensor) -> bool:

@@ -29,7 +29,7 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
-class OneDraw(TorchDispatchMode):
+class OneDraw(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every random draw gives one value, the same for all elements of its tensor.
 
     A record then draws the same in every batch, beside whatever records and at whatever length, so what differs
@@ -45,7 +45,7 @@ class OneDraw(TorchDispatchMode):
     """
 
     def __init__(self, dropout_only: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.others = False
         self._dropout_only = dropout_only
 
@@ -82,7 +82,7 @@ class OneDraw(TorchDispatchMode):
         return out
 
 
-class RowDraws(TorchDispatchMode):
+class RowDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Random draws with a row for every record come from a generator of that record's own.
 
     For collators that draw (masked language modelling): a made-up record then draws the same alone and beside others,
@@ -93,7 +93,7 @@ class RowDraws(TorchDispatchMode):
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._rows = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,7 +122,7 @@ class RowDraws(TorchDispatchMode):
         return out.copy_(low + uniform * (high - low))
 
 
-class Rounding(TorchDispatchMode):
+class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Products come out as if rounded more coarsely: each value times (1 + factor * eps * normal noise).
 
     What a record computes by itself has to stand this before it is a witness for anything.
@@ -133,7 +133,7 @@ class Rounding(TorchDispatchMode):
     """
 
     def __init__(self, factor: float, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._factor = factor
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}

@@ -23,6 +23,7 @@ from coterie.dp.derived import Node
 from coterie.dp.rules_matrix import compute_dtype
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
 from coterie.errors import NoRuleError
+from coterie.models.autograd import applied
 from coterie.models.grouped import as_EIO, grouped_mm
 from coterie.models.lora import ExpertAdapter
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, bias_rows
@@ -129,8 +130,8 @@ class PrivateExperts:
         if torch.is_grad_enabled():
             for node in (*work.up.nodes(), *work.down.nodes()):
                 capture.expect(node)
-        pre_RG = _Up.apply(capture.anchor, call.hidden_ND, work)
-        out_RD = _Down.apply(capture.anchor, call.layer.activate(pre_RG), work)
+        pre_RG = applied(_Up, capture.anchor, call.hidden_ND, work)
+        out_RD = applied(_Down, capture.anchor, call.layer.activate(pre_RG), work)
         if call.layer.layout.has_post_expert_norm:
             with capture.rows_belong_to(work.segments.record_R):
                 out_RD = call.layer.module.post_expert_norm(out_RD)  # type: ignore[operator]

@@ -242,11 +242,12 @@ def direct_slack(value: Tensor, crude: Tensor, rows: int | Tensor, length: int) 
 def square_norms(gradients_B: Tensor) -> Tensor:
     """[B] float64 squared norms of tensors [B, *shape], in float32 by rows and in double where these overflow."""
     rows = gradients_B.reshape(gradients_B.shape[0], -1, gradients_B.shape[-1] if gradients_B.ndim > 1 else 1)
-    pieces = [torch.linalg.vector_norm(piece, dim=-1, dtype=torch.float32) for piece in rows.split(LONGEST, 2)]
+    pieces = [torch.linalg.vector_norm(piece, dim=-1, dtype=torch.float32) for piece in torch.split(rows, LONGEST, 2)]
     value = torch.stack([piece.double().square().sum(1) for piece in pieces]).sum(0)
     if bool(torch.isfinite(value).all()):
         return value
-    return torch.linalg.vector_norm(rows, dim=(1, 2), dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=(1, 2), dtype=torch.float64)
+    return norms.square()
 
 
 def norm_slack(value: Tensor, length: int) -> Tensor:

@@ -69,7 +69,8 @@ class SegmentNorms:
     def work_S(self) -> np.ndarray:
         """[S] multiplications."""
         rows = self._stop - self._start
-        return rows * (rows + 4) // 2 * (self._a.shape[1] + self._g.shape[1])
+        work: np.ndarray = rows * (rows + 4) // 2 * (self._a.shape[1] + self._g.shape[1])
+        return work
 
     def shares(self) -> list[slice]:
         """Segments that a thread takes together."""

@@ -38,10 +38,10 @@ def squares(gradient: Tensor) -> list[float]:
     """
     flat = _flat(gradient)
     if flat.device.type != "cpu":
-        parts = [chunk.double().square().sum() for chunk in flat.split(_CHUNK_ELSEWHERE)]
+        parts = [chunk.double().square().sum() for chunk in torch.split(flat, _CHUNK_ELSEWHERE)]
         return torch.stack(parts).tolist() if parts else []
     found = []
-    for chunk in flat.split(_CHUNK):
+    for chunk in torch.split(flat, _CHUNK):
         wide = chunk.double()
         found.append(float(torch.dot(wide, wide)))
     return found

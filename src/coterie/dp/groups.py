@@ -141,13 +141,15 @@ def _replaced_round(mechanism: Mechanism, size: int) -> distribution.PrivacyLoss
 def _replaced_delta(x: np.ndarray, joins: float, move: float) -> np.ndarray:
     a = 1 + np.expm1(x) / joins
     b = np.exp(x) / a
-    return joins * ((1 - b) * _gaussian_delta(a, move) + b * _gaussian_delta(a, 2 * move))
+    found: np.ndarray = joins * ((1 - b) * _gaussian_delta(a, move) + b * _gaussian_delta(a, 2 * move))
+    return found
 
 
 def _gaussian_delta(a: np.ndarray, move: float) -> np.ndarray:
     """Hockey-stick divergence of order ``a`` between unit Gaussians that are ``move`` apart (Balle and Wang 2018)."""
     at = np.log(a) / move
-    return np.maximum(ndtr(move / 2 - at) - a * ndtr(-move / 2 - at), 0.0)
+    found: np.ndarray = np.maximum(ndtr(move / 2 - at) - a * ndtr(-move / 2 - at), 0.0)
+    return found
 
 
 def _joins(mechanism: Mechanism, size: int) -> float:

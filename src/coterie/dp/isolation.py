@@ -32,6 +32,7 @@ from coterie.dp.probe import synthetic_batch
 from coterie.dp.refusals import check_batch
 from coterie.errors import PrivacyError
 from coterie.models import seam
+from coterie.models.autograd import backward, on_accumulated
 from coterie.models.lora import expert_adapters, factors_stay_apart
 
 Isolation = Literal["exact", "fast"]
@@ -176,7 +177,7 @@ class ExactEngine(Engine):
                 gradients = stack.enter_context(_own_gradients(self.parameters, self._accumulate_on))
                 losses = checked(self.loss_fn(self.model, alone), 1)
                 if losses.requires_grad:
-                    losses.float().sum().backward()
+                    backward(losses.float().sum())
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
@@ -212,7 +213,7 @@ def _own_gradients(parameters: Mapping[str, nn.Parameter], keep_on: torch.device
         return take
 
     before = {name: parameter.grad for name, parameter in parameters.items()}
-    hooks = [parameter.register_post_accumulate_grad_hook(taking(name)) for name, parameter in parameters.items()]
+    hooks = [on_accumulated(parameter, taking(name)) for name, parameter in parameters.items()]
     for parameter in parameters.values():
         parameter.grad = None
     try:

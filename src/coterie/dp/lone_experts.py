@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coterie.dp.experts import Adapters
 from coterie.dp.rules_matrix import compute_dtype
+from coterie.models.autograd import applied
 from coterie.models.expert_math import apply_linear
 from coterie.models.grouped import GroupedLinear, as_EIO, grouped_mm, grouped_sum, weight_outer
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, bias_rows, expert_rows
@@ -53,11 +54,11 @@ class LoneExperts:
             if self.source is None:
                 out = _own_linear(layer, own, name, x_RI, ends_E)
             else:
-                out = _LentLinear.apply(x_RI, ends_E, anchor, layer, name, self)
+                out = applied(_LentLinear, x_RI, ends_E, anchor, layer, name, self)
             for adapter in self._adapters.get((layer.module, name), ()):
-                narrow = GroupedLinear.apply(x_RI, adapter.down_ErI.to(x_RI.dtype), ends_E, False)
-                out = out + adapter.scaling * GroupedLinear.apply(
-                    narrow, adapter.up_EOr.to(x_RI.dtype), ends_E, False
+                narrow = applied(GroupedLinear, x_RI, adapter.down_ErI.to(x_RI.dtype), ends_E, False)
+                out = out + adapter.scaling * applied(
+                    GroupedLinear, narrow, adapter.up_EOr.to(x_RI.dtype), ends_E, False
                 )
             return out
 
@@ -72,7 +73,7 @@ class LoneExperts:
 
 
 def _own_linear(layer: ExpertLayer, own: dict[str, Tensor], name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
-    out: Tensor = GroupedLinear.apply(x_RI, own[name].to(x_RI.dtype), ends_E, layer.layout.is_transposed)
+    out: Tensor = applied(GroupedLinear, x_RI, own[name].to(x_RI.dtype), ends_E, layer.layout.is_transposed)
     bias = own.get(f"{name}_bias")
     return out if bias is None else out + bias_rows(bias.to(x_RI.dtype), ends_E)
 

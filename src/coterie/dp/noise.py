@@ -138,7 +138,7 @@ class AliasTable:
             words: [k, 3] uint64 random bits, the highest first.
         """
         low = self.low[column]
-        below = words[:, -1] < low[:, -1]
+        below: np.ndarray = words[:, -1] < low[:, -1]
         for word in range(_TIE_WORDS - 2, -1, -1):
             below = (words[:, word] < low[:, word]) | ((words[:, word] == low[:, word]) & below)
         return below
@@ -219,7 +219,8 @@ def _tries_of_rest(count: int, stream: Keystream) -> np.ndarray:
     accepted = excess > 0
     for i in np.flatnonzero(np.abs(excess) < _UNSURE):
         accepted[i] = _accepted_exactly(int(bucket[i]), int(place[i]), int(words[i, 1]), stream)
-    return _doubled(bucket, fine)[accepted]
+    taken: np.ndarray = _doubled(bucket, fine)[accepted]
+    return taken
 
 
 def _energies(bucket: np.ndarray, place: np.ndarray | float) -> np.ndarray:
@@ -244,7 +245,7 @@ def _accepted_exactly(bucket: int, place: int, word: int, stream: Keystream) -> 
             Decimal((BUCKET - 1 - at) * (2 * BUCKET * bucket + at + BUCKET)) / (2 * Decimal(GRID_SIGMA) ** 2)
             for at in (place, 0)
         )
-        return Decimal(bits) / 2 ** (64 + _TIE_BITS) < (energy.exp() - 1) / (whole.exp() - 1)
+        return bool(Decimal(bits) / 2 ** (64 + _TIE_BITS) < (energy.exp() - 1) / (whole.exp() - 1))
 
 
 def discrete_gaussian(count: int, stream: Keystream) -> np.ndarray:

@@ -18,6 +18,7 @@ from coterie.dp.rules_elementwise import settle_repeated
 from coterie.dp.sites import CONSTANT, Meaning
 from coterie.dp.terms import Dense, Term
 from coterie.errors import CoterieError
+from coterie.models.autograd import applied, applied_to_several
 
 SMALL = 1 << 18
 """Most entries of a parameter whose unknown operation is replayed record by record."""
@@ -50,7 +51,7 @@ def replayed(capture: Capture, function: Function, args: tuple[Any, ...], kwargs
         raise refusal(node, function, "its result does not hold the records in a dimension of its own")
     for source, _ in call.sources:
         capture.expect(source)
-    outputs = iter(_Replay.apply(capture.anchor, call, wanted, *(tensor for tensor, _ in call.inputs)))
+    outputs = iter(applied_to_several(_Replay, capture.anchor, call, wanted, *(tensor for tensor, _ in call.inputs)))
     meanings = iter(call.results)
     error = refusal(node, function, "a result of it that does not hold the records in a dimension of its own is used")
 
@@ -58,7 +59,7 @@ def replayed(capture: Capture, function: Function, args: tuple[Any, ...], kwargs
         if not _differentiable(part):
             return part
         output, meaning = next(outputs), next(meanings)
-        return output if meaning.dim >= 0 else Guard.apply(capture.anchor, output.detach(), error)
+        return output if meaning.dim >= 0 else applied(Guard, capture.anchor, output.detach(), error)
 
     return mapped(result, taken)
 

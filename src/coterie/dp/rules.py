@@ -21,6 +21,7 @@ from coterie.dp.rules_matrix import MATRIX_RULES
 from coterie.dp.rules_other import OTHER_RULES, aligned
 from coterie.dp.sites import CONSTANT, Meaning
 from coterie.errors import CoterieError, NoRuleError
+from coterie.models.autograd import applied
 
 RULES: dict[Function, Rule] = {**MATRIX_RULES, **ELEMENTWISE_RULES, **OTHER_RULES}
 
@@ -66,7 +67,7 @@ def _guarded(capture: Capture, items: Any, error: NoRuleError) -> Any:
 
     def guard(item: Any) -> Any:
         node = node_of(item)
-        return item if node is None else Guard.apply(capture.anchor, node.value, error)
+        return item if node is None else applied(Guard, capture.anchor, node.value, error)
 
     return mapped(items, guard)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from coterie.dp.capture import Capture, Rule, Use, node_of
 from coterie.dp.derived import Function, Node
 from coterie.dp.terms import Aligned, Dense, Lookup, Term
+from coterie.models.autograd import applied
 
 _T = torch.Tensor
 
@@ -86,12 +87,13 @@ def _settle_lookup(node: Node, gradients_B: Tensor) -> tuple[Node, Term]:
 def expand(capture: Capture, node: Node, shape: torch.Size, repeated: bool = False) -> Tensor:
     """The node's value expanded to ``shape``, its gradient per record arranged for; ``repeated`` as in `settle`."""
     capture.expect(node)
-    return _Expand.apply(capture.anchor, node.value, shape, capture, node, repeated)
+    return applied(_Expand, capture.anchor, node.value, shape, capture, node, repeated)
 
 
 def elementwise(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
     """Any broadcasting operation of parameters with data."""
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in use.operands))
+    sizes = (tensor.shape for tensor in use.operands)
+    shape: torch.Size = torch.broadcast_shapes(*sizes)  # type: ignore[no-untyped-call]
     if not _records_first(use, len(shape)):
         return NotImplemented
 

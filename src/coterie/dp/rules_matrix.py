@@ -18,6 +18,7 @@ from coterie.dp.capture import Capture, Rule, Use, node_of, refusal
 from coterie.dp.derived import Function, Node
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
 from coterie.dp.terms import Dense, Lookup, Outer
+from coterie.models.autograd import applied
 
 _T = torch.Tensor
 
@@ -101,7 +102,7 @@ def _linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     dtype = compute_dtype(x, plain)
     if torch.is_autocast_enabled(x.device.type):
         x, plain, plain_bias = x.to(dtype), plain.to(dtype), None if plain_bias is None else plain_bias.to(dtype)
-    return _Linear.apply(capture.anchor, x, plain, plain_bias, capture, weight_node, bias_node)
+    return applied(_Linear, capture.anchor, x, plain, plain_bias, capture, weight_node, bias_node)
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tuple[Any, ...]:
@@ -165,7 +166,7 @@ def _stacked(capture: Capture, function: Function, x: Tensor, node: Node, use: U
     if x.shape[-3] != node.value.shape[0]:
         return NotImplemented
     capture.expect(node)
-    return _Stacked.apply(capture.anchor, x, node.value.to(x.dtype), capture, node)
+    return applied(_Stacked, capture.anchor, x, node.value.to(x.dtype), capture, node)
 
 
 def addmm(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:
@@ -222,7 +223,7 @@ def _lookup(capture: Capture, function: Function, ids: Tensor, table: Tensor, pa
     if not use.records_first(ids) or not use.constant(table):
         return NotImplemented
     capture.expect(node)
-    return _Embedding.apply(capture.anchor, ids, node.value, padding, capture, node)
+    return applied(_Embedding, capture.anchor, ids, node.value, padding, capture, node)
 
 
 def getitem(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], use: Use) -> Any:

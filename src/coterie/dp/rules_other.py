@@ -15,6 +15,7 @@ from coterie.dp.capture import Capture, Rule, Use, mapped, node_of
 from coterie.dp.derived import Function, Node
 from coterie.dp.rules_elementwise import settle_repeated
 from coterie.dp.terms import Dense
+from coterie.models.autograd import applied
 
 
 class _Convolution(torch.autograd.Function):
@@ -93,7 +94,7 @@ def convolution(capture: Capture, function: Function, args: tuple[Any, ...], kwa
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, plain, plain_bias = x.to(dtype), plain.to(dtype), None if plain_bias is None else plain_bias.to(dtype)
-    return _Convolution.apply(capture.anchor, x, plain, plain_bias, given, capture, node_of(weight), node_of(bias))
+    return applied(_Convolution, capture.anchor, x, plain, plain_bias, given, capture, node_of(weight), node_of(bias))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def aligned(capture: Capture, function: Function, args: tuple[Any, ...], kwargs:
         if node is None:
             return item
         capture.expect(node)
-        return _Repeated.apply(capture.anchor, node.value, capture, node)
+        return applied(_Repeated, capture.anchor, node.value, capture, node)
 
     return function(*mapped(args, plain), **mapped(kwargs, plain))
 

@@ -69,7 +69,7 @@ class Bucket:
         if self.index_Sn.device.type == "cpu":
             step = min(step, _PIECE_BYTES // (4 * length * (inputs + outputs)))
         parts = self.segments_S, self.index_Sn, self.real_Sn1
-        return zip(*(part.split(max(1, step)) for part in parts), strict=True)
+        return zip(*(torch.split(part, max(1, step)) for part in parts), strict=True)
 
 
 class Segments:

@@ -141,8 +141,9 @@ class Outer:
 
     def crude(self) -> Tensor:
         """[B] ``sum_t |a_t| |g_t|``: an upper bound of the norm."""
-        a_length = torch.linalg.vector_norm(self.a, dim=-1, dtype=torch.float32)
-        return (a_length * torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32)).flatten(1).sum(1)
+        a_length: Tensor = torch.linalg.vector_norm(self.a, dim=-1, dtype=torch.float32)
+        g_length: Tensor = torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float32)
+        return (a_length * g_length).flatten(1).sum(1)
 
     def condensed(self) -> Term:
         """The same as `Dense` if that is no larger than ``g`` and the rows are `bounded`; norm and sum then share one
@@ -210,7 +211,8 @@ class Lookup:
 
     def crude(self) -> Tensor:
         """[B] float64, the norm if no two rows were added up."""
-        return torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float64).sum(1)
+        lengths: Tensor = torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float64)
+        return lengths.sum(1)
 
     def one(self, record: int) -> Tensor:
         out = torch.zeros(self.shape, device=self.g.device)
