@@ -102,7 +102,8 @@ class Journal:
                     why="its rounds and checkpoints do not fit what the parties signed now",
                     fix="name another folder with --run-dir to begin anew, or bring the old federation.yaml back",
                 )
-        return meta["run"]
+        run: str = meta["run"]
+        return run
 
     def _read_state(self) -> State:
         row = self._db.execute("SELECT state FROM state").fetchone()

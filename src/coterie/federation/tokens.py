@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -328,8 +328,8 @@ def gather(
         RoundError: ``stopped`` was set.
         CoterieError: as the transport or the host reported it.
     """
-    names = {future: name for name, future in asked.items()}
-    waiting: set[Future] = set(names)
+    names: dict[Future[Any], str] = {future: name for name, future in asked.items()}
+    waiting: set[Future[Any]] = set(names)
     until = time.monotonic() + deadline_s + _ALLOWANCE_S
     while waiting:
         either = waiting if stopped is None else {*waiting, stopped}

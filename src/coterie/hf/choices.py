@@ -73,7 +73,7 @@ class _History(list[dict[str, Any]]):
         return super().__reversed__()
 
 
-class WatchedCallbacks(CallbackHandler):
+class WatchedCallbacks(CallbackHandler):  # type: ignore[misc]
     """Trainer's callbacks, whose decisions may not come from private figures.
 
     A callback that is shown losses or metrics, or has read the run's log, and then stops, saves or changes a rate is

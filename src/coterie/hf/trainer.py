@@ -60,7 +60,7 @@ class _Rounds(Dataset[dict[str, Tensor]]):
         return {"round": torch.tensor(index)}
 
 
-class _StopWhenSpent(TrainerCallback):
+class _StopWhenSpent(TrainerCallback):  # type: ignore[misc]
     """Ends training when no release is left, which is early where rounds were burned."""
 
     def __init__(self, trainer: PrivateTrainer) -> None:
@@ -73,7 +73,7 @@ class _StopWhenSpent(TrainerCallback):
         return control
 
 
-class PrivateTrainer(Trainer):
+class PrivateTrainer(Trainer):  # type: ignore[misc]
     """A `transformers.Trainer` whose training is (epsilon, delta)-differentially private.
 
     Every optimizer step uses one Poisson lot of ``privacy.lot_size`` expected records, each record's gradient
@@ -180,7 +180,7 @@ class PrivateTrainer(Trainer):
         check_callbacks([callback], self.privacy)
         super().add_callback(callback)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """One item for each round of an epoch; the records are drawn by the session."""
         return DataLoader(_Rounds(self._rounds_per_epoch()), batch_size=1)
 
@@ -408,8 +408,8 @@ class PrivateTrainer(Trainer):
     def _rounds(self) -> int:
         per_epoch = self._rounds_per_epoch()
         if self.args.max_steps > 0:
-            return checked_number("rounds", self.args.max_steps)
-        return math.ceil(checked_number("epochs", self.args.num_train_epochs) * per_epoch)
+            return int(checked_number("rounds", self.args.max_steps))
+        return math.ceil(float(checked_number("epochs", self.args.num_train_epochs)) * per_epoch)
 
     def _in_half(self) -> bool:
         """Whether accelerate runs the model under autocast, which the model itself does not show."""

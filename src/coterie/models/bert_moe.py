@@ -19,7 +19,7 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.bert.modeling_bert import BertForSequenceClassification, BertModel, BertPreTrainedModel
 
 
-class BertMoeConfig(BertConfig):
+class BertMoeConfig(BertConfig):  # type: ignore[misc]
     """A BERT config with experts.
 
     Attributes:
@@ -89,7 +89,8 @@ class BertMoeBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         flat_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_NK, ids_NK = self.gate(flat_ND)
-        return self.experts(flat_ND, ids_NK, weights_NK).view(hidden_states.shape)
+        out_ND: Tensor = self.experts(flat_ND, ids_NK, weights_NK)
+        return out_ND.view(hidden_states.shape)
 
 
 class BertMoeOutput(nn.Module):
@@ -101,10 +102,11 @@ class BertMoeOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(hidden_states) + input_tensor)
+        normed: Tensor = self.LayerNorm(self.dropout(hidden_states) + input_tensor)
+        return normed
 
 
-class BertMoePreTrainedModel(BertPreTrainedModel):
+class BertMoePreTrainedModel(BertPreTrainedModel):  # type: ignore[misc]
     """Weight initialisation of experts and router."""
 
     config_class = BertMoeConfig
@@ -129,7 +131,7 @@ class BertMoePreTrainedModel(BertPreTrainedModel):
                 initialization.zeros_(bias)
 
 
-class BertMoeModel(BertMoePreTrainedModel, BertModel):
+class BertMoeModel(BertMoePreTrainedModel, BertModel):  # type: ignore[misc]
     """`BertModel` with experts in every layer."""
 
     def __init__(self, config: BertMoeConfig, add_pooling_layer: bool = True) -> None:
@@ -140,7 +142,7 @@ class BertMoeModel(BertMoePreTrainedModel, BertModel):
         self.post_init()
 
 
-class BertMoeForSequenceClassification(BertMoePreTrainedModel, BertForSequenceClassification):
+class BertMoeForSequenceClassification(BertMoePreTrainedModel, BertForSequenceClassification):  # type: ignore[misc]
     """`BertForSequenceClassification` over `BertMoeModel`."""
 
     def __init__(self, config: BertMoeConfig) -> None:

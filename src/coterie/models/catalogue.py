@@ -56,7 +56,8 @@ def causal_lm_types() -> dict[str, str]:
 
 def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """The class of a type that `causal_lm_types` lists. Imports its modeling file."""
-    return getattr(transformers, causal_lm_types()[model_type])
+    found: type[PreTrainedModel] = getattr(transformers, causal_lm_types()[model_type])
+    return found
 
 
 @cache

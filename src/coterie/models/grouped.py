@@ -9,6 +9,8 @@ Everything here is closed form: no function needs autograd, so an expert host ca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,13 +94,13 @@ class GroupedLinear(torch.autograd.Function):
         return grouped_mm(x_RI, as_EIO(weight, is_transposed), ends_E)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
         x_RI, weight, ends_E, is_transposed = inputs
         ctx.save_for_backward(x_RI, weight, ends_E)
         ctx.is_transposed = is_transposed  # type: ignore[attr-defined]
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_RO: Tensor) -> tuple:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_RO: Tensor) -> tuple[Any, ...]:
         x_RI, weight, ends_E = ctx.saved_tensors  # type: ignore[attr-defined]
         is_transposed: bool = ctx.is_transposed  # type: ignore[attr-defined]
         needs_x, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from coterie.errors import ModelError
+from coterie.models.autograd import applied
 
 _END = -1
 """In place of a border: sources that lead to parameters only are run when everything else is done."""
@@ -144,7 +145,7 @@ class Pieces:
 
     def throwaway(self, value: Tensor, key: int = -1) -> Tensor:
         """Like a restart, but not recorded: for a recomputation, whose graph is thrown away."""
-        return _Restart.apply(self._anchor, [value], self._owner, key)
+        return applied(_Restart, self._anchor, [value], self._owner, key)
 
     def record(self, event: Border | ExpertsEvent) -> None:
         """Put an event behind the others."""

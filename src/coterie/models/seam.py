@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.errors import ModelError
+from coterie.models.autograd import applied
 from coterie.models.grouped import GroupedLinear
 
 NAME = "coterie"
@@ -77,8 +78,10 @@ class ExpertLayer:
     def activate(self, pre_RG: Tensor) -> Tensor:
         """The family's own elementwise gate or activation, [R, G] to [R, F]. Touches no parameter."""
         if self.layout.has_gate:
-            return self.module._apply_gate(pre_RG)  # type: ignore[operator]
-        return self.module.act_fn(pre_RG)  # type: ignore[operator]
+            gate: Callable[[Tensor], Tensor] = self.module._apply_gate  # type: ignore[assignment]
+            return gate(pre_RG)
+        activation: Callable[[Tensor], Tensor] = self.module.act_fn  # type: ignore[assignment]
+        return activation(pre_RG)
 
     def parameters(self) -> dict[str, Tensor]:
         """The stacked expert parameters that the module holds, by name."""
@@ -176,7 +179,7 @@ class LocalExperts:
         def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
             weight, bias = weights[name], weights.get(f"{name}_bias")
             dtype = _compute_dtype(x_RI, weight)
-            out = GroupedLinear.apply(x_RI.to(dtype), weight.to(dtype), ends_E, layer.layout.is_transposed)
+            out = applied(GroupedLinear, x_RI.to(dtype), weight.to(dtype), ends_E, layer.layout.is_transposed)
             return out if bias is None else out + bias_rows(bias.to(dtype), ends_E)
 
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)

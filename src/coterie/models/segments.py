@@ -33,6 +33,8 @@ from coterie.models.pieces import Border, ExpertsEvent, GradientSink, Pieces
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, select
 from coterie.models.turn import RandomState, Turn
 
+_Arguments = tuple[Any, ...]
+
 
 class Exchange(Protocol):
     """Computes experts for one micro-batch, near or far. Called outside autograd; it may wait."""
@@ -133,11 +135,13 @@ class Cut:
         """What a MoE layer runs."""
         return self._tape(call.layer.name).experts(call)
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _enter(
+        self, module: nn.Module, args: _Arguments, kwargs: dict[str, Any]
+    ) -> tuple[_Arguments, dict[str, Any]] | None:
         tape = self._tape(type(module).__name__)
         return tape.enter(module, args, kwargs) if tape.training else None
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: _Arguments, output: Any) -> Any:
         tape = self._tape(type(module).__name__)
         return tape.leave(module, output) if tape.training else None
 
@@ -247,7 +251,7 @@ class Tape:
 
     # ---- what the model does ----
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def enter(self, module: nn.Module, args: _Arguments, kwargs: dict[str, Any]) -> tuple[_Arguments, dict[str, Any]]:
         """Restart every tensor with a history that a decoder layer receives, also inside tuples.
 
         Other containers pass as they are, since the layer may write into them.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from coterie.errors import ModelError
 from coterie.models import expert_math
+from coterie.models.autograd import applied
 from coterie.models.grouped import grouped_mm
 from coterie.models.lora import ExpertAdapter
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, expert_rows
@@ -109,7 +110,7 @@ class LayerStreamer:
         self._last = -1
         self._step = 1
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="coterie-prefetch")
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.peak_layers = 0
         self.peak_bytes = 0
         self.waited: dict[int, float] = {}
@@ -240,8 +241,8 @@ class StreamedExperts:
             )
         # The anchor makes autograd visit the backward even where the rows themselves need no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        out_RD = _StreamedRows.apply(
-            call.hidden_ND[rows.token_R], rows.ends_E, anchor, layer, self._source, self._sink
+        out_RD = applied(
+            _StreamedRows, call.hidden_ND[rows.token_R], rows.ends_E, anchor, layer, self._source, self._sink
         )
         if layer.layout.has_post_expert_norm:
             out_RD = layer.module.post_expert_norm(out_RD)  # type: ignore[operator]

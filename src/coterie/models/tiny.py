@@ -283,7 +283,8 @@ def _random_like(name: str, parameter: Tensor, generator: torch.Generator) -> Te
     noise = _normal(parameter, generator)
     if parameter.ndim < 2 or name.endswith("A_log"):  # norms, biases, decay rates: near their meaningful start
         return parameter + 0.1 * noise
-    return noise / parameter.shape[-1] ** 0.5
+    scaled: Tensor = noise / parameter.shape[-1] ** 0.5
+    return scaled
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -92,7 +92,8 @@ class RandomState:
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    on_devices = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_devices else []
 
 
 def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:

@@ -206,7 +206,7 @@ def _class_of(dense_name: str, recipe: Recipe) -> type[PreTrainedModel]:
     if recipe.prefix[0] == "Bert":
         from coterie.models import bert_moe
 
-        found = getattr(bert_moe, name, None)
+        found: type[PreTrainedModel] | None = getattr(bert_moe, name, None)
     else:
         found = getattr(transformers, name, None)
     if found is None:

@@ -59,4 +59,5 @@ def generate(
         if chosen == tokenizer.eos_token_id:
             break
         ids.append(chosen)
-    return tokenizer.decode(ids[given:])
+    text: str = tokenizer.decode(ids[given:])
+    return text

@@ -49,7 +49,8 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[param]
         if "gradient" not in state:
             state["gradient"] = torch.zeros_like(param, dtype=torch.float32)
-        return state["gradient"]
+        gradient: Tensor = state["gradient"]
+        return gradient
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -84,7 +84,8 @@ def load_tokenizer_from(path: Path) -> PreTrainedTokenizerBase:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with what the tokenizer itself puts at the beginning (and end) of a text."""
-    return tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
+    return ids
 
 
 def tokenize(documents: Documents, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Sequences:
