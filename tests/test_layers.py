@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,30 @@ def test_the_check_would_notice_a_wrong_import() -> None:
     assert forbidden("training", "cli")
     assert forbidden("dp", "federation")
     assert not forbidden("training", "dp")
+
+
+def cycle(imports: dict[str, set[str]]) -> list[str]:
+    """Files that import each other in a ring, each once; empty where there is none."""
+    try:
+        list(TopologicalSorter(imports).static_order())
+    except CycleError as error:
+        return sorted(set(error.args[1]))
+    return []
+
+
+def test_files_do_not_import_each_other_also_not_for_types_or_inside_functions() -> None:
+    dotted = {".".join(("coterie", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    imports = {}
+    for name, path in dotted.items():
+        found = set(imported_names(ast.parse(path.read_text("utf-8"))))
+        imports[name] = (found | {part.rpartition(".")[0] for part in found}) & dotted.keys() - {name}
+    # A ledger's lifetime is that of all ledgers beside it, which are opened for it.
+    imports["coterie.dp.lifetime"].discard("coterie.dp.ledger")
+    assert not cycle(imports)
+
+
+def test_the_check_would_notice_a_ring() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("statement", ["import coterie", "import coterie.config", "import coterie.cli.app"])

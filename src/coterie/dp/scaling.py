@@ -9,16 +9,10 @@ Shape letters: R rows of all records, B records, I inputs, O outputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from coterie.dp.gram import SqNorms
 from coterie.dp.gram_kernel import SegmentNorms
-
-if TYPE_CHECKING:
-    from coterie.dp.terms import Term
 
 UNSEEN = 2.0**-60
 """Most that underflow takes from the squared norm of a parameter whose rows are `bounded`; added to every one."""
@@ -86,36 +80,3 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def single(factors_B: Tensor) -> Tensor:
     """Factors in float32. What would be subnormal becomes zero: rounded, it could be twice as large."""
     return torch.where(factors_B.abs() < SMALLEST, 0.0, factors_B).float()
-
-
-class Scaled:
-    """A `Term` of balanced rows: record b's gradient is ``2^exponent_b`` times the inner term's.
-
-    Args:
-        term: of the balanced rows.
-        exponent_B: int64.
-    """
-
-    def __init__(self, term: Term, exponent_B: Tensor) -> None:
-        self._term = term
-        self._exponent = exponent_B
-
-    @property
-    def _scale(self) -> Tensor:
-        return power_of_two(self._exponent)
-
-    def sq_norms(self, precise: bool = False) -> SqNorms:
-        scale = self._scale
-        return SqNorms(*(part * scale * scale for part in self._term.sq_norms(precise)))
-
-    def one(self, record: int) -> Tensor:
-        return (self._term.one(record).double() * self._scale[record]).float()
-
-    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
-        self._term.add_sum(out, factors_B.double() * self._scale)
-
-    def masked(self, keep_B: Tensor) -> Scaled:
-        return Scaled(self._term.masked(keep_B), self._exponent)
-
-    def nbytes(self) -> int:
-        return self._term.nbytes()

@@ -32,7 +32,8 @@ from coterie.dp.gram import (
     taken,
 )
 from coterie.dp.gram_kernel import SegmentNorms
-from coterie.dp.scaling import Scaled, balance, bounded, single
+from coterie.dp.scaling import balance, bounded, single
+from coterie.dp.terms import Scaled
 from coterie.models.grouped import as_EIO, grouped_sum
 
 _PADDED_UP_TO = 200

@@ -26,7 +26,7 @@ from coterie.dp.gram import (
     taken,
 )
 from coterie.dp.gram_kernel import SegmentNorms
-from coterie.dp.scaling import Scaled, balance, bounded, single
+from coterie.dp.scaling import balance, bounded, power_of_two, single
 from coterie.models.grouped import grouped_sum
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -56,6 +56,39 @@ class Term(Protocol):
         ...
 
     def nbytes(self) -> int: ...
+
+
+class Scaled:
+    """A `Term` of balanced rows: record b's gradient is ``2^exponent_b`` times the inner term's.
+
+    Args:
+        term: of the balanced rows.
+        exponent_B: int64.
+    """
+
+    def __init__(self, term: Term, exponent_B: Tensor) -> None:
+        self._term = term
+        self._exponent = exponent_B
+
+    @property
+    def _scale(self) -> Tensor:
+        return power_of_two(self._exponent)
+
+    def sq_norms(self, precise: bool = False) -> SqNorms:
+        scale = self._scale
+        return SqNorms(*(part * scale * scale for part in self._term.sq_norms(precise)))
+
+    def one(self, record: int) -> Tensor:
+        return (self._term.one(record).double() * self._scale[record]).float()
+
+    def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
+        self._term.add_sum(out, factors_B.double() * self._scale)
+
+    def masked(self, keep_B: Tensor) -> Scaled:
+        return Scaled(self._term.masked(keep_B), self._exponent)
+
+    def nbytes(self) -> int:
+        return self._term.nbytes()
 
 
 def _keep_rows(rows: Tensor, keep_B: Tensor) -> Tensor:
