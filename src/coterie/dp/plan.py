@@ -214,7 +214,8 @@ class ComputeOptions:
             plan: clipping and isolation.
             model: see `Engine`.
             loss_fn: with the balance term, if there is one; default: `losses.default_loss`.
-            expert_weights, expert_shapes: of a streamed model; see `Engine`.
+            expert_weights: of a streamed model; see `Engine`.
+            expert_shapes: see `Engine`.
         """
         return make_engine(
             plan.isolation, model, loss_fn, plan.policy(), self.method, expert_weights, expert_shapes,

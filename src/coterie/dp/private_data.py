@@ -61,7 +61,8 @@ class PrivateData:
             user_column: column that names a record's user.
             users: the user of each record, instead.
             records_per_user: most records of one user in a lot; None: every record is its own unit.
-            digest, originals: see `PrivateData`.
+            digest: becomes `name`.
+            originals: become `texts`.
 
         Raises:
             DataError: no length, no records, a record without a user.
