@@ -6,14 +6,20 @@ What people call: `coterie.dp.functional` (norms and clipped sums), `coterie.dp.
 `coterie.dp.session` (a run), `coterie.dp.budget`, `coterie.dp.numbers`. A federation's party has
 `coterie.dp.contributor` in place of the session.
 
-One round: `coterie.dp.lots` draws who is in it, `coterie.dp.lot_sums` makes physical batches and adds up,
-`coterie.dp.clipping` says how much of each record counts, `coterie.dp.mechanism` what is released as one Gaussian,
-`coterie.dp.balance` what becomes of released loads, `coterie.dp.releases` lets it out once. Around it:
-`coterie.dp.dataset`, `coterie.dp.users`, `coterie.dp.losses`, `coterie.dp.heads`, `coterie.dp.checkpoint`,
-`coterie.dp.threads`.
+A run is declared once: `coterie.dp.plan` holds what bounds its cost and what cannot, `coterie.dp.private_data` its
+records; `coterie.dp.saved_plan` keeps a plan in checkpoints (`coterie.dp.checkpoint`). `coterie.dp.start` checks and
+begins or resumes a session's run, and `coterie.dp.open_run` opens it, a party's too.
 
-Per-sample gradients, from operations to sums. `coterie.dp.engine` runs a pass; `coterie.dp.capture` sees every use
-of a parameter in it, `coterie.dp.derived` follows values computed from parameters alone, `coterie.dp.probe` and
+One round: `coterie.dp.lots` draws who is in it, `coterie.dp.lot_sums` runs physical batches on a
+`coterie.dp.sum_engine`, `coterie.dp.clipping` says how much of each record counts, `coterie.dp.lot_noise` how much
+noise what is released gets, as one Gaussian (`coterie.dp.mechanism`), `coterie.dp.releases` lets it out once, and
+`coterie.dp.stepping` hands it to the optimizer. What becomes of released loads: `coterie.dp.balance`, which looks on by
+`coterie.dp.router_watch`. Around it: `coterie.dp.dataset`, `coterie.dp.users`, `coterie.dp.losses`,
+`coterie.dp.heads`, `coterie.dp.durable`, `coterie.dp.threads`.
+
+Per-sample gradients, from operations to sums. `coterie.dp.engine` adds up; `coterie.dp.gradient_groups` says what is
+clipped together, `coterie.dp.memory_choice` in how many backwards. `coterie.dp.captured_pass` runs one of them;
+`coterie.dp.capture` sees every use of a parameter in it, `coterie.dp.derived` follows values computed from parameters alone, `coterie.dp.probe` and
 `coterie.dp.sites` know where the records lie. A use is handled by a rule: `coterie.dp.rules`, then
 `coterie.dp.rules_matrix`, `coterie.dp.rules_elementwise`, `coterie.dp.rules_other`, `coterie.dp.replays`. A rule
 makes a term: `coterie.dp.terms`, `coterie.dp.segments` for stacked experts, and `coterie.dp.resolve` where a
