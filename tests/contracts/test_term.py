@@ -16,9 +16,8 @@ from torch import Tensor
 from coterie.dp import resolve, scaling, segments, terms
 from coterie.dp.derived import Root
 from coterie.dp.resolve import Apart
-from coterie.dp.scaling import Scaled
 from coterie.dp.segments import Segments, StackedBias, StackedOuter
-from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Term
+from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Scaled, Term
 
 B, T, G, E, I, O, V, D = 4, 6, 2, 3, 5, 7, 9, 4  # noqa: E741
 

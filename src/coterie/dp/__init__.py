@@ -13,14 +13,14 @@ begins or resumes a session's run, and `coterie.dp.open_run` opens it, a party's
 One round: `coterie.dp.lots` draws who is in it, `coterie.dp.lot_sums` runs physical batches on a
 `coterie.dp.sum_engine`, `coterie.dp.clipping` says how much of each record counts, `coterie.dp.lot_noise` how much
 noise what is released gets, as one Gaussian (`coterie.dp.mechanism`), `coterie.dp.releases` lets it out once, and
-`coterie.dp.stepping` hands it to the optimizer. What becomes of released loads: `coterie.dp.balance`, which looks on by
-`coterie.dp.router_watch`. Around it: `coterie.dp.dataset`, `coterie.dp.users`, `coterie.dp.losses`,
+`coterie.dp.stepping` hands it to the optimizer. `coterie.dp.balance` says what becomes of released loads, which
+`coterie.dp.router_watch` sees. Around it: `coterie.dp.dataset`, `coterie.dp.users`, `coterie.dp.losses`,
 `coterie.dp.heads`, `coterie.dp.durable`, `coterie.dp.threads`.
 
 Per-sample gradients, from operations to sums. `coterie.dp.engine` adds up; `coterie.dp.gradient_groups` says what is
 clipped together, `coterie.dp.memory_choice` in how many backwards. `coterie.dp.captured_pass` runs one of them;
-`coterie.dp.capture` sees every use of a parameter in it, `coterie.dp.derived` follows values computed from parameters alone, `coterie.dp.probe` and
-`coterie.dp.sites` know where the records lie. A use is handled by a rule: `coterie.dp.rules`, then
+`coterie.dp.capture` sees every use of a parameter in it, `coterie.dp.derived` follows values computed from parameters
+alone, `coterie.dp.probe` and `coterie.dp.sites` know where the records lie. A use is handled by a rule: `coterie.dp.rules`, then
 `coterie.dp.rules_matrix`, `coterie.dp.rules_elementwise`, `coterie.dp.rules_other`, `coterie.dp.replays`. A rule
 makes a term: `coterie.dp.terms`, `coterie.dp.segments` for stacked experts, and `coterie.dp.resolve` where a
 parameter is used several times. Norms without cancellation: `coterie.dp.gram`, `coterie.dp.gram_kernel`,

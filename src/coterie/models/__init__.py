@@ -4,8 +4,8 @@ In reading order.
 
 Experts, wherever they are: `coterie.models.seam` is the one function that transformers calls for every MoE layer;
 `coterie.models.grouped` multiplies rows sorted by expert; `coterie.models.expert_math` is forward and backward in
-closed form; `coterie.models.lora` and `coterie.models.adapted` are the same with low-rank factors. `coterie.models.autograd` calls
-what torch leaves untyped.
+closed form; `coterie.models.lora` and `coterie.models.adapted` are the same with low-rank factors.
+`coterie.models.autograd` calls what torch leaves untyped.
 
 Which models there are: `coterie.models.families` (the table and its refusals), `coterie.models.catalogue` (what the
 installed transformers offers), `coterie.models.build` (a model from its settings), `coterie.models.tiny` (for
