@@ -20,12 +20,12 @@ noise what is released gets, as one Gaussian (`coterie.dp.mechanism`), `coterie.
 Per-sample gradients, from operations to sums. `coterie.dp.engine` adds up; `coterie.dp.gradient_groups` says what is
 clipped together, `coterie.dp.memory_choice` in how many backwards. `coterie.dp.captured_pass` runs one of them;
 `coterie.dp.capture` sees every use of a parameter in it, `coterie.dp.derived` follows values computed from parameters
-alone, `coterie.dp.probe` and `coterie.dp.sites` know where the records lie. A use is handled by a rule: `coterie.dp.rules`, then
-`coterie.dp.rules_matrix`, `coterie.dp.rules_elementwise`, `coterie.dp.rules_other`, `coterie.dp.replays`. A rule
-makes a term: `coterie.dp.terms`, `coterie.dp.segments` for stacked experts, and `coterie.dp.resolve` where a
-parameter is used several times. Norms without cancellation: `coterie.dp.gram`, `coterie.dp.gram_kernel`,
-`coterie.dp.scaling`, `coterie.dp.precision`. Experts: `coterie.dp.experts` behind the seam, `coterie.dp.adapters`
-for Switch Transformers.
+alone, `coterie.dp.probe` and `coterie.dp.sites` know where the records lie. A use is handled by a rule:
+`coterie.dp.rules`, then `coterie.dp.rules_matrix`, `coterie.dp.rules_elementwise`, `coterie.dp.rules_other`,
+`coterie.dp.replays`. A rule makes a term: `coterie.dp.terms`, `coterie.dp.segments` for stacked experts, and
+`coterie.dp.resolve` where a parameter is used several times. Norms without cancellation: `coterie.dp.gram`,
+`coterie.dp.gram_kernel`, `coterie.dp.scaling`, `coterie.dp.precision`. Experts: `coterie.dp.experts` behind the seam,
+`coterie.dp.adapters` for Switch Transformers.
 
 Each record alone: `coterie.dp.isolation`, `coterie.dp.lone_experts`, `coterie.dp.grid_sums`.
 
