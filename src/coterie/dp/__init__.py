@@ -15,7 +15,7 @@ One round: `coterie.dp.lots` draws who is in it, `coterie.dp.lot_sums` runs phys
 noise what is released gets, as one Gaussian (`coterie.dp.mechanism`), `coterie.dp.releases` lets it out once, and
 `coterie.dp.stepping` hands it to the optimizer. `coterie.dp.balance` says what becomes of released loads, which
 `coterie.dp.router_watch` sees. Around it: `coterie.dp.dataset`, `coterie.dp.users`, `coterie.dp.losses`,
-`coterie.dp.heads`, `coterie.dp.durable`, `coterie.dp.threads`.
+`coterie.dp.heads`, `coterie.dp.threads`.
 
 Per-sample gradients, from operations to sums. `coterie.dp.engine` adds up; `coterie.dp.gradient_groups` says what is
 clipped together, `coterie.dp.memory_choice` in how many backwards. `coterie.dp.captured_pass` runs one of them;

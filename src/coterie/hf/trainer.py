@@ -23,10 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from coterie.dp.budget import PrivacyWarning, Spent
 from coterie.dp.dataset import checked_length, dataset_digest
-from coterie.dp.lot_sums import Collate
 from coterie.dp.numbers import checked_number
 from coterie.dp.plan import ComputeOptions
-from coterie.dp.private_data import PrivateData
+from coterie.dp.private_data import Collate, PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import start_session
 from coterie.dp.statement import Statement
