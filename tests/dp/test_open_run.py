@@ -27,6 +27,7 @@ from start_examples import starts as all_starts
 
 from coterie import dp
 from coterie.config import PartyPrivacy, PrivacyRules, PrivacySpec
+from coterie.dp import checkpoint
 from coterie.dp.lots import LotPlan
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.saved_plan import plan_from_json, plan_to_json
@@ -74,7 +75,7 @@ def test_a_run_of_the_first_version_goes_on_as_if_it_had_not_stopped(tmp_path: P
         session.save(tmp_path / "again")
     for name, value in whole.model.state_dict().items():
         assert torch.allclose(session.model.state_dict()[name], value, rtol=1e-4, atol=1e-6), name
-    keys = [json.loads((p / "session.json").read_text())["facts"] for p in (FOLDER / "saved", tmp_path / "again")]
+    keys = [checkpoint.read(folder).facts for folder in (FOLDER / "saved", tmp_path / "again")]
     for part in ("settings", "plan", "options"):
         assert keys[0][part].keys() == keys[1][part].keys(), "an earlier version would not find what it looks for"
 

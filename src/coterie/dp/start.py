@@ -98,7 +98,7 @@ def resume_run(
         PrivacyError: something that the run rests on is not in the checkpoint and was not given.
         LedgerError: the ledger says otherwise.
     """
-    facts = checkpoint.read_facts(path)
+    facts = checkpoint.read(path).facts
     data = PrivateData.of(
         dataset, collate_fn, user_column=facts["settings"]["user_column"], users=users,
         records_per_user=facts["user_cap"], digest=digest,
