@@ -67,7 +67,9 @@ class FetchWork(Work):
 class HostOnly(WithoutLedger):
     """A `Contribution` of a party that hosts and adds nothing."""
 
-    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
         return Sums(None, {}, 0.0, {})
 
 

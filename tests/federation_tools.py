@@ -163,7 +163,7 @@ class ByHand:
         """Some rounds, from 0, with some parties; masked experts get no token and do not step."""
         for name in active:
             seam.select(self._models[name], _Masked(masked or {}))
-        for round in rounds:
+        for round_index in rounds:
             counts = dict.fromkeys(active, 0)
             for step in self._steps.values():
                 step.zero_grad()
@@ -171,7 +171,7 @@ class ByHand:
                 param.grad = torch.zeros_like(param)
             for name in active:
                 train = self._parts[name].train
-                for row in RoundOrder(len(train), self._spec.batch_size, self._spec.seed).rows(round):
+                for row in RoundOrder(len(train), self._spec.batch_size, self._spec.seed).rows(round_index):
                     ids = train[row]["input_ids"].unsqueeze(0)
                     logits = self._models[name](input_ids=ids, use_cache=False).logits[0, :-1]
                     functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()

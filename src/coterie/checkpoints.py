@@ -73,7 +73,7 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path,
     run: str,
-    round_index: int,
+    round_no: int,
     content: Content,
     state: Mapping[str, Any],
     *,
@@ -81,12 +81,12 @@ def write_checkpoint(
     lora: Mapping[str, Any] | None = None,
     trainings: tuple[Training, ...] = (),
 ) -> Checkpoint:
-    """Save after ``round_index`` finished rounds, in the place of an older checkpoint in ``folder``.
+    """Save after ``round_no`` finished rounds, in the place of an older checkpoint in ``folder``.
 
     Args:
         folder: becomes the checkpoint.
         run: identity of the run.
-        round_index: finished rounds.
+        round_no: finished rounds.
         content: its tensor files.
         state: small values that JSON can hold.
         named: the run that each file says it is of, where several members write parts of one; default: ``run``.
@@ -100,9 +100,9 @@ def write_checkpoint(
     with writing(folder), new_folder(folder) as aside:
         for stem, tensors in content.items():
             path = aside / f"{stem}.safetensors"
-            save_tensors(path, tensors, run if named is None else named, round_index, lora, trainings)
+            save_tensors(path, tensors, run if named is None else named, round_no, lora, trainings)
             files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
-        manifest = {"format": FORMAT, "run": run, "round": round_index, "files": files, "state": dict(state)}
+        manifest = {"format": FORMAT, "run": run, "round": round_no, "files": files, "state": dict(state)}
         write_json(aside / MANIFEST, manifest)
     return read_checkpoint(folder)
 
@@ -146,7 +146,7 @@ class CheckpointStore:
 
     def write(
         self,
-        round_index: int,
+        round_no: int,
         content: Content,
         state: Mapping[str, Any],
         *,
@@ -154,11 +154,9 @@ class CheckpointStore:
         lora: Mapping[str, Any] | None = None,
         trainings: tuple[Training, ...] = (),
     ) -> Checkpoint:
-        """Save after ``round_index`` finished rounds; see `write_checkpoint`."""
-        path = self._path(round_index)
-        return write_checkpoint(
-            path, self.run, round_index, content, state, named=named, lora=lora, trainings=trainings
-        )
+        """Save after ``round_no`` finished rounds; see `write_checkpoint`."""
+        path = self._path(round_no)
+        return write_checkpoint(path, self.run, round_no, content, state, named=named, lora=lora, trainings=trainings)
 
     def rounds(self) -> list[int]:
         """Rounds of which a complete checkpoint is here, ascending."""
@@ -169,14 +167,14 @@ class CheckpointStore:
         rounds = self.rounds()
         return self.get(rounds[-1]) if rounds else None
 
-    def get(self, round_index: int) -> Checkpoint:
+    def get(self, round_no: int) -> Checkpoint:
         """The checkpoint of one round.
 
         Raises:
             CheckpointError: it is not there, torn, of another run or of another format.
         """
-        found = read_checkpoint(self._path(round_index))
-        if (found.run, found.round) != (self.run, round_index):
+        found = read_checkpoint(self._path(round_no))
+        if (found.run, found.round) != (self.run, round_no):
             raise CheckpointError(
                 f"{found.path} belongs to another run ({str(found.run)[:12]}, round {found.round}), not to this one "
                 f"({self.run[:12]}).",
@@ -188,15 +186,15 @@ class CheckpointStore:
 
     def keep_last(self, count: int) -> None:
         """Delete all but the newest ``count`` checkpoints."""
-        for round_index in self.rounds()[:-count]:
-            self.remove(round_index)
+        for round_no in self.rounds()[:-count]:
+            self.remove(round_no)
 
-    def remove(self, round_index: int) -> None:
+    def remove(self, round_no: int) -> None:
         """Delete the checkpoint of one round, if there is one. A crash meanwhile leaves no half of it to be found."""
-        put_away(self._path(round_index))
+        put_away(self._path(round_no))
 
-    def _path(self, round_index: int) -> Path:
-        return self.folder / f"round-{round_index:08d}"
+    def _path(self, round_no: int) -> Path:
+        return self.folder / f"round-{round_no:08d}"
 
 
 def _rounds_in(folder: Path) -> list[int]:

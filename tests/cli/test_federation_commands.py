@@ -260,7 +260,7 @@ def test_starting_weights_that_were_replaced_stop_doctor_and_run(
 ):
     path = folder / "split" / which
     # The same names, shapes and origin over other numbers, consistent in itself: only the roster can tell.
-    save_tensors(path, {name: torch.randn_like(value) for name, value in load_file(path).items()}, run="", round=0)
+    save_tensors(path, {name: torch.randn_like(value) for name, value in load_file(path).items()}, run="", round_no=0)
     assert run("up", folder / "alder.yaml") == 1
     assert "Error weights-unsigned" in capfd.readouterr().err
     assert run("doctor", folder / "alder.yaml", "--json", folder / "found.json") == 1
@@ -277,7 +277,7 @@ def test_starting_weights_without_an_origin_or_of_two_rounds_are_refused(
     save_file(weights, trunk)
     assert run("up", folder / "alder.yaml") == 1
     assert "Error model-no-origin" in capfd.readouterr().err
-    save_tensors(trunk, weights, run="other", round=4)
+    save_tensors(trunk, weights, run="other", round_no=4)
     assert run("up", folder / "alder.yaml") == 1
     assert "Error model-parts-mixed" in capfd.readouterr().err
 

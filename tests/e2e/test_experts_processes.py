@@ -72,7 +72,7 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
         assert "PRIVACY STATEMENT" in log
         assert "NOT PRIVATE" not in log
         assert f"budget epsilon {budget:g}" in log
-        assert sorted(released(folder, name)) == [(round, 0) for round in range(1, ROUNDS + 1)]
+        assert sorted(released(folder, name)) == [(round_no, 0) for round_no in range(1, ROUNDS + 1)]
         shown = read_status(folder / name / "run")
         assert shown["privacy"]["rounds"] == ROUNDS
         assert shown["privacy"]["revealed_to"] == privacy["revealed_to"]
@@ -103,7 +103,7 @@ def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes
         result = json.loads((folder / f"{name}.json").read_text())
         assert result["finished"]
         assert result["rounds"] == result["privacy"]["rounds"] == rounds
-        assert sorted(released(folder, name)) == [(round, 0) for round in range(1, rounds + 1)]
+        assert sorted(released(folder, name)) == [(round_no, 0) for round_no in range(1, rounds + 1)]
         now = spooled(folder, name)
         assert all(now[file] == spools[name][file] for file in now.keys() & spools[name].keys())
         assert "from round 2" in processes.log("coordinator")

@@ -74,7 +74,7 @@ def seeds() -> list[bytes]:
     """Something valid for every decoder."""
     address = Address(round=3, attempt=1, micro_batch=2, layer=1, call=7)
     message = Message("push", address, {"a": [1]}, (torch.zeros(3, 2), torch.ones(1, dtype=torch.int64)))
-    frames = [b"".join(encode(SESSION, type, Lane.FORWARD, 9, message).chunks()) for type in FrameType]
+    frames = [b"".join(encode(SESSION, frame_type, Lane.FORWARD, 9, message).chunks()) for frame_type in FrameType]
     hello = handshake.Hello("birch", "alder", 1, "demo", 1, "a" * 64, "b" * 16).encode()
     bodies = [
         control.encode(body).body

@@ -86,14 +86,14 @@ def mutate_over_tls(folder: Path, times: int) -> None:
         hello = made["birch"]._hello("alder", Lane.FORWARD).encode()
         tensors = (torch.arange(6.0).reshape(3, 2), torch.ones(4, dtype=torch.bool))
         for number in range(times):
-            type = draw.choice(list(FrameType))
+            frame_type = draw.choice(list(FrameType))
             message = Message(
                 "push",
                 Address(round=3, attempt=1, micro_batch=2, layer=1, call=7),
                 {"rows": [1, 2]},
                 tensors[: draw.randrange(3)],
             )
-            (chunk,) = encode(made["birch"]._session, type, Lane.FORWARD, draw.randrange(9), message).chunks()
+            (chunk,) = encode(made["birch"]._session, frame_type, Lane.FORWARD, draw.randrange(9), message).chunks()
             wrong = mutated(chunk, draw)
             say(kits, mutated(hello, draw) if number % 10 == 0 else hello, [chunk, wrong] if number % 3 else [wrong])
             if number % 20 == 0:

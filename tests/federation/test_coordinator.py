@@ -51,7 +51,7 @@ class ListActor:
         self.interrupted = threading.Event()
 
     def held(self) -> tuple[Saved, ...]:
-        return tuple(Saved(round, digest_of(model)) for round, model in self.disk.items())
+        return tuple(Saved(round_no, digest_of(model)) for round_no, model in self.disk.items())
 
     def load(self, source: Saved, told: State) -> None:
         self.model = list(self.disk[source.round]) if source.round else []
@@ -64,12 +64,12 @@ class ListActor:
         self.staged = (told.round, told.attempt)
         self.computed.append(self.staged)
 
-    def drop(self, round: int, attempt: int) -> None:
+    def drop(self, round_no: int, attempt: int) -> None:
         self.staged = None
 
-    def step(self, round: int, attempt: int) -> None:
-        assert self.staged == (round, attempt)
-        self.model.append(round)
+    def step(self, round_no: int, attempt: int) -> None:
+        assert self.staged == (round_no, attempt)
+        self.model.append(round_no)
         self.staged = None
 
     def evaluate(self, told: State, alive: Alive) -> None:

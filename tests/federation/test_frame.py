@@ -89,10 +89,12 @@ messages_st = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(messages_st, st.sampled_from([*FrameType]), st.sampled_from([*Lane]), st.integers(0, 2**64 - 1))
-def test_any_message_comes_back_as_it_was(message: Message, type: FrameType, lane: Lane, correlation: int) -> None:
-    encoded = encode(SESSION, type, lane, correlation, message)
+def test_any_message_comes_back_as_it_was(
+    message: Message, frame_type: FrameType, lane: Lane, correlation: int
+) -> None:
+    encoded = encode(SESSION, frame_type, lane, correlation, message)
     frame = read(list(encoded.chunks()), lane)
-    assert (frame.type, frame.lane, frame.correlation) == (type, lane, correlation)
+    assert (frame.type, frame.lane, frame.correlation) == (frame_type, lane, correlation)
     assert (frame.payload_bytes, frame.tensor_bytes) == (encoded.payload_bytes, encoded.tensor_bytes)
     came = frame.message
     assert (came.kind, came.address, came.body) == (message.kind, message.address, message.body)

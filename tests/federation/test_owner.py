@@ -80,14 +80,14 @@ class World:
         self.before(message)
         return self.service.handle(peer, message)
 
-    def begin(self, round: int) -> None:
-        attempt = Attempt(round, 1)
+    def begin(self, round_no: int) -> None:
+        attempt = Attempt(round_no, 1)
         self.service.begin(attempt)
         self.mirror.start(attempt, self.mirror.versions(attempt))
 
-    def whole_round(self, round: int) -> None:
+    def whole_round(self, round_no: int) -> None:
         """Fetch everything. A fault shows at the start already, or at the end."""
-        self.begin(round)
+        self.begin(round_no)
         self.mirror.join()
 
     def assert_right(self, layer: int) -> None:
@@ -168,8 +168,8 @@ def test_a_part_whose_layer_never_became_whole_comes_again(world: World):
 
 
 def test_trunk_that_was_overwritten_from_elsewhere_is_taken_in_again_though_it_is_the_same(world: World):
-    for round, taken_in in ((1, 1), (2, 1)):
-        world.whole_round(round)
+    for round_no, taken_in in ((1, 1), (2, 1)):
+        world.whole_round(round_no)
         assert len(world.trunks) == taken_in
     world.seen.clear()
     world.mirror.forget_trunk()
@@ -197,10 +197,10 @@ def test_messages_for_a_line_that_was_given_up_hold_up_nothing() -> None:
     pool.begin(Attempt(8, 1))
     refused: list[str] = []
 
-    def ask(round: int) -> None:
+    def ask(round_no: int) -> None:
         try:
             body = {"contributes": False, "weight": 0.0}
-            pool.handle("alder", Lane.CONTROL, Message(DECLARE, Attempt(round, 1).address(), body), wait_s=30.0)
+            pool.handle("alder", Lane.CONTROL, Message(DECLARE, Attempt(round_no, 1).address(), body), wait_s=30.0)
         except RoundError as error:
             refused.append(str(error.code))
 

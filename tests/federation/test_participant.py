@@ -35,9 +35,9 @@ class Actor:
     def compute(self, told: State, alive: Alive) -> None:
         self.doing = "compute"
 
-    def drop(self, round: int, attempt: int) -> None: ...
+    def drop(self, round_no: int, attempt: int) -> None: ...
 
-    def step(self, round: int, attempt: int) -> None:
+    def step(self, round_no: int, attempt: int) -> None:
         raise CheckpointError("disk full", code="checkpoint-write")
 
     def evaluate(self, told: State, alive: Alive) -> None: ...

@@ -152,8 +152,8 @@ def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation)
         fetcher.fetch(BIG, Attempt(1, 1), torch.float32, digest)
 
 
-def push(federation: Federation, blob: torch.Tensor, *, round: int = 7, attempt: int = 1, weights: str = "w"):
-    Pusher(federation.alder, deadline_s=5).push_all([Push(BIG, blob, weights)], Attempt(round, attempt))
+def push(federation: Federation, blob: torch.Tensor, *, round_no: int = 7, attempt: int = 1, weights: str = "w"):
+    Pusher(federation.alder, deadline_s=5).push_all([Push(BIG, blob, weights)], Attempt(round_no, attempt))
 
 
 @pytest.fixture

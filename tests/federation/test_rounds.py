@@ -408,7 +408,7 @@ class SimulatedParty:
         self.report = Report(f"{self.name}-{self.lives}", held=self._held())
 
     def _held(self) -> tuple[Saved, ...]:
-        return tuple(Saved(round, digest) for round, (digest, _) in sorted(self.disk.items()))
+        return tuple(Saved(round_no, digest) for round_no, (digest, _) in sorted(self.disk.items()))
 
     def hear(self, state: State) -> None:
         if self.told is None or state.seq > self.told.seq:

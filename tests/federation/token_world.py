@@ -74,12 +74,12 @@ class Party:
     optimizer: AdamW
     scheduler: Scheduler[Batch]
 
-    def compute(self, round: int, attempt: int, batches: Sequence[Batch], seed: int | None = None) -> RoundSums:
+    def compute(self, round_no: int, attempt: int, batches: Sequence[Batch], seed: int | None = None) -> RoundSums:
         """This party's part of a round, declared to all hosts."""
         sums = self.scheduler.run(
-            batches, lambda n, stopped: self.exchange.micro_batch(round, attempt, n, stopped), seed=seed
+            batches, lambda n, stopped: self.exchange.micro_batch(round_no, attempt, n, stopped), seed=seed
         )
-        self.exchange.declare(round, attempt, sums.tokens)
+        self.exchange.declare(round_no, attempt, sums.tokens)
         return sums
 
     def step(self, sums: RoundSums) -> None:
@@ -184,35 +184,38 @@ class World:
             use_checkpointing(model)
         return model.train()
 
-    def begin(self, round: int, attempt: int = 0) -> None:
+    def begin(self, round_no: int, attempt: int = 0) -> None:
         for party in self.parties.values():
-            party.host.begin(round, attempt)
+            party.host.begin(round_no, attempt)
 
-    def abort(self, round: int, attempt: int = 0) -> None:
+    def abort(self, round_no: int, attempt: int = 0) -> None:
         for party in self.parties.values():
-            party.host.abort(round, attempt)
+            party.host.abort(round_no, attempt)
 
-    def commit(self, round: int, attempt: int = 0) -> None:
+    def commit(self, round_no: int, attempt: int = 0) -> None:
         for party in self.parties.values():
-            party.host.commit(round, attempt, SPEC.lr)
+            party.host.commit(round_no, attempt, SPEC.lr)
 
-    def only(self, name: str, round: int, batches: Sequence[Batch], attempt: int = 0) -> RoundSums:
+    def only(self, name: str, round_no: int, batches: Sequence[Batch], attempt: int = 0) -> RoundSums:
         """A round in which one party trains and the others host."""
-        self.begin(round, attempt)
+        self.begin(round_no, attempt)
         for other in PARTIES:
             if other != name:
-                self.parties[other].exchange.declare(round, attempt, 0)
-        sums = self.parties[name].compute(round, attempt, batches)
-        self.commit(round, attempt)
+                self.parties[other].exchange.declare(round_no, attempt, 0)
+        sums = self.parties[name].compute(round_no, attempt, batches)
+        self.commit(round_no, attempt)
         self.parties[name].step(sums)
         return sums
 
-    def everybody(self, round: int, batches: Mapping[str, Sequence[Batch]], attempt: int = 0) -> dict[str, RoundSums]:
+    def everybody(
+        self, round_no: int, batches: Mapping[str, Sequence[Batch]], attempt: int = 0
+    ) -> dict[str, RoundSums]:
         """A round in which all parties train at the same time, up to before the commit."""
-        self.begin(round, attempt)
+        self.begin(round_no, attempt)
         with ThreadPoolExecutor(len(PARTIES)) as pool:
             running = {
-                name: pool.submit(self.parties[name].compute, round, attempt, batches[name], 17) for name in PARTIES
+                name: pool.submit(self.parties[name].compute, round_no, attempt, batches[name], 17)
+                for name in PARTIES
             }
             return {name: future.result() for name, future in running.items()}
 

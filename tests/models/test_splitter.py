@@ -330,23 +330,23 @@ def refused_export(parts, code, **given):
     return error.value.message
 
 
-def trained_files(parts, run="r", round=5):
+def trained_files(parts, run="r", round_no=5):
     """Trunk and shards as parties of a run write them, with the split's own values."""
-    folder = parts.parent / f"{run}-{round}"
+    folder = parts.parent / f"{run}-{round_no}"
     folder.mkdir()
     made = [folder / name for name in ("trunk.safetensors", *map(shard_file, PARTIES))]
     for path in made:
-        save_tensors(path, load_tensors(parts / path.name), run, round)
+        save_tensors(path, load_tensors(parts / path.name), run, round_no)
     return made[0], made[1:]
 
 
-@pytest.mark.parametrize(("run", "round"), [("r", 6), ("other", 5), ("", 0)])
+@pytest.mark.parametrize(("run", "round_no"), [("r", 6), ("other", 5), ("", 0)])
 @pytest.mark.parametrize("which", [0, 1, 3])
-def test_an_export_of_files_that_do_not_belong_together_is_refused(qwen_parts, run, round, which):
+def test_an_export_of_files_that_do_not_belong_together_is_refused(qwen_parts, run, round_no, which):
     trunk, shards = trained_files(qwen_parts)
     files = [trunk, *shards]
     if run:
-        other = trained_files(qwen_parts, run, round)
+        other = trained_files(qwen_parts, run, round_no)
         files[which] = [other[0], *other[1]][which]
     else:
         files[which] = qwen_parts / files[which].name  # as it was before training

@@ -94,13 +94,15 @@ def union_by_hand(config, model, parts) -> None:  # type: ignore[no-untyped-def]
     )
     seam.select(model)
     model.train()
-    for round in range(config.train.rounds):
+    for round_index in range(config.train.rounds):
         step.zero_grad()
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
         count = 0
         for name in PARTIES:
-            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(round):
+            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(
+                round_index
+            ):
                 ids = parts[name].train[row]["input_ids"].unsqueeze(0)
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
@@ -147,13 +149,13 @@ def test_survivors_fetch_a_shared_trunk_again_after_they_went_back(tmp_path: Pat
     federation = InProcessFederation(config, tmp_path / "coordinator")
     begun, gone, compute = {name: threading.Event() for name in PARTIES}, threading.Event(), PlainSums.sums
 
-    def waits(self, round, pins, streamer, alive):  # type: ignore[no-untyped-def]
+    def waits(self, round_no, pins, streamer, alive):  # type: ignore[no-untyped-def]
         me = threading.current_thread().name
-        if round == 3:
+        if round_no == 3:
             begun[me].set()
             if not gone.wait(60.0):
                 raise AssertionError("nobody died")
-        return compute(self, round, pins, streamer, alive)
+        return compute(self, round_no, pins, streamer, alive)
 
     monkeypatch.setattr(PlainSums, "sums", waits)
     federation.coordinate()

@@ -105,13 +105,13 @@ class Union:
     ) -> None:
         """Parameters in ``frozen`` stand still; torch's AdamW leaves out what has no gradient."""
         seam.select(self.model, _Masked(masked or {}))
-        for round in rounds:
+        for round_index in rounds:
             for param in self.model.parameters():
                 param.grad = torch.zeros_like(param)
             count = 0
             for name in active:
                 train, spec = self.parts[name].train, self.config.train
-                for row in RoundOrder(len(train), spec.batch_size, spec.seed).rows(round):
+                for row in RoundOrder(len(train), spec.batch_size, spec.seed).rows(round_index):
                     ids = train[row]["input_ids"].unsqueeze(0)
                     logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
                     functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
@@ -192,7 +192,7 @@ def test_a_new_membership_epoch_burns_what_was_released_and_draws_anew(tmp_path:
     """birch had released round 3 when cedar was lost: those bytes were made for another federation."""
     world = watched(World(tmp_path, rounds=6, lost_party="continue", max_attempts=20))
     world.start()
-    until(lambda: world.at(round=3) and (3, 0) in world.releases())
+    until(lambda: world.at(round_no=3) and (3, 0) in world.releases())
     lost_in = world.federation.notices[-1].state.round
     world.federation.kill("cedar")
     until_gone(world.federation)
@@ -202,13 +202,13 @@ def test_a_new_membership_epoch_burns_what_was_released_and_draws_anew(tmp_path:
         assert not isinstance(end, BaseException), (name, end)
         counted = world.releases(name)
         assert len(counted) == len(set(counted))
-        again = [round for round, draw in counted if draw == 1]
+        again = [round_no for round_no, draw in counted if draw == 1]
         burned = [entry["data"]["round"] for entry in world.entries(name) if entry["kind"] == "burned"]
         assert again == burned, "what was released under the old epoch is never used"
-        assert all(round in (lost_in, lost_in + 1) for round in again)
+        assert all(round_no in (lost_in, lost_in + 1) for round_no in again)
     assert not world.uncounted
-    for (_, round, _), digests in world.announced.items():
-        assert len(set(digests)) <= 1 + ((round, 1) in world.releases())
+    for (_, round_no, _), digests in world.announced.items():
+        assert len(set(digests)) <= 1 + ((round_no, 1) in world.releases())
 
 
 @pytest.mark.parametrize("mode", ["private_load", "bias"])
@@ -219,7 +219,7 @@ def test_lost_home_of_the_loads_is_stood_in_for(tmp_path: Path, watched, mode: s
     if mode == "bias":
         world.model = full_models(family="deepseek_v3")[PARTIES[0]]
     world.start()
-    until(lambda: world.at(round=3))
+    until(lambda: world.at(round_no=3))
     (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).pool.home.weights()]
     others = [name for name in PARTIES if name != home]
     world.federation.kill(home)

@@ -89,7 +89,7 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
         parts[name] = replace(each, privacy=replace(each.privacy, push_after_s=1.0, sequence_length=12))
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     # As many batches as hold five records; three parties.
-    assert {round: len(found) for round, found in shapes.items()} == dict.fromkeys((1, 2, 3), 3 * batches)
+    assert {round_no: len(found) for round_no, found in shapes.items()} == dict.fromkeys((1, 2, 3), 3 * batches)
     assert {shape for found in shapes.values() for shape in found} == {((rows, 12),) * 3}
     assert len(waited) == 9
     assert min(waited) >= 1.0
@@ -209,13 +209,13 @@ def test_a_party_without_privacy_counts_records_on_the_same_scale_as_private_one
     )
     seam.select(one)
     one.train()
-    for round in range(config.train.rounds):
+    for round_index in range(config.train.rounds):
         step.zero_grad()
         count = 0
         for name in PARTIES:
             train = parts[name].train
             order = RoundOrder(len(train), config.train.batch_size, config.train.seed)
-            rows = list(range(len(train))) if name == "alder" else [int(row) for row in order.rows(round)]
+            rows = list(range(len(train))) if name == "alder" else [int(row) for row in order.rows(round_index)]
             count += len(rows)  # alder's rate is 1: every record is in every lot
             for row in rows:
                 ids = train[row]["input_ids"]

@@ -44,11 +44,13 @@ def union_by_hand(config: FederationConfig, model: nn.Module, parts: Mapping[str
     trained = [p for p in model.parameters() if p.requires_grad]
     step = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     model.train()
-    for round in range(config.train.rounds):
+    for round_index in range(config.train.rounds):
         step.zero_grad()
         count = 0
         for name in PARTIES:
-            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(round):
+            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(
+                round_index
+            ):
                 ids = parts[name].train[row]["input_ids"].unsqueeze(0)
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
@@ -102,11 +104,11 @@ def test_adapters_equal_one_process_and_base_weights_cross_once(tmp_path: Path):
     assert {at.round for kind, at, _ in seen if kind == "weights-chunk" and at.part in base} == {1}
     assert not any(at.part in base for kind, at, _ in seen if kind == "push-chunk")
     adapters = sum(whole[name].numel() for name in trained) * 4
-    for round in range(2, 6):
-        asked = [at for kind, at, _ in seen if kind == "weights-chunk" and at.round == round]
+    for round_no in range(2, 6):
+        asked = [at for kind, at, _ in seen if kind == "weights-chunk" and at.round == round_no]
         sizes = [(at, exchange.parts[at.part].num_bytes(torch.float32)) for at in asked]
         down = sum(len(range(size)[span(size, at.chunk)]) for at, size in sizes)
-        up = sum(size for kind, at, size in seen if kind == "push-chunk" and at.round == round)
+        up = sum(size for kind, at, size in seen if kind == "push-chunk" and at.round == round_no)
         assert down == up == adapters * (len(PARTIES) - 1)
 
 

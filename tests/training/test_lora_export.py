@@ -45,8 +45,8 @@ class Trained:
     def split(self) -> Path:
         return self.folder / "split"
 
-    def part(self, party: str, stem: str, round: int = 2) -> Path:
-        return self.folder / party / "private" / "checkpoints" / f"round-{round:08d}" / f"{stem}.safetensors"
+    def part(self, party: str, stem: str, round_no: int = 2) -> Path:
+        return self.folder / party / "private" / "checkpoints" / f"round-{round_no:08d}" / f"{stem}.safetensors"
 
     @property
     def shards(self) -> list[Path]:
@@ -136,7 +136,7 @@ def test_parts_that_were_taken_away_still_say_what_they_were_trained_under(
 
 
 def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, tmp_path: Path) -> None:
-    earlier = [done.part(name, "experts", round=1) for name in PARTIES]
+    earlier = [done.part(name, "experts", round_no=1) for name in PARTIES]
     with pytest.raises(ModelError) as caught:
         export(done.split, tmp_path / "merged", trunk=done.part("alder", "trunk"), shards=earlier)
     assert caught.value.code == "model-parts-mixed"

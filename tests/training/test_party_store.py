@@ -41,7 +41,7 @@ def test_what_was_saved_is_offered_and_loads_in_a_new_process(tmp_path: Path):
 def test_damaged_checkpoint_is_refused_and_not_offered_again(tmp_path: Path):
     one = store(tmp_path)
     one.adopt("run-1")
-    digests = [one.save(round, parts(round)) for round in (2, 4)]
+    digests = [one.save(round_no, parts(round_no)) for round_no in (2, 4)]
     (file,) = tmp_path.rglob("round-00000004/trunk.safetensors")
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
@@ -69,9 +69,9 @@ def test_old_checkpoints_go_once_the_next_one_is_published_and_the_last_three_st
     one = store(tmp_path)
     one.adopt("run-1")
     one.published(0)
-    for round in (1, 2, 3, 4):
-        one.save(round, parts(round))
-        one.published(round - 1)  # a party lags behind: the others' newest is not published yet
+    for round_no in (1, 2, 3, 4):
+        one.save(round_no, parts(round_no))
+        one.published(round_no - 1)  # a party lags behind: the others' newest is not published yet
     assert rounds_of(one) == [1, 2, 3, 4]
     one.published(4)
     assert rounds_of(one) == [2, 3, 4]
@@ -82,8 +82,8 @@ def test_old_checkpoints_go_once_the_next_one_is_published_and_the_last_three_st
 def test_no_checkpoint_goes_before_the_next_is_published_however_many_are_written(tmp_path: Path):
     one = store(tmp_path)
     one.adopt("run-1")
-    for round in range(2, 12):
-        one.save(round, parts(round))
+    for round_no in range(2, 12):
+        one.save(round_no, parts(round_no))
         one.published(2)
     assert rounds_of(one) == list(range(2, 12))
 
@@ -91,15 +91,15 @@ def test_no_checkpoint_goes_before_the_next_is_published_however_many_are_writte
 def test_new_process_does_not_know_what_was_published_before_and_keeps_all_until_the_next(tmp_path: Path):
     one = store(tmp_path)
     one.adopt("run-1")
-    for round in (2, 4, 6, 8):
-        one.save(round, parts(round))
-        one.published(round)
+    for round_no in (2, 4, 6, 8):
+        one.save(round_no, parts(round_no))
+        one.published(round_no)
     again = store(tmp_path)
     again.published(8)
     assert rounds_of(again) == [4, 6, 8]
-    for round, kept in ((10, [4, 6, 8, 10]), (12, [8, 10, 12])):
-        again.save(round, parts(round))
-        again.published(round)
+    for round_no, kept in ((10, [4, 6, 8, 10]), (12, [8, 10, 12])):
+        again.save(round_no, parts(round_no))
+        again.published(round_no)
         assert rounds_of(again) == kept
 
 
@@ -196,8 +196,8 @@ def test_checkpoints_of_a_line_that_was_given_up_do_not_push_out_valid_ones(tmp_
     one = store(tmp_path)
     one.adopt("run-1")
     published = one.save(2, parts(2.0))
-    for round in (20, 30):
-        one.save(round, parts(round))
+    for round_no in (20, 30):
+        one.save(round_no, parts(round_no))
     again = store(tmp_path)  # a new process goes back, as everybody does
     again.load(Saved(2, published), ("trunk",))
     again.went_back_to(2)
@@ -215,8 +215,8 @@ def test_checkpoints_of_a_line_that_was_given_up_do_not_push_out_valid_ones(tmp_
 def test_rewritten_round_of_a_line_that_was_given_up_is_kept(tmp_path: Path):
     one = store(tmp_path)
     one.adopt("run-1")
-    for round in (2, 4, 6):
-        one.save(round, parts(round))
+    for round_no in (2, 4, 6):
+        one.save(round_no, parts(round_no))
     one.went_back_to(2)
     digest = one.save(4, parts(4.5))
     assert Saved(4, digest) in one.held()

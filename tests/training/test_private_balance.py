@@ -119,20 +119,20 @@ class Routed:
         bound = math.sqrt(sum(1 - 1 / size for size in self.sizes))
         # (C / s)^2 of gradients and loads together are 1 / sigma^2, of which loads take SHARE^2.
         stds = {name: sigma * CLIP / math.sqrt(1 - SHARE**2) for name in own} | {LOAD: sigma * bound / SHARE}
-        for round in range(1, config.train.rounds + 1):
+        for round_no in range(1, config.train.rounds + 1):
             total = {name: torch.zeros_like(p) for name, p in own.items()}
             total[LOAD] = torch.zeros(sum(self.sizes))
             for each in parts.values():
                 assert each.privacy is not None
                 source, count = random_source(each.privacy.seed), len(each.train)
-                lot = draw_lot(round, LotPlan.of(count, LOT), Units.of_records(count), source, 0)
+                lot = draw_lot(round_no, LotPlan.of(count, LOT), Units.of_records(count), source, 0)
                 for row in lot.records.tolist():
                     gradient, load = self.record(each.train[row]["input_ids"])
                     for name, value in gradient.items():
                         total[name] += value
                     total[LOAD] += load.float()
                 nothing = {name: torch.zeros_like(value) for name, value in total.items()}
-                for name, noise in add_noise(nothing, stds, source, f"noise|{round}|0").items():
+                for name, noise in add_noise(nothing, stds, source, f"noise|{round_no}|0").items():
                     total[name] += noise
             for name, param in own.items():
                 param.grad = total[name] / (LOT * len(parts))
@@ -218,14 +218,14 @@ def test_home_of_the_loads_goes_back_with_its_checkpoint_and_the_same_bytes_are_
     rules = balanced_settings("private_load").privacy
     world = watched(World(tmp_path, rounds=8, privacy=rules))
     world.start()
-    until(lambda: world.at(round=8))
+    until(lambda: world.at(round_no=8))
     (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).pool.home.weights()]
     world.go_back(checkpoints=1, name=home)
     world.federation.up(world.parts()[home])
     world.finished()
     assert not world.uncounted
     for name in PARTIES:
-        assert world.releases(name) == [(round, 0) for round in range(1, 9)]
+        assert world.releases(name) == [(round_no, 0) for round_no in range(1, 9)]
     assert any(len(digests) > 1 for digests in world.announced.values())
     assert all(len(set(digests)) == 1 for digests in world.announced.values())
 

@@ -77,18 +77,18 @@ def centralised(config: FederationConfig, model: nn.Module, parts: Mapping[str, 
     )
     seam.select(model)
     model.train()
-    for round in range(1, config.train.rounds + 1):
+    for round_no in range(1, config.train.rounds + 1):
         total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         for each in parts.values():
             assert each.privacy is not None
             source = random_source(each.privacy.seed)
             count = len(each.train)
-            lot = draw_lot(round, LotPlan.of(count, LOT), Units.of_records(count), source, 0)
+            lot = draw_lot(round_no, LotPlan.of(count, LOT), Units.of_records(count), source, 0)
             for row in lot.records.tolist():
                 for name, gradient in clipped_gradient(model, each.train[row]["input_ids"]).items():
                     total[name] += gradient
             nothing = {name: torch.zeros_like(p) for name, p in total.items()}
-            for name, noise in add_noise(nothing, sigma * CLIP, source, f"noise|{round}|0").items():
+            for name, noise in add_noise(nothing, sigma * CLIP, source, f"noise|{round_no}|0").items():
                 total[name] += noise
         for name, param in model.named_parameters():
             param.grad = total[name] / (LOT * len(parts))

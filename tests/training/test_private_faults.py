@@ -82,14 +82,14 @@ class World:
     def releases(self, name: str = VICTIM) -> list[tuple[int, int]]:
         return [(e["data"]["round"], e["data"]["draw"]) for e in self.entries(name) if e["kind"] == "release"]
 
-    def at(self, *, round: int) -> bool:
+    def at(self, *, round_no: int) -> bool:
         """Whether that round is being made, or a later one."""
-        return any(n.state.phase == "compute" and n.state.round >= round for n in self.federation.notices)
+        return any(n.state.phase == "compute" and n.state.round >= round_no for n in self.federation.notices)
 
-    def at_last(self, round: int) -> bool:
+    def at_last(self, round_no: int) -> bool:
         """Whether that round, or a later one, is what is being made now."""
         now = self.federation.notices[-1].state
-        return now.phase == "compute" and now.round >= round
+        return now.phase == "compute" and now.round >= round_no
 
     def told(self, code: str) -> bool:
         """Whether the victim gave this reason for a failed attempt; the last attempt may have failed of another."""
@@ -99,13 +99,13 @@ class World:
         """Called for every push that begins, before its bytes are taken."""
         if peer != VICTIM:
             return
-        round = message.address.round
-        told = self.announced[host, round, message.address.part]
+        round_no = message.address.round
+        told = self.announced[host, round_no, message.address.part]
         told.append(message.body["digest"])
-        counted = sum(r == round for r, _ in self.releases())
+        counted = sum(r == round_no for r, _ in self.releases())
         if len(set(told)) > counted:
             self.uncounted.append(
-                f"{host} hears of {len(set(told))} results for round {round}; {counted} are counted"
+                f"{host} hears of {len(set(told))} results for round {round_no}; {counted} are counted"
             )
 
     def spooled(self, name: str = VICTIM) -> list[Path]:
@@ -211,13 +211,15 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
     world.run_past(dead)
     assert not world.uncounted
     for name in PARTIES:  # the survivors go back as well, and had perhaps sent theirs
-        assert world.releases(name) == [(round, 0) for round in range(1, ROUNDS + 1)], f"{name}: nothing is burned"
-    for (host, round, part), digests in world.announced.items():
-        assert len(set(digests)) == 1, f"{host} was sent different bytes for part {part} of round {round}"
+        assert world.releases(name) == [(round_no, 0) for round_no in range(1, ROUNDS + 1)], (
+            f"{name}: nothing is burned"
+        )
+    for (host, round_no, part), digests in world.announced.items():
+        assert len(set(digests)) == 1, f"{host} was sent different bytes for part {part} of round {round_no}"
     again = {key for key, digests in world.announced.items() if len(digests) > 1}
     sent_before = ("in the middle of the push", "pushed but not reported", "applied but not saved")
     assert bool(again) or point not in sent_before
-    assert all(round == FATAL for _, round, _ in again)
+    assert all(round_no == FATAL for _, round_no, _ in again)
 
 
 @pytest.mark.parametrize("point", ["while it computes", "pushed but not reported", "applied but not saved"])
@@ -255,15 +257,17 @@ def test_rounds_that_were_sent_are_replayed_when_a_host_comes_back_with_an_older
     """Everybody goes back to a checkpoint before; the rounds since then are pushed again, byte for byte."""
     world = watched(World(tmp_path, rounds=8))
     world.start()
-    until(lambda: world.at(round=8))
+    until(lambda: world.at(round_no=8))
     world.go_back(checkpoints=checkpoints)
     world.federation.up(world.parts()["cedar"])
     world.finished()
     assert not world.uncounted
     for name in PARTIES:
-        assert world.releases(name) == [(round, 0) for round in range(1, 9)], "nothing is drawn or counted twice"
+        assert world.releases(name) == [(round_no, 0) for round_no in range(1, 9)], (
+            "nothing is drawn or counted twice"
+        )
     assert all(len(set(digests)) == 1 for digests in world.announced.values())
-    again = {round for (_, round, _), digests in world.announced.items() if len(digests) > 1}
+    again = {round_no for (_, round_no, _), digests in world.announced.items() if len(digests) > 1}
     assert set(range(7 - 2 * checkpoints, 7)) <= again, "the rounds since that checkpoint had to be made again"
 
 
@@ -275,9 +279,9 @@ def test_rounds_that_left_the_spool_are_burned_or_drawn_anew_and_all_of_them_cou
     """
     world = watched(World(tmp_path, rounds=9))
     world.start()
-    until(lambda: world.at(round=7))
+    until(lambda: world.at(round_no=7))
     world.federation.kill(VICTIM)
-    made = [(round, 0) for round in range(1, len(world.releases()) + 1)]
+    made = [(round_no, 0) for round_no in range(1, len(world.releases()) + 1)]
     assert world.releases() == made
     for path in world.spooled():
         if path.name < "release-00000005":
@@ -288,13 +292,17 @@ def test_rounds_that_left_the_spool_are_burned_or_drawn_anew_and_all_of_them_cou
     world.finished()
     assert not world.uncounted
     budget = world.config.train.rounds - len(made)
-    assert world.releases() == made + [(round, 1) for round in range(3, 3 + budget)], "then the budget was spent"
+    assert world.releases() == made + [(round_no, 1) for round_no in range(3, 3 + budget)], (
+        "then the budget was spent"
+    )
     burned = [entry["data"]["round"] for entry in world.entries() if entry["kind"] == "burned"]
-    assert burned == [round for round, _ in made if round >= 5], "what was spooled for other weights is never sent"
-    changed = {round for (_, round, _), digests in world.announced.items() if len(set(digests)) > 1}
-    assert changed == {round for round, draw in world.releases() if draw == 1} & set(range(1, len(made) + 1))
+    assert burned == [round_no for round_no, _ in made if round_no >= 5], (
+        "what was spooled for other weights is never sent"
+    )
+    changed = {round_no for (_, round_no, _), digests in world.announced.items() if len(set(digests)) > 1}
+    assert changed == {round_no for round_no, draw in world.releases() if draw == 1} & set(range(1, len(made) + 1))
     for name in ("alder", "cedar"):
-        drawn_again = [round for round, draw in world.releases(name) if draw == 1]
+        drawn_again = [round_no for round_no, draw in world.releases(name) if draw == 1]
         assert min(drawn_again) == 4, "round 3 began with the same weights, so its bytes were sent again"
         assert len(world.releases(name)) == world.config.train.rounds
 
@@ -314,7 +322,7 @@ def test_spool_keeps_what_any_checkpoint_may_need_and_less_where_there_is_no_roo
 def test_rolled_back_ledger_stops_the_run_before_anything_is_drawn(tmp_path: Path, watched):
     world = watched(World(tmp_path))
     world.start()
-    until(lambda: world.at(round=3))
+    until(lambda: world.at(round_no=3))
     world.federation.kill(VICTIM)
     released = len(world.releases())
     shutil.rmtree(tmp_path / f"ledger-{VICTIM}")
@@ -331,7 +339,7 @@ def test_ledger_that_knows_the_newest_round_but_not_all_its_draws_stops_the_run(
     """Hosts count rounds; that rounds 3 and 4 were drawn twice is known from the party's own checkpoint."""
     world = watched(World(tmp_path, rounds=8))
     world.start()
-    until(lambda: world.at(round=5))
+    until(lambda: world.at(round_no=5))
     world.federation.kill(VICTIM)
     (ledger,) = (tmp_path / f"ledger-{VICTIM}").glob("*/ledger.jsonl")
     older = ledger.read_text()
@@ -371,7 +379,7 @@ def test_release_made_under_another_roster_is_burned(tmp_path: Path, monkeypatch
     assert (FATAL, 1) in world.releases()
     burned = [entry["data"]["round"] for entry in world.entries() if entry["kind"] == "burned"]
     assert FATAL in burned
-    assert all(len(set(digests)) == 1 for (_, round, _), digests in world.announced.items() if round == FATAL)
+    assert all(len(set(digests)) == 1 for (_, round_no, _), digests in world.announced.items() if round_no == FATAL)
 
 
 @pytest.mark.parametrize("phase", ["compute", "checkpoint"])
@@ -404,7 +412,7 @@ def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
         "the party's own code is told"
     )
     assert not world.uncounted
-    assert lots == world.releases() == [(round, 0) for round in range(1, ROUNDS + 1)]
+    assert lots == world.releases() == [(round_no, 0) for round_no in range(1, ROUNDS + 1)]
 
 
 def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
@@ -426,8 +434,8 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
     world.finished()
     assert broken.is_set()
     assert any("message-not-finite" in notice.state.note for notice in world.federation.notices)
-    assert world.releases() == [(round, 0) for round in range(1, ROUNDS + 1)]
-    spoiled = {len(set(digests)) for (_, round, _), digests in world.announced.items() if round == FATAL}
+    assert world.releases() == [(round_no, 0) for round_no in range(1, ROUNDS + 1)]
+    spoiled = {len(set(digests)) for (_, round_no, _), digests in world.announced.items() if round_no == FATAL}
     assert max(spoiled) == 2, "the damaged bytes and the spooled ones"
 
 
@@ -443,14 +451,14 @@ def test_party_that_comes_back_after_its_budget_was_spent_draws_nothing_and_goes
     world.federation.coordinate()
     for each in poor().values():
         world.federation.up(each)
-    until(lambda: world.at(round=5))
+    until(lambda: world.at(round_no=5))
     world.federation.kill(VICTIM)
     world.federation.up(poor()[VICTIM])
     world.finished()
     assert world.releases() == [(1, 0), (2, 0)]
-    assert {round for _, round, _ in world.announced} == {1, 2}
+    assert {round_no for _, round_no, _ in world.announced} == {1, 2}
     end = world.federation.ends[VICTIM]
     assert isinstance(end, PartyResult)
     assert end.privacy is not None
     assert not end.privacy["contributing"]
-    assert world.releases("alder") == [(round, 0) for round in range(1, 7)]
+    assert world.releases("alder") == [(round_no, 0) for round_no in range(1, 7)]

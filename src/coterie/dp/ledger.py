@@ -326,12 +326,12 @@ class Ledger:
             )
         return entry.data
 
-    def record_release(self, run: str, round_number: int, draw: int, digest: str, pins: Mapping[str, str]) -> None:
+    def record_release(self, run: str, round_no: int, draw: int, digest: str, pins: Mapping[str, str]) -> None:
         """Count noised bytes as released. Call it when they are spooled and synced, and before they are used.
 
         Args:
             run: started with `start_run`.
-            round_number: from 1.
+            round_no: from 1.
             draw: which lot of this round, from 0.
             digest: of the noised bytes.
             pins: what they were computed from (weights, roster, membership epoch...), as digests.
@@ -339,15 +339,15 @@ class Ledger:
         Raises:
             LedgerError: this lot already has another noised result, or more releases than planned.
         """
-        data = {"run": run, "round": round_number, "draw": draw, "digest": digest, "pins": dict(pins)}
+        data = {"run": run, "round": round_no, "draw": draw, "digest": digest, "pins": dict(pins)}
         with self._current():
             mine = self._releases.get(run, {})
-            known = mine.get((round_number, draw))
+            known = mine.get((round_no, draw))
             if known is not None and known.digest == digest:
                 return
             if known is not None:
                 raise LedgerError(
-                    f"round {round_number} of run {run} was already noised with another result.",
+                    f"round {round_no} of run {run} was already noised with another result.",
                     code="dp-two-results",
                     where=str(self._path),
                     why="the difference of two noised results of one lot would cancel privacy",
@@ -356,7 +356,7 @@ class Ledger:
             planned = self._runs.get(run)
             if planned is None or len(mine) >= planned.data["rounds"]:
                 raise LedgerError(
-                    f"run {run} has no release left for round {round_number}.",
+                    f"run {run} has no release left for round {round_no}.",
                     code="dp-ledger-full",
                     where=str(self._path),
                     why="the number of rounds was fixed in advance",
@@ -364,10 +364,10 @@ class Ledger:
                 )
             self._append("release", data)
 
-    def record_burned(self, run: str, round_number: int, draw: int, reason: str) -> None:
+    def record_burned(self, run: str, round_no: int, draw: int, reason: str) -> None:
         """Note that a release will not be used. It keeps counting."""
         with self._current():
-            self._append("burned", {"run": run, "round": round_number, "draw": draw, "reason": reason})
+            self._append("burned", {"run": run, "round": round_no, "draw": draw, "reason": reason})
 
     def record_revealed(self, run: str, how: str) -> None:
         """Note that a run shows the text itself to others. From then on no epsilon holds for the dataset.
@@ -465,20 +465,20 @@ class Ledger:
                 fix="put the newest ledger back; a ledger must never be restored from a backup",
             )
 
-    def check_not_behind(self, run: str, round_number: int) -> None:
+    def check_not_behind(self, run: str, round_no: int) -> None:
         """Make sure that the ledger knows of every round that somebody else has received.
 
         Args:
             run: identifier.
-            round_number: the last round a host says it received from us; 0 if none.
+            round_no: the last round a host says it received from us; 0 if none.
 
         Raises:
             LedgerError: the ledger is behind, so it was rolled back.
         """
         last = max((release.round for release in self.releases(run)), default=0)
-        if round_number > last:
+        if round_no > last:
             raise LedgerError(
-                f"a host has received round {round_number}, the ledger ends at round {last}.",
+                f"a host has received round {round_no}, the ledger ends at round {last}.",
                 code="dp-ledger-behind",
                 where=str(self._path),
                 why="it is an older copy: privacy already spent would be forgotten, and a lot noised twice",

@@ -427,7 +427,7 @@ def _pass(
     return True
 
 
-def _in_numpy(
+def _in_numpy(  # noqa: PLR0913 - numbers and arrays, as the compiled pass takes them
     word: np.ndarray, fine: np.ndarray, value: np.ndarray, target: np.ndarray, step: float, unit: float, start: int,
     places: np.ndarray, words: np.ndarray, kept: np.ndarray, found: int,
 ) -> int:  # fmt: skip

@@ -76,7 +76,7 @@ def compile_kernel(packed: np.ndarray, fraction_bits: int) -> Kernel | None:
 
     compiled_drawn, compiled_added = jit(drawn), jit(added)
 
-    def whole(
+    def whole(  # noqa: PLR0913 - compiled code takes numbers and arrays, no objects
         words: np.ndarray, fine: np.ndarray, value: np.ndarray, target: np.ndarray, step: float, unit: float,
         start: int, places: np.ndarray, open_words: np.ndarray, open_values: np.ndarray, found: int,
     ) -> int:  # fmt: skip

@@ -71,11 +71,11 @@ class Releases:
         """Releases that the plan still allows."""
         return self.planned - self.used
 
-    def begin(self, round_number: int, pins: Mapping[str, str], draw: Callable[[int], Lot]) -> Pending | Release:
+    def begin(self, round_no: int, pins: Mapping[str, str], draw: Callable[[int], Lot]) -> Pending | Release:
         """What to do for a round: compute a lot, or use the bytes that exist already.
 
         Args:
-            round_number: from 1.
+            round_no: from 1.
             pins: digests of what the round is computed from.
             draw: draws the lot; its argument is the number of this draw, which names seeded streams.
 
@@ -86,28 +86,28 @@ class Releases:
             BudgetError: no release is left.
             LedgerError: a spooled result could not be counted; it may not be used then.
         """
-        for release in self.spool.releases_of(round_number):
+        for release in self.spool.releases_of(round_no):
             if release.pins == dict(pins):
                 return self._count(release)
             self.burn(release, "what the round is computed from has changed")
-        known = sum(released.round == round_number for released in self.ledger.releases(self.run))
+        known = sum(released.round == round_no for released in self.ledger.releases(self.run))
         stored = self.spool.stored_lot()
         if stored is not None:
-            current = (stored.lot.round, stored.pins, stored.draw) == (round_number, dict(pins), known)
+            current = (stored.lot.round, stored.pins, stored.draw) == (round_no, dict(pins), known)
             if current:
-                return Pending(round_number, stored.draw, stored.pins, stored.lot)
+                return Pending(round_no, stored.draw, stored.pins, stored.lot)
             self.spool.drop_lot()
         if self.remaining <= 0:
             raise BudgetError(
                 f"the budget of this run is spent: {self.used} of {self.planned} rounds are released.",
                 code="dp-budget-spent",
-                where=f"run {self.run}, round {round_number}",
+                where=f"run {self.run}, round {round_no}",
                 why="noise, sampling rate and number of rounds were fixed for this budget",
                 fix="use the model as it is, or start a new run with a new budget (the ledger adds both up)",
             )
         lot = draw(known)
         self.spool.store_lot(lot, known, pins)
-        return Pending(round_number, known, dict(pins), lot)
+        return Pending(round_no, known, dict(pins), lot)
 
     def publish(self, pending: Pending, noised: Mapping[str, Tensor]) -> Release:
         """Spool a noised result, then count it. When this returns it may be used and sent.
@@ -148,9 +148,9 @@ class Releases:
         self.ledger.record_burned(self.run, release.round, release.draw, reason)
         self.spool.drop(release)
 
-    def published(self, round_number: int) -> Release | None:
+    def published(self, round_no: int) -> Release | None:
         """The result of a round, counted, if the spool still has it."""
-        found = next(iter(self.spool.releases_of(round_number)), None)
+        found = next(iter(self.spool.releases_of(round_no)), None)
         return None if found is None else self._count(found)
 
     def last_round(self) -> int:

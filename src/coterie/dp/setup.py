@@ -27,7 +27,7 @@ from coterie.dp.texts import Originals
 from coterie.errors import BudgetError, PrivacyError
 
 
-def make_private(
+def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have defaults
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     dataset: Any,

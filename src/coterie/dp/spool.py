@@ -156,16 +156,16 @@ class Spool:
         remove(self.folder / _LOT)
 
     def store_release(
-        self, round_number: int, draw: int, noised: Mapping[str, Tensor], pins: Mapping[str, str]
+        self, round_no: int, draw: int, noised: Mapping[str, Tensor], pins: Mapping[str, str]
     ) -> Release:
         """Put noised sums on disk, synced. They are not released yet: the ledger comes next."""
-        path = self.folder / f"release-{round_number:08d}-{draw}.safetensors"
-        header = {"format": str(_FORMAT), "round": str(round_number), "draw": str(draw)}
+        path = self.folder / f"release-{round_no:08d}-{draw}.safetensors"
+        header = {"format": str(_FORMAT), "round": str(round_no), "draw": str(draw)}
         header["pins"] = json.dumps(dict(pins), sort_keys=True)
         with replacing(path, PRIVATE) as aside:
             save_file({name: tensor.contiguous() for name, tensor in noised.items()}, aside, metadata=header)
             digest = file_digest(aside)
-        return Release(round_number, draw, digest, dict(pins), path)
+        return Release(round_no, draw, digest, dict(pins), path)
 
     def releases(self, pattern: str = "release-*") -> list[Release]:
         """What lies in the spool, by round and draw.
@@ -185,11 +185,9 @@ class Spool:
                 found.append(Release(int(match[1]), int(match[2]), file_digest(path), pins, path))
         return sorted(found, key=lambda release: (release.round, release.draw))
 
-    def releases_of(self, round_number: int) -> list[Release]:
+    def releases_of(self, round_no: int) -> list[Release]:
         """What lies in the spool for one round."""
-        return [
-            release for release in self.releases(f"release-{round_number:08d}-*") if release.round == round_number
-        ]
+        return [release for release in self.releases(f"release-{round_no:08d}-*") if release.round == round_no]
 
     def drop_releases(self, up_to_round: int) -> None:
         """Remove results that everybody who needs them has stored."""

@@ -15,11 +15,11 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
         state: the coordinator's last.
         where: what this process knows besides.
     """
-    round, note = state.committed, state.note  # the messages are literal so that `coterie explain` finds them
+    round_no, note = state.committed, state.note  # the messages are literal so that `coterie explain` finds them
     match state.code:
         case "round-party-missing":
             return RoundError(
-                f"the run ended at round {round}: {note}.",
+                f"the run ended at round {round_no}: {note}.",
                 code="round-party-missing",
                 where=where,
                 why="a round needs every party",
@@ -27,7 +27,7 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
             )
         case "round-deadline":
             return RoundError(
-                f"the run ended at round {round}: {note}.",
+                f"the run ended at round {round_no}: {note}.",
                 code="round-deadline",
                 where=where,
                 why="a party that is alive but does not get on would hold up everybody for ever",
@@ -35,7 +35,7 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
             )
         case "round-link-cut":
             return RoundError(
-                f"the run ended at round {round}: {note}.",
+                f"the run ended at round {round_no}: {note}.",
                 code="round-link-cut",
                 where=where,
                 why="every party needs every other: each hosts a share of the experts",
@@ -44,7 +44,7 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
             )
         case "round-no-progress":
             return RoundError(
-                f"the run ended at round {round}: {note}.",
+                f"the run ended at round {round_no}: {note}.",
                 code="round-no-progress",
                 where=where,
                 why="everybody would repeat the same rounds for ever",
@@ -53,7 +53,7 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
             )
         case "checkpoint-none-common":
             return CheckpointError(
-                f"the run ended at round {round}: {note}.",
+                f"the run ended at round {round_no}: {note}.",
                 code="checkpoint-none-common",
                 where=where,
                 why="the parties would go on from states that do not belong together",
@@ -61,7 +61,7 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
             )
         case code:
             return RoundError(
-                f"the run ended at round {round}: {note}.",
+                f"the run ended at round {round_no}: {note}.",
                 code=code or "round-failed",
                 where=where,
                 why="every process of the run was told to end; published checkpoints are kept",

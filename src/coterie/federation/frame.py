@@ -178,7 +178,7 @@ def _encode_body(body: Mapping[str, Any]) -> bytes:
 
 def encode(
     session: Session,
-    type: FrameType,
+    frame_type: FrameType,
     lane: Lane,
     correlation: int,
     message: Message,
@@ -221,7 +221,7 @@ def encode(
         )
     try:
         header = _HEADER.pack(
-            *(MAGIC, session.protocol, type, lane, session.run, session.epoch),
+            *(MAGIC, session.protocol, frame_type, lane, session.run, session.epoch),
             *(getattr(message.address, name) for name in ADDRESS),
             *(correlation, kind, len(body), len(entries), 0, offset),
         )

@@ -113,11 +113,11 @@ class ExpertHost:
 
     # ---- the round ----
 
-    def begin(self, round: int, attempt: int, parties: Collection[str] | None = None) -> None:
+    def begin(self, round_no: int, attempt: int, parties: Collection[str] | None = None) -> None:
         """Take part in an attempt at a round; whatever an earlier one staged is dropped. Can be repeated.
 
         Args:
-            round: counted from 1.
+            round_no: counted from 1.
             attempt: counted from 1 within the round.
             parties: who contributes; default: everybody.
 
@@ -125,25 +125,25 @@ class ExpertHost:
             RoundError: the attempt is over already.
         """
         with self._changed:
-            if self._open == (round, attempt):
+            if self._open == (round_no, attempt):
                 return
-            if (round, attempt) <= self._over:
-                raise _over(round, attempt)
+            if (round_no, attempt) <= self._over:
+                raise _over(round_no, attempt)
             names = [name for name in self.parties if parties is None or name in parties]
             self._drop()
-            self._open = (round, attempt)
+            self._open = (round_no, attempt)
             self._stages = {name: PartyStage(name, self._limits.ahead) for name in names}
             self._changed.notify_all()
 
-    def abort(self, round: int, attempt: int) -> None:
+    def abort(self, round_no: int, attempt: int) -> None:
         """Forget whatever an attempt staged, also one that never began here. Its later messages are refused."""
         with self._changed:
-            self._over = max(self._over, (round, attempt))
+            self._over = max(self._over, (round_no, attempt))
             if self._open is not None and self._open <= self._over:
                 self._drop()
             self._changed.notify_all()
 
-    def tokens(self, party: str, round: int, attempt: int, count: int) -> None:
+    def tokens(self, party: str, round_no: int, attempt: int, count: int) -> None:
         """A party finished its part of the round; ``count`` of its tokens share the division at commit.
 
         Raises:
@@ -151,7 +151,7 @@ class ExpertHost:
         """
         if not 0 <= count <= self._limits.tokens:
             raise unfit(party, TOKENS, "count", f"is {count}; {self._limits.tokens} were agreed")
-        self._stage(party, (round, attempt)).declare(count)
+        self._stage(party, (round_no, attempt)).declare(count)
 
     def missing(self) -> tuple[str, ...]:
         """Parties of the open attempt that have not declared their tokens; nobody where no expert is hosted."""
@@ -160,11 +160,11 @@ class ExpertHost:
         with self._changed:
             return tuple(name for name, stage in self._stages.items() if stage.tokens is None)
 
-    def commit(self, round: int, attempt: int, learning_rate: float | None = None) -> None:
+    def commit(self, round_no: int, attempt: int, learning_rate: float | None = None) -> None:
         """Step all hosted experts by the summed gradients over all parties' tokens. Repeating it does nothing.
 
         Args:
-            round: the round of the open attempt.
+            round_no: the round of the open attempt.
             attempt: the open attempt.
             learning_rate: of this round; None leaves the optimiser's.
 
@@ -172,13 +172,13 @@ class ExpertHost:
             RoundError: another attempt is open, or a party has not declared its tokens. Nothing was changed.
         """
         with self._changed:
-            if self._committed == (round, attempt):
+            if self._committed == (round_no, attempt):
                 return
-            if self._open != (round, attempt):
-                raise _over(round, attempt)
+            if self._open != (round_no, attempt):
+                raise _over(round_no, attempt)
             if self.missing():
                 raise RoundError(
-                    f"round {round} cannot commit: no word from {', '.join(self.missing())}.",
+                    f"round {round_no} cannot commit: no word from {', '.join(self.missing())}.",
                     code="round-incomplete",
                     where=f"expert host {self.me}, attempt {attempt}",
                     why="the sum would leave out a party",
@@ -190,7 +190,7 @@ class ExpertHost:
             self._fill_gradients(stages)
             self.shard.step(learning_rate)
             with self._changed:
-                self._committed = self._over = (round, attempt)
+                self._committed = self._over = (round_no, attempt)
                 self._drop()
         finally:
             with self._changed:
@@ -402,7 +402,7 @@ class ExpertHost:
 
     def _stage(self, party: str, wanted: RoundId) -> PartyStage:
         """The party's stage, when this host has begun the attempt; a faster party waits for it here."""
-        round, attempt = wanted
+        round_no, attempt = wanted
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or wanted <= (self._open or (-1, 0)) or wanted <= self._over,
@@ -412,16 +412,16 @@ class ExpertHost:
                 raise RoundError(f"{self.me} is leaving.", code="host-closed")
             if self._open != wanted:
                 raise (
-                    _over(round, attempt)
+                    _over(round_no, attempt)
                     if wanted <= max(self._over, self._open or self._over)
                     else RoundError(
-                        f"{self.me} has not begun round {round}, attempt {attempt}.",
+                        f"{self.me} has not begun round {round_no}, attempt {attempt}.",
                         code="round-not-begun",
                         why=f"{party} is ahead of it by more than {self._limits.begin_s:g} s",
                     )
                 )
             if party not in self._stages:
-                raise RoundError(f"{party} does not take part in round {round}.", code="party-not-in-round")
+                raise RoundError(f"{party} does not take part in round {round_no}.", code="party-not-in-round")
             return self._stages[party]
 
     def _check_open(self, exchange: ExchangeId) -> None:
@@ -452,9 +452,9 @@ def _where(exchange: ExchangeId) -> str:
     return f"{exchange.party}, round {at.round}, attempt {at.attempt}, micro-batch {at.micro_batch}, layer {at.layer}"
 
 
-def _over(round: int, attempt: int) -> RoundError:
+def _over(round_no: int, attempt: int) -> RoundError:
     return RoundError(
-        f"round {round}, attempt {attempt} is over or was never open here.",
+        f"round {round_no}, attempt {attempt} is over or was never open here.",
         code="round-over",
         why="its gradients would be added to another round's",
     )

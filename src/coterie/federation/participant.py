@@ -40,11 +40,11 @@ class Actor(Protocol):
         """One attempt: forward, backward, gradients staged here and at the hosts. Changes no parameter."""
         ...
 
-    def drop(self, round: int, attempt: int) -> None:
+    def drop(self, round_no: int, attempt: int) -> None:
         """Forget whatever an attempt staged here; it may be unfinished, or never have begun."""
         ...
 
-    def step(self, round: int, attempt: int) -> None:
+    def step(self, round_no: int, attempt: int) -> None:
         """Apply a prepared attempt to trunk and hosted experts."""
         ...
 

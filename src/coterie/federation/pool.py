@@ -84,7 +84,7 @@ class Pool:
 
     KINDS = kinds("experts")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what was agreed, each by its name
         self,
         me: str,
         parties: Sequence[str],
@@ -153,11 +153,11 @@ class Pool:
         self._weights.begin(None)
         self._pushes.begin(None, {})
 
-    def go_on_after(self, round: int) -> None:
+    def go_on_after(self, round_no: int) -> None:
         """Say where the run stands after a checkpoint was loaded: what was asked for a line of it that was given up
         fails now, also what still waits, and holds up nothing that follows on its lane."""
         with self._changed:
-            self._after = round
+            self._after = round_no
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -200,9 +200,9 @@ class Pool:
     def _has_begun(self, attempt: Attempt) -> bool:
         return self._open is not None and not self._open.is_before(attempt)
 
-    def _far(self, round: int) -> bool:
+    def _far(self, round_no: int) -> bool:
         """Parties move together, so nobody who follows the same line of the run can be more than one round ahead."""
-        return self._ahead is not None and round >= self._after + self._ahead
+        return self._ahead is not None and round_no >= self._after + self._ahead
 
     def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
         """Bytes and digest of an own part, as every owner sees it in this attempt."""

@@ -113,8 +113,8 @@ class History:
     records: tuple[Record, ...] = ()
     attempts: Mapping[int, int] = field(default_factory=dict)
 
-    def next_attempt(self, round: int) -> int:
-        return self.attempts.get(round, 0) + 1
+    def next_attempt(self, round_no: int) -> int:
+        return self.attempts.get(round_no, 0) + 1
 
     @property
     def newest(self) -> int:

@@ -237,22 +237,22 @@ class _Scene:
     def after(self, state: State, history: History, **carry: object) -> Move:
         """The next activity once the model of ``state.committed`` rounds is live at everybody."""
         here = replace(self, state=state, history=history)
-        round, last = state.committed, state.committed >= self.plan.rounds
-        measured = due(round, self.plan.evaluate_every) or last
-        if measured and round > state.evaluated and not (self.stop and not last):
-            nxt = here.to(Phase.EVALUATE, round=round, attempt=state.failures + 1)
-        elif round > history.newest and (due(round, self.plan.checkpoint_every) or last or self.stop):
-            nxt = here.to(Phase.CHECKPOINT, round=round)
+        round_no, last = state.committed, state.committed >= self.plan.rounds
+        measured = due(round_no, self.plan.evaluate_every) or last
+        if measured and round_no > state.evaluated and not (self.stop and not last):
+            nxt = here.to(Phase.EVALUATE, round=round_no, attempt=state.failures + 1)
+        elif round_no > history.newest and (due(round_no, self.plan.checkpoint_every) or last or self.stop):
+            nxt = here.to(Phase.CHECKPOINT, round=round_no)
         elif last:
-            nxt = here.to(Phase.END, round=round, ending=Ending.FINISHED)
+            nxt = here.to(Phase.END, round=round_no, ending=Ending.FINISHED)
         elif self.stop:
-            nxt = here.to(Phase.END, round=round, ending=Ending.STOPPED, note=f"{self.stop} asked to stop")
+            nxt = here.to(Phase.END, round=round_no, ending=Ending.STOPPED, note=f"{self.stop} asked to stop")
         elif back := tuple(name for name in state.absent if self.fresh(name)):
             left = tuple(name for name in state.absent if name not in back)
             note = f"{_names(back)} came back"
-            nxt = here.to(Phase.GATHER, round=round, absent=left, rejoining=back, epoch=state.epoch + 1, note=note)
+            nxt = here.to(Phase.GATHER, round=round_no, absent=left, rejoining=back, epoch=state.epoch + 1, note=note)
         else:
-            nxt = here.to(Phase.COMPUTE, round=round + 1, attempt=history.next_attempt(round + 1))
+            nxt = here.to(Phase.COMPUTE, round=round_no + 1, attempt=history.next_attempt(round_no + 1))
         # One move, one number: what led here and what follows are made durable together.
         return Move(replace(nxt, seq=self.state.seq + 1), **carry)  # type: ignore[arg-type]
 
@@ -373,13 +373,13 @@ def _evaluate(scene: _Scene) -> Move | None:
 
 
 def _checkpoint(scene: _Scene) -> Move | None:
-    round = scene.state.round
+    round_no = scene.state.round
     if not scene.all_done:
-        return scene.trouble(round)
+        return scene.trouble(round_no)
     before = scene.history.records[-1].files if scene.history.records else {}
     files = {name: before.get(name, FIRST) for name in scene.state.absent}
-    files |= {name: Saved(round, scene.views[name].report.saved) for name in scene.active}
-    record = Record(round, {name: files[name] for name in scene.plan.parties})
+    files |= {name: Saved(round_no, scene.views[name].report.saved) for name in scene.active}
+    record = Record(round_no, {name: files[name] for name in scene.plan.parties})
     history = replace(scene.history, records=(*scene.history.records, record))
     return scene.after(scene.accomplished(), history, record=record)
 

@@ -293,7 +293,7 @@ class Switchboard(ABC):
     # ---- inside ----------------------------------------------------------------------------------------------
 
     def _post_request(
-        self, type: FrameType, peer: str, lane: Lane, message: Message, deadline_s: float
+        self, frame_type: FrameType, peer: str, lane: Lane, message: Message, deadline_s: float
     ) -> Future[Message]:
         line = self._lines.get((peer, lane))
         if line is None:
@@ -316,7 +316,7 @@ class Switchboard(ABC):
         size = sum(tensor.nbytes for tensor in message.tensors)
         correlation, future = line.pending.add(message.kind, deadline_s, size)
         try:
-            encoded = encode(self._session, type, lane, correlation, message)
+            encoded = encode(self._session, frame_type, lane, correlation, message)
             link = line.link  # read after `add`: a break from now on finds the entry and fails it
             if link is None:
                 raise self._not_connected(peer, lane)
@@ -359,7 +359,7 @@ class Switchboard(ABC):
         """
         assert self._handler is not None
         request = frame.message
-        type, reply = FrameType.REPLY, None
+        frame_type, reply = FrameType.REPLY, None
         try:
             if request.kind == TWIN:
                 text = f"another process with our kit tried to connect to {link.peer} and was turned away"
@@ -369,15 +369,15 @@ class Switchboard(ABC):
         except CoterieError as error:
             text = f"`{request.kind}` of {link.peer} failed here: {error}"
             self._seldom.say((link.peer, error.code), logging.INFO, text)
-            type, reply = FrameType.ERROR, error_message(error, request)
+            frame_type, reply = FrameType.ERROR, error_message(error, request)
         except Exception as error:
             text = f"`{request.kind}` of {link.peer} failed here"
-            self._seldom.say((link.peer, error.__class__), logging.ERROR, text, trace=True)
-            type, reply = FrameType.ERROR, error_message(error, request)
-        if reply is None or (type is FrameType.REPLY and frame.type is FrameType.ONE_WAY):
+            self._seldom.say((link.peer, type(error)), logging.ERROR, text, trace=True)
+            frame_type, reply = FrameType.ERROR, error_message(error, request)
+        if reply is None or (frame_type is FrameType.REPLY and frame.type is FrameType.ONE_WAY):
             reply = Message("ack")
         try:
-            self._answer(line, link, type, frame.correlation, reply)
+            self._answer(line, link, frame_type, frame.correlation, reply)
         except FrameError as error:
             text = f"the reply to `{request.kind}` of {link.peer} cannot be sent: {error}"
             self._seldom.say((link.peer, "reply", error.code), logging.ERROR, text)
@@ -386,12 +386,12 @@ class Switchboard(ABC):
             text = f"the reply to `{request.kind}` of {link.peer} was dropped: {error.message}"
             self._seldom.say((link.peer, "dropped", error.code), logging.INFO, text)
 
-    def _answer(self, line: Line, link: Link, type: FrameType, correlation: int, reply: Message) -> None:
+    def _answer(self, line: Line, link: Link, frame_type: FrameType, correlation: int, reply: Message) -> None:
         if reply.tensors and link.peer in self._no_tensors:
             raise FrameError(
                 "A reply between a party and the coordinator carries tensors.", code="tensors-on-control"
             )
-        encoded = encode(self._session, type, link.lane, correlation, reply)
+        encoded = encode(self._session, frame_type, link.lane, correlation, reply)
         link.post(encoded, time.monotonic() + self._settings.send_deadline_s)
         line.count_sent(encoded)
 

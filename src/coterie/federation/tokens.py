@@ -84,27 +84,27 @@ class TokenExchange:
         }
 
     def micro_batch(
-        self, round: int, attempt: int, number: int, stopped: Future[None] | None = None
+        self, round_no: int, attempt: int, number: int, stopped: Future[None] | None = None
     ) -> TokenMicroBatch:
         """The exchange of one training micro-batch.
 
         Args:
-            round: counted from 1.
+            round_no: counted from 1.
             attempt: counted from 1 within the round.
             number: from 0, without gaps: hosts add gradients in this order.
             stopped: ends a wait when it completes or fails (`Turn.stopped`).
         """
-        return TokenMicroBatch(self, round, attempt, number, stopped)
+        return TokenMicroBatch(self, round_no, attempt, number, stopped)
 
-    def inference(self, round: int = 0, stopped: Future[None] | None = None) -> TokenMicroBatch:
+    def inference(self, round_no: int = 0, stopped: Future[None] | None = None) -> TokenMicroBatch:
         """An exchange for forwards without gradients. It belongs to no attempt; hosts remember nothing of it."""
-        return TokenMicroBatch(self, round, 0, 0, stopped)
+        return TokenMicroBatch(self, round_no, 0, 0, stopped)
 
-    def declare(self, round: int, attempt: int, tokens: int, stopped: Future[None] | None = None) -> None:
+    def declare(self, round_no: int, attempt: int, tokens: int, stopped: Future[None] | None = None) -> None:
         """Tell all hosts that this party's micro-batches of the attempt are done, and how many tokens they had.
 
         Args:
-            round: counted from 1.
+            round_no: counted from 1.
             attempt: counted from 1 within the round.
             tokens: sum over the micro-batches.
             stopped: ends the wait when it completes or fails.
@@ -112,12 +112,12 @@ class TokenExchange:
         Raises:
             RoundError: a host misses a backward, or has dropped the attempt; or ``stopped`` was set.
         """
-        message = Message(TOKENS, Address(round=round, attempt=attempt), {"count": tokens})
+        message = Message(TOKENS, Address(round=round_no, attempt=attempt), {"count": tokens})
         hosts = {name for layer in self._hosts for name in self.hosts(layer)}
         remote = [name for name in self.transport.peers if name in hosts]
         asked = {name: self.transport.request_async(name, Lane.BACKWARD, message, self.deadline_s) for name in remote}
-        self.host.tokens(self.transport.me, round, attempt, tokens)
-        gather(asked, stopped, self.deadline_s, f"tokens of round {round}")
+        self.host.tokens(self.transport.me, round_no, attempt, tokens)
+        gather(asked, stopped, self.deadline_s, f"tokens of round {round_no}")
 
     def hosts(self, layer: int) -> dict[str, Tensor]:
         """Hosts of a layer that are there, in roster order, each with a bool [E] of its experts."""
@@ -161,10 +161,10 @@ class TokenMicroBatch:
     """The `Exchange` of one micro-batch; see `TokenExchange.micro_batch`."""
 
     def __init__(
-        self, exchange: TokenExchange, round: int, attempt: int, number: int, stopped: Future[None] | None
+        self, exchange: TokenExchange, round_no: int, attempt: int, number: int, stopped: Future[None] | None
     ) -> None:
         self._exchange, self._stopped = exchange, stopped
-        self._address = Address(round=round, attempt=attempt, micro_batch=number)
+        self._address = Address(round=round_no, attempt=attempt, micro_batch=number)
         self._calls: Counter[int] = Counter()
 
     def answers_rows(self, layer: ExpertLayer) -> bool:

@@ -56,13 +56,13 @@ def save_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     run: str,
-    round: int,
+    round_no: int,
     lora: Mapping[str, Any] | None = None,
     trainings: tuple[Training, ...] = (),
 ) -> None:
     """Write a safetensors file that says where it comes from; see `Origin` for the arguments."""
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, Origin(run, round, content_digest(plain), lora, trainings).metadata())
+    save_file(plain, path, Origin(run, round_no, content_digest(plain), lora, trainings).metadata())
 
 
 def origin_of(path: Path) -> Origin:

@@ -37,7 +37,9 @@ class AdapterSums(WithoutLedger):
         self._model, self._batches, self._seed = model, batches, seed
         self._engine: Engine | None = None
 
-    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
         if self._engine is None:
             cpu = torch.device("cpu")
             self._engine = Engine(self._model, _summed_losses, Flat(_NEVER_CLIPS), "auto", streamer, {}, cpu)
@@ -46,8 +48,8 @@ class AdapterSums(WithoutLedger):
         self._engine.take()
         self._model.train()
         with torch.random.fork_rng():
-            torch.manual_seed(derived_seed(self._seed, round - 1))
-            for batch in self._batches(round):
+            torch.manual_seed(derived_seed(self._seed, round_no - 1))
+            for batch in self._batches(round_no):
                 if not alive():
                     raise superseded()
                 figures = self._engine.accumulate(to_device(batch, device))

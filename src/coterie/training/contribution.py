@@ -58,22 +58,24 @@ class Contribution(Protocol):
         """Called before every attempt's `sums`, with weights at hand: what has to be refused is refused here."""
         ...
 
-    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
         """Process this party's share of a round.
 
         Args:
-            round: from 1.
+            round_no: from 1.
             pins: digests of what is computed on: weights, agreement, membership epoch.
             streamer: lends expert weights to the device.
             alive: False once the attempt was given up.
         """
         ...
 
-    def applied(self, round: int, newest: int) -> None:
+    def applied(self, round_no: int, newest: int) -> None:
         """What was kept for sending rounds again may go.
 
         Args:
-            round: every checkpoint that the federation could go back to includes it.
+            round_no: every checkpoint that the federation could go back to includes it.
             newest: the same of the newest checkpoint but one; what lies between is kept only while there is room.
         """
         ...
@@ -118,7 +120,7 @@ class WithoutLedger:
     def open(self, streamer: LayerStreamer) -> None:
         """There is nothing to refuse."""
 
-    def applied(self, round: int, newest: int) -> None:
+    def applied(self, round_no: int, newest: int) -> None:
         """Nothing is kept."""
 
     def check_not_behind(self, received: int) -> None:
@@ -173,7 +175,9 @@ class PlainSums(WithoutLedger):
         losses_B = default_loss(self._model, to_device(batch, device))
         return losses_B.sum(), losses_B.shape[0]
 
-    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
         sink = HostGradients()
         totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
@@ -182,8 +186,8 @@ class PlainSums(WithoutLedger):
         loss_sum, tokens = 0.0, 0
         self._model.train()
         with torch.random.fork_rng(), seam.computed_by(self._model, StreamedExperts(streamer, sink)):
-            torch.manual_seed(derived_seed(self._seed, round - 1))
-            for batch in self._batches(round):
+            torch.manual_seed(derived_seed(self._seed, round_no - 1))
+            for batch in self._batches(round_no):
                 if not alive():
                     raise superseded()
                 loss, counted = self._loss(batch)

@@ -137,16 +137,16 @@ class ExpertsExchange:
         others = (_TRUNK, _RECEIVED, _RECEIVED_BEFORE, _LEDGER)
         self.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(others)})
 
-    def go_on_after(self, round: int) -> None:
-        self.pool.go_on_after(round)
+    def go_on_after(self, round_no: int) -> None:
+        self.pool.go_on_after(round_no)
 
     def catch_up(self, told: State) -> None:
         self.owner.catch_up(told)
 
-    def saved(self, round: int, oldest: int) -> None:
+    def saved(self, round_no: int, oldest: int) -> None:
         """What ``oldest`` includes is never needed again."""
         self.contribution.applied(min(oldest, self._saved_round), self._saved_round)
-        self._saved_round = round
+        self._saved_round = round_no
 
     # ---- rounds ----
 
@@ -154,14 +154,14 @@ class ExpertsExchange:
         sums = self.owner.compute(told, alive)
         self._prepared = {Attempt(told.round, told.attempt): sums}
 
-    def drop(self, round: int, attempt: int) -> None:
+    def drop(self, round_no: int, attempt: int) -> None:
         self._prepared = {}
         self.owner.drop()
 
     @torch.no_grad()
-    def commit(self, round: int, attempt: int, rate: float) -> Mapping[str, float]:
-        sums = self._prepared.pop(Attempt(round, attempt))
-        self.pool.commit(Attempt(round, attempt), rate)
+    def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
+        sums = self._prepared.pop(Attempt(round_no, attempt))
+        self.pool.commit(Attempt(round_no, attempt), rate)
         own = self._trunk.parameters
         if own and sums.experts is not None and sums.weight > 0:
             self._trunk.step({param: sums.trunk[name] for name, param in own.items()}, sums.weight, rate)

@@ -55,9 +55,9 @@ class OwnTrunk:
         """Of any parameters of this federation."""
         return make_optimizer(params, self.parts.federation.optim)
 
-    def batches(self, round: int) -> list[Batch]:
+    def batches(self, round_no: int) -> list[Batch]:
         """The micro-batches of a round, from 1."""
-        rows = self._order.micro_batches(round - 1, self._spec.micro_batch)
+        rows = self._order.micro_batches(round_no - 1, self._spec.micro_batch)
         return [self.parts.train.batch(each) for each in rows]
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:

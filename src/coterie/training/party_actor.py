@@ -61,7 +61,7 @@ class Exchange(Protocol):
         """Put back what `hosted_state` gave."""
         ...
 
-    def go_on_after(self, round: int) -> None:
+    def go_on_after(self, round_no: int) -> None:
         """A state was loaded, behind which lie this many rounds of the run."""
         ...
 
@@ -69,11 +69,11 @@ class Exchange(Protocol):
         """One attempt, its sums brought to where they are needed; changes no parameter that is trained here alone."""
         ...
 
-    def drop(self, round: int, attempt: int) -> None:
+    def drop(self, round_no: int, attempt: int) -> None:
         """Forget an attempt; it may be unfinished, or never have begun."""
         ...
 
-    def commit(self, round: int, attempt: int, rate: float) -> Mapping[str, float]:
+    def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
         """Apply a computed attempt to trunk and hosted experts; figures of the round for the owner's eyes."""
         ...
 
@@ -85,8 +85,8 @@ class Exchange(Protocol):
         """Bring the trunk up to what its hosts made of it."""
         ...
 
-    def saved(self, round: int, oldest: int) -> None:
-        """A checkpoint of ``round`` was written; ``oldest`` is the oldest that everybody could go back to."""
+    def saved(self, round_no: int, oldest: int) -> None:
+        """A checkpoint of ``round_no`` was written; ``oldest`` is the oldest that everybody could go back to."""
         ...
 
     def open_books(self) -> bool:
@@ -175,16 +175,16 @@ class PartyActor:
         self.exchange.compute(told, alive)
         self._seconds = time.monotonic() - began
 
-    def drop(self, round: int, attempt: int) -> None:
-        self.exchange.drop(round, attempt)
+    def drop(self, round_no: int, attempt: int) -> None:
+        self.exchange.drop(round_no, attempt)
 
-    def step(self, round: int, attempt: int) -> None:
-        rate = lr_at(round - 1, self.parts.federation.optim, self._spec.rounds)
-        figures = self.exchange.commit(round, attempt, rate)
+    def step(self, round_no: int, attempt: int) -> None:
+        rate = lr_at(round_no - 1, self.parts.federation.optim, self._spec.rounds)
+        figures = self.exchange.commit(round_no, attempt, rate)
         hosted = (value for name, value in self.exchange.hosted_state().items() if "/" not in name)
         own = (*self._trunk.tensors().values(), *hosted)
-        check_own("the parameters", own, where=f"after round {round}, at {self.parts.party}")
-        self._log(round - 1, **{**figures, "seconds": self._seconds}, lr=rate, attempt=attempt)
+        check_own("the parameters", own, where=f"after round {round_no}, at {self.parts.party}")
+        self._log(round_no - 1, **{**figures, "seconds": self._seconds}, lr=rate, attempt=attempt)
 
     def evaluate(self, told: State, alive: Alive) -> None:
         self._meet(told.absent, alive)

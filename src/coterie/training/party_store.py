@@ -79,9 +79,9 @@ class PartyStore:
             return ()
         found = []
         store = self._store()
-        for round in store.rounds():
+        for round_no in store.rounds():
             try:
-                saved = Saved(round, store.get(round).digest)
+                saved = Saved(round_no, store.get(round_no).digest)
             except CheckpointError as error:
                 if error.code in _UNSEEN:
                     raise
@@ -92,7 +92,7 @@ class PartyStore:
 
     def save(
         self,
-        round: int,
+        round_no: int,
         parts: Parts,
         lora: Mapping[str, Any] | None = None,
         trainings: tuple[Training, ...] = (),
@@ -100,7 +100,7 @@ class PartyStore:
         """Write a checkpoint so that it survives a crash. What others may still need stays: see `published`.
 
         Args:
-            round: finished rounds.
+            round_no: finished rounds.
             parts: file stem to named tensors.
             lora: settings of the adapters among them.
             trainings: what is behind the weights.
@@ -110,8 +110,8 @@ class PartyStore:
         """
         store = self._store()
         state = {"party": self._party, "agreement": self._agreement}
-        digest = store.write(round, parts, state, named=self.run, lora=lora, trainings=trainings).digest
-        self._stale.discard(round)
+        digest = store.write(round_no, parts, state, named=self.run, lora=lora, trainings=trainings).digest
+        self._stale.discard(round_no)
         return digest
 
     def published(self, newest: int) -> None:
@@ -122,24 +122,26 @@ class PartyStore:
         """
         if self._published and newest == self._published[-1]:
             return
-        self._published = [round for round in self._published if round < newest] + ([newest] if newest else [])
+        self._published = [round_no for round_no in self._published if round_no < newest] + (
+            [newest] if newest else []
+        )
         if len(self._published) < 2:
             return
         self._published = self._published[-_KEPT:]
         oldest = self._published[0] if len(self._published) == _KEPT else 0
         store = self._store()
         stale = self._stale - set(self._published)
-        for round in store.rounds():
-            if round < oldest or round in stale:
-                store.remove(round)
+        for round_no in store.rounds():
+            if round_no < oldest or round_no in stale:
+                store.remove(round_no)
         self._stale -= stale
 
-    def went_back_to(self, round: int) -> None:
-        """The run goes on from ``round``: later checkpoints belong to a line that was given up.
+    def went_back_to(self, round_no: int) -> None:
+        """The run goes on from ``round_no``: later checkpoints belong to a line that was given up.
 
         They go once the next one is `published`. Until then they stay, in case going back was a mistake.
         """
-        self._stale = {later for later in self._store().rounds() if later > round} if self.run else set()
+        self._stale = {later for later in self._store().rounds() if later > round_no} if self.run else set()
 
     def load(self, source: Saved, stems: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
         """The named parts of a checkpoint, every byte verified.

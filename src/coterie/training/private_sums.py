@@ -91,14 +91,16 @@ class PrivateSums:
         self._engine: Engine | None = None
         self._alive: Callable[[], bool] = lambda: True
 
-    def sums(self, round: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]) -> Sums:
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
         began = time.monotonic()
         self._alive = alive
         contributor = self.open_books(streamer)
         if self._constant is not None:
             self._constant.batches = 0
         trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
-        made = contributor.release(round, {**pins, "trunk": digest_layer(trunk)})
+        made = contributor.release(round_no, {**pins, "trunk": digest_layer(trunk)})
         self._finish_work(began)
         self.exhausted = made is None
         if made is None:
@@ -111,10 +113,10 @@ class PrivateSums:
         figures = self._figures(contributor, round, release)
         return Sums(experts, rest, float(self._plan.lot_size), figures, release.digest)
 
-    def applied(self, round: int, newest: int) -> None:
-        """Nobody will ask for spooled results up to ``round`` again; those up to ``newest`` go if room is short."""
+    def applied(self, round_no: int, newest: int) -> None:
+        """Nobody asks for spooled results up to ``round_no`` again; those up to ``newest`` go if room is short."""
         if self.contributor is not None:
-            self.contributor.forget(round, newest)
+            self.contributor.forget(round_no, newest)
 
     def check_not_behind(self, received: int) -> None:
         """Hosts received this many rounds of ours; a ledger that knows fewer was put back and stops the run."""

@@ -76,7 +76,7 @@ class TokensExchange:
     def load_hosted(self, state: Mapping[str, Tensor]) -> None:
         self.host.load_state_dict(dict(state))
 
-    def go_on_after(self, round: int) -> None:
+    def go_on_after(self, round_no: int) -> None:
         """Hosts refuse what belongs to no open attempt in any case."""
 
     def compute(self, told: State, alive: Alive) -> None:
@@ -94,13 +94,13 @@ class TokensExchange:
         self._experts.declare(told.round, told.attempt, sums.tokens, self._cut.turn.stopped)
         self._prepared = {(told.round, told.attempt): sums}
 
-    def drop(self, round: int, attempt: int) -> None:
+    def drop(self, round_no: int, attempt: int) -> None:
         self._prepared = {}
-        self.host.abort(round, attempt)
+        self.host.abort(round_no, attempt)
 
-    def commit(self, round: int, attempt: int, rate: float) -> Mapping[str, float]:
-        sums = self._prepared.pop((round, attempt))
-        self.host.commit(round, attempt, rate)
+    def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
+        sums = self._prepared.pop((round_no, attempt))
+        self.host.commit(round_no, attempt, rate)
         self._trunk.step(sums.gradients, sums.tokens, rate)
         return {"loss": sum(sums.losses) / sums.tokens, "tokens": sums.tokens}
 
@@ -116,7 +116,7 @@ class TokensExchange:
     def catch_up(self, told: State) -> None:
         """No host steps the trunk."""
 
-    def saved(self, round: int, oldest: int) -> None:
+    def saved(self, round_no: int, oldest: int) -> None:
         """Nothing is kept for going back."""
 
     def open_books(self) -> bool:
