@@ -246,7 +246,7 @@ def test_attempts_follow_each_other_and_the_end_of_their_round_follows_them_all(
         (blob_of(float("nan")), {}, "message-not-finite"),
         (blob_of(float("inf")), {}, "message-not-finite"),
         (blob_of(1.0)[:-4], {}, "message-unfit"),
-        (blob_of(1.0), {"round": 6}, "push-round"),
+        (blob_of(1.0), {"round_no": 6}, "push-round"),
         (blob_of(1.0), {"attempt": 2}, "push-round"),
         (blob_of(1.0), {"attempt": 0}, "push-round"),
         (blob_of(1.0), {"weights": "older"}, "push-stale-weights"),
