@@ -343,6 +343,7 @@ def assert_right(model: nn.Module, refused: bool) -> None:
     assert_refused(model.eval()) if refused else assert_exact(model.eval())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_invariant_1_weights_made_by_any_function_are_exact_or_refused(name: str) -> None:
     make = WEIGHTS[name]
@@ -360,6 +361,8 @@ def test_invariant_1_operations_that_meet_data_are_exact_or_refused(name: str, f
     assert_right(made if frozen else nn.Sequential(nn.Linear(D, D), made), name in REFUSED_FUNCTIONS)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_invariant_1_modules_of_every_kind_are_exact_or_refused(name: str) -> None:
     assert_right(MODULES[name](), name in REFUSED_MODULES)

@@ -622,6 +622,7 @@ def test_the_owner_is_told_of_a_lot_that_taught_nothing(tmp_path: Path) -> None:
     session.close()
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_models_of_types_that_norms_are_not_taken_in_get_one_sentence(dtype: torch.dtype) -> None:
     model = Toy()
