@@ -160,10 +160,10 @@ class ByHand:
     def train(
         self, rounds: Iterable[int], active: tuple[str, ...] = PARTIES, masked: Mapping[int, list[int]] | None = None
     ) -> None:
-        """Some rounds, from 0, with some parties; masked experts get no token and do not step."""
+        """Some rounds, from 1, with some parties; masked experts get no token and do not step."""
         for name in active:
             seam.select(self._models[name], _Masked(masked or {}))
-        for round_index in rounds:
+        for round_no in rounds:
             counts = dict.fromkeys(active, 0)
             for step in self._steps.values():
                 step.zero_grad()
@@ -171,7 +171,7 @@ class ByHand:
                 param.grad = torch.zeros_like(param)
             for name in active:
                 train = self._parts[name].train
-                for row in RoundOrder(len(train), self._spec.batch_size, self._spec.seed).rows(round_index):
+                for row in RoundOrder(len(train), self._spec.batch_size, self._spec.seed).rows(round_no):
                     ids = train[row]["input_ids"].unsqueeze(0)
                     logits = self._models[name](input_ids=ids, use_cache=False).logits[0, :-1]
                     functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
@@ -187,7 +187,7 @@ class ByHand:
 
 def train_by_hand(config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyParts]) -> None:
     """All rounds with all parties; see `ByHand`."""
-    ByHand(config, models, parts).train(range(config.train.rounds), tuple(config.parties))
+    ByHand(config, models, parts).train(range(1, config.train.rounds + 1), tuple(config.parties))
 
 
 def tokens_of(run: PartyRun) -> TokensExchange:

@@ -94,15 +94,13 @@ def union_by_hand(config, model, parts) -> None:  # type: ignore[no-untyped-def]
     )
     seam.select(model)
     model.train()
-    for round_index in range(config.train.rounds):
+    for round_no in range(1, config.train.rounds + 1):
         step.zero_grad()
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
         count = 0
         for name in PARTIES:
-            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(
-                round_index
-            ):
+            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(round_no):
                 ids = parts[name].train[row]["input_ids"].unsqueeze(0)
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()

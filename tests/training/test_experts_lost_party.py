@@ -73,8 +73,8 @@ def test_with_a_private_trunk_the_others_train_on_as_by_hand_without_it_and_its_
     federation = lose_cedar(config, parts, tmp_path)
     left(federation)
     by_hand = ByHand(config, models, parts)
-    by_hand.train([0, 1])
-    by_hand.train([2, 3, 4], LEFT, parts["cedar"].placement.hosted("cedar"))
+    by_hand.train([1, 2])
+    by_hand.train([3, 4, 5], LEFT, parts["cedar"].placement.hosted("cedar"))
     layers = expert_layers(models["alder"])
     for name in LEFT:
         whole = dict(models[name].named_parameters())
@@ -105,13 +105,13 @@ class Union:
     ) -> None:
         """Parameters in ``frozen`` stand still; torch's AdamW leaves out what has no gradient."""
         seam.select(self.model, _Masked(masked or {}))
-        for round_index in rounds:
+        for round_no in rounds:
             for param in self.model.parameters():
                 param.grad = torch.zeros_like(param)
             count = 0
             for name in active:
                 train, spec = self.parts[name].train, self.config.train
-                for row in RoundOrder(len(train), spec.batch_size, spec.seed).rows(round_index):
+                for row in RoundOrder(len(train), spec.batch_size, spec.seed).rows(round_no):
                     ids = train[row]["input_ids"].unsqueeze(0)
                     logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
                     functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
@@ -139,9 +139,9 @@ def test_with_a_shared_trunk_the_lost_share_stands_still_and_all_compute_with_th
     theirs = frozenset(exchange_of(federation, "cedar").pool.home.weights())
     assert theirs, "cedar is home to some of the trunk"
     union = Union(config, one, parts)
-    union.train(range(1))
+    union.train([1])
     before = {name: value.detach().clone() for name, value in one.named_parameters() if name in theirs}
-    union.train(range(1, 2))
+    union.train([2])
     # Cedar may die before alder has fetched what round 2 made of its share: then the copy of round 1 is the newest.
     stands = dict(federation.runs["alder"].actor.parts.model.named_parameters())
     if all(relative(stands[name], before[name]) < 1e-5 for name in theirs):
@@ -149,7 +149,7 @@ def test_with_a_shared_trunk_the_lost_share_stands_still_and_all_compute_with_th
             for name, value in one.named_parameters():
                 if name in theirs:
                     value.copy_(before[name])
-    union.train(range(2, 5), LEFT, theirs, parts["cedar"].placement.hosted("cedar"))
+    union.train([3, 4, 5], LEFT, theirs, parts["cedar"].placement.hosted("cedar"))
     whole, layers = dict(one.named_parameters()), expert_layers(one)
     for name in LEFT:
         for key, value in exchange_of(federation, name).pool.home.weights().items():

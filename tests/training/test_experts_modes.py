@@ -55,7 +55,7 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
     sizes = {1: 0, 2: 1, 3: 5}
     monkeypatch.setattr(
         open_run, "draw_lot",
-        lambda round, *rest: Lot(round, np.arange(sizes[round]), np.arange(sizes[round])),
+        lambda round_no, *rest: Lot(round_no, np.arange(sizes[round_no]), np.arange(sizes[round_no])),
     )  # fmt: skip
     shapes: dict[int, list[tuple]] = {}
     waited: list[float] = []
@@ -209,13 +209,13 @@ def test_a_party_without_privacy_counts_records_on_the_same_scale_as_private_one
     )
     seam.select(one)
     one.train()
-    for round_index in range(config.train.rounds):
+    for round_no in range(1, config.train.rounds + 1):
         step.zero_grad()
         count = 0
         for name in PARTIES:
             train = parts[name].train
             order = RoundOrder(len(train), config.train.batch_size, config.train.seed)
-            rows = list(range(len(train))) if name == "alder" else [int(row) for row in order.rows(round_index)]
+            rows = list(range(len(train))) if name == "alder" else [int(row) for row in order.rows(round_no)]
             count += len(rows)  # alder's rate is 1: every record is in every lot
             for row in rows:
                 ids = train[row]["input_ids"]

@@ -44,13 +44,11 @@ def union_by_hand(config: FederationConfig, model: nn.Module, parts: Mapping[str
     trained = [p for p in model.parameters() if p.requires_grad]
     step = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     model.train()
-    for round_index in range(config.train.rounds):
+    for round_no in range(1, config.train.rounds + 1):
         step.zero_grad()
         count = 0
         for name in PARTIES:
-            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(
-                round_index
-            ):
+            for row in RoundOrder(len(parts[name].train), config.train.batch_size, config.train.seed).rows(round_no):
                 ids = parts[name].train[row]["input_ids"].unsqueeze(0)
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()

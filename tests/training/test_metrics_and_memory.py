@@ -28,13 +28,13 @@ def test_figures_are_in_both_places(tmp_path: Path) -> None:
 
 def test_rounds_that_are_done_again_are_written_once(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as metrics:
-        for number in range(5):
+        for number in range(1, 6):
             metrics.log(number, loss=float(number))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"round": 5, "lo')  # the process died in the middle of a line
-    with MetricsWriter(tmp_path, first_round=3) as metrics:
-        metrics.log(3, loss=30.0)
-    assert [row["round"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
+        file.write('{"round": 6, "lo')  # the process died in the middle of a line
+    with MetricsWriter(tmp_path, finished=3) as metrics:
+        metrics.log(4, loss=30.0)
+    assert [row["round"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert read_metrics(tmp_path)[-1]["loss"] == 30.0
 
 

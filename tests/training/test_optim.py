@@ -128,12 +128,12 @@ def test_state_of_another_shape_is_refused() -> None:
 
 def test_the_rate_warms_up_and_follows_its_schedule() -> None:
     cosine = OptimSpec(lr=1.0, warmup_rounds=4, schedule="cosine", final_lr_ratio=0.2)
-    rates = [lr_at(index, cosine, 24) for index in range(24)]
+    rates = [lr_at(round_no, cosine, 24) for round_no in range(1, 25)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert rates[-1] == pytest.approx(0.2)
     expected = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 10 / 19))
     assert rates[14] == pytest.approx(expected)
     constant = OptimSpec(lr=1.0, warmup_rounds=2, schedule="constant")
-    assert [lr_at(index, constant, 5) for index in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
-    assert lr_at(0, cosine.model_copy(update={"warmup_rounds": 0}), 1) == 1.0
+    assert [lr_at(round_no, constant, 5) for round_no in range(1, 6)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert lr_at(1, cosine.model_copy(update={"warmup_rounds": 0}), 1) == 1.0

@@ -166,8 +166,8 @@ def test_others_go_on_without_a_lost_party_and_its_experts_masked(tmp_path: Path
     assert isinstance(federation.ends["cedar"], Killed)
     assert any("going on without cedar" in notice.state.note for notice in federation.notices)
     by_hand = ByHand(config, models, parts)
-    by_hand.train([0, 1])
-    by_hand.train([2, 3, 4], ("alder", "birch"), parts["cedar"].placement.hosted("cedar"))
+    by_hand.train([1, 2])
+    by_hand.train([3, 4, 5], ("alder", "birch"), parts["cedar"].placement.hosted("cedar"))
     assert_same(federation, models, ("alder", "birch"))
 
 
@@ -242,7 +242,7 @@ def test_clean_stop_and_a_later_start_give_the_parameters_of_an_uninterrupted_ru
     train_by_hand(config, models, parts)
     assert_same(federation, models)
     rounds = [row["round"] for row in read_metrics(tmp_path / "alder" / "private") if "lr" in row]
-    assert rounds == [0, 1, 2, 3, 4]
+    assert rounds == [1, 2, 3, 4, 5]
 
 
 class Unreadable(Sequences):

@@ -221,7 +221,7 @@ def test_what_leaves_an_owner_has_the_same_sizes_and_order_whatever_the_size_of_
     seen = []
     for size in (0, 1, 9):
         lot = np.arange(size)
-        monkeypatch.setattr(open_run, "draw_lot", lambda round, *rest, lot=lot: Lot(round, lot, lot))
+        monkeypatch.setattr(open_run, "draw_lot", lambda round_no, *rest, lot=lot: Lot(round_no, lot, lot))
         config = private_settings(train__rounds=2)
         parts = make_parts(config, full_models(), tmp_path / str(size))
         seen.append(recorded_of(config, tmp_path / str(size), with_privacy(parts, tmp_path / str(size), sigma=None)))

@@ -92,7 +92,7 @@ def test_a_run_learns_and_leaves_its_folder_complete(make_config: MakeConfig) ->
     assert losses[0] is not None
     assert losses[-1] is not None
     assert losses[-1] < losses[0] - 0.5
-    assert [row["round"] for row in rows if "test_loss" in row] == [9, 19]
+    assert [row["round"] for row in rows if "test_loss" in row] == [10, 20]
     assert {path.name for path in config.run_dir.iterdir()} == {
         "config.yaml",
         "run.json",
@@ -133,7 +133,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert last.finished
     assert last.loss == expected.loss
     assert_equal(weights(parts.run_dir, 6), weights(whole.run_dir, 6))
-    assert [row["round"] for row in read_metrics(parts.run_dir / "private") if "loss" in row] == list(range(6))
+    assert [row["round"] for row in read_metrics(parts.run_dir / "private") if "loss" in row] == list(range(1, 7))
 
 
 def test_a_run_that_died_between_checkpoints_repeats_the_lost_rounds(make_config: MakeConfig) -> None:
@@ -148,7 +148,7 @@ def test_a_run_that_died_between_checkpoints_repeats_the_lost_rounds(make_config
         start(broken, watch=die)
     assert resume(broken.run_dir).finished
     assert_equal(weights(broken.run_dir, 6), weights(whole.run_dir, 6))
-    assert [row["round"] for row in read_metrics(broken.run_dir / "private") if "loss" in row] == list(range(6))
+    assert [row["round"] for row in read_metrics(broken.run_dir / "private") if "loss" in row] == list(range(1, 7))
 
 
 def test_resuming_a_finished_run_changes_nothing(make_config: MakeConfig) -> None:
@@ -245,11 +245,11 @@ def test_a_marker_of_any_other_content_is_no_run(tmp_path: Path, content: bytes)
 
 
 def test_lines_of_figures_that_a_crash_left_are_dropped_and_written_anew(tmp_path: Path) -> None:
-    lines = [b'{"round": 0, "loss": 1.0}', b'{"loss": 2.0}', b'{"round": 7}', b'{"round": 1, "lo\xff\n[5]\n']
+    lines = [b'{"round": 1, "loss": 1.0}', b'{"loss": 2.0}', b'{"round": 7}', b'{"round": 2, "lo\xff\n[5]\n']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    with MetricsWriter(tmp_path, first_round=3) as metrics:
-        metrics.log(3, loss=0.5)
-    assert read_metrics(tmp_path) == [{"round": 0, "loss": 1.0}, {"round": 3, "loss": 0.5}]
+    with MetricsWriter(tmp_path, finished=3) as metrics:
+        metrics.log(4, loss=0.5)
+    assert read_metrics(tmp_path) == [{"round": 1, "loss": 1.0}, {"round": 4, "loss": 0.5}]
 
 
 def test_changed_settings_or_text_are_noticed_on_resume(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def _check_paired(arm: Arm, figures: Mapping[str, Figures], public: Mapping[str,
 def _evaluations(run_dir: Path) -> list[tuple[int, float]]:
     """(finished rounds, held-out loss) along a run."""
     rows = read_metrics(private_folder(run_dir))
-    return [(int(row["round"] or 0) + 1, float(row["test_loss"])) for row in rows if row.get("test_loss") is not None]  # type: ignore[arg-type]
+    return [(int(row["round"] or 0), float(row["test_loss"])) for row in rows if row.get("test_loss") is not None]  # type: ignore[arg-type]
 
 
 def _mean(each: Mapping[str, Sequence[tuple[int, float]]], weights: Mapping[str, int]) -> list[tuple[int, float]]:

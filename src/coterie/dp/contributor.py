@@ -28,11 +28,11 @@ class Contributor:
     def __init__(self, run: OpenRun) -> None:
         self.run = run
 
-    def release(self, round_number: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
+    def release(self, round_no: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
         """The noised sums of a round; the same bytes again for the same pins, until `forget`.
 
         Args:
-            round_number: from 1.
+            round_no: from 1.
             pins: digests of everything that the sums are computed from. Where they differ from those of an earlier
                 try, that one is burned: its cost stays in the ledger, lot and noise are drawn anew.
 
@@ -40,7 +40,7 @@ class Contributor:
             Float32 sums by parameter name, spooled and counted; None when the budget allows no further round.
         """
         try:
-            begun = self.run.begin(round_number, pins)
+            begun = self.run.begin(round_no, pins)
         except BudgetError as error:
             if error.code != "dp-budget-spent":
                 raise

@@ -199,14 +199,14 @@ def _need_records(records: int) -> None:
         )
 
 
-def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSource, draw: int = 0) -> Lot:
+def draw_lot(round_no: int, plan: LotPlan, units: Units, source: RandomSource, draw: int = 0) -> Lot:
     """Draw the lot of one round.
 
     Each unit joins with probability floor(q 2^64) / 2^64, never above q. A truncated lot is a uniformly random subset
     of the drawn units.
 
     Args:
-        round_number: from 1; with ``draw`` it names the streams of a seeded source.
+        round_no: from 1; with ``draw`` it names the streams of a seeded source.
         plan: public numbers; ``plan.units`` must be ``units.count``.
         units: which records belong together.
         source: secret for private runs.
@@ -221,7 +221,7 @@ def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSourc
             why="the sampling rate, and with it epsilon, would be wrong",
             fix="plan the run on the data it uses",
         )
-    stream = source.stream(f"lot|{round_number}|{draw}")
+    stream = source.stream(f"lot|{round_no}|{draw}")
     if plan.rate >= 1:
         chosen = np.arange(units.count)
     else:
@@ -230,7 +230,7 @@ def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSourc
         keys = stream.uint64(chosen.shape[0])
         chosen = np.sort(chosen[np.argsort(keys)[: plan.max_lot]])
     if units.starts is None or units.order is None or units.cap is None:
-        return Lot(round_number, chosen.astype(np.int64), np.arange(chosen.shape[0], dtype=np.int64))
+        return Lot(round_no, chosen.astype(np.int64), np.arange(chosen.shape[0], dtype=np.int64))
     records: list[np.ndarray] = []
     for user in chosen.tolist():
         own = units.order[units.starts[user] : units.starts[user + 1]]
@@ -239,4 +239,4 @@ def draw_lot(round_number: int, plan: LotPlan, units: Units, source: RandomSourc
         records.append(own)
     counts = [own.shape[0] for own in records]
     flat = np.concatenate(records) if records else np.empty(0, np.int64)
-    return Lot(round_number, flat.astype(np.int64), np.repeat(np.arange(len(counts), dtype=np.int64), counts))
+    return Lot(round_no, flat.astype(np.int64), np.repeat(np.arange(len(counts), dtype=np.int64), counts))

@@ -90,11 +90,11 @@ class OpenRun:
         """Sigma of every round."""
         return self.mechanism.noise_multiplier
 
-    def begin(self, round_number: int, pins: Mapping[str, str]) -> Pending | Release:
+    def begin(self, round_no: int, pins: Mapping[str, str]) -> Pending | Release:
         """What to do for a round; see `Releases.begin`.
 
         Args:
-            round_number: from 1.
+            round_no: from 1.
             pins: digests of everything that the sums are computed from.
 
         Raises:
@@ -102,7 +102,7 @@ class OpenRun:
         """
         self.seconds = {}
         return self.releases.begin(
-            round_number, pins, lambda draw: draw_lot(round_number, self.lots, self.data.units, self.source, draw)
+            round_no, pins, lambda draw: draw_lot(round_no, self.lots, self.data.units, self.source, draw)
         )
 
     def publish(self, pending: Pending, divisor: float = 1.0) -> tuple[dict[str, Tensor], Release]:

@@ -53,7 +53,7 @@ class PrivateSession:
         ledger, releases, lot_sums: see `coterie.dp.open_run.OpenRun`.
     """
 
-    def __init__(  # noqa: PLR0913 - made by `make_private` and `resume_session` alone
+    def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,

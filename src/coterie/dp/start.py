@@ -38,7 +38,7 @@ from coterie.errors import PrivacyError
 from coterie.models import seam
 
 
-def start_run(
+def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that plan and options do not hold
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     data: PrivateData,
@@ -77,7 +77,7 @@ def start_run(
     return open_run(plan, options, data, model, parts.engine, parts.balancer, entry)
 
 
-def resume_run(
+def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -17,29 +17,29 @@ class MetricsWriter:
 
     Args:
         run_dir: the folder, which exists.
-        first_round: where the run goes on: what was written for this round and later ones, by an attempt that got
-            further than its last checkpoint, is dropped.
+        finished: rounds that count. What was written for later ones, by an attempt that got further than its last
+            checkpoint, is dropped; before the first round, everything is.
     """
 
-    def __init__(self, run_dir: Path, *, first_round: int = 0) -> None:
+    def __init__(self, run_dir: Path, *, finished: int = 0) -> None:
         self.path = run_dir / "metrics.jsonl"
         with writing(self.path):
-            self._keep_before(first_round)
+            self._keep(finished)
             self._lines = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_round or None)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=finished + 1 if finished else None)
 
-    def log(self, round_index: int, **figures: float) -> None:
-        """Write one line: the round, counted from 0, and its figures. Not finite becomes null.
+    def log(self, round_no: int, **figures: float) -> None:
+        """Write one line: the round, counted from 1 (0: before the first), and its figures. Not finite becomes null.
 
         Raises:
             CheckpointError: the disk is full or broken.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with writing(self.path):
-            self._lines.write(json.dumps({"round": round_index, **finite}) + "\n")
+            self._lines.write(json.dumps({"round": round_no, **finite}) + "\n")
             self._lines.flush()
         for name, value in figures.items():
-            self._board.add_scalar(name, value, round_index)
+            self._board.add_scalar(name, value, round_no)
 
     def close(self) -> None:
         self._lines.close()
@@ -53,13 +53,13 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
-    def _keep_before(self, first_round: int) -> None:
+    def _keep(self, finished: int) -> None:
         if not self.path.exists():
             return
         kept = [
             row
             for row in read_metrics(self.path.parent)
-            if isinstance(at := row.get("round"), int | float) and at < first_round
+            if isinstance(at := row.get("round"), int | float) and 0 <= at <= finished and finished > 0
         ]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 

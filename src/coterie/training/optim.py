@@ -148,18 +148,18 @@ def make_optimizer(params: Iterable[Tensor], spec: OptimSpec) -> AdamW:
     return AdamW(params, spec)
 
 
-def lr_at(round_index: int, spec: OptimSpec, rounds: int) -> float:
-    """The learning rate of a round, counted from 0, in a run of ``rounds``.
+def lr_at(round_no: int, spec: OptimSpec, rounds: int) -> float:
+    """The learning rate of a round, counted from 1, in a run of ``rounds``.
 
     Rises linearly over ``warmup_rounds`` (the first round already moves), then stays or follows half a cosine down
     to ``final_lr_ratio`` of the peak in the last round.
     """
-    if round_index < spec.warmup_rounds:
-        return spec.lr * (round_index + 1) / spec.warmup_rounds
+    if round_no <= spec.warmup_rounds:
+        return spec.lr * round_no / spec.warmup_rounds
     if spec.schedule == "constant":
         return spec.lr
     span = max(1, rounds - 1 - spec.warmup_rounds)
-    done = min(1.0, (round_index - spec.warmup_rounds) / span)
+    done = min(1.0, (round_no - 1 - spec.warmup_rounds) / span)
     return spec.lr * (spec.final_lr_ratio + (1 - spec.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 

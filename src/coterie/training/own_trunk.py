@@ -57,7 +57,7 @@ class OwnTrunk:
 
     def batches(self, round_no: int) -> list[Batch]:
         """The micro-batches of a round, from 1."""
-        rows = self._order.micro_batches(round_no - 1, self._spec.micro_batch)
+        rows = self._order.micro_batches(round_no, self._spec.micro_batch)
         return [self.parts.train.batch(each) for each in rows]
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:

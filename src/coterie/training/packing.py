@@ -157,10 +157,10 @@ class RoundOrder:
     batch_size: int
     seed: int
 
-    def rows(self, round_index: int) -> list[int]:
-        """The sequences of a round, counted from 0."""
+    def rows(self, round_no: int) -> list[int]:
+        """The sequences of a round, counted from 1."""
         taken: list[int] = []
-        position = round_index * self.batch_size
+        position = (round_no - 1) * self.batch_size
         while len(taken) < self.batch_size:
             shuffled = self._shuffled(position // self.num_rows)
             start = position % self.num_rows
@@ -169,9 +169,9 @@ class RoundOrder:
             position += len(part)
         return taken
 
-    def micro_batches(self, round_index: int, size: int) -> list[list[int]]:
+    def micro_batches(self, round_no: int, size: int) -> list[list[int]]:
         """The sequences of a round in groups of ``size``; the last group may be smaller."""
-        rows = self.rows(round_index)
+        rows = self.rows(round_no)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _shuffled(self, number: int) -> list[int]:

@@ -165,7 +165,7 @@ class PartyActor:
             self._load_checkpoint(source)
         self._store.went_back_to(source.round)
         self._close_metrics()
-        self._metrics = MetricsWriter(private_folder(self.parts.run_dir), first_round=told.round)
+        self._metrics = MetricsWriter(private_folder(self.parts.run_dir), finished=told.round)
         self.exchange.go_on_after(told.round)
 
     def compute(self, told: State, alive: Alive) -> None:
@@ -179,12 +179,12 @@ class PartyActor:
         self.exchange.drop(round_no, attempt)
 
     def step(self, round_no: int, attempt: int) -> None:
-        rate = lr_at(round_no - 1, self.parts.federation.optim, self._spec.rounds)
+        rate = lr_at(round_no, self.parts.federation.optim, self._spec.rounds)
         figures = self.exchange.commit(round_no, attempt, rate)
         hosted = (value for name, value in self.exchange.hosted_state().items() if "/" not in name)
         own = (*self._trunk.tensors().values(), *hosted)
         check_own("the parameters", own, where=f"after round {round_no}, at {self.parts.party}")
-        self._log(round_no - 1, **{**figures, "seconds": self._seconds}, lr=rate, attempt=attempt)
+        self._log(round_no, **{**figures, "seconds": self._seconds}, lr=rate, attempt=attempt)
 
     def evaluate(self, told: State, alive: Alive) -> None:
         self._meet(told.absent, alive)
@@ -193,7 +193,7 @@ class PartyActor:
                 return
             found = evaluate(self.parts.model, self.parts.test, micro_batch=self._spec.micro_batch)
         found.save(private_folder(self.parts.run_dir) / _EVALUATION)
-        self._log(max(told.round - 1, 0), test_loss=found.loss)
+        self._log(told.round, test_loss=found.loss)
 
     def save(self, told: State, alive: Alive) -> str:
         if self.exchange.shares_trunk:
@@ -249,10 +249,10 @@ class PartyActor:
             self._metrics.close()
             self._metrics = None
 
-    def _log(self, round_index: int, **figures: float) -> None:
+    def _log(self, round_no: int, **figures: float) -> None:
         if self._metrics is None:
             raise RuntimeError("figures belong to a state that was loaded")
-        self._metrics.log(round_index, **figures)
+        self._metrics.log(round_no, **figures)
 
     def _meet(self, absent: Collection[str], alive: Alive) -> None:
         """Make sure that every party that takes part can be reached from here, as long as it matters."""

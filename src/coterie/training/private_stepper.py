@@ -126,4 +126,4 @@ def _ledger(config: TrainConfig) -> Path:
 
 
 def _schedule(config: TrainConfig) -> Callable[[int], float]:
-    return lambda round_index: lr_at(round_index, config.optim, config.train.rounds)
+    return lambda taken: lr_at(taken + 1, config.optim, config.train.rounds)

@@ -110,7 +110,7 @@ class PrivateSums:
         for full, (layer, name) in self._names.items():
             experts[layer][name] = noised[full]
         rest = {name: value for name, value in noised.items() if name not in self._names}
-        figures = self._figures(contributor, round, release)
+        figures = self._figures(contributor, round_no, release)
         return Sums(experts, rest, float(self._plan.lot_size), figures, release.digest)
 
     def applied(self, round_no: int, newest: int) -> None:
@@ -262,11 +262,11 @@ class PrivateSums:
                 raise superseded()
             time.sleep(min(0.05, max(0.0, after - (time.monotonic() - began))))
 
-    def _figures(self, contributor: Contributor, round: int, release: Release) -> dict[str, float]:
+    def _figures(self, contributor: Contributor, round_no: int, release: Release) -> dict[str, float]:
         figures: dict[str, float] = {"epsilon": contributor.run.spent().epsilon}
         figures |= {f"{what}_seconds": seconds for what, seconds in contributor.run.seconds.items()}
         last = contributor.run.lot_sums.last
-        if last is not None and last.round == round:
+        if last is not None and last.round == round_no:
             figures |= {
                 "loss_not_private": last.loss,
                 "lot_size_not_private": last.lot_size,

@@ -182,7 +182,7 @@ class Run:
             CheckpointError: the disk is full or broken.
         """
         stepper = self._stepper
-        with MetricsWriter(self._private, first_round=stepper.round) as metrics:
+        with MetricsWriter(self._private, finished=stepper.round) as metrics:
             while not stepper.finished and not self._stop.asked:
                 self._round(metrics)
         if stepper.finished and self._evaluation is None:  # resumed when all was done, or all was released
@@ -196,15 +196,14 @@ class Run:
 
     def _round(self, metrics: MetricsWriter) -> None:
         stepper, spec = self._stepper, self._prepared.config.train
-        index = stepper.round
         step = stepper.step()
         done = stepper.round
         parameters = self._prepared.model.parameters()
         check_own("the parameters", parameters, where=f"after round {done}; it was not saved")
-        metrics.log(index, **step.figures)
+        metrics.log(done, **step.figures)
         self._evaluation = self._evaluate() if stepper.finished or due(done, spec.eval_every) else None
         if self._evaluation is not None:
-            metrics.log(index, test_loss=self._evaluation.loss)
+            metrics.log(done, test_loss=self._evaluation.loss)
         if self._watch is not None:
             self._watch(done, step, self._evaluation)
         if stepper.finished or self._stop.asked or due(done, spec.checkpoint_every):

@@ -101,8 +101,8 @@ class PlainStepper:
         began = time.monotonic()
         config, model, train = self._prepared.config, self._prepared.model, self._prepared.train
         torch.manual_seed(derived_seed(config.train.seed, self.round))
-        rate = lr_at(self.round, config.optim, config.train.rounds)
-        batches = (train.batch(rows) for rows in self._order.micro_batches(self.round, config.train.micro_batch))
+        rate = lr_at(self.round + 1, config.optim, config.train.rounds)
+        batches = (train.batch(rows) for rows in self._order.micro_batches(self.round + 1, config.train.micro_batch))
         result = train_round(model, self.optimizer, batches, lr=rate)
         self.round += 1
         seconds = time.monotonic() - began
