@@ -43,8 +43,9 @@ def install(folder: Path) -> Any:
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, module)
 
-    from coterie.models import shards
-    from coterie.training import party, setup
+    from coterie.models.split import shards
+    from coterie.training.party import process
+    from coterie.training.single import setup
 
     read = shards.load_file  # safetensors knows no device of this name
 
@@ -52,7 +53,7 @@ def install(folder: Path) -> Any:
         return {name: tensor.to(device) for name, tensor in read(path).items()}
 
     shards.load_file = load_file
-    setup.pick_device = party.pick_device = lambda name: torch.device(f"{NAME}:0")
+    setup.pick_device = process.pick_device = lambda name: torch.device(f"{NAME}:0")
     return extension
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     else:
         peak = install(Path(build_dir)).peak
     from coterie.cli.app import main as coterie
-    from coterie.training.memory import peak_rss_bytes
+    from coterie.training.planning.measured import peak_rss_bytes
 
     def write() -> None:
         figures = {

@@ -39,13 +39,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, Qwen3MoeConfig
 
 from coterie.dp.clipping import Flat
-from coterie.dp.engine import Engine
-from coterie.dp.isolation import ExactEngine
+from coterie.dp.isolation.exact_engine import ExactEngine
 from coterie.dp.losses import default_loss
-from coterie.dp.noise import GRID_SIGMA, add_noise
-from coterie.dp.randomness import random_source
+from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, add_noise
+from coterie.dp.noise.randomness import random_source
+from coterie.dp.per_sample.engine import Engine
 from coterie.models import seam
-from coterie.training.memory import peak_rss_bytes
+from coterie.training.planning.measured import peak_rss_bytes
 
 SHAPES = ("4x64", "16x64", "32x64", "4x512")
 ARMS = ("plain", "gaussian_only", "book_keeping", "ghost", "auto", "exact", "loop")
@@ -69,7 +69,7 @@ def classifier() -> nn.Module:
     """A MiniLM-shaped encoder, upcycled to 8 experts a layer."""
     from transformers import BertForSequenceClassification
 
-    from coterie.models.upcycle import upcycle
+    from coterie.models.zoo.upcycle import upcycle
 
     dense = BertConfig(
         vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,

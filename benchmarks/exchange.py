@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from coterie.demonstration.plan import Plan
+from coterie.demonstration.plan import DemoPlan
 from coterie.training.loop import train_round
 from coterie.training.optim import make_optimizer
 from exchange_party import OPTIM, TokensWork
@@ -44,7 +44,7 @@ SCRIPT = "exchange_party.py"
 PARTS = ("echo", "round", "delay")
 RECORD = 16 << 10
 """Bytes that TLS encrypts at once."""
-CONFIG = Plan().model | {"vocab_size": 1024}
+CONFIG = DemoPlan().model | {"vocab_size": 1024}
 
 
 def timed_round(three: Parties, in_flight: int) -> float:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from coterie.config import ModelSpec, OptimSpec
-from coterie.federation.host import ExpertHost
 from coterie.federation.shard import Shard
-from coterie.federation.tokens import TokenExchange, TokenMicroBatch
-from coterie.models.build import build_model
-from coterie.models.placement import Placement
+from coterie.federation.tokens.host import TokensHost
+from coterie.federation.tokens.owner import TokenMicroBatch, TokensOwner
+from coterie.models.cut.cut_model import Cut
 from coterie.models.seam import ExpertLayer, ExpertsCall, expert_layers
-from coterie.models.segments import Cut
+from coterie.models.split.placement import Placement
+from coterie.models.zoo.build import build_model
+from coterie.training.data.packing import Batch
 from coterie.training.loop import finish_round, loss_sum
 from coterie.training.optim import make_optimizer
-from coterie.training.packing import Batch
-from coterie.training.scheduler import Scheduler
+from coterie.training.tokens.micro_batches import Scheduler
 from harness import Work, serve, take_out_experts, transport_of
 
 OPTIM = OptimSpec(lr=1e-3)
@@ -96,13 +96,13 @@ class Party:
         self.placement = Placement.round_robin(work.parties, counts)
         experts = take_out_experts(model, self.placement, name)
         cut = Cut(model)
-        self.host = ExpertHost(
+        self.host = TokensHost(
             name, work.parties, cut.layers, Shard(cut.layers, experts, lambda params: make_optimizer(params, OPTIM))
         )
         self.transport = transport_of(name, folder, listen)
         self.transport.start(self.host.handle)
         self.transport.connect(60.0)
-        self.exchange = TokenExchange(self.transport, self.host, cut.layers, self.placement)
+        self.exchange = TokensOwner(self.transport, self.host, cut.layers, self.placement)
         trunk = [param for param in model.parameters() if not param.is_meta]
         self.optimizer = make_optimizer(trunk, OPTIM)
         self.schedulers = {n: Scheduler(cut, lambda batch: loss_sum(model, batch), n) for n in (1, 2)}

@@ -14,21 +14,21 @@ import torch
 from torch import nn
 
 from coterie.config import FederationConfig, ModelSpec, OptimSpec, PrivacySpec
-from coterie.federation.attempt import Attempt
-from coterie.federation.parts import Part
-from coterie.federation.round_state import State
-from coterie.models.build import build_model
-from coterie.models.placement import Placement
+from coterie.federation.experts.parts import Part
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.rounds.state import State
 from coterie.models.seam import expert_layers
-from coterie.models.streaming import LayerStreamer
-from coterie.training.contribution import Sums, WithoutLedger
-from coterie.training.experts_host import make_pool, model_parts
-from coterie.training.experts_owner import ExpertsOwner
+from coterie.models.split.placement import Placement
+from coterie.models.streaming.streamer import LayerStreamer
+from coterie.models.zoo.build import build_model
+from coterie.training.data.packing import pack
+from coterie.training.experts.contribution import Sums, WithoutLedger
+from coterie.training.experts.host import make_pool, model_parts
+from coterie.training.experts.owner import ExpertsOwner
+from coterie.training.experts.private_sums import PrivateSums
+from coterie.training.experts.shared_trunk import TrunkCopy
 from coterie.training.optim import make_optimizer
-from coterie.training.packing import pack
-from coterie.training.party_parts import PrivacyParts, trunk_tensors
-from coterie.training.private_sums import PrivateSums
-from coterie.training.shared_trunk import TrunkCopy
+from coterie.training.party.inputs import PrivacyInputs, trunk_tensors
 from harness import Work, serve, take_out_experts, transport_of
 
 OWNER = "cedar"
@@ -112,7 +112,7 @@ class Party:
             epsilon=8.0, delta=1e-5, lot_size=self.work.lot, physical_batch=self.work.physical_batch,
             method=self.work.method, ledger=folder / "ledger",
         )  # fmt: skip
-        return PrivateSums(model, expert_layers(model), records, PrivacyParts(spec, 100), lambda: "fetch")
+        return PrivateSums(model, expert_layers(model), records, PrivacyInputs(spec, 100), lambda: "fetch")
 
     def round(self, number: int) -> None:
         """Owner: fetch, compute, push. Host: open the round, which lets owners fetch and push."""

@@ -20,14 +20,14 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.identity import members_of
-from coterie.federation.kit import load_kit
-from coterie.federation.provision import free_endpoints, provision
-from coterie.federation.roster import load_roster
-from coterie.models.placement import Placement
+from coterie.federation.identity.certificates import members_of
+from coterie.federation.identity.kit import load_kit
+from coterie.federation.identity.provision import free_endpoints, provision
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.models.seam import expert_layers
-from coterie.models.shards import expert_key
+from coterie.models.split.placement import Placement
+from coterie.models.split.shards import expert_key
 from delay_proxy import DelayProxy
 
 WORK = "work.json"

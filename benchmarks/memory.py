@@ -11,7 +11,7 @@ four parties, real processes over mTLS. Two measurements of every arrangement:
 - resident: on the processor, the largest resident size, without that of the same processes with a model a hundred
   times smaller (interpreter, libraries, transport). It says what host and device hold together.
 
-Both stand beside the closed form of `coterie.training.device_memory`, which knows the state alone.
+Both stand beside the closed form of `coterie.training.planning.closed_form`, which knows the state alone.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from coterie.config import (
     dump_yaml,
 )
 from coterie.demonstration.processes import Command, Processes
-from coterie.federation.provision import free_endpoints
-from coterie.models.build import build_model
+from coterie.federation.identity.provision import free_endpoints
 from coterie.models.seam import expert_layers
-from coterie.models.shards import TRUNK_FILE, shard_file
-from coterie.training.device_memory import Arrangement, Shape, predict
-from coterie.training.tokenizer import train_tokenizer
+from coterie.models.split.shards import TRUNK_FILE, shard_file
+from coterie.models.zoo.build import build_model
+from coterie.training.data.tokenizer import train_tokenizer
+from coterie.training.planning.closed_form import Arrangement, Shape, predict
 
 PARTIES = ("alder", "birch", "cedar", "dogwood")
 ROUNDS, LENGTH = 2, 64

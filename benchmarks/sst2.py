@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from coterie import dp
 from coterie.models import seam
-from coterie.models.upcycle import upcycle
+from coterie.models.zoo.upcycle import upcycle
 from sst2_text import Features, Rows, attention_bias, collate, data_folder, encoder_of, read_rows
 
 PAPER = {"epochs": 20, "lot": 1024, "plain": 0.945, "private": 0.920, "train_rows": 67349, "encoder": "Switch-base-8"}

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from coterie.federation.frame import FrameType, Session, encode
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.kit import load_kit
-from coterie.federation.provision import local_kits
-from coterie.federation.roster import load_roster
-from coterie.federation.transport import Lane, Message
+from coterie.federation.identity.kit import load_kit
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire.frame import FrameType, Session, encode
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.transport import Lane, Message
 
 SIZE = 8 << 20
 

@@ -149,8 +149,8 @@ def header_table() -> str:
     """Every field of a frame's header; the numbers of the address with the words of `Address`."""
     import struct
 
-    from coterie.federation.frame import ADDRESS, HEADER, PROTOCOL_VERSION
-    from coterie.federation.transport import Address
+    from coterie.federation.wire.frame import ADDRESS, HEADER, PROTOCOL_VERSION
+    from coterie.federation.wire.transport import Address
 
     attributes = inspect.cleandoc(Address.__doc__ or "").split("Attributes:", 1)[1]
     described = re.findall(r"^    (\w+): (.*(?:\n {6,}.*)*)", attributes, re.M)
@@ -168,9 +168,9 @@ def messages_tables() -> str:
     """Every message between members, from the table that handlers check against."""
     import dataclasses
 
-    from coterie.federation.control import Call, Directive, Refusal
-    from coterie.federation.messages import TABLE, Form
-    from coterie.federation.round_state import Complaint, Report, Saved, State
+    from coterie.federation.rounds.directives import Call, Directive, Refusal
+    from coterie.federation.rounds.state import Complaint, PartyReport, Saved, State
+    from coterie.federation.wire.messages import TABLE, Form
 
     bodies = {"report": Call, "directive": Directive, "refused": Refusal}
 
@@ -197,7 +197,7 @@ def messages_tables() -> str:
                 lines += [line("reply:", reply, "the same" if row.numbers else "-") for reply in row.replies]
         lines.append("")
     lines += ["### Bodies of the rounds", "", "| name | fields |", "|---|---|"]
-    for kind in (Call, Report, Complaint, Saved, Directive, State, Refusal):
+    for kind in (Call, PartyReport, Complaint, Saved, Directive, State, Refusal):
         lines.append(f"| {kind.__name__} | {', '.join(f'`{f.name}`' for f in dataclasses.fields(kind))} |")
     return "\n".join(lines)
 

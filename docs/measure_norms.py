@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.engine import Engine
 from coterie.dp.losses import default_loss
-from coterie.models.catalogue import causal_lm_types
-from coterie.models.tiny import VOCAB, tiny_model
+from coterie.dp.per_sample.engine import Engine
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import VOCAB, tiny_model
 
 COLUMN = Path(__file__).parent / "models" / "norms.json"
 _RECORDS, _TOKENS = 3, 7

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import coterie.federation  # noqa: F401 - before anything imports gRPC, as in every command
 from coterie.models import seam
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 settings.register_profile("coterie", deadline=None)  # a busy machine is no failure
 settings.load_profile("coterie")

@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from coterie.cli.app import main
-from coterie.federation.provision import free_endpoints
-from coterie.federation.run_folder import read_status
+from coterie.federation.identity.provision import free_endpoints
+from coterie.federation.rounds.run_folder import read_status
 
 PARTIES = ("alder", "birch", "cedar")
 WORDS = ("forest", "tree", "root", "leaf", "wind", "rain", "stone", "river", "moss", "fern", "cloud", "sun", "path")

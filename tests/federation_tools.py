@@ -13,14 +13,14 @@ from torch.nn import functional
 
 from coterie.config import FederationConfig
 from coterie.models import seam
-from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers
-from coterie.models.tiny import VOCAB, tiny_model
-from coterie.training.experts_exchange import ExpertsExchange
-from coterie.training.packing import RoundOrder, Sequences, pack
-from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
-from coterie.training.party_run import PartyRun
-from coterie.training.tokens_exchange import TokensExchange
+from coterie.models.split.placement import Placement
+from coterie.models.zoo.tiny import VOCAB, tiny_model
+from coterie.training.data.packing import RoundOrder, Sequences, pack
+from coterie.training.experts.exchange import ExpertsExchange
+from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
+from coterie.training.party.run import PartyRun
+from coterie.training.tokens.exchange import TokensExchange
 
 PARTIES = ("alder", "birch", "cedar")
 
@@ -91,7 +91,7 @@ def partial(model: nn.Module) -> nn.Module:
 
 def make_parts(
     config: FederationConfig, models: Mapping[str, nn.Module], folder: Path, data_seed: int = 10
-) -> dict[str, PartyParts]:
+) -> dict[str, PartyInputs]:
     """Parts of every party, as if read from split files."""
     parties = tuple(config.parties)
     placement = Placement.of_spec(config.placement, parties, models[parties[0]])
@@ -104,7 +104,7 @@ def make_parts(
         )
         run_dir = folder / name
         run_dir.mkdir(parents=True, exist_ok=True)
-        parts[name] = PartyParts(
+        parts[name] = PartyInputs(
             party=name,
             federation=config,
             model=empty,
@@ -135,7 +135,7 @@ class ByHand:
     """The whole federation in one loop, with torch's own AdamW; changes ``models`` (experts of the first party's)."""
 
     def __init__(
-        self, config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyParts]
+        self, config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyInputs]
     ) -> None:
         self._spec, self._models, self._parts = config.train, models, parts
         optim = config.optim
@@ -185,7 +185,9 @@ class ByHand:
                 self._steps[name].step()
 
 
-def train_by_hand(config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyParts]) -> None:
+def train_by_hand(
+    config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyInputs]
+) -> None:
     """All rounds with all parties; see `ByHand`."""
     ByHand(config, models, parts).train(range(1, config.train.rounds + 1), tuple(config.parties))
 

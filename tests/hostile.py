@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.federation.transport import Counters, Handler, Lane, Message, Transport
+from coterie.federation.wire.transport import Counters, Handler, Lane, Message, Transport
 
 _BITS = {"round": 64, "attempt": 32, "micro_batch": 32, "layer": 32, "call": 64, "part": 32, "chunk": 32}
 _WRONG: tuple[Any, ...] = (

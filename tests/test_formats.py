@@ -19,18 +19,19 @@ import torch
 from torch import nn
 
 from coterie.checkpoints import CheckpointStore
-from coterie.dp import checkpoint, texts
-from coterie.dp.accounting import Mechanism, epsilon
-from coterie.dp.ledger import FILE, Entry, Ledger, existing_ledger, ledger_folder, open_ledger
-from coterie.dp.merging import merge
-from coterie.dp.spool import Spool
+from coterie.dp import checkpoint
+from coterie.dp.accounting import texts
+from coterie.dp.accounting.accountant import Mechanism, epsilon
+from coterie.dp.accounting.ledger import FILE, Entry, Ledger, existing_ledger, ledger_folder, open_ledger
+from coterie.dp.accounting.merging import merge
+from coterie.dp.accounting.spool import Spool
 from coterie.errors import CheckpointError, CoterieError, LedgerError, ModelError
-from coterie.federation.journal import Journal
-from coterie.federation.round_state import Phase, Saved
-from coterie.models.origins import Origin, check_content, origin_of, save_tensors
-from coterie.models.shards import check_digests
-from coterie.models.trainings import Training, read_trainings
-from coterie.training.party_store import PartyStore
+from coterie.federation.rounds.journal import Journal
+from coterie.federation.rounds.state import Phase, Saved
+from coterie.models.split.origins import Origin, check_content, origin_of, save_tensors
+from coterie.models.split.shards import check_digests
+from coterie.models.split.trainings import Training, read_trainings
+from coterie.training.party.store import PartyStore
 
 FIRST = Path(__file__).parent / "formats"
 DATASET, AGREEMENT, RUN = "d" * 64, "a" * 64, "f" * 64

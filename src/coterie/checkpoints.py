@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coterie.errors import CheckpointError
-from coterie.models.origins import save_tensors
-from coterie.models.trainings import Training
+from coterie.models.split.origins import save_tensors
+from coterie.models.split.trainings import Training
 from coterie.storage import check_known, file_digest, json_object, new_folder, put_away, write_json, writing
 
 FORMAT = 1

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from test_federation_commands import edit, folder, made, run  # noqa: F401 - fixtures
 
-from coterie.federation import reach
-from coterie.federation.identity import cert_pem, key_pem, new_authority
-from coterie.federation.kit import load_kit
-from coterie.training.doctor import Finding, diagnose
+from coterie.federation.identity.certificates import cert_pem, key_pem, new_authority
+from coterie.federation.identity.kit import load_kit
+from coterie.federation.wire import unreachable
+from coterie.training.party.doctor import Finding, diagnose
 
 
 def found(path: Path, **options: object) -> dict[str, Finding]:
@@ -54,7 +54,7 @@ def pair_of(folder: Path, name: str) -> tuple[bytes, bytes]:  # noqa: F811
 
 
 def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(reach, "proxies_named", lambda: ())
+    monkeypatch.setattr(unreachable, "proxies_named", lambda: ())
     target = folder / "found.json"
     with answering(endpoint_of(folder, "coordinator"), *pair_of(folder, "coordinator")):
         assert run("doctor", folder / "alder.yaml", "--json", target) == 0
@@ -131,7 +131,7 @@ def test_roster_of_other_settings_and_one_that_was_changed(folder: Path):  # noq
 
 
 def test_placement_that_was_not_signed(folder: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    from coterie.models.placement import Placement
+    from coterie.models.split.placement import Placement
 
     monkeypatch.setattr(Placement, "content_hash", lambda self: "0" * 64)
     assert bad(found(folder / "alder.yaml"))["placement"] == "placement-unsigned"

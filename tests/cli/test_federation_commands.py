@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from coterie.cli.app import main
 from coterie.config import DataSpec
-from coterie.dp.accounting import Mechanism
-from coterie.dp.dataset import dataset_digest
-from coterie.dp.ledger import open_ledger
-from coterie.federation.identity import Member, Role, cert_pem, key_pem, new_authority, new_key
-from coterie.federation.kit import load_authority
-from coterie.federation.provision import free_endpoints
-from coterie.federation.run_folder import RunFolder
-from coterie.models.origins import save_tensors
-from coterie.training.data import read_documents
+from coterie.dp.accounting.accountant import Mechanism
+from coterie.dp.accounting.dataset import dataset_digest
+from coterie.dp.accounting.ledger import open_ledger
+from coterie.federation.identity.certificates import Member, Role, cert_pem, key_pem, new_authority, new_key
+from coterie.federation.identity.kit import load_authority
+from coterie.federation.identity.provision import free_endpoints
+from coterie.federation.rounds.run_folder import RunFolder
+from coterie.models.split.origins import save_tensors
+from coterie.training.data.documents import read_documents
 
 PARTIES = ("alder", "birch")
 MODEL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4}

@@ -13,9 +13,9 @@ import typer
 from coterie.cli.app import main
 from coterie.cli.output import fail, say
 from coterie.errors import IdentityError
-from coterie.federation.identity import fingerprint
-from coterie.federation.kit import load_authority, load_kit
-from coterie.federation.roster import load_roster
+from coterie.federation.identity.certificates import fingerprint
+from coterie.federation.identity.kit import load_authority, load_kit
+from coterie.federation.identity.roster import load_roster
 
 FEDERATION = """
 name: demo

@@ -12,10 +12,10 @@ from tests.dp.test_lifetime import TEXTS, composed, spend
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
-from coterie.dp.accounting import Mechanism
-from coterie.dp.ledger import open_ledger
-from coterie.dp.spool import Spool
-from coterie.federation.run_folder import is_running
+from coterie.dp.accounting.accountant import Mechanism
+from coterie.dp.accounting.ledger import open_ledger
+from coterie.dp.accounting.spool import Spool
+from coterie.federation.rounds.run_folder import is_running
 from coterie.training.purging import purge
 
 

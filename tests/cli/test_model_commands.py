@@ -10,9 +10,9 @@ import torch
 
 from coterie.cli import app as cli
 from coterie.config import ModelSpec
-from coterie.models.build import build_model
-from coterie.models.shards import load_tensors, shard_file
-from coterie.models.tiny import tiny_model
+from coterie.models.split.shards import load_tensors, shard_file
+from coterie.models.zoo.build import build_model
+from coterie.models.zoo.tiny import tiny_model
 
 FEDERATION = """
 name: trees

@@ -15,14 +15,14 @@ from coterie.config import LoraSpec, PrivacySpec
 from coterie.errors import RoundError
 from coterie.models.lora import attach_adapters
 from coterie.models.seam import expert_layers
-from coterie.models.streaming import LayerStreamer
-from coterie.models.weight_cache import MemoryStore, WeightCache
-from coterie.training.adapter_sums import AdapterSums
-from coterie.training.contribution import Contribution, PlainSums, Sums
+from coterie.models.streaming.cache import MemoryStore, WeightCache
+from coterie.models.streaming.streamer import LayerStreamer
+from coterie.training.data.packing import Batch
+from coterie.training.experts.adapter_sums import AdapterSums
+from coterie.training.experts.contribution import Contribution, PlainSums, Sums
+from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.loop import loss_sum
-from coterie.training.packing import Batch
-from coterie.training.party_parts import PartyParts, PrivacyParts
-from coterie.training.private_sums import PrivateSums
+from coterie.training.party.inputs import PartyInputs, PrivacyInputs
 from federation_tools import PARTIES, full_models, make_parts, settings
 
 PINS = {"weights": "00", "agreement": "11", "epoch": "1"}
@@ -38,28 +38,28 @@ class Case(NamedTuple):
     trunk: dict[str, torch.Size]
 
 
-def batches(parts: PartyParts) -> Callable[[int], list[Batch]]:
+def batches(parts: PartyInputs) -> Callable[[int], list[Batch]]:
     return lambda round_no: [parts.train.batch([round_no, round_no + 1]), parts.train.batch([round_no + 2])]
 
 
-def plain(parts: PartyParts, folder: Path) -> Contribution:
+def plain(parts: PartyInputs, folder: Path) -> Contribution:
     layers = expert_layers(parts.model)
     return PlainSums(parts.model, layers, batches(parts), lambda batch: loss_sum(parts.model, batch), 3)
 
 
-def adapters(parts: PartyParts, folder: Path) -> Contribution:
+def adapters(parts: PartyInputs, folder: Path) -> Contribution:
     pytest.importorskip("peft")
     attach_adapters(parts.model, LoraSpec(rank=2, alpha=4.0, modules=("q_proj",)), seed=0)
     return AdapterSums(parts.model, batches(parts), 3)
 
 
-def private(parts: PartyParts, folder: Path, **more: float) -> Contribution:
+def private(parts: PartyInputs, folder: Path, **more: float) -> Contribution:
     spec = PrivacySpec(**{**RULES, "ledger": folder / "ledger", "physical_batch": 2})
-    privacy = PrivacyParts(spec, rounds=4, seed=0, sigma=0.5, **more)
+    privacy = PrivacyInputs(spec, rounds=4, seed=0, sigma=0.5, **more)
     return PrivateSums(parts.model, expert_layers(parts.model), parts.train, privacy, lambda: "run")
 
 
-KINDS: dict[str, Callable[[PartyParts, Path], Contribution]] = {
+KINDS: dict[str, Callable[[PartyInputs, Path], Contribution]] = {
     "plain": plain,
     "adapters": adapters,
     "private": private,

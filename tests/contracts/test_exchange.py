@@ -1,4 +1,4 @@
-"""What computes experts for a cut model keeps the rules of `Exchange`, against the family's own code and autograd."""
+"""What computes experts for a cut model keeps the rules of `RowsExchange`: compared with the family's own code."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from coterie.config import OptimSpec
-from coterie.federation.host import ExpertHost
-from coterie.federation.inprocess import InProcessHub
 from coterie.federation.shard import Shard
-from coterie.federation.tokens import TokenExchange
-from coterie.models.placement import Placement
+from coterie.federation.tokens.host import TokensHost
+from coterie.federation.tokens.owner import TokensOwner
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.models.cut.cut_model import RowsExchange
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, expert_layers
-from coterie.models.segments import Exchange
-from coterie.models.shards import expert_key
-from coterie.models.tiny import tiny_model
+from coterie.models.split.placement import Placement
+from coterie.models.split.shards import expert_key
+from coterie.models.zoo.tiny import tiny_model
 from coterie.training.optim import make_optimizer
 
 PARTIES = ("alder", "birch", "cedar")
@@ -30,7 +30,7 @@ TOKENS = 11
 class Case(NamedTuple):
     """An exchange for one micro-batch after another, and the whole model whose experts it reaches."""
 
-    micro_batch: Callable[[int], Exchange]
+    micro_batch: Callable[[int], RowsExchange]
     model: nn.Module
 
 
@@ -48,10 +48,10 @@ def tokens(model: nn.Module, stack: ExitStack, combine: Any, parties: tuple[str,
             for expert in experts
         }
         shard = Shard(layers, hosted, lambda params: make_optimizer(params, OptimSpec(lr=1e-3)))
-        host = ExpertHost(name, parties, layers, shard)
+        host = TokensHost(name, parties, layers, shard)
         transport = hub.transport(name)
         order = random.Random(name).randbytes
-        made.append(TokenExchange(transport, host, layers, placement, combine=combine, random_bytes=order))
+        made.append(TokensOwner(transport, host, layers, placement, combine=combine, random_bytes=order))
     for each in made:
         stack.callback(each.transport.close)
         each.transport.start(each.host.handle)
@@ -96,7 +96,7 @@ def by_the_family(case: Case, call: ExpertsCall) -> tuple[Tensor, Tensor, Tensor
     return hidden, weights, call.layer.module(hidden, call.expert_ids_NK, weights)
 
 
-def combined(exchange: Exchange, call: ExpertsCall, answer: Tensor, weights: Tensor) -> Tensor:
+def combined(exchange: RowsExchange, call: ExpertsCall, answer: Tensor, weights: Tensor) -> Tensor:
     """What the layer returns, whoever weights and sums."""
     if not exchange.answers_rows(call.layer):
         return answer

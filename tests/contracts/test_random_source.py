@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.dp.randomness import RandomSource, SeededRandom, SystemRandom, random_source
+from coterie.dp.noise.randomness import RandomSource, SeededRandom, SystemRandom, random_source
 from coterie.errors import PrivacyError
 
 SOURCES: dict[str, Callable[[], RandomSource]] = {

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.dp import resolve, scaling, segments, terms
-from coterie.dp.derived import Root
-from coterie.dp.resolve import Apart
-from coterie.dp.segments import Segments, StackedBias, StackedOuter
-from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Scaled, Term
+from coterie.dp.per_sample import combine_uses, scaling, stacked_terms, terms
+from coterie.dp.per_sample.combine_uses import Apart
+from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOuter
+from coterie.dp.per_sample.terms import Aligned, Dense, Lookup, Outer, Scaled, Term
+from coterie.dp.per_sample.weight_expressions import Root
 
 B, T, G, E, I, O, V, D = 4, 6, 2, 3, 5, 7, 9, 4  # noqa: E741
 
@@ -197,7 +197,7 @@ def test_a_term_says_how_much_it_holds(case: Case) -> None:
 def test_every_form_is_tried_here() -> None:
     classes = {
         name
-        for module in (terms, segments, resolve, scaling)
+        for module in (terms, stacked_terms, combine_uses, scaling)
         for name, found in vars(module).items()
         if inspect.isclass(found)
         and found is not Term

@@ -1,4 +1,4 @@
-"""Every transport keeps the rules in `coterie.federation.transport`; the same tests run over each of them."""
+"""Every transport keeps the rules in `coterie.federation.wire.transport`; the same tests run over each of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from coterie.errors import DeadlineError, FrameError, RoundError, TransportError
-from coterie.federation import switchboard
-from coterie.federation.frame import PROTOCOL_VERSION
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.provision import local_kits
-from coterie.federation.roster import load_roster
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Address, Handler, Lane, Message, Transport
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire import base_transport
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.frame import PROTOCOL_VERSION
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Address, Handler, Lane, Message, Transport
 
 SETTINGS = Settings(window=4, window_bytes=8 << 20, close_s=2.0, redial_s=0.05, send_deadline_s=10.0, refusal_s=0.3)
 DTYPES = [
@@ -435,7 +435,7 @@ def test_close_waits_once_for_all_handlers_together(world: World, monkeypatch: p
             clock[0] += timeout or 0.0
 
     monkeypatch.setattr(threading.Thread, "join", join)
-    monkeypatch.setattr(switchboard, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(base_transport, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     members["alder"].close()
     monkeypatch.undo()
     gate.set()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coterie.models.streaming import LayerReader, LayerStreamer
-from coterie.models.weight_cache import FileStore, LayerWeights, MemoryStore, WeightCache
+from coterie.models.streaming.cache import FileStore, LayerWeights, MemoryStore, WeightCache
+from coterie.models.streaming.streamer import LayerReader, LayerStreamer
 
 LAYERS = 4
 

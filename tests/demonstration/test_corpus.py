@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coterie.demonstration import corpus
-from coterie.demonstration.corpus import Corpus, Document, Part, Size
+from coterie.demonstration.corpus import Corpus, Document, Size, TextPart
 from coterie.errors import DataError
 
 NAMES = ("alder", "birch", "cedar", "dogwood", "elm", "fir")
@@ -20,7 +20,7 @@ def installed() -> Corpus:
     return corpus.build(NAMES)
 
 
-def parts(built: Corpus) -> Iterator[Part]:
+def parts(built: Corpus) -> Iterator[TextPart]:
     yield built.public
     yield from built.parties.values()
 

@@ -17,15 +17,15 @@ from coterie.demonstration.folder import (
     check_folder,
     empty_folder,
 )
-from coterie.demonstration.plan import ARMS, NAMES, Plan, make_plan
+from coterie.demonstration.plan import ARMS, NAMES, DemoPlan, make_plan
 from coterie.demonstration.readme import save_readme
 from coterie.errors import ConfigError
-from coterie.models.shards import TRUNK_FILE, shard_file
+from coterie.models.split.shards import TRUNK_FILE, shard_file
 
 ENDPOINTS = [f"127.0.0.1:{port}" for port in range(5001, 5008)]
 
 
-def written(folder: Path, parties: int = 3) -> tuple[Folder, Plan]:
+def written(folder: Path, parties: int = 3) -> tuple[Folder, DemoPlan]:
     plan = make_plan(parties)
     made = Folder(folder, plan)
     made.public()

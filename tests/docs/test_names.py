@@ -64,13 +64,15 @@ def test_names_of_code_on_a_page_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["coterie.dp.nothing", "dp.Flat.nothing", "coterie.nothing.dp", "coterie.dp.budget.A"]
+    "name", ["coterie.dp.nothing", "dp.Flat.nothing", "coterie.nothing.dp", "coterie.dp.accounting.budget.A"]
 )
 def test_the_check_sees_names_that_are_gone(name: str) -> None:
     assert not exists(name)
 
 
-@pytest.mark.parametrize("name", ["dp.Budget.epsilon", "dp.make_private", "coterie.federation.frame", "coterie.cli"])
+@pytest.mark.parametrize(
+    "name", ["dp.Budget.epsilon", "dp.make_private", "coterie.federation.wire.frame", "coterie.cli"]
+)
 def test_the_check_finds_fields_functions_modules_and_packages(name: str) -> None:
     assert exists(name)
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.clipping import Clipping
-from coterie.dp.gradient_groups import Diagnostics
 from coterie.dp.losses import LossFunction, batch_size
+from coterie.dp.per_sample.gradient_groups import Diagnostics
 
 
 class SlowEngine:
-    """Same interface and results as `coterie.dp.engine.Engine`, without any of its ideas."""
+    """Same interface and results as `coterie.dp.per_sample.engine.Engine`, without any of its ideas."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, clipping: Clipping, eta: float = 1e-5) -> None:
         self.model, self.loss_fn, self.clipping = model, loss_fn, clipping

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from coterie import dp
+from coterie.dp.accounting.provenance import Artefact
 from coterie.dp.open_run import OpenRun, RunEntry, open_run
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
-from coterie.dp.provenance import Artefact
 from coterie.dp.session import PrivateSession
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 FOLDER = Path(__file__).parent / "first_format"
 SAVED_ROUNDS, ROUNDS = 2, 5

@@ -8,7 +8,7 @@ import pytest
 from dp_accounting import pld
 from scipy.stats import norm
 
-from coterie.dp.accounting import (
+from coterie.dp.accounting.accountant import (
     Mechanism,
     check_joint,
     epsilon,
@@ -16,8 +16,8 @@ from coterie.dp.accounting import (
     joint_noise,
     noise_multiplier,
 )
-from coterie.dp.budget import Budget, PrivacyWarning, Spent
-from coterie.dp.lots import LotPlan
+from coterie.dp.accounting.budget import Budget, PrivacyWarning, Spent
+from coterie.dp.accounting.lots import LotPlan
 from coterie.errors import BudgetError, PrivacyError
 
 N = 67_349

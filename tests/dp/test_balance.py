@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from coterie import dp
 from coterie.dp.balance import Balance, Balancer
 from coterie.dp.losses import default_loss
-from coterie.dp.mechanism import LOAD
+from coterie.dp.noise.joint_noise import LOAD
 from coterie.dp.router_watch import RouterWatch
 from coterie.errors import PrivacyError
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 Make = Callable[..., PreTrainedModel]
 
@@ -82,8 +82,8 @@ def test_per_sequence_term_is_the_switch_loss_of_a_batch_of_one(make_tiny: Make)
 
 
 def test_engine_stays_exact_with_a_balance_loss(make_tiny: Make) -> None:
-    from coterie.dp.engine import Engine
-    from coterie.dp.selfcheck import check
+    from coterie.dp.checks.self_check import check
+    from coterie.dp.per_sample.engine import Engine
 
     for mode in ("per_sequence", "private_load"):
         model = make_tiny("olmoe", num_hidden_layers=1)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from coterie import dp
 from coterie.dp.clipping import Automatic, Flat, PerGroup, PerLayer, quantile_update
-from coterie.dp.engine import Engine
+from coterie.dp.per_sample.engine import Engine
 from coterie.errors import PrivacyError
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 METHODS = ("book_keeping", "ghost")
 

@@ -9,9 +9,9 @@ import pytest
 from tests.dp.test_lifetime import TEXTS, spend
 from tests.test_formats import first_spool
 
-from coterie.dp.ledger import existing_ledger
-from coterie.dp.merging import merge
-from coterie.dp.spool import Spool
+from coterie.dp.accounting.ledger import existing_ledger
+from coterie.dp.accounting.merging import merge
+from coterie.dp.accounting.spool import Spool
 from coterie.errors import LedgerError
 
 DEEP = b"[" * 100_000

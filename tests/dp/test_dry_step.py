@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 
 from coterie import dp
 from coterie.config import OptimSpec
-from coterie.dp.dry_step import check_optimizer_step
+from coterie.dp.checks.dry_step import check_optimizer_step
 from coterie.dp.session import put_gradient
 from coterie.errors import PrivacyError
 from coterie.training.optim import AdamW

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from coterie.dp import resolve
 from coterie.dp.clipping import Automatic, Clipping, Flat, PerGroup, PerLayer, quantile_update
-from coterie.dp.engine import Engine
-from coterie.dp.functional import clipped_sum, per_sample_norms
-from coterie.dp.gram import SqNorms
 from coterie.dp.losses import default_loss
-from coterie.dp.precision import full_float32
+from coterie.dp.per_sample import combine_uses
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.functional import clipped_sum, per_sample_norms
+from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.precision import full_float32
 from coterie.errors import PrivacyError
 from coterie.models import seam
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 METHODS = ("book_keeping", "ghost")
 
@@ -519,7 +519,7 @@ def test_invariant_2_norms_are_taken_again_until_the_slack_is_small_and_no_furth
             again.append(root)
             return SqNorms(whole, 0.0 * whole)
 
-        monkeypatch.setattr(resolve, "sq_norms", taken)
+        monkeypatch.setattr(combine_uses, "sq_norms", taken)
         found = {f"{name}.weight": SqNorms(whole, slack * whole) for name, slack in slacks.items()}
         engine._refine(found, {name: (name, []) for name in found}, 2)  # type: ignore[misc]
         assert bool(engine.gradient_groups.added_up(found, 2).trusted_rows().all())

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.dp.clipping import Flat
-from coterie.dp.engine import Engine
+from coterie.dp.per_sample.engine import Engine
 from coterie.errors import ModelError, NoRuleError
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.dp import gram_kernel, resolve
 from coterie.dp.clipping import Flat
-from coterie.dp.engine import Engine
-from coterie.dp.scaling import UNSEEN, balance, bounded, single
-from coterie.dp.segments import Segments, StackedBias, StackedOuter
-from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Term
+from coterie.dp.per_sample import combine_uses, gram_kernel
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.scaling import UNSEEN, balance, bounded, single
+from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOuter
+from coterie.dp.per_sample.terms import Aligned, Dense, Lookup, Outer, Term
 from coterie.models import seam
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 METHODS = ("book_keeping", "ghost")
 NEEDS_NUMBA = pytest.mark.skipif(gram_kernel.kernel() is None, reason="needs numba")
@@ -302,7 +302,7 @@ def test_invariant_2_no_size_of_rows_hides_a_record(
 def test_invariant_2_also_where_gradients_are_formed_one_record_at_a_time(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resolve, "_DENSE_ELEMENTS", 0)
+    monkeypatch.setattr(combine_uses, "_DENSE_ELEMENTS", 0)
     for method in METHODS:
         for sizes in SIZES:
             assert_clipped(kind(), of_sizes(40, *sizes, True), loss, method)
@@ -429,7 +429,7 @@ class Projects(nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_invariant_2_tied_uses_that_cancel(method: Any, dense_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Projected and looked-up rows that cancel to nothing, and would not quite with a factor each."""
-    monkeypatch.setattr(resolve, "_DENSE_ELEMENTS", dense_elements)
+    monkeypatch.setattr(combine_uses, "_DENSE_ELEMENTS", dense_elements)
     worst = 0.0
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -450,7 +450,7 @@ def test_invariant_2_tied_uses_that_cancel(method: Any, dense_elements: int, mon
 @pytest.mark.parametrize("method", METHODS)
 def test_invariant_2_uses_that_cancel_one_record_at_a_time(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The expression of `test_engine_invariants` beyond the memory for all records: the norm is of what is added."""
-    monkeypatch.setattr(resolve, "_DENSE_ELEMENTS", 0)
+    monkeypatch.setattr(combine_uses, "_DENSE_ELEMENTS", 0)
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(-7, 8, (16,), generator=generator).float() * 2.0**14
     one, two = (torch.randint(-500, 501, (16,), generator=generator).float() for _ in range(2))

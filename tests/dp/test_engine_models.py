@@ -24,12 +24,12 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from coterie.dp import gram_kernel
 from coterie.dp.clipping import Flat
-from coterie.dp.engine import Engine
-from coterie.models.catalogue import causal_lm_types
-from coterie.models.tiny import fill_random, tiny_config, tiny_model
-from coterie.models.upcycle import upcycle
+from coterie.dp.per_sample import gram_kernel
+from coterie.dp.per_sample.engine import Engine
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import fill_random, tiny_config, tiny_model
+from coterie.models.zoo.upcycle import upcycle
 
 CLIP = 0.5
 

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from coterie.dp import resolve
+from coterie.dp.checks.made_up import FromCollator
+from coterie.dp.checks.self_check import check
 from coterie.dp.clipping import Flat
-from coterie.dp.derived import Root
-from coterie.dp.engine import Engine
-from coterie.dp.functional import clipped_sum
 from coterie.dp.losses import default_loss, token_loss
-from coterie.dp.made_up import FromCollator
-from coterie.dp.selfcheck import check
-from coterie.dp.sites import CONSTANT, Meaning, Sites
+from coterie.dp.per_sample import combine_uses
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.functional import clipped_sum
+from coterie.dp.per_sample.sites import CONSTANT, Meaning, Sites
+from coterie.dp.per_sample.weight_expressions import Root
 from coterie.errors import NoRuleError, PrivacyError
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 VOCAB, WIDTH = 24, 8
 
@@ -101,13 +101,13 @@ def test_invariant_3_only_what_grows_with_the_records_is_taken_for_them() -> Non
 
 def test_invariant_1_the_self_check_compares_sums_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms of the right size say nothing about what is added."""
-    plain = resolve.add_sum
+    plain = combine_uses.add_sum
 
-    def turned(root: Root, uses: list[resolve.Use], out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
+    def turned(root: Root, uses: list[combine_uses.Use], out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
         plain(root, uses, out, -factors_B if root.name == "head.weight" else factors_B, fresh)
 
     check(Engine(Toy(nn.Identity())), token_batch(2, 5, VOCAB))
-    monkeypatch.setattr(resolve, "add_sum", turned)
+    monkeypatch.setattr(combine_uses, "add_sum", turned)
     with pytest.raises(NoRuleError, match=r"summed gradient of `head\.weight` disagrees"):
         check(Engine(Toy(nn.Identity())), token_batch(2, 5, VOCAB))
 

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.dp import gram_kernel, resolve
-from coterie.dp.gram import TRUSTED, gram_sq_norms, rounding_factor, taken, worst_excess
-from coterie.dp.gram_kernel import SegmentNorms, take_all
-from coterie.dp.segments import Segments, StackedBias, StackedOuter
-from coterie.dp.terms import Aligned, Dense, Lookup, Outer, Term
+from coterie.dp.per_sample import combine_uses, gram_kernel
+from coterie.dp.per_sample.gram import TRUSTED, gram_sq_norms, rounding_factor, taken, worst_excess
+from coterie.dp.per_sample.gram_kernel import SegmentNorms, take_all
+from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOuter
+from coterie.dp.per_sample.terms import Aligned, Dense, Lookup, Outer, Term
 
 NEEDS_NUMBA = pytest.mark.skipif(gram_kernel.kernel() is None, reason="needs numba")
 COMPILED = [False, pytest.param(True, marks=NEEDS_NUMBA)]
@@ -296,7 +296,7 @@ def test_kept_gradients_are_formed_in_full_float32(lowered: str) -> None:
     try:
         torch.set_float32_matmul_precision("medium" if lowered == "medium" else before)
         with torch.autocast("cpu", torch.bfloat16, enabled=lowered == "autocast"):
-            kept = [resolve.condensed([(None, term)])[0][1] for term in (outer, stacked)]  # type: ignore[list-item]
+            kept = [combine_uses.condensed([(None, term)])[0][1] for term in (outer, stacked)]  # type: ignore[list-item]
     finally:
         torch.set_float32_matmul_precision(before)
     for whole, term in zip((outer, stacked), kept, strict=True):

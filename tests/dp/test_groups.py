@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom, norm
 
-from coterie.dp.accounting import Mechanism, epsilon
-from coterie.dp.groups import LARGEST_GROUP, Share, _general, group_epsilon, joint_epsilon
-from coterie.dp.lots import LotPlan
+from coterie.dp.accounting.accountant import Mechanism, epsilon
+from coterie.dp.accounting.groups import LARGEST_GROUP, Share, _general, group_epsilon, joint_epsilon
+from coterie.dp.accounting.lots import LotPlan
 
 
 def test_group_privacy_grows_with_the_group() -> None:

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from coterie import dp
-from coterie.dp import grid_sums
+from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.lots import Lot
 from coterie.dp.balance import Balance
-from coterie.dp.budget import Budget
 from coterie.dp.clipping import Automatic, Clipping, Flat, PerGroup
-from coterie.dp.engine import Engine
-from coterie.dp.isolation import ExactEngine
+from coterie.dp.isolation import grid_sums
+from coterie.dp.isolation.exact_engine import ExactEngine
 from coterie.dp.losses import default_loss
-from coterie.dp.lots import Lot
-from coterie.dp.mechanism import LOAD, WITHIN
-from coterie.dp.noise import GRID_SIGMA, add_noise
-from coterie.dp.randomness import SeededRandom
+from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, add_noise
+from coterie.dp.noise.joint_noise import LOAD, WITHIN
+from coterie.dp.noise.randomness import SeededRandom
+from coterie.dp.per_sample.engine import Engine
 from coterie.dp.session import PrivateSession
 from coterie.errors import PrivacyError
 from coterie.models import seam
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 LENGTHS = (9, 5, 61, 5, 17, 2, 64)
 STEP = 2.0**-24
@@ -429,7 +429,7 @@ def session(folder: Path, model: nn.Module, data: Any = None, **options: Any) ->
     return dp.make_private(model, torch.optim.SGD(model.parameters(), 0.1), **defaults | options)
 
 
-@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+@pytest.mark.filterwarnings("ignore::coterie.dp.accounting.budget.PrivacyWarning")
 @pytest.mark.parametrize("unit", ["record", "user"])
 def test_invariant_2_all_that_a_round_releases_is_a_sum_of_what_each_unit_adds_alone(
     tmp_path: Path, unit: str
@@ -472,7 +472,7 @@ def test_invariant_2_all_that_a_round_releases_is_a_sum_of_what_each_unit_adds_a
     made.close()
 
 
-@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+@pytest.mark.filterwarnings("ignore::coterie.dp.accounting.budget.PrivacyWarning")
 def test_dropout_masks_are_each_records_own_and_differ(tmp_path: Path) -> None:
     record = Text()[3]
     made = session(tmp_path, tiny_model("mixtral", attention_dropout=0.5), [record] * 9, seed=3, isolation="exact")
@@ -483,7 +483,7 @@ def test_dropout_masks_are_each_records_own_and_differ(tmp_path: Path) -> None:
     made.close()
 
 
-@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+@pytest.mark.filterwarnings("ignore::coterie.dp.accounting.budget.PrivacyWarning")
 def test_isolation_is_in_ledger_and_statement_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     made = session(tmp_path, model, isolation="exact", run="one")
@@ -512,7 +512,7 @@ def test_isolation_is_in_ledger_and_statement_and_a_resumed_run_keeps_it(tmp_pat
     fast.close()
 
 
-@pytest.mark.filterwarnings("ignore::coterie.dp.budget.PrivacyWarning")
+@pytest.mark.filterwarnings("ignore::coterie.dp.accounting.budget.PrivacyWarning")
 def test_half_precision_is_exact_unless_it_is_said_otherwise(tmp_path: Path) -> None:
     half = session(tmp_path, tiny_model("mixtral").to(torch.bfloat16), run="a")
     assert isinstance(half.lot_sums.engine, ExactEngine)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from coterie.dp.accounting import Mechanism, epsilon
-from coterie.dp.ledger import FILE, Head, Ledger, default_root, open_ledger
+from coterie.dp.accounting.accountant import Mechanism, epsilon
+from coterie.dp.accounting.ledger import FILE, Head, Ledger, default_root, open_ledger
 from coterie.errors import LedgerError
 
 DATASET = "d" * 64
@@ -190,8 +190,8 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from coterie.dp.ledger import open_ledger
-from coterie.dp.accounting import Mechanism
+from coterie.dp.accounting.ledger import open_ledger
+from coterie.dp.accounting.accountant import Mechanism
 root, run = Path(sys.argv[1]), sys.argv[2]
 ledger = open_ledger("d" * 64, root)
 ledger.start_run(run, Mechanism(1.0, 0.1), 50)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.dp.accounting import Mechanism, epsilon
-from coterie.dp.dataset import dataset_digest
-from coterie.dp.groups import Share, group_epsilon, joint_epsilon
-from coterie.dp.ledger import Ledger, open_ledger
-from coterie.dp.lifetime import lifetime, private_runs_on
-from coterie.dp.overlap import _users_touched
-from coterie.dp.texts import FOLDER, OWN_KEY, Fingerprints, Keyring, Originals
+from coterie.dp.accounting.accountant import Mechanism, epsilon
+from coterie.dp.accounting.dataset import dataset_digest
+from coterie.dp.accounting.groups import Share, group_epsilon, joint_epsilon
+from coterie.dp.accounting.ledger import Ledger, open_ledger
+from coterie.dp.accounting.lifetime import lifetime, private_runs_on
+from coterie.dp.accounting.overlap import _users_touched
+from coterie.dp.accounting.texts import FOLDER, OWN_KEY, Fingerprints, Keyring, Originals
 from coterie.errors import LedgerError
 
 MECHANISM = Mechanism(2.0, 0.05)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
-from coterie.dp.randomness import SeededRandom, SystemRandom
+from coterie.dp.accounting.lots import Lot, LotPlan, Units, draw_lot
+from coterie.dp.noise.randomness import SeededRandom, SystemRandom
 from coterie.errors import BudgetError, DataError, PrivacyError
 
 SOURCE = SeededRandom(7)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tests.dp.test_lifetime import DELTA, MECHANISM, ROUNDS, TEXTS, composed, spend
 
-from coterie.dp.accounting import epsilon
-from coterie.dp.ledger import FILE, open_ledger
-from coterie.dp.lifetime import MERGED, books_under, ledger_folders, lifetime, private_runs_on
-from coterie.dp.merging import Merge, merge
-from coterie.dp.texts import OTHER_KEYS, OWN_KEY, Keyring, Originals
+from coterie.dp.accounting.accountant import epsilon
+from coterie.dp.accounting.ledger import FILE, open_ledger
+from coterie.dp.accounting.lifetime import MERGED, books_under, ledger_folders, lifetime, private_runs_on
+from coterie.dp.accounting.merging import Merge, merge
+from coterie.dp.accounting.texts import OTHER_KEYS, OWN_KEY, Keyring, Originals
 from coterie.errors import LedgerError
 
 

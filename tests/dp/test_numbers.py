@@ -18,7 +18,7 @@ from coterie.dp.numbers import checked_number
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.errors import BudgetError, PrivacyError
 from coterie.hf import PrivacyArguments, PrivateTrainer
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 NO_COUNT = [-1, 0, 1.5, 2.0, math.nan, math.inf, True, "8", "", None, [8], 2**70, np.float64(8), np.True_]
 NO_POSITIVE = [-1, 0, math.nan, math.inf, -math.inf, True, "8", None, [1.0], 10**400, 1j]

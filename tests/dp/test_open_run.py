@@ -28,7 +28,7 @@ from start_examples import starts as all_starts
 from coterie import dp
 from coterie.config import PartyPrivacy, PrivacyRules, PrivacySpec
 from coterie.dp import checkpoint
-from coterie.dp.lots import LotPlan
+from coterie.dp.accounting.lots import LotPlan
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.saved_plan import plan_from_json, plan_to_json
 from coterie.dp.session import PrivateSession

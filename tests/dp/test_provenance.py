@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from coterie.config import DataSpec, ModelSpec
-from coterie.dp.dataset import checked_length, dataset_digest, record_digest
-from coterie.dp.provenance import Artefact, declared, not_covered
-from coterie.dp.users import user_column
+from coterie.dp.accounting.dataset import checked_length, dataset_digest, record_digest
+from coterie.dp.accounting.provenance import Artefact, declared, not_covered
+from coterie.dp.accounting.users import user_column
 from coterie.errors import DataError, ProvenanceError
 from coterie.training.provenance import artefacts
 

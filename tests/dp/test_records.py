@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForQuestionAnswering
 
 from coterie import dp
-from coterie.dp.dataset import dataset_digest
+from coterie.dp.accounting.dataset import dataset_digest
 from coterie.errors import DataError, PrivacyError
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 BAD = 17
 SIZES = {

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.dp.accounting import Mechanism
-from coterie.dp.ledger import open_ledger
-from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
-from coterie.dp.noise import add_noise
-from coterie.dp.randomness import SystemRandom
-from coterie.dp.releases import Pending, Releases
-from coterie.dp.spool import Release, Spool
+from coterie.dp.accounting.accountant import Mechanism
+from coterie.dp.accounting.ledger import open_ledger
+from coterie.dp.accounting.lots import Lot, LotPlan, Units, draw_lot
+from coterie.dp.accounting.releases import Pending, Releases
+from coterie.dp.accounting.spool import Release, Spool
+from coterie.dp.noise.discrete_gaussian import add_noise
+from coterie.dp.noise.randomness import SystemRandom
 from coterie.errors import BudgetError, LedgerError
 
 DATASET, RUN, ROUNDS = "d" * 64, "run", 50

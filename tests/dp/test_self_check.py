@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coterie import dp
-from coterie.dp.budget import Budget, PrivacyWarning
-from coterie.dp.engine import Engine
-from coterie.dp.lots import Lot
-from coterie.dp.made_up import FromCollator
-from coterie.dp.selfcheck import check
-from coterie.dp.watched import Watched
+from coterie.dp.accounting.budget import Budget, PrivacyWarning
+from coterie.dp.accounting.lots import Lot
+from coterie.dp.checks.made_up import FromCollator
+from coterie.dp.checks.self_check import check
+from coterie.dp.checks.watched import Watched
+from coterie.dp.per_sample.engine import Engine
 from coterie.errors import DataError, NoRuleError, PrivacyError
 
 VOCAB, WIDTH = 24, 8

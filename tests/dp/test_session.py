@@ -16,10 +16,10 @@ from slow_engine import SlowEngine
 from torch import Tensor, nn
 
 from coterie import dp
-from coterie.dp.accounting import Mechanism, epsilon
-from coterie.dp.budget import Budget, PrivacyWarning
+from coterie.dp.accounting.accountant import Mechanism, epsilon
+from coterie.dp.accounting.budget import Budget, PrivacyWarning
+from coterie.dp.accounting.lots import Lot
 from coterie.dp.clipping import policy
-from coterie.dp.lots import Lot
 from coterie.dp.session import PrivateSession
 from coterie.errors import (
     BudgetError,
@@ -30,13 +30,15 @@ from coterie.errors import (
     PrivacyError,
     ProvenanceError,
 )
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 BUDGET = Budget(6.0, 1e-3)
 
 
 # `Tiny` has a layer that no record uses, of which every session warns.
-pytestmark = pytest.mark.filterwarnings("ignore:.*used by no made-up record:coterie.dp.budget.PrivacyWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*used by no made-up record:coterie.dp.accounting.budget.PrivacyWarning"
+)
 
 
 class Tiny(nn.Module):

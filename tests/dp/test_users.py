@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from coterie import dp
-from coterie.dp.lots import Units
-from coterie.dp.users import user_column, user_ids
+from coterie.dp.accounting.lots import Units
+from coterie.dp.accounting.users import user_column, user_ids
 from coterie.errors import DataError
 from coterie.hf import PrivateTrainer
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 SEVEN = [
     7, "7", b"7", 7.0, np.int8(7), np.uint64(7), np.float32(7), np.str_("7"), np.bytes_(b"7"), np.array(7),

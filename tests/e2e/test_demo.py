@@ -17,8 +17,8 @@ import pytest
 from coterie.config import FederationConfig, PartyConfig, TrainConfig, load_yaml
 from coterie.demonstration.folder import MADE
 from coterie.demonstration.plan import ARMS
-from coterie.federation.coordinator_process import identify
-from coterie.federation.identity import Role
+from coterie.federation.identity.certificates import Role
+from coterie.federation.rounds.coordinator_process import identify
 
 DEMO = (sys.executable, "-m", "coterie.cli.app", "demo", "--quick", "--parties", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -180,7 +180,7 @@ def test_a_folder_with_something_else_is_refused_in_words(tmp_path: Path) -> Non
 
 
 def test_two_demos_in_one_folder_are_refused_in_words(tmp_path: Path) -> None:
-    from coterie.federation.run_folder import RunFolder
+    from coterie.federation.rounds.run_folder import RunFolder
 
     held = RunFolder(tmp_path)
     try:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_federation import processes as processes
 
-from coterie.federation.run_folder import read_status
+from coterie.federation.rounds.run_folder import read_status
 from federation_processes import PARTIES, Processes, make_folder
 
 ROUNDS = 4

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from coterie.checkpoints import CheckpointStore
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
-from coterie.models.build import build_model
-from coterie.training.in_process import run_in_process
-from coterie.training.party import prepare_party
+from coterie.models.zoo.build import build_model
+from coterie.training.party.in_process import run_in_process
+from coterie.training.party.process import prepare_party
 from federation_processes import PARTIES, Processes, make_folder, run_here
 from federation_tools import relative
 

@@ -13,10 +13,12 @@ from collections.abc import Callable
 import torch
 
 from coterie.errors import CoterieError
-from coterie.federation import control, handshake, identity, roster
-from coterie.federation.frame import FrameReader, FrameType, Session, encode
-from coterie.federation.round_state import Report, State
-from coterie.federation.transport import Address, Lane, Message, remote_error
+from coterie.federation.identity import certificates, roster
+from coterie.federation.rounds import directives
+from coterie.federation.rounds.state import PartyReport, State
+from coterie.federation.wire import handshake
+from coterie.federation.wire.frame import FrameReader, FrameType, Session, encode
+from coterie.federation.wire.transport import Address, Lane, Message, remote_error
 
 SESSION = Session(b"r" * 16, 1)
 
@@ -29,14 +31,16 @@ def read_frames(raw: bytes) -> None:
     reader.feed(raw[half:])
 
 
-def read_body(kind: type[control.Call] | type[control.Directive] | type[control.Refusal], name: str) -> Callable:
+def read_body(
+    kind: type[directives.Call] | type[directives.Directive] | type[directives.Refusal], name: str
+) -> Callable:
     def read(raw: bytes) -> None:
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError):
             return
         if isinstance(body, dict):
-            control.decode(Message(name, body=body), kind, "birch")
+            directives.decode(Message(name, body=body), kind, "birch")
 
     return read
 
@@ -54,12 +58,12 @@ DECODERS: tuple[Callable[[bytes], object], ...] = (
     read_frames,
     read_frames,
     lambda raw: handshake.decode_hello(raw, "birch"),
-    read_body(control.Call, "report"),
-    read_body(control.Directive, "directive"),
-    read_body(control.Refusal, "refused"),
+    read_body(directives.Call, "report"),
+    read_body(directives.Directive, "directive"),
+    read_body(directives.Refusal, "refused"),
     read_error,
     roster.from_json,
-    lambda raw: identity.parse_certificate(raw, "a certificate", "here"),
+    lambda raw: certificates.parse_certificate(raw, "a certificate", "here"),
 )
 
 
@@ -77,17 +81,17 @@ def seeds() -> list[bytes]:
     frames = [b"".join(encode(SESSION, frame_type, Lane.FORWARD, 9, message).chunks()) for frame_type in FrameType]
     hello = handshake.Hello("birch", "alder", 1, "demo", 1, "a" * 64, "b" * 16).encode()
     bodies = [
-        control.encode(body).body
+        directives.encode(body).body
         for body in (
-            control.Call(Report("a1"), "a" * 64),
-            control.Directive("00", State(), 2, ("alder",)),
-            control.Refusal("roster-stranger"),
+            directives.Call(PartyReport("a1"), "a" * 64),
+            directives.Directive("00", State(), 2, ("alder",)),
+            directives.Refusal("roster-stranger"),
         )
     ]
     text = [json.dumps(body).encode() for body in (*bodies, {"error": "DataError", "code": "data", "step": "push"})]
-    members = identity.Member("alder", identity.Role.PARTY, "127.0.0.1:1")
-    authority = identity.new_authority("demo")
-    certificate = identity.cert_pem(authority.issue(members, identity.new_key().public_key()))
+    members = certificates.Member("alder", certificates.Role.PARTY, "127.0.0.1:1")
+    authority = certificates.new_authority("demo")
+    certificate = certificates.cert_pem(authority.issue(members, certificates.new_key().public_key()))
     written = json.dumps({"roster": {}, "content_hash": "a" * 64, "signatures": {}}).encode()
     found = [bytes([0]) + frame for frame in frames]
     return found + [bytes([2 + i]) + each for i, each in enumerate((hello, *text, written, certificate))]

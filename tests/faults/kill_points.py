@@ -14,17 +14,17 @@ from collections.abc import Callable
 from typing import Any
 
 PARTY = {
-    "before a checkpoint is loaded": ("coterie.training.party_actor", "PartyActor", "load", "before", ""),
-    "before a round is computed": ("coterie.training.party_actor", "PartyActor", "compute", "before", ""),
+    "before a checkpoint is loaded": ("coterie.training.party.actor", "PartyActor", "load", "before", ""),
+    "before a round is computed": ("coterie.training.party.actor", "PartyActor", "compute", "before", ""),
     "after a round is computed, before it is reported": (
-        "coterie.training.party_actor",
+        "coterie.training.party.actor",
         "PartyActor",
         "compute",
         "after",
         "",
     ),
-    "after the commit, before the step": ("coterie.training.party_actor", "PartyActor", "step", "before", ""),
-    "after the step": ("coterie.training.party_actor", "PartyActor", "step", "after", ""),
+    "after the commit, before the step": ("coterie.training.party.actor", "PartyActor", "step", "before", ""),
+    "after the step": ("coterie.training.party.actor", "PartyActor", "step", "after", ""),
     "before a checkpoint is written": ("coterie.checkpoints", "CheckpointStore", "write", "before", ""),
     "between two files of a checkpoint": (
         "coterie.checkpoints",
@@ -45,11 +45,11 @@ PARTY = {
     "while an old checkpoint goes": ("shutil", "", "rmtree", "before", ".old.part"),
 }
 COORDINATOR = {
-    "before a decision is written": ("coterie.federation.journal", "Journal", "_write", "before", ""),
+    "before a decision is written": ("coterie.federation.rounds.journal", "Journal", "_write", "before", ""),
     "after a decision is written, before anybody is told": (
-        "coterie.federation.journal", "Journal", "_write", "after", "",
+        "coterie.federation.rounds.journal", "Journal", "_write", "after", "",
     ),
-    "before everybody is told": ("coterie.federation.coordinator", "Coordinator", "_tell", "before", ""),
+    "before everybody is told": ("coterie.federation.rounds.coordinator", "Coordinator", "_tell", "before", ""),
 }  # fmt: skip
 POINTS = {**PARTY, **COORDINATOR}
 
@@ -78,7 +78,7 @@ def arm(point: str, nth: int) -> None:
 
 def be_busy(nth: int, seconds: int = 10) -> None:
     """In the ``nth`` computation, let no other Python of this process run for a while."""
-    from coterie.training.party_actor import PartyActor
+    from coterie.training.party.actor import PartyActor
 
     compute, calls = PartyActor.compute, 0
 
@@ -96,7 +96,7 @@ def be_busy(nth: int, seconds: int = 10) -> None:
 
 def jump(nth: int, days: int) -> None:
     """After the ``nth`` computation the clock on the wall shows another day."""
-    from coterie.training.party_actor import PartyActor
+    from coterie.training.party.actor import PartyActor
 
     compute, wall, calls = PartyActor.compute, time.time, 0
 

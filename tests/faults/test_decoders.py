@@ -18,15 +18,15 @@ import torch
 from decoders import DECODERS, one_input, seeds
 from record import RECORD
 
-from coterie.federation import identity
-from coterie.federation.frame import FrameType, encode
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.handshake import decode_hello
-from coterie.federation.kit import Kit
-from coterie.federation.provision import local_kits
-from coterie.federation.roster import load_roster
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.identity import certificates
+from coterie.federation.identity.kit import Kit
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.frame import FrameType, encode
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.handshake import decode_hello
+from coterie.federation.wire.transport import Address, Lane, Message
 
 PART = "Messages"
 QUICK = Settings(window=4, close_s=2.0, redial_s=0.05, heartbeat_s=0.3, silence_s=10.0)
@@ -51,9 +51,9 @@ def mutated(raw: bytes, draw: random.Random) -> bytes:
 def say(kits: dict[str, Kit], hello: bytes, chunks: list[bytes]) -> None:
     """As birch, over a channel of its own with its key, say chunks to alder and listen until the end."""
     credentials = grpc.ssl_channel_credentials(
-        identity.cert_pem(kits["alder"].certificate),
-        identity.key_pem(kits["birch"].key),
-        identity.cert_pem(kits["birch"].certificate),
+        certificates.cert_pem(kits["alder"].certificate),
+        certificates.key_pem(kits["birch"].key),
+        certificates.cert_pem(kits["birch"].certificate),
     )
     options = [("grpc.ssl_target_name_override", "alder"), ("grpc.use_local_subchannel_pool", 1)]
     endpoint = load_roster(kits["alder"]).entry("alder").endpoint

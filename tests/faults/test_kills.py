@@ -12,8 +12,8 @@ import pytest
 from forked import ForkedProcesses
 from record import RECORD
 
-from coterie.federation.identity import COORDINATOR
-from coterie.federation.run_folder import read_status
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.rounds.run_folder import read_status
 from federation_processes import PARTIES, make_folder
 
 PART = "Processes"

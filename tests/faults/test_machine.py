@@ -13,7 +13,7 @@ from forked import ForkedProcesses
 from record import RECORD
 from test_kills import ENDLESS, Trial
 
-from coterie.federation.identity import COORDINATOR
+from coterie.federation.identity.certificates import COORDINATOR
 from federation_processes import PARTIES, make_folder
 
 PART = "Machine"

@@ -12,15 +12,15 @@ import torch
 from record import RECORD
 
 from coterie.errors import CoterieError
-from coterie.federation.coordinator_process import transport_settings
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.identity import COORDINATOR
-from coterie.federation.provision import local_kits
-from coterie.federation.roster import load_roster
-from coterie.federation.transport import Lane, Message, Transport
-from coterie.training.in_process import InProcessFederation
-from coterie.training.party_parts import trunk_tensors
-from coterie.training.party_run import PartyResult
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.rounds.coordinator_process import transport_settings
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.training.party.in_process import InProcessFederation
+from coterie.training.party.inputs import trunk_tensors
+from coterie.training.party.run import PartyResult
 from federation_tools import PARTIES, full_models, make_parts, settings
 from hostile import Sabotage, mutations
 

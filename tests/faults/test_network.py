@@ -12,7 +12,7 @@ from network import Network, possible
 from record import RECORD
 from test_kills import BACK_S, NAMED_S, SLACK, Trial
 
-from coterie.federation.identity import COORDINATOR
+from coterie.federation.identity.certificates import COORDINATOR
 from federation_processes import PARTIES
 
 PART = "Network"

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from record import RECORD
 
-from coterie.federation import identity
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.identity import Member, Role
-from coterie.federation.kit import load_authority
-from coterie.federation.provision import local_kits
-from coterie.federation.reach import split_endpoint
-from coterie.federation.roster import load_roster
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Lane, Message
+from coterie.federation.identity import certificates
+from coterie.federation.identity.certificates import Member, Role
+from coterie.federation.identity.kit import load_authority
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.transport import Lane, Message
+from coterie.federation.wire.unreachable import split_endpoint
 
 PART = "Strangers"
 QUICK = Settings(close_s=2.0, redial_s=0.05, heartbeat_s=0.3, silence_s=5.0, handshake_s=1.0)
@@ -32,10 +32,10 @@ GARBAGE = (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"PRI * HTTP/
 
 def fresh(folder: Path, federation: str, name: str, **options: object) -> Pair:
     """A key and a certificate for it by the CA of a folder."""
-    key = identity.new_key()
+    key = certificates.new_key()
     authority = load_authority(folder / "ca")
     made = authority.issue(Member(name, Role.PARTY, "127.0.0.1:1"), key.public_key(), **options)  # type: ignore[arg-type]
-    return identity.key_pem(key), identity.cert_pem(made)
+    return certificates.key_pem(key), certificates.cert_pem(made)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def world(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None], list[str]]
 
 def address(folder: Path) -> tuple[str, int]:
     kits = {name: folder / name for name in ("alder",)}
-    from coterie.federation.kit import load_kit
+    from coterie.federation.identity.kit import load_kit
 
     return split_endpoint(load_roster(load_kit(kits["alder"])).entry("alder").endpoint)
 
@@ -123,7 +123,7 @@ def test_strangers_of_every_class_get_nowhere_and_members_are_served(
     else:
         then = dt.datetime.now(dt.UTC) - dt.timedelta(days=9)
         local_kits(tmp_path / "other", ["alder", "birch"], federation="demo")
-        from coterie.federation.kit import load_kit
+        from coterie.federation.identity.kit import load_kit
 
         birch = load_kit(folder / "birch")
         pair: Pair | None = {
@@ -133,8 +133,8 @@ def test_strangers_of_every_class_get_nowhere_and_members_are_served(
             "with a certificate of this CA that the roster does not list": lambda: fresh(folder, "demo", "birch"),
             "member of another run with the same CA's name": lambda: fresh(tmp_path / "other", "demo", "birch"),
             "with a member's key over TLS 1.2": lambda: (
-                identity.key_pem(birch.key),
-                identity.cert_pem(birch.certificate),
+                certificates.key_pem(birch.key),
+                certificates.cert_pem(birch.certificate),
             ),
         }[who]()
         old = "1.2" in who

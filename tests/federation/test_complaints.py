@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from coterie.federation.control import Call, Directive, Refusal, decode, encode, is_kind
-from coterie.federation.coordinator import Coordinator, refusals_allowed
-from coterie.federation.identity import COORDINATOR
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.journal import Journal
-from coterie.federation.round_state import Complaint, Phase, Plan, Report, State
-from coterie.federation.transport import Lane, Message
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.rounds.coordinator import Coordinator, refusals_allowed
+from coterie.federation.rounds.directives import Call, Directive, Refusal, decode, encode, is_kind
+from coterie.federation.rounds.journal import Journal
+from coterie.federation.rounds.state import Complaint, PartyReport, Phase, RoundPlan, State
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Lane, Message
 
 PARTIES = ("alder", "birch", "cedar", "dogwood")
 AGREEMENT = "ab" * 32
@@ -24,11 +24,11 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         hub = InProcessHub(PARTIES, coordinator=COORDINATOR)
         self.journal = Journal(folder, "grove", AGREEMENT)
-        plan = Plan(PARTIES, rounds=5, lease_s=60.0, quiet_s=60.0)
+        plan = RoundPlan(PARTIES, rounds=5, lease_s=60.0, quiet_s=60.0)
         self.coordinator = Coordinator(plan, hub.transport(COORDINATOR), self.journal, AGREEMENT)
 
     def report(self, party: str, instance: str = "", **fields: object) -> Message:
-        report = Report(instance or f"{party}-1", **fields)  # type: ignore[arg-type]
+        report = PartyReport(instance or f"{party}-1", **fields)  # type: ignore[arg-type]
         return self.coordinator._handle(party, Lane.CONTROL, encode(Call(report, AGREEMENT)))
 
     def everybody(self) -> None:
@@ -93,12 +93,12 @@ def test_a_party_whose_reports_do_not_fit_is_dropped_by_the_coordinator_itself(d
 
 @pytest.mark.parametrize(("refusals", "attempts", "allowed"), [(2, 3, 2), (5, 3, 2), (2, 1, 1), (1, 9, 1)])
 def test_a_member_is_dropped_before_its_misfits_end_the_run(refusals: int, attempts: int, allowed: int) -> None:
-    assert refusals_allowed(Plan(PARTIES, rounds=1, max_refusals=refusals, max_attempts=attempts)) == allowed
+    assert refusals_allowed(RoundPlan(PARTIES, rounds=1, max_refusals=refusals, max_attempts=attempts)) == allowed
 
 
 def _later(state: State):  # type: ignore[no-untyped-def]
     from dataclasses import replace
 
-    from coterie.federation.round_state import Move
+    from coterie.federation.rounds.state import Move
 
     return Move(replace(state, seq=state.seq + 1))

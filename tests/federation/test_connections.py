@@ -18,19 +18,20 @@ import pytest
 import torch
 
 from coterie.errors import DataError, TransportError
-from coterie.federation import identity, newcomers
-from coterie.federation.frame import FrameType, encode
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.handshake import decode_hello
-from coterie.federation.kit import Kit
-from coterie.federation.newcomers import NEWCOMERS, Newcomers, parse_peer
-from coterie.federation.pace import BURST, RATE, Pace
-from coterie.federation.provision import local_kits
-from coterie.federation.reach import split_endpoint
-from coterie.federation.roster import load_roster
-from coterie.federation.seldom import EVERY_S, Seldom
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Lane, Message
+from coterie.federation.identity import certificates
+from coterie.federation.identity.kit import Kit
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire import newcomers
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.frame import FrameType, encode
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.handshake import decode_hello
+from coterie.federation.wire.newcomers import NEWCOMERS, Newcomers, parse_peer
+from coterie.federation.wire.pace import BURST, RATE, Pace
+from coterie.federation.wire.seldom import EVERY_S, Seldom
+from coterie.federation.wire.transport import Lane, Message
+from coterie.federation.wire.unreachable import split_endpoint
 
 QUICK = Settings(window=4, close_s=2.0, redial_s=0.05, refusal_s=0.3, heartbeat_s=0.3, silence_s=5.0, handshake_s=2.0)
 HALF_OPEN = 1500
@@ -138,8 +139,8 @@ def secured(kits: dict[str, Kit], version: ssl.TLSVersion) -> Iterator[ssl.SSLSo
     context.minimum_version = context.maximum_version = version
     context.set_alpn_protocols(["h2"])
     key, chain = (kits["birch"].folder / name for name in ("probe.key", "probe.crt"))
-    key.write_bytes(identity.key_pem(kits["birch"].key))
-    chain.write_bytes(identity.cert_pem(kits["birch"].certificate))
+    key.write_bytes(certificates.key_pem(kits["birch"].key))
+    chain.write_bytes(certificates.cert_pem(kits["birch"].certificate))
     context.load_cert_chain(chain, key)
     with (
         socket.create_connection(address_of(kits, "alder"), timeout=5) as plain,
@@ -160,8 +161,8 @@ def test_a_member_does_not_talk_to_an_older_tls(kits: dict[str, Kit], start: Sta
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
     key, chain = (kits["alder"].folder / name for name in ("probe.key", "probe.crt"))
-    key.write_bytes(identity.key_pem(kits["alder"].key))
-    chain.write_bytes(identity.cert_pem(kits["alder"].certificate))
+    key.write_bytes(certificates.key_pem(kits["alder"].key))
+    chain.write_bytes(certificates.cert_pem(kits["alder"].certificate))
     context.load_cert_chain(chain, key)
     with socket.create_server(address_of(kits, "alder")) as server:
         server.settimeout(10)
@@ -205,9 +206,9 @@ def flood_of(kits: dict[str, Kit], kind: str, stop: threading.Event) -> int:
             yield chunk
 
     credentials = grpc.ssl_channel_credentials(
-        identity.cert_pem(kits["alder"].certificate),
-        identity.key_pem(kits["birch"].key),
-        identity.cert_pem(kits["birch"].certificate),
+        certificates.cert_pem(kits["alder"].certificate),
+        certificates.key_pem(kits["birch"].key),
+        certificates.cert_pem(kits["birch"].certificate),
     )
     options = [("grpc.ssl_target_name_override", "alder")]
     with grpc.secure_channel(roster.entry("alder").endpoint, credentials, options=options) as channel:

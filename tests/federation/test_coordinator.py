@@ -12,23 +12,32 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CheckpointError, CoterieError, FrameError, RoundError
-from coterie.federation.control import Call, Directive, Refusal, decode, encode
-from coterie.federation.coordinator import Coordinator, Notice
-from coterie.federation.identity import COORDINATOR
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.journal import Journal
-from coterie.federation.membership import Membership
-from coterie.federation.participant import Alive, Participant
-from coterie.federation.round_state import Ending, Move, Phase, Plan, Record, Report, Saved, State
-from coterie.federation.transport import Lane, Message
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.rounds.coordinator import Coordinator, Notice
+from coterie.federation.rounds.directives import Call, Directive, Refusal, decode, encode
+from coterie.federation.rounds.follower import Alive, Follower
+from coterie.federation.rounds.heartbeat import Heartbeat
+from coterie.federation.rounds.journal import Journal
+from coterie.federation.rounds.state import (
+    Ending,
+    Move,
+    PartyReport,
+    Phase,
+    PublishedCheckpoint,
+    RoundPlan,
+    Saved,
+    State,
+)
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Lane, Message
 
 PARTIES = ("alder", "birch", "cedar")
 AGREEMENT = "a" * 64
 
 
-def plan(**changes: object) -> Plan:
+def plan(**changes: object) -> RoundPlan:
     base = {"rounds": 4, "checkpoint_every": 2, "deadline_s": 20.0, "lease_s": 1.0, "join_s": 10.0}
-    return Plan(PARTIES, **{**base, **changes})  # type: ignore[arg-type]
+    return RoundPlan(PARTIES, **{**base, **changes})  # type: ignore[arg-type]
 
 
 class Killed(BaseException):
@@ -86,7 +95,7 @@ class ListActor:
 class Federation:
     """One coordinator and parties as threads, each of which can be killed and started again."""
 
-    def __init__(self, folder: Path, the_plan: Plan) -> None:
+    def __init__(self, folder: Path, the_plan: RoundPlan) -> None:
         self.folder, self.plan = folder, the_plan
         self.hub = InProcessHub(PARTIES, coordinator=COORDINATOR)
         self.disks: dict[str, dict[int, list[int]]] = {name: {} for name in PARTIES}
@@ -95,7 +104,7 @@ class Federation:
         self.notices: list[Notice] = []
         self.threads: dict[str, threading.Thread] = {}
         self.transports: dict[str, object] = {}
-        self.members: dict[str, Membership] = {}
+        self.members: dict[str, Heartbeat] = {}
         self.agreements = dict.fromkeys(PARTIES, AGREEMENT)
 
     def coordinate(self) -> None:
@@ -121,8 +130,8 @@ class Federation:
     def up(self, name: str, on_compute: Callable[[State], None] = lambda told: None, **changes: object) -> None:
         actor = self.actors[name] = ListActor(self.disks[name], on_compute)
         transport = self.transports[name] = self.hub.transport(name)
-        participant = Participant(name, actor)
-        member = self.members[name] = Membership(
+        participant = Follower(name, actor)
+        member = self.members[name] = Heartbeat(
             transport,
             self.agreements[name],
             heartbeat_s=0.1,
@@ -337,7 +346,7 @@ def test_every_heartbeat_tells_how_long_the_coordinator_has_been_silent(grove: F
 def test_newer_process_of_a_party_takes_over_and_the_older_one_is_told(grove: Federation):
     grove.coordinate()
     coordinator_handle = grove.coordinator._handle
-    old, new = Report("old", 1), Report("new", 1)
+    old, new = PartyReport("old", 1), PartyReport("new", 1)
     for report in (old, new):
         reply = coordinator_handle("alder", Lane.CONTROL, encode(Call(report, AGREEMENT)))
         assert decode(reply, Directive, COORDINATOR).state.phase is Phase.GATHER
@@ -350,7 +359,7 @@ def test_newer_process_of_a_party_takes_over_and_the_older_one_is_told(grove: Fe
 
 def test_stranger_and_malformed_report_are_refused(grove: Federation):
     grove.coordinate()
-    reply = grove.coordinator._handle("dogwood", Lane.CONTROL, encode(Call(Report("x"), AGREEMENT)))
+    reply = grove.coordinator._handle("dogwood", Lane.CONTROL, encode(Call(PartyReport("x"), AGREEMENT)))
     assert reply.body["code"] == "roster-stranger"
     with pytest.raises(CoterieError) as caught:
         grove.coordinator._handle("alder", Lane.CONTROL, Message("report", body={"report": {"instance": 3}}))
@@ -367,7 +376,7 @@ def test_journal_remembers_moves_and_undoes_what_was_rolled_back(tmp_path: Path)
     run = journal.run
     journal.write(Move(State(seq=2, phase=Phase.COMPUTE, round=1, attempt=1)))
     journal.write(Move(State(seq=3, phase=Phase.STEP, round=1, committed=1, committed_attempt=1), committed=True))
-    record = Record(1, {"alder": Saved(1, "e" * 64)})
+    record = PublishedCheckpoint(1, {"alder": Saved(1, "e" * 64)})
     journal.write(Move(State(seq=4, phase=Phase.COMPUTE, round=2, attempt=1, committed=1), record=record))
     journal.close()
     journal = Journal(tmp_path, "grove", AGREEMENT)
@@ -457,7 +466,7 @@ def test_coordinator_cannot_write_what_it_likes_on_a_terminal(kind: type, body: 
 
 def test_everything_that_is_really_said_passes_the_checks():
     held = (Saved(0, ""), Saved(40, "0123456789abcdef" * 4))
-    call = Call(Report("0011aabb", 3, 4, 5, "exchange-deadline", 7, held, "f" * 64, True), AGREEMENT, "00ff")
+    call = Call(PartyReport("0011aabb", 3, 4, 5, "exchange-deadline", 7, held, "f" * 64, True), AGREEMENT, "00ff")
     assert decode(encode(call), Call, "alder") == call
     note = "alder, birch-2 and cedar_3 failed in compute of round 7 (deadline, data-unreadable), 3 times in a row"
     state = State(9, Phase.RESTORE, 7, absent=("birch-2",), sources={"cedar_3": held[1]}, code="deadline", note=note)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import FrameError
-from coterie.federation.frame import (
+from coterie.federation.wire.frame import (
     ADDRESS,
     ALIGNMENT,
     CHUNK_BYTES,
@@ -23,7 +23,7 @@ from coterie.federation.frame import (
     Session,
     encode,
 )
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.wire.transport import Address, Lane, Message
 
 SESSION = Session(b"0123456789abcdef", 3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8]

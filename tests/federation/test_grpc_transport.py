@@ -17,16 +17,16 @@ import pytest
 import torch
 
 from coterie.errors import CoterieError, DeadlineError, IdentityError, RosterError, TransportError
-from coterie.federation import identity, kit
-from coterie.federation.frame import CHUNK_BYTES, PROTOCOL_VERSION
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.handshake import Hello, compare, decode_hello
-from coterie.federation.identity import Authority, Member, Role
-from coterie.federation.kit import Kit, load_authority, load_kit
-from coterie.federation.provision import free_endpoints, local_kits
-from coterie.federation.roster import Roster, draft, install_roster, join, load_roster, sign
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Address, Handler, Lane, Message
+from coterie.federation.identity import certificates, kit
+from coterie.federation.identity.certificates import Authority, Member, Role
+from coterie.federation.identity.kit import Kit, load_authority, load_kit
+from coterie.federation.identity.provision import free_endpoints, local_kits
+from coterie.federation.identity.roster import Roster, draft, install_roster, join, load_roster, sign
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.frame import CHUNK_BYTES, PROTOCOL_VERSION
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.handshake import Hello, compare, decode_hello
+from coterie.federation.wire.transport import Address, Handler, Lane, Message
 
 QUICK = Settings(window=4, close_s=2.0, redial_s=0.05, refusal_s=0.3, heartbeat_s=0.3, silence_s=1.5, handshake_s=1.0)
 
@@ -79,7 +79,7 @@ def knock(
 
 
 def pair_of(kit: Kit) -> tuple[bytes, bytes]:
-    return identity.key_pem(kit.key), identity.cert_pem(kit.certificate)
+    return certificates.key_pem(kit.key), certificates.cert_pem(kit.certificate)
 
 
 def endpoint_of(kits: dict[str, Kit], name: str) -> str:
@@ -100,7 +100,7 @@ def test_a_listed_certificate_gets_an_answer(kits: dict[str, Kit], start: Start)
     roster = load_roster(kits["alder"])
     run = roster.content_hash()[:16]
     hello = Hello("birch", "alder", Lane.CONTROL, "demo", 1, roster.content_hash(), run)
-    root = identity.cert_pem(kits["alder"].authority)
+    root = certificates.cert_pem(kits["alder"].authority)
     assert "answer" in knock(endpoint_of(kits, "alder"), root, pair_of(kits["birch"]), hello.encode())
     until = time.monotonic() + 10.0
     while alder.connected() and time.monotonic() < until:  # its side learns a little later that birch hung up
@@ -113,7 +113,7 @@ def test_a_certificate_that_is_not_of_this_ca_or_not_valid_ends_the_tls_handshak
     tmp_path: Path, kits: dict[str, Kit], start: Start, whose: str
 ) -> None:
     start(kits["alder"])
-    authority, key = authority_of(kits), identity.new_key()
+    authority, key = authority_of(kits), certificates.new_key()
     birch = Member("birch", Role.PARTY, "127.0.0.1:1")
     pair: tuple[bytes, bytes] | None
     if whose == "another ca":
@@ -123,11 +123,11 @@ def test_a_certificate_that_is_not_of_this_ca_or_not_valid_ends_the_tls_handshak
     elif whose == "expired":
         then = dt.datetime.now(dt.UTC) - dt.timedelta(days=9)
         old = authority.issue(birch, key.public_key(), days=3, now=then)
-        pair = identity.key_pem(key), identity.cert_pem(old)
+        pair = certificates.key_pem(key), certificates.cert_pem(old)
     else:
-        own = identity.new_authority("demo")
-        pair = identity.key_pem(own.key), identity.cert_pem(own.certificate)
-    answer = knock(endpoint_of(kits, "alder"), identity.cert_pem(authority.certificate), pair, b"{}")
+        own = certificates.new_authority("demo")
+        pair = certificates.key_pem(own.key), certificates.cert_pem(own.certificate)
+    answer = knock(endpoint_of(kits, "alder"), certificates.cert_pem(authority.certificate), pair, b"{}")
     assert answer.startswith("UNAVAILABLE")
 
 
@@ -135,11 +135,11 @@ def test_a_valid_certificate_outside_the_roster_is_refused_by_the_second_gate(
     kits: dict[str, Kit], start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     start(kits["alder"])
-    authority, key = authority_of(kits), identity.new_key()
+    authority, key = authority_of(kits), certificates.new_key()
     for name in ("mallory", "birch"):  # a stranger; and a second certificate for a member
         certificate = authority.issue(Member(name, Role.PARTY, "127.0.0.1:1"), key.public_key())
-        pair = identity.key_pem(key), identity.cert_pem(certificate)
-        answer = knock(endpoint_of(kits, "alder"), identity.cert_pem(authority.certificate), pair, b"{}")
+        pair = certificates.key_pem(key), certificates.cert_pem(certificate)
+        answer = knock(endpoint_of(kits, "alder"), certificates.cert_pem(authority.certificate), pair, b"{}")
         assert answer == "UNAUTHENTICATED roster-not-listed"
         assert f"of {name} is valid but not in the roster" in caplog.text
 
@@ -149,7 +149,10 @@ def test_a_member_cannot_speak_for_another(kits: dict[str, Kit], start: Start) -
     roster = load_roster(kits["alder"])
     hello = Hello("cedar", "alder", Lane.CONTROL, "demo", 1, roster.content_hash(), roster.content_hash()[:16])
     knock(
-        endpoint_of(kits, "alder"), identity.cert_pem(kits["alder"].authority), pair_of(kits["birch"]), hello.encode()
+        endpoint_of(kits, "alder"),
+        certificates.cert_pem(kits["alder"].authority),
+        pair_of(kits["birch"]),
+        hello.encode(),
     )
     assert (
         "introduced itself as cedar"
@@ -159,7 +162,9 @@ def test_a_member_cannot_speak_for_another(kits: dict[str, Kit], start: Start) -
 
 def test_a_caller_that_says_nothing_is_cut_off(kits: dict[str, Kit], start: Start) -> None:
     start(kits["alder"])
-    credentials = grpc.ssl_channel_credentials(identity.cert_pem(kits["alder"].authority), *pair_of(kits["birch"]))
+    credentials = grpc.ssl_channel_credentials(
+        certificates.cert_pem(kits["alder"].authority), *pair_of(kits["birch"])
+    )
     options = [("grpc.ssl_target_name_override", "alder")]
     release = threading.Event()
 
@@ -180,7 +185,9 @@ def test_a_peer_whose_network_lives_but_whose_program_hangs_is_dropped(kits: dic
     start(kits["alder"])
     roster = load_roster(kits["alder"])
     hello = Hello("birch", "alder", Lane.FORWARD, "demo", 1, roster.content_hash(), roster.content_hash()[:16])
-    credentials = grpc.ssl_channel_credentials(identity.cert_pem(kits["alder"].authority), *pair_of(kits["birch"]))
+    credentials = grpc.ssl_channel_credentials(
+        certificates.cert_pem(kits["alder"].authority), *pair_of(kits["birch"])
+    )
     release = threading.Event()
 
     def hang() -> Iterator[bytes]:
@@ -199,7 +206,7 @@ def test_a_peer_whose_network_lives_but_whose_program_hangs_is_dropped(kits: dic
 @pytest.mark.parametrize("raw", [b"", b"{}", b"\xff\xfe", b"[1]", b"x" * 5000, b'{"lane": 1}'])
 def test_a_first_message_that_is_no_introduction_is_refused(kits: dict[str, Kit], start: Start, raw: bytes) -> None:
     start(kits["alder"])
-    root = identity.cert_pem(kits["alder"].authority)
+    root = certificates.cert_pem(kits["alder"].authority)
     answer = knock(endpoint_of(kits, "alder"), root, pair_of(kits["birch"]), raw)
     assert answer == "PERMISSION_DENIED handshake-damaged"
 
@@ -209,7 +216,9 @@ def test_bytes_that_are_no_frame_end_the_connection_and_no_other(kits: dict[str,
     alder = start(kits["alder"], handler=lambda peer, lane, message: handled.append(message.kind))
     roster = load_roster(kits["alder"])
     hello = Hello("birch", "alder", Lane.FORWARD, "demo", 1, roster.content_hash(), roster.content_hash()[:16])
-    credentials = grpc.ssl_channel_credentials(identity.cert_pem(kits["alder"].authority), *pair_of(kits["birch"]))
+    credentials = grpc.ssl_channel_credentials(
+        certificates.cert_pem(kits["alder"].authority), *pair_of(kits["birch"])
+    )
     options = [("grpc.ssl_target_name_override", "alder")]
     with grpc.secure_channel(endpoint_of(kits, "alder"), credentials, options=options) as channel:
         call = channel.stream_stream("/coterie.Lanes/Open", None, None)(
@@ -233,17 +242,17 @@ def test_bytes_that_are_no_frame_end_the_connection_and_no_other(kits: dict[str,
 def test_the_dialling_side_talks_to_the_listed_certificate_alone(
     tmp_path: Path, kits: dict[str, Kit], start: Start, whose: str
 ) -> None:
-    authority, key = authority_of(kits), identity.new_key()
+    authority, key = authority_of(kits), certificates.new_key()
     member = Member("alder", Role.PARTY, "127.0.0.1:1")
     if whose == "another ca":
-        authority = identity.new_authority("demo")
+        authority = certificates.new_authority("demo")
     when = dt.datetime.now(dt.UTC) - dt.timedelta(days=9 if whose == "expired" else 0)
     shown = authority.issue(member, key.public_key(), days=3, now=when)
     reached: list[object] = []
     server = grpc.server(ThreadPoolExecutor(2))
     method = grpc.stream_stream_rpc_method_handler(lambda requests, context: reached.append(1) or iter([b"{}"]))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("coterie.Lanes", {"Open": method}),))
-    credentials = grpc.ssl_server_credentials([(identity.key_pem(key), identity.cert_pem(shown))])
+    credentials = grpc.ssl_server_credentials([(certificates.key_pem(key), certificates.cert_pem(shown))])
     server.add_secure_port(endpoint_of(kits, "alder"), credentials)
     server.start()
     try:
@@ -265,15 +274,15 @@ def test_the_dialling_side_talks_to_the_listed_certificate_alone(
 def test_an_expired_certificate_is_refused_on_the_wire_even_when_the_roster_lists_it(
     tmp_path: Path, kits: dict[str, Kit]
 ) -> None:
-    authority, key = authority_of(kits), identity.new_key()
+    authority, key = authority_of(kits), certificates.new_key()
     then = dt.datetime.now(dt.UTC) - dt.timedelta(days=9)
     old = authority.issue(Member("alder", Role.PARTY, "127.0.0.1:1"), key.public_key(), days=3, now=then)
     server = grpc.server(ThreadPoolExecutor(2))
-    credentials = grpc.ssl_server_credentials([(identity.key_pem(key), identity.cert_pem(old))])
+    credentials = grpc.ssl_server_credentials([(certificates.key_pem(key), certificates.cert_pem(old))])
     port = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
     try:
-        answer = knock(f"127.0.0.1:{port}", identity.cert_pem(old), pair_of(kits["birch"]))
+        answer = knock(f"127.0.0.1:{port}", certificates.cert_pem(old), pair_of(kits["birch"]))
     finally:
         server.stop(0)
     assert answer.startswith("UNAVAILABLE")
@@ -282,12 +291,12 @@ def test_an_expired_certificate_is_refused_on_the_wire_even_when_the_roster_list
 
 def test_a_dialler_outside_the_others_roster_learns_why(kits: dict[str, Kit], start: Start) -> None:
     """birch has renewed its certificate and signed a roster of its own making; alder has the old roster."""
-    authority, key = authority_of(kits), identity.new_key()
+    authority, key = authority_of(kits), certificates.new_key()
     old = load_roster(kits["birch"])
     members = [Member(e.name, e.role, e.endpoint) for e in old.parties]
     renewed = authority.issue(members[1], key.public_key())
-    certificates = {"alder": kits["alder"].certificate, "birch": renewed}
-    new = draft("demo", 1, members, certificates, config_hash="", placement_hash="")
+    issued = {"alder": kits["alder"].certificate, "birch": renewed}
+    new = draft("demo", 1, members, issued, config_hash="", placement_hash="")
     new = sign(sign(new, key, renewed), kits["alder"].key, kits["alder"].certificate)
     start(kits["alder"])
     birch = start(replace(kits["birch"], key=key, certificate=renewed), new)
@@ -524,16 +533,14 @@ def test_a_peer_that_falls_silent_is_noticed_and_comes_back(tmp_path: Path, star
     (listen,) = free_endpoints(1)
     relay = Relay(listen)
     try:
-        authority = identity.new_authority("demo")
+        authority = certificates.new_authority("demo")
         members = [Member("alder", Role.PARTY, relay.endpoint), Member("birch", Role.PARTY, free_endpoints(1)[0])]
-        keys = {m.name: identity.new_key() for m in members}
-        certificates = {m.name: authority.issue(m, keys[m.name].public_key()) for m in members}
-        roster = draft("demo", 1, members, certificates, config_hash="", placement_hash="")
+        keys = {m.name: certificates.new_key() for m in members}
+        issued = {m.name: authority.issue(m, keys[m.name].public_key()) for m in members}
+        roster = draft("demo", 1, members, issued, config_hash="", placement_hash="")
         for name, key in keys.items():
-            roster = sign(roster, key, certificates[name])
-        made = {
-            n: Kit(tmp_path, n, Role.PARTY, "demo", keys[n], certificates[n], authority.certificate) for n in keys
-        }
+            roster = sign(roster, key, issued[name])
+        made = {n: Kit(tmp_path, n, Role.PARTY, "demo", keys[n], issued[n], authority.certificate) for n in keys}
 
         def slow_once(peer: str, lane: Lane, message: Message) -> Message:
             if message.kind == "slow":
@@ -605,17 +612,17 @@ def test_payload_is_at_most_three_percent_above_the_tensors_that_move(kits: dict
 
 def test_members_that_made_their_own_keys_talk_to_each_other(tmp_path: Path, start: Start) -> None:
     """request, approve, install, sign, join: two organisations, each with a key of its own, then they talk."""
-    authority = identity.new_authority("demo")
+    authority = certificates.new_authority("demo")
     endpoints = free_endpoints(2)
-    members = identity.members_of({"alder": endpoints[0], "birch": endpoints[1]}, None)
-    told = identity.fingerprint(authority.certificate)
+    members = certificates.members_of({"alder": endpoints[0], "birch": endpoints[1]}, None)
+    told = certificates.fingerprint(authority.certificate)
     installed: dict[str, Kit] = {}
     for member in members:
         asked = kit.request(member, "demo", tmp_path / member.name)
         _, certificate = kit.approve(asked.read_bytes(), members, authority)
         installed[member.name] = kit.install(tmp_path / member.name, certificate, authority.certificate, told)
-    certificates = {name: k.certificate for name, k in installed.items()}
-    blank = draft("demo", 1, members, certificates, config_hash="c", placement_hash="p")
+    issued = {name: k.certificate for name, k in installed.items()}
+    blank = draft("demo", 1, members, issued, config_hash="c", placement_hash="p")
     agreed = join([sign(blank, k.key, k.certificate) for k in installed.values()])
     for each in installed.values():
         install_roster(each, agreed)

@@ -17,13 +17,13 @@ from token_world import PARTIES, SPEC, Recording, expert_weights
 from torch import Tensor
 
 from coterie.errors import CheckpointError, CoterieError, MessageError, ModelError, RoundError
-from coterie.federation.expert_work import Rows
-from coterie.federation.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, ExpertHost, HostLimits
 from coterie.federation.shard import Shard
-from coterie.federation.staging import PartyStage
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.tokens.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, TokensHost, TokensHostLimits
+from coterie.federation.tokens.host_math import Rows
+from coterie.federation.tokens.staging import PartyStage
+from coterie.federation.wire.transport import Address, Lane, Message
 from coterie.models.seam import ExpertsCall, LocalExperts, expert_layers
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 from coterie.training.optim import make_optimizer
 
 HOSTED = (0, 3, 5)  # of layer 0 and 1; layer 2 is somebody else's
@@ -37,10 +37,10 @@ def shard_weights(family: str = "olmoe") -> dict[str, Tensor]:
     }
 
 
-def make_host(family: str = "olmoe", optimizer: Any = None, **settings: Any) -> ExpertHost:
+def make_host(family: str = "olmoe", optimizer: Any = None, **settings: Any) -> TokensHost:
     layers = expert_layers(tiny_model(family))
     shard = Shard(layers, shard_weights(family), optimizer or (lambda params: make_optimizer(params, SPEC)))
-    return ExpertHost("alder", PARTIES, layers, shard, **settings)
+    return TokensHost("alder", PARTIES, layers, shard, **settings)
 
 
 def rows(seed: int = 0, tokens: int = 7, weighted: bool = True, dtype: torch.dtype = torch.float32) -> Rows:
@@ -110,7 +110,7 @@ def test_forward_and_backward_are_those_of_autograd(family: str, weighted: bool,
 def test_bfloat16_experts_answer_in_bfloat16_and_stage_in_float32() -> None:
     layers = expert_layers(tiny_model("olmoe"))
     weights = {key: value.bfloat16() for key, value in shard_weights().items()}
-    host = ExpertHost("alder", PARTIES, layers, Shard(layers, weights, Recording))
+    host = TokensHost("alder", PARTIES, layers, Shard(layers, weights, Recording))
     host.begin(0, 0)
     part = rows(dtype=torch.bfloat16)
     exact = make_host().forward(exchange(), rows(), keep=False)
@@ -138,13 +138,13 @@ def test_a_micro_batch_without_a_token_for_this_host_only_counts() -> None:
 # ---- rounds -------------------------------------------------------------------------------------------------------
 
 
-def contribute(host: ExpertHost, party: str = "birch", attempt: int = 0, seed: int = 0) -> None:
+def contribute(host: TokensHost, party: str = "birch", attempt: int = 0, seed: int = 0) -> None:
     for layer in (0, 1):
         out = host.forward(exchange(layer=layer, party=party, attempt=attempt), rows(seed), keep=True)
         host.backward(exchange(layer=layer, party=party, attempt=attempt), torch.ones_like(out))
 
 
-def declare(host: ExpertHost, attempt: int = 0, count: int = 5) -> None:
+def declare(host: TokensHost, attempt: int = 0, count: int = 5) -> None:
     for party in PARTIES:
         host.tokens(party, 0, attempt, count)
 
@@ -172,7 +172,7 @@ def test_a_round_cannot_commit_before_all_parties_have_declared() -> None:
 
 
 def test_closed_host_lets_nobody_wait_for_a_round_that_will_not_begin() -> None:
-    host = make_host(limits=HostLimits(begin_s=600.0))
+    host = make_host(limits=TokensHostLimits(begin_s=600.0))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(host.tokens, "birch", 3, 1, 5)
         host.close()
@@ -242,7 +242,7 @@ def test_a_message_of_a_round_that_begins_late_here_waits_for_it() -> None:
 
 
 def test_a_message_of_a_round_that_never_begins_here_is_refused() -> None:
-    host = make_host(limits=HostLimits(begin_s=0.05))
+    host = make_host(limits=TokensHostLimits(begin_s=0.05))
     assert code_of(lambda: host.forward(exchange(), rows(), keep=True)) == "round-not-begun"
 
 
@@ -265,7 +265,7 @@ def test_the_same_exchange_twice_is_refused() -> None:
 
 def test_a_peer_cannot_make_a_host_keep_more_than_its_share() -> None:
     one, width = rows(), shard_weights()["layer.0.expert.3.gate_up_proj"].shape[0]
-    host = make_host(limits=HostLimits(kept_bytes=3 * (one.num_bytes + len(one.ids_P) * width * 4)))
+    host = make_host(limits=TokensHostLimits(kept_bytes=3 * (one.num_bytes + len(one.ids_P) * width * 4)))
     host.begin(0, 0)
     for number in range(3):
         host.forward(exchange(number), rows(), keep=True)
@@ -277,7 +277,7 @@ def test_a_peer_cannot_make_a_host_keep_more_than_its_share() -> None:
 
 
 def test_a_peer_cannot_begin_micro_batches_without_end() -> None:
-    host = make_host(limits=HostLimits(ahead=2))
+    host = make_host(limits=TokensHostLimits(ahead=2))
     host.begin(0, 0)
     host.forward(exchange(0), rows(), keep=True)
     host.forward(exchange(1), rows(), keep=True)
@@ -384,7 +384,7 @@ def test_a_transcript_sees_what_was_received_even_if_it_is_refused() -> None:
 # ---- shard and checkpoints ----------------------------------------------------------------------------------------
 
 
-def trained() -> ExpertHost:
+def trained() -> TokensHost:
     host = make_host()
     host.begin(0, 0)
     contribute(host)

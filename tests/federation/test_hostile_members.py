@@ -15,27 +15,27 @@ from test_host import dispatch, make_host, rows
 from torch import Tensor
 
 from coterie.errors import CoterieError, MessageError
-from coterie.federation.attempt import Attempt
-from coterie.federation.gate import Gate
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.home import TrunkHome
-from coterie.federation.host import HostLimits
-from coterie.federation.identity import COORDINATOR
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.messages import TABLE, check_request
-from coterie.federation.parts import digest_of, expert_parts
-from coterie.federation.pool import Pool, PoolLimits
-from coterie.federation.provision import local_kits
-from coterie.federation.roster import load_roster
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Handler, Lane, Message
-from coterie.models.placement import Placement
+from coterie.federation.experts.host import ExpertsHost, ExpertsHostLimits
+from coterie.federation.experts.parts import digest_of, expert_parts
+from coterie.federation.experts.shared_trunk import TrunkHost
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.tokens.host import TokensHostLimits
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.gate import Gate
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.messages import TABLE, check_request
+from coterie.federation.wire.transport import Handler, Lane, Message
 from coterie.models.seam import expert_layers
-from coterie.models.tiny import tiny_model
+from coterie.models.split.placement import Placement
+from coterie.models.zoo.tiny import tiny_model
 from hostile import POISON, mutations, poisoned
 
 PARTIES = ("alder", "birch", "cedar")
-LIMITS = PoolLimits(rounds=4, weight=64, value=1e5)
+LIMITS = ExpertsHostLimits(rounds=4, weight=64, value=1e5)
 NOW = Attempt(1, 1)
 
 
@@ -43,7 +43,7 @@ class Tokens:
     """A host in an open round, with one message of each kind that its peer may send."""
 
     def __init__(self) -> None:
-        self.host = make_host(limits=HostLimits(begin_s=0.05, rounds=4, micro_batches=4, tokens=64, value=1e5))
+        self.host = make_host(limits=TokensHostLimits(begin_s=0.05, rounds=4, micro_batches=4, tokens=64, value=1e5))
         self.host.begin(1, 1)
         self.handle: Handler = self.host.handle
         first = dispatch(rows(), round=1, attempt=1)
@@ -78,7 +78,7 @@ class Experts:
         )
         make = lambda params: make_optimizer(params, OptimSpec())  # noqa: E731
         shard = Shard(layers, shard_of(model, placement, "alder"), make)
-        self.pool = Pool("alder", PARTIES, parts, shard, TrunkHome({}, make), limits=LIMITS, ahead=2)
+        self.pool = ExpertsHost("alder", PARTIES, parts, shard, TrunkHost({}, make), limits=LIMITS, ahead=2)
         self.pool.begin(NOW)
         self.handle: Handler = lambda peer, lane, message: self.pool.handle(peer, lane, message, wait_s=0.05)
         self.part = next(part for part in parts if part.host == "alder")

@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from coterie.errors import IdentityError
-from coterie.federation import identity, kit
-from coterie.federation.identity import Authority, Member, Role, members_of
-from coterie.federation.kit import new_kit
-from coterie.federation.provision import local_kits, provision
+from coterie.federation.identity import certificates, kit
+from coterie.federation.identity.certificates import Authority, Member, Role, members_of
+from coterie.federation.identity.kit import new_kit
+from coterie.federation.identity.provision import local_kits, provision
 from coterie.storage import write_whole
 
 ALDER = Member("alder", Role.PARTY, "alder.example.org:7001")
@@ -28,7 +28,7 @@ MEMBERS = (ALDER, BIRCH)
 
 @pytest.fixture
 def authority() -> Authority:
-    return identity.new_authority("demo")
+    return certificates.new_authority("demo")
 
 
 def files_under(folder: Path) -> set[str]:
@@ -109,12 +109,12 @@ def test_a_file_that_fails_halfway_leaves_the_old_one(tmp_path: Path, monkeypatc
 
 
 def test_a_certificate_carries_name_role_and_addresses_and_cannot_certify_others(authority: Authority) -> None:
-    certificate = authority.issue(ALDER, identity.new_key().public_key())
+    certificate = authority.issue(ALDER, certificates.new_key().public_key())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["coterie://demo/party/alder"]
     assert names.get_values_for_type(x509.DNSName) == ["alder", "localhost", "alder.example.org"]
     assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
-    assert identity.member_of(certificate) == ("alder", Role.PARTY, "demo")
+    assert certificates.member_of(certificate) == ("alder", Role.PARTY, "demo")
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert set(usage) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
@@ -122,28 +122,28 @@ def test_a_certificate_carries_name_role_and_addresses_and_cannot_certify_others
 
 
 def test_a_certificate_of_another_ca_is_refused(authority: Authority) -> None:
-    stranger = identity.new_authority("demo").issue(ALDER, identity.new_key().public_key())
+    stranger = certificates.new_authority("demo").issue(ALDER, certificates.new_key().public_key())
     with pytest.raises(IdentityError, match="not issued by this federation's CA") as caught:
-        identity.check_issued(stranger, authority.certificate, "The certificate of alder")
+        certificates.check_issued(stranger, authority.certificate, "The certificate of alder")
     assert code_of(caught) == "identity-other-ca"
 
 
 @pytest.mark.parametrize(("days_ago", "days", "code"), [(10, 5, "identity-expired"), (-5, 5, "identity-not-yet")])
 def test_a_certificate_is_refused_outside_its_time(authority: Authority, days_ago: int, days: int, code: str) -> None:
     then = dt.datetime.now(dt.UTC) - dt.timedelta(days=days_ago)
-    certificate = authority.issue(ALDER, identity.new_key().public_key(), days=days, now=then)
+    certificate = authority.issue(ALDER, certificates.new_key().public_key(), days=days, now=then)
     with pytest.raises(IdentityError) as caught:
-        identity.check_issued(certificate, authority.certificate, "The certificate of alder")
+        certificates.check_issued(certificate, authority.certificate, "The certificate of alder")
     assert code_of(caught) == code
 
 
 def test_fingerprints_compare_without_colons_blanks_and_case(authority: Authority) -> None:
-    shown = identity.fingerprint(authority.certificate)
+    shown = certificates.fingerprint(authority.certificate)
     assert shown == authority.certificate.fingerprint(hashes.SHA256()).hex(":").upper()
-    assert identity.same_fingerprint(shown, shown.lower().replace(":", " "))
-    assert not identity.same_fingerprint(shown, shown[:-1] + ("0" if shown[-1] != "0" else "1"))
-    assert not identity.same_fingerprint("", "")
-    assert not identity.same_fingerprint(shown[:11], shown[:11])
+    assert certificates.same_fingerprint(shown, shown.lower().replace(":", " "))
+    assert not certificates.same_fingerprint(shown, shown[:-1] + ("0" if shown[-1] != "0" else "1"))
+    assert not certificates.same_fingerprint("", "")
+    assert not certificates.same_fingerprint(shown[:11], shown[:11])
 
 
 # ---- request, approve, install
@@ -157,7 +157,9 @@ def test_a_party_makes_its_own_key_and_comes_by_a_kit_without_sending_it(
     assert key not in asked.read_bytes()
     member, certificate = kit.approve(asked.read_bytes(), MEMBERS, authority)
     assert member == ALDER
-    kit.install(tmp_path / "alder", certificate, authority.certificate, identity.fingerprint(authority.certificate))
+    kit.install(
+        tmp_path / "alder", certificate, authority.certificate, certificates.fingerprint(authority.certificate)
+    )
     mine = kit.load_kit(tmp_path / "alder")
     assert (mine.name, mine.role, mine.federation) == ("alder", Role.PARTY, "demo")
     assert (tmp_path / "alder" / "key.pem").read_bytes() == key
@@ -167,21 +169,23 @@ def test_install_refuses_a_ca_with_another_fingerprint_and_writes_nothing(
     tmp_path: Path, authority: Authority
 ) -> None:
     asked = kit.request(ALDER, "demo", tmp_path / "alder")
-    between = identity.new_authority("demo")  # somebody swapped the CA on the way
+    between = certificates.new_authority("demo")  # somebody swapped the CA on the way
     _, certificate = kit.approve(asked.read_bytes(), MEMBERS, between)
     before = files_under(tmp_path)
     with pytest.raises(IdentityError, match="not the one whose fingerprint you were given") as caught:
-        kit.install(tmp_path / "alder", certificate, between.certificate, identity.fingerprint(authority.certificate))
+        kit.install(
+            tmp_path / "alder", certificate, between.certificate, certificates.fingerprint(authority.certificate)
+        )
     assert code_of(caught) == "identity-ca-fingerprint"
     assert files_under(tmp_path) == before
 
 
 def test_install_refuses_a_certificate_made_for_another_key(tmp_path: Path, authority: Authority) -> None:
     kit.request(ALDER, "demo", tmp_path / "alder")
-    other = authority.issue(ALDER, identity.new_key().public_key())
+    other = authority.issue(ALDER, certificates.new_key().public_key())
     before = files_under(tmp_path)
     with pytest.raises(IdentityError) as caught:
-        kit.install(tmp_path / "alder", other, authority.certificate, identity.fingerprint(authority.certificate))
+        kit.install(tmp_path / "alder", other, authority.certificate, certificates.fingerprint(authority.certificate))
     assert code_of(caught) == "identity-key-mismatch"
     assert files_under(tmp_path) == before
 
@@ -231,7 +235,7 @@ def test_a_request_signed_with_another_key_than_it_asks_for_is_refused(tmp_path:
         .public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
     )
     foreign = (
-        identity.new_key()
+        certificates.new_key()
         .public_key()
         .public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
     )
@@ -279,7 +283,7 @@ def test_a_kit_that_does_not_fit_together_is_refused_with_the_reason(tmp_path: P
     (alder / "cert.pem").unlink()
     expect("identity-missing")
     p384 = ec.generate_private_key(ec.SECP384R1())
-    (alder / "key.pem").write_bytes(identity.key_pem(p384))
+    (alder / "key.pem").write_bytes(certificates.key_pem(p384))
     expect("identity-key-type")
     assert kit.load_kit(alder).name == "alder"
     with pytest.raises(IdentityError, match="no kit folder"):
@@ -294,21 +298,21 @@ def test_an_expired_kit_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_nothing_the_ca_issues_outlives_it() -> None:
-    authority = identity.new_authority("demo", days=20)
-    certificate = authority.issue(ALDER, identity.new_key().public_key(), days=400)
+    authority = certificates.new_authority("demo", days=20)
+    certificate = authority.issue(ALDER, certificates.new_key().public_key(), days=400)
     assert certificate.not_valid_after_utc == authority.certificate.not_valid_after_utc
     later = dt.datetime.now(dt.UTC) + dt.timedelta(days=21)
     with pytest.raises(IdentityError, match="The CA certificate expired on"):
-        authority.issue(ALDER, identity.new_key().public_key(), days=3, now=later)
+        authority.issue(ALDER, certificates.new_key().public_key(), days=3, now=later)
 
 
 @pytest.mark.parametrize(("ca_days", "days", "file"), [(1000, 20, "cert.pem"), (20, 400, "ca.pem"), (1000, 400, "")])
 def test_the_first_of_two_dates_is_the_one_that_is_told(tmp_path: Path, ca_days: int, days: int, file: str) -> None:
-    authority, key = identity.new_authority("demo", days=ca_days), identity.new_key()
+    authority, key = certificates.new_authority("demo", days=ca_days), certificates.new_key()
     certificate = authority.issue(ALDER, key.public_key(), days=days)
     mine = kit.Kit(tmp_path, "alder", Role.PARTY, "demo", key, certificate, authority.certificate)
     if file == "ca.pem":  # issued by an earlier version, beyond its CA's end
-        object.__setattr__(mine, "certificate", identity.new_authority("x", days=400).certificate)
+        object.__setattr__(mine, "certificate", certificates.new_authority("x", days=400).certificate)
     assert (str(tmp_path / file) in mine.ends_soon()) if file else mine.ends_soon() == ""
     if file:
         assert "in 19 days" in mine.ends_soon()
@@ -333,7 +337,7 @@ def test_a_key_whose_mode_cannot_be_changed_is_open_when_others_can_really_read_
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
     kept = tmp_path / "kit"
     kept.mkdir()
-    (kept / "key.pem").write_bytes(identity.key_pem(identity.new_key()))
+    (kept / "key.pem").write_bytes(certificates.key_pem(certificates.new_key()))
     (kept / "key.pem").chmod(key)
     kept.chmod(folder)
     if open_to_others:

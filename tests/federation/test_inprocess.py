@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import pytest
 
 from coterie.errors import TransportError
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Address, Lane, Message
 
 
 @pytest.fixture

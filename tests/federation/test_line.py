@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from coterie.federation.frame import Encoded, Frame, FrameType
-from coterie.federation.line import Line, Link
-from coterie.federation.transport import Lane, Message
+from coterie.federation.wire.frame import Encoded, Frame, FrameType
+from coterie.federation.wire.peer_lane import Line, Link
+from coterie.federation.wire.transport import Lane, Message
 
 WINDOW, WINDOW_BYTES = 4, 1000
 

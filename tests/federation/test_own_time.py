@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coterie.federation.own_time import OwnTime
+from coterie.federation.wire.own_time import OwnTime
 
 
 def test_own_time_stands_still_while_nobody_reads_it() -> None:

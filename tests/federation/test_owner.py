@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from coterie.errors import RoundError
-from coterie.federation.attempt import Attempt
-from coterie.federation.fetch_weights import WeightFetcher
-from coterie.federation.home import TrunkHome
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.owner import Mirror
-from coterie.federation.parts import Part, digest_of, expert_parts
-from coterie.federation.pool import DECLARE, Pool
-from coterie.federation.serve_weights import CHUNK, WeightService
-from coterie.federation.transport import Lane, Message
-from coterie.models.weight_cache import MemoryStore, WeightCache
+from coterie.federation.experts.fetch_weights import WeightFetcher
+from coterie.federation.experts.host import DECLARE, ExpertsHost
+from coterie.federation.experts.owner import Mirror
+from coterie.federation.experts.parts import Part, digest_of, expert_parts
+from coterie.federation.experts.serve_weights import CHUNK, WeightService
+from coterie.federation.experts.shared_trunk import TrunkHost
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Lane, Message
+from coterie.models.streaming.cache import MemoryStore, WeightCache
 
 PARTIES = ("alder", "birch")
 LAYERS, EXPERTS = 3, 4
@@ -32,7 +32,7 @@ PARTS = expert_parts(
 
 
 class OwnParts:
-    """What a `Pool` is to a mirror."""
+    """What a `ExpertsHost` is to a mirror."""
 
     me = "alder"
 
@@ -192,8 +192,8 @@ def test_unchanged_parts_are_not_asked_for_again(world: World):
 
 def test_messages_for_a_line_that_was_given_up_hold_up_nothing() -> None:
     """One thread serves a lane: a request that waits for a round which never comes would delay all that follow."""
-    home = TrunkHome({}, lambda params: None)  # type: ignore[arg-type, return-value]
-    pool = Pool("birch", ("alder", "birch"), [], None, home, ahead=2)  # type: ignore[arg-type]
+    home = TrunkHost({}, lambda params: None)  # type: ignore[arg-type, return-value]
+    pool = ExpertsHost("birch", ("alder", "birch"), [], None, home, ahead=2)  # type: ignore[arg-type]
     pool.begin(Attempt(8, 1))
     refused: list[str] = []
 

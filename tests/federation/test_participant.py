@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from coterie.errors import CheckpointError, CoterieError
-from coterie.federation.control import Directive
-from coterie.federation.participant import Alive, Participant
-from coterie.federation.round_state import Ending, Phase, Saved, State
+from coterie.federation.rounds.directives import Directive
+from coterie.federation.rounds.follower import Alive, Follower
+from coterie.federation.rounds.state import Ending, Phase, Saved, State
 
 
 class Actor:
@@ -84,7 +84,7 @@ OVER = State(seq=3, phase=Phase.END, ending=Ending.STOPPED)
 
 def test_news_about_one_directive_does_not_interrupt_the_next() -> None:
     actor, script = Actor(), Script(LOADING, COMPUTING, OVER)
-    participant = Participant("alder", actor)
+    participant = Follower("alder", actor)
     main = threading.Thread(target=participant.run, args=(script,), daemon=True)
     main.start()
     assert actor.entered.wait(10)
@@ -105,5 +105,5 @@ def test_commit_that_cannot_be_applied_at_the_end_is_said_and_the_goodbye_still_
     actor.leave.set()
     told: list[CoterieError] = []
     with pytest.raises(CheckpointError, match="disk full"):
-        Participant("alder", actor, failed=told.append).run(script)  # type: ignore[arg-type]
+        Follower("alder", actor, failed=told.append).run(script)  # type: ignore[arg-type]
     assert script.said[-1] == {"done": 3, "live": None}

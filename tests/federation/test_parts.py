@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from coterie.errors import FrameError, MessageError, RoundError, TransportError
-from coterie.federation.attempt import Attempt
-from coterie.federation.fetch_weights import WeightFetcher
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.parts import CHUNK, Part, digest_of, expert_parts
-from coterie.federation.push_sums import Push, Pusher
-from coterie.federation.serve_weights import CHUNK as WEIGHTS_CHUNK
-from coterie.federation.serve_weights import WeightService
-from coterie.federation.take_sums import PushService
-from coterie.federation.transport import Lane, Message
+from coterie.federation.experts.fetch_weights import WeightFetcher
+from coterie.federation.experts.parts import CHUNK, Part, digest_of, expert_parts
+from coterie.federation.experts.push_sums import Push, Pusher
+from coterie.federation.experts.serve_weights import CHUNK as WEIGHTS_CHUNK
+from coterie.federation.experts.serve_weights import WeightService
+from coterie.federation.experts.take_sums import PushService
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Lane, Message
 
 PARTIES = ("alder", "birch")
 SHAPES = [{"gate_up_proj": (4, 6, 5), "down_proj": (4, 5, 3)}] * 2

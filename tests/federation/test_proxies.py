@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from coterie.federation import reach
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.provision import free_endpoints, local_kits
-from coterie.federation.roster import load_roster
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.identity.provision import free_endpoints, local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire import unreachable
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.transport import Address, Lane, Message
 
 NAMES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 
@@ -55,8 +55,8 @@ def test_members_reach_each_other_past_it_and_doctor_says_the_same(
             member.start(lambda peer, lane, message: message)
         members[1].connect(10.0)
         assert members[1].request("alder", Lane.FORWARD, Message("hello", Address(round=3)), 5.0).address.round == 3
-        assert reach.look_at("alder", load_roster(kits["birch"]), kits["birch"].authority) is None
-        assert reach.proxies_named()
+        assert unreachable.look_at("alder", load_roster(kits["birch"]), kits["birch"].authority) is None
+        assert unreachable.proxies_named()
     finally:
         for member in members:
             member.close()
@@ -67,7 +67,7 @@ def test_a_member_that_is_away_is_told_with_the_proxy_that_was_passed_by(
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://user:secret@127.0.0.1:9")
     kits = local_kits(tmp_path / "kits", ["alder", "birch"])
-    problem = reach.look_at("alder", load_roster(kits["birch"]), kits["birch"].authority)
+    problem = unreachable.look_at("alder", load_roster(kits["birch"]), kits["birch"].authority)
     assert problem is not None
     assert problem.code == "unreachable"
     assert "past the proxy that https_proxy names" in str(problem)

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from coterie.errors import IdentityError, TransportError
-from coterie.federation import identity, reach
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.identity import Authority, Member, Role, cert_pem, key_pem
-from coterie.federation.kit import Kit, load_kit
-from coterie.federation.provision import free_endpoints, local_kits
-from coterie.federation.roster import draft, load_roster, save_roster, sign
+from coterie.federation.identity import certificates
+from coterie.federation.identity.certificates import Authority, Member, Role, cert_pem, key_pem
+from coterie.federation.identity.kit import Kit, load_kit
+from coterie.federation.identity.provision import free_endpoints, local_kits
+from coterie.federation.identity.roster import draft, load_roster, save_roster, sign
+from coterie.federation.wire import unreachable
+from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.storage import write_whole
 
 
@@ -34,7 +35,7 @@ def refuse(number: int) -> Any:
 def test_a_port_that_needs_an_administrator_is_not_called_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_server", refuse(errno.EACCES))
     with pytest.raises(TransportError, match="need an administrator's rights") as caught:
-        reach.check_free("alder", "127.0.0.1:443")
+        unreachable.check_free("alder", "127.0.0.1:443")
     assert caught.value.code == "port-needs-root"
 
 
@@ -49,8 +50,8 @@ def test_a_name_service_that_is_away_is_said_wherever_a_name_is_used(
     monkeypatch.setattr(socket, "create_server", away)
     monkeypatch.setattr(socket, "create_connection", away)
     with pytest.raises(TransportError, match="cannot be resolved"):
-        reach.check_free("alder", "alder.example:7410")
-    found = reach.look_at("alder", roster, kits["birch"].authority)
+        unreachable.check_free("alder", "alder.example:7410")
+    found = unreachable.look_at("alder", roster, kits["birch"].authority)
     assert found is not None
     assert "cannot be resolved" in found.message
 
@@ -59,7 +60,7 @@ def test_a_name_service_that_is_away_is_said_wherever_a_name_is_used(
 def two_sides(folder: Path, authority: Authority, lives: dict[str, float]) -> Iterator[dict[str, GrpcTransport]]:
     """alder listens and birch dials, with certificates that live for so many seconds."""
     members = [Member(n, Role.PARTY, e) for n, e in zip(lives, free_endpoints(2), strict=True)]
-    keys = {member.name: identity.new_key() for member in members}
+    keys = {member.name: certificates.new_key() for member in members}
     certificates = {
         m.name: authority.issue(m, keys[m.name].public_key(), days=lives[m.name] / 86400) for m in members
     }
@@ -91,7 +92,7 @@ def test_a_certificate_that_ends_in_mid_run_is_named_with_its_date_on_both_sides
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     life, long = 6.0, 30 * 86400.0
-    authority = identity.new_authority("demo", days=(life if whose == "ca" else long) / 86400)
+    authority = certificates.new_authority("demo", days=(life if whose == "ca" else long) / 86400)
     end = time.monotonic() + life
     lives = {"alder": life if whose == "listening" else long, "birch": life if whose == "dialling" else long}
     with two_sides(tmp_path, authority, lives) as sides:

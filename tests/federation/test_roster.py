@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from coterie.errors import CoterieError, RosterError
-from coterie.federation import identity
-from coterie.federation.identity import Authority, Member, Role, members_of
-from coterie.federation.kit import Kit, load_authority
-from coterie.federation.provision import local_kits
-from coterie.federation.roster import (
+from coterie.federation.identity import certificates
+from coterie.federation.identity.certificates import Authority, Member, Role, members_of
+from coterie.federation.identity.kit import Kit, load_authority
+from coterie.federation.identity.provision import local_kits
+from coterie.federation.identity.roster import (
     Roster,
     draft,
     from_json,
@@ -61,7 +61,7 @@ def test_a_provisioned_roster_is_signed_by_all_and_the_same_in_every_kit(kits: d
     assert [e.name for e in rosters[0].parties] == ["coordinator", "alder", "birch", "cedar"]
     assert set(rosters[0].signatures) == set(kits)
     assert [e.cert_fingerprint for e in rosters[0].parties] == [
-        identity.fingerprint(kit.certificate) for kit in kits.values()
+        certificates.fingerprint(kit.certificate) for kit in kits.values()
     ]
 
 
@@ -169,10 +169,10 @@ def test_the_second_gate_admits_listed_certificates_alone(
     roster: Roster, authority: Authority, kits: dict[str, Kit]
 ) -> None:
     assert roster.admit(kits["cedar"].certificate).name == "cedar"
-    again = authority.issue(Member("cedar", Role.PARTY, "127.0.0.1:1"), identity.new_key().public_key())
-    stranger = authority.issue(Member("mallory", Role.PARTY, "127.0.0.1:1"), identity.new_key().public_key())
+    again = authority.issue(Member("cedar", Role.PARTY, "127.0.0.1:1"), certificates.new_key().public_key())
+    stranger = authority.issue(Member("mallory", Role.PARTY, "127.0.0.1:1"), certificates.new_key().public_key())
     for valid_but_unlisted in (again, stranger):
-        identity.check_issued(valid_but_unlisted, authority.certificate, "It")
+        certificates.check_issued(valid_but_unlisted, authority.certificate, "It")
         with pytest.raises(RosterError, match="valid but not in the roster") as caught:
             roster.admit(valid_but_unlisted)
         assert caught.value.code == "roster-not-listed"

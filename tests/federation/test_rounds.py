@@ -10,24 +10,24 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coterie.federation.round_state import (
+from coterie.federation.rounds.coordinator_rules import advance, wanting
+from coterie.federation.rounds.party_rules import Act, PartyMemory, acts, after_act
+from coterie.federation.rounds.state import (
     Clock,
     Ending,
     History,
     Move,
+    PartyReport,
     Phase,
-    Plan,
-    Record,
-    Report,
+    PublishedCheckpoint,
+    RoundPlan,
     Saved,
     State,
     View,
 )
-from coterie.federation.rounds import advance, wanting
-from coterie.federation.standing import Act, Standing, acts, after_act
 
 PARTIES = ("alder", "birch", "cedar")
-PLAN = Plan(
+PLAN = RoundPlan(
     PARTIES,
     rounds=6,
     evaluate_every=2,
@@ -39,12 +39,12 @@ PLAN = Plan(
 )
 
 
-def views(now: float = 0.0, **reports: Report) -> dict[str, View]:
+def views(now: float = 0.0, **reports: PartyReport) -> dict[str, View]:
     return {name: View(report, now) for name, report in reports.items()}
 
 
 def everyone(now: float = 0.0, **fields: object) -> dict[str, View]:
-    return views(now, **{name: Report(f"{name}-1", **fields) for name in PARTIES})  # type: ignore[arg-type]
+    return views(now, **{name: PartyReport(f"{name}-1", **fields) for name in PARTIES})  # type: ignore[arg-type]
 
 
 AT_START = Clock(now=1.0, entered=0.0)
@@ -56,7 +56,7 @@ AT_START = Clock(now=1.0, entered=0.0)
 def test_nothing_happens_before_everyone_is_there():
     state = State()
     assert advance(PLAN, state, History(), {}, AT_START) is None
-    two = views(alder=Report("a", done=1, live=0), birch=Report("b", done=1, live=0))
+    two = views(alder=PartyReport("a", done=1, live=0), birch=PartyReport("b", done=1, live=0))
     assert advance(PLAN, state, History(), two, AT_START) is None
     assert wanting(PLAN, state, two, AT_START).missing == ("cedar",)
 
@@ -64,7 +64,7 @@ def test_nothing_happens_before_everyone_is_there():
 def computing(now: float, **views_: View) -> Move | None:
     """What is decided in compute of round 1 with these views, the others heard just now."""
     state = State(seq=5, phase=Phase.COMPUTE, round=1, attempt=1)
-    here = {name: View(Report(name, live=0), now) for name in PARTIES}
+    here = {name: View(PartyReport(name, live=0), now) for name in PARTIES}
     return advance(PLAN, state, History(), {**here, **views_}, Clock(now, 0.0))
 
 
@@ -73,7 +73,7 @@ def test_silent_party_without_a_connection_is_lost_long_before_one_that_is_only_
     quiet, now = PLAN.quiet_s, 100.0
     assert quiet < PLAN.lease_s
     heard = {"just in time": now - quiet + 0.1, "late": now - quiet - 0.1, "very late": now - PLAN.lease_s - 0.1}
-    report = Report("cedar", live=0)
+    report = PartyReport("cedar", live=0)
     for connected, lost in ((False, ("late", "very late")), (True, ("very late",))):
         for name, at in heard.items():
             move = computing(now, cedar=View(report, at, connected))
@@ -84,36 +84,36 @@ def test_silent_party_without_a_connection_is_lost_long_before_one_that_is_only_
 
 def test_line_between_two_parties_that_are_here_is_named_and_waited_for():
     now = 100.0
-    cut = View(Report("birch", live=0, unreachable=("cedar",)), now)
+    cut = View(PartyReport("birch", live=0, unreachable=("cedar",)), now)
     move = computing(now, birch=cut)
     assert move is not None
     assert move.state.note == "no connection between birch and cedar in compute of round 1"
-    gathered = {name: View(Report(name, done=6, live=0), now) for name in PARTIES}
-    gathered["birch"] = View(Report("birch", done=6, live=0, unreachable=("cedar",)), now)
+    gathered = {name: View(PartyReport(name, done=6, live=0), now) for name in PARTIES}
+    gathered["birch"] = View(PartyReport("birch", done=6, live=0, unreachable=("cedar",)), now)
     at = Clock(now, now - 1.0)
     assert advance(PLAN, move.state, History(), gathered, at) is None
     assert wanting(PLAN, move.state, gathered, at).cut == (("birch", "cedar"),)
     ended = advance(PLAN, move.state, History(), gathered, Clock(now, now - PLAN.join_s - 1.0))
     assert ended is not None
     assert (ended.state.code, ended.state.ending) == ("round-link-cut", Ending.FAILED)
-    gathered["birch"] = View(Report("birch", done=6, live=0), now)
+    gathered["birch"] = View(PartyReport("birch", done=6, live=0), now)
     assert advance(PLAN, move.state, History(), gathered, at) is not None
 
 
 def test_party_that_is_gone_is_not_taken_for_a_line_that_is_cut():
     """Both others say that they cannot reach it; nobody has heard of it either."""
     now = 100.0
-    told = {name: View(Report(name, live=0, unreachable=("cedar",)), now) for name in ("alder", "birch")}
-    gone = View(Report("cedar", live=0), now - PLAN.quiet_s + 0.5, connected=False)
+    told = {name: View(PartyReport(name, live=0, unreachable=("cedar",)), now) for name in ("alder", "birch")}
+    gone = View(PartyReport("cedar", live=0), now - PLAN.quiet_s + 0.5, connected=False)
     assert computing(now, cedar=gone, **told) is None
-    gone = View(Report("cedar", live=0), now - PLAN.quiet_s - 0.5, connected=False)
+    gone = View(PartyReport("cedar", live=0), now - PLAN.quiet_s - 0.5, connected=False)
     move = computing(now, cedar=gone, **told)
     assert move is not None
     assert move.state.note == "lost cedar in compute of round 1"
 
 
 def test_party_that_never_arrives_ends_the_run_and_is_named_with_the_deadline():
-    two = views(300.5, alder=Report("a", done=1, live=0), birch=Report("b", done=1, live=0))
+    two = views(300.5, alder=PartyReport("a", done=1, live=0), birch=PartyReport("b", done=1, live=0))
     move = advance(PLAN, State(), History(), two, Clock(now=301.0, entered=0.0))
     assert move is not None
     assert (move.state.phase, move.state.ending) == (Phase.END, Ending.FAILED)
@@ -131,7 +131,7 @@ def test_new_processes_load_the_split_model_first():
 def test_commit_needs_every_party():
     state = State(seq=5, phase=Phase.COMPUTE, round=3, attempt=2, committed=2)
     two = everyone(done=5, live=2)
-    two["cedar"] = View(Report("cedar-1", done=4, live=2), 0.0)
+    two["cedar"] = View(PartyReport("cedar-1", done=4, live=2), 0.0)
     assert advance(PLAN, state, History(), two, AT_START) is None
     move = advance(PLAN, state, History(), everyone(done=5, live=2), AT_START)
     assert move is not None
@@ -144,7 +144,7 @@ def test_failure_in_any_phase_gathers_everyone_and_counts(phase: Phase):
     state = State(seq=9, phase=phase, round=2, attempt=1, committed=2 if phase is not Phase.COMPUTE else 1)
     live = 1 if phase is Phase.COMPUTE else 2
     reports = everyone(done=8, live=live)
-    reports["birch"] = View(Report("birch-1", done=8, failed=9, code="deadline", live=live), 0.0)
+    reports["birch"] = View(PartyReport("birch-1", done=8, failed=9, code="deadline", live=live), 0.0)
     move = advance(PLAN, state, History(), reports, AT_START)
     assert move is not None
     assert (move.state.phase, move.state.failures, move.committed) == (Phase.GATHER, 1, False)
@@ -156,13 +156,13 @@ def test_party_that_fails_to_step_while_all_gather_is_asked_again_at_once():
     # Killed between commit and step: birch learns of the commit here, and its step fails.
     state = State(seq=12, phase=Phase.GATHER, round=3, committed=3, committed_attempt=1, begun=True, evaluated=2)
     reports = everyone(done=12, live=3)
-    reports["birch"] = View(Report("birch-1", done=11, failed=12, code="disk", live=None), 0.0)
+    reports["birch"] = View(PartyReport("birch-1", done=11, failed=12, code="disk", live=None), 0.0)
     move = advance(PLAN, state, History(), reports, AT_START)
     assert move is not None
     assert (move.state.phase, move.state.seq, move.state.failures) == (Phase.GATHER, 13, 1)
     assert "birch failed in gather of round 3 (disk)" in move.state.note
     reports = everyone(done=13, live=3)
-    reports["birch"] = View(Report("birch-1", done=13, failed=12, code="disk", live=None), 0.0)
+    reports["birch"] = View(PartyReport("birch-1", done=13, failed=12, code="disk", live=None), 0.0)
     move = advance(PLAN, move.state, History(), reports, AT_START)
     assert move is not None
     assert move.state.phase is Phase.RESTORE
@@ -171,7 +171,7 @@ def test_party_that_fails_to_step_while_all_gather_is_asked_again_at_once():
 def test_too_many_failures_in_a_row_end_the_run_with_the_last_reason():
     state = State(seq=9, phase=Phase.COMPUTE, round=2, attempt=3, committed=1, failures=2)
     reports = everyone(done=8, live=1)
-    reports["birch"] = View(Report("birch-1", done=8, failed=9, code="data", live=1), 0.0)
+    reports["birch"] = View(PartyReport("birch-1", done=8, failed=9, code="data", live=1), 0.0)
     move = advance(PLAN, state, History(), reports, AT_START)
     assert move is not None
     assert (move.state.ending, move.state.code) == (Ending.FAILED, "data")
@@ -193,26 +193,26 @@ def test_missed_lease_in_any_phase_gathers_and_names_who_is_lost(phase: Phase):
 def test_lost_party_does_not_undo_a_commit():
     state = State(seq=9, phase=Phase.STEP, round=2, attempt=1, committed=2, committed_attempt=1)
     reports = everyone(now=50.0, done=9, live=2)
-    reports["cedar"] = View(Report("cedar-1", done=8, live=1), 30.0)
+    reports["cedar"] = View(PartyReport("cedar-1", done=8, live=1), 30.0)
     move = advance(PLAN, state, History(), reports, Clock(now=50.0, entered=20.0))
     assert move is not None
     assert (move.state.phase, move.state.committed, move.back_to) == (Phase.GATHER, 2, None)
     # It comes back with its memory: told of the commit it steps, and nobody goes back.
     told = move.state
-    assert acts("cedar", Standing(1, (2, 1)), told) == (Act.STEP,)
+    assert acts("cedar", PartyMemory(1, (2, 1)), told) == (Act.STEP,)
     move = advance(PLAN, told, History(), everyone(now=60.0, done=told.seq, live=2), Clock(60.0, 50.0))
     assert move is not None
     assert (move.state.phase, move.state.round) == (Phase.EVALUATE, 2)
 
 
 def test_party_that_lost_its_memory_takes_everyone_back_to_the_newest_common_checkpoint():
-    records = tuple(Record(r, {name: Saved(r, f"{name}{r}") for name in PARTIES}) for r in (2, 4))
+    records = tuple(PublishedCheckpoint(r, {name: Saved(r, f"{name}{r}") for name in PARTIES}) for r in (2, 4))
     history = History(records, {5: 3})
     state = State(seq=12, phase=Phase.GATHER, round=5, committed=5, committed_attempt=1, begun=True, evaluated=4)
     reports = {}
     for name in PARTIES:
         held = (Saved(2, f"{name}2"), Saved(4, f"{name}4" if name != "birch" else "torn"))
-        reports[name] = View(Report(name, done=12, live=None if name == "cedar" else 5, held=held), 0.0)
+        reports[name] = View(PartyReport(name, done=12, live=None if name == "cedar" else 5, held=held), 0.0)
     move = advance(PLAN, state, history, reports, AT_START)
     assert move is not None
     assert (move.state.phase, move.state.round, move.back_to) == (Phase.RESTORE, 2, 2)
@@ -221,7 +221,7 @@ def test_party_that_lost_its_memory_takes_everyone_back_to_the_newest_common_che
 
 
 def test_no_common_checkpoint_is_an_error_and_never_a_silent_restart():
-    history = History((Record(4, {name: Saved(4, name) for name in PARTIES}),))
+    history = History((PublishedCheckpoint(4, {name: Saved(4, name) for name in PARTIES}),))
     state = State(seq=12, phase=Phase.GATHER, round=5, committed=5, begun=True)
     reports = everyone(done=12, held=(Saved(4, "alder"),))
     move = advance(PLAN, state, history, reports, AT_START)
@@ -251,7 +251,7 @@ def test_stop_finishes_the_round_writes_a_checkpoint_and_ends():
 
 def test_stop_while_somebody_is_missing_does_not_wait_for_it():
     state = State(seq=7, phase=Phase.GATHER, round=3, committed=3, begun=True)
-    move = advance(PLAN, state, History(), views(alder=Report("a", done=7, live=3)), AT_START, stop="alder")
+    move = advance(PLAN, state, History(), views(alder=PartyReport("a", done=7, live=3)), AT_START, stop="alder")
     assert move is not None
     assert (move.state.ending, move.record) == (Ending.STOPPED, None)
 
@@ -259,7 +259,7 @@ def test_stop_while_somebody_is_missing_does_not_wait_for_it():
 def test_slow_phase_is_given_up_after_its_deadline_and_the_late_are_named():
     state = State(seq=7, phase=Phase.COMPUTE, round=3, attempt=1, committed=2)
     reports = everyone(now=200.0, done=7, live=2)
-    reports["alder"] = View(Report("alder-1", done=6, live=2), 200.0)
+    reports["alder"] = View(PartyReport("alder-1", done=6, live=2), 200.0)
     move = advance(PLAN, state, History(), reports, Clock(now=200.0, entered=99.0))
     assert move is not None
     assert move.state.phase is Phase.GATHER
@@ -276,7 +276,7 @@ def test_restarted_coordinator_grants_a_lease_before_it_misses_anyone():
 
 def test_step_that_fails_every_time_ends_the_run_though_the_round_commits_each_time():
     """Only what got further than ever before makes earlier failures forgotten."""
-    two = Record(2, {name: Saved(2, name) for name in PARTIES})
+    two = PublishedCheckpoint(2, {name: Saved(2, name) for name in PARTIES})
     held = (Saved(2, "alder"), Saved(2, "birch"), Saved(2, "cedar"))
     state, history = State(seq=1, phase=Phase.RESTORE, round=2, committed=2, begun=True, evaluated=2), History((two,))
     committed = 0
@@ -284,9 +284,9 @@ def test_step_that_fails_every_time_ends_the_run_though_the_round_commits_each_t
         seq, live = state.seq, state.committed
         reports = everyone(done=seq, live=live, held=held)
         if state.phase is Phase.GATHER:
-            reports["birch"] = View(Report("birch-1", done=seq, live=None, held=held), 0.0)
+            reports["birch"] = View(PartyReport("birch-1", done=seq, live=None, held=held), 0.0)
         elif state.phase is Phase.STEP and state.round == 4:  # a round after one that went well
-            reports["birch"] = View(Report("birch-1", done=seq - 1, failed=seq, code="disk", held=held), 0.0)
+            reports["birch"] = View(PartyReport("birch-1", done=seq - 1, failed=seq, code="disk", held=held), 0.0)
         move = advance(PLAN, state, history, reports, AT_START)
         assert move is not None
         committed += move.committed
@@ -301,7 +301,7 @@ def test_step_that_fails_every_time_ends_the_run_though_the_round_commits_each_t
 
 
 def test_party_that_is_killed_in_every_round_ends_the_run_and_is_named():
-    two = Record(2, {name: Saved(2, name) for name in PARTIES})
+    two = PublishedCheckpoint(2, {name: Saved(2, name) for name in PARTIES})
     state = State(seq=1, phase=Phase.RESTORE, round=2, committed=2, begun=True, evaluated=2, furthest=(2, 3))
     history, lives = History((two,)), 1
     for _ in range(100):
@@ -309,9 +309,9 @@ def test_party_that_is_killed_in_every_round_ends_the_run_and_is_named():
         reports = everyone(done=state.seq, live=state.committed, held=held)
         if state.phase is Phase.COMPUTE and state.round == 4:
             lives += 1
-            reports["birch"] = View(Report(f"birch-{lives}", held=held), 0.0)
+            reports["birch"] = View(PartyReport(f"birch-{lives}", held=held), 0.0)
         elif state.phase is Phase.GATHER:
-            reports["birch"] = View(Report(f"birch-{lives}", done=state.seq, held=held), 0.0)
+            reports["birch"] = View(PartyReport(f"birch-{lives}", done=state.seq, held=held), 0.0)
         move = advance(PLAN, state, history, reports, AT_START)
         assert move is not None
         state = move.state
@@ -340,11 +340,11 @@ def test_party_whose_checkpoint_is_the_split_model_can_go_back_with_the_others()
     files = {"alder": Saved(4, "a"), "birch": Saved(4, "b"), "cedar": Saved(0, "")}
     state = State(seq=12, phase=Phase.GATHER, round=5, committed=5, begun=True, evaluated=4)
     reports = {
-        "alder": View(Report("alder-2", done=12, held=(Saved(4, "a"),)), 0.0),
-        "birch": View(Report("birch-1", done=12, live=5, held=(Saved(4, "b"),)), 0.0),
-        "cedar": View(Report("cedar-2", done=12, held=()), 0.0),
+        "alder": View(PartyReport("alder-2", done=12, held=(Saved(4, "a"),)), 0.0),
+        "birch": View(PartyReport("birch-1", done=12, live=5, held=(Saved(4, "b"),)), 0.0),
+        "cedar": View(PartyReport("cedar-2", done=12, held=()), 0.0),
     }
-    move = advance(CONTINUE, state, History((Record(4, files),)), reports, AT_START)
+    move = advance(CONTINUE, state, History((PublishedCheckpoint(4, files),)), reports, AT_START)
     assert move is not None
     assert (move.state.phase, move.state.round, move.state.sources) == (Phase.RESTORE, 4, files)
 
@@ -356,35 +356,35 @@ def test_continue_goes_on_without_a_lost_party_under_a_new_epoch_and_keeps_its_c
     move = advance(CONTINUE, state, History(), two, Clock(now=20.0, entered=5.0))
     assert move is not None
     assert (move.state.absent, move.state.epoch) == (("cedar",), 1)
-    assert acts("cedar", Standing(2, (3, 1)), move.state) == (Act.DROP,)
-    before = Record(2, {name: Saved(2, name) for name in PARTIES})
+    assert acts("cedar", PartyMemory(2, (3, 1)), move.state) == (Act.DROP,)
+    before = PublishedCheckpoint(2, {name: Saved(2, name) for name in PARTIES})
     saving = State(seq=30, phase=Phase.CHECKPOINT, round=4, committed=4, absent=("cedar",), evaluated=4)
     two = everyone(now=20.0, done=30, live=4, saved="four")
     two["cedar"] = replace(two["cedar"], heard_at=1.0)
     move = advance(CONTINUE, saving, History((before,)), two, Clock(now=20.0, entered=19.0))
     assert move is not None
-    assert move.record == Record(
+    assert move.record == PublishedCheckpoint(
         4, {"alder": Saved(4, "four"), "birch": Saved(4, "four"), "cedar": Saved(2, "cedar")}
     )
 
 
 def test_party_that_comes_back_under_continue_loads_its_own_checkpoint_and_nobody_else_goes_back():
-    before = Record(2, {name: Saved(2, name) for name in PARTIES})
+    before = PublishedCheckpoint(2, {name: Saved(2, name) for name in PARTIES})
     state = State(seq=40, phase=Phase.STEP, round=5, attempt=1, committed=5, absent=("cedar",), evaluated=4, epoch=1)
     reports = everyone(done=40, live=5)
-    reports["cedar"] = View(Report("cedar-2", done=0, held=(Saved(2, "cedar"),)), 0.0)
+    reports["cedar"] = View(PartyReport("cedar-2", done=0, held=(Saved(2, "cedar"),)), 0.0)
     move = advance(CONTINUE, state, History((before,)), reports, AT_START)
     assert move is not None
     told = move.state
     assert (told.phase, told.absent, told.rejoining, told.epoch) == (Phase.GATHER, (), ("cedar",), 2)
     reports = everyone(done=41, live=5)
-    reports["cedar"] = View(Report("cedar-2", done=41, held=(Saved(2, "cedar"),)), 0.0)
+    reports["cedar"] = View(PartyReport("cedar-2", done=41, held=(Saved(2, "cedar"),)), 0.0)
     move = advance(CONTINUE, told, History((before,)), reports, AT_START)
     assert move is not None
     assert (move.state.phase, move.state.round, move.back_to) == (Phase.RESTORE, 5, None)
     assert move.state.sources == {"cedar": Saved(2, "cedar")}
-    assert acts("alder", Standing(5), move.state) == ()
-    assert acts("cedar", Standing(None), move.state) == (Act.LOAD,)
+    assert acts("alder", PartyMemory(5), move.state) == ()
+    assert acts("cedar", PartyMemory(None), move.state) == (Act.LOAD,)
 
 
 # ---- everything at once ---------------------------------------------------------------------------------------
@@ -402,10 +402,10 @@ class SimulatedParty:
 
     def restart(self) -> None:
         self.lives += 1
-        self.standing, self.model = Standing(), ()
+        self.standing, self.model = PartyMemory(), ()
         self.told: State | None = None
         self.todo: list[Act] = []
-        self.report = Report(f"{self.name}-{self.lives}", held=self._held())
+        self.report = PartyReport(f"{self.name}-{self.lives}", held=self._held())
 
     def _held(self) -> tuple[Saved, ...]:
         return tuple(Saved(round_no, digest) for round_no, (digest, _) in sorted(self.disk.items()))
@@ -424,7 +424,7 @@ class SimulatedParty:
         if act is Act.REFUSE or fails:
             self.todo = []
             if fails and act is Act.STEP:  # a torn model is no model
-                self.standing = Standing()
+                self.standing = PartyMemory()
             self.report = replace(self.report, failed=told.seq, code="boom", live=self.standing.live)
             self.report = replace(self.report, count=self.report.count + 1)
             return
@@ -474,9 +474,9 @@ class Transaction(RuleBasedStateMachine):
         self.handed_out: set[tuple[int, int]] = set()
         self.now = self.entered = 0.0
         self.views: dict[str, View] = {}
-        self.delayed: list[tuple[str, Report]] = []
+        self.delayed: list[tuple[str, PartyReport]] = []
 
-    def _take(self, name: str, report: Report) -> None:
+    def _take(self, name: str, report: PartyReport) -> None:
         old = self.views.get(name)
         if old is not None and old.report.instance == report.instance and old.report.count > report.count:
             return

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CheckpointError, RoundError
-from coterie.federation.run_folder import LOCK_FILE, RunFolder, is_running
+from coterie.federation.rounds.run_folder import LOCK_FILE, RunFolder, is_running
 
 HOLD = (
-    "import sys, time, subprocess\nfrom pathlib import Path\nfrom coterie.federation.run_folder import RunFolder\n"
+    "import sys, time, subprocess\nfrom pathlib import Path\n"
+    "from coterie.federation.rounds.run_folder import RunFolder\n"
     "held = RunFolder(Path(sys.argv[1]))\n"
     "child = subprocess.Popen(['sleep', '30'])\n"  # outlives it, and must not hold the folder in its place
     "print(child.pid, flush=True)\ntime.sleep(60)\n"

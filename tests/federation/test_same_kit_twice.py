@@ -15,22 +15,22 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import TransportError
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.handshake import Hello, decode_hello
-from coterie.federation.kit import Kit
-from coterie.federation.provision import free_endpoints, local_kits
-from coterie.federation.roster import load_roster
-from coterie.federation.switchboard import Settings
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.identity.kit import Kit
+from coterie.federation.identity.provision import free_endpoints, local_kits
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire.base_transport import Settings
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.wire.handshake import Hello, decode_hello
+from coterie.federation.wire.transport import Address, Lane, Message
 
 QUICK = Settings(redial_s=0.05, refusal_s=0.3, heartbeat_s=0.4, silence_s=30.0, close_s=1.0)
 _MEMBER = """
 import sys, time
 from pathlib import Path
-from coterie.federation.grpc_transport import GrpcTransport
-from coterie.federation.kit import load_kit
-from coterie.federation.roster import load_roster
-from coterie.federation.switchboard import Settings
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.federation.identity.kit import load_kit
+from coterie.federation.identity.roster import load_roster
+from coterie.federation.wire.base_transport import Settings
 kit = load_kit(Path(sys.argv[1]))
 settings = Settings(redial_s=0.05, refusal_s=0.3, heartbeat_s=0.4, silence_s=30.0)
 member = GrpcTransport(kit.name, load_roster(kit), kit, listen=sys.argv[2], settings=settings)

@@ -28,14 +28,14 @@ from token_world import (
 from torch import Tensor, nn
 
 from coterie.errors import CoterieError, DeadlineError, PlacementError, RoundError, TransportError
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.switchboard import Switchboard
-from coterie.federation.tokens import TokenExchange
-from coterie.federation.transport import Lane, Message
-from coterie.models.catalogue import causal_lm_types
-from coterie.models.placement import Placement
+from coterie.federation.tokens.owner import TokensOwner
+from coterie.federation.wire.base_transport import Switchboard
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Lane, Message
 from coterie.models.seam import expert_layers, select
-from coterie.models.shards import expert_key
+from coterie.models.split.placement import Placement
+from coterie.models.split.shards import expert_key
+from coterie.models.zoo.catalogue import causal_lm_types
 from coterie.training.loop import loss_sum, train_round
 from coterie.training.optim import make_optimizer
 
@@ -383,7 +383,7 @@ def test_rows_leave_in_a_random_order_that_changes_nothing() -> None:
 def test_the_order_of_rows_comes_from_the_operating_system_and_is_fresh_each_time() -> None:
     with world("olmoe") as three:
         alder = three.parties["alder"]
-        exchange = TokenExchange(alder.transport, alder.host, alder.cut.layers, three.placement)
+        exchange = TokensOwner(alder.transport, alder.host, alder.cut.layers, three.placement)
         assert exchange.random_bytes is os.urandom
         batch = exchange.micro_batch(0, 0, 0)
         first, second = batch._random_order(64), batch._random_order(64)
@@ -489,7 +489,7 @@ def test_a_placement_that_does_not_fit_is_refused() -> None:
         other_shard = Placement.round_robin(PARTIES[::-1], [8, 8, 8])
         for placement, code in ((other_model, "placement-unfit"), (other_shard, "placement-unfit")):
             with pytest.raises(PlacementError) as caught:
-                TokenExchange(alder.transport, alder.host, alder.cut.layers, placement)
+                TokensOwner(alder.transport, alder.host, alder.cut.layers, placement)
             assert caught.value.code == code
         swapped = Placement.of_hosted(
             {
@@ -501,5 +501,5 @@ def test_a_placement_that_does_not_fit_is_refused() -> None:
             [8, 8, 8],
         )
         with pytest.raises(PlacementError) as caught:
-            TokenExchange(alder.transport, alder.host, alder.cut.layers, swapped)
+            TokensOwner(alder.transport, alder.host, alder.cut.layers, swapped)
         assert caught.value.code == "placement-shard"

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from coterie.config import OptimSpec
-from coterie.federation.host import ExpertHost
-from coterie.federation.inprocess import InProcessHub
 from coterie.federation.shard import Shard
-from coterie.federation.tokens import TokenExchange
-from coterie.federation.transport import Transport
-from coterie.models.placement import Placement
+from coterie.federation.tokens.host import TokensHost
+from coterie.federation.tokens.owner import TokensOwner
+from coterie.federation.wire.in_process import InProcessHub
+from coterie.federation.wire.transport import Transport
+from coterie.models.cut.cut_model import Cut
 from coterie.models.seam import expert_layers
-from coterie.models.segments import Cut
-from coterie.models.shards import expert_key
-from coterie.models.tiny import VOCAB, tiny_model
+from coterie.models.split.placement import Placement
+from coterie.models.split.shards import expert_key
+from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.training.loop import finish_round, loss_sum, use_checkpointing
 from coterie.training.optim import AdamW, make_optimizer
-from coterie.training.scheduler import RoundSums, Scheduler
+from coterie.training.tokens.micro_batches import RoundSums, Scheduler
 
 PARTIES = ("alder", "birch", "cedar")
 # Adam steps by a gradient's sign as long as it is above eps. The usual 1e-8 would turn the rounding of gradients that
@@ -68,9 +68,9 @@ class Party:
     name: str
     model: nn.Module
     cut: Cut
-    host: ExpertHost
+    host: TokensHost
     transport: Transport
-    exchange: TokenExchange
+    exchange: TokensOwner
     optimizer: AdamW
     scheduler: Scheduler[Batch]
 
@@ -153,9 +153,9 @@ class World:
                 for key in (expert_key(layer, expert, n) for n in cut.layers[layer].layout.parameter_names)
             }
             shard = Shard(cut.layers, hosted, host_optimizer)
-            host = ExpertHost(name, PARTIES, cut.layers, shard, **host_settings)
+            host = TokensHost(name, PARTIES, cut.layers, shard, **host_settings)
             transport = hub.transport(name)
-            exchange = TokenExchange(
+            exchange = TokensOwner(
                 transport,
                 host,
                 cut.layers,

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from coterie.dp.draws import RowDraws
+from coterie.dp.checks.draws import RowDraws
 from coterie.errors import NoRuleError
 from coterie.hf import PrivateTrainer
 

@@ -24,12 +24,12 @@ from transformers import (
 )
 from transformers.integrations import WandbCallback
 
-from coterie.dp.budget import PrivacyWarning
+from coterie.dp.accounting.budget import PrivacyWarning
 from coterie.errors import CheckpointError, DataError, LedgerError, PrivacyError, ProvenanceError
 from coterie.hf import PrivacyArguments, PrivateTrainer
 from coterie.hf.arguments import check_arguments
-from coterie.models.tiny import tiny_model
-from coterie.models.trainings import read_trainings
+from coterie.models.split.trainings import read_trainings
+from coterie.models.zoo.tiny import tiny_model
 
 
 class Reports(WandbCallback):

@@ -16,7 +16,7 @@ from coterie.errors import PrivacyError
 from coterie.hf import PrivateTrainer
 from coterie.hf.arguments import check_accelerator
 from coterie.hf.choices import check_scheduler
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo.tiny import tiny_model
 
 
 def rows(count: int = 24) -> list[dict[str, Any]]:

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models import seam
-from coterie.models.build import build_model, load_config, load_tokenizer
-from coterie.models.catalogue import causal_lm_types
-from coterie.models.tiny import tiny_config, tiny_model
+from coterie.models.zoo.build import build_model, load_config, load_tokenizer
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import tiny_config, tiny_model
 
 SMALL = {
     "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1, "num_experts": 4,
@@ -193,7 +193,7 @@ def test_no_network_is_one_sentence():
     script = (
         "from coterie.config import ModelSpec\n"
         "from coterie.errors import ModelError\n"
-        "from coterie.models.build import build_model, load_tokenizer\n"
+        "from coterie.models.zoo.build import build_model, load_tokenizer\n"
         "for make in (build_model, load_tokenizer):\n"
         "    try:\n        make(ModelSpec(hub='nobody/none'))\n"
         "    except ModelError as error:\n        print(error.code)\n"

@@ -12,11 +12,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from coterie.cli.models import command
 from coterie.errors import ConfigError, ModelError
-from coterie.models import families
-from coterie.models.catalogue import causal_lm_types, modules_without_causal_lm
-from coterie.models.families import experts_per_token
 from coterie.models.seam import expert_layers
-from coterie.models.tiny import tiny_model
+from coterie.models.zoo import families
+from coterie.models.zoo.catalogue import causal_lm_types, modules_without_causal_lm
+from coterie.models.zoo.families import experts_per_token
+from coterie.models.zoo.tiny import tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 

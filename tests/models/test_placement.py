@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.errors import PlacementError
-from coterie.models.placement import Placement
-from coterie.models.tiny import EXPERTS, tiny_model
+from coterie.models.split.placement import Placement
+from coterie.models.zoo.tiny import EXPERTS, tiny_model
 
 PARTIES = ["alder", "birch", "cedar"]
 

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
-from coterie.models.build import build_model
-from coterie.models.catalogue import causal_lm_types
-from coterie.models.placement import Placement
-from coterie.models.saved import check_saved, save_model
 from coterie.models.seam import expert_layers
-from coterie.models.splitter import split
-from coterie.models.tiny import tiny_config, tiny_model
-from coterie.models.upcycle import upcycle
+from coterie.models.split.placement import Placement
+from coterie.models.split.saved import check_saved, save_model
+from coterie.models.split.splitter import split
+from coterie.models.zoo.build import build_model
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import tiny_config, tiny_model
+from coterie.models.zoo.upcycle import upcycle
 
 
 @pytest.mark.parametrize("family", list(causal_lm_types()))

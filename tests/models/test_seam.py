@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from coterie.errors import ModelError
 from coterie.models import seam
-from coterie.models.catalogue import causal_lm_types
 from coterie.models.seam import ExpertLayer, ExpertsCall, ExpertsLayout, LocalExperts, expert_layers
-from coterie.models.tiny import VOCAB, fill_random, tiny_model
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import VOCAB, fill_random, tiny_model
 
 FAMILIES = list(causal_lm_types())
 REFERENCES = ["eager", "grouped_mm"]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coterie.errors import ModelError
-from coterie.models.catalogue import causal_lm_types
+from coterie.models.cut.cut_model import Cut, decoder_layers
 from coterie.models.expert_math import backward_rows, forward_rows, weight_gradients
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, expert_layers, select
-from coterie.models.segments import Cut, decoder_layers
-from coterie.models.tiny import VOCAB, tiny_model
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import VOCAB, tiny_model
 
 FAMILIES = list(causal_lm_types())
 Loss = Callable[[nn.Module], Tensor]

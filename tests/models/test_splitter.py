@@ -15,14 +15,13 @@ from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from coterie.config import ModelSpec
 from coterie.errors import ModelError, PlacementError
 from coterie.models import seam
-from coterie.models.build import build_model, quiet_loading
-from coterie.models.catalogue import causal_lm_types
-from coterie.models.exporter import export, split_spec
-from coterie.models.origins import save_tensors
-from coterie.models.partial import build_partial
-from coterie.models.placement import Placement
 from coterie.models.seam import ExpertsCall, RoutedRows, expert_layers, expert_rows
-from coterie.models.shards import (
+from coterie.models.split.exporter import export, split_spec
+from coterie.models.split.origins import save_tensors
+from coterie.models.split.partial import build_partial
+from coterie.models.split.placement import Placement
+from coterie.models.split.read_checkpoint import layer_group, stream_checkpoint
+from coterie.models.split.shards import (
     TensorFileWriter,
     check_digests,
     expert_key,
@@ -30,9 +29,10 @@ from coterie.models.shards import (
     parse_expert_key,
     shard_file,
 )
-from coterie.models.splitter import split
-from coterie.models.stream import layer_group, stream_checkpoint
-from coterie.models.tiny import VOCAB, tiny_config, tiny_model
+from coterie.models.split.splitter import split
+from coterie.models.zoo.build import build_model, quiet_loading
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import VOCAB, tiny_config, tiny_model
 
 PARTIES = ["alder", "birch", "cedar"]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

@@ -7,14 +7,14 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from coterie.dp.clipping import Flat
-from coterie.dp.engine import Engine
 from coterie.dp.losses import default_loss
+from coterie.dp.per_sample.engine import Engine
 from coterie.errors import CheckpointError, RoundError
 from coterie.models import seam
-from coterie.models.catalogue import causal_lm_types
-from coterie.models.streaming import HostGradients, LayerStreamer, StreamedExperts
-from coterie.models.tiny import tiny_model
-from coterie.models.weight_cache import FileStore, MemoryStore, WeightCache
+from coterie.models.streaming.cache import FileStore, MemoryStore, WeightCache
+from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
+from coterie.models.zoo.catalogue import causal_lm_types
+from coterie.models.zoo.tiny import tiny_model
 
 SMALL = {
     "vocab_size": 64,
@@ -191,7 +191,7 @@ def test_a_full_disk_keeps_the_earlier_file_and_says_so(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coterie.models.weight_cache.save_file", full)
+    monkeypatch.setattr("coterie.models.streaming.cache.save_file", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         cache.put(0, {"down_proj": torch.ones(4)})
     assert cache.get(0)["down_proj"].sum() == 0

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coterie.errors import ModelError
-from coterie.models.catalogue import causal_lm_types, modeling_files, modules_without_causal_lm
 from coterie.models.seam import expert_layers
-from coterie.models.tiny import EXPERTS, VOCAB, tiny_config, tiny_model
+from coterie.models.zoo.catalogue import causal_lm_types, modeling_files, modules_without_causal_lm
+from coterie.models.zoo.tiny import EXPERTS, VOCAB, tiny_config, tiny_model
 
 FAMILIES = list(causal_lm_types())
 # Parameters that no loss reaches, by the families' own design: indexers choose keys with a hard top-k, and

@@ -11,19 +11,19 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from coterie.config import LoraSpec, ModelSpec
-from coterie.dp.provenance import Artefact, as_loaded
+from coterie.dp.accounting.provenance import Artefact, as_loaded
 from coterie.errors import ModelError, ProvenanceError
-from coterie.models.build import build_model
-from coterie.models.exporter import export
 from coterie.models.lora import attach_adapters
-from coterie.models.origins import origin_of
-from coterie.models.placement import Placement
-from coterie.models.saved import save_model
 from coterie.models.seam import expert_layers
-from coterie.models.splitter import split
-from coterie.models.tiny import tiny_model
-from coterie.models.trainings import Training, read_trainings, trainings_of, write_trainings
-from coterie.models.upcycle import upcycle_checkpoint
+from coterie.models.split.exporter import export
+from coterie.models.split.origins import origin_of
+from coterie.models.split.placement import Placement
+from coterie.models.split.saved import save_model
+from coterie.models.split.splitter import split
+from coterie.models.split.trainings import Training, read_trainings, trainings_of, write_trainings
+from coterie.models.zoo.build import build_model
+from coterie.models.zoo.tiny import tiny_model
+from coterie.models.zoo.upcycle import upcycle_checkpoint
 
 OPEN = Training("a1b2", "none")
 Way = Callable[[Path, Path], Path]

@@ -30,8 +30,8 @@ from transformers import (
 from coterie.cli.app import main
 from coterie.errors import ModelError
 from coterie.models import seam
-from coterie.models.bert_moe import BertMoeForSequenceClassification, BertMoeModel
-from coterie.models.upcycle import upcycle, upcycle_checkpoint
+from coterie.models.zoo.bert_moe import BertMoeForSequenceClassification, BertMoeModel
+from coterie.models.zoo.upcycle import upcycle, upcycle_checkpoint
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -138,7 +138,7 @@ def test_an_upcycled_bert_loads_in_a_process_that_has_made_no_dense_one(tmp_path
     """transformers keeps on the dense class whether it takes experts, so the order of classes made a difference."""
     upcycle(dense_model("bert"), 4, 2).save_pretrained(tmp_path)
     code = (
-        "import sys, coterie.models.bert_moe; from transformers import AutoModelForSequenceClassification as A;"
+        "import sys, coterie.models.zoo.bert_moe; from transformers import AutoModelForSequenceClassification as A;"
         "model = A.from_pretrained(sys.argv[1], num_labels=5); model.set_experts_implementation('eager');"
         "print(type(model).__name__, model.classifier.out_features)"
     )
@@ -147,7 +147,7 @@ def test_an_upcycled_bert_loads_in_a_process_that_has_made_no_dense_one(tmp_path
 
 
 def test_fresh_bert_moe_has_sane_weights_and_router() -> None:
-    from coterie.models.bert_moe import BertMoeConfig
+    from coterie.models.zoo.bert_moe import BertMoeConfig
 
     model = BertMoeModel(BertMoeConfig(**SIZES, num_experts=4))
     for name, parameter in model.named_parameters():

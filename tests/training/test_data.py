@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from coterie.config import DataSpec
 from coterie.errors import DataError
-from coterie.training.data import read_documents
+from coterie.training.data.documents import read_documents
 
 TEXTS = ("The first note.\nIt has two lines.", "A second, with a comma", "None", "drei Bäume")
 USERS = ("ann", "bob", "ann", "7")

@@ -11,8 +11,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from coterie.errors import DataError
+from coterie.training.data.packing import pack
 from coterie.training.evaluate import Evaluation, evaluate, paired_bootstrap
-from coterie.training.packing import pack
 
 
 def evaluation(losses: torch.Tensor, tokens: torch.Tensor | None = None) -> Evaluation:

@@ -14,20 +14,20 @@ from torch import nn
 from torch.nn import functional
 
 from coterie.errors import RoundError
-from coterie.federation.participant import superseded
-from coterie.federation.pool import Pool
-from coterie.federation.serve_weights import OFFER
-from coterie.federation.transport import Lane, Message
+from coterie.federation.experts.host import ExpertsHost
+from coterie.federation.experts.serve_weights import OFFER
+from coterie.federation.rounds.follower import superseded
+from coterie.federation.wire.transport import Lane, Message
 from coterie.models import seam
 from coterie.models.seam import expert_layers
-from coterie.models.streaming import HostGradients
-from coterie.training import own_trunk
-from coterie.training.contribution import PlainSums
-from coterie.training.experts_exchange import received_rounds
-from coterie.training.in_process import InProcessFederation, run_in_process
-from coterie.training.packing import RoundOrder
-from coterie.training.party_actor import PartyActor
-from coterie.training.party_parts import trunk_tensors
+from coterie.models.streaming.streamer import HostGradients
+from coterie.training.data.packing import RoundOrder
+from coterie.training.experts.contribution import PlainSums
+from coterie.training.experts.exchange import received_rounds
+from coterie.training.party import own_trunk
+from coterie.training.party.actor import PartyActor
+from coterie.training.party.in_process import InProcessFederation, run_in_process
+from coterie.training.party.inputs import trunk_tensors
 from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings, text, train_by_hand
 from helpers.waiting import until
 
@@ -180,7 +180,7 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
     parts = make_parts(config, models, tmp_path)
     federation = InProcessFederation(config, tmp_path / "coordinator")
     asked, died = threading.Event(), threading.Event()
-    handle, compute = Pool.handle, PartyActor.compute
+    handle, compute = ExpertsHost.handle, PartyActor.compute
 
     def seen(self, peer, lane, message, **options):  # type: ignore[no-untyped-def]
         if (self.me, peer, message.kind, message.address.round) == ("birch", "alder", OFFER, 6):
@@ -196,7 +196,7 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
             raise superseded()
         compute(self, told, alive)
 
-    monkeypatch.setattr(Pool, "handle", seen)
+    monkeypatch.setattr(ExpertsHost, "handle", seen)
     monkeypatch.setattr(PartyActor, "compute", late)
     federation.coordinate()
     for each in parts.values():

@@ -20,15 +20,15 @@ from torch.nn import functional
 
 from coterie.config import FederationConfig
 from coterie.dp.clipping import Flat
-from coterie.dp.engine import Engine
-from coterie.dp.mechanism import LOAD
-from coterie.federation.parts import expert_parts, present_parts
+from coterie.dp.noise.joint_noise import LOAD
+from coterie.dp.per_sample.engine import Engine
+from coterie.federation.experts.parts import expert_parts, present_parts
 from coterie.models import seam
 from coterie.models.seam import expert_layers
-from coterie.models.tiny import tiny_model
-from coterie.training.in_process import InProcessFederation
-from coterie.training.packing import RoundOrder
-from coterie.training.party_parts import PartyParts
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.data.packing import RoundOrder
+from coterie.training.party.in_process import InProcessFederation
+from coterie.training.party.inputs import PartyInputs
 from federation_tools import PARTIES, ByHand, _Masked, full_models, make_parts, relative, text
 from helpers.waiting import until
 
@@ -39,7 +39,7 @@ def until_gone(federation: InProcessFederation) -> None:
     until(lambda: any("going on without cedar" in notice.state.note for notice in federation.notices))
 
 
-def lose_cedar(config: FederationConfig, parts: dict[str, PartyParts], folder: Path) -> InProcessFederation:
+def lose_cedar(config: FederationConfig, parts: dict[str, PartyInputs], folder: Path) -> InProcessFederation:
     """Cedar dies when it reads its third round's text."""
     federation = InProcessFederation(config, folder / "coordinator")
     federation.coordinate()
@@ -88,7 +88,7 @@ def test_with_a_private_trunk_the_others_train_on_as_by_hand_without_it_and_its_
 class Union:
     """One process on the union of the parties' sequences, which can go on without one of them."""
 
-    def __init__(self, config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyParts]) -> None:
+    def __init__(self, config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs]) -> None:
         self.config, self.model, self.parts = config, model, parts
         optim = config.optim
         self.step = torch.optim.AdamW(
@@ -167,7 +167,7 @@ def test_lost_party_that_comes_back_takes_up_its_experts_and_its_share_of_the_tr
     )
     one = full_models()[PARTIES[0]]
 
-    def parts() -> dict[str, PartyParts]:
+    def parts() -> dict[str, PartyInputs]:
         return make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, tmp_path)
 
     federation = lose_cedar(config, parts(), tmp_path)

@@ -17,23 +17,23 @@ from torch.nn import functional
 import coterie.dp.open_run as open_run
 from coterie.cli.privacy_lines import opening_lines, stopped_contributing
 from coterie.config import PartyConfig, PartyPrivacy
+from coterie.dp.accounting.lots import Lot
 from coterie.dp.balance import Balance, Balancer
 from coterie.dp.clipping import Flat
-from coterie.dp.engine import Engine
-from coterie.dp.isolation import ExactEngine
+from coterie.dp.isolation.exact_engine import ExactEngine
 from coterie.dp.losses import default_loss
-from coterie.dp.lots import Lot
+from coterie.dp.per_sample.engine import Engine
 from coterie.errors import ConfigError, CoterieError, NoRuleError, PrivacyError
-from coterie.federation.owner import SumSender
+from coterie.federation.experts.owner import SumSender
 from coterie.models import seam
 from coterie.models.seam import expert_layers
-from coterie.models.tiny import tiny_model
-from coterie.training.constant_work import ConstantWork
-from coterie.training.experts_owner import ExpertsOwner
-from coterie.training.in_process import run_in_process
-from coterie.training.packing import RoundOrder
-from coterie.training.private_sums import PrivateSums
-from coterie.training.sum_bytes import stochastic_bfloat16
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.data.packing import RoundOrder
+from coterie.training.experts.constant_work import ConstantWork
+from coterie.training.experts.owner import ExpertsOwner
+from coterie.training.experts.private_sums import PrivateSums
+from coterie.training.experts.sum_bytes import stochastic_bfloat16
+from coterie.training.party.in_process import run_in_process
 from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings, text
 
 # ---- constant work ----

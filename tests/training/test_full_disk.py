@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from coterie import checkpoints, storage
 from coterie.checkpoints import CheckpointStore
 from coterie.errors import CheckpointError
-from coterie.federation.journal import Journal
-from coterie.federation.round_state import Move, Phase, State
-from coterie.federation.run_folder import RunFolder
+from coterie.federation.rounds.journal import Journal
+from coterie.federation.rounds.run_folder import RunFolder
+from coterie.federation.rounds.state import Move, Phase, State
 from coterie.storage import write_json
 from coterie.training.evaluate import Evaluation
 from coterie.training.metrics import MetricsWriter, read_metrics

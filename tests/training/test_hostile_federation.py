@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CoterieError, RoundError
-from coterie.federation.parts import digest_of
-from coterie.federation.transport import Message
-from coterie.training.in_process import InProcessFederation
-from coterie.training.party_parts import trunk_tensors
-from coterie.training.party_run import PartyResult
+from coterie.federation.experts.parts import digest_of
+from coterie.federation.wire.transport import Message
+from coterie.training.party.in_process import InProcessFederation
+from coterie.training.party.inputs import trunk_tensors
+from coterie.training.party.run import PartyResult
 from federation_tools import PARTIES, full_models, make_parts, settings
 from hostile import Sabotage, Spoil, only, poisoned
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from coterie.config import OptimSpec
 from coterie.dp.losses import default_loss
 from coterie.errors import ModelError
+from coterie.training.data.packing import Batch, Sequences, pack
 from coterie.training.loop import (
     finish_round,
     loss_sum,
@@ -20,7 +21,6 @@ from coterie.training.loop import (
     use_checkpointing,
 )
 from coterie.training.optim import make_optimizer
-from coterie.training.packing import Batch, Sequences, pack
 
 MakeTiny = Callable[..., PreTrainedModel]
 SPEC = OptimSpec(lr=1e-2, weight_decay=0.1)

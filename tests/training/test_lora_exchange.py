@@ -14,13 +14,13 @@ from torch.nn import functional
 
 from coterie.config import FederationConfig, LoraSpec
 from coterie.errors import ModelError
-from coterie.federation.parts import span
-from coterie.federation.transport import Lane, Message
+from coterie.federation.experts.parts import span
+from coterie.federation.wire.transport import Lane, Message
 from coterie.models.lora import attach_adapters
-from coterie.models.tiny import tiny_model
-from coterie.training.in_process import InProcessFederation
-from coterie.training.packing import RoundOrder
-from coterie.training.party_parts import PartyParts, Weights, trunk_tensors
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.data.packing import RoundOrder
+from coterie.training.party.in_process import InProcessFederation
+from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
 from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings
 
 pytest.importorskip("peft")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeW
 LORA = LoraSpec(rank=2, alpha=4.0, modules=("q_proj",))
 
 
-def adapted_parts(config: FederationConfig, models: Mapping[str, nn.Module], folder: Path) -> dict[str, PartyParts]:
+def adapted_parts(config: FederationConfig, models: Mapping[str, nn.Module], folder: Path) -> dict[str, PartyInputs]:
     found = {}
     for name, each in make_parts(config, models, folder).items():
         experts = each.weights().experts
@@ -38,7 +38,7 @@ def adapted_parts(config: FederationConfig, models: Mapping[str, nn.Module], fol
     return found
 
 
-def union_by_hand(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyParts]) -> None:
+def union_by_hand(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs]) -> None:
     """One process on the union of the parties' sequences, through peft's merged weights and plain autograd."""
     optim = config.optim
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -59,7 +59,9 @@ def union_by_hand(config: FederationConfig, model: nn.Module, parts: Mapping[str
         step.step()
 
 
-def run(config: FederationConfig, folder: Path) -> tuple[InProcessFederation, dict[str, PartyParts], nn.Module, list]:
+def run(
+    config: FederationConfig, folder: Path
+) -> tuple[InProcessFederation, dict[str, PartyInputs], nn.Module, list]:
     one = full_models()[PARTIES[0]]
     parts = adapted_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder)
     seen: list[tuple] = []

@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM
 from coterie.cli.app import main
 from coterie.config import FederationConfig, LoraSpec, PartyConfig
 from coterie.errors import ModelError
-from coterie.models.adapted import AdaptedModel
-from coterie.models.build import build_model
-from coterie.models.exporter import export
 from coterie.models.lora import attach_adapters
-from coterie.models.placement import Placement
 from coterie.models.seam import expert_layers
-from coterie.models.shards import load_tensors
-from coterie.models.splitter import split
-from coterie.models.tiny import tiny_model
-from coterie.models.trainings import read_trainings
-from coterie.training.in_process import run_in_process
-from coterie.training.party import prepare_party
+from coterie.models.split.adapted import AdaptedModel
+from coterie.models.split.exporter import export
+from coterie.models.split.placement import Placement
+from coterie.models.split.shards import load_tensors
+from coterie.models.split.splitter import split
+from coterie.models.split.trainings import read_trainings
+from coterie.models.zoo.build import build_model
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.party.in_process import run_in_process
+from coterie.training.party.process import prepare_party
 from federation_tools import PARTIES, settings
 
 peft = pytest.importorskip("peft")

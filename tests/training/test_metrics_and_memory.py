@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import PreTrainedModel
 
 from coterie.config import OptimSpec
-from coterie.training.memory import model_state_bytes
 from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.optim import make_optimizer
+from coterie.training.planning.measured import model_state_bytes
 
 
 def test_figures_are_in_both_places(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_absent_weights_count_nothing(make_tiny: Callable[..., PreTrainedModel])
 def test_peak_memory_grows_with_what_is_held() -> None:
     """In a process of its own: the peak of this one may lie above anything held here."""
     code = (
-        "from coterie.training.memory import peak_rss_bytes\n"
+        "from coterie.training.planning.measured import peak_rss_bytes\n"
         "before = peak_rss_bytes()\n"
         "held = b'x' * 200_000_000\n"
         "assert peak_rss_bytes() >= before + 150_000_000\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coterie.dp.losses import IGNORED
 from coterie.errors import DataError
-from coterie.training.packing import RoundOrder, Sequences, pack
+from coterie.training.data.packing import RoundOrder, Sequences, pack
 
 END = 1
 documents = st.lists(st.lists(st.integers(2, 50), max_size=30), min_size=1, max_size=8)

@@ -14,14 +14,14 @@ import torch
 
 from coterie.cli.status import show
 from coterie.errors import CheckpointError, DataError, RoundError
-from coterie.federation.inprocess import InProcessHub
-from coterie.federation.run_folder import read_status
+from coterie.federation.rounds.run_folder import read_status
+from coterie.federation.wire.in_process import InProcessHub
 from coterie.models.seam import expert_layers
-from coterie.training.in_process import InProcessFederation, run_in_process
+from coterie.training.data.packing import Batch, Sequences
 from coterie.training.metrics import read_metrics
-from coterie.training.packing import Batch, Sequences
-from coterie.training.party_parts import trunk_tensors
-from coterie.training.party_run import PartyResult
+from coterie.training.party.in_process import InProcessFederation, run_in_process
+from coterie.training.party.inputs import trunk_tensors
+from coterie.training.party.run import PartyResult
 from federation_tools import PARTIES, ByHand, full_models, make_parts, relative, settings, tokens_of, train_by_hand
 from helpers.waiting import until
 

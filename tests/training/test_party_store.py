@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from coterie.errors import CheckpointError
-from coterie.federation.round_state import Saved
-from coterie.training.party_store import PartyStore
+from coterie.federation.rounds.state import Saved
+from coterie.training.party.store import PartyStore
 
 AGREEMENT = "a" * 64
 

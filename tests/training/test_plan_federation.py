@@ -11,9 +11,9 @@ import torch
 from coterie.config import FederationConfig
 from coterie.errors import ConfigError
 from coterie.models.seam import expert_layers
-from coterie.training.device_memory import Shape, predict, saving
-from coterie.training.in_process import run_in_process
-from coterie.training.plan import make_plan
+from coterie.training.party.in_process import run_in_process
+from coterie.training.planning.closed_form import Shape, predict, saving
+from coterie.training.planning.plan import make_plan
 from federation_tools import PARTIES, experts_of, full_models, make_parts, settings
 
 OLMOE = {

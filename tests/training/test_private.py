@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
-from coterie.dp.dataset import dataset_digest
+from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.session import PrivateSession
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError, RoundError
-from coterie.federation.run_folder import RunFolder
-from coterie.models.trainings import read_trainings
+from coterie.federation.rounds.run_folder import RunFolder
+from coterie.models.split.trainings import read_trainings
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
 from coterie.training.optim import make_optimizer
-from coterie.training.prepared import prepare
-from coterie.training.run import resume, start
-from coterie.training.trained import evaluate_run, load_trained
+from coterie.training.single.prepared import prepare
+from coterie.training.single.run import resume, start
+from coterie.training.single.trained import evaluate_run, load_trained
 
 NOTES = ["a cough and a fever", "a swollen knee", "no pain in the chest", "the cough is gone", "the fever too"]
 SIZES = {

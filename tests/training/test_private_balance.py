@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.config import FederationConfig
-from coterie.dp.lots import LotPlan, Units, draw_lot
-from coterie.dp.mechanism import LOAD, RoundNoise
-from coterie.dp.noise import add_noise
-from coterie.dp.randomness import random_source
+from coterie.dp.accounting.lots import LotPlan, Units, draw_lot
+from coterie.dp.noise.discrete_gaussian import add_noise
+from coterie.dp.noise.joint_noise import LOAD, RoundNoise
+from coterie.dp.noise.randomness import random_source
 from coterie.models import seam
 from coterie.models.seam import expert_layers
-from coterie.training.in_process import run_in_process
-from coterie.training.party_parts import PartyParts
-from coterie.training.party_run import PartyResult
+from coterie.training.party.in_process import run_in_process
+from coterie.training.party.inputs import PartyInputs
+from coterie.training.party.run import PartyResult
 from federation_tools import PARTIES, full_models, make_parts, relative
 from helpers.waiting import until
 
@@ -108,7 +108,7 @@ class Routed:
         assert isinstance(found, Tensor)
         return found.data
 
-    def train(self, config: FederationConfig, parts: Mapping[str, PartyParts], sigma: float) -> None:
+    def train(self, config: FederationConfig, parts: Mapping[str, PartyInputs], sigma: float) -> None:
         optim = config.optim
         own = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         step = torch.optim.AdamW(

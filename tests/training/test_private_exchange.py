@@ -18,14 +18,14 @@ from torch.nn import functional
 
 from coterie.config import FederationConfig, PrivacySpec
 from coterie.dp import open_run
-from coterie.dp.lots import Lot, LotPlan, Units, draw_lot
-from coterie.dp.noise import add_noise
-from coterie.dp.randomness import random_source
+from coterie.dp.accounting.lots import Lot, LotPlan, Units, draw_lot
+from coterie.dp.noise.discrete_gaussian import add_noise
+from coterie.dp.noise.randomness import random_source
 from coterie.models import seam
 from coterie.models.seam import expert_layers
-from coterie.training.in_process import InProcessFederation, run_in_process
-from coterie.training.party_parts import PartyParts, PrivacyParts
-from coterie.training.party_run import PartyResult
+from coterie.training.party.in_process import InProcessFederation, run_in_process
+from coterie.training.party.inputs import PartyInputs, PrivacyInputs
+from coterie.training.party.run import PartyResult
 from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings
 
 LOT, CLIP = 5, 0.7
@@ -38,14 +38,14 @@ def private_settings(**changes: object) -> FederationConfig:
 
 
 def with_privacy(
-    parts: Mapping[str, PartyParts],
+    parts: Mapping[str, PartyInputs],
     folder: Path,
     *,
     sigma: float | None,
     rounds: int | None = None,
     seeded: bool = True,
     **spec: object,
-) -> dict[str, PartyParts]:
+) -> dict[str, PartyInputs]:
     """Every party private, each with a ledger of its own; seeded, if not told otherwise, each with its own seed."""
     found = {}
     for number, (name, each) in enumerate(parts.items()):
@@ -54,7 +54,7 @@ def with_privacy(
         assert rules is not None
         own = PrivacySpec(**{**rules.model_dump(), "ledger": folder / f"ledger-{name}", "physical_batch": 2, **spec})
         planned = rounds or each.federation.train.rounds
-        privacy = PrivacyParts(own, planned, seed=number if seeded else None, sigma=sigma)
+        privacy = PrivacyInputs(own, planned, seed=number if seeded else None, sigma=sigma)
         found[name] = replace(each, privacy=privacy)
     return found
 
@@ -69,7 +69,7 @@ def clipped_gradient(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {name: g.clone() * min(1.0, CLIP / norm) for name, g in found.items()}
 
 
-def centralised(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyParts], sigma: float) -> None:
+def centralised(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs], sigma: float) -> None:
     """One process: the three parties' seeded lots, records clipped one at a time, the parties' noises added up."""
     optim = config.optim
     step = torch.optim.AdamW(
@@ -97,7 +97,7 @@ def centralised(config: FederationConfig, model: nn.Module, parts: Mapping[str, 
 
 def run(
     config: FederationConfig, folder: Path, *, sigma: float | None, **options: object
-) -> tuple[InProcessFederation, dict[str, PartyParts], nn.Module]:
+) -> tuple[InProcessFederation, dict[str, PartyInputs], nn.Module]:
     one = full_models()[PARTIES[0]]
     parts = make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder)
     parts = with_privacy(parts, folder, sigma=sigma, **options)  # type: ignore[arg-type]

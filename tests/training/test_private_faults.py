@@ -19,19 +19,19 @@ from test_private_exchange import private_settings, with_privacy
 from torch import Tensor
 
 from coterie.config import FederationConfig
-from coterie.dp import contributor
-from coterie.dp.isolation import ExactEngine
-from coterie.dp.ledger import Ledger
-from coterie.dp.spool import Spool
+from coterie.dp import party_session
+from coterie.dp.accounting.ledger import Ledger
+from coterie.dp.accounting.spool import Spool
+from coterie.dp.isolation.exact_engine import ExactEngine
 from coterie.errors import CoterieError
-from coterie.federation.owner import SumSender
-from coterie.federation.pool import Pool
-from coterie.federation.push_sums import Pusher
-from coterie.federation.take_sums import BEGIN
-from coterie.models import weight_cache
-from coterie.training.in_process import InProcessFederation
-from coterie.training.party_parts import PartyParts
-from coterie.training.party_run import PartyResult
+from coterie.federation.experts.host import ExpertsHost
+from coterie.federation.experts.owner import SumSender
+from coterie.federation.experts.push_sums import Pusher
+from coterie.federation.experts.take_sums import BEGIN
+from coterie.models.streaming import cache
+from coterie.training.party.in_process import InProcessFederation
+from coterie.training.party.inputs import PartyInputs
+from coterie.training.party.run import PartyResult
 from federation_tools import PARTIES, full_models, make_parts
 from helpers.waiting import until
 
@@ -54,7 +54,7 @@ class World:
         self.uncounted: list[str] = []
         self.announced: dict[tuple[str, int, int], list[str]] = defaultdict(list)
 
-    def parts(self, **changes: object) -> dict[str, PartyParts]:
+    def parts(self, **changes: object) -> dict[str, PartyInputs]:
         parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
         private = with_privacy(parts, self.folder, sigma=None, seeded=self.seeded)
         return {name: replace(each, **changes) for name, each in private.items()}  # type: ignore[arg-type]
@@ -135,14 +135,14 @@ class World:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[World], World]:
     def watch(world: World) -> World:
-        handle = Pool.handle
+        handle = ExpertsHost.handle
 
         def seen(self, peer, lane, message, **options):  # type: ignore[no-untyped-def]
             if message.kind == BEGIN:
                 world.heard(self.me, peer, message)
             return handle(self, peer, lane, message, **options)
 
-        monkeypatch.setattr(Pool, "handle", seen)
+        monkeypatch.setattr(ExpertsHost, "handle", seen)
         return world
 
     return watch
@@ -153,7 +153,7 @@ def _is_victims(owner: object) -> bool:
     folder = getattr(owner, "folder", None)
     if folder is not None:
         return f"ledger-{VICTIM}" in str(folder)
-    if isinstance(owner, Pool):
+    if isinstance(owner, ExpertsHost):
         return owner.me == VICTIM
     if isinstance(owner, SumSender | Pusher):
         transport = owner._transport
@@ -171,8 +171,8 @@ DEATHS: dict[str, tuple[type, str, bool, int]] = {
     "declared but not pushed": (SumSender, "declare", True, 1),
     "in the middle of the push": (Pusher, "_end", False, 3),
     "pushed but not reported": (SumSender, "push", True, 1),
-    "committed but not applied": (Pool, "commit", False, 1),
-    "applied but not saved": (Pool, "commit", True, 1),
+    "committed but not applied": (ExpertsHost, "commit", False, 1),
+    "applied but not saved": (ExpertsHost, "commit", True, 1),
 }
 
 
@@ -312,7 +312,7 @@ def test_spool_keeps_what_any_checkpoint_may_need_and_less_where_there_is_no_roo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, limit: int, kept: list[int]
 ):
     """Checkpoints of rounds 4, 6 and 8 are on disk in the end; 2 is let go last, when 8 is published."""
-    monkeypatch.setattr(contributor, "SPOOL_LIMIT_BYTES", limit)
+    monkeypatch.setattr(party_session, "SPOOL_LIMIT_BYTES", limit)
     world = watched(World(tmp_path, rounds=8))
     world.start()
     world.finished()
@@ -389,7 +389,7 @@ def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
     """New weights come in while a round is computed, and before a checkpoint is written."""
     world = watched(World(tmp_path))
     full, lots = threading.Event(), []
-    save, store = weight_cache.save_file, Spool.store_lot
+    save, store = cache.save_file, Spool.store_lot
 
     def fails_once(tensors, path):  # type: ignore[no-untyped-def]
         now = world.federation.notices[-1].state
@@ -403,7 +403,7 @@ def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
             lots.append((lot.round, draw))
         store(self, lot, draw, pins)
 
-    monkeypatch.setattr(weight_cache, "save_file", fails_once)
+    monkeypatch.setattr(cache, "save_file", fails_once)
     monkeypatch.setattr(Spool, "store_lot", drawn)
     world.start(cache="disk")
     world.finished()
@@ -442,7 +442,7 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
 def test_party_that_comes_back_after_its_budget_was_spent_draws_nothing_and_goes_on_hosting(tmp_path: Path, watched):
     world = watched(World(tmp_path, rounds=6))
 
-    def poor() -> dict[str, PartyParts]:
+    def poor() -> dict[str, PartyInputs]:
         parts = world.parts()
         privacy = parts[VICTIM].privacy
         assert privacy is not None

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from coterie.config import DataSpec
 from coterie.errors import DataError
-from coterie.training.data import Documents, read_documents
+from coterie.training.data.documents import Documents, read_documents
 
 SECRET = "Quillfeather"
 """Stands for a private value in broken files; no error may repeat it."""

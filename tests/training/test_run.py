@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from coterie.config import TrainConfig, load_yaml
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, RoundError
-from coterie.federation.run_folder import LOCK_FILE, RunFolder
+from coterie.federation.rounds.run_folder import LOCK_FILE, RunFolder
 from coterie.training.evaluate import Evaluation, paired_bootstrap
-from coterie.training.generate import generate
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.purging import purge
-from coterie.training.run import resume, start
-from coterie.training.trained import evaluate_run, load_trained
+from coterie.training.single.generate import generate
+from coterie.training.single.run import resume, start
+from coterie.training.single.trained import evaluate_run, load_trained
 
 NOTES = [
     "the patient has a cough and a light fever",

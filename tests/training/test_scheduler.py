@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from coterie.errors import RoundError
+from coterie.models.cut.cut_model import Cut
 from coterie.models.seam import ExpertLayer, ExpertsCall, LocalExperts, select
-from coterie.models.segments import Cut
-from coterie.models.tiny import VOCAB, tiny_model
-from coterie.training.ordered_sums import OrderedSums
-from coterie.training.scheduler import Scheduler
+from coterie.models.zoo.tiny import VOCAB, tiny_model
+from coterie.training.tokens.micro_batches import Scheduler
+from coterie.training.tokens.ordered_sums import OrderedSums
 
 
 class SlowLocal:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie.config import DataSpec, ModelSpec, TokenizerSpec
 from coterie.errors import ConfigError, DataError
-from coterie.training.data import Documents
-from coterie.training.tokenizer import encode, get_tokenizer, load_tokenizer_from, tokenize, train_tokenizer
+from coterie.training.data.documents import Documents
+from coterie.training.data.tokenizer import encode, get_tokenizer, load_tokenizer_from, tokenize, train_tokenizer
 
 PUBLIC = ("the cat sat on the mat, the cat sat still", "a dog and a cat and a mat") * 3
 

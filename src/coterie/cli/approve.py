@@ -31,8 +31,8 @@ def command(
     from coterie.cli.members import members
     from coterie.config import FederationConfig, load_yaml
     from coterie.errors import IdentityError
-    from coterie.federation import kit as kits
-    from coterie.federation.identity import cert_pem, fingerprint
+    from coterie.federation.identity import kit as kits
+    from coterie.federation.identity.certificates import cert_pem, fingerprint
     from coterie.storage import PUBLIC, write_whole
 
     config = load_yaml(settings, FederationConfig)

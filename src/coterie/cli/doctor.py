@@ -25,7 +25,7 @@ def command(
     Example:
         coterie doctor party.yaml
     """
-    from coterie.training.doctor import diagnose
+    from coterie.training.party.doctor import diagnose
 
     findings = diagnose(settings, listen=listen)
     table(("check", "state", "found"), [(each.check, each.state, each.found) for each in findings])

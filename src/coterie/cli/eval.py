@@ -22,7 +22,7 @@ def command(
     Example:
         coterie eval runs/first --data other.jsonl
     """
-    from coterie.training.trained import evaluate_run, load_trained
+    from coterie.training.single.trained import evaluate_run, load_trained
 
     trained = load_trained(run_dir)
     evaluation = evaluate_run(trained, data)

@@ -39,7 +39,7 @@ def command(
         coterie export parts --trunk run/trunk.safetensors --shard a.safetensors --shard b.safetensors --out joined
         coterie export parts --trunk run/trunk.safetensors --adapter --out adapter
     """
-    from coterie.models.exporter import export
+    from coterie.models.split.exporter import export
 
     export(parts, out, trunk=trunk, shards=shard or None, adapter=adapter)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}

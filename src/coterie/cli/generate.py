@@ -24,8 +24,8 @@ def command(
     Example:
         coterie generate runs/first --prompt "The patient" --tokens 40
     """
-    from coterie.training.generate import generate
-    from coterie.training.trained import load_trained
+    from coterie.training.single.generate import generate
+    from coterie.training.single.trained import load_trained
 
     trained = load_trained(run_dir)
     say(

@@ -26,18 +26,18 @@ def command(
         coterie install kit --roster roster.json
     """
     from coterie.errors import IdentityError
-    from coterie.federation import identity
-    from coterie.federation import kit as kits
-    from coterie.federation.roster import install_roster, read_roster
+    from coterie.federation.identity import certificates
+    from coterie.federation.identity import kit as kits
+    from coterie.federation.identity.roster import install_roster, read_roster
 
-    certificates = (certificate, ca, fingerprint)
-    if all(part is None for part in certificates) and roster is None:
+    given = (certificate, ca, fingerprint)
+    if all(part is None for part in given) and roster is None:
         raise IdentityError(
             "There is nothing to install.",
             code="install-nothing",
             fix="give --certificate, --ca and --fingerprint, or --roster",
         )
-    if any(part is not None for part in certificates):
+    if any(part is not None for part in given):
         if certificate is None or ca is None or fingerprint is None:
             raise IdentityError(
                 "--certificate, --ca and --fingerprint belong together.",
@@ -53,7 +53,7 @@ def command(
         )
         until = installed.certificate.not_valid_after_utc
         say(f"{installed.name} of {installed.federation}: certificate valid until {until:%Y-%m-%d}")
-        say(f"certificate  {identity.fingerprint(installed.certificate)}")
+        say(f"certificate  {certificates.fingerprint(installed.certificate)}")
     if roster is not None:
         agreed = read_roster(roster)
         install_roster(kits.load_kit(kit), agreed)

@@ -13,8 +13,8 @@ from coterie.cli.output import say, table, write_json
 from coterie.errors import LedgerError
 
 if TYPE_CHECKING:
-    from coterie.dp.ledger import Ledger
-    from coterie.dp.overlap import Held
+    from coterie.dp.accounting.ledger import Ledger
+    from coterie.dp.accounting.overlap import Held
 
 _DELTA = 1e-5
 
@@ -49,7 +49,7 @@ def command(
         coterie ledger show 3f9c2a7be410
         coterie ledger merge /media/laptop/coterie/ledger
     """
-    from coterie.dp.ledger import default_root
+    from coterie.dp.accounting.ledger import default_root
 
     root = (ledger or default_root()).expanduser()
     if root.exists() and not root.is_dir():
@@ -75,13 +75,13 @@ def _needed(target: str | None, action: str, what: str) -> str:
 
 
 def _runs(root: Path) -> list[tuple[Ledger, Held]]:
-    from coterie.dp.lifetime import books_under
+    from coterie.dp.accounting.lifetime import books_under
 
     return [(book, held) for book in books_under(root) for held in book.held() if held.facts]
 
 
 def _figures(book: Ledger, held: Held) -> dict[str, Any]:
-    from coterie.dp.lifetime import lifetime
+    from coterie.dp.accounting.lifetime import lifetime
 
     delta = float((held.facts.get("budget") or {}).get("delta", _DELTA))
     overall = lifetime(book, held.run, delta)
@@ -138,7 +138,7 @@ def _show(root: Path, run: str) -> dict[str, Any]:
 
 
 def _merge(other: Path, root: Path) -> dict[str, Any]:
-    from coterie.dp.merging import merge
+    from coterie.dp.accounting.merging import merge
 
     brought = merge(other.expanduser(), root)
     say(f"ledgers of {brought.ledgers} data sets copied, {brought.known} were known: see `coterie ledger list`")

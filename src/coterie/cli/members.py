@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coterie.config import FederationConfig
-from coterie.federation.identity import Member, members_of
+from coterie.federation.identity.certificates import Member, members_of
 
 
 def members(config: FederationConfig) -> tuple[Member, ...]:
@@ -16,8 +16,8 @@ def members(config: FederationConfig) -> tuple[Member, ...]:
 
 def placement_hash(config: FederationConfig) -> str:
     """Hash of which party hosts which expert. Builds the model without weights; an invalid placement is an error."""
-    from coterie.models.build import build_model
-    from coterie.models.placement import Placement
+    from coterie.models.split.placement import Placement
+    from coterie.models.zoo.build import build_model
 
     model = build_model(config.model, meta=True)
     return Placement.of_spec(config.placement, list(config.parties), model).content_hash()
@@ -31,6 +31,6 @@ def weights_of(folder: Path | None) -> dict[str, str]:
     """
     if folder is None:
         return {}
-    from coterie.models.shards import check_digests
+    from coterie.models.split.shards import check_digests
 
     return {name: str(entry["sha256"]) for name, entry in check_digests(folder)["files"].items()}

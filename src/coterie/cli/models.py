@@ -34,7 +34,7 @@ def command(
       coterie models --json models.json
     """
     from coterie.cli import output
-    from coterie.models import families
+    from coterie.models.zoo import families
 
     if json_path is not None:
         outside = [{"name": item.name, "reason": item.reason} for item in families.excluded_families()]

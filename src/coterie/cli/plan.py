@@ -28,7 +28,7 @@ def command(
     """
     from coterie.cli.output import say, table, write_json
     from coterie.config import FederationConfig, load_yaml
-    from coterie.training.plan import make_plan
+    from coterie.training.planning.plan import make_plan
 
     federation = load_yaml(settings, FederationConfig)
     plan = make_plan(federation)

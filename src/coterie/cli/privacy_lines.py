@@ -17,7 +17,7 @@ def opening_lines(config: PartyConfig, federation: FederationConfig) -> list[str
         ConfigError: its privacy settings do not fit the federation's.
     """
     from coterie.config.federation import party_privacy
-    from coterie.dp.ledger import default_root
+    from coterie.dp.accounting.ledger import default_root
 
     if federation.exchange == "tokens":
         return [

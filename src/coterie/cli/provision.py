@@ -41,9 +41,9 @@ def command(
     """
     from coterie.cli.members import members, placement_hash, weights_of
     from coterie.config import FederationConfig, load_yaml
-    from coterie.federation.identity import fingerprint, new_authority
-    from coterie.federation.kit import CA_FOLDER, load_authority, save_authority
-    from coterie.federation.provision import provision
+    from coterie.federation.identity.certificates import fingerprint, new_authority
+    from coterie.federation.identity.kit import CA_FOLDER, load_authority, save_authority
+    from coterie.federation.identity.provision import provision
 
     config = load_yaml(settings, FederationConfig)
     if ca_only:

@@ -23,7 +23,7 @@ def command(
     from coterie.cli.members import members
     from coterie.config import FederationConfig, load_yaml
     from coterie.errors import IdentityError
-    from coterie.federation import kit as kits
+    from coterie.federation.identity import kit as kits
 
     config = load_yaml(settings, FederationConfig)
     listed = {member.name: member for member in members(config)}

@@ -26,13 +26,13 @@ def command(
     """
     if (run_dir / "party.yaml").is_file():
         from coterie.cli.up import take_part
-        from coterie.training.party import settings_of_run
+        from coterie.training.party.process import settings_of_run
 
         take_part(settings_of_run(run_dir), listen, json_file)
         return
 
     from coterie.cli.training_progress import shown
-    from coterie.training.prepared import read_config
-    from coterie.training.run import resume
+    from coterie.training.single.prepared import read_config
+    from coterie.training.single.run import resume
 
     shown(read_config(run_dir), lambda stop, watch: resume(run_dir, stop=stop, watch=watch), json_file)

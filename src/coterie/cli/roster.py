@@ -12,7 +12,7 @@ from coterie.cli.output import say, table, write_json
 from coterie.errors import RosterError
 
 if TYPE_CHECKING:
-    from coterie.federation.roster import Roster
+    from coterie.federation.identity.roster import Roster
 
 
 class Action(StrEnum):
@@ -62,8 +62,8 @@ def command(
         coterie roster verify roster.json --kit kit
         coterie roster show kit
     """
-    from coterie.federation import roster as rosters
-    from coterie.federation.kit import ROSTER_FILE, load_kit
+    from coterie.federation.identity import roster as rosters
+    from coterie.federation.identity.kit import ROSTER_FILE, load_kit
 
     if action is not Action.JOIN and len(files) != 1:
         raise RosterError(f"`coterie roster {action}` takes one file, not {len(files)}.", code="roster-usage")
@@ -105,8 +105,8 @@ def _needed(kit: Path | None, action: Action) -> Path:
 def _make(settings: Path, certificates: Path, epoch: int, weights: Path | None) -> Roster:
     from coterie.cli.members import members, placement_hash, weights_of
     from coterie.config import FederationConfig, load_yaml
-    from coterie.federation.kit import load_certificate
-    from coterie.federation.roster import draft
+    from coterie.federation.identity.kit import load_certificate
+    from coterie.federation.identity.roster import draft
 
     config = load_yaml(settings, FederationConfig)
     found = {
@@ -163,7 +163,7 @@ def _check_agreed(given: Roster, settings: Path) -> None:
 
 
 def _save(roster: Roster, path: Path) -> None:
-    from coterie.federation.roster import save_roster
+    from coterie.federation.identity.roster import save_roster
 
     save_roster(roster, path)
     missing = [entry.name for entry in roster.parties if entry.name not in roster.signatures]

@@ -54,10 +54,10 @@ def command(
     if not parties:
         raise typer.BadParameter("give --federation, --placement, or --party at least once")
 
-    from coterie.models.build import build_model
-    from coterie.models.placement import Placement
     from coterie.models.seam import expert_layers
-    from coterie.models.splitter import split
+    from coterie.models.split.placement import Placement
+    from coterie.models.split.splitter import split
+    from coterie.models.zoo.build import build_model
 
     counts = [layer.num_experts for layer in expert_layers(build_model(spec, meta=True))]
     if placement is not None:

@@ -26,7 +26,7 @@ def command(
     Example:
         coterie status party.yaml
     """
-    from coterie.federation.run_folder import is_running, read_status
+    from coterie.federation.rounds.run_folder import is_running, read_status
 
     folder = _run_folder(target)
     status = read_status(folder)

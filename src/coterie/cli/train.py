@@ -30,6 +30,6 @@ def command(
     say(f"training {config.model.family or config.model.path or config.model.hub} for {config.train.rounds} rounds")
 
     from coterie.cli.training_progress import shown
-    from coterie.training.run import start
+    from coterie.training.single.run import start
 
     shown(config, lambda stop, watch: start(config, stop=stop, watch=watch), json_file)

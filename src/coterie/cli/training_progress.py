@@ -13,8 +13,8 @@ from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
-from coterie.training.run import RunResult, Watch
-from coterie.training.stepper import Step
+from coterie.training.single.run import RunResult, Watch
+from coterie.training.single.stepper import Step
 
 MIB = 1024**2
 

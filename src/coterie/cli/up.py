@@ -13,7 +13,7 @@ from coterie.cli.privacy_lines import opening_lines, revealed_so_far, spent_note
 
 if TYPE_CHECKING:
     from coterie.config import PartyConfig
-    from coterie.training.party_run import PartyResult
+    from coterie.training.party.run import PartyResult
 
 
 def command(
@@ -44,9 +44,9 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
     from coterie.cli.rounds_progress import RoundLines, log_file
     from coterie.cli.stopping import stop_signals
     from coterie.errors import CoterieError
-    from coterie.federation.control import Directive
-    from coterie.training.party import PartyProcess
-    from coterie.training.party_run import Watch
+    from coterie.federation.rounds.directives import Directive
+    from coterie.training.party.process import PartyProcess
+    from coterie.training.party.run import Watch
 
     def show(directive: Directive) -> None:
         state, missing = directive.state, directive.missing

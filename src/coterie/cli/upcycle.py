@@ -30,7 +30,7 @@ def command(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from coterie.models.upcycle import upcycle_checkpoint
+    from coterie.models.zoo.upcycle import upcycle_checkpoint
 
     disable_progress_bar()
     model = upcycle_checkpoint(dense, out, experts, top_k, noise, normalise=normalise, seed=seed)

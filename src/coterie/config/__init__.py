@@ -10,9 +10,9 @@ content; `coterie.config.model`, `coterie.config.data` and `coterie.config.priva
 from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec, TokenizerSpec, TokenizerTraining
 from coterie.config.federation import (
-    Address,
     FederationConfig,
     FederationTrainSpec,
+    MemberAddress,
     PartyConfig,
     party_privacy,
 )
@@ -22,12 +22,12 @@ from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec
 from coterie.config.train import OptimSpec, TrainConfig, TrainSpec, due
 
 __all__ = [
-    "Address",
     "DataSpec",
     "FederationConfig",
     "FederationTrainSpec",
     "LocalPath",
     "LoraSpec",
+    "MemberAddress",
     "ModelSpec",
     "OptimSpec",
     "PartyConfig",

@@ -32,7 +32,7 @@ PartyName = Annotated[str, AfterValidator(_check_name)]
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 
 
-class Address(Spec):
+class MemberAddress(Spec):
     """Where a process of the federation listens."""
 
     endpoint: Endpoint = Field(description="`host:port` that the other parties connect to.")
@@ -51,8 +51,8 @@ class FederationConfig(Spec):
 
     name: PartyName = Field(description="Short name of the federation.")
     model: ModelSpec = Field(description="The model whose experts are shared.")
-    parties: dict[PartyName, Address] = Field(min_length=1, description="Every party by name.")
-    coordinator: Address = Field(description="The keeper of rounds; sees no tensor and no text.")
+    parties: dict[PartyName, MemberAddress] = Field(min_length=1, description="Every party by name.")
+    coordinator: MemberAddress = Field(description="The keeper of rounds; sees no tensor and no text.")
     optim: OptimSpec = Field(default=OptimSpec(), description="The optimiser, of experts and trunks alike.")
     train: FederationTrainSpec = Field(description="Length and batch.")
     exchange: Literal["experts", "tokens"] = Field(

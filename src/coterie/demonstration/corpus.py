@@ -105,7 +105,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """What one party holds, or what is public.
 
     Attributes:
@@ -144,8 +144,8 @@ DEFAULT_SIZE = Size()
 class Corpus:
     """The public part, and each party's own."""
 
-    public: Part
-    parties: dict[str, Part]
+    public: TextPart
+    parties: dict[str, TextPart]
 
     def write(self, folder: Path) -> dict[str, dict[str, Path]]:
         """Write ``NAME/train.jsonl``, ``NAME/test.jsonl`` and, of a party, ``NAME/all.jsonl`` (columns title, text).
@@ -296,13 +296,15 @@ def _without_repeats(text: str, seen: set[str]) -> str:
     return "\n\n".join(kept)
 
 
-def _split(subject: str, documents: list[Document], train: int, test: int, share: float, everything: int = 0) -> Part:
+def _split(
+    subject: str, documents: list[Document], train: int, test: int, share: float, everything: int = 0
+) -> TextPart:
     """Hold out by document and cut both sides to size, in an order fixed by the titles' digests."""
     ranked = sorted((_rank(d), d) for d in {d.title: d for d in documents}.values())
     border = int(share * 2**32)
     held_out = [d for rank, d in ranked if int.from_bytes(rank[:4], "big") < border]
     kept = [d for rank, d in ranked if int.from_bytes(rank[:4], "big") >= border]
-    return Part(subject, _prefix(kept, train), _prefix(held_out, test), _prefix(kept, everything))
+    return TextPart(subject, _prefix(kept, train), _prefix(held_out, test), _prefix(kept, everything))
 
 
 def _prefix(documents: list[Document], characters: int) -> tuple[Document, ...]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coterie.demonstration.folder import Folder, check_folder, empty_folder
-from coterie.demonstration.plan import Plan
+from coterie.demonstration.plan import DemoPlan
 from coterie.demonstration.processes import interrupt_on_signals
 from coterie.demonstration.readme import save_readme
 from coterie.demonstration.run import PHASES, run
 from coterie.demonstration.screen import Screen
-from coterie.federation.run_folder import RunFolder
+from coterie.federation.rounds.run_folder import RunFolder
 from coterie.storage import write_json
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RESULTS, PICTURE, REPORT, README = "results.json", "losses.png", "report.html", "README.txt"
 
 
-def run_demo(plan: Plan, folder: Path, screen: Screen) -> Results:
+def run_demo(plan: DemoPlan, folder: Path, screen: Screen) -> Results:
     """Run all arms and compare them.
 
     Args:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coterie.config import (
-    Address,
     DataSpec,
     FederationConfig,
     FederationTrainSpec,
+    MemberAddress,
     ModelSpec,
     OptimSpec,
     PartyConfig,
@@ -40,12 +40,12 @@ from coterie.config import (
     dump_yaml,
 )
 from coterie.demonstration.corpus import PUBLIC
-from coterie.demonstration.plan import ARMS, Arm, Plan
+from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.processes import Command
 from coterie.errors import ConfigError
 
-# The names `coterie split` gives its files (coterie.models.shards imports torch, which this process does without:
-# a process that starts others passes its own size on to their peak).
+# The names `coterie split` gives its files (coterie.models.split.shards imports torch, which this process does
+# without: a process that starts others passes its own size on to their peak).
 TRUNK = "trunk.safetensors"
 SHARD = "experts-{party}.safetensors"
 MARKER = "demo.json"
@@ -108,7 +108,7 @@ class Folder:
         root: the folder, which exists. Commands run inside it.
     """
 
-    def __init__(self, root: Path, plan: Plan) -> None:
+    def __init__(self, root: Path, plan: DemoPlan) -> None:
         self.root = root
         self._plan = plan
 
@@ -165,7 +165,7 @@ class Folder:
             endpoints: one per party, then the coordinator's.
         """
         plan, where = self._plan, Path(arm.name)
-        *addresses, coordinator = [Address(endpoint=endpoint) for endpoint in endpoints]
+        *addresses, coordinator = [MemberAddress(endpoint=endpoint) for endpoint in endpoints]
         assert arm.exchange is not None
         config = FederationConfig(
             name="demo",

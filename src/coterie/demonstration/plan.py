@@ -144,7 +144,7 @@ class PrivatePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """The settings of one demo.
 
     Attributes:
@@ -190,7 +190,7 @@ def make_plan(
     arms: Sequence[str] = tuple(ARMS),
     *,
     quick: bool = False,
-) -> Plan:
+) -> DemoPlan:
     """The plan behind the demo's options.
 
     Args:
@@ -218,7 +218,7 @@ def make_plan(
             code="demo-arms",
             fix=f"choose from: {', '.join(ARMS)}",
         )
-    plan = Plan(NAMES[:parties], tuple(name for name in ARMS if name in arms))
+    plan = DemoPlan(NAMES[:parties], tuple(name for name in ARMS if name in arms))
     if quick:
         plan = replace(
             plan,
@@ -232,7 +232,7 @@ def make_plan(
     return plan if rounds is None else _shortened(plan, rounds)
 
 
-def _shortened(plan: Plan, rounds: int) -> Plan:
+def _shortened(plan: DemoPlan, rounds: int) -> DemoPlan:
     """The plan with another number of rounds; private arms keep theirs unless it is smaller still."""
     private = min(rounds, plan.private.rounds)
     return replace(

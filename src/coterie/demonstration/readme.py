@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from coterie.demonstration.folder import Folder
-from coterie.demonstration.plan import Plan
+from coterie.demonstration.plan import DemoPlan
 
 
-def save_readme(plan: Plan, folder: Folder, path: Path) -> None:
+def save_readme(plan: DemoPlan, folder: Folder, path: Path) -> None:
     """Write what is where and which commands made it."""
     path.write_text(_text(plan, folder), encoding="utf-8")
 
 
-def _text(plan: Plan, folder: Folder) -> str:
+def _text(plan: DemoPlan, folder: Folder) -> str:
     lines = [
         "What `coterie demo` left here. Every part was made by an ordinary command; all commands are to be run in",
         "this folder. A run folder that is full is not written to again: remove `run/` (or name another run_dir in",

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from coterie.demonstration.folder import Folder
-from coterie.demonstration.plan import ARMS, Arm, Plan
+from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.screen import Screen
 from coterie.errors import DataError
 from coterie.training.evaluate import Difference, Evaluation, paired_bootstrap
 from coterie.training.folders import private_folder
-from coterie.training.memory import model_state_bytes, peak_rss_bytes
 from coterie.training.metrics import read_metrics
-from coterie.training.trained import evaluate_run, load_trained
+from coterie.training.planning.measured import model_state_bytes, peak_rss_bytes
+from coterie.training.single.trained import evaluate_run, load_trained
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Results:
         wire: of each federation.
     """
 
-    plan: Plan
+    plan: DemoPlan
     subjects: Mapping[str, str]
     arms: Mapping[str, Mapping[str, Figures]]
     curves: Mapping[str, Sequence[tuple[int, float]]]
@@ -148,7 +148,7 @@ def _wire_json(wire: Wire) -> dict[str, Any]:
     return {"payload_bytes": wire.payload_bytes, "tensor_bytes": wire.tensor_bytes, "ratio": ratio}
 
 
-def collect(plan: Plan, root: Path, subjects: Mapping[str, str], screen: Screen) -> Results:
+def collect(plan: DemoPlan, root: Path, subjects: Mapping[str, str], screen: Screen) -> Results:
     """Read every run, and measure the public checkpoint on each party's held-out text."""
     torch.set_num_threads(1)  # small matrices; several threads only get into each other's way
     folder = Folder(root, plan)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coterie.demonstration.corpus import PUBLIC, Corpus, build
 from coterie.demonstration.folder import Folder
-from coterie.demonstration.plan import Arm, Plan
+from coterie.demonstration.plan import Arm, DemoPlan
 from coterie.demonstration.processes import Processes, Running
 from coterie.demonstration.screen import Follow, Screen, megabytes
 
@@ -34,7 +34,7 @@ class Finished:
     cpu_s: float
 
 
-def run(plan: Plan, root: Path, screen: Screen) -> Finished:
+def run(plan: DemoPlan, root: Path, screen: Screen) -> Finished:
     """Do everything but the comparison, inside ``root``.
 
     Raises:
@@ -66,7 +66,7 @@ def _tell_text(corpus: Corpus, screen: Screen) -> None:
         screen.line(f"{name:<8} {subject}: {', '.join(counts)}")
 
 
-def _public(plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
+def _public(plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen) -> None:
     follow = Follow((folder.root / PUBLIC / "run",), plan.public_rounds)
     processes.run_all([folder.public()], 1, lambda: screen.progress(f"training it: {follow.text()}"))
     result = _result(folder.root / PUBLIC / "run")
@@ -77,7 +77,7 @@ def _public(plan: Plan, folder: Folder, processes: Processes, screen: Screen) ->
     )
 
 
-def _baselines(plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
+def _baselines(plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen) -> None:
     """First without privacy, then with. Longest first: the pooled run takes as long as all parties alone together."""
     for private in (False, True):
         arms = [arm for arm in plan.of_kind("pooled", "alone") if arm.private == private]
@@ -94,8 +94,8 @@ def _baselines(plan: Plan, folder: Folder, processes: Processes, screen: Screen)
         screen.line(f"{', '.join(c.name for c in commands)}: {rounds} rounds each{budget}")
 
 
-def _federation(arm: Arm, plan: Plan, folder: Folder, processes: Processes, screen: Screen) -> None:
-    from coterie.federation.provision import free_endpoints  # loads cryptography; only this phase needs it
+def _federation(arm: Arm, plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen) -> None:
+    from coterie.federation.identity.provision import free_endpoints  # loads cryptography; only this phase needs it
 
     config = folder.federation(arm, free_endpoints(len(plan.parties) + 1))
     ready = [folder.split(arm), folder.provision(arm)]  # in this order: the roster holds the digests of the split

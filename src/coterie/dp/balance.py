@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from coterie.dp.losses import Batch, LossFunction, batch_size
 from coterie.dp.numbers import check_fields
-from coterie.dp.router_watch import RouterWatch, Seen
+from coterie.dp.router_watch import RouterWatch, SeenRouting
 from coterie.errors import PrivacyError
 from coterie.models.seam import ExpertLayer
 
@@ -159,7 +159,7 @@ class Balancer:
             return losses
         return losses + self.balance.strength * self._term(seen, shares, batch)
 
-    def _term(self, seen: Seen, shares: Sequence[Tensor], batch: Batch) -> Tensor:
+    def _term(self, seen: SeenRouting, shares: Sequence[Tensor], batch: Batch) -> Tensor:
         """Mean over layers of E sum_e f_e P_e, [B]."""
         terms = []
         start = 0
@@ -181,7 +181,7 @@ class Balancer:
             terms.append(size * (mean_BE * fraction).sum(1))
         return torch.stack(terms).mean(0)
 
-    def _shares(self, layer: ExpertLayer, seen: Seen, batch: Batch) -> Tensor:
+    def _shares(self, layer: ExpertLayer, seen: SeenRouting, batch: Batch) -> Tensor:
         """Share of each record's routed pairs that went to each expert, [B, E]; zero for a record without tokens."""
         ids_NK = seen.ids[layer.index]
         mask_BT = _mask(batch, ids_NK.shape[0], ids_NK.device)

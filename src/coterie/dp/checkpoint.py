@@ -57,7 +57,7 @@ def save(folder: Path, content: Content, state: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedSession:
     """A session's checkpoint, of this format or of the one before it.
 
     Attributes:
@@ -97,7 +97,7 @@ class Saved:
         _unflatten(optimizer, model, tensors, self._optimizer, self.folder)
 
 
-def read(folder: Path) -> Saved:
+def read(folder: Path) -> SavedSession:
     """The session's checkpoint in a folder.
 
     Raises:
@@ -107,7 +107,7 @@ def read(folder: Path) -> Saved:
     if (folder / _EARLIER).is_file():
         values = json_object((folder / _EARLIER).read_bytes())
         check_known(folder, "format", values.get("format", 1), {1}, CheckpointError)
-        return Saved(folder, values["facts"], values.get("optimizer"), None)
+        return SavedSession(folder, values["facts"], values.get("optimizer"), None)
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(
             f"{folder} holds no saved private session.",
@@ -115,7 +115,7 @@ def read(folder: Path) -> Saved:
             fix="name the folder that session.save(path) was given",
         )
     found = read_checkpoint(folder)
-    return Saved(folder, found.state[SESSION], found.state.get("optimizer"), found)
+    return SavedSession(folder, found.state[SESSION], found.state.get("optimizer"), found)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coterie.dp.accounting.lots import Lot
 from coterie.dp.balance import Balancer
+from coterie.dp.checks.watched import Watched
 from coterie.dp.clipping import quantile_update
-from coterie.dp.gradient_groups import Diagnostics
-from coterie.dp.lot_noise import LotNoise
-from coterie.dp.lots import Lot
-from coterie.dp.mechanism import LOAD, WITHIN, RoundNoise
+from coterie.dp.noise.joint_noise import LOAD, WITHIN, RoundNoise
+from coterie.dp.noise.lot_noise import LotNoise
+from coterie.dp.noise.randomness import RandomSource
+from coterie.dp.per_sample.gradient_groups import Diagnostics
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
-from coterie.dp.randomness import RandomSource
 from coterie.dp.refusals import value_changed
 from coterie.dp.sum_engine import ConstantShape, OnGrid, SumEngine
-from coterie.dp.watched import Watched
 from coterie.errors import CheckpointError, PrivacyError
 
 

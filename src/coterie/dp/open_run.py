@@ -15,20 +15,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coterie.dp.accounting import Mechanism
+from coterie.dp.accounting.accountant import Mechanism
+from coterie.dp.accounting.budget import Spent
+from coterie.dp.accounting.ledger import Ledger, open_ledger
+from coterie.dp.accounting.lots import LotPlan, draw_lot
+from coterie.dp.accounting.provenance import Artefact, not_covered
+from coterie.dp.accounting.releases import Pending, Releases
+from coterie.dp.accounting.run_entry import RunStart
+from coterie.dp.accounting.spool import Release, Spool
+from coterie.dp.accounting.statement import Statement, make_statement
 from coterie.dp.balance import Balancer
-from coterie.dp.budget import Spent
-from coterie.dp.ledger import Ledger, open_ledger
 from coterie.dp.lot_sums import LotSums
-from coterie.dp.lots import LotPlan, draw_lot
+from coterie.dp.noise.randomness import RandomSource, random_source
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
-from coterie.dp.provenance import Artefact, not_covered
-from coterie.dp.randomness import RandomSource, random_source
-from coterie.dp.releases import Pending, Releases
-from coterie.dp.run_facts import RunStart
-from coterie.dp.spool import Release, Spool
-from coterie.dp.statement import Statement, make_statement
 from coterie.dp.sum_engine import ConstantShape, SumEngine
 
 

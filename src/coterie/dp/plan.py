@@ -13,18 +13,18 @@ import torch
 from torch import nn
 
 from coterie.config import PrivacySpec
-from coterie.dp.accounting import Mechanism, Sampler, noise_multiplier
+from coterie.dp.accounting.accountant import Mechanism, Sampler, noise_multiplier
+from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.lots import LotPlan
 from coterie.dp.balance import Balance, Balancer
-from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping, policy
-from coterie.dp.engine import Engine
-from coterie.dp.isolation import Isolation, chosen, computes_in_half, make_engine
+from coterie.dp.isolation.exact_engine import Isolation, chosen, computes_in_half, make_engine
 from coterie.dp.losses import LossFunction, default_loss
-from coterie.dp.lots import LotPlan
-from coterie.dp.memory_choice import Method
 from coterie.dp.numbers import check_fields
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.memory_choice import Method
 from coterie.errors import BudgetError, PrivacyError
-from coterie.models.streaming import WeightSource
+from coterie.models.streaming.streamer import WeightSource
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PrivacyPlan:
         sampler, max_lot: how lots are drawn; None: the limit that `LotPlan.of` chooses.
         records_per_user: most records of one user in a lot, where units are users.
         balance: how experts are kept evenly used; some ways of it are released, too.
-        isolation: how records are kept from changing each other's rounding; see `coterie.dp.isolation`.
+        isolation: how records are kept from changing each other's rounding; see `coterie.dp.isolation.exact_engine`.
         half_precision: the model computes in a half-precision format.
         seed: for tests; lots, dropout and noise come from it, and the run is then not private.
         noise_multiplier: sigma; None: calibrated to the budget. Another value is for seeded tests, and for a run that
@@ -96,7 +96,7 @@ class PrivacyPlan:
             rounds: of the run.
             lot_size: where the block names none.
             seed: for tests.
-            against_hosts: others choose the weights; see `coterie.dp.isolation.chosen`.
+            against_hosts: others choose the weights; see `coterie.dp.isolation.exact_engine.chosen`.
             noise_multiplier: for seeded tests.
         """
         half = computes_in_half(model)
@@ -131,7 +131,7 @@ class PrivacyPlan:
         Raises:
             BudgetError: no noise reaches the budget.
 
-        Cost: see `coterie.dp.accounting.noise_multiplier`.
+        Cost: see `coterie.dp.accounting.accountant.noise_multiplier`.
         """
         if self.noise_multiplier is not None:
             return lots.mechanism(self.noise_multiplier)

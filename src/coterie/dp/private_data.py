@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.dp.dataset import check_length, checked_length, dataset_digest, read_record
+from coterie.dp.accounting.dataset import check_length, checked_length, dataset_digest, read_record
+from coterie.dp.accounting.lots import Units
+from coterie.dp.accounting.texts import Originals
+from coterie.dp.accounting.users import check_one_naming, user_ids
+from coterie.dp.accounting.users import user_column as users_of
 from coterie.dp.losses import IGNORED
-from coterie.dp.lots import Units
 from coterie.dp.refusals import check_rows
-from coterie.dp.texts import Originals
-from coterie.dp.users import check_one_naming, user_ids
-from coterie.dp.users import user_column as users_of
 from coterie.errors import DataError
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]

@@ -18,7 +18,7 @@ from coterie.models.seam import ExpertLayer, expert_layers
 
 
 @dataclass
-class Seen:
+class SeenRouting:
     """What one forward showed, by MoE layer."""
 
     ids: dict[int, Tensor] = field(default_factory=dict)
@@ -58,9 +58,9 @@ class RouterWatch:
         return [module for module in inside if id(module) not in experts]
 
     @contextmanager
-    def watching(self) -> Iterator[Seen]:
+    def watching(self) -> Iterator[SeenRouting]:
         """Inside, forwards of the model fill what is yielded. Recomputation in a later backward is not seen."""
-        seen = Seen()
+        seen = SeenRouting()
         handles: list[RemovableHandle] = []
         try:
             for layer in self.layers:
@@ -81,7 +81,7 @@ class RouterWatch:
             return scores / scores.sum(-1, keepdim=True).clamp_min(1e-9)
         return logits.float().softmax(-1)
 
-    def _on_experts(self, layer: ExpertLayer, seen: Seen) -> Any:
+    def _on_experts(self, layer: ExpertLayer, seen: SeenRouting) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values = [*args, *kwargs.values()]
             seen.ids[layer.index] = values[1].detach()
@@ -91,7 +91,7 @@ class RouterWatch:
 
         return hook
 
-    def _on_router(self, layer: ExpertLayer, seen: Seen) -> Any:
+    def _on_router(self, layer: ExpertLayer, seen: SeenRouting) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             for value in output if isinstance(output, tuple | list) else (output,):
                 if (

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.lots import LotPlan
 from coterie.dp.balance import Balance
-from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping
-from coterie.dp.lots import LotPlan
-from coterie.dp.memory_choice import Method
+from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.errors import PrivacyError
 

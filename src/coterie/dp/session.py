@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from coterie.checkpoints import Content
 from coterie.dp import checkpoint
-from coterie.dp.budget import Spent
-from coterie.dp.ledger import Head
+from coterie.dp.accounting.budget import Spent
+from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.lots import Lot
+from coterie.dp.accounting.releases import Pending
+from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
+from coterie.dp.accounting.statement import Statement
 from coterie.dp.losses import LossFunction
 from coterie.dp.lot_sums import RoundFigures
-from coterie.dp.lots import Lot
 from coterie.dp.open_run import OpenRun
 from coterie.dp.private_data import Collate
 from coterie.dp.refusals import check_hooks
-from coterie.dp.releases import Pending
 from coterie.dp.saved_plan import plan_to_json
-from coterie.dp.spool import SPOOL_LIMIT_BYTES, Release
 from coterie.dp.start import resume_run
-from coterie.dp.statement import Statement
 from coterie.dp.stepping import put_gradient
 from coterie.errors import CheckpointError, LedgerError, PrivacyError
-from coterie.models.trainings import Training
+from coterie.models.split.trainings import Training
 
 
 class PrivateSession:
@@ -259,7 +259,7 @@ class PrivateSession:
         return self._opened.statement()
 
     def training(self) -> Training:
-        """What a saved model says of this run; see `coterie.models.trainings`."""
+        """What a saved model says of this run; see `coterie.models.split.trainings`."""
         budget = self.plan.budget
         kind: Literal["budget", "seeded"] = "budget" if self._opened.source.private else "seeded"
         return Training(self.run, kind, self.ledger.public_name(), budget.epsilon, budget.delta)

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.lots import LotPlan
+from coterie.dp.accounting.provenance import Artefact
+from coterie.dp.accounting.texts import Originals
 from coterie.dp.balance import Balance
-from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping
-from coterie.dp.isolation import ExactEngine, Isolation, chosen, computes_in_half
+from coterie.dp.isolation.exact_engine import ExactEngine, Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
-from coterie.dp.lots import LotPlan
-from coterie.dp.memory_choice import Method
 from coterie.dp.numbers import checked_number
+from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import Collate, PrivateData
-from coterie.dp.provenance import Artefact
 from coterie.dp.session import PrivateSession
 from coterie.dp.start import start_run
 from coterie.dp.sum_engine import SumEngine
-from coterie.dp.texts import Originals
 from coterie.errors import BudgetError, PrivacyError
 
 

@@ -14,26 +14,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from coterie.dp import checkpoint, selfcheck
+from coterie.dp import checkpoint
+from coterie.dp.accounting.budget import PrivacyWarning
+from coterie.dp.accounting.provenance import Artefact, as_loaded, declared
 from coterie.dp.balance import Balancer
-from coterie.dp.budget import PrivacyWarning
+from coterie.dp.checks import self_check
+from coterie.dp.checks.comparison import ComparisonReport
+from coterie.dp.checks.made_up import FromCollator, Made
+from coterie.dp.checks.records import check_records
+from coterie.dp.checks.watched import Watched
 from coterie.dp.clipping import Clipping
-from coterie.dp.comparison import Report
-from coterie.dp.engine import Engine
 from coterie.dp.losses import LossFunction, check_own_loss
-from coterie.dp.made_up import FromCollator, Made
-from coterie.dp.memory_choice import Method
 from coterie.dp.open_run import OpenRun, RunEntry, open_run
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.memory_choice import Method
+from coterie.dp.per_sample.probe import synthetic_batch
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import Collate, PrivateData
-from coterie.dp.probe import synthetic_batch
-from coterie.dp.provenance import Artefact, as_loaded, declared
-from coterie.dp.records import check_records
 from coterie.dp.refusals import check_rows, unused_warning
 from coterie.dp.saved_plan import plan_from_json
 from coterie.dp.stepping import check_optimizer
 from coterie.dp.sum_engine import SumEngine
-from coterie.dp.watched import Watched
 from coterie.errors import PrivacyError
 from coterie.models import seam
 
@@ -151,7 +152,7 @@ class _Parts(NamedTuple):
         made = engine or options.engine(plan, model, balancer or loss_fn)
         return cls(model, data, options, loss_fn, made, balancer)
 
-    def check(self) -> Report | None:
+    def check(self) -> ComparisonReport | None:
         """Read every record once, then compare the engine with one record at a time, on made-up records.
 
         Returns:
@@ -170,7 +171,7 @@ class _Parts(NamedTuple):
             # Numbers that mean something of the record, such as its length.
             source = FromCollator(self.model, self.data.collate, item, extent.longest, extent.padding)
         usable = source if source.usable() else None
-        return selfcheck.check(self.engine, example, usable, self.options.physical_batch)
+        return self_check.check(self.engine, example, usable, self.options.physical_batch)
 
 
 def _computes(engine: Engine, source: FromCollator) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.dry_step import check_optimizer_step
+from coterie.dp.checks.dry_step import check_optimizer_step
 from coterie.dp.refusals import check_hooks
 from coterie.errors import PrivacyError
 

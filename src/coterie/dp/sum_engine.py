@@ -1,4 +1,4 @@
-"""What a lot needs of an engine; `coterie.dp.engine.Engine` is the one for models in memory."""
+"""What a lot needs of an engine; `coterie.dp.per_sample.engine.Engine` is the one for models in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from coterie.dp.clipping import Clipping
-from coterie.dp.gradient_groups import Diagnostics
+from coterie.dp.per_sample.gradient_groups import Diagnostics
 
 
 class SumEngine(Protocol):

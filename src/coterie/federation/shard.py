@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from coterie.errors import CheckpointError, ModelError
 from coterie.models.seam import ExpertLayer
-from coterie.models.shards import expert_key, parse_expert_key
+from coterie.models.split.shards import expert_key, parse_expert_key
 
 
 class HostOptimizer(Protocol):

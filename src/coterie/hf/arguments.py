@@ -12,16 +12,16 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SaveStrategy
 
+from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.provenance import Artefact
+from coterie.dp.accounting.users import check_one_naming
 from coterie.dp.balance import Balance
-from coterie.dp.budget import Budget
 from coterie.dp.clipping import Clipping
-from coterie.dp.isolation import Isolation, chosen, computes_in_half
+from coterie.dp.isolation.exact_engine import Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
-from coterie.dp.memory_choice import Method
 from coterie.dp.numbers import check_fields
+from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.plan import PrivacyPlan
-from coterie.dp.provenance import Artefact
-from coterie.dp.users import check_one_naming
 from coterie.errors import PrivacyError
 
 _LOCAL_REPORTS = {"none", "tensorboard"}

@@ -21,19 +21,19 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from coterie.dp.budget import PrivacyWarning, Spent
-from coterie.dp.dataset import checked_length, dataset_digest
+from coterie.dp.accounting.budget import PrivacyWarning, Spent
+from coterie.dp.accounting.dataset import checked_length, dataset_digest
+from coterie.dp.accounting.statement import Statement
+from coterie.dp.accounting.users import user_column, user_ids
 from coterie.dp.numbers import checked_number
 from coterie.dp.plan import ComputeOptions
 from coterie.dp.private_data import Collate, PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import start_session
-from coterie.dp.statement import Statement
-from coterie.dp.users import user_column, user_ids
 from coterie.errors import CheckpointError, PrivacyError
 from coterie.hf.arguments import PrivacyArguments, check_accelerator, check_arguments, check_callbacks
 from coterie.hf.choices import WatchedCallbacks, check_scheduler, refusal
-from coterie.models.trainings import trainings_of, write_trainings
+from coterie.models.split.trainings import trainings_of, write_trainings
 from coterie.training.folders import close_to_others, kept_private, public_folder
 
 _STATE = "private_session"

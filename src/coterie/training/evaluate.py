@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from coterie.errors import DataError
 from coterie.storage import replacing, writing
+from coterie.training.data.packing import Sequences
 from coterie.training.loop import sequence_losses, to_device
-from coterie.training.packing import Sequences
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from coterie.dp.losses import next_tokens, summed_token_losses
 from coterie.errors import ModelError
 from coterie.models.seam import check_selected
+from coterie.training.data.packing import Batch
 from coterie.training.optim import AdamW, set_lr
-from coterie.training.packing import Batch
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from coterie.config import DataSpec, ModelSpec
-from coterie.dp.provenance import Artefact
-from coterie.dp.texts import Originals
-from coterie.models.build import load_config
-from coterie.models.origins import origin_of
-from coterie.models.trainings import Training, joined, read_trainings, trainings_in
-from coterie.training.data import Documents
-from coterie.training.packing import Sequences
+from coterie.dp.accounting.provenance import Artefact
+from coterie.dp.accounting.texts import Originals
+from coterie.models.split.origins import origin_of
+from coterie.models.split.trainings import Training, joined, read_trainings, trainings_in
+from coterie.models.zoo.build import load_config
+from coterie.training.data.documents import Documents
+from coterie.training.data.packing import Sequences
 
 
 def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, ...]:

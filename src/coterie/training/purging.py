@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.config import PartyConfig, PartyPrivacy, TrainConfig, load_yaml
-from coterie.dp.ledger import default_root
-from coterie.dp.lifetime import books_under
-from coterie.dp.spool import Spool
+from coterie.dp.accounting.ledger import default_root
+from coterie.dp.accounting.lifetime import books_under
+from coterie.dp.accounting.spool import Spool
 from coterie.errors import CheckpointError, RoundError
-from coterie.federation.run_folder import RunFolder
+from coterie.federation.rounds.run_folder import RunFolder
 from coterie.storage import json_object
 from coterie.training.folders import private_folder
 

@@ -1,0 +1,237 @@
+"""Where a run keeps, on disk, the lot it is working on and the noised results it may have sent.
+
+A lot is stored before it is computed on, so that a retry after a crash uses the same one: otherwise whether a lot is
+drawn again could depend on the records in it. A noised result is stored before the ledger counts it and before it is
+used; from then on only these bytes exist. The folder is secret (it says which records are in a lot) and is readable
+by its owner alone; the noise itself is never stored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coterie.dp.accounting.lots import Lot
+from coterie.errors import LedgerError
+from coterie.storage import (
+    PRIVATE,
+    check_known,
+    clear_leftovers,
+    file_digest,
+    json_object,
+    lock,
+    make_private_folder,
+    remove,
+    replacing,
+    sync_folder,
+    write_whole,
+)
+
+SPOOL_LIMIT_BYTES = 16 * 2**30
+"""Beyond this much on disk, results are kept only as far as the newest checkpoints need them."""
+
+_FORMAT = 1
+_LOCK, _LOT = "spool.lock", "lot.json"
+_RELEASE = re.compile(r"release-(\d+)-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Release:
+    """The noised result of one round, as it lies in the spool.
+
+    Attributes:
+        round: from 1.
+        draw: which lot of this round, from 0.
+        digest: SHA-256 of the file.
+        pins: what it was computed from.
+        path: a safetensors file.
+    """
+
+    round: int
+    draw: int
+    digest: str
+    pins: dict[str, str]
+    path: Path
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The noised sums, float32, checked against the digest.
+
+        Raises:
+            LedgerError: the file is not what was counted.
+        """
+        if file_digest(self.path) != self.digest:
+            raise LedgerError(
+                f"{self.path.name} is not what was spooled.",
+                code="dp-spool-digest",
+                where=str(self.path.parent),
+                why="only the bytes that the ledger counted may be used or sent",
+                fix="burn the round (resume with other weights or start a new run); the ledger keeps its cost",
+            )
+        with safe_open(self.path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@dataclass(frozen=True)
+class StoredLot:
+    """A lot that was drawn and not yet released."""
+
+    draw: int
+    pins: dict[str, str]
+    lot: Lot
+
+
+class Spool:
+    """One run's spool, used by one process at a time.
+
+    Args:
+        folder: created if absent.
+
+    Raises:
+        LedgerError: another process (or another session of this one) is using it, or something in it is of a format
+            that this version does not know.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_private_folder(folder)
+        try:
+            handle = lock(folder / _LOCK, wait=False, error=LedgerError)
+        except BlockingIOError as error:
+            raise LedgerError(
+                f"the run's spool {folder} is in use.",
+                code="dp-spool-busy",
+                why="two processes could noise the same lot twice",
+                fix="stop the other process, or close the other session of this run",
+            ) from error
+        self._unlock = weakref.finalize(self, os.close, handle)
+        clear_leftovers(folder)
+        try:
+            self._check_names()
+        except LedgerError:
+            self.close()
+            raise
+
+    def _check_names(self) -> None:
+        """Make sure that no later version keeps here what this one would overlook."""
+        for path in sorted(self.folder.glob("[!.]*")):
+            if not _RELEASE.fullmatch(path.name):
+                check_known(self.folder, "file", path.name, {_LOCK, _LOT}, LedgerError)
+
+    def close(self) -> None:
+        """Let other processes use the spool."""
+        self._unlock()
+
+    def store_lot(self, lot: Lot, draw: int, pins: Mapping[str, str]) -> None:
+        """Keep the lot until its result is released."""
+        content = {"format": _FORMAT, "draw": draw, "pins": dict(pins), "lot": lot.to_json()}
+        write_whole(self.folder / _LOT, json.dumps(content).encode(), PRIVATE)
+
+    def stored_lot(self) -> StoredLot | None:
+        """The lot that was drawn last, if its result was not released.
+
+        Raises:
+            LedgerError: it is damaged, or of another format.
+        """
+        path = self.folder / _LOT
+        if not path.exists():
+            return None
+        with _whole(path):
+            content = json_object(path.read_bytes())
+            _check(path, content, _FORMAT, ("draw", "pins", "lot"))
+            return StoredLot(int(content["draw"]), dict(content["pins"]), Lot.from_json(content["lot"]))
+
+    def drop_lot(self) -> None:
+        """Forget the stored lot."""
+        remove(self.folder / _LOT)
+
+    def store_release(
+        self, round_no: int, draw: int, noised: Mapping[str, Tensor], pins: Mapping[str, str]
+    ) -> Release:
+        """Put noised sums on disk, synced. They are not released yet: the ledger comes next."""
+        path = self.folder / f"release-{round_no:08d}-{draw}.safetensors"
+        header = {"format": str(_FORMAT), "round": str(round_no), "draw": str(draw)}
+        header["pins"] = json.dumps(dict(pins), sort_keys=True)
+        with replacing(path, PRIVATE) as aside:
+            save_file({name: tensor.contiguous() for name, tensor in noised.items()}, aside, metadata=header)
+            digest = file_digest(aside)
+        return Release(round_no, draw, digest, dict(pins), path)
+
+    def releases(self, pattern: str = "release-*") -> list[Release]:
+        """What lies in the spool, by round and draw.
+
+        Raises:
+            LedgerError: a result is damaged, or of another format.
+        """
+        found = []
+        for path in self.folder.glob(pattern):
+            match = _RELEASE.fullmatch(path.name)
+            if match:
+                with _whole(path):
+                    with safe_open(path, framework="pt") as file:
+                        header = file.metadata()
+                    _check(path, header, str(_FORMAT), ("round", "draw", "pins"))
+                    pins = json_object(header["pins"])
+                found.append(Release(int(match[1]), int(match[2]), file_digest(path), pins, path))
+        return sorted(found, key=lambda release: (release.round, release.draw))
+
+    def releases_of(self, round_no: int) -> list[Release]:
+        """What lies in the spool for one round."""
+        return [release for release in self.releases(f"release-{round_no:08d}-*") if release.round == round_no]
+
+    def drop_releases(self, up_to_round: int) -> None:
+        """Remove results that everybody who needs them has stored."""
+        for path in self.folder.iterdir():
+            match = _RELEASE.fullmatch(path.name)
+            if match and int(match[1]) <= up_to_round:
+                path.unlink()
+        sync_folder(self.folder)
+
+    def nbytes(self) -> int:
+        """Bytes of results that lie here."""
+        return sum(path.stat().st_size for path in self.folder.glob("release-*"))
+
+    def remove(self) -> None:
+        """Remove lot and results: nobody will continue this run."""
+        self.drop_lot()
+        for path in self.folder.glob("release-*"):
+            path.unlink()
+
+    def drop(self, release: Release) -> None:
+        """Remove one result, which will never be used."""
+        remove(release.path)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Inside, a file that is not what was stored becomes one sentence."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise LedgerError(
+            f"{path} is damaged.",
+            code="dp-spool-damaged",
+            why="only a lot as it was drawn, and the bytes that the ledger counted, may be used",
+            fix="remove that file: the ledger keeps what it counted, and the round is drawn anew",
+        ) from None
+
+
+def _check(path: Path, content: Mapping[str, Any], form: int | str, known: tuple[str, ...]) -> None:
+    """Make sure that a stored lot or result is one of this version; the first versions did not write the format.
+
+    Raises:
+        LedgerError: it is not.
+    """
+    check_known(path, "format", content.get("format", form), {form}, LedgerError)
+    for name in sorted(content.keys() - {"format", *known}):
+        check_known(path, "field", name, known, LedgerError)

@@ -1,0 +1,61 @@
+"""One party's private contributions to the rounds of a federation: clipped, noised, spooled, in its own ledger.
+
+The half of a private session that makes a release. Applying it is the hosts' business: they add up every party's
+release and divide by public numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
+from coterie.dp.open_run import OpenRun
+from coterie.errors import BudgetError
+
+
+class Contributor:
+    """Makes at most one release for each round and pins, within a budget.
+
+    Args:
+        run: opened for the party.
+
+    Attributes:
+        run: its plan, ledger, releases and statement.
+    """
+
+    def __init__(self, run: OpenRun) -> None:
+        self.run = run
+
+    def release(self, round_no: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
+        """The noised sums of a round; the same bytes again for the same pins, until `forget`.
+
+        Args:
+            round_no: from 1.
+            pins: digests of everything that the sums are computed from. Where they differ from those of an earlier
+                try, that one is burned: its cost stays in the ledger, lot and noise are drawn anew.
+
+        Returns:
+            Float32 sums by parameter name, spooled and counted; None when the budget allows no further round.
+        """
+        try:
+            begun = self.run.begin(round_no, pins)
+        except BudgetError as error:
+            if error.code != "dp-budget-spent":
+                raise
+            return None
+        return (begun.tensors(), begun) if isinstance(begun, Release) else self.run.publish(begun)
+
+    def forget(self, up_to_round: int, beyond_limit: int) -> None:
+        """Drop spooled results that nobody will need again.
+
+        Args:
+            up_to_round: the newest round that every checkpoint to go back to includes.
+            beyond_limit: drop up to this round where the spool takes more than `SPOOL_LIMIT_BYTES`. Going back to
+                before it then draws those rounds anew, and counts them again.
+        """
+        spool = self.run.releases.spool
+        spool.drop_releases(up_to_round)
+        if spool.nbytes() > SPOOL_LIMIT_BYTES:
+            spool.drop_releases(beyond_limit)

@@ -1,0 +1,286 @@
+"""What one party stores of the shared model in the `experts` exchange: it serves weights and takes sums.
+
+Master weights and optimiser state of a part exist here alone. An attempt at a round is: freeze the weights, serve
+them to every owner, stage every owner's sum, and at the commit add the sums up in roster order, divide and step.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.errors import RoundError
+from coterie.federation.experts import serve_weights, take_sums
+from coterie.federation.experts.parts import Part
+from coterie.federation.experts.serve_weights import WeightService
+from coterie.federation.experts.shared_trunk import TrunkHost
+from coterie.federation.experts.take_sums import PushService
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.shard import Shard
+from coterie.federation.wire.messages import LARGEST, check_request, kinds, unfit
+from coterie.federation.wire.transport import Lane, Message
+
+DECLARE = "declare"
+
+Transcript = Callable[[str, Lane, Message], None]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a party says of its part in a round; both are public or, without privacy, harmless.
+
+    Attributes:
+        contributes: whether sums come from it. False when its budget is spent.
+        weight: what its sums are divided by, added up over the contributing parties: its expected lot size, or
+            without privacy its number of tokens.
+    """
+
+    contributes: bool
+    weight: float
+
+
+@dataclass(frozen=True)
+class ExpertsHostLimits:
+    """What a party can make a host take, from the signed settings.
+
+    Attributes:
+        rounds: the last round of the federation.
+        weight: most that a party's sums can be divided by.
+        value: largest size of a weight, and of a sum for each unit of its party's weight.
+        noised: largest size of a sum that was clipped and noised, by tensor name; None where sums are not.
+    """
+
+    rounds: int = LARGEST
+    weight: float = LARGEST
+    value: float = math.inf
+    noised: Callable[[str], float] | None = None
+
+
+class ExpertsHost:
+    """Serves and steps the parts of one party.
+
+    Args:
+        me: this party.
+        parties: everybody, in roster order.
+        parts: every part of the model; those with ``host == me`` are stored here.
+        shard: the hosted experts.
+        home: the stored share of a shared trunk.
+        weights_dtype: of what goes down.
+        push_dtype: of what comes up.
+        transcript: sees every message that another party sent, for the audit.
+        lend: this party's copy of a trunk share whose host is absent.
+        ahead: a message for this many rounds ahead, or more, is refused at once.
+        limits: bounds on what a party can send.
+
+    Attributes:
+        version: commits applied since this object was made.
+        received: by party, the newest round of which all its sums are here; part of a checkpoint.
+    """
+
+    KINDS = kinds("experts")
+
+    def __init__(  # noqa: PLR0913 - what was agreed, each by its name
+        self,
+        me: str,
+        parties: Sequence[str],
+        parts: Sequence[Part],
+        shard: Shard,
+        home: TrunkHost,
+        *,
+        weights_dtype: torch.dtype = torch.bfloat16,
+        push_dtype: torch.dtype = torch.float32,
+        transcript: Transcript | None = None,
+        lend: Callable[[Part], Mapping[str, Tensor]] | None = None,
+        ahead: int | None = None,
+        limits: ExpertsHostLimits = ExpertsHostLimits(),
+    ) -> None:
+        self.me, self.shard, self.home = me, shard, home
+        self.version = 0
+        self.received: dict[str, int] = {}
+        self._parties = tuple(parties)
+        self._mine = tuple(part for part in parts if part.host == me)
+        self._limits = limits
+        self._most = {"round": limits.rounds, "part": max((part.number for part in parts), default=0)}
+        self._weights = WeightService(self._mine, self._read, weights_dtype, limits.value)
+        self._pushes = PushService(self._mine, push_dtype, self._parties, self.push_limit)
+        self.transcript = transcript
+        self._lend = lend
+        self._open: Attempt | None = None
+        self._after, self._ahead = 0, ahead
+        self._active: tuple[str, ...] = self._parties
+        self._declared: dict[str, Declared] = {}
+        self._committed: Attempt | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def begin(
+        self,
+        attempt: Attempt,
+        active: Sequence[str] | None = None,
+        lent: Sequence[Part] = (),
+        release: object = None,
+    ) -> None:
+        """Freeze the weights for this attempt and take pushes for it.
+
+        Args:
+            attempt: the one that requests have to name from now on.
+            active: parties that take part; default: all.
+            lent: trunk shares of absent hosts that this party serves, as they are at this moment.
+            release: see `PushService.begin`.
+        """
+        self._weights.begin(attempt, lent)
+        for part in lent:
+            self._weights.frozen(part.number, attempt)
+        digests = {part.number: self._weights.frozen(part.number, attempt)[1] for part in self._mine}
+        self._pushes.begin(attempt, digests, release)
+        with self._changed:
+            if attempt != self._open:
+                self._declared.clear()
+            self._open, self._after = attempt, attempt.round
+            self._active = tuple(active) if active is not None else self._parties
+            self._changed.notify_all()
+
+    def forget(self) -> None:
+        """Serve no round any more: the stored weights are about to be replaced (a checkpoint is loaded)."""
+        with self._changed:
+            self._open = self._committed = None
+            self._declared.clear()
+        self._weights.begin(None)
+        self._pushes.begin(None, {})
+
+    def go_on_after(self, round_no: int) -> None:
+        """Say where the run stands after a checkpoint was loaded: what was asked for a line of it that was given up
+        fails now, also what still waits, and holds up nothing that follows on its lane."""
+        with self._changed:
+            self._after = round_no
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Serve nobody any more: what waits for a round to begin fails at once."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def handle(self, peer: str, lane: Lane, message: Message, *, wait_s: float = 60.0) -> Message:
+        """The reply to a message of one of `KINDS`.
+
+        A message for the attempt that is about to begin here waits up to ``wait_s`` for it: parties hear of a new one
+        at slightly different times.
+
+        Raises:
+            MessageError: it is no such message, or holds what cannot be computed with; nothing was touched.
+        """
+        if self.transcript is not None and peer != self.me:
+            self.transcript(peer, lane, message)
+        check_request("experts", self.me, peer, lane, message, most=self._most)
+        asked = Attempt.of(message)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or self._has_begun(asked) or self._far(asked.round), timeout=wait_s
+            )
+            if self._closed:
+                raise RoundError(f"{self.me} is leaving.", code="host-closed")
+            if self._far(asked.round):
+                raise RoundError(f"{self.me} went back to before round {asked.round}.", code="round-given-up")
+        if message.kind == DECLARE:
+            self._declare(peer, message)
+            return message.reply(DECLARE)
+        if message.kind in (serve_weights.OFFER, serve_weights.CHUNK):
+            return self._weights.handle(peer, message, self.received.get(peer, 0))
+        reply = self._pushes.handle(peer, message)
+        if message.kind == take_sums.END and self._pushes.complete(peer):
+            self.received[peer] = max(self.received.get(peer, 0), asked.round)
+        return reply
+
+    def _has_begun(self, attempt: Attempt) -> bool:
+        return self._open is not None and not self._open.is_before(attempt)
+
+    def _far(self, round_no: int) -> bool:
+        """Parties move together, so nobody who follows the same line of the run can be more than one round ahead."""
+        return self._ahead is not None and round_no >= self._after + self._ahead
+
+    def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
+        """Bytes and digest of an own part, as every owner sees it in this attempt."""
+        return self._weights.frozen(number, attempt)
+
+    def stage_own(self, part: Part, attempt: Attempt, blob: Tensor, weights: str) -> None:
+        """Take this party's own sum of a part, by the same checks as everybody's."""
+        self._pushes.stage(self.me, part.number, attempt, blob, weights)
+
+    def missing(self) -> tuple[str, ...]:
+        """Active parties that have not declared their part, or declared sums that did not all arrive.
+
+        Nobody where nothing is stored: owners send sums and declarations only to where a part is.
+        """
+        if not self._mine:
+            return ()
+        with self._changed:
+            return tuple(party for party in self._active if not self._complete(party))
+
+    def commit(self, attempt: Attempt, learning_rate: float) -> None:
+        """Step every stored part by the divided sum of the contributing parties. Repeating it does nothing.
+
+        Raises:
+            RoundError: another attempt is open, or something is missing. Nothing was changed then.
+        """
+        if self._committed == attempt:
+            return
+        missing = self.missing()
+        if self._open != attempt or missing:
+            raise RoundError(
+                f"{attempt} cannot commit at {self.me}: "
+                + (f"no complete sum from {', '.join(missing)}." if missing else f"{self._open or 'none'} is open."),
+                code="round-incomplete",
+            )
+        contributing = tuple(party for party in self._active if self._mine and self._declared[party].contributes)
+        divisor = math.fsum(self._declared[party].weight for party in contributing)
+        if contributing and divisor > 0:
+            trained = [part for part in self._mine if part.trained]
+            for part in trained:
+                self._fill(part, self._pushes.sums(part.number, contributing), divisor)
+            if any(part.layer >= 0 for part in trained):
+                self.shard.step(learning_rate)
+            self.home.step(learning_rate)
+        self._committed = attempt
+        self.version += 1
+
+    @torch.no_grad()
+    def _fill(self, part: Part, sums: Mapping[str, Tensor], divisor: float) -> None:
+        for name, total in sums.items():
+            gradient = self.home.gradient(name) if part.layer < 0 else self.shard.gradient(part.layer, name)
+            gradient.copy_(total.div_(divisor))
+
+    def _read(self, part: Part) -> Mapping[str, Tensor]:
+        if part not in self._mine:
+            assert self._lend is not None
+            return self._lend(part)
+        return self.home.weights() if part.layer < 0 else self.shard.weights(part.layer)
+
+    def _complete(self, party: str) -> bool:
+        declared = self._declared.get(party)
+        return declared is not None and (not declared.contributes or self._pushes.complete(party))
+
+    def push_limit(self, party: str, name: str) -> float:
+        """Largest size of a value in a party's sum of a tensor: what was agreed, for the weight it declared."""
+        declared = self._declared.get(party)  # no lock: it is asked for under the lock of the pushes
+        if declared is None or not declared.contributes:
+            raise RoundError(f"{party} pushes sums that it did not declare.", code="push-undeclared")
+        plain = self._limits.value * max(declared.weight, 1.0)
+        return plain if self._limits.noised is None else self._limits.noised(name)
+
+    def _declare(self, peer: str, message: Message) -> None:
+        contributes, weight = message.body["contributes"], float(message.body["weight"])
+        asked = Attempt.of(message)
+        if not (weight == 0 or 1 <= weight <= self._limits.weight):
+            raise unfit(peer, DECLARE, "weight", f"is neither 0 nor from 1 to {self._limits.weight:g}")
+        with self._changed:
+            if asked != self._open or peer not in self._active:
+                raise RoundError(f"{peer} declares {asked}; {self._open or 'none'} is open.", code="push-round")
+            declared = Declared(contributes, weight)
+            if self._declared.setdefault(peer, declared) != declared:
+                raise RoundError(f"{peer} declares its part in {asked} twice.", code="declare-changed")

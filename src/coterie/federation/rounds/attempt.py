@@ -1,0 +1,40 @@
+"""Which weights a message of the `experts` exchange is about: those of an attempt at a round, or of its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coterie.federation.wire.transport import Address, Message
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a round; with number 0 its end, when the round's model is evaluated and saved.
+
+    Attributes:
+        round: from 1.
+        number: from 1 and never used again for this round; the coordinator hands it out.
+    """
+
+    round: int
+    number: int = 0
+
+    @classmethod
+    def of(cls, message: Message) -> Attempt:
+        """The one that a message is about."""
+        return cls(message.address.round, message.address.attempt)
+
+    def address(self, *, part: int = 0, chunk: int = 0) -> Address:
+        """Where messages about it go."""
+        return Address(round=self.round, attempt=self.number, part=part, chunk=chunk)
+
+    def is_before(self, other: Attempt) -> bool:
+        """Whether all parties are done with this one when the other begins."""
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, bool, int]:
+        return self.round, self.number == 0, self.number
+
+    def __str__(self) -> str:
+        return f"round {self.round}, attempt {self.number}" if self.number else f"the end of round {self.round}"

@@ -1,0 +1,429 @@
+"""What both transports share: who waits for which reply, who handles what arrives, what is counted.
+
+An implementation makes `Link` objects (the sending end of one live connection to one peer on one lane), tells the
+switchboard when one opens or breaks, and hands over every frame that arrives. It never runs a handler itself.
+
+Threads: one worker per peer and lane, started with the first message there, so that a handler that waits holds up
+nobody else; one clock that fails late requests. A reader thread only files frames: a request goes to a queue that has
+room for every request the peer may have open (`window`), so a reader never waits for a worker, and replies get
+through however busy the workers are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from coterie.errors import CoterieError, DeadlineError, FrameError, TransportError
+from coterie.federation.wire.frame import Encoded, Frame, FrameType, Session, encode
+from coterie.federation.wire.peer_lane import Line, Link
+from coterie.federation.wire.seldom import Seldom
+from coterie.federation.wire.transport import (
+    Counters,
+    Handler,
+    Lane,
+    LaneCounters,
+    Message,
+    error_message,
+    remote_error,
+)
+
+log = logging.getLogger(__name__)
+
+TWIN = "same-kit"
+"""One-way: a second process with the receiver's kit was turned away. Between transports; no handler sees it."""
+
+ALL_LANES = (Lane.CONTROL, Lane.FORWARD, Lane.BACKWARD)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Times in seconds and bounds of a transport. Both sides should use the same windows.
+
+    Args:
+        window, window_bytes: most unanswered requests per peer and lane, and their tensors together; one alone may be
+            larger.
+        send_deadline_s: how long `send` waits for room, and a reply may take to leave.
+        heartbeat_s: an idle connection sends a heartbeat this often.
+        silence_s: a connection that brought nothing for so long counts as broken.
+        handshake_s: a new connection has to introduce itself within this time.
+        refusal_s: how long a definite refusal (another run, a wrong certificate) has to last before `connect` raises
+            it; until then the other side may just be restarting.
+        redial_s: first pause before dialling again; doubles up to 16 times that.
+        dial_s: how long one try to connect may take.
+        ping_s: a control connection is pinged after half of this without a byte, and broken after so long without an
+            answer.
+        close_s: how long `close` waits for handlers that are running.
+    """
+
+    window: int = 16
+    window_bytes: int = 1 << 30
+    send_deadline_s: float = 60.0
+    heartbeat_s: float = 5.0
+    silence_s: float = 25.0
+    handshake_s: float = 10.0
+    refusal_s: float = 3.0
+    redial_s: float = 0.1
+    dial_s: float = 3.0
+    ping_s: float = 2.0
+    close_s: float = 5.0
+
+
+class Switchboard(ABC):
+    """The `Transport` interface on top of links.
+
+    Args:
+        me: this party.
+        lanes: the lanes to every peer, in roster order (a coordinator has the control lane alone).
+        session: run and membership epoch.
+        settings: times and bounds.
+        no_tensors: peers that never get a tensor and never send one (the coordinator, and all peers of it).
+    """
+
+    def __init__(
+        self,
+        me: str,
+        lanes: Mapping[str, Collection[Lane]],
+        session: Session,
+        settings: Settings,
+        no_tensors: Collection[str] = (),
+    ) -> None:
+        self._me = me
+        self._session = session
+        self._settings = settings
+        self._no_tensors = frozenset(no_tensors)
+        self._lines = {
+            (peer, lane): Line(peer, lane, settings.window, settings.window_bytes)
+            for peer, each in lanes.items()
+            for lane in each
+        }
+        self._peers = tuple(lanes)
+        self._handler: Handler | None = None
+        self._changed = threading.Condition()
+        self._stopped = threading.Event()
+        self._seldom = Seldom(log)
+        self._clock = threading.Thread(target=self._keep_time, name=f"{me}-clock", daemon=True)
+
+    # ---- the Transport interface -----------------------------------------------------------------------------
+
+    @property
+    def me(self) -> str:
+        return self._me
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return self._peers
+
+    def start(self, handler: Handler) -> None:
+        if self._handler is not None:
+            raise TransportError(f"The transport of {self._me} was started twice.", code="started-twice")
+        self._handler = handler
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+        self._clock.start()
+
+    def connected(self) -> frozenset[str]:
+        with self._changed:
+            absent = {peer for (peer, _), line in self._lines.items() if line.link is None}
+        return frozenset(self._peers) - absent
+
+    def connect(
+        self, deadline_s: float, peers: Collection[str] | None = None, alive: Callable[[], bool] = lambda: True
+    ) -> None:
+        wanted = [peer for peer in self._peers if peers is None or peer in peers]
+        until = time.monotonic() + deadline_s
+        while (now := time.monotonic()) < until and not self._stopped.is_set():
+            if not alive():
+                return
+            missing = [peer for peer in wanted if peer not in self.connected()]
+            for peer in missing:
+                refusal = self._refusal(peer, now)
+                if refusal is not None:
+                    raise refusal
+            with self._changed:
+                if self._changed.wait_for(lambda: self.connected().issuperset(wanted), min(0.2, until - now)):
+                    return
+        missing = [peer for peer in wanted if peer not in self.connected()]
+        if missing:
+            seen = [f"{peer} ({self._last_seen(peer)})" for peer in missing]
+            raise DeadlineError(
+                f"{', '.join(missing)} did not arrive within {deadline_s:g} s.",
+                code="peer-missing",
+                where="connecting: " + "; ".join(seen),
+                why="a round needs every party of the roster",
+                fix="start the missing parties, or check their endpoints in the roster",
+            )
+
+    def request(self, peer: str, lane: Lane, message: Message, deadline_s: float) -> Message:
+        return self.request_async(peer, lane, message, deadline_s).result()
+
+    def request_async(self, peer: str, lane: Lane, message: Message, deadline_s: float) -> Future[Message]:
+        return self._post_request(FrameType.REQUEST, peer, lane, message, deadline_s)
+
+    def send(self, peer: str, lane: Lane, message: Message) -> None:
+        future = self._post_request(FrameType.ONE_WAY, peer, lane, message, self._settings.send_deadline_s)
+
+        def report(done: Future[Message]) -> None:
+            error = done.exception()
+            if error is not None:
+                log.warning("one-way `%s` to %s: %s", message.kind, peer, getattr(error, "code", "failed"))
+
+        future.add_done_callback(report)
+
+    def counters(self) -> Counters:
+        snapshot: dict[tuple[str, Lane], LaneCounters] = {}
+        for key, line in self._lines.items():
+            with line.lock:
+                snapshot[key] = line.counters
+        return Counters(snapshot)
+
+    def close(self) -> None:
+        with self._changed:
+            if self._stopped.is_set():
+                return
+            self._stopped.set()
+            self._changed.notify_all()
+        closed = TransportError(f"The transport of {self._me} was closed.", code="closed")
+        for line in self._lines.values():
+            line.pending.fail_all(closed)
+        self._shut()
+        for line in self._lines.values():
+            link, line.link = line.link, None
+            if link is not None:
+                link.close()
+            line.pending.fail_all(closed)
+            line.end()
+        until = time.monotonic() + self._settings.close_s  # one deadline for all of them
+        for (peer, lane), line in self._lines.items():
+            self._join_worker(line, f"{peer}, lane {lane.name.lower()}", until)
+        if self._clock.is_alive():
+            self._clock.join(max(0.1, until - time.monotonic()))
+
+    # ---- for implementations ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Listen and dial; returns at once."""
+
+    @abstractmethod
+    def _shut(self) -> None:
+        """Stop listening and dialling, and end all connections."""
+
+    def _last_seen(self, peer: str) -> str:
+        """What is known about a peer that is not connected, for `connect`'s message."""
+        return "never seen"
+
+    def _refusal(self, peer: str, now: float) -> CoterieError | None:
+        """A lasting reason why ``peer`` cannot connect (another run, a wrong certificate), for `connect` to raise."""
+        return None
+
+    def _tick(self, now: float) -> None:  # noqa: B027 - nothing to do is a fine default
+        """Called by the clock about twenty times a second; must not block."""
+
+    def _attach(self, link: Link) -> None:
+        """A connection is open; it replaces an older one to the same peer and lane."""
+        line = self._lines[link.peer, link.lane]
+        with self._changed:
+            closing = self._stopped.is_set()
+            older, line.link = line.link, None if closing else link
+            self._changed.notify_all()
+        if older is not None:
+            line.pending.fail_all(_broken(link.peer, link.lane, "it connected anew"))
+            older.close()
+        if closing:
+            link.close()
+
+    def _detach(self, link: Link, reason: str) -> None:
+        """A connection broke; does nothing if another one has taken its place."""
+        line = self._lines[link.peer, link.lane]
+        with self._changed:
+            current = line.link is link
+            if current:
+                line.link = None
+                self._changed.notify_all()
+        link.close()
+        if current:
+            line.pending.fail_all(_broken(link.peer, link.lane, reason))
+
+    def _arrived(self, link: Link, frame: Frame) -> None:
+        """File a frame that came in over ``link``; never waits and never computes.
+
+        Raises:
+            FrameError: the peer sends more than its window, or tensors that may not come from it; close the link.
+        """
+        line = self._lines[link.peer, link.lane]
+        line.count_received(frame)
+        if frame.message.tensors and link.peer in self._no_tensors:
+            raise FrameError(
+                f"{link.peer} sent tensors; between a party and the coordinator only control messages may pass.",
+                code="tensors-on-control",
+                field="tensor_count",
+            )
+        if frame.type is FrameType.HEARTBEAT:
+            return
+        if frame.type is FrameType.REPLY:
+            line.pending.settle(frame.correlation, frame.message)
+        elif frame.type is FrameType.ERROR:
+            line.pending.settle(frame.correlation, remote_error(link.peer, link.lane, frame.message))
+        else:
+            if not line.take_in(link, frame):
+                raise FrameError(
+                    f"{link.peer} has more than {self._settings.window} requests, or "
+                    f"{self._settings.window_bytes / 2**20:.4g} MiB of them, open on one lane.",
+                    code="window-exceeded",
+                    why="a peer must not be able to fill this party's memory",
+                    fix="use the same window on both sides",
+                )
+            self._ensure_worker(line, link)
+
+    def _heartbeat(self, lane: Lane) -> Encoded:
+        return encode(self._session, FrameType.HEARTBEAT, lane, 0, Message("heartbeat"))
+
+    def _count_heartbeat(self, peer: str, lane: Lane, encoded: Encoded) -> None:
+        self._lines[peer, lane].count_sent(encoded, messages=0)
+
+    # ---- inside ----------------------------------------------------------------------------------------------
+
+    def _post_request(
+        self, frame_type: FrameType, peer: str, lane: Lane, message: Message, deadline_s: float
+    ) -> Future[Message]:
+        line = self._lines.get((peer, lane))
+        if line is None:
+            known = ", ".join(sorted({f"{p} ({lane_.name.lower()})" for p, lane_ in self._lines}))
+            raise TransportError(
+                f"{self._me} has no lane {lane.name.lower()} to {peer}.",
+                code="no-such-lane",
+                fix=f"lanes of {self._me}: {known}",
+            )
+        if message.tensors and peer in self._no_tensors:
+            raise TransportError(
+                f"`{message.kind}` carries tensors; between {self._me} and {peer} only control messages may pass.",
+                code="tensors-on-control",
+                why="the coordinator keeps commit records and must see no data",
+                field="tensors",
+            )
+        if line.link is None:
+            raise self._not_connected(peer, lane)
+        until = time.monotonic() + deadline_s
+        size = sum(tensor.nbytes for tensor in message.tensors)
+        correlation, future = line.pending.add(message.kind, deadline_s, size)
+        try:
+            encoded = encode(self._session, frame_type, lane, correlation, message)
+            link = line.link  # read after `add`: a break from now on finds the entry and fails it
+            if link is None:
+                raise self._not_connected(peer, lane)
+            link.post(encoded, until)
+            line.count_sent(encoded)
+        except CoterieError as error:
+            if line.pending.settle(correlation, error):
+                raise
+        return future
+
+    def _not_connected(self, peer: str, lane: Lane) -> TransportError:
+        if self._stopped.is_set():
+            return TransportError(f"The transport of {self._me} was closed.", code="closed")
+        return TransportError(
+            f"{peer} is not connected.",
+            code="not-connected",
+            where=f"lane {lane.name.lower()} from {self._me} to {peer}; {self._last_seen(peer)}",
+            fix=f"start {peer}, or wait for it with connect(deadline_s)",
+        )
+
+    def _ensure_worker(self, line: Line, link: Link) -> None:
+        if line.worker is None:
+            with line.lock:
+                if line.worker is None:
+                    name = f"{self._me}-{link.peer}-{link.lane.name.lower()}"
+                    worker = threading.Thread(target=self._work, args=(line,), name=name, daemon=True)
+                    worker.start()
+                    line.worker = worker  # only now: `close` joins what it finds here, and a failed start leaves none
+
+    def _work(self, line: Line) -> None:
+        while (item := line.next_request()) is not None:
+            link, frame = item
+            if not self._stopped.is_set():
+                self._serve(line, link, frame)
+
+    def _serve(self, line: Line, link: Link, frame: Frame) -> None:
+        """Run the handler and answer over the connection the request came from.
+
+        After a break the answer is dropped: the peer has given the request up, and a restarted peer never made it.
+        """
+        assert self._handler is not None
+        request = frame.message
+        frame_type, reply = FrameType.REPLY, None
+        try:
+            if request.kind == TWIN:
+                text = f"another process with our kit tried to connect to {link.peer} and was turned away"
+                self._seldom.say(("twin", link.peer), logging.WARNING, text)
+            else:
+                reply = self._handler(link.peer, link.lane, request)
+        except CoterieError as error:
+            text = f"`{request.kind}` of {link.peer} failed here: {error}"
+            self._seldom.say((link.peer, error.code), logging.INFO, text)
+            frame_type, reply = FrameType.ERROR, error_message(error, request)
+        except Exception as error:
+            text = f"`{request.kind}` of {link.peer} failed here"
+            self._seldom.say((link.peer, type(error)), logging.ERROR, text, trace=True)
+            frame_type, reply = FrameType.ERROR, error_message(error, request)
+        if reply is None or (frame_type is FrameType.REPLY and frame.type is FrameType.ONE_WAY):
+            reply = Message("ack")
+        try:
+            self._answer(line, link, frame_type, frame.correlation, reply)
+        except FrameError as error:
+            text = f"the reply to `{request.kind}` of {link.peer} cannot be sent: {error}"
+            self._seldom.say((link.peer, "reply", error.code), logging.ERROR, text)
+            self._answer_error(line, link, frame, error)
+        except TransportError as error:
+            text = f"the reply to `{request.kind}` of {link.peer} was dropped: {error.message}"
+            self._seldom.say((link.peer, "dropped", error.code), logging.INFO, text)
+
+    def _answer(self, line: Line, link: Link, frame_type: FrameType, correlation: int, reply: Message) -> None:
+        if reply.tensors and link.peer in self._no_tensors:
+            raise FrameError(
+                "A reply between a party and the coordinator carries tensors.", code="tensors-on-control"
+            )
+        encoded = encode(self._session, frame_type, link.lane, correlation, reply)
+        link.post(encoded, time.monotonic() + self._settings.send_deadline_s)
+        line.count_sent(encoded)
+
+    def _answer_error(self, line: Line, link: Link, frame: Frame, error: CoterieError) -> None:
+        try:
+            self._answer(line, link, FrameType.ERROR, frame.correlation, error_message(error, frame.message))
+        except TransportError as failure:
+            text = f"the reply to `{frame.message.kind}` of {link.peer} was dropped: {failure.message}"
+            self._seldom.say((link.peer, "dropped", failure.code), logging.INFO, text)
+
+    def _join_worker(self, line: Line, where: str, until: float) -> None:
+        with line.lock:  # one that is being started counts
+            worker = line.worker
+        if worker is None or worker is threading.current_thread():
+            return
+        worker.join(max(0.0, until - time.monotonic()))
+        if worker.is_alive():
+            log.warning("a handler for %s is still running after %g s", where, self._settings.close_s)
+
+    def _keep_time(self) -> None:
+        while not self._stopped.wait(0.05):
+            now = time.monotonic()
+            for line in self._lines.values():
+                line.pending.expire(now)
+            self._tick(now)
+
+
+def _broken(peer: str, lane: Lane, reason: str) -> TransportError:
+    return TransportError(
+        f"The connection to {peer} broke before it answered: {reason}.",
+        code="connection-lost",
+        where=f"lane {lane.name.lower()}",
+        why=f"whether {peer} handled the request is unknown",
+        fix="the round is aborted and tried again once the peer is back",
+    )

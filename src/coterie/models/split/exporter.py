@@ -1,0 +1,256 @@
+"""Join a trunk and shards of experts into a Hugging Face checkpoint, a decoder layer at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+
+from coterie.config import ModelSpec
+from coterie.errors import ModelError
+from coterie.models.seam import ExpertLayer, expert_layers
+from coterie.models.split.adapted import AdaptedModel
+from coterie.models.split.origins import Origin, check_content, tensor_line
+from coterie.models.split.read_checkpoint import layer_group, stream_checkpoint
+from coterie.models.split.shards import (
+    MANIFEST_FILE,
+    MODEL_FOLDER,
+    TRUNK_FILE,
+    check_digests,
+    expert_key,
+    parse_expert_key,
+    read_manifest,
+    stored_shapes,
+)
+from coterie.models.split.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
+from coterie.models.split.trainings import Training, joined, read_trainings, write_trainings
+from coterie.models.zoo.build import build_model, check_keys
+from coterie.storage import file_digest, json_object, new_folder
+
+
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    trunk: Path | None = None,
+    shards: Sequence[Path] | None = None,
+    adapter: bool = False,
+) -> Path:
+    """Write ``out``, a folder that ``from_pretrained`` loads, equal to the model that was split (or trained since).
+
+    Adapters that were trained are merged into the weights they change.
+
+    Args:
+        folder: as `splitter.split` wrote it; its ``model`` subfolder says what the model is.
+        out: a folder that does not exist yet, or is empty. It appears whole or not at all.
+        trunk: default ``folder``'s own.
+        shards: of all parties, in any order; default ``folder``'s own.
+        adapter: write the trained adapters alone, for peft, instead of the whole model; needs no shards.
+
+    Raises:
+        ModelError: a tensor is missing, there twice, unknown or of another shape; a file was changed after it was
+            written, or the files are not all of one run and round; or what was written does not read back.
+    """
+    check_vacant(out)
+    trunk = trunk or folder / TRUNK_FILE
+    shards = sorted(folder.glob("experts-*.safetensors")) if shards is None else list(shards)
+    model = build_model(split_spec(folder), meta=True)
+    origin, trainings = _one_origin(folder, [trunk] if adapter else [trunk, *shards])
+    if adapter and origin.lora is None:
+        raise ModelError(
+            f"{trunk} holds no adapters: the weights themselves were trained.",
+            code="model-no-adapters",
+            fix="leave out --adapter to export the whole model",
+        )
+    with new_folder(out) as aside:
+        # peft changes the model that it is given, so the adapters get one of their own.
+        base = build_model(split_spec(folder), meta=True)
+        adapted = None if origin.lora is None else AdaptedModel(base, origin.lora, trunk)
+        if adapter and adapted is not None:
+            adapted.save_adapter(aside)
+        else:
+            _write_whole(aside, folder, _Sources.of(model, trunk, shards, adapted))
+        write_trainings(aside, joined(read_trainings(folder / MODEL_FOLDER), trainings))
+    return out
+
+
+def _one_origin(folder: Path, files: Sequence[Path]) -> tuple[Origin, tuple[Training, ...]]:
+    """Where all files come from, every byte of them checked, and the trainings behind any of them.
+
+    Raises:
+        ModelError: they are not of one run and round, one is of another split than ``folder``, or a file of
+            ``folder`` changed since the split.
+    """
+    origins = {path: check_content(path) for path in files}
+    first, *others = origins.items()
+    for path, origin in others:
+        if (origin.run, origin.round) != (first[1].run, first[1].round):
+            raise ModelError(
+                f"{first[0]} is of {first[1].words()}, and {path} of {origin.words()}.",
+                code="model-parts-mixed",
+                why="each is whole, but together they are a model that nobody trained",
+                fix="give the trunk and every party's shard of one round: run/private/checkpoints/round-.../ of each "
+                "party",
+            )
+    if first[1].run and not (folder / MANIFEST_FILE).exists():
+        return first[1], joined(*(origin.trainings for origin in origins.values()))
+    manifest = check_digests(folder)  # the config too: another number of experts per token is another model
+    if not first[1].run:
+        listed = {str(entry["sha256"]) for entry in manifest["files"].values()}
+        strange = [path for path in files if file_digest(path) not in listed]
+        if strange:
+            raise ModelError(
+                f"{strange[0]} is of another split than {folder}.",
+                code="model-parts-mixed",
+                why="it may belong to another model of the same shape",
+                fix="give the folder that `coterie split` wrote it to",
+            )
+    return first[1], joined(*(origin.trainings for origin in origins.values()))
+
+
+def _write_whole(out: Path, folder: Path, sources: _Sources) -> None:
+    written = _write_weights(out, sources)
+    for path in sorted((folder / MODEL_FOLDER).iterdir()):
+        shutil.copyfile(path, out / path.name)
+    write_config(sources.model, out)
+    spec = split_spec(folder)
+    for group in stream_checkpoint(out, build_model(spec, meta=True)):
+        for name, tensor in group.items():
+            if written.get(name, "") != tensor_line(name, tensor):
+                raise ModelError(f"`{name}` in {out} is not what was written.", code="model-saved-differs")
+
+
+def split_spec(folder: Path) -> ModelSpec:
+    """The spec of a split model: its ``model`` subfolder, in the dtype it was split in.
+
+    Raises:
+        ModelError: ``folder`` is not what `splitter.split` writes, or its manifest is of another format.
+    """
+    path = folder / MODEL_FOLDER / "config.json"
+    if (folder / MANIFEST_FILE).exists():
+        read_manifest(folder)
+    try:
+        dtype = json_object(path.read_bytes())["dtype"]
+        return ModelSpec(path=folder / MODEL_FOLDER, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} is not a split model: {path.name} in `{MODEL_FOLDER}` is missing or unreadable.",
+            code="model-no-manifest",
+            fix="give the folder that `coterie split` wrote",
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Which file holds which tensor: trunk tensors by name, experts by key.
+
+    Attributes:
+        model: on meta, without adapters.
+        trunk: the trunk's file; trunk_names: the model's name of each of its tensors, and its name in the file.
+        changes: what adapters add, by the name of the weight.
+    """
+
+    model: PreTrainedModel
+    trunk: Path
+    trunk_names: dict[str, str]
+    experts: dict[str, Path]
+    changes: Mapping[str, Callable[[], Tensor]]
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, trunk: Path, shards: Sequence[Path], adapted: AdaptedModel | None
+    ) -> _Sources:
+        """Read the headers and make sure that together they are exactly this model."""
+        stored = stored_shapes(trunk)
+        names = {name: name for name in stored}
+        if adapted is not None:
+            names = {name: kept for name, kept in adapted.stored.items() if kept in stored}
+        tied = model.all_tied_weights_keys
+        names = {name: kept for name, kept in names.items() if not (name in tied and tied[name] in names)}
+        found = {name: stored[kept] for name, kept in names.items()}
+        _check_shapes(str(trunk), found, {name: shape for name, (_, shape) in trunk_shapes(model).items()})
+        experts: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in shards:
+            for key, shape in stored_shapes(path).items():
+                if key in experts:
+                    layer, expert, _ = parse_expert_key(key)
+                    raise ModelError(
+                        f"Layer {layer} expert {expert} is in {experts[key].name} and in {path.name}.",
+                        code="model-shards-overlap",
+                        why="two parties trained the same expert, and only one of the two could be kept",
+                        fix="give one shard per party, all of one placement",
+                    )
+                experts[key], shapes[key] = path, shape
+        everything = {layer.index: range(layer.num_experts) for layer in expert_layers(model)}
+        expected = {key: shape for key, (_, shape) in shard_shapes(model, everything).items()}
+        _check_shapes("the set of shards", shapes, expected)
+        return cls(model, trunk, names, experts, adapted.changes if adapted is not None else {})
+
+
+def _check_shapes(where: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+    other = {key for key in expected.keys() & found.keys() if expected[key] != found[key]}
+    check_keys(where, set(missing), set(unexpected), other, code="model-bad-shard")
+
+
+def _write_weights(out: Path, sources: _Sources) -> dict[str, str]:
+    """One safetensors file a decoder layer, with an index: what `save_pretrained` calls a sharded checkpoint.
+
+    Returns:
+        `tensor_line` of every tensor, by its name in the model.
+    """
+    names: dict[str, list[str]] = {}
+    layers = {f"{layer.name}.": layer for layer in expert_layers(sources.model)}
+    for name in sorted([*sources.trunk_names, *layers], key=dot_natural_key):
+        names.setdefault(layer_group(name), []).append(name)
+    weight_map: dict[str, str] = {}
+    written: dict[str, str] = {}
+    total = 0
+    with ExitStack() as stack:
+        trunk = stack.enter_context(safe_open(sources.trunk, framework="pt"))
+        for number, group in enumerate(names.values(), start=1):
+            tensors: dict[str, Tensor] = {}
+            for name in group:
+                if name in layers:
+                    tensors |= _stack_experts(layers[name], sources.experts)
+                else:
+                    tensors[name] = trunk.get_tensor(sources.trunk_names[name])
+            for name in tensors.keys() & sources.changes.keys():
+                tensors[name] = (tensors[name].float() + sources.changes[name]()).to(tensors[name].dtype)
+            written |= {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
+            file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+            reverted = revert_weight_conversion(sources.model, tensors)
+            saved = {key: tensor.contiguous() for key, tensor in reverted.items()}
+            save_file(saved, out / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(saved, file)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return written
+
+
+def _stack_experts(layer: ExpertLayer, where: dict[str, Path]) -> dict[str, Tensor]:
+    """The stacked parameters of a layer, from the files of the parties that host its experts."""
+    stacked = {}
+    with ExitStack() as stack:
+        keys = [
+            expert_key(layer.index, expert, name)
+            for expert in range(layer.num_experts)
+            for name in layer.parameters()
+        ]
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {where[key] for key in keys}}
+        for name in layer.layout.parameter_names:
+            experts = [expert_key(layer.index, expert, name) for expert in range(layer.num_experts)]
+            stacked[f"{layer.name}.{name}"] = torch.stack([files[where[key]].get_tensor(key) for key in experts])
+    return stacked

@@ -1,0 +1,215 @@
+"""Tensor files of a split model: one trunk, one shard of experts per party, written without holding them in memory.
+
+A shard's keys are ``layer.{layer}.expert.{expert}.{parameter}``, all numbers global to the model; a trunk's are the
+parameter names of the transformers model. Both are plain safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from coterie.errors import ModelError
+from coterie.models.split.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
+from coterie.models.split.trainings import Training
+from coterie.storage import check_known, file_digest, json_object, replacing
+
+TRUNK_FILE = "trunk.safetensors"
+MANIFEST_FILE = "manifest.json"
+SPLIT_FORMAT = "coterie-split-1"
+MODEL_FOLDER = "model"
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_KEY = re.compile(r"layer\.(0|[1-9]\d*)\.expert\.(0|[1-9]\d*)\.(\w+)")
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""What a file is going to hold: {name: (dtype, shape)}."""
+
+
+def shard_file(party: str) -> str:
+    """The name of a party's shard."""
+    return f"experts-{party}.safetensors"
+
+
+def expert_key(layer: int, expert: int, parameter: str) -> str:
+    """The name of one expert's parameter in a shard."""
+    return f"layer.{layer}.expert.{expert}.{parameter}"
+
+
+def parse_expert_key(key: str) -> tuple[int, int, str]:
+    """(layer, expert, parameter) of a key that `expert_key` made.
+
+    Raises:
+        ModelError: it is not such a key.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise ModelError(
+            f"`{key}` is not the name of an expert's parameter.",
+            code="model-bad-shard",
+            fix="shards hold layer.{layer}.expert.{expert}.{parameter}; is this a trunk file?",
+        )
+    return int(match[1]), int(match[2]), match[3]
+
+
+_UNKNOWN = "~" * 64
+"""Stands where the digest of the content will, which is known when all tensors are written."""
+
+
+class TensorFileWriter:
+    """A safetensors file of a split model, filled a tensor at a time, in any order, with only that one in memory.
+
+    Written aside and renamed by `close`; leaving the ``with`` block on an error removes it.
+
+    Args:
+        path: the finished file.
+        shapes: every tensor it will hold.
+        trainings: what is behind the weights.
+    """
+
+    def __init__(self, path: Path, shapes: Shapes, trainings: tuple[Training, ...] = ()) -> None:
+        self.path = path
+        self._shapes = shapes
+        self._offsets: dict[str, int] = {}
+        self._open: set[str] = set(shapes)
+        self._lines: dict[str, str] = {}
+        header: dict[str, object] = {"__metadata__": Origin("", 0, _UNKNOWN, None, trainings).metadata()}
+        end = 0
+        # Widest types first, so that every tensor starts at a multiple of its item size, as readers assume.
+        for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
+            dtype, shape = shapes[name]
+            start, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._offsets[name] = start
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._body = 8 + len(text)
+        self._content = 8 + text.index(_UNKNOWN.encode())
+        self._writing = ExitStack()
+        aside = self._writing.enter_context(replacing(path))
+        self._file: BinaryIO = self._writing.enter_context(aside.open("wb"))
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.truncate(self._body + end)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._writing.__exit__(kind, error, trace)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place; its dtype and shape must be the announced ones."""
+        assert (tensor.dtype, tuple(tensor.shape)) == self._shapes[name], name
+        self._file.seek(self._body + self._offsets[name])
+        self._file.write(tensor_bytes(tensor))
+        self._lines[name] = tensor_line(name, tensor)
+        self._open.discard(name)
+
+    def close(self) -> None:
+        """Sync and rename. Every announced tensor must have been written."""
+        with self._writing:
+            assert not self._open, sorted(self._open)
+            self._file.seek(self._content)
+            self._file.write(digest_of_lines(self._lines.values()).encode())
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a tensor file, without its tensors.
+
+    Raises:
+        ModelError: there is no such file, or it is not whole.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from error
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        ModelError: there is no such file, or it is not whole.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `coterie split` wrote about a folder.
+
+    Raises:
+        ModelError: there is no manifest, or it is of another format.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json_object(path.read_bytes())
+        check_known(path, "format", manifest["format"], {SPLIT_FORMAT}, ModelError)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_manifest(path) from error
+    return manifest
+
+
+def check_digests(folder: Path) -> dict[str, Any]:
+    """Read a split's manifest and compare every file that is present with its digest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ModelError: as `read_manifest`; or a file differs from it. A party has only its own files; absent ones pass.
+    """
+    manifest = read_manifest(folder)
+    try:
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        differing = [
+            name
+            for name, entry in files.items()
+            if (folder / name).exists() and file_digest(folder / name) != entry["sha256"]
+        ]
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise _no_manifest(folder / MANIFEST_FILE) from error
+    if differing:
+        raise ModelError(
+            f"{', '.join(differing)} in {folder} changed since the split.",
+            code="model-changed-file",
+            why="parties would start from different weights",
+            fix="copy the files again from where `coterie split` wrote them",
+        )
+    return manifest
+
+
+def _no_manifest(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} is not the manifest of a split model.", code="model-no-manifest", fix="run `coterie split`"
+    )

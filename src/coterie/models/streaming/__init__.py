@@ -1,0 +1,5 @@
+"""Layers lent to the device, one at a time.
+
+`coterie.models.streaming.cache` keeps weights off the device; `coterie.models.streaming.streamer` brings a layer's
+and takes them away.
+"""

@@ -1,0 +1,157 @@
+"""Documents of local files. Nothing is copied into a cache folder, because the text may be private."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.config import DataSpec
+from coterie.dp.accounting.users import user_text
+from coterie.errors import DataError
+from coterie.training.data.readers import IntegerText, Row, csv_rows, json_rows, kind_of, parquet_rows, plain_text
+
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts in file order; blank ones are left out.
+
+    Attributes:
+        texts: one string per document.
+        users: whose text each is, when a user column was asked for.
+    """
+
+    texts: tuple[str, ...]
+    users: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | None = None) -> Documents:
+    """Read all documents of some files; format, column and splitting as ``spec`` says.
+
+    Raises:
+        DataError: a file is missing, empty or unreadable, lacks the column, or the column is not text. The message
+            names the file and the columns that were found.
+    """
+    texts: list[str] = []
+    users: list[str] = []
+    _check_different(files)
+    for path in files:
+        before = len(texts)
+        for text, user in _documents_of(path, spec, user_column):
+            if text.strip():
+                texts.append(text)
+                users.append(user)
+        if len(texts) == before:
+            raise DataError(
+                f"{path} holds no text.",
+                code="data-empty",
+                why="every document in it is empty or blank",
+                fix="remove the file from the config, or check that it was written completely",
+            )
+    return Documents(tuple(texts), tuple(users) if user_column is not None else None)
+
+
+def _check_different(files: Sequence[Path]) -> None:
+    """By what they are on the disk: a second name, or a link, is the same file."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in files:
+        if not path.is_file():  # said where it is read
+            continue
+        found = path.stat()
+        place = (found.st_dev, found.st_ino)
+        if place in seen:
+            raise DataError(
+                f"{path} is the same file as {seen[place]}.",
+                code="data-file-twice",
+                why="everything in it would count twice; a promise for one record would cover half of it",
+                fix="name it once",
+            )
+        seen[place] = path
+
+
+def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterator[tuple[str, str]]:
+    if not path.is_file():
+        raise DataError(
+            f"There is no data file {path}.",
+            code="data-no-file",
+            where="data.train or data.test",
+            fix="check the path; a relative one starts from the settings file's folder",
+        )
+    kind = spec.format or _SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(
+            f"The format of {path} cannot be told from its suffix `{path.suffix}`.",
+            code="data-format",
+            fix=f"set data.format, or use one of {', '.join(_SUFFIXES)}",
+        )
+    if kind == "txt":
+        if user_column is not None:
+            raise DataError(
+                f"{path} is plain text and has no column `{user_column}`.",
+                code="data-no-column",
+                why="without it, nobody's records can be told apart",
+                fix="use jsonl, csv or parquet for user-level privacy",
+            )
+        yield from ((text, "") for text in _plain_documents(path, spec.split_text))
+        return
+    columns = (spec.text,) if user_column is None else (spec.text, user_column)
+    for where, (text, *user) in _rows(path, kind, columns):
+        if text is not None and (not isinstance(text, str) or isinstance(text, IntegerText)):
+            raise DataError(
+                f"Column `{spec.text}` of {path} holds {kind_of(text)}, not text ({where}).",
+                code="data-not-text",
+                fix="choose the column that holds text",
+            )
+        yield text or "", _user(path, where, user_column, user[0]) if user_column is not None else ""
+
+
+def _user(path: Path, where: str, column: str, value: Any) -> str:
+    """An id as it is written: 7 and "7" are one user, and so is a Parquet file's 7.0; spaces and case count."""
+    text = user_text(value)
+    if text:
+        return text
+    if text == "":
+        raise DataError(
+            f"{path} names no user in column `{column}` ({where}).",
+            code="data-no-user",
+            why="a record that belongs to nobody cannot be counted towards anybody's privacy",
+            fix="fill the column, or leave such rows out",
+        )
+    raise DataError(
+        f"Column `{column}` of {path} holds {kind_of(value)}, not a user's id ({where}).",
+        code="data-user-id",
+        why="two ways to write one id would make two users of one person",
+        fix="write ids as text or whole numbers",
+    )
+
+
+def _plain_documents(path: Path, split: str) -> Iterator[str]:
+    text = plain_text(path)
+    if split == "file":
+        yield text
+    elif split == "line":
+        yield from text.split("\n")
+    else:
+        paragraph: list[str] = []
+        for line in [*text.split("\n"), ""]:
+            if line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield "\n".join(paragraph)
+                paragraph = []
+
+
+def _rows(path: Path, kind: str, columns: Sequence[str]) -> Iterator[Row]:
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes).", code="data-empty", fix="check that it was written completely")
+    if kind == "jsonl":
+        return json_rows(path, columns)
+    if kind == "csv":
+        return csv_rows(path, columns, "\t" if path.suffix.lower() == ".tsv" else ",")
+    return parquet_rows(path, columns)

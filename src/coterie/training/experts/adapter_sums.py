@@ -1,0 +1,59 @@
+"""Sums without privacy where adapters are trained: the engine computes them, as it never forms ``W + B A``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.clipping import Flat
+from coterie.dp.per_sample.engine import Engine
+from coterie.federation.rounds.follower import superseded
+from coterie.models.streaming.streamer import LayerStreamer
+from coterie.training.data.packing import Batch
+from coterie.training.experts.contribution import Sums, WithoutLedger
+from coterie.training.loop import sequence_losses, to_device
+from coterie.training.seeds import derived_seed
+
+_NEVER_CLIPS = 1e30
+
+
+def _summed_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return sequence_losses(model, dict(batch))[0]
+
+
+class AdapterSums(WithoutLedger):
+    """Summed token gradients of the adapters; see `coterie.training.experts.contribution.Contribution`.
+
+    Args:
+        model: partial model with adapters.
+        batches: the micro-batches of a round, from 1.
+        seed: repeats dropout on a second attempt; of the whole run.
+    """
+
+    def __init__(self, model: nn.Module, batches: Callable[[int], Sequence[Batch]], seed: int) -> None:
+        self._model, self._batches, self._seed = model, batches, seed
+        self._engine: Engine | None = None
+
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
+        if self._engine is None:
+            cpu = torch.device("cpu")
+            self._engine = Engine(self._model, _summed_losses, Flat(_NEVER_CLIPS), "auto", streamer, {}, cpu)
+        device = next(p for p in self._model.parameters() if not p.is_meta).device
+        loss, tokens = 0.0, 0
+        self._engine.take()
+        self._model.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(self._seed, round_no - 1))
+            for batch in self._batches(round_no):
+                if not alive():
+                    raise superseded()
+                figures = self._engine.accumulate(to_device(batch, device))
+                loss += float(figures.losses.sum())
+                tokens += int((batch["labels"][:, 1:] != -100).sum())
+        figures_out = {"loss": loss / max(tokens, 1), "tokens": tokens}
+        return Sums({}, self._engine.take(), float(tokens), figures_out)

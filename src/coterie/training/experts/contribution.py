@@ -1,0 +1,210 @@
+"""What a party adds to a round of the `experts` exchange: sums that may leave it, and what is promised about them.
+
+`PlainSums`, `coterie.training.experts.adapter_sums.AdapterSums` and
+`coterie.training.experts.private_sums.PrivateSums` make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.accounting.ledger import Head
+from coterie.dp.balance import Balancer
+from coterie.dp.losses import default_loss
+from coterie.dp.party_session import Contributor
+from coterie.federation.rounds.follower import superseded
+from coterie.models import seam
+from coterie.models.seam import ExpertLayer
+from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
+from coterie.training.data.packing import Batch
+from coterie.training.loop import to_device
+from coterie.training.seeds import derived_seed
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a party adds to a round.
+
+    Attributes:
+        experts: layer to stacked sums by parameter name, [E, ...]; None when it does not contribute.
+        trunk: sums of the trained trunk parameters by name, and of the expert loads where these are released.
+        weight: what everybody's sums together are divided by adds up from these.
+        figures: for the owner's own metrics; never sent.
+        digest: of the spooled release that they come from; empty without privacy.
+    """
+
+    experts: Mapping[int, Mapping[str, Tensor]] | None
+    trunk: Mapping[str, Tensor]
+    weight: float
+    figures: Mapping[str, float]
+    digest: str = ""
+
+
+class Contribution(Protocol):
+    """Turns a round's weights and this party's text into sums that may leave it.
+
+    Attributes:
+        balancer: is told the public loads of every round, where parties release theirs; None where nothing does.
+    """
+
+    @property
+    def balancer(self) -> Balancer | None: ...
+
+    def open(self, streamer: LayerStreamer) -> None:
+        """Called before every attempt's `sums`, with weights at hand: what has to be refused is refused here."""
+        ...
+
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
+        """Process this party's share of a round.
+
+        Args:
+            round_no: from 1.
+            pins: digests of what is computed on: weights, agreement, membership epoch.
+            streamer: lends expert weights to the device.
+            alive: False once the attempt was given up.
+        """
+        ...
+
+    def applied(self, round_no: int, newest: int) -> None:
+        """What was kept for sending rounds again may go.
+
+        Args:
+            round_no: every checkpoint that the federation could go back to includes it.
+            newest: the same of the newest checkpoint but one; what lies between is kept only while there is room.
+        """
+        ...
+
+    def check_not_behind(self, received: int) -> None:
+        """Compare with the newest round that the hosts received from this party.
+
+        Raises:
+            LedgerError: they received more than the ledger knows.
+        """
+        ...
+
+    def open_books(self, streamer: LayerStreamer) -> Contributor | None:
+        """Open the ledger and what was spooled, so that `privacy` and `statement` answer also where nothing was
+        computed in this process; None where there is no ledger."""
+        ...
+
+    def ledger_head(self) -> Head | None:
+        """The newest entry of the ledger, for a checkpoint; None before it is open, or where there is none."""
+        ...
+
+    def expect(self, head: Head | None) -> None:
+        """A checkpoint was loaded; before every attempt from now on, the ledger has to hold what it held then."""
+        ...
+
+    def privacy(self) -> dict[str, object] | None:
+        """What was spent so far, at what noise; None before the ledger is open, or where nothing bounds it."""
+        ...
+
+    def statement(self) -> str:
+        """What is promised about this party's records, for people; empty where there is no promise."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class WithoutLedger:
+    """The answers of a `Contribution` that nothing bounds."""
+
+    balancer = None
+
+    def open(self, streamer: LayerStreamer) -> None:
+        """There is nothing to refuse."""
+
+    def applied(self, round_no: int, newest: int) -> None:
+        """Nothing is kept."""
+
+    def check_not_behind(self, received: int) -> None:
+        """Nothing is counted."""
+
+    def open_books(self, streamer: LayerStreamer) -> None:
+        """There are none."""
+
+    def ledger_head(self) -> None:
+        """There is none."""
+
+    def expect(self, head: Head | None) -> None:
+        """Nothing can be missing."""
+
+    def privacy(self) -> None:
+        """Nothing bounds it."""
+
+    def statement(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class PlainSums(WithoutLedger):
+    """Sums without privacy: summed token gradients of the round's sequences.
+
+    Args:
+        model: partial model, trunk on its device.
+        layers: its MoE layers.
+        batches: the micro-batches of a round, from 1.
+        loss: summed loss and tokens of a micro-batch.
+        seed: repeats dropout on a second attempt; of the whole run.
+        per_record: sum each record's mean loss and count records, as private parties of the same federation do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertLayer],
+        batches: Callable[[int], Sequence[Batch]],
+        loss: Callable[[Batch], tuple[Tensor, int]],
+        seed: int,
+        *,
+        per_record: bool = False,
+    ) -> None:
+        self._model, self._layers, self._batches, self._seed = model, layers, batches, seed
+        self._loss = self._record_loss if per_record else loss
+
+    def _record_loss(self, batch: Batch) -> tuple[Tensor, int]:
+        device = next(p for p in self._model.parameters() if not p.is_meta).device
+        losses_B = default_loss(self._model, to_device(batch, device))
+        return losses_B.sum(), losses_B.shape[0]
+
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
+        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
+        sink = HostGradients()
+        totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
+        for param in trained.values():
+            param.grad = None  # an attempt that failed in its backward leaves some
+        loss_sum, tokens = 0.0, 0
+        self._model.train()
+        with torch.random.fork_rng(), seam.computed_by(self._model, StreamedExperts(streamer, sink)):
+            torch.manual_seed(derived_seed(self._seed, round_no - 1))
+            for batch in self._batches(round_no):
+                if not alive():
+                    raise superseded()
+                loss, counted = self._loss(batch)
+                torch.autograd.backward(loss)
+                loss_sum, tokens = loss_sum + float(loss.detach()), tokens + counted
+                for name, param in trained.items():
+                    if param.grad is not None:
+                        totals[name] += param.grad.to("cpu", torch.float32)
+                        param.grad = None
+        experts = {layer.index: _complete(layer, sink.sums.get(layer.index, {})) for layer in self._layers}
+        return Sums(experts, totals, float(tokens), {"loss": loss_sum / max(tokens, 1), "tokens": tokens})
+
+
+def _complete(layer: ExpertLayer, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros where no micro-batch had a backward."""
+    return {
+        name: found[name] if name in found else torch.zeros(param.shape, dtype=torch.float32)
+        for name, param in layer.parameters().items()
+    }

@@ -1,0 +1,219 @@
+"""A party's part in the `experts` exchange: `experts_host` stores, `experts_owner` computes and brings sums back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from coterie.config import PrivacyRules
+from coterie.dp.accounting.ledger import Head
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.rounds.follower import Alive
+from coterie.federation.rounds.state import State
+from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.training.experts.adapter_sums import AdapterSums
+from coterie.training.experts.contribution import Contribution, PlainSums, Sums
+from coterie.training.experts.host import make_pool, model_parts
+from coterie.training.experts.owner import ExpertsOwner
+from coterie.training.experts.private_sums import PrivateSums
+from coterie.training.experts.public_loads import releases_loads
+from coterie.training.experts.shared_trunk import TrunkCopy, shared_names
+from coterie.training.folders import private_folder
+from coterie.training.party.inputs import Weights
+from coterie.training.party.own_trunk import OwnTrunk
+
+_TRUNK = "trunk:"
+_RECEIVED = "received-round:"
+_RECEIVED_BEFORE, _NUMBERS_BEFORE = "received:", 1024
+"""In checkpoints of protocol version 1, where a round had that many numbers, one for each attempt."""
+_LEDGER = "ledger:"
+
+
+class ExpertsExchange:
+    """The `Exchange` of a `PartyActor` where whole layers travel.
+
+    Args:
+        trunk: what this party trains by itself.
+        transport: to the others.
+        run: name of this party's run, once it has joined.
+        weights: of the split model.
+
+    Attributes:
+        parts: every part of the model.
+        contribution: makes this party's sums.
+        pool: what is stored here for everybody.
+        owner: fetches, computes and pushes.
+    """
+
+    def __init__(self, trunk: OwnTrunk, transport: Transport, run: Callable[[], str], weights: Weights) -> None:
+        self._trunk, self._parts, self._transport, self._run = trunk, trunk.parts, transport, run
+        federation, model = trunk.parts.federation, trunk.parts.model
+        self.parts = model_parts(federation, model, trunk.parts.placement)
+        self.shares_trunk = bool(shared_names(federation, model))
+        self._prepared: dict[Attempt, Sums] = {}
+        self._set_up(weights)
+
+    def restart(self, weights: Weights) -> None:
+        self.close()
+        self._set_up(weights)
+
+    def _set_up(self, weights: Weights) -> None:
+        parts, transport = self._parts, self._transport
+        self.contribution = self._make_contribution()
+        self._saved_round = 0
+        balancer = self.contribution.balancer
+        copy = TrunkCopy(parts.model, balancer)
+        self.pool = make_pool(
+            parts.party,
+            parts.federation,
+            parts.model,
+            self.parts,
+            weights.trunk,
+            weights.experts,
+            self._trunk.make_optimizer,
+            copy,
+            balancer,
+        )
+        self.owner = ExpertsOwner(
+            parts.federation,
+            parts.model,
+            self.parts,
+            self.pool,
+            transport,
+            self.contribution,
+            copy,
+            cache_dir=private_folder(parts.run_dir) / "cache" if parts.cache == "disk" else None,
+            device=parts.device,
+            roster=parts.roster,
+        )
+
+    def _make_contribution(self) -> Contribution:
+        parts, trunk = self._parts, self._trunk
+        seed = parts.federation.train.seed
+        if parts.privacy is not None:
+            return PrivateSums(parts.model, trunk.layers, parts.train, parts.privacy, self._ledger_run)
+        if parts.federation.lora is not None:
+            return AdapterSums(parts.model, trunk.batches, seed)
+        per_record = isinstance(parts.federation.privacy, PrivacyRules)
+        return PlainSums(parts.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record)
+
+    def _ledger_run(self) -> str:
+        """One name for this party's run in its ledger, the same after a restart."""
+        return f"{self._run() or 'unnamed'}-{self._parts.party}"
+
+    # ---- checkpoints ----
+
+    def hosted_state(self) -> dict[str, Tensor]:
+        home = {f"{_TRUNK}{name}": value for name, value in self.pool.home.state_dict().items()}
+        received = {f"{_RECEIVED}{party}": torch.tensor(n) for party, n in self.pool.received.items()}
+        return self.pool.shard.state_dict() | home | received | self._ledger_state()
+
+    def _ledger_state(self) -> dict[str, Tensor]:
+        """The newest entry of this party's ledger, so that a later start notices one that was put back."""
+        head = self.contribution.ledger_head()
+        if head is None:
+            return {}
+        return {f"{_LEDGER}{head.seq}": torch.tensor(list(bytes.fromhex(head.hash)), dtype=torch.uint8)}
+
+    def forget(self) -> None:
+        self.drop(0, 0)
+        self.owner.forget_trunk()
+        self.pool.forget()
+
+    def load_hosted(self, state: Mapping[str, Tensor]) -> None:
+        heads = [
+            Head(int(name.removeprefix(_LEDGER)), bytes(value.tolist()).hex())
+            for name, value in state.items()
+            if name.startswith(_LEDGER)
+        ]
+        self.contribution.expect(heads[0] if heads else None)
+        home = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
+        self.pool.home.load_state_dict(home)
+        received = received_rounds(state)
+        self.pool.received = {party: max(n, self.pool.received.get(party, 0)) for party, n in received.items()}
+        others = (_TRUNK, _RECEIVED, _RECEIVED_BEFORE, _LEDGER)
+        self.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(others)})
+
+    def go_on_after(self, round_no: int) -> None:
+        self.pool.go_on_after(round_no)
+
+    def catch_up(self, told: State) -> None:
+        self.owner.catch_up(told)
+
+    def saved(self, round_no: int, oldest: int) -> None:
+        """What ``oldest`` includes is never needed again."""
+        self.contribution.applied(min(oldest, self._saved_round), self._saved_round)
+        self._saved_round = round_no
+
+    # ---- rounds ----
+
+    def compute(self, told: State, alive: Alive) -> None:
+        sums = self.owner.compute(told, alive)
+        self._prepared = {Attempt(told.round, told.attempt): sums}
+
+    def drop(self, round_no: int, attempt: int) -> None:
+        self._prepared = {}
+        self.owner.drop()
+
+    @torch.no_grad()
+    def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
+        sums = self._prepared.pop(Attempt(round_no, attempt))
+        self.pool.commit(Attempt(round_no, attempt), rate)
+        own = self._trunk.parameters
+        if own and sums.experts is not None and sums.weight > 0:
+            self._trunk.step({param: sums.trunk[name] for name, param in own.items()}, sums.weight, rate)
+        return {**sums.figures, **self.owner.seconds}
+
+    @contextmanager
+    def inference(self, told: State, alive: Alive) -> Iterator[None]:
+        with self.owner.evaluating(told):
+            yield
+
+    # ---- privacy ----
+
+    def open_books(self) -> bool:
+        return self.contribution.open_books(self.owner.streamer) is not None
+
+    def privacy(self) -> dict[str, object] | None:
+        spent, federation = self.contribution.privacy(), self._parts.federation
+        if spent is None:
+            return None
+        loads = " and of expert loads" if releases_loads(federation) else ""
+        return {
+            **spent,
+            "revealed": f"noised sums of clipped gradients{loads}",
+            "revealed_to": [name for name in federation.parties if name != self._parts.party],
+        }
+
+    def statement(self) -> str:
+        return self.contribution.statement()
+
+    # ---- serving ----
+
+    def handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        return self.pool.handle(peer, lane, message, wait_s=self._parts.federation.deadline_s)
+
+    def interrupt(self) -> None:
+        self.owner.interrupt()
+
+    def stop_serving(self) -> None:
+        self.pool.close()
+
+    def close(self) -> None:
+        self.pool.close()
+        self.owner.close()
+        self.contribution.close()
+
+
+def received_rounds(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """By party, the newest round of which a checkpoint's host had all its sums."""
+    found = {}
+    for name, value in state.items():
+        if name.startswith(_RECEIVED):
+            found[name.removeprefix(_RECEIVED)] = int(value)
+        elif name.startswith(_RECEIVED_BEFORE):
+            found[name.removeprefix(_RECEIVED_BEFORE)] = int(value) // _NUMBERS_BEFORE
+    return found

@@ -1,0 +1,231 @@
+"""The owner's side of a party in the `experts` exchange: weights come to its data, only whole-layer sums go back.
+
+One attempt at a round:
+
+1. freeze the own parts, so that every owner sees the same weights, and learn everybody's versions;
+2. start the fetch (whole layers in a fixed order) and compute on what has arrived, one layer on the device at a time;
+3. ask `Contribution` for the sums: with privacy they are clipped, noised, spooled and in the ledger by then;
+4. declare and push. Nothing about the text shows in which messages cross, how many, or how large they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from coterie.config import FederationConfig, PrivacyRules
+from coterie.federation.experts.fetch_weights import WeightFetcher
+from coterie.federation.experts.host import ExpertsHost
+from coterie.federation.experts.owner import Mirror, SumSender, model_version
+from coterie.federation.experts.parts import Part, present_parts
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.rounds.follower import superseded
+from coterie.federation.rounds.state import State
+from coterie.federation.wire.transport import Transport
+from coterie.models import seam
+from coterie.models.lora import expert_adapters, factors_stay_apart
+from coterie.models.streaming.cache import FileStore, MemoryStore, WeightCache
+from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
+from coterie.training.experts.contribution import Contribution, Sums
+from coterie.training.experts.shared_trunk import TrunkCopy
+from coterie.training.experts.sum_bytes import SumEncoder
+
+
+class ExpertsOwner:
+    """Mirrors everybody's parts, computes on them, and brings this party's sums to their hosts.
+
+    Args:
+        federation: shared settings.
+        model: partial model; a shared trunk is overwritten by what the hosts serve.
+        parts: every part of it.
+        pool: this party's host side; its parts are read, and take their sums, without a wire.
+        transport: to the others.
+        contribution: see `Contribution`.
+        copy: this party's copy of a shared trunk.
+        cache_dir: where fetched layers lie on disk; None keeps them in host memory.
+        device: where experts compute.
+        roster: hash of the signed roster; a release made under another one is burned.
+
+    Attributes:
+        streamer: lends layers to the device.
+        seconds: what the last attempt took: ``agree`` (freeze, digests, a shared trunk), ``fetch`` (all layers,
+            beside the computing), ``waited_first`` and ``waited_later`` (computing stood still for the first layer,
+            for the others on their first use), ``lot`` (computing with its waits, noise, spool), ``push``. Never
+            sent.
+    """
+
+    def __init__(
+        self,
+        federation: FederationConfig,
+        model: nn.Module,
+        parts: Sequence[Part],
+        pool: ExpertsHost,
+        transport: Transport,
+        contribution: Contribution,
+        copy: TrunkCopy,
+        *,
+        cache_dir: Path | None,
+        device: torch.device,
+        roster: str = "",
+    ) -> None:
+        self._federation, self._model, self._parts, self._pool = federation, model, tuple(parts), pool
+        self._contribution, self._roster = contribution, roster
+        # Where everybody sends spooled bytes, a second attempt at a round brings the same ones and hosts keep what
+        # they have.
+        self._repeatable = isinstance(federation.privacy, PrivacyRules) and not federation.mixed_privacy
+        weights_dtype, push_dtype = getattr(torch, federation.weights_dtype), getattr(torch, federation.push_dtype)
+        self._encoder = SumEncoder(parts, push_dtype)
+        layers = seam.expert_layers(model)
+        store = FileStore(cache_dir) if cache_dir is not None else MemoryStore(pinned=device.type == "cuda")
+        self._mirror = Mirror(
+            parts,
+            [layer.num_experts for layer in layers],
+            WeightCache(store, len(layers)),
+            pool,
+            WeightFetcher(transport, deadline_s=federation.deadline_s, value_limit=federation.value_limit),
+            weights_dtype,
+            set_trunk=copy.take,
+            wait_s=federation.deadline_s,
+        )
+        compute_dtype = next(iter(layers[0].parameters().values())).dtype
+        self.streamer = LayerStreamer(self._mirror, device, compute_dtype)
+        self.sender = SumSender(transport, pool, parts, deadline_s=federation.deadline_s)
+        self._interrupted = False
+        self.seconds: dict[str, float] = {}
+
+    def compute(self, told: State, alive: Callable[[], bool]) -> Sums:
+        """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched.
+
+        Returns:
+            This party's sums, for parameters that it steps by itself.
+        """
+        self._interrupted = False
+        began = time.monotonic()
+        attempt = Attempt(told.round, told.attempt)
+        versions = self._refresh(attempt, told)
+        self._contribution.open(self.streamer)
+        self._contribution.check_not_behind(self._mirror.received)
+        pins = {
+            "weights": model_version(versions),
+            "agreement": self._federation.content_hash(),
+            "roster": self._roster,
+            "epoch": str(told.epoch),
+        }
+
+        def going() -> bool:
+            return alive() and not self._interrupted
+
+        agreed = time.monotonic()
+        self.streamer.watch()
+        sums = self._contribution.sums(told.round, pins, self.streamer, going)
+        self.streamer.drop_all()
+        self._mirror.join()
+        computed = time.monotonic()
+        if not going():
+            raise superseded()
+        blobs = None
+        if sums.experts is not None:
+            blobs = self._encoder.encode(sums.experts, sums.trunk, sums.digest or _name_of(attempt))
+        self.sender.declare(attempt, contributes=blobs is not None, weight=sums.weight)
+        if blobs is not None:
+            self._encoder.check(blobs, lambda name: self._pool.push_limit(self._pool.me, name), str(attempt))
+            self.sender.push(attempt, blobs, versions)
+        self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
+        return sums
+
+    def _split_time(self, agree_s: float, lot_s: float, push_s: float) -> dict[str, float]:
+        waited = self.streamer.waited
+        later = sum(seconds for layer, seconds in waited.items() if layer > 0)
+        return {
+            "agree_seconds": agree_s,
+            "fetch_seconds": self._mirror.fetch_s,
+            "waited_first_seconds": waited.get(0, 0.0),
+            "waited_later_seconds": later,
+            "lot_seconds": lot_s,
+            "push_seconds": push_s,
+        }
+
+    def drop(self) -> None:
+        """Forget an attempt."""
+        self.streamer.drop_all()
+
+    @contextmanager
+    def evaluating(self, told: State) -> Iterator[None]:
+        """Inside, the model computes with the newest weights of all hosts."""
+        self._refresh_between(told)
+        with (
+            factors_stay_apart(self._model),
+            seam.computed_by(
+                self._model, StreamedExperts(self.streamer, HostGradients(), expert_adapters(self._model))
+            ),
+        ):
+            yield
+        self.streamer.drop_all()
+        self._mirror.join()
+
+    def catch_up(self, told: State) -> None:
+        """Bring in the newest weights of all hosts, a shared trunk's into the model."""
+        self._refresh_between(told)
+        self._mirror.join()
+
+    def forget_trunk(self) -> None:
+        """The model's trunk is about to be overwritten from elsewhere."""
+        self.drop()
+        self._mirror.forget_trunk()
+
+    def interrupt(self) -> None:
+        """Called from another thread: give the attempt up soon."""
+        self._interrupted = True
+        self._mirror.stop()
+
+    def close(self) -> None:
+        """End the side threads."""
+        self._mirror.stop()
+        self._mirror.join(check=False)
+        self.streamer.close()
+
+    def _release(self, attempt: Attempt, told: State) -> tuple[object, ...]:
+        """Another one whenever the parties' sums may be other bytes.
+
+        Spooled bytes are the same at every attempt, but not under another membership epoch: then they are burned.
+        """
+        return (attempt.round, told.epoch) if self._repeatable and attempt.number else (attempt,)
+
+    def _refresh_between(self, told: State) -> None:
+        """Fetch what the round that was committed last made; computing the next one finds it here."""
+        self._interrupted = False
+        self._refresh(Attempt(told.round), told)
+
+    def _refresh(self, attempt: Attempt, told: State) -> dict[int, str]:
+        active = [name for name in self._federation.parties if name not in told.absent]
+        parts = present_parts(self._parts, active)
+        lent = [part for part in parts if part.host == self._pool.me and self._parts[part.number].host != part.host]
+        if lent:  # they are read from the model, which an earlier fetch may still be writing
+            self._mirror.join(check=False)
+        self._mask(told.absent)
+        self._mirror.use(parts)
+        self.sender.use(parts)
+        self._pool.begin(attempt, active, lent, self._release(attempt, told))
+        versions = self._mirror.versions(attempt)
+        self._mirror.start(attempt, versions)
+        return versions
+
+    def _mask(self, absent: Collection[str]) -> None:
+        """Leave out the experts of absent hosts."""
+        masked: dict[int, list[int]] = defaultdict(list)
+        for part in self._parts:
+            if part.layer >= 0 and part.host in absent:
+                masked[part.layer] += part.experts
+        seam.mask(self._model, masked)
+
+
+def _name_of(attempt: Attempt) -> str:
+    """A hexadecimal name for sums that were not spooled."""
+    return hashlib.sha256(f"{attempt.round}.{attempt.number}".encode()).hexdigest()

@@ -1,0 +1,276 @@
+"""A party's private sums in the `experts` exchange: what leaves it was clipped, noised, spooled and counted."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.accounting.budget import PrivacyWarning
+from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.spool import Release
+from coterie.dp.checks import self_check
+from coterie.dp.checks.made_up import FromCollator
+from coterie.dp.open_run import RunEntry, open_run
+from coterie.dp.party_session import Contributor
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.plan import ComputeOptions, PrivacyPlan
+from coterie.dp.private_data import PrivateData
+from coterie.dp.refusals import check_model, unused_warning
+from coterie.errors import BudgetError, PrivacyError
+from coterie.federation.rounds.follower import superseded
+from coterie.models import seam
+from coterie.models.lora import expert_adapters, factors_stay_apart
+from coterie.models.seam import ExpertLayer
+from coterie.models.streaming.cache import digest_layer
+from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
+from coterie.training.data.packing import Batch, Sequences
+from coterie.training.experts.constant_work import ConstantWork, no_whole_users
+from coterie.training.experts.contribution import Sums
+from coterie.training.party.inputs import PrivacyInputs
+
+
+class PrivateSums:
+    """Sums under a privacy budget; see `coterie.training.experts.contribution.Contribution`.
+
+    Args:
+        model: partial model, trunk on its device.
+        layers: its MoE layers.
+        records: the party's sequences; each is a record.
+        parts: see `PrivacyInputs`.
+        run: name of this party's run in its ledger, known once it has joined.
+
+    Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
+    one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
+
+    Attributes:
+        contributor: the party's ledger and releases; None until the party has joined.
+        balancer: keeps experts evenly used; None where nothing does.
+        exhausted: the budget allowed no further round, so nothing was contributed to the last one.
+
+    Raises:
+        ConfigError: settings that a federation cannot keep.
+        PrivacyError, NoRuleError: a model that cannot be trained privately.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[ExpertLayer],
+        records: Sequences,
+        parts: PrivacyInputs,
+        run: Callable[[], str],
+    ) -> None:
+        if parts.push_after_s is not None and records.users is not None:
+            raise no_whole_users()
+        self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
+        self._names = {
+            f"{layer.name}.{name}": (layer.index, name)
+            for layer in layers
+            for name, param in layer.parameters().items()
+            if param.requires_grad
+        }
+        check_model(model)
+        self._check_covered()
+        self._plan = PrivacyPlan.of_settings(
+            parts.spec, model, parts.rounds, seed=parts.seed, against_hosts=True, noise_multiplier=parts.sigma
+        )
+        self._options = ComputeOptions.of_settings(parts.spec, accumulate_on=torch.device("cpu"))
+        self.balancer = self._plan.balancer(model)
+        self.contributor: Contributor | None = None
+        self.exhausted = False
+        self._compared = False
+        self._gaps: tuple[str, ...] = ()
+        self._expected: Head | None = None
+        self._constant: ConstantWork | None = None
+        self._engine: Engine | None = None
+        self._alive: Callable[[], bool] = lambda: True
+
+    def sums(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
+    ) -> Sums:
+        began = time.monotonic()
+        self._alive = alive
+        contributor = self.open_books(streamer)
+        if self._constant is not None:
+            self._constant.batches = 0
+        trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
+        made = contributor.release(round_no, {**pins, "trunk": digest_layer(trunk)})
+        self._finish_work(began)
+        self.exhausted = made is None
+        if made is None:
+            return Sums(None, {}, 0.0, {"epsilon": contributor.run.spent().epsilon})
+        noised, release = made
+        experts: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in self._layers}
+        for full, (layer, name) in self._names.items():
+            experts[layer][name] = noised[full]
+        rest = {name: value for name, value in noised.items() if name not in self._names}
+        figures = self._figures(contributor, round_no, release)
+        return Sums(experts, rest, float(self._plan.lot_size), figures, release.digest)
+
+    def applied(self, round_no: int, newest: int) -> None:
+        """Nobody asks for spooled results up to ``round_no`` again; those up to ``newest`` go if room is short."""
+        if self.contributor is not None:
+            self.contributor.forget(round_no, newest)
+
+    def check_not_behind(self, received: int) -> None:
+        """Hosts received this many rounds of ours; a ledger that knows fewer was put back and stops the run."""
+        if self.contributor is not None:
+            if self._expected is not None:
+                self.contributor.run.ledger.check_contains(self._expected)
+            run = self.contributor.run
+            run.ledger.check_not_behind(run.name, received)
+
+    def ledger_head(self) -> Head | None:
+        """The newest entry of the ledger, for a checkpoint."""
+        return None if self.contributor is None else self.contributor.run.ledger.head()
+
+    def expect(self, head: Head | None) -> None:
+        """A checkpoint was loaded; before every attempt from now on, the ledger has to hold what it held then."""
+        self._expected = head
+
+    def privacy(self) -> dict[str, object] | None:
+        if self.contributor is None:
+            return None
+        run = self.contributor.run
+        spent = run.spent()
+        return {
+            "epsilon": spent.epsilon if math.isfinite(spent.epsilon) else None,
+            "delta": spent.delta,
+            "noise_multiplier": run.noise_multiplier,
+            "isolation": run.plan.isolation,
+            "rounds": run.releases.used,
+            "rounds_left": run.releases.remaining,
+            "contributing": not self.exhausted,
+        }
+
+    def statement(self) -> str:
+        return "" if self.contributor is None else str(self.contributor.run.statement())
+
+    def close(self) -> None:
+        if self.contributor is not None:
+            self.contributor.run.close()
+            self.contributor = None
+
+    def open(self, streamer: LayerStreamer) -> None:
+        """Compare the engine with batches of one on made-up records, once, and open the ledger.
+
+        Raises:
+            NoRuleError, PrivacyError: the model cannot be trained privately; nothing of the text was used.
+            LedgerError: the ledger is damaged, in use, or knows the run with other numbers.
+        """
+        if self.contributor is None:
+            engine = self._make_engine(streamer)
+            adapters = expert_adapters(self._model)
+            with (
+                factors_stay_apart(self._model),
+                seam.computed_by(self._model, StreamedExperts(streamer, HostGradients(), adapters)),
+            ):
+                first, collate = self._records[0], self._records.collate
+                source = FromCollator(self._model, collate, first, int(self._records.lengths.max()))
+                report = self_check.check(engine, collate([first]), source, self._parts.spec.physical_batch)
+            self._compared = True
+            unused = unused_warning(self._model, report.unused)
+            if unused is not None:
+                warnings.warn(unused, PrivacyWarning, stacklevel=2)
+                self._gaps = (unused,)
+            self.open_books(streamer)
+
+    def open_books(self, streamer: LayerStreamer) -> Contributor:
+        """Open the ledger and what was spooled; uses no weights."""
+        if self.contributor is None:
+            parts = self._parts
+            data = PrivateData.of(
+                self._records, self._collate, users=self._records.users,
+                records_per_user=self._plan.records_per_user, digest=parts.digest, originals=parts.originals,
+            )  # fmt: skip
+            entry = RunEntry(
+                parts.spec.ledger, self._run(), parts.artefacts, parts.record, self._compared, self._gaps
+            )
+            engine = self._engine = self._make_engine(streamer)
+            self._constant = None if parts.push_after_s is None else self._one_shape()
+            self.contributor = Contributor(
+                open_run(self._plan, self._options, data, self._model, engine, self.balancer, entry, self._constant)
+            )
+            self._check_noise(self.contributor, parts.largest_noise)
+        return self.contributor
+
+    def _check_noise(self, contributor: Contributor, largest: float) -> None:
+        multiplier = contributor.run.noise_multiplier
+        if multiplier > largest:
+            self.close()
+            raise BudgetError(
+                f"This party's budget needs {multiplier:.4g} times the clip norm in noise; hosts take {largest:.4g}.",
+                code="dp-noise-beyond-agreed",
+                where="set-up of the party; nothing has left it",
+                why="noise beyond what the agreed epsilon can need would drown everybody's sums",
+                fix="ask for an epsilon and delta nearer to those of federation.yaml",
+            )
+
+    def _check_covered(self) -> None:
+        """Everything that is trained has to get noise."""
+        known = self._names.keys()
+        outside = [n for n, p in self._model.named_parameters() if p.requires_grad and p.is_meta and n not in known]
+        if outside:
+            raise PrivacyError(
+                f"`{outside[0]}` is trainable, but no host stores it ({len(outside)} in all).",
+                code="dp-outside-mechanism",
+                where="set-up of the party; nothing has left it",
+                why="what is trained outside the mechanism gets no noise, and would void the guarantee",
+                fix="freeze it with requires_grad_(False), or leave out the module that owns it",
+            )
+
+    def _make_engine(self, streamer: LayerStreamer) -> Engine:
+        shapes = {
+            f"{layer.name}.{name}": param.shape
+            for layer in self._layers
+            for name, param in layer.parameters().items()
+            if param.requires_grad
+        }
+        return self._options.engine(self._plan, self._model, self.balancer, streamer, shapes)
+
+    def _one_shape(self) -> ConstantWork:
+        spec, length = self._parts.spec, self._parts.sequence_length
+        longest = length or max(len(self._records[row]["input_ids"]) for row in range(len(self._records)))
+        device = next(p for p in self._model.parameters() if not p.is_meta).device
+        return ConstantWork(
+            1 if self._plan.isolation == "exact" else spec.physical_batch,
+            longest,
+            spec.max_lot or len(self._records),
+            self._records.pad_id,
+            device,
+        )
+
+    def _collate(self, items: list[Any]) -> Batch:
+        if not self._alive():
+            raise superseded()
+        return self._records.collate(items)
+
+    def _finish_work(self, began: float) -> None:
+        """In constant-work mode: compute what the lot did not need, and wait for the fixed moment."""
+        after = self._parts.push_after_s
+        if after is None or self._constant is None or self._engine is None:
+            return
+        self._constant.fill_up(self._engine)
+        while time.monotonic() - began < after:
+            if not self._alive():
+                raise superseded()
+            time.sleep(min(0.05, max(0.0, after - (time.monotonic() - began))))
+
+    def _figures(self, contributor: Contributor, round_no: int, release: Release) -> dict[str, float]:
+        figures: dict[str, float] = {"epsilon": contributor.run.spent().epsilon}
+        figures |= {f"{what}_seconds": seconds for what, seconds in contributor.run.seconds.items()}
+        last = contributor.run.lot_sums.last
+        if last is not None and last.round == round_no:
+            figures |= {
+                "loss_not_private": last.loss,
+                "lot_size_not_private": last.lot_size,
+                "clipped_not_private": last.clipped,
+                "not_finite_not_private": last.masked,
+            }
+        return figures

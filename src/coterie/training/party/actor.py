@@ -1,0 +1,267 @@
+"""What a party does in each phase of a round: the `Actor` behind a `Participant`, whatever the exchange.
+
+The two exchanges differ in how an attempt is computed and committed, and in what a party stores for others:
+`tokens_exchange` and `experts_exchange` say that, each behind the protocol `Exchange`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor
+
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.rounds.follower import Alive, superseded
+from coterie.federation.rounds.state import Saved, State
+from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.federation.wire.values import check_own
+from coterie.training.evaluate import Evaluation, evaluate
+from coterie.training.folders import private_folder
+from coterie.training.metrics import MetricsWriter
+from coterie.training.optim import lr_at
+from coterie.training.party.inputs import Weights
+from coterie.training.party.own_trunk import OwnTrunk
+from coterie.training.party.store import PartyStore
+
+_EVALUATION = "evaluation.safetensors"
+_STEMS = ("trunk", "trunk-optimizer", "experts", "hosted")
+"""``trunk`` and ``experts`` hold parameters alone, in the form that `coterie export` reads; ``hosted`` the rest."""
+_EXPERT = re.compile(r"layer\.\d+\.expert\.\d+\.\w+")
+
+
+class Exchange(Protocol):
+    """One party's two sides in an exchange: what it stores for everybody, and how it computes with everybody's.
+
+    All methods but `handle` and `interrupt` are called from one thread.
+
+    Attributes:
+        shares_trunk: hosts step parameters of the trunk, so that after a commit the model's are old until `catch_up`.
+    """
+
+    shares_trunk: bool
+
+    def restart(self, weights: Weights) -> None:
+        """Hosted experts as they are before the first round."""
+        ...
+
+    def hosted_state(self) -> dict[str, Tensor]:
+        """Everything this party stores for others, with its optimiser, for a checkpoint; an optimiser's names hold a
+        slash."""
+        ...
+
+    def forget(self) -> None:
+        """Trunk and hosted experts are about to be replaced by a checkpoint's."""
+        ...
+
+    def load_hosted(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `hosted_state` gave."""
+        ...
+
+    def go_on_after(self, round_no: int) -> None:
+        """A state was loaded, behind which lie this many rounds of the run."""
+        ...
+
+    def compute(self, told: State, alive: Alive) -> None:
+        """One attempt, its sums brought to where they are needed; changes no parameter that is trained here alone."""
+        ...
+
+    def drop(self, round_no: int, attempt: int) -> None:
+        """Forget an attempt; it may be unfinished, or never have begun."""
+        ...
+
+    def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
+        """Apply a computed attempt to trunk and hosted experts; figures of the round for the owner's eyes."""
+        ...
+
+    def inference(self, told: State, alive: Alive) -> AbstractContextManager[object]:
+        """Inside, the model's experts answer without gradients."""
+        ...
+
+    def catch_up(self, told: State) -> None:
+        """Bring the trunk up to what its hosts made of it."""
+        ...
+
+    def saved(self, round_no: int, oldest: int) -> None:
+        """A checkpoint of ``round_no`` was written; ``oldest`` is the oldest that everybody could go back to."""
+        ...
+
+    def open_books(self) -> bool:
+        """Make `privacy` and `statement` answer also where nothing was computed in this process.
+
+        Returns:
+            Whether this party keeps a ledger.
+        """
+        ...
+
+    def privacy(self) -> dict[str, object] | None:
+        """What this party revealed, to whom, at what epsilon and delta; None where nothing bounds it."""
+        ...
+
+    def statement(self) -> str:
+        """What is promised about this party's records, for people; empty where there is no promise."""
+        ...
+
+    def handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        """Serve another party; on any thread."""
+        ...
+
+    def interrupt(self) -> None:
+        """What is being computed no longer counts; called from another thread, returns at once."""
+        ...
+
+    def stop_serving(self) -> None:
+        """Let requests of others that wait for something here fail now; called before the transport closes."""
+        ...
+
+    def close(self) -> None:
+        """End whatever runs beside."""
+        ...
+
+
+class PartyActor:
+    """One party's trunk, data and hosted experts, doing what the rounds ask.
+
+    Args:
+        trunk: what the party trains by itself, before the first round.
+        exchange: how it works with the others; before the first round, too.
+        transport: to the others; started by the caller, whose handler passes the parties' messages to the exchange.
+        store: the party's checkpoints.
+    """
+
+    def __init__(self, trunk: OwnTrunk, exchange: Exchange, transport: Transport, store: PartyStore) -> None:
+        self.parts, self.exchange = trunk.parts, exchange
+        self._trunk, self._transport, self._store = trunk, transport, store
+        self._spec = trunk.parts.federation.train
+        self._pristine = True
+        self._seconds = 0.0
+        self._metrics: MetricsWriter | None = None  # which figures stay is known once a state is loaded
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The newest evaluation on this party's held-out text, for its own eyes; also one of an earlier process."""
+        path = private_folder(self.parts.run_dir) / _EVALUATION
+        return Evaluation.load(path) if path.exists() else None
+
+    def state_bytes(self) -> int:
+        """Trunk and hosted experts with their gradients and optimiser states."""
+        hosted = self.exchange.hosted_state()
+        return self._trunk.state_bytes() + sum(
+            t.nbytes if "/" in name else 2 * t.nbytes for name, t in hosted.items()
+        )
+
+    # ---- the phases ----
+
+    def held(self) -> tuple[Saved, ...]:
+        return self._store.held()
+
+    def load(self, source: Saved, told: State) -> None:
+        if source.round == 0:
+            self._restart()
+        else:
+            self._load_checkpoint(source)
+        self._store.went_back_to(source.round)
+        self._close_metrics()
+        self._metrics = MetricsWriter(private_folder(self.parts.run_dir), finished=told.round)
+        self.exchange.go_on_after(told.round)
+
+    def compute(self, told: State, alive: Alive) -> None:
+        began = time.monotonic()
+        self._pristine = False
+        self._meet(told.absent, alive)
+        self.exchange.compute(told, alive)
+        self._seconds = time.monotonic() - began
+
+    def drop(self, round_no: int, attempt: int) -> None:
+        self.exchange.drop(round_no, attempt)
+
+    def step(self, round_no: int, attempt: int) -> None:
+        rate = lr_at(round_no, self.parts.federation.optim, self._spec.rounds)
+        figures = self.exchange.commit(round_no, attempt, rate)
+        hosted = (value for name, value in self.exchange.hosted_state().items() if "/" not in name)
+        own = (*self._trunk.tensors().values(), *hosted)
+        check_own("the parameters", own, where=f"after round {round_no}, at {self.parts.party}")
+        self._log(round_no, **{**figures, "seconds": self._seconds}, lr=rate, attempt=attempt)
+
+    def evaluate(self, told: State, alive: Alive) -> None:
+        self._meet(told.absent, alive)
+        with self.exchange.inference(told, alive):
+            if self.parts.test is None:
+                return
+            found = evaluate(self.parts.model, self.parts.test, micro_batch=self._spec.micro_batch)
+        found.save(private_folder(self.parts.run_dir) / _EVALUATION)
+        self._log(told.round, test_loss=found.loss)
+
+    def save(self, told: State, alive: Alive) -> str:
+        if self.exchange.shares_trunk:
+            # The commit moved it where it is stored; without this the file would hold the round's before.
+            self._meet(told.absent, alive)
+            self.exchange.catch_up(told)
+        hosted = self.exchange.hosted_state()
+        tensors = {
+            "trunk": self._trunk.tensors(),
+            "trunk-optimizer": self._trunk.optimizer_tensors(),
+            "experts": {name: value for name, value in hosted.items() if _EXPERT.fullmatch(name)},
+            "hosted": {name: value for name, value in hosted.items() if not _EXPERT.fullmatch(name)},
+        }
+        for stem, named in tensors.items():
+            check_own(f"`{stem}`", named.values(), where=f"checkpoint of round {told.round}; nothing was written")
+        apart = {stem: {name: _own(value) for name, value in named.items()} for stem, named in tensors.items()}
+        lora = self.parts.federation.lora
+        adapters = lora.model_dump(mode="json") if lora is not None else None
+        digest = self._store.save(told.round, apart, adapters, self.parts.trainings)
+        # Everybody may have to go back to the oldest checkpoint that is still here, or, while the first one is not
+        # published, to the split model.
+        self.exchange.saved(told.round, min((saved.round for saved in self.held()), default=0))
+        return digest
+
+    def interrupt(self) -> None:
+        self.exchange.interrupt()
+
+    def close(self) -> None:
+        """Finish the figures and whatever runs beside."""
+        self._close_metrics()
+        self.exchange.close()
+
+    # ----
+
+    def _restart(self) -> None:
+        """Trunk, hosted experts and both optimisers as they are before the first round."""
+        if not self._pristine:
+            self.exchange.forget()
+            weights = self.parts.weights()
+            self._trunk.restart(weights)
+            self.exchange.restart(weights)
+            self._pristine = True
+
+    def _load_checkpoint(self, source: Saved) -> None:
+        self.exchange.forget()
+        loaded = self._store.load(source, _STEMS)
+        self._pristine = False
+        self._trunk.load(loaded["trunk"], loaded["trunk-optimizer"])
+        self.exchange.load_hosted(loaded["experts"] | loaded["hosted"])
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _log(self, round_no: int, **figures: float) -> None:
+        if self._metrics is None:
+            raise RuntimeError("figures belong to a state that was loaded")
+        self._metrics.log(round_no, **figures)
+
+    def _meet(self, absent: Collection[str], alive: Alive) -> None:
+        """Make sure that every party that takes part can be reached from here, as long as it matters."""
+        others = [name for name in self.parts.active(absent) if name not in (self.parts.party, COORDINATOR)]
+        self._transport.connect(self.parts.federation.deadline_s, others, alive)
+        if not alive():
+            raise superseded()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A scalar may be shared by many names (an optimiser's step), which safetensors refuses; rows are apart."""
+    return tensor.detach().clone() if tensor.ndim == 0 else tensor

@@ -1,0 +1,109 @@
+"""What a party brings to a federation, read from its files and checked before anything goes over the wire."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from coterie.config import FederationConfig, PrivacySpec
+from coterie.dp.accounting.provenance import Artefact
+from coterie.dp.accounting.texts import Originals
+from coterie.models.split.placement import Placement
+from coterie.models.split.trainings import Training
+from coterie.training.data.packing import Sequences
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Starting weights: the trunk by parameter and buffer name, the hosted experts by global key."""
+
+    trunk: Mapping[str, Tensor]
+    experts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PrivacyInputs:
+    """What a party trains under.
+
+    Attributes:
+        spec: shared rules with the party's own choices.
+        rounds: of the federation; the party plans one release for each.
+        seed: for tests; None in private runs.
+        artefacts: what weights and tokenizer were made from.
+        digest: names the party's dataset in its ledger; None: the prepared records' content.
+        push_after_s: constant-work mode: the sum leaves this long after the round began, not earlier.
+        sequence_length: rows are padded to it in constant-work mode.
+        sigma: noise multiplier in place of the calibrated one; for seeded tests.
+        largest_noise: noise multiplier beyond which hosts take this party's sums for nonsense.
+        record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
+        originals: the documents behind the records; None: the records themselves.
+    """
+
+    spec: PrivacySpec
+    rounds: int
+    seed: int | None = None
+    artefacts: tuple[Artefact, ...] = ()
+    digest: str | None = None
+    push_after_s: float | None = None
+    sequence_length: int | None = None
+    sigma: float | None = None
+    largest_noise: float = math.inf
+    record: Mapping[str, Any] = field(default_factory=dict)
+    originals: Originals | None = None
+
+
+@dataclass(frozen=True)
+class PartyInputs:
+    """Everything one party works with.
+
+    Attributes:
+        party: its name.
+        federation: the shared settings.
+        model: on ``device``, its experts on the meta device; its trunk is overwritten by `weights`.
+        weights: reads the starting weights; called when the party begins from the split model.
+        placement: who hosts which expert.
+        train, test: this party's text; without ``test`` nothing is evaluated.
+        run_dir: exists.
+        device: where the trunk and the hosted experts compute.
+        cache: where fetched layers lie in the `experts` exchange.
+        privacy: what this party trains under; None without privacy.
+        roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
+        trainings: what is behind the weights of this run's checkpoints, this run included.
+    """
+
+    party: str
+    federation: FederationConfig
+    model: nn.Module
+    weights: Callable[[], Weights]
+    placement: Placement
+    train: Sequences
+    test: Sequences | None
+    run_dir: Path
+    device: torch.device
+    cache: Literal["memory", "disk"] = "memory"
+    privacy: PrivacyInputs | None = None
+    roster: str = ""
+    trainings: tuple[Training, ...] = ()
+
+    def active(self, absent: Collection[str]) -> tuple[str, ...]:
+        """The parties that take part, in roster order."""
+        return tuple(name for name in self.federation.parties if name not in absent)
+
+
+def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a partial model that are here, by name; tied ones once."""
+    saved = model.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = {name: param for name, param in model.named_parameters() if not param.is_meta}
+    tensors.update({n: buffer for n, buffer in model.named_buffers() if n in saved and not buffer.is_meta})
+    return tensors
+
+
+def trunk_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters that are here."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad and not param.is_meta}

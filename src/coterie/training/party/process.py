@@ -1,0 +1,342 @@
+"""The party as a process: settings, identity, text, trunk and shard put together and taken to the federation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from coterie.config import (
+    FederationConfig,
+    ModelSpec,
+    PartyConfig,
+    PartyPrivacy,
+    PrivacyRules,
+    PrivacySpec,
+    dump_yaml,
+    load_yaml,
+)
+from coterie.config.federation import party_privacy
+from coterie.dp.accounting.dataset import dataset_digest
+from coterie.dp.accounting.ledger import default_root
+from coterie.dp.accounting.texts import Keyring
+from coterie.errors import CheckpointError, ModelError, PlacementError, RosterError
+from coterie.federation.identity.certificates import Role
+from coterie.federation.identity.roster import Roster
+from coterie.federation.rounds.coordinator_process import identify, transport_settings
+from coterie.federation.wire import unreachable
+from coterie.federation.wire.grpc_transport import GrpcTransport
+from coterie.models.lora import attach_adapters
+from coterie.models.split.origins import check_content
+from coterie.models.split.partial import build_partial
+from coterie.models.split.placement import Placement
+from coterie.models.split.shards import TRUNK_FILE, load_tensors, parse_expert_key, shard_file, stored_shapes
+from coterie.models.split.trainings import Training
+from coterie.models.zoo.build import torch_dtype
+from coterie.storage import file_digest
+from coterie.training.data.documents import Documents, read_documents
+from coterie.training.data.packing import Sequences
+from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
+from coterie.training.folders import kept_private, private_folder
+from coterie.training.loop import use_checkpointing
+from coterie.training.party.after_private import check_after_private
+from coterie.training.party.agreed_limits import largest_noise
+from coterie.training.party.inputs import PartyInputs, PrivacyInputs, Weights, trunk_tensors
+from coterie.training.party.run import PartyResult, PartyRun, Watch
+from coterie.training.party.store import PartyStore
+from coterie.training.provenance import artefacts, originals, record_facts, starting_trainings
+from coterie.training.single.setup import check_fit, pick_device
+
+PARTY_FILE, FEDERATION_FILE, TOKENIZER_FOLDER = "party.yaml", "federation.yaml", "tokenizer"
+
+
+class PartyProcess:
+    """One party, from its files to the end of the run.
+
+    Args:
+        config: party.yaml.
+        watch: see `Watch`.
+        listen: address to listen on, where it differs from the agreed endpoint.
+
+    Raises:
+        ConfigError, IdentityError, RosterError: settings, kit and roster do not fit each other.
+    """
+
+    def __init__(self, config: PartyConfig, watch: Watch | None = None, listen: str | None = None) -> None:
+        self.config, self._watch, self._listen = config, watch, listen
+        self.federation = load_yaml(config.federation, FederationConfig)
+        if config.party not in self.federation.parties:
+            raise RosterError(
+                f"{config.party} is not a party of {self.federation.name}.",
+                code="roster-unknown-member",
+                where=str(config.federation),
+                fix=f"parties: {', '.join(self.federation.parties)}",
+            )
+        self._kit, self._roster = identify(self.federation, config.kit, config.party, Role.PARTY)
+        self._run: PartyRun | None = None
+
+    def notice(self) -> str:
+        """What a person should know of this party's certificates; empty while there is nothing."""
+        return self._kit.ends_soon()
+
+    def stop(self) -> bool:
+        """Ask for a clean end after the round in progress. Safe in a signal handler.
+
+        Returns:
+            False: the coordinator has not been heard of yet, so there is nothing to end cleanly.
+        """
+        return self._run is not None and self._run.stop()
+
+    def run(self) -> PartyResult:
+        """Read the files, join, take part until the end.
+
+        Raises:
+            CoterieError: of any kind; see `PartyRun.run` and `prepare_party`.
+        """
+        config, federation = self.config, self.federation
+        transport = GrpcTransport(
+            config.party, self._roster, self._kit, listen=self._listen, settings=transport_settings(federation)
+        )
+        unreachable.check_free(config.party, transport.address)  # before a large model is read
+        with kept_private(config.run_dir):
+            parts = prepare_party(config, federation, self._roster)
+            self._run = PartyRun(parts, transport, federation.content_hash(), self._watch, self.notice)
+            keep_settings(config, federation)
+            return self._run.run()
+
+
+def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Roster | None = None) -> PartyInputs:
+    """Read a party's text, trunk and shard, and check that all fit together and what was signed.
+
+    Raises:
+        DataError: the text cannot be used.
+        LedgerError: hosts would read text that was trained on privately before.
+        ModelError: trunk or shard are of another model.
+        PlacementError: the shard holds other experts than this party is to host, or the placement was not signed.
+    """
+    data = config.data
+    kept = (
+        private_folder(config.run_dir) / TOKENIZER_FOLDER
+    )  # of an earlier start of this run; it wins over the settings
+    tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
+    spec = party_privacy(federation, config)
+    if spec is not None and spec.ledger is None:
+        spec = spec.model_copy(update={"ledger": default_root(config.run_dir)})
+    documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
+    check_after_private(config, federation, documents)
+    train = tokenize(documents, data, tokenizer)
+    if documents.users is not None:
+        train = train.with_users(documents.users)
+    test = tokenize(read_documents(data.test, data), data, tokenizer) if data.test else None
+    device = pick_device(config.device)
+    model = build_partial(federation.model, config.trunk, device=device)
+    check_fit(model, tokenizer, data)
+    if federation.model.gradient_checkpointing:
+        use_checkpointing(model)
+    adapted = _with_adapters(model, federation)
+    placement = Placement.of_spec(federation.placement, list(federation.parties), model)
+    if roster is not None:
+        check_placement_signed(placement, roster)
+    check_shard(config.shard, placement, config.party)
+    check_starting_weights(config, roster)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(kept))
+    first = trunk_tensors(adapted)
+
+    def again() -> Weights:
+        nonlocal first
+        trunk, first = first, {}
+        if not trunk:
+            anew = build_partial(federation.model, config.trunk, device=device)
+            trunk = trunk_tensors(_with_adapters(anew, federation))
+        return Weights(trunk, load_experts(config.shard, federation.model))
+
+    privacy = _privacy_parts(config, federation, spec, documents, train) if spec else None
+    return PartyInputs(
+        party=config.party,
+        federation=federation,
+        model=adapted,
+        weights=again,
+        placement=placement,
+        train=train,
+        test=test,
+        run_dir=config.run_dir,
+        device=device,
+        cache=config.cache,
+        privacy=privacy,
+        roster=roster.content_hash() if roster is not None else "",
+        trainings=(
+            *starting_trainings(federation.model, config.trunk, config.shard),
+            _training(config, federation, privacy),
+        ),
+    )
+
+
+def _training(config: PartyConfig, federation: FederationConfig, privacy: PrivacyInputs | None) -> Training:
+    """What the weights of this run's checkpoints are made under, for whoever exports them."""
+    name = f"{federation.name}-{config.party}"
+    if privacy is None:
+        return Training(name, "public" if config.data.provenance == "public" else "none")
+    kind: Literal["budget", "seeded"] = "budget" if privacy.seed is None else "seeded"
+    ledger = Keyring(privacy.spec.ledger or default_root(config.run_dir)).public_name(privacy.digest or "")
+    return Training(name, kind, ledger, privacy.spec.epsilon, privacy.spec.delta)
+
+
+def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
+    """The model, with adapters where the federation trains those; they start alike at every party."""
+    return model if federation.lora is None else attach_adapters(model, federation.lora, federation.train.seed)
+
+
+def _privacy_parts(
+    config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, documents: Documents, train: Sequences
+) -> PrivacyInputs:
+    assert isinstance(federation.privacy, PrivacyRules), "a party has a budget only where rules were agreed on"
+    return PrivacyInputs(
+        spec,
+        federation.train.rounds,
+        seed=federation.train.seed if spec.seeded else None,
+        artefacts=artefacts(federation.model, config.data, config.trunk, config.shard),
+        digest=dataset_digest(documents.texts),
+        push_after_s=federation.push_after_s,
+        sequence_length=config.data.sequence_length,
+        record=record_facts(config.data),
+        originals=originals(documents, train),
+        largest_noise=largest_noise(federation.privacy, federation.train.rounds),
+    )
+
+
+def load_experts(path: Path, model: ModelSpec) -> dict[str, torch.Tensor]:
+    """A party's shard in the model's number format, off the device."""
+    return {name: tensor.to(torch_dtype(model)) for name, tensor in load_tensors(path).items()}
+
+
+def check_placement_signed(placement: Placement, roster: Roster) -> None:
+    """Make sure that a placement is the one in the roster.
+
+    Raises:
+        PlacementError: it is not.
+    """
+    if placement.content_hash() != roster.placement_hash:
+        raise PlacementError(
+            "The placement that federation.yaml describes is not the one that was signed.",
+            code="placement-unsigned",
+            where=f"{placement.content_hash()[:8]} here, {roster.placement_hash[:8]} in the roster",
+            why="parties would disagree on who hosts which expert",
+            fix="check `model` and `placement`, and that all use the same version of transformers",
+        )
+
+
+def check_shard(path: Path, placement: Placement, party: str) -> None:
+    """Make sure, from the header alone, that a shard file holds the experts that the placement gives a party.
+
+    Raises:
+        PlacementError: it holds others, or lacks one.
+        ModelError: it is no shard file.
+    """
+    found = {parse_expert_key(key)[:2] for key in stored_shapes(path)}
+    expected = {(layer, expert) for layer, experts in placement.hosted(party).items() for expert in experts}
+    if found == expected:
+        return
+    lacking, foreign = sorted(expected - found), sorted(found - expected)
+    problems = [
+        f"{words} layer {keys[0][0]} expert {keys[0][1]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for words, keys in (("lacks", lacking), ("holds", foreign))
+        if keys
+    ]
+    raise PlacementError(
+        f"{path.name} does not hold the experts of {party}: it {' and '.join(problems)}.",
+        code="placement-shard",
+        where=str(path),
+        why="tokens would be sent to an expert that is not there",
+        fix="take the shard that `coterie split` wrote for this party and this placement",
+    )
+
+
+def check_starting_weights(config: PartyConfig, roster: Roster | None) -> str:
+    """Read trunk and shard, and make sure that they are whole, of one round, and what everybody signed.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        ModelError: a file was changed after it was written, the two do not belong together, or they are not those
+            whose digests are in the roster.
+    """
+    trunk, shard = check_content(config.trunk), check_content(config.shard)
+    if (trunk.run, trunk.round) != (shard.run, shard.round):
+        raise ModelError(
+            f"{config.trunk} is of {trunk.words()}, and {config.shard} of {shard.words()}.",
+            code="model-parts-mixed",
+            why="training would go on from a model that nobody trained",
+            fix="take both from one split, or from one round of one run",
+        )
+    agreed = roster.weights if roster is not None else {}
+    if not agreed:
+        return f"trunk and shard are whole, {trunk.words()}"
+    for path, name in ((config.trunk, TRUNK_FILE), (config.shard, shard_file(config.party))):
+        if file_digest(path) != agreed.get(name):
+            raise ModelError(
+                f"{path} is not the `{name}` whose digest is in the roster.",
+                code="weights-unsigned",
+                why="parties would start from different weights",
+                fix="copy it again from where `coterie split` wrote it, or sign a roster for these weights",
+            )
+    return f"trunk and shard are those of the roster, {trunk.words()}"
+
+
+def keep_settings(config: PartyConfig, federation: FederationConfig) -> None:
+    """Put both settings files into the run folder, with absolute paths: the run can be taken up from there."""
+    folder = config.run_dir.absolute()
+    dump_yaml(folder / FEDERATION_FILE, _absolute_model(federation))
+    moved: dict[str, Any] = {"federation": folder / FEDERATION_FILE, "run_dir": folder}
+    moved |= {name: getattr(config, name).absolute() for name in ("kit", "trunk", "shard")}
+    data = config.data
+    files: dict[str, Any] = {
+        name: tuple(path.absolute() for path in getattr(data, name)) for name in ("train", "test")
+    }
+    tokenizer = data.tokenizer
+    if tokenizer.path is not None:
+        files["tokenizer"] = tokenizer.model_copy(update={"path": tokenizer.path.absolute()})
+    elif tokenizer.train is not None:
+        public = tuple(path.absolute() for path in tokenizer.train.files)
+        trained = tokenizer.train.model_copy(update={"files": public})
+        files["tokenizer"] = tokenizer.model_copy(update={"train": trained})
+    moved["data"] = data.model_copy(update=files)
+    if isinstance(config.privacy, PartyPrivacy) and config.privacy.ledger is not None:
+        moved["privacy"] = config.privacy.model_copy(update={"ledger": config.privacy.ledger.absolute()})
+    if config.ledger is not None:
+        moved["ledger"] = config.ledger.absolute()
+    dump_yaml(folder / PARTY_FILE, config.model_copy(update=moved))
+
+
+def _absolute_model(federation: FederationConfig) -> FederationConfig:
+    if federation.model.path is None:
+        return federation
+    model = federation.model.model_copy(update={"path": federation.model.path.absolute()})
+    return federation.model_copy(update={"model": model})
+
+
+def settings_of_run(run_dir: Path) -> PartyConfig:
+    """The settings of a party's run that has a checkpoint to go on from.
+
+    Raises:
+        CheckpointError: no federated run is here, or it has no checkpoint yet.
+    """
+    path = run_dir / PARTY_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run_dir} holds no run of `coterie up`.",
+            code="run-dir-none",
+            fix="give the run_dir of a party that took part in a federation",
+        )
+    config = load_yaml(path, PartyConfig)
+    federation = load_yaml(config.federation, FederationConfig)
+    if not PartyStore(run_dir, config.party, federation.content_hash()).held():
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint yet.",
+            code="checkpoint-none",
+            fix=f"`coterie up {path}` begins from the split model",
+        )
+    return config.model_copy(update={"run_dir": run_dir})

@@ -1,0 +1,278 @@
+"""One party's part in a federation from joining to the end, over any transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.errors import CoterieError
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.rounds.coordinator import refusals_allowed
+from coterie.federation.rounds.coordinator_process import heartbeat_s, plan_of, status_of
+from coterie.federation.rounds.directives import Directive
+from coterie.federation.rounds.follower import Follower
+from coterie.federation.rounds.heartbeat import Heartbeat
+from coterie.federation.rounds.run_folder import RunFolder
+from coterie.federation.rounds.state import Ending, State
+from coterie.federation.wire.gate import Gate
+from coterie.federation.wire.messages import unfit
+from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.storage import write_json
+from coterie.training.experts.exchange import ExpertsExchange
+from coterie.training.experts.shared_trunk import shared_names
+from coterie.training.folders import private_folder, public_folder, write_statement
+from coterie.training.party.actor import PartyActor
+from coterie.training.party.inputs import PartyInputs
+from coterie.training.party.own_trunk import OwnTrunk
+from coterie.training.party.store import PartyStore
+from coterie.training.planning.measured import peak_rss_bytes
+from coterie.training.tokens.exchange import TokensExchange
+
+
+@dataclass(frozen=True)
+class PartyResult:
+    """How a party's run ended.
+
+    Attributes:
+        rounds: rounds behind the model.
+        finished: all rounds are done; False after a clean stop.
+        loss, perplexity, tokens: on the party's own held-out text, nats per token; None without such text or before
+            the end. For this party's eyes.
+        model_state_bytes: trunk, hosted experts, their gradients and optimiser states.
+        peak_rss_bytes: largest resident size of the process.
+        privacy: what the party revealed, to whom, at what epsilon and delta; None without privacy.
+        statement: the privacy statement, for people; empty without privacy.
+        wire: bytes per peer: ``sent``, ``received`` (payload), ``tensors_sent``, ``tensors_received``.
+    """
+
+    party: str
+    run_dir: str
+    rounds: int
+    finished: bool
+    loss: float | None
+    perplexity: float | None
+    tokens: int | None
+    model_state_bytes: int
+    peak_rss_bytes: int
+    wire: Mapping[str, Mapping[str, int]]
+    privacy: Mapping[str, Any] | None = None
+    statement: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What others may hear of a party's run.
+
+    Attributes:
+        directive: called with each directive before it is carried out.
+        failed: called with each error that was reported to the coordinator; its text stays here.
+        silent: called after every heartbeat with the seconds that the coordinator has not been heard of.
+        privacy: called before ``directive`` with what was revealed so far; see `Exchange.privacy`.
+    """
+
+    directive: Callable[[Directive], None] = lambda directive: None
+    failed: Callable[[CoterieError], None] = lambda error: None
+    privacy: Callable[[Mapping[str, Any] | None], None] = lambda privacy: None
+    silent: Callable[[float], None] = lambda silent_s: None
+
+
+class PartyRun:
+    """Joins a federation with prepared parts and takes part until the end.
+
+    Args:
+        parts: what the party brings.
+        transport: not started yet; closed at the end.
+        agreement: hash of what all parties signed.
+        watch: see `Watch`.
+        notice: what a person should know of this party's certificates; stands in the status file.
+
+    Attributes:
+        actor: the party's model, data and experts.
+
+    Raises:
+        CheckpointError: the run folder belongs to another run, party or agreement, or other text.
+        RoundError: another process uses the run folder.
+    """
+
+    def __init__(
+        self,
+        parts: PartyInputs,
+        transport: Transport,
+        agreement: str,
+        watch: Watch | None = None,
+        notice: Callable[[], str] = str,
+    ) -> None:
+        self._parts, self._transport, self._watch, self._notice = parts, transport, watch or Watch(), notice
+        self._folder = RunFolder(parts.run_dir)
+        private_folder(parts.run_dir).mkdir(mode=0o700, exist_ok=True)
+        self._status: dict[str, Any] = {}
+        try:
+            self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
+            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._told, self._complain)
+            self.actor = make_actor(parts, self._gate, self._store)
+        except BaseException:
+            self._folder.close()
+            raise
+        self._participant = Follower(parts.party, self.actor, self._heard, self._failed)
+        self._membership = Heartbeat(
+            self._gate,
+            agreement,
+            run=self._store.run,
+            heartbeat_s=heartbeat_s(parts.federation),
+            patience_s=parts.federation.join_deadline_s,
+            check=self._check,
+            on_news=self._participant.on_news,
+            on_beat=self._beat,
+        )
+
+    def stop(self) -> bool:
+        """Ask for a clean end after the round in progress. Safe in a signal handler.
+
+        Returns:
+            False: the coordinator has not been heard of yet; it would not hear us either.
+        """
+        self._membership.ask_to_stop()
+        return self._membership.directive is not None
+
+    def abandon(self) -> None:
+        """End at once without a goodbye; the others treat this party as lost. Safe from any thread."""
+        self._membership.abandon()
+        self.actor.interrupt()
+
+    def run(self) -> PartyResult:
+        """Take part until the run ends; see `Follower.run` for what it raises."""
+        try:
+            self._gate.start(self._handle)
+            self._transport.connect(self._parts.federation.join_deadline_s, [COORDINATOR])
+            state = self._participant.run(self._membership)
+            result = self._result(state)
+            if result.finished:
+                write_json(private_folder(self._parts.run_dir) / "result.json", result.as_json())
+                if result.statement:
+                    write_statement(self._for_statement(), result.statement)
+            return result
+        finally:
+            self._membership.close()
+            self.actor.exchange.stop_serving()
+            self._transport.close()
+            self.actor.close()
+            self._folder.close()
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """Bytes so far, by peer."""
+        counters = self._transport.counters()
+        found = {}
+        for peer in sorted({peer for peer, _ in counters.lanes}):
+            total = counters.total(peer)
+            found[peer] = {
+                "sent": total.payload_bytes_sent,
+                "received": total.payload_bytes_received,
+                "tensors_sent": total.tensor_bytes_sent,
+                "tensors_received": total.tensor_bytes_received,
+            }
+        return found
+
+    def _for_statement(self) -> Path:
+        """A seeded run has nothing that may be given away."""
+        privacy, run_dir = self._parts.privacy, self._parts.run_dir
+        return public_folder(run_dir) if privacy is not None and privacy.seed is None else private_folder(run_dir)
+
+    def _handle(self, peer: str, lane: Lane, message: Message) -> Message | None:
+        if peer == COORDINATOR:
+            self._membership.handle(message)
+            return None
+        return self.actor.exchange.handle(peer, lane, message)
+
+    def _told(self) -> int:
+        directive = self._membership.directive
+        return 0 if directive is None else directive.state.seq
+
+    def _complain(self, peer: str, code: str) -> None:
+        if peer != COORDINATOR:
+            self._membership.complain(peer, code)
+
+    def _check(self, directive: Directive) -> None:
+        """A coordinator can name no round and no party that was not agreed on."""
+        state, federation = directive.state, self._parts.federation
+        if max(state.round, state.committed) > federation.train.rounds:
+            raise unfit(
+                COORDINATOR, "directive", "round", f"is beyond the {federation.train.rounds} that were agreed"
+            )
+        if not {*directive.missing, *state.absent, *state.rejoining, *state.sources} <= federation.parties.keys():
+            raise unfit(COORDINATOR, "directive", "absent", "names a party that is none")
+
+    def _failed(self, error: CoterieError) -> None:
+        self._gate.count(error)
+        self._watch.failed(error)
+
+    def _heard(self, directive: Directive) -> None:
+        self._store.adopt(directive.run)
+        self._store.published(directive.newest)
+        federation, privacy = self._parts.federation, self.actor.exchange.privacy()
+        self._status = dict(
+            role="party",
+            party=self._parts.party,
+            federation=federation.name,
+            run=directive.run,
+            rounds=federation.train.rounds,
+            parties=list(federation.parties),
+            checkpoint=directive.newest,
+            privacy=privacy,
+            **status_of(directive.state),
+        )
+        self._beat(0.0)
+        self._watch.privacy(privacy)
+        self._watch.directive(directive)
+
+    def _beat(self, silent_s: float) -> None:
+        """Write the status anew: bytes so far, who is waited for, how long the coordinator has been silent."""
+        self._watch.silent(silent_s)
+        newest = self._membership.directive
+        if self._status and newest is not None:
+            self._folder.status(
+                **self._status,
+                missing=list(newest.missing),
+                cut=[list(pair) for pair in newest.cut],
+                wire=self.wire(),
+                coordinator_silent_s=round(silent_s, 1),
+            )
+
+    def _result(self, state: State) -> PartyResult:
+        self.actor.exchange.open_books()
+        evaluation = self.actor.evaluation if state.ending is Ending.FINISHED else None
+        return PartyResult(
+            party=self._parts.party,
+            run_dir=str(self._parts.run_dir),
+            rounds=state.committed,
+            finished=state.ending is Ending.FINISHED,
+            loss=evaluation.loss if evaluation else None,
+            perplexity=evaluation.perplexity if evaluation else None,
+            tokens=evaluation.tokens if evaluation else None,
+            model_state_bytes=self.actor.state_bytes(),
+            peak_rss_bytes=peak_rss_bytes(),
+            wire=self.wire(),
+            privacy=self.actor.exchange.privacy(),
+            statement=self.actor.exchange.statement(),
+        )
+
+
+def make_actor(parts: PartyInputs, transport: Transport, store: PartyStore) -> PartyActor:
+    """A party as it is before the first round, with the exchange that was agreed on.
+
+    Args:
+        parts: what the party brings.
+        transport: to the others; not started.
+        store: the party's checkpoints.
+    """
+    weights = parts.weights()
+    if parts.federation.exchange == "tokens":
+        trunk = OwnTrunk(parts, weights)
+        return PartyActor(trunk, TokensExchange(trunk, transport, weights), transport, store)
+    trunk = OwnTrunk(parts, weights, shared_names(parts.federation, parts.model), on_host=True)
+    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights)
+    return PartyActor(trunk, exchange, transport, store)

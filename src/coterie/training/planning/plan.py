@@ -1,0 +1,167 @@
+"""What a federation will need before anybody starts: memory of every party, bytes of a round, and which exchange is
+cheaper on the wire.
+
+Everything follows from federation.yaml and the model's config; no weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from coterie.config import FederationConfig
+from coterie.errors import ConfigError
+from coterie.models import seam
+from coterie.models.split.placement import Placement
+from coterie.models.zoo.build import build_model, torch_dtype
+from coterie.models.zoo.families import experts_per_token
+from coterie.training.planning.closed_form import Need, Shape, predict
+
+Exchange = Literal["tokens", "experts"]
+EXCHANGES: tuple[Exchange, ...] = ("tokens", "experts")
+
+
+@dataclass(frozen=True)
+class PartyPlan:
+    """One party in one exchange.
+
+    Attributes:
+        hosted: expert parameters that it hosts.
+        need: bytes of state; activations come on top.
+        saving: share of the centralised device memory that it does without.
+        down, up: for `experts`, bytes in a round, the same whatever the text; a party whose weights did not change
+            sends fewer. For `tokens`, None: they depend on the text.
+    """
+
+    party: str
+    exchange: Exchange
+    hosted: int
+    need: Need
+    saving: float
+    down: int | None = None
+    up: int | None = None
+
+
+@dataclass(frozen=True)
+class FederationPlan:
+    """What `coterie plan` prints.
+
+    Attributes:
+        trunk, experts: parameters.
+        expert_share: f.
+        layers: MoE layers.
+        centralised_bytes: device memory of training all of it in one place, without activations.
+        parties: every party in both exchanges.
+        bytes_per_token: of `tokens`, there and back, forward and backward, in all layers, with experts chosen
+            evenly; one party's.
+        break_even_tokens: tokens in one party's round from which `experts` moves fewer bytes than `tokens`.
+        largest_layer_down: bytes of one layer that a party fetches at most; computing on it hides the next one's.
+    """
+
+    trunk: int
+    experts: int
+    expert_share: float
+    layers: int
+    centralised_bytes: int
+    parties: tuple[PartyPlan, ...]
+    bytes_per_token: float
+    break_even_tokens: int
+    largest_layer_down: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain figures."""
+        return asdict(self)
+
+
+def make_plan(federation: FederationConfig) -> FederationPlan:
+    """Plan a federation.
+
+    Raises:
+        ConfigError: it trains adapters only, which this arithmetic does not cover.
+        ModelError, PlacementError: model or placement do not exist.
+    """
+    if federation.lora is not None:
+        raise ConfigError(
+            "`coterie plan` knows full training only, and federation.yaml has a `lora` block.",
+            code="plan-lora",
+            why="frozen weights have no optimiser and cross once, so the figures would be far too large",
+            fix="leave out `lora` to see the figures of full training",
+        )
+    model = build_model(federation.model, meta=True)
+    layers = seam.expert_layers(model)
+    names = list(federation.parties)
+    placement = Placement.of_spec(federation.placement, names, model)
+    hosted = {name: _hosted(layers, placement, name) for name in names}
+    shapes = {name: _shape(federation, model, layers, sum(hosted[name])) for name in names}
+    first = shapes[names[0]]
+    whole = predict("centralised", first).device
+    per_token = _token_bytes(federation, model, layers, len(names))
+    plans = []
+    for exchange in EXCHANGES:
+        for name in names:
+            need = predict(exchange, shapes[name])
+            saved = 1 - need.device / whole
+            moved = _experts_bytes(shapes[name]) if exchange == "experts" else (None, None)
+            plans.append(PartyPlan(name, exchange, sum(hosted[name]), need, saved, *moved))
+    rounds = [plan.down + plan.up for plan in plans if plan.down is not None and plan.up is not None]
+    per_layer = first.experts // first.layers
+    largest = max((per_layer - own) * first.wire_bytes for name in names for own in hosted[name])
+    return FederationPlan(
+        first.trunk, first.experts, first.expert_share, len(layers), whole, tuple(plans), per_token,
+        math.ceil(max(rounds) / per_token) if per_token else 0, largest,
+    )  # fmt: skip
+
+
+def _hosted(layers: list[seam.ExpertLayer], placement: Placement, name: str) -> list[int]:
+    """Parameters of a party's experts, layer by layer."""
+    experts = placement.hosted(name)
+    return [len(list(experts.get(layer.index, ()))) * _values(layer) // layer.num_experts for layer in layers]
+
+
+def _values(layer: seam.ExpertLayer) -> int:
+    return sum(param.numel() for param in layer.parameters().values())
+
+
+def _shape(federation: FederationConfig, model: nn.Module, layers: list[seam.ExpertLayer], own: int) -> Shape:
+    stacked = {id(param) for layer in layers for param in layer.parameters().values()}
+    trunk = [param.numel() for param in model.parameters() if id(param) not in stacked]
+    return Shape(
+        trunk=sum(trunk),
+        experts=sum(_values(layer) for layer in layers),
+        layers=len(layers),
+        parties=len(federation.parties),
+        matrix=max(param.numel() for layer in layers for param in layer.parameters().values()),
+        largest_trunk=max(trunk),
+        own=own,
+        compute_bytes=torch_dtype(federation.model).itemsize,
+        wire_bytes=getattr(torch, federation.weights_dtype).itemsize,
+        push_bytes=getattr(torch, federation.push_dtype).itemsize,
+        shared_trunk=federation.trunk == "shared",
+    )
+
+
+def _experts_bytes(shape: Shape) -> tuple[int, int]:
+    """Down and up: every part that other parties store, whatever the lot."""
+    home = shape.trunk - shape.trunk // shape.parties if shape.shared_trunk else 0
+    others = shape.experts - shape.hosted + home
+    return shape.wire_bytes * others, shape.push_bytes * others
+
+
+def _token_bytes(
+    federation: FederationConfig, model: nn.Module, layers: list[seam.ExpertLayer], parties: int
+) -> float:
+    """One hidden vector for each remote host of a token's experts, its output, and both gradients.
+
+    Experts are taken to be chosen evenly and hosted in equal shares. A pair of token and expert adds the expert's
+    number (1 byte), its weight and the weight's gradient.
+    """
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    chosen = experts_per_token(text)
+    item = torch_dtype(federation.model).itemsize
+    hosts = (parties - 1) * (1 - (1 - 1 / parties) ** chosen)
+    pairs = chosen * (1 - 1 / parties)
+    return len(layers) * (hosts * 4 * int(text.hidden_size) * item + pairs * (1 + 2 * item))

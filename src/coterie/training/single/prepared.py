@@ -1,0 +1,104 @@
+"""Everything a run of `coterie train` works with, read from its settings and checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coterie.checkpoints import CheckpointStore
+from coterie.config import TrainConfig, content_hash, load_yaml
+from coterie.errors import CheckpointError
+from coterie.storage import json_object
+from coterie.training.data.documents import Documents, read_documents
+from coterie.training.data.packing import Sequences
+from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
+from coterie.training.folders import private_folder
+from coterie.training.single.setup import build_for
+
+MARKER = "run.json"
+"""Names a run folder's run: the hash of its settings, and what else a resumed one is held to."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Settings, tokenizer, model and sequences of a run."""
+
+    config: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    train: Sequences
+    test: Sequences | None
+
+    @property
+    def run_id(self) -> str:
+        """Hash of the settings that decide the result; the folder and the device do not."""
+        return content_hash(self.config, without={"run_dir", "device"})
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        return checkpoints_of(self.config.run_dir, self.run_id)
+
+
+def prepare(config: TrainConfig, *, tokenizer_dir: Path | None = None) -> tuple[Prepared, Documents]:
+    """Read the text, make the tokenizer, build the model, and check that they fit. Writes nothing.
+
+    Args:
+        config: the settings of train.yaml.
+        tokenizer_dir: the tokenizer of an earlier start of this run, which wins over the settings.
+
+    Returns:
+        What the run works with, and the documents that its training sequences were made from.
+
+    Raises:
+        ConfigError, DataError, ModelError: the settings do not fit each other, the text or the model.
+    """
+    data, privacy = config.data, config.privacy
+    documents = read_documents(data.train, data, user_column=privacy.user_column if privacy else None)
+    test = read_documents(data.test, data) if data.test else None
+    tokenizer = (
+        load_tokenizer_from(tokenizer_dir) if tokenizer_dir else get_tokenizer(data.tokenizer, config.model, data)
+    )
+    prepared = Prepared(
+        config,
+        tokenizer,
+        build_for(config, tokenizer),
+        tokenize(documents, data, tokenizer),
+        tokenize(test, data, tokenizer) if test else None,
+    )
+    return prepared, documents
+
+
+def checkpoints_of(run_dir: Path, run: str) -> CheckpointStore:
+    """The checkpoints in a run folder, of the run whose settings have the hash ``run``."""
+    return CheckpointStore(private_folder(run_dir) / "checkpoints", run)
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The settings of a run.
+
+    Raises:
+        CheckpointError: no run is here.
+    """
+    return read_run(run_dir)[0]
+
+
+def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings of a run and its marker.
+
+    Raises:
+        CheckpointError: no run is here.
+    """
+    try:
+        marker = json_object((run_dir / MARKER).read_bytes())
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"{run_dir} holds no run of `coterie train`.",
+            code="run-dir-none",
+            fix="give the run_dir of a run that was started; it contains run.json",
+        ) from None
+    config = load_yaml(run_dir / "config.yaml", TrainConfig)
+    return config.model_copy(update={"run_dir": run_dir}), marker

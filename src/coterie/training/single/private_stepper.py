@@ -1,0 +1,129 @@
+"""Rounds of `coterie train` within a privacy budget, behind the interface of `coterie.training.single.stepper`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from coterie.checkpoints import Content
+from coterie.config import PrivacySpec, TrainConfig
+from coterie.dp.accounting.dataset import dataset_digest
+from coterie.dp.accounting.ledger import default_root
+from coterie.dp.accounting.statement import Statement
+from coterie.dp.plan import ComputeOptions, PrivacyPlan
+from coterie.dp.private_data import PrivateData
+from coterie.dp.session import PrivateSession
+from coterie.dp.setup import start_session
+from coterie.models.split.trainings import Training
+from coterie.training.data.documents import Documents
+from coterie.training.optim import AdamW, lr_at, make_optimizer
+from coterie.training.provenance import artefacts, originals, record_facts
+from coterie.training.single.prepared import Prepared
+from coterie.training.single.stepper import Step
+
+_SPENT_SHOWN = 40
+"""How often, over a run, epsilon is computed for showing; each time costs a tenth of a second."""
+
+
+class PrivateStepper:
+    """Rounds within a budget: lots, noise and what they cost are a `PrivateSession`'s.
+
+    Args:
+        prepared: what to train on what; its settings have a ``privacy`` block.
+        documents: what the records were made from; the ledger knows their text again.
+        saved: a checkpoint to go on from. Rounds released since are repeated from the spool, not redrawn.
+
+    Raises:
+        PrivacyError: anything that would make the statement untrue; nothing is trained then.
+        CheckpointError: the run cannot be resumed from what is there.
+        LedgerError: the ledger is damaged, behind, or in use.
+    """
+
+    def __init__(self, prepared: Prepared, documents: Documents, saved: Path | None = None) -> None:
+        self.optimizer = make_optimizer(prepared.model.parameters(), prepared.config.optim)
+        if saved is None:
+            self._session = _begun(prepared, documents, self.optimizer)
+        else:
+            self._session = _resumed(prepared, documents, self.optimizer, saved)
+
+    @property
+    def round(self) -> int:
+        return self._session.round
+
+    @property
+    def finished(self) -> bool:
+        return self.round == self._session.plan.rounds or self._session.releases.remaining == 0
+
+    def step(self) -> Step:
+        session = self._session
+        session.step(session.next_lot())
+        made = session.last
+        assert made is not None
+        every = max(1, session.plan.rounds // _SPENT_SHOWN)
+        spent = session.spent() if self.finished or self.round % every == 0 else None
+        figures = {
+            "loss_not_private": made.loss,
+            "lot_size_not_private": made.lot_size,
+            "not_finite_not_private": made.masked,
+        }
+        if spent is not None:
+            figures["epsilon"] = spent.epsilon
+        return Step(made.loss, figures, made.nothing_learnt, spent)
+
+    def content(self) -> tuple[Content, Mapping[str, Any]]:
+        return self._session.content()
+
+    def saved(self, folder: Path) -> None:
+        self._session.saved(folder)
+
+    def marker(self) -> Mapping[str, str]:
+        return {"privacy_run": self._session.run}
+
+    def training(self) -> Training:
+        return self._session.training()
+
+    def statement(self) -> Statement:
+        return self._session.statement()
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def _begun(prepared: Prepared, documents: Documents, optimizer: AdamW) -> PrivateSession:
+    config, privacy = prepared.config, _privacy(prepared.config)
+    plan = PrivacyPlan.of_settings(
+        privacy, prepared.model, config.train.rounds, lot_size=config.train.batch_size,
+        seed=config.train.seed if privacy.seeded else None,
+    )  # fmt: skip
+    data = PrivateData.of(
+        prepared.train, prepared.train.collate, users=prepared.train.users, records_per_user=plan.records_per_user,
+        digest=dataset_digest(documents.texts), originals=originals(documents, prepared.train),
+    )  # fmt: skip
+    return start_session(
+        prepared.model, optimizer, data, plan, ComputeOptions.of_settings(privacy).repeatable(plan.seed),
+        provenance=artefacts(config.model, config.data), ledger=_ledger(config), record=record_facts(config.data),
+        schedule=_schedule(config),
+    )  # fmt: skip
+
+
+def _resumed(prepared: Prepared, documents: Documents, optimizer: AdamW, saved: Path) -> PrivateSession:
+    config = prepared.config
+    return PrivateSession.resume(
+        saved, prepared.model, optimizer, prepared.train, prepared.train.collate,
+        schedule=_schedule(config), users=prepared.train.users, ledger=_ledger(config),
+        digest=dataset_digest(documents.texts),
+    )  # fmt: skip
+
+
+def _privacy(config: TrainConfig) -> PrivacySpec:
+    assert config.privacy is not None
+    return config.privacy
+
+
+def _ledger(config: TrainConfig) -> Path:
+    return _privacy(config).ledger or default_root(config.run_dir)
+
+
+def _schedule(config: TrainConfig) -> Callable[[int], float]:
+    return lambda taken: lr_at(taken + 1, config.optim, config.train.rounds)

@@ -1,0 +1,268 @@
+"""`coterie train`: one party trains by itself, in a run folder that holds everything.
+
+The folder: ``config.yaml`` (the settings), ``run.json`` (identity) and ``private/`` (see `coterie.training.folders`)
+with ``tokenizer/``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, at the end ``evaluation.safetensors``
+(held-out loss of every sequence) and ``result.json``. The model, a Hugging Face checkpoint, follows the last round:
+
+- without a ``privacy`` block into ``model/``;
+- with one into ``public/``, with its card and the statement, which may be given away together. A seeded run, and one
+  whose start was made from private records, has no ``public/``: there it goes into ``private/``. The ledger lies
+  elsewhere. What ``metrics.jsonl`` says of losses and lots is not private, and its names say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie import __version__
+from coterie.config import TrainConfig, due, dump_yaml
+from coterie.dp.accounting.statement import Statement
+from coterie.dp.checkpoint import SESSION
+from coterie.errors import CheckpointError, ConfigError
+from coterie.federation.rounds.run_folder import holding_its_folder
+from coterie.federation.wire.values import check_own
+from coterie.models.split.saved import save_model
+from coterie.storage import put_away, write_json, writing
+from coterie.training.evaluate import Evaluation, evaluate
+from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
+from coterie.training.loop import StopFlag
+from coterie.training.metrics import MetricsWriter
+from coterie.training.planning.measured import model_state_bytes, peak_rss_bytes
+from coterie.training.provenance import starting_trainings
+from coterie.training.single.prepared import MARKER, Prepared, prepare, read_run
+from coterie.training.single.private_stepper import PrivateStepper
+from coterie.training.single.stepper import PlainStepper, Step, Stepper
+
+KEPT_CHECKPOINTS = 2
+Watch = Callable[[int, Step, Evaluation | None], None]
+"""Called after each round with the finished rounds, what the round did, and an evaluation if one was due."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        rounds: rounds that are finished.
+        finished: all rounds are done; False after a clean stop.
+        loss, perplexity, tokens: on the held-out text, nats per token; None without such text or before the end.
+        model_state_bytes: parameters, gradients and optimiser state.
+        peak_rss_bytes: largest resident size of the process.
+        privacy: the statement as JSON, ``epsilon`` and ``delta`` of this run at its top; None without privacy.
+        statement: the statement as text; empty without privacy.
+    """
+
+    run_dir: str
+    rounds: int
+    finished: bool
+    loss: float | None
+    perplexity: float | None
+    tokens: int | None
+    model_state_bytes: int
+    peak_rss_bytes: int
+    privacy: dict[str, Any] | None = None
+    statement: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        if self.privacy is None:
+            del values["privacy"], values["statement"]
+        return values
+
+
+@holding_its_folder
+def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | None = None) -> RunResult:
+    """Train from the beginning in a fresh run folder; within the budget where the settings have a ``privacy`` block.
+
+    Raises:
+        ConfigError: the folder holds a run already, or the settings do not fit each other or the model.
+        DataError: the text cannot be used.
+        PrivacyError: anything that would make a privacy statement untrue; nothing is trained then.
+    """
+    if (config.run_dir / MARKER).exists():
+        raise ConfigError(
+            f"{config.run_dir} already holds a run.",
+            code="run-dir-taken",
+            why="two runs in one folder would mix their checkpoints and figures",
+            fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
+        )
+    prepared, stepper = _begun(config)
+    with closing(stepper), kept_private(config.run_dir) as private:
+        dump_yaml(config.run_dir / "config.yaml", config)
+        prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
+        run = Run(prepared, stepper, stop or StopFlag(), watch)
+        if config.privacy is not None:  # the ledger holds the run from now on: it cannot begin again, only go on
+            run.save()
+        write_json(config.run_dir / MARKER, {"run": prepared.run_id, "coterie": __version__, **stepper.marker()})
+        return run.go_on()
+
+
+@holding_its_folder
+def resume(run_dir: Path, *, stop: StopFlag | None = None, watch: Watch | None = None) -> RunResult:
+    """Go on from a run's newest checkpoint. The result is that of a run that was never stopped.
+
+    Rounds that a private run released since are repeated from the spool, not redrawn.
+
+    Raises:
+        CheckpointError: no run is here, its checkpoint is damaged, or settings or text changed since it started.
+        LedgerError: the ledger is damaged or behind.
+    """
+    prepared, stepper = _resumed(run_dir)
+    with closing(stepper), kept_private(run_dir):
+        return Run(prepared, stepper, stop or StopFlag(), watch).go_on()
+
+
+def _begun(config: TrainConfig) -> tuple[Prepared, Stepper]:
+    prepared, documents = prepare(config)
+    if config.privacy is None:
+        return prepared, PlainStepper(prepared)
+    return prepared, PrivateStepper(prepared, documents)
+
+
+def _resumed(run_dir: Path) -> tuple[Prepared, Stepper]:
+    config, marker = read_run(run_dir)
+    prepared, documents = prepare(config, tokenizer_dir=private_folder(run_dir) / "tokenizer")
+    _check_unchanged(prepared, marker, run_dir)
+    if config.privacy is None:
+        return prepared, PlainStepper(prepared, prepared.store.newest())
+    return prepared, PrivateStepper(prepared, documents, _session_of(prepared))
+
+
+def _session_of(prepared: Prepared) -> Path:
+    """The newest checkpoint that holds the session of a private run."""
+    newest = prepared.store.newest()
+    if newest is not None and SESSION in newest.state:
+        return newest.path
+    return _earlier_session(prepared.config)
+
+
+def _earlier_session(config: TrainConfig) -> Path:
+    """Where the versions before this one kept it, apart from the weights."""
+    return private_folder(config.run_dir) / "session"
+
+
+def _check_unchanged(prepared: Prepared, marker: dict[str, Any], run_dir: Path) -> None:
+    changed = [] if marker.get("run") == prepared.run_id else ["settings"]
+    if prepared.config.privacy is None and marker.get("data") != prepared.train.digest():  # else the ledger looks
+        changed.append("training text")
+    if changed:
+        raise CheckpointError(
+            f"The {changed[0]} of {run_dir} changed since the run was started.",
+            code="run-changed",
+            why="the rest of the run would not continue what was begun",
+            fix="put them back, or start a new run in another run_dir",
+        )
+
+
+class Run:
+    """The rounds of a run with what belongs to each: figures, evaluations, checkpoints, and the end.
+
+    Args:
+        stop: looked at between rounds.
+        watch: hears of every round.
+    """
+
+    def __init__(self, prepared: Prepared, stepper: Stepper, stop: StopFlag, watch: Watch | None) -> None:
+        self._prepared = prepared
+        self._stepper = stepper
+        self._stop = stop
+        self._watch = watch
+        self._private = private_folder(prepared.config.run_dir)
+        self._evaluation: Evaluation | None = None
+
+    def go_on(self) -> RunResult:
+        """Do the rounds that are left, or those until someone asks for a stop.
+
+        Raises:
+            RoundError: training has diverged.
+            CheckpointError: the disk is full or broken.
+        """
+        stepper = self._stepper
+        with MetricsWriter(self._private, finished=stepper.round) as metrics:
+            while not stepper.finished and not self._stop.asked:
+                self._round(metrics)
+        if stepper.finished and self._evaluation is None:  # resumed when all was done, or all was released
+            self._evaluation = self._evaluate()
+            if self._prepared.store.rounds()[-1:] != [stepper.round]:
+                self.save()
+        outcome = self._outcome()
+        if outcome.finished:
+            self._finish(outcome)
+        return outcome
+
+    def _round(self, metrics: MetricsWriter) -> None:
+        stepper, spec = self._stepper, self._prepared.config.train
+        step = stepper.step()
+        done = stepper.round
+        parameters = self._prepared.model.parameters()
+        check_own("the parameters", parameters, where=f"after round {done}; it was not saved")
+        metrics.log(done, **step.figures)
+        self._evaluation = self._evaluate() if stepper.finished or due(done, spec.eval_every) else None
+        if self._evaluation is not None:
+            metrics.log(done, test_loss=self._evaluation.loss)
+        if self._watch is not None:
+            self._watch(done, step, self._evaluation)
+        if stepper.finished or self._stop.asked or due(done, spec.checkpoint_every):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint; only the newest stay.
+
+        Raises:
+            CheckpointError: the disk is full or broken.
+        """
+        written = self._prepared.store.write(self._stepper.round, *self._stepper.content())
+        self._stepper.saved(written.path)
+        self._prepared.store.keep_last(KEPT_CHECKPOINTS)
+        put_away(_earlier_session(self._prepared.config))
+
+    def _evaluate(self) -> Evaluation | None:
+        model, test = self._prepared.model, self._prepared.test
+        micro_batch = self._prepared.config.train.micro_batch
+        return evaluate(model, test, micro_batch=micro_batch) if test is not None else None
+
+    def _outcome(self) -> RunResult:
+        stepper, statement = self._stepper, self._stepper.statement()
+        measured = self._evaluation if stepper.finished else None
+        told = statement.to_json() if statement is not None else None
+        return RunResult(
+            run_dir=str(self._prepared.config.run_dir),
+            rounds=stepper.round,
+            finished=stepper.finished,
+            loss=measured.loss if measured else None,
+            perplexity=measured.perplexity if measured else None,
+            tokens=measured.tokens if measured else None,
+            model_state_bytes=model_state_bytes(self._prepared.model, stepper.optimizer),
+            peak_rss_bytes=peak_rss_bytes(),
+            privacy={**told["spent"], **told} if told is not None else None,
+            statement=str(statement) if statement is not None else "",
+        )
+
+    def _finish(self, outcome: RunResult) -> None:
+        prepared, stepper = self._prepared, self._stepper
+        if self._evaluation is not None:
+            self._evaluation.save(self._private / "evaluation.safetensors")
+        place = self._place(stepper.statement())
+        with writing(place / "model"):
+            trainings = (*starting_trainings(prepared.config.model), stepper.training())
+            save_model(prepared.model, place / "model", prepared.tokenizer, trainings)
+        if outcome.statement:
+            write_statement(place, outcome.statement)
+        write_json(self._private / "result.json", outcome.as_json())
+
+    def _place(self, statement: Statement | None) -> Path:
+        """The folder for the model."""
+        run_dir = self._prepared.config.run_dir
+        if statement is None:
+            return run_dir
+        return public_folder(run_dir) if statement.private and _public_start(self._prepared.config) else self._private
+
+
+def _public_start(config: TrainConfig) -> bool:
+    """Whether nothing that the run started from was made from private records without privacy."""
+    model, tokenizer = config.model, config.data.tokenizer
+    return "private" not in (model.provenance, tokenizer.provenance) and model.overrule_origin is None

@@ -1,0 +1,79 @@
+"""Put a run's model together with its tokenizer and device, and check that they fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coterie.config import DataSpec, ModelSpec, TrainConfig
+from coterie.errors import ConfigError
+from coterie.models.zoo.build import build_model
+from coterie.training.loop import use_checkpointing
+
+
+def build_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of a config on its device; random weights come from the config's seed.
+
+    Raises:
+        ConfigError: the model does not fit the tokenizer, the sequence length or the machine.
+        ModelError: it cannot be built.
+    """
+    device = pick_device(config.device)
+    model = build_model(with_vocabulary(config.model, tokenizer), device=device, seed=config.train.seed)
+    if config.model.gradient_checkpointing:
+        use_checkpointing(model)
+    check_fit(model, tokenizer, config.data)
+    return model
+
+
+def with_vocabulary(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:
+    """For random weights: the model's vocabulary and special tokens from the tokenizer, where not set by hand.
+
+    No padding token is set: embeddings would freeze its row, and padding is masked anyway.
+    """
+    if spec.family is None or "vocab_size" in spec.config:
+        return spec
+    from_tokenizer = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    return spec.model_copy(update={"config": {**from_tokenizer, **spec.config}})
+
+
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSpec) -> None:
+    """Make sure that the model has a row for every token and a position for every place in a sequence.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Module)
+    rows = next(embedding.parameters()).shape[0]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {rows}.",
+            code="config-vocabulary",
+            why="a token without a row would stop training in the middle",
+            fix="use the tokenizer made for the model, or a smaller data.tokenizer.train.vocab_size",
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data.sequence_length > positions:
+        raise ConfigError(
+            f"data.sequence_length is {data.sequence_length}, but the model has {positions} positions.",
+            code="config-sequence-length",
+            fix=f"set data.sequence_length to {positions} or less",
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes the GPU when there is one.
+
+    Raises:
+        ConfigError: `cuda` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is `cuda`, but torch finds no GPU.", code="config-no-gpu", fix="use `device: auto`")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,68 @@
+"""A run of `coterie train` as its newest checkpoint left it: measured, or asked for text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coterie.checkpoints import load_model_tensors
+from coterie.config import TrainConfig
+from coterie.errors import CheckpointError, DataError
+from coterie.training.data.documents import read_documents
+from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
+from coterie.training.evaluate import Evaluation, evaluate
+from coterie.training.folders import private_folder
+from coterie.training.single.prepared import checkpoints_of, read_run
+from coterie.training.single.setup import build_for
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's settings, tokenizer and model after ``rounds`` finished rounds, in eval mode."""
+
+    config: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    rounds: int
+
+
+def load_trained(run_dir: Path) -> TrainedRun:
+    """A run's model with the weights of its newest checkpoint. Its text is not needed.
+
+    Raises:
+        CheckpointError: no run is here, or it has no checkpoint yet.
+    """
+    config, marker = read_run(run_dir)
+    tokenizer = load_tokenizer_from(private_folder(run_dir) / "tokenizer")
+    store = checkpoints_of(run_dir, str(marker["run"]))
+    newest = store.newest()
+    if newest is None or newest.round == 0:
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint yet.",
+            code="checkpoint-none",
+            fix=f"`coterie resume {run_dir}` goes on with the run",
+        )
+    model = build_for(config, tokenizer)
+    load_model_tensors(model, newest.load("weights"))
+    return TrainedRun(config, tokenizer, model.eval(), newest.round)
+
+
+def evaluate_run(trained: TrainedRun, files: Sequence[Path] | None = None) -> Evaluation:
+    """Losses of a trained run on some files, or on its own held-out text.
+
+    Raises:
+        DataError: the text cannot be used, or the run has none and no files are given.
+    """
+    data = trained.config.data
+    chosen = tuple(files or data.test)
+    if not chosen:
+        raise DataError(
+            f"{trained.config.run_dir} has no held-out text.",
+            code="data-no-test",
+            fix="name files with --data, or set data.test before training",
+        )
+    sequences = tokenize(read_documents(chosen, data), data, trained.tokenizer)
+    return evaluate(trained.model, sequences, micro_batch=trained.config.train.micro_batch)

@@ -1,0 +1,141 @@
+"""A party's part in the `tokens` exchange: its hidden vectors go to the hosts of the experts it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from coterie.federation.rounds.follower import Alive, superseded
+from coterie.federation.rounds.state import State
+from coterie.federation.shard import Shard
+from coterie.federation.tokens.host import TokensHost
+from coterie.federation.tokens.owner import TokenMicroBatch, TokensOwner
+from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.models.cut.cut_model import Cut
+from coterie.models.cut.turn import Turn
+from coterie.models.seam import check_selected
+from coterie.training.data.packing import Batch
+from coterie.training.party.agreed_limits import host_limits
+from coterie.training.party.inputs import Weights
+from coterie.training.party.own_trunk import OwnTrunk
+from coterie.training.seeds import derived_seed
+from coterie.training.tokens.micro_batches import RoundSums, Scheduler
+
+
+class TokensExchange:
+    """The `Exchange` of a `PartyActor` where tokens travel.
+
+    Args:
+        trunk: what this party trains by itself.
+        transport: to the others.
+        weights: of the split model.
+
+    Attributes:
+        host: the experts hosted here.
+    """
+
+    shares_trunk = False
+
+    def __init__(self, trunk: OwnTrunk, transport: Transport, weights: Weights) -> None:
+        self._trunk, self._parts, self._transport = trunk, trunk.parts, transport
+        self._cut = Cut(trunk.parts.model)
+        self._scheduler: Scheduler[Batch] = Scheduler(self._cut, trunk.loss, self._parts.federation.train.in_flight)
+        self._prepared: dict[tuple[int, int], RoundSums] = {}
+        self.restart(weights)
+
+    def restart(self, weights: Weights) -> None:
+        parts = self._parts
+        shard = Shard(self._cut.layers, weights.experts, self._trunk.make_optimizer, device=parts.device)
+        self.host = TokensHost(
+            parts.party,
+            tuple(parts.federation.parties),
+            self._cut.layers,
+            shard,
+            recompute=parts.federation.model.gradient_checkpointing,
+            limits=host_limits(parts.federation, parts.model),
+        )
+        self._experts = TokensOwner(
+            self._transport,
+            self.host,
+            self._cut.layers,
+            parts.placement,
+            combine=parts.federation.combine,
+            deadline_s=parts.federation.deadline_s,
+            value_limit=parts.federation.value_limit,
+        )
+
+    def hosted_state(self) -> dict[str, Tensor]:
+        return self.host.state_dict()
+
+    def forget(self) -> None:
+        """`load_hosted` replaces all at once."""
+
+    def load_hosted(self, state: Mapping[str, Tensor]) -> None:
+        self.host.load_state_dict(dict(state))
+
+    def go_on_after(self, round_no: int) -> None:
+        """Hosts refuse what belongs to no open attempt in any case."""
+
+    def compute(self, told: State, alive: Alive) -> None:
+        check_selected(self._parts.model)
+        self.host.begin(told.round, told.attempt, self._parts.active(told.absent))
+        self._experts.absent = frozenset(told.absent)
+
+        def exchange(number: int, stopped: Future[None]) -> TokenMicroBatch:
+            if not alive():
+                raise superseded()
+            return self._experts.micro_batch(told.round, told.attempt, number, stopped)
+
+        seed = derived_seed(self._parts.federation.train.seed, told.round - 1)
+        sums = self._scheduler.run(self._trunk.batches(told.round), exchange, seed=seed)
+        self._experts.declare(told.round, told.attempt, sums.tokens, self._cut.turn.stopped)
+        self._prepared = {(told.round, told.attempt): sums}
+
+    def drop(self, round_no: int, attempt: int) -> None:
+        self._prepared = {}
+        self.host.abort(round_no, attempt)
+
+    def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
+        sums = self._prepared.pop((round_no, attempt))
+        self.host.commit(round_no, attempt, rate)
+        self._trunk.step(sums.gradients, sums.tokens, rate)
+        return {"loss": sum(sums.losses) / sums.tokens, "tokens": sums.tokens}
+
+    @contextmanager
+    def inference(self, told: State, alive: Alive) -> Iterator[None]:
+        turn = self._cut.turn = Turn()  # an earlier one may have been stopped with its round
+        if not alive():
+            raise superseded()
+        self._experts.absent = frozenset(told.absent)
+        with self._cut.inference(self._experts.inference(told.round, turn.stopped)):
+            yield
+
+    def catch_up(self, told: State) -> None:
+        """No host steps the trunk."""
+
+    def saved(self, round_no: int, oldest: int) -> None:
+        """Nothing is kept for going back."""
+
+    def open_books(self) -> bool:
+        return False
+
+    def privacy(self) -> None:
+        """Nothing bounds what hidden vectors reveal."""
+
+    def statement(self) -> str:
+        return ""
+
+    def handle(self, peer: str, lane: Lane, message: Message) -> Message:
+        return self.host.handle(peer, lane, message)
+
+    def interrupt(self) -> None:
+        self._scheduler.interrupt()
+
+    def stop_serving(self) -> None:
+        self.host.close()
+
+    def close(self) -> None:
+        self._cut.close()

@@ -1,0 +1,139 @@
+"""Runs the micro-batches of a round, a few of them in flight, and adds up what they yield in their order.
+
+While one micro-batch waits for the wire, the next one computes: threads that share a `Turn`. Which of them gets where
+first depends on chance, the result does not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from coterie.errors import RoundError
+from coterie.models.cut.cut_model import Cut, RowsExchange
+from coterie.models.cut.turn import Turn
+from coterie.training.seeds import derived_seed
+from coterie.training.tokens.ordered_sums import OrderedSums
+
+Batch = TypeVar("Batch")
+
+MakeExchange = Callable[[int, "Future[None]"], RowsExchange]
+"""``make(number, stopped)``: the exchange of one micro-batch; a wait in it should end when ``stopped`` is done."""
+
+
+@dataclass(frozen=True)
+class RoundSums:
+    """What the micro-batches of a round add up to.
+
+    Attributes:
+        losses: of each micro-batch, nats, summed over its tokens.
+        tokens: of all of them.
+        gradients: the trunk's, summed over micro-batches; float32 where the parameter is narrower. A parameter that
+            no loss depends on is missing.
+    """
+
+    losses: tuple[float, ...]
+    tokens: int
+    gradients: dict[Tensor, Tensor]
+
+
+class Scheduler(Generic[Batch]):
+    """Runs micro-batches through a cut model.
+
+    Args:
+        cut: the model.
+        loss: the summed loss of a micro-batch (scalar) and its number of tokens. Called in the turn of that
+            micro-batch, on one of ``in_flight`` threads; contexts of the calling thread (autocast) do not reach it.
+        in_flight: micro-batches at once; 1 runs them one after the other in the calling thread.
+    """
+
+    def __init__(self, cut: Cut, loss: Callable[[Batch], tuple[Tensor, int]], in_flight: int = 2) -> None:
+        assert in_flight >= 1
+        self._cut, self._loss, self._in_flight = cut, loss, in_flight
+
+    def run(self, batches: Sequence[Batch], exchange: MakeExchange, *, seed: int | None = None) -> RoundSums:
+        """Forward and backward of all micro-batches. No parameter and no ``.grad`` is touched.
+
+        Args:
+            batches: the micro-batches, in their order.
+            exchange: makes the exchange of each micro-batch; they are numbered from 0.
+            seed: makes dropout and router noise repeatable whatever the timing; None: the process's random state.
+
+        Returns:
+            The same bits for the same batches and expert answers, whatever the timing.
+
+        Raises:
+            Exception: the first that a micro-batch raised. The others were stopped.
+            RoundError: `interrupt` was called.
+        """
+        turn = self._cut.turn = Turn()
+        work = _Task(self._cut, self._loss, batches, exchange, seed, turn)
+        if self._in_flight == 1:
+            work()
+        else:
+            threads = [
+                threading.Thread(target=work, name=f"micro-batches-{number}", daemon=True)
+                for number in range(min(self._in_flight, len(batches)))
+            ]
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            except BaseException as error:  # Ctrl-C while waiting
+                turn.stop(error)
+                for thread in threads:
+                    if thread.ident is not None:
+                        thread.join()
+                raise
+        if turn.stopped.done():
+            cause = turn.stopped.exception()
+            assert cause is not None
+            raise cause
+        return RoundSums(tuple(work.losses), sum(work.tokens), work.sums.result())
+
+    def interrupt(self) -> None:
+        """Make a running `run` raise soon. Can be called from any thread; returns at once."""
+        self._cut.turn.stop(RoundError("The round was interrupted.", code="round-interrupted"))
+
+
+class _Task(Generic[Batch]):
+    """What each thread runs: the next micro-batch, until there is none or something failed."""
+
+    def __init__(
+        self,
+        cut: Cut,
+        loss: Callable[[Batch], tuple[Tensor, int]],
+        batches: Sequence[Batch],
+        exchange: MakeExchange,
+        seed: int | None,
+        turn: Turn,
+    ) -> None:
+        self._cut, self._loss, self._exchange, self._seed, self._turn = cut, loss, exchange, seed, turn
+        self._left = list(enumerate(batches))[::-1]
+        self._lock = threading.Lock()
+        self.losses, self.tokens = [0.0] * len(batches), [0] * len(batches)
+        self.sums = OrderedSums()
+
+    def __call__(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    if not self._left:
+                        return
+                    number, batch = self._left.pop()
+                self._run(number, batch)
+        except BaseException as error:
+            self._turn.stop(error)
+
+    def _run(self, number: int, batch: Batch) -> None:
+        seed = None if self._seed is None else derived_seed(self._seed, number)
+        with self._cut.record(self._exchange(number, self._turn.stopped), seed=seed) as tape:
+            loss, self.tokens[number] = self._loss(batch)
+            tape.backward(loss, self.sums.micro_batch(number))
+            self.losses[number] = float(loss.detach())
