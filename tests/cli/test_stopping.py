@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,11 +31,23 @@ STUCK = (
 """Work that cannot be interrupted, as a wait inside a library may be; ready only where it catches what interrupts."""
 
 
-def start(code: str, **more: object) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", PREFACE + code], stdout=subprocess.PIPE, text=True, **more)  # type: ignore[call-overload]
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+Start = Callable[[str], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts code in a process of its own and waits until it is ready; kills what is left at the end."""
+    with ExitStack() as stack:
+
+        def started(code: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen([sys.executable, "-c", PREFACE + code], stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            return process
+
+        yield started
 
 
 def gone_within(process: subprocess.Popen[str], seconds: float) -> int:
@@ -70,7 +84,7 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGHUP]])
 @pytest.mark.parametrize("granted", [True, False])
-def test_work_that_never_ends_is_ended(signals: list[int], granted: bool) -> None:
+def test_work_that_never_ends_is_ended(signals: list[int], granted: bool, start: Start) -> None:
     code = f"with stopping.stop_signals(lambda: {granted}):\n"
     process = start(code + "".join(f"    {line}\n" for line in STUCK.splitlines()))
     for number in signals:
@@ -79,19 +93,19 @@ def test_work_that_never_ends_is_ended(signals: list[int], granted: bool) -> Non
     assert gone_within(process, LAST_S + 20) == 128 + signals[-1]
 
 
-def test_a_first_ctrl_c_leaves_all_the_time_that_the_round_takes() -> None:
+def test_a_first_ctrl_c_leaves_all_the_time_that_the_round_takes(start: Start) -> None:
     process = start(ASKED + "    time.sleep(6)\nprint('whole')\n")
     process.send_signal(signal.SIGINT)
     assert gone_within(process, 20) == 0
 
 
-def test_work_that_ends_in_time_is_not_cut_off_while_it_reports() -> None:
+def test_work_that_ends_in_time_is_not_cut_off_while_it_reports(start: Start) -> None:
     process = start(ASKED + "    time.sleep(1)\ntime.sleep(5)\n")
     process.send_signal(signal.SIGTERM)
     assert gone_within(process, 20) == 0
 
 
-def test_a_terminal_that_may_be_closed_stays_ignored() -> None:
+def test_a_terminal_that_may_be_closed_stays_ignored(start: Start) -> None:
     code = (
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\nwith stopping.stop_signals(lambda: False):\n"
         "    print('ready', flush=True)\n    time.sleep(1)\n"
@@ -101,7 +115,7 @@ def test_a_terminal_that_may_be_closed_stays_ignored() -> None:
     assert gone_within(process, 20) == 0
 
 
-def test_a_request_during_the_first_imports_is_not_lost() -> None:
+def test_a_request_during_the_first_imports_is_not_lost(start: Start) -> None:
     code = (
         "import coterie.cli.app as app\n"
         "class Slow:\n"
@@ -115,7 +129,7 @@ def test_a_request_during_the_first_imports_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_what_was_started_ends_with_the_one_that_started_it(tmp_path: Path, how: int) -> None:
+def test_what_was_started_ends_with_the_one_that_started_it(tmp_path: Path, how: int, start: Start) -> None:
     child = f"{PREFACE}with stopping.ending_on_request():\n    print('ready', flush=True)\n    time.sleep(60)\n"
     parent = (
         f"import os, subprocess\nhere, held = os.pipe()\n"

@@ -114,6 +114,8 @@ class KeptOnFileHandler(logging.FileHandler):
             super().handleError(record)
             return
         self._lost = True
+        with contextlib.suppress(OSError):  # what is left in its buffer has nowhere to go
+            self.close()
         reason = error.strerror or type(error).__name__
         text = f"the log {self.baseFilename} cannot be written any more ({reason}); going on without it"
         typer.echo(text, file=sys.stderr)
