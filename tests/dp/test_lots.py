@@ -44,7 +44,7 @@ def test_truncated_lots_never_exceed_the_limit_and_cut_evenly() -> None:
     lots = [draw_lot(r, plan, units, SOURCE) for r in range(2000)]
     assert max(len(lot) for lot in lots) == 42
     assert stats.chisquare(np.bincount(np.concatenate([lot.records for lot in lots]), minlength=100)).pvalue > 1e-4
-    assert LotPlan.of(67349, 1024, "truncated_poisson").limit == 1216
+    assert LotPlan.of(67349, 1024, "truncated_poisson").max_lot == 1216
 
 
 def test_invariant_7_lots_of_a_private_run_differ_each_time_and_seeded_ones_repeat() -> None:

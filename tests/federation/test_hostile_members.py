@@ -21,14 +21,15 @@ from coterie.federation.experts.shared_trunk import TrunkHost
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.identity.provision import local_kits
 from coterie.federation.identity.roster import load_roster
-from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.rounds.attempt import Attempt, RecentAttempts
+from coterie.federation.rounds.state import Phase, State
 from coterie.federation.tokens.host import TokensHostLimits
 from coterie.federation.wire.base_transport import Settings
 from coterie.federation.wire.gate import Gate
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.federation.wire.in_process import InProcessHub
 from coterie.federation.wire.messages import TABLE, check_request
-from coterie.federation.wire.transport import Handler, Lane, Message
+from coterie.federation.wire.transport import Address, Handler, Lane, Message
 from coterie.models.seam import expert_layers
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.tiny import tiny_model
@@ -261,7 +262,7 @@ def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_noth
     honest = world.handle("birch", row.lane, request)
     assert honest is not None
     answers, said = Answers(), []
-    gate = Gate(answers, 2, itertools.count().__next__, lambda peer, code: said.append((peer, code)))  # type: ignore[arg-type]
+    gate = Gate(answers, 2, anew(), lambda peer, code: said.append((peer, code)))  # type: ignore[arg-type]
     answers.reply = honest
     assert gate.request("birch", row.lane, request, 1.0) is honest
     misfits = 0
@@ -275,9 +276,15 @@ def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_noth
     assert set(said) == {("birch", "message-unfit")}
 
 
+def anew() -> Callable[[Address | None], int]:
+    """Every message is of a period of its own."""
+    numbers = itertools.count()
+    return lambda address: next(numbers)
+
+
 def test_all_that_does_not_fit_in_one_attempt_counts_once() -> None:
     answers, said, attempt = Answers(), [], [1]
-    gate = Gate(answers, 2, lambda: attempt[0], lambda peer, code: said.append(peer))  # type: ignore[arg-type]
+    gate = Gate(answers, 2, lambda address: attempt[0], lambda peer, code: said.append(peer))  # type: ignore[arg-type]
     for number in (1, 1, 1, 2, 2):
         attempt[0] = number
         with pytest.raises(MessageError):
@@ -285,9 +292,35 @@ def test_all_that_does_not_fit_in_one_attempt_counts_once() -> None:
     assert said == ["birch"]
 
 
+def test_what_is_looked_at_when_its_attempt_is_over_counts_with_that_attempt() -> None:
+    """Late ones of the attempt before; but a member that names an old attempt for ever is counted in each new one."""
+    attempts, now, said = RecentAttempts(), [0], []
+    answers = Answers()
+    gate = Gate(answers, 2, lambda address: attempts.seq(address, now[0]), lambda peer, code: said.append(peer))  # type: ignore[arg-type]
+
+    def misfit(named: Attempt) -> None:
+        with pytest.raises(MessageError):
+            gate.request("birch", Lane.BACKWARD, Message("push-end", named.address()), 1.0)
+
+    def begin(seq: int, attempt: int) -> None:
+        now[0] = seq
+        attempts.heard(State(seq=seq, phase=Phase.COMPUTE, round=1, attempt=attempt))
+
+    begin(5, 1)
+    misfit(Attempt(1, 1))
+    now[0] = 6  # aborted; the rest of what was sent comes out of its queue now, and in the next attempt
+    misfit(Attempt(1, 1))
+    begin(7, 2)
+    misfit(Attempt(1, 1))
+    assert not said
+    begin(8, 3)
+    misfit(Attempt(1, 1))
+    assert said == ["birch"]
+
+
 def test_an_exception_of_our_own_is_a_refusal_that_counts_against_nobody() -> None:
     hub, said = InProcessHub(["alder", "birch"]), []
-    gate = Gate(hub.transport("alder"), 1, lambda: 1, lambda peer, code: said.append(peer))
+    gate = Gate(hub.transport("alder"), 1, lambda address: 1, lambda peer, code: said.append(peer))
     birch = hub.transport("birch")
 
     def broken(peer: str, lane: Lane, message: Message) -> Message:
@@ -317,7 +350,7 @@ def test_a_member_with_its_key_cannot_end_or_change_an_honest_one(tmp_path: Path
     gate = Gate(
         ends["alder"],
         2,
-        itertools.count().__next__,
+        anew(),
         lambda peer, code: said.append(peer),
     )
     try:

@@ -185,9 +185,9 @@ def test_invariant_9_gradients_and_loads_of_a_party_are_one_gaussian_of_its_budg
     released: list[tuple[dict[str, float], set[str]]] = []
     add = RoundNoise.add
 
-    def seen(self, sums, *rest):  # type: ignore[no-untyped-def]
+    def seen(self, sums, *rest, **more):  # type: ignore[no-untyped-def]
         released.append(({name: self.std[self.part_of(name)] for name in sums}, set(sums)))
-        return add(self, sums, *rest)
+        return add(self, sums, *rest, **more)
 
     monkeypatch.setattr(RoundNoise, "add", seen)
     config = balanced_settings("private_load", train__rounds=2)

@@ -1,9 +1,10 @@
-"""Which weights a message of the `experts` exchange is about: those of an attempt at a round, or of its end."""
+"""Which weights a message of the `experts` exchange is about, and which attempts are recent enough to be late for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coterie.federation.rounds.state import Phase, State
 from coterie.federation.wire.transport import Address, Message
 
 
@@ -38,3 +39,23 @@ class Attempt:
 
     def __str__(self) -> str:
         return f"round {self.round}, attempt {self.number}" if self.number else f"the end of round {self.round}"
+
+
+class RecentAttempts:
+    """The last two attempts that this process heard of, each by the directive that began it.
+
+    What a member sent in one attempt may be looked at when the next has begun; it still belongs to the one it names.
+    What names any other belongs to what is being done, so that nobody can stay in an attempt for ever.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[int, int], int] = {}
+
+    def heard(self, state: State) -> None:
+        key = state.round, state.attempt
+        if state.phase is Phase.COMPUTE and key not in self._begun:
+            self._begun = dict([*self._begun.items(), (key, state.seq)][-2:])
+
+    def seq(self, address: Address | None, now: int) -> int:
+        """The number of the directive that began the attempt which ``address`` names, or else ``now``."""
+        return now if address is None else self._begun.get((address.round, address.attempt), now)

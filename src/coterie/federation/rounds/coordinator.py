@@ -74,7 +74,9 @@ class Coordinator:
         notice_every_s: float = 10.0,
     ) -> None:
         self._plan, self._journal, self._agreement = plan, journal, agreement
-        self._transport = Gate(transport, refusals_allowed(plan), lambda: journal.state.seq, self._refused_too_often)
+        self._transport = Gate(
+            transport, refusals_allowed(plan), lambda address: journal.state.seq, self._refused_too_often
+        )
         self._notify, self._notice_every_s = notify, notice_every_s
         self._views: dict[str, View] = {}
         self._retired: dict[str, str] = {}  # instance to why it may not come back

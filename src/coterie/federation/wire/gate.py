@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from coterie.errors import CoterieError, MessageError
 from coterie.federation.wire.messages import check_reply, row_of
-from coterie.federation.wire.transport import Counters, Handler, Lane, Message, Transport
+from coterie.federation.wire.transport import Address, Counters, Handler, Lane, Message, Transport
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +26,18 @@ class Gate:
     Args:
         transport: not started yet.
         limit: times that a member's messages may not fit until `complain` is called; counting then begins anew.
-        period: number of what is being done; misfits of one member in one period count once, since one fault of its
-            memory can spoil all that it sends in one attempt at a round.
+        period: number of what a message with this address belongs to (None: of what is being done); misfits of one
+            member in one period count once, since one fault of its memory can spoil all that it sends in one attempt
+            at a round, and some of that may be looked at when the attempt is over.
         complain: called with the member's name and the code of its last misfit, on any thread; must return at once.
     """
 
     def __init__(
-        self, transport: Transport, limit: int, period: Callable[[], int], complain: Callable[[str, str], None]
+        self,
+        transport: Transport,
+        limit: int,
+        period: Callable[[Address | None], int],
+        complain: Callable[[str, str], None],
     ) -> None:
         self._transport, self._limit, self._period, self._complain = transport, limit, period, complain
         self._misfits: dict[str, set[int]] = defaultdict(set)
@@ -51,7 +56,7 @@ class Gate:
             try:
                 return handler(peer, lane, message)
             except CoterieError as error:
-                self.count(error)
+                self.count(error, message.address)
                 raise
 
         self._transport.start(guarded)
@@ -83,7 +88,7 @@ class Gate:
                 if row is not None:
                     check_reply(row, peer, asked, reply)
             except MessageError as misfit:
-                self.count(misfit)
+                self.count(misfit, asked.address)
                 checked.set_exception(misfit)
             else:
                 checked.set_result(reply)
@@ -100,7 +105,7 @@ class Gate:
     def close(self) -> None:
         self._transport.close()
 
-    def count(self, error: CoterieError) -> None:
+    def count(self, error: CoterieError, address: Address | None = None) -> None:
         """Count an error against its sender, once, if it is a member's misfit."""
         if not isinstance(error, MessageError) or error.peer is None:
             return
@@ -109,7 +114,7 @@ class Gate:
                 return
             error.counted = True
             periods = self._misfits[error.peer]
-            periods.add(self._period())
+            periods.add(self._period(address))
             full = len(periods) >= self._limit
             if full:
                 del self._misfits[error.peer]

@@ -9,6 +9,7 @@ from typing import Any
 
 from coterie.errors import CoterieError
 from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.rounds.attempt import RecentAttempts
 from coterie.federation.rounds.coordinator import refusals_allowed
 from coterie.federation.rounds.coordinator_process import heartbeat_s, plan_of, status_of
 from coterie.federation.rounds.directives import Directive
@@ -18,7 +19,7 @@ from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.rounds.state import Ending, State
 from coterie.federation.wire.gate import Gate
 from coterie.federation.wire.messages import unfit
-from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.federation.wire.transport import Address, Lane, Message, Transport
 from coterie.storage import write_json
 from coterie.training.experts.exchange import ExpertsExchange
 from coterie.training.experts.shared_trunk import shared_names
@@ -111,9 +112,10 @@ class PartyRun:
         self._folder = RunFolder(parts.run_dir)
         private_folder(parts.run_dir).mkdir(mode=0o700, exist_ok=True)
         self._status: dict[str, Any] = {}
+        self._attempts = RecentAttempts()
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
-            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._told, self._complain)
+            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._period, self._complain)
             self.actor = make_actor(parts, self._gate, self._store)
         except BaseException:
             self._folder.close()
@@ -188,9 +190,9 @@ class PartyRun:
             return None
         return self.actor.exchange.handle(peer, lane, message)
 
-    def _told(self) -> int:
+    def _period(self, address: Address | None) -> int:
         directive = self._membership.directive
-        return 0 if directive is None else directive.state.seq
+        return self._attempts.seq(address, 0 if directive is None else directive.state.seq)
 
     def _complain(self, peer: str, code: str) -> None:
         if peer != COORDINATOR:
@@ -211,6 +213,7 @@ class PartyRun:
         self._watch.failed(error)
 
     def _heard(self, directive: Directive) -> None:
+        self._attempts.heard(directive.state)
         self._store.adopt(directive.run)
         self._store.published(directive.newest)
         federation, privacy = self._parts.federation, self.actor.exchange.privacy()
