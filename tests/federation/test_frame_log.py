@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from coterie.errors import CheckpointError
-from coterie.federation.frame import FrameType
-from coterie.federation.frame_log import FrameLog, Logged, files_in, read_entries, read_head
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.wire.frame import FrameType
+from coterie.federation.wire.frame_log import FrameLog, Logged, files_in, read_entries, read_head
+from coterie.federation.wire.transport import Address, Lane, Message
 
 HEAD = {"kind": "transcript", "run": "r1"}
 

@@ -1,4 +1,4 @@
-"""The owner's own key to what others received of it (`coterie.training.answer_key`): for scoring, not for attacks."""
+"""The key to what others received of the owner (`coterie.training.party.answer_key`): to score with, not to attack."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from coterie.audit.transcript import Dispatch, Entry, Push
 from coterie.errors import CheckpointError
-from coterie.federation.frame_log import files_in, read_entries, read_head
-from coterie.federation.recording import ANSWERS
-from coterie.training.answer_key import ATTEMPT, BATCH, LOT, SENT
+from coterie.federation.wire.frame_log import files_in, read_entries, read_head
+from coterie.federation.wire.recording import ANSWERS
 from coterie.training.folders import private_folder
+from coterie.training.party.answer_key import ATTEMPT, BATCH, LOT, SENT
 
 
 @dataclass(frozen=True)

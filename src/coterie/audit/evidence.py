@@ -11,12 +11,12 @@ from coterie.audit.answers import Answers
 from coterie.audit.transcript import Transcript
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 from coterie.errors import CheckpointError, ConfigError
-from coterie.federation.recording import ANSWERS
+from coterie.federation.wire.recording import ANSWERS
 from coterie.storage import json_object
-from coterie.training.data import read_documents
+from coterie.training.data.documents import read_documents
+from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.folders import private_folder
-from coterie.training.party import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
-from coterie.training.tokenizer import load_tokenizer_from, tokenize
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
 
 Document = list[int]
 """Token ids."""

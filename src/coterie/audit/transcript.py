@@ -1,4 +1,4 @@
-"""What one party received from the others, as it recorded it (`coterie.federation.recording`), in order."""
+"""What one party received from the others, as it recorded it (`coterie.federation.wire.recording`), in order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CheckpointError
-from coterie.federation.frame import FrameType
-from coterie.federation.frame_log import Logged, files_in, read_entries, read_head
-from coterie.federation.messages import TABLE, TensorRule
-from coterie.federation.parts import Part, chunks_in, span
-from coterie.federation.recording import STOPPED, TRANSCRIPT
+from coterie.federation.experts.parts import Part, chunks_in, span
+from coterie.federation.wire.frame import FrameType
+from coterie.federation.wire.frame_log import Logged, files_in, read_entries, read_head
+from coterie.federation.wire.messages import TABLE, TensorRule
+from coterie.federation.wire.recording import STOPPED, TRANSCRIPT
 from coterie.training.folders import private_folder
 
 Phase = Literal["train", "evaluation"]

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from coterie.audit.epsilon.allowed import by_claim, by_mechanism
-from coterie.dp.accounting import Mechanism
+from coterie.dp.accounting.accountant import Mechanism
 
 
 def test_no_loss_allows_a_coin_flip() -> None:

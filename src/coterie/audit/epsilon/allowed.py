@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as distribution
 
-from coterie.dp.accounting import Mechanism, one_round
+from coterie.dp.accounting.accountant import Mechanism, one_round
 
 _EPSILONS = np.concatenate([np.linspace(0, 2, 401), np.linspace(2, 40, 761)[1:]])
 _INTERVAL = 1e-3
@@ -59,7 +59,8 @@ class Allowed:
 
     def _curve(self, fpr: np.ndarray) -> np.ndarray:
         slope, start = self._lines()
-        return np.clip((slope * fpr[:, None] + start).min(1), 0.0, 1.0)
+        power: np.ndarray = np.clip((slope * fpr[:, None] + start).min(1), 0.0, 1.0)
+        return power
 
     def _corners(self) -> np.ndarray:
         """Where the lower envelope of the lines bends, with 0 and 1."""

@@ -43,7 +43,7 @@ def chance(canaries: int, guesses: int, right: int, epsilon: float, delta: float
         return reached
     short = np.arange(1, right + 1)
     near = (stats.binom.sf(right - 1 - short, guesses, share) - reached) / short
-    return min(1.0, reached + 2 * canaries * delta * max(near.max(initial=0.0), 0.0))
+    return min(1.0, reached + 2 * canaries * delta * max(float(near.max(initial=0.0)), 0.0))
 
 
 def epsilon_lower(canaries: int, guesses: int, right: int, delta: float, error: float) -> float:

@@ -8,5 +8,6 @@ what both transports share, with `coterie.federation.wire.peer_lane` (one peer o
 `coterie.federation.wire.grpc_transport` is the real one, with `coterie.federation.wire.grpc_connection`,
 `coterie.federation.wire.handshake`, `coterie.federation.wire.newcomers`, `coterie.federation.wire.pace`,
 `coterie.federation.wire.unreachable`, `coterie.federation.wire.seldom` (what is logged once) and
-`coterie.federation.wire.own_time` (a clock for judging others).
+`coterie.federation.wire.own_time` (a clock for judging others). `coterie.federation.wire.frame_log` keeps messages on
+disk and `coterie.federation.wire.recording` decides which, where all agreed to a transcript.
 """

@@ -5,7 +5,7 @@
     FOLDER/000001.frames    one file for each process that wrote: a line, then entries
     line                    a JSON object, a tab, its CRC
     entry (fixed)           magic, number of a name, bytes of the frame, its SHA-256, CRC of all that
-    frame                   the message as on the wire (`coterie.federation.frame`)
+    frame                   the message as on the wire (`coterie.federation.wire.frame`)
 
 A file that ends inside an entry was cut off by a crash: what is whole counts. Anything else that does not check out
 is refused.
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coterie.errors import CheckpointError, FrameError
-from coterie.federation.frame import CHUNK_BYTES, Frame, FrameReader, FrameType, Session, encode
-from coterie.federation.transport import Lane, Message
+from coterie.federation.wire.frame import CHUNK_BYTES, Frame, FrameReader, FrameType, Session, encode
+from coterie.federation.wire.transport import Lane, Message
 from coterie.storage import PRIVATE, check_known, json_object, make_private_folder, write_all, writing
 
 FORMAT = "coterie-frames-1"
@@ -68,12 +68,12 @@ class FrameLog:
             line = json.dumps({"format": FORMAT, "names": list(names), **head}, separators=(",", ":")).encode()
             self._write(b"%s\t%08x\n" % (line, zlib.crc32(line)))
 
-    def append(self, name: str, type: FrameType, lane: Lane, message: Message, *, spare: int = 0) -> bool:
+    def append(self, name: str, frame_type: FrameType, lane: Lane, message: Message, *, spare: int = 0) -> bool:
         """Keep a message.
 
         Args:
             name: one of ``names``.
-            type: request, reply or neither.
+            frame_type: request, reply or neither.
             lane: where it came.
             message: what came.
             spare: bytes that have to stay free behind it.
@@ -84,7 +84,7 @@ class FrameLog:
         Raises:
             CheckpointError: the disk is full or broken.
         """
-        encoded = encode(self._session, type, lane, 0, message, max_data_bytes=_LARGEST_FRAME)
+        encoded = encode(self._session, frame_type, lane, 0, message, max_data_bytes=_LARGEST_FRAME)
         if _ENTRY_BYTES + encoded.payload_bytes + spare > self._left:
             return False
         chunks = list(encoded.chunks())

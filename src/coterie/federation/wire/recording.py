@@ -1,6 +1,7 @@
 """Messages kept for an audit that all parties have agreed on, until the agreed round or size is reached.
 
-What other parties send to this one is recorded in the gate (`coterie.federation.gate`), where every message of theirs
+What other parties send to this one is recorded in the gate (`coterie.federation.wire.gate`), where every message of
+theirs
 arrives: each as it came, before anybody looks at it. So a transcript holds what this party received and nothing it
 could not know.
 """
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import CheckpointError
-from coterie.federation.frame import FrameType
-from coterie.federation.frame_log import FrameLog
-from coterie.federation.transport import Address, Lane, Message
+from coterie.federation.wire.frame import FrameType
+from coterie.federation.wire.frame_log import FrameLog
+from coterie.federation.wire.transport import Address, Lane, Message
 
 TRANSCRIPT, ANSWERS = "transcript", "transcript-answers"
 """Folders in the private part of a party's run folder: what others sent, and the owner's own key to what it sent."""
@@ -66,7 +67,7 @@ class Recorder:
             for each in early:
                 self._write(*each)
 
-    def keep(self, name: str, type: FrameType, lane: Lane, message: Message) -> None:
+    def keep(self, name: str, frame_type: FrameType, lane: Lane, message: Message) -> None:
         """Record a message."""
         if self._rounds is not None and message.address.round > self._rounds:
             return
@@ -74,9 +75,9 @@ class Recorder:
             if self._over:
                 return
             if self._early is None:
-                self._write(name, type, lane, message)
+                self._write(name, frame_type, lane, message)
             else:  # of a peer that heard of the run before us; it waits until we have, too
-                self._early.append((name, type, lane, message))
+                self._early.append((name, frame_type, lane, message))
                 self._over = len(self._early) > _MOST_EARLY
 
     def close(self) -> None:
@@ -87,11 +88,11 @@ class Recorder:
                 self._log.close()
                 self._log = None
 
-    def _write(self, name: str, type: FrameType, lane: Lane, message: Message) -> None:
+    def _write(self, name: str, frame_type: FrameType, lane: Lane, message: Message) -> None:
         assert self._log is not None
         why = f"it would grow beyond {self._limit} bytes"
         try:
-            whole = self._log.append(name, type, lane, message, spare=_FOR_THE_END)
+            whole = self._log.append(name, frame_type, lane, message, spare=_FOR_THE_END)
             if not whole:
                 end = Message(STOPPED, Address(round=message.address.round))
                 self._log.append(STOPPED, FrameType.ONE_WAY, Lane.CONTROL, end)

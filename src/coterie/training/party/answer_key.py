@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coterie.federation.frame import FrameType
-from coterie.federation.recording import Recorder
-from coterie.federation.transport import Address, Lane, Message
-from coterie.training.packing import Sequences
+from coterie.federation.wire.frame import FrameType
+from coterie.federation.wire.recording import Recorder
+from coterie.federation.wire.transport import Address, Lane, Message
+from coterie.training.data.packing import Sequences
 
 OWN = "own"
 BATCH, SENT, ATTEMPT, LOT = "batch", "sent", "attempt", "lot"
@@ -49,17 +49,17 @@ class AnswerKey:
         """Rows leave for a host: places in the flattened micro-batch, in their order."""
         self._keep(host, SENT, address, (token_M.cpu().int(),))
 
-    def attempt(self, round: int, attempt: int) -> None:
+    def attempt(self, round_no: int, attempt: int) -> None:
         """An attempt of the `experts` exchange begins."""
-        self._keep(OWN, ATTEMPT, Address(round=round, attempt=attempt))
+        self._keep(OWN, ATTEMPT, Address(round=round_no, attempt=attempt))
 
-    def lot(self, round: int, rows: Sequence[int]) -> None:
+    def lot(self, round_no: int, rows: Sequence[int]) -> None:
         """What this attempt, and those after it until there is another lot, bring to the hosts is made of these."""
         rows_S = torch.tensor(rows, dtype=torch.int64)
         ids = [self._records[row]["input_ids"].int() for row in rows]
         lengths_S = torch.tensor([len(each) for each in ids], dtype=torch.int64)
         ids_T = torch.cat([torch.empty(0, dtype=torch.int32), *ids])
-        self._keep(OWN, LOT, Address(round=round), (rows_S, self._records.document_S[rows_S], lengths_S, ids_T))
+        self._keep(OWN, LOT, Address(round=round_no), (rows_S, self._records.document_S[rows_S], lengths_S, ids_T))
 
     def close(self) -> None:
         self._recorder.close()
