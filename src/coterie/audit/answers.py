@@ -1,4 +1,4 @@
-"""The key to what others received of the owner (`coterie.training.party.answer_key`): to score with, not to attack."""
+"""The key to what others received of the owner (`coterie.training.party.answer_key`): to score with, not to guess."""
 
 from __future__ import annotations
 
