@@ -1,4 +1,4 @@
-"""Pages of an audit and of a run: `coterie.audit.report.findings_page` and `coterie.audit.report.training_page`.
+"""What a person reads: `coterie.audit.report.findings_page` is the page of an audit.
 
-`coterie.audit.report.shareable` makes the edition of an audit that may be passed on.
+`coterie.audit.report.shareable` makes the edition that may be passed on, without figures over the owner's text.
 """
