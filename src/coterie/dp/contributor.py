@@ -7,7 +7,7 @@ release and divide by public numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Contributor:
         originals: the documents that the records were made from; default: the records.
         self_check: the engine was compared with one record at a time.
         gaps: lines for what the statement lists as not covered, beside those of the artefacts.
+        drawn: told of every lot before it is computed; for the owner alone, since a lot is secret.
 
     Raises:
         BudgetError: an impossible budget or lot.
@@ -111,6 +112,7 @@ class Contributor:
         originals: Originals | None = None,
         self_check: bool = False,
         gaps: Sequence[str] = (),
+        drawn: Callable[[Lot], None] = lambda lot: None,
     ) -> None:
         units = Units.of_records(len(dataset)) if users is None else Units.of_users(users, plan.records_per_user)
         lots = LotPlan.of(units.count, plan.lot_size, plan.sampler, plan.max_lot)  # type: ignore[arg-type]
@@ -131,6 +133,7 @@ class Contributor:
             books, run, artefacts, record or {}, self_check, originals or Originals(dataset, units.owners())
         )
         self.seconds: dict[str, float] = {}
+        self._drawn = drawn
         self._source = random_source(plan.seed)
         self._units, self._lots, self._plan, self._run, self._ledger = units, lots, plan, run, books
         self._sigma, self._not_covered = sigma, [*not_covered(artefacts), *gaps]
@@ -183,6 +186,7 @@ class Contributor:
         if isinstance(begun, Release):
             return begun.tensors(), begun
         began = time.monotonic()
+        self._drawn(begun.lot)
         sums = self._sums.compute(begun.lot, begun.name)
         summed = time.monotonic()
         noised = self._sums.noise(sums).add(sums, self._source, f"noise|{begun.name}")

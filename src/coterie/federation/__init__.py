@@ -8,7 +8,8 @@ hand).
 
 The wire: `coterie.federation.transport` is the interface and its rules. `coterie.federation.frame` is the bytes of
 a message, `coterie.federation.messages` all that may be said, `coterie.federation.gate` what does not fit,
-`coterie.federation.values` whether numbers can be computed with. `coterie.federation.switchboard` is what both
+`coterie.federation.values` whether numbers can be computed with; `coterie.federation.recording` keeps what arrives for
+an audit, in a `coterie.federation.frame_log`. `coterie.federation.switchboard` is what both
 transports share, with `coterie.federation.line` (a peer on a lane) and `coterie.federation.pending` (open
 requests). `coterie.federation.inprocess` is the one for tests. `coterie.federation.grpc_transport` is the real one,
 with `coterie.federation.grpc_link`, `coterie.federation.handshake`, `coterie.federation.newcomers`,

@@ -10,7 +10,10 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from coterie.errors import CoterieError, MessageError
+from coterie.federation.frame import FrameType
+from coterie.federation.identity import COORDINATOR
 from coterie.federation.messages import check_reply, row_of
+from coterie.federation.recording import Recorder
 from coterie.federation.transport import Counters, Handler, Lane, Message, Transport
 
 log = logging.getLogger(__name__)
@@ -29,12 +32,19 @@ class Gate:
         period: number of what is being done; misfits of one member in one period count once, since one fault of its
             memory can spoil all that it sends in one attempt at a round.
         complain: called with the member's name and the code of its last misfit, on any thread; must return at once.
+        recorder: keeps every message of another party as it came, before it is looked at.
     """
 
     def __init__(
-        self, transport: Transport, limit: int, period: Callable[[], int], complain: Callable[[str, str], None]
+        self,
+        transport: Transport,
+        limit: int,
+        period: Callable[[], int],
+        complain: Callable[[str, str], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self._transport, self._limit, self._period, self._complain = transport, limit, period, complain
+        self._recorder = recorder
         self._misfits: dict[str, set[int]] = defaultdict(set)
         self._lock = threading.Lock()
 
@@ -48,6 +58,7 @@ class Gate:
 
     def start(self, handler: Handler) -> None:
         def guarded(peer: str, lane: Lane, message: Message) -> Message | None:
+            self._record(peer, FrameType.REQUEST, lane, message)
             try:
                 return handler(peer, lane, message)
             except CoterieError as error:
@@ -79,6 +90,7 @@ class Gate:
                 checked.set_exception(error)
                 return
             reply = done.result()
+            self._record(peer, FrameType.REPLY, lane, reply)
             try:
                 if row is not None:
                     check_reply(row, peer, asked, reply)
@@ -99,6 +111,10 @@ class Gate:
 
     def close(self) -> None:
         self._transport.close()
+
+    def _record(self, peer: str, type: FrameType, lane: Lane, message: Message) -> None:
+        if self._recorder is not None and peer != COORDINATOR:
+            self._recorder.keep(peer, type, lane, message)
 
     def count(self, error: CoterieError) -> None:
         """Count an error against its sender, once, if it is a member's misfit."""

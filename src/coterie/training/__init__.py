@@ -20,7 +20,8 @@ One party in a federation: `coterie.training.party` is the process, `coterie.tra
 a round, by the exchange that it is given, `coterie.training.own_trunk` what it trains by itself,
 `coterie.training.party_store` its checkpoints. `coterie.training.in_process` has all parties in one
 process, `coterie.training.doctor` looks before anybody starts, `coterie.training.agreed_limits` says what a member
-may send, and `coterie.training.after_private` keeps private text out of `tokens`.
+may send, and `coterie.training.after_private` keeps private text out of `tokens`. Where an audit was agreed on,
+`coterie.training.recordings` keeps what arrives, and `coterie.training.answer_key` what was sent.
 
 The exchange `tokens`: `coterie.training.tokens_exchange`, with `coterie.training.scheduler` for micro-batches in
 flight and `coterie.training.ordered_sums` for sums that do not depend on who came first.

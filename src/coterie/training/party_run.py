@@ -20,6 +20,7 @@ from coterie.federation.round_state import Ending, State
 from coterie.federation.run_folder import RunFolder
 from coterie.federation.transport import Lane, Message, Transport
 from coterie.storage import write_json
+from coterie.training.answer_key import AnswerKey
 from coterie.training.experts_exchange import ExpertsExchange
 from coterie.training.folders import private_folder, public_folder, write_statement
 from coterie.training.memory import peak_rss_bytes
@@ -27,6 +28,7 @@ from coterie.training.own_trunk import OwnTrunk
 from coterie.training.party_actor import PartyActor
 from coterie.training.party_parts import PartyParts
 from coterie.training.party_store import PartyStore
+from coterie.training.recordings import Recordings
 from coterie.training.shared_trunk import shared_names
 from coterie.training.tokens_exchange import TokensExchange
 
@@ -113,8 +115,10 @@ class PartyRun:
         self._status: dict[str, Any] = {}
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
-            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._told, self._complain)
-            self.actor = make_actor(parts, self._gate, self._store)
+            self._recordings = Recordings(parts, agreement)
+            limit, recorder = refusals_allowed(plan_of(parts.federation)), self._recordings.received
+            self._gate = Gate(transport, limit, self._told, self._complain, recorder)
+            self.actor = make_actor(parts, self._gate, self._store, self._recordings.key)
         except BaseException:
             self._folder.close()
             raise
@@ -161,6 +165,7 @@ class PartyRun:
             self.actor.exchange.stop_serving()
             self._transport.close()
             self.actor.close()
+            self._recordings.close()
             self._folder.close()
 
     def wire(self) -> dict[str, dict[str, int]]:
@@ -212,6 +217,7 @@ class PartyRun:
 
     def _heard(self, directive: Directive) -> None:
         self._store.adopt(directive.run)
+        self._recordings.open(directive.run)
         self._store.published(directive.newest)
         federation, privacy = self._parts.federation, self.actor.exchange.privacy()
         self._status = dict(
@@ -261,18 +267,21 @@ class PartyRun:
         )
 
 
-def make_actor(parts: PartyParts, transport: Transport, store: PartyStore) -> PartyActor:
+def make_actor(
+    parts: PartyParts, transport: Transport, store: PartyStore, key: AnswerKey | None = None
+) -> PartyActor:
     """A party as it is before the first round, with the exchange that was agreed on.
 
     Args:
         parts: what the party brings.
         transport: to the others; not started.
         store: the party's checkpoints.
+        key: told what leaves; None where nothing is recorded.
     """
     weights = parts.weights()
     if parts.federation.exchange == "tokens":
         trunk = OwnTrunk(parts, weights)
-        return PartyActor(trunk, TokensExchange(trunk, transport, weights), transport, store)
+        return PartyActor(trunk, TokensExchange(trunk, transport, weights, key), transport, store)
     trunk = OwnTrunk(parts, weights, shared_names(parts.federation, parts.model), on_host=True)
-    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights)
+    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights, key)
     return PartyActor(trunk, exchange, transport, store)

@@ -21,6 +21,7 @@ from coterie.dp.isolation import chosen, computes_in_half, make_engine
 from coterie.dp.ledger import Head
 from coterie.dp.losses import default_loss
 from coterie.dp.lot_sums import SumEngine
+from coterie.dp.lots import Lot
 from coterie.dp.made_up import FromCollator
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.dp.spool import Release
@@ -46,6 +47,7 @@ class PrivateSums:
         records: the party's sequences; each is a record.
         parts: see `PrivacyParts`.
         run: name of this party's run in its ledger, known once it has joined.
+        drawn: see `coterie.dp.contributor.Contributor`.
 
     Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
     one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
@@ -67,10 +69,12 @@ class PrivateSums:
         records: Sequences,
         parts: PrivacyParts,
         run: Callable[[], str],
+        drawn: Callable[[Lot], None] = lambda lot: None,
     ) -> None:
         if parts.push_after_s is not None and records.users is not None:
             raise no_whole_users()
         self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
+        self._drawn = drawn
         self._names = {
             f"{layer.name}.{name}": (layer.index, name)
             for layer in layers
@@ -204,7 +208,7 @@ class PrivateSums:
                 self._model, self._records, self._collate, engine, plan, ledger=spec.ledger, run=self._run(),
                 digest=parts.digest, users=self._records.users, artefacts=parts.artefacts, balancer=self.balancer,
                 record=parts.record, originals=parts.originals, self_check=self._compared,
-                gaps=self._gaps,
+                gaps=self._gaps, drawn=self._drawn,
             )  # fmt: skip
             self._check_noise(self.contributor, parts.largest_noise)
         return self.contributor
