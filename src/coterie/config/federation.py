@@ -56,7 +56,7 @@ class TranscriptSpec(Spec):
     max_gib: float = Field(
         default=1.0,
         gt=0,
-        description="Most that transcript and key may each take on a disk; then recording stops, and training goes on.",
+        description="Most that transcript and key may each take on a disk; then recording stops, training goes on.",
     )
 
 

@@ -6,13 +6,13 @@ Who is who: `coterie.federation.identity` (keys, certificates, the private CA), 
 folder), `coterie.federation.roster` (the list that all sign), `coterie.federation.provision` (all of it from one
 hand).
 
-The wire: `coterie.federation.transport` is the interface and its rules. `coterie.federation.frame` is the bytes of
-a message, `coterie.federation.messages` all that may be said, `coterie.federation.gate` what does not fit,
-`coterie.federation.values` whether numbers can be computed with; `coterie.federation.recording` keeps what arrives for
-an audit, in a `coterie.federation.frame_log`. `coterie.federation.switchboard` is what both
-transports share, with `coterie.federation.line` (a peer on a lane) and `coterie.federation.pending` (open
-requests). `coterie.federation.inprocess` is the one for tests. `coterie.federation.grpc_transport` is the real one,
-with `coterie.federation.grpc_link`, `coterie.federation.handshake`, `coterie.federation.newcomers`,
+The wire: `coterie.federation.transport` is the interface and its rules. `coterie.federation.frame` is the bytes of a
+message, `coterie.federation.messages` all that may be said, `coterie.federation.gate` what does not fit,
+`coterie.federation.values` whether numbers can be computed with; `coterie.federation.recording` keeps what arrives
+for an audit, in a `coterie.federation.frame_log`. `coterie.federation.switchboard` is what both transports share,
+with `coterie.federation.line` (a peer on a lane) and `coterie.federation.pending` (open requests).
+`coterie.federation.inprocess` is the one for tests. `coterie.federation.grpc_transport` is the real one, with
+`coterie.federation.grpc_link`, `coterie.federation.handshake`, `coterie.federation.newcomers`,
 `coterie.federation.pace`, `coterie.federation.reach` and `coterie.federation.seldom`.
 
 Rounds: `coterie.federation.round_state` (what a round is made of), `coterie.federation.rounds` (what the
