@@ -1,6 +1,7 @@
 """Imports go one way.
 
-errors < storage < config < models < checkpoints < {dp, federation} < training < hf < audit < demonstration < cli
+errors < storage < pages < config < models < checkpoints < {dp, federation} < training < hf < audit < demonstration
+< cli
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PACKAGE = Path(coterie.__file__).parent
 ORDER = (
     "errors",
     "storage",
+    "pages",
     "config",
     "models",
     "checkpoints",

@@ -122,7 +122,8 @@ class Answers:
                     batches[at.round, at.attempt, at.micro_batch, at.call] = _Batch(*tensors)
                 elif message.kind == SENT:
                     call = (logged.name, at.round, at.attempt, at.micro_batch, at.layer, at.call)
-                    sent[call] = tensors[0].long()
+                    twice = call in sent  # an evaluation that was tried again: which order went first is not known
+                    sent[call] = torch.empty(0, dtype=torch.int64) if twice else tensors[0].long()
                 elif message.kind == ATTEMPT:
                     begun[at.round] = at.attempt
                     if at.round in newest:

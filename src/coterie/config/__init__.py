@@ -14,6 +14,7 @@ from coterie.config.federation import (
     FederationTrainSpec,
     MemberAddress,
     PartyConfig,
+    TranscriptSpec,
     party_privacy,
 )
 from coterie.config.load import dump_yaml, load_yaml
@@ -39,6 +40,7 @@ __all__ = [
     "TokenizerTraining",
     "TrainConfig",
     "TrainSpec",
+    "TranscriptSpec",
     "content_hash",
     "due",
     "dump_yaml",

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec
 from coterie.config.model import LoraSpec, ModelSpec
+from coterie.config.numbers import Count
 from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.train import Device, OptimSpec, TrainSpec
 from coterie.errors import ConfigError
@@ -43,6 +44,19 @@ class FederationTrainSpec(TrainSpec):
 
     in_flight: int = Field(
         default=2, ge=1, le=8, description="Micro-batches on the way at once, so that waiting overlaps."
+    )
+
+
+class TranscriptSpec(Spec):
+    """What every party keeps of what others send to it, and a key to what it sends itself, for an audit to attack."""
+
+    rounds: Count | Literal["all"] = Field(
+        description="How many rounds are recorded, from the first; with their evaluations."
+    )
+    max_gib: float = Field(
+        default=1.0,
+        gt=0,
+        description="Most that transcript and key may each take on a disk; then recording stops, training goes on.",
     )
 
 
@@ -120,6 +134,18 @@ class FederationConfig(Spec):
         ge=1,
         description="Attempts or other phases in which a member sends what does not fit what was agreed, or values "
         "beyond it, after which it is treated as lost until it is started again; less than `max_attempts` in effect.",
+    )
+
+    evaluate: bool = Field(
+        default=True,
+        description="Measure every party's held-out text, each `train.eval_every` rounds and at the end. In `tokens` "
+        "all of it goes to the hosts of its experts every time; `false`: none of it crosses, and no loss is known.",
+    )
+    transcript: TranscriptSpec | None = Field(
+        default=None,
+        description="For an audit: every party records what others send it, in the private part of its run folder. "
+        "In `tokens`, and without a budget, their text can be read from that. Each also keeps a key to what it sent: "
+        "token ids of its own text and, under a budget, which records the secret lots held.",
     )
 
     @model_validator(mode="after")

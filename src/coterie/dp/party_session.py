@@ -6,10 +6,11 @@ release and divide by public numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
 from coterie.dp.open_run import OpenRun
 from coterie.errors import BudgetError
@@ -20,13 +21,14 @@ class Contributor:
 
     Args:
         run: opened for the party.
+        drawn: given every lot before it is computed; for the owner alone, since a lot is secret.
 
     Attributes:
         run: its plan, ledger, releases and statement.
     """
 
-    def __init__(self, run: OpenRun) -> None:
-        self.run = run
+    def __init__(self, run: OpenRun, drawn: Callable[[Lot], None] = lambda lot: None) -> None:
+        self.run, self._drawn = run, drawn
 
     def release(self, round_no: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
         """The noised sums of a round; the same bytes again for the same pins, until `forget`.
@@ -45,7 +47,10 @@ class Contributor:
             if error.code != "dp-budget-spent":
                 raise
             return None
-        return (begun.tensors(), begun) if isinstance(begun, Release) else self.run.publish(begun)
+        if isinstance(begun, Release):
+            return begun.tensors(), begun
+        self._drawn(begun.lot)
+        return self.run.publish(begun)
 
     def forget(self, up_to_round: int, beyond_limit: int) -> None:
         """Drop spooled results that nobody will need again.

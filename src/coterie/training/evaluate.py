@@ -75,14 +75,18 @@ def evaluate(model: nn.Module, sequences: Sequences, *, micro_batch: int = 8) ->
     model.eval()
     losses, tokens = [], []
     try:
-        for start in range(0, len(sequences), micro_batch):
-            rows = range(start, min(start + micro_batch, len(sequences)))
+        for rows in batches_of(len(sequences), micro_batch):
             loss_B, tokens_B = sequence_losses(model, to_device(sequences.batch(rows), device))
             losses.append(loss_B.double().cpu())
             tokens.append(tokens_B.cpu())
     finally:
         model.train(was_training)
     return Evaluation(torch.cat(losses), torch.cat(tokens))
+
+
+def batches_of(sequences: int, micro_batch: int) -> list[range]:
+    """Which sequences an evaluation computes together, in its order."""
+    return [range(start, min(start + micro_batch, sequences)) for start in range(0, sequences, micro_batch)]
 
 
 @dataclass(frozen=True)

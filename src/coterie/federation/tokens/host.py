@@ -155,7 +155,7 @@ class TokensHost:
 
     def missing(self) -> tuple[str, ...]:
         """Parties of the open attempt that have not declared their tokens; nobody where no expert is hosted."""
-        if not self.shard.hosted:  # nothing to divide: nobody tells us, see `TokenExchange.declare`
+        if not self.shard.hosted:  # nothing to divide: nobody tells us, see `TokensOwner.declare`
             return ()
         with self._changed:
             return tuple(name for name, stage in self._stages.items() if stage.tokens is None)

@@ -49,6 +49,7 @@ class TokensOwner:
         deadline_s: longest wait for one reply.
         random_bytes: where the order of rows comes from; anything but the operating system is for tests.
         value_limit: largest size of a number that crosses.
+        sent: told of every host that rows are about to leave for, and which tokens [M] of the micro-batch they are.
 
     Attributes:
         absent: parties that the others agreed to go on without. Their experts are masked: they add nothing to a
@@ -69,8 +70,9 @@ class TokensOwner:
         deadline_s: float = 60.0,
         random_bytes: Callable[[int], bytes] = os.urandom,
         value_limit: float = math.inf,
+        sent: Callable[[str, Address, Tensor], None] | None = None,
     ) -> None:
-        self.transport, self.host, self.combine = transport, host, combine
+        self.transport, self.host, self.combine, self.sent = transport, host, combine, sent
         self.deadline_s, self.random_bytes, self.value_limit = deadline_s, random_bytes, value_limit
         self.absent: frozenset[str] = frozenset()
         _check_placement(placement, layers, host)
@@ -198,6 +200,9 @@ class TokenMicroBatch:
             for name, part in rows.items()
         }
         host = self._exchange.host
+        if self._exchange.sent is not None:
+            for name in messages.keys() - {host.me}:
+                self._exchange.sent(name, exchange.address, shares[name].token_M)
         replies = self._ask(Lane.FORWARD, messages, lambda: (host.forward(exchange, rows[host.me], keep),))
         width = _output_width(layer)
         if row_P is None:

@@ -10,7 +10,10 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from coterie.errors import CoterieError, MessageError
+from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.wire.frame import FrameType
 from coterie.federation.wire.messages import check_reply, row_of
+from coterie.federation.wire.recording import Recorder
 from coterie.federation.wire.transport import Address, Counters, Handler, Lane, Message, Transport
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class Gate:
             member in one period count once, since one fault of its memory can spoil all that it sends in one attempt
             at a round, and some of that may be looked at when the attempt is over.
         complain: called with the member's name and the code of its last misfit, on any thread; must return at once.
+        recorder: keeps every message of another party as it came, before it is looked at.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class Gate:
         limit: int,
         period: Callable[[Address | None], int],
         complain: Callable[[str, str], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self._transport, self._limit, self._period, self._complain = transport, limit, period, complain
+        self._recorder = recorder
         self._misfits: dict[str, set[int]] = defaultdict(set)
         self._lock = threading.Lock()
 
@@ -53,6 +59,7 @@ class Gate:
 
     def start(self, handler: Handler) -> None:
         def guarded(peer: str, lane: Lane, message: Message) -> Message | None:
+            self._record(peer, FrameType.REQUEST, lane, message)
             try:
                 return handler(peer, lane, message)
             except CoterieError as error:
@@ -84,6 +91,7 @@ class Gate:
                 checked.set_exception(error)
                 return
             reply = done.result()
+            self._record(peer, FrameType.REPLY, lane, reply)
             try:
                 if row is not None:
                     check_reply(row, peer, asked, reply)
@@ -104,6 +112,10 @@ class Gate:
 
     def close(self) -> None:
         self._transport.close()
+
+    def _record(self, peer: str, frame_type: FrameType, lane: Lane, message: Message) -> None:
+        if self._recorder is not None and peer != COORDINATOR:
+            self._recorder.keep(peer, frame_type, lane, message)
 
     def count(self, error: CoterieError, address: Address | None = None) -> None:
         """Count an error against its sender, once, if it is a member's misfit."""

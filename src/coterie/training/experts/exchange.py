@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coterie.config import PrivacyRules
 from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.lots import Lot
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.follower import Alive
 from coterie.federation.rounds.state import State
@@ -22,6 +23,7 @@ from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.experts.public_loads import releases_loads
 from coterie.training.experts.shared_trunk import TrunkCopy, shared_names
 from coterie.training.folders import private_folder
+from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_trunk import OwnTrunk
 
@@ -40,6 +42,7 @@ class ExpertsExchange:
         transport: to the others.
         run: name of this party's run, once it has joined.
         weights: of the split model.
+        key: told what each sum is made of, where the agreement records transcripts.
 
     Attributes:
         parts: every part of the model.
@@ -48,8 +51,16 @@ class ExpertsExchange:
         owner: fetches, computes and pushes.
     """
 
-    def __init__(self, trunk: OwnTrunk, transport: Transport, run: Callable[[], str], weights: Weights) -> None:
+    def __init__(
+        self,
+        trunk: OwnTrunk,
+        transport: Transport,
+        run: Callable[[], str],
+        weights: Weights,
+        key: AnswerKey | None = None,
+    ) -> None:
         self._trunk, self._parts, self._transport, self._run = trunk, trunk.parts, transport, run
+        self._key = key
         federation, model = trunk.parts.federation, trunk.parts.model
         self.parts = model_parts(federation, model, trunk.parts.placement)
         self.shares_trunk = bool(shared_names(federation, model))
@@ -94,11 +105,15 @@ class ExpertsExchange:
         parts, trunk = self._parts, self._trunk
         seed = parts.federation.train.seed
         if parts.privacy is not None:
-            return PrivateSums(parts.model, trunk.layers, parts.train, parts.privacy, self._ledger_run)
+            return PrivateSums(parts.model, trunk.layers, parts.train, parts.privacy, self._ledger_run, self._drawn)
         if parts.federation.lora is not None:
             return AdapterSums(parts.model, trunk.batches, seed)
         per_record = isinstance(parts.federation.privacy, PrivacyRules)
         return PlainSums(parts.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record)
+
+    def _drawn(self, lot: Lot) -> None:
+        if self._key is not None:
+            self._key.lot(lot.round, lot.records.tolist())
 
     def _ledger_run(self) -> str:
         """One name for this party's run in its ledger, the same after a restart."""
@@ -151,6 +166,10 @@ class ExpertsExchange:
     # ---- rounds ----
 
     def compute(self, told: State, alive: Alive) -> None:
+        if self._key is not None:
+            self._key.attempt(told.round, told.attempt)
+            if self._parts.privacy is None:
+                self._key.lot(told.round, [row for rows in self._trunk.rows(told.round) for row in rows])
         sums = self.owner.compute(told, alive)
         self._prepared = {Attempt(told.round, told.attempt): sums}
 

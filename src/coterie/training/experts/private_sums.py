@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coterie.dp.accounting.budget import PrivacyWarning
 from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.spool import Release
 from coterie.dp.checks import self_check
 from coterie.dp.checks.made_up import FromCollator
@@ -44,6 +45,7 @@ class PrivateSums:
         records: the party's sequences; each is a record.
         parts: see `PrivacyInputs`.
         run: name of this party's run in its ledger, known once it has joined.
+        drawn: see `coterie.dp.party_session.Contributor`.
 
     Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
     one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
@@ -65,10 +67,12 @@ class PrivateSums:
         records: Sequences,
         parts: PrivacyInputs,
         run: Callable[[], str],
+        drawn: Callable[[Lot], None] = lambda lot: None,
     ) -> None:
         if parts.push_after_s is not None and records.users is not None:
             raise no_whole_users()
         self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
+        self._drawn = drawn
         self._names = {
             f"{layer.name}.{name}": (layer.index, name)
             for layer in layers
@@ -195,7 +199,8 @@ class PrivateSums:
             engine = self._engine = self._make_engine(streamer)
             self._constant = None if parts.push_after_s is None else self._one_shape()
             self.contributor = Contributor(
-                open_run(self._plan, self._options, data, self._model, engine, self.balancer, entry, self._constant)
+                open_run(self._plan, self._options, data, self._model, engine, self.balancer, entry, self._constant),
+                self._drawn,
             )
             self._check_noise(self.contributor, parts.largest_noise)
         return self.contributor

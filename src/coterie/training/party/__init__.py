@@ -5,6 +5,7 @@
 a round by the exchange that it is given, `coterie.training.party.own_trunk` what it trains by itself,
 `coterie.training.party.store` its checkpoints. `coterie.training.party.in_process` has all parties in one process,
 `coterie.training.party.doctor` looks before anybody starts, `coterie.training.party.agreed_limits` says what a member
-may send, and `coterie.training.party.after_private` keeps private text out of `tokens`.
-`coterie.training.party.answer_key` notes what was sent made of which text, where all agreed to a transcript.
+may send, and `coterie.training.party.after_private` keeps private text out of `tokens`. Where all agreed to a
+transcript, `coterie.training.party.recordings` keeps it and `coterie.training.party.answer_key` notes which text was
+sent.
 """

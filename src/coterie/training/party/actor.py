@@ -187,6 +187,8 @@ class PartyActor:
         self._log(round_no, **{**figures, "seconds": self._seconds}, lr=rate, attempt=attempt)
 
     def evaluate(self, told: State, alive: Alive) -> None:
+        if not self.parts.federation.evaluate:
+            return
         self._meet(told.absent, alive)
         with self.exchange.inference(told, alive):
             if self.parts.test is None:

@@ -61,8 +61,5 @@ class AnswerKey:
         ids_T = torch.cat([torch.empty(0, dtype=torch.int32), *ids])
         self._keep(OWN, LOT, Address(round=round_no), (rows_S, self._records.document_S[rows_S], lengths_S, ids_T))
 
-    def close(self) -> None:
-        self._recorder.close()
-
     def _keep(self, name: str, kind: str, address: Address, tensors: tuple[Tensor, ...] = ()) -> None:
         self._recorder.keep(name, FrameType.ONE_WAY, Lane.CONTROL, Message(kind, address, {}, tensors))

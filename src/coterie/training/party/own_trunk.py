@@ -57,8 +57,11 @@ class OwnTrunk:
 
     def batches(self, round_no: int) -> list[Batch]:
         """The micro-batches of a round, from 1."""
-        rows = self._order.micro_batches(round_no, self._spec.micro_batch)
-        return [self.parts.train.batch(each) for each in rows]
+        return [self.parts.train.batch(each) for each in self.rows(round_no)]
+
+    def rows(self, round_no: int) -> list[list[int]]:
+        """The sequences of each micro-batch of a round."""
+        return self._order.micro_batches(round_no, self._spec.micro_batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Summed loss of a micro-batch, and its tokens."""

@@ -25,8 +25,10 @@ from coterie.training.experts.exchange import ExpertsExchange
 from coterie.training.experts.shared_trunk import shared_names
 from coterie.training.folders import private_folder, public_folder, write_statement
 from coterie.training.party.actor import PartyActor
+from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.own_trunk import OwnTrunk
+from coterie.training.party.recordings import Recordings
 from coterie.training.party.store import PartyStore
 from coterie.training.planning.measured import peak_rss_bytes
 from coterie.training.tokens.exchange import TokensExchange
@@ -115,8 +117,10 @@ class PartyRun:
         self._attempts = RecentAttempts()
         try:
             self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
-            self._gate = Gate(transport, refusals_allowed(plan_of(parts.federation)), self._period, self._complain)
-            self.actor = make_actor(parts, self._gate, self._store)
+            self._recordings = Recordings(parts, agreement)
+            limit, recorder = refusals_allowed(plan_of(parts.federation)), self._recordings.received
+            self._gate = Gate(transport, limit, self._period, self._complain, recorder)
+            self.actor = make_actor(parts, self._gate, self._store, self._recordings.key)
         except BaseException:
             self._folder.close()
             raise
@@ -163,6 +167,7 @@ class PartyRun:
             self.actor.exchange.stop_serving()
             self._transport.close()
             self.actor.close()
+            self._recordings.close()
             self._folder.close()
 
     def wire(self) -> dict[str, dict[str, int]]:
@@ -215,6 +220,7 @@ class PartyRun:
     def _heard(self, directive: Directive) -> None:
         self._attempts.heard(directive.state)
         self._store.adopt(directive.run)
+        self._recordings.open(directive.run)
         self._store.published(directive.newest)
         federation, privacy = self._parts.federation, self.actor.exchange.privacy()
         self._status = dict(
@@ -264,18 +270,21 @@ class PartyRun:
         )
 
 
-def make_actor(parts: PartyInputs, transport: Transport, store: PartyStore) -> PartyActor:
+def make_actor(
+    parts: PartyInputs, transport: Transport, store: PartyStore, key: AnswerKey | None = None
+) -> PartyActor:
     """A party as it is before the first round, with the exchange that was agreed on.
 
     Args:
         parts: what the party brings.
         transport: to the others; not started.
         store: the party's checkpoints.
+        key: told what leaves; None where nothing is recorded.
     """
     weights = parts.weights()
     if parts.federation.exchange == "tokens":
         trunk = OwnTrunk(parts, weights)
-        return PartyActor(trunk, TokensExchange(trunk, transport, weights), transport, store)
+        return PartyActor(trunk, TokensExchange(trunk, transport, weights, key), transport, store)
     trunk = OwnTrunk(parts, weights, shared_names(parts.federation, parts.model), on_host=True)
-    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights)
+    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights, key)
     return PartyActor(trunk, exchange, transport, store)

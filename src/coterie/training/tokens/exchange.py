@@ -13,12 +13,14 @@ from coterie.federation.rounds.state import State
 from coterie.federation.shard import Shard
 from coterie.federation.tokens.host import TokensHost
 from coterie.federation.tokens.owner import TokenMicroBatch, TokensOwner
-from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.federation.wire.transport import Address, Lane, Message, Transport
 from coterie.models.cut.cut_model import Cut
 from coterie.models.cut.turn import Turn
 from coterie.models.seam import check_selected
 from coterie.training.data.packing import Batch
+from coterie.training.evaluate import batches_of
 from coterie.training.party.agreed_limits import host_limits
+from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_trunk import OwnTrunk
 from coterie.training.seeds import derived_seed
@@ -32,6 +34,7 @@ class TokensExchange:
         trunk: what this party trains by itself.
         transport: to the others.
         weights: of the split model.
+        key: told which tokens leave, where the agreement records transcripts.
 
     Attributes:
         host: the experts hosted here.
@@ -39,8 +42,8 @@ class TokensExchange:
 
     shares_trunk = False
 
-    def __init__(self, trunk: OwnTrunk, transport: Transport, weights: Weights) -> None:
-        self._trunk, self._parts, self._transport = trunk, trunk.parts, transport
+    def __init__(self, trunk: OwnTrunk, transport: Transport, weights: Weights, key: AnswerKey | None = None) -> None:
+        self._trunk, self._parts, self._transport, self._key = trunk, trunk.parts, transport, key
         self._cut = Cut(trunk.parts.model)
         self._scheduler: Scheduler[Batch] = Scheduler(self._cut, trunk.loss, self._parts.federation.train.in_flight)
         self._prepared: dict[tuple[int, int], RoundSums] = {}
@@ -65,6 +68,7 @@ class TokensExchange:
             combine=parts.federation.combine,
             deadline_s=parts.federation.deadline_s,
             value_limit=parts.federation.value_limit,
+            sent=self._key.sent if self._key is not None else None,
         )
 
     def hosted_state(self) -> dict[str, Tensor]:
@@ -89,6 +93,10 @@ class TokensExchange:
                 raise superseded()
             return self._experts.micro_batch(told.round, told.attempt, number, stopped)
 
+        if self._key is not None:
+            for number, rows in enumerate(self._trunk.rows(told.round)):
+                address = Address(round=told.round, attempt=told.attempt, micro_batch=number)
+                self._key.batch(address, rows, self._parts.train)
         seed = derived_seed(self._parts.federation.train.seed, told.round - 1)
         sums = self._scheduler.run(self._trunk.batches(told.round), exchange, seed=seed)
         self._experts.declare(told.round, told.attempt, sums.tokens, self._cut.turn.stopped)
@@ -110,6 +118,10 @@ class TokensExchange:
         if not alive():
             raise superseded()
         self._experts.absent = frozenset(told.absent)
+        if self._key is not None and self._parts.test is not None:
+            micro_batch = self._parts.federation.train.micro_batch
+            for number, rows in enumerate(batches_of(len(self._parts.test), micro_batch)):
+                self._key.batch(Address(round=told.round, call=number), rows, self._parts.test)
         with self._cut.inference(self._experts.inference(told.round, turn.stopped)):
             yield
 

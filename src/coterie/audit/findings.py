@@ -1,0 +1,287 @@
+"""What an audit found, as its JSON holds it: `Finding` is one attack's outcome, `Findings` the whole audit.
+
+A value that the sample cannot carry is null and its reason stands beside it; there is never a number without ground.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from coterie.audit.adversaries import Adversary
+from coterie.audit.metrics import Estimate
+
+
+class Channel(StrEnum):
+    """Through what text could be read."""
+
+    ROWS = "hidden vectors"
+    GRADIENTS = "returned gradients"
+    IDS = "expert ids"
+    TOKENS = "everything of `tokens`"
+    PUSHES = "pushed sums"
+    EMBEDDING = "embedding's sum"
+    HEAD = "head's sum"
+    MODEL = "trained model"
+    RELEASES = "noised releases"
+
+
+class Unit(StrEnum):
+    """What a value counts. Shares are between 0 and 1."""
+
+    TOKENS = "share of all tokens"
+    SEEN = "share of tokens seen"
+    COVERAGE = "tokens seen, share of all"
+    CONTENT = "share of content tokens"
+    NEXT = "share of next tokens"
+    PLACES = "share of places ranked first"
+    PAIRS = "share of adjacent pairs"
+    RECORDS = "share of whole records"
+    SECRETS = "share of whole secrets"
+    BAG = "F1 of the bag of tokens"
+    ROUGE = "ROUGE-L"
+    AUC = "AUC"
+    TPR = "true positives at fixed false positives"
+    BITS = "exposure in bits"
+    EPSILON = "epsilon"
+
+
+class Over(StrEnum):
+    """Whose text a value was measured on."""
+
+    MEMBERS = "members"
+    """The owner's own text: the value is an un-noised fact about it."""
+    PUBLIC = "public"
+    """Public text, planted or simulated."""
+
+
+class Outcome(StrEnum):
+    """How an audit, or its verdict against one adversary, ended."""
+
+    ALARM = "alarm"
+    """Something is contradicted that was promised."""
+    OPEN = "open"
+    """It leaks, and nothing promises that it does not."""
+    HELD = "held"
+    """The strongest attacks here found nothing beyond what the claim allows."""
+    UNKNOWN = "unknown"
+    """Nothing can be concluded; the sentence says why."""
+
+
+class Part(StrEnum):
+    """What was audited: a federation by its exchange and promise, or a party's run alone."""
+
+    TOKENS = "tokens"
+    EXPERTS = "experts"
+    EXPERTS_DP = "experts_dp"
+    ALONE = "alone"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Finding(_Model):
+    """One attack's outcome.
+
+    Attributes:
+        name: the attack.
+        layer: of the checkpoint, counted from 0; None where several or none are meant.
+        lot: records in the push.
+        value: None where the sample cannot carry it; then ``reason`` says why.
+        prior: what the same guesser reaches without the channel.
+        gain: ``value`` minus ``prior``, paired over the same places.
+        sentence: the outcome in words, with its figures.
+        over: whose text ``value`` was measured on.
+        roc: (false positives, true positives), both shares, in increasing order.
+    """
+
+    name: str
+    adversary: Adversary
+    channel: Channel
+    unit: Unit
+    value: Estimate | None
+    sentence: str
+    layer: int | None = None
+    lot: int | None = None
+    prior: Estimate | None = None
+    gain: Estimate | None = None
+    over: Over = Over.MEMBERS
+    reason: str = ""
+    roc: tuple[tuple[float, float], ...] = ()
+
+    @model_validator(mode="after")
+    def _reasoned(self) -> Self:
+        if (self.value is None) != bool(self.reason):
+            raise ValueError(f"{self.name}: a value or the reason why there is none")
+        return self
+
+
+class _Figures(_Model):
+    """Figures of which each is a number or null with its reason under ``reasons``."""
+
+    reasons: dict[str, str] = Field(default_factory=dict)
+    intervals: dict[str, Estimate] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _reasoned(self) -> Self:
+        for name in type(self).model_fields:
+            if (getattr(self, name) is None) != (name in self.reasons):
+                raise ValueError(f"{name}: a value or the reason why there is none")
+        return self
+
+
+class TokensFigures(_Figures):
+    """The exchange `tokens` against its default adversary.
+
+    Attributes:
+        recovery: share of all tokens that crossed and were read, by the best attack.
+        layers: the same by layer, counted from 0, of the tokens seen there.
+        prior: share that a language model guesses without the channel.
+    """
+
+    recovery: float | None
+    layers: dict[str, float]
+    prior: float | None
+
+
+class ExpertsFigures(_Figures):
+    """The exchange `experts` without a budget, against its default adversary.
+
+    Attributes:
+        recovery: share of next tokens ranked first in this run's own pushes.
+        lots: the same by records in the push.
+        prior: share that a language model guesses without the push.
+        auc: of membership of one known record in one push.
+    """
+
+    recovery: float | None
+    lots: dict[str, float]
+    prior: float | None
+    auc: float | None
+
+
+class PrivateFigures(_Figures):
+    """The exchange `experts` under a budget, against its default adversary.
+
+    Attributes:
+        advantage: recovery minus prior.
+        auc: of membership over the run.
+        auc_allowed: the largest AUC that the claim allows.
+        roc_allowed: (false positives, most true positives) that it allows.
+        epsilon_lower: audited lower bound.
+        epsilon_ceiling: the largest bound that the number of canaries could have given.
+    """
+
+    recovery: float | None
+    prior: float | None
+    advantage: float | None
+    auc: float | None
+    auc_allowed: float | None
+    roc_allowed: tuple[tuple[float, float], ...] = ()
+    epsilon_claimed: float | None
+    epsilon_lower: float | None
+    epsilon_ceiling: float | None
+
+
+class Controls(_Figures):
+    """Whether the instruments work.
+
+    Attributes:
+        positive: share of tokens read from undefended hidden vectors of the first MoE layer.
+        negative: share of places ranked first with a push that holds nothing of them.
+        prior: share of the same places that the language model guesses alone.
+        passed: positive and negative are where they must be, and the prior is measured.
+    """
+
+    positive: float | None
+    negative: float | None
+    prior: float | None
+    passed: bool
+
+
+class Verdict(_Model):
+    """What one adversary could do, in words."""
+
+    part: Part
+    adversary: Adversary
+    outcome: Outcome
+    sentence: str
+
+
+class Audited(_Model):
+    """One run that was audited.
+
+    Attributes:
+        owner: the party under attack.
+        config_hash: of the settings all members signed.
+        start: digest of the public starting checkpoint.
+        claimed: (epsilon, delta) of the owner's ledger, or None.
+    """
+
+    part: Part
+    owner: str
+    parties: tuple[str, ...]
+    config_hash: str
+    model: str
+    start: str
+    rounds: int
+    recorded: int
+    claimed: tuple[float, float] | None = None
+
+
+class Identification(_Model):
+    """What was run, so that it can be run again.
+
+    Attributes:
+        commit: of the source tree, where it is one.
+        seconds, cpu_s: of the whole audit, by the clock and of the processor.
+    """
+
+    version: str
+    commit: str | None
+    packages: dict[str, str]
+    seed: int
+    seconds: float
+    cpu_s: float
+    machine: str
+    at: str
+    runs: tuple[Audited, ...]
+
+
+class Findings(_Model):
+    """A whole audit.
+
+    Attributes:
+        outcome: of the audit; an alarm wins over everything.
+        headline: the audit in a sentence for each part.
+        tested, untested: in words.
+        next_settings: what to try next.
+        left_out: what the edition to pass on does not hold; empty in the owner's.
+    """
+
+    outcome: Outcome
+    headline: tuple[str, ...]
+    tokens: TokensFigures
+    experts: ExpertsFigures
+    experts_dp: PrivateFigures
+    controls: Controls
+    verdicts: tuple[Verdict, ...]
+    findings: dict[Part, tuple[Finding, ...]]
+    tested: tuple[str, ...]
+    untested: tuple[str, ...]
+    next_settings: tuple[str, ...]
+    identification: Identification
+    left_out: tuple[str, ...] = ()
+
+    def every(self) -> Iterator[tuple[Part, Finding]]:
+        """All findings with the part they belong to."""
+        for part, some in self.findings.items():
+            yield from ((part, finding) for finding in some)
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values for a JSON file."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,313 @@
+"""What the figures of an audit amount to: per adversary in words, and for the whole.
+
+Nothing counts as held unless the instruments work: the positive control reads at least `POSITIVE` of the tokens of
+undefended hidden vectors, a language model's guess was measured, and the negative control, an attack on a push that
+holds nothing, stays within `NEAR` of that guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from coterie.audit.adversaries import DEFAULT, Adversary
+from coterie.audit.findings import (
+    Controls,
+    Finding,
+    Outcome,
+    Part,
+    PrivateFigures,
+    Unit,
+    Verdict,
+)
+from coterie.audit.metrics import Estimate
+
+POSITIVE = 0.95
+NEAR = 0.02
+"""Two points: as near to a prior as "no better than it" has to be."""
+
+_WEAKER = {
+    Adversary.NETWORK: (Adversary.NETWORK,),
+    Adversary.HOST: (Adversary.NETWORK, Adversary.HOST),
+    Adversary.HOST_PUBLIC: (Adversary.NETWORK, Adversary.HOST, Adversary.HOST_PUBLIC),
+    Adversary.HOST_DOMAIN: (Adversary.NETWORK, Adversary.HOST, Adversary.HOST_PUBLIC, Adversary.HOST_DOMAIN),
+    Adversary.ALL_HOSTS: (Adversary.NETWORK, Adversary.HOST, Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS),
+}
+"""Whose attacks each can play, too."""
+READS = (Unit.TOKENS, Unit.PLACES, Unit.NEXT, Unit.SEEN, Unit.RECORDS, Unit.SECRETS)
+"""Units that say text was read, the one that says most first."""
+
+
+def controls(
+    positive: Estimate | None, negative: Estimate | None, prior: Estimate | None, reasons: dict[str, str]
+) -> Controls:
+    """Join the controls and judge them.
+
+    Args:
+        positive: share of tokens read where nothing defends them.
+        negative: share of places ranked first with a push that holds nothing.
+        prior: share of the same places that the language model guesses.
+        reasons: why one is missing, by its name.
+    """
+    values = {"positive": positive, "negative": negative, "prior": prior}
+    passed = (
+        positive is not None
+        and negative is not None
+        and prior is not None
+        and positive.value >= POSITIVE
+        and abs(negative.value - prior.value) <= NEAR
+    )
+    return Controls(
+        **{name: None if found is None else found.value for name, found in values.items()},
+        intervals={name: found for name, found in values.items() if found is not None},
+        reasons={name: reasons.get(name, "it was not measured") for name, found in values.items() if found is None},
+        passed=passed,
+    )
+
+
+def failed(measured: Controls) -> str:
+    """Why the controls let nothing count as held, in one sentence; empty when they do."""
+    if measured.passed:
+        return ""
+    why = [
+        f"the {name} control: {measured.reasons[name]}"
+        for name in ("positive", "negative")
+        if name in measured.reasons
+    ]
+    if "prior" in measured.reasons:
+        why.append(f"the prior: {measured.reasons['prior']}")
+    if measured.positive is not None and measured.positive < POSITIVE:
+        why.append(f"the positive control read {percent(measured.positive)} of tokens instead of {percent(POSITIVE)}")
+    if (
+        measured.negative is not None
+        and measured.prior is not None
+        and abs(measured.negative - measured.prior) > NEAR
+    ):
+        gap = 100 * abs(measured.negative - measured.prior)
+        why.append(f"the negative control is {gap:.1f} points from the prior, not within {100 * NEAR:.0f}")
+    return "; ".join(why)
+
+
+def able(finding: Finding, adversary: Adversary) -> bool:
+    """Whether an adversary can play the attack of a finding."""
+    return finding.adversary in _WEAKER[adversary]
+
+
+def best(findings: Iterable[Finding], adversary: Adversary, units: Sequence[Unit]) -> Finding | None:
+    """The strongest attack that an adversary can play, by the first of these units that was measured."""
+    possible = [finding for finding in findings if able(finding, adversary) and finding.value is not None]
+    for unit in units:
+        counted = [finding for finding in possible if finding.unit is unit]
+        if counted:
+            return max(counted, key=_value)
+    return None
+
+
+def _value(finding: Finding) -> float:
+    assert finding.value is not None
+    return finding.value.value
+
+
+def verdicts(
+    part: Part, findings: Sequence[Finding], measured: Controls, private: PrivateFigures, notes: Sequence[str] = ()
+) -> list[Verdict]:
+    """One verdict per adversary that was played.
+
+    Args:
+        part: what was audited.
+        findings: all of this part.
+        measured: the controls.
+        private: figures of the part under a budget; used where there is one.
+        notes: alarms that no finding carries, in sentences; they count against every adversary.
+    """
+    played = [adversary for adversary in Adversary if any(f.adversary is adversary for f in findings)]
+    claimed = part is Part.EXPERTS_DP or (part is Part.ALONE and private.epsilon_claimed is not None)
+    judge = _under_a_claim if claimed else _without_a_claim
+    return [
+        Verdict(part=part, adversary=adversary, outcome=outcome, sentence=sentence)
+        for adversary in played
+        for outcome, sentence in [judge(findings, adversary, measured, private, notes)]
+    ]
+
+
+def _without_a_claim(
+    findings: Sequence[Finding],
+    adversary: Adversary,
+    measured: Controls,
+    private: PrivateFigures,
+    notes: Sequence[str],
+) -> tuple[Outcome, str]:
+    """Where nothing was promised, reading is no alarm; not reading counts only when the instruments work."""
+    if notes:
+        return Outcome.ALARM, " ".join(notes)
+    read = [f for f in _readings(findings, adversary) if _above_prior(f)]
+    if read:
+        return Outcome.OPEN, _told(read)
+    auc = best(findings, adversary, [Unit.AUC])
+    if auc is not None and auc.value is not None and auc.value.low > 0.5:
+        return Outcome.OPEN, f"Whether a known record was used can be told: {auc.sentence}"
+    why = failed(measured)
+    if why:
+        return Outcome.UNKNOWN, f"Nothing was read, but the instruments were not shown to work: {why}."
+    if not any(able(f, adversary) and f.value is not None for f in findings):
+        return Outcome.UNKNOWN, _unmeasured(findings, adversary)
+    return Outcome.UNKNOWN, "No attack here read more than a language model guesses; nothing promises that none can."
+
+
+def _under_a_claim(
+    findings: Sequence[Finding],
+    adversary: Adversary,
+    measured: Controls,
+    private: PrivateFigures,
+    notes: Sequence[str],
+) -> tuple[Outcome, str]:
+    alarms = [*notes, *_contradictions(findings, adversary, private)]
+    if alarms:
+        return Outcome.ALARM, " ".join(alarms)
+    why = failed(measured)
+    if why:
+        return Outcome.UNKNOWN, f"Nothing contradicts the claim, but the instruments were not shown to work: {why}."
+    readings = list(_readings(findings, adversary))
+    if not readings:
+        return _membership_alone(findings, adversary, private)
+    widest = max(_gain_at_most(f) for f in readings)
+    if widest > NEAR:
+        places = min(f.value.count for f in readings if f.value is not None)
+        return (
+            Outcome.UNKNOWN,
+            f"No attack read more than the language model's guess, but {places} places carry only "
+            f'"within {100 * widest:.0f} points of it", not "within {100 * NEAR:.0f}".',
+        )
+    claim = (
+        f" The claim of epsilon {private.epsilon_claimed:g} stands." if private.epsilon_claimed is not None else ""
+    )
+    return Outcome.HELD, f"Every attack stays within {100 * NEAR:.0f} points of the language model's guess.{claim}"
+
+
+def _membership_alone(
+    findings: Sequence[Finding], adversary: Adversary, private: PrivateFigures
+) -> tuple[Outcome, str]:
+    auc = best(findings, adversary, [Unit.AUC])
+    if auc is None or private.auc_allowed is None:
+        return Outcome.UNKNOWN, _unmeasured(findings, adversary)
+    allowed = f"the claim allows an AUC of {private.auc_allowed:.2f}"
+    return Outcome.HELD, f"Whether a known record was used is told no better than claimed; {allowed}: {auc.sentence}"
+
+
+def _contradictions(findings: Sequence[Finding], adversary: Adversary, private: PrivateFigures) -> Iterator[str]:
+    for finding in _readings(findings, adversary):
+        if finding.value is not None and finding.prior is not None and finding.value.low > finding.prior.high + NEAR:
+            yield f"Text was read from noised sums: {finding.sentence}"
+    auc = best(findings, adversary, [Unit.AUC])
+    allowed = private.auc_allowed
+    if auc is not None and auc.value is not None and allowed is not None and auc.value.low > allowed:
+        yield f"Membership is told better than the claim allows (AUC {allowed:.2f}): {auc.sentence}"
+    lower, claimed = private.epsilon_lower, private.epsilon_claimed
+    if lower is not None and claimed is not None and lower > claimed:
+        yield f"The audited epsilon is at least {lower:.2f}; {claimed:g} is claimed."
+
+
+def _readings(findings: Sequence[Finding], adversary: Adversary) -> Iterator[Finding]:
+    """Attacks on text that were measured beside their prior."""
+    return (
+        f for f in findings if f.unit in READS and able(f, adversary) and f.value is not None and f.prior is not None
+    )
+
+
+def _above_prior(finding: Finding) -> bool:
+    assert finding.value is not None
+    assert finding.prior is not None
+    return finding.value.low > finding.prior.high
+
+
+def _gain_at_most(finding: Finding) -> float:
+    """How much better than its prior an attack may be, by its interval."""
+    assert finding.value is not None
+    assert finding.prior is not None
+    gain = finding.gain
+    return gain.high if gain is not None else finding.value.high - finding.prior.value
+
+
+def _told(read: Sequence[Finding]) -> str:
+    """The most that was read, in the words of the attack."""
+    first = min(read, key=lambda f: (READS.index(f.unit), -_value(f)))
+    return first.sentence
+
+
+def _unmeasured(findings: Sequence[Finding], adversary: Adversary) -> str:
+    reasons = dict.fromkeys(f.reason for f in findings if able(f, adversary) and f.reason)
+    return f"Nothing can be concluded: {'; '.join(reasons) or 'no attack of this adversary was measured'}."
+
+
+def overall(some: Sequence[Verdict]) -> Outcome:
+    """An alarm wins; then, anything that was concluded; an audit without either is inconclusive."""
+    outcomes = [verdict.outcome for verdict in some]
+    for outcome in (Outcome.ALARM, Outcome.OPEN, Outcome.HELD):
+        if outcome in outcomes:
+            return outcome
+    return Outcome.UNKNOWN
+
+
+def percent(share: float) -> str:
+    """For example ``97.1 %``."""
+    return f"{100 * share:.1f} %"
+
+
+LABELS = {
+    Part.TOKENS: "`tokens`",
+    Part.EXPERTS: "`experts` without a budget",
+    Part.EXPERTS_DP: "`experts` with a budget",
+    Part.ALONE: "training alone",
+}
+_SHORT = {
+    Outcome.ALARM: "ALARM: something promised is contradicted.",
+    Outcome.OPEN: "text can be read.",
+    Outcome.HELD: "nothing was read beyond a language model's guess.",
+    Outcome.UNKNOWN: "nothing can be concluded.",
+}
+_READ = {
+    Unit.TOKENS: "reads {} of all tokens",
+    Unit.PLACES: "ranks {} of next tokens first",
+    Unit.NEXT: "reads {} of next tokens",
+    Unit.SEEN: "reads {} of the tokens it sees",
+    Unit.RECORDS: "reads {} of records whole",
+    Unit.SECRETS: "reads {} of secrets whole",
+}
+
+
+def named(part: Part, private: PrivateFigures) -> str:
+    """A part in words, with its claim."""
+    if part is Part.EXPERTS_DP and private.epsilon_claimed is not None:
+        return f"`experts` within epsilon {private.epsilon_claimed:.3g}"
+    return LABELS[part]
+
+
+def headline(
+    some: Sequence[Verdict], findings: Mapping[Part, Sequence[Finding]], private: PrivateFigures
+) -> tuple[str, ...]:
+    """The audit in one sentence for each part: the worst that an adversary did."""
+    told = []
+    for part in Part:
+        outcomes = [verdict.outcome for verdict in some if verdict.part is part]
+        if outcomes:
+            worst = min(outcomes, key=list(Outcome).index)
+            some_found = findings.get(part, ())
+            read = _read_at_most(some_found) if worst is Outcome.OPEN else ""
+            if worst is Outcome.HELD and not any(list(_readings(some_found, adversary)) for adversary in Adversary):
+                read = "whether a known record was used is told no better than claimed."
+            words = f"{named(part, private)}: {read or _SHORT[worst]}"
+            told.append(words[0].upper() + words[1:])
+    return tuple(told) or ("Nothing was audited.",)
+
+
+def _read_at_most(findings: Sequence[Finding]) -> str:
+    read = [finding for finding in findings if _above(finding)]
+    for adversary, who in ((DEFAULT, "one other party"), (Adversary.ALL_HOSTS, "all others together")):
+        found = best(read, adversary, READS)
+        if found is not None:
+            return f"{who} {_READ[found.unit].format(percent(_value(found)))}."
+    told = any(finding.unit is Unit.AUC and finding.value is not None for finding in findings)
+    return "whether a known record was used can be told." if told else ""
+
+
+def _above(finding: Finding) -> bool:
+    return finding.value is not None and finding.prior is not None and _above_prior(finding)

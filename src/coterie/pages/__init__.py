@@ -1,0 +1,43 @@
+"""The look of every page that coterie writes: one HTML file, no script, nothing from a network.
+
+`coterie.pages.page` has the page and its text, `coterie.pages.charts` the drawings (SVG inside the page) on the axes
+of `coterie.pages.axes`.
+"""
+
+from coterie.pages.charts import Series, bars, heat_map, lines, marks
+from coterie.pages.page import (
+    Table,
+    beside,
+    bullets,
+    card,
+    cards,
+    figure,
+    page,
+    pairs,
+    paragraph,
+    section,
+    table,
+    text,
+    warning,
+)
+
+__all__ = [
+    "Series",
+    "Table",
+    "bars",
+    "beside",
+    "bullets",
+    "card",
+    "cards",
+    "figure",
+    "heat_map",
+    "lines",
+    "marks",
+    "page",
+    "pairs",
+    "paragraph",
+    "section",
+    "table",
+    "text",
+    "warning",
+]

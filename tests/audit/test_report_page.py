@@ -1,0 +1,123 @@
+"""The page of an audit, as text and as a browser shows it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from synthetic_findings import finding, findings, noised, private, tokens, working
+
+from coterie.audit.findings import Part
+from coterie.audit.report.findings_page import audit_page, save_report
+from coterie.audit.report.shareable import shareable
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def rendered(page: Path, *arguments: str) -> str:
+    """What headless Chromium makes of a page: its document after everything ran."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; the page's text is tested without one")
+    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000")
+    command = [CHROMIUM, *flags, *arguments, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def words(html: str) -> str:
+    inside = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", inside).replace("\xa0", " ").replace("&nbsp;", " "))
+
+
+def test_the_page_opens_on_its_verdict_and_needs_nothing_else() -> None:
+    page = audit_page(findings())
+    assert page.index("one other party reads 98.1\xa0% of all tokens.") < page.index("What each adversary could do")
+    assert page.index("What each adversary could do") < page.index("<table")
+    assert "<script" not in page
+    assert not re.findall(r"(?:src|href|url)\s*[=(]", page)
+    assert "viewport" in page
+    assert "@media print" in page
+
+
+def test_every_section_is_there() -> None:
+    told = words(audit_page(findings()))
+    for title in (
+        "What each adversary could do",
+        "Do the instruments work?",
+        "What was tested",
+        "What was not",
+        "Channels",
+        "Layer by attack",
+        "Reading pushed sums",
+        "Membership",
+        "Epsilon from below",
+        "What to try next",
+        "Every attack",
+        "What was audited, with what",
+    ):
+        assert title in told
+    for piece in ("commit 0123456789ab", "5f" * 32, "seed 7", "81 s, 140 s of processor time", "epsilon 7.99"):
+        assert piece in told
+
+
+def test_an_alarm_stands_in_a_red_box_before_everything() -> None:
+    some = {Part.EXPERTS_DP: noised()}
+    page = audit_page(findings(some, budget=private(epsilon_lower=9.0)))
+    assert page.index("A promise is contradicted") < page.index("What each adversary could do")
+    assert "The audited epsilon is at least 9.00; 8 is claimed." in page
+
+
+def test_instruments_that_fail_are_said_beside_the_controls() -> None:
+    page = words(audit_page(findings(measured=working(positive=0.5))))
+    assert "No verdict counts as held: the positive control read 50.0 % of tokens instead of 95.0 %" in page
+
+
+def test_a_missing_value_shows_its_reason_and_no_number() -> None:
+    page = words(audit_page(findings({Part.TOKENS: (*tokens(), finding(None, name="too short"))})))
+    assert re.search(r"too short T2 - - too few places", page)
+
+
+def test_what_is_shown_is_escaped() -> None:
+    page = audit_page(findings({Part.TOKENS: (finding(name="<script>alert(1)</script>"),)}))
+    assert "<script>" not in page
+
+
+def test_the_edition_to_pass_on_says_what_it_leaves_out() -> None:
+    page = words(audit_page(shareable(findings())))
+    assert "edition to pass on" in page
+    assert "Left out of this edition" in page
+    assert "98.1 %" not in page
+
+
+def test_an_audit_of_nothing_has_a_page_too() -> None:
+    assert "Nothing was audited." in audit_page(findings({}))
+
+
+@pytest.mark.slow
+def test_a_browser_shows_verdict_and_figures_at_every_width(tmp_path: Path) -> None:
+    save_report(findings(), tmp_path / "audit.html")
+    document = rendered(tmp_path / "audit.html", "--dump-dom", "--window-size=1100,900")
+    told = words(document)
+    assert "one other party reads 98.1 % of all tokens" in told
+    assert "97.1 to 99.1" in told
+    assert document.count("<svg") >= 8
+    for name, width in (("wide", 1100), ("phone", 375)):
+        picture = tmp_path / f"{name}.png"
+        rendered(tmp_path / "audit.html", f"--screenshot={picture}", f"--window-size={width},1200")
+        assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_nothing_is_wider_than_a_phone(tmp_path: Path) -> None:
+    save_report(findings(), tmp_path / "audit.html")
+    page = (tmp_path / "audit.html").read_text("utf-8")
+    probe = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script>"
+    inside = (page + probe).replace("&", "&amp;").replace('"', "&quot;")
+    narrow = f'<iframe id=f width=375 height=900 srcdoc="{inside}">'
+    tell = "<script>onload = () => document.body.append(f.contentDocument.title)</script>"
+    (tmp_path / "frame.html").write_text(f"<body>{narrow}</iframe>{tell}", "utf-8")
+    found = re.search(r"(\d+) of (\d+)</body>", rendered(tmp_path / "frame.html", "--dump-dom"))
+    assert found is not None
+    assert int(found[1]) <= int(found[2]) == 375

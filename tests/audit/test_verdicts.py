@@ -1,0 +1,157 @@
+"""What figures amount to: nothing is green unless the instruments work."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic_findings import estimate, finding, findings, member, noised, private, tokens, working
+
+from coterie.audit.adversaries import Adversary
+from coterie.audit.findings import Channel, Finding, Outcome, Part, Unit
+from coterie.audit.metrics import Estimate
+from coterie.audit.verdicts import best, controls, failed, headline, overall, verdicts
+
+
+def judged(part: Part, *some: Finding, measured: object = None, **budget: float | None) -> tuple[Outcome, str]:
+    found = verdicts(part, some, measured or working(), private(**budget))  # type: ignore[arg-type]
+    default = next(verdict for verdict in found if verdict.adversary is Adversary.HOST_PUBLIC)
+    return default.outcome, default.sentence
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "prior", "passed"),
+    [
+        (0.95, 0.15, 0.15, True),
+        (0.9499, 0.15, 0.15, False),
+        (1.0, 0.1699, 0.15, True),
+        (1.0, 0.1701, 0.15, False),
+        (1.0, 0.1299, 0.15, False),
+        (1.0, 0.1301, 0.15, True),
+    ],
+)
+def test_controls_pass_at_95_percent_and_within_two_points(
+    positive: float, negative: float, prior: float, passed: bool
+) -> None:
+    assert working(positive, negative, prior).passed is passed
+    assert bool(failed(working(positive, negative, prior))) is not passed
+
+
+@pytest.mark.parametrize("absent", ["positive", "negative", "prior"])
+def test_a_control_that_was_not_measured_fails_with_its_reason(absent: str) -> None:
+    given: dict[str, Estimate | None] = {
+        "positive": estimate(1.0),
+        "negative": estimate(0.15),
+        "prior": estimate(0.15),
+        absent: None,
+    }
+    found = controls(given["positive"], given["negative"], given["prior"], {absent: "no public text"})
+    assert not found.passed
+    assert "no public text" in failed(found)
+    assert found.reasons == {absent: "no public text"}
+
+
+def test_a_budget_holds_when_every_gain_is_within_two_points() -> None:
+    outcome, words = judged(Part.EXPERTS_DP, *noised(0.015))
+    assert outcome is Outcome.HELD
+    assert "within 2 points" in words
+    assert "epsilon 8 stands" in words
+
+
+def test_too_few_places_are_no_verdict() -> None:
+    outcome, words = judged(Part.EXPERTS_DP, *noised(0.05))
+    assert outcome is Outcome.UNKNOWN
+    assert '"within 5 points of it", not "within 2"' in words
+
+
+@pytest.mark.parametrize("measured", [working(positive=0.6), working(negative=0.4)])
+def test_without_working_instruments_nothing_holds(measured: object) -> None:
+    outcome, words = judged(Part.EXPERTS_DP, *noised(0.015), measured=measured)
+    assert outcome is Outcome.UNKNOWN
+    assert "not shown to work" in words
+
+
+def test_text_read_from_noised_sums_is_an_alarm_even_when_the_instruments_fail() -> None:
+    told = {"unit": Unit.PLACES, "channel": Channel.RELEASES, "sentence": "40 % of places"}
+    read = finding(0.4, 0.05, 0.17, gain=Estimate(0.23, 0.2, 0.26, 900), **told)
+    assert judged(Part.EXPERTS_DP, read, measured=working(positive=0.1)) == (
+        Outcome.ALARM,
+        "Text was read from noised sums: 40 % of places",
+    )
+
+
+def test_a_reading_within_two_points_by_its_interval_is_no_alarm() -> None:
+    told = {"unit": Unit.PLACES, "channel": Channel.RELEASES}
+    read = finding(0.2, 0.02, 0.17, gain=Estimate(0.03, 0.005, 0.055, 900), **told)  # low end within two points
+    assert judged(Part.EXPERTS_DP, read)[0] is Outcome.UNKNOWN
+
+
+def test_an_audited_epsilon_above_the_claim_is_an_alarm() -> None:
+    assert judged(Part.EXPERTS_DP, *noised(), epsilon_lower=8.01)[0] is Outcome.ALARM
+    assert judged(Part.EXPERTS_DP, *noised(), epsilon_lower=7.99)[0] is Outcome.HELD
+
+
+def test_membership_is_measured_against_what_the_claim_allows_not_against_a_half() -> None:
+    assert judged(Part.EXPERTS_DP, *noised(), member(0.76, 2.0))[0] is Outcome.HELD  # 0.73 to 0.79 around 0.741
+    outcome, words = judged(Part.EXPERTS_DP, *noised(), member(0.78, 2.0))  # from 0.75 on
+    assert outcome is Outcome.ALARM
+    assert "than the claim allows (AUC 0.74)" in words
+
+
+def test_an_alarm_of_the_epsilon_audit_counts_against_every_adversary() -> None:
+    some = (*noised(), member(0.58, 1.4, adversary=Adversary.ALL_HOSTS))
+    found = verdicts(Part.EXPERTS_DP, some, working(), private(), ["Noise is half of what is claimed."])
+    assert {verdict.outcome for verdict in found} == {Outcome.ALARM}
+    assert {verdict.sentence for verdict in found} == {"Noise is half of what is claimed."}
+
+
+def test_reading_what_nothing_defends_is_a_leak_and_no_alarm() -> None:
+    assert judged(Part.TOKENS, *tokens()) == (Outcome.OPEN, "98.1 % of all tokens were read")
+    assert judged(Part.EXPERTS, member(0.9, 3.0))[0] is Outcome.OPEN
+
+
+def test_without_a_promise_nothing_read_is_not_called_held() -> None:
+    outcome, words = judged(Part.TOKENS, finding(0.17, prior=0.17))
+    assert outcome is Outcome.UNKNOWN
+    assert "nothing promises" in words
+
+
+def test_an_attack_without_a_figure_says_why() -> None:
+    nothing = finding(None, sentence="too few places", prior=None)
+    assert judged(Part.EXPERTS_DP, nothing) == (Outcome.UNKNOWN, "Nothing can be concluded: too few places.")
+
+
+def test_a_stronger_adversary_plays_the_attacks_of_weaker_ones_and_not_the_other_way() -> None:
+    host, everybody = finding(0.5, name="host"), finding(0.9, name="all", adversary=Adversary.ALL_HOSTS)
+    domain = finding(0.7, name="domain", adversary=Adversary.HOST_DOMAIN)
+    some = [host, everybody, domain]
+    names = {a: best(some, a, [Unit.TOKENS]) for a in Adversary}
+    assert {a: found and found.name for a, found in names.items()} == {
+        Adversary.NETWORK: None,
+        Adversary.HOST: None,
+        Adversary.HOST_PUBLIC: "host",
+        Adversary.HOST_DOMAIN: "domain",
+        Adversary.ALL_HOSTS: "all",
+    }
+
+
+def test_an_alarm_wins_and_silence_is_inconclusive() -> None:
+    open_ = verdicts(Part.TOKENS, tokens(), working(), private())
+    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), private(epsilon_lower=9.0))
+    unknown = verdicts(Part.EXPERTS_DP, noised(0.1), working(), private())
+    assert overall([*open_, *alarm, *unknown]) is Outcome.ALARM
+    assert overall([*unknown, *open_]) is Outcome.OPEN
+    assert overall(unknown) is Outcome.UNKNOWN
+    assert overall([]) is Outcome.UNKNOWN
+
+
+def test_the_headline_has_the_worst_of_every_part() -> None:
+    assert findings().headline == (
+        "`tokens`: one other party reads 98.1 % of all tokens.",
+        "`experts` without a budget: one other party ranks 98.0 % of next tokens first.",
+        "`experts` within epsilon 8: nothing was read beyond a language model's guess.",
+        "Training alone: whether a known record was used is told no better than claimed.",
+    )
+    budget = private(epsilon_lower=9.0)
+    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), budget)
+    assert headline(alarm, {Part.EXPERTS_DP: noised()}, budget) == (
+        "`experts` within epsilon 8: ALARM: something promised is contradicted.",
+    )
