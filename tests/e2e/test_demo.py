@@ -115,7 +115,8 @@ def test_the_ledger_adds_up_what_a_partys_text_spent_alone_and_together(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     root = finished[0] / "run"
-    ledgers = [json.loads(line) for path in (root / "ledger").glob("*/ledger.jsonl") for line in path.open()]
+    texts = [path.read_text("utf-8") for path in (root / "ledger").glob("*/ledger.jsonl")]
+    ledgers = [json.loads(line) for text in texts for line in text.splitlines()]
     assert sum(entry["kind"] == "release" for entry in ledgers) == (2 + 2 + 1) * 2  # alone, together, in one place
     log = (root / "logs" / "experts_dp-alder.log").read_text("utf-8")
     own, lifetime = (

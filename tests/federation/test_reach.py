@@ -61,18 +61,16 @@ def two_sides(folder: Path, authority: Authority, lives: dict[str, float]) -> It
     """alder listens and birch dials, with certificates that live for so many seconds."""
     members = [Member(n, Role.PARTY, e) for n, e in zip(lives, free_endpoints(2), strict=True)]
     keys = {member.name: certificates.new_key() for member in members}
-    certificates = {
-        m.name: authority.issue(m, keys[m.name].public_key(), days=lives[m.name] / 86400) for m in members
-    }
-    roster = draft("demo", 1, members, certificates, config_hash="", placement_hash="")
+    issued = {m.name: authority.issue(m, keys[m.name].public_key(), days=lives[m.name] / 86400) for m in members}
+    roster = draft("demo", 1, members, issued, config_hash="", placement_hash="")
     for name, key in keys.items():
-        roster = sign(roster, key, certificates[name])
+        roster = sign(roster, key, issued[name])
     kits: dict[str, Kit] = {}
     for name, key in keys.items():
         kit = folder / name
         kit.mkdir()
         write_whole(kit / "key.pem", key_pem(key), 0o600)
-        write_whole(kit / "cert.pem", cert_pem(certificates[name]))
+        write_whole(kit / "cert.pem", cert_pem(issued[name]))
         write_whole(kit / "ca.pem", cert_pem(authority.certificate))
         save_roster(roster, kit / "roster.json")
         kits[name] = load_kit(kit)

@@ -26,17 +26,16 @@ HOLD = (
 
 
 def test_the_holder_is_named_and_a_killed_one_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    child = int(process.stdout.readline())
-    try:
-        assert is_running(tmp_path)
-        with pytest.raises(RoundError, match=f"process {process.pid} on ") as caught:
-            RunFolder(tmp_path)
-        assert caught.value.code == "run-busy"
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            child = int(process.stdout.readline())
+            assert is_running(tmp_path)
+            with pytest.raises(RoundError, match=f"process {process.pid} on ") as caught:
+                RunFolder(tmp_path)
+            assert caught.value.code == "run-busy"
+        finally:
+            process.kill()
     assert not is_running(tmp_path)
     with RunFolder(tmp_path):
         assert is_running(tmp_path)

@@ -55,14 +55,13 @@ def started(kit: Kit, listen: str | None = None) -> Iterator[GrpcTransport]:
 def process(kit: Kit) -> Iterator[subprocess.Popen[str]]:
     """A member in a process of its own, connected."""
     command = [sys.executable, "-c", _MEMBER, str(kit.folder), free_endpoints(1)[0]]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert running.stdout is not None
-        assert running.stdout.readline() == "connected\n"
-        yield running
-    finally:
-        running.kill()
-        running.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "connected\n"
+            yield running
+        finally:
+            running.kill()
 
 
 @pytest.fixture
