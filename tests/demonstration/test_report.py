@@ -200,7 +200,7 @@ def test_tables_have_every_arm_and_party() -> None:
 def test_the_page_opens_on_its_verdict_and_needs_nothing_else(tmp_path: Path) -> None:
     save_plot(private_results(), tmp_path / "losses.png")
     save_report(results(), tmp_path / "losses.png", tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text("utf-8")
+    page = (tmp_path / "report.html").read_text("utf-8").replace("\xa0", " ")
     assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"
     verdict = headline(results()).replace("`tokens`", "<code>tokens</code>")
     assert page.index(verdict) < page.index("<table>")

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from coterie.demonstration.plan import ARMS, Arm
 from coterie.demonstration.results import Results
 from coterie.demonstration.screen import megabytes
+from coterie.pages import Table
 
 IMPORTS_MB = 370, 500
 """Resident size of a process that has only imported torch and transformers, and with datasets and gRPC, too."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under column names, for screen and page."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def tables(results: Results) -> list[Table]:

@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from coterie.pages.axes import Scale, shown, span
 
 WIDTH = 440
-"""Of every drawing, in its own units; 13 of them are the height of its letters, so that a phone can show it."""
+"""Of every drawing, in its own units; 14 of them are the height of its letters, so that a phone can show it."""
 _HEIGHT = 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 42
 _STROKES = ("#2e6f95", "#c2452d", "#3a8a5f", "#7b5ea7", "#a06a00", "#5a6673")
@@ -44,7 +44,7 @@ def lines(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """Lines over a common axis, with a legend.
+    """Lines over a common axis, with a legend where there are several.
 
     Args:
         series: the lines.
@@ -61,7 +61,7 @@ def lines(
     looks = list(_looks(series))
     drawn += [_line(one, look, across, up) for one, look in zip(series, looks, strict=True)]
     names = ", ".join(one.name for one in series)
-    return _svg(_HEIGHT, drawn, f"{y} over {x}: {names}") + _legend(series, looks)
+    return _svg(_HEIGHT, drawn, f"{y} over {x}: {names}") + (_legend(series, looks) if len(series) > 1 else "")
 
 
 def heat_map(rows: Mapping[str, Mapping[int, float]], *, column: str) -> str:
@@ -248,6 +248,6 @@ def _word(x: float, y: float, words: str, *, anchor: str = "start", fill: str = 
 
 def _svg(height: float, drawn: Sequence[str], description: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(description)}" font-size="13" '
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(description)}" font-size="14" '
         f'font-family="system-ui, sans-serif">{"".join(drawn)}</svg>'
     )

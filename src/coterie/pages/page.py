@@ -57,13 +57,15 @@ figure img { max-width: 100%; height: auto; }
 .grid { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 code { background: var(--ground); padding: .05rem .3rem; border-radius: 3px; font-size: .92em;
   overflow-wrap: anywhere; }
+pre { background: var(--ground); padding: .7rem .9rem; font-size: .82rem; line-height: 1.45; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 footer { color: var(--soft); font-size: .9rem; margin-top: 2.4rem; padding-top: .8rem;
   border-top: 1px solid var(--line); }
 @media (max-width: 34rem) {
   body { padding: 1.1rem .9rem 2rem; } .verdict { font-size: 1.28rem; }
   .several { font-size: 1.12rem; } h2 { font-size: 1.1rem; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
-  table.stack, table.stack tbody, table.stack tr, table.stack td { display: block; }
+  table.stack, table.stack caption, table.stack tbody, table.stack tr, table.stack td { display: block; }
   table.stack thead { display: none; }
   table.stack tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
   table.stack td { border: 0; padding: .1rem 0; }
@@ -131,6 +133,11 @@ def bullets(sentences: Iterable[str]) -> str:
     """A list; nothing when there is no sentence."""
     items = "".join(f"<li>{text(sentence)}</li>" for sentence in sentences)
     return f"<ul>{items}</ul>" if items else ""
+
+
+def preformatted(words: str) -> str:
+    """Lines as they are; wider ones are wrapped."""
+    return f"<pre>{escape(words)}</pre>"
 
 
 def warning(title: str, sentences: Iterable[str]) -> str:
