@@ -291,12 +291,26 @@ def party_config(tmp_path: Path, **privacy: object) -> PartyConfig:
 
 
 def test_without_privacy_up_says_what_others_can_learn(tmp_path: Path):
-    (line,) = opening_lines(party_config(tmp_path), experts_settings())
-    assert line.startswith("WARNING")
-    for part in ("`privacy: none`", "birch, cedar", "sums it pushes", "how the weights change"):
-        assert part in line
-    (line,) = opening_lines(party_config(tmp_path), settings())
-    assert "can read this party's text" in line
+    first, size, out = opening_lines(party_config(tmp_path), experts_settings())
+    assert first.startswith("WARNING")
+    for part in ("`privacy: none`", "gives whole records back", "first rounds", "how they change"):
+        assert part in first
+    # OLMoE-1B-7B: width 2,048, 64 experts, 8 a token; six sequences of up to eight tokens
+    assert "about 16,384 tokens" in size
+    assert "up to 48: all of it can be read" in size
+    assert "budget" in out
+    first, held_out = opening_lines(party_config(tmp_path), settings())
+    assert first.startswith("WARNING")
+    assert "can read this party's text" in first
+    assert "held-out text crosses as well" in held_out
+    assert len(opening_lines(party_config(tmp_path), settings(evaluate=False))) == 1
+
+
+def test_up_says_what_is_recorded(tmp_path: Path):
+    for config in (settings(transcript={"rounds": 3}), private_settings(transcript={"rounds": 3})):
+        *_, line = opening_lines(party_config(tmp_path), config)
+        assert "recorded for an audit" in line
+        assert "the first 3 rounds" in line
 
 
 def test_with_privacy_up_says_the_budget_and_where_the_ledger_is(tmp_path: Path):

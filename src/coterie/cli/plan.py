@@ -68,6 +68,9 @@ def command(
         f"experts: one layer comes in {seconds:.3g} s at {gbit:g} Gbit/s; fetching hides where the forward of the "
         "first physical batch takes longer than that for each layer"
     )
+    for lines in plan.warnings.values():
+        for line in lines:
+            say(line)
 
 
 def _size(amount: int) -> str:

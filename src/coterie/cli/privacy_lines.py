@@ -18,27 +18,38 @@ def opening_lines(config: PartyConfig, federation: FederationConfig) -> list[str
     """
     from coterie.config.federation import party_privacy
     from coterie.dp.accounting.ledger import default_root
+    from coterie.training.planning import exposure
 
+    recorded = _recorded(federation)
     if federation.exchange == "tokens":
-        return [
-            "WARNING: `exchange: tokens`. The parties that host experts can read this party's text from the hidden "
-            "vectors they receive; take part only if you trust them with it"
-        ]
+        return [*_warning(exposure.of_tokens(federation)), *recorded]
     spec = party_privacy(federation, config)
     if spec is None:
-        others = ", ".join(name for name in federation.parties if name != config.party)
-        return [
-            f"WARNING: `privacy: none`. Expert hosts ({others}) can learn about single records of this party's text "
-            "from the sums it pushes, and everybody who fetches weights can learn about them from how the weights "
-            "change; nothing bounds it"
-        ]
+        most = federation.train.batch_size * config.data.sequence_length
+        reach = exposure.Reach.of_federation(federation)
+        return [*_warning(exposure.of_pushes(federation, reach, most)), *recorded]
     lines = [
         f"budget: epsilon {spec.epsilon:g} at delta {spec.delta:g} for {federation.train.rounds} rounds; the ledger "
         f"is in {spec.ledger or default_root(config.run_dir)}"
     ]
     if spec.seeded:
         lines.append("NOT PRIVATE: `seeded` draws lots and noise from the seed; nothing of this run may be released")
-    return lines
+    return [*lines, *recorded]
+
+
+def _warning(lines: list[str]) -> list[str]:
+    return [f"WARNING: {lines[0]}", *lines[1:]]
+
+
+def _recorded(federation: FederationConfig) -> list[str]:
+    spec = federation.transcript
+    if spec is None:
+        return []
+    rounds = "all rounds" if spec.rounds == "all" else f"the first {spec.rounds} rounds"
+    return [
+        f"recorded for an audit, as all parties agreed: every party keeps what others send it in {rounds}, and this "
+        "one keeps token ids of its own text beside it; `coterie purge` removes both"
+    ]
 
 
 def spent_note(privacy: Mapping[str, Any] | None) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from coterie.demonstration.plan import ARMS, Arm
+from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.results import Results
 from coterie.demonstration.screen import megabytes
+from coterie.training.planning.exposure import Reach
 
 NEAR = 0.03
 """How far above pooled training still counts as near it."""
@@ -66,7 +67,7 @@ def not_protected(results: Results) -> list[str]:
     arms = [ARMS[arm] for arm in results.wire]
     return [
         *(_TOKENS if any(arm.exchange == "tokens" for arm in arms) else ()),
-        *(_UNNOISED if any(arm.exchange == "experts" and not arm.private for arm in arms) else ()),
+        *(_unnoised(results.plan) if any(arm.exchange == "experts" and not arm.private for arm in arms) else ()),
         *(_promised(results) if any(arm.private for arm in arms) else ()),
     ]
 
@@ -78,10 +79,19 @@ _TOKENS = (
     "TLS keeps everybody outside the federation out, and the coordinator sees no tensor; nothing in `tokens` hides "
     "text from the parties inside. Use it only among parties that may read each other's text.",
 )
-_UNNOISED = (
-    "`experts` with `privacy: none` sends no hidden vector, but exact sums of gradients go to the hosts, and "
-    "everybody sees how the weights changed. Both can give text away; only a budget stops that.",
-)
+
+
+def _unnoised(plan: DemoPlan) -> Iterator[str]:
+    model = plan.model
+    reach = Reach(model["hidden_size"], model["num_experts"], model["num_experts_per_tok"])
+    round_tokens = plan.batch * plan.sequence_length
+    yield (
+        "`experts` with `privacy: none` sends no hidden vector, but exact sums of gradients go to the hosts, and "
+        "everybody sees how the weights changed. A push without noise gives whole records back: an expert's sum "
+        "holds the hidden vectors of just the tokens that chose it, and a host that knows the public model rebuilds "
+        f"the text from them, wholly up to about {reach.tokens:,} tokens a push with this model, in part beyond (a "
+        f"round here has up to {round_tokens:,}). The way out is a budget."
+    )
 
 
 def _promised(results: Results) -> Iterator[str]:

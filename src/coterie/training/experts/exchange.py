@@ -26,6 +26,7 @@ from coterie.training.folders import private_folder
 from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_trunk import OwnTrunk
+from coterie.training.planning import exposure
 
 _TRUNK = "trunk:"
 _RECEIVED = "received-round:"
@@ -208,7 +209,12 @@ class ExpertsExchange:
         }
 
     def statement(self) -> str:
-        return self.contribution.statement()
+        return self.contribution.statement() or "\n".join(self._unbounded())
+
+    def _unbounded(self) -> list[str]:
+        parts = self._parts
+        most = parts.federation.train.batch_size * int(parts.train.lengths.max())
+        return exposure.of_pushes(parts.federation, exposure.Reach.of_model(parts.model, parts.federation.lora), most)
 
     # ---- serving ----
 

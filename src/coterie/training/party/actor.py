@@ -102,7 +102,7 @@ class Exchange(Protocol):
         ...
 
     def statement(self) -> str:
-        """What is promised about this party's records, for people; empty where there is no promise."""
+        """What is promised about this party's records, for people; where nothing is, what others can read."""
         ...
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:

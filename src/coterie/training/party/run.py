@@ -46,7 +46,7 @@ class PartyResult:
         model_state_bytes: trunk, hosted experts, their gradients and optimiser states.
         peak_rss_bytes: largest resident size of the process.
         privacy: what the party revealed, to whom, at what epsilon and delta; None without privacy.
-        statement: the privacy statement, for people; empty without privacy.
+        statement: what is promised about the party's records, for people, or what others can read of them.
         wire: bytes per peer: ``sent``, ``received`` (payload), ``tensors_sent``, ``tensors_received``.
     """
 

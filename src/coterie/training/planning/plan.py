@@ -20,6 +20,7 @@ from coterie.models.split.placement import Placement
 from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.models.zoo.families import experts_per_token
 from coterie.training.planning.closed_form import Need, Shape, predict
+from coterie.training.planning.exposure import Reach, of_pushes, of_tokens
 
 Exchange = Literal["tokens", "experts"]
 EXCHANGES: tuple[Exchange, ...] = ("tokens", "experts")
@@ -60,6 +61,8 @@ class FederationPlan:
             evenly; one party's.
         break_even_tokens: tokens in one party's round from which `experts` moves fewer bytes than `tokens`.
         largest_layer_down: bytes of one layer that a party fetches at most; computing on it hides the next one's.
+        readable_tokens: about so many tokens in a push without noise can be read; see `coterie.training.planning.exposure`.
+        warnings: what others can read, for each exchange without a budget.
     """
 
     trunk: int
@@ -71,6 +74,8 @@ class FederationPlan:
     bytes_per_token: float
     break_even_tokens: int
     largest_layer_down: int
+    readable_tokens: int
+    warnings: dict[Exchange, list[str]]
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -110,9 +115,11 @@ def make_plan(federation: FederationConfig) -> FederationPlan:
     rounds = [plan.down + plan.up for plan in plans if plan.down is not None and plan.up is not None]
     per_layer = first.experts // first.layers
     largest = max((per_layer - own) * first.wire_bytes for name in names for own in hosted[name])
+    reach = Reach.of_model(model)
     return FederationPlan(
         first.trunk, first.experts, first.expert_share, len(layers), whole, tuple(plans), per_token,
-        math.ceil(max(rounds) / per_token) if per_token else 0, largest,
+        math.ceil(max(rounds) / per_token) if per_token else 0, largest, reach.tokens,
+        {"tokens": of_tokens(federation), "experts": of_pushes(federation, reach)},
     )  # fmt: skip
 
 

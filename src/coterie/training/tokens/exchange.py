@@ -23,6 +23,7 @@ from coterie.training.party.agreed_limits import host_limits
 from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_trunk import OwnTrunk
+from coterie.training.planning import exposure
 from coterie.training.seeds import derived_seed
 from coterie.training.tokens.micro_batches import RoundSums, Scheduler
 
@@ -138,7 +139,7 @@ class TokensExchange:
         """Nothing bounds what hidden vectors reveal."""
 
     def statement(self) -> str:
-        return ""
+        return "\n".join(exposure.of_tokens(self._parts.federation))
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
         return self.host.handle(peer, lane, message)
