@@ -61,7 +61,7 @@ class FederationPlan:
             evenly; one party's.
         break_even_tokens: tokens in one party's round from which `experts` moves fewer bytes than `tokens`.
         largest_layer_down: bytes of one layer that a party fetches at most; computing on it hides the next one's.
-        readable_tokens: about so many tokens in a push without noise can be read; see `coterie.training.planning.exposure`.
+        readable_tokens: about so many tokens in a push without noise can be read; see `exposure.Reach`.
         warnings: what others can read, for each exchange without a budget.
     """
 
