@@ -203,8 +203,8 @@ def test_the_page_opens_on_its_verdict_and_needs_nothing_else(tmp_path: Path) ->
     page = (tmp_path / "report.html").read_text("utf-8").replace("\xa0", " ")
     assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"
     verdict = headline(results()).replace("`tokens`", "<code>tokens</code>")
-    assert page.index(verdict) < page.index("<table>")
-    assert page.index("What this does not protect") < page.index("<table>")
+    assert page.index(verdict) < page.index("<table")
+    assert page.index("What this does not protect") < page.index("<table")
     assert "data:image/png;base64," in page
     assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page)
 
