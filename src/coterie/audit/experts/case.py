@@ -1,0 +1,187 @@
+"""What attacks on pushed sums start from, and what they are scored with."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coterie.audit.adversaries import Adversary
+from coterie.audit.evidence import Evidence
+from coterie.audit.experts.opened import Opened
+from coterie.audit.experts.pushes import by_round, open_pushes, put, round_as_served, rounding_of, served
+from coterie.audit.experts.reader import Reader
+from coterie.audit.transcript import Push
+from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
+from coterie.errors import AuditError
+from coterie.models import seam
+from coterie.models.zoo.build import build_model
+from coterie.training.data.documents import read_documents
+from coterie.training.data.packing import Sequences
+from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
+from coterie.training.folders import private_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
+
+
+@dataclass(frozen=True)
+class Owned:
+    """One of the owner's records: for scoring, and for pushes of other sizes than the recorded ones.
+
+    Attributes:
+        row: in the training data; -1 for held-out text.
+        document: among all of the owner's documents, held-out ones after the others.
+    """
+
+    row: int
+    document: int
+    ids: tuple[int, ...]
+
+
+class Clock:
+    """Divides the time that is left.
+
+    Args:
+        budget_s: seconds from now.
+    """
+
+    def __init__(self, budget_s: float) -> None:
+        self._until = time.monotonic() + budget_s
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
+    def share(self, of: float) -> Clock:
+        """A part of what is left."""
+        return Clock(self.left * of)
+
+
+class Case:
+    """One owner's run in the exchange `experts`.
+
+    Args:
+        evidence: of the run.
+        seed: of what is drawn.
+
+    Raises:
+        AuditError: nothing was received, or there is no public text to learn on.
+        CheckpointError: the owner's key does not fit.
+    """
+
+    def __init__(self, evidence: Evidence, seed: int) -> None:
+        self.evidence, self.seed = evidence, seed
+        self.federation = load_yaml(evidence.run_folder / FEDERATION_FILE, FederationConfig)
+        if not evidence.received:
+            raise _nothing("no party recorded what it received", "give the run folders of the other parties")
+        self.public = [tuple(record) for record in evidence.public if len(record) > 2]
+        if len(self.public) < _FEWEST:
+            raise _nothing(
+                f"there are {len(self.public)} records of public text, and attacks learn on {_FEWEST} or more",
+                "name more public text",
+            )
+        transcript = next(iter(evidence.received.values()))
+        self.transcript = transcript
+        model = build_model(ModelSpec(path=evidence.start)).float()
+        round_as_served(model, transcript.weights_dtype, evidence.trunk == "shared")
+        self.reader = Reader(model)
+        self.rounding = rounding_of(transcript)
+
+    @cached_property
+    def _parts(self) -> Mapping[Adversary, dict[int, list[Push]]]:
+        hosts = list(self.evidence.received.values())
+        alone = by_round(hosts[:1])
+        return {Adversary.HOST_PUBLIC: alone, Adversary.ALL_HOSTS: by_round(hosts) if len(hosts) > 1 else alone}
+
+    def rounds(self) -> list[int]:
+        """Rounds of which sums were received."""
+        return sorted(self._parts[Adversary.ALL_HOSTS])
+
+    def opened(self, adversary: Adversary, round_index: int) -> Opened:
+        """What an adversary opens of a round."""
+        which = Adversary.ALL_HOSTS if adversary is Adversary.ALL_HOSTS else Adversary.HOST_PUBLIC
+        return open_pushes(self._parts[which][round_index], self.reader.layers, self.rounding)
+
+    @cached_property
+    def _served(self) -> dict[int, dict[int, dict[str, Tensor]]]:
+        return dict(served(list(self.evidence.received.values())))
+
+    def reader_at(self, round_index: int) -> Reader:
+        """The model as a round was computed with it; a private trunk as it started."""
+        until = [number for number in sorted(self._served) if number <= round_index]
+        if round_index == self.rounds()[0] or not until:
+            return self.reader
+        model = copy.deepcopy(self.reader.model)
+        for number in until:
+            put(model, self.transcript.parts, self._served[number])
+        seam.select(model)
+        return Reader(model)
+
+    def lot(self, round_index: int) -> list[Owned]:
+        """The records of a round's push."""
+        if self.evidence.answers is None:
+            raise _nothing("the owner kept no key to its sums", "agree on `transcript:` in federation.yaml")
+        push = self._parts[Adversary.ALL_HOSTS][round_index][0]
+        found = self.evidence.answers.records(push)
+        return [Owned(record.row, record.document, tuple(record.ids)) for record in found]
+
+    @cached_property
+    def train(self) -> list[Owned]:
+        """All records that the owner trains on."""
+        return self._owned(self._text.data.train, 0, held_out=False)
+
+    @cached_property
+    def held_out(self) -> list[Owned]:
+        """Records of the owner's held-out text."""
+        documents = max((record.document for record in self.train), default=-1) + 1
+        return self._owned(self._text.data.test, documents, held_out=True)
+
+    @cached_property
+    def _text(self) -> PartyConfig:
+        return load_yaml(self.evidence.run_folder / PARTY_FILE, PartyConfig)
+
+    def _owned(self, files: Sequence[Path], first: int, *, held_out: bool) -> list[Owned]:
+        if not files:
+            return []
+        spec = self._text.data
+        tokenizer = load_tokenizer_from(private_folder(self.evidence.run_folder) / TOKENIZER_FOLDER)
+        found: Sequences = tokenize(read_documents(files, spec), spec, tokenizer)
+        return [
+            Owned(
+                -1 if held_out else row,
+                first + int(found.document_S[row]),
+                tuple(found[row]["input_ids"].tolist()),
+            )
+            for row in range(len(found))
+        ]
+
+    def random(self) -> random.Random:
+        """Draws of one attack, the same whatever other attacks drew."""
+        return random.Random(self.seed)
+
+    def some_public(self, count: int) -> list[tuple[int, ...]]:
+        """Some of the public records."""
+        return self.random().sample(self.public, min(count, len(self.public)))
+
+
+_FEWEST = 64
+
+
+def documents_of(records: Sequence[Owned]) -> Tensor:
+    """[records] int64."""
+    return torch.tensor([record.document for record in records])
+
+
+def _nothing(problem: str, fix: str) -> AuditError:
+    return AuditError(
+        f"Nothing can be concluded about pushed sums: {problem}.",
+        code="audit-no-pushes",
+        why="an attack that was not made says nothing about what can be read",
+        fix=fix,
+    )

@@ -1,0 +1,319 @@
+"""Attacks on pushed sums that nothing bounds: by the size of the push, for one host and for all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.audit import metrics
+from coterie.audit.adversaries import Adversary
+from coterie.audit.experts.bag import BagReader, table_names
+from coterie.audit.experts.case import Case, Clock, Owned
+from coterie.audit.experts.drift import drifted
+from coterie.audit.experts.membership import Metric, score
+from coterie.audit.experts.opened import ExpertSum, Opened
+from coterie.audit.experts.records import matched, read_records
+from coterie.audit.experts.simulate import rows_of, summed
+from coterie.audit.experts.span import Place, SpanAttack, ranked_first
+from coterie.audit.findings import Channel, Finding, Unit
+from coterie.audit.metrics import Estimate, Scores
+
+LOTS = (1, 4)
+"""Sizes of push that are simulated from the owner's own records, beside the recorded one."""
+MEMBER_LOTS = (64, 256)
+_AT_ONCE = 8
+_SCORED = 400
+_PUBLIC = 200
+_FEWEST_OTHERS = 40
+
+
+def places_of(case: Case, records: Sequence[Owned], count: int) -> tuple[list[Place], Tensor]:
+    """Places to guess in some records, a few lengths of prefix and each record as often, with their documents."""
+    draw = case.random()
+    usable = [record for record in records if len(record.ids) > 1]
+    places: list[Place] = []
+    documents: list[int] = []
+    while usable and len(places) < count:
+        length = draw.randrange(1, max(len(record.ids) for record in usable))
+        for record in draw.sample(usable, min(_AT_ONCE, len(usable))):
+            if length < len(record.ids):
+                places.append(Place(record.ids[:length], record.ids[length]))
+                documents.append(record.document)
+    return places[:count], torch.tensor(documents[:count])
+
+
+def next_tokens(
+    case: Case,
+    adversary: Adversary,
+    lot: int,
+    clock: Clock,
+    *,
+    places: int = 1000,
+    known: int = 0,
+    round_index: int | None = None,
+) -> Finding:
+    """How often the next token of a record comes out first, given the true prefix.
+
+    Args:
+        case: the run.
+        adversary: whose sums are opened.
+        lot: records in the push: the recorded one's, or fewer of its records.
+        clock: when to stop.
+        places: most places.
+        known: records of the push that the adversary has, and takes out of it.
+        round_index: default: the first one. In a later one a private trunk has drifted, and the adversary learns
+            with that.
+    """
+    first = case.rounds()[0]
+    round_index = first if round_index is None else round_index
+    reader, victim = case.reader_at(round_index), None
+    if round_index > first and case.evidence.trunk == "private":
+        train = case.federation.train
+        victim = drifted(reader, case.public, case.federation.optim, round_index - first, train.batch_size, case.seed)
+    recorded, whole = case.opened(adversary, round_index), case.lot(round_index)
+    records = whole if lot == len(whole) else case.random().sample(whole, lot)
+    opened = recorded
+    if lot < len(whole):
+        opened = summed(
+            rows_of(case.reader, [r.ids for r in records]), list(recorded.experts), rounding=case.rounding
+        )
+    if known:
+        taken, records = records[:known], records[known:]
+        opened = without(opened, summed(rows_of(reader, [r.ids for r in taken]), list(opened.experts)))
+    attack = SpanAttack(
+        reader,
+        case.public,
+        list(opened.experts),
+        len(records),
+        rounding=case.rounding,
+        victim=victim,
+        seed=case.seed,
+    )
+    found, documents = places_of(case, records, places)
+    right, prior = [], []
+    for start in range(0, len(found), _AT_ONCE):
+        if start and not clock.left:
+            break
+        one, other = ranked_first(attack, opened, found[start : start + _AT_ONCE])
+        right.append(one)
+        prior.append(other)
+    right_P, prior_P = torch.cat(right), torch.cat(prior)
+    document_P = documents[: len(right_P)]
+    value = metrics.rate(right_P, document_P, seed=case.seed)
+    guessed = metrics.rate(prior_P, document_P, seed=case.seed)
+    sentence = (
+        f"Given what stands before, {_percent(value)} of the next tokens of a push of {lot} records came out first; "
+        f"a language model without the push guesses {_percent(guessed)}."
+    )
+    if victim is not None:
+        sentence += f" The trunk had drifted for {round_index - first} rounds."
+    if known:
+        sentence += f" {known} of the records were known and taken out of the sum."
+    return Finding(
+        name="next token by spans",
+        adversary=adversary,
+        channel=Channel.PUSHES,
+        unit=Unit.PLACES,
+        lot=lot,
+        value=value,
+        prior=guessed,
+        gain=metrics.advantage(right_P, prior_P, document_P, seed=case.seed),
+        sentence=sentence,
+    )
+
+
+def without(opened: Opened, known: Opened) -> Opened:
+    """What is left of a push when known records are taken out."""
+    left = {}
+    for key, each in opened.experts.items():
+        own = known.experts.get(key)
+        left[key] = each if own is None else _difference(each, own)
+    return Opened(left)
+
+
+def _difference(each: ExpertSum, known: ExpertSum) -> ExpertSum:
+    """Less the known part; what only rounding has left is nothing."""
+    sides = []
+    for whole, part in ((each.first_DG, known.first_DG), (each.second_FD, known.second_FD)):
+        rest = whole - part
+        sides.append(rest if float(rest.norm()) > 1e-5 * float(whole.norm()) else torch.zeros_like(rest))
+    return ExpertSum(sides[0], sides[1], each.noise, each.rounding)
+
+
+def whole_records(case: Case, adversary: Adversary, lot: int, clock: Clock) -> Finding:
+    """Records read with nothing given, from a push of a few of the owner's records."""
+    round_index = case.rounds()[0]
+    records = case.random().sample(case.lot(round_index), lot)
+    visible = list(case.opened(adversary, round_index).experts)
+    opened = summed(rows_of(case.reader, [record.ids for record in records]), visible, rounding=case.rounding)
+    attack = SpanAttack(case.reader, case.public, visible, lot, rounding=case.rounding, seed=case.seed)
+    longest = max(len(record) for record in case.public)
+    guesses = read_records(attack, opened, lot, longest, budget_s=clock.left)
+    in_place = matched([record.ids for record in records], guesses)
+    tokens = sum(len(record.ids) for record in records)
+    exact = sum(count == len(record.ids) for count, record in zip(in_place, records, strict=True))
+    value = metrics.proportion(sum(in_place), tokens)
+    return Finding(
+        name="whole records by search",
+        adversary=adversary,
+        channel=Channel.PUSHES,
+        unit=Unit.TOKENS,
+        lot=lot,
+        value=value,
+        sentence=f"With nothing given, {sum(in_place)} of the {tokens} tokens of a push of {lot} records were read "
+        f"in their places; {exact} of {lot} records to the last token.",
+    )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Records of which some are members; scores are joined to them by their place in the list."""
+
+    records: list[Owned]
+    member: list[bool]
+
+    def scores(self, value_S: Tensor) -> Scores:
+        inside = torch.tensor(self.member)
+        document_S = torch.tensor([record.document for record in self.records])
+        return Scores.of(value_S[inside], value_S[~inside], document_S[inside], document_S[~inside])
+
+
+def membership(case: Case, adversary: Adversary, lot: int, clock: Clock) -> list[Finding]:
+    """Whether a known record is in a push without noise: the recorded one, or one of that many of the records."""
+    round_index = case.rounds()[0]
+    recorded, whole = case.opened(adversary, round_index), case.lot(round_index)
+    draw = case.random()
+    if lot == len(whole):
+        members, opened = whole, recorded
+        rows = {record.row for record in whole}
+        others = [record for record in case.train if record.row not in rows]
+    else:
+        shuffled = draw.sample(case.train, len(case.train))
+        members, others = shuffled[:lot], shuffled[lot:]
+        opened = summed(
+            rows_of(case.reader, [r.ids for r in members]), list(recorded.experts), rounding=case.rounding
+        )
+    if len(others) < _FEWEST_OTHERS:
+        return [
+            Finding(
+                name="membership in a push",
+                adversary=adversary,
+                channel=Channel.PUSHES,
+                unit=Unit.AUC,
+                lot=lot,
+                value=None,
+                reason=f"{len(others)} records of the owner were not in the push; {_FEWEST_OTHERS} are needed",
+                sentence="Membership in a push could not be measured.",
+            )
+        ]
+    metric = Metric(case.reader, case.some_public(_PUBLIC), lot)
+    split = _balanced(
+        members, draw.sample(others, min(_SCORED, len(others))), draw.sample(members, min(_SCORED // 2, lot))
+    )
+    scored = score(case.reader, [record.ids for record in split.records], [opened], metric)
+    return rates(
+        "membership in a push", case, adversary, Channel.PUSHES, split.scores(scored.standardised()[:, 0]), lot
+    )
+
+
+def _balanced(members: Sequence[Owned], others: Sequence[Owned], chosen: Sequence[Owned]) -> Split:
+    return Split([*chosen, *others], [True] * len(chosen) + [False] * len(others))
+
+
+def rates(
+    name: str, case: Case, adversary: Adversary, channel: Channel, scores: Scores, lot: int | None, more: str = ""
+) -> list[Finding]:
+    """AUC, and the members found at 1 % and 0.1 % of false alarms where the others are enough for it."""
+    area = metrics.auc(scores, seed=case.seed)
+    fpr, tpr = metrics.roc(scores)
+    curve = tuple(zip(fpr.tolist(), tpr.tolist(), strict=True))
+    found = [
+        Finding(
+            name=name,
+            adversary=adversary,
+            channel=channel,
+            unit=Unit.AUC,
+            lot=lot,
+            value=area,
+            roc=curve,
+            sentence=f"A known record that was in scores above one that was not with chance {area.value:.3f} "
+            f"[{area.low:.3f}, {area.high:.3f}].{more}",
+        )
+    ]
+    for level in (0.01, 0.001):
+        hits = metrics.tpr_at(level, scores, seed=case.seed)
+        if hits is not None:
+            found.append(
+                Finding(
+                    name=f"{name} at {level:.1%} false alarms",
+                    adversary=adversary,
+                    channel=channel,
+                    unit=Unit.TPR,
+                    lot=lot,
+                    value=hits,
+                    sentence=f"With {level:.1%} of false alarms {_percent(hits)} of the members are found.",
+                )
+            )
+    return found
+
+
+def bag(case: Case, adversary: Adversary, clock: Clock) -> list[Finding]:
+    """Which tokens the recorded push holds, from the sums of embedding and head; nothing where they do not cross."""
+    round_index = case.rounds()[0]
+    opened, records = case.opened(adversary, round_index), case.lot(round_index)
+    names = [name for name in table_names(case.reader.model) if name in opened.trunk]
+    if not names:
+        return []
+    reader = BagReader(
+        case.reader, case.public, len(records), names, pushes=max(6, min(24, 256 // len(records))), seed=case.seed
+    )
+    read, usual = reader.read({name: opened.trunk[name] for name in names}), reader.usual()
+    truth = torch.bincount(
+        torch.tensor([token for record in records for token in record.ids]), minlength=case.reader.vocabulary
+    )
+    values = []
+    for guess in (read, usual):
+        per_V = torch.stack([torch.minimum(truth, guess.counts_V), truth + guess.counts_V], 1).double()
+        values.append(metrics.bootstrap(per_V, _f_measure, case.seed))
+    value, prior = values
+    here = truth > 0
+    areas = [
+        metrics.auc(Scores.of(each.log_odds_V[here], each.log_odds_V[~here]), seed=case.seed)
+        for each in (read, usual)
+    ]
+    return [
+        Finding(
+            name="bag of tokens",
+            adversary=adversary,
+            channel=Channel.EMBEDDING,
+            unit=Unit.BAG,
+            lot=len(records),
+            value=value,
+            prior=prior,
+            sentence=f"Which tokens a push of {len(records)} records holds, and how often, was read with F1 "
+            f"{value.value:.2f}; without the push {prior.value:.2f}.",
+        ),
+        Finding(
+            name="presence of a token",
+            adversary=adversary,
+            channel=Channel.EMBEDDING,
+            unit=Unit.AUC,
+            lot=len(records),
+            value=areas[0],
+            prior=areas[1],
+            sentence=f"A token that occurs in the push is told from one that does not with AUC {areas[0].value:.3f}; "
+            f"without the push {areas[1].value:.3f}.",
+        ),
+    ]
+
+
+def _f_measure(per_V: Tensor) -> float:
+    both, either = per_V.sum(0).tolist()
+    return 2 * both / either if either else 0.0
+
+
+def _percent(value: Estimate) -> str:
+    return f"{value.value:.0%} [{value.low:.0%}, {value.high:.0%}]"

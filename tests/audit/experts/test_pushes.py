@@ -1,0 +1,168 @@
+"""Recorded pushes are what the arithmetic of the attacks supposes that they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from coterie.audit.adversaries import Adversary
+from coterie.audit.answers import Answers
+from coterie.audit.evidence import Evidence
+from coterie.audit.experts import plain
+from coterie.audit.experts.attack import attack
+from coterie.audit.experts.bag import table_names, table_sums
+from coterie.audit.experts.case import Case, Clock, Owned
+from coterie.audit.experts.opened import ExpertSum, Opened
+from coterie.audit.experts.plain import without
+from coterie.audit.experts.pushes import noised, put, served, standard_deviation
+from coterie.audit.experts.simulate import rows_of, summed
+from coterie.audit.findings import Unit
+from coterie.audit.transcript import Transcript
+from coterie.config import dump_yaml
+from coterie.errors import AuditError
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.party.in_process import InProcessFederation
+from federation_tools import full_models, make_parts, settings, text
+
+LOT = 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds of three parties, recorded whole; every party starts from one public model."""
+    folder = tmp_path_factory.mktemp("federation")
+    start = folder / "start"
+    model = tiny_model("olmoe")
+    model.save_pretrained(start)
+    config = settings(
+        exchange="experts",
+        privacy="none",
+        trunk="shared",
+        model={"path": start},
+        train__rounds=2,
+        train__batch_size=LOT,
+        transcript={"rounds": "all", "max_gib": 1.0},
+    )
+    same = full_models()
+    for each in same.values():
+        each.load_state_dict(model.state_dict())
+    parts = make_parts(config, same, folder)
+    federation = InProcessFederation(config, folder / "coordinator")
+    federation.coordinate()
+    for part in parts.values():
+        federation.up(part)
+    federation.join()
+    for end in federation.ends.values():
+        if isinstance(end, BaseException):
+            raise end
+    dump_yaml(folder / "alder" / "federation.yaml", config)
+    return folder
+
+
+def transcripts(run: Path, *hosts: str) -> dict[str, Transcript]:
+    return {name: Transcript.read(run / name, "alder") for name in hosts}
+
+
+@pytest.fixture
+def evidence(run: Path) -> Evidence:
+    public = [tuple(row["input_ids"].tolist()) for row in map(text(77, 200).__getitem__, range(200))]
+    return Evidence(
+        owner="alder",
+        exchange="experts",
+        trunk="shared",
+        privacy=None,
+        start=run / "start",
+        public=[list(record) for record in public],
+        received=transcripts(run, "birch", "cedar"),
+        answers=Answers.read(run / "alder"),
+        run_folder=run / "alder",
+    )
+
+
+def case_of(evidence: Evidence) -> Case:
+    """With the owner's records, which a real run reads from the files that its settings name."""
+    case = Case(evidence, 0)
+    own = text(10)
+    case.__dict__["train"] = [
+        Owned(row, int(own.document_S[row]), tuple(own[row]["input_ids"].tolist())) for row in range(len(own))
+    ]
+    return case
+
+
+@pytest.mark.parametrize("round_index", [1, 2])
+def test_a_recorded_push_is_the_sum_that_attacks_suppose(evidence: Evidence, round_index: int) -> None:
+    case = case_of(evidence)
+    for number, parts in served(list(evidence.received.values())):
+        if number == round_index:
+            put(case.reader.model, case.transcript.parts, parts)
+    records = [record.ids for record in case.lot(round_index)]
+    assert len(records) == LOT
+    opened = case.opened(Adversary.ALL_HOSTS, round_index)
+    own = summed(rows_of(case.reader, records), list(opened.experts))
+    for key, each in opened.experts.items():
+        for found, supposed in (
+            (each.first_DG, own.experts[key].first_DG),
+            (each.second_FD, own.experts[key].second_FD),
+        ):
+            assert float((found - supposed).norm()) <= 1e-4 * float(found.norm()) + 1e-7
+    names = [name for name in table_names(case.reader.model) if name in opened.trunk]
+    for name in names:
+        value = table_sums(case.reader, records)[name]
+        assert float((opened.trunk[name] - value).norm()) <= 1e-4 * float(value.norm())
+
+
+def test_a_host_opens_its_own_experts_and_all_of_them_together_never_the_owners_third(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    placement = case.transcript.placement
+    host_of = {(layer, e): host for layer, hosts in enumerate(placement) for e, host in enumerate(hosts)}
+    alone = case.opened(Adversary.HOST_PUBLIC, 1)
+    together = case.opened(Adversary.ALL_HOSTS, 1)
+    assert {host_of[key] for key in alone.experts} == {"birch"}
+    assert {host_of[key] for key in together.experts} == {"birch", "cedar"}
+    assert len(together.experts) == sum(host != "alder" for host in host_of.values())
+
+
+def test_known_records_are_taken_out_of_a_push(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    records = [record.ids for record in case.lot(1)]
+    opened = case.opened(Adversary.ALL_HOSTS, 1)
+    left = without(opened, summed(rows_of(case.reader, records[1:]), list(opened.experts)))
+    alone = summed(rows_of(case.reader, records[:1]), list(opened.experts))
+    for key, each in alone.experts.items():
+        scale = float(opened.experts[key].first_DG.norm())
+        assert float((left.experts[key].first_DG - each.first_DG).norm()) <= 3e-5 * scale
+        assert left.experts[key].first.empty == each.first.empty
+
+
+def test_noise_is_measured_in_the_sums_themselves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = ExpertSum(0.7 * torch.randn(60, 80, generator=generator), 0.7 * torch.randn(60, 60, generator=generator))
+    opened = Opened({(0, 0): noise})
+    assert standard_deviation(opened) == pytest.approx(0.7, rel=0.03)
+    assert noised(opened, 0.7).experts[0, 0].noise == noised(opened, 0.7).noise == 0.7
+
+
+def test_attacks_say_what_they_read_beside_what_could_be_guessed(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    found = plain.next_tokens(case, Adversary.ALL_HOSTS, 1, Clock(60.0), places=16)
+    assert found.unit is Unit.PLACES
+    assert found.value is not None
+    assert found.prior is not None
+    assert found.value.value > found.prior.value + 0.4
+    assert found.lot == 1
+    (area,) = plain.membership(case, Adversary.ALL_HOSTS, LOT, Clock(60.0))
+    assert area.unit is Unit.AUC
+    assert area.value is None  # too few of the owner's records were left out of the push
+    assert "40 are needed" in area.reason
+
+
+def test_nothing_received_is_said_and_not_measured(evidence: Evidence) -> None:
+    with pytest.raises(AuditError) as caught:
+        attack(replace(evidence, received={}), seed=0, budget_s=1.0)
+    assert caught.value.code == "audit-no-pushes"
+    with pytest.raises(AuditError) as caught:
+        attack(replace(evidence, public=[]), seed=0, budget_s=1.0)
+    assert caught.value.code == "audit-no-pushes"
