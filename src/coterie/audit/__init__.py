@@ -4,6 +4,7 @@ In reading order: `coterie.audit.adversaries` says who attacks, `coterie.audit.m
 far it carries; `coterie.audit.transcript` reads what a party recorded of what others sent to it,
 `coterie.audit.answers` the owner's own key to it, and `coterie.audit.evidence` joins everything that an audit of one
 owner rests on. Attacks read transcripts, the public starting checkpoint and public text; answers are for scoring.
+`coterie.audit.model` attacks the trained model, and prepares runs for that.
 
 `coterie.audit.findings` holds what came out, `coterie.audit.verdicts` what it amounts to, and `coterie.audit.report`
 shows it.

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from scipy import optimize, stats
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from coterie.errors import AuditError
 
+Id = TypeVar("Id", bound=Hashable)
+"""What a record is known by."""
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 UNKNOWN = -1
@@ -212,9 +215,9 @@ class Scores:
     @classmethod
     def joined(
         cls,
-        scores: Mapping[Hashable, float],
-        members: Mapping[Hashable, bool],
-        documents: Mapping[Hashable, int] | None = None,
+        scores: Mapping[Id, float],
+        members: Mapping[Id, bool],
+        documents: Mapping[Id, int] | None = None,
     ) -> Scores:
         """Join scores and the truth by the ids of records, never by their order.
 
