@@ -27,7 +27,7 @@ from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs
 from coterie.training.party.run import PartyResult
 from coterie.training.purging import purge
-from federation_tools import PARTIES, full_models, make_parts, settings
+from helpers.federations import PARTIES, full_models, make_parts, settings
 
 RECORDED = {"rounds": "all", "max_gib": 1.0}
 Seen = dict[str, list[tuple[str, bool, Lane, Message]]]

@@ -15,12 +15,12 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
-from test_federation_commands import edit, folder, made, run  # noqa: F401 - fixtures
 
 from coterie.federation.identity.certificates import cert_pem, key_pem, new_authority
 from coterie.federation.identity.kit import load_kit
 from coterie.federation.wire import unreachable
 from coterie.training.party.doctor import Finding, diagnose
+from helpers.federation_commands import edit, folder, made, run  # noqa: F401 - fixtures
 
 
 def found(path: Path, **options: object) -> dict[str, Finding]:

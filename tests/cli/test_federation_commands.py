@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-import shutil
 import socket
 from contextlib import closing
 from pathlib import Path
@@ -15,76 +14,18 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from coterie.cli.app import main
 from coterie.config import DataSpec
 from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import open_ledger
 from coterie.federation.identity.certificates import Member, Role, cert_pem, key_pem, new_authority, new_key
 from coterie.federation.identity.kit import load_authority
-from coterie.federation.identity.provision import free_endpoints
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.models.split.origins import save_tensors
 from coterie.training.data.documents import read_documents
+from helpers.federation_commands import MODEL, PARTIES, edit, run
 
-PARTIES = ("alder", "birch")
-MODEL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4}
 MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "eos_token_id": 0}
-
-
-def run(*arguments: object) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A federation of two with everything in place."""
-    folder = tmp_path_factory.mktemp("grove")
-    endpoints = free_endpoints(3)
-    federation = {
-        "name": "grove",
-        "model": {"family": "olmoe", "config": MODEL},
-        "parties": {name: {"endpoint": endpoint} for name, endpoint in zip(PARTIES, endpoints, strict=False)},
-        "coordinator": {"endpoint": endpoints[2]},
-        "exchange": "tokens",
-        "train": {"rounds": 2, "batch_size": 2, "micro_batch": 2},
-        "deadline_s": 4.0,
-        "join_deadline_s": 1.0,
-    }
-    (folder / "federation.yaml").write_text(yaml.safe_dump(federation))
-    (folder / "public.txt").write_text("leaf and root, wind and rain\n" * 40)
-    (folder / "own.txt").write_text("the river and the stone\n" * 40)
-    for name in PARTIES:
-        tokenizer = {"train": {"files": ["public.txt"], "vocab_size": 290}}
-        party = {
-            "party": name,
-            "federation": "federation.yaml",
-            "kit": f"kits/{name}",
-            "data": {"train": "own.txt", "sequence_length": 16, "tokenizer": tokenizer},
-            "trunk": "split/trunk.safetensors",
-            "shard": f"split/experts-{name}.safetensors",
-            "run_dir": f"runs/{name}",
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(party))
-    assert run("split", "--federation", folder / "federation.yaml", "--out", folder / "split") == 0
-    weights = ("--weights", folder / "split")
-    assert run("provision", folder / "federation.yaml", *weights, "--out", folder / "kits") == 0
-    return folder
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(made, tmp_path / "grove"))
-
-
-def edit(path: Path, **changes: object) -> Path:
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
-    return path
 
 
 def test_parties_that_never_arrive_are_named_with_the_deadline(folder: Path, capfd: pytest.CaptureFixture[str]):

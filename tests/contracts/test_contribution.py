@@ -23,7 +23,7 @@ from coterie.training.experts.contribution import Contribution, PlainSums, Sums
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.loop import loss_sum
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs
-from federation_tools import PARTIES, full_models, make_parts, settings
+from helpers.federations import PARTIES, full_models, make_parts, settings
 
 PINS = {"weights": "00", "agreement": "11", "epoch": "1"}
 RULES = {"epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.7, "lot_size": 5}

@@ -37,7 +37,7 @@ DTYPES = [
 ]
 
 
-class World:
+class TransportWorld:
     """Transports of one kind, closed when the test ends."""
 
     def __init__(self, make: Callable[[tuple[str, ...], str | None], dict[str, Transport]], stack: ExitStack) -> None:
@@ -71,9 +71,9 @@ def _grpc(names: tuple[str, ...], coordinator: str | None, folder: Path) -> dict
 
 
 @pytest.fixture(params=[_in_process, _grpc], ids=["inprocess", "grpc"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TransportWorld]:
     with ExitStack() as stack:
-        yield World(lambda names, coordinator: request.param(names, coordinator, tmp_path), stack)
+        yield TransportWorld(lambda names, coordinator: request.param(names, coordinator, tmp_path), stack)
 
 
 def echo(peer: str, lane: Lane, message: Message) -> Message:
@@ -89,7 +89,7 @@ def _example(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return values.to(dtype)
 
 
-def test_every_dtype_comes_back_bit_for_bit(world: World) -> None:
+def test_every_dtype_comes_back_bit_for_bit(world: TransportWorld) -> None:
     alder = world.started({"alder": silent, "birch": echo})["alder"]
     tensors = tuple(_example(dtype, 3, 5) for dtype in DTYPES)
     reply = alder.request("birch", Lane.FORWARD, Message("dispatch", tensors=tensors), 10.0)
@@ -98,7 +98,7 @@ def test_every_dtype_comes_back_bit_for_bit(world: World) -> None:
         assert torch.equal(came, sent)
 
 
-def test_all_header_fields_and_the_body_come_back(world: World) -> None:
+def test_all_header_fields_and_the_body_come_back(world: TransportWorld) -> None:
     alder = world.started({"alder": silent, "birch": echo})["alder"]
     message = Message(
         "grad",
@@ -108,7 +108,7 @@ def test_all_header_fields_and_the_body_come_back(world: World) -> None:
     assert alder.request("birch", Lane.BACKWARD, message, 10.0) == message
 
 
-def test_empty_scalar_strided_and_non_finite_tensors_arrive(world: World) -> None:
+def test_empty_scalar_strided_and_non_finite_tensors_arrive(world: TransportWorld) -> None:
     alder = world.started({"alder": silent, "birch": echo})["alder"]
     tensors = (
         torch.empty(0, 7),
@@ -123,7 +123,7 @@ def test_empty_scalar_strided_and_non_finite_tensors_arrive(world: World) -> Non
         assert torch.equal(torch.nan_to_num(came, 9.0), torch.nan_to_num(sent, 9.0))
 
 
-def test_tensors_larger_than_many_chunks_arrive_whole_and_writable(world: World) -> None:
+def test_tensors_larger_than_many_chunks_arrive_whole_and_writable(world: TransportWorld) -> None:
     alder = world.started({"alder": silent, "birch": echo})["alder"]
     big = torch.randn(3_000_001, generator=torch.Generator().manual_seed(1)).to(torch.float32)
     small = torch.arange(5)
@@ -134,7 +134,7 @@ def test_tensors_larger_than_many_chunks_arrive_whole_and_writable(world: World)
     assert torch.equal(reply.tensors[2], small)
 
 
-def test_the_sender_may_overwrite_its_tensor_once_the_call_returned(world: World) -> None:
+def test_the_sender_may_overwrite_its_tensor_once_the_call_returned(world: TransportWorld) -> None:
     came: list[torch.Tensor] = []
     gate = threading.Event()
 
@@ -151,7 +151,7 @@ def test_the_sender_may_overwrite_its_tensor_once_the_call_returned(world: World
     assert came[0].sum() == 100_000
 
 
-def test_requests_of_a_peer_on_a_lane_are_handled_in_the_order_sent(world: World) -> None:
+def test_requests_of_a_peer_on_a_lane_are_handled_in_the_order_sent(world: TransportWorld) -> None:
     order: list[int] = []
 
     def note(peer: str, lane: Lane, message: Message) -> None:
@@ -170,7 +170,7 @@ def test_requests_of_a_peer_on_a_lane_are_handled_in_the_order_sent(world: World
     assert order == list(range(61))
 
 
-def test_a_handler_that_waits_holds_up_neither_other_lanes_nor_other_peers(world: World) -> None:
+def test_a_handler_that_waits_holds_up_neither_other_lanes_nor_other_peers(world: TransportWorld) -> None:
     gate = threading.Event()
 
     def wait_for_alder_forward(peer: str, lane: Lane, message: Message) -> None:
@@ -186,7 +186,7 @@ def test_a_handler_that_waits_holds_up_neither_other_lanes_nor_other_peers(world
     stuck.result(5)
 
 
-def test_replies_find_their_requests_when_many_threads_ask_at_once(world: World) -> None:
+def test_replies_find_their_requests_when_many_threads_ask_at_once(world: TransportWorld) -> None:
     members = world.started({"alder": silent, "birch": echo})
     wrong: list[int] = []
 
@@ -207,7 +207,7 @@ def test_replies_find_their_requests_when_many_threads_ask_at_once(world: World)
     assert wrong == []
 
 
-def test_both_sides_can_ask_each_other_inside_their_handlers(world: World) -> None:
+def test_both_sides_can_ask_each_other_inside_their_handlers(world: TransportWorld) -> None:
     members: dict[str, Transport] = {}
 
     def ask_back(peer: str, lane: Lane, message: Message) -> Message:
@@ -220,7 +220,7 @@ def test_both_sides_can_ask_each_other_inside_their_handlers(world: World) -> No
 
 @pytest.mark.parametrize("theirs", [PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1])
 def test_a_peer_of_another_protocol_version_is_refused_on_both_sides_and_the_others_go_on(
-    world: World, theirs: int
+    world: TransportWorld, theirs: int
 ) -> None:
     members = world.unstarted("alder", "birch", "cedar")
     birch = members["birch"]
@@ -245,7 +245,7 @@ def test_a_reply_is_about_what_its_request_was_about() -> None:
     assert (reply.kind, reply.address, reply.body, reply.tensors) == ("outputs", address, {}, ())
 
 
-def test_an_error_of_the_handler_crosses_as_class_code_step_and_field_without_its_text(world: World) -> None:
+def test_an_error_of_the_handler_crosses_as_class_code_step_and_field_without_its_text(world: TransportWorld) -> None:
     def refuse(peer: str, lane: Lane, message: Message) -> None:
         raise RoundError(
             "secret text of a record", code="round-aborted", where="/home/secret", why="secret", field="micro_batch"
@@ -261,7 +261,7 @@ def test_an_error_of_the_handler_crosses_as_class_code_step_and_field_without_it
     assert "secret" not in str(caught.value)
 
 
-def test_an_unexpected_exception_crosses_as_remote_failure_without_its_text(world: World) -> None:
+def test_an_unexpected_exception_crosses_as_remote_failure_without_its_text(world: TransportWorld) -> None:
     def crash(peer: str, lane: Lane, message: Message) -> None:
         raise ValueError("secret text of a record")
 
@@ -273,7 +273,7 @@ def test_an_unexpected_exception_crosses_as_remote_failure_without_its_text(worl
     assert "ValueError" not in str(caught.value)
 
 
-def test_a_reply_that_cannot_be_sent_fails_the_request_and_not_the_connection(world: World) -> None:
+def test_a_reply_that_cannot_be_sent_fails_the_request_and_not_the_connection(world: TransportWorld) -> None:
     def bad(peer: str, lane: Lane, message: Message) -> Message:
         unsendable = message.reply("reply", tensors=(torch.zeros(2, dtype=torch.complex64),))
         return message if message.address.round else unsendable
@@ -300,7 +300,7 @@ def test_a_reply_that_cannot_be_sent_fails_the_request_and_not_the_connection(wo
     ],
 )
 def test_a_message_that_breaks_a_limit_is_refused_where_it_is_made(
-    world: World, message: Message, field: str
+    world: TransportWorld, message: Message, field: str
 ) -> None:
     alder = world.started({"alder": silent, "birch": echo})["alder"]
     with pytest.raises(FrameError) as caught:
@@ -309,7 +309,7 @@ def test_a_message_that_breaks_a_limit_is_refused_where_it_is_made(
     assert alder.request("birch", Lane.FORWARD, Message("fine"), 5.0).kind == "fine"
 
 
-def test_a_request_without_reply_in_time_raises_deadline_and_names_the_peer(world: World) -> None:
+def test_a_request_without_reply_in_time_raises_deadline_and_names_the_peer(world: TransportWorld) -> None:
     gate = threading.Event()
     alder = world.started({"alder": silent, "birch": lambda *_: gate.wait(10) and None})["alder"]
     with pytest.raises(DeadlineError, match=r"birch did not answer `dispatch` within 0\.2 s"):
@@ -318,7 +318,7 @@ def test_a_request_without_reply_in_time_raises_deadline_and_names_the_peer(worl
     alder.request("birch", Lane.FORWARD, Message("dispatch"), 5.0)  # the late reply is no answer to this one
 
 
-def test_no_more_than_the_window_is_unanswered_and_the_next_one_waits_for_room(world: World) -> None:
+def test_no_more_than_the_window_is_unanswered_and_the_next_one_waits_for_room(world: TransportWorld) -> None:
     gate = threading.Event()
     handled: list[int] = []
 
@@ -339,7 +339,7 @@ def test_no_more_than_the_window_is_unanswered_and_the_next_one_waits_for_room(w
     assert handled == [0, 1, 2, 3]
 
 
-def test_close_fails_the_requests_of_both_sides(world: World) -> None:
+def test_close_fails_the_requests_of_both_sides(world: TransportWorld) -> None:
     gate = threading.Event()
     members = world.started({"alder": silent, "birch": lambda *_: gate.wait(10) and None})
     pending = members["alder"].request_async("birch", Lane.FORWARD, Message("dispatch"), 30.0)
@@ -356,7 +356,7 @@ def test_close_fails_the_requests_of_both_sides(world: World) -> None:
     assert caught.value.code == "closed"
 
 
-def test_closing_ones_own_end_fails_ones_own_requests(world: World) -> None:
+def test_closing_ones_own_end_fails_ones_own_requests(world: TransportWorld) -> None:
     gate = threading.Event()
     members = world.started({"alder": silent, "birch": lambda *_: gate.wait(10) and None})
     pending = members["alder"].request_async("birch", Lane.FORWARD, Message("dispatch"), 30.0)
@@ -367,7 +367,7 @@ def test_closing_ones_own_end_fails_ones_own_requests(world: World) -> None:
     gate.set()
 
 
-def test_a_missing_peer_is_named_when_the_deadline_passes(world: World) -> None:
+def test_a_missing_peer_is_named_when_the_deadline_passes(world: TransportWorld) -> None:
     members = world.unstarted("alder", "birch", "cedar")
     members["alder"].start(silent)
     members["birch"].start(silent)
@@ -381,7 +381,7 @@ def test_a_missing_peer_is_named_when_the_deadline_passes(world: World) -> None:
     assert refused.value.code == "not-connected"
 
 
-def test_unanswered_requests_are_bounded_in_bytes_and_a_large_one_goes_alone(world: World) -> None:
+def test_unanswered_requests_are_bounded_in_bytes_and_a_large_one_goes_alone(world: TransportWorld) -> None:
     gate, seen = threading.Event(), []
 
     def slow(peer: str, lane: Lane, message: Message) -> None:
@@ -406,7 +406,7 @@ def test_unanswered_requests_are_bounded_in_bytes_and_a_large_one_goes_alone(wor
     assert seen == ["first", "second", "empty", "large"]
 
 
-def test_wait_for_a_peer_can_be_given_up(world: World) -> None:
+def test_wait_for_a_peer_can_be_given_up(world: TransportWorld) -> None:
     members = world.unstarted("alder", "birch")
     members["alder"].start(silent)
     asked = iter([True, True, False])
@@ -414,7 +414,7 @@ def test_wait_for_a_peer_can_be_given_up(world: World) -> None:
     assert members["alder"].connected() == set()
 
 
-def test_close_waits_once_for_all_handlers_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_waits_once_for_all_handlers_together(world: TransportWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, arrived = threading.Event(), threading.Semaphore(0)
 
     def stuck(peer: str, lane: Lane, message: Message) -> None:
@@ -443,7 +443,7 @@ def test_close_waits_once_for_all_handlers_together(world: World, monkeypatch: p
     assert sum(waits) <= SETTINGS.close_s
 
 
-def test_the_coordinator_has_the_control_lane_alone_and_sees_no_tensor(world: World) -> None:
+def test_the_coordinator_has_the_control_lane_alone_and_sees_no_tensor(world: TransportWorld) -> None:
     members = world.started({"coordinator": echo, "alder": echo, "birch": echo}, coordinator="coordinator")
     ready, begin = Message("ready", body={"round": 4}), Message("begin", body={"round": 5})
     assert members["alder"].request("coordinator", Lane.CONTROL, ready, 5.0) == ready
@@ -456,7 +456,7 @@ def test_the_coordinator_has_the_control_lane_alone_and_sees_no_tensor(world: Wo
     assert caught.value.code == "tensors-on-control"
 
 
-def test_counters_give_payload_and_tensor_bytes_per_peer_and_lane(world: World) -> None:
+def test_counters_give_payload_and_tensor_bytes_per_peer_and_lane(world: TransportWorld) -> None:
     members = world.started({"alder": silent, "birch": silent, "cedar": silent})
     tensor = torch.zeros(1000, 1000, dtype=torch.bfloat16)
     members["alder"].request("birch", Lane.FORWARD, Message("dispatch", tensors=(tensor,)), 10.0)

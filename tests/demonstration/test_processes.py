@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from coterie.demonstration.processes import Command, Processes
 from coterie.errors import CoterieError
+from helpers.waiting import until
 
 PYTHON = (sys.executable, "-c")
 FOREVER = "import time\nprint('here', flush=True)\nwhile True: time.sleep(0.1)"
@@ -31,13 +31,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition: object, seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < until, "did not happen"
-        time.sleep(0.05)
 
 
 def said_here(log: Path) -> bool:
@@ -85,7 +78,7 @@ def test_leaving_ends_even_what_ignores_a_polite_request(tmp_path: Path) -> None
     stubborn = script(tmp_path, "stubborn", STUBBORN)
     with Processes(tmp_path, PYTHON) as processes:
         running = processes.start(stubborn)
-        wait_for(lambda: said_here(stubborn.log))
+        until(lambda: said_here(stubborn.log))
     assert running.code == -signal.SIGKILL
     assert not alive(running.process.pid)
 
@@ -100,10 +93,10 @@ def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
     command = script(tmp_path, "parent", parent)
     with Processes(tmp_path, PYTHON) as processes:
         processes.start(command)
-        wait_for(lambda: said_here(command.log))
+        until(lambda: said_here(command.log))
         child = int(next(line for line in command.log.read_text().splitlines() if line.isdigit()))
         assert alive(child)
-    wait_for(lambda: not alive(child))
+    until(lambda: not alive(child))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -125,7 +118,7 @@ def test_a_signal_to_the_demo_leaves_no_process_behind(tmp_path: Path, number: i
     demo = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     assert demo.stdout is not None
     pids = [int(pid) for pid in demo.stdout.readline().split()]
-    wait_for(lambda: all(said_here(tmp_path / f"p{n}.log") for n in range(2)))
+    until(lambda: all(said_here(tmp_path / f"p{n}.log") for n in range(2)))
     assert all(alive(pid) for pid in pids)
     os.kill(demo.pid, number)
     assert demo.wait(timeout=30) == 130

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import clipped, distance, gradients, norms, only, size, token_batch
 from torch import Tensor
 
 from coterie import dp
@@ -18,6 +17,7 @@ from coterie.dp.clipping import Automatic, Flat, PerGroup, PerLayer, quantile_up
 from coterie.dp.per_sample.engine import Engine
 from coterie.errors import PrivacyError
 from coterie.models.zoo.tiny import tiny_model
+from helpers.engine_reference import clipped, distance, gradients, norms, only, size, token_batch
 
 METHODS = ("book_keeping", "ghost")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import clipped, distance, gradients, norms, only, size, token_batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +24,7 @@ from coterie.dp.per_sample.precision import full_float32
 from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.zoo.tiny import tiny_model
+from helpers.engine_reference import clipped, distance, gradients, norms, only, size, token_batch
 
 METHODS = ("book_keeping", "ghost")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import clipped, distance, gradients, norms, token_batch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +13,7 @@ from coterie.dp.clipping import Flat
 from coterie.dp.per_sample.engine import Engine
 from coterie.errors import ModelError, NoRuleError
 from coterie.models.zoo.tiny import tiny_model
+from helpers.engine_reference import clipped, distance, gradients, norms, token_batch
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import gradients, norms, only, size, token_batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOu
 from coterie.dp.per_sample.terms import Aligned, Dense, Lookup, Outer, Term
 from coterie.models import seam
 from coterie.models.zoo.tiny import tiny_model
+from helpers.engine_reference import gradients, norms, only, size, token_batch
 
 METHODS = ("book_keeping", "ghost")
 NEEDS_NUMBA = pytest.mark.skipif(gram_kernel.kernel() is None, reason="needs numba")

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from engine_reference import clipped, distance, gradients, gradients_in_batch, norms, only, token_batch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -20,16 +19,16 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeForSequenceClassification,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
 )
 
 from coterie.dp.clipping import Flat
 from coterie.dp.per_sample import gram_kernel
 from coterie.dp.per_sample.engine import Engine
 from coterie.models.zoo.catalogue import causal_lm_types
-from coterie.models.zoo.tiny import fill_random, tiny_config, tiny_model
+from coterie.models.zoo.tiny import tiny_config, tiny_model
 from coterie.models.zoo.upcycle import upcycle
+from helpers.engine_reference import clipped, distance, gradients, gradients_in_batch, norms, only, token_batch
+from helpers.switch_models import small, switch
 
 CLIP = 0.5
 
@@ -60,11 +59,6 @@ def assert_rounding_of_the_model(model: nn.Module, batch: dict[str, Tensor], alo
     exact_model.set_experts_implementation("eager")  # the grouped product of torch has no float64
     exact = norms(gradients(exact_model, batch))
     assert (ours / exact - 1).abs().max() <= (alone / exact - 1).abs().max()
-
-
-def small(model: nn.Module) -> nn.Module:
-    fill_random(model, torch.Generator().manual_seed(0))
-    return model.eval()
 
 
 @pytest.mark.parametrize("family", causal_lm_types())
@@ -141,20 +135,6 @@ def test_invariant_1_exact_for_an_upcycled_classifier() -> None:
     dense = BertForSequenceClassification(BertConfig(**_SIZES, num_labels=3))
     model = small(upcycle(dense, experts=4, top_k=2))
     assert_exact(model, {**token_batch(3, 7), "labels": torch.tensor([0, 2, 1])})
-
-
-def switch(**settings: object) -> nn.Module:
-    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_experts": 4}
-    layers = {
-        "num_layers": 2,
-        "num_decoder_layers": 2,
-        "num_sparse_encoder_layers": 1,
-        "num_sparse_decoder_layers": 1,
-    }
-    config = SwitchTransformersConfig(
-        **{**sizes, **layers, "expert_capacity": 3, "decoder_start_token_id": 0, "pad_token_id": 0, **settings}
-    )
-    return small(SwitchTransformersForConditionalGeneration(config))
 
 
 def test_invariant_1_exact_for_switch_transformers_whose_capacity_is_per_sequence() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import clipped, distance, gradients, norms
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from coterie import dp
 from coterie.errors import NoRuleError
+from helpers.engine_reference import clipped, distance, gradients, norms
 
 T, D = 6, 4
 RECORDS = (1, 3, 4, 8)

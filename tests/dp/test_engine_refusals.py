@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_reference import token_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -23,6 +22,7 @@ from coterie.dp.per_sample.sites import CONSTANT, Meaning, Sites
 from coterie.dp.per_sample.weight_expressions import Root
 from coterie.errors import NoRuleError, PrivacyError
 from coterie.models.zoo.tiny import tiny_model
+from helpers.engine_reference import token_batch
 
 VOCAB, WIDTH = 24, 8
 
@@ -372,7 +372,7 @@ def test_invariant_1_packed_records_are_refused(extra: dict[str, Tensor]) -> Non
 
 
 def test_left_padding_with_a_capacity_per_sequence_is_refused() -> None:
-    from test_engine_models import switch
+    from helpers.switch_models import switch
 
     batch = token_batch(2, 6)
     batch["attention_mask"][0, :2] = 0

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine_reference import clipped, distance, gradients, norms, token_batch
 from torch import nn
 
 from coterie.dp.clipping import Flat
 from coterie.dp.per_sample.engine import Engine
 from coterie.models.zoo.catalogue import causal_lm_types
 from coterie.models.zoo.tiny import tiny_model
+from helpers.engine_reference import clipped, distance, gradients, norms, token_batch
 
 SELECTIONS: dict[str, Callable[[str], bool]] = {
     "all but embeddings": lambda name: "embed" not in name,

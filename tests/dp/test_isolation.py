@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_reference import distance, gradients, norms, token_batch
-from test_engine_models import switch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -32,6 +30,8 @@ from coterie.dp.session import PrivateSession
 from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.zoo.tiny import tiny_model
+from helpers.engine_reference import distance, gradients, norms, token_batch
+from helpers.switch_models import switch
 
 LENGTHS = (9, 5, 61, 5, 17, 2, 64)
 STEP = 2.0**-24

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from start_examples import (
+
+from coterie import dp
+from coterie.config import PartyPrivacy, PrivacyRules, PrivacySpec
+from coterie.dp import checkpoint
+from coterie.dp.accounting.lots import LotPlan
+from coterie.dp.plan import ComputeOptions, PrivacyPlan
+from coterie.dp.saved_plan import plan_from_json, plan_to_json
+from coterie.dp.session import PrivateSession
+from coterie.errors import BudgetError, LedgerError, PrivacyError, ProvenanceError
+from coterie.hf import PrivacyArguments
+from helpers.start_examples import (
     EXPERTS,
     FOLDER,
     PARTIES,
@@ -23,17 +33,7 @@ from start_examples import (
     records,
     seeded,
 )
-from start_examples import starts as all_starts
-
-from coterie import dp
-from coterie.config import PartyPrivacy, PrivacyRules, PrivacySpec
-from coterie.dp import checkpoint
-from coterie.dp.accounting.lots import LotPlan
-from coterie.dp.plan import ComputeOptions, PrivacyPlan
-from coterie.dp.saved_plan import plan_from_json, plan_to_json
-from coterie.dp.session import PrivateSession
-from coterie.errors import BudgetError, LedgerError, PrivacyError, ProvenanceError
-from coterie.hf import PrivacyArguments
+from helpers.start_examples import starts as all_starts
 
 KEPT: dict[str, str] = json.loads((FOLDER / "starts.json").read_text("utf-8"))
 

@@ -37,7 +37,7 @@ class Crash(BaseException):
 
 
 @dataclass
-class World:
+class ReleasesWorld:
     """What exists outside the process: its folder, and everything it ever computed on or sent."""
 
     folder: Path
@@ -107,7 +107,7 @@ def test_invariant_8_a_crash_at_any_point_never_under_reports_and_never_noises_a
 ) -> None:
     crashes = 0
     for step in range(1, 200):
-        world = World(tmp_path / str(step))
+        world = ReleasesWorld(tmp_path / str(step))
         world.folder.mkdir()
         with monkeypatch.context() as patch:
             count = dying_at(patch, step)
@@ -134,7 +134,7 @@ def test_invariant_8_a_crash_at_any_point_never_under_reports_and_never_noises_a
 def test_invariant_8_crash_after_spooling_sends_those_bytes_and_counts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     with world.open() as releases:
         pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
         assert isinstance(pending, Pending)
@@ -150,7 +150,7 @@ def test_invariant_8_crash_after_spooling_sends_those_bytes_and_counts_them(
 def test_invariant_8_order_is_spool_sync_then_ledger_sync_then_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, trace = World(tmp_path), []
+    world, trace = ReleasesWorld(tmp_path), []
     real_sync, real_replace = os.fsync, os.replace
 
     def name_of(handle: int) -> str:
@@ -176,7 +176,7 @@ def test_invariant_8_order_is_spool_sync_then_ledger_sync_then_use(
 
 
 def test_invariant_8_retry_before_spooling_recomputes_the_same_lot(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     lots = []
     for _ in range(3):
         with world.open() as releases:
@@ -189,7 +189,7 @@ def test_invariant_8_retry_before_spooling_recomputes_the_same_lot(tmp_path: Pat
 def test_invariant_8_a_failed_ledger_write_leaves_nothing_that_can_be_sent_uncounted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     draw: Callable[[int], Lot] = lambda _: draw_lot(1, PLAN, UNITS, SystemRandom())  # noqa: E731
     noised = {"w": torch.ones(8)}
     with world.open() as releases:
@@ -222,7 +222,7 @@ def test_invariant_8_a_failed_ledger_write_leaves_nothing_that_can_be_sent_uncou
     "changed", [{"weights": "w2"}, {"weights": "w1", "roster": "r2"}, {"weights": "w1", "epoch": "2"}]
 )
 def test_invariant_8_changed_weights_roster_or_epoch_burn_the_round(tmp_path: Path, changed: dict[str, str]) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     world.work(1)
     world.work(1, changed)
     with world.open() as releases:
@@ -236,7 +236,7 @@ def test_invariant_8_changed_weights_roster_or_epoch_burn_the_round(tmp_path: Pa
 
 
 def test_a_pending_lot_is_drawn_anew_when_what_it_is_computed_from_changes(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     lots = []
     for pins in (PINS, {"weights": "w2"}):
         with world.open() as releases:
@@ -248,7 +248,7 @@ def test_a_pending_lot_is_drawn_anew_when_what_it_is_computed_from_changes(tmp_p
 
 
 def test_lost_spool_means_a_new_lot_that_counts_again(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     world.work(1)
     for path in (tmp_path / "spool").glob("release-*"):
         path.unlink()
@@ -260,7 +260,7 @@ def test_lost_spool_means_a_new_lot_that_counts_again(tmp_path: Path) -> None:
 
 
 def test_spooled_bytes_that_changed_are_neither_used_nor_counted_anew(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     world.work(1)
     (path,) = (tmp_path / "spool").glob("release-*")
     content = bytearray(path.read_bytes())
@@ -271,7 +271,7 @@ def test_spooled_bytes_that_changed_are_neither_used_nor_counted_anew(tmp_path: 
 
 
 def test_spent_budget_stops_before_a_lot_is_drawn(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     with world.open(rounds=1) as releases:
         pending = releases.begin(1, PINS, lambda _: Lot(1, NOTHING, NOTHING))
         assert isinstance(pending, Pending)
@@ -282,7 +282,7 @@ def test_spent_budget_stops_before_a_lot_is_drawn(tmp_path: Path) -> None:
 
 
 def test_two_sessions_on_one_spool_are_refused(tmp_path: Path) -> None:
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     with (
         world.open() as releases,
         pytest.raises(LedgerError, match="is in use"),
@@ -297,7 +297,7 @@ VICTIM = """
 import os, signal, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 from pathlib import Path
-from test_releases import World
+from test_releases import ReleasesWorld
 step, done = int(sys.argv[3]), 0
 real = os.fsync
 def fsync(handle):
@@ -307,7 +307,7 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 os.fsync = fsync
-world = World(Path(sys.argv[2]))
+world = ReleasesWorld(Path(sys.argv[2]))
 for number in (1, 2, 3):
     world.work(number)
     print(number, *world.sent[-1][1:], flush=True)
@@ -324,7 +324,7 @@ def test_invariant_8_a_killed_process_resumes_without_losing_count(tmp_path: Pat
         timeout=120,
     )
     assert victim.returncode == -signal.SIGKILL, victim.stderr
-    world = World(tmp_path)
+    world = ReleasesWorld(tmp_path)
     world.sent = [(int(line.split()[0]), line.split()[1]) for line in victim.stdout.splitlines()]
     for number in (1, 2, 3):
         world.work(number)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from slow_engine import SlowEngine
 from torch import Tensor, nn
 
 from coterie import dp
@@ -31,6 +30,7 @@ from coterie.errors import (
     ProvenanceError,
 )
 from coterie.models.zoo.tiny import tiny_model
+from helpers.slow_engine import SlowEngine
 
 BUDGET = Budget(6.0, 1e-3)
 

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ from coterie.demonstration.folder import MADE
 from coterie.demonstration.plan import ARMS
 from coterie.federation.identity.certificates import Role
 from coterie.federation.rounds.coordinator_process import identify
+from helpers.waiting import until
 
 DEMO = (sys.executable, "-m", "coterie.cli.app", "demo", "--quick", "--parties", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -32,13 +32,6 @@ def running_in(folder: Path) -> list[int]:
         if cwd and Path(cwd) == folder and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process.pid)
     return found
-
-
-def wait_until(condition: object, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < until, "did not happen in time"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +129,7 @@ def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
     root = tmp_path / "run"
     demo = subprocess.Popen([*DEMO, "--dir", str(root)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: running_in(root), 60)
+        until(lambda: running_in(root), 60)
         demo.send_signal(signal.SIGINT)
         assert demo.wait(timeout=30) == 130
     finally:
@@ -152,7 +145,7 @@ def test_a_process_that_dies_ends_the_demo_with_its_log_named(tmp_path: Path) ->
     root = tmp_path / "run"
     demo = subprocess.Popen([*DEMO, "--dir", str(root)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: running_in(root), 60)
+        until(lambda: running_in(root), 60)
         os.kill(running_in(root)[0], signal.SIGKILL)
         assert demo.wait(timeout=30) == 1
     finally:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_federation import processes as processes
 
 from coterie.federation.rounds.run_folder import read_status
-from federation_processes import PARTIES, Processes, make_folder
+from helpers.federation_processes import PARTIES, Processes, make_folder
 
 ROUNDS = 4
 RULES = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,8 @@ from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
 from coterie.models.zoo.build import build_model
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.process import prepare_party
-from federation_processes import PARTIES, Processes, make_folder, run_here
-from federation_tools import relative
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    made = Processes(tmp_path / "grove")
-    yield made
-    made.end()
+from helpers.comparing import relative
+from helpers.federation_processes import PARTIES, Processes, make_folder, run_here
 
 
 @pytest.mark.slow

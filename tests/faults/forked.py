@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from federation_processes import Processes
+from helpers.federation_processes import Processes
 
 
 class Starter:

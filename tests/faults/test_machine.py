@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from forked import ForkedProcesses
 from record import RECORD
-from test_kills import ENDLESS, Trial
+from trial import ENDLESS, Trial
 
 from coterie.federation.identity.certificates import COORDINATOR
-from federation_processes import PARTIES, make_folder
+from helpers.federation_processes import PARTIES, make_folder
 
 PART = "Machine"
 pytestmark = pytest.mark.faults

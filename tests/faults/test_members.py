@@ -21,8 +21,8 @@ from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import trunk_tensors
 from coterie.training.party.run import PartyResult
-from federation_tools import PARTIES, full_models, make_parts, settings
-from hostile import Sabotage, mutations
+from helpers.federations import PARTIES, full_models, make_parts, settings
+from helpers.hostile import Sabotage, mutations
 
 PART = "Messages"
 HOSTILE = "cedar"

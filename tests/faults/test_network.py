@@ -10,10 +10,10 @@ import pytest
 from forked import ForkedProcesses, Starter
 from network import Network, possible
 from record import RECORD
-from test_kills import BACK_S, NAMED_S, SLACK, Trial
+from trial import BACK_S, NAMED_S, SLACK, Trial
 
 from coterie.federation.identity.certificates import COORDINATOR
-from federation_processes import PARTIES
+from helpers.federation_processes import PARTIES
 
 PART = "Network"
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(possible()), reason=possible())]

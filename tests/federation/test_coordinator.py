@@ -30,6 +30,7 @@ from coterie.federation.rounds.state import (
 )
 from coterie.federation.wire.in_process import InProcessHub
 from coterie.federation.wire.transport import Lane, Message
+from helpers.waiting import until
 
 PARTIES = ("alder", "birch", "cedar")
 AGREEMENT = "a" * 64
@@ -174,16 +175,10 @@ class Federation:
         self.threads[COORDINATOR].join(10)
 
     def join(self, timeout: float = 20.0) -> None:
-        until = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         for name, thread in self.threads.items():
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
             assert not thread.is_alive(), f"{name} did not end"
-
-    def until(self, holds: Callable[[], bool]) -> None:
-        until = time.monotonic() + 15.0
-        while not holds():
-            assert time.monotonic() < until, "waited in vain"
-            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -240,7 +235,7 @@ def test_killed_party_comes_back_and_all_go_on_from_the_newest_common_checkpoint
     grove.up("alder")
     grove.up("birch")
     grove.up("cedar", die)
-    grove.until(lambda: any(notice.missing == ("cedar",) for notice in grove.notices if notice.state.begun))
+    until(lambda: any(notice.missing == ("cedar",) for notice in grove.notices if notice.state.begun))
     grove.up("cedar")
     everyone_finished(grove)
     # Round 3 was rolled back and computed again, under a number of its own.

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_world import PARTIES, SPEC, Recording, expert_weights
 from torch import Tensor
 
 from coterie.errors import CheckpointError, CoterieError, MessageError, ModelError, RoundError
@@ -25,43 +24,14 @@ from coterie.federation.wire.transport import Address, Lane, Message
 from coterie.models.seam import ExpertsCall, LocalExperts, expert_layers
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.optim import make_optimizer
-
-HOSTED = (0, 3, 5)  # of layer 0 and 1; layer 2 is somebody else's
-
-
-def shard_weights(family: str = "olmoe") -> dict[str, Tensor]:
-    return {
-        key: value
-        for key, value in expert_weights(tiny_model(family)).items()
-        if int(key.split(".")[1]) < 2 and int(key.split(".")[3]) in HOSTED
-    }
-
-
-def make_host(family: str = "olmoe", optimizer: Any = None, **settings: Any) -> TokensHost:
-    layers = expert_layers(tiny_model(family))
-    shard = Shard(layers, shard_weights(family), optimizer or (lambda params: make_optimizer(params, SPEC)))
-    return TokensHost("alder", PARTIES, layers, shard, **settings)
-
-
-def rows(seed: int = 0, tokens: int = 7, weighted: bool = True, dtype: torch.dtype = torch.float32) -> Rows:
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(1, 3, (tokens,), generator=generator)
-    ids = torch.cat([torch.tensor(HOSTED)[torch.randperm(3, generator=generator)[:n]] for n in counts.tolist()])
-    weights = torch.rand(len(ids), generator=generator)
-    hidden = torch.randn(tokens, 32, generator=generator).to(dtype)
-    return Rows(hidden, counts, ids, weights if weighted else None)
+from helpers.tokens_host import HOSTED, dispatch, make_host, rows, shard_weights
+from helpers.tokens_world import PARTIES, SPEC, Recording
 
 
 def exchange(
     micro_batch: int = 0, layer: int = 0, party: str = "birch", attempt: int = 0, number: int = 0
 ) -> ExchangeId:
     return ExchangeId(party, Address(attempt=attempt, micro_batch=micro_batch, layer=layer, call=number))
-
-
-def dispatch(part: Rows, keep: bool = True, **header: int) -> Message:
-    tensors = (part.x_MD, part.counts_M.to(torch.uint8), part.ids_P.to(torch.uint8))
-    tensors += () if part.weights_P is None else (part.weights_P,)
-    return Message(DISPATCH, Address(**header), {"keep": keep}, tensors)
 
 
 def code_of(action: Callable[[], Any]) -> str:

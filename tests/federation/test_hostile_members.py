@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_host import dispatch, make_host, rows
 from torch import Tensor
 
 from coterie.errors import CoterieError, MessageError
@@ -33,7 +32,8 @@ from coterie.federation.wire.transport import Address, Handler, Lane, Message
 from coterie.models.seam import expert_layers
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.tiny import tiny_model
-from hostile import POISON, mutations, poisoned
+from helpers.hostile import POISON, mutations, poisoned
+from helpers.tokens_host import dispatch, make_host, rows
 
 PARTIES = ("alder", "birch", "cedar")
 LIMITS = ExpertsHostLimits(rounds=4, weight=64, value=1e5)
@@ -70,7 +70,7 @@ class Experts:
         from coterie.config import OptimSpec
         from coterie.federation.shard import Shard
         from coterie.training.optim import make_optimizer
-        from federation_tools import shard_of
+        from helpers.federations import shard_of
 
         parts = expert_parts(
             [{name: tuple(p.shape) for name, p in layer.parameters().items()} for layer in layers],

@@ -36,7 +36,7 @@ class OwnParts:
 
     me = "alder"
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MirrorWorld) -> None:
         self._world = world
 
     def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
@@ -45,7 +45,7 @@ class OwnParts:
         return blob, digest_of(blob)
 
 
-class World:
+class MirrorWorld:
     """alder mirrors its own parts and birch's; `before` sees every request to birch and may wait or raise."""
 
     def __init__(self) -> None:
@@ -99,8 +99,8 @@ SHAPES = {"gate_up_proj": (6, 5), "down_proj": (5, 3)}
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    running = World()
+def world() -> Iterator[MirrorWorld]:
+    running = MirrorWorld()
     yield running
     running.mirror.stop()
     running.mirror.join(check=False)
@@ -108,7 +108,7 @@ def world() -> Iterator[World]:
         end.close()
 
 
-def test_a_layer_is_usable_while_the_next_one_is_still_on_its_way(world: World):
+def test_a_layer_is_usable_while_the_next_one_is_still_on_its_way(world: MirrorWorld):
     go_on = threading.Event()
     world.before = lambda message: (
         go_on.wait(5) if message.kind == CHUNK and PARTS[message.address.part].layer == 1 else None
@@ -123,7 +123,7 @@ def test_a_layer_is_usable_while_the_next_one_is_still_on_its_way(world: World):
     assert world.mirror.fetch_s > 0
 
 
-def test_following_parts_are_asked_for_before_the_first_one_has_come(world: World):
+def test_following_parts_are_asked_for_before_the_first_one_has_come(world: MirrorWorld):
     asked = threading.Event()
     chunks = []
 
@@ -147,7 +147,7 @@ def test_following_parts_are_asked_for_before_the_first_one_has_come(world: Worl
     assert chunks == begun == sorted(begun), "in the order in which layers are used"
 
 
-def test_a_part_whose_layer_never_became_whole_comes_again(world: World):
+def test_a_part_whose_layer_never_became_whole_comes_again(world: MirrorWorld):
     world.begin(1)
     world.mirror.join()
     for layer in world.layers:
@@ -167,7 +167,7 @@ def test_a_part_whose_layer_never_became_whole_comes_again(world: World):
         world.assert_right(layer)
 
 
-def test_trunk_that_was_overwritten_from_elsewhere_is_taken_in_again_though_it_is_the_same(world: World):
+def test_trunk_that_was_overwritten_from_elsewhere_is_taken_in_again_though_it_is_the_same(world: MirrorWorld):
     for round_no, taken_in in ((1, 1), (2, 1)):
         world.whole_round(round_no)
         assert len(world.trunks) == taken_in
@@ -178,7 +178,7 @@ def test_trunk_that_was_overwritten_from_elsewhere_is_taken_in_again_though_it_i
     assert not [part for kind, part in world.seen if kind == CHUNK and PARTS[part].layer >= 0]
 
 
-def test_unchanged_parts_are_not_asked_for_again(world: World):
+def test_unchanged_parts_are_not_asked_for_again(world: MirrorWorld):
     world.begin(1)
     world.mirror.join()
     world.seen.clear()

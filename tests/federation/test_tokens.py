@@ -13,18 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from token_world import (
-    PARTIES,
-    SPEC,
-    Batch,
-    Recording,
-    World,
-    assert_equal,
-    batches_of,
-    expert_weights,
-    trunk_of,
-    world,
-)
 from torch import Tensor, nn
 
 from coterie.errors import CoterieError, DeadlineError, PlacementError, RoundError, TransportError
@@ -38,11 +26,23 @@ from coterie.models.split.shards import expert_key
 from coterie.models.zoo.catalogue import causal_lm_types
 from coterie.training.loop import loss_sum, train_round
 from coterie.training.optim import make_optimizer
+from helpers.tokens_world import (
+    PARTIES,
+    SPEC,
+    Batch,
+    Recording,
+    TokensWorld,
+    assert_equal,
+    batches_of,
+    expert_weights,
+    trunk_of,
+    world,
+)
 
 FAMILIES = ["olmoe", "gpt_oss", "nemotron_h", "qwen2_moe", "granitemoehybrid"]
 
 
-def alone(world: World, trunk_seed: int) -> nn.Module:
+def alone(world: TokensWorld, trunk_seed: int) -> nn.Module:
     """One process with a party's trunk and all experts."""
     model = world.model(trunk_seed)
     select(model)
@@ -59,7 +59,7 @@ def expert_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients_alone(
-    world: World, trunk_seed: int, batches: Sequence[Batch], seed: int = 17, training: bool = True
+    world: TokensWorld, trunk_seed: int, batches: Sequence[Batch], seed: int = 17, training: bool = True
 ) -> nn.Module:
     """The model after plain backward of all micro-batches, each with the random state that the scheduler gives it."""
     model = alone(world, trunk_seed).train(training)
@@ -341,7 +341,7 @@ def tensors_behind(*roots: Any) -> list[Tensor]:
     return found
 
 
-def watch(three: World) -> list[tuple[str, str, Message]]:
+def watch(three: TokensWorld) -> list[tuple[str, str, Message]]:
     """Everything that hosts receive from now on, as (host, sender, message)."""
     seen: list[tuple[str, str, Message]] = []
     for name, party in three.parties.items():

@@ -103,7 +103,9 @@ def cut_gradients(
     return grads
 
 
-def assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], tolerance: float = 1e-5) -> None:
+def assert_gradients(
+    got: dict[str, Tensor | None], expected: dict[str, Tensor | None], tolerance: float = 1e-5
+) -> None:
     assert got.keys() == expected.keys()
     for name, reference in expected.items():
         found = got[name]
@@ -143,7 +145,7 @@ def test_gradients_are_those_of_plain_backward_and_a_layer_is_asked_as_often_as_
             with pytest.raises(ModelError, match="recomputed in a way that coterie cannot follow"):
                 cut_gradients(model, exchange)
             return
-        assert_same(cut_gradients(model, exchange), expected)
+        assert_gradients(cut_gradients(model, exchange), expected)
         assert exchange.forwards == once
         assert exchange.backwards == once
         assert all(exchange.kept)
@@ -174,7 +176,7 @@ def test_gradients_are_the_same_when_the_owner_combines(family: str, checkpointi
     if checkpointing:
         use_checkpointing(model)
     expected = plain_gradients(model)
-    assert_same(cut_gradients(model, LocalExchange(rows=True)), expected)
+    assert_gradients(cut_gradients(model, LocalExchange(rows=True)), expected)
 
 
 # ---- where the random state and the dtype matter ------------------------------------------------------------------
@@ -188,7 +190,7 @@ def test_dropout_masks_are_those_of_the_seed(checkpointing: bool) -> None:
     expected = plain_gradients(model, seed=11)
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert_same(cut_gradients(model, LocalExchange(), seed=11), expected)
+    assert_gradients(cut_gradients(model, LocalExchange(), seed=11), expected)
     assert torch.equal(torch.get_rng_state(), before), "a seeded recording leaves the process's random state alone"
 
 
@@ -203,7 +205,7 @@ def test_gradients_under_autocast_are_those_of_plain_backward(checkpointing: boo
             return token_loss(model)
 
     expected = plain_gradients(model, loss)
-    assert_same(cut_gradients(model, LocalExchange(), loss), expected, tolerance=3e-2)
+    assert_gradients(cut_gradients(model, LocalExchange(), loss), expected, tolerance=3e-2)
 
 
 def test_a_frozen_trunk_still_sends_gradients_to_the_experts() -> None:
@@ -212,7 +214,7 @@ def test_a_frozen_trunk_still_sends_gradients_to_the_experts() -> None:
         parameter.requires_grad_("experts" in name or "lm_head" in name)
     expected = plain_gradients(model)
     got = cut_gradients(model, LocalExchange())
-    assert_same(got, expected)
+    assert_gradients(got, expected)
     assert any("experts" in name and grad is not None and grad.any() for name, grad in got.items())
 
 
@@ -318,7 +320,7 @@ def test_gradients_are_right_in_layers_that(layer: Any, checkpointing: bool, row
         checkpointed(model)
     expected = plain_gradients(model, strange_loss)
     exchange = LocalExchange(rows)
-    assert_same(cut_gradients(model, exchange, strange_loss), expected)
+    assert_gradients(cut_gradients(model, exchange, strange_loss), expected)
     calls = 2 if layer is Twice else 1
     assert exchange.forwards == exchange.backwards == Counter(dict.fromkeys(range(3), calls))
 
@@ -445,7 +447,7 @@ def test_an_expert_module_shared_by_layers_is_fine_without_checkpointing() -> No
     model = Strange(Around)
     model.blocks[1].mlp = model.blocks[0].mlp
     expected = plain_gradients(model, strange_loss)
-    assert_same(cut_gradients(model, LocalExchange(), strange_loss), expected)
+    assert_gradients(cut_gradients(model, LocalExchange(), strange_loss), expected)
 
 
 def test_an_error_of_the_exchange_reaches_the_caller_and_frees_the_turn() -> None:

@@ -17,9 +17,7 @@ from coterie.errors import RoundError
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.serve_weights import OFFER
 from coterie.federation.rounds.follower import superseded
-from coterie.federation.wire.transport import Lane, Message
 from coterie.models import seam
-from coterie.models.seam import expert_layers
 from coterie.models.streaming.streamer import HostGradients
 from coterie.training.data.packing import RoundOrder
 from coterie.training.experts.contribution import PlainSums
@@ -27,34 +25,11 @@ from coterie.training.experts.exchange import received_rounds
 from coterie.training.party import own_trunk
 from coterie.training.party.actor import PartyActor
 from coterie.training.party.in_process import InProcessFederation, run_in_process
-from coterie.training.party.inputs import trunk_tensors
-from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings, text, train_by_hand
+from helpers.by_hand import train_by_hand
+from helpers.comparing import relative
+from helpers.federations import PARTIES, assert_same, experts_of, experts_settings, full_models, make_parts, text
+from helpers.recorded import recorded_of
 from helpers.waiting import until
-
-
-def experts_settings(**changes: object):  # type: ignore[no-untyped-def]
-    plain = {"exchange": "experts", "privacy": "none", "weights_dtype": "float32"}
-    return settings(**{**plain, **changes})
-
-
-def assert_same(federation: InProcessFederation, models, tolerance: float = 1e-5) -> None:  # type: ignore[no-untyped-def]
-    """Trunks and hosted experts of a federation against whole models."""
-    first = expert_layers(models[PARTIES[0]])
-    for name in PARTIES:
-        exchange = experts_of(federation.runs[name])
-        whole = dict(models[name].named_parameters())
-        parts = federation.runs[name].actor.parts
-        if parts.federation.trunk == "private":
-            for key, value in trunk_tensors(parts.model).items():
-                if key in whole:
-                    assert relative(value, whole[key]) < tolerance, (name, key)
-        for key, value in exchange.pool.home.weights().items():
-            assert relative(value, whole[key]) < tolerance, (name, key)
-        for key, value in exchange.pool.shard.state_dict().items():
-            if "/" not in key:
-                _, layer, _, expert, parameter = key.split(".")
-                expected = first[int(layer)].parameters()[parameter][int(expert)]
-                assert relative(value, expected) < tolerance, (name, key)
 
 
 def test_party_that_hosts_no_expert_trains_like_the_others(tmp_path: Path):
@@ -167,7 +142,7 @@ def test_survivors_fetch_a_shared_trunk_again_after_they_went_back(tmp_path: Pat
     federation.join()
     assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
     union_by_hand(config, models[PARTIES[0]], parts)
-    assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
+    assert_same(federation, models[PARTIES[0]])
 
 
 def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
@@ -208,35 +183,12 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
     held_up = ("deadline", "round-given-up")
     assert not [n.state.note for n in federation.notices if any(code in n.state.note for code in held_up)]
     union_by_hand(config, models[PARTIES[0]], parts)
-    assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
+    assert_same(federation, models[PARTIES[0]])
 
 
 def recorded(config, folder: Path, data_seed: int) -> dict[str, list[tuple]]:  # type: ignore[no-untyped-def]
     """What each host received from each owner: kinds, parts, sizes, in order."""
     return recorded_of(config, folder, make_parts(config, full_models(), folder, data_seed=data_seed))
-
-
-def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type: ignore[no-untyped-def]
-    """The same of given parts."""
-    seen: dict[str, list[tuple]] = {}
-    federation = InProcessFederation(config, folder / "coordinator")
-    federation.coordinate()
-    for name, each in parts.items():
-        exchange = experts_of(federation.up(each))
-
-        def record(peer: str, lane: Lane, message: Message, host: str = name) -> None:
-            sizes = tuple((str(t.dtype), tuple(t.shape)) for t in message.tensors)
-            fields = sorted(set(message.body) - {"digest", "weights", "weight"})
-            seen.setdefault(f"{peer}->{host} {lane.name}", []).append(
-                (lane, message.kind, message.address, fields, sizes)
-            )
-
-        exchange.pool.transcript = record
-    federation.join()
-    for end in federation.ends.values():
-        if isinstance(end, BaseException):
-            raise end
-    return seen
 
 
 def test_messages_name_their_round_attempt_part_and_chunk(tmp_path: Path):
@@ -292,7 +244,7 @@ def test_attempt_that_fails_in_the_middle_of_a_backward_leaves_no_gradient_to_th
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     assert any("test" in notice.state.note for notice in federation.notices)
     union_by_hand(config, models[PARTIES[0]], parts)
-    assert_same(federation, dict.fromkeys(PARTIES, models[PARTIES[0]]))
+    assert_same(federation, models[PARTIES[0]])
 
 
 def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path, monkeypatch):

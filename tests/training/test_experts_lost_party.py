@@ -9,12 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_experts_exchange import experts_settings
-from test_party import Deadly, Killed
-from test_private_balance import balanced_settings
-from test_private_exchange import exchange_of
-from test_private_faults import World
-from test_private_faults import watched as watched
 from torch import nn
 from torch.nn import functional
 
@@ -29,7 +23,13 @@ from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.packing import RoundOrder
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs
-from federation_tools import PARTIES, ByHand, _Masked, full_models, make_parts, relative, text
+from helpers.by_hand import ByHand, _Masked
+from helpers.comparing import relative
+from helpers.federations import PARTIES, experts_settings, full_models, make_parts, text
+from helpers.kills import Deadly, Killed
+from helpers.private_federation import PrivateWorld
+from helpers.private_federation import watched as watched
+from helpers.private_settings import balanced_settings, exchange_of
 from helpers.waiting import until
 
 LEFT = ("alder", "birch")
@@ -190,7 +190,7 @@ def test_lost_party_that_comes_back_takes_up_its_experts_and_its_share_of_the_tr
 
 def test_a_new_membership_epoch_burns_what_was_released_and_draws_anew(tmp_path: Path, watched):
     """birch had released round 3 when cedar was lost: those bytes were made for another federation."""
-    world = watched(World(tmp_path, rounds=6, lost_party="continue", max_attempts=20))
+    world = watched(PrivateWorld(tmp_path, rounds=6, lost_party="continue", max_attempts=20))
     world.start()
     until(lambda: world.at(round_no=3) and (3, 0) in world.releases())
     lost_in = world.federation.notices[-1].state.round
@@ -215,7 +215,7 @@ def test_a_new_membership_epoch_burns_what_was_released_and_draws_anew(tmp_path:
 def test_lost_home_of_the_loads_is_stood_in_for(tmp_path: Path, watched, mode: str):
     """The loads (or biases) stand still then, as a trunk share does; all parties still have one value."""
     rules = balanced_settings(mode).privacy
-    world = watched(World(tmp_path, rounds=5, privacy=rules, lost_party="continue", max_attempts=20))
+    world = watched(PrivateWorld(tmp_path, rounds=5, privacy=rules, lost_party="continue", max_attempts=20))
     if mode == "bias":
         world.model = full_models(family="deepseek_v3")[PARTIES[0]]
     world.start()

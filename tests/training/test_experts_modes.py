@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_experts_exchange import experts_settings
-from test_private_exchange import private_settings, with_privacy
 from torch.nn import functional
 
 import coterie.dp.open_run as open_run
@@ -34,7 +32,9 @@ from coterie.training.experts.owner import ExpertsOwner
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.experts.sum_bytes import stochastic_bfloat16
 from coterie.training.party.in_process import run_in_process
-from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings, text
+from helpers.comparing import relative
+from helpers.federations import PARTIES, experts_of, experts_settings, full_models, make_parts, settings, text
+from helpers.private_settings import private_settings, with_privacy
 
 # ---- constant work ----
 
@@ -98,7 +98,7 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
 
 def assert_clipped_sums(config, model, parts, federation, sizes) -> None:  # type: ignore[no-untyped-def]
     """The rows that were added changed nothing: the result is that of clipping the real records one at a time."""
-    from test_private_exchange import clipped_gradient
+    from helpers.private_settings import clipped_gradient
 
     optim = config.optim
     step = torch.optim.AdamW(

@@ -16,8 +16,8 @@ from coterie.federation.wire.transport import Message
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import trunk_tensors
 from coterie.training.party.run import PartyResult
-from federation_tools import PARTIES, full_models, make_parts, settings
-from hostile import Sabotage, Spoil, only, poisoned
+from helpers.federations import PARTIES, full_models, make_parts, settings
+from helpers.hostile import Sabotage, Spoil, only, poisoned
 
 HOSTILE = "cedar"
 

@@ -21,6 +21,7 @@ from coterie.training.loop import (
     use_checkpointing,
 )
 from coterie.training.optim import make_optimizer
+from helpers.comparing import relative
 
 MakeTiny = Callable[..., PreTrainedModel]
 SPEC = OptimSpec(lr=1e-2, weight_decay=0.1)
@@ -46,10 +47,6 @@ def gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]
     names = dict(model.named_parameters())
     found = torch.autograd.grad(total / tokens, list(names.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(names.items(), found, strict=True)}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-12))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral"])

@@ -21,7 +21,8 @@ from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.packing import RoundOrder
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
-from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings
+from helpers.comparing import relative
+from helpers.federations import PARTIES, experts_of, full_models, make_parts, settings
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

@@ -26,7 +26,7 @@ from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.process import prepare_party
-from federation_tools import PARTIES, settings
+from helpers.federations import PARTIES, settings
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,29 +20,11 @@ from coterie.models.seam import expert_layers
 from coterie.training.data.packing import Batch, Sequences
 from coterie.training.metrics import read_metrics
 from coterie.training.party.in_process import InProcessFederation, run_in_process
-from coterie.training.party.inputs import trunk_tensors
 from coterie.training.party.run import PartyResult
-from federation_tools import PARTIES, ByHand, full_models, make_parts, relative, settings, tokens_of, train_by_hand
+from helpers.by_hand import ByHand, train_by_hand
+from helpers.federations import PARTIES, assert_same, full_models, make_parts, settings, tokens_of
+from helpers.kills import Deadly, Killed
 from helpers.waiting import until
-
-
-def assert_same(
-    federation: InProcessFederation, models: Mapping[str, torch.nn.Module], parties: Sequence[str] = PARTIES
-) -> None:
-    """Trunks and hosted experts of a federation against whole models."""
-    tolerance = 1e-5
-    first = expert_layers(models[PARTIES[0]])
-    for name in parties:
-        run = federation.runs[name]
-        whole = dict(models[name].named_parameters())
-        for key, value in trunk_tensors(run.actor.parts.model).items():
-            if key in whole:
-                assert relative(value, whole[key]) < tolerance, (name, key)
-        for key, value in tokens_of(run).host.state_dict().items():
-            if "/" not in key:
-                _, layer, _, expert, parameter = key.split(".")
-                expected = first[int(layer)].parameters()[parameter][int(expert)]
-                assert relative(value, expected) < tolerance, (name, key)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
@@ -134,22 +116,6 @@ def test_no_tensor_of_a_party_has_the_values_of_a_foreign_expert(tmp_path: Path)
             assert all(found) if host == name else not any(found), (name, host)
 
 
-class Killed(BaseException):
-    """The end of a process that nobody expected."""
-
-
-class Deadly(Sequences):
-    """Text whose reading in a certain round kills the process."""
-
-    last = 2
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        if self.last == 0:
-            raise Killed
-        object.__setattr__(self, "last", self.last - 1)
-        return super().batch(rows)
-
-
 def test_others_go_on_without_a_lost_party_and_its_experts_masked(tmp_path: Path):
     """Cedar dies in round 3 of 5; the others' parameters are those of a loop by hand without it and its experts."""
     config = settings(
@@ -168,7 +134,7 @@ def test_others_go_on_without_a_lost_party_and_its_experts_masked(tmp_path: Path
     by_hand = ByHand(config, models, parts)
     by_hand.train([1, 2])
     by_hand.train([3, 4, 5], ("alder", "birch"), parts["cedar"].placement.hosted("cedar"))
-    assert_same(federation, models, ("alder", "birch"))
+    assert_same(federation, models, parties=("alder", "birch"))
 
 
 def test_run_that_went_on_without_a_party_is_taken_up_with_its_older_checkpoint(tmp_path: Path):

@@ -14,7 +14,7 @@ from coterie.models.seam import expert_layers
 from coterie.training.party.in_process import run_in_process
 from coterie.training.planning.closed_form import Shape, predict, saving
 from coterie.training.planning.plan import make_plan
-from federation_tools import PARTIES, experts_of, full_models, make_parts, settings
+from helpers.federations import PARTIES, experts_of, full_models, make_parts, settings
 
 OLMOE = {
     "vocab_size": 50304,

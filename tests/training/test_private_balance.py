@@ -11,10 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from test_experts_exchange import recorded_of
-from test_private_exchange import CLIP, LOT, assert_same, exchange_of, private_settings, with_privacy
-from test_private_faults import World
-from test_private_faults import watched as watched
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,18 +24,22 @@ from coterie.models.seam import expert_layers
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.run import PartyResult
-from federation_tools import PARTIES, full_models, make_parts, relative
+from helpers.comparing import relative
+from helpers.federations import PARTIES, assert_same, full_models, make_parts
+from helpers.private_federation import PrivateWorld
+from helpers.private_federation import watched as watched
+from helpers.private_settings import (
+    CLIP,
+    COEFFICIENT,
+    LOT,
+    SHARE,
+    SMOOTHING,
+    balanced_settings,
+    exchange_of,
+    with_privacy,
+)
+from helpers.recorded import recorded_of
 from helpers.waiting import until
-
-COEFFICIENT, SHARE, SMOOTHING = 0.3, 0.4, 0.6
-
-
-def balanced_settings(mode: str, **changes: object) -> FederationConfig:
-    rules = {
-        "epsilon": 8.0, "delta": 1e-3, "clip_norm": CLIP, "lot_size": LOT, "balance": mode,
-        "balance_coefficient": COEFFICIENT, "load_share": SHARE, "load_smoothing": SMOOTHING,
-    }  # fmt: skip
-    return private_settings(**{"privacy": rules, "optim__eps": 1e-3, **changes})
 
 
 class Routed:
@@ -160,7 +160,7 @@ def test_federation_equals_centralised_training_with_the_same_loads_and_noise(tm
         "somebody is its home"
     )
     assert float((whole.load - whole.even).abs().max()) > 0.01, "loads that stay even would show nothing"
-    assert_same(federation, model, 1e-5 if sigma < 0.1 else 2e-4, {LOAD: load})
+    assert_same(federation, model, 1e-5 if sigma < 0.1 else 2e-4, also={LOAD: load})
 
 
 def test_without_the_loads_the_result_is_another_one(tmp_path: Path):
@@ -216,7 +216,7 @@ def test_invariant_9_gradients_and_loads_of_a_party_are_one_gaussian_of_its_budg
 def test_home_of_the_loads_goes_back_with_its_checkpoint_and_the_same_bytes_are_sent_again(tmp_path: Path, watched):
     """A load that differed on the second way would change the pins of every round after it, and burn them."""
     rules = balanced_settings("private_load").privacy
-    world = watched(World(tmp_path, rounds=8, privacy=rules))
+    world = watched(PrivateWorld(tmp_path, rounds=8, privacy=rules))
     world.start()
     until(lambda: world.at(round_no=8))
     (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).pool.home.weights()]

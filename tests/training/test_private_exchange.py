@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,61 +11,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from test_experts_exchange import recorded_of
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from coterie.config import FederationConfig, PrivacySpec
+from coterie.config import FederationConfig
 from coterie.dp import open_run
 from coterie.dp.accounting.lots import Lot, LotPlan, Units, draw_lot
 from coterie.dp.noise.discrete_gaussian import add_noise
 from coterie.dp.noise.randomness import random_source
 from coterie.models import seam
-from coterie.models.seam import expert_layers
 from coterie.training.party.in_process import InProcessFederation, run_in_process
-from coterie.training.party.inputs import PartyInputs, PrivacyInputs
+from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.run import PartyResult
-from federation_tools import PARTIES, experts_of, full_models, make_parts, relative, settings
-
-LOT, CLIP = 5, 0.7
-
-
-def private_settings(**changes: object) -> FederationConfig:
-    rules = {"epsilon": 8.0, "delta": 1e-3, "clip_norm": CLIP, "lot_size": LOT}
-    plain = {"exchange": "experts", "privacy": rules, "weights_dtype": "float32", "trunk": "shared"}
-    return settings(**{**plain, **changes})
-
-
-def with_privacy(
-    parts: Mapping[str, PartyInputs],
-    folder: Path,
-    *,
-    sigma: float | None,
-    rounds: int | None = None,
-    seeded: bool = True,
-    **spec: object,
-) -> dict[str, PartyInputs]:
-    """Every party private, each with a ledger of its own; seeded, if not told otherwise, each with its own seed."""
-    found = {}
-    for number, (name, each) in enumerate(parts.items()):
-        rules = each.federation.privacy
-        assert not isinstance(rules, str)
-        assert rules is not None
-        own = PrivacySpec(**{**rules.model_dump(), "ledger": folder / f"ledger-{name}", "physical_batch": 2, **spec})
-        planned = rounds or each.federation.train.rounds
-        privacy = PrivacyInputs(own, planned, seed=number if seeded else None, sigma=sigma)
-        found[name] = replace(each, privacy=privacy)
-    return found
-
-
-def clipped_gradient(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """One record's gradient by plain autograd, clipped as a whole."""
-    model.zero_grad()
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    functional.cross_entropy(logits, ids[1:]).backward()
-    found = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in found.values()))
-    return {name: g.clone() * min(1.0, CLIP / norm) for name, g in found.items()}
+from helpers.federations import PARTIES, assert_same, full_models, make_parts
+from helpers.private_settings import CLIP, LOT, clipped_gradient, exchange_of, private_settings, with_privacy
+from helpers.recorded import recorded_of
 
 
 def centralised(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs], sigma: float) -> None:
@@ -103,26 +61,6 @@ def run(
     parts = with_privacy(parts, folder, sigma=sigma, **options)  # type: ignore[arg-type]
     federation, _ = run_in_process(config, list(parts.values()), folder / "coordinator")
     return federation, parts, one
-
-
-def exchange_of(federation: InProcessFederation, name: str):  # type: ignore[no-untyped-def]
-    return experts_of(federation.runs[name])
-
-
-def assert_same(
-    federation: InProcessFederation, model: nn.Module, tolerance: float, also: Mapping[str, Tensor] | None = None
-) -> None:
-    """Everything that hosts store against one model, and what else they are home to."""
-    whole, layers = {**dict(model.named_parameters()), **(also or {})}, expert_layers(model)
-    for name in PARTIES:
-        pool = exchange_of(federation, name).pool
-        for key, value in pool.home.weights().items():
-            assert relative(value, whole[key]) < tolerance, key
-        for key, value in pool.shard.state_dict().items():
-            if "/" not in key:
-                _, layer, _, expert, parameter = key.split(".")
-                expected = layers[int(layer)].parameters()[parameter][int(expert)]
-                assert relative(value, expected) < tolerance, key
 
 
 @pytest.mark.parametrize(("sigma", "tolerance"), [(1e-7, 1e-5), (0.8, 1e-4)])

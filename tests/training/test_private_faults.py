@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import errno
-import json
 import shutil
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_private_exchange import private_settings, with_privacy
 from torch import Tensor
 
-from coterie.config import FederationConfig
 from coterie.dp import party_session
 from coterie.dp.accounting.ledger import Ledger
 from coterie.dp.accounting.spool import Spool
@@ -27,125 +22,12 @@ from coterie.errors import CoterieError
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.owner import SumSender
 from coterie.federation.experts.push_sums import Pusher
-from coterie.federation.experts.take_sums import BEGIN
 from coterie.models.streaming import cache
-from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.run import PartyResult
-from federation_tools import PARTIES, full_models, make_parts
+from helpers.federations import PARTIES
+from helpers.private_federation import FATAL, ROUNDS, VICTIM, PrivateWorld
 from helpers.waiting import until
-
-VICTIM = "birch"
-ROUNDS, FATAL = 4, 3
-
-
-class Died(BaseException):
-    """A process that is gone: no `except CoterieError` and no report sees it."""
-
-
-class World:
-    """A private federation whose victim's ledger is compared with what the hosts receive, at every push."""
-
-    def __init__(self, folder: Path, *, rounds: int = ROUNDS, seeded: bool = False, **changes: object) -> None:
-        self.folder, self.seeded = folder, seeded
-        self.config: FederationConfig = private_settings(**{"train__rounds": rounds, "deadline_s": 4.0, **changes})
-        self.model = full_models()[PARTIES[0]]
-        self.federation = InProcessFederation(self.config, folder / "coordinator")
-        self.uncounted: list[str] = []
-        self.announced: dict[tuple[str, int, int], list[str]] = defaultdict(list)
-
-    def parts(self, **changes: object) -> dict[str, PartyInputs]:
-        parts = make_parts(self.config, {name: copy.deepcopy(self.model) for name in PARTIES}, self.folder)
-        private = with_privacy(parts, self.folder, sigma=None, seeded=self.seeded)
-        return {name: replace(each, **changes) for name, each in private.items()}  # type: ignore[arg-type]
-
-    def start(self, **changes: object) -> None:
-        self.federation.coordinate()
-        for each in self.parts(**changes).values():
-            self.federation.up(each)
-
-    def back(self) -> None:
-        self.federation.up(self.parts()[VICTIM])
-
-    def die(self) -> None:
-        """Cut the victim off from everybody, then unwind it."""
-        self.federation.cut_off(VICTIM)
-        raise Died
-
-    def entries(self, name: str = VICTIM) -> list[dict]:
-        return [
-            json.loads(line)
-            for path in (self.folder / f"ledger-{name}").glob("*/ledger.jsonl")
-            for line in path.read_text().splitlines()
-        ]
-
-    def releases(self, name: str = VICTIM) -> list[tuple[int, int]]:
-        return [(e["data"]["round"], e["data"]["draw"]) for e in self.entries(name) if e["kind"] == "release"]
-
-    def at(self, *, round_no: int) -> bool:
-        """Whether that round is being made, or a later one."""
-        return any(n.state.phase == "compute" and n.state.round >= round_no for n in self.federation.notices)
-
-    def at_last(self, round_no: int) -> bool:
-        """Whether that round, or a later one, is what is being made now."""
-        now = self.federation.notices[-1].state
-        return now.phase == "compute" and now.round >= round_no
-
-    def told(self, code: str) -> bool:
-        """Whether the victim gave this reason for a failed attempt; the last attempt may have failed of another."""
-        return any(f"{VICTIM} failed" in n.state.note and code in n.state.note for n in self.federation.notices)
-
-    def heard(self, host: str, peer: str, message) -> None:  # type: ignore[no-untyped-def]
-        """Called for every push that begins, before its bytes are taken."""
-        if peer != VICTIM:
-            return
-        round_no = message.address.round
-        told = self.announced[host, round_no, message.address.part]
-        told.append(message.body["digest"])
-        counted = sum(r == round_no for r, _ in self.releases())
-        if len(set(told)) > counted:
-            self.uncounted.append(
-                f"{host} hears of {len(set(told))} results for round {round_no}; {counted} are counted"
-            )
-
-    def spooled(self, name: str = VICTIM) -> list[Path]:
-        return sorted((self.folder / f"ledger-{name}").glob("*/spool/*/release-*.safetensors"))
-
-    def go_back(self, *, checkpoints: int, name: str = "cedar") -> None:
-        """A host comes back without its newest checkpoints, as from a disk image of some time ago."""
-        self.federation.kill(name)
-        for newest in sorted((self.folder / name / "private" / "checkpoints").iterdir())[-checkpoints:]:
-            shutil.rmtree(newest)
-
-    def run_past(self, dead: threading.Event) -> None:
-        """From the start to the end, with the victim's death, which ``dead`` tells of, and return in between."""
-        self.start()
-        assert dead.wait(120.0), "the point was never reached"
-        until(lambda: isinstance(self.federation.ends.get(VICTIM), BaseException))
-        self.back()
-        self.finished()
-
-    def finished(self) -> None:
-        self.federation.join()
-        for name, end in self.federation.ends.items():
-            assert not isinstance(end, BaseException), (name, end)
-            assert not isinstance(end, PartyResult) or (end.finished and end.rounds == self.config.train.rounds)
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[World], World]:
-    def watch(world: World) -> World:
-        handle = ExpertsHost.handle
-
-        def seen(self, peer, lane, message, **options):  # type: ignore[no-untyped-def]
-            if message.kind == BEGIN:
-                world.heard(self.me, peer, message)
-            return handle(self, peer, lane, message, **options)
-
-        monkeypatch.setattr(ExpertsHost, "handle", seen)
-        return world
-
-    return watch
 
 
 def _is_victims(owner: object) -> bool:
@@ -176,7 +58,7 @@ DEATHS: dict[str, tuple[type, str, bool, int]] = {
 }
 
 
-def arrange(monkeypatch: pytest.MonkeyPatch, world: World, point: str) -> threading.Event:
+def arrange(monkeypatch: pytest.MonkeyPatch, world: PrivateWorld, point: str) -> threading.Event:
     """Let the victim die at a point of the fatal round, once."""
     kind, name, first, which = DEATHS[point]
     original = getattr(kind, name)
@@ -206,7 +88,7 @@ def arrange(monkeypatch: pytest.MonkeyPatch, world: World, point: str) -> thread
 def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, point: str
 ):
-    world = watched(World(tmp_path))
+    world = watched(PrivateWorld(tmp_path))
     dead = arrange(monkeypatch, world, point)
     world.run_past(dead)
     assert not world.uncounted
@@ -226,10 +108,10 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
 def test_run_with_a_death_ends_with_the_weights_of_one_without_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, point: str
 ):
-    quiet = World(tmp_path / "quiet", seeded=True)
+    quiet = PrivateWorld(tmp_path / "quiet", seeded=True)
     quiet.start()
     quiet.finished()
-    world = watched(World(tmp_path / "disturbed", seeded=True))
+    world = watched(PrivateWorld(tmp_path / "disturbed", seeded=True))
     dead = arrange(monkeypatch, world, point)
     world.run_past(dead)
     for name in PARTIES:
@@ -242,7 +124,7 @@ def test_run_with_a_death_ends_with_the_weights_of_one_without_bit_for_bit(
 
 def test_rounded_push_is_resent_with_the_same_coins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):
     """bfloat16 is rounded at random after the noise; a second rounding of the same noised sums would tell more."""
-    world = watched(World(tmp_path, push_dtype="bfloat16", weights_dtype="bfloat16"))
+    world = watched(PrivateWorld(tmp_path, push_dtype="bfloat16", weights_dtype="bfloat16"))
     dead = arrange(monkeypatch, world, "applied but not saved")
     world.run_past(dead)
     twice = [digests for digests in world.announced.values() if len(digests) > 1]
@@ -255,7 +137,7 @@ def test_rounds_that_were_sent_are_replayed_when_a_host_comes_back_with_an_older
     tmp_path: Path, watched, checkpoints: int
 ):
     """Everybody goes back to a checkpoint before; the rounds since then are pushed again, byte for byte."""
-    world = watched(World(tmp_path, rounds=8))
+    world = watched(PrivateWorld(tmp_path, rounds=8))
     world.start()
     until(lambda: world.at(round_no=8))
     world.go_back(checkpoints=checkpoints)
@@ -277,7 +159,7 @@ def test_rounds_that_left_the_spool_are_burned_or_drawn_anew_and_all_of_them_cou
     birch has lost the bytes of rounds 3 and 4 and keeps those of 5 and 6. Round 3 is drawn anew at birch alone, and
     repeated by the others. From then on nobody has the weights that the later bytes were computed on.
     """
-    world = watched(World(tmp_path, rounds=9))
+    world = watched(PrivateWorld(tmp_path, rounds=9))
     world.start()
     until(lambda: world.at(round_no=7))
     world.federation.kill(VICTIM)
@@ -313,14 +195,14 @@ def test_spool_keeps_what_any_checkpoint_may_need_and_less_where_there_is_no_roo
 ):
     """Checkpoints of rounds 4, 6 and 8 are on disk in the end; 2 is let go last, when 8 is published."""
     monkeypatch.setattr(party_session, "SPOOL_LIMIT_BYTES", limit)
-    world = watched(World(tmp_path, rounds=8))
+    world = watched(PrivateWorld(tmp_path, rounds=8))
     world.start()
     world.finished()
     assert [int(path.name.split("-")[1]) for path in world.spooled()] == kept
 
 
 def test_rolled_back_ledger_stops_the_run_before_anything_is_drawn(tmp_path: Path, watched):
-    world = watched(World(tmp_path))
+    world = watched(PrivateWorld(tmp_path))
     world.start()
     until(lambda: world.at(round_no=3))
     world.federation.kill(VICTIM)
@@ -337,7 +219,7 @@ def test_rolled_back_ledger_stops_the_run_before_anything_is_drawn(tmp_path: Pat
 
 def test_ledger_that_knows_the_newest_round_but_not_all_its_draws_stops_the_run(tmp_path: Path, watched):
     """Hosts count rounds; that rounds 3 and 4 were drawn twice is known from the party's own checkpoint."""
-    world = watched(World(tmp_path, rounds=8))
+    world = watched(PrivateWorld(tmp_path, rounds=8))
     world.start()
     until(lambda: world.at(round_no=5))
     world.federation.kill(VICTIM)
@@ -364,7 +246,7 @@ def test_ledger_that_knows_the_newest_round_but_not_all_its_draws_stops_the_run(
 
 def test_release_made_under_another_roster_is_burned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched):
     """Somebody left or renewed a certificate while a round was spooled: it is paid for, and never sent."""
-    world = watched(World(tmp_path))
+    world = watched(PrivateWorld(tmp_path))
     dead = arrange(monkeypatch, world, "counted but not declared")
     world.start(roster="one")
     assert dead.wait(120.0)
@@ -387,7 +269,7 @@ def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, phase: str
 ):
     """New weights come in while a round is computed, and before a checkpoint is written."""
-    world = watched(World(tmp_path))
+    world = watched(PrivateWorld(tmp_path))
     full, lots = threading.Event(), []
     save, store = cache.save_file, Spool.store_lot
 
@@ -420,7 +302,7 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
 ):
     """A memory fault on the way: the host takes nothing of it, and nothing is drawn or counted again."""
     # Nothing here waits for a deadline; a short one would end attempts of its own accord on a busy machine.
-    world = watched(World(tmp_path, deadline_s=60.0))
+    world = watched(PrivateWorld(tmp_path, deadline_s=60.0))
     push, broken = SumSender.push, threading.Event()
 
     def damaged(self, attempt, blobs: Mapping[int, Tensor], versions):  # type: ignore[no-untyped-def]
@@ -440,7 +322,7 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
 
 
 def test_party_that_comes_back_after_its_budget_was_spent_draws_nothing_and_goes_on_hosting(tmp_path: Path, watched):
-    world = watched(World(tmp_path, rounds=6))
+    world = watched(PrivateWorld(tmp_path, rounds=6))
 
     def poor() -> dict[str, PartyInputs]:
         parts = world.parts()

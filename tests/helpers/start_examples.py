@@ -25,7 +25,7 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.models.zoo.tiny import tiny_model
 
-FOLDER = Path(__file__).parent / "first_format"
+FOLDER = Path(__file__).parents[1] / "dp" / "first_format"
 SAVED_ROUNDS, ROUNDS = 2, 5
 
 

@@ -114,7 +114,7 @@ class Recording:
         pass
 
 
-class World:
+class TokensWorld:
     """The parties, their transports and their experts, which all start from the same whole model."""
 
     def __init__(
@@ -243,9 +243,9 @@ class World:
 
 
 @contextmanager
-def world(*args: Any, **settings: Any) -> Iterator[World]:
-    """A `World` that is closed at the end."""
-    made = World(*args, **settings)
+def world(*args: Any, **settings: Any) -> Iterator[TokensWorld]:
+    """A `TokensWorld` that is closed at the end."""
+    made = TokensWorld(*args, **settings)
     try:
         yield made
     finally:

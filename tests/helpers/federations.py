@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from coterie.config import FederationConfig
-from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.tiny import VOCAB, tiny_model
-from coterie.training.data.packing import RoundOrder, Sequences, pack
+from coterie.training.data.packing import Sequences, pack
 from coterie.training.experts.exchange import ExpertsExchange
+from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
 from coterie.training.party.run import PartyRun
 from coterie.training.tokens.exchange import TokensExchange
+from helpers.comparing import relative
 
 PARTIES = ("alder", "birch", "cedar")
 
@@ -44,6 +43,11 @@ def settings(**changes: object) -> FederationConfig:
         block, _, key = name.rpartition("__")
         (values[block] if block else values)[key] = value
     return FederationConfig.model_validate(values)
+
+
+def experts_settings(**changes: object):  # type: ignore[no-untyped-def]
+    plain = {"exchange": "experts", "privacy": "none", "weights_dtype": "float32"}
+    return settings(**{**plain, **changes})
 
 
 def text(seed: int, sequences: int = 24, length: int = 12) -> Sequences:
@@ -118,80 +122,6 @@ def make_parts(
     return parts
 
 
-class _Masked:
-    """Local experts, some of which add nothing."""
-
-    def __init__(self, experts: Mapping[int, list[int]]) -> None:
-        self._experts, self._local = experts, seam.LocalExperts()
-
-    def __call__(self, call: seam.ExpertsCall) -> Tensor:
-        ids = call.expert_ids_NK.clone()
-        for expert in self._experts.get(call.layer.index, []):
-            ids[ids == expert] = call.layer.num_experts
-        return self._local(replace(call, expert_ids_NK=ids))
-
-
-class ByHand:
-    """The whole federation in one loop, with torch's own AdamW; changes ``models`` (experts of the first party's)."""
-
-    def __init__(
-        self, config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyInputs]
-    ) -> None:
-        self._spec, self._models, self._parts = config.train, models, parts
-        optim = config.optim
-        adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-        first = next(iter(models))
-        self._experts = {
-            (layer.index, name): param
-            for layer in expert_layers(models[first])
-            for name, param in layer.parameters().items()
-        }
-        self._trunks, self._steps = {}, {}
-        for name, model in models.items():
-            own = {id(p) for layer in expert_layers(model) for p in layer.parameters().values()}
-            self._trunks[name] = [p for p in model.parameters() if id(p) not in own]
-            self._steps[name] = torch.optim.AdamW(self._trunks[name], **adam)
-            model.train()
-            for layer in expert_layers(model):
-                for key in layer.layout.parameter_names:
-                    setattr(layer.module, key, self._experts[layer.index, key])
-        self._steps[""] = torch.optim.AdamW(self._experts.values(), **adam)
-
-    def train(
-        self, rounds: Iterable[int], active: tuple[str, ...] = PARTIES, masked: Mapping[int, list[int]] | None = None
-    ) -> None:
-        """Some rounds, from 1, with some parties; masked experts get no token and do not step."""
-        for name in active:
-            seam.select(self._models[name], _Masked(masked or {}))
-        for round_no in rounds:
-            counts = dict.fromkeys(active, 0)
-            for step in self._steps.values():
-                step.zero_grad()
-            for param in self._experts.values():
-                param.grad = torch.zeros_like(param)
-            for name in active:
-                train = self._parts[name].train
-                for row in RoundOrder(len(train), self._spec.batch_size, self._spec.seed).rows(round_no):
-                    ids = train[row]["input_ids"].unsqueeze(0)
-                    logits = self._models[name](input_ids=ids, use_cache=False).logits[0, :-1]
-                    functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
-                    counts[name] += ids.shape[1] - 1
-                for param in self._trunks[name]:
-                    param.grad = (param.grad if param.grad is not None else torch.zeros_like(param)) / counts[name]
-            for param in self._experts.values():
-                assert param.grad is not None
-                param.grad /= sum(counts.values())
-            for name in (*active, ""):
-                self._steps[name].step()
-
-
-def train_by_hand(
-    config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyInputs]
-) -> None:
-    """All rounds with all parties; see `ByHand`."""
-    ByHand(config, models, parts).train(range(1, config.train.rounds + 1), tuple(config.parties))
-
-
 def tokens_of(run: PartyRun) -> TokensExchange:
     """A party's side of the `tokens` exchange."""
     assert isinstance(run.actor.exchange, TokensExchange)
@@ -204,7 +134,37 @@ def experts_of(run: PartyRun) -> ExpertsExchange:
     return run.actor.exchange
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm."""
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+def assert_same(
+    federation: InProcessFederation,
+    models: nn.Module | Mapping[str, nn.Module],
+    tolerance: float = 1e-5,
+    *,
+    parties: Sequence[str] = PARTIES,
+    also: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Trunks and hosted weights of a federation against whole models, one for all or one for each party.
+
+    Args:
+        federation: at its end.
+        models: as they should be; experts are those of the first party's.
+        tolerance: of `relative`.
+        parties: whose weights are compared.
+        also: what hosts store besides, by name.
+    """
+    each = models if isinstance(models, Mapping) else dict.fromkeys(PARTIES, models)
+    layers = expert_layers(each[PARTIES[0]])
+    for name in parties:
+        actor = federation.runs[name].actor
+        whole = {**dict(each[name].named_parameters()), **(also or {})}
+        if actor.parts.federation.trunk == "private":
+            for key, value in trunk_tensors(actor.parts.model).items():
+                if key in whole:
+                    assert relative(value, whole[key]) < tolerance, (name, key)
+        if isinstance(actor.exchange, ExpertsExchange):
+            for key, value in actor.exchange.pool.home.weights().items():
+                assert relative(value, whole[key]) < tolerance, (name, key)
+        for key, value in actor.exchange.hosted_state().items():
+            if key.startswith("layer.") and "/" not in key:
+                _, layer, _, expert, parameter = key.split(".")
+                expected = layers[int(layer)].parameters()[parameter][int(expert)]
+                assert relative(value, expected) < tolerance, (name, key)
