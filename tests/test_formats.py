@@ -32,26 +32,12 @@ from coterie.models.split.origins import Origin, check_content, origin_of, save_
 from coterie.models.split.shards import check_digests
 from coterie.models.split.trainings import Training, read_trainings
 from coterie.training.party.store import PartyStore
+from helpers.first_formats import FIRST, first_spool, tensor_file
 
-FIRST = Path(__file__).parent / "formats"
 DATASET, AGREEMENT, RUN = "d" * 64, "a" * 64, "f" * 64
 TWO = torch.tensor([1.0, -2.0])
 OTHERS: list[Any] = [2, 0, "1", "2", True, 1.0, None, [1], {"major": 1}]
 """Formats that nobody has written, and values that equal 1 without being it."""
-
-
-def tensor_file(path: Path, metadata: dict[str, str] | None, **tensors: list[float]) -> Path:
-    """A safetensors file as the first version wrote it: header, spaces up to eight bytes, little-endian floats."""
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    end = 0
-    for name, values in tensors.items():
-        start, end = end, end + 4 * len(values)
-        header[name] = {"dtype": "F32", "shape": [len(values)], "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    body = b"".join(struct.pack(f"<{len(values)}f", *values) for values in tensors.values())
-    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
-    return path
 
 
 def header_of(**more: Any) -> dict[str, str]:
@@ -217,13 +203,6 @@ def test_hashes_of_a_later_version_are_refused(tmp_path: Path, facts: dict[str, 
 
 
 # -- spool -------------------------------------------------------------------------------------------------------
-
-
-def first_spool(folder: Path, **header: str) -> Path:
-    folder.mkdir()
-    (folder / "lot.json").write_bytes((FIRST / "lot.json").read_bytes())
-    metadata = {"draw": "0", "round": "2", "pins": '{"weights": "w"}', **header}
-    return tensor_file(folder / "release-00000002-0.safetensors", metadata, a=[1.0, -2.0])
 
 
 def test_a_spool_of_the_first_version_is_read(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.dp.test_lifetime import TEXTS, composed, spend
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
@@ -17,6 +16,7 @@ from coterie.dp.accounting.ledger import open_ledger
 from coterie.dp.accounting.spool import Spool
 from coterie.federation.rounds.run_folder import is_running
 from coterie.training.purging import purge
+from helpers.spending import TEXTS, composed, spend
 
 
 def run(*arguments: object) -> int:

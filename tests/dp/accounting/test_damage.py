@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.dp.test_lifetime import TEXTS, spend
-from tests.test_formats import first_spool
 
 from coterie.dp.accounting.ledger import existing_ledger
 from coterie.dp.accounting.merging import merge
 from coterie.dp.accounting.spool import Spool
 from coterie.errors import LedgerError
+from helpers.first_formats import first_spool
+from helpers.spending import TEXTS, spend
 
 DEEP = b"[" * 100_000
 NO_OBJECTS = [b"", b"{", b"\xff\xfe\x00", b"null", b"[1]", b"{}", b"\0" * 200, DEEP]

@@ -7,9 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from coterie.dp.accounting.accountant import Mechanism
-from coterie.dp.accounting.ledger import open_ledger
-from coterie.dp.accounting.lots import Lot, LotPlan, Units, draw_lot
-from coterie.dp.accounting.releases import Pending, Releases
-from coterie.dp.accounting.spool import Release, Spool
-from coterie.dp.noise.discrete_gaussian import add_noise
+from coterie.dp.accounting.lots import Lot, draw_lot
+from coterie.dp.accounting.releases import Pending
+from coterie.dp.accounting.spool import Release
 from coterie.dp.noise.randomness import SystemRandom
 from coterie.errors import BudgetError, LedgerError
+from helpers.releases_world import PINS, PLAN, RUN, UNITS, ReleasesWorld
 
-DATASET, RUN, ROUNDS = "d" * 64, "run", 50
-UNITS, PLAN = Units.of_records(40), LotPlan.of(40, 20)
-PINS = {"weights": "w1"}
 NOTHING = np.empty(0, np.int64)
 
 
 class Crash(BaseException):
     """Power fails here."""
-
-
-@dataclass
-class ReleasesWorld:
-    """What exists outside the process: its folder, and everything it ever computed on or sent."""
-
-    folder: Path
-    computed: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
-    sent: list[tuple[int, str]] = field(default_factory=list)
-
-    @contextmanager
-    def open(self, rounds: int = ROUNDS) -> Iterator[Releases]:
-        spool = Spool(self.folder / "spool")
-        try:
-            ledger = open_ledger(DATASET, self.folder / "ledger")
-            ledger.start_run(RUN, Mechanism(1.0, PLAN.rate), rounds)
-            yield Releases(ledger, spool, RUN)
-        finally:
-            spool.close()
-
-    def work(self, number: int, pins: dict[str, str] | None = None) -> None:
-        """One round in one life of the process."""
-        with self.open() as releases:
-            step = releases.begin(number, pins or PINS, lambda _: draw_lot(number, PLAN, UNITS, SystemRandom()))
-            if isinstance(step, Pending):
-                self.computed.append((number, step.draw, tuple(step.lot.records.tolist())))
-                step = releases.publish(step, add_noise({"w": torch.zeros(8)}, 1.0, SystemRandom()))
-            assert step.tensors()["w"].shape == (8,)
-            self.sent.append((number, step.digest))
-
-    def check(self) -> None:
-        """What must hold at any moment, in any history."""
-        spool = Spool(self.folder / "spool")
-        spool.close()
-        ledger = open_ledger(DATASET, self.folder / "ledger")
-        counted = {r.digest for r in ledger.releases(RUN)}
-        assert {digest for _, digest in self.sent} <= counted, "sent without being counted"
-        by_draw: dict[tuple[int, int], set] = {}
-        for number, draw, lot in self.computed:
-            by_draw.setdefault((number, draw), set()).add(lot)
-        assert all(len(lots) == 1 for lots in by_draw.values()), "a retry computed another lot"
-        keys = [(r.round, r.draw) for r in ledger.releases(RUN)]
-        assert len(keys) == len(set(keys)), "two results for one lot"
 
 
 def dying_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
@@ -295,9 +245,9 @@ def test_two_sessions_on_one_spool_are_refused(tmp_path: Path) -> None:
 
 VICTIM = """
 import os, signal, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_releases import ReleasesWorld
+from helpers.releases_world import ReleasesWorld
 step, done = int(sys.argv[3]), 0
 real = os.fsync
 def fsync(handle):
@@ -318,7 +268,7 @@ for number in (1, 2, 3):
 @pytest.mark.parametrize("step", [8, 13, 17])
 def test_invariant_8_a_killed_process_resumes_without_losing_count(tmp_path: Path, step: int) -> None:
     victim = subprocess.run(
-        [sys.executable, "-c", VICTIM, __file__, str(tmp_path), str(step)],
+        [sys.executable, "-c", VICTIM, str(Path(__file__).parents[2]), str(tmp_path), str(step)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -225,7 +225,7 @@ def test_a_weight_that_would_drown_or_lift_everybodys_sums_is_refused(weight: fl
 
 
 def test_the_tables_of_the_wire_are_current() -> None:
-    script = Path(__file__).parents[2] / "docs" / "generate_reference.py"
+    script = Path(__file__).parents[3] / "docs" / "generate_reference.py"
     subprocess.run([sys.executable, str(script), "--check", "wire"], check=True)
 
 

@@ -18,7 +18,7 @@ from coterie.models.zoo.catalogue import causal_lm_types, modules_without_causal
 from coterie.models.zoo.families import experts_per_token
 from coterie.models.zoo.tiny import tiny_model
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 
 
 def test_every_supported_type_has_a_row_whose_paths_exist():

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.dp.test_lifetime import DELTA, MECHANISM, ROUNDS, TEXTS, composed, spend
 
 from coterie.dp.accounting.accountant import epsilon
 from coterie.dp.accounting.ledger import FILE, open_ledger
@@ -14,6 +13,7 @@ from coterie.dp.accounting.lifetime import MERGED, books_under, ledger_folders, 
 from coterie.dp.accounting.merging import Merge, merge
 from coterie.dp.accounting.texts import OTHER_KEYS, OWN_KEY, Keyring, Originals
 from coterie.errors import LedgerError
+from helpers.spending import DELTA, MECHANISM, ROUNDS, TEXTS, composed, spend
 
 
 def test_what_was_spent_elsewhere_on_some_of_the_same_text_is_added_up(tmp_path: Path) -> None:
