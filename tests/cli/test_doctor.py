@@ -20,7 +20,9 @@ from coterie.federation.identity.certificates import cert_pem, key_pem, new_auth
 from coterie.federation.identity.kit import load_kit
 from coterie.federation.wire import unreachable
 from coterie.training.party.doctor import Finding, diagnose
-from helpers.federation_commands import edit, folder, made, run  # noqa: F401 - fixtures
+from helpers.federation_commands import edit, run
+from helpers.federation_commands import folder as folder
+from helpers.federation_commands import made as made
 
 
 def found(path: Path, **options: object) -> dict[str, Finding]:
@@ -43,17 +45,17 @@ def answering(endpoint: str, key: bytes, certificate: bytes) -> Iterator[None]:
         server.stop(None).wait(5)
 
 
-def endpoint_of(folder: Path, name: str) -> str:  # noqa: F811
+def endpoint_of(folder: Path, name: str) -> str:
     federation = yaml.safe_load((folder / "federation.yaml").read_text())
     return str((federation["parties"] | {"coordinator": federation["coordinator"]})[name]["endpoint"])
 
 
-def pair_of(folder: Path, name: str) -> tuple[bytes, bytes]:  # noqa: F811
+def pair_of(folder: Path, name: str) -> tuple[bytes, bytes]:
     kit = load_kit(folder / "kits" / name)
     return key_pem(kit.key), cert_pem(kit.certificate)
 
 
-def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd, monkeypatch):  # noqa: F811
+def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd, monkeypatch):
     monkeypatch.setattr(unreachable, "proxies_named", lambda: ())
     target = folder / "found.json"
     with answering(endpoint_of(folder, "coordinator"), *pair_of(folder, "coordinator")):
@@ -78,7 +80,7 @@ def test_sound_party_whose_coordinator_runs_has_nothing_bad(folder: Path, capfd,
     assert "as signed" in capfd.readouterr().out
 
 
-def test_proxy_in_the_environment_is_named_without_its_password(folder: Path, monkeypatch):  # noqa: F811
+def test_proxy_in_the_environment_is_named_without_its_password(folder: Path, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://user:secret@127.0.0.1:9")
     proxy = found(folder / "alder.yaml")["proxy"]
     assert proxy.state == "note"
@@ -86,19 +88,19 @@ def test_proxy_in_the_environment_is_named_without_its_password(folder: Path, mo
     assert "secret" not in proxy.found + proxy.fix
 
 
-def test_coordinator_that_does_not_answer_is_bad_and_the_exit_code_says_so(folder: Path, capfd):  # noqa: F811
+def test_coordinator_that_does_not_answer_is_bad_and_the_exit_code_says_so(folder: Path, capfd):
     assert run("doctor", folder / "alder.yaml") == 1
     shown = capfd.readouterr().out
     assert "coterie explain unreachable" in shown
     assert bad(found(folder / "alder.yaml")) == {"reach coordinator": "unreachable"}
 
 
-def test_endpoint_that_shows_another_certificate_is_bad(folder: Path):  # noqa: F811
+def test_endpoint_that_shows_another_certificate_is_bad(folder: Path):
     with answering(endpoint_of(folder, "coordinator"), *pair_of(folder, "birch")):
         assert bad(found(folder / "alder.yaml")) == {"reach coordinator": "peer-certificate"}
 
 
-def test_settings_that_do_not_fit_the_federation(folder: Path):  # noqa: F811
+def test_settings_that_do_not_fit_the_federation(folder: Path):
     party = edit(folder / "alder.yaml", privacy={"epsilon": 1.0})
     assert bad(found(party))["settings"] == "config-privacy-misfit"
 
@@ -106,20 +108,20 @@ def test_settings_that_do_not_fit_the_federation(folder: Path):  # noqa: F811
 @pytest.mark.parametrize(
     ("days", "state", "code"), [(380, "note", "identity-expires-soon"), (400, "bad", "identity-expired")]
 )
-def test_certificate_that_ends_soon_or_has_ended(folder: Path, days: int, state: str, code: str):  # noqa: F811
+def test_certificate_that_ends_soon_or_has_ended(folder: Path, days: int, state: str, code: str):
     later = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
     certificate = found(folder / "alder.yaml", now=later)["certificate"]
     assert (certificate.state, certificate.code) == (state, code)
     assert certificate.fix
 
 
-def test_clock_that_is_behind_the_kits_files(folder: Path):  # noqa: F811
+def test_clock_that_is_behind_the_kits_files(folder: Path):
     ahead = dt.datetime.now(dt.UTC) + dt.timedelta(hours=2)
     os.utime(folder / "kits" / "alder" / "roster.json", (ahead.timestamp(), ahead.timestamp()))
     assert bad(found(folder / "alder.yaml"))["clock"] == "clock-behind"
 
 
-def test_roster_of_other_settings_and_one_that_was_changed(folder: Path):  # noqa: F811
+def test_roster_of_other_settings_and_one_that_was_changed(folder: Path):
     edit(folder / "federation.yaml", deadline_s=5.0)
     assert bad(found(folder / "alder.yaml"))["roster"] == "config-mismatch"
     edit(folder / "federation.yaml", deadline_s=4.0)
@@ -130,14 +132,14 @@ def test_roster_of_other_settings_and_one_that_was_changed(folder: Path):  # noq
     assert bad(found(folder / "alder.yaml"))["roster"] == "roster-changed"
 
 
-def test_placement_that_was_not_signed(folder: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_placement_that_was_not_signed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     from coterie.models.split.placement import Placement
 
     monkeypatch.setattr(Placement, "content_hash", lambda self: "0" * 64)
     assert bad(found(folder / "alder.yaml"))["placement"] == "placement-unsigned"
 
 
-def test_trunk_and_shard_of_something_else(folder: Path):  # noqa: F811
+def test_trunk_and_shard_of_something_else(folder: Path):
     shard, trunk = "split/experts-alder.safetensors", "split/trunk.safetensors"
     told = bad(found(edit(folder / "alder.yaml", trunk=shard, shard=trunk)))
     assert (told["trunk"], told["shard"]) == ("model-bad-trunk", "model-bad-shard")
@@ -145,7 +147,7 @@ def test_trunk_and_shard_of_something_else(folder: Path):  # noqa: F811
     assert (told["trunk"], told["shard"]) == ("model-no-file", "placement-shard")
 
 
-def test_text_that_cannot_be_read(folder: Path):  # noqa: F811
+def test_text_that_cannot_be_read(folder: Path):
     (folder / "empty.txt").write_text("")
     data = yaml.safe_load((folder / "alder.yaml").read_text())["data"]
     told = bad(found(edit(folder / "alder.yaml", data={**data, "train": "nowhere.txt", "test": "empty.txt"})))
@@ -153,18 +155,18 @@ def test_text_that_cannot_be_read(folder: Path):  # noqa: F811
     assert told["held-out text"].startswith("data-")
 
 
-def test_port_of_ones_own_that_is_taken(folder: Path):  # noqa: F811
+def test_port_of_ones_own_that_is_taken(folder: Path):
     host, port = endpoint_of(folder, "alder").split(":")
     with closing(socket.create_server((host, int(port)))):
         assert bad(found(folder / "alder.yaml"))["own endpoint"] == "port-taken"
 
 
-def test_kit_of_another_ca(folder: Path):  # noqa: F811
+def test_kit_of_another_ca(folder: Path):
     (folder / "kits" / "alder" / "ca.pem").write_bytes(cert_pem(new_authority("grove").certificate))
     assert bad(found(folder / "alder.yaml"))["certificate"] == "identity-other-ca"
 
 
-def test_missing_kit_spoils_what_needs_it_and_nothing_else(folder: Path):  # noqa: F811
+def test_missing_kit_spoils_what_needs_it_and_nothing_else(folder: Path):
     shutil.rmtree(folder / "kits" / "alder")
     assert set(bad(found(folder / "alder.yaml"))) == {
         "certificate",

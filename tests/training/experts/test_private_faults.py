@@ -27,6 +27,7 @@ from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.run import PartyResult
 from helpers.federations import PARTIES
 from helpers.private_federation import FATAL, ROUNDS, VICTIM, PrivateWorld
+from helpers.private_federation import watched as watched
 from helpers.waiting import until
 
 
