@@ -8,7 +8,7 @@ import torch
 from coterie.config import LoraSpec, ModelSpec
 from coterie.models.zoo.build import build_model
 from coterie.training.planning.exposure import Reach, of_pushes, of_tokens
-from federation_tools import settings
+from helpers.federations import settings
 
 SMALL = {
     "hidden_size": 96, "moe_intermediate_size": 96, "intermediate_size": 96, "num_hidden_layers": 4,

@@ -3,8 +3,8 @@
 `coterie.cli.app` is the table of commands; each is loaded when it is used, so that `--help` answers without torch.
 Only bodies of commands import what is heavy. In reading order.
 
-One party: `coterie.cli.train`, `coterie.cli.report`, `coterie.cli.resume`, `coterie.cli.eval`, `coterie.cli.generate`,
-`coterie.cli.purge`.
+One party: `coterie.cli.train`, `coterie.cli.report`, `coterie.cli.resume`, `coterie.cli.eval`,
+`coterie.cli.generate`, `coterie.cli.purge`.
 
 Models: `coterie.cli.models`, `coterie.cli.upcycle`, `coterie.cli.split`, `coterie.cli.export`.
 

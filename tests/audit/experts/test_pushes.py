@@ -25,7 +25,7 @@ from coterie.config import dump_yaml
 from coterie.errors import AuditError
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.party.in_process import InProcessFederation
-from federation_tools import full_models, make_parts, settings, text
+from helpers.federations import full_models, make_parts, settings, text
 
 LOT = 6
 

@@ -27,7 +27,7 @@ from coterie.errors import AuditError, CheckpointError
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.process import keep_settings, prepare_party
 from coterie.training.single.run import start
-from federation_processes import PARTIES, make_folder
+from helpers.federation_processes import PARTIES, make_folder
 
 WORDS = [
     "forest",
