@@ -14,17 +14,17 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.per_sample.engine import Engine
 from coterie.dp.accounting.ledger import Ledger
-from coterie.dp.lot_sums import LotSums
 from coterie.dp.accounting.lots import Lot
+from coterie.dp.accounting.releases import Pending, Releases
+from coterie.dp.accounting.spool import Release, Spool
+from coterie.dp.lot_sums import LotSums
+from coterie.dp.noise.randomness import random_source
 from coterie.dp.open_run import OpenRun
+from coterie.dp.per_sample.engine import Engine
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
-from coterie.dp.noise.randomness import random_source
-from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.session import PrivateSession
-from coterie.dp.accounting.spool import Release, Spool
 from coterie.models import seam
 
 

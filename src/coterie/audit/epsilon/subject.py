@@ -17,16 +17,16 @@ from coterie.dp.accounting.ledger import FILE, Entry, default_root, ledger_folde
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.errors import AuditError, LedgerError
-from coterie.models.zoo.build import build_model
 from coterie.models.lora import attach_adapters
+from coterie.models.zoo.build import build_model
 from coterie.storage import json_object
 from coterie.training.data.documents import Documents, read_documents
-from coterie.training.folders import private_folder
 from coterie.training.data.packing import Sequences
+from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
+from coterie.training.folders import private_folder
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
 from coterie.training.single.prepared import MARKER, prepare, read_config
 from coterie.training.single.setup import check_fit, pick_device, with_vocabulary
-from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 
 
 @dataclass(frozen=True)
