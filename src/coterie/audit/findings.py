@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -258,6 +258,7 @@ class Findings(_Model):
     Attributes:
         outcome: of the audit; an alarm wins over everything.
         headline: the audit in a sentence for each part.
+        epsilon: what ``experts_dp`` says of epsilon, with everything behind it.
         tested, untested: in words.
         next_settings: what to try next.
         left_out: what the edition to pass on does not hold; empty in the owner's.
@@ -268,6 +269,7 @@ class Findings(_Model):
     tokens: TokensFigures
     experts: ExpertsFigures
     experts_dp: PrivateFigures
+    epsilon: dict[str, Any] | None = None
     controls: Controls
     verdicts: tuple[Verdict, ...]
     findings: dict[Part, tuple[Finding, ...]]

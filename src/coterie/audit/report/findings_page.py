@@ -246,12 +246,46 @@ def _epsilon(findings: Findings) -> str:
     if not known:
         return ""
     why = [f"{name.replace('_', ' ')}: {reason}" for name, reason in private.reasons.items() if "epsilon" in name]
+    drawing = pages.marks(shown, x="epsilon", high=1.1 * max(known))
     return pages.section(
         "Epsilon from below",
-        pages.figure(
-            "a bound above the claim would be an alarm", pages.marks(shown, x="epsilon", high=1.1 * max(known))
-        ),
+        pages.figure("a bound above the claim would be an alarm", drawing),
         pages.bullets(why),
+        *map(pages.table, epsilon_tables(findings)),
+        pages.bullets((findings.epsilon or {}).get("sentences", ())),
+    )
+
+
+def epsilon_tables(findings: Findings) -> Sequence[Table]:
+    """Premises of the claim, each measured; and what canaries of one run prove."""
+    epsilon = findings.epsilon or {}
+    premises = tuple(
+        (each["name"], f"{each['value']:.5g}", f"{each['expected']:.5g}", f"{each['error']:.2g}", each["verdict"])
+        for each in epsilon.get("premises", ())
+    )
+    runs = tuple(
+        (
+            run["score"],
+            f"{run['canaries']}",
+            f"{run['claimed']:g}",
+            f"{run['auc']:.3f}",
+            f"{run['lower']:.2f}, {run['gaussian_lower']:.2f}",
+            f"{run['ceiling']:.2f}, {run['gaussian_ceiling']:.2f}",
+            run["verdict"],
+        )
+        for run in epsilon.get("one_run", ())
+    )
+    return (
+        Table(
+            "what the accounting takes for granted, measured",
+            ("premise", "measured", "expected", "standard error", "verdict"),
+            premises,
+        ),
+        Table(
+            "canaries under a small claim of the audit's own; bounds by the (epsilon, delta) law, the Gaussian law",
+            ("told apart by", "canaries", "claim", "AUC", "lower bounds", "ceilings", "verdict"),
+            runs,
+        ),
     )
 
 

@@ -1,0 +1,82 @@
+"""The pieces of an audit, each with its reason where it cannot be made. `coterie.audit.run` puts them in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from coterie.audit.adversaries import DEFAULT
+from coterie.audit.epsilon.findings import EpsilonFindings
+from coterie.audit.evidence import Evidence
+from coterie.audit.findings import Channel, Controls, Finding, Part, Unit
+from coterie.audit.verdicts import controls
+from coterie.config import ModelSpec
+from coterie.errors import CoterieError
+from coterie.models.zoo.build import build_model
+
+
+def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> list[Finding]:
+    """Attacks on what other parties received."""
+    from coterie.audit.experts.attack import attack as on_experts
+    from coterie.audit.tokens.attack import attack as on_tokens
+
+    attack = on_tokens if part is Part.TOKENS else on_experts
+    name = f"attacks on `{evidence.exchange}`"
+    if not evidence.received:
+        return [nothing(name, part, "no transcript was given: name the other parties' run folders with --received")]
+    if evidence.answers is None:
+        return [nothing(name, part, "the owner kept no key to score with")]
+    try:
+        return attack(evidence, seed=seed, budget_s=budget_s)
+    except CoterieError as error:
+        return [nothing(name, part, error.message)]
+
+
+def on_model(run: Path, seed: int, budget_s: float) -> list[Finding] | str:
+    """Attacks on the trained model, or why there are none."""
+    from coterie.audit.model.attacking import attack
+
+    try:
+        return attack(run, seed=seed, budget_s=budget_s)
+    except CoterieError as error:
+        return error.message
+
+
+def on_epsilon(run: Path, start: Path | None, seed: int, budget_s: float) -> EpsilonFindings | str:
+    """Epsilon from below, or why it was not measured."""
+    from coterie.audit.epsilon.run import audit_epsilon
+    from coterie.audit.epsilon.subject import Subject
+
+    try:
+        return audit_epsilon(Subject.of_run(run, start), seed=seed, budget_s=budget_s)
+    except CoterieError as error:
+        return error.message
+
+
+def instruments(evidence: Evidence | None, seed: int) -> Controls:
+    """The controls, on public text through the public starting checkpoint."""
+    from coterie.audit.tokens.controls import negative_control, positive_control
+
+    if evidence is None:
+        return _untried("only runs of a federation have undefended hidden vectors to try the instruments on")
+    if not evidence.public:
+        return _untried("no public text was given: name a folder with --public")
+    try:
+        model = build_model(ModelSpec(path=evidence.start, provenance="public"))
+        positive = positive_control(model, evidence.public, seed=seed)
+        negative = negative_control(model, evidence.public, seed=seed)
+    except CoterieError as error:
+        return _untried(error.message.rstrip("."))
+    return controls(positive.value, negative.value, negative.prior, {})
+
+
+def nothing(name: str, part: Part, why: str) -> Finding:
+    """An attack that could not be made."""
+    channel, unit = (Channel.TOKENS, Unit.TOKENS) if part is Part.TOKENS else (Channel.PUSHES, Unit.PLACES)
+    reason = why.rstrip(".")
+    return Finding(
+        name=name, adversary=DEFAULT, channel=channel, unit=unit, value=None, reason=reason, sentence=f"{reason}."
+    )
+
+
+def _untried(why: str) -> Controls:
+    return controls(None, None, None, dict.fromkeys(("positive", "negative", "prior"), why))
