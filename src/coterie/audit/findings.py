@@ -192,8 +192,8 @@ class Controls(_Figures):
 
     Attributes:
         positive: share of tokens read from undefended hidden vectors of the first MoE layer.
-        negative: share of places ranked first with a push that holds nothing of them.
-        prior: share of the same places that the language model guesses alone.
+        negative: share of tokens that an instrument reads which can know nothing of them.
+        prior: share of the same tokens that is guessed without an instrument.
         passed: positive and negative are where they must be, and the prior is measured.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from coterie import pages
-from coterie.audit.adversaries import DEFAULT, Adversary
+from coterie.audit.adversaries import Adversary
 from coterie.audit.findings import Channel, Finding, Findings, Outcome, Part, Unit, Verdict
 from coterie.audit.metrics import Estimate
 from coterie.audit.verdicts import READS, best, failed, named, percent
@@ -130,8 +130,8 @@ def _controls(findings: Findings) -> str:
     )
     shown = {
         "positive, undefended vectors of the first layer": measured.intervals.get("positive"),
-        "negative, a push that holds nothing": measured.intervals.get("negative"),
-        "prior, the language model's guess": measured.intervals.get("prior"),
+        "negative, an instrument that can know nothing": measured.intervals.get("negative"),
+        "prior of the negative control": measured.intervals.get("prior"),
     }
     return pages.section(
         "Do the instruments work?",
@@ -158,9 +158,10 @@ def channel_table(findings: Findings) -> Table:
     for part, some in findings.findings.items():
         for channel in Channel:
             here = [finding for finding in some if finding.channel is channel]
-            for adversary in (DEFAULT, Adversary.ALL_HOSTS):
-                found = best(here, adversary, [*READS, *(unit for unit in Unit if unit not in READS)])
-                if found is None or (adversary is not DEFAULT and found.adversary is not adversary):
+            for adversary in Adversary:
+                own = [finding for finding in here if finding.adversary is adversary]
+                found = best(own, adversary, [*READS, *(unit for unit in Unit if unit not in READS)])
+                if found is None:
                     continue
                 cells = (
                     found.name,
