@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from coterie.audit.adversaries import DEFAULT
 from coterie.audit.epsilon.findings import EpsilonFindings
@@ -12,6 +13,7 @@ from coterie.audit.verdicts import best
 
 NOT_AUDITED = "no such run was audited"
 _UNMEASURED = "no attack measured it"
+_BOUNDS = ("auc_allowed", "epsilon_claimed", "epsilon_lower", "epsilon_ceiling")
 
 
 def tokens_figures(findings: Sequence[Finding] | None) -> TokensFigures:
@@ -23,8 +25,8 @@ def tokens_figures(findings: Sequence[Finding] | None) -> TokensFigures:
         fits = finding.unit is Unit.SEEN and finding.adversary is DEFAULT and finding.channel is Channel.ROWS
         if fits and finding.layer is not None and finding.value is not None:
             layers[f"{finding.layer}"] = max(finding.value.value, layers.get(f"{finding.layer}", 0.0))
-    values = {"recovery": read and read.value, "prior": _prior(some, read)}
-    return TokensFigures(**_filled(values, findings, some), layers=dict(sorted(layers.items(), key=_number)))
+    values = {"recovery": _value(read), "prior": _prior(some, read)}
+    return TokensFigures.model_validate({**_filled(values, findings), "layers": _ordered(layers)})
 
 
 def experts_figures(findings: Sequence[Finding] | None) -> ExpertsFigures:
@@ -38,8 +40,8 @@ def experts_figures(findings: Sequence[Finding] | None) -> ExpertsFigures:
     own = max((f.lot for f in ranked if f.lot), default=None)
     read = best([f for f in ranked if f.lot == own], DEFAULT, [Unit.PLACES])
     auc = best([f for f in some if f.channel is not Channel.MODEL], DEFAULT, [Unit.AUC])
-    values = {"recovery": read and read.value, "prior": _prior(some, read), "auc": auc and auc.value}
-    return ExpertsFigures(**_filled(values, findings, some), lots=dict(sorted(lots.items(), key=_number)))
+    values = {"recovery": _value(read), "prior": _prior(some, read), "auc": _value(auc)}
+    return ExpertsFigures.model_validate({**_filled(values, findings), "lots": _ordered(lots)})
 
 
 def private_figures(
@@ -58,28 +60,26 @@ def private_figures(
     """
     some = findings or ()
     read = best([f for f in some if f.prior is not None], DEFAULT, [Unit.PLACES, Unit.TOKENS])
-    auc = best([f for f in some if f.channel is not Channel.MODEL], DEFAULT, [Unit.AUC]) or best(
-        some, DEFAULT, [Unit.AUC]
-    )
-    values = {
-        "recovery": read and read.value,
-        "prior": _prior(some, read),
-        "advantage": read and read.gain,
-        "auc": auc and auc.value,
-    }
-    filled = _filled(values, findings, some)
-    if read is not None and read.gain is None and read.value is not None and read.prior is not None:
+    own = [f for f in some if f.channel is not Channel.MODEL]
+    auc = best(own, DEFAULT, [Unit.AUC]) or best(some, DEFAULT, [Unit.AUC])
+    gain = None if read is None else read.gain
+    values = {"recovery": _value(read), "prior": _prior(some, read), "advantage": gain, "auc": _value(auc)}
+    filled = _filled(values, findings)
+    if read is not None and gain is None and read.value is not None and read.prior is not None:
         filled["advantage"] = read.value.value - read.prior.value
         del filled["reasons"]["advantage"]
-    bounds: dict[str, float | None] = {
-        "auc_allowed": epsilon and epsilon.auc_allowed,
-        "epsilon_claimed": claimed[0] if claimed else epsilon and epsilon.epsilon_claimed,
-        "epsilon_lower": epsilon and epsilon.epsilon_lower,
-        "epsilon_ceiling": epsilon and epsilon.epsilon_ceiling,
-    }
+    bounds: dict[str, float | None] = dict.fromkeys(_BOUNDS)
+    if epsilon is not None:
+        bounds = {name: getattr(epsilon, name) for name in _BOUNDS}
+    if claimed is not None:
+        bounds["epsilon_claimed"] = claimed[0]
     why = NOT_AUDITED if findings is None else reason or _UNMEASURED
     missing = {name: why for name, value in bounds.items() if value is None}
-    return PrivateFigures(**bounds, **{**filled, "reasons": filled["reasons"] | missing})
+    return PrivateFigures.model_validate({**filled, **bounds, "reasons": {**filled["reasons"], **missing}})
+
+
+def _value(finding: Finding | None) -> Estimate | None:
+    return None if finding is None else finding.value
 
 
 def _prior(findings: Sequence[Finding], read: Finding | None) -> Estimate | None:
@@ -90,11 +90,9 @@ def _prior(findings: Sequence[Finding], read: Finding | None) -> Estimate | None
     return max(measured, key=lambda prior: prior.value, default=None)
 
 
-def _filled(
-    values: dict[str, Estimate | None], audited: Sequence[Finding] | None, some: Sequence[Finding]
-) -> dict[str, dict[str, str] | dict[str, Estimate] | float | None]:
+def _filled(values: dict[str, Estimate | None], audited: Sequence[Finding] | None) -> dict[str, Any]:
     """Numbers, their intervals, and reasons for those that are missing."""
-    told = list(dict.fromkeys(finding.reason for finding in some if finding.reason))
+    told = list(dict.fromkeys(finding.reason for finding in audited or () if finding.reason))
     reason = NOT_AUDITED if audited is None else "; ".join(told) or _UNMEASURED
     return {
         **{name: None if found is None else found.value for name, found in values.items()},
@@ -103,5 +101,5 @@ def _filled(
     }
 
 
-def _number(pair: tuple[str, float]) -> int:
-    return int(pair[0])
+def _ordered(values: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(values.items(), key=lambda pair: int(pair[0])))

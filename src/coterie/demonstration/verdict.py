@@ -119,9 +119,9 @@ def _ranked(audit: Findings | None) -> Iterator[str]:
 
 def _withstood(audit: Findings | None) -> Iterator[str]:
     """What attacks on this run's noised sums came to."""
-    if audit is None or audit.experts_dp.recovery is None or audit.experts_dp.prior is None:
+    private = None if audit is None else audit.experts_dp
+    if private is None or private.recovery is None or private.prior is None:
         return
-    private = audit.experts_dp
     found = private.intervals.get("advantage")
     width = f", {100 * found.low:+.1f} to {100 * found.high:+.1f} by its 95 % interval" if found is not None else ""
     yield (
