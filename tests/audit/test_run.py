@@ -15,8 +15,9 @@ from coterie.audit import pieces, run
 from coterie.audit.evidence import Claim, Evidence
 from coterie.audit.figures import NOT_AUDITED, experts_figures, private_figures, tokens_figures
 from coterie.audit.findings import Audited, Finding, Outcome, Part
-from coterie.audit.run import Asked, audit, public_files
+from coterie.audit.run import Asked, audit, part_of, public_files
 from coterie.cli import audit as command
+from coterie.config import PrivacyRules
 from coterie.errors import AuditError, CheckpointError
 
 Read = Callable[..., Evidence]
@@ -53,6 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         recorded=2,
     )
     monkeypatch.setattr(run, "federation_run", lambda evidence, part: identified.model_copy(update={"part": part}))
+    monkeypatch.setattr(run, "load_yaml", lambda *_: SimpleNamespace(privacy="none"))
     monkeypatch.setattr(pieces, "instruments", lambda *_: working())
     monkeypatch.setattr(pieces, "on_model", lambda *_: "it was left alone")
     monkeypatch.setattr(pieces, "on_epsilon", lambda *_: "it was left alone")
@@ -173,6 +175,13 @@ def test_several_runs_fill_several_parts(folder: Path, monkeypatch: pytest.Monke
     assert whole.experts_dp.epsilon_claimed == 7.99
     assert [one.part for one in whole.identification.runs] == [Part.TOKENS, Part.EXPERTS, Part.EXPERTS_DP]
     assert len(whole.headline) == 3
+
+
+def test_a_run_under_a_budget_is_one_before_anything_was_spent() -> None:
+    agreed: Any = SimpleNamespace(privacy=PrivacyRules.model_construct())
+    assert part_of(evidence("experts"), agreed) is Part.EXPERTS_DP
+    assert part_of(evidence("experts"), SimpleNamespace(privacy="none")) is Part.EXPERTS  # type: ignore[arg-type]
+    assert part_of(evidence(), agreed) is Part.TOKENS
 
 
 def test_controls_need_public_text_and_a_federation() -> None:

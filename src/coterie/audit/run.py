@@ -22,8 +22,9 @@ from coterie.audit.figures import experts_figures, private_figures, tokens_figur
 from coterie.audit.findings import Audited, Controls, Finding, Findings, Outcome, Part, PrivateFigures, Verdict
 from coterie.audit.identified import federation_run, identification, lone_run
 from coterie.audit.verdicts import LABELS, headline, overall, verdicts
+from coterie.config import FederationConfig, PrivacyRules, load_yaml
 from coterie.errors import CoterieError
-from coterie.training.party.process import PARTY_FILE
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 
 Told = Callable[[str], None]
 """Is told what is being done."""
@@ -105,7 +106,7 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, told: To
     some = gathered.findings.setdefault(part, [])
     if part is not Part.ALONE and gathered.evidence is not None:
         told(f"attacking what others received of {gathered.evidence.owner} ({LABELS[part].replace('`', '')})")
-        left = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if claimed else 0.0)
+        left = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if part is Part.EXPERTS_DP else 0.0)
         some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * left)
     if asked.model:
         told("attacking the trained model")
@@ -116,7 +117,7 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, told: To
             some += found
     else:
         gathered.untested.append(f"The trained model ({LABELS[part]}): it was left out.")
-    if claimed:
+    if part is Part.EXPERTS_DP or claimed:
         told("epsilon from below")
         epsilon = pieces.on_epsilon(asked.run, asked.start, seed, max(1.0, until - time.monotonic()))
         if isinstance(epsilon, str):
@@ -136,12 +137,19 @@ def _identify(asked: Asked, gathered: _Gathered) -> Part:
     else:
         gathered.evidence = evidence = _evidence(asked, gathered)
         claim = evidence.privacy
-        plain = Part.TOKENS if evidence.exchange == "tokens" else Part.EXPERTS
-        part = Part.EXPERTS_DP if claim is not None else plain
+        part = part_of(evidence, load_yaml(asked.run / FEDERATION_FILE, FederationConfig))
         gathered.runs.append(federation_run(evidence, part))
     if claim is not None:
         gathered.claimed[part] = (claim.epsilon, claim.delta)
     return part
+
+
+def part_of(evidence: Evidence, federation: FederationConfig) -> Part:
+    """By what was agreed: a run under a budget that has not spent yet claims one all the same."""
+    if evidence.exchange == "tokens":
+        return Part.TOKENS
+    bounded = evidence.privacy is not None or isinstance(federation.privacy, PrivacyRules)
+    return Part.EXPERTS_DP if bounded else Part.EXPERTS
 
 
 def _evidence(asked: Asked, gathered: _Gathered) -> Evidence:
@@ -162,7 +170,7 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
     found = {part: tuple(some) for part, some in gathered.findings.items()}
     bounded = Part.EXPERTS_DP if Part.EXPERTS_DP in found else Part.ALONE
     private = private_figures(
-        found.get(bounded) if bounded in gathered.claimed else None,
+        found.get(bounded) if bounded is Part.EXPERTS_DP or bounded in gathered.claimed else None,
         gathered.epsilon.get(bounded),
         gathered.claimed.get(bounded),
         gathered.why_no_epsilon,
