@@ -14,18 +14,16 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from coterie.audit.epsilon.run import audit_epsilon
-from coterie.audit.epsilon.subject import Subject
-from coterie.audit.experts import noised, plain
-from coterie.audit.experts.case import Case, Clock
 
+from coterie.audit import pieces
 from coterie.audit.adversaries import Adversary
 from coterie.audit.evidence import Evidence
+from coterie.audit.experts import noised, plain
+from coterie.audit.experts.case import Case, Clock
 from coterie.audit.findings import Finding
 from coterie.demonstration.corpus import PUBLIC
 from coterie.demonstration.plan import NAMES
@@ -33,6 +31,7 @@ from harness import machine, write_figures
 
 LOTS = (1, 4, 16)
 ATTACKERS = (Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS)
+_EPSILON_S = 60.0
 _ENOUGH_S = 24 * 3600.0
 """Parts end by their places, not by the clock."""
 
@@ -86,9 +85,8 @@ def _member(demo: Path, adversary: Adversary, seed: int) -> Part:
 
 def _epsilon(demo: Path, seed: int) -> Part:
     owner = next(name for name in NAMES if (demo / "experts_dp" / name).is_dir())
-    subject = demo / "experts_dp" / owner / "run"
-    start = demo / PUBLIC / "run" / "model"
-    return lambda: asdict(audit_epsilon(Subject.of_run(subject, start), seed=seed))
+    run, start = demo / "experts_dp" / owner / "run", demo / PUBLIC / "run" / "model"
+    return lambda: pieces.on_epsilon(run, start, seed, _EPSILON_S)
 
 
 def measure(wanted: Mapping[str, Part], path: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:

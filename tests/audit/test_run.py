@@ -15,7 +15,7 @@ from coterie.audit import pieces, run
 from coterie.audit.evidence import Claim, Evidence
 from coterie.audit.figures import NOT_AUDITED, experts_figures, private_figures, tokens_figures
 from coterie.audit.findings import Audited, Finding, Outcome, Part
-from coterie.audit.run import Asked, audit, part_of, public_files
+from coterie.audit.run import Asked, audit, contradicted, part_of, public_files
 from coterie.cli import audit as command
 from coterie.config import PrivacyRules
 from coterie.errors import AuditError, CheckpointError
@@ -79,8 +79,7 @@ def attacks(monkeypatch: pytest.MonkeyPatch, some: tuple[Finding, ...] | Excepti
             raise some
         return list(some)
 
-    for package in ("tokens", "experts"):
-        monkeypatch.setattr(f"coterie.audit.{package}.attack.attack", attack)
+    monkeypatch.setattr(pieces, "loaded", lambda *_: attack)
 
 
 def audited(folder: Path) -> Any:
@@ -107,7 +106,7 @@ def test_the_run_s_own_push_is_the_largest_and_all_sizes_stand_beside_it() -> No
 
 
 def test_a_budget_s_figures_join_attacks_and_bounds() -> None:
-    bounds: Any = SimpleNamespace(auc_allowed=0.74, epsilon_claimed=8.0, epsilon_lower=0.5, epsilon_ceiling=3.6)
+    bounds = {"auc_allowed": 0.74, "epsilon_claimed": 8.0, "epsilon_lower": 0.5, "epsilon_ceiling": 3.6}
     found = private_figures(noised(), bounds, (7.99, 1e-5))
     assert (found.recovery, found.prior, found.advantage) == (0.171, 0.17, 0.001)
     assert (found.epsilon_claimed, found.epsilon_lower, found.epsilon_ceiling) == (7.99, 0.5, 3.6)
@@ -182,6 +181,24 @@ def test_a_run_under_a_budget_is_one_before_anything_was_spent() -> None:
     assert part_of(evidence("experts"), agreed) is Part.EXPERTS_DP
     assert part_of(evidence("experts"), SimpleNamespace(privacy="none")) is Part.EXPERTS  # type: ignore[arg-type]
     assert part_of(evidence(), agreed) is Part.TOKENS
+
+
+def test_alarms_of_the_audit_of_epsilon_are_told_one_by_one() -> None:
+    premise = {"verdict": "ALARM", "sentence": "Noise is half of what is claimed."}
+    run_ = {"verdict": "ALARM", "score": "shares", "alarm_lower": 3.2, "claimed": 2.0}
+    quiet = {"verdict": "consistent", "sentence": "Lots are drawn as stated."}
+    told = contradicted({"verdict": "ALARM", "premises": [premise, quiet], "one_run": [run_], "sentences": []})
+    assert told == [
+        "Noise is half of what is claimed.",
+        "Canaries told apart by shares prove an epsilon of at least 3.20 where 2 was claimed.",
+    ]
+    assert contradicted({"verdict": "consistent", "premises": [], "one_run": [], "sentences": []}) == []
+
+
+def test_a_piece_that_is_not_installed_is_told() -> None:
+    with pytest.raises(AuditError) as error:
+        pieces.loaded("coterie.audit.nothing", "attack")
+    assert error.value.code == "audit-piece"
 
 
 def test_controls_need_public_text_and_a_federation() -> None:

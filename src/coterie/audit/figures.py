@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from coterie.audit.adversaries import DEFAULT
-from coterie.audit.epsilon.findings import EpsilonFindings
 from coterie.audit.findings import Channel, ExpertsFigures, Finding, PrivateFigures, TokensFigures, Unit
 from coterie.audit.metrics import Estimate
 from coterie.audit.verdicts import best
@@ -46,7 +45,7 @@ def experts_figures(findings: Sequence[Finding] | None) -> ExpertsFigures:
 
 def private_figures(
     findings: Sequence[Finding] | None,
-    epsilon: EpsilonFindings | None,
+    epsilon: dict[str, Any] | None,
     claimed: tuple[float, float] | None,
     reason: str = "",
 ) -> PrivateFigures:
@@ -70,7 +69,7 @@ def private_figures(
         del filled["reasons"]["advantage"]
     bounds: dict[str, float | None] = dict.fromkeys(_BOUNDS)
     if epsilon is not None:
-        bounds = {name: getattr(epsilon, name) for name in _BOUNDS}
+        bounds = {name: epsilon[name] for name in _BOUNDS}
     if claimed is not None:
         bounds["epsilon_claimed"] = claimed[0]
     why = NOT_AUDITED if findings is None else reason or _UNMEASURED

@@ -6,7 +6,6 @@ what could not be concluded is told, and the rest goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,6 @@ from typing import Any
 
 from coterie.audit import pieces
 from coterie.audit.adversaries import Adversary
-from coterie.audit.epsilon.findings import EpsilonFindings
-from coterie.audit.epsilon.findings import Verdict as EpsilonVerdict
 from coterie.audit.evidence import Evidence, claim_of
 from coterie.audit.figures import experts_figures, private_figures, tokens_figures
 from coterie.audit.findings import Audited, Controls, Finding, Findings, Outcome, Part, PrivateFigures, Verdict
@@ -29,6 +26,8 @@ from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 Told = Callable[[str], None]
 """Is told what is being done."""
 
+_ALARM = "ALARM"
+"""As the audit of epsilon says it."""
 _MODEL, _EPSILON, _CONTROLS = 0.2, 0.3, 0.1
 """Shares of the time; attacks on an exchange have what is left."""
 
@@ -58,7 +57,7 @@ class _Gathered:
 
     findings: dict[Part, list[Finding]] = field(default_factory=dict)
     runs: list[Audited] = field(default_factory=list)
-    epsilon: dict[Part, EpsilonFindings] = field(default_factory=dict)
+    epsilon: dict[Part, dict[str, Any]] = field(default_factory=dict)
     claimed: dict[Part, tuple[float, float]] = field(default_factory=dict)
     untested: list[str] = field(default_factory=list)
     why_no_epsilon: str = ""
@@ -177,14 +176,14 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
     )
     judged: list[Verdict] = []
     for part, some in found.items():
-        judged += verdicts(part, some, measured, private, _contradicted(gathered.epsilon.get(part)))
+        judged += verdicts(part, some, measured, private, contradicted(gathered.epsilon.get(part)))
     return Findings(
         outcome=overall(judged),
         headline=headline(judged, found, private),
         tokens=tokens_figures(found.get(Part.TOKENS)),
         experts=experts_figures(found.get(Part.EXPERTS)),
         experts_dp=private,
-        epsilon=_plain(gathered.epsilon.get(bounded)),
+        epsilon=gathered.epsilon.get(bounded),
         controls=measured,
         verdicts=tuple(judged),
         findings=found,
@@ -195,21 +194,18 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
     )
 
 
-def _plain(epsilon: EpsilonFindings | None) -> dict[str, Any] | None:
-    return None if epsilon is None else dataclasses.asdict(epsilon)
-
-
-def _contradicted(epsilon: EpsilonFindings | None) -> list[str]:
-    if epsilon is None or epsilon.verdict is not EpsilonVerdict.ALARM:
+def contradicted(epsilon: dict[str, Any] | None) -> list[str]:
+    """What the audit of epsilon raises an alarm for, in sentences."""
+    if epsilon is None or epsilon["verdict"] != _ALARM:
         return []
-    told = [premise.sentence for premise in epsilon.premises if premise.verdict is EpsilonVerdict.ALARM]
-    for run in epsilon.one_run:
-        if run.verdict is EpsilonVerdict.ALARM:
+    told = [premise["sentence"] for premise in epsilon["premises"] if premise["verdict"] == _ALARM]
+    for run in epsilon["one_run"]:
+        if run["verdict"] == _ALARM:
             told.append(
-                f"Canaries told apart by {run.score} prove an epsilon of at least {run.alarm_lower:.2f} where "
-                f"{run.claimed:g} was claimed."
+                f"Canaries told apart by {run['score']} prove an epsilon of at least {run['alarm_lower']:.2f} where "
+                f"{run['claimed']:g} was claimed."
             )
-    return told or list(epsilon.sentences)
+    return told or list(epsilon["sentences"])
 
 
 def _tested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> list[str]:
@@ -219,8 +215,8 @@ def _tested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> list
             if finding.value is not None:
                 told.append(f"{LABELS[part]}: {finding.name}, on {finding.channel.value}")
     if gathered.epsilon:
-        told += [f"premise: {premise.name}" for each in gathered.epsilon.values() for premise in each.premises]
-        canaries = max((run.canaries for each in gathered.epsilon.values() for run in each.one_run), default=0)
+        told += [f"premise: {premise['name']}" for each in gathered.epsilon.values() for premise in each["premises"]]
+        canaries = max((run["canaries"] for each in gathered.epsilon.values() for run in each["one_run"]), default=0)
         if canaries:
             told.append(f"{canaries} canaries put in by coin flips, under a small claim of the audit's own")
     return list(dict.fromkeys(told))
