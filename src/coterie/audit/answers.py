@@ -146,6 +146,18 @@ class Answers:
             raise _missing(f"a dispatch of round {at.round} to {host}, layer {at.layer}")
         return batch.rows(token_M)
 
+    def whole(self, dispatch: Dispatch | Entry) -> Rows:
+        """All rows of the forward behind a dispatch in the text's order, whoever received them.
+
+        Raises:
+            CheckpointError: ``answers-missing``.
+        """
+        at = dispatch
+        batch = self._batches.get((at.round, at.attempt, at.micro_batch, 0 if at.attempt else at.call))
+        if batch is None:
+            raise _missing(f"a forward of round {at.round}")
+        return batch.rows(torch.arange(batch.ids_BT.numel()))
+
     def records(self, push: Push) -> tuple[Record, ...]:
         """The records whose gradients are in a sum.
 
