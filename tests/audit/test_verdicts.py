@@ -146,7 +146,7 @@ def test_an_alarm_wins_and_silence_is_inconclusive() -> None:
 def test_the_headline_has_the_worst_of_every_part() -> None:
     assert findings().headline == (
         "`tokens`: one other party reads 98.1 % of all tokens.",
-        "`experts` without a budget: one other party ranks 98.0 % of next tokens first.",
+        "`experts` without a budget: one other party ranks 28.0 % of next tokens first.",
         "`experts` within epsilon 8: nothing was read beyond a language model's guess.",
         "Training alone: whether a known record was used is told no better than claimed.",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.audit.synthetic_findings import findings
 
 from coterie.demonstration.plan import ARMS, make_plan
 from coterie.demonstration.plot import COLOURS, MARKERS, save_plot
@@ -162,7 +163,29 @@ def test_alone_is_also_measured_at_its_best_moment() -> None:
 def test_the_warning_names_what_hosts_can_read() -> None:
     text = " ".join(not_protected(results()))
     assert "does NOT keep the text from the other parties" in text
-    assert "99.9 %" in text
+    assert "nearly all of them" in text
+
+
+def test_the_warning_quotes_this_run_s_own_audit() -> None:
+    found = Results(**{**vars(private_results()), "audit": findings()})
+    text = " ".join(not_protected(found))
+    for piece in (
+        "in this run, 98.1 % of all tokens",
+        "98.0 % of a push of 1 record, 80.0 % of a push of 4 records, 28.0 % of a push of 16 records",
+        "read 17.1 % of places, the public model alone 17.0 % (difference +0.1 points",
+        "at least 0.50; 8 is claimed, and these canaries could have shown at most 3.60",
+    ):
+        assert piece in text
+    assert "nearly all of them" not in text
+    assert found.as_json()["audit"]["tokens"]["recovery"] == 0.981
+
+
+def test_the_page_leads_to_the_audit_s_page(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(b"")
+    save_report(Results(**{**vars(results()), "audit": findings()}), tmp_path / "p.png", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert '<a href="audit.html">' in page
+    assert "one other party reads" in page
 
 
 def test_without_a_federation_nothing_is_claimed() -> None:

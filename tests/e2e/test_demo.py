@@ -77,7 +77,7 @@ def test_the_screen_ends_with_tables_meaning_and_warning(
     assert "`tokens` does NOT keep the text" in done.stdout
     assert "losses above are NOT private" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr  # piped: plain lines
-    for phase in ("1/5 text", "2/5 public", "3/5 alone and pooled", "4/5 together", "5/5 compare"):
+    for phase in ("1/6 text", "2/6 public", "3/6 alone and pooled", "4/6 together", "5/6 attack", "6/6 compare"):
         assert phase in done.stderr
 
 

@@ -6,9 +6,10 @@ far it carries; `coterie.audit.transcript` reads what a party recorded of what o
 owner rests on. Attacks read transcripts, the public starting checkpoint and public text; answers are for scoring.
 `coterie.audit.model` attacks the trained model, and prepares runs for that.
 
-`coterie.audit.prior` is what the public model guesses without receiving anything. `coterie.audit.tokens` attacks the
-exchange of hidden vectors.
+`coterie.audit.prior` is what the public model guesses without receiving anything, and `coterie.audit.tokens` attacks
+the exchange of hidden vectors.
 
-`coterie.audit.findings` holds what came out, `coterie.audit.verdicts` what it amounts to, and `coterie.audit.report`
-shows it.
+`coterie.audit.run` puts `coterie.audit.pieces` in order. `coterie.audit.findings` holds what came out,
+`coterie.audit.figures` the few figures that stand for it, `coterie.audit.verdicts` what it amounts to,
+`coterie.audit.identified` what was run, and `coterie.audit.report` shows it.
 """

@@ -98,7 +98,7 @@ class Evidence:
             owner=party.party,
             exchange=federation.exchange,
             trunk=federation.trunk,
-            privacy=_claim(run_folder),
+            privacy=claim_of(run_folder),
             start=start,
             public=_public(party, run_folder, public),
             received=transcripts,
@@ -132,7 +132,8 @@ def _check_same(folder: Path, run: str, agreement: str, marker: Mapping[str, Any
         )
 
 
-def _claim(run_folder: Path) -> Claim | None:
+def claim_of(run_folder: Path) -> Claim | None:
+    """What a run says that it spent; None without a budget."""
     for path in (private_folder(run_folder) / "result.json", run_folder / "status.json"):
         try:
             privacy = json_object(path.read_bytes()).get("privacy")

@@ -1,8 +1,8 @@
 """What the figures of an audit amount to: per adversary in words, and for the whole.
 
 Nothing counts as held unless the instruments work: the positive control reads at least `POSITIVE` of the tokens of
-undefended hidden vectors, a language model's guess was measured, and the negative control, an attack on a push that
-holds nothing, stays within `NEAR` of that guess.
+undefended hidden vectors, a prior was measured, and the negative control, an instrument that can know nothing, stays
+within `NEAR` of its prior.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def controls(
 
     Args:
         positive: share of tokens read where nothing defends them.
-        negative: share of places ranked first with a push that holds nothing.
-        prior: share of the same places that the language model guesses.
+        negative: share of tokens that an instrument reads which can know nothing of them.
+        prior: share of the same tokens that is guessed without an instrument.
         reasons: why one is missing, by its name.
     """
     values = {"positive": positive, "negative": negative, "prior": prior}
@@ -229,8 +229,12 @@ def _gain_at_most(finding: Finding) -> float:
 
 def _told(read: Sequence[Finding]) -> str:
     """The most that was read, in the words of the attack."""
-    first = min(read, key=lambda f: (READS.index(f.unit), -_value(f)))
-    return first.sentence
+    return _foremost(read).sentence
+
+
+def _foremost(read: Sequence[Finding]) -> Finding:
+    """What stands for several attacks: the run's own push before smaller ones, then the most that was read."""
+    return min(read, key=lambda f: (-(f.lot or 0), READS.index(f.unit), -_value(f)))
 
 
 def _unmeasured(findings: Sequence[Finding], adversary: Adversary) -> str:
@@ -302,8 +306,9 @@ def headline(
 def _read_at_most(findings: Sequence[Finding]) -> str:
     read = [finding for finding in findings if _above(finding)]
     for adversary, who in ((DEFAULT, "one other party"), (Adversary.ALL_HOSTS, "all others together")):
-        found = best(read, adversary, READS)
-        if found is not None:
+        possible = [finding for finding in read if finding.unit in READS and able(finding, adversary)]
+        if possible:
+            found = _foremost(possible)
             return f"{who} {_READ[found.unit].format(percent(_value(found)))}."
     told = any(finding.unit is Unit.AUC and finding.value is not None for finding in findings)
     return "whether a known record was used can be told." if told else ""

@@ -14,7 +14,8 @@ Keys and the roster: `coterie.cli.provision`, or `coterie.cli.request`, `coterie
 A federation: `coterie.cli.plan`, `coterie.cli.doctor`, `coterie.cli.coordinator`, `coterie.cli.up`,
 `coterie.cli.status`.
 
-What was spent, and what an error means: `coterie.cli.ledger`, `coterie.cli.explain`. All of it at once:
+What was spent, what leaked, and what an error means: `coterie.cli.ledger`, `coterie.cli.audit`,
+`coterie.cli.explain`. All of it at once:
 `coterie.cli.demo`.
 
 Shown and ended: `coterie.cli.output` prints, `coterie.cli.streams` never reaches into the work,

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "Whether a party could start: keys, files, text, who can be reached."),
     "coordinator": ("coordinator", "Keep the rounds of a federation."),
     "up": ("up", "Take part in a federation as one party."),
+    "audit": ("audit", "Attack your own run, and say plainly what leaked."),
     "report": ("report", "A run's training as one page."),
     "ledger": ("ledger", "What was spent on which text; ledgers of two machines put together."),
     "purge": ("purge", "Remove what a finished run left of its text."),

@@ -35,7 +35,7 @@ def command(
         coterie demo --parties 3 --json demo.json
     """
     from coterie.cli.timed_screen import TimedScreen
-    from coterie.demonstration.demo import REPORT, run_demo
+    from coterie.demonstration.demo import AUDIT, REPORT, run_demo
     from coterie.demonstration.plan import make_plan
 
     plan = make_plan(parties, rounds, [name.strip() for name in arms.split(",") if name.strip()], quick=quick)
@@ -61,6 +61,8 @@ def command(
         _bullets(warning)
     say()
     say(f"Report   {folder / REPORT}")
+    if results.audit is not None:
+        say(f"Audit    {folder / AUDIT} shows what other parties could read, and the figures behind it")
     say(f"By hand  {folder / 'README.txt'} has every command of this demo")
     if json_file is not None:
         write_json(json_file, results.as_json())

@@ -1,4 +1,4 @@
-"""The whole demo: an empty folder becomes a run with its figures, picture, page and commands."""
+"""The whole demo: an empty folder becomes a run with its figures, picture, pages and commands."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coterie.demonstration.results import Results
 
 RESULTS, PICTURE, REPORT, README = "results.json", "losses.png", "report.html", "README.txt"
+AUDIT = "audit.html"
 
 
 def run_demo(plan: DemoPlan, folder: Path, screen: Screen) -> Results:
@@ -44,14 +45,18 @@ def run_demo(plan: DemoPlan, folder: Path, screen: Screen) -> Results:
             told = "; the earlier demo there was replaced" if replaced else ""
             screen.line(f"files go to {folder}{told}; nothing keeps running afterwards")
             finished = run(plan, root, screen)
-            screen.phase(PHASES, PHASES, "compare")
+            screen.phase(PHASES - 1, PHASES, "attack")
             # torch from here on: all processes have ended
+            from coterie.demonstration.audited import audited
+
+            findings = audited(plan, root, screen, root / AUDIT)
+            screen.phase(PHASES, PHASES, "compare")
             from coterie.demonstration.plot import save_plot
             from coterie.demonstration.report import save_report
             from coterie.demonstration.results import collect
 
             subjects = {party: part.subject for party, part in finished.corpus.parties.items()}
-            results = collect(plan, root, subjects, screen)
+            results = collect(plan, root, subjects, screen, findings)
             write_json(root / RESULTS, results.as_json())
             save_plot(results, root / PICTURE)
             save_report(results, root / PICTURE, root / REPORT)

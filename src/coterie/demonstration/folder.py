@@ -11,7 +11,7 @@
                         coordinator/; experts/ and experts_dp/ likewise
     ledger/             what the private arms spent, by dataset
     logs/               what each process printed
-    results.json, losses.png, report.html
+    results.json, losses.png, report.html, audit.html
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from coterie.config import (
     TokenizerTraining,
     TrainConfig,
     TrainSpec,
+    TranscriptSpec,
     dump_yaml,
 )
 from coterie.demonstration.corpus import PUBLIC
@@ -52,7 +53,20 @@ MARKER = "demo.json"
 LOCK = ".lock"
 LEDGER = "ledger"
 MADE = frozenset(
-    {MARKER, LOCK, "README.txt", "data", PUBLIC, *ARMS, LEDGER, "logs", "results.json", "losses.png", "report.html"}
+    {
+        MARKER,
+        LOCK,
+        "README.txt",
+        "data",
+        PUBLIC,
+        *ARMS,
+        LEDGER,
+        "logs",
+        "results.json",
+        "losses.png",
+        "report.html",
+        "audit.html",
+    }
 )
 """Everything the demo puts at the top of its folder: what an earlier demo may have left, and nothing else."""
 
@@ -179,6 +193,7 @@ class Folder:
             trunk="shared" if arm.exchange == "experts" else "private",
             join_deadline_s=120.0,
             max_attempts=2,
+            transcript=TranscriptSpec(rounds="all" if arm.private else plan.recorded),
         )
         self._write(where / "federation.yaml", config)
         for party in plan.parties:

@@ -153,6 +153,9 @@ class DemoPlan:
         at_once: how many baseline runs go on together, one processor core each. (Two cores for one run of a model
             this small gain nothing: 0.11 s a round on one, 0.22 s of processor time on two.)
         private: of the arms under a privacy budget.
+        recorded: rounds that each federation's parties record of what others send them, for the audit; private
+            federations record all.
+        audit_s: seconds that the audit may take.
         quick: too small to show anything but that it works.
     """
 
@@ -174,6 +177,8 @@ class DemoPlan:
     private: PrivatePlan = PrivatePlan()
     size: Size = DEFAULT_SIZE
     at_once: int = 2
+    recorded: int = 2
+    audit_s: float = 75.0
     quick: bool = False
 
     def of_kind(self, *kinds: str) -> list[Arm]:
@@ -223,6 +228,7 @@ def make_plan(
         plan = replace(
             plan,
             quick=True,
+            audit_s=15.0,
             rounds=8,
             eval_every=4,
             public_rounds=24,

@@ -20,6 +20,7 @@ def _text(plan: DemoPlan, folder: Folder) -> str:
         "the settings file) before you repeat a run.",
         "",
         "  report.html        the verdict, the tables and the picture; results.json has the figures",
+        "  audit.html         attacks on what other parties received of the first one, and what they read",
         "  data/              the text: documentation of this Python installation, one subject per party",
         "  public/run/model   the public checkpoint, an ordinary Hugging Face folder with its tokenizer",
         "  */run/private/     metrics.jsonl, tensorboard/, checkpoints/, evaluation.safetensors, result.json",

@@ -23,6 +23,13 @@ def save_report(results: Results, picture: Path, path: Path) -> None:
     path.write_text(_page(results, picture.read_bytes()), encoding="utf-8")
 
 
+def _audit(results: Results) -> str:
+    if results.audit is None:
+        return ""
+    link = pages.link("audit.html", "The audit's page has every attack, its adversary and its figures.")
+    return pages.section("What other parties could read", pages.bullets(results.audit.headline), link)
+
+
 def _page(results: Results, picture: bytes) -> str:
     arms = Table(
         "what each arm trains on in a round",
@@ -43,6 +50,7 @@ def _page(results: Results, picture: bytes) -> str:
         [headline(results)],
         [
             pages.warning("What this does not protect", not_protected(results)),
+            _audit(results),
             pages.section("Figures", *map(pages.table, tables(results)), pages.figure("losses of every arm", image)),
             pages.section("What they mean", pages.bullets(meaning(results))),
             pages.section("How it was done", pages.table(subjects), pages.table(arms)),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from coterie.audit.findings import Findings
 from coterie.demonstration.folder import Folder
 from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.screen import Screen
@@ -80,6 +81,7 @@ class Results:
         best: arm, then party, then (finished rounds, loss) of its best evaluation on the way; arms with one run
             per party only.
         wire: of each federation.
+        audit: of the federations, by attacks on what the other parties received; None without a federation.
     """
 
     plan: DemoPlan
@@ -88,6 +90,7 @@ class Results:
     curves: Mapping[str, Sequence[tuple[int, float]]]
     best: Mapping[str, Mapping[str, tuple[int, float]]]
     wire: Mapping[str, Wire]
+    audit: Findings | None = None
 
     @property
     def parties(self) -> tuple[str, ...]:
@@ -101,7 +104,9 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         """The figures for `--json`."""
+        audit = {} if self.audit is None else {"audit": dict(self.audit.as_json())}
         return {
+            **audit,
             "parties": list(self.parties),
             "rounds": self.plan.rounds,
             "arms": {arm: self._arm(arm) for arm in self.arms},
@@ -148,7 +153,9 @@ def _wire_json(wire: Wire) -> dict[str, Any]:
     return {"payload_bytes": wire.payload_bytes, "tensor_bytes": wire.tensor_bytes, "ratio": ratio}
 
 
-def collect(plan: DemoPlan, root: Path, subjects: Mapping[str, str], screen: Screen) -> Results:
+def collect(
+    plan: DemoPlan, root: Path, subjects: Mapping[str, str], screen: Screen, audit: Findings | None = None
+) -> Results:
     """Read every run, and measure the public checkpoint on each party's held-out text."""
     torch.set_num_threads(1)  # small matrices; several threads only get into each other's way
     folder = Folder(root, plan)
@@ -180,7 +187,7 @@ def collect(plan: DemoPlan, root: Path, subjects: Mapping[str, str], screen: Scr
             if arm.kind == "federation":
                 wire[arm.name] = _wire_of(runs.values())
         _check_paired(arm, arms[arm.name], public)
-    return Results(plan, dict(subjects), arms, curves, best, wire)
+    return Results(plan, dict(subjects), arms, curves, best, wire, audit)
 
 
 def _weight_bytes(model: Any) -> int:

@@ -17,7 +17,7 @@ from coterie.demonstration.plan import Arm, DemoPlan
 from coterie.demonstration.processes import Processes, Running
 from coterie.demonstration.screen import Follow, Screen, megabytes
 
-PHASES = 5
+PHASES = 6
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finished:
 
 
 def run(plan: DemoPlan, root: Path, screen: Screen) -> Finished:
-    """Do everything but the comparison, inside ``root``.
+    """Do everything but audit and comparison, inside ``root``.
 
     Raises:
         DataError: this Python carries no documentation.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from coterie.audit.findings import Findings
+from coterie.audit.verdicts import percent
 from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.results import Results
 from coterie.demonstration.screen import megabytes
@@ -66,19 +68,27 @@ def not_protected(results: Results) -> list[str]:
     """What no figure above shows: who can read what."""
     arms = [ARMS[arm] for arm in results.wire]
     return [
-        *(_TOKENS if any(arm.exchange == "tokens" for arm in arms) else ()),
+        *(_tokens(results.audit) if any(arm.exchange == "tokens" for arm in arms) else ()),
         *(_unnoised(results.plan) if any(arm.exchange == "experts" and not arm.private for arm in arms) else ()),
+        *(_ranked(results.audit) if any(arm.exchange == "experts" and not arm.private for arm in arms) else ()),
         *(_promised(results) if any(arm.private for arm in arms) else ()),
+        *(_withstood(results.audit) if any(arm.private for arm in arms) else ()),
     ]
 
 
-_TOKENS = (
-    "`tokens` does NOT keep the text from the other parties. For every token a hidden vector goes to the hosts of "
-    "its experts, and a host that knows the public model can turn nearly all of them back into the text (99.9 % of "
-    "tokens in a measurement on a small model). The gradients that follow give away the next token.",
-    "TLS keeps everybody outside the federation out, and the coordinator sees no tensor; nothing in `tokens` hides "
-    "text from the parties inside. Use it only among parties that may read each other's text.",
-)
+def _tokens(audit: Findings | None) -> Iterator[str]:
+    read = audit.tokens.recovery if audit is not None else None
+    told = "turn nearly all of them back into the text" if read is None else "turn them back into the text"
+    measured = "" if read is None else f": in this run, {percent(read)} of all tokens, evaluation text among them"
+    yield (
+        "`tokens` does NOT keep the text from the other parties. For every token a hidden vector goes to the hosts "
+        f"of its experts, and a host that knows the public model can {told}{measured}. The gradients that follow "
+        "give away the next token."
+    )
+    yield (
+        "TLS keeps everybody outside the federation out, and the coordinator sees no tensor; nothing in `tokens` "
+        "hides text from the parties inside. Use it only among parties that may read each other's text."
+    )
 
 
 def _unnoised(plan: DemoPlan) -> Iterator[str]:
@@ -92,6 +102,37 @@ def _unnoised(plan: DemoPlan) -> Iterator[str]:
         f"the text from them, wholly up to about {reach.tokens:,} tokens a push with this model, in part beyond (a "
         f"round here has up to {round_tokens:,}). The way out is a budget."
     )
+
+
+def _ranked(audit: Findings | None) -> Iterator[str]:
+    """What one other party read from this run's own pushes."""
+    if audit is None or not audit.experts.lots:
+        return
+    told = ", ".join(
+        f"{percent(share)} of a push of {lot} record{'' if lot == '1' else 's'}"
+        for lot, share in audit.experts.lots.items()
+    )
+    guess = audit.experts.prior
+    alone = "" if guess is None else f"; the public model alone guesses {percent(guess)}"
+    yield f"In this run one other party, given what stands before, read the next token for {told}{alone}."
+
+
+def _withstood(audit: Findings | None) -> Iterator[str]:
+    """What attacks on this run's noised sums came to."""
+    private = None if audit is None else audit.experts_dp
+    if private is None or private.recovery is None or private.prior is None:
+        return
+    found = private.intervals.get("advantage")
+    width = f", {100 * found.low:+.1f} to {100 * found.high:+.1f} by its 95 % interval" if found is not None else ""
+    yield (
+        f"In this run attacks on the noised sums read {percent(private.recovery)} of places, the public model alone "
+        f"{percent(private.prior)} (difference {100 * (private.advantage or 0.0):+.1f} points{width})."
+    )
+    if private.epsilon_lower is not None and private.epsilon_ceiling is not None:
+        yield (
+            f"The audited epsilon is at least {private.epsilon_lower:.2f}; {private.epsilon_claimed:.3g} is claimed, "
+            f"and these canaries could have shown at most {private.epsilon_ceiling:.2f}."
+        )
 
 
 def _promised(results: Results) -> Iterator[str]:

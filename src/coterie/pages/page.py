@@ -22,6 +22,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p, ul { margin: .4rem 0 .9rem; }
 ul { padding-left: 1.2rem; }
 li { margin: .25rem 0; }
+a { color: var(--accent); }
 .note { color: var(--soft); font-size: .92rem; }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 .card { border: 1px solid var(--line); border-left: 6px solid var(--unknown); border-radius: 4px;
@@ -133,6 +134,11 @@ def bullets(sentences: Iterable[str]) -> str:
     """A list; nothing when there is no sentence."""
     items = "".join(f"<li>{text(sentence)}</li>" for sentence in sentences)
     return f"<ul>{items}</ul>" if items else ""
+
+
+def link(to: str, words: str) -> str:
+    """A paragraph that leads to a file beside the page."""
+    return f'<p><a href="{escape(to)}">{text(words)}</a></p>'
 
 
 def preformatted(words: str) -> str:

@@ -127,6 +127,8 @@ class Case:
         """The records of a round's push."""
         if self.evidence.answers is None:
             raise _nothing("the owner kept no key to its sums", "agree on `transcript:` in federation.yaml")
+        if round_index not in self._parts[Adversary.ALL_HOSTS]:
+            raise _nothing(f"no sum of {self.evidence.owner} was recorded", "record a round that was made to its end")
         push = self._parts[Adversary.ALL_HOSTS][round_index][0]
         found = self.evidence.answers.records(push)
         return [Owned(record.row, record.document, tuple(record.ids)) for record in found]

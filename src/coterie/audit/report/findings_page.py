@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from coterie import pages
-from coterie.audit.adversaries import DEFAULT, Adversary
+from coterie.audit.adversaries import Adversary
 from coterie.audit.findings import Channel, Finding, Findings, Outcome, Part, Unit, Verdict
 from coterie.audit.metrics import Estimate
 from coterie.audit.verdicts import READS, best, failed, named, percent
@@ -130,8 +130,8 @@ def _controls(findings: Findings) -> str:
     )
     shown = {
         "positive, undefended vectors of the first layer": measured.intervals.get("positive"),
-        "negative, a push that holds nothing": measured.intervals.get("negative"),
-        "prior, the language model's guess": measured.intervals.get("prior"),
+        "negative, an instrument that can know nothing": measured.intervals.get("negative"),
+        "prior of the negative control": measured.intervals.get("prior"),
     }
     return pages.section(
         "Do the instruments work?",
@@ -158,9 +158,10 @@ def channel_table(findings: Findings) -> Table:
     for part, some in findings.findings.items():
         for channel in Channel:
             here = [finding for finding in some if finding.channel is channel]
-            for adversary in (DEFAULT, Adversary.ALL_HOSTS):
-                found = best(here, adversary, [*READS, *(unit for unit in Unit if unit not in READS)])
-                if found is None or (adversary is not DEFAULT and found.adversary is not adversary):
+            for adversary in Adversary:
+                own = [finding for finding in here if finding.adversary is adversary]
+                found = best(own, adversary, [*READS, *(unit for unit in Unit if unit not in READS)])
+                if found is None:
                     continue
                 cells = (
                     found.name,
@@ -246,12 +247,46 @@ def _epsilon(findings: Findings) -> str:
     if not known:
         return ""
     why = [f"{name.replace('_', ' ')}: {reason}" for name, reason in private.reasons.items() if "epsilon" in name]
+    drawing = pages.marks(shown, x="epsilon", high=1.1 * max(known))
     return pages.section(
         "Epsilon from below",
-        pages.figure(
-            "a bound above the claim would be an alarm", pages.marks(shown, x="epsilon", high=1.1 * max(known))
-        ),
+        pages.figure("a bound above the claim would be an alarm", drawing),
         pages.bullets(why),
+        *map(pages.table, epsilon_tables(findings)),
+        pages.bullets((findings.epsilon or {}).get("sentences", ())),
+    )
+
+
+def epsilon_tables(findings: Findings) -> Sequence[Table]:
+    """Premises of the claim, each measured; and what canaries of one run prove."""
+    epsilon = findings.epsilon or {}
+    premises = tuple(
+        (each["name"], f"{each['value']:.5g}", f"{each['expected']:.5g}", f"{each['error']:.2g}", each["verdict"])
+        for each in epsilon.get("premises", ())
+    )
+    runs = tuple(
+        (
+            run["score"],
+            f"{run['canaries']}",
+            f"{run['claimed']:g}",
+            f"{run['auc']:.3f}",
+            f"{run['lower']:.2f}, {run['gaussian_lower']:.2f}",
+            f"{run['ceiling']:.2f}, {run['gaussian_ceiling']:.2f}",
+            run["verdict"],
+        )
+        for run in epsilon.get("one_run", ())
+    )
+    return (
+        Table(
+            "what the accounting takes for granted, measured",
+            ("premise", "measured", "expected", "standard error", "verdict"),
+            premises,
+        ),
+        Table(
+            "canaries under a small claim of the audit's own; bounds by the (epsilon, delta) law, the Gaussian law",
+            ("told apart by", "canaries", "claim", "AUC", "lower bounds", "ceilings", "verdict"),
+            runs,
+        ),
     )
 
 

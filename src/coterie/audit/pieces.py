@@ -1,0 +1,102 @@
+"""The pieces of an audit, each with its reason where it cannot be made. `coterie.audit.run` puts them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+from coterie.audit.adversaries import DEFAULT
+from coterie.audit.evidence import Evidence
+from coterie.audit.findings import Channel, Controls, Finding, Part, Unit
+from coterie.audit.verdicts import controls
+from coterie.config import ModelSpec
+from coterie.errors import AuditError, CoterieError
+from coterie.models.zoo.build import build_model
+
+TOKENS, CONTROLS = "coterie.audit.tokens.attack", "coterie.audit.tokens.controls"
+EXPERTS, MODEL = "coterie.audit.experts.attack", "coterie.audit.model.attacking"
+EPSILON, SUBJECT = "coterie.audit.epsilon.run", "coterie.audit.epsilon.subject"
+"""Each piece by its module: loading one takes seconds, and none is loaded for nothing."""
+
+
+def loaded(module: str, name: str) -> Any:
+    """A function of a piece, loaded when it is needed.
+
+    Raises:
+        AuditError: this installation has no such piece.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("coterie.audit"):
+            raise
+        raise AuditError(
+            f"This installation has no {module}.",
+            code="audit-piece",
+            why="what it would have tested stays untested",
+            fix="install coterie whole",
+        ) from None
+
+
+def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> list[Finding]:
+    """Attacks on what other parties received."""
+    name = f"attacks on `{evidence.exchange}`"
+    if not evidence.received:
+        return [nothing(name, part, "no transcript was given: name the other parties' run folders with --received")]
+    if evidence.answers is None:
+        return [nothing(name, part, "the owner kept no key to score with")]
+    try:
+        attack = loaded(TOKENS if part is Part.TOKENS else EXPERTS, "attack")
+        found: list[Finding] = attack(evidence, seed=seed, budget_s=budget_s)
+        return found
+    except CoterieError as error:
+        return [nothing(name, part, error.message)]
+
+
+def on_model(run: Path, seed: int, budget_s: float) -> list[Finding] | str:
+    """Attacks on the trained model, or why there are none."""
+    try:
+        found: list[Finding] = loaded(MODEL, "attack")(run, seed=seed, budget_s=budget_s)
+        return found
+    except CoterieError as error:
+        return error.message
+
+
+def on_epsilon(run: Path, start: Path | None, seed: int, budget_s: float) -> dict[str, Any] | str:
+    """Epsilon from below, as `coterie.audit.findings.Findings` keeps it, or why it was not measured."""
+    try:
+        subject = loaded(SUBJECT, "Subject").of_run(run, start)
+        found = loaded(EPSILON, "audit_epsilon")(subject, seed=seed, budget_s=budget_s)
+        return dataclasses.asdict(found)
+    except CoterieError as error:
+        return error.message
+
+
+def instruments(evidence: Evidence | None, seed: int) -> Controls:
+    """The controls, on public text through the public starting checkpoint."""
+    if evidence is None:
+        return _untried("only runs of a federation have undefended hidden vectors to try the instruments on")
+    if not evidence.public:
+        return _untried("no public text was given: name a folder with --public")
+    try:
+        model = build_model(ModelSpec(path=evidence.start, provenance="public"))
+        positive = loaded(CONTROLS, "positive_control")(model, evidence.public, seed=seed)
+        negative = loaded(CONTROLS, "negative_control")(model, evidence.public, seed=seed)
+    except CoterieError as error:
+        return _untried(error.message.rstrip("."))
+    return controls(positive.value, negative.value, negative.prior, {})
+
+
+def nothing(name: str, part: Part, why: str) -> Finding:
+    """An attack that could not be made."""
+    channel, unit = (Channel.TOKENS, Unit.TOKENS) if part is Part.TOKENS else (Channel.PUSHES, Unit.PLACES)
+    reason = why.rstrip(".")
+    return Finding(
+        name=name, adversary=DEFAULT, channel=channel, unit=unit, value=None, reason=reason, sentence=f"{reason}."
+    )
+
+
+def _untried(why: str) -> Controls:
+    return controls(None, None, None, dict.fromkeys(("positive", "negative", "prior"), why))

@@ -1,0 +1,259 @@
+"""A whole audit: missing pieces are told and end nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from synthetic_findings import experts, findings, noised, tokens, working
+
+from coterie.audit import pieces, run
+from coterie.audit.evidence import Claim, Evidence
+from coterie.audit.figures import NOT_AUDITED, experts_figures, private_figures, tokens_figures
+from coterie.audit.findings import Audited, Finding, Outcome, Part
+from coterie.audit.run import Asked, audit, contradicted, part_of, public_files
+from coterie.cli import audit as command
+from coterie.config import PrivacyRules
+from coterie.errors import AuditError, CheckpointError
+
+Read = Callable[..., Evidence]
+
+
+def evidence(exchange: str = "tokens", claim: Claim | None = None, received: int = 2, **more: Any) -> Evidence:
+    transcripts = {f"party{number}": SimpleNamespace(rounds=2) for number in range(received)}
+    values: dict[str, Any] = {
+        "owner": "alder",
+        "exchange": exchange,
+        "trunk": "shared",
+        "privacy": claim,
+        "start": Path("start"),
+        "public": [[1, 2, 3]] * 30,
+        "received": transcripts,
+        "answers": SimpleNamespace(),
+        "run_folder": Path("run"),
+    }
+    return Evidence(**(values | more))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A party's run folder, every piece of the audit standing still."""
+    (tmp_path / "party.yaml").write_text("", "utf-8")
+    identified = Audited(
+        part=Part.TOKENS,
+        owner="alder",
+        parties=("alder", "birch"),
+        config_hash="5f",
+        model="toy",
+        start="9a",
+        rounds=4,
+        recorded=2,
+    )
+    monkeypatch.setattr(run, "federation_run", lambda evidence, part: identified.model_copy(update={"part": part}))
+    monkeypatch.setattr(run, "load_yaml", lambda *_: SimpleNamespace(privacy="none"))
+    monkeypatch.setattr(pieces, "instruments", lambda *_: working())
+    monkeypatch.setattr(pieces, "on_model", lambda *_: "it was left alone")
+    monkeypatch.setattr(pieces, "on_epsilon", lambda *_: "it was left alone")
+    return tmp_path
+
+
+def reading(monkeypatch: pytest.MonkeyPatch, *answers: Evidence | Exception) -> None:
+    left = list(answers)
+
+    def read(*_: Any) -> Evidence:
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(run.Evidence, "read", read)
+
+
+def attacks(monkeypatch: pytest.MonkeyPatch, some: tuple[Finding, ...] | Exception) -> None:
+    def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
+        if isinstance(some, Exception):
+            raise some
+        return list(some)
+
+    monkeypatch.setattr(pieces, "loaded", lambda *_: attack)
+
+
+def audited(folder: Path) -> Any:
+    return audit([Asked(folder)], seed=3, budget_s=10)
+
+
+def test_the_figures_at_the_top_are_those_of_the_default_adversary(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading(monkeypatch, evidence())
+    attacks(monkeypatch, tokens())
+    found = audited(folder)
+    assert (found.tokens.recovery, found.tokens.prior) == (0.981, 0.17)  # not the 0.9995 of all hosts together
+    assert found.tokens.layers == {"0": 1.0, "1": 0.93, "2": 0.96, "3": 0.75}
+    assert found.outcome is Outcome.OPEN
+    assert found.experts.reasons == dict.fromkeys(("recovery", "prior", "auc"), NOT_AUDITED)
+    assert found.identification.seed == 3
+
+
+def test_the_run_s_own_push_is_the_largest_and_all_sizes_stand_beside_it() -> None:
+    found = experts_figures(experts())
+    assert (found.recovery, found.prior, found.auc) == (0.28, 0.15, 0.988)
+    assert found.lots == {"1": 0.98, "4": 0.8, "16": 0.28}
+
+
+def test_a_budget_s_figures_join_attacks_and_bounds() -> None:
+    bounds = {"auc_allowed": 0.74, "epsilon_claimed": 8.0, "epsilon_lower": 0.5, "epsilon_ceiling": 3.6}
+    found = private_figures(noised(), bounds, (7.99, 1e-5))
+    assert (found.recovery, found.prior, found.advantage) == (0.171, 0.17, 0.001)
+    assert (found.epsilon_claimed, found.epsilon_lower, found.epsilon_ceiling) == (7.99, 0.5, 3.6)
+    assert found.auc == 0.58
+    assert found.reasons == {}
+    without = private_figures(noised(), None, (7.99, 1e-5), "no record is left")
+    assert without.epsilon_lower is None
+    assert without.reasons["epsilon_lower"] == "no record is left"
+
+
+def test_nothing_measured_is_null_with_the_attacks_own_reasons() -> None:
+    found = tokens_figures([pieces.nothing("attacks", Part.TOKENS, "no key")])
+    assert found.recovery is None
+    assert found.reasons["recovery"] == "no key"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"received": 0}, "no transcript was given"),
+        ({"answers": None}, "kept no key"),
+    ],
+)
+def test_a_missing_piece_is_told_and_ends_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], words: str
+) -> None:
+    reading(monkeypatch, evidence(**more))
+    found = audited(folder)
+    assert found.outcome is Outcome.UNKNOWN
+    assert found.tokens.recovery is None
+    assert words in found.tokens.reasons["recovery"]
+    assert any(words in sentence for sentence in found.untested)
+
+
+def test_a_transcript_of_another_run_is_told_and_the_rest_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = CheckpointError("What birch/run holds is of run 1234.", code="transcript-other-run")
+    reading(monkeypatch, other, evidence(received=0))
+    found = audit([Asked(folder, received=(Path("birch/run"),))], seed=3, budget_s=10)
+    assert any("of run 1234" in sentence for sentence in found.untested)
+    assert found.outcome is Outcome.UNKNOWN
+
+
+def test_a_folder_without_a_run_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading(monkeypatch, CheckpointError("holds no run", code="run-dir-none"))
+    with pytest.raises(CheckpointError, match="holds no run"):
+        audited(folder)
+
+
+def test_an_attack_that_cannot_be_made_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading(monkeypatch, evidence(exchange="experts"))
+    attacks(monkeypatch, AuditError("Nothing was pushed.", code="audit-no-pushes"))
+    found = audited(folder)
+    assert "Nothing was pushed" in found.experts.reasons["recovery"]
+
+
+def test_several_runs_fill_several_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"tokens": tokens(), "experts": experts(), "dp": noised()}
+    reading(monkeypatch, evidence(), evidence("experts"), evidence("experts", Claim(7.99, 1e-5)))
+    monkeypatch.setattr(pieces, "on_exchange", lambda e, *_: list(found["dp" if e.privacy else e.exchange]))
+    whole = audit([Asked(folder)] * 3, seed=0, budget_s=10)
+    assert set(whole.findings) == {Part.TOKENS, Part.EXPERTS, Part.EXPERTS_DP}
+    assert (whole.tokens.recovery, whole.experts.recovery, whole.experts_dp.recovery) == (0.981, 0.28, 0.171)
+    assert whole.experts_dp.epsilon_claimed == 7.99
+    assert [one.part for one in whole.identification.runs] == [Part.TOKENS, Part.EXPERTS, Part.EXPERTS_DP]
+    assert len(whole.headline) == 3
+
+
+def test_a_run_under_a_budget_is_one_before_anything_was_spent() -> None:
+    agreed: Any = SimpleNamespace(privacy=PrivacyRules.model_construct())
+    assert part_of(evidence("experts"), agreed) is Part.EXPERTS_DP
+    assert part_of(evidence("experts"), SimpleNamespace(privacy="none")) is Part.EXPERTS  # type: ignore[arg-type]
+    assert part_of(evidence(), agreed) is Part.TOKENS
+
+
+def test_alarms_of_the_audit_of_epsilon_are_told_one_by_one() -> None:
+    premise = {"verdict": "ALARM", "sentence": "Noise is half of what is claimed."}
+    run_ = {"verdict": "ALARM", "score": "shares", "alarm_lower": 3.2, "claimed": 2.0}
+    quiet = {"verdict": "consistent", "sentence": "Lots are drawn as stated."}
+    told = contradicted({"verdict": "ALARM", "premises": [premise, quiet], "one_run": [run_], "sentences": []})
+    assert told == [
+        "Noise is half of what is claimed.",
+        "Canaries told apart by shares prove an epsilon of at least 3.20 where 2 was claimed.",
+    ]
+    assert contradicted({"verdict": "consistent", "premises": [], "one_run": [], "sentences": []}) == []
+
+
+def test_a_piece_that_is_not_installed_is_told() -> None:
+    with pytest.raises(AuditError) as error:
+        pieces.loaded("coterie.audit.nothing", "attack")
+    assert error.value.code == "audit-piece"
+
+
+def test_controls_need_public_text_and_a_federation() -> None:
+    assert "--public" in pieces.instruments(evidence(public=[]), 0).reasons["positive"]
+    assert "federation" in pieces.instruments(None, 0).reasons["positive"]
+
+
+def test_public_files_are_found_in_folders_and_below(tmp_path: Path) -> None:
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for name in ("a.txt", "b/d.txt", "b/c/e.txt"):
+        (tmp_path / name).write_text("x", "utf-8")
+    found = public_files([tmp_path / "b", tmp_path / "a.txt"])
+    assert [path.name for path in found] == ["e.txt", "d.txt", "a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"), [(Outcome.ALARM, 3), (Outcome.OPEN, 0), (Outcome.HELD, 0), (Outcome.UNKNOWN, 4)]
+)
+def test_the_exit_code_tells_alarm_conclusion_and_neither(outcome: Outcome, code: int) -> None:
+    assert command.exit_code(findings().model_copy(update={"outcome": outcome})) == code
+
+
+def test_the_command_writes_page_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_audited", lambda *_: findings())
+    from coterie.cli.app import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["audit", str(tmp_path), "--json", str(tmp_path / "audit.json"), "--shareable"])
+    assert end.value.code == 0
+    told = json.loads((tmp_path / "audit.json").read_text("utf-8"))
+    assert told["left_out"]
+    assert told["tokens"]["recovery"] is None
+    assert "edition to pass on" in (tmp_path / "private" / "audit-shareable.html").read_text("utf-8")
+    shown = capsys.readouterr().out
+    assert "98.1" not in shown
+    assert "Not tested" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [["audit", "prepare"], ["audit", "run", "train.yaml"], ["audit", "run", "--out", "x"]]
+)
+def test_prepare_and_audit_do_not_share_arguments(arguments: list[str]) -> None:
+    from coterie.cli.app import main
+
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+
+
+def test_public_text_that_is_not_there_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from coterie.cli.app import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["audit", str(tmp_path), "--public", str(tmp_path / "none")])
+    assert end.value.code == 1
+    assert "audit-public-none" in capsys.readouterr().err
