@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from coterie.audit.adversaries import Adversary
 from coterie.audit.evidence import Evidence
@@ -31,86 +32,106 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
         CheckpointError: transcript and key do not fit.
     """
     case = Case(evidence, seed)
-    case.lot(case.rounds()[0] if case.rounds() else 0)
     clock = Clock(budget_s)
     jobs = _plain(case, budget_s) if evidence.privacy is None else _noised(case)
     found: list[Finding] = []
-    for number, (name, adversary, unit, weight, job) in enumerate(jobs):
+    for number, job in enumerate(jobs):
         if number and clock.left < _SHORTEST_S:
-            found.append(_not_reached(name, adversary, unit))
-            continue
-        left = sum(each[3] for each in jobs[number:])
-        found += job(clock.share(weight / left))
+            found.append(_not_reached(job))
+        else:
+            found += job.run(clock.share(job.weight / sum(each.weight for each in jobs[number:])))
     return found
 
 
-_Job = tuple[str, Adversary, Unit, float, Attack]
+@dataclass(frozen=True)
+class _Job:
+    """An attack that waits for its turn.
+
+    Attributes:
+        weight: how much of the time it may use beside the others.
+    """
+
+    name: str
+    adversary: Adversary
+    unit: Unit
+    weight: float
+    run: Attack
 
 
 def _plain(case: Case, budget_s: float) -> list[_Job]:
+    """What matters most comes first: time may not reach to the end."""
     recorded = len(case.lot(case.rounds()[0]))
     lots = [recorded, *(lot for lot in plain.LOTS if lot < recorded)]
-    jobs: list[_Job] = []
-    for adversary in (Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS):
-        jobs += [("next token by spans", adversary, Unit.PLACES, 1.0, _next(case, adversary, lot)) for lot in lots]
-        sizes = [recorded, *(lot for lot in plain.MEMBER_LOTS if recorded < lot <= len(case.train) // 2)]
-        jobs += [("membership in a push", adversary, Unit.AUC, 1.0, _member(case, adversary, lot)) for lot in sizes]
-        jobs.append(("bag of tokens", adversary, Unit.BAG, 1.0, _bag(case, adversary)))
-    if recorded > 1:
-        known = Adversary.HOST_DOMAIN
-        jobs.append(("next token by spans", known, Unit.PLACES, 1.0, _next(case, known, recorded, recorded // 2)))
+    sizes = [lot for lot in plain.MEMBER_LOTS if recorded < lot <= len(case.train) // 2]
+    both = Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS
+    jobs = [_next(case, each, lot) for each in both for lot in lots]
+    jobs += [_member(case, each, recorded) for each in both]
+    jobs += [_bag(case, each) for each in both]
     if case.evidence.trunk == "private" and len(case.rounds()) > 1:
-        late = case.rounds()[-1]
-        jobs += [
-            ("next token by spans", each, Unit.PLACES, 1.0, _next(case, each, recorded, round_index=late))
-            for each in (Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS)
-        ]
-    searched = [lot for lot in plain.LOTS if lot <= recorded]
+        jobs += [_next(case, each, recorded, round_index=case.rounds()[-1]) for each in both]
+    if recorded > 1:
+        jobs.append(_next(case, Adversary.HOST_DOMAIN, recorded, known=recorded // 2))
+    jobs += [_member(case, each, lot) for lot in sizes for each in both]
     if budget_s >= _FOR_RECORDS_S:
-        jobs += [
-            ("whole records by search", Adversary.ALL_HOSTS, Unit.TOKENS, 3.0, _search(case, lot)) for lot in searched
-        ]
+        jobs += [_search(case, lot) for lot in plain.LOTS if lot <= recorded]
     return jobs
 
 
 def _noised(case: Case) -> list[_Job]:
-    jobs: list[_Job] = []
-    for adversary in (Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS):
-        jobs.append(("one token, all others known", adversary, Unit.PLACES, 1.0, _token(case, adversary)))
-        jobs.append(("membership over rounds", adversary, Unit.AUC, 2.0, _run(case, adversary)))
-    return jobs
+    both = Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS
+    return [_run(case, each) for each in both] + [_token(case, each) for each in both]
 
 
-def _next(case: Case, adversary: Adversary, lot: int, known: int = 0, round_index: int | None = None) -> Attack:
-    return lambda clock: [plain.next_tokens(case, adversary, lot, clock, known=known, round_index=round_index)]
+def _next(case: Case, adversary: Adversary, lot: int, known: int = 0, round_index: int | None = None) -> _Job:
+    def run(clock: Clock) -> list[Finding]:
+        return [plain.next_tokens(case, adversary, lot, clock, known=known, round_index=round_index)]
+
+    return _Job("next token by spans", adversary, Unit.PLACES, 1.0, run)
 
 
-def _member(case: Case, adversary: Adversary, lot: int) -> Attack:
-    return lambda clock: plain.membership(case, adversary, lot, clock)
+def _member(case: Case, adversary: Adversary, lot: int) -> _Job:
+    return _Job(
+        "membership in a push", adversary, Unit.AUC, 1.0, lambda clock: plain.membership(case, adversary, lot, clock)
+    )
 
 
-def _bag(case: Case, adversary: Adversary) -> Attack:
-    return lambda clock: plain.bag(case, adversary, clock)
+def _bag(case: Case, adversary: Adversary) -> _Job:
+    return _Job("bag of tokens", adversary, Unit.BAG, 1.0, lambda clock: plain.bag(case, adversary, clock))
 
 
-def _search(case: Case, lot: int) -> Attack:
-    return lambda clock: [plain.whole_records(case, Adversary.ALL_HOSTS, lot, clock)]
+def _search(case: Case, lot: int) -> _Job:
+    adversary = Adversary.ALL_HOSTS
+    return _Job(
+        "whole records by search",
+        adversary,
+        Unit.TOKENS,
+        3.0,
+        lambda clock: [plain.whole_records(case, adversary, lot, clock)],
+    )
 
 
-def _token(case: Case, adversary: Adversary) -> Attack:
-    return lambda clock: [noised.tokens(case, adversary, clock)]
+def _token(case: Case, adversary: Adversary) -> _Job:
+    return _Job(
+        "one token, all others known",
+        adversary,
+        Unit.PLACES,
+        1.0,
+        lambda clock: [noised.tokens(case, adversary, clock)],
+    )
 
 
-def _run(case: Case, adversary: Adversary) -> Attack:
-    return lambda clock: noised.membership(case, adversary, clock)
+def _run(case: Case, adversary: Adversary) -> _Job:
+    return _Job(
+        "membership over rounds", adversary, Unit.AUC, 2.0, lambda clock: noised.membership(case, adversary, clock)
+    )
 
 
-def _not_reached(name: str, adversary: Adversary, unit: Unit) -> Finding:
+def _not_reached(job: _Job) -> Finding:
     return Finding(
-        name=name,
-        adversary=adversary,
+        name=job.name,
+        adversary=job.adversary,
         channel=Channel.PUSHES,
-        unit=unit,
+        unit=job.unit,
         value=None,
         reason="the time that the audit was given did not reach so far",
         sentence="Not measured.",

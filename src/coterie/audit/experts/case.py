@@ -92,6 +92,8 @@ class Case:
         round_as_served(model, transcript.weights_dtype, evidence.trunk == "shared")
         self.reader = Reader(model)
         self.rounding = rounding_of(transcript)
+        if not self.rounds():
+            raise _nothing("the transcripts hold no whole sum of the owner's", "record at least one whole round")
 
     @cached_property
     def _parts(self) -> Mapping[Adversary, dict[int, list[Push]]]:

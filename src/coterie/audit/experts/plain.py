@@ -25,6 +25,8 @@ LOTS = (1, 4)
 """Sizes of push that are simulated from the owner's own records, beside the recorded one."""
 MEMBER_LOTS = (64, 256)
 _AT_ONCE = 8
+_ADDING_UP = 3e-7
+"""Of values of sums in float32, over their size: what another order of adding up changes."""
 _SCORED = 400
 _PUBLIC = 200
 _FEWEST_OTHERS = 40
@@ -135,12 +137,13 @@ def without(opened: Opened, known: Opened) -> Opened:
 
 
 def _difference(each: ExpertSum, known: ExpertSum) -> ExpertSum:
-    """Less the known part; what only rounding has left is nothing."""
-    sides = []
+    """Less the known part; what only rounding has left is nothing, and the rounding of the whole stays as noise."""
+    sides, noise = [], each.noise
     for whole, part in ((each.first_DG, known.first_DG), (each.second_FD, known.second_FD)):
         rest = whole - part
         sides.append(rest if float(rest.norm()) > 1e-5 * float(whole.norm()) else torch.zeros_like(rest))
-    return ExpertSum(sides[0], sides[1], each.noise, each.rounding)
+        noise = max(noise, _ADDING_UP * float(whole.square().mean().sqrt()))
+    return ExpertSum(sides[0], sides[1], noise, each.rounding)
 
 
 def whole_records(case: Case, adversary: Adversary, lot: int, clock: Clock) -> Finding:
