@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coterie.audit.adversaries import Adversary
 from coterie.audit.evidence import Evidence
+from coterie.audit.experts.membership import Metric
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.pushes import by_round, open_pushes, put, round_as_served, rounding_of, served
 from coterie.audit.experts.reader import Reader
@@ -165,16 +166,29 @@ class Case:
             for row in range(len(found))
         ]
 
+    @cached_property
+    def metric(self) -> Metric:
+        """How single records' gradients scatter, learned on `shown`."""
+        return Metric(self.reader, self.shown, 1.0)
+
+    @cached_property
+    def shown(self) -> list[tuple[int, ...]]:
+        """Public records that show how gradients scatter; no attack learns on them otherwise."""
+        return self.random().sample(self.public, min(_SHOWN, len(self.public) // 2))
+
+    @cached_property
+    def learned(self) -> list[tuple[int, ...]]:
+        """The other public records."""
+        shown = set(self.shown)
+        return [record for record in self.public if record not in shown]
+
     def random(self) -> random.Random:
         """Draws of one attack, the same whatever other attacks drew."""
         return random.Random(self.seed)
 
-    def some_public(self, count: int) -> list[tuple[int, ...]]:
-        """Some of the public records."""
-        return self.random().sample(self.public, min(count, len(self.public)))
-
 
 _FEWEST = 64
+_SHOWN = 128
 
 
 def documents_of(records: Sequence[Owned]) -> Tensor:

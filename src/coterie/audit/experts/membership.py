@@ -10,9 +10,10 @@ Shape letters as in `coterie.audit.experts.reader`; S records, P pushes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class _Law:
     variance_IO: Tensor
     mean_IO: Tensor
 
+    def sized(self, lot: float, noise: float) -> _Law:
+        """From the law of one record that of a lot, with noise."""
+        return replace(self, variance_IO=lot * self.variance_IO + noise**2, mean_IO=lot * self.mean_IO)
+
 
 class Metric:
     """The scatter of pushes over lots, learned on public records.
@@ -59,6 +64,10 @@ class Metric:
         lot: records that a push holds, as far as the adversary knows.
         noise: standard deviation of what was added to each value.
         factors: [len(public)], what each record's summed gradient is scaled by before it is added; default 1.
+
+    Attributes:
+        noise: as above.
+        laws: of the matrices that public text has reached.
     """
 
     def __init__(
@@ -76,18 +85,26 @@ class Metric:
             side: (_spread(input_II), _spread(output_OO))
             for side, (input_II, output_OO) in _moments(reader, public[:half], factors[:half]).items()
         }
-        self._laws = _laws(reader, public[half:], factors[half:], turned, lot, noise)
+        self._single = _laws(reader, public[half:], factors[half:], turned)
+        self.laws = {side: law.sized(lot, noise) for side, law in self._single.items()}
+
+    def sized(self, lot: float, noise: float = 0.0) -> Metric:
+        """The same for pushes of another size or other noise, without looking at the public records again."""
+        other = copy.copy(self)
+        other.noise = noise
+        other.laws = {side: law.sized(lot, noise) for side, law in self._single.items()}
+        return other
 
     def __contains__(self, side: Side) -> bool:
         """Whether public text has shown how this matrix scatters."""
-        return side in self._laws
+        return side in self.laws
 
     def divided(self, opened: Opened) -> dict[Side, Tensor]:
         """The push less what lots hold on average, in the eigenvectors, every coordinate divided by its variance."""
         found = {}
         for (layer, expert), each in opened.experts.items():
             for number, sum_IO in enumerate((each.first_DG, each.second_FD)):
-                law = self._laws.get((layer, expert, number))
+                law = self.laws.get((layer, expert, number))
                 if law is not None:
                     inside_IO = law.left_II.T @ (sum_IO.double() - law.mean_IO) @ law.right_OO
                     found[layer, expert, number] = (inside_IO / law.variance_IO).float()
@@ -97,12 +114,12 @@ class Metric:
 
     def turned(self, side: Side, in_RI: Tensor, out_RO: Tensor) -> tuple[Tensor, Tensor]:
         """Rows in the eigenvectors of a matrix."""
-        law = self._laws.get(side)
+        law = self.laws.get(side)
         return (in_RI, out_RO) if law is None else (in_RI @ law.left_II.float(), out_RO @ law.right_OO.float())
 
     def weights(self, side: Side) -> Tensor:
         """What squares of coordinates are multiplied by, [I, O] or a scalar."""
-        law = self._laws.get(side)
+        law = self.laws.get(side)
         return torch.tensor(self.noise**-2) if law is None else law.variance_IO.reciprocal().float()
 
     def held(self, side: Side, sum_IO: Tensor, in_RI: Tensor, out_RO: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,10 +160,8 @@ def _laws(
     records: Sequence[Sequence[int]],
     factors: Tensor,
     turned: Mapping[Side, tuple[_Spread, _Spread]],
-    lot: float,
-    noise: float,
 ) -> dict[Side, _Law]:
-    """The scatter of whole records' gradients in given eigenvectors: tokens of one record pull in one direction."""
+    """The scatter of single records' gradients in given eigenvectors: tokens of one record pull in one direction."""
     squares: dict[Side, Tensor] = {}
     totals: dict[Side, Tensor] = {}
     for rows in rows_of(reader, records):
@@ -165,10 +180,10 @@ def _laws(
             own_IO = squares[side].double() / len(records)
             smooth_IO = product_IO * (own_IO.sum() / product_IO.sum())
             each_IO = (1 - _SMOOTH) * own_IO + _SMOOTH * smooth_IO
-            mean_IO = totals[side].double() * (lot / len(records))
+            mean_IO = totals[side].double() / len(records)
         else:  # too rare for the second half: as much as its rows in the first say
             each_IO, mean_IO = product_IO / len(records), torch.zeros_like(product_IO)
-        laws[side] = _Law(left_II, right_OO, lot * each_IO + noise**2, mean_IO)
+        laws[side] = _Law(left_II, right_OO, each_IO, mean_IO)
     return laws
 
 

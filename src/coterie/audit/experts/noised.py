@@ -23,7 +23,6 @@ from coterie.audit.metrics import Scores
 from coterie.config import PrivacyRules
 from coterie.dp.accounting.accountant import Mechanism
 
-_PUBLIC = 96
 _SCORED = 200
 
 
@@ -59,7 +58,7 @@ def tokens(case: Case, adversary: Adversary, clock: Clock, *, places: int = 1000
     reader, opened = next(releases(case, adversary))
     records = [record for record in case.lot(case.rounds()[0]) if len(record.ids) > 1]
     blanks, documents = blanks_of(case, records, places)
-    public = case.some_public(_PUBLIC)
+    public = case.shown
     lot = rate_of(case) * len(case.train)
     metric = Metric(reader, public, lot, opened.noise, factors(reader.model, public, clip_norm_of(case)))
     right: list[Tensor] = []
@@ -120,7 +119,7 @@ def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: in
     others = draw.sample(others, min(candidates, len(others)))
     split = Split([*members, *others], [True] * len(members) + [False] * len(others))
     ids = [record.ids for record in split.records]
-    public = case.some_public(_PUBLIC)
+    public = case.shown
     clip_norm, rate = clip_norm_of(case), rate_of(case)
     lot = rate * len(case.train)
     scale = factors(case.reader.model, [*public, *ids], clip_norm)

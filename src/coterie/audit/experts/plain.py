@@ -13,7 +13,7 @@ from coterie.audit.adversaries import Adversary
 from coterie.audit.experts.bag import BagReader, table_names
 from coterie.audit.experts.case import Case, Clock, Owned
 from coterie.audit.experts.drift import drifted
-from coterie.audit.experts.membership import Metric, score
+from coterie.audit.experts.membership import score
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.records import matched, read_records
 from coterie.audit.experts.simulate import rows_of, summed
@@ -28,7 +28,6 @@ _AT_ONCE = 8
 _ADDING_UP = 3e-7
 """Of values of sums in float32, over their size: what another order of adding up changes."""
 _SCORED = 400
-_PUBLIC = 200
 _FEWEST_OTHERS = 40
 
 
@@ -87,11 +86,12 @@ def next_tokens(
         opened = without(opened, summed(rows_of(reader, [r.ids for r in taken]), list(opened.experts)))
     attack = SpanAttack(
         reader,
-        case.public,
+        case.learned,
         list(opened.experts),
         len(records),
         rounding=case.rounding,
         victim=victim,
+        metric=case.metric,
         seed=case.seed,
     )
     found, documents = places_of(case, records, places)
@@ -152,7 +152,9 @@ def whole_records(case: Case, adversary: Adversary, lot: int, clock: Clock) -> F
     records = case.random().sample(case.lot(round_index), lot)
     visible = list(case.opened(adversary, round_index).experts)
     opened = summed(rows_of(case.reader, [record.ids for record in records]), visible, rounding=case.rounding)
-    attack = SpanAttack(case.reader, case.public, visible, lot, rounding=case.rounding, seed=case.seed)
+    attack = SpanAttack(
+        case.reader, case.learned, visible, lot, rounding=case.rounding, metric=case.metric, seed=case.seed
+    )
     longest = max(len(record) for record in case.public)
     guesses = read_records(attack, opened, lot, longest, budget_s=clock.left)
     in_place = matched([record.ids for record in records], guesses)
@@ -212,7 +214,7 @@ def membership(case: Case, adversary: Adversary, lot: int, clock: Clock) -> list
                 sentence="Membership in a push could not be measured.",
             )
         ]
-    metric = Metric(case.reader, case.some_public(_PUBLIC), lot)
+    metric = case.metric.sized(lot)
     split = _balanced(
         members, draw.sample(others, min(_SCORED, len(others))), draw.sample(members, min(_SCORED // 2, lot))
     )

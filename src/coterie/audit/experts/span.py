@@ -53,6 +53,7 @@ class SpanAttack:
         lot: records in the push.
         noise, rounding: of the sums; see `coterie.audit.experts.opened.Spectrum`.
         victim: the model that pushes are simulated on, where it is not the adversary's (a trunk that has drifted).
+        metric: of such pushes, of whatever size, where it is known already; it was learned on other text.
         seed: of everything that is drawn.
     """
 
@@ -66,6 +67,7 @@ class SpanAttack:
         noise: float = 0.0,
         rounding: float = 0.0,
         victim: Reader | None = None,
+        metric: Metric | None = None,
         seed: int = 0,
     ) -> None:
         self.reader = reader
@@ -74,8 +76,11 @@ class SpanAttack:
         records = [record for record in public if len(record) > 2]
         self._random.shuffle(records)
         self._reference = _views(reader, records[:_REFERENCES])
-        others = min(_SCATTERED, len(records) // 2)
-        self._metric = Metric(reader, records[:others], lot, noise)
+        others = _REFERENCES
+        if metric is None:
+            others += min(_SCATTERED, len(records) // 2)
+            metric = Metric(reader, records[_REFERENCES:others], lot)
+        self._metric = metric.sized(lot, noise)
         self._learn(victim or reader, records[others:], visible, lot, noise, rounding, seed)
 
     def opener(self, opened: Opened) -> Opener:
