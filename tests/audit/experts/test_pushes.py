@@ -156,7 +156,7 @@ def test_attacks_say_what_they_read_beside_what_could_be_guessed(evidence: Evide
     (area,) = plain.membership(case, Adversary.ALL_HOSTS, LOT, Clock(60.0))
     assert area.unit is Unit.AUC
     assert area.value is None  # too few of the owner's records were left out of the push
-    assert "40 are needed" in area.reason
+    assert "fewer than 40" in area.reason
 
 
 def test_nothing_received_is_said_and_not_measured(evidence: Evidence) -> None:

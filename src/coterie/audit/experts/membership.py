@@ -213,10 +213,6 @@ class Scored:
     product_SP: Tensor
     size_S: Tensor
 
-    def standardised(self) -> Tensor:
-        """[S, P]: standard normal for records that are not in the push, up to what the metric does not know."""
-        return self.product_SP / self.size_S.clamp_min(1e-300).sqrt().unsqueeze(1)
-
     def log_ratio(self, rate: float = 1.0) -> Tensor:
         """[S] log likelihood ratio of a record of the dataset over one that is not, all pushes together.
 

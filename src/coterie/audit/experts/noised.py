@@ -9,13 +9,13 @@ from torch import Tensor
 
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
-from coterie.audit.epsilon.allowed import Allowed, by_mechanism
+from coterie.audit.epsilon.allowed import by_mechanism
 from coterie.audit.experts.bayes import Blank, filled
 from coterie.audit.experts.case import Case, Clock, Owned
 from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.membership import Metric, Scored, score
 from coterie.audit.experts.opened import Opened
-from coterie.audit.experts.plain import Split, rates
+from coterie.audit.experts.plain import Split, rates, too_few
 from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.reader import Reader
 from coterie.audit.findings import Channel, Finding, Unit
@@ -24,6 +24,7 @@ from coterie.config import PrivacyRules
 from coterie.dp.accounting.accountant import Mechanism
 
 _SCORED = 200
+_FEWEST = 20
 
 
 def rate_of(case: Case) -> float:
@@ -49,6 +50,8 @@ def releases(case: Case, adversary: Adversary) -> Iterator[tuple[Reader, Opened]
 def tokens(case: Case, adversary: Adversary, clock: Clock, *, places: int = 1000) -> Finding:
     """One token of a record of which all others are known, by Bayes weight, in records of the first round's lot.
 
+    The adversary is told that the record is in the lot.
+
     Args:
         case: the run.
         adversary: whose sums are opened.
@@ -66,7 +69,7 @@ def tokens(case: Case, adversary: Adversary, clock: Clock, *, places: int = 1000
     for blank in blanks:
         if right and not clock.left:
             break
-        one, other = filled(reader, [blank], [opened], metric, rate_of(case))
+        one, other = filled(reader, [blank], [opened], metric, 1.0)
         right.append(one)
         prior.append(other)
     right_P, prior_P = torch.cat(right), torch.cat(prior)
@@ -132,29 +135,41 @@ def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: in
         metric = Metric(reader, public, lot, opened.noise, scale[: len(public)])
         seen.append(score(reader, ids, [opened], metric, scale[len(public) :]))
     ratio_S = torch.stack([each.log_ratio(rate) for each in seen]).sum(0)
-    run = by_mechanism([(Mechanism(sigma, rate), len(seen))])
-    found = _beside(case, adversary, split.scores(ratio_S), run, f"membership over {len(seen)} rounds", None)
-    return found + _beside(
-        case, adversary, _in_lots(case, members, seen), by_mechanism([(Mechanism(sigma, 1.0), 1)]),
-        "membership in a lot", round(lot),
-    )  # fmt: skip
+    run, one = by_mechanism([(Mechanism(sigma, rate), len(seen))]), by_mechanism([(Mechanism(sigma, 1.0), 1)])
+    found = []
+    for name, size, sides, allowed in (
+        (f"membership over {len(seen)} rounds", None, _of_dataset(split, ratio_S), run),
+        ("membership in a lot", round(lot), _in_lots(case, members, seen), one),
+    ):
+        if min(len(values) for values, _ in sides.values()) < _FEWEST:
+            found.append(too_few(name, adversary, Channel.RELEASES, size, _FEWEST))
+            continue
+        (inside, inside_documents), (outside, outside_documents) = sides[True], sides[False]
+        scores = Scores.of(inside, outside, inside_documents, outside_documents)
+        more = f" The noise allows no test more than {allowed.auc:.3f}."
+        found += rates(name, case, adversary, Channel.RELEASES, scores, size, more)
+    return found
 
 
-def _in_lots(case: Case, members: Sequence[Owned], seen: Sequence[Scored]) -> Scores:
+_Sides = dict[bool, tuple[list[float], list[int]]]
+"""Scores and documents of members, and of others."""
+
+
+def _of_dataset(split: Split, ratio_S: Tensor) -> _Sides:
+    found: _Sides = {True: ([], []), False: ([], [])}
+    for record, member, value in zip(split.records, split.member, ratio_S.tolist(), strict=True):
+        found[member][0].append(value)
+        found[member][1].append(record.document)
+    return found
+
+
+def _in_lots(case: Case, members: Sequence[Owned], seen: Sequence[Scored]) -> _Sides:
     """Every record with every round: drawn into its lot, or not."""
-    found: dict[bool, tuple[list[float], list[int]]] = {True: ([], []), False: ([], [])}
+    found: _Sides = {True: ([], []), False: ([], [])}
     for number, scored in zip(case.rounds(), seen, strict=False):
         rows = {record.row for record in case.lot(number)}
         for record, value in zip(members, scored.log_ratio().tolist(), strict=False):
             values, documents = found[record.row in rows]
             values.append(value)
             documents.append(record.document)
-    return Scores.of(found[True][0], found[False][0], found[True][1], found[False][1])
-
-
-def _beside(
-    case: Case, adversary: Adversary, scores: Scores, allowed: Allowed, name: str, lot: int | None
-) -> list[Finding]:
-    """The rates, and what the noise that was added allows at most."""
-    more = f" The noise allows no test more than {allowed.auc:.3f}."
-    return rates(name, case, adversary, Channel.RELEASES, scores, lot, more)
+    return found

@@ -202,30 +202,31 @@ def membership(case: Case, adversary: Adversary, lot: int, clock: Clock) -> list
             rows_of(case.reader, [r.ids for r in members]), list(recorded.experts), rounding=case.rounding
         )
     if len(others) < _FEWEST_OTHERS:
-        return [
-            Finding(
-                name="membership in a push",
-                adversary=adversary,
-                channel=Channel.PUSHES,
-                unit=Unit.AUC,
-                lot=lot,
-                value=None,
-                reason=f"{len(others)} records of the owner were not in the push; {_FEWEST_OTHERS} are needed",
-                sentence="Membership in a push could not be measured.",
-            )
-        ]
+        return [too_few("membership in a push", adversary, Channel.PUSHES, lot, _FEWEST_OTHERS)]
     metric = case.metric.sized(lot)
     split = _balanced(
         members, draw.sample(others, min(_SCORED, len(others))), draw.sample(members, min(_SCORED // 2, lot))
     )
     scored = score(case.reader, [record.ids for record in split.records], [opened], metric)
-    return rates(
-        "membership in a push", case, adversary, Channel.PUSHES, split.scores(scored.standardised()[:, 0]), lot
-    )
+    return rates("membership in a push", case, adversary, Channel.PUSHES, split.scores(scored.log_ratio()), lot)
 
 
 def _balanced(members: Sequence[Owned], others: Sequence[Owned], chosen: Sequence[Owned]) -> Split:
     return Split([*chosen, *others], [True] * len(chosen) + [False] * len(others))
+
+
+def too_few(name: str, adversary: Adversary, channel: Channel, lot: int | None, needed: int) -> Finding:
+    """An AUC that the records at hand do not carry."""
+    return Finding(
+        name=name,
+        adversary=adversary,
+        channel=channel,
+        unit=Unit.AUC,
+        lot=lot,
+        value=None,
+        reason=f"fewer than {needed} of the owner's records are on one of the two sides",
+        sentence="It could not be measured.",
+    )
 
 
 def rates(
