@@ -136,6 +136,18 @@ def test_what_is_exchanged_without_privacy_says_so(tmp_path: Path) -> None:
     assert load_yaml(tmp_path / "tokens" / "federation.yaml", FederationConfig).exchange == "tokens"
 
 
+def test_every_federation_records_rounds_for_its_audit(tmp_path: Path) -> None:
+    """A few; of the private one all, because membership is told from all rounds together."""
+    written(tmp_path)
+    found = {
+        arm: load_yaml(tmp_path / arm / "federation.yaml", FederationConfig).transcript
+        for arm in ("tokens", "experts", "experts_dp")
+    }
+    assert {arm: spec and spec.rounds for arm, spec in found.items()} == {
+        "tokens": 2, "experts": 2, "experts_dp": "all",
+    }  # fmt: skip
+
+
 def test_settings_name_no_path_outside_the_folder(tmp_path: Path) -> None:
     written(tmp_path)
     for path in tmp_path.rglob("*.yaml"):

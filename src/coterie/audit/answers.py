@@ -76,10 +76,12 @@ class Answers:
     Attributes:
         owner: whose key it is.
         run: name of the run.
+        agreement: hash of the signed federation.yaml.
     """
 
     owner: str
     run: str
+    agreement: str
     _batches: Mapping[tuple[int, int, int, int], _Batch] = field(repr=False)
     _sent: Mapping[_Call, Tensor] = field(repr=False)
     _lots: Mapping[tuple[int, int], tuple[Record, ...]] = field(repr=False)
@@ -130,7 +132,7 @@ class Answers:
                         lots[at.round, at.attempt] = newest[at.round]
                 elif message.kind == LOT:
                     newest[at.round] = lots[at.round, begun[at.round]] = _records(*tensors)
-        return cls(first["party"], first["run"], batches, sent, lots)
+        return cls(first["party"], first["run"], first["agreement"], batches, sent, lots)
 
     def rows(self, host: str, dispatch: Dispatch | Entry) -> Rows:
         """What the rows of a dispatch are that ``host`` received.

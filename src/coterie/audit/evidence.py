@@ -70,7 +70,7 @@ class Evidence:
 
         Raises:
             CheckpointError: ``run-dir-none``; ``transcript-other-run``: a transcript or the key is of another run or
-                other settings; what `Transcript.read` and `Answers.read` raise.
+                other settings; ``transcript-own``; what `Transcript.read` and `Answers.read` raise.
             ConfigError: ``audit-start``: federation.yaml names no checkpoint.
             DataError: public text cannot be read.
         """
@@ -89,11 +89,18 @@ class Evidence:
         for folder in received:
             found = Transcript.read(folder, party.party)
             _check_same(folder, found.run, found.agreement, marker)
+            if found.party == party.party:
+                raise CheckpointError(
+                    f"{folder} holds what {found.party} itself received.",
+                    code="transcript-own",
+                    why="what can be read of a party stands in what the others received",
+                    fix="give the folders of the other parties",
+                )
             transcripts[found.party] = found
         answers = None
         if (private_folder(run_folder) / ANSWERS).is_dir():
             answers = Answers.read(run_folder)
-            _check_same(run_folder, answers.run, marker["agreement"], marker)
+            _check_same(run_folder, answers.run, answers.agreement, marker)
         return cls(
             owner=party.party,
             exchange=federation.exchange,

@@ -241,6 +241,35 @@ class Transcript:
                     sums = {name: values.float() for name, values in part.decode(blob, self.push_dtype).items()}
                     yield Push(entry.peer, entry.round, entry.attempt, part, body["weights"], sums)
 
+    def weights(self, round_no: int, attempt: int) -> dict[int, Mapping[str, Tensor]]:
+        """Parts of the model that other hosts served this party for an attempt, by part number, in `weights_dtype`.
+
+        With a shared trunk an adversary knows by them the model that a round's pushes were computed on, but for the
+        parts that it hosts itself.
+        """
+        offered: dict[int, str] = {}
+        due: dict[int, str] = {}
+        blobs: dict[tuple[int, str], tuple[Tensor, set[int]]] = {}
+        for entry in replace(self, sender=None):
+            if not entry.reply or entry.part >= len(self.parts):
+                continue
+            part = self.parts[entry.part]
+            if entry.kind == "weights-offer":
+                offered[part.number] = entry.body["digest"]
+                if (entry.round, entry.attempt) == (round_no, attempt):
+                    due[part.number] = entry.body["digest"]
+            elif entry.kind == "weights-chunk" and part.number in offered:
+                fresh = torch.empty(part.num_bytes(self.weights_dtype), dtype=torch.uint8)
+                blob, seen = blobs.setdefault((part.number, offered[part.number]), (fresh, set()))
+                blob[span(blob.numel(), entry.chunk)] = entry.tensors["bytes"]
+                seen.add(entry.chunk)
+        found = {}
+        for number, digest in due.items():
+            blob, seen = blobs.get((number, digest), (torch.empty(0), set()))
+            if seen and len(seen) == chunks_in(blob.numel()):
+                found[number] = self.parts[number].decode(blob, self.weights_dtype)
+        return found
+
     def _logged(self) -> Iterator[Logged]:
         for path in self.files:
             yield from read_entries(path)

@@ -63,6 +63,8 @@ def command(
         f"tokens: {_size(round(plan.bytes_per_token))} for each token; from {plan.break_even_tokens:,} tokens in a "
         "party's round on, experts moves less"
     )
+    if federation.evaluate:
+        say("tokens: held-out text crosses as well, at every evaluation, for half as much a token")
     seconds = 8 * plan.largest_layer_down / gbit / 1e9
     say(
         f"experts: one layer comes in {seconds:.3g} s at {gbit:g} Gbit/s; fetching hides where the forward of the "

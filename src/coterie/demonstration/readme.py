@@ -24,6 +24,8 @@ def _text(plan: DemoPlan, folder: Folder) -> str:
         "  data/              the text: documentation of this Python installation, one subject per party",
         "  public/run/model   the public checkpoint, an ordinary Hugging Face folder with its tokenizer",
         "  */run/private/     metrics.jsonl, tensorboard/, checkpoints/, evaluation.safetensors, result.json",
+        "  */run/private/transcript, transcript-answers",
+        "                     of federations: what the party received in recorded rounds, the key to what it sent",
         "  */run/public/      where a budget made them: model or statement, to be given away",
         "  logs/              what each process printed",
         "",

@@ -78,7 +78,9 @@ class Recorder:
                 self._write(name, frame_type, lane, message)
             else:  # of a peer that heard of the run before us; it waits until we have, too
                 self._early.append((name, frame_type, lane, message))
-                self._over = len(self._early) > _MOST_EARLY
+                if len(self._early) > _MOST_EARLY:
+                    log.warning("%s does not begin: too much came before the run had a name", self._folder.name)
+                    self._early, self._over = [], True
 
     def close(self) -> None:
         """Make everything durable; nothing is recorded after it."""
