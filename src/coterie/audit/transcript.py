@@ -263,7 +263,7 @@ class Transcript:
                 blob, seen = blobs.setdefault((part.number, offered[part.number]), (fresh, set()))
                 blob[span(blob.numel(), entry.chunk)] = entry.tensors["bytes"]
                 seen.add(entry.chunk)
-        found = {}
+        found: dict[int, Mapping[str, Tensor]] = {}
         for number, digest in due.items():
             blob, seen = blobs.get((number, digest), (torch.empty(0), set()))
             if seen and len(seen) == chunks_in(blob.numel()):
