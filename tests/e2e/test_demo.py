@@ -61,6 +61,12 @@ def test_the_figures_have_the_agreed_shape(finished: tuple[Path, subprocess.Comp
             assert 0 < spent["epsilon"] <= 8.0
             assert (spent["delta"], spent["rounds"]) == (1e-5, 2)
             assert spent["noise_multiplier"] > 0
+    audit = figures["audit"]
+    assert {"recovery", "layers", "prior"} <= set(audit["tokens"])
+    assert {"recovery", "prior", "advantage", "auc", "epsilon_lower", "epsilon_ceiling"} <= set(audit["experts_dp"])
+    assert 0 < audit["experts_dp"]["epsilon_claimed"] <= 8.0
+    assert audit["outcome"] != "alarm"
+    assert set(audit["findings"]) == together
     memory = {arm: figures["memory"][arm]["alder"]["model_state_bytes"] for arm in figures["arms"]}
     assert memory["tokens"] < 0.7 * memory["isolated"]
     assert memory["centralised"] == memory["isolated"]

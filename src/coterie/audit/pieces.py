@@ -19,6 +19,8 @@ TOKENS, CONTROLS = "coterie.audit.tokens.attack", "coterie.audit.tokens.controls
 EXPERTS, MODEL = "coterie.audit.experts.attack", "coterie.audit.model.attacking"
 EPSILON, SUBJECT = "coterie.audit.epsilon.run", "coterie.audit.epsilon.subject"
 """Each piece by its module: loading one takes seconds, and none is loaded for nothing."""
+CANARIES = 200
+"""As many as have power at the small claim of the audit's own."""
 
 
 def loaded(module: str, name: str) -> Any:
@@ -64,11 +66,13 @@ def on_model(run: Path, seed: int, budget_s: float) -> list[Finding] | str:
         return error.message
 
 
-def on_epsilon(run: Path, start: Path | None, seed: int, budget_s: float) -> dict[str, Any] | str:
+def on_epsilon(
+    run: Path, start: Path | None, seed: int, budget_s: float, canaries: int = CANARIES
+) -> dict[str, Any] | str:
     """Epsilon from below, as `coterie.audit.findings.Findings` keeps it, or why it was not measured."""
     try:
         subject = loaded(SUBJECT, "Subject").of_run(run, start)
-        found = loaded(EPSILON, "audit_epsilon")(subject, seed=seed, budget_s=budget_s)
+        found = loaded(EPSILON, "audit_epsilon")(subject, seed=seed, budget_s=budget_s, canaries=canaries)
         return dataclasses.asdict(found)
     except CoterieError as error:
         return error.message

@@ -42,6 +42,7 @@ class Asked:
         public: files of public text.
         start: the public starting checkpoint; None: what the settings name.
         model: attack the trained model, too.
+        canaries: records made for the audit of epsilon, which take time whatever the budget of time is.
     """
 
     run: Path
@@ -49,6 +50,7 @@ class Asked:
     public: tuple[Path, ...] = ()
     start: Path | None = None
     model: bool = True
+    canaries: int = pieces.CANARIES
 
 
 @dataclass
@@ -105,8 +107,8 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, told: To
     some = gathered.findings.setdefault(part, [])
     if part is not Part.ALONE and gathered.evidence is not None:
         told(f"attacking what others received of {gathered.evidence.owner} ({LABELS[part].replace('`', '')})")
-        left = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if part is Part.EXPERTS_DP else 0.0)
-        some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * left)
+        share = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if part is Part.EXPERTS_DP else 0.0)
+        some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * share)
     if asked.model:
         told("attacking the trained model")
         found = pieces.on_model(asked.run, seed, max(1.0, min(until - time.monotonic(), budget_s * _MODEL)))
@@ -118,7 +120,8 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, told: To
         gathered.untested.append(f"The trained model ({LABELS[part]}): it was left out.")
     if part is Part.EXPERTS_DP or claimed:
         told("epsilon from below")
-        epsilon = pieces.on_epsilon(asked.run, asked.start, seed, max(1.0, until - time.monotonic()))
+        left = max(1.0, until - time.monotonic())
+        epsilon = pieces.on_epsilon(asked.run, asked.start, seed, left, asked.canaries)
         if isinstance(epsilon, str):
             gathered.why_no_epsilon = epsilon
             gathered.untested.append(f"Epsilon from below: {epsilon}")

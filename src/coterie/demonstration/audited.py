@@ -27,6 +27,7 @@ def audited(plan: DemoPlan, root: Path, screen: Screen, page: Path) -> Findings 
             public=(root / "data" / PUBLIC / "train.jsonl",),
             start=root / PUBLIC / "run" / "model",
             model=False,
+            canaries=plan.canaries,
         )
         for arm in plan.of_kind("federation")
     ]

@@ -155,7 +155,8 @@ class DemoPlan:
         private: of the arms under a privacy budget.
         recorded: rounds that each federation's parties record of what others send them, for the audit; private
             federations record all.
-        audit_s: seconds that the audit may take.
+        audit_s: seconds that attacks may take; canaries and the least that each attack needs come on top.
+        canaries: records made for the audit of epsilon.
         quick: too small to show anything but that it works.
     """
 
@@ -178,7 +179,8 @@ class DemoPlan:
     size: Size = DEFAULT_SIZE
     at_once: int = 2
     recorded: int = 2
-    audit_s: float = 75.0
+    audit_s: float = 45.0
+    canaries: int = 100
     quick: bool = False
 
     def of_kind(self, *kinds: str) -> list[Arm]:
@@ -228,7 +230,8 @@ def make_plan(
         plan = replace(
             plan,
             quick=True,
-            audit_s=15.0,
+            audit_s=5.0,
+            canaries=20,
             rounds=8,
             eval_every=4,
             public_rounds=24,
