@@ -89,15 +89,15 @@ def attack(
     if min(candidates.count(True), candidates.count(False)) < FEWEST:
         found.append(_too_few(candidates))
     else:
-        found += _membership(target, candidates, seed)
+        found += _membership(target, candidates, effort.documents, seed)
     return found + secret_findings(target, effort.alternatives, seed) + text_findings(target, seed)
 
 
 # ---- membership ----
 
 
-def _membership(target: Target, candidates: Candidates, seed: int) -> list[Finding]:
-    attacked, *controls = measure(target, candidates, most_population=DOCUMENTS, seed=seed)
+def _membership(target: Target, candidates: Candidates, most: int, seed: int) -> list[Finding]:
+    attacked, *controls = measure(target, candidates, most_population=most, seed=seed)
     texts = [target.tokenizer.decode(ids).encode() for ids in candidates.sequences]
     scored = signals(attacked, texts)
     completed = _completed(candidates, attacked.own)
