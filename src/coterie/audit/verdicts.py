@@ -150,7 +150,10 @@ def _without_a_claim(
         return Outcome.UNKNOWN, f"Nothing was read, but the instruments were not shown to work: {why}."
     if not any(able(f, adversary) and f.value is not None for f in findings):
         return Outcome.UNKNOWN, _unmeasured(findings, adversary)
-    return Outcome.UNKNOWN, "No attack here read more than a language model guesses; nothing promises that none can."
+    return (
+        Outcome.UNKNOWN,
+        "No attack here was shown to read more than a language model guesses; nothing promises that none can.",
+    )
 
 
 def _under_a_claim(

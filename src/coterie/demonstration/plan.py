@@ -180,7 +180,7 @@ class DemoPlan:
     at_once: int = 2
     recorded: int = 2
     audit_s: float = 45.0
-    canaries: int = 100
+    canaries: int = 60
     quick: bool = False
 
     def of_kind(self, *kinds: str) -> list[Arm]:
