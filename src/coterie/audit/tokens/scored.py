@@ -135,14 +135,13 @@ class Scored:
     # ---- all layers ----
 
     def guessed(self) -> tuple[Tensor, Tensor]:
-        """For each place of the text the surest guess of any layer, and whether any row of it was received."""
+        """For each place its guess from the lowest layer that was received, and whether any was: lower is surer."""
         place, guess, sure = [], [], []
         for layer, truth in self.table.truth.items():
-            guess_R, sure_R = self.read(layer)
             real = truth.place_R >= 0
             place.append(truth.place_R[real])
-            guess.append(guess_R[real])
-            sure.append(sure_R[real])
+            guess.append(self.read(layer)[0][real])
+            sure.append(torch.full((int(real.sum()),), -layer))
         order = torch.cat(sure).argsort(stable=True)
         order = order[torch.cat(place)[order].argsort(stable=True)]
         place_R, guess_R = torch.cat(place)[order], torch.cat(guess)[order]
