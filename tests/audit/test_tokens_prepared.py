@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.federations import text
 from torch.nn import functional
 
 from coterie.audit.tokens.controls import negative_control, positive_control
@@ -12,6 +11,7 @@ from coterie.audit.tokens.views import cover, last_rows, views
 from coterie.errors import AuditError
 from coterie.models import seam
 from coterie.models.zoo.tiny import VOCAB, tiny_model
+from helpers.federations import text
 
 
 def public(sequences: int) -> list[list[int]]:
