@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +11,36 @@ from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Channel, Controls, Finding, Part, Unit
 from coterie.audit.verdicts import controls
 from coterie.config import ModelSpec
-from coterie.errors import AuditError, CoterieError
+from coterie.errors import CoterieError
 from coterie.models.zoo.build import build_model
 
-TOKENS, CONTROLS = "coterie.audit.tokens.attack", "coterie.audit.tokens.controls"
-EXPERTS, MODEL = "coterie.audit.experts.attack", "coterie.audit.model.attacking"
-EPSILON, SUBJECT = "coterie.audit.epsilon.run", "coterie.audit.epsilon.subject"
-"""Each piece by its module: loading one takes seconds, and none is loaded for nothing."""
 CANARIES = 200
 """As many as have power at the small claim of the audit's own."""
 
 
-def loaded(module: str, name: str) -> Any:
-    """A function of a piece, loaded when it is needed.
-
-    Raises:
-        AuditError: this installation has no such piece.
-    """
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("coterie.audit"):
-            raise
-        raise AuditError(
-            f"This installation has no {module}.",
-            code="audit-piece",
-            why="what it would have tested stays untested",
-            fix="install coterie whole",
-        ) from None
-
-
 def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> list[Finding]:
     """Attacks on what other parties received."""
+    from coterie.audit.experts.attack import attack as on_experts
+    from coterie.audit.tokens.attack import attack as on_tokens
+
     name = f"attacks on `{evidence.exchange}`"
     if not evidence.received:
         return [nothing(name, part, "no transcript was given: name the other parties' run folders with --received")]
     if evidence.answers is None:
         return [nothing(name, part, "the owner kept no key to score with")]
     try:
-        attack = loaded(TOKENS if part is Part.TOKENS else EXPERTS, "attack")
-        found: list[Finding] = attack(evidence, seed=seed, budget_s=budget_s)
-        return found
+        attack = on_tokens if part is Part.TOKENS else on_experts
+        return attack(evidence, seed=seed, budget_s=budget_s)
     except CoterieError as error:
         return [nothing(name, part, error.message)]
 
 
 def on_model(run: Path, seed: int, budget_s: float) -> list[Finding] | str:
     """Attacks on the trained model, or why there are none."""
+    from coterie.audit.model.attacking import attack
+
     try:
-        found: list[Finding] = loaded(MODEL, "attack")(run, seed=seed, budget_s=budget_s)
-        return found
+        return attack(run, seed=seed, budget_s=budget_s)
     except CoterieError as error:
         return error.message
 
@@ -70,24 +49,28 @@ def on_epsilon(
     run: Path, start: Path | None, seed: int, budget_s: float, canaries: int = CANARIES
 ) -> dict[str, Any] | str:
     """Epsilon from below, as `coterie.audit.findings.Findings` keeps it, or why it was not measured."""
+    from coterie.audit.epsilon.run import audit_epsilon
+    from coterie.audit.epsilon.subject import Subject
+
     try:
-        subject = loaded(SUBJECT, "Subject").of_run(run, start)
-        found = loaded(EPSILON, "audit_epsilon")(subject, seed=seed, budget_s=budget_s, canaries=canaries)
-        return dataclasses.asdict(found)
+        subject = Subject.of_run(run, start)
+        return dataclasses.asdict(audit_epsilon(subject, seed=seed, budget_s=budget_s, canaries=canaries))
     except CoterieError as error:
         return error.message
 
 
 def instruments(evidence: Evidence | None, seed: int) -> Controls:
     """The controls, on public text through the public starting checkpoint."""
+    from coterie.audit.tokens.controls import negative_control, positive_control
+
     if evidence is None:
         return _untried("only runs of a federation have undefended hidden vectors to try the instruments on")
     if not evidence.public:
         return _untried("no public text was given: name a folder with --public")
     try:
         model = build_model(ModelSpec(path=evidence.start, provenance="public"))
-        positive = loaded(CONTROLS, "positive_control")(model, evidence.public, seed=seed)
-        negative = loaded(CONTROLS, "negative_control")(model, evidence.public, seed=seed)
+        positive = positive_control(model, evidence.public, seed=seed)
+        negative = negative_control(model, evidence.public, seed=seed)
     except CoterieError as error:
         return _untried(error.message.rstrip("."))
     return controls(positive.value, negative.value, negative.prior, {})
