@@ -55,6 +55,7 @@ def test_premises_of_an_honest_run_are_quiet(subject: Subject, seed: int) -> Non
         ("noise off", "noise"),
         ("noise halved", "noise"),
         ("clipping off", "contribution: two alternating ids"),
+        ("tokens clipped singly", "contribution: two alternating ids"),
     ],
 )
 def test_premises_see_a_planted_fault(
