@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from coterie.demonstration.plan import DemoPlan
 from coterie.training.loop import train_round
 from coterie.training.optim import make_optimizer
-from exchange_party import OPTIM, TokensWork
+from exchange_party import OPTIM, TokensWorkload
 from harness import Parties, machine, parties, write_figures
 from transport import measure as measure_echo
 
@@ -59,10 +59,10 @@ def timed_round(three: Parties, in_flight: int) -> float:
 class OneProcess:
     """The same sequences through the same model with all experts here; one process, one thread."""
 
-    def __init__(self, work: TokensWork) -> None:
-        self._model = work.model()
+    def __init__(self, workload: TokensWorkload) -> None:
+        self._model = workload.model()
         self._optimizer = make_optimizer(self._model.parameters(), OPTIM)
-        self._batches = [batch for party in work.parties for batch in work.batches(party)]
+        self._batches = [batch for party in workload.parties for batch in workload.batches(party)]
 
     def round(self) -> tuple[float, float]:
         """Seconds and processor seconds of one optimiser step."""
@@ -71,11 +71,11 @@ class OneProcess:
         return time.perf_counter() - began, time.process_time() - used
 
 
-def measure_rounds(work: TokensWork, folder: Path, repeats: int) -> dict[str, Any]:
+def measure_rounds(workload: TokensWorkload, folder: Path, repeats: int) -> dict[str, Any]:
     """Rounds of three processes and of one, in turn; bytes, and processor time by what it went to."""
-    alone = OneProcess(work)
-    tokens = len(work.parties) * work.batch * work.tokens
-    with parties(SCRIPT, work, folder) as (three, _):
+    alone = OneProcess(workload)
+    tokens = len(workload.parties) * workload.batch * workload.tokens
+    with parties(SCRIPT, workload, folder) as (three, _):
         for _ in range(3):
             timed_round(three, IN_FLIGHT)
             alone.round()
@@ -113,7 +113,7 @@ def measure_rounds(work: TokensWork, folder: Path, repeats: int) -> dict[str, An
             "one_process_tokens_per_cpu_s": tokens / statistics.median(single_cpu),
             "cpu_s_per_round": cpu,
             # Own experts included, which are computed while the others' answers are on their way.
-            "micro_batch_time_in_exchange_share": waiting / (len(work.parties) * IN_FLIGHT * sum(spans)),
+            "micro_batch_time_in_exchange_share": waiting / (len(workload.parties) * IN_FLIGHT * sum(spans)),
             "cpu_share": {kind: used / repeats / cpu for kind, used in kinds.items()},
             "encryption_alone_share": _encryption_s(payload / repeats) / cpu,
             "idle_share_of_cores": max(0.0, 1 - cpu / (wall * cores)),
@@ -132,21 +132,21 @@ def _encryption_s(count: float) -> float:
     return (time.process_time() - began) * count / (rounds * RECORD)
 
 
-def measure_delay(work: TokensWork, folder: Path, repeats: int) -> dict[str, Any]:
+def measure_delay(workload: TokensWorkload, folder: Path, repeats: int) -> dict[str, Any]:
     """Rounds over a slow link with one and two micro-batches in flight, in turn."""
     spans: dict[int, list[float]] = {1: [], 2: []}
-    with parties(SCRIPT, work, folder, delay_s=DELAY_S) as (three, _):
+    with parties(SCRIPT, workload, folder, delay_s=DELAY_S) as (three, _):
         for in_flight in (1, 2):
             timed_round(three, in_flight)
         for _ in range(repeats):
             for in_flight, measured in spans.items():
                 measured.append(timed_round(three, in_flight))
-    tokens = len(work.parties) * work.batch * work.tokens
+    tokens = len(workload.parties) * workload.batch * workload.tokens
     rates = {in_flight: tokens / statistics.median(measured) for in_flight, measured in spans.items()}
     paired = [one / two for one, two in zip(spans[1], spans[2], strict=True)]
     return {
         "added_delay_ms_each_way": 1e3 * DELAY_S,
-        "micro_batches": work.batch // work.micro_batch,
+        "micro_batches": workload.batch // workload.micro_batch,
         "one_in_flight_tokens_per_s": rates[1],
         "two_in_flight_tokens_per_s": rates[2],
         "speed_up": statistics.median(paired),
@@ -185,9 +185,9 @@ def main() -> None:
         if "echo" in given.parts:
             found["echo"] = measure_echo(max(10, given.repeats), folder / "echo")
         if "round" in given.parts:
-            found |= measure_rounds(TokensWork(CONFIG, PARTIES, 8, 4, 64), folder / "round", given.repeats)
+            found |= measure_rounds(TokensWorkload(CONFIG, PARTIES, 8, 4, 64), folder / "round", given.repeats)
         if "delay" in given.parts:
-            slow = TokensWork(CONFIG, PARTIES, 8, 2, 32)
+            slow = TokensWorkload(CONFIG, PARTIES, 8, 2, 32)
             found["delay"] = measure_delay(slow, folder / "delay", max(5, given.repeats // 2))
     found["targets"] = targets(found)
     print(json.dumps(found, indent=2))

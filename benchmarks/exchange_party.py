@@ -28,13 +28,13 @@ from coterie.training.data.packing import Batch
 from coterie.training.loop import finish_round, loss_sum
 from coterie.training.optim import make_optimizer
 from coterie.training.tokens.micro_batches import Scheduler
-from harness import Work, serve, take_out_experts, transport_of
+from harness import Workload, serve, take_out_experts, transport_of
 
 OPTIM = OptimSpec(lr=1e-3)
 
 
 @dataclass(frozen=True)
-class TokensWork(Work):
+class TokensWorkload(Workload):
     """What the processes agree on; the model is a qwen3_moe.
 
     Attributes:
@@ -89,15 +89,18 @@ class Party:
     """A party without coordinator, checkpoints and evaluation: the round alone."""
 
     def __init__(self, name: str, folder: Path, listen: str) -> None:
-        work = TokensWork.load(folder)
-        self.work, self.name = work, name
-        model = work.model()
+        workload = TokensWorkload.load(folder)
+        self.workload, self.name = workload, name
+        model = workload.model()
         counts = [layer.num_experts for layer in expert_layers(model)]
-        self.placement = Placement.round_robin(work.parties, counts)
+        self.placement = Placement.round_robin(workload.parties, counts)
         experts = take_out_experts(model, self.placement, name)
         cut = Cut(model)
         self.host = TokensHost(
-            name, work.parties, cut.layers, Shard(cut.layers, experts, lambda params: make_optimizer(params, OPTIM))
+            name,
+            workload.parties,
+            cut.layers,
+            Shard(cut.layers, experts, lambda params: make_optimizer(params, OPTIM)),
         )
         self.transport = transport_of(name, folder, listen)
         self.transport.start(self.host.handle)
@@ -106,7 +109,7 @@ class Party:
         trunk = [param for param in model.parameters() if not param.is_meta]
         self.optimizer = make_optimizer(trunk, OPTIM)
         self.schedulers = {n: Scheduler(cut, lambda batch: loss_sum(model, batch), n) for n in (1, 2)}
-        self.batches = work.batches(name)
+        self.batches = workload.batches(name)
         self._counts: dict[str, float] = defaultdict(float)
         self._guard = threading.Lock()
 
@@ -118,7 +121,7 @@ class Party:
     def round(self, number: int, in_flight: int) -> None:
         self.host.begin(number, 1)
         self._sums = self.schedulers[in_flight].run(
-            self.batches, lambda n, stopped: Watched(self.exchange.micro_batch(number, 1, n, stopped), self)
+            self.batches, lambda n, cancelled: Watched(self.exchange.micro_batch(number, 1, n, cancelled), self)
         )
         self.exchange.declare(number, 1, self._sums.tokens)
 
@@ -136,10 +139,10 @@ class Party:
         gradient of the weight.
         """
         hosts = torch.tensor(self.placement.hosts[call.layer.index])[call.expert_ids_NK]
-        mine = self.work.parties.index(self.name)
+        mine = self.workload.parties.index(self.name)
         width, item = call.hidden_ND.shape[1], call.hidden_ND.element_size()
         total = 0
-        for host in range(len(self.work.parties)):
+        for host in range(len(self.workload.parties)):
             if host != mine:
                 chosen = hosts == host
                 total += int(chosen.any(1).sum()) * 4 * width * item + int(chosen.sum()) * (1 + 2 * item)
@@ -147,7 +150,7 @@ class Party:
 
     def figures(self) -> dict[str, Any]:
         """Counts since the process began."""
-        sent = [self.transport.counters().total(peer) for peer in self.work.parties if peer != self.name]
+        sent = [self.transport.counters().total(peer) for peer in self.workload.parties if peer != self.name]
         return {
             "cpu_s": cpu_by_kind(),
             "payload_bytes": sum(total.payload_bytes_sent for total in sent),

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fetch_party import LENGTH, OWNER, FetchWork
+from fetch_party import LENGTH, OWNER, FetchWorkload
 from harness import Parties, machine, parties, write_figures
 from memory import LARGE
 
@@ -42,11 +42,11 @@ def owner_round(running: Parties) -> dict[str, Any]:
     return figures
 
 
-def measure(work: FetchWork, folder: Path, gbit: float, rounds: int) -> dict[str, Any]:
+def measure(workload: FetchWorkload, folder: Path, gbit: float, rounds: int) -> dict[str, Any]:
     """Medians over rounds; the first round, with its self-check, is not counted."""
     few_arenas = {"MALLOC_ARENA_MAX": "2"}
     link = parties(
-        SCRIPT, work, folder, delay_s=DELAY_S if gbit else 0.0, bytes_per_s=GIGABIT * gbit, environment=few_arenas
+        SCRIPT, workload, folder, delay_s=DELAY_S if gbit else 0.0, bytes_per_s=GIGABIT * gbit, environment=few_arenas
     )
     with link as (running, proxy):
         first = owner_round(running)
@@ -66,8 +66,8 @@ def measure(work: FetchWork, folder: Path, gbit: float, rounds: int) -> dict[str
     must = found[0]["must_move_bytes"] * rounds
     return {
         "link": f"{gbit:g} Gbit/s, 20 ms each way" if gbit else "loopback",
-        "method": work.method,
-        "tokens_of_a_physical_batch": work.physical_batch * LENGTH,
+        "method": workload.method,
+        "tokens_of_a_physical_batch": workload.physical_batch * LENGTH,
         "tokens_of_a_lot": statistics.fmean(figures["records"] for figures in found) * LENGTH,
         "seconds": {
             "agree": middle("agree_seconds"),
@@ -105,8 +105,8 @@ def main() -> None:
         found["rows"] = json.loads(given.json.read_text("utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as name:
         for number, size in enumerate(given.batches):
-            work = FetchWork(LARGE, PARTIES, given.lot, size, given.method)
-            found["rows"].append(measure(work, Path(name) / str(number), given.gbit, given.rounds))
+            workload = FetchWorkload(LARGE, PARTIES, given.lot, size, given.method)
+            found["rows"].append(measure(workload, Path(name) / str(number), given.gbit, given.rounds))
             print(json.dumps(found["rows"][-1], indent=1), flush=True)
             write_figures(given.json, found)
 

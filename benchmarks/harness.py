@@ -1,7 +1,7 @@
 """What the benchmarks of exchanges share: party processes that are told what to do, over real mutual TLS on loopback.
 
-A benchmark writes what all processes agree on (a dataclass, `Work`) to ``work.json`` and starts `Parties`; the script
-of a party calls `serve`. Commands and answers are lines; ``figures`` is answered by a line of JSON.
+A benchmark writes what all processes agree on (a dataclass, `Workload`) to ``work.json`` and starts `Parties`; the
+script of a party calls `serve`. Commands and answers are lines; ``figures`` is answered by a line of JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORK = "work.json"
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What every process of a benchmark agrees on.
 
     Attributes:
@@ -62,20 +62,20 @@ class Parties:
     """
 
     def __init__(
-        self, script: str, work: Work, folder: Path, proxy: DelayProxy | None, environment: Mapping[str, str]
+        self, script: str, workload: Workload, folder: Path, proxy: DelayProxy | None, environment: Mapping[str, str]
     ) -> None:
         folder.mkdir(parents=True)
-        (folder / WORK).write_text(json.dumps(asdict(work)), encoding="utf-8")
-        free = free_endpoints(2 * len(work.parties))
-        seen = dict(zip(work.parties, free, strict=False))
+        (folder / WORK).write_text(json.dumps(asdict(workload)), encoding="utf-8")
+        free = free_endpoints(2 * len(workload.parties))
+        seen = dict(zip(workload.parties, free, strict=False))
         listen = dict(seen)
         if proxy is not None:
-            for name, behind in zip(work.parties, free[len(work.parties) :], strict=True):
+            for name, behind in zip(workload.parties, free[len(workload.parties) :], strict=True):
                 listen[name] = behind
                 proxy.forward(_port(seen[name]), _port(behind))
         provision("bench", members_of(seen, None), folder / "kits", config_hash="", placement_hash="")
         path = str(Path(__file__).with_name(script))
-        self.names = work.parties
+        self.names = workload.parties
         self._rounds = 0
         self._children = {
             name: subprocess.Popen(
@@ -85,7 +85,7 @@ class Parties:
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment},
             )
-            for name in work.parties
+            for name in workload.parties
         }
         for child in self._children.values():
             self._answer(child)
@@ -134,7 +134,7 @@ def _port(endpoint: str) -> int:
 @contextmanager
 def parties(
     script: str,
-    work: Work,
+    workload: Workload,
     folder: Path,
     *,
     delay_s: float = 0.0,
@@ -144,7 +144,7 @@ def parties(
     """Started `Parties`, ended afterwards, and the slow link before them; without a delay there is none."""
     with ExitStack() as stack:
         proxy = stack.enter_context(DelayProxy(delay_s, bytes_per_s)) if delay_s else None
-        running = Parties(script, work, folder, proxy, environment)
+        running = Parties(script, workload, folder, proxy, environment)
         stack.callback(running.close)
         yield running, proxy
 

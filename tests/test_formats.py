@@ -369,7 +369,7 @@ def test_a_journal_of_the_first_version_goes_on(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "grove", AGREEMENT)
     assert (journal.state.phase, journal.state.round, journal.state.seq) == (Phase.CHECKPOINT, 1, 3)
     assert journal.history.newest == 1
-    assert journal.history.records[0].files["birch"] == Saved(1, "c" * 64)
+    assert journal.history.published[0].files["birch"] == Saved(1, "c" * 64)
     assert journal.history.next_attempt(1) == 2
     journal.close()
 

@@ -173,16 +173,16 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is not there, torn, of another run or of another format.
         """
-        found = read_checkpoint(self._path(round_no))
-        if (found.run, found.round) != (self.run, round_no):
+        checkpoint = read_checkpoint(self._path(round_no))
+        if (checkpoint.run, checkpoint.round) != (self.run, round_no):
             raise CheckpointError(
-                f"{found.path} belongs to another run ({str(found.run)[:12]}, round {found.round}), not to this one "
-                f"({self.run[:12]}).",
+                f"{checkpoint.path} belongs to another run ({str(checkpoint.run)[:12]}, round {checkpoint.round}), "
+                f"not to this one ({self.run[:12]}).",
                 code="checkpoint-foreign",
                 why="its weights were trained with other settings",
                 fix="resume with the settings of that run, or choose another run_dir",
             )
-        return found
+        return checkpoint
 
     def keep_last(self, count: int) -> None:
         """Delete all but the newest ``count`` checkpoints."""
@@ -200,8 +200,8 @@ class CheckpointStore:
 def _rounds_in(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
-    found = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return sorted(int(match[1]) for match in found)
+    matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return sorted(int(match[1]) for match in matches)
 
 
 def _torn(path: Path, what: str) -> CheckpointError:

@@ -96,12 +96,12 @@ def json_object(text: str | bytes) -> dict[str, Any]:
         ValueError: it is no JSON, not UTF-8, nested without bound, or something else than an object.
     """
     try:
-        made = json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(made, dict):
-        raise ValueError(f"{type(made).__name__} instead of an object")
-    return made
+    if not isinstance(content, dict):
+        raise ValueError(f"{type(content).__name__} instead of an object")
+    return content
 
 
 def remove(path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coterie.config import LoraSpec, PrivacySpec
 from coterie.errors import RoundError
+from coterie.federation.cancel import NEVER, CancelToken
 from coterie.models.lora import attach_adapters
 from coterie.models.seam import expert_layers
 from coterie.models.streaming.cache import MemoryStore, WeightCache
@@ -55,7 +56,7 @@ def adapters(parts: PartyInputs, folder: Path) -> Contribution:
 
 def private(parts: PartyInputs, folder: Path, **more: float) -> Contribution:
     spec = PrivacySpec(**{**RULES, "ledger": folder / "ledger", "physical_batch": 2})
-    privacy = PrivacyInputs(spec, rounds=4, seed=0, sigma=0.5, **more)
+    privacy = PrivacyInputs(spec, rounds=4, seed=0, noise_multiplier=0.5, **more)
     return PrivateSums(parts.model, expert_layers(parts.model), parts.train, privacy, lambda: "run")
 
 
@@ -90,7 +91,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
 
 def made_in(case: Case, round_no: int) -> tuple[Sums, dict[object, Tensor]]:
     """The sums of a round, and all their tensors by name."""
-    sums = case.made.sums(round_no, PINS, case.streamer, lambda: True)
+    sums = case.made.sums(round_no, PINS, case.streamer, NEVER)
     assert sums.experts is not None
     experts = {(layer, name): value for layer, named in sums.experts.items() for name, value in named.items()}
     return sums, {**experts, **sums.trunk}
@@ -103,7 +104,7 @@ def test_sums_cover_all_that_is_trained_in_float32_off_the_device_and_leave_noth
     assert {name: value.shape for name, value in found.items()} == {**case.experts, **case.trunk}
     assert {(value.dtype, value.device.type) for value in found.values()} == {(torch.float32, "cpu")}
     assert sums.weight > 0
-    assert all(isinstance(value, int | float) for value in sums.figures.values())
+    assert all(isinstance(value, int | float) for value in sums.metrics.values())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -121,7 +122,7 @@ def test_a_second_attempt_gives_the_same_sums_and_the_same_bytes_where_they_were
 def test_an_attempt_given_up_on_the_way_raises_and_leaves_nothing_in_the_next_one(case: Case) -> None:
     asked = iter([True])
     with pytest.raises(RoundError):
-        case.made.sums(1, PINS, case.streamer, lambda: next(asked, False))
+        case.made.sums(1, PINS, case.streamer, CancelToken(lambda: not next(asked, False)))
     _, there = made_in(case, 1)
     _, again = made_in(case, 1)
     assert all(float((again[name] - value).norm()) <= 1e-6 * float(value.norm()) for name, value in there.items())
@@ -140,7 +141,7 @@ def test_ledger_budget_and_statement_come_together_or_not_at_all(case: Case) -> 
     made_in(case, 1)
     made = case.made
     promised = isinstance(made, PrivateSums)
-    assert (made.open_books(case.streamer) is not None) == promised
+    assert (made.open_ledger(case.streamer) is not None) == promised
     assert (made.ledger_head() is not None) == promised
     assert (made.privacy() is not None) == promised
     assert bool(made.statement()) == promised

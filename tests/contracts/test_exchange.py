@@ -92,7 +92,7 @@ def call_of(layer: ExpertLayer, seed: int = 0) -> ExpertsCall:
 def by_the_family(case: Case, call: ExpertsCall) -> tuple[Tensor, Tensor, Tensor]:
     """The family's own eager code: hidden states and routing weights that require gradients, and the output."""
     case.model.set_experts_implementation("eager")  # type: ignore[operator]
-    hidden, weights = call.hidden_ND.clone().requires_grad_(), call.expert_weights_NK.clone().requires_grad_()
+    hidden, weights = call.hidden_ND.clone().requires_grad_(), call.routing_weights_NK.clone().requires_grad_()
     return hidden, weights, call.layer.module(hidden, call.expert_ids_NK, weights)
 
 
@@ -116,7 +116,7 @@ def test_forward_is_what_the_family_computes_without_history(case: Case, keep: b
         answer, _ = exchange.forward(call, keep)
         assert not answer.requires_grad
         _, _, expected = by_the_family(case, call)
-        assert_close(combined(exchange, call, answer, call.expert_weights_NK), expected.detach())
+        assert_close(combined(exchange, call, answer, call.routing_weights_NK), expected.detach())
 
 
 def test_backward_gives_the_gradients_of_autograd_also_in_another_order(case: Case) -> None:
@@ -129,7 +129,7 @@ def test_backward_gives_the_gradients_of_autograd_also_in_another_order(case: Ca
         hidden, weights, expected = by_the_family(case, call)
         grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
         expected.backward(grad)
-        leaf, own_weights = answer.clone().requires_grad_(), call.expert_weights_NK.clone().requires_grad_()
+        leaf, own_weights = answer.clone().requires_grad_(), call.routing_weights_NK.clone().requires_grad_()
         combined(exchange, call, leaf, own_weights).backward(grad)
         at_answer = leaf.grad if leaf.grad is not None else grad
         grad_hidden, grad_weights = exchange.backward(ticket, at_answer)
@@ -154,9 +154,9 @@ def test_a_choice_outside_the_layer_means_no_expert(case: Case) -> None:
     whole = call_of(layer)
     ids = whole.expert_ids_NK.clone()
     ids[3] = layer.num_experts
-    call = ExpertsCall(layer, whole.hidden_ND, ids, whole.expert_weights_NK)
+    call = ExpertsCall(layer, whole.hidden_ND, ids, whole.routing_weights_NK)
     answer, _ = exchange.forward(call, True)
-    out = combined(exchange, call, answer, call.expert_weights_NK)
+    out = combined(exchange, call, answer, call.routing_weights_NK)
     _, _, expected = by_the_family(case, whole)
     others = torch.arange(TOKENS) != 3
     assert not bool(out[3].any())

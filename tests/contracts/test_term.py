@@ -157,7 +157,7 @@ def test_squared_norms_are_those_of_the_gradients_and_their_bound_is_above(case:
 
 def test_the_gradient_of_one_record_has_the_shape_of_the_value(case: Case) -> None:
     for record in range(B):
-        one = case.term.one(record)
+        one = case.term.gradient(record)
         assert one.dtype == torch.float32
         assert one.shape == case.exact.shape[1:]
         assert float((one.double() - case.exact[record]).norm()) <= 1e-5 * size(case.exact)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from coterie.errors import DeadlineError, FrameError, RoundError, TransportError
+from coterie.federation.cancel import CancelToken
 from coterie.federation.identity.provision import local_kits
 from coterie.federation.identity.roster import load_roster
 from coterie.federation.wire import base_transport
@@ -410,7 +411,7 @@ def test_wait_for_a_peer_can_be_given_up(world: TransportWorld) -> None:
     members = world.unstarted("alder", "birch")
     members["alder"].start(silent)
     asked = iter([True, True, False])
-    members["alder"].connect(600.0, alive=lambda: next(asked))
+    members["alder"].connect(600.0, cancel=CancelToken(lambda: not next(asked)))
     assert members["alder"].connected() == set()
 
 

@@ -49,7 +49,7 @@ COORDINATOR = {
     "after a decision is written, before anybody is told": (
         "coterie.federation.rounds.journal", "Journal", "_write", "after", "",
     ),
-    "before everybody is told": ("coterie.federation.rounds.coordinator", "Coordinator", "_tell", "before", ""),
+    "before everybody is told": ("coterie.federation.rounds.coordinator", "Coordinator", "_broadcast", "before", ""),
 }  # fmt: skip
 POINTS = {**PARTY, **COORDINATOR}
 

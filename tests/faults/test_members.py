@@ -119,7 +119,7 @@ def pelted(
         if isinstance(end, PartyResult):
             assert end.finished
             actor = federation.runs[name].actor
-            for key, value in {**trunk_tensors(actor.parts.model), **actor.exchange.hosted_state()}.items():
+            for key, value in {**trunk_tensors(actor.inputs.model), **actor.exchange.hosted_state()}.items():
                 assert bool(torch.isfinite(value.float()).all()), (name, key)
     hostile = made[HOSTILE]
     assert isinstance(hostile, Pelting)

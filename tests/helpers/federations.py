@@ -156,12 +156,12 @@ def assert_same(
     for name in parties:
         actor = federation.runs[name].actor
         whole = {**dict(each[name].named_parameters()), **(also or {})}
-        if actor.parts.federation.trunk == "private":
-            for key, value in trunk_tensors(actor.parts.model).items():
+        if actor.inputs.federation.trunk == "private":
+            for key, value in trunk_tensors(actor.inputs.model).items():
                 if key in whole:
                     assert relative(value, whole[key]) < tolerance, (name, key)
         if isinstance(actor.exchange, ExpertsExchange):
-            for key, value in actor.exchange.pool.home.weights().items():
+            for key, value in actor.exchange.host.trunk.weights().items():
                 assert relative(value, whole[key]) < tolerance, (name, key)
         for key, value in actor.exchange.hosted_state().items():
             if key.startswith("layer.") and "/" not in key:

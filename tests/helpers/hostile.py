@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.federation.cancel import NEVER, CancelToken
 from coterie.federation.wire.transport import Counters, Handler, Lane, Message, Transport
 
 _BITS = {"round": 64, "attempt": 32, "micro_batch": 32, "layer": 32, "call": 64, "part": 32, "chunk": 32}
@@ -103,10 +104,8 @@ class Sabotage:
 
         self._transport.start(spoilt)
 
-    def connect(
-        self, deadline_s: float, peers: Collection[str] | None = None, alive: Callable[[], bool] = lambda: True
-    ) -> None:
-        self._transport.connect(deadline_s, peers, alive)
+    def connect(self, deadline_s: float, peers: Collection[str] | None = None, cancel: CancelToken = NEVER) -> None:
+        self._transport.connect(deadline_s, peers, cancel)
 
     def connected(self) -> frozenset[str]:
         return self._transport.connected()

@@ -42,7 +42,7 @@ def with_privacy(
         assert rules is not None
         own = PrivacySpec(**{**rules.model_dump(), "ledger": folder / f"ledger-{name}", "physical_batch": 2, **spec})
         planned = rounds or each.federation.train.rounds
-        privacy = PrivacyInputs(own, planned, seed=number if seeded else None, sigma=sigma)
+        privacy = PrivacyInputs(own, planned, seed=number if seeded else None, noise_multiplier=sigma)
         found[name] = replace(each, privacy=privacy)
     return found
 

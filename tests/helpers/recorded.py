@@ -24,7 +24,7 @@ def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type:
                 (lane, message.kind, message.address, fields, sizes)
             )
 
-        exchange.pool.transcript = record
+        exchange.host.transcript = record
     federation.join()
     for end in federation.ends.values():
         if isinstance(end, BaseException):

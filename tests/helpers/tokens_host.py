@@ -44,5 +44,5 @@ def rows(seed: int = 0, tokens: int = 7, weighted: bool = True, dtype: torch.dty
 
 def dispatch(part: Rows, keep: bool = True, **header: int) -> Message:
     tensors = (part.x_MD, part.counts_M.to(torch.uint8), part.ids_P.to(torch.uint8))
-    tensors += () if part.weights_P is None else (part.weights_P,)
+    tensors += () if part.routing_weights_P is None else (part.routing_weights_P,)
     return Message(DISPATCH, Address(**header), {"keep": keep}, tensors)

@@ -190,7 +190,7 @@ class TokensWorld:
 
     def abort(self, round_no: int, attempt: int = 0) -> None:
         for party in self.parties.values():
-            party.host.abort(round_no, attempt)
+            party.host.drop(round_no, attempt)
 
     def commit(self, round_no: int, attempt: int = 0) -> None:
         for party in self.parties.values():

@@ -246,7 +246,7 @@ def test_an_implementation_sees_every_moe_layer_with_its_ordinal():
     assert [call.layer.index for call in calls] == list(range(len(layers)))
     assert [call.layer.name for call in calls] == [layer.name for layer in layers]
     assert calls[0].hidden_ND.shape == (24, 32)
-    assert calls[0].expert_ids_NK.shape == calls[0].expert_weights_NK.shape == (24, 2)
+    assert calls[0].expert_ids_NK.shape == calls[0].routing_weights_NK.shape == (24, 2)
     assert [(layer, implementation) for layer, implementation in seam.bindings(model)] == [
         (x, record) for x in layers
     ]

@@ -50,8 +50,8 @@ def command(
         listen,
     )
     say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")
-    if process.notice():
-        say(process.notice())
+    if process.certificate_warning():
+        say(process.certificate_warning())
     with log_file(folder), stop_signals(process.stop), lines:
         state = process.run()
     if json_file is not None:

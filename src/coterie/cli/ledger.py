@@ -14,7 +14,7 @@ from coterie.errors import LedgerError
 
 if TYPE_CHECKING:
     from coterie.dp.accounting.ledger import Ledger
-    from coterie.dp.accounting.overlap import Held
+    from coterie.dp.accounting.overlap import RecordedRun
 
 _DELTA = 1e-5
 
@@ -57,7 +57,7 @@ def command(
             f"{root} is no folder of ledgers.", code="dp-ledger-none", fix="name the folder of `privacy: ledger:`"
         )
     if action is Action.LIST:
-        rows = [_figures(book, held) for book, held in _runs(root)]
+        rows = [_figures(ledger, run) for ledger, run in _runs(root)]
         _list(rows)
         figures: Any = {"runs": rows}
     elif action is Action.SHOW:
@@ -74,27 +74,27 @@ def _needed(target: str | None, action: str, what: str) -> str:
     return target
 
 
-def _runs(root: Path) -> list[tuple[Ledger, Held]]:
-    from coterie.dp.accounting.lifetime import books_under
+def _runs(root: Path) -> list[tuple[Ledger, RecordedRun]]:
+    from coterie.dp.accounting.lifetime import ledgers_under
 
-    return [(book, held) for book in books_under(root) for held in book.held() if held.facts]
+    return [(ledger, run) for ledger in ledgers_under(root) for run in ledger.runs() if run.facts]
 
 
-def _figures(book: Ledger, held: Held) -> dict[str, Any]:
+def _figures(ledger: Ledger, run: RecordedRun) -> dict[str, Any]:
     from coterie.dp.accounting.lifetime import lifetime
 
-    delta = float((held.facts.get("budget") or {}).get("delta", _DELTA))
-    overall = lifetime(book, held.run, delta)
+    delta = float((run.facts.get("budget") or {}).get("delta", _DELTA))
+    overall = lifetime(ledger, run.run, delta)
     return {
-        "ledger": book.public_name(),
-        "run": held.run,
-        "unit": str(held.facts.get("unit", "record")),
-        "units": held.facts.get("units"),
-        "rounds": len(held.releases),
+        "ledger": ledger.public_name(),
+        "run": run.run,
+        "unit": str(run.facts.get("unit", "record")),
+        "units": run.facts.get("units"),
+        "rounds": len(run.releases),
         "delta": delta,
-        "epsilon": _finite(book.spent(held.run, delta).epsilon),
+        "epsilon": _finite(ledger.spent(run.run, delta).epsilon),
         "lifetime": _finite(overall.spent.epsilon),
-        "merged": held.merged,
+        "merged": run.merged,
         "counted": list(overall.lines),
         "revealed": list(overall.revealed),
         "seeded": list(overall.seeded),
@@ -116,7 +116,7 @@ def _list(rows: list[dict[str, Any]]) -> None:
 
 
 def _show(root: Path, run: str) -> dict[str, Any]:
-    found = [(book, held) for book, held in _runs(root) if held.run == run]
+    found = [(ledger, recorded) for ledger, recorded in _runs(root) if recorded.run == run]
     if not found:
         raise LedgerError(
             f"run {run} is in no ledger under {root}.",

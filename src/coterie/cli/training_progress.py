@@ -33,18 +33,18 @@ def watched(config: TrainConfig) -> Iterator[tuple[StopFlag, Watch]]:
     if config.privacy is not None:
         _open(config.privacy)
     stop = StopFlag()
-    told, epsilon = 0, ""
+    reported, epsilon = 0, ""
     with stop_signals(stop.set, bounded=False), progress("round", config.train.rounds) as advance:
 
         def watch(done: int, step: Step, evaluation: Evaluation | None) -> None:
-            nonlocal told, epsilon
+            nonlocal reported, epsilon
             if step.spent is not None:
                 epsilon = f"epsilon {step.spent.epsilon:.3f}"
             held_out = f"held-out {evaluation.loss:.3f}" if evaluation is not None else ""
             stopping = "stopping: writing a checkpoint" if stop.asked else ""
             notes = (epsilon, step.nothing_learnt or f"loss {step.loss:.3f}", held_out, stopping)
-            advance("  ".join(filter(None, notes)), steps=done - told)
-            told = done
+            advance("  ".join(filter(None, notes)), steps=done - reported)
+            reported = done
 
         yield stop, watch
 

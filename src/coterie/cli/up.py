@@ -50,21 +50,21 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
 
     def show(directive: Directive) -> None:
         state, missing = directive.state, directive.missing
-        lines.show(state, missing, spent=told["spent"], remark=told["remark"], cut=directive.cut)
+        lines.show(state, missing, spent=shown["spent"], remark=shown["remark"], cut=directive.cut)
 
     def revealed(privacy: Mapping[str, Any] | None) -> None:
-        told.update(spent=spent_note(privacy), remark=stopped_contributing(privacy))
+        shown.update(spent=spent_note(privacy), remark=stopped_contributing(privacy))
 
     def tell(error: CoterieError) -> None:
         error_console().print(f"{config.party}: {error.code}: {error}", markup=False)
         log.error("%s: %s", error.code, error)
 
-    told = {"spent": "", "remark": ""}
+    shown = {"spent": "", "remark": ""}
     process = PartyProcess(config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s)), listen)
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)
     say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")
-    for line in (*opening_lines(config, process.federation), process.notice()):
+    for line in (*opening_lines(config, process.federation), process.certificate_warning()):
         if line:
             say(f"{config.party}: {line}")
     with log_file(config.run_dir) as log, stop_signals(process.stop), lines:

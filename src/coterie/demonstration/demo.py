@@ -42,8 +42,8 @@ def run_demo(plan: DemoPlan, folder: Path, screen: Screen) -> Results:
         held = RunFolder(root)
         try:
             replaced = empty_folder(root)
-            told = "; the earlier demo there was replaced" if replaced else ""
-            screen.line(f"files go to {folder}{told}; nothing keeps running afterwards")
+            remark = "; the earlier demo there was replaced" if replaced else ""
+            screen.line(f"files go to {folder}{remark}; nothing keeps running afterwards")
             finished = run(plan, root, screen)
             screen.phase(PHASES - 1, PHASES, "attack")
             # torch from here on: all processes have ended

@@ -198,7 +198,7 @@ class Processes:
         self._wait(started, GRACE_S / 2)
         failed = [first, *(other for other in started if other.code and other is not first)]
         self.stop()
-        told = "\n".join(_last_words(running) for running in failed)
+        words = "\n".join(_last_words(running) for running in failed)
         how = (
             f"was ended by signal {-first.code}" if first.code and first.code < 0 else f"ended with code {first.code}"
         )
@@ -206,7 +206,7 @@ class Processes:
             f"{first.command.name} (`{first.command.shown}`) {how}; everything else was ended too.",
             code="demo-process",
             where=str(first.command.log),
-            why=f"the log ends with:\n{told}",
+            why=f"the log ends with:\n{words}",
             fix="read that log; the folder stays as it is, and the command can be run again by hand there",
         )
 
@@ -221,10 +221,10 @@ def _last_words(running: Running) -> str:
 def interrupt_on_signals() -> Iterator[None]:
     """Let SIGTERM and a closed terminal do what Ctrl-C does: raise KeyboardInterrupt, so that clean-up runs."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
         yield
     finally:

@@ -198,8 +198,8 @@ def _weight_bytes(model: Any) -> int:
 def _figures(run_dir: Path) -> Figures:
     result = json.loads((private_folder(run_dir) / "result.json").read_text("utf-8"))
     evaluation = Evaluation.load(private_folder(run_dir) / "evaluation.safetensors")
-    told = result.get("privacy")
-    promise = Promise(**{field.name: told[field.name] for field in fields(Promise)}) if told else None
+    facts = result.get("privacy")
+    promise = Promise(**{field.name: facts[field.name] for field in fields(Promise)}) if facts else None
     return Figures(evaluation, int(result["model_state_bytes"]), int(result["peak_rss_bytes"]), promise)
 
 

@@ -29,8 +29,8 @@ def headline(results: Results) -> str:
     by_outcome: dict[str, list[str]] = {}
     for arm in together:
         by_outcome.setdefault(_outcome(results, arm), []).append(_called(results, arm))
-    told = "; ".join(f"{_names(arms)}: {outcome}" for outcome, arms in by_outcome.items())
-    return f"Together against alone. {told[0].upper()}{told[1:]}."
+    sentence = "; ".join(f"{_names(arms)}: {outcome}" for outcome, arms in by_outcome.items())
+    return f"Together against alone. {sentence[0].upper()}{sentence[1:]}."
 
 
 def meaning(results: Results) -> list[str]:
@@ -199,10 +199,10 @@ def _against_pooled(results: Results, arm: Arm) -> Iterator[str]:
     if not excess:
         return
     near = [party for party, share in excess.items() if share <= NEAR]
-    told = ", ".join(f"{party} {100 * share:+.1f} %" for party, share in excess.items())
+    sentence = ", ".join(f"{party} {100 * share:+.1f} %" for party, share in excess.items())
     far = "" if len(near) == len(excess) else f", so {len(excess) - len(near)} of {len(excess)} did not get there"
     under = "under one budget" if arm.private else "with all text"
-    yield f"Against one process {under}: {told} (within {100 * NEAR:.0f} % counts as near{far})."
+    yield f"Against one process {under}: {sentence} (within {100 * NEAR:.0f} % counts as near{far})."
 
 
 def _state(results: Results, arm: Arm) -> Iterator[str]:

@@ -230,7 +230,7 @@ class Balancer:
             bias.copy_(own)
 
     def follow(self, public_S: Tensor) -> None:
-        """Compute with what a federation's home of the loads serves: smoothed loads, or the routing biases.
+        """Compute with what the federation's host of the loads serves: smoothed loads, or the routing biases.
 
         Args:
             public_S: [S] floating point, the same at all parties.

@@ -87,7 +87,7 @@ class LotSums:
         balancer: None without balance.
         plan: what bounds a unit's contribution.
         options: how to compute.
-        sigma: the accountant's noise multiplier.
+        noise_multiplier: as accounted.
         source: of dropout's randomness.
         shape: fills every batch up to one shape; None: batches are as the collator makes them.
 
@@ -104,7 +104,7 @@ class LotSums:
         balancer: Balancer | None,
         plan: PrivacyPlan,
         options: ComputeOptions,
-        sigma: float,
+        noise_multiplier: float,
         source: RandomSource,
         shape: ConstantShape | None = None,
     ) -> None:
@@ -119,7 +119,7 @@ class LotSums:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._exact = plan.isolation == "exact"
         self._at_once = 1 if self._exact else options.physical_batch
-        self._noise = LotNoise(plan, sigma, engine, balancer)
+        self._noise = LotNoise(plan, noise_multiplier, engine, balancer)
         self._on_grid: RoundNoise | None = None
 
     def compute(self, lot: Lot, name: str) -> dict[str, Tensor]:

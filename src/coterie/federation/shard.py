@@ -129,8 +129,8 @@ class Shard:
         plain = {key for key in state if "/" not in key}
         if plain != expected:
             raise CheckpointError(
-                f"The saved experts are not the hosted ones: {_some(expected - plain)} missing, "
-                f"{_some(plain - expected)} not hosted here.",
+                f"The saved experts are not the hosted ones: {_first_two(expected - plain)} missing, "
+                f"{_first_two(plain - expected)} not hosted here.",
                 code="checkpoint-experts",
                 why="training would go on from other weights than were saved",
                 fix="resume with the roster and placement that the checkpoint was written under",
@@ -176,7 +176,7 @@ class Shard:
         return {f"{layer}.{name}": param for layer, name, param in self._parameters()}
 
     def _hosted(self, weights: Mapping[str, Tensor]) -> dict[int, tuple[int, ...]]:
-        found: dict[int, set[int]] = defaultdict(set)
+        hosted: dict[int, set[int]] = defaultdict(set)
         for key in weights:
             number, expert, name = parse_expert_key(key)
             layer = self._layers.get(number)
@@ -184,8 +184,8 @@ class Shard:
                 raise _unfit(key, "is no expert parameter of this model")
             if name not in layer.layout.parameter_names:
                 raise _unfit(key, f"should be one of {', '.join(layer.layout.parameter_names)}")
-            found[layer.index].add(expert)
-        return {layer: tuple(sorted(experts)) for layer, experts in sorted(found.items())}
+            hosted[layer.index].add(expert)
+        return {layer: tuple(sorted(experts)) for layer, experts in sorted(hosted.items())}
 
     def _stack(self, weights: Mapping[str, Tensor], layer: int, name: str) -> nn.Parameter:
         shape = self._layers[layer].parameters()[name].shape[1:]
@@ -210,7 +210,7 @@ class Shard:
                 copy.copy_(param)
 
 
-def _some(keys: set[str]) -> str:
+def _first_two(keys: set[str]) -> str:
     shown = ", ".join(sorted(keys)[:2]) or "none"
     return f"{shown} and {len(keys) - 2} more" if len(keys) > 2 else shown
 

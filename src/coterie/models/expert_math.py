@@ -29,13 +29,13 @@ class RowGradients:
         grad_x_RD: gradient at the rows that entered.
         act_RF: input of ``down_proj``.
         grad_pre_RG: gradient at the output of ``gate_up_proj`` (or ``up_proj``).
-        grad_scale_R: gradient at the rows' routing weights, float32 or wider; None where there were none.
+        grad_routing_weights_R: gradient at the rows' routing weights, float32 or wider; None where there were none.
     """
 
     grad_x_RD: Tensor
     act_RF: Tensor
     grad_pre_RG: Tensor
-    grad_scale_R: Tensor | None = None
+    grad_routing_weights_R: Tensor | None = None
 
 
 def apply_linear(layer: ExpertLayer, weights: Weights, name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def backward_rows(
     pre_RG: Tensor,
     grad_out_RD: Tensor,
     ends_E: Tensor,
-    scale_R: Tensor | None = None,
+    routing_weights_R: Tensor | None = None,
 ) -> RowGradients:
     """Gradients at the rows, given the gradient at `forward_rows`' output.
 
@@ -74,21 +74,25 @@ def backward_rows(
         pre_RG: what `forward_rows` returned beside its output.
         grad_out_RD: gradient at that output.
         ends_E: where each expert's rows end.
-        scale_R: routing weights, if ``grad_out_RD`` is the gradient at the weighted output. Their own gradient is
-            then formed too, without the expert's output: (x W) . g = x . (g W^T), and g W^T is needed anyway.
+        routing_weights_R: if ``grad_out_RD`` is the gradient at the weighted output. Their own gradient is then
+            formed too, without the expert's output: (x W) . g = x . (g W^T), and g W^T is needed anyway.
     """
     transposed, down = layer.layout.is_transposed, weights["down_proj"]
     grad_out_RD = grad_out_RD.to(down.dtype)
     unscaled_RF = grouped_mm(grad_out_RD, as_EIO(down, transposed).transpose(1, 2), ends_E)
-    grad_act_RF = unscaled_RF if scale_R is None else (unscaled_RF * scale_R.unsqueeze(-1)).to(down.dtype)
+    grad_act_RF = (
+        unscaled_RF if routing_weights_R is None else (unscaled_RF * routing_weights_R.unsqueeze(-1)).to(down.dtype)
+    )
     act_RF, grad_pre_RG = _gate_backward(layer, pre_RG, grad_act_RF)
     up_EIO = as_EIO(weights[layer.layout.up_name], transposed)
-    grad_scale_R = None
-    if scale_R is not None:
-        grad_scale_R = _row_dot(act_RF, unscaled_RF)
+    grad_routing_weights_R = None
+    if routing_weights_R is not None:
+        grad_routing_weights_R = _row_dot(act_RF, unscaled_RF)
         if layer.layout.has_bias:
-            grad_scale_R += _row_dot(bias_rows(weights["down_proj_bias"], ends_E), grad_out_RD)
-    return RowGradients(grouped_mm(grad_pre_RG, up_EIO.transpose(1, 2), ends_E), act_RF, grad_pre_RG, grad_scale_R)
+            grad_routing_weights_R += _row_dot(bias_rows(weights["down_proj_bias"], ends_E), grad_out_RD)
+    return RowGradients(
+        grouped_mm(grad_pre_RG, up_EIO.transpose(1, 2), ends_E), act_RF, grad_pre_RG, grad_routing_weights_R
+    )
 
 
 def _row_dot(a_RI: Tensor, b_RI: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def expert_adapters(model: nn.Module) -> dict[tuple[nn.Module, str], list[Expert
     Raises:
         ModelError: an adapter is merged into the weights, so its factors no longer say what the model computes.
     """
-    found: dict[tuple[nn.Module, str], list[ExpertAdapter]] = {}
+    adapters: dict[tuple[nn.Module, str], list[ExpertAdapter]] = {}
     for wrapper in _beside_experts(model):
         if wrapper.merged:
             raise ModelError(
@@ -141,8 +141,8 @@ def expert_adapters(model: nn.Module) -> dict[tuple[nn.Module, str], list[Expert
         if wrapper.disable_adapters:
             continue
         active = [ExpertAdapter(wrapper, name) for name in wrapper.active_adapters if name in wrapper.lora_A]
-        found.setdefault((wrapper.get_base_layer(), wrapper.parameter_name), []).extend(active)
-    return found
+        adapters.setdefault((wrapper.get_base_layer(), wrapper.parameter_name), []).extend(active)
+    return adapters
 
 
 @contextmanager

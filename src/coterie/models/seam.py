@@ -95,7 +95,7 @@ class ExpertsCall:
     layer: ExpertLayer
     hidden_ND: Tensor
     expert_ids_NK: Tensor
-    expert_weights_NK: Tensor
+    routing_weights_NK: Tensor
 
 
 class ExpertsImplementation(Protocol):
@@ -134,9 +134,9 @@ class RoutedRows:
         ends_E = torch.bincount(ids, minlength=num_experts).cumsum(0)
         return cls(pair_R, pair_R // top_k, ends_E, num_tokens, top_k)
 
-    def combine(self, out_RD: Tensor, expert_weights_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    def combine(self, out_RD: Tensor, routing_weights_NK: Tensor, dtype: torch.dtype) -> Tensor:
         """Weight each row and sum the rows of each token: [N, D]. Deterministic: no scattered addition."""
-        weighted_RD = out_RD * expert_weights_NK.reshape(-1)[self.pair_R].unsqueeze(-1)
+        weighted_RD = out_RD * routing_weights_NK.reshape(-1)[self.pair_R].unsqueeze(-1)
         return self.sum_by_token(weighted_RD, dtype)
 
     def sum_by_token(self, weighted_RD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,7 +184,7 @@ class LocalExperts:
 
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
         out_RD = expert_rows(layer, call.hidden_ND.index_select(0, rows.token_R), rows.ends_E, linear)
-        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -199,10 +199,10 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
 
     Empty for a dense model or a family outside the interface.
     """
-    found = [(name, module) for name, module in model.named_modules() if _is_experts(module)]
+    modules = [(name, module) for name, module in model.named_modules() if _is_experts(module)]
     return [
         ExpertLayer(index, name, _num_experts(module), ExpertsLayout.of(module), module)
-        for index, (name, module) in enumerate(found)
+        for index, (name, module) in enumerate(modules)
     ]
 
 

@@ -28,17 +28,17 @@ class MetricsWriter:
             self._lines = self.path.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=finished + 1 if finished else None)
 
-    def log(self, round_no: int, **figures: float) -> None:
-        """Write one line: the round, counted from 1 (0: before the first), and its figures. Not finite becomes null.
+    def log(self, round_no: int, **metrics: float) -> None:
+        """Write one line: the round, counted from 1 (0: before the first), and its metrics. Not finite becomes null.
 
         Raises:
             CheckpointError: the disk is full or broken.
         """
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with writing(self.path):
             self._lines.write(json.dumps({"round": round_no, **finite}) + "\n")
             self._lines.flush()
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._board.add_scalar(name, value, round_no)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coterie.config import PartyConfig, PartyPrivacy, TrainConfig, load_yaml
 from coterie.dp.accounting.ledger import default_root
-from coterie.dp.accounting.lifetime import books_under
+from coterie.dp.accounting.lifetime import ledgers_under
 from coterie.dp.accounting.spool import Spool
 from coterie.errors import CheckpointError, RoundError
 from coterie.federation.rounds.run_folder import RunFolder
@@ -68,7 +68,8 @@ def _purge(run_dir: Path, marker: dict[str, str], give_up: bool) -> Purged:
         )
     removed: list[Path] = []
     root, run = _ledger_of(run_dir, marker)
-    if run and not give_up and not any(held.run == run for book in books_under(root) for held in book.held()):
+    recorded = (entry.run for ledger in ledgers_under(root) for entry in ledger.runs())
+    if run and not give_up and run not in recorded:
         raise CheckpointError(
             f"The ledger of {run_dir} is not under {root}.",
             code="purge-no-ledger",

@@ -9,7 +9,7 @@ import pytest
 
 from coterie.dp.accounting.accountant import epsilon
 from coterie.dp.accounting.ledger import FILE, open_ledger
-from coterie.dp.accounting.lifetime import MERGED, books_under, ledger_folders, lifetime, private_runs_on
+from coterie.dp.accounting.lifetime import MERGED, ledger_folders, ledgers_under, lifetime, private_runs_on
 from coterie.dp.accounting.merging import Merge, merge
 from coterie.dp.accounting.texts import OTHER_KEYS, OWN_KEY, Keyring, Originals
 from coterie.errors import LedgerError
@@ -129,7 +129,7 @@ def test_a_ledger_is_called_the_same_wherever_it_was_copied(tmp_path: Path) -> N
     spend(here, "own", TEXTS)
     theirs = spend(there, "theirs", TEXTS)
     merge(there, here)
-    (copied,) = (book for book in books_under(here) if book.folder.parent.parent.name == MERGED)
+    (copied,) = (book for book in ledgers_under(here) if book.folder.parent.parent.name == MERGED)
     assert copied.public_name() == theirs.public_name()
     assert not (copied.folder.parent / OWN_KEY).exists()
 

@@ -43,7 +43,7 @@ def assert_term(term: Term, gradients: Tensor, rel: float = 1e-5, added_up: floa
         assert bool((_added(term, records, gradients.shape[1:]) <= upper + 1e-6 * scale).all())
         assert bool((exact.sqrt() <= upper + 1e-6 * scale + 2**-22 * added_up).all())
     for record in range(records):
-        assert float((term.one(record).double() - gradients[record]).abs().max()) <= 1e-4 * scale
+        assert float((term.gradient(record).double() - gradients[record]).abs().max()) <= 1e-4 * scale
     factors = torch.rand(records, generator=torch.Generator().manual_seed(0))
     out = torch.ones(gradients.shape[1:])
     term.add_sum(out, factors)

@@ -102,7 +102,7 @@ SHAPES = {"gate_up_proj": (6, 5), "down_proj": (5, 3)}
 def world() -> Iterator[MirrorWorld]:
     running = MirrorWorld()
     yield running
-    running.mirror.stop()
+    running.mirror.cancel()
     running.mirror.join(check=False)
     for end in running.ends:
         end.close()

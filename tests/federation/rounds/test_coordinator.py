@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CheckpointError, CoterieError, FrameError, RoundError
+from coterie.federation.cancel import CancelToken
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.coordinator import Coordinator, Notice
 from coterie.federation.rounds.directives import Call, Directive, Refusal, decode, encode
-from coterie.federation.rounds.follower import Alive, Follower
+from coterie.federation.rounds.follower import Follower
 from coterie.federation.rounds.heartbeat import Heartbeat
 from coterie.federation.rounds.journal import Journal
 from coterie.federation.rounds.state import (
@@ -52,7 +53,7 @@ def digest_of(model: list[int]) -> str:
 class ListActor:
     """An actor whose model is the list of rounds applied; ``on_compute`` lets a test interfere."""
 
-    def __init__(self, disk: dict[int, list[int]], on_compute: Callable[[State], None] = lambda told: None) -> None:
+    def __init__(self, disk: dict[int, list[int]], on_compute: Callable[[State], None] = lambda state: None) -> None:
         self.disk, self.on_compute = disk, on_compute
         self.model: list[int] = []
         self.staged: tuple[int, int] | None = None
@@ -63,15 +64,15 @@ class ListActor:
     def held(self) -> tuple[Saved, ...]:
         return tuple(Saved(round_no, digest_of(model)) for round_no, model in self.disk.items())
 
-    def load(self, source: Saved, told: State) -> None:
+    def load(self, source: Saved, state: State) -> None:
         self.model = list(self.disk[source.round]) if source.round else []
 
-    def compute(self, told: State, alive: Alive) -> None:
+    def compute(self, state: State, cancel: CancelToken) -> None:
         self.interrupted.clear()
-        self.on_compute(told)
-        if self.interrupted.is_set() or not alive():
+        self.on_compute(state)
+        if self.interrupted.is_set() or cancel.cancelled:
             raise RoundError("interrupted")
-        self.staged = (told.round, told.attempt)
+        self.staged = (state.round, state.attempt)
         self.computed.append(self.staged)
 
     def drop(self, round_no: int, attempt: int) -> None:
@@ -82,14 +83,14 @@ class ListActor:
         self.model.append(round_no)
         self.staged = None
 
-    def evaluate(self, told: State, alive: Alive) -> None:
-        self.evaluated.append(told.round)
+    def evaluate(self, state: State, cancel: CancelToken) -> None:
+        self.evaluated.append(state.round)
 
-    def save(self, told: State, alive: Alive) -> str:
-        self.disk[told.round] = list(self.model)
+    def save(self, state: State, cancel: CancelToken) -> str:
+        self.disk[state.round] = list(self.model)
         return digest_of(self.model)
 
-    def interrupt(self) -> None:
+    def cancel(self) -> None:
         self.interrupted.set()
 
 
@@ -128,7 +129,7 @@ class Federation:
 
         self._thread(COORDINATOR, serve)
 
-    def up(self, name: str, on_compute: Callable[[State], None] = lambda told: None, **changes: object) -> None:
+    def up(self, name: str, on_compute: Callable[[State], None] = lambda state: None, **changes: object) -> None:
         actor = self.actors[name] = ListActor(self.disks[name], on_compute)
         transport = self.transports[name] = self.hub.transport(name)
         participant = Follower(name, actor)
@@ -136,7 +137,7 @@ class Federation:
             transport,
             self.agreements[name],
             heartbeat_s=0.1,
-            on_news=participant.on_news,
+            on_change=participant.on_change,
             **{"patience_s": 5.0, **changes},  # type: ignore[arg-type]
         )
 
@@ -207,12 +208,12 @@ def test_federation_trains_every_round_once_and_evaluates_at_the_end(grove: Fede
 
 
 def test_failure_at_one_party_aborts_the_attempt_everywhere_and_it_is_tried_again(grove: Federation):
-    def fail_once(told: State) -> None:
-        if (told.round, told.attempt) == (3, 1):
+    def fail_once(state: State) -> None:
+        if (state.round, state.attempt) == (3, 1):
             raise CoterieError("disk on fire", code="on-fire")
 
-    def slow(told: State) -> None:
-        if (told.round, told.attempt) == (3, 1):
+    def slow(state: State) -> None:
+        if (state.round, state.attempt) == (3, 1):
             assert grove.actors["birch"].interrupted.wait(10)
 
     grove.coordinate()
@@ -226,8 +227,8 @@ def test_failure_at_one_party_aborts_the_attempt_everywhere_and_it_is_tried_agai
 
 
 def test_killed_party_comes_back_and_all_go_on_from_the_newest_common_checkpoint(grove: Federation):
-    def die(told: State) -> None:
-        if told.round == 4 and "cedar" not in grove.ends:
+    def die(state: State) -> None:
+        if state.round == 4 and "cedar" not in grove.ends:
             grove.kill("cedar")
             raise Killed
 
@@ -245,8 +246,8 @@ def test_killed_party_comes_back_and_all_go_on_from_the_newest_common_checkpoint
 def test_coordinator_killed_in_a_round_takes_it_up_where_it_was(grove: Federation):
     gate, reached = threading.Event(), threading.Event()
 
-    def wait(told: State) -> None:
-        if told.round == 3:
+    def wait(state: State) -> None:
+        if state.round == 3:
             reached.set()
             assert gate.wait(10)
 
@@ -298,8 +299,8 @@ def test_party_with_another_config_is_turned_away_with_both_hashes(tmp_path: Pat
 
 
 def test_stop_ends_everyone_after_the_round_with_a_checkpoint_and_a_later_start_goes_on(grove: Federation):
-    def stop(told: State) -> None:
-        if told.round == 3:
+    def stop(state: State) -> None:
+        if state.round == 3:
             grove.members["birch"].ask_to_stop()
             time.sleep(0.3)
 
@@ -372,15 +373,15 @@ def test_journal_remembers_moves_and_undoes_what_was_rolled_back(tmp_path: Path)
     journal.write(Move(State(seq=2, phase=Phase.COMPUTE, round=1, attempt=1)))
     journal.write(Move(State(seq=3, phase=Phase.STEP, round=1, committed=1, committed_attempt=1), committed=True))
     record = PublishedCheckpoint(1, {"alder": Saved(1, "e" * 64)})
-    journal.write(Move(State(seq=4, phase=Phase.COMPUTE, round=2, attempt=1, committed=1), record=record))
+    journal.write(Move(State(seq=4, phase=Phase.COMPUTE, round=2, attempt=1, committed=1), published=record))
     journal.close()
     journal = Journal(tmp_path, "grove", AGREEMENT)
     assert journal.run == run
     assert journal.state.seq == 4
-    assert journal.history.records == (record,)
+    assert journal.history.published == (record,)
     assert journal.history.attempts == {1: 1, 2: 1}
     journal.write(Move(State(seq=5, phase=Phase.RESTORE, sources={"alder": Saved(0, "")}), back_to=0))
-    assert journal.history.records == ()
+    assert journal.history.published == ()
     assert journal.history.next_attempt(1) == 2
     journal.close()
     assert Journal(tmp_path, "grove", AGREEMENT).state.sources == {"alder": Saved(0, "")}

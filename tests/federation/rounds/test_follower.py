@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from coterie.errors import CheckpointError, CoterieError
+from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.directives import Directive
-from coterie.federation.rounds.follower import Alive, Follower
+from coterie.federation.rounds.follower import Follower
 from coterie.federation.rounds.state import Ending, Phase, Saved, State
 
 
@@ -26,13 +27,13 @@ class Actor:
     def held(self) -> tuple[Saved, ...]:
         return ()
 
-    def load(self, source: Saved, told: State) -> None:
+    def load(self, source: Saved, state: State) -> None:
         self.doing = "load"
         self.entered.set()
         assert self.leave.wait(10)
         self.doing = ""
 
-    def compute(self, told: State, alive: Alive) -> None:
+    def compute(self, state: State, cancel: CancelToken) -> None:
         self.doing = "compute"
 
     def drop(self, round_no: int, attempt: int) -> None: ...
@@ -40,12 +41,12 @@ class Actor:
     def step(self, round_no: int, attempt: int) -> None:
         raise CheckpointError("disk full", code="checkpoint-write")
 
-    def evaluate(self, told: State, alive: Alive) -> None: ...
+    def evaluate(self, state: State, cancel: CancelToken) -> None: ...
 
-    def save(self, told: State, alive: Alive) -> str:
+    def save(self, state: State, cancel: CancelToken) -> str:
         return ""
 
-    def interrupt(self) -> None:
+    def cancel(self) -> None:
         self.interrupted.append(self.doing)
 
 
@@ -63,13 +64,13 @@ class Script:
 
     def flush(self, timeout_s: float) -> None: ...
 
-    def say(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
         self.said.append(changes)
 
     def wait(self, after: int) -> Directive:
         return Directive("run", next(state for state in self.states if state.seq > after))
 
-    def current(self, seq: int) -> bool:
+    def is_newest(self, seq: int) -> bool:
         if threading.current_thread().name == "news":
             self.asked.set()
             self.answer.wait(1.0)
@@ -88,7 +89,7 @@ def test_news_about_one_directive_does_not_interrupt_the_next() -> None:
     main = threading.Thread(target=participant.run, args=(script,), daemon=True)
     main.start()
     assert actor.entered.wait(10)
-    news = threading.Thread(target=participant.on_news, name="news", daemon=True)
+    news = threading.Thread(target=participant.on_change, name="news", daemon=True)
     news.start()
     assert script.asked.wait(10)  # it knows what is being done, and is about to learn that it does not count any more
     actor.leave.set()
@@ -105,5 +106,5 @@ def test_commit_that_cannot_be_applied_at_the_end_is_said_and_the_goodbye_still_
     actor.leave.set()
     told: list[CoterieError] = []
     with pytest.raises(CheckpointError, match="disk full"):
-        Follower("alder", actor, failed=told.append).run(script)  # type: ignore[arg-type]
+        Follower("alder", actor, on_error=told.append).run(script)  # type: ignore[arg-type]
     assert script.said[-1] == {"done": 3, "live": None}

@@ -103,11 +103,11 @@ def test_line_between_two_parties_that_are_here_is_named_and_waited_for():
 def test_party_that_is_gone_is_not_taken_for_a_line_that_is_cut():
     """Both others say that they cannot reach it; nobody has heard of it either."""
     now = 100.0
-    told = {name: View(PartyReport(name, live=0, unreachable=("cedar",)), now) for name in ("alder", "birch")}
+    reports = {name: View(PartyReport(name, live=0, unreachable=("cedar",)), now) for name in ("alder", "birch")}
     gone = View(PartyReport("cedar", live=0), now - PLAN.quiet_s + 0.5, connected=False)
-    assert computing(now, cedar=gone, **told) is None
+    assert computing(now, cedar=gone, **reports) is None
     gone = View(PartyReport("cedar", live=0), now - PLAN.quiet_s - 0.5, connected=False)
-    move = computing(now, cedar=gone, **told)
+    move = computing(now, cedar=gone, **reports)
     assert move is not None
     assert move.state.note == "lost cedar in compute of round 1"
 
@@ -198,9 +198,9 @@ def test_lost_party_does_not_undo_a_commit():
     assert move is not None
     assert (move.state.phase, move.state.committed, move.back_to) == (Phase.GATHER, 2, None)
     # It comes back with its memory: told of the commit it steps, and nobody goes back.
-    told = move.state
-    assert acts("cedar", PartyMemory(1, (2, 1)), told) == (Act.STEP,)
-    move = advance(PLAN, told, History(), everyone(now=60.0, done=told.seq, live=2), Clock(60.0, 50.0))
+    state = move.state
+    assert acts("cedar", PartyMemory(1, (2, 1)), state) == (Act.STEP,)
+    move = advance(PLAN, state, History(), everyone(now=60.0, done=state.seq, live=2), Clock(60.0, 50.0))
     assert move is not None
     assert (move.state.phase, move.state.round) == (Phase.EVALUATE, 2)
 
@@ -245,7 +245,7 @@ def test_stop_finishes_the_round_writes_a_checkpoint_and_ends():
     assert (move.state.phase, move.state.round) == (Phase.CHECKPOINT, 3)
     move = advance(PLAN, move.state, History(), everyone(done=8, live=3, saved="x"), AT_START, stop="birch")
     assert move is not None
-    assert move.record is not None
+    assert move.published is not None
     assert (move.state.ending, move.state.note) == (Ending.STOPPED, "birch asked to stop")
 
 
@@ -253,7 +253,7 @@ def test_stop_while_somebody_is_missing_does_not_wait_for_it():
     state = State(seq=7, phase=Phase.GATHER, round=3, committed=3, begun=True)
     move = advance(PLAN, state, History(), views(alder=PartyReport("a", done=7, live=3)), AT_START, stop="alder")
     assert move is not None
-    assert (move.state.ending, move.record) == (Ending.STOPPED, None)
+    assert (move.state.ending, move.published) == (Ending.STOPPED, None)
 
 
 def test_slow_phase_is_given_up_after_its_deadline_and_the_late_are_named():
@@ -363,7 +363,7 @@ def test_continue_goes_on_without_a_lost_party_under_a_new_epoch_and_keeps_its_c
     two["cedar"] = replace(two["cedar"], heard_at=1.0)
     move = advance(CONTINUE, saving, History((before,)), two, Clock(now=20.0, entered=19.0))
     assert move is not None
-    assert move.record == PublishedCheckpoint(
+    assert move.published == PublishedCheckpoint(
         4, {"alder": Saved(4, "four"), "birch": Saved(4, "four"), "cedar": Saved(2, "cedar")}
     )
 
@@ -375,11 +375,11 @@ def test_party_that_comes_back_under_continue_loads_its_own_checkpoint_and_nobod
     reports["cedar"] = View(PartyReport("cedar-2", done=0, held=(Saved(2, "cedar"),)), 0.0)
     move = advance(CONTINUE, state, History((before,)), reports, AT_START)
     assert move is not None
-    told = move.state
-    assert (told.phase, told.absent, told.rejoining, told.epoch) == (Phase.GATHER, (), ("cedar",), 2)
+    state = move.state
+    assert (state.phase, state.absent, state.rejoining, state.epoch) == (Phase.GATHER, (), ("cedar",), 2)
     reports = everyone(done=41, live=5)
     reports["cedar"] = View(PartyReport("cedar-2", done=41, held=(Saved(2, "cedar"),)), 0.0)
-    move = advance(CONTINUE, told, History((before,)), reports, AT_START)
+    move = advance(CONTINUE, state, History((before,)), reports, AT_START)
     assert move is not None
     assert (move.state.phase, move.state.round, move.back_to) == (Phase.RESTORE, 5, None)
     assert move.state.sources == {"cedar": Saved(2, "cedar")}
@@ -391,7 +391,7 @@ def test_party_that_comes_back_under_continue_loads_its_own_checkpoint_and_nobod
 
 
 class SimulatedParty:
-    """One party that follows `standing.acts`; its model is the list of rounds applied to it."""
+    """One party that follows `party_rules.acts`; its model is the list of rounds applied to it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -402,8 +402,8 @@ class SimulatedParty:
 
     def restart(self) -> None:
         self.lives += 1
-        self.standing, self.model = PartyMemory(), ()
-        self.told: State | None = None
+        self.memory, self.model = PartyMemory(), ()
+        self.state: State | None = None
         self.todo: list[Act] = []
         self.report = PartyReport(f"{self.name}-{self.lives}", held=self._held())
 
@@ -411,50 +411,50 @@ class SimulatedParty:
         return tuple(Saved(round_no, digest) for round_no, (digest, _) in sorted(self.disk.items()))
 
     def hear(self, state: State) -> None:
-        if self.told is None or state.seq > self.told.seq:
-            self.told = state
-            self.todo = list(acts(self.name, self.standing, state))
+        if self.state is None or state.seq > self.state.seq:
+            self.state = state
+            self.todo = list(acts(self.name, self.memory, state))
             if not self.todo:
                 self._answer()
 
     def act(self, committed: set[tuple[int, int]], fails: bool) -> None:
-        act, told = self.todo.pop(0), self.told
-        assert told is not None
+        act, state = self.todo.pop(0), self.state
+        assert state is not None
         fails = fails or (self.broken and act is Act.STEP)
         if act is Act.REFUSE or fails:
             self.todo = []
             if fails and act is Act.STEP:  # a torn model is no model
-                self.standing = PartyMemory()
-            self.report = replace(self.report, failed=told.seq, code="boom", live=self.standing.live)
+                self.memory = PartyMemory()
+            self.report = replace(self.report, failed=state.seq, code="boom", live=self.memory.live)
             self.report = replace(self.report, count=self.report.count + 1)
             return
         saved = ""
         if act is Act.STEP:
-            assert self.standing.prepared in committed, "stepped what was not committed"
-            self.model = (*self.model, self.standing.prepared[0])
+            assert self.memory.prepared in committed, "stepped what was not committed"
+            self.model = (*self.model, self.memory.prepared[0])
         elif act is Act.LOAD:
-            source = told.sources[self.name]
+            source = state.sources[self.name]
             if source.round:
                 digest, self.model = self.disk[source.round]
                 assert digest == source.digest
             else:
                 self.model = ()
         elif act is Act.SAVE:
-            saved = f"{self.name}:{told.round}:{self.model}"
-            self.disk[told.round] = (saved, self.model)
+            saved = f"{self.name}:{state.round}:{self.model}"
+            self.disk[state.round] = (saved, self.model)
         elif act in (Act.COMPUTE, Act.EVALUATE):
-            assert self.standing.live == (told.round - 1 if act is Act.COMPUTE else told.round)
-        self.standing = after_act(act, self.standing, told)
+            assert self.memory.live == (state.round - 1 if act is Act.COMPUTE else state.round)
+        self.memory = after_act(act, self.memory, state)
         if not self.todo:
             self._answer(saved)
 
     def _answer(self, saved: str = "") -> None:
-        assert self.told is not None
+        assert self.state is not None
         self.report = replace(
             self.report,
             count=self.report.count + 1,
-            done=self.told.seq,
-            live=self.standing.live,
+            done=self.state.seq,
+            live=self.memory.live,
             held=self._held(),
             saved=saved,
         )
@@ -491,13 +491,13 @@ class Transaction(RuleBasedStateMachine):
             assert move.state.seq == self.state.seq + 1
             self._check(move.state, move.committed)
             if move.back_to is not None:
-                kept = tuple(record for record in self.history.records if record.round <= move.back_to)
-                self.history = replace(self.history, records=kept)
-            if move.record is not None:
-                for name, saved in move.record.files.items():
+                kept = tuple(record for record in self.history.published if record.round <= move.back_to)
+                self.history = replace(self.history, published=kept)
+            if move.published is not None:
+                for name, saved in move.published.files.items():
                     if name not in self.state.absent:
                         assert self.parties[name].disk[saved.round][0] == saved.digest, "published what nobody holds"
-                self.history = replace(self.history, records=(*self.history.records, move.record))
+                self.history = replace(self.history, published=(*self.history.published, move.published))
             if move.state.phase is Phase.COMPUTE:
                 used = {**self.history.attempts, move.state.round: move.state.attempt}
                 self.history = replace(self.history, attempts=used)
@@ -514,7 +514,7 @@ class Transaction(RuleBasedStateMachine):
             for name in set(PARTIES) - set(state.absent):
                 party = self.parties[name]
                 lives_on = self.views[name].report.instance == party.report.instance
-                assert not lives_on or party.standing.prepared == tag, "committed what somebody had not prepared"
+                assert not lives_on or party.memory.prepared == tag, "committed what somebody had not prepared"
 
     def _talk(self, name: str) -> None:
         party = self.parties[name]
@@ -567,7 +567,7 @@ class Transaction(RuleBasedStateMachine):
     @rule(name=st.sampled_from(PARTIES))
     def disk_loses_the_newest_checkpoint(self, name: str) -> None:
         party = self.parties[name]
-        if len(party.disk) > 1 and len(self.history.records) > 1:
+        if len(party.disk) > 1 and len(self.history.published) > 1:
             del party.disk[max(party.disk)]
             party.restart()
 
@@ -579,7 +579,7 @@ class Transaction(RuleBasedStateMachine):
     def models_only_hold_whole_rounds_in_order(self) -> None:
         for party in getattr(self, "parties", {}).values():
             assert party.model == tuple(range(1, len(party.model) + 1))
-            assert party.standing.live is None or party.standing.live == len(party.model)
+            assert party.memory.live is None or party.memory.live == len(party.model)
 
     def teardown(self) -> None:
         if not hasattr(self, "parties"):
@@ -615,12 +615,12 @@ class TransactionThatGoesOn(Transaction):
     def models_only_hold_whole_rounds_in_order(self) -> None:
         for party in getattr(self, "parties", {}).values():
             assert party.model == tuple(sorted(set(party.model)))
-            assert not party.model or party.standing.live is None or party.model[-1] <= party.standing.live
+            assert not party.model or party.memory.live is None or party.model[-1] <= party.memory.live
 
     def check_finished(self) -> None:
         for name in set(PARTIES) - set(self.state.absent):
             party = self.parties[name]
-            assert party.standing.live == PLAN.rounds
+            assert party.memory.live == PLAN.rounds
             if self.state.epoch == 0:  # nobody was ever away
                 assert party.model == tuple(range(1, PLAN.rounds + 1))
 

@@ -54,8 +54,8 @@ def test_forward_and_backward_are_those_of_autograd(family: str, weighted: bool,
     # The reference sees every pair as a token of its own with one expert.
     token_P = torch.repeat_interleave(torch.arange(7), part.counts_M)
     x_MD = part.x_MD.clone().requires_grad_()
-    weights_P = (part.weights_P if weighted else torch.ones(len(token_P))).clone().requires_grad_()
-    call = ExpertsCall(layer, x_MD[token_P], part.ids_P.view(-1, 1), weights_P.view(-1, 1))
+    routing_weights_P = (part.routing_weights_P if weighted else torch.ones(len(token_P))).clone().requires_grad_()
+    call = ExpertsCall(layer, x_MD[token_P], part.ids_P.view(-1, 1), routing_weights_P.view(-1, 1))
     out_PD = LocalExperts()(call)
     expected = torch.zeros_like(x_MD).index_add(0, token_P, out_PD) if weighted else out_PD
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
@@ -66,7 +66,7 @@ def test_forward_and_backward_are_those_of_autograd(family: str, weighted: bool,
     torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad_x_MD, x_MD.grad, rtol=1e-5, atol=1e-6)
     if weighted:
-        torch.testing.assert_close(grad_weights_P, weights_P.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad_weights_P, routing_weights_P.grad, rtol=1e-5, atol=1e-6)
     else:
         assert grad_weights_P is None
     for party in PARTIES:
@@ -181,7 +181,7 @@ def test_an_abort_drops_what_was_staged_and_kept_and_refuses_what_comes_late() -
     host.begin(0, 0)
     contribute(host, seed=3)
     out = host.forward(exchange(micro_batch=1), rows(), keep=True)
-    host.abort(0, 0)
+    host.drop(0, 0)
     assert not host._kept
     assert not host._stages
     assert code_of(lambda: host.backward(exchange(micro_batch=1), torch.ones_like(out))) == "round-over"
@@ -301,7 +301,7 @@ def test_staged_sums_have_the_same_bits_in_any_order_of_arrival(
         ({"counts_M": torch.zeros(7, dtype=torch.int64)}, "exchange-unfit"),
         ({"counts_M": torch.full((7,), 9)}, "exchange-unfit"),
         ({"ids_P": torch.zeros(2, dtype=torch.int64)}, "exchange-unfit"),
-        ({"weights_P": torch.zeros(2)}, "exchange-unfit"),
+        ({"routing_weights_P": torch.zeros(2)}, "exchange-unfit"),
         ({"ids_P": torch.full((int(rows().counts_M.sum()),), 8)}, "exchange-unfit"),
         ({"ids_P": torch.full((int(rows().counts_M.sum()),), -1)}, "exchange-unfit"),
         ({"ids_P": torch.full((int(rows().counts_M.sum()),), 1)}, "expert-not-hosted"),

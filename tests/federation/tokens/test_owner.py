@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coterie.errors import CoterieError, DeadlineError, PlacementError, RoundError, TransportError
 from coterie.federation.tokens.owner import TokensOwner
-from coterie.federation.wire.base_transport import Switchboard
+from coterie.federation.wire.base_transport import BaseTransport
 from coterie.federation.wire.in_process import InProcessHub
 from coterie.federation.wire.transport import Lane, Message
 from coterie.models.seam import expert_layers, select
@@ -326,7 +326,7 @@ def tensors_behind(*roots: Any) -> list[Tensor]:
     waiting, found = list(roots), []
     while waiting:
         one = waiting.pop()
-        if id(one) in seen or isinstance(one, type | ModuleType | CodeType | InProcessHub | Switchboard):
+        if id(one) in seen or isinstance(one, type | ModuleType | CodeType | InProcessHub | BaseTransport):
             continue
         seen.add(id(one))
         if isinstance(one, Tensor):
@@ -467,7 +467,7 @@ def test_a_round_can_be_interrupted_while_it_waits_for_a_host() -> None:
         thread.start()
         while not three.parties["birch"].host._kept:
             time.sleep(0.01)
-        alder.scheduler.interrupt()
+        alder.scheduler.cancel()
         thread.join(10)
         assert not thread.is_alive()
         assert isinstance(caught[0], RoundError)

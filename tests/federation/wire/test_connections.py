@@ -288,9 +288,9 @@ def test_what_was_held_back_is_counted_once_a_minute(caplog: pytest.LogCaptureFi
     now = 0.0
     seldom = Seldom(logging.getLogger("seldom"), lambda: now)
     for _ in range(500):
-        seldom.say("birch", logging.INFO, "birch sent nonsense")
+        seldom.log("birch", logging.INFO, "birch sent nonsense")
         seldom.tick()
-    seldom.say("cedar", logging.INFO, "cedar sent nonsense")
+    seldom.log("cedar", logging.INFO, "cedar sent nonsense")
     assert [record.message for record in caplog.records] == ["birch sent nonsense", "cedar sent nonsense"]
     now = EVERY_S
     seldom.tick()
@@ -299,7 +299,7 @@ def test_what_was_held_back_is_counted_once_a_minute(caplog: pytest.LogCaptureFi
     ]
     now = 3 * EVERY_S
     seldom.tick()
-    seldom.say("birch", logging.INFO, "birch sent nonsense")  # quiet in between: news again
+    seldom.log("birch", logging.INFO, "birch sent nonsense")  # quiet in between: news again
     assert caplog.records[-1].message == "birch sent nonsense"
 
 

@@ -304,7 +304,7 @@ def test_what_is_looked_at_when_its_attempt_is_over_counts_with_that_attempt() -
 
     def begin(seq: int, attempt: int) -> None:
         now[0] = seq
-        attempts.heard(State(seq=seq, phase=Phase.COMPUTE, round=1, attempt=attempt))
+        attempts.add(State(seq=seq, phase=Phase.COMPUTE, round=1, attempt=attempt))
 
     begin(5, 1)
     misfit(Attempt(1, 1))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from coterie.federation.wire.frame import Encoded, Frame, FrameType
-from coterie.federation.wire.peer_lane import Line, Link
+from coterie.federation.wire.peer_lane import Connection, PeerLane
 from coterie.federation.wire.transport import Lane, Message
 
 WINDOW, WINDOW_BYTES = 4, 1000
 
 
-class Silent(Link):
+class Silent(Connection):
     def post(self, encoded: Encoded, until: float) -> None: ...
 
     def close(self) -> None: ...
@@ -19,8 +19,8 @@ def frame(tensor_bytes: int) -> Frame:
     return Frame(FrameType.REQUEST, Lane.FORWARD, 1, Message("dispatch"), tensor_bytes=tensor_bytes)
 
 
-def line() -> Line:
-    return Line("birch", Lane.FORWARD, WINDOW, WINDOW_BYTES)
+def line() -> PeerLane:
+    return PeerLane("birch", Lane.FORWARD, WINDOW, WINDOW_BYTES)
 
 
 def test_peer_cannot_exceed_its_window_in_number_or_bytes() -> None:

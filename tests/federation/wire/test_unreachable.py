@@ -96,7 +96,7 @@ def test_a_certificate_that_ends_in_mid_run_is_named_with_its_date_on_both_sides
     with two_sides(tmp_path, authority, lives) as sides:
         sides["birch"].connect(life, ["alder"])
         time.sleep(max(0.0, end + 1 - time.monotonic()))
-        for link in list(sides["birch"]._links):
+        for link in list(sides["birch"]._connections):
             link.cut()
         deadline = time.monotonic() + 60
         told = {"birch": "", "alder": ""}

@@ -38,7 +38,7 @@ class LocalExchange:
     def forward(self, call: ExpertsCall, keep: bool) -> tuple[Tensor, Any]:
         assert torch._C._current_graph_task_id() == -1, "asked inside autograd"
         assert not call.hidden_ND.requires_grad
-        assert not call.expert_weights_NK.requires_grad
+        assert not call.routing_weights_NK.requires_grad
         self.forwards[call.layer.index] += 1
         self.kept.append(keep)
         with torch.autocast("cpu", enabled=False):
@@ -48,7 +48,7 @@ class LocalExchange:
             ticket = (call, rows, x_RD, pre_RG, out_RD)
             if self.answers_rows(call.layer):
                 return out_RD.clone(), ticket
-            return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype), ticket
+            return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype), ticket
 
     def backward(self, ticket: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         assert torch._C._current_graph_task_id() == -1, "asked inside autograd"
@@ -59,8 +59,8 @@ class LocalExchange:
         if self.answers_rows(layer):
             grad_RD = grad
         else:
-            grad_RD = grad[rows.token_R] * call.expert_weights_NK.reshape(-1)[rows.pair_R, None]
-            grad_weights = torch.zeros_like(call.expert_weights_NK)
+            grad_RD = grad[rows.token_R] * call.routing_weights_NK.reshape(-1)[rows.pair_R, None]
+            grad_weights = torch.zeros_like(call.routing_weights_NK)
             dots_R = (grad[rows.token_R].float() * out_RD.float()).sum(-1)
             grad_weights.view(-1)[rows.pair_R] = dots_R.to(grad_weights.dtype)
         found = backward_rows(layer, self._weights(layer), pre_RG, grad_RD, rows.ends_E)
@@ -461,5 +461,5 @@ def test_an_error_of_the_exchange_reaches_the_caller_and_frees_the_turn() -> Non
     with pytest.raises(ConnectionError), cut.record(Broken()) as tape:
         tape.backward(token_loss(model))
     assert cut.active is None
-    cut.turn.take()
-    cut.turn.give()
+    cut.device_lock.acquire()
+    cut.device_lock.release()

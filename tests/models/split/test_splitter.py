@@ -81,7 +81,7 @@ class ShardExperts:
 
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
         out_RD = expert_rows(layer, call.hidden_ND[rows.token_R], rows.ends_E, linear)
-        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=list(DTYPES.values()))

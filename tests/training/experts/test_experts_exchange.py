@@ -16,7 +16,6 @@ from torch.nn import functional
 from coterie.errors import RoundError
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.serve_weights import OFFER
-from coterie.federation.rounds.follower import superseded
 from coterie.models import seam
 from coterie.models.streaming.streamer import HostGradients
 from coterie.training.data.packing import RoundOrder
@@ -122,13 +121,13 @@ def test_survivors_fetch_a_shared_trunk_again_after_they_went_back(tmp_path: Pat
     federation = InProcessFederation(config, tmp_path / "coordinator")
     begun, gone, compute = {name: threading.Event() for name in PARTIES}, threading.Event(), PlainSums.sums
 
-    def waits(self, round_no, pins, streamer, alive):  # type: ignore[no-untyped-def]
+    def waits(self, round_no, pins, streamer, cancel):  # type: ignore[no-untyped-def]
         me = threading.current_thread().name
         if round_no == 3:
             begun[me].set()
             if not gone.wait(60.0):
                 raise AssertionError("nobody died")
-        return compute(self, round_no, pins, streamer, alive)
+        return compute(self, round_no, pins, streamer, cancel)
 
     monkeypatch.setattr(PlainSums, "sums", waits)
     federation.coordinate()
@@ -162,14 +161,14 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
             asked.set()
         return handle(self, peer, lane, message, **options)
 
-    def late(self, told, alive):  # type: ignore[no-untyped-def]
-        if self.parts.party == "birch" and told.round == 6 and not died.is_set():
+    def late(self, state, cancel):  # type: ignore[no-untyped-def]
+        if self.inputs.party == "birch" and state.round == 6 and not died.is_set():
             assert asked.wait(60.0)
             died.set()
             federation.cut_off("cedar")
-            until(lambda: not alive())
-            raise superseded()
-        compute(self, told, alive)
+            until(lambda: cancel.cancelled)
+            cancel.check()
+        compute(self, state, cancel)
 
     monkeypatch.setattr(ExpertsHost, "handle", seen)
     monkeypatch.setattr(PartyActor, "compute", late)

@@ -75,7 +75,7 @@ def run(
             size = sum(t.nbytes for t in message.tensors)
             seen.append((message.kind, message.address, size))
 
-        exchange.pool.transcript = record
+        exchange.host.transcript = record
     federation.join()
     for end in federation.ends.values():
         if isinstance(end, BaseException):
@@ -95,7 +95,7 @@ def test_adapters_equal_one_process_and_base_weights_cross_once(tmp_path: Path):
     held = {}
     for name in PARTIES:
         exchange = experts_of(federation.runs[name])
-        held |= exchange.pool.home.weights()
+        held |= exchange.host.trunk.weights()
     assert held.keys() == trained
     for name, value in held.items():
         assert relative(value, whole[name]) < 1e-5, name
@@ -121,8 +121,8 @@ def test_expert_adapters_are_shared_though_the_trunk_is_private(tmp_path: Path):
     trunks, shared = [], set()
     for name in PARTIES:
         exchange = experts_of(federation.runs[name])
-        shared |= exchange.pool.home.weights().keys()
-        trunks.append(dict(federation.runs[name].actor.parts.model.named_parameters()))
+        shared |= exchange.host.trunk.weights().keys()
+        trunks.append(dict(federation.runs[name].actor.inputs.model.named_parameters()))
     assert shared
     assert all("experts" in name for name in shared)
     private = [name for name, p in trunks[0].items() if p.requires_grad and "q_proj" in name and "lora_B" in name]

@@ -59,7 +59,7 @@ def left(federation: InProcessFederation) -> None:
 
 def hosted_of(federation: InProcessFederation, name: str) -> dict[tuple[int, int, str], torch.Tensor]:
     found = {}
-    for key, value in exchange_of(federation, name).pool.shard.state_dict().items():
+    for key, value in exchange_of(federation, name).host.shard.state_dict().items():
         if "/" not in key:
             _, layer, _, expert, parameter = key.split(".")
             found[int(layer), int(expert), parameter] = value
@@ -78,7 +78,7 @@ def test_with_a_private_trunk_the_others_train_on_as_by_hand_without_it_and_its_
     layers = expert_layers(models["alder"])
     for name in LEFT:
         whole = dict(models[name].named_parameters())
-        for key, value in federation.runs[name].actor.parts.model.named_parameters():
+        for key, value in federation.runs[name].actor.inputs.model.named_parameters():
             if not value.is_meta:
                 assert relative(value, whole[key]) < 1e-5, (name, key)
         for (layer, expert, parameter), value in hosted_of(federation, name).items():
@@ -136,14 +136,14 @@ def test_with_a_shared_trunk_the_lost_share_stands_still_and_all_compute_with_th
     parts = make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, tmp_path)
     federation = lose_cedar(config, parts, tmp_path)
     left(federation)
-    theirs = frozenset(exchange_of(federation, "cedar").pool.home.weights())
+    theirs = frozenset(exchange_of(federation, "cedar").host.trunk.weights())
     assert theirs, "cedar is home to some of the trunk"
     union = Union(config, one, parts)
     union.train([1])
     before = {name: value.detach().clone() for name, value in one.named_parameters() if name in theirs}
     union.train([2])
     # Cedar may die before alder has fetched what round 2 made of its share: then the copy of round 1 is the newest.
-    stands = dict(federation.runs["alder"].actor.parts.model.named_parameters())
+    stands = dict(federation.runs["alder"].actor.inputs.model.named_parameters())
     if all(relative(stands[name], before[name]) < 1e-5 for name in theirs):
         with torch.no_grad():
             for name, value in one.named_parameters():
@@ -152,11 +152,11 @@ def test_with_a_shared_trunk_the_lost_share_stands_still_and_all_compute_with_th
     union.train([3, 4, 5], LEFT, theirs, parts["cedar"].placement.hosted("cedar"))
     whole, layers = dict(one.named_parameters()), expert_layers(one)
     for name in LEFT:
-        for key, value in exchange_of(federation, name).pool.home.weights().items():
+        for key, value in exchange_of(federation, name).host.trunk.weights().items():
             assert relative(value, whole[key]) < 1e-5, (name, key)
         for (layer, expert, parameter), value in hosted_of(federation, name).items():
             assert relative(value, layers[layer].parameters()[parameter][expert]) < 1e-5
-        held = dict(federation.runs[name].actor.parts.model.named_parameters())
+        held = dict(federation.runs[name].actor.inputs.model.named_parameters())
         for key in theirs:
             assert relative(held[key], whole[key]) < 1e-5, (name, key)
 
@@ -181,9 +181,9 @@ def test_lost_party_that_comes_back_takes_up_its_experts_and_its_share_of_the_tr
     assert not federation.notices[-1].state.absent
     served = {}
     for name in PARTIES:
-        served |= exchange_of(federation, name).pool.home.weights()
+        served |= exchange_of(federation, name).host.trunk.weights()
     for name in PARTIES:
-        held = dict(federation.runs[name].actor.parts.model.named_parameters())
+        held = dict(federation.runs[name].actor.inputs.model.named_parameters())
         for key, value in served.items():
             assert torch.equal(held[key], value), "after the last evaluation everybody has the hosts' own weights"
 
@@ -220,7 +220,7 @@ def test_lost_home_of_the_loads_is_stood_in_for(tmp_path: Path, watched, mode: s
         world.model = full_models(family="deepseek_v3")[PARTIES[0]]
     world.start()
     until(lambda: world.at(round_no=3))
-    (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).pool.home.weights()]
+    (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).host.trunk.weights()]
     others = [name for name in PARTIES if name != home]
     world.federation.kill(home)
     world.federation.join()

@@ -68,10 +68,10 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
         shapes.setdefault(current[0], []).append(tuple(tuple(batch[name].shape) for name in sorted(batch)))
         return accumulate(self, batch, **rest)
 
-    def starts(self, told, alive):  # type: ignore[no-untyped-def]
-        current[0] = told.round
+    def starts(self, state, cancel):  # type: ignore[no-untyped-def]
+        current[0] = state.round
         began[id(self.sender)] = time.monotonic()
-        return compute(self, told, alive)
+        return compute(self, state, cancel)
 
     def leaves(self, attempt, **rest):  # type: ignore[no-untyped-def]
         waited.append(time.monotonic() - began[id(self)])
@@ -118,7 +118,7 @@ def assert_clipped_sums(config, model, parts, federation, sizes) -> None:  # typ
     whole = dict(model.named_parameters())
     for name in PARTIES:
         exchange = experts_of(federation.runs[name])
-        for key, value in exchange.pool.home.weights().items():
+        for key, value in exchange.host.trunk.weights().items():
             assert relative(value, whole[key]) < 1e-4, key
 
 
@@ -185,7 +185,7 @@ def test_bfloat16_both_ways_stays_close_to_float32(tmp_path: Path):
         federation, results = run_in_process(config, list(parts.values()), tmp_path / kind / "coordinator")
         losses[kind] = [results[name].loss for name in PARTIES]
         exchange = experts_of(federation.runs["alder"])
-        held = [value for key, value in exchange.pool.shard.state_dict().items() if "/" not in key]
+        held = [value for key, value in exchange.host.shard.state_dict().items() if "/" not in key]
         assert any(not torch.equal(value.to(torch.bfloat16).float(), value) for value in held)
     for exact, rounded in zip(losses["float32"], losses["bfloat16"], strict=True):
         assert exact is not None
@@ -226,7 +226,7 @@ def test_a_party_without_privacy_counts_records_on_the_same_scale_as_private_one
     whole = dict(one.named_parameters())
     for name in PARTIES:
         exchange = experts_of(federation.runs[name])
-        for key, value in exchange.pool.home.weights().items():
+        for key, value in exchange.host.trunk.weights().items():
             assert relative(value, whole[key]) < 1e-4, key
     assert results["alder"].privacy is not None
     assert results["birch"].privacy is None

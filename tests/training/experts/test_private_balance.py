@@ -156,7 +156,7 @@ def test_federation_equals_centralised_training_with_the_same_loads_and_noise(tm
     whole = Routed(model, mode)
     whole.train(config, parts, sigma)
     load = torch.cat([whole.bias(layer) for layer in whole.layers]) if mode == "bias" else whole.load.float()
-    assert [name for name in PARTIES if LOAD in exchange_of(federation, name).pool.home.weights()], (
+    assert [name for name in PARTIES if LOAD in exchange_of(federation, name).host.trunk.weights()], (
         "somebody is its home"
     )
     assert float((whole.load - whole.even).abs().max()) > 0.01, "loads that stay even would show nothing"
@@ -173,7 +173,7 @@ def test_without_the_loads_the_result_is_another_one(tmp_path: Path):
     own = dict(model.named_parameters())
     gate = "model.layers.0.mlp.gate.weight"
     (served,) = [
-        home[gate] for name in PARTIES if gate in (home := exchange_of(federation, name).pool.home.weights())
+        home[gate] for name in PARTIES if gate in (home := exchange_of(federation, name).host.trunk.weights())
     ]
     assert relative(served, own[gate]) > 1e-4
 
@@ -219,7 +219,7 @@ def test_home_of_the_loads_goes_back_with_its_checkpoint_and_the_same_bytes_are_
     world = watched(PrivateWorld(tmp_path, rounds=8, privacy=rules))
     world.start()
     until(lambda: world.at(round_no=8))
-    (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).pool.home.weights()]
+    (home,) = [name for name in PARTIES if LOAD in exchange_of(world.federation, name).host.trunk.weights()]
     world.go_back(checkpoints=1, name=home)
     world.federation.up(world.parts()[home])
     world.finished()

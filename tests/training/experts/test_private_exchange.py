@@ -108,7 +108,7 @@ def test_a_party_whose_budget_is_spent_stops_contributing_and_the_others_go_on(t
 def contributor_rounds(federation: InProcessFederation) -> dict[str, int]:
     """The newest round of which some other host has each party's sums."""
     return {
-        name: max(exchange_of(federation, host).pool.received[name] for host in PARTIES if host != name)
+        name: max(exchange_of(federation, host).host.received[name] for host in PARTIES if host != name)
         for name in PARTIES
     }
 
@@ -121,7 +121,7 @@ def test_an_unnoised_private_trunk_cannot_be_configured(tmp_path: Path):
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     for name in PARTIES:
         actor = federation.runs[name].actor
-        trained = {key for key, p in actor.parts.model.named_parameters() if p.requires_grad and not p.is_meta}
+        trained = {key for key, p in actor.inputs.model.named_parameters() if p.requires_grad and not p.is_meta}
         (ledger,) = ledgers_in(tmp_path / f"ledger-{name}")
         assert trained
         for file in (ledger / "spool").rglob("release-*.safetensors"):

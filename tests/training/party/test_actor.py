@@ -14,6 +14,7 @@ import torch
 
 from coterie.cli.status import show
 from coterie.errors import CheckpointError, DataError, RoundError
+from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.run_folder import read_status
 from coterie.federation.wire.in_process import InProcessHub
 from coterie.models.seam import expert_layers
@@ -67,7 +68,7 @@ def test_parties_hold_no_weights_of_experts_hosted_elsewhere(tmp_path: Path):
     for name in PARTIES:
         run = federation.runs[name]
         hosted = parts[name].placement.hosted(name)
-        for layer in expert_layers(run.actor.parts.model):
+        for layer in expert_layers(run.actor.inputs.model):
             for param in layer.parameters().values():
                 assert param.is_meta
             for parameter, stacked in tokens_of(run).host.shard.weights(layer.index).items():
@@ -269,6 +270,7 @@ def test_status_is_written_anew_with_each_heartbeat_and_tells_of_a_silent_coordi
     for each in parts.values():
         federation.up(each)
     until(lambda: any(n.state.committed >= 1 for n in federation.notices))
+    federation.runs["alder"]._certificate_warning = lambda: "ends in 19 days"
     status: dict[str, object] = {}
 
     def beaten() -> bool:
@@ -277,7 +279,7 @@ def test_status_is_written_anew_with_each_heartbeat_and_tells_of_a_silent_coordi
         return status["coordinator_silent_s"] == 42.0  # a heartbeat that is answered in between says 0
 
     until(beaten)
-    assert status["party"] == "alder"
+    assert (status["party"], status["certificate"]) == ("alder", "ends in 19 days")
     show({**status, "running": True, "age_s": 0.0})
     assert "silent for 42 s" in capsys.readouterr().out
     until(lambda: read_status(tmp_path / "alder")["coordinator_silent_s"] < 42.0)  # the next heartbeat was answered
@@ -292,7 +294,7 @@ def test_wait_for_a_party_out_of_reach_ends_as_soon_as_the_attempt_no_longer_cou
     actor = federation.up(parts["alder"]).actor  # nobody else is there
     asked = iter([True, True, False])
     with pytest.raises(RoundError) as caught:
-        actor._meet((), lambda: next(asked, False))
+        actor._meet((), CancelToken(lambda: not next(asked, False)))
     assert caught.value.code == "round-interrupted"
     federation.kill("alder")
 

@@ -124,7 +124,7 @@ def federation_with(
 
 def assert_sound(federation: InProcessFederation, name: str) -> None:
     actor = federation.runs[name].actor
-    for key, value in {**trunk_tensors(actor.parts.model), **actor.exchange.hosted_state()}.items():
+    for key, value in {**trunk_tensors(actor.inputs.model), **actor.exchange.hosted_state()}.items():
         assert bool(torch.isfinite(value.float()).all()), (name, key)
 
 

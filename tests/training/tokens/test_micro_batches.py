@@ -38,7 +38,7 @@ class SlowLocal:
         with torch.enable_grad():
             hidden, weights = (
                 call.hidden_ND.detach().requires_grad_(),
-                call.expert_weights_NK.detach().requires_grad_(),
+                call.routing_weights_NK.detach().requires_grad_(),
             )
             out = LocalExperts()(ExpertsCall(call.layer, hidden, call.expert_ids_NK, weights))
         return out.detach().clone(), (hidden, weights, out)
@@ -198,7 +198,7 @@ def test_an_interrupt_ends_everything() -> None:
         waiting.set()
         return WaitsForEver(stopped)
 
-    threading.Thread(target=lambda: waiting.wait(20) and scheduler.interrupt()).start()
+    threading.Thread(target=lambda: waiting.wait(20) and scheduler.cancel()).start()
     with pytest.raises(RoundError) as caught:
         scheduler.run(batches(3), exchange)
     assert caught.value.code == "round-interrupted"

@@ -119,7 +119,7 @@ class _Watch:
             self.rows.append((view, taps[0], taps[1]))
         if self._depth is not None and len(self.views) >= self._depth:
             raise _Enough
-        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
 
 def summed_losses(model: nn.Module, ids_BT: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from coterie.audit.epsilon.allowed import Allowed, by_mechanism
 from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.ledger import default_root
-from coterie.dp.accounting.lifetime import books_under
+from coterie.dp.accounting.lifetime import ledgers_under
 from coterie.errors import AuditError
 
 
@@ -40,15 +40,15 @@ class Claim:
             AuditError: no ledger there counts the run.
         """
         root = ledger or default_root(run_dir)
-        for book in books_under(root):
-            for held in book.held():
+        for counted in ledgers_under(root):
+            for held in counted.runs():
                 if held.run == run and held.facts:
                     if held.seeded:
                         return None
                     delta = float(held.facts["budget"]["delta"])
                     spent = ((Mechanism.from_json(held.facts["mechanism"]), len(held.releases)),)
                     unit = str(held.facts.get("unit", "record"))
-                    return cls(book.spent(run, delta).epsilon, delta, unit, spent)
+                    return cls(counted.spent(run, delta).epsilon, delta, unit, spent)
         raise AuditError(
             f"No ledger under {root} counts run {run}.",
             code="audit-no-ledger",

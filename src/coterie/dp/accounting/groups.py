@@ -86,8 +86,8 @@ def joint_epsilon(shares: Iterable[Share], delta: float, accountant: Accountant 
 
 def _move(share: Share) -> float:
     """How far one round can move, in standard deviations of its noise; infinite without noise."""
-    sigma = share.mechanism.noise_multiplier
-    return share.size * (2 if share.replaced else 1) / sigma if sigma > 0 else math.inf
+    noise_multiplier = share.mechanism.noise_multiplier
+    return share.size * (2 if share.replaced else 1) / noise_multiplier if noise_multiplier > 0 else math.inf
 
 
 @functools.lru_cache(maxsize=1024)

@@ -30,7 +30,7 @@ from typing import Any
 from coterie.dp.accounting.accountant import Accountant, Mechanism, check_mechanism, epsilon
 from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.lifetime import MERGED, lifetime, units_differ
-from coterie.dp.accounting.overlap import Held, compare, counted
+from coterie.dp.accounting.overlap import RecordedRun, compare, counted
 from coterie.dp.accounting.texts import FOLDER, Keyring, Originals, fingerprints, store
 from coterie.errors import LedgerError
 from coterie.storage import check_known, json_object, locked, make_private_folder, sync_folder, write_all
@@ -291,14 +291,14 @@ class Ledger:
                     file = store(self.folder, fingerprints(originals, key))
                     self._append("texts", {"run": run, "key": name, "file": file})
 
-    def held(self) -> list[Held]:
+    def runs(self) -> list[RecordedRun]:
         """All runs, with what they released, and all showings of text."""
         with self._current():
             merged = self.folder.parent.parent.name == MERGED
             runs = [(run, entry.data) for run, entry in self._runs.items()]
             shown: list[tuple[str, dict[str, Any]]] = [(run, {}) for run in self._revealed]
             return [
-                Held(
+                RecordedRun(
                     run,
                     self.dataset,
                     facts,
@@ -417,12 +417,12 @@ class Ledger:
             return lifetime(self, run, delta, accountant).spent
         if self.revealed():
             return Spent(float("inf"), delta)
-        private = [held for held in self.held() if held.facts and not held.seeded]
+        private = [recorded for recorded in self.runs() if recorded.facts and not recorded.seeded]
         for first, second in pairwise(private):
-            way = counted(first, second, compare(first, second))
-            if (way.size, way.replaced) != (1, False):
+            counted_as = counted(first, second, compare(first, second))
+            if (counted_as.size, counted_as.replaced) != (1, False):
                 raise units_differ(self)
-        return self._spent([held.run for held in private], delta, accountant)
+        return self._spent([recorded.run for recorded in private], delta, accountant)
 
     def seeded_runs(self) -> list[str]:
         """Runs that were not private and released something: no epsilon holds for what they made."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from coterie.dp.accounting.accountant import Accountant
 from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.groups import Share, joint_epsilon
-from coterie.dp.accounting.overlap import Held, compare, counted, overlap
+from coterie.dp.accounting.overlap import RecordedRun, compare, counted, overlap
 from coterie.dp.accounting.texts import Fingerprints, Keyring, Originals, fingerprints, load
 from coterie.errors import LedgerError
 
@@ -46,7 +46,7 @@ def lifetime(ledger: Ledger, run: str, delta: float, accountant: Accountant = "p
         LedgerError: a ledger is damaged.
     """
     runs = all_runs(ledger.folder.parent)
-    own = next(held for held in runs if held.run == run and held.facts)
+    own = next(recorded for recorded in runs if recorded.run == run and recorded.facts)
     shares: list[Share] = []
     rules: Counter[str] = Counter()
     seeded, revealed = [], []
@@ -62,15 +62,15 @@ def lifetime(ledger: Ledger, run: str, delta: float, accountant: Accountant = "p
         elif other.seeded:
             seeded += [other.run] if other.releases else []
         else:
-            way = counted(own, other, found)
-            shares.append(other.share(way.size, way.replaced))
-            rules["; ".join(filter(None, (way.rule, found.how if other is not own else "")))] += 1
+            counted_as = counted(own, other, found)
+            shares.append(other.share(counted_as.size, counted_as.replaced))
+            rules["; ".join(filter(None, (counted_as.rule, found.how if other is not own else "")))] += 1
     spent = float("inf") if revealed or (own.seeded and own.releases) else joint_epsilon(shares, delta, accountant)
     lines = tuple(f"{count} run{'s' * (count > 1)} {rule or 'for the same unit'}" for rule, count in rules.items())
     return Lifetime(Spent(spent, delta), lines, tuple(seeded), tuple(revealed))
 
 
-def private_runs_on(root: Path, originals: Originals, digest: str) -> list[Held]:
+def private_runs_on(root: Path, originals: Originals, digest: str) -> list[RecordedRun]:
     """Private runs in the ledgers under ``root`` that released something about some of these documents.
 
     Args:
@@ -79,11 +79,11 @@ def private_runs_on(root: Path, originals: Originals, digest: str) -> list[Held]
         digest: of the documents together, by which ledgers without hashes know them.
     """
     keys = {name: fingerprints(originals, key) for name, key in Keyring(root).keys().items()}
-    runs = (held for book in books_under(root) for held in book.held() if held.facts and not held.seeded)
+    runs = (run for ledger in ledgers_under(root) for run in ledger.runs() if run.facts and not run.seeded)
     return [run for run in runs if run.releases and (run.dataset == digest or _touches(run, keys))]
 
 
-def _touches(run: Held, keys: Mapping[str, Fingerprints]) -> bool:
+def _touches(run: RecordedRun, keys: Mapping[str, Fingerprints]) -> bool:
     """Whether a run used some of the documents; assumed where its hashes are under a key that is not here."""
     known = [name for name in run.texts if name in keys]
     if known:
@@ -91,22 +91,22 @@ def _touches(run: Held, keys: Mapping[str, Fingerprints]) -> bool:
     return bool(run.texts)
 
 
-def all_runs(root: Path) -> list[Held]:
+def all_runs(root: Path) -> list[RecordedRun]:
     """Runs and showings in all ledgers under ``root``; one that is in several of them once, with all releases."""
-    found: dict[tuple[str, bool], Held] = {}
-    for book in books_under(root):
-        for held in book.held():
-            key = (held.run, not held.facts)
+    found: dict[tuple[str, bool], RecordedRun] = {}
+    for ledger in ledgers_under(root):
+        for run in ledger.runs():
+            key = (run.run, not run.facts)
             known = found.get(key)
             if known is None:
-                found[key] = held
+                found[key] = run
             else:
-                both = known.releases | held.releases
-                found[key] = replace(known, releases=both, texts={**held.texts, **known.texts})
+                both = known.releases | run.releases
+                found[key] = replace(known, releases=both, texts={**run.texts, **known.texts})
     return list(found.values())
 
 
-def books_under(root: Path) -> Iterator[Ledger]:
+def ledgers_under(root: Path) -> Iterator[Ledger]:
     """The ledgers of all data sets under ``root``, and those that were merged with them."""
     from coterie.dp.accounting.ledger import existing_ledger
 

@@ -199,7 +199,7 @@ def _need_records(records: int) -> None:
         )
 
 
-def draw_lot(round_no: int, plan: LotPlan, units: Units, source: RandomSource, draw: int = 0) -> Lot:
+def draw_lot(round_no: int, lots: LotPlan, units: Units, source: RandomSource, draw: int = 0) -> Lot:
     """Draw the lot of one round.
 
     Each unit joins with probability floor(q 2^64) / 2^64, never above q. A truncated lot is a uniformly random subset
@@ -207,28 +207,28 @@ def draw_lot(round_no: int, plan: LotPlan, units: Units, source: RandomSource, d
 
     Args:
         round_no: from 1; with ``draw`` it names the streams of a seeded source.
-        plan: public numbers; ``plan.units`` must be ``units.count``.
+        lots: public numbers; ``lots.units`` must be ``units.count``.
         units: which records belong together.
         source: secret for private runs.
         draw: how many lots were drawn for this round before (see `coterie.dp.accounting.releases`).
 
     Cost: 8 random bytes for each unit of the dataset, about 2 ns.
     """
-    if plan.units != units.count:
+    if lots.units != units.count:
         raise PrivacyError(
-            f"the plan counts {plan.units} units, the data has {units.count}.",
+            f"the plan counts {lots.units} units, the data has {units.count}.",
             code="dp-units-changed",
             why="the sampling rate, and with it epsilon, would be wrong",
             fix="plan the run on the data it uses",
         )
     stream = source.stream(f"lot|{round_no}|{draw}")
-    if plan.rate >= 1:
+    if lots.rate >= 1:
         chosen = np.arange(units.count)
     else:
-        chosen = np.flatnonzero(stream.uint64(units.count) < np.uint64(math.floor(plan.rate * 2**64)))
-    if plan.max_lot is not None and chosen.shape[0] > plan.max_lot:
+        chosen = np.flatnonzero(stream.uint64(units.count) < np.uint64(math.floor(lots.rate * 2**64)))
+    if lots.max_lot is not None and chosen.shape[0] > lots.max_lot:
         keys = stream.uint64(chosen.shape[0])
-        chosen = np.sort(chosen[np.argsort(keys)[: plan.max_lot]])
+        chosen = np.sort(chosen[np.argsort(keys)[: lots.max_lot]])
     if units.starts is None or units.order is None or units.cap is None:
         return Lot(round_no, chosen.astype(np.int64), np.arange(chosen.shape[0], dtype=np.int64))
     records: list[np.ndarray] = []

@@ -24,7 +24,7 @@ _LARGEST_JOIN = 50_000_000
 
 
 @dataclass(frozen=True)
-class Held:
+class RecordedRun:
     """A run, or a showing of text, as a ledger holds it.
 
     Attributes:
@@ -75,7 +75,7 @@ class ComparedRuns:
     pair: tuple[Fingerprints, Fingerprints] | None = None
 
 
-def compare(own: Held, other: Held) -> ComparedRuns:
+def compare(own: RecordedRun, other: RecordedRun) -> ComparedRuns:
     """Whether two runs used some of the same text (or text of the same user)."""
     common = [key for key in own.texts if key in other.texts]
     pair = (texts.load(own.texts[common[0]]), texts.load(other.texts[common[0]])) if common else None
@@ -93,7 +93,7 @@ def compare(own: Held, other: Held) -> ComparedRuns:
     return ComparedRuns(False, "older than text hashes, so not compared")
 
 
-def counted(own: Held, other: Held, found: ComparedRuns) -> Counted:
+def counted(own: RecordedRun, other: RecordedRun, found: ComparedRuns) -> Counted:
     """How ``other`` counts for the unit of ``own``."""
     ours, theirs = _level(own.facts), _level(other.facts)
     if theirs == "user":
@@ -133,7 +133,7 @@ def _level(facts: Mapping[str, Any]) -> str:
     return {"records": "document", "chunks": "chunk"}.get((facts.get("record") or {}).get("packing", ""), "item")
 
 
-def _pieces(other: Held, level: str, found: ComparedRuns) -> float:
+def _pieces(other: RecordedRun, level: str, found: ComparedRuns) -> float:
     """Most records of ``other`` that one document became."""
     if level != "chunk":
         return 1
@@ -160,7 +160,7 @@ def _most_records(own: Fingerprints, other: Fingerprints) -> float:
     return float(np.bincount(of, times).max()) + unknown
 
 
-def _between_users(own: Held, other: Held, pair: tuple[Fingerprints, Fingerprints] | None) -> Counted:
+def _between_users(own: RecordedRun, other: RecordedRun, pair: tuple[Fingerprints, Fingerprints] | None) -> Counted:
     """A user of both runs goes from both. Where its text lies under other names there, these go or are replaced."""
     unknown = Counted(math.inf, False, "for users: no bound, nobody knows whether they are the same ones")
     if pair is None or pair[0].users is None or pair[1].users is None:

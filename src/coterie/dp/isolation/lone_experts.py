@@ -63,7 +63,7 @@ class LoneExperts:
             return out
 
         out_RD = expert_rows(layer, call.hidden_ND.index_select(0, rows.token_R), rows.ends_E, linear)
-        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Take a gradient of a lent tensor, if it is trained."""

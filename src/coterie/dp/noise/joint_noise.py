@@ -48,18 +48,20 @@ class RoundNoise:
     part_of: Callable[[str], str]
 
     @classmethod
-    def of(cls, sigma: float, parts: Mapping[str, ReleasePart], part_of: Callable[[str], str]) -> RoundNoise:
+    def of(
+        cls, noise_multiplier: float, parts: Mapping[str, ReleasePart], part_of: Callable[[str], str]
+    ) -> RoundNoise:
         """Calibrate every part and check that together they are the Gaussian that is accounted for.
 
         Args:
-            sigma: the accountant's noise multiplier.
+            noise_multiplier: as accounted.
             parts: shares are scaled to sum to one.
             part_of: part of a released tensor, by its name.
         """
         bounds, shares = ({name: getattr(part, what) for name, part in parts.items()} for what in ("bound", "share"))
-        joint = joint_noise(sigma, bounds, shares)
+        joint = joint_noise(noise_multiplier, bounds, shares)
         std = {name: calibrate(joint[name] / part.bound, part.bound, part.values) for name, part in parts.items()}
-        check_joint(sigma, {name: (part.bound, std[name]) for name, part in parts.items()})
+        check_joint(noise_multiplier, {name: (part.bound, std[name]) for name, part in parts.items()})
         return cls(std, part_of)
 
     def step(self, name: str) -> float:

@@ -16,14 +16,16 @@ class LotNoise:
 
     Args:
         plan: says what is released beside the gradients.
-        sigma: the accountant's noise multiplier.
+        noise_multiplier: as accounted.
         engine: its groups, thresholds and sensitivity.
         balancer: None without balance.
     """
 
-    def __init__(self, plan: PrivacyPlan, sigma: float, engine: SumEngine, balancer: Balancer | None) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, noise_multiplier: float, engine: SumEngine, balancer: Balancer | None
+    ) -> None:
         self._plan = plan
-        self._sigma = sigma
+        self._noise_multiplier = noise_multiplier
         self._engine = engine
         self._balancer = balancer
 
@@ -39,7 +41,9 @@ class LotNoise:
         gradients = {name: count for name, count in rounded.items() if name not in extra}
         if self._plan.adaptive_quantile is None:
             parts = {"gradients": ReleasePart(engine.sensitivity, rest, sum(gradients.values()))}
-            return RoundNoise.of(self._sigma, parts | extra, lambda name: name if name in extra else "gradients")
+            return RoundNoise.of(
+                self._noise_multiplier, parts | extra, lambda name: name if name in extra else "gradients"
+            )
         # Adaptive thresholds differ between groups and rounds: each group's noise follows its own threshold.
         values = dict.fromkeys(engine.groups, 0)
         for name, count in gradients.items():
@@ -49,7 +53,9 @@ class LotNoise:
             group: ReleasePart(bounds[group] * (1 + engine.eta), rest / len(values), count)
             for group, count in values.items()
         }
-        return RoundNoise.of(self._sigma, parts | extra, lambda name: name if name in extra else group_of(name))
+        return RoundNoise.of(
+            self._noise_multiplier, parts | extra, lambda name: name if name in extra else group_of(name)
+        )
 
     def _extra(self, rounded: Mapping[str, int]) -> dict[str, ReleasePart]:
         """What is released beside the gradients."""

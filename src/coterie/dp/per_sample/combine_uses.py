@@ -52,18 +52,18 @@ class Apart:
         self._pullbacks = [Pullback(node, root) for node, _ in uses]
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
-        value = torch.cat([square_norms(self.one(record).unsqueeze(0)) for record in range(self._records)])
+        value = torch.cat([square_norms(self.gradient(record).unsqueeze(0)) for record in range(self._records)])
         return SqNorms(value, norm_slack(value, self._root.value.shape[-1] if self._root.value.ndim else 1))
 
-    def one(self, record: int) -> Tensor:
-        total = sum(pull(term.one(record)) for pull, (_, term) in zip(self._pullbacks, self._uses, strict=True))
+    def gradient(self, record: int) -> Tensor:
+        total = sum(pull(term.gradient(record)) for pull, (_, term) in zip(self._pullbacks, self._uses, strict=True))
         assert isinstance(total, Tensor)
         return total
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
         for record, factor in enumerate(single(factors_B).tolist()):
             if factor != 0.0:
-                out.add_(self.one(record), alpha=factor)
+                out.add_(self.gradient(record), alpha=factor)
 
     def masked(self, keep_B: Tensor) -> Apart:
         """The same: records whose factor is zero are never formed."""
@@ -91,7 +91,7 @@ def simplify(root: Root, records: int) -> list[Use]:
     if len(uses) == 1 and isinstance(term, Dense):
         return [(root, Dense(Pullback(node, root).batched(term.gradients.float())))]
     each = Apart(root, uses, records)
-    return [(root, Dense(torch.stack([each.one(record) for record in range(records)])))]
+    return [(root, Dense(torch.stack([each.gradient(record) for record in range(records)])))]
 
 
 @in_full_float32

@@ -126,16 +126,16 @@ class PrivateExperts:
     def __call__(self, call: ExpertsCall) -> Tensor:
         capture = self.capture
         rows = RoutedRows.of(call.expert_ids_NK, call.layer.num_experts)
-        work = _Work(self, call, rows)
+        experts_pass = _ExpertsPass(self, call, rows)
         if torch.is_grad_enabled():
-            for node in (*work.up.nodes(), *work.down.nodes()):
+            for node in (*experts_pass.up.nodes(), *experts_pass.down.nodes()):
                 capture.expect(node)
-        pre_RG = applied(_Up, capture.anchor, call.hidden_ND, work)
-        out_RD = applied(_Down, capture.anchor, call.layer.activate(pre_RG), work)
+        pre_RG = applied(_Up, capture.anchor, call.hidden_ND, experts_pass)
+        out_RD = applied(_Down, capture.anchor, call.layer.activate(pre_RG), experts_pass)
         if call.layer.layout.has_post_expert_norm:
-            with capture.rows_belong_to(work.segments.record_R):
+            with capture.rows_belong_to(experts_pass.segments.record_R):
                 out_RD = call.layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
-        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
     @contextmanager
     def lent(self, layer: ExpertLayer) -> Iterator[Stacked]:
@@ -160,7 +160,7 @@ class PrivateExperts:
         )
 
 
-class _Work:
+class _ExpertsPass:
     """What the forward decided and the backward needs again; holds no expert weight."""
 
     def __init__(self, experts: PrivateExperts, call: ExpertsCall, rows: RoutedRows) -> None:
@@ -188,23 +188,27 @@ class _Up(torch.autograd.Function):
     """``hidden [N, D]`` to the rows before the gate, [R, G]."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, hidden_ND: Tensor, work: _Work) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, hidden_ND: Tensor, experts_pass: _ExpertsPass) -> Tensor:
         ctx.save_for_backward(hidden_ND)
-        ctx.work = work
-        with work.experts.lent(work.layer) as stacked:
-            return work.up.apply(stacked, hidden_ND.index_select(0, work.rows.token_R), work.rows.ends_E)
+        ctx.experts_pass = experts_pass
+        with experts_pass.experts.lent(experts_pass.layer) as stacked:
+            return experts_pass.up.apply(
+                stacked, hidden_ND.index_select(0, experts_pass.rows.token_R), experts_pass.rows.ends_E
+            )
 
     @staticmethod
     def backward(ctx: Any, grad_RG: Tensor) -> tuple[Any, ...]:
         (hidden_ND,) = ctx.saved_tensors
-        work: _Work = ctx.work
-        rows = work.rows
+        experts_pass: _ExpertsPass = ctx.experts_pass
+        rows = experts_pass.rows
         grad_ND = None
         if ctx.needs_input_grad[1]:
-            with work.experts.lent(work.layer) as stacked:
-                grad_RD = work.up.gradient_of_input(stacked, grad_RG, rows.ends_E)
+            with experts_pass.experts.lent(experts_pass.layer) as stacked:
+                grad_RD = experts_pass.up.gradient_of_input(stacked, grad_RG, rows.ends_E)
             grad_ND = rows.sum_by_token(grad_RD, hidden_ND.dtype)
-        work.up.deliver(work.experts.capture, hidden_ND.detach(), grad_RG, work.segments, rows.token_R)
+        experts_pass.up.deliver(
+            experts_pass.experts.capture, hidden_ND.detach(), grad_RG, experts_pass.segments, rows.token_R
+        )
         return None, grad_ND, None
 
 
@@ -212,17 +216,17 @@ class _Down(torch.autograd.Function):
     """Gated rows [R, F] to expert outputs [R, D], before a post-expert norm and routing weights."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, act_RF: Tensor, work: _Work) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, act_RF: Tensor, experts_pass: _ExpertsPass) -> Tensor:
         ctx.save_for_backward(act_RF)
-        ctx.work = work
-        with work.experts.lent(work.layer) as stacked:
-            return work.down.apply(stacked, act_RF, work.rows.ends_E)
+        ctx.experts_pass = experts_pass
+        with experts_pass.experts.lent(experts_pass.layer) as stacked:
+            return experts_pass.down.apply(stacked, act_RF, experts_pass.rows.ends_E)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Any, ...]:
         (act_RF,) = ctx.saved_tensors
-        work: _Work = ctx.work
-        with work.experts.lent(work.layer) as stacked:
-            grad_RF = work.down.gradient_of_input(stacked, grad_RD, work.rows.ends_E)
-        work.down.deliver(work.experts.capture, act_RF.detach(), grad_RD, work.segments)
+        experts_pass: _ExpertsPass = ctx.experts_pass
+        with experts_pass.experts.lent(experts_pass.layer) as stacked:
+            grad_RF = experts_pass.down.gradient_of_input(stacked, grad_RD, experts_pass.rows.ends_E)
+        experts_pass.down.deliver(experts_pass.experts.capture, act_RF.detach(), grad_RD, experts_pass.segments)
         return None, grad_RF.to(act_RF.dtype), None

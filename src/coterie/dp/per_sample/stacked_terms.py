@@ -358,7 +358,7 @@ class StackedOuter:
             part = _direct(a[None, rows], g[None, rows])
             value[i], slack[i] = part.value[0], part.slack[0]
 
-    def one(self, record: int) -> Tensor:
+    def gradient(self, record: int) -> Tensor:
         out = torch.zeros(self._shape, device=self._g.device)
         factors = torch.zeros(self._segments.records, device=self._g.device)
         factors[record] = 1.0
@@ -432,7 +432,7 @@ class StackedBias:
         crude = value.new_zeros(value.shape).index_add_(0, self._segments.record_R, lengths)
         return SqNorms(value, direct_slack(value, crude, *self._g.shape))
 
-    def one(self, record: int) -> Tensor:
+    def gradient(self, record: int) -> Tensor:
         rows = torch.where((self._segments.record_R == record).unsqueeze(1), self._g.float(), 0.0)
         sums = grouped_sum(rows, self._segments.ends_E)
         return sums if self._segments.experts > 1 else sums[0]

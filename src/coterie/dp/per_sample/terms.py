@@ -40,7 +40,7 @@ class Term(Protocol):
         """Squared norms; with ``precise``, the slack is brought down to `TRUSTED` of them where that is possible."""
         ...
 
-    def one(self, record: int) -> Tensor:
+    def gradient(self, record: int) -> Tensor:
         """The gradient of one record, float32, shaped like the value."""
         ...
 
@@ -78,8 +78,8 @@ class Scaled:
         scale = self._scale
         return SqNorms(*(part * scale * scale for part in self._term.sq_norms(precise)))
 
-    def one(self, record: int) -> Tensor:
-        return (self._term.one(record).double() * self._scale[record]).float()
+    def gradient(self, record: int) -> Tensor:
+        return (self._term.gradient(record).double() * self._scale[record]).float()
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
         self._term.add_sum(out, factors_B.double() * self._scale)
@@ -105,7 +105,7 @@ class Dense:
         value = square_norms(self.gradients)
         return SqNorms(value, norm_slack(value, self.gradients.shape[-1]))
 
-    def one(self, record: int) -> Tensor:
+    def gradient(self, record: int) -> Tensor:
         return self.gradients[record].float()
 
     def add_sum(self, out: Tensor, factors_B: Tensor) -> None:
@@ -192,7 +192,7 @@ class Outer:
         product = torch.matmul(a.mT, g) if self.flipped else torch.matmul(g.mT, a)
         return product.view(-1, *self.shape)
 
-    def one(self, record: int) -> Tensor:
+    def gradient(self, record: int) -> Tensor:
         return self._gradients(record, record + 1)[0]
 
     def add_sum(self, out: Tensor, factors_B: Tensor, fresh: bool = False) -> None:
@@ -247,7 +247,7 @@ class Lookup:
         lengths: Tensor = torch.linalg.vector_norm(self.g, dim=-1, dtype=torch.float64)
         return lengths.sum(1)
 
-    def one(self, record: int) -> Tensor:
+    def gradient(self, record: int) -> Tensor:
         out = torch.zeros(self.shape, device=self.g.device)
         self.add_record(out, record)
         return out
@@ -288,7 +288,7 @@ class Aligned:
         value = square_norms(self.g.reshape(self._records, -1))
         return SqNorms(value, norm_slack(value, self.g[0].numel() * self._each))
 
-    def one(self, record: int) -> Tensor:
+    def gradient(self, record: int) -> Tensor:
         out = torch.zeros_like(self.g, dtype=torch.float32)
         rows = slice(record * self._each, (record + 1) * self._each)
         out[rows] = self.g[rows].float()

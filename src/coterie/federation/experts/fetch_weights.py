@@ -38,14 +38,14 @@ class Transfer:
 
     Attributes:
         blob: its bytes, as far as they have come.
-        asked: the chunks that were asked for, with their answers to come.
+        futures: the chunks that were asked for, with their answers to come.
     """
 
     part: Part
     attempt: Attempt
     dtype: torch.dtype
     blob: Tensor
-    asked: list[tuple[int, Future[Message]]]
+    futures: list[tuple[int, Future[Message]]]
 
     def collect(self) -> tuple[list[int], CoterieError | None]:
         """Take in every answer; returns the chunks that did not come, with the first error.
@@ -55,7 +55,7 @@ class Transfer:
         """
         missing: list[int] = []
         first: CoterieError | None = None
-        for number, future in self.asked:
+        for number, future in self.futures:
             place = self.blob[span(self.blob.numel(), number)]
             try:
                 (chunk,) = future.result().tensors
@@ -94,8 +94,8 @@ class WeightFetcher:
             MessageError: a host offers another size than the model's.
             RoundError, TransportError: a host serves another attempt, or is gone.
         """
-        asked = [(part, self._ask(part, Message(OFFER, attempt.address(part=part.number)))) for part in parts]
-        return {part.number: _offered(part, future.result(), dtype) for part, future in asked}
+        futures = [(part, self._ask(part, Message(OFFER, attempt.address(part=part.number)))) for part in parts]
+        return {part.number: _offered(part, future.result(), dtype) for part, future in futures}
 
     def fetch(self, part: Part, attempt: Attempt, dtype: torch.dtype, digest: str) -> Tensor:
         """The bytes of one part, uint8; see `begin` and `finish`."""
@@ -124,7 +124,7 @@ class WeightFetcher:
                 break
             if tries_left == 0 and error is not None:
                 raise error
-            transfer.asked = self._request(part, transfer.attempt, missing)
+            transfer.futures = self._request(part, transfer.attempt, missing)
         if digest_of(transfer.blob) != digest:
             raise MessageError(
                 f"{part.host} served part {part.number} with other bytes than it offered.",
@@ -139,15 +139,15 @@ class WeightFetcher:
 
     def _request(self, part: Part, attempt: Attempt, wanted: Iterable[int]) -> list[tuple[int, Future[Message]]]:
         """Ask for chunks; one that cannot even be asked for has its error in the future."""
-        asked = []
+        futures = []
         for number in wanted:
             try:
                 future = self._ask(part, Message(CHUNK, attempt.address(part=part.number, chunk=number)))
             except TransportError as error:
                 future = Future()
                 future.set_exception(error)
-            asked.append((number, future))
-        return asked
+            futures.append((number, future))
+        return futures
 
     def _ask(self, part: Part, message: Message) -> Future[Message]:
         return self._transport.request_async(part.host, LANE, message, self._deadline_s)

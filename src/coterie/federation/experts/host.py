@@ -69,7 +69,7 @@ class ExpertsHost:
         parties: everybody, in roster order.
         parts: every part of the model; those with ``host == me`` are stored here.
         shard: the hosted experts.
-        home: the stored share of a shared trunk.
+        trunk: the stored share of a shared trunk.
         weights_dtype: of what goes down.
         push_dtype: of what comes up.
         transcript: sees every message that another party sent, for the audit.
@@ -90,7 +90,7 @@ class ExpertsHost:
         parties: Sequence[str],
         parts: Sequence[Part],
         shard: Shard,
-        home: TrunkHost,
+        trunk: TrunkHost,
         *,
         weights_dtype: torch.dtype = torch.bfloat16,
         push_dtype: torch.dtype = torch.float32,
@@ -99,7 +99,7 @@ class ExpertsHost:
         ahead: int | None = None,
         limits: ExpertsHostLimits = ExpertsHostLimits(),
     ) -> None:
-        self.me, self.shard, self.home = me, shard, home
+        self.me, self.shard, self.trunk = me, shard, trunk
         self.version = 0
         self.received: dict[str, int] = {}
         self._parties = tuple(parties)
@@ -154,8 +154,8 @@ class ExpertsHost:
         self._pushes.begin(None, {})
 
     def go_on_after(self, round_no: int) -> None:
-        """Say where the run stands after a checkpoint was loaded: what was asked for a line of it that was given up
-        fails now, also what still waits, and holds up nothing that follows on its lane."""
+        """Say where the run stands after a checkpoint was loaded: what was asked for a state that was given up fails
+        now, also what still waits, and holds up nothing that follows on its lane."""
         with self._changed:
             self._after = round_no
             self._changed.notify_all()
@@ -178,15 +178,15 @@ class ExpertsHost:
         if self.transcript is not None and peer != self.me:
             self.transcript(peer, lane, message)
         check_request("experts", self.me, peer, lane, message, most=self._most)
-        asked = Attempt.of(message)
+        wanted = Attempt.of(message)
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or self._has_begun(asked) or self._far(asked.round), timeout=wait_s
+                lambda: self._closed or self._has_begun(wanted) or self._too_far_ahead(wanted.round), timeout=wait_s
             )
             if self._closed:
                 raise RoundError(f"{self.me} is leaving.", code="host-closed")
-            if self._far(asked.round):
-                raise RoundError(f"{self.me} went back to before round {asked.round}.", code="round-given-up")
+            if self._too_far_ahead(wanted.round):
+                raise RoundError(f"{self.me} went back to before round {wanted.round}.", code="round-given-up")
         if message.kind == DECLARE:
             self._declare(peer, message)
             return message.reply(DECLARE)
@@ -194,14 +194,14 @@ class ExpertsHost:
             return self._weights.handle(peer, message, self.received.get(peer, 0))
         reply = self._pushes.handle(peer, message)
         if message.kind == take_sums.END and self._pushes.complete(peer):
-            self.received[peer] = max(self.received.get(peer, 0), asked.round)
+            self.received[peer] = max(self.received.get(peer, 0), wanted.round)
         return reply
 
     def _has_begun(self, attempt: Attempt) -> bool:
         return self._open is not None and not self._open.is_before(attempt)
 
-    def _far(self, round_no: int) -> bool:
-        """Parties move together, so nobody who follows the same line of the run can be more than one round ahead."""
+    def _too_far_ahead(self, round_no: int) -> bool:
+        """Parties move together, so nobody who follows the same history can be more than one round ahead."""
         return self._ahead is not None and round_no >= self._after + self._ahead
 
     def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
@@ -245,21 +245,21 @@ class ExpertsHost:
                 self._fill(part, self._pushes.sums(part.number, contributing), divisor)
             if any(part.layer >= 0 for part in trained):
                 self.shard.step(learning_rate)
-            self.home.step(learning_rate)
+            self.trunk.step(learning_rate)
         self._committed = attempt
         self.version += 1
 
     @torch.no_grad()
     def _fill(self, part: Part, sums: Mapping[str, Tensor], divisor: float) -> None:
         for name, total in sums.items():
-            gradient = self.home.gradient(name) if part.layer < 0 else self.shard.gradient(part.layer, name)
+            gradient = self.trunk.gradient(name) if part.layer < 0 else self.shard.gradient(part.layer, name)
             gradient.copy_(total.div_(divisor))
 
     def _read(self, part: Part) -> Mapping[str, Tensor]:
         if part not in self._mine:
             assert self._lend is not None
             return self._lend(part)
-        return self.home.weights() if part.layer < 0 else self.shard.weights(part.layer)
+        return self.trunk.weights() if part.layer < 0 else self.shard.weights(part.layer)
 
     def _complete(self, party: str) -> bool:
         declared = self._declared.get(party)
@@ -275,12 +275,12 @@ class ExpertsHost:
 
     def _declare(self, peer: str, message: Message) -> None:
         contributes, weight = message.body["contributes"], float(message.body["weight"])
-        asked = Attempt.of(message)
+        wanted = Attempt.of(message)
         if not (weight == 0 or 1 <= weight <= self._limits.weight):
             raise unfit(peer, DECLARE, "weight", f"is neither 0 nor from 1 to {self._limits.weight:g}")
         with self._changed:
-            if asked != self._open or peer not in self._active:
-                raise RoundError(f"{peer} declares {asked}; {self._open or 'none'} is open.", code="push-round")
+            if wanted != self._open or peer not in self._active:
+                raise RoundError(f"{peer} declares {wanted}; {self._open or 'none'} is open.", code="push-round")
             declared = Declared(contributes, weight)
             if self._declared.setdefault(peer, declared) != declared:
-                raise RoundError(f"{peer} declares its part in {asked} twice.", code="declare-changed")
+                raise RoundError(f"{peer} declares its part in {wanted} twice.", code="declare-changed")

@@ -1,4 +1,4 @@
-"""The owner's side of the `experts` exchange: mirror the pool's weights, bring sums back.
+"""The owner's side of the `experts` exchange: mirror all hosts' weights, bring sums back.
 
 Weights are fetched by one thread a host while the model already computes, in the order in which it needs them, with
 enough of the following parts asked for that a slow line never idles between two. Which parts are asked for, in which
@@ -27,13 +27,13 @@ from coterie.models.streaming.cache import LayerWeights, WeightCache
 
 
 class Mirror:
-    """A copy of the whole pool in a `WeightCache`, brought up to date once a round.
+    """A copy of all parts in a `WeightCache`, brought up to date once a round.
 
     Args:
         parts: every part of the model.
         num_experts: E of every MoE layer.
         cache: where layers lie, in ``dtype``.
-        pool: this party's own parts, read without a wire.
+        own_host: this party's own parts, read without a wire.
         fetcher: asks the other hosts.
         dtype: of the weights on the wire and in the cache.
         set_trunk: takes the parameters of a shared trunk as they arrive.
@@ -49,14 +49,14 @@ class Mirror:
         parts: Sequence[Part],
         num_experts: Sequence[int],
         cache: WeightCache,
-        pool: ExpertsHost,
+        own_host: ExpertsHost,
         fetcher: WeightFetcher,
         dtype: torch.dtype,
         *,
         set_trunk: Callable[[Mapping[str, Tensor]], None],
         wait_s: float,
     ) -> None:
-        self._all, self._num_experts, self._cache, self._pool = tuple(parts), tuple(num_experts), cache, pool
+        self._all, self._num_experts, self._cache, self._own_host = tuple(parts), tuple(num_experts), cache, own_host
         self._parts = self._all
         self._fetcher, self._dtype, self._set_trunk, self._wait_s = fetcher, dtype, set_trunk, wait_s
         self.received = 0
@@ -68,7 +68,7 @@ class Mirror:
         self._fresh: dict[int, list[tuple[Part, Tensor, str]]] = defaultdict(list)
         self._error: BaseException | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._stopped = False
+        self._cancelled = False
         self._began = 0.0
         self.num_layers = cache.num_layers
 
@@ -82,12 +82,12 @@ class Mirror:
         Raises:
             TransportError, RoundError: a host is gone, or serves another attempt.
         """
-        own = [part for part in self._parts if part.host == self._pool.me]
-        others = [part for part in self._parts if part.host != self._pool.me]
+        own = [part for part in self._parts if part.host == self._own_host.me]
+        others = [part for part in self._parts if part.host != self._own_host.me]
         offers = self._fetcher.offers(others, attempt, self._dtype)
         self.received = max((offer.received for offer in offers.values()), default=0)
-        found = {number: offer.digest for number, offer in offers.items()}
-        return found | {part.number: self._pool.frozen(part.number, attempt)[1] for part in own}
+        digests = {number: offer.digest for number, offer in offers.items()}
+        return digests | {part.number: self._own_host.frozen(part.number, attempt)[1] for part in own}
 
     def start(self, attempt: Attempt, versions: Mapping[int, str]) -> None:
         """Bring in whatever is not held yet; returns once the trunk's parts are in, the layers follow.
@@ -96,7 +96,7 @@ class Mirror:
         """
         self.join(check=False)
         self._cache.begin_round()
-        self._error, self._stopped = None, False
+        self._error, self._cancelled = None, False
         self._fresh.clear()
         self._began, self.fetch_s = time.monotonic(), 0.0
         self._coming = {layer: set() for layer in range(-1, self.num_layers)}
@@ -108,7 +108,7 @@ class Mirror:
         self._ready = {layer for layer, parts in self._coming.items() if not parts}
         self._threads = ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-fetch")
         for host_parts in by_host.values():
-            self._threads.submit(self._bring, host_parts, attempt, dict(versions))
+            self._threads.submit(self._fetch, host_parts, attempt, dict(versions))
         self._wait(-1)
 
     def get(self, layer: int) -> LayerWeights:
@@ -135,20 +135,20 @@ class Mirror:
 
     def forget_trunk(self) -> None:
         """The model's trunk is about to be overwritten from elsewhere: fetch it anew, whatever was held."""
-        self.stop()
+        self.cancel()
         self.join(check=False)
         for part in self._all:
             if part.layer < 0:
                 self._held.pop(part.number, None)
 
-    def stop(self) -> None:
+    def cancel(self) -> None:
         """Give up the fetch that is under way; returns at once."""
         with self._arrived:
-            self._stopped = True
+            self._cancelled = True
             self._error = self._error or RoundError("the attempt was given up.", code="round-interrupted")
             self._arrived.notify_all()
 
-    def _bring(self, parts: Sequence[Part], attempt: Attempt, versions: Mapping[int, str]) -> None:
+    def _fetch(self, parts: Sequence[Part], attempt: Attempt, versions: Mapping[int, str]) -> None:
         """Bring one host's parts in, in their order."""
         begun: deque[tuple[Part, Transfer | Tensor | None]] = deque()
         ahead = 0
@@ -157,7 +157,7 @@ class Mirror:
                 begun.append((part, self._begin(part, attempt, versions[part.number])))
                 ahead += part.num_bytes(self._dtype)
                 while begun and (ahead >= AHEAD or part is parts[-1]):
-                    if self._stopped:
+                    if self._cancelled:
                         return
                     first, coming = begun.popleft()
                     digest = versions[first.number]
@@ -173,9 +173,9 @@ class Mirror:
         """A part that is on its way, or here; None for one that is held already."""
         if self._held.get(part.number) == digest:
             return None
-        if part.host != self._pool.me:
+        if part.host != self._own_host.me:
             return self._fetcher.begin(part, attempt, self._dtype)
-        blob, own = self._pool.frozen(part.number, attempt)
+        blob, own = self._own_host.frozen(part.number, attempt)
         if own != digest:
             raise RoundError("this party's own weights changed within an attempt.", code="weights-changed")
         return blob
@@ -193,7 +193,7 @@ class Mirror:
         self._assemble(part.layer, fresh)
         with self._arrived:
             # Not before: an attempt that ends between two parts of a layer leaves the cache as it was.
-            self._held.update({piece.number: its for piece, _, its in fresh})
+            self._held.update({new.number: version for new, _, version in fresh})
             self._ready.add(part.layer)
             if len(self._ready) == len(self._coming):
                 self.fetch_s = time.monotonic() - self._began
@@ -204,8 +204,8 @@ class Mirror:
             for part, blob, _ in fresh:
                 self._set_trunk(part.decode(blob, self._dtype))
         elif fresh:
-            held = self._cache.get(layer) if layer in self._cache.digests() else {}
-            stacked = {name: tensor.clone() for name, tensor in held.items()}
+            before = self._cache.get(layer) if layer in self._cache.digests() else {}
+            stacked = {name: tensor.clone() for name, tensor in before.items()}
             for part, blob, _ in fresh:
                 for name, rows in part.decode(blob, self._dtype).items():
                     shape = (self._num_experts[layer], *rows.shape[1:])
@@ -243,12 +243,14 @@ class SumSender:
 
     Args:
         transport: to the other hosts.
-        pool: this party's own parts take their sum without a wire.
+        own_host: this party's own parts take their sum without a wire.
         parts: every part of the model.
     """
 
-    def __init__(self, transport: Transport, pool: ExpertsHost, parts: Sequence[Part], *, deadline_s: float) -> None:
-        self._transport, self._pool, self._parts = transport, pool, tuple(parts)
+    def __init__(
+        self, transport: Transport, own_host: ExpertsHost, parts: Sequence[Part], *, deadline_s: float
+    ) -> None:
+        self._transport, self._own_host, self._parts = transport, own_host, tuple(parts)
         self._pusher = Pusher(transport, deadline_s=deadline_s)
         self._deadline_s = deadline_s
 
@@ -260,13 +262,13 @@ class SumSender:
         """Tell every host whether sums will come, and what they are to be divided by."""
         message = Message(DECLARE, attempt.address(), {"contributes": contributes, "weight": weight})
         hosts = sorted({part.host for part in self._parts})
-        asked = [
+        futures = [
             self._transport.request_async(host, Lane.CONTROL, message, self._deadline_s)
             for host in hosts
-            if host != self._pool.me
+            if host != self._own_host.me
         ]
-        self._pool.handle(self._pool.me, Lane.CONTROL, message)
-        for future in asked:
+        self._own_host.handle(self._own_host.me, Lane.CONTROL, message)
+        for future in futures:
             future.result()
 
     def push(self, attempt: Attempt, blobs: Mapping[int, Tensor], versions: Mapping[int, str]) -> None:
@@ -285,16 +287,16 @@ class SumSender:
             if part.trained:
                 by_host[part.host].append(part)
 
-        def bring(parts: Sequence[Part]) -> None:
-            if parts[0].host == self._pool.me:
+        def push_to_host(parts: Sequence[Part]) -> None:
+            if parts[0].host == self._own_host.me:
                 for part in parts:
-                    self._pool.stage_own(part, attempt, blobs[part.number], versions[part.number])
+                    self._own_host.stage_own(part, attempt, blobs[part.number], versions[part.number])
                 return
             items = [Push(part, blobs[part.number], versions[part.number]) for part in parts]
             self._pusher.push_all(items, attempt)
 
         with ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-push") as pool:
-            futures = [pool.submit(bring, parts) for parts in by_host.values()]
+            futures = [pool.submit(push_to_host, parts) for parts in by_host.values()]
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, CoterieError)):
             raise error

@@ -107,21 +107,21 @@ def expert_parts(
         shapes: for each MoE layer the full stacked shapes by parameter name, first dimension E.
         hosts: for each MoE layer the host of each expert.
         parties: names in roster order.
-        trunk: shapes of the trained trunk parameters when the trunk is shared; each gets a home host, so that the
+        trunk: shapes of the trained trunk parameters when the trunk is shared; each gets a host, so that the
             hosts' shares are of about equal size.
         train_experts: False where only adapters are trained, which are part of the trunk here.
     """
-    found: list[tuple[str, int, tuple[int, ...], tuple[tuple[str, tuple[int, ...]], ...]]] = []
+    rows: list[tuple[str, int, tuple[int, ...], tuple[tuple[str, tuple[int, ...]], ...]]] = []
     for party, names in _homes(trunk or {}, parties).items():
         if names:
-            found.append((party, -1, (), tuple((name, tuple((trunk or {})[name])) for name in names)))
+            rows.append((party, -1, (), tuple((name, tuple((trunk or {})[name])) for name in names)))
     for layer, (named, host_of) in enumerate(zip(shapes, hosts, strict=True)):
         for party in parties:
             experts = tuple(expert for expert, host in enumerate(host_of) if host == party)
             if experts:
                 entries = tuple((name, (len(experts), *shape[1:])) for name, shape in named.items())
-                found.append((party, layer, experts, entries))
-    return tuple(Part(number, *fields, fields[1] < 0 or train_experts) for number, fields in enumerate(found))
+                rows.append((party, layer, experts, entries))
+    return tuple(Part(number, *fields, fields[1] < 0 or train_experts) for number, fields in enumerate(rows))
 
 
 def present_parts(parts: Sequence[Part], active: Sequence[str]) -> tuple[Part, ...]:
@@ -134,17 +134,17 @@ def present_parts(parts: Sequence[Part], active: Sequence[str]) -> tuple[Part, .
         parts: every part of the model.
         active: at least one party, in roster order.
     """
-    found = []
+    present = []
     for part in parts:
         if part.host in active:
-            found.append(part)
+            present.append(part)
         elif part.layer < 0:
-            found.append(replace(part, host=active[0], trained=False))
-    return tuple(found)
+            present.append(replace(part, host=active[0], trained=False))
+    return tuple(present)
 
 
 def _homes(trunk: Mapping[str, tuple[int, ...]], parties: Sequence[str]) -> dict[str, list[str]]:
-    """A home host for every trunk parameter: largest first, each to the party with the least so far."""
+    """A host for every trunk parameter: largest first, each to the party with the least so far."""
     load = dict.fromkeys(parties, 0)
     homes: dict[str, list[str]] = {party: [] for party in parties}
     for name in sorted(trunk, key=lambda name: (-math.prod(trunk[name]), name)):

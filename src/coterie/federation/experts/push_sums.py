@@ -49,7 +49,7 @@ class Pusher:
         """Bring parts to one host in their order; returns when it has staged them all.
 
         The next parts begin before the host has answered for one, so that a slow line never idles between two. A
-        part whose line breaks is brought again.
+        part whose connection breaks is brought again.
 
         Raises:
             TransportError: the host did not answer, also after retries.
@@ -103,9 +103,9 @@ class Pusher:
         if max(missing, default=0) >= max(chunks_in(size), 1):
             return [_failed(unfit(part.host, BEGIN, "missing", f"names chunks beyond {chunks_in(size)}"))]
         return [
-            self._ask(part, Message(CHUNK, attempt.address(part=part.number, chunk=number), tensors=(piece,)))
+            self._ask(part, Message(CHUNK, attempt.address(part=part.number, chunk=number), tensors=(chunk,)))
             for number in missing
-            for piece in [item.blob[span(size, number)]]
+            for chunk in [item.blob[span(size, number)]]
         ]
 
     def _end(self, item: Push, attempt: Attempt, chunks: list[Future[Message]]) -> Future[Message]:

@@ -1,6 +1,6 @@
-"""Shared trunk parameters at their home host: master weights and optimiser, beside the hosted experts.
+"""Shared trunk parameters at their host: master weights and optimiser, beside the hosted experts.
 
-Public statistics that all parties' releases add up to, and that all parties compute the next round with, have a home
+Public statistics that all parties' releases add up to, and that all parties compute the next round with, have a host
 in the same way: served, pinned, pushed, summed and saved like a parameter, but moved by a rule of their own.
 """
 
@@ -104,7 +104,7 @@ class TrunkHost:
         shapes = {name: param.shape for name, param in self._stored.items()}
         if {name: value.shape for name, value in plain.items()} != shapes:
             raise CheckpointError(
-                "The saved trunk share is not the one that this party is home to.",
+                "The saved trunk share is not the one that this party hosts.",
                 code="checkpoint-trunk-home",
                 fix="resume with the roster that the checkpoint was written under",
             )

@@ -1,7 +1,7 @@
 """Noised sums on their way up, the host's side: every owner's push is staged once, and summed over parties.
 
 A push is identified by (party, release, part) and its digest. The same bytes may come any number of times, after a
-broken line, a restart or a retry of the attempt, and count once; other bytes under the same name are refused.
+broken connection, a restart or a retry of the attempt, and count once; other bytes under the same name are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Limit = Callable[[str, str], float]
 class _Incoming:
     digest: str
     blob: Tensor
-    seen: set[int] = field(default_factory=set)
+    received: set[int] = field(default_factory=set)
 
     @property
     def chunks(self) -> int:
@@ -111,7 +111,7 @@ class PushService:
             incoming = self._incoming.get((party, number))
             if incoming is not None:
                 incoming.blob.copy_(blob)
-                incoming.seen.update(missing)
+                incoming.received.update(missing)
         self.handle(party, Message(END, address))
 
     def sums(self, number: int, contributing: tuple[str, ...]) -> dict[str, Tensor]:
@@ -141,9 +141,9 @@ class PushService:
     def _check(self, peer: str, message: Message) -> Part:
         if peer not in self._parties:
             raise RoundError(f"{peer} is not a party of this federation.", code="push-stranger")
-        asked, number = Attempt.of(message), message.address.part
-        if asked != self._open:
-            raise RoundError(f"{peer} pushed for {asked}; {self._open or 'none'} is open.", code="push-round")
+        wanted, number = Attempt.of(message), message.address.part
+        if wanted != self._open:
+            raise RoundError(f"{peer} pushed for {wanted}; {self._open or 'none'} is open.", code="push-round")
         part = self._parts.get(number)
         if part is None:
             raise RoundError(f"part {number} is not stored here.", code="push-not-here")
@@ -173,7 +173,7 @@ class PushService:
         if key in self._staged:
             return []
         incoming = self._incoming.setdefault(key, _Incoming(digest, torch.empty(due, dtype=torch.uint8)))
-        return [number for number in range(incoming.chunks) if number not in incoming.seen]
+        return [number for number in range(incoming.chunks) if number not in incoming.received]
 
     def _chunk(self, key: tuple[str, int], message: Message) -> None:
         if key in self._staged:
@@ -188,14 +188,14 @@ class PushService:
         if chunk.numel() != place.numel():
             raise unfit(key[0], CHUNK, "bytes", f"of chunk {number} are {chunk.numel()}, not {place.numel()}")
         place.copy_(chunk)
-        incoming.seen.add(number)
+        incoming.received.add(number)
 
     def _finish(self, key: tuple[str, int], part: Part) -> None:
         incoming = self._incoming.get(key)
         if incoming is None:
             raise RoundError(f"{key[0]} ends a push that it did not begin.", code="push-not-begun")
-        if len(incoming.seen) != incoming.chunks:
-            raise unfit(key[0], END, "chunks", f"came {len(incoming.seen)} of {incoming.chunks}")
+        if len(incoming.received) != incoming.chunks:
+            raise unfit(key[0], END, "chunks", f"came {len(incoming.received)} of {incoming.chunks}")
         del self._incoming[key]
         if digest_of(incoming.blob) != incoming.digest:
             raise unfit(key[0], END, "digest", f"of part {part.number} is another than was announced")

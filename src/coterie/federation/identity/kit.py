@@ -255,12 +255,12 @@ def approve(
         IdentityError: damaged, signed with another key, for another federation, or a name nobody agreed on.
     """
     try:
-        asked = x509.load_pem_x509_csr(signing_request)
+        csr = x509.load_pem_x509_csr(signing_request)
     except ValueError:
         raise IdentityError("The request is not a signing request in PEM form.", code="identity-damaged") from None
-    if not asked.is_signature_valid:
+    if not csr.is_signature_valid:
         raise IdentityError("The request is not signed with the key it asks for.", code="identity-request-signature")
-    name, federation = (text_of(asked.subject, oid) for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME))
+    name, federation = (text_of(csr.subject, oid) for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME))
     if federation != authority.federation:
         raise IdentityError(
             f"The request is for federation `{federation}`; this CA belongs to `{authority.federation}`.",
@@ -274,7 +274,7 @@ def approve(
             why="a certificate lets its holder connect to every party",
             fix=f"members in federation.yaml: {', '.join(m.name for m in members)}",
         )
-    return member, authority.issue(member, p256_key(asked, "The request"), days=days)
+    return member, authority.issue(member, p256_key(csr, "The request"), days=days)
 
 
 def install(

@@ -5,7 +5,7 @@ number belongs to; `coterie.federation.rounds.coordinator_rules` is what the coo
 `coterie.federation.rounds.party_rules` what a party does about it, as plain functions. Around them
 `coterie.federation.rounds.coordinator`, `coterie.federation.rounds.journal` and
 `coterie.federation.rounds.coordinator_process` on one side, `coterie.federation.rounds.follower` and
-`coterie.federation.rounds.heartbeat` on the other. `coterie.federation.rounds.directives` is what they say,
+`coterie.federation.rounds.heartbeat` on the other. `coterie.federation.rounds.directives` are their messages,
 `coterie.federation.rounds.failures` what all are told when a run failed, `coterie.federation.rounds.run_folder` what
 lies on disk.
 """

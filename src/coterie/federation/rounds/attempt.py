@@ -42,7 +42,7 @@ class Attempt:
 
 
 class RecentAttempts:
-    """The last two attempts that this process heard of, each by the directive that began it.
+    """The last two attempts that this process knows, each by the directive that began it.
 
     What a member sent in one attempt may be looked at when the next has begun; it still belongs to the one it names.
     What names any other belongs to what is being done, so that nobody can stay in an attempt for ever.
@@ -51,7 +51,7 @@ class RecentAttempts:
     def __init__(self) -> None:
         self._begun: dict[tuple[int, int], int] = {}
 
-    def heard(self, state: State) -> None:
+    def add(self, state: State) -> None:
         key = state.round, state.attempt
         if state.phase is Phase.COMPUTE and key not in self._begun:
             self._begun = dict([*self._begun.items(), (key, state.seq)][-2:])

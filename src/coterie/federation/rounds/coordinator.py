@@ -1,4 +1,4 @@
-"""The coordinator: hears every party, decides with `rounds.advance`, writes the decision down, tells everybody.
+"""The coordinator: takes every report, decides with `coordinator_rules.advance`, writes it down, directs everybody.
 
 It holds no model, sees no tensor and no loss, and can be killed at any time: what it needs is in its journal, the
 rest comes with the next heartbeats.
@@ -103,28 +103,28 @@ class Coordinator:
         """
         self._begin()
         self._transport.start(self._handle)
-        told = 0
+        sent = 0
         shown: tuple[object, ...] = ()
         shown_at = time.monotonic()
         while True:
             with self._changed:
                 self._decide()
                 notice = self._notice()
-                over = self._over(notice)
+                ended = self._ended(notice)
             state = notice.state
-            if state.seq != told:
-                self._tell()
+            if state.seq != sent:
+                self._broadcast()
             waiting = notice.missing or notice.cut or notice.busy
             due = bool(waiting) and time.monotonic() - shown_at > self._notice_every_s
-            news = (state.seq, notice.missing, notice.cut, notice.refused)
-            if due or shown != news:
+            change = (state.seq, notice.missing, notice.cut, notice.refused)
+            if due or shown != change:
                 self._notify(notice)
-                shown, shown_at = news, time.monotonic()
-            told = state.seq
-            if over:
+                shown, shown_at = change, time.monotonic()
+            sent = state.seq
+            if ended:
                 break
             with self._changed:
-                if self._journal.state.seq == told:
+                if self._journal.state.seq == sent:
                     self._changed.wait(_TICK_S)
         if state.ending is Ending.FAILED:
             raise self._failure(state)
@@ -159,7 +159,7 @@ class Coordinator:
                 self._refused[peer] = refusal.code
                 return encode(refusal)
             self._refused.pop(peer, None)
-            self._take(peer, call.report)
+            self._take_report(peer, call.report)
             self._decide()
             self._changed.notify_all()
             return self._directive()
@@ -175,7 +175,7 @@ class Coordinator:
             return Refusal(self._retired[call.report.instance])
         return None
 
-    def _take(self, peer: str, report: PartyReport) -> None:
+    def _take_report(self, peer: str, report: PartyReport) -> None:
         old = self._views.get(peer)
         if old is None or old.report.instance != report.instance:
             self._since[peer] = self._journal.state.seq
@@ -184,11 +184,11 @@ class Coordinator:
         elif old is not None and old.report.count > report.count:
             report = old.report  # it arrived late, but it still says that the party is alive
         self._views[peer] = View(report, self._time.now())
-        self._hear_complaints(peer)
+        self._act_on_complaints(peer)
         if report.stop:
             self.stop(peer)
 
-    def _hear_complaints(self, peer: str) -> None:
+    def _act_on_complaints(self, peer: str) -> None:
         """Drop whoever a party complains of; it is one's word against the other's, so whoever complains of several,
         and of more than half of the others, is itself the one that does not fit."""
         valid = [
@@ -221,7 +221,7 @@ class Coordinator:
         """Write down and take up every decision that is due. Called with the lock held."""
         while True:
             state, history = self._journal.state, self._journal.history
-            move = advance(self._plan, state, history, self._seen(), self._clock(), self._stop)
+            move = advance(self._plan, state, history, self._current_views(), self._clock(), self._stop)
             if move is None:
                 return
             self._journal.write(move)
@@ -230,13 +230,13 @@ class Coordinator:
     def _clock(self) -> Clock:
         return Clock(self._time.now(), self._entered)
 
-    def _seen(self) -> dict[str, View]:
+    def _current_views(self) -> dict[str, View]:
         connected = self._transport.connected()
         return {name: replace(view, connected=name in connected) for name, view in self._views.items()}
 
     def _notice(self) -> Notice:
         state, clock = self._journal.state, self._clock()
-        wants = wanting(self._plan, state, self._seen(), clock)
+        wants = wanting(self._plan, state, self._current_views(), clock)
         left = max(0.0, self._plan.join_s - (clock.now - clock.entered)) if wants.missing or wants.cut else None
         busy = wants.busy if clock.now - clock.entered > _TICK_S else ()
         return Notice(state, wants.missing, dict(self._refused), left, wants.cut, busy)
@@ -246,8 +246,8 @@ class Coordinator:
         notice = self._notice()
         return encode(Directive(journal.run, journal.state, journal.history.newest, notice.missing, notice.cut))
 
-    def _tell(self) -> None:
-        """Say what is new to everybody connected; who misses it hears it in the answer to its next heartbeat."""
+    def _broadcast(self) -> None:
+        """Send the directive to everybody connected; who misses it gets it in the answer to its next heartbeat."""
         with self._changed:
             message = self._directive()
         for party in self._plan.parties:
@@ -257,14 +257,14 @@ class Coordinator:
                 except TransportError:
                     continue
 
-    def _over(self, notice: Notice) -> bool:
+    def _ended(self, notice: Notice) -> bool:
         state, now = notice.state, self._time.now()
         if state.phase is not Phase.END:
             return False
-        # A finished run is told to everybody, also to those that were started again afterwards.
+        # The last directive of a finished run goes to everybody, also to those that were started again afterwards.
         wanted = [p for p in self._plan.parties if state.ending is Ending.FINISHED or self._here(p, now)]
-        told = [p in self._views and self._views[p].report.done >= state.seq for p in wanted]
-        return all(told) or now - self._entered > self._plan.lease_s
+        know = [p in self._views and self._views[p].report.done >= state.seq for p in wanted]
+        return all(know) or now - self._entered > self._plan.lease_s
 
     def _here(self, party: str, now: float) -> bool:
         view = self._views.get(party)

@@ -117,7 +117,7 @@ class CoordinatorProcess:
         self._kit, self._roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
 
-    def notice(self) -> str:
+    def certificate_warning(self) -> str:
         """What a person should know of the coordinator's certificates; empty while there is nothing."""
         return self._kit.ends_soon()
 
@@ -150,7 +150,7 @@ class CoordinatorProcess:
                     waiting_for=list(notice.busy),
                     refused=notice.refused,
                     checkpoint=journal.history.newest,
-                    certificate=self.notice(),
+                    certificate=self.certificate_warning(),
                     **status_of(notice.state),
                 )
                 self._notify(notice)

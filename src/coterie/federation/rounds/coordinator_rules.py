@@ -3,7 +3,7 @@
 `advance` looks at what is durable (`State`, `History`) and at the newest report of every party (`View`) and says what
 comes next, or nothing. It is a plain function, so every case can be tested without a network, a clock or a disk.
 
-Reports carry a party's standing, not events: whoever lost messages, or restarted, catches up with the next one.
+Reports carry a party's state, not events: whoever lost messages, or restarted, catches up with the next one.
 
 ::
 
@@ -106,7 +106,7 @@ class _Scene:
 
     @property
     def cut(self) -> tuple[tuple[str, str], ...]:
-        """Pairs of parties without a connection, both heard just now: so it is the line between them."""
+        """Pairs of parties without a connection, both heard just now: so it is the connection between them."""
         soon = min(self.plan.lease_s, self.plan.quiet_s) / 2
         here = [
             name
@@ -185,8 +185,8 @@ class _Scene:
         """Somebody went or lost its memory: no failure, but a run that only ever repeats itself has to end, too."""
         times = self.state.interruptions + 1
         if times > self.plan.max_attempts:
-            far = self.state.furthest[0]
-            return self.fail("round-no-progress", f"{note}, for the {_th(times)} time since round {far}")
+            furthest = self.state.furthest[0]
+            return self.fail("round-no-progress", f"{note}, for the {_ordinal(times)} time since round {furthest}")
         return self.gather(note, interruptions=times)
 
     def accomplished(self) -> State:
@@ -206,7 +206,7 @@ class _Scene:
         return f"{self.state.phase} of round {self.state.round}"
 
     def after_failure(self) -> Move:
-        """What follows once a party reported that it could not do what it was told."""
+        """What follows once a party reported that it could not carry out the directive."""
         reports = [self.views[name].report for name in self.failed]
         codes = sorted({report.code for report in reports})
         note = f"{_names(self.failed)} failed in {self.activity} ({', '.join(codes)})"
@@ -293,7 +293,7 @@ def _gather(scene: _Scene) -> Move | None:
 
 def _rejoin(scene: _Scene) -> Move:
     """Who comes back under ``lost_party: continue`` loads its own newest checkpoint; nobody else goes back."""
-    published = [record.files for record in scene.history.records]
+    published = [checkpoint.files for checkpoint in scene.history.published]
     sources = {}
     for name in scene.state.rejoining:
         held = scene.views[name].report.held
@@ -307,10 +307,10 @@ def _roll_back(scene: _Scene) -> Move:
     """Everybody loads the newest published checkpoint that all hold. The split model is held by all."""
     held = {name: scene.views[name].report.held for name in scene.active}
     lacking: tuple[str, ...] = ()
-    for record in reversed(scene.history.records):
-        without = tuple(name for name in scene.active if record.files[name] not in (FIRST, *held[name]))
+    for checkpoint in reversed(scene.history.published):
+        without = tuple(name for name in scene.active if checkpoint.files[name] not in (FIRST, *held[name]))
         if not without:
-            return _load(scene, record)
+            return _load(scene, checkpoint)
         lacking = lacking or without
     if lacking:
         return scene.fail(
@@ -321,18 +321,18 @@ def _roll_back(scene: _Scene) -> Move:
     return _load(scene, PublishedCheckpoint(0, dict.fromkeys(scene.active, FIRST)))
 
 
-def _load(scene: _Scene, record: PublishedCheckpoint) -> Move:
+def _load(scene: _Scene, checkpoint: PublishedCheckpoint) -> Move:
     state = scene.to(
         Phase.RESTORE,
-        round=record.round,
-        sources=dict(record.files),
-        committed=record.round,
+        round=checkpoint.round,
+        sources=dict(checkpoint.files),
+        committed=checkpoint.round,
         committed_attempt=0,
-        evaluated=min(scene.state.evaluated, record.round),
+        evaluated=min(scene.state.evaluated, checkpoint.round),
         rejoining=(),
-        note=f"from round {record.round}" if record.round else "from the split model",
+        note=f"from round {checkpoint.round}" if checkpoint.round else "from the split model",
     )
-    return Move(state, back_to=record.round)
+    return Move(state, back_to=checkpoint.round)
 
 
 def _restore(scene: _Scene) -> Move | None:
@@ -376,15 +376,15 @@ def _checkpoint(scene: _Scene) -> Move | None:
     round_no = scene.state.round
     if not scene.all_done:
         return scene.trouble(round_no)
-    before = scene.history.records[-1].files if scene.history.records else {}
+    before = scene.history.published[-1].files if scene.history.published else {}
     files = {name: before.get(name, FIRST) for name in scene.state.absent}
     files |= {name: Saved(round_no, scene.views[name].report.saved) for name in scene.active}
-    record = PublishedCheckpoint(round_no, {name: files[name] for name in scene.plan.parties})
-    history = replace(scene.history, records=(*scene.history.records, record))
-    return scene.after(scene.accomplished(), history, record=record)
+    checkpoint = PublishedCheckpoint(round_no, {name: files[name] for name in scene.plan.parties})
+    history = replace(scene.history, published=(*scene.history.published, checkpoint))
+    return scene.after(scene.accomplished(), history, published=checkpoint)
 
 
-def _th(number: int) -> str:
+def _ordinal(number: int) -> str:
     endings = {1: "st", 2: "nd", 3: "rd"}
     return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
 

@@ -1,4 +1,4 @@
-"""What parties and coordinator say to each other, as checked JSON in the body of control messages."""
+"""Reports, directives and refusals: what control messages between parties and coordinator carry, as checked JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coterie.federation.wire.transport import Message
 
 @dataclass(frozen=True)
 class Call(Strict):
-    """Party to coordinator: a heartbeat with everything the party has to say.
+    """Party to coordinator: a heartbeat with everything the party reports.
 
     Attributes:
         agreement: hash of the signed agreement the party works under.

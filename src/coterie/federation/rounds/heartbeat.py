@@ -1,4 +1,4 @@
-"""A party's tie to the coordinator: heartbeats out, directives in, and the answer to "does this still count?"."""
+"""A party's heartbeat: reports out, directives in, and the answer to "is this still the newest directive?"."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coterie.federation.wire.transport import Lane, Message, Transport
 
 _ANSWER_S = 4.0
 _UNREACHABLE_S = 1.0
-"""A line between two parties is dialled anew several times in this time before it is reported as cut."""
+"""A connection between two parties is dialled anew several times in this time before it is reported as cut."""
 
 
 class Heartbeat:
@@ -30,11 +30,11 @@ class Heartbeat:
         run: the run its checkpoints belong to; empty for none.
         heartbeat_s: time between heartbeats.
         patience_s: silence of the coordinator after which the party gives up.
-        check: looks at every directive; what it raises makes it one that was not said.
-        on_news: called from the heartbeat or a transport thread whenever the directive changed or the tie is lost;
-            must return at once.
+        check: looks at every directive; one for which it raises is not taken.
+        on_change: called from the heartbeat or a transport thread whenever the directive changed or the heartbeat
+            failed; must return at once.
         on_beat: called from the heartbeat thread after every heartbeat, with the seconds that the coordinator has
-            been silent; what it raises ends the tie.
+            been silent; what it raises ends the heartbeat.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class Heartbeat:
         heartbeat_s: float = 2.0,
         patience_s: float = 300.0,
         check: Callable[[Directive], None] = lambda directive: None,
-        on_news: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
         on_beat: Callable[[float], None] = lambda silent_s: None,
     ) -> None:
         self._transport, self._agreement, self._run = transport, agreement, run
-        self._heartbeat_s, self._patience_s, self._on_news = heartbeat_s, patience_s, on_news
+        self._heartbeat_s, self._patience_s, self._on_change = heartbeat_s, patience_s, on_change
         self._on_beat, self._check = on_beat, check
         self._report = PartyReport(secrets.token_hex(8))
         self._directive: Directive | None = None
-        self._lost: CoterieError | None = None
+        self._error: CoterieError | None = None
         self._unsent = True
         self._tried = -1
         self._stop = False
@@ -71,7 +71,7 @@ class Heartbeat:
 
     @property
     def directive(self) -> Directive | None:
-        """The newest word of the coordinator."""
+        """What the coordinator wants now."""
         return self._directive
 
     def wait(self, after: int) -> Directive:
@@ -84,16 +84,16 @@ class Heartbeat:
             while True:
                 if self._directive is not None and self._directive.state.seq > after:
                     return self._directive
-                if self._lost is not None:
-                    raise self._lost
+                if self._error is not None:
+                    raise self._error
                 self._changed.wait(1.0)
 
-    def current(self, seq: int) -> bool:
-        """Whether directive ``seq`` is still the newest one and the tie holds. Cheap: ask it often."""
+    def is_newest(self, seq: int) -> bool:
+        """Whether directive ``seq`` is still the newest one and nothing failed. Cheap: ask it often."""
         directive = self._directive
-        return self._lost is None and directive is not None and directive.state.seq == seq
+        return self._error is None and directive is not None and directive.state.seq == seq
 
-    def say(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
         """Change fields of the report and send it now."""
         with self._changed:
             self._report = replace(self._report, count=self._report.count + 1, **changes)
@@ -105,20 +105,20 @@ class Heartbeat:
         with self._changed:
             seq = 0 if self._directive is None else self._directive.state.seq
             others = [each for each in self._report.complaints if each.about != about]
-            self.say(complaints=(*others, Complaint(about, seq, code)))
+            self.update(complaints=(*others, Complaint(about, seq, code)))
 
     def ask_to_stop(self) -> None:
         """Ask for a clean end after the round in progress. Safe in a signal handler: takes no lock."""
         self._stop = True
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Make `wait` raise: this process is to end without a goodbye."""
-        self._lose(RoundError("this party was told to end at once.", code="round-abandoned"))
+        self._fail(RoundError("this party was told to end at once.", code="round-abandoned"))
 
     def handle(self, message: Message) -> None:
         """Take a directive the coordinator sent on its own."""
         check_request("rounds", self._transport.me, COORDINATOR, Lane.CONTROL, message)
-        self._absorb(decode(message, Directive, COORDINATOR))
+        self._take_directive(decode(message, Directive, COORDINATOR))
 
     def close(self) -> None:
         with self._changed:
@@ -133,7 +133,7 @@ class Heartbeat:
         Whether it was answered does not matter: the coordinator may leave as soon as everybody has said goodbye.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._tried >= self._report.count or self._lost is not None, timeout_s)
+            self._changed.wait_for(lambda: self._tried >= self._report.count or self._error is not None, timeout_s)
 
     def _beat(self) -> None:
         while True:
@@ -152,21 +152,21 @@ class Heartbeat:
             try:
                 try:
                     reply = self._transport.request(COORDINATOR, Lane.CONTROL, encode(call), _ANSWER_S)
-                    self._heard(call, reply)
+                    self._take_reply(call, reply)
                 except TransportError as error:
-                    self._silent(error)
+                    self._note_silence(error)
                 self._on_beat(time.monotonic() - self._heard_at)
             except CoterieError as error:
-                self._lose(error)
+                self._fail(error)
                 return
             except Exception as error:  # a bug of ours must not leave a party that looks alive to itself
-                self._lose(RoundError(f"the heartbeat failed: {error!r}.", code="heartbeat-failed"))
+                self._fail(RoundError(f"the heartbeat failed: {error!r}.", code="heartbeat-failed"))
                 return
             finally:
                 with self._changed:
                     self._tried = call.report.count
                     self._changed.notify_all()
-            if self._lost is not None:
+            if self._error is not None:
                 return
 
     def _unreachable(self, now: float) -> tuple[str, ...]:
@@ -178,7 +178,7 @@ class Heartbeat:
         overdue = now - _UNREACHABLE_S
         return tuple(peer for peer, since in self._down_since.items() if since <= overdue or peer not in self._met)
 
-    def _heard(self, call: Call, reply: Message) -> None:
+    def _take_reply(self, call: Call, reply: Message) -> None:
         if is_kind(reply, Refusal):
             raise _refused(decode(reply, Refusal, COORDINATOR), self._agreement)
         directive = decode(reply, Directive, COORDINATOR)
@@ -188,13 +188,13 @@ class Heartbeat:
             if self._report.count == call.report.count:
                 self._unsent = False
             self._changed.notify_all()
-        self._absorb(directive)
+        self._take_directive(directive)
 
-    def _absorb(self, directive: Directive) -> None:
+    def _take_directive(self, directive: Directive) -> None:
         self._check(directive)
         with self._changed:
             if self._run and directive.run != self._run:
-                self._lost = _refused(Refusal("checkpoint-other-run", directive.run), self._agreement)
+                self._error = _refused(Refusal("checkpoint-other-run", directive.run), self._agreement)
             elif self._directive is not None and directive.state.seq < self._directive.state.seq:
                 return
             else:
@@ -203,15 +203,15 @@ class Heartbeat:
                 if not fresh:
                     return
             self._changed.notify_all()
-        self._on_news()
+        self._on_change()
 
-    def _silent(self, error: TransportError) -> None:
+    def _note_silence(self, error: TransportError) -> None:
         waited = time.monotonic() - self._heard_at
         if waited < self._patience_s:
             with self._changed:
                 self._changed.wait(min(self._heartbeat_s, 1.0))
             return
-        self._lose(
+        self._fail(
             DeadlineError(
                 f"the coordinator has not answered for {waited:.0f} s.",
                 code="coordinator-gone",
@@ -221,11 +221,11 @@ class Heartbeat:
             )
         )
 
-    def _lose(self, error: CoterieError) -> None:
+    def _fail(self, error: CoterieError) -> None:
         with self._changed:
-            self._lost = self._lost or error
+            self._error = self._error or error
             self._changed.notify_all()
-        self._on_news()
+        self._on_change()
 
 
 def _refused(refusal: Refusal, agreement: str) -> CoterieError:

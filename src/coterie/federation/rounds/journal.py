@@ -110,10 +110,10 @@ class Journal:
         return State() if row is None else _STATE.validate_json(row[0])
 
     def _read_history(self) -> History:
-        records = self._db.execute("SELECT record FROM records ORDER BY round").fetchall()
+        rows = self._db.execute("SELECT record FROM records ORDER BY round").fetchall()
         attempts = self._db.execute("SELECT round, highest FROM attempts").fetchall()
         self._attempts: dict[int, int] = dict(attempts)
-        return History(tuple(_RECORD.validate_json(row[0]) for row in records), self._attempts)
+        return History(tuple(_RECORD.validate_json(row[0]) for row in rows), self._attempts)
 
     def write(self, move: Move) -> None:
         """Make a move durable, then remember it. After a crash it happened wholly or not at all.
@@ -124,14 +124,14 @@ class Journal:
         with writing(self.path):
             self._write(move)
         self.state = move.state
-        records = self.history.records
+        published = self.history.published
         if move.back_to is not None:
-            records = tuple(record for record in records if record.round <= move.back_to)
-        if move.record is not None:
-            records = (*records, move.record)
+            published = tuple(checkpoint for checkpoint in published if checkpoint.round <= move.back_to)
+        if move.published is not None:
+            published = (*published, move.published)
         if move.state.phase is Phase.COMPUTE:
             self._attempts[move.state.round] = move.state.attempt
-        self.history = History(records, self._attempts)
+        self.history = History(published, self._attempts)
 
     def _write(self, move: Move) -> None:
         state, at = move.state, time.time()
@@ -143,9 +143,9 @@ class Journal:
             if move.committed:
                 row = (state.committed, state.committed_attempt, state.seq, at)
                 self._db.execute("INSERT INTO commits (round, attempt, seq, at) VALUES (?, ?, ?, ?)", row)
-            if move.record is not None:
-                text = _RECORD.dump_json(move.record).decode()
-                self._db.execute("INSERT INTO records VALUES (?, ?, ?)", (move.record.round, text, at))
+            if move.published is not None:
+                text = _RECORD.dump_json(move.published).decode()
+                self._db.execute("INSERT INTO records VALUES (?, ?, ?)", (move.published.round, text, at))
             if state.phase is Phase.COMPUTE:
                 self._db.execute("INSERT OR REPLACE INTO attempts VALUES (?, ?)", (state.round, state.attempt))
             self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (_STATE.dump_json(state).decode(),))

@@ -1,7 +1,7 @@
 """The party's half of the round transaction: what one party does about a directive.
 
-Like `rounds.advance` it is a plain function of what the party holds and what the coordinator says, so that crashes
-can be tried at every point.
+Like `coordinator_rules.advance` it is a plain function of what the party holds and what the coordinator wants, so
+that crashes can be tried at every point.
 """
 
 from __future__ import annotations
@@ -31,62 +31,62 @@ class PartyMemory:
 
     Attributes:
         live: rounds behind the parameters and optimiser state; None before anything was loaded.
-        prepared: (round, attempt) computed and staged, waiting to hear whether it was committed.
+        prepared: (round, attempt) computed and staged, waiting to know whether it was committed.
     """
 
     live: int | None = None
     prepared: tuple[int, int] | None = None
 
 
-def acts(party: str, standing: PartyMemory, told: State) -> tuple[Act, ...]:
-    """What ``party`` has to do to follow ``told``.
+def acts(party: str, memory: PartyMemory, state: State) -> tuple[Act, ...]:
+    """What ``party`` has to do to follow ``state``.
 
     A prepared attempt survives any number of lost messages and changes of phase until the coordinator names the
     newest commit: it is applied if that is the one, and dropped otherwise.
     """
     first: tuple[Act, ...] = ()
-    live = standing.live
-    if standing.prepared is not None and standing.prepared != _asked(told):
-        if standing.prepared == (told.committed, told.committed_attempt):
-            first, live = (Act.STEP,), told.committed
+    live = memory.live
+    if memory.prepared is not None and memory.prepared != _asked(state):
+        if memory.prepared == (state.committed, state.committed_attempt):
+            first, live = (Act.STEP,), state.committed
         else:
             first = (Act.DROP,)
-    if told.phase is Phase.END:
+    if state.phase is Phase.END:
         return (*first, Act.LEAVE)
-    if party in told.absent:
+    if party in state.absent:
         return first
-    match told.phase:
+    match state.phase:
         case Phase.GATHER:
             then: tuple[Act, ...] = ()
         case Phase.RESTORE:
-            then = (Act.LOAD,) if party in told.sources else ()
+            then = (Act.LOAD,) if party in state.sources else ()
         case Phase.COMPUTE:
-            ready = live == told.round - 1
-            then = (() if standing.prepared == _asked(told) else (Act.COMPUTE,)) if ready else (Act.REFUSE,)
+            ready = live == state.round - 1
+            then = (() if memory.prepared == _asked(state) else (Act.COMPUTE,)) if ready else (Act.REFUSE,)
         case Phase.STEP:
-            then = () if live == told.round else (Act.REFUSE,)
+            then = () if live == state.round else (Act.REFUSE,)
         case Phase.EVALUATE:
-            then = (Act.EVALUATE,) if live == told.round else (Act.REFUSE,)
+            then = (Act.EVALUATE,) if live == state.round else (Act.REFUSE,)
         case Phase.CHECKPOINT:
-            then = (Act.SAVE,) if live == told.round else (Act.REFUSE,)
+            then = (Act.SAVE,) if live == state.round else (Act.REFUSE,)
     return (*first, *then)
 
 
-def _asked(told: State) -> tuple[int, int] | None:
+def _asked(state: State) -> tuple[int, int] | None:
     """The attempt that the directive is still asking for."""
-    return (told.round, told.attempt) if told.phase is Phase.COMPUTE else None
+    return (state.round, state.attempt) if state.phase is Phase.COMPUTE else None
 
 
-def after_act(act: Act, standing: PartyMemory, told: State) -> PartyMemory:
-    """The standing once ``act`` has been carried out."""
+def after_act(act: Act, memory: PartyMemory, state: State) -> PartyMemory:
+    """The memory once ``act`` has been carried out."""
     match act:
         case Act.STEP:
-            return PartyMemory(live=told.committed)
+            return PartyMemory(live=state.committed)
         case Act.DROP:
-            return PartyMemory(live=standing.live)
+            return PartyMemory(live=memory.live)
         case Act.LOAD:
-            return PartyMemory(live=told.round)
+            return PartyMemory(live=state.round)
         case Act.COMPUTE:
-            return PartyMemory(live=standing.live, prepared=(told.round, told.attempt))
+            return PartyMemory(live=memory.live, prepared=(state.round, state.attempt))
         case _:
-            return standing
+            return memory

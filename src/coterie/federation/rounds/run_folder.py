@@ -100,8 +100,8 @@ class RunFolder:
 
 def _holder(file: Path) -> str:
     try:
-        found = json_object(file.read_bytes())
-        return f": process {int(found['pid'])} on {found['host']}, since {found['since']}"
+        holder = json_object(file.read_bytes())
+        return f": process {int(holder['pid'])} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 

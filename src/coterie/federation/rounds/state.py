@@ -1,6 +1,6 @@
-"""What a round is made of: phases, the durable state, reports and checkpoint records.
+"""What a round is made of: phases, the durable state, reports and published checkpoints.
 
-Plain values shared by the coordinator's rules (`rounds`), the party's (`standing`), the journal and the wire.
+Plain values shared by the coordinator's rules, the party's, the journal and the wire.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ class History:
     """What the coordinator remembers for ever.
 
     Attributes:
-        records: published checkpoints, oldest first.
+        published: checkpoints, oldest first.
         attempts: highest attempt ever handed out, per round; a number is never used twice, rollbacks included.
     """
 
-    records: tuple[PublishedCheckpoint, ...] = ()
+    published: tuple[PublishedCheckpoint, ...] = ()
     attempts: Mapping[int, int] = field(default_factory=dict)
 
     def next_attempt(self, round_no: int) -> int:
@@ -119,18 +119,18 @@ class History:
     @property
     def newest(self) -> int:
         """Rounds behind the newest published checkpoint."""
-        return self.records[-1].round if self.records else 0
+        return self.published[-1].round if self.published else 0
 
 
 @dataclass(frozen=True)
 class State(Strict):
-    """Where the federation is. Written to disk before anybody is told.
+    """Where the federation is. Written to disk before it is sent to anybody.
 
     Attributes:
         seq: grows by one with every change; parties answer to it.
         phase, round, attempt: what is being done. ``round`` is the round being made (compute, step) or the number of
             rounds behind the model (everything else).
-        committed, committed_attempt: newest durable commit on the current line.
+        committed, committed_attempt: newest durable commit on the current history.
         epoch: grows when a party leaves or comes back under ``lost_party: continue``.
         furthest: the round and phase of it that all got done, over the whole run, going back included.
         failures, interruptions: since then, what a party or a deadline failed at, and how often one was lost or came
@@ -233,16 +233,16 @@ class Clock:
 
 @dataclass(frozen=True)
 class Move:
-    """A decision, to be made durable as a whole before anybody hears of it.
+    """A decision, to be made durable as a whole before it is sent to anybody.
 
     Attributes:
         state: the next state.
         committed: a round was committed by this move.
-        record: a checkpoint published by this move.
-        back_to: rounds and records after this one no longer count; None when nothing is undone.
+        published: the checkpoint that this move publishes.
+        back_to: rounds and checkpoints after this one no longer count; None when nothing is undone.
     """
 
     state: State
     committed: bool = False
-    record: PublishedCheckpoint | None = None
+    published: PublishedCheckpoint | None = None
     back_to: int | None = None

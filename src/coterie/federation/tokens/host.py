@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coterie.errors import FrameError, MessageError, RoundError
 from coterie.federation.shard import Shard
-from coterie.federation.tokens.host_math import Kept, Rows, work_backward, work_forward
+from coterie.federation.tokens.host_math import Kept, Rows, host_backward, host_forward
 from coterie.federation.tokens.staging import PartyStage
 from coterie.federation.wire.messages import LARGEST, check_request, kinds, unfit
 from coterie.federation.wire.transport import Address, Lane, Message
@@ -102,7 +102,7 @@ class TokensHost:
         self._recompute, self._limits, self._transcript = recompute, limits, transcript
         self._changed = threading.Condition()
         self._open: RoundId | None = None
-        self._over: RoundId = (-1, 0)
+        self._last_over: RoundId = (-1, 0)
         self._committed: RoundId | None = None
         self._stages: dict[str, PartyStage] = {}
         self._kept: dict[ExchangeId, Kept] = {}
@@ -127,20 +127,20 @@ class TokensHost:
         with self._changed:
             if self._open == (round_no, attempt):
                 return
-            if (round_no, attempt) <= self._over:
-                raise _over(round_no, attempt)
+            if (round_no, attempt) <= self._last_over:
+                raise _attempt_over(round_no, attempt)
             names = [name for name in self.parties if parties is None or name in parties]
-            self._drop()
+            self._clear()
             self._open = (round_no, attempt)
             self._stages = {name: PartyStage(name, self._limits.ahead) for name in names}
             self._changed.notify_all()
 
-    def abort(self, round_no: int, attempt: int) -> None:
+    def drop(self, round_no: int, attempt: int) -> None:
         """Forget whatever an attempt staged, also one that never began here. Its later messages are refused."""
         with self._changed:
-            self._over = max(self._over, (round_no, attempt))
-            if self._open is not None and self._open <= self._over:
-                self._drop()
+            self._last_over = max(self._last_over, (round_no, attempt))
+            if self._open is not None and self._open <= self._last_over:
+                self._clear()
             self._changed.notify_all()
 
     def tokens(self, party: str, round_no: int, attempt: int, count: int) -> None:
@@ -175,7 +175,7 @@ class TokensHost:
             if self._committed == (round_no, attempt):
                 return
             if self._open != (round_no, attempt):
-                raise _over(round_no, attempt)
+                raise _attempt_over(round_no, attempt)
             if self.missing():
                 raise RoundError(
                     f"round {round_no} cannot commit: no word from {', '.join(self.missing())}.",
@@ -190,8 +190,8 @@ class TokensHost:
             self._fill_gradients(stages)
             self.shard.step(learning_rate)
             with self._changed:
-                self._committed = self._over = (round_no, attempt)
-                self._drop()
+                self._committed = self._last_over = (round_no, attempt)
+                self._clear()
         finally:
             with self._changed:
                 self._stepping = False
@@ -210,8 +210,8 @@ class TokensHost:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put back a checkpoint's experts. Rounds may be repeated after it: none counts as over any more."""
         with self._changed:
-            self._drop()
-            self._over, self._committed = (-1, 0), None
+            self._clear()
+            self._last_over, self._committed = (-1, 0), None
             self.shard.load_state_dict(state)
             self._changed.notify_all()
 
@@ -228,14 +228,14 @@ class TokensHost:
                 if total is not None:
                     gradient.copy_(total.div_(max(tokens, 1)))
 
-    def _drop(self) -> None:
+    def _clear(self) -> None:
         self._open = None
         self._stages, self._kept, self._reserved = {}, {}, Counter()
 
     # ---- exchanges ----
 
     def forward(self, exchange: ExchangeId, rows: Rows, keep: bool) -> Tensor:
-        """Outputs of the hosted experts for some tokens; see `work_forward`.
+        """Outputs of the hosted experts for some tokens; see `host_forward`.
 
         Args:
             exchange: names the micro-batch and the layer; used once.
@@ -256,7 +256,7 @@ class TokensHost:
             self._reserve(exchange, self._size(layer, rows))
             stage.begin(layer.index, exchange.address.micro_batch)
         with self._weights(layer) as weights:
-            out, kept = work_forward(layer, weights, rows, recompute=self._recompute)
+            out, kept = host_forward(layer, weights, rows, recompute=self._recompute)
         if keep:
             with self._changed:
                 self._check_open(exchange)
@@ -285,13 +285,13 @@ class TokensHost:
                     where=_where(exchange),
                     why="each forward has one backward",
                 )
-            tokens = kept.rows.counts_M if kept.rows.weights_P is not None else kept.rows.ids_P
+            tokens = kept.rows.counts_M if kept.rows.routing_weights_P is not None else kept.rows.ids_P
             if grad.shape != (tokens.shape[0], kept.rows.x_MD.shape[1]) or not grad.is_floating_point():
                 raise _unfit(exchange, "gradient", f"has shape {tuple(grad.shape)}")
             del self._kept[exchange]
         with self._weights(layer) as weights:
             grad = grad.to(kept.rows.x_MD.device)
-            grad_x_MD, grad_weights_P, gradients = work_backward(layer, weights, kept, grad)
+            grad_x_MD, grad_routing_weights_P, gradients = host_backward(layer, weights, kept, grad)
             staged = {name: value.cpu() for name, value in gradients.items()}
         check_own(
             "gradients of hosted experts",
@@ -303,14 +303,14 @@ class TokensHost:
             self._check_open(exchange)
             self._reserved[exchange.party] -= kept.num_bytes
         stage.finish(layer.index, exchange.address.micro_batch, staged)
-        return grad_x_MD, grad_weights_P
+        return grad_x_MD, grad_routing_weights_P
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
         """The reply to a message of one of `KINDS`.
 
-        - ``dispatch``, body ``{"keep": bool}``: x_MD, counts_M uint8, ids_P uint8 or int32, and weights_P if this
-          host is to weight and sum. Reply: the outputs.
-        - ``gradient``: the gradient at the outputs. Reply: the gradient at x_MD, and at weights_P if there were any.
+        - ``dispatch``, body ``{"keep": bool}``: x_MD, counts_M uint8, ids_P uint8 or int32, and routing_weights_P if
+          this host is to weight and sum. Reply: the outputs.
+        - ``gradient``: the gradient at the outputs. Reply: the gradient at x_MD, and at routing weights if any came.
         - ``tokens``, body ``{"count": int}``. Reply: nothing.
 
         Raises:
@@ -332,8 +332,8 @@ class TokensHost:
             check_own("outputs of hosted experts", [out], limits.value, where=_where(exchange))
             return message.reply("outputs", tensors=(out,))
         if message.kind == GRADIENT:
-            grad_x_MD, grad_weights_P = self.backward(exchange, message.tensors[0])
-            grads = (grad_x_MD,) if grad_weights_P is None else (grad_x_MD, grad_weights_P)
+            grad_x_MD, grad_routing_weights_P = self.backward(exchange, message.tensors[0])
+            grads = (grad_x_MD,) if grad_routing_weights_P is None else (grad_x_MD, grad_routing_weights_P)
             check_own("gradients behind hosted experts", grads, limits.value, where=_where(exchange))
             return message.reply("gradients", tensors=grads)
         self.tokens(peer, message.address.round, message.address.attempt, message.body["count"])
@@ -350,7 +350,7 @@ class TokensHost:
         weights, hosted = self.shard.weights(layer.index), self.shard.hosted[layer.index]
         device = weights["down_proj"].device
         width = _input_width(layer, weights)
-        x_MD, counts_M, ids_P, weights_P = rows.x_MD, rows.counts_M, rows.ids_P, rows.weights_P
+        x_MD, counts_M, ids_P, routing_weights_P = rows.x_MD, rows.counts_M, rows.ids_P, rows.routing_weights_P
         if x_MD.ndim != 2 or x_MD.shape[1] != width or not x_MD.is_floating_point():
             raise _unfit(
                 exchange, "hidden", f"has shape {tuple(x_MD.shape)} and dtype {x_MD.dtype}, width is {width}"
@@ -359,8 +359,12 @@ class TokensHost:
             raise _unfit(exchange, "counts", "is not one number for each token")
         if bool(((counts_M < 1) | (counts_M > len(hosted))).any()) or int(counts_M.sum()) != ids_P.shape[0]:
             raise _unfit(exchange, "counts", "does not add up to the number of ids")
-        if weights_P is not None and (weights_P.shape != ids_P.shape or not weights_P.is_floating_point()):
-            raise _unfit(exchange, "weights", f"has shape {tuple(weights_P.shape)} and dtype {weights_P.dtype}")
+        if routing_weights_P is not None and (
+            routing_weights_P.shape != ids_P.shape or not routing_weights_P.is_floating_point()
+        ):
+            raise _unfit(
+                exchange, "weights", f"has shape {tuple(routing_weights_P.shape)} and dtype {routing_weights_P.dtype}"
+            )
         if bool(((ids_P < 0) | (ids_P >= layer.num_experts)).any()):
             raise _unfit(exchange, "ids", f"leave the range of {layer.num_experts} experts")
         local_E = torch.full((layer.num_experts,), -1, device=ids_P.device)
@@ -378,7 +382,7 @@ class TokensHost:
             )
         if self._size(layer, rows) > self._limits.kept_bytes:
             raise _too_much(exchange, self._limits.kept_bytes)
-        return Rows(x_MD, counts_M, local_P, weights_P).to(device)
+        return Rows(x_MD, counts_M, local_P, routing_weights_P).to(device)
 
     def _size(self, layer: ExpertLayer, rows: Rows) -> int:
         """Bytes that a forward will keep."""
@@ -405,15 +409,15 @@ class TokensHost:
         round_no, attempt = wanted
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closed or wanted <= (self._open or (-1, 0)) or wanted <= self._over,
+                lambda: self._closed or wanted <= (self._open or (-1, 0)) or wanted <= self._last_over,
                 self._limits.begin_s,
             )
             if self._closed:
                 raise RoundError(f"{self.me} is leaving.", code="host-closed")
             if self._open != wanted:
                 raise (
-                    _over(round_no, attempt)
-                    if wanted <= max(self._over, self._open or self._over)
+                    _attempt_over(round_no, attempt)
+                    if wanted <= max(self._last_over, self._open or self._last_over)
                     else RoundError(
                         f"{self.me} has not begun round {round_no}, attempt {attempt}.",
                         code="round-not-begun",
@@ -426,7 +430,7 @@ class TokensHost:
 
     def _check_open(self, exchange: ExchangeId) -> None:
         if self._open != exchange.round_id:
-            raise _over(*exchange.round_id)
+            raise _attempt_over(*exchange.round_id)
 
     @contextmanager
     def _weights(self, layer: ExpertLayer) -> Iterator[dict[str, Tensor]]:
@@ -452,7 +456,7 @@ def _where(exchange: ExchangeId) -> str:
     return f"{exchange.party}, round {at.round}, attempt {at.attempt}, micro-batch {at.micro_batch}, layer {at.layer}"
 
 
-def _over(round_no: int, attempt: int) -> RoundError:
+def _attempt_over(round_no: int, attempt: int) -> RoundError:
     return RoundError(
         f"round {round_no}, attempt {attempt} is over or was never open here.",
         code="round-over",

@@ -5,7 +5,7 @@ Tokens arrive once each, with the list of their experts here:
 - ``x_MD``: M tokens;
 - ``counts_M``: how many of the hosted experts each one chose, at least 1;
 - ``ids_P``: those experts, token after token; P pairs in all;
-- ``weights_P``: their routing weights, if the host is to weight and sum the outputs.
+- ``routing_weights_P``: their routing weights, if the host is to weight and sum the outputs.
 
 Shape letters besides: D model width, E hosted experts, R rows sorted by expert (R = P), G width before the gate.
 """
@@ -28,15 +28,15 @@ class Rows:
     x_MD: Tensor
     counts_M: Tensor
     ids_P: Tensor
-    weights_P: Tensor | None
+    routing_weights_P: Tensor | None
 
     def to(self, device: torch.device) -> Rows:
-        weights = None if self.weights_P is None else self.weights_P.to(device)
+        weights = None if self.routing_weights_P is None else self.routing_weights_P.to(device)
         return Rows(self.x_MD.to(device), self.counts_M.to(device), self.ids_P.to(device), weights)
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.x_MD, self.counts_M, self.ids_P, self.weights_P) if t is not None)
+        return sum(t.nbytes for t in (self.x_MD, self.counts_M, self.ids_P, self.routing_weights_P) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Kept:
 
 
 @torch.no_grad()
-def work_forward(layer: ExpertLayer, weights: Weights, rows: Rows, *, recompute: bool = False) -> tuple[Tensor, Kept]:
+def host_forward(layer: ExpertLayer, weights: Weights, rows: Rows, *, recompute: bool = False) -> tuple[Tensor, Kept]:
     """Outputs of the hosted experts, in the tokens' dtype.
 
     Args:
@@ -62,27 +62,27 @@ def work_forward(layer: ExpertLayer, weights: Weights, rows: Rows, *, recompute:
         recompute: keep only what arrived; costs one more product in the backward.
 
     Returns:
-        [M, D], weighted and summed, or [P, D] where there are no routing weights; and what `work_backward` needs.
+        [M, D], weighted and summed, or [P, D] where there are no routing weights; and what `host_backward` needs.
     """
     pairs, token_R = _sort(rows, weights)
     out_RD, pre_RG = forward_rows(layer, weights, rows.x_MD[token_R], pairs.ends_E)
     out_PD = _unsort(out_RD, pairs)
-    if rows.weights_P is not None:
-        out_PD = _sum_pairs(out_PD * rows.weights_P.unsqueeze(-1), rows.counts_M)
+    if rows.routing_weights_P is not None:
+        out_PD = _sum_pairs(out_PD * rows.routing_weights_P.unsqueeze(-1), rows.counts_M)
     return out_PD.to(rows.x_MD.dtype), Kept(rows, None if recompute else pre_RG)
 
 
 @torch.no_grad()
-def work_backward(
+def host_backward(
     layer: ExpertLayer, weights: Weights, kept: Kept, grad: Tensor
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Gradients at what arrived, and summed over the rows at the hosted experts' weights.
 
     Args:
-        layer: as in `work_forward`.
-        weights: as in `work_forward`.
-        kept: what `work_forward` returned for these rows.
-        grad: gradient at what `work_forward` returned.
+        layer: as in `host_forward`.
+        weights: as in `host_forward`.
+        kept: what `host_forward` returned for these rows.
+        grad: gradient at what `host_forward` returned.
 
     Returns:
         [M, D] in the tokens' dtype; [P] float32 or wider, or None without routing weights; {name: [E, ...]}.
@@ -92,15 +92,17 @@ def work_backward(
     x_RD, pre_RG = rows.x_MD[token_R], kept.pre_RG
     if pre_RG is None:
         pre_RG = apply_linear(layer, weights, layer.layout.up_name, x_RD, pairs.ends_E)
-    scale_R = None if rows.weights_P is None else rows.weights_P[pairs.pair_R]
-    grad_RD = grad[pairs.pair_R] if scale_R is None else grad[token_R]
-    found = backward_rows(layer, weights, pre_RG, grad_RD, pairs.ends_E, scale_R)
-    if scale_R is not None:
-        grad_RD = grad_RD * scale_R.unsqueeze(-1)
-    gradients = weight_gradients(layer, x_RD, found, grad_RD, pairs.ends_E)
-    grad_x_MD = _sum_pairs(_unsort(found.grad_x_RD, pairs), rows.counts_M).to(rows.x_MD.dtype)
-    grad_weights_P = None if found.grad_scale_R is None else _unsort(found.grad_scale_R, pairs)
-    return grad_x_MD, grad_weights_P, gradients
+    routing_weights_R = None if rows.routing_weights_P is None else rows.routing_weights_P[pairs.pair_R]
+    grad_RD = grad[pairs.pair_R] if routing_weights_R is None else grad[token_R]
+    row_grads = backward_rows(layer, weights, pre_RG, grad_RD, pairs.ends_E, routing_weights_R)
+    if routing_weights_R is not None:
+        grad_RD = grad_RD * routing_weights_R.unsqueeze(-1)
+    gradients = weight_gradients(layer, x_RD, row_grads, grad_RD, pairs.ends_E)
+    grad_x_MD = _sum_pairs(_unsort(row_grads.grad_x_RD, pairs), rows.counts_M).to(rows.x_MD.dtype)
+    grad_routing_weights_P = (
+        None if row_grads.grad_routing_weights_R is None else _unsort(row_grads.grad_routing_weights_R, pairs)
+    )
+    return grad_x_MD, grad_routing_weights_P, gradients
 
 
 def _sort(rows: Rows, weights: Weights) -> tuple[RoutedRows, Tensor]:

@@ -86,7 +86,7 @@ class TokensOwner:
         }
 
     def micro_batch(
-        self, round_no: int, attempt: int, number: int, stopped: Future[None] | None = None
+        self, round_no: int, attempt: int, number: int, cancelled: Future[None] | None = None
     ) -> TokenMicroBatch:
         """The exchange of one training micro-batch.
 
@@ -94,32 +94,34 @@ class TokensOwner:
             round_no: counted from 1.
             attempt: counted from 1 within the round.
             number: from 0, without gaps: hosts add gradients in this order.
-            stopped: ends a wait when it completes or fails (`Turn.stopped`).
+            cancelled: ends a wait when it completes or fails (`DeviceLock.cancelled`).
         """
-        return TokenMicroBatch(self, round_no, attempt, number, stopped)
+        return TokenMicroBatch(self, round_no, attempt, number, cancelled)
 
-    def inference(self, round_no: int = 0, stopped: Future[None] | None = None) -> TokenMicroBatch:
+    def inference(self, round_no: int = 0, cancelled: Future[None] | None = None) -> TokenMicroBatch:
         """An exchange for forwards without gradients. It belongs to no attempt; hosts remember nothing of it."""
-        return TokenMicroBatch(self, round_no, 0, 0, stopped)
+        return TokenMicroBatch(self, round_no, 0, 0, cancelled)
 
-    def declare(self, round_no: int, attempt: int, tokens: int, stopped: Future[None] | None = None) -> None:
+    def declare(self, round_no: int, attempt: int, tokens: int, cancelled: Future[None] | None = None) -> None:
         """Tell all hosts that this party's micro-batches of the attempt are done, and how many tokens they had.
 
         Args:
             round_no: counted from 1.
             attempt: counted from 1 within the round.
             tokens: sum over the micro-batches.
-            stopped: ends the wait when it completes or fails.
+            cancelled: ends the wait when it completes or fails.
 
         Raises:
-            RoundError: a host misses a backward, or has dropped the attempt; or ``stopped`` was set.
+            RoundError: a host misses a backward, or has dropped the attempt; or ``cancelled`` was set.
         """
         message = Message(TOKENS, Address(round=round_no, attempt=attempt), {"count": tokens})
         hosts = {name for layer in self._hosts for name in self.hosts(layer)}
         remote = [name for name in self.transport.peers if name in hosts]
-        asked = {name: self.transport.request_async(name, Lane.BACKWARD, message, self.deadline_s) for name in remote}
+        futures = {
+            name: self.transport.request_async(name, Lane.BACKWARD, message, self.deadline_s) for name in remote
+        }
         self.host.tokens(self.transport.me, round_no, attempt, tokens)
-        gather(asked, stopped, self.deadline_s, f"tokens of round {round_no}")
+        gather(futures, cancelled, self.deadline_s, f"tokens of round {round_no}")
 
     def hosts(self, layer: int) -> dict[str, Tensor]:
         """Hosts of a layer that are there, in roster order, each with a bool [E] of its experts."""
@@ -146,13 +148,13 @@ class _Ticket:
     """What a backward needs of its forward: where everything went.
 
     Attributes:
-        hidden_ND, weights_NK: shapes and dtypes only (on the meta device): a ticket must not hold activations.
+        hidden_ND, routing_weights_NK: shapes and dtypes only, on the meta device: no activation is held.
         row_P: where `answers_rows`, the row of each of the N * K pairs, else None.
         dtype: of what crosses.
     """
 
     hidden_ND: Tensor
-    weights_NK: Tensor
+    routing_weights_NK: Tensor
     exchange: ExchangeId
     shares: dict[str, _Share]
     row_P: Tensor | None
@@ -163,9 +165,9 @@ class TokenMicroBatch:
     """The `Exchange` of one micro-batch; see `TokensOwner.micro_batch`."""
 
     def __init__(
-        self, exchange: TokensOwner, round_no: int, attempt: int, number: int, stopped: Future[None] | None
+        self, exchange: TokensOwner, round_no: int, attempt: int, number: int, cancelled: Future[None] | None
     ) -> None:
-        self._exchange, self._stopped = exchange, stopped
+        self._exchange, self._cancelled = exchange, cancelled
         self._address = Address(round=round_no, attempt=attempt, micro_batch=number)
         self._calls: Counter[int] = Counter()
 
@@ -177,19 +179,19 @@ class TokenMicroBatch:
     def forward(self, call: ExpertsCall, keep: bool) -> tuple[Tensor, _Ticket]:
         """See `Exchange.forward`."""
         layer, hidden_ND = call.layer, call.hidden_ND.to(_wire_dtype(call.hidden_ND))
-        crossing = (hidden_ND, call.expert_weights_NK)
+        crossing = (hidden_ND, call.routing_weights_NK)
         check_own("hidden vectors", crossing, self._exchange.value_limit, where=f"MoE layer {layer.index}")
         row_P = _rows_of_pairs(call) if self.answers_rows(layer) else None
         shares = self._share_out(call)
         if not keep:  # a backward wants every host to know of every micro-batch; an inference does not
             shares = {name: share for name, share in shares.items() if len(share.token_M)}
-        ids_P, weights_P = call.expert_ids_NK.reshape(-1), call.expert_weights_NK.reshape(-1)
+        ids_P, routing_weights_P = call.expert_ids_NK.reshape(-1), call.routing_weights_NK.reshape(-1)
         rows = {
             name: Rows(
                 hidden_ND[share.token_M],
                 share.counts_M,
                 ids_P[share.pair_P],
-                weights_P[share.pair_P] if row_P is None else None,
+                routing_weights_P[share.pair_P] if row_P is None else None,
             )
             for name, share in shares.items()
         }
@@ -210,12 +212,12 @@ class TokenMicroBatch:
         else:
             out = hidden_ND.new_zeros(int((row_P >= 0).sum()), width)
         for name, share in shares.items():
-            lines = share.token_M if row_P is None else row_P[share.pair_P]
-            (part,) = self._checked(replies[name], [(len(lines), width)], hidden_ND, name, exchange)
-            # A token has one line per host (and a pair has one host), so the order of the sums is that of the hosts.
-            out.index_add_(0, lines, part.to(out.dtype))
+            places = share.token_M if row_P is None else row_P[share.pair_P]
+            (part,) = self._checked(replies[name], [(len(places), width)], hidden_ND, name, exchange)
+            # A token has one row per host (and a pair has one host), so the order of the sums is that of the hosts.
+            out.index_add_(0, places, part.to(out.dtype))
         return out.to(call.hidden_ND.dtype), _Ticket(
-            call.hidden_ND.to("meta"), call.expert_weights_NK.to("meta"), exchange, shares, row_P, hidden_ND.dtype
+            call.hidden_ND.to("meta"), call.routing_weights_NK.to("meta"), exchange, shares, row_P, hidden_ND.dtype
         )
 
     @torch.no_grad()
@@ -231,22 +233,22 @@ class TokenMicroBatch:
         messages = {name: Message(GRADIENT, ticket.exchange.address, tensors=(part,)) for name, part in grads.items()}
         host = self._exchange.host
 
-        def own() -> tuple[Tensor, ...]:
-            grad_x_MD, grad_weights_P = host.backward(ticket.exchange, grads[host.me])
-            return (grad_x_MD,) if grad_weights_P is None else (grad_x_MD, grad_weights_P)
+        def compute_own() -> tuple[Tensor, ...]:
+            grad_x_MD, grad_routing_weights_P = host.backward(ticket.exchange, grads[host.me])
+            return (grad_x_MD,) if grad_routing_weights_P is None else (grad_x_MD, grad_routing_weights_P)
 
-        replies = self._ask(Lane.BACKWARD, messages, own)
+        replies = self._ask(Lane.BACKWARD, messages, compute_own)
         like_ND = ticket.hidden_ND
         grad_hidden = grad.new_zeros(like_ND.shape, dtype=_sum_dtype(ticket.dtype))
-        grad_weights = torch.zeros_like(ticket.weights_NK, device=grad.device)
+        grad_weights = torch.zeros_like(ticket.routing_weights_NK, device=grad.device)
         for name, share in ticket.shares.items():
             shapes: list[tuple[int, ...]] = [(len(share.token_M), like_ND.shape[1])]
             if row_P is None:
                 shapes.append((len(share.pair_P),))
-            found = self._checked(replies[name], shapes, grad, name, ticket.exchange)
-            grad_hidden.index_add_(0, share.token_M, found[0].to(grad_hidden.dtype))
+            row_grads = self._checked(replies[name], shapes, grad, name, ticket.exchange)
+            grad_hidden.index_add_(0, share.token_M, row_grads[0].to(grad_hidden.dtype))
             if row_P is None:
-                grad_weights.view(-1)[share.pair_P] = found[1].to(grad_weights.dtype)
+                grad_weights.view(-1)[share.pair_P] = row_grads[1].to(grad_weights.dtype)
         return grad_hidden.to(like_ND.dtype), grad_weights if row_P is None else None
 
     def _next_exchange(self, layer: ExpertLayer) -> ExchangeId:
@@ -278,18 +280,18 @@ class TokenMicroBatch:
         return torch.frombuffer(bytearray(self._exchange.random_bytes(8 * length)), dtype=torch.int64).argsort()
 
     def _ask(
-        self, lane: Lane, messages: Mapping[str, Message], own: Callable[[], tuple[Tensor, ...]]
+        self, lane: Lane, messages: Mapping[str, Message], compute_own: Callable[[], tuple[Tensor, ...]]
     ) -> dict[str, tuple[Tensor, ...]]:
         """Ask all hosts at once, compute the own part meanwhile, and wait for all together."""
         transport, deadline_s = self._exchange.transport, self._exchange.deadline_s
-        asked = {}
+        futures = {}
         for name, message in messages.items():
             if name != transport.me:
-                asked[name] = transport.request_async(name, lane, message, deadline_s)
-        replies = {transport.me: own()} if transport.me in messages else {}
-        one = next(iter(messages.values()), None)
-        where = "" if one is None else _where(one.address)
-        for name, reply in gather(asked, self._stopped, deadline_s, where).items():
+                futures[name] = transport.request_async(name, lane, message, deadline_s)
+        replies = {transport.me: compute_own()} if transport.me in messages else {}
+        first = next(iter(messages.values()), None)
+        where = "" if first is None else _where(first.address)
+        for name, reply in gather(futures, self._cancelled, deadline_s, where).items():
             replies[name] = reply.tensors
         return replies
 
@@ -318,29 +320,29 @@ class TokenMicroBatch:
 
 
 def gather(
-    asked: Mapping[str, Future[Message]], stopped: Future[None] | None, deadline_s: float, where: str
+    futures: Mapping[str, Future[Message]], cancelled: Future[None] | None, deadline_s: float, where: str
 ) -> dict[str, Message]:
     """Wait for all replies together; the first failure ends the wait.
 
     Args:
-        asked: the reply to come, by host.
-        stopped: its completion or failure ends the wait too.
+        futures: the reply to come, by host.
+        cancelled: its completion or failure ends the wait too.
         deadline_s: seconds for all together.
         where: what was asked for, for error texts.
 
     Raises:
         DeadlineError: names the host that did not answer in time.
-        RoundError: ``stopped`` was set.
+        RoundError: ``cancelled`` was set.
         CoterieError: as the transport or the host reported it.
     """
-    names: dict[Future[Any], str] = {future: name for name, future in asked.items()}
+    names: dict[Future[Any], str] = {future: name for name, future in futures.items()}
     waiting: set[Future[Any]] = set(names)
     until = time.monotonic() + deadline_s + _ALLOWANCE_S
     while waiting:
-        either = waiting if stopped is None else {*waiting, stopped}
+        either = waiting if cancelled is None else {*waiting, cancelled}
         done, _ = wait(either, timeout=max(0.0, until - time.monotonic()), return_when=FIRST_COMPLETED)
-        if stopped is not None and stopped in done:
-            raise RoundError("The wait for expert hosts was ended.", code="round-stopped", where=where)
+        if cancelled is not None and cancelled in done:
+            raise RoundError("The wait for expert hosts was ended.", code="round-cancelled", where=where)
         late = not done
         for future in list(waiting) if late else done:
             try:
@@ -356,7 +358,7 @@ def gather(
                     fix=f"see whether {names[future]} is running; raise `deadline_s` if it is only slow",
                 ) from error
         waiting -= done
-    return {name: future.result() for name, future in asked.items()}
+    return {name: future.result() for name, future in futures.items()}
 
 
 def _where(address: Address) -> str:
@@ -384,7 +386,7 @@ def _check_placement(placement: Placement, layers: Sequence[ExpertLayer], host: 
 
 def _dispatched(rows: Rows, ids_dtype: torch.dtype) -> tuple[Tensor, ...]:
     tensors = (rows.x_MD, rows.counts_M.to(torch.uint8), rows.ids_P.to(ids_dtype))
-    return tensors if rows.weights_P is None else (*tensors, rows.weights_P)
+    return tensors if rows.routing_weights_P is None else (*tensors, rows.routing_weights_P)
 
 
 def _rows_of_pairs(call: ExpertsCall) -> Tensor:

@@ -1,7 +1,7 @@
 """What both transports share: who waits for which reply, who handles what arrives, what is counted.
 
-An implementation makes `Link` objects (the sending end of one live connection to one peer on one lane), tells the
-switchboard when one opens or breaks, and hands over every frame that arrives. It never runs a handler itself.
+An implementation makes `Connection` objects (the sending end of one live connection to one peer on one lane), says
+when one opens or breaks, and hands over every frame that arrives. It never runs a handler itself.
 
 Threads: one worker per peer and lane, started with the first message there, so that a handler that waits holds up
 nobody else; one clock that fails late requests. A reader thread only files frames: a request goes to a queue that has
@@ -15,13 +15,14 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from coterie.errors import CoterieError, DeadlineError, FrameError, TransportError
+from coterie.federation.cancel import NEVER, CancelToken
 from coterie.federation.wire.frame import Encoded, Frame, FrameType, Session, encode
-from coterie.federation.wire.peer_lane import Line, Link
+from coterie.federation.wire.peer_lane import Connection, PeerLane
 from coterie.federation.wire.seldom import Seldom
 from coterie.federation.wire.transport import (
     Counters,
@@ -74,8 +75,8 @@ class Settings:
     close_s: float = 5.0
 
 
-class Switchboard(ABC):
-    """The `Transport` interface on top of links.
+class BaseTransport(ABC):
+    """The `Transport` interface on top of connections.
 
     Args:
         me: this party.
@@ -97,8 +98,8 @@ class Switchboard(ABC):
         self._session = session
         self._settings = settings
         self._no_tensors = frozenset(no_tensors)
-        self._lines = {
-            (peer, lane): Line(peer, lane, settings.window, settings.window_bytes)
+        self._lanes = {
+            (peer, lane): PeerLane(peer, lane, settings.window, settings.window_bytes)
             for peer, each in lanes.items()
             for lane in each
         }
@@ -132,16 +133,14 @@ class Switchboard(ABC):
 
     def connected(self) -> frozenset[str]:
         with self._changed:
-            absent = {peer for (peer, _), line in self._lines.items() if line.link is None}
+            absent = {peer for (peer, _), peer_lane in self._lanes.items() if peer_lane.connection is None}
         return frozenset(self._peers) - absent
 
-    def connect(
-        self, deadline_s: float, peers: Collection[str] | None = None, alive: Callable[[], bool] = lambda: True
-    ) -> None:
+    def connect(self, deadline_s: float, peers: Collection[str] | None = None, cancel: CancelToken = NEVER) -> None:
         wanted = [peer for peer in self._peers if peers is None or peer in peers]
         until = time.monotonic() + deadline_s
         while (now := time.monotonic()) < until and not self._stopped.is_set():
-            if not alive():
+            if cancel.cancelled:
                 return
             missing = [peer for peer in wanted if peer not in self.connected()]
             for peer in missing:
@@ -153,11 +152,11 @@ class Switchboard(ABC):
                     return
         missing = [peer for peer in wanted if peer not in self.connected()]
         if missing:
-            seen = [f"{peer} ({self._last_seen(peer)})" for peer in missing]
+            details = [f"{peer} ({self._last_seen(peer)})" for peer in missing]
             raise DeadlineError(
                 f"{', '.join(missing)} did not arrive within {deadline_s:g} s.",
                 code="peer-missing",
-                where="connecting: " + "; ".join(seen),
+                where="connecting: " + "; ".join(details),
                 why="a round needs every party of the roster",
                 fix="start the missing parties, or check their endpoints in the roster",
             )
@@ -180,9 +179,9 @@ class Switchboard(ABC):
 
     def counters(self) -> Counters:
         snapshot: dict[tuple[str, Lane], LaneCounters] = {}
-        for key, line in self._lines.items():
-            with line.lock:
-                snapshot[key] = line.counters
+        for key, peer_lane in self._lanes.items():
+            with peer_lane.lock:
+                snapshot[key] = peer_lane.counters
         return Counters(snapshot)
 
     def close(self) -> None:
@@ -192,18 +191,18 @@ class Switchboard(ABC):
             self._stopped.set()
             self._changed.notify_all()
         closed = TransportError(f"The transport of {self._me} was closed.", code="closed")
-        for line in self._lines.values():
-            line.pending.fail_all(closed)
+        for peer_lane in self._lanes.values():
+            peer_lane.pending.fail_all(closed)
         self._shut()
-        for line in self._lines.values():
-            link, line.link = line.link, None
-            if link is not None:
-                link.close()
-            line.pending.fail_all(closed)
-            line.end()
+        for peer_lane in self._lanes.values():
+            connection, peer_lane.connection = peer_lane.connection, None
+            if connection is not None:
+                connection.close()
+            peer_lane.pending.fail_all(closed)
+            peer_lane.end()
         until = time.monotonic() + self._settings.close_s  # one deadline for all of them
-        for (peer, lane), line in self._lines.items():
-            self._join_worker(line, f"{peer}, lane {lane.name.lower()}", until)
+        for (peer, lane), peer_lane in self._lanes.items():
+            self._join_worker(peer_lane, f"{peer}, lane {lane.name.lower()}", until)
         if self._clock.is_alive():
             self._clock.join(max(0.1, until - time.monotonic()))
 
@@ -228,76 +227,76 @@ class Switchboard(ABC):
     def _tick(self, now: float) -> None:  # noqa: B027 - nothing to do is a fine default
         """Called by the clock about twenty times a second; must not block."""
 
-    def _attach(self, link: Link) -> None:
+    def _attach(self, connection: Connection) -> None:
         """A connection is open; it replaces an older one to the same peer and lane."""
-        line = self._lines[link.peer, link.lane]
+        peer_lane = self._lanes[connection.peer, connection.lane]
         with self._changed:
             closing = self._stopped.is_set()
-            older, line.link = line.link, None if closing else link
+            older, peer_lane.connection = peer_lane.connection, None if closing else connection
             self._changed.notify_all()
         if older is not None:
-            line.pending.fail_all(_broken(link.peer, link.lane, "it connected anew"))
+            peer_lane.pending.fail_all(_broken(connection.peer, connection.lane, "it connected anew"))
             older.close()
         if closing:
-            link.close()
+            connection.close()
 
-    def _detach(self, link: Link, reason: str) -> None:
+    def _detach(self, connection: Connection, reason: str) -> None:
         """A connection broke; does nothing if another one has taken its place."""
-        line = self._lines[link.peer, link.lane]
+        peer_lane = self._lanes[connection.peer, connection.lane]
         with self._changed:
-            current = line.link is link
+            current = peer_lane.connection is connection
             if current:
-                line.link = None
+                peer_lane.connection = None
                 self._changed.notify_all()
-        link.close()
+        connection.close()
         if current:
-            line.pending.fail_all(_broken(link.peer, link.lane, reason))
+            peer_lane.pending.fail_all(_broken(connection.peer, connection.lane, reason))
 
-    def _arrived(self, link: Link, frame: Frame) -> None:
-        """File a frame that came in over ``link``; never waits and never computes.
+    def _arrived(self, connection: Connection, frame: Frame) -> None:
+        """File a frame that came in over ``connection``; never waits and never computes.
 
         Raises:
-            FrameError: the peer sends more than its window, or tensors that may not come from it; close the link.
+            FrameError: the peer sends more than its window, or tensors that may not come from it; close it.
         """
-        line = self._lines[link.peer, link.lane]
-        line.count_received(frame)
-        if frame.message.tensors and link.peer in self._no_tensors:
+        peer_lane = self._lanes[connection.peer, connection.lane]
+        peer_lane.count_received(frame)
+        if frame.message.tensors and connection.peer in self._no_tensors:
             raise FrameError(
-                f"{link.peer} sent tensors; between a party and the coordinator only control messages may pass.",
+                f"{connection.peer} sent tensors; to or from a coordinator only control messages may pass.",
                 code="tensors-on-control",
                 field="tensor_count",
             )
         if frame.type is FrameType.HEARTBEAT:
             return
         if frame.type is FrameType.REPLY:
-            line.pending.settle(frame.correlation, frame.message)
+            peer_lane.pending.settle(frame.correlation, frame.message)
         elif frame.type is FrameType.ERROR:
-            line.pending.settle(frame.correlation, remote_error(link.peer, link.lane, frame.message))
+            peer_lane.pending.settle(frame.correlation, remote_error(connection.peer, connection.lane, frame.message))
         else:
-            if not line.take_in(link, frame):
+            if not peer_lane.take_in(connection, frame):
                 raise FrameError(
-                    f"{link.peer} has more than {self._settings.window} requests, or "
+                    f"{connection.peer} has more than {self._settings.window} requests, or "
                     f"{self._settings.window_bytes / 2**20:.4g} MiB of them, open on one lane.",
                     code="window-exceeded",
                     why="a peer must not be able to fill this party's memory",
                     fix="use the same window on both sides",
                 )
-            self._ensure_worker(line, link)
+            self._ensure_worker(peer_lane, connection)
 
     def _heartbeat(self, lane: Lane) -> Encoded:
         return encode(self._session, FrameType.HEARTBEAT, lane, 0, Message("heartbeat"))
 
     def _count_heartbeat(self, peer: str, lane: Lane, encoded: Encoded) -> None:
-        self._lines[peer, lane].count_sent(encoded, messages=0)
+        self._lanes[peer, lane].count_sent(encoded, messages=0)
 
     # ---- inside ----------------------------------------------------------------------------------------------
 
     def _post_request(
         self, frame_type: FrameType, peer: str, lane: Lane, message: Message, deadline_s: float
     ) -> Future[Message]:
-        line = self._lines.get((peer, lane))
-        if line is None:
-            known = ", ".join(sorted({f"{p} ({lane_.name.lower()})" for p, lane_ in self._lines}))
+        peer_lane = self._lanes.get((peer, lane))
+        if peer_lane is None:
+            known = ", ".join(sorted({f"{p} ({lane_.name.lower()})" for p, lane_ in self._lanes}))
             raise TransportError(
                 f"{self._me} has no lane {lane.name.lower()} to {peer}.",
                 code="no-such-lane",
@@ -310,20 +309,20 @@ class Switchboard(ABC):
                 why="the coordinator keeps commit records and must see no data",
                 field="tensors",
             )
-        if line.link is None:
+        if peer_lane.connection is None:
             raise self._not_connected(peer, lane)
         until = time.monotonic() + deadline_s
         size = sum(tensor.nbytes for tensor in message.tensors)
-        correlation, future = line.pending.add(message.kind, deadline_s, size)
+        correlation, future = peer_lane.pending.add(message.kind, deadline_s, size)
         try:
             encoded = encode(self._session, frame_type, lane, correlation, message)
-            link = line.link  # read after `add`: a break from now on finds the entry and fails it
-            if link is None:
+            connection = peer_lane.connection  # read after `add`: a break from now on finds the entry and fails it
+            if connection is None:
                 raise self._not_connected(peer, lane)
-            link.post(encoded, until)
-            line.count_sent(encoded)
+            connection.post(encoded, until)
+            peer_lane.count_sent(encoded)
         except CoterieError as error:
-            if line.pending.settle(correlation, error):
+            if peer_lane.pending.settle(correlation, error):
                 raise
         return future
 
@@ -337,22 +336,22 @@ class Switchboard(ABC):
             fix=f"start {peer}, or wait for it with connect(deadline_s)",
         )
 
-    def _ensure_worker(self, line: Line, link: Link) -> None:
-        if line.worker is None:
-            with line.lock:
-                if line.worker is None:
-                    name = f"{self._me}-{link.peer}-{link.lane.name.lower()}"
-                    worker = threading.Thread(target=self._work, args=(line,), name=name, daemon=True)
+    def _ensure_worker(self, peer_lane: PeerLane, connection: Connection) -> None:
+        if peer_lane.worker is None:
+            with peer_lane.lock:
+                if peer_lane.worker is None:
+                    name = f"{self._me}-{connection.peer}-{connection.lane.name.lower()}"
+                    worker = threading.Thread(target=self._run_worker, args=(peer_lane,), name=name, daemon=True)
                     worker.start()
-                    line.worker = worker  # only now: `close` joins what it finds here, and a failed start leaves none
+                    peer_lane.worker = worker  # only now: `close` joins it, and a failed start leaves none
 
-    def _work(self, line: Line) -> None:
-        while (item := line.next_request()) is not None:
-            link, frame = item
+    def _run_worker(self, peer_lane: PeerLane) -> None:
+        while (item := peer_lane.next_request()) is not None:
+            connection, frame = item
             if not self._stopped.is_set():
-                self._serve(line, link, frame)
+                self._serve(peer_lane, connection, frame)
 
-    def _serve(self, line: Line, link: Link, frame: Frame) -> None:
+    def _serve(self, peer_lane: PeerLane, connection: Connection, frame: Frame) -> None:
         """Run the handler and answer over the connection the request came from.
 
         After a break the answer is dropped: the peer has given the request up, and a restarted peer never made it.
@@ -362,49 +361,53 @@ class Switchboard(ABC):
         frame_type, reply = FrameType.REPLY, None
         try:
             if request.kind == TWIN:
-                text = f"another process with our kit tried to connect to {link.peer} and was turned away"
-                self._seldom.say(("twin", link.peer), logging.WARNING, text)
+                text = f"another process with our kit tried to connect to {connection.peer} and was turned away"
+                self._seldom.log(("twin", connection.peer), logging.WARNING, text)
             else:
-                reply = self._handler(link.peer, link.lane, request)
+                reply = self._handler(connection.peer, connection.lane, request)
         except CoterieError as error:
-            text = f"`{request.kind}` of {link.peer} failed here: {error}"
-            self._seldom.say((link.peer, error.code), logging.INFO, text)
+            text = f"`{request.kind}` of {connection.peer} failed here: {error}"
+            self._seldom.log((connection.peer, error.code), logging.INFO, text)
             frame_type, reply = FrameType.ERROR, error_message(error, request)
         except Exception as error:
-            text = f"`{request.kind}` of {link.peer} failed here"
-            self._seldom.say((link.peer, type(error)), logging.ERROR, text, trace=True)
+            text = f"`{request.kind}` of {connection.peer} failed here"
+            self._seldom.log((connection.peer, type(error)), logging.ERROR, text, trace=True)
             frame_type, reply = FrameType.ERROR, error_message(error, request)
         if reply is None or (frame_type is FrameType.REPLY and frame.type is FrameType.ONE_WAY):
             reply = Message("ack")
         try:
-            self._answer(line, link, frame_type, frame.correlation, reply)
+            self._answer(peer_lane, connection, frame_type, frame.correlation, reply)
         except FrameError as error:
-            text = f"the reply to `{request.kind}` of {link.peer} cannot be sent: {error}"
-            self._seldom.say((link.peer, "reply", error.code), logging.ERROR, text)
-            self._answer_error(line, link, frame, error)
+            text = f"the reply to `{request.kind}` of {connection.peer} cannot be sent: {error}"
+            self._seldom.log((connection.peer, "reply", error.code), logging.ERROR, text)
+            self._answer_error(peer_lane, connection, frame, error)
         except TransportError as error:
-            text = f"the reply to `{request.kind}` of {link.peer} was dropped: {error.message}"
-            self._seldom.say((link.peer, "dropped", error.code), logging.INFO, text)
+            text = f"the reply to `{request.kind}` of {connection.peer} was dropped: {error.message}"
+            self._seldom.log((connection.peer, "dropped", error.code), logging.INFO, text)
 
-    def _answer(self, line: Line, link: Link, frame_type: FrameType, correlation: int, reply: Message) -> None:
-        if reply.tensors and link.peer in self._no_tensors:
+    def _answer(
+        self, peer_lane: PeerLane, connection: Connection, frame_type: FrameType, correlation: int, reply: Message
+    ) -> None:
+        if reply.tensors and connection.peer in self._no_tensors:
             raise FrameError(
                 "A reply between a party and the coordinator carries tensors.", code="tensors-on-control"
             )
-        encoded = encode(self._session, frame_type, link.lane, correlation, reply)
-        link.post(encoded, time.monotonic() + self._settings.send_deadline_s)
-        line.count_sent(encoded)
+        encoded = encode(self._session, frame_type, connection.lane, correlation, reply)
+        connection.post(encoded, time.monotonic() + self._settings.send_deadline_s)
+        peer_lane.count_sent(encoded)
 
-    def _answer_error(self, line: Line, link: Link, frame: Frame, error: CoterieError) -> None:
+    def _answer_error(self, peer_lane: PeerLane, connection: Connection, frame: Frame, error: CoterieError) -> None:
         try:
-            self._answer(line, link, FrameType.ERROR, frame.correlation, error_message(error, frame.message))
+            self._answer(
+                peer_lane, connection, FrameType.ERROR, frame.correlation, error_message(error, frame.message)
+            )
         except TransportError as failure:
-            text = f"the reply to `{frame.message.kind}` of {link.peer} was dropped: {failure.message}"
-            self._seldom.say((link.peer, "dropped", failure.code), logging.INFO, text)
+            text = f"the reply to `{frame.message.kind}` of {connection.peer} was dropped: {failure.message}"
+            self._seldom.log((connection.peer, "dropped", failure.code), logging.INFO, text)
 
-    def _join_worker(self, line: Line, where: str, until: float) -> None:
-        with line.lock:  # one that is being started counts
-            worker = line.worker
+    def _join_worker(self, peer_lane: PeerLane, where: str, until: float) -> None:
+        with peer_lane.lock:  # one that is being started counts
+            worker = peer_lane.worker
         if worker is None or worker is threading.current_thread():
             return
         worker.join(max(0.0, until - time.monotonic()))
@@ -414,8 +417,8 @@ class Switchboard(ABC):
     def _keep_time(self) -> None:
         while not self._stopped.wait(0.05):
             now = time.monotonic()
-            for line in self._lines.values():
-                line.pending.expire(now)
+            for peer_lane in self._lanes.values():
+                peer_lane.pending.expire(now)
             self._tick(now)
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from coterie.errors import CoterieError, MessageError
+from coterie.federation.cancel import NEVER, CancelToken
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.wire.frame import FrameType
 from coterie.federation.wire.messages import check_reply, row_of
@@ -68,10 +69,8 @@ class Gate:
 
         self._transport.start(guarded)
 
-    def connect(
-        self, deadline_s: float, peers: Collection[str] | None = None, alive: Callable[[], bool] = lambda: True
-    ) -> None:
-        self._transport.connect(deadline_s, peers, alive)
+    def connect(self, deadline_s: float, peers: Collection[str] | None = None, cancel: CancelToken = NEVER) -> None:
+        self._transport.connect(deadline_s, peers, cancel)
 
     def connected(self) -> frozenset[str]:
         return self._transport.connected()
@@ -81,7 +80,7 @@ class Gate:
 
     def request_async(self, peer: str, lane: Lane, message: Message, deadline_s: float) -> Future[Message]:
         """As `Transport.request_async`; the future also fails with a `MessageError` for a reply that does not fit."""
-        row, asked = row_of(message, self.me, peer), replace(message, body={}, tensors=())
+        row, request = row_of(message, self.me, peer), replace(message, body={}, tensors=())
         checked: Future[Message] = Future()
         checked.set_running_or_notify_cancel()
 
@@ -94,9 +93,9 @@ class Gate:
             self._record(peer, FrameType.REPLY, lane, reply)
             try:
                 if row is not None:
-                    check_reply(row, peer, asked, reply)
+                    check_reply(row, peer, request, reply)
             except MessageError as misfit:
-                self.count(misfit, asked.address)
+                self.count(misfit, request.address)
                 checked.set_exception(misfit)
             else:
                 checked.set_result(reply)

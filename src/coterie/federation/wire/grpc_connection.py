@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 
 from coterie.errors import DeadlineError, TransportError
 from coterie.federation.wire.frame import Encoded
-from coterie.federation.wire.peer_lane import Link
+from coterie.federation.wire.peer_lane import Connection
 from coterie.federation.wire.transport import Lane
 
 QUEUE_CHUNKS = 8
 
 
-class GrpcConnection(Link):
+class GrpcConnection(Connection):
     """Frames go in whole, chunk after chunk; `outgoing` gives the chunks to gRPC.
 
     Args:
@@ -42,7 +42,7 @@ class GrpcConnection(Link):
         self._chunks: deque[bytes] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._turn = threading.Lock()  # one frame at a time
+        self._sending = threading.Lock()  # one frame at a time
         self._cut: Callable[[], object] | None = None
 
     def on_cut(self, cut: Callable[[], object]) -> None:
@@ -56,7 +56,7 @@ class GrpcConnection(Link):
             self._cut()
 
     def post(self, encoded: Encoded, until: float) -> None:
-        if not self._turn.acquire(timeout=max(0.0, until - time.monotonic())):
+        if not self._sending.acquire(timeout=max(0.0, until - time.monotonic())):
             raise self._late()
         try:
             begun = False
@@ -73,7 +73,7 @@ class GrpcConnection(Link):
                     raise self._late()
                 begun = True
         finally:
-            self._turn.release()
+            self._sending.release()
 
     def _put(self, chunk: bytes, until: float) -> bool:
         with self._changed:
@@ -100,7 +100,7 @@ class GrpcConnection(Link):
             self._changed.notify_all()
 
     def outgoing(self) -> Iterator[bytes]:
-        """Every chunk in order, heartbeats in quiet times; ends when the link was closed and the queue is empty."""
+        """Every chunk in order, heartbeats in quiet times; ends once it is closed and the queue empty."""
         try:
             yield self._greeting
             while True:

@@ -30,7 +30,7 @@ from coterie.federation.identity.certificates import Role
 from coterie.federation.identity.kit import Kit
 from coterie.federation.identity.roster import Roster, RosterEntry, verify
 from coterie.federation.wire import newcomers, unreachable
-from coterie.federation.wire.base_transport import ALL_LANES, TWIN, Settings, Switchboard
+from coterie.federation.wire.base_transport import ALL_LANES, TWIN, BaseTransport, Settings
 from coterie.federation.wire.frame import CHUNK_BYTES, RUN_BYTES, Encoded, FrameReader, Session
 from coterie.federation.wire.grpc_connection import GrpcConnection
 from coterie.federation.wire.handshake import Hello, compare, decode_hello, twin
@@ -82,7 +82,7 @@ _ALIVE_BEATS = 3
 """A process that was heard within so many heartbeats is alive."""
 
 
-class GrpcTransport(Switchboard):
+class GrpcTransport(BaseTransport):
     """The `Transport` of one member.
 
     Args:
@@ -132,7 +132,7 @@ class GrpcTransport(Switchboard):
         self._server: grpc.Server | None = None
         self._channels: list[grpc.Channel] = []
         self._dialers: list[threading.Thread] = []
-        self._links: set[GrpcConnection] = set()
+        self._connections: set[GrpcConnection] = set()
         self._greeting: dict[object, tuple[str, float, grpc.RpcContext]] = {}
         self._problems: dict[str, tuple[float, CoterieError]] = {}
         self._process = secrets.token_hex(8)
@@ -165,7 +165,7 @@ class GrpcTransport(Switchboard):
         callers = [name for name in self.peers if name not in self._dialled]
         streams = sum(len(_lanes_between(self._entry.role, self._roster.entry(name).role)) for name in callers)
         workers = 3 * streams + _SPARE_WORKERS
-        newcomers.check_descriptors(self.me, streams, len(self._lines) - streams)
+        newcomers.check_descriptors(self.me, streams, len(self._lanes) - streams)
         bulk = self._entry.role is not Role.COORDINATOR
         server = grpc.server(
             ThreadPoolExecutor(workers, thread_name_prefix=f"{self.me}-serve"),
@@ -195,20 +195,20 @@ class GrpcTransport(Switchboard):
 
     def _shut(self) -> None:
         with self._guard:
-            links = list(self._links)
-        for link in links:
-            link.close()
+            connections = list(self._connections)
+        for connection in connections:
+            connection.close()
         until = time.monotonic() + self._settings.close_s
-        for link in links:
-            link.drained.wait(max(0.0, until - time.monotonic()))
+        for connection in connections:
+            connection.drained.wait(max(0.0, until - time.monotonic()))
         if self._server is not None:
             self._server.stop(grace=0.5)
         with self._guard:
             channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
-        for link in links:
-            link.cut()
+        for connection in connections:
+            connection.cut()
         for dialer in self._dialers:
             if dialer.is_alive():
                 dialer.join(max(0.1, until - time.monotonic()))
@@ -216,18 +216,25 @@ class GrpcTransport(Switchboard):
     def _tick(self, now: float) -> None:
         heard = self._time.now()
         with self._guard:
-            silent = [link for link in self._links if heard - link.heard > self._settings.silence_s]
+            silent = [
+                connection for connection in self._connections if heard - connection.heard > self._settings.silence_s
+            ]
             slow = [call for _, since, call in self._greeting.values() if now - since > self._settings.handshake_s]
-        for link in silent:
-            log.warning("nothing came from %s for %g s, lane %s", link.peer, self._settings.silence_s, link.lane.name)
-            link.cut()
+        for connection in silent:
+            log.warning(
+                "nothing came from %s for %g s, lane %s",
+                connection.peer,
+                self._settings.silence_s,
+                connection.lane.name,
+            )
+            connection.cut()
         for call in slow:
             call.cancel()
         if self._newcomers is not None and now - self._looked >= _LOOK_S:
             self._looked = now
             ended = self._newcomers.look(now)
             if ended:
-                self._seldom.say("newcomers", logging.WARNING, "ended connections that had not shown who they are")
+                self._seldom.log("newcomers", logging.WARNING, "ended connections that had not shown who they are")
         self._seldom.tick()
 
     # ---- the listening side ----------------------------------------------------------------------------------
@@ -237,7 +244,7 @@ class GrpcTransport(Switchboard):
         try:
             entry = self._roster.admit(_peer_certificate(context))
         except CoterieError as error:
-            self._seldom.say(("refused", error.message), logging.WARNING, f"refused a connection: {error}")
+            self._seldom.log(("refused", error.message), logging.WARNING, f"refused a connection: {error}")
             context.abort(grpc.StatusCode.UNAUTHENTICATED, error.code)
         peer = entry.name
         try:
@@ -256,30 +263,33 @@ class GrpcTransport(Switchboard):
             self._turn_away_twin(peer)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "identity-in-use")
         assert self._newcomers is not None
-        link = self._link(peer, lane, ours)
-        link.process = theirs.process
-        link.on_cut(context.cancel)
-        connection = context.peer()  # gRPC forgets it once the stream has ended
-        self._newcomers.admit(connection)
-        if not context.add_callback(lambda: self._ended(link, connection)):
-            self._ended(link, connection)
+        connection = self._connection(peer, lane, ours)
+        connection.process = theirs.process
+        connection.on_cut(context.cancel)
+        address = context.peer()  # gRPC forgets it once the stream has ended
+        self._newcomers.admit(address)
+        if not context.add_callback(lambda: self._ended(connection, address)):
+            self._ended(connection, address)
         reader = threading.Thread(
-            target=self._read, args=(link, requests), name=f"{self.me}-read-{peer}-{lane.name.lower()}", daemon=True
+            target=self._read,
+            args=(connection, requests),
+            name=f"{self.me}-read-{peer}-{lane.name.lower()}",
+            daemon=True,
         )
-        self._attach(link)
+        self._attach(connection)
         self._welcome(peer)
         reader.start()
-        yield from link.outgoing()
+        yield from connection.outgoing()
 
-    def _ended(self, link: GrpcConnection, connection: str) -> None:
-        link.close()
+    def _ended(self, connection: GrpcConnection, address: str) -> None:
+        connection.close()
         if self._newcomers is not None:
-            self._newcomers.leave(connection)
+            self._newcomers.leave(address)
 
     def _first_message(self, requests: Iterator[bytes], context: grpc.ServicerContext, peer: str) -> Hello:
         token = object()
         with self._guard:
-            most = sum(1 for name, _ in self._lines if name == peer)
+            most = sum(1 for name, _ in self._lanes if name == peer)
             if sum(1 for name, _, _ in self._greeting.values() if name == peer) >= most:
                 raise TransportError(f"{peer} opens more streams than it has lanes.", code="handshake-busy")
             self._greeting[token] = (peer, time.monotonic(), context)
@@ -318,13 +328,13 @@ class GrpcTransport(Switchboard):
     def _dial(self, peer: str, lane: Lane) -> bool:
         """One connection from its opening to its end; False if it never came about."""
         ours = self._hello(peer, lane)
-        link = self._link(peer, lane, ours)
+        connection = self._connection(peer, lane, ours)
         channel = self._channel(peer, lane)
         if channel is None:
             return False
         try:
-            call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}", None, None)(link.outgoing())
-            link.on_cut(call.cancel)
+            call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}", None, None)(connection.outgoing())
+            connection.on_cut(call.cancel)
             try:
                 theirs = self._answer_to_hello(call, peer)
             except CoterieError as error:
@@ -337,26 +347,30 @@ class GrpcTransport(Switchboard):
             if self._another_is_alive(peer, theirs.process):
                 self._refuse(peer, twin(peer, self.me))
                 return False
-            link.process, link.heard = theirs.process, self._time.now()
-            self._attach(link)
+            connection.process, connection.heard = theirs.process, self._time.now()
+            self._attach(connection)
             self._welcome(peer)
-            if not self._read(link, call) and lane is Lane.CONTROL:
+            if not self._read(connection, call) and lane is Lane.CONTROL:
                 self._cut_others(peer)
             return True
         finally:
-            link.cut()
+            connection.cut()
             with self._guard:
-                self._links.discard(link)
+                self._connections.discard(connection)
                 if channel in self._channels:
                     self._channels.remove(channel)
             channel.close()
 
     def _cut_others(self, peer: str) -> None:
-        """A peer's lanes fall with its control lane: the others carry tensors and notice a dead line much later."""
+        """A peer's lanes fall with its control lane: the others carry tensors and notice a dead peer much later."""
         with self._guard:
-            others = [link for link in self._links if link.peer == peer and link.lane is not Lane.CONTROL]
-        for link in others:
-            link.cut()
+            others = [
+                connection
+                for connection in self._connections
+                if connection.peer == peer and connection.lane is not Lane.CONTROL
+            ]
+        for connection in others:
+            connection.cut()
 
     def _channel(self, peer: str, lane: Lane) -> grpc.Channel | None:
         """A channel that trusts the one certificate the roster lists for ``peer``; None once this side is closing."""
@@ -391,26 +405,30 @@ class GrpcTransport(Switchboard):
     # ---- both sides ------------------------------------------------------------------------------------------
 
     def _another_is_alive(self, peer: str, process: str) -> bool:
-        """Whether another process with the peer's kit was heard within a few heartbeats, or lost its line just now.
+        """Whether another process with the peer's kit was heard lately, or lost its connection just now.
 
         One that died has no connection, one that is frozen sends no heartbeat: neither keeps a restart out for long.
         """
         settings, now = self._settings, self._time.now()
         with self._guard:
-            others = [link.heard for link in self._links if link.peer == peer and link.process not in ("", process)]
+            others = [
+                connection.heard
+                for connection in self._connections
+                if connection.peer == peer and connection.process not in ("", process)
+            ]
             broken = self._broken.get(peer, (process, 0.0))
         alive = any(now - heard <= _ALIVE_BEATS * settings.heartbeat_s for heard in others)
         return alive or (broken[0] != process and now - broken[1] <= 16 * settings.redial_s)
 
     def _turn_away_twin(self, peer: str) -> None:
         """Note it here, and tell the process that goes on, at most once a minute."""
-        self._seldom.say(("twin", peer), logging.WARNING, f"{peer}: {twin(peer, self.me)}")
+        self._seldom.log(("twin", peer), logging.WARNING, f"{peer}: {twin(peer, self.me)}")
         now = time.monotonic()
         with self._guard:
             due = now - self._warned.get(peer, -math.inf) >= EVERY_S
             if due:
                 self._warned[peer] = now
-        if due and self._lines[peer, Lane.CONTROL].link is not None:
+        if due and self._lanes[peer, Lane.CONTROL].connection is not None:
             try:
                 self.send(peer, Lane.CONTROL, Message(TWIN))
             except TransportError as error:
@@ -430,48 +448,50 @@ class GrpcTransport(Switchboard):
             self._process,
         )
 
-    def _link(self, peer: str, lane: Lane, ours: Hello) -> GrpcConnection:
+    def _connection(self, peer: str, lane: Lane, ours: Hello) -> GrpcConnection:
         def heartbeat() -> Encoded:
             encoded = self._heartbeat(lane)
             self._count_heartbeat(peer, lane, encoded)
             return encoded
 
-        link = GrpcConnection(peer, lane, ours.encode(), heartbeat, self._settings.heartbeat_s, self._time.now())
+        connection = GrpcConnection(
+            peer, lane, ours.encode(), heartbeat, self._settings.heartbeat_s, self._time.now()
+        )
         with self._guard:
-            self._links.add(link)
-        return link
+            self._connections.add(connection)
+        return connection
 
-    def _read(self, link: GrpcConnection, chunks: Iterator[bytes]) -> bool:
+    def _read(self, connection: GrpcConnection, chunks: Iterator[bytes]) -> bool:
         """Put chunks together and file the frames, until the stream ends. Neither computes nor sends.
 
         Returns:
             Whether the other side ended it in good order; False: it broke.
         """
-        reason, in_order = f"{link.peer} closed it", False
-        reader = FrameReader(self._session, link.lane)
+        reason, in_order = f"{connection.peer} closed it", False
+        reader = FrameReader(self._session, connection.lane)
         try:
             for chunk in chunks:
-                link.heard = self._time.now()
+                connection.heard = self._time.now()
                 frame = reader.feed(chunk)
                 if frame is not None:
-                    self._arrived(link, frame)
-                pause = self._paces[link.peer].pause(len(chunk), link.heard)
+                    self._arrived(connection, frame)
+                pause = self._paces[connection.peer].pause(len(chunk), connection.heard)
                 if pause:  # what is not read waits at the sender: gRPC holds little
                     self._stopped.wait(pause)
             in_order = True
         except FrameError as error:
             reason = f"it sent a frame that does not check out ({error.code})"
-            key = ("closing", link.peer, error.code)
-            self._seldom.say(key, logging.ERROR, f"closing the connection to {link.peer}: {error}")
+            key = ("closing", connection.peer, error.code)
+            self._seldom.log(key, logging.ERROR, f"closing the connection to {connection.peer}: {error}")
         except grpc.RpcError as error:
             reason = _status_of(error)
         finally:
-            self._detach(link, reason)
-            link.cut()
+            self._detach(connection, reason)
+            connection.cut()
             with self._guard:
-                self._links.discard(link)
+                self._connections.discard(connection)
                 if not in_order:
-                    self._broken[link.peer] = (link.process, link.heard)
+                    self._broken[connection.peer] = (connection.process, connection.heard)
         return in_order
 
     def _refuse(self, peer: str, error: CoterieError) -> None:

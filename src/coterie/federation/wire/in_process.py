@@ -7,10 +7,10 @@ import threading
 from collections.abc import Iterable
 
 from coterie.errors import CoterieError, TransportError
-from coterie.federation.wire.base_transport import ALL_LANES, Settings, Switchboard
+from coterie.federation.wire.base_transport import ALL_LANES, BaseTransport, Settings
 from coterie.federation.wire.frame import Encoded, FrameReader, Session
 from coterie.federation.wire.handshake import Hello, compare
-from coterie.federation.wire.peer_lane import Link
+from coterie.federation.wire.peer_lane import Connection
 from coterie.federation.wire.transport import Lane
 
 
@@ -44,7 +44,7 @@ class InProcessHub:
         self._lock = threading.Lock()
         self._live: dict[str, _InProcessTransport] = {}
 
-    def transport(self, name: str) -> Switchboard:
+    def transport(self, name: str) -> BaseTransport:
         """The end of ``name``; call `start` on it."""
         if name not in self._members:
             raise TransportError(
@@ -57,8 +57,8 @@ class InProcessHub:
         with self._lock:
             one, other = self._live.get(first), self._live.get(second)
         if one is not None and other is not None:
-            one.lose(second, "the cable was cut")
-            other.lose(first, "the cable was cut")
+            one.detach(second, "the cable was cut")
+            other.detach(first, "the cable was cut")
 
     # The transports below call these.
 
@@ -96,15 +96,15 @@ class InProcessHub:
                 del self._live[gone.me]
             others = list(self._live.values())
         for other in others:
-            other.lose(gone.me, f"{gone.me} closed it")
+            other.detach(gone.me, f"{gone.me} closed it")
 
 
-class _InProcessConnection(Link):
-    """Delivers straight into the other side's switchboard, in the sender's thread."""
+class _InProcessConnection(Connection):
+    """Delivers straight to the other side's transport, in the sender's thread."""
 
     def __init__(self, target: _InProcessTransport, peer: str, lane: Lane, session: Session) -> None:
         self.peer, self.lane = peer, lane
-        self.back: _InProcessConnection | None = None  # the other side's link to here
+        self.back: _InProcessConnection | None = None  # the other side's connection to here
         self._target = target
         self._reader = FrameReader(session, lane)
         self._closed = False
@@ -117,7 +117,7 @@ class _InProcessConnection(Link):
             for chunk in encoded.chunks():
                 frame = self._reader.feed(chunk)
                 if frame is not None:
-                    self._target.take(self.back, frame)
+                    self._target.receive(self.back, frame)
 
     def close(self) -> None:
         self._closed = True
@@ -133,11 +133,11 @@ def _introduce(one: _InProcessTransport, other: _InProcessTransport, lane: Lane)
     there = _InProcessConnection(other, other.me, lane, other.session)
     back = _InProcessConnection(one, one.me, lane, one.session)
     there.back, back.back = back, there
-    one.gain(there)
-    other.gain(back)
+    one.attach(there)
+    other.attach(back)
 
 
-class _InProcessTransport(Switchboard):
+class _InProcessTransport(BaseTransport):
     def __init__(self, hub: InProcessHub, me: str) -> None:
         others = hub.others(me)
         no_tensors = others if me == hub.coordinator else [name for name in others if name == hub.coordinator]
@@ -146,7 +146,7 @@ class _InProcessTransport(Switchboard):
         )
         self._hub = hub
         self._problems: dict[str, CoterieError] = {}
-        self.take = self._arrived
+        self.receive = self._arrived
 
     @property
     def session(self) -> Session:
@@ -156,9 +156,9 @@ class _InProcessTransport(Switchboard):
         session = self._session
         return Hello(self._me, peer, lane, "in-process", session.epoch, "", session.run.hex(), session.protocol)
 
-    def gain(self, link: _InProcessConnection) -> None:
-        self._problems.pop(link.peer, None)
-        self._attach(link)
+    def attach(self, connection: _InProcessConnection) -> None:
+        self._problems.pop(connection.peer, None)
+        self._attach(connection)
 
     def refuse(self, peer: str, problem: CoterieError) -> None:
         self._problems[peer] = problem
@@ -166,10 +166,10 @@ class _InProcessTransport(Switchboard):
     def _refusal(self, peer: str, now: float) -> CoterieError | None:
         return self._problems.get(peer)
 
-    def lose(self, peer: str, reason: str) -> None:
-        for (name, _), line in self._lines.items():
-            if name == peer and line.link is not None:
-                self._detach(line.link, reason)
+    def detach(self, peer: str, reason: str) -> None:
+        for (name, _), peer_lane in self._lanes.items():
+            if name == peer and peer_lane.connection is not None:
+                self._detach(peer_lane.connection, reason)
 
     def _open(self) -> None:
         self._hub.join(self)

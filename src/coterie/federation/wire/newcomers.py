@@ -101,18 +101,18 @@ class Newcomers:
 
     def look(self, now: float) -> int:
         """End what stands too long or too much; how many that were. Takes about a millisecond per hundred sockets."""
-        found = {address: number for number, address in self._standing()}
+        descriptors = {address: number for number, address in self._open_connections()}
         with self._lock:
-            strangers = [address for address in found if address not in self._admitted]
+            strangers = [address for address in descriptors if address not in self._admitted]
         self._since = {address: self._since.get(address, now) for address in strangers}
         ended = {address for address, since in self._since.items() if now - since > self._patience_s}
         waiting = sorted(self._since.keys() - ended, key=lambda address: self._since[address])
         ended |= set(_too_many(waiting, NEWCOMERS))
         for address in ended:
-            self._end(found[address], address)
+            self._end(descriptors[address], address)
         return len(ended)
 
-    def _standing(self) -> Iterator[tuple[int, Address]]:
+    def _open_connections(self) -> Iterator[tuple[int, Address]]:
         """Descriptor and far address of every connection to the port."""
         for name in os.listdir(_DESCRIPTORS) if _DESCRIPTORS is not None else ():
             address = self._far_end(int(name))

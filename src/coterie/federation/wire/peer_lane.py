@@ -14,7 +14,7 @@ from coterie.federation.wire.transport import Lane, LaneCounters
 _WINDOWS_KEPT = 4
 
 
-class Link(ABC):
+class Connection(ABC):
     """The sending end of one live connection to ``peer`` on ``lane``."""
 
     peer: str
@@ -36,50 +36,50 @@ class Link(ABC):
         """End the connection; wakes whoever is in `post`."""
 
 
-class Line:
+class PeerLane:
     """Everything about one peer on one lane that outlives a connection."""
 
     def __init__(self, peer: str, lane: Lane, window: int, window_bytes: int) -> None:
-        self.link: Link | None = None
+        self.connection: Connection | None = None
         self.pending = PendingReplies(peer, lane, window, window_bytes)
         self._window, self._window_bytes, self._held_bytes = window, window_bytes, 0
         # What came over a connection that broke is still handled, so there is room for a few connections' windows.
-        self.inbox: queue.Queue[tuple[Link, Frame] | None] = queue.Queue(_WINDOWS_KEPT * window + 1)
+        self.inbox: queue.Queue[tuple[Connection, Frame] | None] = queue.Queue(_WINDOWS_KEPT * window + 1)
         self.worker: threading.Thread | None = None
         self.counters = LaneCounters()
         self.lock = threading.Lock()
 
-    def take_in(self, link: Link, frame: Frame) -> bool:
+    def take_in(self, connection: Connection, frame: Frame) -> bool:
         """Queue a request for the worker; False if the peer has more open than it may, in number or in bytes.
 
         One message may be larger than the bytes allowed, if nothing else is open: the lane's limit bounds that one.
         """
         size = frame.tensor_bytes
         with self.lock:
-            if link.waiting >= self._window or self.inbox.qsize() >= _WINDOWS_KEPT * self._window:
+            if connection.waiting >= self._window or self.inbox.qsize() >= _WINDOWS_KEPT * self._window:
                 return False
-            if link.waiting and link.waiting_bytes + size > self._window_bytes:
+            if connection.waiting and connection.waiting_bytes + size > self._window_bytes:
                 return False
             if self._held_bytes and self._held_bytes + size > _WINDOWS_KEPT * self._window_bytes:
                 return False
-            link.waiting += 1
-            link.waiting_bytes += size
+            connection.waiting += 1
+            connection.waiting_bytes += size
             self._held_bytes += size
-            self.inbox.put_nowait((link, frame))  # inside the lock: another connection must not take the place
+            self.inbox.put_nowait((connection, frame))  # inside the lock: another connection must not take the place
         return True
 
     def end(self) -> None:
         """Let the worker go once it has taken what is queued; there is always room for this one."""
         self.inbox.put_nowait(None)
 
-    def next_request(self) -> tuple[Link, Frame] | None:
-        """The next one in order; None when the line closes."""
+    def next_request(self) -> tuple[Connection, Frame] | None:
+        """The next one in order; None when the transport closes."""
         item = self.inbox.get()
         if item is not None:
             with self.lock:
-                link, frame = item
-                link.waiting -= 1
-                link.waiting_bytes -= frame.tensor_bytes
+                connection, frame = item
+                connection.waiting -= 1
+                connection.waiting_bytes -= frame.tensor_bytes
                 self._held_bytes -= frame.tensor_bytes
         return item
 

@@ -32,7 +32,7 @@ class Seldom:
         self._said: dict[Hashable, _Said] = {}
         self._lock = threading.Lock()
 
-    def say(self, key: Hashable, level: int, text: str, *, trace: bool = False) -> None:
+    def log(self, key: Hashable, level: int, text: str, *, trace: bool = False) -> None:
         """Log ``text`` unless something of the same ``key`` was logged within the last minute; then count it.
 
         Args:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from coterie import errors
 from coterie.errors import CoterieError, TransportError
+from coterie.federation.cancel import NEVER, CancelToken
 
 
 class Lane(IntEnum):
@@ -142,15 +143,13 @@ class Transport(Protocol):
         """Accept and open connections from now on; returns at once."""
         ...
 
-    def connect(
-        self, deadline_s: float, peers: Collection[str] | None = None, alive: Callable[[], bool] = lambda: True
-    ) -> None:
+    def connect(self, deadline_s: float, peers: Collection[str] | None = None, cancel: CancelToken = NEVER) -> None:
         """Wait until all (or the named) peers are connected.
 
         Args:
             deadline_s: seconds until it fails.
             peers: names; default: all of them.
-            alive: asked several times a second; once it says no, the wait ends without an error.
+            cancel: asked several times a second; once it is cancelled, the wait ends without an error.
 
         Raises:
             DeadlineError: names who is missing and what was last seen of them.

@@ -29,8 +29,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from coterie.errors import ModelError
+from coterie.models.cut.device_lock import DeviceLock, RandomState
 from coterie.models.cut.graph import Border, ExpertsEvent, GradientSink, Restarts
-from coterie.models.cut.turn import RandomState, Turn
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, select
 
 _Arguments = tuple[Any, ...]
@@ -91,18 +91,18 @@ class Cut:
     Args:
         model: any model with layers behind the experts interface. Its expert parameters are not touched and may be
             on the meta device.
-        turn: shared by everything that computes on the same device.
+        device_lock: shared by everything that computes on the same device.
 
     Attributes:
         layers: the model's MoE layers.
-        turn: see `Turn`.
+        device_lock: see `DeviceLock`.
 
     Raises:
         ModelError: the model has no MoE layer behind the experts interface.
     """
 
-    def __init__(self, model: nn.Module, turn: Turn | None = None) -> None:
-        self.turn = turn or Turn()
+    def __init__(self, model: nn.Module, device_lock: DeviceLock | None = None) -> None:
+        self.device_lock = device_lock or DeviceLock()
         self.layers: list[ExpertLayer] = select(model, self)
         self.active: Tape | None = None
         self._hooks = ExitStack()
@@ -163,15 +163,15 @@ def decoder_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[nn.M
     That is the innermost module that transformers can checkpoint, or else the innermost member of a list of modules.
     A MoE layer outside of any has none: the result is the same, only slower.
     """
-    found: dict[nn.Module, None] = {}
+    modules: dict[nn.Module, None] = {}
     for layer in layers:
         parts = layer.name.split(".")
         around = [(model.get_submodule(".".join(parts[:n])), parts[n - 1]) for n in range(len(parts) - 1, 0, -1)]
         checkpointed = [module for module, _ in around if isinstance(module, GradientCheckpointingLayer)]
         listed = [module for module, name in around if name.isdigit()]
         for module in (checkpointed or listed)[:1]:
-            found[module] = None
-    return list(found)
+            modules[module] = None
+    return list(modules)
 
 
 @dataclass
@@ -199,7 +199,7 @@ class _Visit:
 class Tape:
     """One micro-batch: records its parts while the model runs, and runs them backward.
 
-    Use it as a context manager. Inside, it holds the turn except while the exchange works.
+    Use it as a context manager. Inside, it holds the lock except while the exchange works.
 
     Attributes:
         training: whether a backward will follow.
@@ -219,7 +219,7 @@ class Tape:
         self._asked_again: dict[tuple[int, int], int] = defaultdict(int)
 
     def __enter__(self) -> Self:
-        self._take()
+        self._acquire()
         self._modes.enter_context(torch.set_grad_enabled(self.training))
         return self
 
@@ -230,7 +230,7 @@ class Tape:
         self._restarts = Restarts()
         self._received.clear()
         if self._holding:
-            self._give()
+            self._release()
 
     def backward(self, loss: Tensor, sink: GradientSink | None = None) -> None:
         """Run everything backward: trunk gradients go to ``sink``, expert gradients stay with their hosts.
@@ -290,17 +290,17 @@ class Tape:
         if call.layer.layout.has_post_expert_norm:
             out = call.layer.module.post_expert_norm(out)  # type: ignore[operator]
         rows = RoutedRows.of(call.expert_ids_NK, call.layer.num_experts)
-        return rows.combine(out, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out, call.routing_weights_NK, call.hidden_ND.dtype)
 
     # ---- asking ----
 
     def _ask_forward(self, call: ExpertsCall) -> Tensor:
-        hidden, weights = call.hidden_ND, call.expert_weights_NK
+        hidden, weights = call.hidden_ND, call.routing_weights_NK
         if self.training and not torch.is_grad_enabled():
             raise _reentrant(call.layer.name)
-        asked = ExpertsCall(call.layer, hidden.detach(), call.expert_ids_NK, weights.detach())
+        detached = ExpertsCall(call.layer, hidden.detach(), call.expert_ids_NK, weights.detach())
         with self._waiting():
-            value, ticket = self._exchange.forward(asked, keep=self.training)
+            value, ticket = self._exchange.forward(detached, keep=self.training)
         if not self.training:
             return value
         visit = self._visits[-1] if self._visits else _Visit(-1, True, [])
@@ -332,26 +332,26 @@ class Tape:
         with self._waiting():
             return self._exchange.backward(ticket, grad)
 
-    # ---- turns ----
+    # ---- the lock ----
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Hand the turn on. After an error it stays handed on: this micro-batch is over."""
-        self._give()
+        """Release the lock. After an error it stays released: this micro-batch is over."""
+        self._release()
         yield
-        self._take()
+        self._acquire()
 
-    def _take(self) -> None:
-        self._cut.turn.take()
+    def _acquire(self) -> None:
+        self._cut.device_lock.acquire()
         self._holding, self._cut.active = True, self
         if self._random is not None:
             self._random.enter()
 
-    def _give(self) -> None:
+    def _release(self) -> None:
         if self._random is not None:
             self._random.leave()
         self._holding, self._cut.active = False, None
-        self._cut.turn.give()
+        self._cut.device_lock.release()
 
     def _restarting(self, inputs: list[tuple[Tensor, int]]) -> tuple[Callable[[Tensor], Tensor], Border]:
         border = Border()

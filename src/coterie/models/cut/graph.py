@@ -194,8 +194,8 @@ class Restarts:
         known = self._grads.pop(event.restart, None)
         leading = [source for source in pending if event.restart in source.restarts]
         if leading:
-            (found,) = _gradients(leading, [self._edge(event.restart)], retain=True)
-            known = found if known is None or found is None else known + found
+            (grad,) = _gradients(leading, [self._edge(event.restart)], retain=True)
+            known = grad if known is None or grad is None else known + grad
         return torch.zeros(event.shape, dtype=event.dtype, device=event.device) if known is None else known
 
     def _run(self, border: int, plan: _RestartPlan, pending: list[_Source], sink: GradientSink) -> list[_Source]:
@@ -209,11 +209,11 @@ class Restarts:
             keys = _unique(key for source in ready for key in source.restarts if self._event_of[key] <= border)
             reached = _unique(parameter for source in ready for parameter in source.parameters)
             inputs = [*(self._edge(key) for key in keys), *reached]
-            found = _gradients(ready, inputs, plan.retain[border]) if inputs else []
-            for key, grad in zip(keys, found, strict=False):
+            all_grads = _gradients(ready, inputs, plan.retain[border]) if inputs else []
+            for key, grad in zip(keys, all_grads, strict=False):
                 if grad is not None:
                     self._grads[key] = self._grads[key] + grad if key in self._grads else grad
-            grads = dict(zip(reached, found[len(keys) :], strict=True))
+            grads = dict(zip(reached, all_grads[len(keys) :], strict=True))
         for parameter in parameters:
             sink.add(parameter, grads.get(parameter))
         return [source for source in pending if source.run_at != border]

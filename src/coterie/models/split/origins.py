@@ -74,12 +74,12 @@ def origin_of(path: Path) -> Origin:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
-        made = json_object(text or "null")
+        content = json_object(text or "null")
         known = [field.name for field in fields(Origin)]
-        for name in sorted(made.keys() - set(known)):
+        for name in sorted(content.keys() - set(known)):
             check_known(path, f"field of `{KEY}` in the header", name, known, ModelError)
-        trainings = trainings_from(made["trainings"], str(path))
-        return Origin(str(made["run"]), int(made["round"]), str(made["content"]), made["lora"], trainings)
+        trainings = trainings_from(content["trainings"], str(path))
+        return Origin(str(content["run"]), int(content["round"]), str(content["content"]), content["lora"], trainings)
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
     except (ValueError, TypeError, KeyError, AttributeError):

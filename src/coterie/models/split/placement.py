@@ -42,8 +42,8 @@ class Placement:
             num_experts: E of each MoE layer.
         """
         names = _party_names(parties)
-        turn = cycle(range(len(names)))
-        return cls(names, tuple(tuple(next(turn) for _ in range(count)) for count in num_experts))
+        party_numbers = cycle(range(len(names)))
+        return cls(names, tuple(tuple(next(party_numbers) for _ in range(count)) for count in num_experts))
 
     @classmethod
     def of_table(

@@ -79,10 +79,10 @@ def _listed(path: Path, key: str, *, needed: bool) -> tuple[Training, ...]:
     if not os.path.lexists(path):  # a link to nowhere, or a folder, is there and cannot be read
         return ()
     try:
-        made = json_object(path.read_bytes())
+        content = json_object(path.read_bytes())
         if needed:
-            check_known(path, "format", made["format"], {_FORMAT}, ModelError)
-        listed = made[key] if needed else made.get(key, ())
+            check_known(path, "format", content["format"], {_FORMAT}, ModelError)
+        listed = content[key] if needed else content.get(key, ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(str(path)) from error
     return trainings_from(listed, str(path))
@@ -126,9 +126,9 @@ def trainings_from(listed: Iterable[Mapping[str, Any]], where: str) -> tuple[Tra
             for name in sorted(training.keys() - set(known)):
                 check_known(where, "field of a training", name, known, ModelError)
             check_known(where, "privacy", training["privacy"], get_args(Protection), ModelError)
-        found = tuple(Training(**training) for training in listed)
-        hash(found)  # every value is a plain one
-        return found
+        trainings = tuple(Training(**training) for training in listed)
+        hash(trainings)  # every value is a plain one
+        return trainings
     except (KeyError, TypeError, AttributeError) as error:
         raise _unreadable(where) from error
 

@@ -246,7 +246,7 @@ class StreamedExperts:
         )
         if layer.layout.has_post_expert_norm:
             out_RD = layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
-        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
     @torch.no_grad()
     def _inference(self, call: ExpertsCall, rows: RoutedRows) -> Tensor:
@@ -261,7 +261,7 @@ class StreamedExperts:
                 return out
 
             out_RD = expert_rows(layer, call.hidden_ND[rows.token_R], rows.ends_E, linear)
-        return rows.combine(out_RD, call.expert_weights_NK, call.hidden_ND.dtype)
+        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
 
 class _StreamedRows(torch.autograd.Function):

@@ -72,10 +72,10 @@ class BertMoeTopKRouter(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, E], routing weights [N, K], expert ids [N, K]."""
         logits_NE = F.linear(hidden_states, self.weight)
-        weights_NK, ids_NK = torch.topk(logits_NE.float().softmax(-1), self.top_k, dim=-1)
+        routing_weights_NK, ids_NK = torch.topk(logits_NE.float().softmax(-1), self.top_k, dim=-1)
         if self.norm_topk_prob:
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
-        return logits_NE, weights_NK.to(logits_NE.dtype), ids_NK
+            routing_weights_NK = routing_weights_NK / routing_weights_NK.sum(-1, keepdim=True)
+        return logits_NE, routing_weights_NK.to(logits_NE.dtype), ids_NK
 
 
 class BertMoeBlock(nn.Module):
@@ -88,8 +88,8 @@ class BertMoeBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         flat_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_NK, ids_NK = self.gate(flat_ND)
-        out_ND: Tensor = self.experts(flat_ND, ids_NK, weights_NK)
+        _, routing_weights_NK, ids_NK = self.gate(flat_ND)
+        out_ND: Tensor = self.experts(flat_ND, ids_NK, routing_weights_NK)
         return out_ND.view(hidden_states.shape)
 
 

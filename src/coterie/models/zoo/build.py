@@ -156,7 +156,7 @@ def check_keys(
         "has, beyond what the model knows,": unexpected,
         "has in another shape": {entry[0] if isinstance(entry, tuple) else entry for entry in mismatched},
     }
-    problems = [f"{words} {_few(keys)}" for words, keys in kinds.items() if keys]
+    problems = [f"{words} {_first_keys(keys)}" for words, keys in kinds.items() if keys]
     if problems:
         raise ModelError(
             f"{where} does not fit its config: it {'; it '.join(problems)}.",
@@ -166,7 +166,7 @@ def check_keys(
         )
 
 
-def _few(keys: set[str], shown: int = 4) -> str:
+def _first_keys(keys: set[str], shown: int = 4) -> str:
     ordered = sorted(keys)
     rest = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
     return ", ".join(f"`{key}`" for key in ordered[:shown]) + rest

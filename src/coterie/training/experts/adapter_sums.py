@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coterie.dp.clipping import Flat
 from coterie.dp.per_sample.engine import Engine
-from coterie.federation.rounds.follower import superseded
+from coterie.federation.cancel import CancelToken
 from coterie.models.streaming.streamer import LayerStreamer
 from coterie.training.data.packing import Batch
 from coterie.training.experts.contribution import Sums, WithoutLedger
@@ -37,9 +37,7 @@ class AdapterSums(WithoutLedger):
         self._model, self._batches, self._seed = model, batches, seed
         self._engine: Engine | None = None
 
-    def sums(
-        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
-    ) -> Sums:
+    def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         if self._engine is None:
             cpu = torch.device("cpu")
             self._engine = Engine(self._model, _summed_losses, Flat(_NEVER_CLIPS), "auto", streamer, {}, cpu)
@@ -50,10 +48,9 @@ class AdapterSums(WithoutLedger):
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(self._seed, round_no - 1))
             for batch in self._batches(round_no):
-                if not alive():
-                    raise superseded()
+                cancel.check()
                 figures = self._engine.accumulate(to_device(batch, device))
                 loss += float(figures.losses.sum())
                 tokens += int((batch["labels"][:, 1:] != -100).sum())
-        figures_out = {"loss": loss / max(tokens, 1), "tokens": tokens}
-        return Sums({}, self._engine.take(), float(tokens), figures_out)
+        metrics = {"loss": loss / max(tokens, 1), "tokens": tokens}
+        return Sums({}, self._engine.take(), float(tokens), metrics)

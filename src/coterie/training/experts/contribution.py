@@ -17,7 +17,7 @@ from coterie.dp.accounting.ledger import Head
 from coterie.dp.balance import Balancer
 from coterie.dp.losses import default_loss
 from coterie.dp.party_session import Contributor
-from coterie.federation.rounds.follower import superseded
+from coterie.federation.cancel import CancelToken
 from coterie.models import seam
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
@@ -34,14 +34,14 @@ class Sums:
         experts: layer to stacked sums by parameter name, [E, ...]; None when it does not contribute.
         trunk: sums of the trained trunk parameters by name, and of the expert loads where these are released.
         weight: what everybody's sums together are divided by adds up from these.
-        figures: for the owner's own metrics; never sent.
+        metrics: for the owner's eyes; never sent.
         digest: of the spooled release that they come from; empty without privacy.
     """
 
     experts: Mapping[int, Mapping[str, Tensor]] | None
     trunk: Mapping[str, Tensor]
     weight: float
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     digest: str = ""
 
 
@@ -59,16 +59,14 @@ class Contribution(Protocol):
         """Called before every attempt's `sums`, with weights at hand: what has to be refused is refused here."""
         ...
 
-    def sums(
-        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
-    ) -> Sums:
+    def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         """Process this party's share of a round.
 
         Args:
             round_no: from 1.
             pins: digests of what is computed on: weights, agreement, membership epoch.
             streamer: lends expert weights to the device.
-            alive: False once the attempt was given up.
+            cancel: asked before every micro-batch.
         """
         ...
 
@@ -89,7 +87,7 @@ class Contribution(Protocol):
         """
         ...
 
-    def open_books(self, streamer: LayerStreamer) -> Contributor | None:
+    def open_ledger(self, streamer: LayerStreamer) -> Contributor | None:
         """Open the ledger and what was spooled, so that `privacy` and `statement` answer also where nothing was
         computed in this process; None where there is no ledger."""
         ...
@@ -127,7 +125,7 @@ class WithoutLedger:
     def check_not_behind(self, received: int) -> None:
         """Nothing is counted."""
 
-    def open_books(self, streamer: LayerStreamer) -> None:
+    def open_ledger(self, streamer: LayerStreamer) -> None:
         """There are none."""
 
     def ledger_head(self) -> None:
@@ -176,9 +174,7 @@ class PlainSums(WithoutLedger):
         losses_B = default_loss(self._model, to_device(batch, device))
         return losses_B.sum(), losses_B.shape[0]
 
-    def sums(
-        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
-    ) -> Sums:
+    def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
         sink = HostGradients()
         totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
@@ -189,8 +185,7 @@ class PlainSums(WithoutLedger):
         with torch.random.fork_rng(), seam.computed_by(self._model, StreamedExperts(streamer, sink)):
             torch.manual_seed(derived_seed(self._seed, round_no - 1))
             for batch in self._batches(round_no):
-                if not alive():
-                    raise superseded()
+                cancel.check()
                 loss, counted = self._loss(batch)
                 torch.autograd.backward(loss)
                 loss_sum, tokens = loss_sum + float(loss.detach()), tokens + counted
@@ -202,9 +197,9 @@ class PlainSums(WithoutLedger):
         return Sums(experts, totals, float(tokens), {"loss": loss_sum / max(tokens, 1), "tokens": tokens})
 
 
-def _complete(layer: ExpertLayer, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _complete(layer: ExpertLayer, summed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeros where no micro-batch had a backward."""
     return {
-        name: found[name] if name in found else torch.zeros(param.shape, dtype=torch.float32)
+        name: summed[name] if name in summed else torch.zeros(param.shape, dtype=torch.float32)
         for name, param in layer.parameters().items()
     }

@@ -11,13 +11,13 @@ from torch import Tensor
 from coterie.config import PrivacyRules
 from coterie.dp.accounting.ledger import Head
 from coterie.dp.accounting.lots import Lot
+from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.attempt import Attempt
-from coterie.federation.rounds.follower import Alive
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.training.experts.adapter_sums import AdapterSums
 from coterie.training.experts.contribution import Contribution, PlainSums, Sums
-from coterie.training.experts.host import make_pool, model_parts
+from coterie.training.experts.host import make_host, model_parts
 from coterie.training.experts.owner import ExpertsOwner
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.experts.public_loads import releases_loads
@@ -48,7 +48,7 @@ class ExpertsExchange:
     Attributes:
         parts: every part of the model.
         contribution: makes this party's sums.
-        pool: what is stored here for everybody.
+        host: what is stored here for everybody.
         owner: fetches, computes and pushes.
     """
 
@@ -60,10 +60,10 @@ class ExpertsExchange:
         weights: Weights,
         key: AnswerKey | None = None,
     ) -> None:
-        self._trunk, self._parts, self._transport, self._run = trunk, trunk.parts, transport, run
+        self._trunk, self._inputs, self._transport, self._run = trunk, trunk.inputs, transport, run
         self._key = key
-        federation, model = trunk.parts.federation, trunk.parts.model
-        self.parts = model_parts(federation, model, trunk.parts.placement)
+        federation, model = trunk.inputs.federation, trunk.inputs.model
+        self.parts = model_parts(federation, model, trunk.inputs.placement)
         self.shares_trunk = bool(shared_names(federation, model))
         self._prepared: dict[Attempt, Sums] = {}
         self._set_up(weights)
@@ -73,15 +73,15 @@ class ExpertsExchange:
         self._set_up(weights)
 
     def _set_up(self, weights: Weights) -> None:
-        parts, transport = self._parts, self._transport
+        inputs, transport = self._inputs, self._transport
         self.contribution = self._make_contribution()
         self._saved_round = 0
         balancer = self.contribution.balancer
-        copy = TrunkCopy(parts.model, balancer)
-        self.pool = make_pool(
-            parts.party,
-            parts.federation,
-            parts.model,
+        copy = TrunkCopy(inputs.model, balancer)
+        self.host = make_host(
+            inputs.party,
+            inputs.federation,
+            inputs.model,
             self.parts,
             weights.trunk,
             weights.experts,
@@ -90,27 +90,29 @@ class ExpertsExchange:
             balancer,
         )
         self.owner = ExpertsOwner(
-            parts.federation,
-            parts.model,
+            inputs.federation,
+            inputs.model,
             self.parts,
-            self.pool,
+            self.host,
             transport,
             self.contribution,
             copy,
-            cache_dir=private_folder(parts.run_dir) / "cache" if parts.cache == "disk" else None,
-            device=parts.device,
-            roster=parts.roster,
+            cache_dir=private_folder(inputs.run_dir) / "cache" if inputs.cache == "disk" else None,
+            device=inputs.device,
+            roster=inputs.roster,
         )
 
     def _make_contribution(self) -> Contribution:
-        parts, trunk = self._parts, self._trunk
-        seed = parts.federation.train.seed
-        if parts.privacy is not None:
-            return PrivateSums(parts.model, trunk.layers, parts.train, parts.privacy, self._ledger_run, self._drawn)
-        if parts.federation.lora is not None:
-            return AdapterSums(parts.model, trunk.batches, seed)
-        per_record = isinstance(parts.federation.privacy, PrivacyRules)
-        return PlainSums(parts.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record)
+        inputs, trunk = self._inputs, self._trunk
+        seed = inputs.federation.train.seed
+        if inputs.privacy is not None:
+            return PrivateSums(
+                inputs.model, trunk.layers, inputs.train, inputs.privacy, self._ledger_run, self._drawn
+            )
+        if inputs.federation.lora is not None:
+            return AdapterSums(inputs.model, trunk.batches, seed)
+        per_record = isinstance(inputs.federation.privacy, PrivacyRules)
+        return PlainSums(inputs.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record)
 
     def _drawn(self, lot: Lot) -> None:
         if self._key is not None:
@@ -118,14 +120,14 @@ class ExpertsExchange:
 
     def _ledger_run(self) -> str:
         """One name for this party's run in its ledger, the same after a restart."""
-        return f"{self._run() or 'unnamed'}-{self._parts.party}"
+        return f"{self._run() or 'unnamed'}-{self._inputs.party}"
 
     # ---- checkpoints ----
 
     def hosted_state(self) -> dict[str, Tensor]:
-        home = {f"{_TRUNK}{name}": value for name, value in self.pool.home.state_dict().items()}
-        received = {f"{_RECEIVED}{party}": torch.tensor(n) for party, n in self.pool.received.items()}
-        return self.pool.shard.state_dict() | home | received | self._ledger_state()
+        trunk = {f"{_TRUNK}{name}": value for name, value in self.host.trunk.state_dict().items()}
+        received = {f"{_RECEIVED}{party}": torch.tensor(n) for party, n in self.host.received.items()}
+        return self.host.shard.state_dict() | trunk | received | self._ledger_state()
 
     def _ledger_state(self) -> dict[str, Tensor]:
         """The newest entry of this party's ledger, so that a later start notices one that was put back."""
@@ -137,7 +139,7 @@ class ExpertsExchange:
     def forget(self) -> None:
         self.drop(0, 0)
         self.owner.forget_trunk()
-        self.pool.forget()
+        self.host.forget()
 
     def load_hosted(self, state: Mapping[str, Tensor]) -> None:
         heads = [
@@ -146,18 +148,18 @@ class ExpertsExchange:
             if name.startswith(_LEDGER)
         ]
         self.contribution.expect(heads[0] if heads else None)
-        home = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
-        self.pool.home.load_state_dict(home)
+        trunk = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
+        self.host.trunk.load_state_dict(trunk)
         received = received_rounds(state)
-        self.pool.received = {party: max(n, self.pool.received.get(party, 0)) for party, n in received.items()}
+        self.host.received = {party: max(n, self.host.received.get(party, 0)) for party, n in received.items()}
         others = (_TRUNK, _RECEIVED, _RECEIVED_BEFORE, _LEDGER)
-        self.pool.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(others)})
+        self.host.shard.load_state_dict({n: v for n, v in state.items() if not n.startswith(others)})
 
     def go_on_after(self, round_no: int) -> None:
-        self.pool.go_on_after(round_no)
+        self.host.go_on_after(round_no)
 
-    def catch_up(self, told: State) -> None:
-        self.owner.catch_up(told)
+    def catch_up(self, state: State) -> None:
+        self.owner.catch_up(state)
 
     def saved(self, round_no: int, oldest: int) -> None:
         """What ``oldest`` includes is never needed again."""
@@ -166,13 +168,13 @@ class ExpertsExchange:
 
     # ---- rounds ----
 
-    def compute(self, told: State, alive: Alive) -> None:
+    def compute(self, state: State, cancel: CancelToken) -> None:
         if self._key is not None:
-            self._key.attempt(told.round, told.attempt)
-            if self._parts.privacy is None:
-                self._key.lot(told.round, [row for rows in self._trunk.rows(told.round) for row in rows])
-        sums = self.owner.compute(told, alive)
-        self._prepared = {Attempt(told.round, told.attempt): sums}
+            self._key.attempt(state.round, state.attempt)
+            if self._inputs.privacy is None:
+                self._key.lot(state.round, [row for rows in self._trunk.rows(state.round) for row in rows])
+        sums = self.owner.compute(state, cancel)
+        self._prepared = {Attempt(state.round, state.attempt): sums}
 
     def drop(self, round_no: int, attempt: int) -> None:
         self._prepared = {}
@@ -181,64 +183,66 @@ class ExpertsExchange:
     @torch.no_grad()
     def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
         sums = self._prepared.pop(Attempt(round_no, attempt))
-        self.pool.commit(Attempt(round_no, attempt), rate)
+        self.host.commit(Attempt(round_no, attempt), rate)
         own = self._trunk.parameters
         if own and sums.experts is not None and sums.weight > 0:
             self._trunk.step({param: sums.trunk[name] for name, param in own.items()}, sums.weight, rate)
-        return {**sums.figures, **self.owner.seconds}
+        return {**sums.metrics, **self.owner.seconds}
 
     @contextmanager
-    def inference(self, told: State, alive: Alive) -> Iterator[None]:
-        with self.owner.evaluating(told):
+    def inference(self, state: State, cancel: CancelToken) -> Iterator[None]:
+        with self.owner.evaluating(state):
             yield
 
     # ---- privacy ----
 
-    def open_books(self) -> bool:
-        return self.contribution.open_books(self.owner.streamer) is not None
+    def open_ledger(self) -> bool:
+        return self.contribution.open_ledger(self.owner.streamer) is not None
 
     def privacy(self) -> dict[str, object] | None:
-        spent, federation = self.contribution.privacy(), self._parts.federation
+        spent, federation = self.contribution.privacy(), self._inputs.federation
         if spent is None:
             return None
         loads = " and of expert loads" if releases_loads(federation) else ""
         return {
             **spent,
             "revealed": f"noised sums of clipped gradients{loads}",
-            "revealed_to": [name for name in federation.parties if name != self._parts.party],
+            "revealed_to": [name for name in federation.parties if name != self._inputs.party],
         }
 
     def statement(self) -> str:
         return self.contribution.statement() or "\n".join(self._unbounded())
 
     def _unbounded(self) -> list[str]:
-        parts = self._parts
-        most = parts.federation.train.batch_size * int(parts.train.lengths.max())
-        return exposure.of_pushes(parts.federation, exposure.Reach.of_model(parts.model, parts.federation.lora), most)
+        inputs = self._inputs
+        most = inputs.federation.train.batch_size * int(inputs.train.lengths.max())
+        return exposure.of_pushes(
+            inputs.federation, exposure.Reach.of_model(inputs.model, inputs.federation.lora), most
+        )
 
     # ---- serving ----
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
-        return self.pool.handle(peer, lane, message, wait_s=self._parts.federation.deadline_s)
+        return self.host.handle(peer, lane, message, wait_s=self._inputs.federation.deadline_s)
 
-    def interrupt(self) -> None:
-        self.owner.interrupt()
+    def cancel(self) -> None:
+        self.owner.cancel()
 
     def stop_serving(self) -> None:
-        self.pool.close()
+        self.host.close()
 
     def close(self) -> None:
-        self.pool.close()
+        self.host.close()
         self.owner.close()
         self.contribution.close()
 
 
 def received_rounds(state: Mapping[str, Tensor]) -> dict[str, int]:
     """By party, the newest round of which a checkpoint's host had all its sums."""
-    found = {}
+    rounds = {}
     for name, value in state.items():
         if name.startswith(_RECEIVED):
-            found[name.removeprefix(_RECEIVED)] = int(value)
+            rounds[name.removeprefix(_RECEIVED)] = int(value)
         elif name.startswith(_RECEIVED_BEFORE):
-            found[name.removeprefix(_RECEIVED_BEFORE)] = int(value) // _NUMBERS_BEFORE
-    return found
+            rounds[name.removeprefix(_RECEIVED_BEFORE)] = int(value) // _NUMBERS_BEFORE
+    return rounds

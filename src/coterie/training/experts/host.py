@@ -1,4 +1,4 @@
-"""The host's side of a party in the `experts` exchange: which parts there are, and the pool of those stored here."""
+"""The host's side of a party in the `experts` exchange: which parts there are, and what is stored here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from coterie.models import seam
 from coterie.models.split.placement import Placement
 from coterie.training.experts.public_loads import PublicLoads, releases_loads
 from coterie.training.experts.shared_trunk import TrunkCopy, shared_names
-from coterie.training.party.agreed_limits import pool_limits
+from coterie.training.party.agreed_limits import experts_limits
 
 _AHEAD = 2
-"""Rounds: nobody who follows the same line of the run can be so far ahead of another party."""
+"""Rounds: nobody who follows the same history can be so far ahead of another party."""
 
 
 def model_parts(federation: FederationConfig, model: nn.Module, placement: Placement) -> tuple[Part, ...]:
@@ -40,7 +40,7 @@ def model_parts(federation: FederationConfig, model: nn.Module, placement: Place
     )
 
 
-def make_pool(
+def make_host(
     party: str,
     federation: FederationConfig,
     model: nn.Module,
@@ -58,7 +58,7 @@ def make_pool(
         federation: shared settings.
         model: partial model.
         parts: see `model_parts`.
-        trunk: starting weights of the trunk, for the share this party is home to.
+        trunk: starting weights of the trunk, for the share this party hosts.
         experts: starting weights of the hosted experts, by global key.
         make_optimizer: of hosted parts.
         copy: lends the share of a host that is absent.
@@ -76,5 +76,5 @@ def make_pool(
         push_dtype=getattr(torch, federation.push_dtype),
         lend=copy.lend,
         ahead=_AHEAD,
-        limits=pool_limits(federation, model),
+        limits=experts_limits(federation, model),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from coterie.config import FederationConfig, PrivacyRules
+from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.fetch_weights import WeightFetcher
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.owner import Mirror, SumSender, model_version
 from coterie.federation.experts.parts import Part, present_parts
 from coterie.federation.rounds.attempt import Attempt
-from coterie.federation.rounds.follower import superseded
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Transport
 from coterie.models import seam
@@ -45,7 +45,7 @@ class ExpertsOwner:
         federation: shared settings.
         model: partial model; a shared trunk is overwritten by what the hosts serve.
         parts: every part of it.
-        pool: this party's host side; its parts are read, and take their sums, without a wire.
+        host: this party's host side; its parts are read, and take their sums, without a wire.
         transport: to the others.
         contribution: see `Contribution`.
         copy: this party's copy of a shared trunk.
@@ -66,7 +66,7 @@ class ExpertsOwner:
         federation: FederationConfig,
         model: nn.Module,
         parts: Sequence[Part],
-        pool: ExpertsHost,
+        host: ExpertsHost,
         transport: Transport,
         contribution: Contribution,
         copy: TrunkCopy,
@@ -75,7 +75,7 @@ class ExpertsOwner:
         device: torch.device,
         roster: str = "",
     ) -> None:
-        self._federation, self._model, self._parts, self._pool = federation, model, tuple(parts), pool
+        self._federation, self._model, self._parts, self._host = federation, model, tuple(parts), host
         self._contribution, self._roster = contribution, roster
         # Where everybody sends spooled bytes, a second attempt at a round brings the same ones and hosts keep what
         # they have.
@@ -88,7 +88,7 @@ class ExpertsOwner:
             parts,
             [layer.num_experts for layer in layers],
             WeightCache(store, len(layers)),
-            pool,
+            host,
             WeightFetcher(transport, deadline_s=federation.deadline_s, value_limit=federation.value_limit),
             weights_dtype,
             set_trunk=copy.take,
@@ -96,46 +96,43 @@ class ExpertsOwner:
         )
         compute_dtype = next(iter(layers[0].parameters().values())).dtype
         self.streamer = LayerStreamer(self._mirror, device, compute_dtype)
-        self.sender = SumSender(transport, pool, parts, deadline_s=federation.deadline_s)
-        self._interrupted = False
+        self.sender = SumSender(transport, host, parts, deadline_s=federation.deadline_s)
+        self._cancelled = False
         self.seconds: dict[str, float] = {}
 
-    def compute(self, told: State, alive: Callable[[], bool]) -> Sums:
+    def compute(self, state: State, cancel: CancelToken) -> Sums:
         """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched.
 
         Returns:
             This party's sums, for parameters that it steps by itself.
         """
-        self._interrupted = False
+        self._cancelled = False
         began = time.monotonic()
-        attempt = Attempt(told.round, told.attempt)
-        versions = self._refresh(attempt, told)
+        attempt = Attempt(state.round, state.attempt)
+        versions = self._refresh(attempt, state)
         self._contribution.open(self.streamer)
         self._contribution.check_not_behind(self._mirror.received)
         pins = {
             "weights": model_version(versions),
             "agreement": self._federation.content_hash(),
             "roster": self._roster,
-            "epoch": str(told.epoch),
+            "epoch": str(state.epoch),
         }
 
-        def going() -> bool:
-            return alive() and not self._interrupted
-
+        both = CancelToken(lambda: cancel.cancelled or self._cancelled)
         agreed = time.monotonic()
         self.streamer.watch()
-        sums = self._contribution.sums(told.round, pins, self.streamer, going)
+        sums = self._contribution.sums(state.round, pins, self.streamer, both)
         self.streamer.drop_all()
         self._mirror.join()
         computed = time.monotonic()
-        if not going():
-            raise superseded()
+        both.check()
         blobs = None
         if sums.experts is not None:
             blobs = self._encoder.encode(sums.experts, sums.trunk, sums.digest or _name_of(attempt))
         self.sender.declare(attempt, contributes=blobs is not None, weight=sums.weight)
         if blobs is not None:
-            self._encoder.check(blobs, lambda name: self._pool.push_limit(self._pool.me, name), str(attempt))
+            self._encoder.check(blobs, lambda name: self._host.push_limit(self._host.me, name), str(attempt))
             self.sender.push(attempt, blobs, versions)
         self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
         return sums
@@ -157,9 +154,9 @@ class ExpertsOwner:
         self.streamer.drop_all()
 
     @contextmanager
-    def evaluating(self, told: State) -> Iterator[None]:
+    def evaluating(self, state: State) -> Iterator[None]:
         """Inside, the model computes with the newest weights of all hosts."""
-        self._refresh_between(told)
+        self._refresh_between(state)
         with (
             factors_stay_apart(self._model),
             seam.computed_by(
@@ -170,9 +167,9 @@ class ExpertsOwner:
         self.streamer.drop_all()
         self._mirror.join()
 
-    def catch_up(self, told: State) -> None:
+    def catch_up(self, state: State) -> None:
         """Bring in the newest weights of all hosts, a shared trunk's into the model."""
-        self._refresh_between(told)
+        self._refresh_between(state)
         self._mirror.join()
 
     def forget_trunk(self) -> None:
@@ -180,39 +177,39 @@ class ExpertsOwner:
         self.drop()
         self._mirror.forget_trunk()
 
-    def interrupt(self) -> None:
+    def cancel(self) -> None:
         """Called from another thread: give the attempt up soon."""
-        self._interrupted = True
-        self._mirror.stop()
+        self._cancelled = True
+        self._mirror.cancel()
 
     def close(self) -> None:
         """End the side threads."""
-        self._mirror.stop()
+        self._mirror.cancel()
         self._mirror.join(check=False)
         self.streamer.close()
 
-    def _release(self, attempt: Attempt, told: State) -> tuple[object, ...]:
+    def _release(self, attempt: Attempt, state: State) -> tuple[object, ...]:
         """Another one whenever the parties' sums may be other bytes.
 
         Spooled bytes are the same at every attempt, but not under another membership epoch: then they are burned.
         """
-        return (attempt.round, told.epoch) if self._repeatable and attempt.number else (attempt,)
+        return (attempt.round, state.epoch) if self._repeatable and attempt.number else (attempt,)
 
-    def _refresh_between(self, told: State) -> None:
+    def _refresh_between(self, state: State) -> None:
         """Fetch what the round that was committed last made; computing the next one finds it here."""
-        self._interrupted = False
-        self._refresh(Attempt(told.round), told)
+        self._cancelled = False
+        self._refresh(Attempt(state.round), state)
 
-    def _refresh(self, attempt: Attempt, told: State) -> dict[int, str]:
-        active = [name for name in self._federation.parties if name not in told.absent]
+    def _refresh(self, attempt: Attempt, state: State) -> dict[int, str]:
+        active = [name for name in self._federation.parties if name not in state.absent]
         parts = present_parts(self._parts, active)
-        lent = [part for part in parts if part.host == self._pool.me and self._parts[part.number].host != part.host]
+        lent = [part for part in parts if part.host == self._host.me and self._parts[part.number].host != part.host]
         if lent:  # they are read from the model, which an earlier fetch may still be writing
             self._mirror.join(check=False)
-        self._mask(told.absent)
+        self._mask(state.absent)
         self._mirror.use(parts)
         self.sender.use(parts)
-        self._pool.begin(attempt, active, lent, self._release(attempt, told))
+        self._host.begin(attempt, active, lent, self._release(attempt, state))
         versions = self._mirror.versions(attempt)
         self._mirror.start(attempt, versions)
         return versions

@@ -24,7 +24,7 @@ from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.errors import BudgetError, PrivacyError
-from coterie.federation.rounds.follower import superseded
+from coterie.federation.cancel import NEVER, CancelToken
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
@@ -43,7 +43,7 @@ class PrivateSums:
         model: partial model, trunk on its device.
         layers: its MoE layers.
         records: the party's sequences; each is a record.
-        parts: see `PrivacyInputs`.
+        inputs: see `PrivacyInputs`.
         run: name of this party's run in its ledger, known once it has joined.
         drawn: see `coterie.dp.party_session.Contributor`.
 
@@ -65,13 +65,13 @@ class PrivateSums:
         model: nn.Module,
         layers: Sequence[ExpertLayer],
         records: Sequences,
-        parts: PrivacyInputs,
+        inputs: PrivacyInputs,
         run: Callable[[], str],
         drawn: Callable[[Lot], None] = lambda lot: None,
     ) -> None:
-        if parts.push_after_s is not None and records.users is not None:
+        if inputs.push_after_s is not None and records.users is not None:
             raise no_whole_users()
-        self._model, self._layers, self._records, self._parts, self._run = model, layers, records, parts, run
+        self._model, self._layers, self._records, self._inputs, self._run = model, layers, records, inputs, run
         self._drawn = drawn
         self._names = {
             f"{layer.name}.{name}": (layer.index, name)
@@ -82,9 +82,14 @@ class PrivateSums:
         check_model(model)
         self._check_covered()
         self._plan = PrivacyPlan.of_settings(
-            parts.spec, model, parts.rounds, seed=parts.seed, against_hosts=True, noise_multiplier=parts.sigma
+            inputs.spec,
+            model,
+            inputs.rounds,
+            seed=inputs.seed,
+            against_hosts=True,
+            noise_multiplier=inputs.noise_multiplier,
         )
-        self._options = ComputeOptions.of_settings(parts.spec, accumulate_on=torch.device("cpu"))
+        self._options = ComputeOptions.of_settings(inputs.spec, accumulate_on=torch.device("cpu"))
         self.balancer = self._plan.balancer(model)
         self.contributor: Contributor | None = None
         self.exhausted = False
@@ -93,29 +98,27 @@ class PrivateSums:
         self._expected: Head | None = None
         self._constant: ConstantWork | None = None
         self._engine: Engine | None = None
-        self._alive: Callable[[], bool] = lambda: True
+        self._cancel = NEVER
 
-    def sums(
-        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, alive: Callable[[], bool]
-    ) -> Sums:
+    def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         began = time.monotonic()
-        self._alive = alive
-        contributor = self.open_books(streamer)
+        self._cancel = cancel
+        contributor = self.open_ledger(streamer)
         if self._constant is not None:
             self._constant.batches = 0
         trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
-        made = contributor.release(round_no, {**pins, "trunk": digest_layer(trunk)})
+        released = contributor.release(round_no, {**pins, "trunk": digest_layer(trunk)})
         self._finish_work(began)
-        self.exhausted = made is None
-        if made is None:
+        self.exhausted = released is None
+        if released is None:
             return Sums(None, {}, 0.0, {"epsilon": contributor.run.spent().epsilon})
-        noised, release = made
+        noised, release = released
         experts: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in self._layers}
         for full, (layer, name) in self._names.items():
             experts[layer][name] = noised[full]
         rest = {name: value for name, value in noised.items() if name not in self._names}
-        figures = self._figures(contributor, round_no, release)
-        return Sums(experts, rest, float(self._plan.lot_size), figures, release.digest)
+        metrics = self._metrics(contributor, round_no, release)
+        return Sums(experts, rest, float(self._plan.lot_size), metrics, release.digest)
 
     def applied(self, round_no: int, newest: int) -> None:
         """Nobody asks for spooled results up to ``round_no`` again; those up to ``newest`` go if room is short."""
@@ -177,32 +180,32 @@ class PrivateSums:
             ):
                 first, collate = self._records[0], self._records.collate
                 source = FromCollator(self._model, collate, first, int(self._records.lengths.max()))
-                report = self_check.check(engine, collate([first]), source, self._parts.spec.physical_batch)
+                report = self_check.check(engine, collate([first]), source, self._inputs.spec.physical_batch)
             self._compared = True
             unused = unused_warning(self._model, report.unused)
             if unused is not None:
                 warnings.warn(unused, PrivacyWarning, stacklevel=2)
                 self._gaps = (unused,)
-            self.open_books(streamer)
+            self.open_ledger(streamer)
 
-    def open_books(self, streamer: LayerStreamer) -> Contributor:
+    def open_ledger(self, streamer: LayerStreamer) -> Contributor:
         """Open the ledger and what was spooled; uses no weights."""
         if self.contributor is None:
-            parts = self._parts
+            inputs = self._inputs
             data = PrivateData.of(
                 self._records, self._collate, users=self._records.users,
-                records_per_user=self._plan.records_per_user, digest=parts.digest, originals=parts.originals,
+                records_per_user=self._plan.records_per_user, digest=inputs.digest, originals=inputs.originals,
             )  # fmt: skip
             entry = RunEntry(
-                parts.spec.ledger, self._run(), parts.artefacts, parts.record, self._compared, self._gaps
+                inputs.spec.ledger, self._run(), inputs.artefacts, inputs.record, self._compared, self._gaps
             )
             engine = self._engine = self._make_engine(streamer)
-            self._constant = None if parts.push_after_s is None else self._one_shape()
+            self._constant = None if inputs.push_after_s is None else self._one_shape()
             self.contributor = Contributor(
                 open_run(self._plan, self._options, data, self._model, engine, self.balancer, entry, self._constant),
                 self._drawn,
             )
-            self._check_noise(self.contributor, parts.largest_noise)
+            self._check_noise(self.contributor, inputs.largest_noise)
         return self.contributor
 
     def _check_noise(self, contributor: Contributor, largest: float) -> None:
@@ -240,7 +243,7 @@ class PrivateSums:
         return self._options.engine(self._plan, self._model, self.balancer, streamer, shapes)
 
     def _one_shape(self) -> ConstantWork:
-        spec, length = self._parts.spec, self._parts.sequence_length
+        spec, length = self._inputs.spec, self._inputs.sequence_length
         longest = length or max(len(self._records[row]["input_ids"]) for row in range(len(self._records)))
         device = next(p for p in self._model.parameters() if not p.is_meta).device
         return ConstantWork(
@@ -252,30 +255,28 @@ class PrivateSums:
         )
 
     def _collate(self, items: list[Any]) -> Batch:
-        if not self._alive():
-            raise superseded()
+        self._cancel.check()
         return self._records.collate(items)
 
     def _finish_work(self, began: float) -> None:
         """In constant-work mode: compute what the lot did not need, and wait for the fixed moment."""
-        after = self._parts.push_after_s
+        after = self._inputs.push_after_s
         if after is None or self._constant is None or self._engine is None:
             return
         self._constant.fill_up(self._engine)
         while time.monotonic() - began < after:
-            if not self._alive():
-                raise superseded()
+            self._cancel.check()
             time.sleep(min(0.05, max(0.0, after - (time.monotonic() - began))))
 
-    def _figures(self, contributor: Contributor, round_no: int, release: Release) -> dict[str, float]:
-        figures: dict[str, float] = {"epsilon": contributor.run.spent().epsilon}
-        figures |= {f"{what}_seconds": seconds for what, seconds in contributor.run.seconds.items()}
+    def _metrics(self, contributor: Contributor, round_no: int, release: Release) -> dict[str, float]:
+        metrics: dict[str, float] = {"epsilon": contributor.run.spent().epsilon}
+        metrics |= {f"{what}_seconds": seconds for what, seconds in contributor.run.seconds.items()}
         last = contributor.run.lot_sums.last
         if last is not None and last.round == round_no:
-            figures |= {
+            metrics |= {
                 "loss_not_private": last.loss,
                 "lot_size_not_private": last.lot_size,
                 "clipped_not_private": last.clipped,
                 "not_finite_not_private": last.masked,
             }
-        return figures
+        return metrics

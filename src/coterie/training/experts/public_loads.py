@@ -1,7 +1,7 @@
 """Expert loads of a whole federation: where the parties' released loads are added up and smoothed.
 
 Every private party releases its lot's centred loads inside the round's one Gaussian (`coterie.dp.balance`). They
-travel with its push, one home host adds them up over the parties and serves what follows from them, and all parties
+travel with its push, one host adds them up over the parties and serves what follows from them, and all parties
 compute the next round with that one value. All of this is post-processing of what was released.
 """
 
@@ -30,7 +30,7 @@ class PublicLoads:
     Shape letters: S experts of all MoE layers together.
 
     Args:
-        balancer: of the party that is home to them; its model's routing biases are what everybody starts from.
+        balancer: of the party that hosts them; its model's routing biases are what everybody starts from.
     """
 
     def __init__(self, balancer: Balancer) -> None:

@@ -1,7 +1,7 @@
-"""What a party does in each phase of a round: the `Actor` behind a `Participant`, whatever the exchange.
+"""What a party does in each phase of a round: the `Actor` behind a `Follower`, whatever the exchange.
 
 The two exchanges differ in how an attempt is computed and committed, and in what a party stores for others:
-`tokens_exchange` and `experts_exchange` say that, each behind the protocol `Exchange`.
+`TokensExchange` and `ExpertsExchange` do, each behind the protocol `Exchange`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from coterie.federation.cancel import CancelToken
 from coterie.federation.identity.certificates import COORDINATOR
-from coterie.federation.rounds.follower import Alive, superseded
 from coterie.federation.rounds.state import Saved, State
 from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.federation.wire.values import check_own
@@ -36,7 +36,7 @@ _EXPERT = re.compile(r"layer\.\d+\.expert\.\d+\.\w+")
 class Exchange(Protocol):
     """One party's two sides in an exchange: what it stores for everybody, and how it computes with everybody's.
 
-    All methods but `handle` and `interrupt` are called from one thread.
+    All methods but `handle` and `cancel` are called from one thread.
 
     Attributes:
         shares_trunk: hosts step parameters of the trunk, so that after a commit the model's are old until `catch_up`.
@@ -65,7 +65,7 @@ class Exchange(Protocol):
         """A state was loaded, behind which lie this many rounds of the run."""
         ...
 
-    def compute(self, told: State, alive: Alive) -> None:
+    def compute(self, state: State, cancel: CancelToken) -> None:
         """One attempt, its sums brought to where they are needed; changes no parameter that is trained here alone."""
         ...
 
@@ -74,14 +74,14 @@ class Exchange(Protocol):
         ...
 
     def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
-        """Apply a computed attempt to trunk and hosted experts; figures of the round for the owner's eyes."""
+        """Apply a computed attempt to trunk and hosted experts; metrics of the round for the owner's eyes."""
         ...
 
-    def inference(self, told: State, alive: Alive) -> AbstractContextManager[object]:
+    def inference(self, state: State, cancel: CancelToken) -> AbstractContextManager[object]:
         """Inside, the model's experts answer without gradients."""
         ...
 
-    def catch_up(self, told: State) -> None:
+    def catch_up(self, state: State) -> None:
         """Bring the trunk up to what its hosts made of it."""
         ...
 
@@ -89,7 +89,7 @@ class Exchange(Protocol):
         """A checkpoint of ``round_no`` was written; ``oldest`` is the oldest that everybody could go back to."""
         ...
 
-    def open_books(self) -> bool:
+    def open_ledger(self) -> bool:
         """Make `privacy` and `statement` answer also where nothing was computed in this process.
 
         Returns:
@@ -109,7 +109,7 @@ class Exchange(Protocol):
         """Serve another party; on any thread."""
         ...
 
-    def interrupt(self) -> None:
+    def cancel(self) -> None:
         """What is being computed no longer counts; called from another thread, returns at once."""
         ...
 
@@ -133,17 +133,17 @@ class PartyActor:
     """
 
     def __init__(self, trunk: OwnTrunk, exchange: Exchange, transport: Transport, store: PartyStore) -> None:
-        self.parts, self.exchange = trunk.parts, exchange
+        self.inputs, self.exchange = trunk.inputs, exchange
         self._trunk, self._transport, self._store = trunk, transport, store
-        self._spec = trunk.parts.federation.train
+        self._spec = trunk.inputs.federation.train
         self._pristine = True
         self._seconds = 0.0
-        self._metrics: MetricsWriter | None = None  # which figures stay is known once a state is loaded
+        self._metrics: MetricsWriter | None = None  # which metrics stay is known once a state is loaded
 
     @property
     def evaluation(self) -> Evaluation | None:
         """The newest evaluation on this party's held-out text, for its own eyes; also one of an earlier process."""
-        path = private_folder(self.parts.run_dir) / _EVALUATION
+        path = private_folder(self.inputs.run_dir) / _EVALUATION
         return Evaluation.load(path) if path.exists() else None
 
     def state_bytes(self) -> int:
@@ -158,50 +158,50 @@ class PartyActor:
     def held(self) -> tuple[Saved, ...]:
         return self._store.held()
 
-    def load(self, source: Saved, told: State) -> None:
+    def load(self, source: Saved, state: State) -> None:
         if source.round == 0:
             self._restart()
         else:
             self._load_checkpoint(source)
         self._store.went_back_to(source.round)
         self._close_metrics()
-        self._metrics = MetricsWriter(private_folder(self.parts.run_dir), finished=told.round)
-        self.exchange.go_on_after(told.round)
+        self._metrics = MetricsWriter(private_folder(self.inputs.run_dir), finished=state.round)
+        self.exchange.go_on_after(state.round)
 
-    def compute(self, told: State, alive: Alive) -> None:
+    def compute(self, state: State, cancel: CancelToken) -> None:
         began = time.monotonic()
         self._pristine = False
-        self._meet(told.absent, alive)
-        self.exchange.compute(told, alive)
+        self._meet(state.absent, cancel)
+        self.exchange.compute(state, cancel)
         self._seconds = time.monotonic() - began
 
     def drop(self, round_no: int, attempt: int) -> None:
         self.exchange.drop(round_no, attempt)
 
     def step(self, round_no: int, attempt: int) -> None:
-        rate = lr_at(round_no, self.parts.federation.optim, self._spec.rounds)
-        figures = self.exchange.commit(round_no, attempt, rate)
+        rate = lr_at(round_no, self.inputs.federation.optim, self._spec.rounds)
+        metrics = self.exchange.commit(round_no, attempt, rate)
         hosted = (value for name, value in self.exchange.hosted_state().items() if "/" not in name)
         own = (*self._trunk.tensors().values(), *hosted)
-        check_own("the parameters", own, where=f"after round {round_no}, at {self.parts.party}")
-        self._log(round_no, **{**figures, "seconds": self._seconds}, lr=rate, attempt=attempt)
+        check_own("the parameters", own, where=f"after round {round_no}, at {self.inputs.party}")
+        self._log(round_no, **{**metrics, "seconds": self._seconds}, lr=rate, attempt=attempt)
 
-    def evaluate(self, told: State, alive: Alive) -> None:
-        if not self.parts.federation.evaluate:
+    def evaluate(self, state: State, cancel: CancelToken) -> None:
+        if not self.inputs.federation.evaluate:
             return
-        self._meet(told.absent, alive)
-        with self.exchange.inference(told, alive):
-            if self.parts.test is None:
+        self._meet(state.absent, cancel)
+        with self.exchange.inference(state, cancel):
+            if self.inputs.test is None:
                 return
-            found = evaluate(self.parts.model, self.parts.test, micro_batch=self._spec.micro_batch)
-        found.save(private_folder(self.parts.run_dir) / _EVALUATION)
-        self._log(told.round, test_loss=found.loss)
+            evaluation = evaluate(self.inputs.model, self.inputs.test, micro_batch=self._spec.micro_batch)
+        evaluation.save(private_folder(self.inputs.run_dir) / _EVALUATION)
+        self._log(state.round, test_loss=evaluation.loss)
 
-    def save(self, told: State, alive: Alive) -> str:
+    def save(self, state: State, cancel: CancelToken) -> str:
         if self.exchange.shares_trunk:
             # The commit moved it where it is stored; without this the file would hold the round's before.
-            self._meet(told.absent, alive)
-            self.exchange.catch_up(told)
+            self._meet(state.absent, cancel)
+            self.exchange.catch_up(state)
         hosted = self.exchange.hosted_state()
         tensors = {
             "trunk": self._trunk.tensors(),
@@ -210,21 +210,21 @@ class PartyActor:
             "hosted": {name: value for name, value in hosted.items() if not _EXPERT.fullmatch(name)},
         }
         for stem, named in tensors.items():
-            check_own(f"`{stem}`", named.values(), where=f"checkpoint of round {told.round}; nothing was written")
-        apart = {stem: {name: _own(value) for name, value in named.items()} for stem, named in tensors.items()}
-        lora = self.parts.federation.lora
+            check_own(f"`{stem}`", named.values(), where=f"checkpoint of round {state.round}; nothing was written")
+        apart = {stem: {name: _apart(value) for name, value in named.items()} for stem, named in tensors.items()}
+        lora = self.inputs.federation.lora
         adapters = lora.model_dump(mode="json") if lora is not None else None
-        digest = self._store.save(told.round, apart, adapters, self.parts.trainings)
+        digest = self._store.save(state.round, apart, adapters, self.inputs.trainings)
         # Everybody may have to go back to the oldest checkpoint that is still here, or, while the first one is not
         # published, to the split model.
-        self.exchange.saved(told.round, min((saved.round for saved in self.held()), default=0))
+        self.exchange.saved(state.round, min((saved.round for saved in self.held()), default=0))
         return digest
 
-    def interrupt(self) -> None:
-        self.exchange.interrupt()
+    def cancel(self) -> None:
+        self.exchange.cancel()
 
     def close(self) -> None:
-        """Finish the figures and whatever runs beside."""
+        """Finish the metrics and whatever runs beside."""
         self._close_metrics()
         self.exchange.close()
 
@@ -234,7 +234,7 @@ class PartyActor:
         """Trunk, hosted experts and both optimisers as they are before the first round."""
         if not self._pristine:
             self.exchange.forget()
-            weights = self.parts.weights()
+            weights = self.inputs.weights()
             self._trunk.restart(weights)
             self.exchange.restart(weights)
             self._pristine = True
@@ -251,19 +251,18 @@ class PartyActor:
             self._metrics.close()
             self._metrics = None
 
-    def _log(self, round_no: int, **figures: float) -> None:
+    def _log(self, round_no: int, **metrics: float) -> None:
         if self._metrics is None:
-            raise RuntimeError("figures belong to a state that was loaded")
-        self._metrics.log(round_no, **figures)
+            raise RuntimeError("metrics belong to a state that was loaded")
+        self._metrics.log(round_no, **metrics)
 
-    def _meet(self, absent: Collection[str], alive: Alive) -> None:
+    def _meet(self, absent: Collection[str], cancel: CancelToken) -> None:
         """Make sure that every party that takes part can be reached from here, as long as it matters."""
-        others = [name for name in self.parts.active(absent) if name not in (self.parts.party, COORDINATOR)]
-        self._transport.connect(self.parts.federation.deadline_s, others, alive)
-        if not alive():
-            raise superseded()
+        others = [name for name in self.inputs.active(absent) if name not in (self.inputs.party, COORDINATOR)]
+        self._transport.connect(self.inputs.federation.deadline_s, others, cancel)
+        cancel.check()
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _apart(tensor: Tensor) -> Tensor:
     """A scalar may be shared by many names (an optimiser's step), which safetensors refuses; rows are apart."""
     return tensor.detach().clone() if tensor.ndim == 0 else tensor

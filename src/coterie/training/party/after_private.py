@@ -31,13 +31,13 @@ def check_after_private(party: PartyConfig, federation: FederationConfig, docume
     if federation.exchange != "tokens" or not ledger_folders(root):
         return
     originals, digest = Originals(documents.texts, documents.users), dataset_digest(documents.texts)
-    found = private_runs_on(root, originals, digest)
-    if not found:
+    runs = private_runs_on(root, originals, digest)
+    if not runs:
         return
     if party.after_private == "refuse":
         raise LedgerError(
             f"Some of the training text of {party.party} was trained on privately before "
-            f"({len(found)} run{'s' if len(found) > 1 else ''}), and `exchange: tokens` lets the hosts read it.",
+            f"({len(runs)} run{'s' if len(runs) > 1 else ''}), and `exchange: tokens` lets the hosts read it.",
             code="tokens-after-private",
             where=f"ledger {root}",
             why="what those runs promised about these records would no longer hold against the other parties",

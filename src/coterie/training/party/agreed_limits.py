@@ -37,11 +37,11 @@ def noised_limits(
     deviations of the largest noise. An honest value lies beyond it less than once in 10^30."""
     expected = rules.lot_size or federation.train.batch_size
     lot = rules.max_lot or expected + _DEVIATIONS * (math.sqrt(expected) + 1)
-    sigma = largest_noise(rules, federation.train.rounds)
+    noise_multiplier = largest_noise(rules, federation.train.rounds)
     share = rules.load_share if rules.balance in ("private_load", "bias") else 0.0
     load_bound = math.sqrt(len(seam.expert_layers(model)))
-    gradients = _ROUNDING * rules.clip_norm * (lot + _DEVIATIONS * sigma / math.sqrt(1 - share**2))
-    loads = _ROUNDING * load_bound * (lot + _DEVIATIONS * sigma / share) if share else 0.0
+    gradients = _ROUNDING * rules.clip_norm * (lot + _DEVIATIONS * noise_multiplier / math.sqrt(1 - share**2))
+    loads = _ROUNDING * load_bound * (lot + _DEVIATIONS * noise_multiplier / share) if share else 0.0
     plain = federation.value_limit * expected  # of parties that were allowed to train without privacy beside others
 
     def limit(name: str) -> float:
@@ -51,7 +51,7 @@ def noised_limits(
     return limit
 
 
-def pool_limits(federation: FederationConfig, model: PreTrainedModel) -> ExpertsHostLimits:
+def experts_limits(federation: FederationConfig, model: PreTrainedModel) -> ExpertsHostLimits:
     """Bounds of the `experts` exchange."""
     rules, rounds = federation.privacy, federation.train.rounds
     if not isinstance(rules, PrivacyRules):
@@ -60,7 +60,7 @@ def pool_limits(federation: FederationConfig, model: PreTrainedModel) -> Experts
     return ExpertsHostLimits(rounds, weight, federation.value_limit, noised_limits(federation, rules, model))
 
 
-def host_limits(federation: FederationConfig, model: PreTrainedModel) -> TokensHostLimits:
+def tokens_limits(federation: FederationConfig, model: PreTrainedModel) -> TokensHostLimits:
     """Bounds of the `tokens` exchange."""
     train = federation.train
     return TokensHostLimits(

@@ -80,25 +80,25 @@ class _Examination:
         self._config, self._federation, self._listen, self._now = config, federation, listen, now
 
     def findings(self) -> Iterator[Finding]:
-        yield self._try("settings", self._settings)
-        yield self._try("certificate", self._certificate)
-        yield self._try("clock", self._clock)
-        yield self._try("roster", self._roster)
-        yield self._try("placement", self._placement)
-        yield self._try("trunk", self._trunk)
-        yield self._try("shard", self._shard)
-        yield self._try("starting weights", self._weights)
-        yield self._try("training text", lambda: self._text(self._config.data.train))
-        yield self._try("held-out text", lambda: self._text(self._config.data.test))
-        yield self._try("ledger folder", self._ledger)
-        yield self._try("own endpoint", self._own_endpoint)
-        yield self._try("proxy", self._proxy)
-        yield self._try("descriptors", self._descriptors)
+        yield self._look("settings", self._settings)
+        yield self._look("certificate", self._certificate)
+        yield self._look("clock", self._clock)
+        yield self._look("roster", self._roster)
+        yield self._look("placement", self._placement)
+        yield self._look("trunk", self._trunk)
+        yield self._look("shard", self._shard)
+        yield self._look("starting weights", self._weights)
+        yield self._look("training text", lambda: self._text(self._config.data.train))
+        yield self._look("held-out text", lambda: self._text(self._config.data.test))
+        yield self._look("ledger folder", self._ledger)
+        yield self._look("own endpoint", self._own_endpoint)
+        yield self._look("proxy", self._proxy)
+        yield self._look("descriptors", self._descriptors)
         for name in (COORDINATOR, *self._federation.parties):
             if name != self._config.party:
-                yield self._try(f"reach {name}", lambda name=name: self._reach(name))  # type: ignore[misc]
+                yield self._look(f"reach {name}", lambda name=name: self._reach(name))  # type: ignore[misc]
 
-    def _try(self, check: str, look: Callable[[], Finding | str]) -> Finding:
+    def _look(self, check: str, look: Callable[[], Finding | str]) -> Finding:
         try:
             found = look()
         except CoterieError as error:

@@ -65,13 +65,13 @@ class InProcessFederation:
 
         self._start(COORDINATOR, serve)
 
-    def up(self, parts: PartyInputs) -> PartyRun:
+    def up(self, inputs: PartyInputs) -> PartyRun:
         """Start a party."""
-        transport = self.hub.transport(parts.party)
-        run = PartyRun(parts, transport, self._agreement)
-        self.runs[parts.party] = run
-        self._kill[parts.party] = transport.close
-        self._start(parts.party, run.run)
+        transport = self.hub.transport(inputs.party)
+        run = PartyRun(inputs, transport, self._agreement)
+        self.runs[inputs.party] = run
+        self._kill[inputs.party] = transport.close
+        self._start(inputs.party, run.run)
         return run
 
     def kill(self, party: str) -> None:
@@ -82,7 +82,7 @@ class InProcessFederation:
     def cut_off(self, party: str) -> None:
         """Take a party's connections away for good; can be called from its own threads."""
         self._kill[party]()
-        self.runs[party].abandon()
+        self.runs[party].cancel()
 
     def join(self, timeout_s: float = 120.0) -> None:
         """Wait until everybody has ended.
@@ -108,7 +108,7 @@ class InProcessFederation:
 
 
 def run_in_process(
-    config: FederationConfig, parts: Sequence[PartyInputs], folder: Path
+    config: FederationConfig, inputs: Sequence[PartyInputs], folder: Path
 ) -> tuple[InProcessFederation, dict[str, PartyResult]]:
     """Run a federation from the beginning (or from its checkpoints) to the end.
 
@@ -120,8 +120,8 @@ def run_in_process(
     """
     federation = InProcessFederation(config, folder)
     federation.coordinate()
-    for each in parts:
-        federation.up(each)
+    for party_inputs in inputs:
+        federation.up(party_inputs)
     federation.join()
     results = {}
     for name, end in federation.ends.items():

@@ -39,7 +39,7 @@ class PrivacyInputs:
         digest: names the party's dataset in its ledger; None: the prepared records' content.
         push_after_s: constant-work mode: the sum leaves this long after the round began, not earlier.
         sequence_length: rows are padded to it in constant-work mode.
-        sigma: noise multiplier in place of the calibrated one; for seeded tests.
+        noise_multiplier: in place of the calibrated one; for seeded tests.
         largest_noise: noise multiplier beyond which hosts take this party's sums for nonsense.
         record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
         originals: the documents behind the records; None: the records themselves.
@@ -52,7 +52,7 @@ class PrivacyInputs:
     digest: str | None = None
     push_after_s: float | None = None
     sequence_length: int | None = None
-    sigma: float | None = None
+    noise_multiplier: float | None = None
     largest_noise: float = math.inf
     record: Mapping[str, Any] = field(default_factory=dict)
     originals: Originals | None = None

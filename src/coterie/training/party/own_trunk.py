@@ -20,7 +20,7 @@ class OwnTrunk:
     """A party's model with its text and the optimiser of its own parameters.
 
     Args:
-        parts: what the party brings.
+        inputs: what the party brings.
         weights: of the split model.
         shared: trained parameters that hosts step.
         on_host: keep gradients and optimiser state in host memory: sums come there and are needed once a round.
@@ -34,13 +34,13 @@ class OwnTrunk:
     optimizer: AdamW
 
     def __init__(
-        self, parts: PartyInputs, weights: Weights, shared: Collection[str] = (), *, on_host: bool = False
+        self, inputs: PartyInputs, weights: Weights, shared: Collection[str] = (), *, on_host: bool = False
     ) -> None:
-        self.parts = parts
-        self.layers = seam.expert_layers(parts.model)
-        self._spec = parts.federation.train
-        self._order = RoundOrder(len(parts.train), self._spec.batch_size, self._spec.seed)
-        self._computing = {n: param for n, param in trunk_parameters(parts.model).items() if n not in shared}
+        self.inputs = inputs
+        self.layers = seam.expert_layers(inputs.model)
+        self._spec = inputs.federation.train
+        self._order = RoundOrder(len(inputs.train), self._spec.batch_size, self._spec.seed)
+        self._computing = {n: param for n, param in trunk_parameters(inputs.model).items() if n not in shared}
         self._on_host = on_host
         self.restart(weights)
 
@@ -48,16 +48,16 @@ class OwnTrunk:
         """Trunk and optimiser as they are before the first round."""
         self._copy(weights.trunk)
         self.parameters = {name: _on_host(p) if self._on_host else p for name, p in self._computing.items()}
-        self.optimizer = self.make_optimizer((self.parameters or trunk_parameters(self.parts.model)).values())
-        self.parts.model.train()
+        self.optimizer = self.make_optimizer((self.parameters or trunk_parameters(self.inputs.model)).values())
+        self.inputs.model.train()
 
     def make_optimizer(self, params: Collection[Tensor]) -> AdamW:
         """Of any parameters of this federation."""
-        return make_optimizer(params, self.parts.federation.optim)
+        return make_optimizer(params, self.inputs.federation.optim)
 
     def batches(self, round_no: int) -> list[Batch]:
         """The micro-batches of a round, from 1."""
-        return [self.parts.train.batch(each) for each in self.rows(round_no)]
+        return [self.inputs.train.batch(each) for each in self.rows(round_no)]
 
     def rows(self, round_no: int) -> list[list[int]]:
         """The sequences of each micro-batch of a round."""
@@ -65,7 +65,7 @@ class OwnTrunk:
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Summed loss of a micro-batch, and its tokens."""
-        return loss_sum(self.parts.model, to_device(batch, self.parts.device))
+        return loss_sum(self.inputs.model, to_device(batch, self.inputs.device))
 
     def step(self, sums: Mapping[Tensor, Tensor], divisor: float, rate: float) -> None:
         """Step the parameters by sums of gradients over ``divisor``.
@@ -86,7 +86,7 @@ class OwnTrunk:
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and saved buffers of the trunk, shared ones too, for a checkpoint."""
-        return trunk_tensors(self.parts.model)
+        return trunk_tensors(self.inputs.model)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state, for a checkpoint."""
@@ -107,7 +107,7 @@ class OwnTrunk:
 
     def state_bytes(self) -> int:
         """The model here with its gradients and optimiser state."""
-        return model_state_bytes(self.parts.model, self.optimizer)
+        return model_state_bytes(self.inputs.model, self.optimizer)
 
     @torch.no_grad()
     def _copy(self, saved: Mapping[str, Tensor]) -> None:

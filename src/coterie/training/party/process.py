@@ -77,7 +77,7 @@ class PartyProcess:
         self._kit, self._roster = identify(self.federation, config.kit, config.party, Role.PARTY)
         self._run: PartyRun | None = None
 
-    def notice(self) -> str:
+    def certificate_warning(self) -> str:
         """What a person should know of this party's certificates; empty while there is nothing."""
         return self._kit.ends_soon()
 
@@ -101,8 +101,8 @@ class PartyProcess:
         )
         unreachable.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir):
-            parts = prepare_party(config, federation, self._roster)
-            self._run = PartyRun(parts, transport, federation.content_hash(), self._watch, self.notice)
+            inputs = prepare_party(config, federation, self._roster)
+            self._run = PartyRun(inputs, transport, federation.content_hash(), self._watch, self.certificate_warning)
             keep_settings(config, federation)
             return self._run.run()
 
@@ -153,7 +153,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
             trunk = trunk_tensors(_with_adapters(anew, federation))
         return Weights(trunk, load_experts(config.shard, federation.model))
 
-    privacy = _privacy_parts(config, federation, spec, documents, train) if spec else None
+    privacy = _privacy_inputs(config, federation, spec, documents, train) if spec else None
     return PartyInputs(
         party=config.party,
         federation=federation,
@@ -189,7 +189,7 @@ def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
     return model if federation.lora is None else attach_adapters(model, federation.lora, federation.train.seed)
 
 
-def _privacy_parts(
+def _privacy_inputs(
     config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, documents: Documents, train: Sequences
 ) -> PrivacyInputs:
     assert isinstance(federation.privacy, PrivacyRules), "a party has a budget only where rules were agreed on"
@@ -235,11 +235,11 @@ def check_shard(path: Path, placement: Placement, party: str) -> None:
         PlacementError: it holds others, or lacks one.
         ModelError: it is no shard file.
     """
-    found = {parse_expert_key(key)[:2] for key in stored_shapes(path)}
+    stored = {parse_expert_key(key)[:2] for key in stored_shapes(path)}
     expected = {(layer, expert) for layer, experts in placement.hosted(party).items() for expert in experts}
-    if found == expected:
+    if stored == expected:
         return
-    lacking, foreign = sorted(expected - found), sorted(found - expected)
+    lacking, foreign = sorted(expected - stored), sorted(stored - expected)
     problems = [
         f"{words} layer {keys[0][0]} expert {keys[0][1]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
         for words, keys in (("lacks", lacking), ("holds", foreign))

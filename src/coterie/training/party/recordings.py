@@ -17,7 +17,7 @@ class Recordings:
     """Both recordings of one party; neither exists without the agreement.
 
     Args:
-        parts: what the party brings.
+        inputs: what the party brings.
         agreement: hash of what all parties signed.
 
     Attributes:
@@ -28,18 +28,18 @@ class Recordings:
     received: Recorder | None = None
     key: AnswerKey | None = None
 
-    def __init__(self, parts: PartyInputs, agreement: str) -> None:
-        self._parts, self._agreement = parts, agreement
+    def __init__(self, inputs: PartyInputs, agreement: str) -> None:
+        self._inputs, self._agreement = inputs, agreement
         self._recorders: dict[str, Recorder] = {}
-        spec = parts.federation.transcript
+        spec = inputs.federation.transcript
         if spec is None:
             return
         rounds = None if spec.rounds == "all" else spec.rounds
         for kind, more in ((TRANSCRIPT, ()), (ANSWERS, (OWN,))):
-            folder, names = private_folder(parts.run_dir) / kind, (*parts.federation.parties, *more)
+            folder, names = private_folder(inputs.run_dir) / kind, (*inputs.federation.parties, *more)
             self._recorders[kind] = Recorder(folder, names, rounds, int(spec.max_gib * _GIB))
         self.received = self._recorders[TRANSCRIPT]
-        self.key = AnswerKey(self._recorders[ANSWERS], parts.train)
+        self.key = AnswerKey(self._recorders[ANSWERS], inputs.train)
 
     def open(self, run: str) -> None:
         """The run has a name: begin to write. Can be repeated.
@@ -57,16 +57,16 @@ class Recordings:
 
     def _facts(self) -> dict[str, Any]:
         """What reading a transcript needs, and every party knows."""
-        parts, federation = self._parts, self._parts.federation
+        inputs, federation = self._inputs, self._inputs.federation
         experts = federation.exchange == "experts"
-        pieces = model_parts(federation, parts.model, parts.placement) if experts else ()
+        pieces = model_parts(federation, inputs.model, inputs.placement) if experts else ()
         return {
-            "party": parts.party,
+            "party": inputs.party,
             "parties": list(federation.parties),
             "federation": federation.name,
             "agreement": self._agreement,
             "exchange": federation.exchange,
-            "placement": [list(layer) for layer in parts.placement.hosts],
+            "placement": [list(layer) for layer in inputs.placement.hosts],
             "parts": [vars(piece) for piece in pieces],
             "push_dtype": federation.push_dtype,
             "weights_dtype": federation.weights_dtype,

@@ -69,7 +69,7 @@ class PartyResult:
 
 @dataclass(frozen=True)
 class Watch:
-    """What others may hear of a party's run.
+    """What is called in the course of a party's run.
 
     Attributes:
         directive: called with each directive before it is carried out.
@@ -85,14 +85,14 @@ class Watch:
 
 
 class PartyRun:
-    """Joins a federation with prepared parts and takes part until the end.
+    """Joins a federation with what it brings, prepared, and takes part until the end.
 
     Args:
-        parts: what the party brings.
+        inputs: what the party brings.
         transport: not started yet; closed at the end.
         agreement: hash of what all parties signed.
         watch: see `Watch`.
-        notice: what a person should know of this party's certificates; stands in the status file.
+        certificate_warning: what a person should know of this party's certificates; stands in the status file.
 
     Attributes:
         actor: the party's model, data and experts.
@@ -104,35 +104,40 @@ class PartyRun:
 
     def __init__(
         self,
-        parts: PartyInputs,
+        inputs: PartyInputs,
         transport: Transport,
         agreement: str,
         watch: Watch | None = None,
-        notice: Callable[[], str] = str,
+        certificate_warning: Callable[[], str] = str,
     ) -> None:
-        self._parts, self._transport, self._watch, self._notice = parts, transport, watch or Watch(), notice
-        self._folder = RunFolder(parts.run_dir)
-        private_folder(parts.run_dir).mkdir(mode=0o700, exist_ok=True)
+        self._inputs, self._transport, self._watch, self._certificate_warning = (
+            inputs,
+            transport,
+            watch or Watch(),
+            certificate_warning,
+        )
+        self._folder = RunFolder(inputs.run_dir)
+        private_folder(inputs.run_dir).mkdir(mode=0o700, exist_ok=True)
         self._status: dict[str, Any] = {}
         self._attempts = RecentAttempts()
         try:
-            self._store = PartyStore(parts.run_dir, parts.party, agreement, parts.train.digest())
-            self._recordings = Recordings(parts, agreement)
-            limit, recorder = refusals_allowed(plan_of(parts.federation)), self._recordings.received
+            self._store = PartyStore(inputs.run_dir, inputs.party, agreement, inputs.train.digest())
+            self._recordings = Recordings(inputs, agreement)
+            limit, recorder = refusals_allowed(plan_of(inputs.federation)), self._recordings.received
             self._gate = Gate(transport, limit, self._period, self._complain, recorder)
-            self.actor = make_actor(parts, self._gate, self._store, self._recordings.key)
+            self.actor = make_actor(inputs, self._gate, self._store, self._recordings.key)
         except BaseException:
             self._folder.close()
             raise
-        self._participant = Follower(parts.party, self.actor, self._heard, self._failed)
-        self._membership = Heartbeat(
+        self._follower = Follower(inputs.party, self.actor, self._on_directive, self._on_error)
+        self._heartbeat = Heartbeat(
             self._gate,
             agreement,
             run=self._store.run,
-            heartbeat_s=heartbeat_s(parts.federation),
-            patience_s=parts.federation.join_deadline_s,
+            heartbeat_s=heartbeat_s(inputs.federation),
+            patience_s=inputs.federation.join_deadline_s,
             check=self._check,
-            on_news=self._participant.on_news,
+            on_change=self._follower.on_change,
             on_beat=self._beat,
         )
 
@@ -142,28 +147,28 @@ class PartyRun:
         Returns:
             False: the coordinator has not been heard of yet; it would not hear us either.
         """
-        self._membership.ask_to_stop()
-        return self._membership.directive is not None
+        self._heartbeat.ask_to_stop()
+        return self._heartbeat.directive is not None
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """End at once without a goodbye; the others treat this party as lost. Safe from any thread."""
-        self._membership.abandon()
-        self.actor.interrupt()
+        self._heartbeat.cancel()
+        self.actor.cancel()
 
     def run(self) -> PartyResult:
         """Take part until the run ends; see `Follower.run` for what it raises."""
         try:
             self._gate.start(self._handle)
-            self._transport.connect(self._parts.federation.join_deadline_s, [COORDINATOR])
-            state = self._participant.run(self._membership)
+            self._transport.connect(self._inputs.federation.join_deadline_s, [COORDINATOR])
+            state = self._follower.run(self._heartbeat)
             result = self._result(state)
             if result.finished:
-                write_json(private_folder(self._parts.run_dir) / "result.json", result.as_json())
+                write_json(private_folder(self._inputs.run_dir) / "result.json", result.as_json())
                 if result.statement:
                     write_statement(self._for_statement(), result.statement)
             return result
         finally:
-            self._membership.close()
+            self._heartbeat.close()
             self.actor.exchange.stop_serving()
             self._transport.close()
             self.actor.close()
@@ -173,39 +178,39 @@ class PartyRun:
     def wire(self) -> dict[str, dict[str, int]]:
         """Bytes so far, by peer."""
         counters = self._transport.counters()
-        found = {}
+        by_peer = {}
         for peer in sorted({peer for peer, _ in counters.lanes}):
             total = counters.total(peer)
-            found[peer] = {
+            by_peer[peer] = {
                 "sent": total.payload_bytes_sent,
                 "received": total.payload_bytes_received,
                 "tensors_sent": total.tensor_bytes_sent,
                 "tensors_received": total.tensor_bytes_received,
             }
-        return found
+        return by_peer
 
     def _for_statement(self) -> Path:
         """A seeded run has nothing that may be given away."""
-        privacy, run_dir = self._parts.privacy, self._parts.run_dir
+        privacy, run_dir = self._inputs.privacy, self._inputs.run_dir
         return public_folder(run_dir) if privacy is not None and privacy.seed is None else private_folder(run_dir)
 
     def _handle(self, peer: str, lane: Lane, message: Message) -> Message | None:
         if peer == COORDINATOR:
-            self._membership.handle(message)
+            self._heartbeat.handle(message)
             return None
         return self.actor.exchange.handle(peer, lane, message)
 
     def _period(self, address: Address | None) -> int:
-        directive = self._membership.directive
+        directive = self._heartbeat.directive
         return self._attempts.seq(address, 0 if directive is None else directive.state.seq)
 
     def _complain(self, peer: str, code: str) -> None:
         if peer != COORDINATOR:
-            self._membership.complain(peer, code)
+            self._heartbeat.complain(peer, code)
 
     def _check(self, directive: Directive) -> None:
         """A coordinator can name no round and no party that was not agreed on."""
-        state, federation = directive.state, self._parts.federation
+        state, federation = directive.state, self._inputs.federation
         if max(state.round, state.committed) > federation.train.rounds:
             raise unfit(
                 COORDINATOR, "directive", "round", f"is beyond the {federation.train.rounds} that were agreed"
@@ -213,19 +218,19 @@ class PartyRun:
         if not {*directive.missing, *state.absent, *state.rejoining, *state.sources} <= federation.parties.keys():
             raise unfit(COORDINATOR, "directive", "absent", "names a party that is none")
 
-    def _failed(self, error: CoterieError) -> None:
+    def _on_error(self, error: CoterieError) -> None:
         self._gate.count(error)
         self._watch.failed(error)
 
-    def _heard(self, directive: Directive) -> None:
-        self._attempts.heard(directive.state)
+    def _on_directive(self, directive: Directive) -> None:
+        self._attempts.add(directive.state)
         self._store.adopt(directive.run)
         self._recordings.open(directive.run)
         self._store.published(directive.newest)
-        federation, privacy = self._parts.federation, self.actor.exchange.privacy()
+        federation, privacy = self._inputs.federation, self.actor.exchange.privacy()
         self._status = dict(
             role="party",
-            party=self._parts.party,
+            party=self._inputs.party,
             federation=federation.name,
             run=directive.run,
             rounds=federation.train.rounds,
@@ -241,22 +246,23 @@ class PartyRun:
     def _beat(self, silent_s: float) -> None:
         """Write the status anew: bytes so far, who is waited for, how long the coordinator has been silent."""
         self._watch.silent(silent_s)
-        newest = self._membership.directive
+        newest = self._heartbeat.directive
         if self._status and newest is not None:
             self._folder.status(
                 **self._status,
                 missing=list(newest.missing),
                 cut=[list(pair) for pair in newest.cut],
                 wire=self.wire(),
+                certificate=self._certificate_warning(),
                 coordinator_silent_s=round(silent_s, 1),
             )
 
     def _result(self, state: State) -> PartyResult:
-        self.actor.exchange.open_books()
+        self.actor.exchange.open_ledger()
         evaluation = self.actor.evaluation if state.ending is Ending.FINISHED else None
         return PartyResult(
-            party=self._parts.party,
-            run_dir=str(self._parts.run_dir),
+            party=self._inputs.party,
+            run_dir=str(self._inputs.run_dir),
             rounds=state.committed,
             finished=state.ending is Ending.FINISHED,
             loss=evaluation.loss if evaluation else None,
@@ -271,20 +277,20 @@ class PartyRun:
 
 
 def make_actor(
-    parts: PartyInputs, transport: Transport, store: PartyStore, key: AnswerKey | None = None
+    inputs: PartyInputs, transport: Transport, store: PartyStore, key: AnswerKey | None = None
 ) -> PartyActor:
     """A party as it is before the first round, with the exchange that was agreed on.
 
     Args:
-        parts: what the party brings.
+        inputs: what the party brings.
         transport: to the others; not started.
         store: the party's checkpoints.
         key: told what leaves; None where nothing is recorded.
     """
-    weights = parts.weights()
-    if parts.federation.exchange == "tokens":
-        trunk = OwnTrunk(parts, weights)
+    weights = inputs.weights()
+    if inputs.federation.exchange == "tokens":
+        trunk = OwnTrunk(inputs, weights)
         return PartyActor(trunk, TokensExchange(trunk, transport, weights, key), transport, store)
-    trunk = OwnTrunk(parts, weights, shared_names(parts.federation, parts.model), on_host=True)
+    trunk = OwnTrunk(inputs, weights, shared_names(inputs.federation, inputs.model), on_host=True)
     exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights, key)
     return PartyActor(trunk, exchange, transport, store)

@@ -27,7 +27,7 @@ _KEPT = 3
 _UNSEEN = ("checkpoint-read", "format-unknown")
 """Errors that say nothing about whether a checkpoint is whole."""
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+FileTensors = Mapping[str, Mapping[str, Tensor]]
 
 
 class PartyStore:
@@ -77,7 +77,7 @@ class PartyStore:
         """
         if not self.run:
             return ()
-        found = []
+        checkpoints = []
         store = self._store()
         for round_no in store.rounds():
             try:
@@ -87,13 +87,13 @@ class PartyStore:
                     raise
                 continue
             if saved not in self._bad:
-                found.append(saved)
-        return tuple(found)
+                checkpoints.append(saved)
+        return tuple(checkpoints)
 
     def save(
         self,
         round_no: int,
-        parts: Parts,
+        tensors: FileTensors,
         lora: Mapping[str, Any] | None = None,
         trainings: tuple[Training, ...] = (),
     ) -> str:
@@ -101,7 +101,7 @@ class PartyStore:
 
         Args:
             round_no: finished rounds.
-            parts: file stem to named tensors.
+            tensors: file stem to named tensors.
             lora: settings of the adapters among them.
             trainings: what is behind the weights.
 
@@ -110,14 +110,14 @@ class PartyStore:
         """
         store = self._store()
         state = {"party": self._party, "agreement": self._agreement}
-        digest = store.write(round_no, parts, state, named=self.run, lora=lora, trainings=trainings).digest
+        digest = store.write(round_no, tensors, state, named=self.run, lora=lora, trainings=trainings).digest
         self._stale.discard(round_no)
         return digest
 
     def published(self, newest: int) -> None:
         """The coordinator says which published checkpoint is the newest. Call it with everything it says.
 
-        Only now may older ones go, and those of a line that was given up: all parties hold this one. Two
+        Only now may older ones go, and those of a history that was given up: all parties hold this one. Two
         published before it stay, too. A new process does not know which they were, and keeps all until then.
         """
         if self._published and newest == self._published[-1]:
@@ -137,14 +137,14 @@ class PartyStore:
         self._stale -= stale
 
     def went_back_to(self, round_no: int) -> None:
-        """The run goes on from ``round_no``: later checkpoints belong to a line that was given up.
+        """The run goes on from ``round_no``: later checkpoints belong to a history that was given up.
 
         They go once the next one is `published`. Until then they stay, in case going back was a mistake.
         """
         self._stale = {later for later in self._store().rounds() if later > round_no} if self.run else set()
 
     def load(self, source: Saved, stems: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-        """The named parts of a checkpoint, every byte verified.
+        """The named files of a checkpoint, every byte verified.
 
         Raises:
             CheckpointError: it is not the one that was published, or is damaged; it is not offered again.

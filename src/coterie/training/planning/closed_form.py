@@ -29,7 +29,7 @@ class Shape:
         compute_bytes: of one weight where it computes, and of a stored one.
         wire_bytes: of one weight on the wire and in the owner's cache.
         push_bytes: of one value of a sum on the wire.
-        shared_trunk: trained together, each party home to an equal share of it.
+        shared_trunk: trained together, each party hosting an equal share of it.
     """
 
     trunk: int
@@ -92,8 +92,8 @@ def predict(arrangement: Arrangement, shape: Shape) -> Need:
     narrow = min(shape.wire_bytes, shape.compute_bytes)
     largest = max(shape.matrix, shape.largest_trunk)
     device = shape.compute_bytes * shape.trunk + 2 * narrow * (shape.experts // shape.layers) + FLOAT32 * largest
-    home = shape.trunk // shape.parties if shape.shared_trunk else 0
-    stored, stepped = own + home, own + (home if shape.shared_trunk else shape.trunk)
+    trunk_share = shape.trunk // shape.parties if shape.shared_trunk else 0
+    stored, stepped = own + trunk_share, own + (trunk_share if shape.shared_trunk else shape.trunk)
     host = (
         trained * stepped
         + shape.wire_bytes * (stored + shape.experts)

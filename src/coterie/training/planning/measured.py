@@ -16,8 +16,8 @@ def model_state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None 
     Tied parameters count once, and a parameter on the meta device nothing. A gradient counts although it may be
     freed at the moment: every round needs its room.
     """
-    held = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
-    total = sum(tensor.nbytes for tensor in held)
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    total = sum(tensor.nbytes for tensor in tensors)
     total += sum(param.nbytes for param in model.parameters() if param.requires_grad and not param.is_meta)
     if optimizer is not None:
         for state in optimizer.state.values():

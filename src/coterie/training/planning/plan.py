@@ -153,8 +153,8 @@ def _shape(federation: FederationConfig, model: nn.Module, layers: list[seam.Exp
 
 def _experts_bytes(shape: Shape) -> tuple[int, int]:
     """Down and up: every part that other parties store, whatever the lot."""
-    home = shape.trunk - shape.trunk // shape.parties if shape.shared_trunk else 0
-    others = shape.experts - shape.hosted + home
+    trunk_of_others = shape.trunk - shape.trunk // shape.parties if shape.shared_trunk else 0
+    others = shape.experts - shape.hosted + trunk_of_others
     return shape.wire_bytes * others, shape.push_bytes * others
 
 

@@ -58,18 +58,18 @@ class PrivateStepper:
     def step(self) -> Step:
         session = self._session
         session.step(session.next_lot())
-        made = session.last
-        assert made is not None
+        last = session.last
+        assert last is not None
         every = max(1, session.plan.rounds // _SPENT_SHOWN)
         spent = session.spent() if self.finished or self.round % every == 0 else None
-        figures = {
-            "loss_not_private": made.loss,
-            "lot_size_not_private": made.lot_size,
-            "not_finite_not_private": made.masked,
+        metrics = {
+            "loss_not_private": last.loss,
+            "lot_size_not_private": last.lot_size,
+            "not_finite_not_private": last.masked,
         }
         if spent is not None:
-            figures["epsilon"] = spent.epsilon
-        return Step(made.loss, figures, made.nothing_learnt, spent)
+            metrics["epsilon"] = spent.epsilon
+        return Step(last.loss, metrics, last.nothing_learnt, spent)
 
     def content(self) -> tuple[Content, Mapping[str, Any]]:
         return self._session.content()

@@ -200,7 +200,7 @@ class Run:
         done = stepper.round
         parameters = self._prepared.model.parameters()
         check_own("the parameters", parameters, where=f"after round {done}; it was not saved")
-        metrics.log(done, **step.figures)
+        metrics.log(done, **step.metrics)
         self._evaluation = self._evaluate() if stepper.finished or due(done, spec.eval_every) else None
         if self._evaluation is not None:
             metrics.log(done, test_loss=self._evaluation.loss)
@@ -228,7 +228,7 @@ class Run:
     def _outcome(self) -> RunResult:
         stepper, statement = self._stepper, self._stepper.statement()
         measured = self._evaluation if stepper.finished else None
-        told = statement.to_json() if statement is not None else None
+        facts = statement.to_json() if statement is not None else None
         return RunResult(
             run_dir=str(self._prepared.config.run_dir),
             rounds=stepper.round,
@@ -238,7 +238,7 @@ class Run:
             tokens=measured.tokens if measured else None,
             model_state_bytes=model_state_bytes(self._prepared.model, stepper.optimizer),
             peak_rss_bytes=peak_rss_bytes(),
-            privacy={**told["spent"], **told} if told is not None else None,
+            privacy={**facts["spent"], **facts} if facts is not None else None,
             statement=str(statement) if statement is not None else "",
         )
 

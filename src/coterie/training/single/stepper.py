@@ -28,13 +28,13 @@ class Step:
     Attributes:
         loss: mean over the round's text, nats, before the step; NaN where nothing was learnt. Of a private run it is
             NOT private.
-        figures: what `metrics.jsonl` keeps of the round.
+        metrics: what `metrics.jsonl` keeps of the round.
         nothing_learnt: why the round's gradient was noise alone; None where it was not.
         spent: what the run has spent so far; None in most rounds, and without privacy.
     """
 
     loss: float
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     nothing_learnt: str | None = None
     spent: Spent | None = None
 
@@ -106,8 +106,8 @@ class PlainStepper:
         result = train_round(model, self.optimizer, batches, lr=rate)
         self.round += 1
         seconds = time.monotonic() - began
-        figures = {"loss": result.loss, "lr": rate, "tokens": result.tokens, "seconds": seconds}
-        return Step(result.loss, figures)
+        metrics = {"loss": result.loss, "lr": rate, "tokens": result.tokens, "seconds": seconds}
+        return Step(result.loss, metrics)
 
     def content(self) -> tuple[Content, Mapping[str, Any]]:
         model = self._prepared.model

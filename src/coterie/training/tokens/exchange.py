@@ -8,18 +8,18 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from coterie.federation.rounds.follower import Alive, superseded
+from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.state import State
 from coterie.federation.shard import Shard
 from coterie.federation.tokens.host import TokensHost
 from coterie.federation.tokens.owner import TokenMicroBatch, TokensOwner
 from coterie.federation.wire.transport import Address, Lane, Message, Transport
 from coterie.models.cut.cut_model import Cut
-from coterie.models.cut.turn import Turn
+from coterie.models.cut.device_lock import DeviceLock
 from coterie.models.seam import check_selected
 from coterie.training.data.packing import Batch
 from coterie.training.evaluate import batches_of
-from coterie.training.party.agreed_limits import host_limits
+from coterie.training.party.agreed_limits import tokens_limits
 from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_trunk import OwnTrunk
@@ -44,31 +44,31 @@ class TokensExchange:
     shares_trunk = False
 
     def __init__(self, trunk: OwnTrunk, transport: Transport, weights: Weights, key: AnswerKey | None = None) -> None:
-        self._trunk, self._parts, self._transport, self._key = trunk, trunk.parts, transport, key
-        self._cut = Cut(trunk.parts.model)
-        self._scheduler: Scheduler[Batch] = Scheduler(self._cut, trunk.loss, self._parts.federation.train.in_flight)
+        self._trunk, self._inputs, self._transport, self._key = trunk, trunk.inputs, transport, key
+        self._cut = Cut(trunk.inputs.model)
+        self._scheduler: Scheduler[Batch] = Scheduler(self._cut, trunk.loss, self._inputs.federation.train.in_flight)
         self._prepared: dict[tuple[int, int], RoundSums] = {}
         self.restart(weights)
 
     def restart(self, weights: Weights) -> None:
-        parts = self._parts
-        shard = Shard(self._cut.layers, weights.experts, self._trunk.make_optimizer, device=parts.device)
+        inputs = self._inputs
+        shard = Shard(self._cut.layers, weights.experts, self._trunk.make_optimizer, device=inputs.device)
         self.host = TokensHost(
-            parts.party,
-            tuple(parts.federation.parties),
+            inputs.party,
+            tuple(inputs.federation.parties),
             self._cut.layers,
             shard,
-            recompute=parts.federation.model.gradient_checkpointing,
-            limits=host_limits(parts.federation, parts.model),
+            recompute=inputs.federation.model.gradient_checkpointing,
+            limits=tokens_limits(inputs.federation, inputs.model),
         )
         self._experts = TokensOwner(
             self._transport,
             self.host,
             self._cut.layers,
-            parts.placement,
-            combine=parts.federation.combine,
-            deadline_s=parts.federation.deadline_s,
-            value_limit=parts.federation.value_limit,
+            inputs.placement,
+            combine=inputs.federation.combine,
+            deadline_s=inputs.federation.deadline_s,
+            value_limit=inputs.federation.value_limit,
             sent=self._key.sent if self._key is not None else None,
         )
 
@@ -84,28 +84,27 @@ class TokensExchange:
     def go_on_after(self, round_no: int) -> None:
         """Hosts refuse what belongs to no open attempt in any case."""
 
-    def compute(self, told: State, alive: Alive) -> None:
-        check_selected(self._parts.model)
-        self.host.begin(told.round, told.attempt, self._parts.active(told.absent))
-        self._experts.absent = frozenset(told.absent)
+    def compute(self, state: State, cancel: CancelToken) -> None:
+        check_selected(self._inputs.model)
+        self.host.begin(state.round, state.attempt, self._inputs.active(state.absent))
+        self._experts.absent = frozenset(state.absent)
 
-        def exchange(number: int, stopped: Future[None]) -> TokenMicroBatch:
-            if not alive():
-                raise superseded()
-            return self._experts.micro_batch(told.round, told.attempt, number, stopped)
+        def exchange(number: int, cancelled: Future[None]) -> TokenMicroBatch:
+            cancel.check()
+            return self._experts.micro_batch(state.round, state.attempt, number, cancelled)
 
         if self._key is not None:
-            for number, rows in enumerate(self._trunk.rows(told.round)):
-                address = Address(round=told.round, attempt=told.attempt, micro_batch=number)
-                self._key.batch(address, rows, self._parts.train)
-        seed = derived_seed(self._parts.federation.train.seed, told.round - 1)
-        sums = self._scheduler.run(self._trunk.batches(told.round), exchange, seed=seed)
-        self._experts.declare(told.round, told.attempt, sums.tokens, self._cut.turn.stopped)
-        self._prepared = {(told.round, told.attempt): sums}
+            for number, rows in enumerate(self._trunk.rows(state.round)):
+                address = Address(round=state.round, attempt=state.attempt, micro_batch=number)
+                self._key.batch(address, rows, self._inputs.train)
+        seed = derived_seed(self._inputs.federation.train.seed, state.round - 1)
+        sums = self._scheduler.run(self._trunk.batches(state.round), exchange, seed=seed)
+        self._experts.declare(state.round, state.attempt, sums.tokens, self._cut.device_lock.cancelled)
+        self._prepared = {(state.round, state.attempt): sums}
 
     def drop(self, round_no: int, attempt: int) -> None:
         self._prepared = {}
-        self.host.abort(round_no, attempt)
+        self.host.drop(round_no, attempt)
 
     def commit(self, round_no: int, attempt: int, rate: float) -> Mapping[str, float]:
         sums = self._prepared.pop((round_no, attempt))
@@ -114,38 +113,37 @@ class TokensExchange:
         return {"loss": sum(sums.losses) / sums.tokens, "tokens": sums.tokens}
 
     @contextmanager
-    def inference(self, told: State, alive: Alive) -> Iterator[None]:
-        turn = self._cut.turn = Turn()  # an earlier one may have been stopped with its round
-        if not alive():
-            raise superseded()
-        self._experts.absent = frozenset(told.absent)
-        if self._key is not None and self._parts.test is not None:
-            micro_batch = self._parts.federation.train.micro_batch
-            for number, rows in enumerate(batches_of(len(self._parts.test), micro_batch)):
-                self._key.batch(Address(round=told.round, call=number), rows, self._parts.test)
-        with self._cut.inference(self._experts.inference(told.round, turn.stopped)):
+    def inference(self, state: State, cancel: CancelToken) -> Iterator[None]:
+        lock = self._cut.device_lock = DeviceLock()  # an earlier one may have been cancelled with its round
+        cancel.check()
+        self._experts.absent = frozenset(state.absent)
+        if self._key is not None and self._inputs.test is not None:
+            micro_batch = self._inputs.federation.train.micro_batch
+            for number, rows in enumerate(batches_of(len(self._inputs.test), micro_batch)):
+                self._key.batch(Address(round=state.round, call=number), rows, self._inputs.test)
+        with self._cut.inference(self._experts.inference(state.round, lock.cancelled)):
             yield
 
-    def catch_up(self, told: State) -> None:
+    def catch_up(self, state: State) -> None:
         """No host steps the trunk."""
 
     def saved(self, round_no: int, oldest: int) -> None:
         """Nothing is kept for going back."""
 
-    def open_books(self) -> bool:
+    def open_ledger(self) -> bool:
         return False
 
     def privacy(self) -> None:
         """Nothing bounds what hidden vectors reveal."""
 
     def statement(self) -> str:
-        return "\n".join(exposure.of_tokens(self._parts.federation))
+        return "\n".join(exposure.of_tokens(self._inputs.federation))
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
         return self.host.handle(peer, lane, message)
 
-    def interrupt(self) -> None:
-        self._scheduler.interrupt()
+    def cancel(self) -> None:
+        self._scheduler.cancel()
 
     def stop_serving(self) -> None:
         self.host.close()

@@ -1,7 +1,7 @@
 """Runs the micro-batches of a round, a few of them in flight, and adds up what they yield in their order.
 
-While one micro-batch waits for the wire, the next one computes: threads that share a `Turn`. Which of them gets where
-first depends on chance, the result does not.
+While one micro-batch waits for the wire, the next one computes: threads that share a `DeviceLock`. Which of them gets
+where first depends on chance, the result does not.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from coterie.errors import RoundError
+from coterie.federation.cancel import cancelled_round
 from coterie.models.cut.cut_model import Cut, RowsExchange
-from coterie.models.cut.turn import Turn
+from coterie.models.cut.device_lock import DeviceLock
 from coterie.training.seeds import derived_seed
 from coterie.training.tokens.ordered_sums import OrderedSums
 
 Batch = TypeVar("Batch")
 
 MakeExchange = Callable[[int, "Future[None]"], RowsExchange]
-"""``make(number, stopped)``: the exchange of one micro-batch; a wait in it should end when ``stopped`` is done."""
+"""``make(number, cancelled)``: the exchange of one micro-batch; its waits should end when ``cancelled`` is done."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Scheduler(Generic[Batch]):
 
     Args:
         cut: the model.
-        loss: the summed loss of a micro-batch (scalar) and its number of tokens. Called in the turn of that
-            micro-batch, on one of ``in_flight`` threads; contexts of the calling thread (autocast) do not reach it.
+        loss: the summed loss of a micro-batch (scalar) and its number of tokens. Called while it holds the device,
+            on one of ``in_flight`` threads; contexts of the calling thread (autocast) do not reach it.
         in_flight: micro-batches at once; 1 runs them one after the other in the calling thread.
     """
 
@@ -68,16 +68,16 @@ class Scheduler(Generic[Batch]):
             The same bits for the same batches and expert answers, whatever the timing.
 
         Raises:
-            Exception: the first that a micro-batch raised. The others were stopped.
-            RoundError: `interrupt` was called.
+            Exception: the first that a micro-batch raised. The others were cancelled.
+            RoundError: `cancel` was called.
         """
-        turn = self._cut.turn = Turn()
-        work = _Task(self._cut, self._loss, batches, exchange, seed, turn)
+        lock = self._cut.device_lock = DeviceLock()
+        task = _Task(self._cut, self._loss, batches, exchange, seed, lock)
         if self._in_flight == 1:
-            work()
+            task()
         else:
             threads = [
-                threading.Thread(target=work, name=f"micro-batches-{number}", daemon=True)
+                threading.Thread(target=task, name=f"micro-batches-{number}", daemon=True)
                 for number in range(min(self._in_flight, len(batches)))
             ]
             try:
@@ -86,20 +86,20 @@ class Scheduler(Generic[Batch]):
                 for thread in threads:
                     thread.join()
             except BaseException as error:  # Ctrl-C while waiting
-                turn.stop(error)
+                lock.cancel(error)
                 for thread in threads:
                     if thread.ident is not None:
                         thread.join()
                 raise
-        if turn.stopped.done():
-            cause = turn.stopped.exception()
+        if lock.cancelled.done():
+            cause = lock.cancelled.exception()
             assert cause is not None
             raise cause
-        return RoundSums(tuple(work.losses), sum(work.tokens), work.sums.result())
+        return RoundSums(tuple(task.losses), sum(task.tokens), task.sums.result())
 
-    def interrupt(self) -> None:
+    def cancel(self) -> None:
         """Make a running `run` raise soon. Can be called from any thread; returns at once."""
-        self._cut.turn.stop(RoundError("The round was interrupted.", code="round-interrupted"))
+        self._cut.device_lock.cancel(cancelled_round())
 
 
 class _Task(Generic[Batch]):
@@ -112,9 +112,9 @@ class _Task(Generic[Batch]):
         batches: Sequence[Batch],
         exchange: MakeExchange,
         seed: int | None,
-        turn: Turn,
+        lock: DeviceLock,
     ) -> None:
-        self._cut, self._loss, self._exchange, self._seed, self._turn = cut, loss, exchange, seed, turn
+        self._cut, self._loss, self._exchange, self._seed, self._device_lock = cut, loss, exchange, seed, lock
         self._left = list(enumerate(batches))[::-1]
         self._lock = threading.Lock()
         self.losses, self.tokens = [0.0] * len(batches), [0] * len(batches)
@@ -129,11 +129,11 @@ class _Task(Generic[Batch]):
                     number, batch = self._left.pop()
                 self._run(number, batch)
         except BaseException as error:
-            self._turn.stop(error)
+            self._device_lock.cancel(error)
 
     def _run(self, number: int, batch: Batch) -> None:
         seed = None if self._seed is None else derived_seed(self._seed, number)
-        with self._cut.record(self._exchange(number, self._turn.stopped), seed=seed) as tape:
+        with self._cut.record(self._exchange(number, self._device_lock.cancelled), seed=seed) as tape:
             loss, self.tokens[number] = self._loss(batch)
             tape.backward(loss, self.sums.micro_batch(number))
             self.losses[number] = float(loss.detach())

@@ -17,11 +17,11 @@ from torch import Tensor
 
 
 class OrderedSums:
-    """Adds up the trunk gradients of the micro-batches of a round. Not locked: call it in a `Turn`."""
+    """Adds up the trunk gradients of the micro-batches of a round. Not locked: call it under a `DeviceLock`."""
 
     def __init__(self) -> None:
         self._sums: dict[Tensor, Tensor] = {}
-        self._turn_of: dict[Tensor, int] = defaultdict(int)
+        self._next_number: dict[Tensor, int] = defaultdict(int)
         self._to_come: dict[int, dict[Tensor, int]] = {}
         self._early: dict[Tensor, dict[int, list[Tensor]]] = defaultdict(dict)
 
@@ -46,22 +46,22 @@ class OrderedSums:
         self._to_come[number][parameter] -= 1
         if grad is None:
             pass
-        elif self._turn_of[parameter] == number:
+        elif self._next_number[parameter] == number:
             self._add(parameter, grad)
         else:
             self._early[parameter].setdefault(number, []).append(grad)
         self._settle(parameter)
 
     def _settle(self, parameter: Tensor) -> None:
-        """Pass on the turn over a parameter from micro-batches that have nothing more for it."""
+        """Go on to the next micro-batch from those that have nothing more for it."""
         early = self._early.get(parameter, {})
         while True:
-            number = self._turn_of[parameter]
+            number = self._next_number[parameter]
             for grad in early.pop(number, ()):
                 self._add(parameter, grad)
             if number not in self._to_come or self._to_come[number].get(parameter, 0) > 0:
                 break
-            self._turn_of[parameter] = number + 1
+            self._next_number[parameter] = number + 1
         if not early:
             self._early.pop(parameter, None)
 

@@ -1,8 +1,8 @@
-"""Taking turns on one device: several micro-batches in flight, one of them computing.
+"""One lock a device: several micro-batches in flight, one of them computing.
 
-A micro-batch holds the turn while it computes and hands it on while it waits for the wire. So the next one computes
+A micro-batch holds the lock while it computes and releases it while it waits for the wire. So the next one computes
 during the wait, and what the model or torch keep as state of the process (the random state, the micro-batch whose
-experts are being asked for) belongs to whoever holds the turn.
+experts are being asked for) belongs to whoever holds the lock.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 from coterie.errors import CoterieError, RoundError
 
 
-class Turn:
-    """The right to compute. `stop` ends the work of everybody who shares it.
+class DeviceLock:
+    """The right to compute. `cancel` ends what everybody who shares it is doing.
 
     Attributes:
-        stopped: fails as soon as `stop` was called, so that a wait for the wire can end early: wait for it together
-            with the replies.
+        cancelled: fails as soon as `cancel` was called, so that a wait for the wire can end early: wait for it
+            together with the replies.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stopping = threading.Lock()
-        self.stopped: Future[None] = Future()
+        self._cancelling = threading.Lock()
+        self.cancelled: Future[None] = Future()
 
-    def take(self) -> None:
-        """Wait for the turn.
+    def acquire(self) -> None:
+        """Wait for the lock.
 
         Raises:
-            RoundError: another micro-batch failed; the turn was not taken.
+            RoundError: another micro-batch failed; the lock was not acquired.
         """
         self._lock.acquire()
         try:
@@ -42,30 +42,30 @@ class Turn:
             self._lock.release()
             raise
 
-    def give(self) -> None:
-        """Hand the turn on."""
+    def release(self) -> None:
+        """Let the next one compute."""
         self._lock.release()
 
     def check(self) -> None:
-        """Raise `RoundError` if the work was stopped."""
-        if not self.stopped.done():
+        """Raise `RoundError` if it was cancelled."""
+        if not self.cancelled.done():
             return
-        cause = self.stopped.exception()
+        cause = self.cancelled.exception()
         raise RoundError(
             "This micro-batch was stopped because another one in flight failed.",
             code="round-stopped",
             why="a round is one transaction; its other micro-batches would be thrown away",
         ) from (cause if isinstance(cause, CoterieError) else None)
 
-    def stop(self, error: BaseException) -> None:
+    def cancel(self, error: BaseException) -> None:
         """Let every other micro-batch in flight fail with `RoundError` at its next step. The first call counts."""
-        with self._stopping:
-            if not self.stopped.done():
-                self.stopped.set_exception(error)
+        with self._cancelling:
+            if not self.cancelled.done():
+                self.cancelled.set_exception(error)
 
 
 class RandomState:
-    """The random state of one micro-batch, put in place whenever it has the turn.
+    """The random state of one micro-batch, put in place whenever it has the lock.
 
     Without it, dropout masks would depend on which micro-batch happened to compute first.
     """
