@@ -19,7 +19,7 @@ FILES = [
     if path.relative_to(PACKAGE).parts[0] not in ("audit", "pages")  # they tell findings, and mean no directive
 ]
 RETIRED = {
-    "BaseTransport": "BaseTransport",
+    "Switchboard": "BaseTransport",
     "switchboard": "transport",
     "Line": "PeerLane",
     "Link": "Connection",
@@ -46,8 +46,8 @@ RETIRED = {
     "abandon": "cancel",
     "superseded": "CancelToken.check",
     "books": "ledger",
-    "open_ledger": "open_ledger",
-    "routing_weights_NK": "routing_weights_NK",
+    "open_books": "open_ledger",
+    "expert_weights_NK": "routing_weights_NK",
     "scale_R": "routing_weights_R",
 }
 
