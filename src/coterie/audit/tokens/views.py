@@ -137,7 +137,7 @@ class _Kept:
                 call.hidden_ND.detach()[chosen_N].float().cpu(),
                 slope_ND.detach().float().cpu(),
                 call.expert_ids_NK.detach()[chosen_N].cpu(),
-                call.expert_weights_NK.detach()[chosen_N].float().cpu(),
+                call.routing_weights_NK.detach()[chosen_N].float().cpu(),
                 *labels,
             )
         )
