@@ -23,7 +23,7 @@ from coterie.config import FederationConfig, PrivacyRules, load_yaml
 from coterie.errors import CoterieError
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 
-Told = Callable[[str], None]
+Progress = Callable[[str], None]
 """Is told what is being done."""
 
 _ALARM = "ALARM"
@@ -74,14 +74,14 @@ def public_files(folders: Sequence[Path]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def audit(asked: Sequence[Asked], *, seed: int, budget_s: float, told: Told = lambda _: None) -> Findings:
+def audit(asked: Sequence[Asked], *, seed: int, budget_s: float, progress: Progress = lambda _: None) -> Findings:
     """Attack runs and judge what came out.
 
     Args:
         asked: the runs; at most one of each kind counts for the figures at the top, the last.
         seed: of everything that is drawn.
         budget_s: seconds to stay within, roughly.
-        told: is told what is being done.
+        progress: called with what is being done.
 
     Raises:
         CheckpointError: a folder holds no run at all.
@@ -91,8 +91,8 @@ def audit(asked: Sequence[Asked], *, seed: int, budget_s: float, told: Told = la
     until = began + budget_s
     for place, one in enumerate(asked):
         left = (until - time.monotonic()) / (len(asked) - place)
-        _one(one, gathered, seed, max(1.0, left * (1 - _CONTROLS)), told)
-    told("trying the instruments on public text")
+        _one(one, gathered, seed, max(1.0, left * (1 - _CONTROLS)), progress)
+    progress("trying the instruments on public text")
     measured = pieces.instruments(gathered.evidence, seed)
     return _concluded(gathered, measured, seed, time.monotonic() - began, time.process_time() - cpu)
 
@@ -100,17 +100,17 @@ def audit(asked: Sequence[Asked], *, seed: int, budget_s: float, told: Told = la
 # ---- one run ----
 
 
-def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, told: Told) -> None:
+def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, progress: Progress) -> None:
     until = time.monotonic() + budget_s
     part = _identify(asked, gathered)
     claimed = part in gathered.claimed
     some = gathered.findings.setdefault(part, [])
     if part is not Part.ALONE and gathered.evidence is not None:
-        told(f"attacking what others received of {gathered.evidence.owner} ({LABELS[part].replace('`', '')})")
+        progress(f"attacking what others received of {gathered.evidence.owner} ({LABELS[part].replace('`', '')})")
         share = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if part is Part.EXPERTS_DP else 0.0)
         some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * share)
     if asked.model:
-        told("attacking the trained model")
+        progress("attacking the trained model")
         found = pieces.on_model(asked.run, seed, max(1.0, min(until - time.monotonic(), budget_s * _MODEL)))
         if isinstance(found, str):
             gathered.untested.append(f"The trained model: {found}")
@@ -119,7 +119,7 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, told: To
     else:
         gathered.untested.append(f"The trained model ({LABELS[part]}): it was left out.")
     if part is Part.EXPERTS_DP or claimed:
-        told("epsilon from below")
+        progress("epsilon from below")
         left = max(1.0, until - time.monotonic())
         epsilon = pieces.on_epsilon(asked.run, asked.start, seed, left, asked.canaries)
         if isinstance(epsilon, str):

@@ -126,7 +126,10 @@ def _audited(
         )
     asked = Asked(run, tuple(received), public_files(public), start)
     return audit(
-        [asked], seed=seed, budget_s=budget_s, told=lambda what: error_console().print(f"audit: {what}", markup=False)
+        [asked],
+        seed=seed,
+        budget_s=budget_s,
+        progress=lambda what: error_console().print(f"audit: {what}", markup=False),
     )
 
 

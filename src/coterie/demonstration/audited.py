@@ -33,7 +33,7 @@ def audited(plan: DemoPlan, root: Path, screen: Screen, page: Path) -> Findings 
     ]
     if not asked:
         return None
-    findings = audit(asked, seed=plan.seed, budget_s=plan.audit_s, told=screen.progress)
+    findings = audit(asked, seed=plan.seed, budget_s=plan.audit_s, progress=screen.progress)
     save_report(findings, page)
     known = findings.identification
     screen.line(f"attacked what others received of {owner} in {known.seconds:.0f} s: {findings.outcome.value}")

@@ -16,7 +16,7 @@ NEAR = 0.03
 
 
 def headline(results: Results) -> str:
-    """The outcome in one sentence."""
+    """The outcome in one phrase."""
     together = [ARMS[arm] for arm in results.wire if ARMS[arm].alone in results.arms]
     if not together:
         return "The demo ran; a comparison needs an arm alone and an arm together, with or without privacy."
@@ -29,12 +29,12 @@ def headline(results: Results) -> str:
     by_outcome: dict[str, list[str]] = {}
     for arm in together:
         by_outcome.setdefault(_outcome(results, arm), []).append(_called(results, arm))
-    sentence = "; ".join(f"{_names(arms)}: {outcome}" for outcome, arms in by_outcome.items())
-    return f"Together against alone. {sentence[0].upper()}{sentence[1:]}."
+    phrase = "; ".join(f"{_names(arms)}: {outcome}" for outcome, arms in by_outcome.items())
+    return f"Together against alone. {phrase[0].upper()}{phrase[1:]}."
 
 
 def meaning(results: Results) -> list[str]:
-    """What the tables say, one sentence after the other."""
+    """What the tables say, one phrase after the other."""
     plan, sentences = results.plan, []
     for arm in (ARMS[name] for name in results.wire):
         if not plan.quick:
@@ -78,11 +78,11 @@ def not_protected(results: Results) -> list[str]:
 
 def _tokens(audit: Findings | None) -> Iterator[str]:
     read = audit.tokens.recovery if audit is not None else None
-    told = "turn nearly all of them back into the text" if read is None else "turn them back into the text"
+    phrase = "turn nearly all of them back into the text" if read is None else "turn them back into the text"
     measured = "" if read is None else f": in this run, {percent(read)} of all tokens, evaluation text among them"
     yield (
         "`tokens` does NOT keep the text from the other parties. For every token a hidden vector goes to the hosts "
-        f"of its experts, and a host that knows the public model can {told}{measured}. The gradients that follow "
+        f"of its experts, and a host that knows the public model can {phrase}{measured}. The gradients that follow "
         "give away the next token."
     )
     yield (
@@ -108,13 +108,13 @@ def _ranked(audit: Findings | None) -> Iterator[str]:
     """What one other party read from this run's own pushes."""
     if audit is None or not audit.experts.lots:
         return
-    told = ", ".join(
+    phrase = ", ".join(
         f"{percent(share)} of a push of {lot} record{'' if lot == '1' else 's'}"
         for lot, share in audit.experts.lots.items()
     )
     guess = audit.experts.prior
     alone = "" if guess is None else f"; the public model alone guesses {percent(guess)}"
-    yield f"In this run one other party, given what stands before, read the next token for {told}{alone}."
+    yield f"In this run one other party, given what stands before, read the next token for {phrase}{alone}."
 
 
 def _withstood(audit: Findings | None) -> Iterator[str]:
@@ -199,10 +199,10 @@ def _against_pooled(results: Results, arm: Arm) -> Iterator[str]:
     if not excess:
         return
     near = [party for party, share in excess.items() if share <= NEAR]
-    sentence = ", ".join(f"{party} {100 * share:+.1f} %" for party, share in excess.items())
+    phrase = ", ".join(f"{party} {100 * share:+.1f} %" for party, share in excess.items())
     far = "" if len(near) == len(excess) else f", so {len(excess) - len(near)} of {len(excess)} did not get there"
     under = "under one budget" if arm.private else "with all text"
-    yield f"Against one process {under}: {sentence} (within {100 * NEAR:.0f} % counts as near{far})."
+    yield f"Against one process {under}: {phrase} (within {100 * NEAR:.0f} % counts as near{far})."
 
 
 def _state(results: Results, arm: Arm) -> Iterator[str]:
