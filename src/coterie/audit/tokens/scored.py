@@ -317,10 +317,13 @@ class Scored:
             return
         inside = {layer: rows.hidden_RD[rows.call_R == fresh[0]] for layer, rows in self.table.layers.items()}
         inside = {layer: rows for layer, rows in inside.items() if len(rows)}
+        among_V = torch.zeros(len(self.known.content_V), dtype=torch.bool)
+        for layer in inside:
+            among_V[self.read(layer)[0][self.table.layers[layer].call_R == fresh[0]]] = True
         texts = _records(self.places, fresh[0])
         right, record = [], []
         for number, start in enumerate(beginnings(self.known.model, inside, self.hosted)[:_REBUILT]):
-            told = rebuild(self.known.model, inside, self.hosted, [start], words=_WORDS)
+            told = rebuild(self.known.model, inside, self.hosted, [start], words=_WORDS, among_V=among_V)
             hits = max(([a == b for a, b in zip(told, text, strict=False)] for text in texts), key=sum)
             right += hits
             record += [number] * len(hits)

@@ -2,7 +2,8 @@
 
 While the owner's trunk is still the public one, the row of a right candidate is among the received rows, in every
 layer where its experts live at the attacker's; that of a wrong one is not. A candidate that no layer shows is neither
-right nor wrong, and stays for the next word to decide.
+right nor wrong, and stays for the next word to decide. A received row stands for one word: a repeated token gives the
+same row again and again, and would fit for ever.
 
 Shape letters: C candidates, T words so far, R rows received, D their width.
 """
@@ -24,8 +25,10 @@ _SAME = 1e-3
 
 @dataclass(frozen=True)
 class _Prefix:
+    """Words that fit so far: the received rows they stand for, by layer, and how unlikely the model finds them."""
+
     ids: tuple[int, ...]
-    matched: int
+    used: tuple[tuple[int, int], ...]
     unlikely: float
 
 
@@ -36,6 +39,7 @@ def rebuild(
     start: Sequence[int],
     *,
     words: int,
+    among_V: Tensor | None = None,
     candidates: int = 24,
     beam: int = 3,
 ) -> list[int]:
@@ -47,20 +51,25 @@ def rebuild(
         hosted: bool [E], the attacker's experts of each layer.
         start: first words; one is enough, see `beginnings`.
         words: longest record to rebuild.
+        among_V: bool, which tokens are in the forward at all, if other attacks tell; None: any.
         candidates: likeliest next words by the public model that are tried.
         beam: records that are followed at once, while no row decides between them.
 
     Returns:
         Token ids, ``start`` included.
     """
-    alive = [_Prefix(tuple(start), 0, 0.0)]
+    used: list[tuple[int, int]] = []
+    for words_so_far in range(1, len(start) + 1):
+        (fits,) = _fits(last_rows(model, [start[:words_so_far]])[0], rows, hosted)
+        used += [(layer, row) for layer, row, _ in fits or ()]
+    alive = [_Prefix(tuple(start), tuple(used), 0.0)]
     while len(alive[0].ids) < words:
         tried: list[_Prefix] = []
         for prefix in alive:
-            tried += _longer(model, rows, hosted, prefix, candidates)
+            tried += _longer(model, rows, hosted, prefix, candidates, among_V)
         if not tried:
             break
-        tried.sort(key=lambda one: (-one.matched, one.unlikely))
+        tried.sort(key=lambda one: (-len(one.used), one.unlikely))
         alive = tried[:beam]
     return list(alive[0].ids)
 
@@ -69,40 +78,49 @@ def beginnings(model: PreTrainedModel, rows: Mapping[int, Tensor], hosted: Mappi
     """Every token that some record begins with: the first row of a record depends on its first token alone."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     shown = last_rows(model, [[token] for token in range(vocabulary)])[0]
-    seen_C, fits_C = _evidence(shown, rows, hosted)
-    return torch.nonzero((seen_C > 0) & (seen_C == fits_C)).squeeze(1).tolist()
+    fits = _fits(shown, rows, hosted)
+    return [token for token, each in enumerate(fits) if each]
 
 
 def _longer(
-    model: PreTrainedModel, rows: Mapping[int, Tensor], hosted: Mapping[int, Tensor], prefix: _Prefix, candidates: int
+    model: PreTrainedModel,
+    rows: Mapping[int, Tensor],
+    hosted: Mapping[int, Tensor],
+    prefix: _Prefix,
+    candidates: int,
+    among_V: Tensor | None,
 ) -> list[_Prefix]:
     """The prefix with each next word that no layer rules out."""
     _, log_V = last_rows(model, [list(prefix.ids)])
-    best = log_V[0].topk(min(candidates, log_V.shape[1]))
+    wanted_V = log_V[0] if among_V is None else log_V[0].masked_fill(~among_V, -torch.inf)
+    best = wanted_V.topk(min(candidates, int(wanted_V.isfinite().sum())))
     shown, _ = last_rows(model, [[*prefix.ids, token] for token in best.indices.tolist()])
-    seen_C, fits_C = _evidence(shown, rows, hosted)
-    return [
-        _Prefix((*prefix.ids, token), prefix.matched + fits, prefix.unlikely - log)
-        for token, log, seen, fits in zip(
-            best.indices.tolist(), best.values.tolist(), seen_C.tolist(), fits_C.tolist(), strict=True
-        )
-        if fits == seen
-    ]
+    found = []
+    for token, log, fits in zip(best.indices.tolist(), best.values.tolist(), _fits(shown, rows, hosted), strict=True):
+        if fits is not None and all(prefix.used.count((layer, row)) < times for layer, row, times in fits):
+            used = (*prefix.used, *((layer, row) for layer, row, _ in fits))
+            found.append(_Prefix((*prefix.ids, token), used, prefix.unlikely - log))
+    return found
 
 
-def _evidence(
+def _fits(
     shown: Sequence[View], rows: Mapping[int, Tensor], hosted: Mapping[int, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """In how many layers each candidate would have been received, and in how many it was. [C], [C]"""
-    count = len(shown[0].token_P)
-    seen_C, fits_C = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+) -> list[tuple[tuple[int, int, int], ...] | None]:
+    """For each candidate the received rows that are its own, as (layer, first of them, how many are equal).
+
+    None for one whose row should have been received in some layer, and was not; nothing for one that no layer shows.
+    """
+    found: list[tuple[tuple[int, int, int], ...] | None] = [()] * len(shown[0].token_P)
     for layer, received in rows.items():
         view = shown[layer]
-        there = hosted[layer][view.experts_PK.clamp(0, len(hosted[layer]) - 1)].any(1)
+        there_C = hosted[layer][view.experts_PK.clamp(0, len(hosted[layer]) - 1)].any(1)
         exact = "donot_use_mm_for_euclid_dist"  # the other form loses half of the digits
-        apart = torch.cdist(view.hidden_PD, received, compute_mode=exact).min(1).values / view.hidden_PD.norm(
-            dim=1
-        ).clamp_min(1e-30)
-        seen_C += there
-        fits_C += there & (apart < _SAME)
-    return seen_C, fits_C
+        apart_CR = torch.cdist(view.hidden_PD, received, compute_mode=exact)
+        same_CR = apart_CR < _SAME * view.hidden_PD.norm(dim=1, keepdim=True)
+        times_C, first_C = same_CR.sum(1).tolist(), same_CR.int().argmax(1).tolist()
+        for number, there in enumerate(there_C.tolist()):
+            sofar = found[number]
+            if there and sofar is not None:
+                fit = (layer, first_C[number], times_C[number])
+                found[number] = (*sofar, fit) if times_C[number] else None
+    return found

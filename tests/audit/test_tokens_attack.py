@@ -1,0 +1,92 @@
+"""The attacks on small real models, and a whole run through the real exchange."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coterie.audit.adversaries import Adversary
+from coterie.audit.answers import Answers
+from coterie.audit.evidence import Evidence
+from coterie.audit.findings import Channel, Unit
+from coterie.audit.tokens.attack import attack
+from coterie.audit.tokens.search import beginnings, rebuild
+from coterie.audit.tokens.views import views
+from coterie.audit.transcript import Transcript
+from coterie.models import seam
+from coterie.models.zoo.tiny import VOCAB, tiny_model
+from coterie.training.party.in_process import run_in_process
+from helpers.federations import full_models, make_parts, settings, text
+
+
+def public(sequences: int) -> list[list[int]]:
+    found = text(999, sequences)
+    return [found[row]["input_ids"].tolist() for row in range(len(found))]
+
+
+def test_a_record_is_rebuilt_from_shuffled_rows_of_which_a_host_sees_two_thirds() -> None:
+    model = tiny_model("olmoe")
+    seam.select(model)
+    texts = public(6)
+    hosted = {layer: torch.arange(8) % 3 != layer % 3 for layer in range(3)}
+    generator = torch.Generator().manual_seed(0)
+    rows = {}
+    for layer, view in enumerate(views(model, texts, gradients=False)):
+        there = view.hidden_PD[hosted[layer][view.experts_PK].any(1)]
+        rows[layer] = there[torch.randperm(len(there), generator=generator)]
+    starts = beginnings(model, rows, hosted)
+    assert set(starts) <= {ids[0] for ids in texts}
+    right = total = 0
+    for start in starts:
+        meant = [ids for ids in texts if ids[0] == start]  # of several with one beginning, any will do
+        told = rebuild(model, rows, hosted, [start], words=len(meant[0]), candidates=VOCAB, beam=4)
+        right += max(sum(a == b for a, b in zip(told, ids, strict=False)) for ids in meant)
+        total += len(meant[0])
+    assert total > 40
+    assert right > 0.9 * total
+    unrelated = {layer: torch.randn_like(part) for layer, part in rows.items()}
+    assert beginnings(model, unrelated, hosted) == []
+
+
+@pytest.mark.slow
+def test_a_run_through_the_real_exchange_is_read(tmp_path: Path) -> None:
+    config = settings(train__rounds=2, train__eval_every=1, transcript={"rounds": "all", "max_gib": 1.0})
+    models = full_models()
+    models["alder"].save_pretrained(tmp_path / "start")  # type: ignore[operator]
+    parts = make_parts(config, models, tmp_path)
+    run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    evidence = Evidence(
+        owner="alder",
+        exchange="tokens",
+        trunk="private",
+        privacy=None,
+        start=tmp_path / "start",
+        public=public(400),
+        received={name: Transcript.read(parts[name].run_dir, "alder") for name in ("birch", "cedar")},
+        answers=Answers.read(parts["alder"].run_dir),
+        run_folder=parts["alder"].run_dir,
+    )
+    found = attack(evidence, seed=0, budget_s=5)
+    one = {(each.name, each.adversary, each.layer): each for each in found}
+    assert {each.adversary for each in found} == set(Adversary)
+    first = one["tokens by linear discriminants", Adversary.HOST_PUBLIC, 0]
+    assert first.value is not None
+    assert first.prior is not None
+    assert first.gain is not None
+    assert first.unit is Unit.SEEN
+    assert first.value.value > 0.5
+    assert first.prior.value < 0.1
+    assert first.gain.low > 0.4
+    alone, all_hosts = (one["coverage", who, None].value for who in (Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS))
+    assert alone is not None
+    assert all_hosts is not None
+    assert alone.value < all_hosts.value
+    assert "held-out" in one["tokens of held-out text", Adversary.HOST_PUBLIC, None].sentence
+    nexts = [each for each in found if each.channel is Channel.GRADIENTS]
+    assert len(nexts) == 6
+    assert max(each.value.value for each in nexts if each.value) > 0.5
+    assert [each.model_dump() for each in attack(evidence, seed=0, budget_s=5)] == [
+        each.model_dump() for each in found
+    ]
