@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,12 @@ def test_a_budget_s_figures_join_attacks_and_bounds() -> None:
     assert (found.epsilon_claimed, found.epsilon_lower, found.epsilon_ceiling) == (7.99, 0.5, 3.6)
     assert found.auc == 0.58
     assert found.reasons == {}
+    endless = private_figures(
+        noised(), {**bounds, "epsilon_lower": math.inf, "epsilon_ceiling": math.inf}, (7.99, 1e-5)
+    )
+    assert endless.epsilon_lower is None
+    assert endless.epsilon_ceiling is None
+    assert "no bound" in endless.reasons["epsilon_lower"]
     without = private_figures(noised(), None, (7.99, 1e-5), "no record is left")
     assert without.epsilon_lower is None
     assert without.reasons["epsilon_lower"] == "no record is left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from coterie.audit.verdicts import best
 
 NOT_AUDITED = "no such run was audited"
 _UNMEASURED = "no attack measured it"
+_ENDLESS = "it has no bound: no finite epsilon covers what was measured or could have been"
 _BOUNDS = ("auc_allowed", "epsilon_claimed", "epsilon_lower", "epsilon_ceiling")
 
 
@@ -70,10 +72,12 @@ def private_figures(
     bounds: dict[str, float | None] = dict.fromkeys(_BOUNDS)
     if epsilon is not None:
         bounds = {name: epsilon[name] for name in _BOUNDS}
+    endless = {name for name, value in bounds.items() if value is not None and math.isinf(value)}
+    bounds |= dict.fromkeys(endless)
     if claimed is not None:
         bounds["epsilon_claimed"] = claimed[0]
     why = NOT_AUDITED if findings is None else reason or _UNMEASURED
-    missing = {name: why for name, value in bounds.items() if value is None}
+    missing = {name: _ENDLESS if name in endless else why for name, value in bounds.items() if value is None}
     return PrivateFigures.model_validate({**filled, **bounds, "reasons": {**filled["reasons"], **missing}})
 
 
