@@ -23,8 +23,8 @@ def run_folder(tmp_path: Path, rounds: int = 3, *, private: bool = True, finishe
     for at in range(rounds):
         own = {"loss_not_private": 4.5 - at / 10, "lot_size_not_private": 250 + at, "epsilon": 4.0 + at}
         plain = {"loss": 4.5 - at / 10, "tokens": 960.0 + at}
-        rows.append({"round": at, **(own if private else plain), "seconds": 2.0, "noise_seconds": 0.5})
-    rows.append({"round": rounds - 1, "test_loss": 4.234})
+        rows.append({"round": at + 1, **(own if private else plain), "seconds": 2.0, "noise_seconds": 0.5})
+    rows.append({"round": rounds, "test_loss": 4.234})
     (folder / "private" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     spent = {"epsilon": 3.0 + rounds, "delta": 1e-5, "noise_multiplier": 0.7125, "revealed_to": ["birch", "cedar"]}
     result = {

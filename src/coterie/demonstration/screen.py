@@ -44,7 +44,7 @@ class Follow:
     def text(self, extra: str = "") -> str:
         """For example ``round 60/120  loss 3.31  12 s left``; ``starting`` before the first round."""
         newest = [row for path in self.run_dirs if (row := newest_figures(path))]
-        done = sum(row["round"] + 1 for row in newest)
+        done = sum(row["round"] for row in newest)
         if not done:
             return f"starting ({time.monotonic() - self._began:.0f} s)"
         now = time.monotonic()

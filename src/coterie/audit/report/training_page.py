@@ -90,13 +90,13 @@ class Training:
         for row in self.rows:
             value, at = row.get(name), row.get("round")
             if value is not None and at is not None:
-                found.append((at + 1.0, float(value)))
+                found.append((float(at), float(value)))
         return found
 
     @property
     def rounds(self) -> int:
         """Rounds that were made."""
-        return int(max(float(row.get("round") or 0) for row in self.rows)) + 1
+        return int(max(float(row.get("round") or 0) for row in self.rows))
 
     @property
     def privacy(self) -> Mapping[str, Any]:
