@@ -9,3 +9,14 @@ is what a run fixes at its start. Several runs on the same text: `coterie.dp.acc
 `coterie.dp.accounting.merging` joins two machines' ledgers. `coterie.dp.accounting.provenance` says what the start
 was made from, `coterie.dp.accounting.statement` says it all in words.
 """
+
+from importlib import import_module
+from typing import Any
+
+_HERE = ("Mechanism", "epsilon", "noise_multiplier")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("coterie.dp.accounting.accountant"), name)

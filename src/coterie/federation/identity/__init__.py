@@ -4,3 +4,14 @@
 member's folder, `coterie.federation.identity.roster` the signed list, `coterie.federation.identity.provision` all of
 it at one administrator's.
 """
+
+from importlib import import_module
+from typing import Any
+
+_HERE = ("Authority", "Member", "Role", "cert_pem", "key_pem", "new_authority", "new_key")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("coterie.federation.identity.certificates"), name)

@@ -70,7 +70,7 @@ class Wanting:
 
 
 def wanting(plan: RoundPlan, state: State, views: Mapping[str, View], clock: Clock) -> Wanting:
-    """Who and what is waited for now."""
+    """Who and what keeps the phase from ending."""
     if state.phase is Phase.END:
         return Wanting()
     scene = _Scene(plan, state, History(), views, clock, "")

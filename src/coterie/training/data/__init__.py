@@ -4,3 +4,14 @@
 `coterie.training.data.tokenizer` makes or loads one; `coterie.training.data.packing` cuts sequences and says which of
 them a round takes.
 """
+
+from importlib import import_module
+from typing import Any
+
+_HERE = ("read_documents",)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("coterie.training.data.documents"), name)
