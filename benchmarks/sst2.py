@@ -112,7 +112,7 @@ def train_private(model: Any, train: Features, rounds: int, args: argparse.Names
             "epsilon": spent.epsilon,
             "delta": spent.delta,
             "noise_multiplier": session.noise_multiplier,
-            "q": session.lots.rate,
+            "q": session.plan.rate,
             "clipped_share_last_round": session.last.clipped if session.last else None,
         }
 

@@ -433,7 +433,7 @@ def test_users_are_the_unit_and_clipped_once_across_physical_batches(start: Call
             model, user_column="user", records_per_user=4, lot_size=3, physical_batch=size, seed=3, run=f"u{size}",
             optimizer=torch.optim.SGD(model.parameters(), 1.0),
         )  # fmt: skip
-        assert session.lots.units == 9
+        assert session.plan.units == 9
         for lot in session:
             session.step(lot)
         results.append(weights(session))
@@ -455,7 +455,7 @@ def test_resume_of_a_user_level_run_needs_the_users_again(
         PrivateSession.resume(*arguments)
     with pytest.raises(DataError, match="2 users are named for 40 records"):
         PrivateSession.resume(*arguments, users=users[:2])
-    assert PrivateSession.resume(*arguments, users=users).lots.units == 9
+    assert PrivateSession.resume(*arguments, users=users).plan.units == 9
 
 
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "per_group", "automatic"])

@@ -121,7 +121,7 @@ def test_steps_and_epochs_fix_the_number_of_rounds(
 ) -> None:
     trainer = make(max_steps=max_steps, num_train_epochs=epochs)
     trainer.train()
-    assert trainer.session.plan.rounds == trainer.session.round == rounds
+    assert trainer.session.privacy_plan.rounds == trainer.session.round == rounds
 
 
 def test_gradients_and_schedule_are_those_of_the_session(make: Callable[..., PrivateTrainer], tmp_path: Path) -> None:

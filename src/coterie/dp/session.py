@@ -48,8 +48,8 @@ class PrivateSession:
     Attributes:
         round: rounds that the model has taken.
         run: identifier in the ledger.
-        plan: what bounds the cost of the run.
-        lots: how lots are drawn.
+        privacy_plan: what bounds the cost of the run.
+        plan: how its lots are drawn, of how many units.
         ledger, releases, lot_sums: see `coterie.dp.open_run.OpenRun`.
     """
 
@@ -62,7 +62,7 @@ class PrivateSession:
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.plan, self.lots, self.run, self.round = opened.plan, opened.lots, opened.name, 0
+        self.privacy_plan, self.plan, self.run, self.round = opened.plan, opened.lots, opened.name, 0
         self.ledger, self.releases, self.lot_sums = opened.ledger, opened.releases, opened.lot_sums
         self._opened = opened
         self._schedule = schedule
@@ -79,7 +79,7 @@ class PrivateSession:
         while True:
             while self._replay():
                 pass
-            if self.round >= self.plan.rounds or self.releases.remaining <= 0:
+            if self.round >= self.privacy_plan.rounds or self.releases.remaining <= 0:
                 return
             before = self.round
             yield self.next_lot()
@@ -166,7 +166,7 @@ class PrivateSession:
             The noised sums over the expected lot size, float32 on the CPU, and the release that holds them.
         """
         self._check_trained()
-        return self._opened.publish(pending, divisor=float(self.plan.lot_size))
+        return self._opened.publish(pending, divisor=float(self.privacy_plan.lot_size))
 
     def _trim_spool(self) -> None:
         """Drop results that no checkpoint could be brought up to date with, and keep the rest within bounds.
@@ -229,7 +229,7 @@ class PrivateSession:
 
     def _published(self) -> Release | None:
         """The next round's result, if a run before this one had released it already from the same weights."""
-        if self._pending is not None or self.round >= self.plan.rounds:
+        if self._pending is not None or self.round >= self.privacy_plan.rounds:
             return None
         release = self.releases.published(self.round + 1)
         if release is not None and release.pins != self._pins():
@@ -252,7 +252,7 @@ class PrivateSession:
 
     def lifetime(self) -> Spent:
         """What all private runs on this dataset that protect the same unit have spent together."""
-        return self.ledger.lifetime(self.plan.budget.delta, self.run)
+        return self.ledger.lifetime(self.privacy_plan.budget.delta, self.run)
 
     def statement(self) -> Statement:
         """The privacy statement as of now; ``str()`` of it is for people, ``to_json()`` for programs."""
@@ -260,7 +260,7 @@ class PrivateSession:
 
     def training(self) -> Training:
         """What a saved model says of this run; see `coterie.models.split.trainings`."""
-        budget = self.plan.budget
+        budget = self.privacy_plan.budget
         kind: Literal["budget", "seeded"] = "budget" if self._opened.source.private else "seeded"
         return Training(self.run, kind, self.ledger.public_name(), budget.epsilon, budget.delta)
 
@@ -291,7 +291,7 @@ class PrivateSession:
 
     def _facts(self) -> dict[str, Any]:
         opened = self._opened
-        facts = plan_to_json(self.plan, opened.options, self.lots, self.noise_multiplier)
+        facts = plan_to_json(self.privacy_plan, opened.options, self.plan, self.noise_multiplier)
         facts["settings"]["user_column"] = opened.data.user_column
         return {
             **facts,

@@ -67,7 +67,7 @@ class _StopWhenSpent(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         session = self._trainer.session
-        if session is not None and session.releases.remaining <= 0 and session.round < session.plan.rounds:
+        if session is not None and session.releases.remaining <= 0 and session.round < session.privacy_plan.rounds:
             control.should_training_stop = not session.has_release()
         return control
 
@@ -449,10 +449,10 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             checkpoint / _STATE, self.model, self.optimizer, records, collate, privacy.loss_fn, ledger=privacy.ledger,
             digest=digest, users=self._users(), clipping=privacy.clipping, method=privacy.method, state_only=True,
         )  # fmt: skip
-        if session.plan.rounds != self._rounds():
+        if session.privacy_plan.rounds != self._rounds():
             session.close()
             raise CheckpointError(
-                f"{self._rounds()} steps are asked for, the run was started for {session.plan.rounds}.",
+                f"{self._rounds()} steps are asked for, the run was started for {session.privacy_plan.rounds}.",
                 code="hf-rounds-changed",
                 why="noise was calibrated to the number of steps",
                 fix="keep max_steps, num_train_epochs and lot_size as they were, or start a new run",

@@ -138,7 +138,7 @@ def test_tensors_of_ids_make_as_many_units_as_users(tmp_path: Path, given: str) 
     options: dict[str, Any] = {"budget": budget, "lot_size": 2, "rounds": 1, "ledger": tmp_path} | named
     session = dp.make_private(model, optimizer, data, collate, loss, **options)
     with session:
-        assert session.lots.units == 5
+        assert session.plan.units == 5
         for lot in session:
             session.step(lot)
             assert len(lot) <= 4 * lot.num_units
@@ -160,4 +160,4 @@ def test_the_trainer_counts_the_users_of_a_torch_dataset(tmp_path: Path) -> None
     )
     trainer.train()
     assert trainer.statement().units == 6
-    assert trainer.session.plan.rounds == 3
+    assert trainer.session.privacy_plan.rounds == 3

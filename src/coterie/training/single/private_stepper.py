@@ -53,14 +53,14 @@ class PrivateStepper:
 
     @property
     def finished(self) -> bool:
-        return self.round == self._session.plan.rounds or self._session.releases.remaining == 0
+        return self.round == self._session.privacy_plan.rounds or self._session.releases.remaining == 0
 
     def step(self) -> Step:
         session = self._session
         session.step(session.next_lot())
         last = session.last
         assert last is not None
-        every = max(1, session.plan.rounds // _SPENT_SHOWN)
+        every = max(1, session.privacy_plan.rounds // _SPENT_SHOWN)
         spent = session.spent() if self.finished or self.round % every == 0 else None
         metrics = {
             "loss_not_private": last.loss,
