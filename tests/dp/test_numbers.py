@@ -115,7 +115,7 @@ def test_numpy_counts_are_counts(tmp_path: Path) -> None:
         tmp_path, physical_batch=np.int64(3), lot_size=np.uint8(4), rounds=np.int32(2), clip_norm=np.float32(1)
     )
     with run:
-        assert [type(run.plan.rounds), type(run.plan.lot_size), type(run.lots.lot_size)] == [int] * 3
+        assert [type(run.privacy_plan.rounds), type(run.privacy_plan.lot_size), type(run.plan.lot_size)] == [int] * 3
         for lot in run:
             run.step(lot)
         run.save(tmp_path / "saved")  # JSON takes no numpy number
