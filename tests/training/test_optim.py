@@ -137,3 +137,11 @@ def test_the_rate_warms_up_and_follows_its_schedule() -> None:
     constant = OptimSpec(lr=1.0, warmup_rounds=2, schedule="constant")
     assert [lr_at(round_no, constant, 5) for round_no in range(1, 6)] == [0.5, 1.0, 1.0, 1.0, 1.0]
     assert lr_at(1, cosine.model_copy(update={"warmup_rounds": 0}), 1) == 1.0
+
+
+def test_a_straight_line_to_zero_moves_in_every_round_and_would_reach_zero_in_the_next() -> None:
+    linear = OptimSpec(lr=2.0, warmup_rounds=1, schedule="linear")
+    assert [lr_at(round_no, linear, 5) for round_no in range(1, 7)] == [2.0, 2.0, 1.5, 1.0, 0.5, 0.0]
+    alone = OptimSpec(lr=2.0, schedule="linear")
+    assert [lr_at(round_no, alone, 4) for round_no in range(1, 5)] == [2.0, 1.5, 1.0, 0.5]
+    assert [lr_at(round_no, linear, 1) for round_no in (1, 2)] == [2.0, 2.0]

@@ -24,7 +24,9 @@ class OptimSpec(Spec):
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay, applied to every parameter.")
-    schedule: Literal["constant", "cosine"] = Field(default="cosine", description="Course of the rate after warm-up.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="cosine", description="Course of the rate after warm-up; `linear` falls in a straight line to zero."
+    )
     warmup_rounds: int = Field(default=0, ge=0, description="Rounds over which the rate rises linearly from zero.")
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Where `cosine` ends, as a share of `lr`.")
 

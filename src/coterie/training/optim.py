@@ -151,15 +151,18 @@ def make_optimizer(params: Iterable[Tensor], spec: OptimSpec) -> AdamW:
 def lr_at(round_no: int, spec: OptimSpec, rounds: int) -> float:
     """The learning rate of a round, counted from 1, in a run of ``rounds``.
 
-    Rises linearly over ``warmup_rounds`` (the first round already moves), then stays or follows half a cosine down
-    to ``final_lr_ratio`` of the peak in the last round.
+    Rises linearly over ``warmup_rounds`` (the first round already moves). Then it stays, follows half a cosine down
+    to ``final_lr_ratio`` of the peak in the last round, or falls in a straight line that would reach zero in the
+    round after the last, so that every round moves.
     """
     if round_no <= spec.warmup_rounds:
         return spec.lr * round_no / spec.warmup_rounds
     if spec.schedule == "constant":
         return spec.lr
-    span = max(1, rounds - 1 - spec.warmup_rounds)
-    done = min(1.0, (round_no - 1 - spec.warmup_rounds) / span)
+    since = round_no - 1 - spec.warmup_rounds
+    if spec.schedule == "linear":
+        return spec.lr * max(0.0, 1 - since / max(1, rounds - spec.warmup_rounds))
+    done = min(1.0, since / max(1, rounds - 1 - spec.warmup_rounds))
     return spec.lr * (spec.final_lr_ratio + (1 - spec.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
