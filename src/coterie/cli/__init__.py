@@ -12,7 +12,7 @@ Keys and the roster: `coterie.cli.provision`, or `coterie.cli.request`, `coterie
 `coterie.cli.install`; `coterie.cli.roster`, `coterie.cli.members`.
 
 A federation: `coterie.cli.plan`, `coterie.cli.doctor`, `coterie.cli.coordinator`, `coterie.cli.up`,
-`coterie.cli.status`.
+`coterie.cli.status`, `coterie.cli.dashboard`.
 
 What was spent, what leaked, and what an error means: `coterie.cli.ledger`, `coterie.cli.audit`,
 `coterie.cli.explain`. All of it at once:

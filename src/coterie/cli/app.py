@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ledger": ("ledger", "What was spent on which text; ledgers of two machines put together."),
     "purge": ("purge", "Remove what a finished run left of its text."),
     "status": ("status", "Where a federation is: round, commits, who is missing."),
+    "dashboard": ("dashboard", "Runs on this machine as a local page that renews itself."),
     "plan": ("plan", "Memory of every party and bytes of a round, before anybody starts."),
     "split": ("split", "Turn a checkpoint into a trunk and shards of experts."),
     "export": ("export", "Join a trunk and shards into a checkpoint again."),

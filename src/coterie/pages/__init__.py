@@ -1,7 +1,7 @@
 """The look of every page that coterie writes: one HTML file, no script, nothing from a network.
 
 `coterie.pages.page` has the page and its text, `coterie.pages.charts` the drawings (SVG inside the page) on the axes
-of `coterie.pages.axes`.
+of `coterie.pages.axes`; `coterie.pages.amounts` says how much, in the unit that a person would choose.
 """
 
 from coterie.pages.charts import Series, bars, heat_map, lines, marks

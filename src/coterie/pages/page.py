@@ -94,7 +94,9 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def page(title: str, verdict: Sequence[str], parts: Iterable[str], *, footer: str) -> str:
+def page(
+    title: str, verdict: Sequence[str], parts: Iterable[str], *, footer: str, refresh_s: int | None = None
+) -> str:
     """A whole HTML file that opens on its verdict.
 
     Args:
@@ -102,9 +104,11 @@ def page(title: str, verdict: Sequence[str], parts: Iterable[str], *, footer: st
         verdict: a sentence, or one for each subject.
         parts: what the functions below made.
         footer: plain words.
+        refresh_s: the browser asks for it again after so many seconds.
     """
+    again = f'<meta http-equiv="refresh" content="{refresh_s}">' if refresh_s else ""
     head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{again}'
         f"<title>{escape(title)}</title><style>{_STYLE}</style>"
     )
     size = "verdict" if len(verdict) == 1 else "verdict several"

@@ -13,6 +13,7 @@ from typing import Any
 from coterie import pages
 from coterie.errors import CheckpointError
 from coterie.pages import Series, Table
+from coterie.pages.amounts import data_size
 from coterie.storage import json_object
 from coterie.training.folders import private_folder
 from coterie.training.metrics import read_metrics
@@ -137,8 +138,8 @@ def training_page(run: Training) -> str:
                     "Sending it on reveals facts that no budget covers."
                 ],
             ),
-            pages.beside(*filter(None, (_losses(run), _budget(run)))),
-            pages.section("Load, private to the owner", *_charts(run, _LOADS)),
+            training_charts(run),
+            load_charts(run),
             _time(run),
             _memory(run),
             _bytes(run),
@@ -147,6 +148,17 @@ def training_page(run: Training) -> str:
         ],
         footer=FOOTER,
     )
+
+
+def training_charts(run: Training) -> str:
+    """Losses and budget over the rounds; empty while there is neither."""
+    drawn = [part for part in (_losses(run), _budget(run)) if part]
+    return pages.beside(*drawn) if drawn else ""
+
+
+def load_charts(run: Training) -> str:
+    """Tokens and lot sizes over the rounds, marked as the owner's."""
+    return pages.section("Load, private to the owner", *_charts(run, _LOADS))
 
 
 def _headline(run: Training) -> str:
@@ -222,14 +234,14 @@ def _memory(run: Training) -> str:
         "model_state_bytes": "model, gradients, optimiser state",
         "peak_rss_bytes": "largest size of the process",
     }
-    shown = {words: _size(float(run.result[name])) for name, words in named.items() if name in run.result}
+    shown = {words: data_size(float(run.result[name])) for name, words in named.items() if name in run.result}
     return pages.section("Memory", pages.pairs(shown)) if shown else ""
 
 
 def _bytes(run: Training) -> str:
     wire: Mapping[str, Mapping[str, int]] = run.result.get("wire") or run.status.get("wire") or {}
     rows = [
-        (peer, *(_size(float(counts[name])) for name in ("sent", "tensors_sent", "received", "tensors_received")))
+        (peer, *(data_size(float(counts[name])) for name in ("sent", "tensors_sent", "received", "tensors_received")))
         for peer, counts in wire.items()
     ]
     columns = ("peer", "sent", "tensors in it", "received", "tensors in it ")
@@ -259,13 +271,6 @@ def _known(run: Training) -> dict[str, str]:
 def _statement(run: Training) -> str:
     statement = str(run.result.get("statement") or "")
     return pages.section("Statement", pages.preformatted(statement)) if statement else ""
-
-
-def _size(amount: float) -> str:
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if amount >= limit:
-            return f"{amount / limit:.1f} {unit}"
-    return f"{amount:.0f} B"
 
 
 def _json(path: Path) -> dict[str, Any]:
