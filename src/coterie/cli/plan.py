@@ -9,7 +9,12 @@ import typer
 
 
 def command(
-    settings: Annotated[Path, typer.Argument(help="The federation.yaml to plan.")],
+    settings: Annotated[Path | None, typer.Argument(help="The federation.yaml to plan.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", metavar="NAME", help="A published model instead of a file, e.g. OLMoE-1B-7B."),
+    ] = None,
+    parties: Annotated[int, typer.Option("--parties", metavar="N", help="With --preset: parties that share it.")] = 3,
     gbit: Annotated[
         float, typer.Option(min=0.001, help="Rate of a party's line, in Gbit/s, for the seconds of a round.")
     ] = 1.0,
@@ -25,12 +30,20 @@ def command(
     Example:
         coterie plan federation.yaml
         coterie plan federation.yaml --gbit 10 --json plan.json
+        coterie plan --preset Qwen3-30B-A3B --parties 4
     """
     from coterie.cli.output import say, table, write_json
     from coterie.config import FederationConfig, load_yaml
-    from coterie.training.planning.plan import make_plan
+    from coterie.errors import ConfigError
+    from coterie.training.planning.plan import make_plan, preset_federation
 
-    federation = load_yaml(settings, FederationConfig)
+    if (settings is None) == (preset is None):
+        raise ConfigError(
+            "name what to plan: a federation.yaml or --preset, one of the two.",
+            code="plan-what",
+            fix="coterie plan federation.yaml, or coterie plan --preset OLMoE-1B-7B --parties 3",
+        )
+    federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
     plan = make_plan(federation)
     if json_file is not None:
         write_json(json_file, plan.as_json())

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from coterie.config import FederationConfig
+from coterie.config import FederationConfig, FederationTrainSpec, MemberAddress
 from coterie.errors import ConfigError
 from coterie.models import seam
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.models.zoo.families import experts_per_token
+from coterie.models.zoo.presets import preset
 from coterie.training.planning.closed_form import Need, Shape, predict
 from coterie.training.planning.exposure import Reach, of_pushes, of_tokens
 
@@ -80,6 +81,35 @@ class FederationPlan:
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
         return asdict(self)
+
+
+def preset_federation(name: str, parties: int) -> FederationConfig:
+    """A federation around a published model, all else at its defaults, for the figures alone.
+
+    Args:
+        name: see `coterie.models.zoo.presets`.
+        parties: from 2.
+
+    Raises:
+        ModelError: no model of that name is known.
+        ConfigError: one party is no federation (code ``plan-parties``).
+    """
+    if parties < 2:
+        raise ConfigError(
+            f"--parties is {parties}, and a federation has at least two.",
+            code="plan-parties",
+            fix="give the number of organisations that would train together",
+        )
+    model = preset(name)
+    names = [f"party-{number}" for number in range(1, parties + 1)]
+    return FederationConfig(
+        name=name.lower().replace(".", "-"),
+        model=model,
+        parties={party: MemberAddress(endpoint=f"{party}.invalid:7443") for party in names},
+        coordinator=MemberAddress(endpoint="coordinator.invalid:7443"),
+        train=FederationTrainSpec(rounds=1),
+        privacy="none",
+    )
 
 
 def make_plan(federation: FederationConfig) -> FederationPlan:
