@@ -1,7 +1,7 @@
 """Imports go one way.
 
-errors < storage < pages < config < models < checkpoints < {dp, federation} < training < hf < audit < demonstration
-< cli
+errors < storage < ranks < pages < config < models < checkpoints < {dp, federation} < training < hf < audit
+< demonstration < cli
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ PACKAGE = Path(coterie.__file__).parent
 ORDER = (
     "errors",
     "storage",
+    "ranks",
     "pages",
     "config",
     "models",

@@ -314,3 +314,39 @@ def test_layouts_that_only_other_models_use_are_honoured_too(which, dtype):
         expected = run_experts(layer, reference_experts(layer, reference), hidden, ids, weights.to(dtype))
         for name in expected:
             assert relative_error(got[name], expected[name]) < TOLERANCE[dtype], f"{reference}, {name}"
+
+
+def halved(model: nn.Module) -> nn.Module:
+    """A model whose first MoE layer holds the first half of its experts only."""
+    layer = expert_layers(model)[0]
+    for name, stacked in layer.parameters().items():
+        setattr(layer.module, name, nn.Parameter(stacked.detach()[: layer.num_experts // 2]))
+    return model
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "mixtral"])
+def test_a_layer_that_holds_some_of_its_experts_is_not_computed_with_these_alone(family: str) -> None:
+    model = halved(tiny_model(family))
+    layer = seam.select(model)[0]
+    assert layer.num_experts == 2 * layer.parameters()["down_proj"].shape[0]
+    with pytest.raises(ModelError, match="holds 4 of its 8 experts") as caught:
+        model(input_ids=prompt(), use_cache=False)
+    assert caught.value.code == "model-experts-elsewhere"
+
+
+def test_a_layer_that_was_never_selected_is_not_computed_in_part_either() -> None:
+    model = halved(tiny_model("olmoe"))
+    model.set_experts_implementation(seam.NAME)
+    with pytest.raises(ModelError, match="holds 4 of its 8 experts"):
+        model(input_ids=prompt(), use_cache=False)
+
+
+def test_experts_that_transformers_shares_out_are_refused_by_name() -> None:
+    model = tiny_model("olmoe")
+    expert_layers(model)[1].module._is_expert_parallel = True
+    with pytest.raises(ModelError, match="transformers has shared out the experts of model.layers.1") as caught:
+        seam.select(model)
+    assert caught.value.code == "model-expert-parallel"
+    model.set_experts_implementation(seam.NAME)
+    with pytest.raises(ModelError, match="transformers has shared out"):
+        model(input_ids=prompt(), use_cache=False)

@@ -37,6 +37,7 @@ from coterie.dp.stepping import check_optimizer
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import PrivacyError
 from coterie.models import seam
+from coterie.ranks.world import check_alone
 
 
 def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that plan and options do not hold
@@ -145,6 +146,7 @@ class _Parts(NamedTuple):
         engine: SumEngine | None,
     ) -> _Parts:
         """A ready engine, or the one of the plan."""
+        check_alone()
         plan.policy()  # a ready engine has to clip to the plan's norm, too
         if seam.expert_layers(model):
             seam.select(model)

@@ -64,9 +64,9 @@ class ExpertLayer:
     Attributes:
         index: position among the model's MoE layers, from 0: the ``layer`` of every (layer, expert, parameter) key.
         name: dotted path of the experts module inside the model.
-        num_experts: E.
+        num_experts: E: the experts that the router chooses from.
         layout: storage flags.
-        module: the family's experts module; its parameters may be on the meta device.
+        module: the family's experts module; its parameters may be on the meta device, or of some experts only.
     """
 
     index: int
@@ -86,6 +86,24 @@ class ExpertLayer:
     def parameters(self) -> dict[str, Tensor]:
         """The stacked expert parameters that the module holds, by name."""
         return {name: getattr(self.module, name) for name in self.layout.parameter_names}
+
+    def all_parameters(self) -> dict[str, Tensor]:
+        """`parameters`, for whoever computes with them what any token may choose.
+
+        Raises:
+            ModelError: the module holds some of the experts only, or transformers shares them out.
+        """
+        check_not_shared_out(self.module, self.name)
+        own = self.parameters()
+        held = {int(stacked.shape[0]) for stacked in own.values()}
+        if held != {self.num_experts}:
+            raise ModelError(
+                f"{self.name} holds {min(held)} of its {self.num_experts} experts, and computes with them alone.",
+                code="model-experts-elsewhere",
+                why="what tokens ask of the experts that are not here would be zero, without a word",
+                fix="load the whole model in every process, or let an exchange compute the experts",
+            )
+        return own
 
 
 @dataclass(frozen=True)
@@ -174,7 +192,7 @@ class LocalExperts:
     """The weights are in the module: plain training on one machine."""
 
     def __call__(self, call: ExpertsCall) -> Tensor:
-        layer, weights = call.layer, call.layer.parameters()
+        layer, weights = call.layer, call.layer.all_parameters()
 
         def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
             weight, bias = weights[name], weights.get(f"{name}_bias")
@@ -211,9 +229,24 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _num_experts(module: nn.Module) -> int:
-    down = module.down_proj
+    down, named = module.down_proj, getattr(module, "num_experts", None)
     assert isinstance(down, Tensor)
-    return down.shape[0]
+    return named if isinstance(named, int) else down.shape[0]
+
+
+def check_not_shared_out(module: nn.Module, name: str) -> None:
+    """Refuse an experts module that transformers has shared out over processes.
+
+    Raises:
+        ModelError: it has.
+    """
+    if getattr(module, "_is_expert_parallel", False):
+        raise ModelError(
+            f"transformers has shared out the experts of {name} over several processes.",
+            code="model-expert-parallel",
+            why="rows arrive here from other processes, and nothing says which record they belong to",
+            fix="load the model without a distributed config (no tp_plan, ep_size or expert parallelism)",
+        )
 
 
 def select(model: nn.Module, implementation: ExpertsImplementation | None = None) -> list[ExpertLayer]:
@@ -222,9 +255,11 @@ def select(model: nn.Module, implementation: ExpertsImplementation | None = None
     Call it again after every load: Hugging Face resets the choice to its own.
 
     Raises:
-        ModelError: the model has no MoE layer behind the experts interface.
+        ModelError: the model has no MoE layer behind the experts interface, or transformers shares its experts out.
     """
     layers = expert_layers(model)
+    for layer in layers:
+        check_not_shared_out(layer.module, layer.name)
     if not layers:
         raise ModelError(
             f"{type(model).__name__} has no Mixture-of-Experts layer that coterie can reach.",

@@ -44,7 +44,7 @@ class LoneExperts:
         self._adapters = adapters
 
     def __call__(self, call: ExpertsCall) -> Tensor:
-        layer, own = call.layer, call.layer.parameters()
+        layer, own = call.layer, call.layer.all_parameters()
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
         # The anchor makes autograd visit the backward even where the rows themselves need no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())

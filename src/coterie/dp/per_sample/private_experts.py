@@ -141,7 +141,7 @@ class PrivateExperts:
     def lent(self, layer: ExpertLayer) -> Iterator[Stacked]:
         """The layer's stacked tensors, for the length of the block."""
         if self._source is None:
-            yield layer.parameters()
+            yield layer.all_parameters()
         else:
             with self._source.layer(layer.index) as stacked:
                 yield stacked
@@ -175,7 +175,7 @@ class _ExpertsPass:
         self.experts = experts
         self.rows = rows
         self.segments = Segments(rows.token_R // max(tokens // records, 1), rows.ends_E, records)
-        own, up = call.layer.parameters(), call.layer.layout.up_name  # on meta where weights are lent
+        own, up = call.layer.all_parameters(), call.layer.layout.up_name  # on meta where weights are lent
         for name, weight in own.items():
             node = node_of(weight)
             if node is not None and node is not experts.capture.roots.get(f"{call.layer.name}.{name}"):

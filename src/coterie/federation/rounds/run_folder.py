@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from coterie.errors import CheckpointError, RoundError
+from coterie.ranks.world import check_alone
 from coterie.storage import is_locked, json_object, lock, write_whole, writing
 
 STATUS_FILE = "status.json"
@@ -27,9 +28,11 @@ class RunFolder:
     Raises:
         RoundError: another process holds it; the message says which.
         CheckpointError: it cannot be written.
+        PrivacyError: this process is one of several that would each run on their own.
     """
 
     def __init__(self, path: Path) -> None:
+        check_alone()
         self.path = path
         self._writing = threading.Lock()
         self._lock = -1

@@ -1,0 +1,40 @@
+"""Whether a process was started as one of several; imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from coterie.errors import PrivacyError
+
+_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""What torchrun, accelerate and the launchers of MPI tell every process that they start."""
+
+
+def check_alone() -> None:
+    """Refuse to go on as one process where a launcher started several.
+
+    Every start of a private or federated run passes here.
+
+    Raises:
+        PrivacyError: a launcher's count is not 1, or torch has joined this process to others.
+    """
+    for name in _COUNTS:
+        count = os.environ.get(name, "").strip()
+        if count and count != "1":
+            raise _several(count, name)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size()
+        if size > 1:
+            raise _several(str(size), "torch.distributed")
+
+
+def _several(count: str, told_by: str) -> PrivacyError:
+    return PrivacyError(
+        f"this process is one of {count}, and each would run on its own.",
+        code="ranks-missing",
+        where=told_by,
+        why="each would draw, clip and noise its own lots: several runs that each say they are the only one",
+        fix="start one process, without torchrun, accelerate launch or mpirun",
+    )
