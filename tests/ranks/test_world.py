@@ -15,13 +15,15 @@ from torch import nn
 from coterie import dp
 from coterie.cli.app import main
 from coterie.errors import PrivacyError
+from coterie.federation.rounds.run_folder import RunFolder
 from coterie.ranks.world import check_alone
 
 COUNTS = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
 SETTINGS = """\
 model: {family: olmoe, config: {hidden_size: 16, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2,
   num_key_value_heads: 2, num_experts: 4, num_experts_per_tok: 2, max_position_embeddings: 32}}
-data: {train: text.txt, split_text: line, sequence_length: 8, tokenizer: {train: {files: [text.txt], vocab_size: 270}}}
+data:
+  {train: text.txt, split_text: line, sequence_length: 8, tokenizer: {train: {files: [text.txt], vocab_size: 270}}}
 train: {rounds: 2, batch_size: 4}
 run_dir: run
 """
@@ -70,16 +72,23 @@ def test_make_private_is_refused_before_its_ledger_knows_a_run(
     assert not (tmp_path / "ledger").exists()
 
 
-@pytest.mark.parametrize("arguments", [["train", "train.yaml"]])
-def test_commands_are_refused_and_leave_no_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str]
+def test_a_run_folder_is_not_taken_whoever_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`train`, `resume`, `up` and `coordinator` hold theirs before anything else."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PrivacyError, match="one of 2"):
+        RunFolder(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_coterie_train_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "train.yaml").write_text(SETTINGS)
     (tmp_path / "text.txt").write_text("the cat sat\n" * 20)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        main(["train", "train.yaml"])
     assert ended.value.code == 1
     assert "Error ranks-missing: this process is one of 2" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
