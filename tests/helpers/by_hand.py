@@ -84,6 +84,42 @@ class ByHand:
                 self._steps[name].step()
 
 
+class Union:
+    """One process on the union of the parties' sequences, which can go on without one of them."""
+
+    def __init__(self, config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs]) -> None:
+        self.config, self.model, self.parts = config, model, parts
+        optim = config.optim
+        self.step = torch.optim.AdamW(
+            model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+        model.train()
+
+    def train(
+        self,
+        rounds: range,
+        active: tuple[str, ...] = PARTIES,
+        frozen: frozenset[str] = frozenset(),
+        masked: Mapping[int, list[int]] | None = None,
+    ) -> None:
+        """Parameters in ``frozen`` stand still; torch's AdamW leaves out what has no gradient."""
+        seam.select(self.model, _Masked(masked or {}))
+        for round_no in rounds:
+            for param in self.model.parameters():
+                param.grad = torch.zeros_like(param)
+            count = 0
+            for name in active:
+                train, spec = self.parts[name].train, self.config.train
+                for row in RoundOrder(len(train), spec.batch_size, spec.seed).rows(round_no):
+                    ids = train[row]["input_ids"].unsqueeze(0)
+                    logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
+                    functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+                    count += ids.shape[1] - 1
+            for name, param in self.model.named_parameters():
+                param.grad = None if name in frozen else param.grad / count
+            self.step.step()
+
+
 def train_by_hand(
     config: FederationConfig, models: Mapping[str, nn.Module], parts: Mapping[str, PartyInputs]
 ) -> None:

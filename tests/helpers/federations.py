@@ -62,9 +62,9 @@ def text(seed: int, sequences: int = 24, length: int = 12) -> Sequences:
     return pack(documents, sequence_length=length, packing="chunks", end_id=2)
 
 
-def full_models(parties: tuple[str, ...] = PARTIES, family: str = "olmoe") -> dict[str, nn.Module]:
+def full_models(parties: tuple[str, ...] = PARTIES, family: str = "olmoe", **sizes: object) -> dict[str, nn.Module]:
     """One whole model per party: trunks differ, experts are the same."""
-    models = {name: tiny_model(family, seed=i) for i, name in enumerate(parties)}
+    models = {name: tiny_model(family, seed=i, **sizes) for i, name in enumerate(parties)}
     first = models[parties[0]]
     for model in models.values():
         for theirs, ours in zip(expert_layers(model), expert_layers(first), strict=True):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
 from coterie.config import FederationConfig
@@ -20,10 +18,9 @@ from coterie.federation.experts.parts import expert_parts, present_parts
 from coterie.models import seam
 from coterie.models.seam import expert_layers
 from coterie.models.zoo.tiny import tiny_model
-from coterie.training.data.packing import RoundOrder
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs
-from helpers.by_hand import ByHand, _Masked
+from helpers.by_hand import ByHand, Union, _Masked
 from helpers.comparing import relative
 from helpers.federations import PARTIES, experts_settings, full_models, make_parts, text
 from helpers.kills import Deadly, Killed
@@ -83,42 +80,6 @@ def test_with_a_private_trunk_the_others_train_on_as_by_hand_without_it_and_its_
                 assert relative(value, whole[key]) < 1e-5, (name, key)
         for (layer, expert, parameter), value in hosted_of(federation, name).items():
             assert relative(value, layers[layer].parameters()[parameter][expert]) < 1e-5
-
-
-class Union:
-    """One process on the union of the parties' sequences, which can go on without one of them."""
-
-    def __init__(self, config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs]) -> None:
-        self.config, self.model, self.parts = config, model, parts
-        optim = config.optim
-        self.step = torch.optim.AdamW(
-            model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-        )
-        model.train()
-
-    def train(
-        self,
-        rounds: range,
-        active: tuple[str, ...] = PARTIES,
-        frozen: frozenset[str] = frozenset(),
-        masked: Mapping[int, list[int]] | None = None,
-    ) -> None:
-        """Parameters in ``frozen`` stand still; torch's AdamW leaves out what has no gradient."""
-        seam.select(self.model, _Masked(masked or {}))
-        for round_no in rounds:
-            for param in self.model.parameters():
-                param.grad = torch.zeros_like(param)
-            count = 0
-            for name in active:
-                train, spec = self.parts[name].train, self.config.train
-                for row in RoundOrder(len(train), spec.batch_size, spec.seed).rows(round_no):
-                    ids = train[row]["input_ids"].unsqueeze(0)
-                    logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
-                    functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
-                    count += ids.shape[1] - 1
-            for name, param in self.model.named_parameters():
-                param.grad = None if name in frozen else param.grad / count
-            self.step.step()
 
 
 @pytest.mark.parametrize("whole_layer", [False, True])

@@ -15,6 +15,7 @@ from coterie.federation.experts.parts import Part, chunks_in, digest_of, span
 from coterie.federation.experts.serve_weights import CHUNK, LANE, OFFER
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.wire.messages import unfit
+from coterie.federation.wire.replies import gather
 from coterie.federation.wire.transport import Message, Transport
 from coterie.federation.wire.values import check_received
 
@@ -87,15 +88,20 @@ class WeightFetcher:
         self._deadline_s = deadline_s
         self._retries = retries
 
-    def offers(self, parts: Sequence[Part], attempt: Attempt, dtype: torch.dtype) -> dict[int, Offer]:
+    def offers(
+        self, parts: Sequence[Part], attempt: Attempt, dtype: torch.dtype, cancelled: Future[None] | None = None
+    ) -> dict[int, Offer]:
         """What hosts serve for parts in this attempt, by part number; all are asked at once.
+
+        A host that has not begun the attempt answers when it does; ``cancelled`` ends the wait for it.
 
         Raises:
             MessageError: a host offers another size than the model's.
-            RoundError, TransportError: a host serves another attempt, or is gone.
+            RoundError, TransportError: a host serves another attempt, or is gone; or ``cancelled`` was set.
         """
-        futures = [(part, self._ask(part, Message(OFFER, attempt.address(part=part.number)))) for part in parts]
-        return {part.number: _offered(part, future.result(), dtype) for part, future in futures}
+        futures = {part: self._ask(part, Message(OFFER, attempt.address(part=part.number))) for part in parts}
+        replies = gather(futures, cancelled, self._deadline_s, f"weights of {attempt}", lambda part: part.host)
+        return {part.number: _offered(part, reply, dtype) for part, reply in replies.items()}
 
     def fetch(self, part: Part, attempt: Attempt, dtype: torch.dtype, digest: str) -> Tensor:
         """The bytes of one part, uint8; see `begin` and `finish`."""

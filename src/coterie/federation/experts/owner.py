@@ -11,12 +11,13 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from coterie.errors import CoterieError, DeadlineError, RoundError
+from coterie.federation.cancel import NEVER, CancelToken, cancelled_round
 from coterie.federation.experts.fetch_weights import Transfer, WeightFetcher
 from coterie.federation.experts.host import DECLARE, ExpertsHost
 from coterie.federation.experts.parts import AHEAD, Part, combined_digest
@@ -68,7 +69,7 @@ class Mirror:
         self._fresh: dict[int, list[tuple[Part, Tensor, str]]] = defaultdict(list)
         self._error: BaseException | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._cancelled = False
+        self._cancelled: Future[None] = Future()
         self._began = 0.0
         self.num_layers = cache.num_layers
 
@@ -76,15 +77,21 @@ class Mirror:
         """From the next round on, mirror these parts; see `coterie.federation.experts.parts.present_parts`."""
         self._parts = tuple(parts)
 
-    def versions(self, attempt: Attempt) -> dict[int, str]:
+    def versions(self, attempt: Attempt, cancel: CancelToken = NEVER) -> dict[int, str]:
         """Digest of every part that is to be computed on, by part number, before anything large moves.
 
+        From here on `cancel` ends this attempt, and no earlier one.
+
         Raises:
-            TransportError, RoundError: a host is gone, or serves another attempt.
+            TransportError, RoundError: a host is gone, or serves another attempt; or this one was given up.
         """
+        self.join(check=False)
+        with self._arrived:
+            self._error, self._cancelled = None, Future()
+        cancel.check()
         own = [part for part in self._parts if part.host == self._own_host.me]
         others = [part for part in self._parts if part.host != self._own_host.me]
-        offers = self._fetcher.offers(others, attempt, self._dtype)
+        offers = self._fetcher.offers(others, attempt, self._dtype, self._cancelled)
         self.received = max((offer.received for offer in offers.values()), default=0)
         digests = {number: offer.digest for number, offer in offers.items()}
         return digests | {part.number: self._own_host.frozen(part.number, attempt)[1] for part in own}
@@ -94,9 +101,7 @@ class Mirror:
 
         Every part is asked for in every round; one whose bytes are held already answers with its digest alone.
         """
-        self.join(check=False)
         self._cache.begin_round()
-        self._error, self._cancelled = None, False
         self._fresh.clear()
         self._began, self.fetch_s = time.monotonic(), 0.0
         self._coming = {layer: set() for layer in range(-1, self.num_layers)}
@@ -144,8 +149,9 @@ class Mirror:
     def cancel(self) -> None:
         """Give up the fetch that is under way; returns at once."""
         with self._arrived:
-            self._cancelled = True
-            self._error = self._error or RoundError("the attempt was given up.", code="round-interrupted")
+            self._error = self._error or cancelled_round()
+            if not self._cancelled.done():
+                self._cancelled.set_result(None)
             self._arrived.notify_all()
 
     def _fetch(self, parts: Sequence[Part], attempt: Attempt, versions: Mapping[int, str]) -> None:
@@ -157,7 +163,7 @@ class Mirror:
                 begun.append((part, self._begin(part, attempt, versions[part.number])))
                 ahead += part.num_bytes(self._dtype)
                 while begun and (ahead >= AHEAD or part is parts[-1]):
-                    if self._cancelled:
+                    if self._cancelled.done():
                         return
                     first, coming = begun.popleft()
                     digest = versions[first.number]

@@ -11,28 +11,25 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from coterie.errors import DeadlineError, MessageError, PlacementError, RoundError
+from coterie.errors import MessageError, PlacementError
 from coterie.federation.tokens.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, TokensHost
 from coterie.federation.tokens.host_math import Rows
+from coterie.federation.wire.replies import gather
 from coterie.federation.wire.transport import Address, Lane, Message, Transport
 from coterie.federation.wire.values import check_own, check_received
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows
 from coterie.models.split.placement import Placement
 
 Combine = Literal["host", "owner"]
-
-_ALLOWANCE_S = 5.0
-"""A transport reports a missed deadline itself; this much later we stop waiting for its report."""
 
 
 class TokensOwner:
@@ -317,48 +314,6 @@ class TokenMicroBatch:
             for tensor in tensors:
                 check_received(name, "reply", "rows", tensor, self._exchange.value_limit, where=where)
         return tuple(tensor.to(like.device) for tensor in tensors)
-
-
-def gather(
-    futures: Mapping[str, Future[Message]], cancelled: Future[None] | None, deadline_s: float, where: str
-) -> dict[str, Message]:
-    """Wait for all replies together; the first failure ends the wait.
-
-    Args:
-        futures: the reply to come, by host.
-        cancelled: its completion or failure ends the wait too.
-        deadline_s: seconds for all together.
-        where: what was asked for, for error texts.
-
-    Raises:
-        DeadlineError: names the host that did not answer in time.
-        RoundError: ``cancelled`` was set.
-        CoterieError: as the transport or the host reported it.
-    """
-    names: dict[Future[Any], str] = {future: name for name, future in futures.items()}
-    waiting: set[Future[Any]] = set(names)
-    until = time.monotonic() + deadline_s + _ALLOWANCE_S
-    while waiting:
-        either = waiting if cancelled is None else {*waiting, cancelled}
-        done, _ = wait(either, timeout=max(0.0, until - time.monotonic()), return_when=FIRST_COMPLETED)
-        if cancelled is not None and cancelled in done:
-            raise RoundError("The wait for expert hosts was ended.", code="round-cancelled", where=where)
-        late = not done
-        for future in list(waiting) if late else done:
-            try:
-                if late:
-                    raise DeadlineError("no reply")
-                future.result()
-            except DeadlineError as error:
-                raise DeadlineError(
-                    f"{names[future]} did not answer within {deadline_s:g} s.",
-                    code="exchange-deadline",
-                    where=where,
-                    why="a round needs all of its experts",
-                    fix=f"see whether {names[future]} is running; raise `deadline_s` if it is only slow",
-                ) from error
-        waiting -= done
-    return {name: future.result() for name, future in futures.items()}
 
 
 def _where(address: Address) -> str:

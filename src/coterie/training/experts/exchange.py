@@ -158,8 +158,8 @@ class ExpertsExchange:
     def go_on_after(self, round_no: int) -> None:
         self.host.go_on_after(round_no)
 
-    def catch_up(self, state: State) -> None:
-        self.owner.catch_up(state)
+    def catch_up(self, state: State, cancel: CancelToken) -> None:
+        self.owner.catch_up(state, cancel)
 
     def saved(self, round_no: int, oldest: int) -> None:
         """What ``oldest`` includes is never needed again."""
@@ -191,7 +191,7 @@ class ExpertsExchange:
 
     @contextmanager
     def inference(self, state: State, cancel: CancelToken) -> Iterator[None]:
-        with self.owner.evaluating(state):
+        with self.owner.evaluating(state, cancel):
             yield
 
     # ---- privacy ----

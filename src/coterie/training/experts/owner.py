@@ -109,7 +109,7 @@ class ExpertsOwner:
         self._cancelled = False
         began = time.monotonic()
         attempt = Attempt(state.round, state.attempt)
-        versions = self._refresh(attempt, state)
+        versions = self._refresh(attempt, state, cancel)
         self._contribution.open(self.streamer)
         self._contribution.check_not_behind(self._mirror.received)
         pins = {
@@ -154,9 +154,9 @@ class ExpertsOwner:
         self.streamer.drop_all()
 
     @contextmanager
-    def evaluating(self, state: State) -> Iterator[None]:
+    def evaluating(self, state: State, cancel: CancelToken) -> Iterator[None]:
         """Inside, the model computes with the newest weights of all hosts."""
-        self._refresh_between(state)
+        self._refresh_between(state, cancel)
         with (
             factors_stay_apart(self._model),
             seam.computed_by(
@@ -167,9 +167,9 @@ class ExpertsOwner:
         self.streamer.drop_all()
         self._mirror.join()
 
-    def catch_up(self, state: State) -> None:
+    def catch_up(self, state: State, cancel: CancelToken) -> None:
         """Bring in the newest weights of all hosts, a shared trunk's into the model."""
-        self._refresh_between(state)
+        self._refresh_between(state, cancel)
         self._mirror.join()
 
     def forget_trunk(self) -> None:
@@ -195,12 +195,12 @@ class ExpertsOwner:
         """
         return (attempt.round, state.epoch) if self._repeatable and attempt.number else (attempt,)
 
-    def _refresh_between(self, state: State) -> None:
+    def _refresh_between(self, state: State, cancel: CancelToken) -> None:
         """Fetch what the round that was committed last made; computing the next one finds it here."""
         self._cancelled = False
-        self._refresh(Attempt(state.round), state)
+        self._refresh(Attempt(state.round), state, cancel)
 
-    def _refresh(self, attempt: Attempt, state: State) -> dict[int, str]:
+    def _refresh(self, attempt: Attempt, state: State, cancel: CancelToken) -> dict[int, str]:
         active = [name for name in self._federation.parties if name not in state.absent]
         parts = present_parts(self._parts, active)
         lent = [part for part in parts if part.host == self._host.me and self._parts[part.number].host != part.host]
@@ -210,7 +210,7 @@ class ExpertsOwner:
         self._mirror.use(parts)
         self.sender.use(parts)
         self._host.begin(attempt, active, lent, self._release(attempt, state))
-        versions = self._mirror.versions(attempt)
+        versions = self._mirror.versions(attempt, cancel)
         self._mirror.start(attempt, versions)
         return versions
 

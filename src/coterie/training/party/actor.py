@@ -81,7 +81,7 @@ class Exchange(Protocol):
         """Inside, the model's experts answer without gradients."""
         ...
 
-    def catch_up(self, state: State) -> None:
+    def catch_up(self, state: State, cancel: CancelToken) -> None:
         """Bring the trunk up to what its hosts made of it."""
         ...
 
@@ -201,7 +201,7 @@ class PartyActor:
         if self.exchange.shares_trunk:
             # The commit moved it where it is stored; without this the file would hold the round's before.
             self._meet(state.absent, cancel)
-            self.exchange.catch_up(state)
+            self.exchange.catch_up(state, cancel)
         hosted = self.exchange.hosted_state()
         tensors = {
             "trunk": self._trunk.tensors(),

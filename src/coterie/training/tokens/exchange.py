@@ -124,7 +124,7 @@ class TokensExchange:
         with self._cut.inference(self._experts.inference(state.round, lock.cancelled)):
             yield
 
-    def catch_up(self, state: State) -> None:
+    def catch_up(self, state: State, cancel: CancelToken) -> None:
         """No host steps the trunk."""
 
     def saved(self, round_no: int, oldest: int) -> None:
