@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast site wheel faults test-lowest lint format clean
+.PHONY: demo test test-fast site wheel faults test-lowest test-newest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -39,6 +39,7 @@ LOWEST := .venv-lowest
 LOWEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 
 test-lowest: $(LOWEST)/.installed-$(LOWEST_TRANSFORMERS)
+	$(call versions,$(LOWEST))
 	PYTHONPATH=src $(LOWEST)/bin/python -m pytest tests/models $(ARGS)
 
 $(LOWEST)/.installed-$(LOWEST_TRANSFORMERS):
@@ -46,6 +47,19 @@ $(LOWEST)/.installed-$(LOWEST_TRANSFORMERS):
 	$(LOWEST)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(LOWEST)/bin/python -m pip install --quiet -e ".[dev]" "transformers==$(LOWEST_TRANSFORMERS).0"
 	touch $@
+
+# What touches torch and transformers most, on the newest of everything that pyproject.toml allows.
+NEWEST := .venv-newest
+NEWEST_TESTS := tests/models tests/dp tests/hf tests/contracts
+
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]"
+	$(call versions,$(NEWEST))
+	PYTHONPATH=src $(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(ARGS)
+
+# What docs/reference/versions.md says of a run.
+versions = @$(1)/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|tokenizers|safetensors|peft|numpy|scipy|grpcio|pydantic|pyarrow)="
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -64,4 +78,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) coterie-demo build .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) coterie-demo build .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

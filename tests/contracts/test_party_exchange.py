@@ -286,11 +286,11 @@ def test_a_round_changes_nothing_before_its_commit_and_everything_hosted_at_it(w
         assert differing(hosted[name], world.hosted(name)) == hosted[name].keys()
 
 
-def test_committed_rounds_are_those_of_one_loop_by_hand_also_after_an_attempt_that_was_dropped(
+def test_committed_rounds_are_those_of_one_loop_by_hand_also_after_a_dropped_attempt(
     world: Parties,
 ) -> None:
     if world.private:
-        pytest.skip("against clipping one record at a time in tests/training/test_private_exchange.py")
+        pytest.skip("against clipping one record at a time in tests/training/experts/test_private_exchange.py")
     world.round(1)
     world.compute(2)
     world.drop(2, 1)
