@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.config import PrivacySpec
+from coterie.dp.checks import self_check
+from coterie.dp.checks.comparison import ComparisonReport
 from coterie.errors import CoterieError, DataError, RoundError
 from coterie.federation.cancel import NEVER, CancelToken
 from coterie.federation.rounds.state import FIRST, Phase, Saved, State
@@ -43,6 +45,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts, shared trunk": {**EXPERTS, "privacy": "none", "trunk": "shared"},
     "experts, private": {**EXPERTS, "privacy": RULES, "trunk": "shared"},
 }
+MODELS = full_models(num_hidden_layers=2)
+SIZES = {"train__batch_size": 4}
+"""Two micro-batches a round."""
 PATIENCE_S = 600.0
 BOOKS = ("received-round:", "ledger:")
 DECLARATIONS = {"tokens": "tokens", "experts": "declare"}
@@ -65,16 +70,13 @@ class Parties:
     """Three parties' actors over one hub, taken through the phases as a coordinator would."""
 
     def __init__(self, kind: Mapping[str, Any], folder: Path, stack: ExitStack, **changes: object) -> None:
-        self.config = settings(**{**kind, "lost_party": "continue", **changes})
+        self.config = settings(**{**kind, "lost_party": "continue", **SIZES, **changes})
         self.shared, self.private = self.config.trunk == "shared", kind.get("privacy") is RULES
-        self.models = full_models(num_hidden_layers=2)
-        if self.shared:
-            self.models = {name: copy.deepcopy(self.models[PARTIES[0]]) for name in PARTIES}
+        self.models = {name: copy.deepcopy(MODELS[PARTIES[0] if self.shared else name]) for name in PARTIES}
         self._folder, self._stack = folder, stack
         self.heard: list[Heard] = []
         self.fault: Callable[[Heard], None] = lambda heard: None
         self.newest = State()
-        self.parts = self._make_parts()
         self.up()
 
     def _make_parts(self) -> dict[str, PartyInputs]:
@@ -93,7 +95,8 @@ class Parties:
         hub = InProcessHub(PARTIES)
         self.transports = {name: hub.transport(name) for name in PARTIES}
         self.actors: dict[str, PartyActor] = {}
-        for name, parts in self._make_parts().items():
+        self.parts = self._make_parts()
+        for name, parts in self.parts.items():
             private_folder(parts.run_dir).mkdir(mode=0o700, exist_ok=True)
             store = PartyStore(parts.run_dir, name, "agreed", parts.train.digest())
             store.adopt("grove-1")
@@ -252,7 +255,24 @@ class Parties:
                 assert relative(found[key], expected[key]) < 1e-5, (name, key)
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(scope="module", autouse=True)
+def compared_once() -> Iterator[None]:
+    """The engine is compared with batches of one for whoever asks first; the others have the same model."""
+    real, lock = self_check.check, threading.Lock()
+    reports: list[ComparisonReport] = []
+
+    def check(*args: Any, **options: Any) -> ComparisonReport:
+        with lock:
+            if not reports:
+                reports.append(real(*args, **options))
+        return reports[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_check, "check", check)
+        yield
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys(), scope="module")
 def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     found: dict[str, Any] = request.param
     return found
@@ -272,18 +292,36 @@ def world(build: Callable[..., Parties]) -> Parties:
     return made
 
 
+class FirstRound(NamedTuple):
+    """The first round of a kind, for tests that only look at it."""
+
+    world: Parties
+    hosted: dict[str, dict[str, Tensor]]
+    before: dict[str, Tensor]
+    computed: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def first_round(kind: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[FirstRound]:
+    with ExitStack() as stack:
+        world = Parties(kind, tmp_path_factory.mktemp("first"), stack, deadline_s=3600.0)
+        world.load()
+        hosted, before = {name: world.hosted(name) for name in PARTIES}, world.stored()
+        world.compute(1)
+        computed = world.stored()
+        world.step(1)
+        yield FirstRound(world, hosted, before, computed)
+
+
 def differing(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
     assert before.keys() == after.keys()
     return {key for key, value in before.items() if not torch.equal(value, after[key])}
 
 
-def test_a_round_changes_nothing_before_its_commit_and_everything_hosted_at_it(world: Parties) -> None:
-    before, hosted = world.stored(), {name: world.hosted(name) for name in PARTIES}
-    world.compute(1)
-    assert differing(before, world.stored()) == set()
-    world.step(1)
+def test_a_round_changes_nothing_before_its_commit_and_everything_hosted_at_it(first_round: FirstRound) -> None:
+    assert differing(first_round.before, first_round.computed) == set()
     for name in PARTIES:
-        assert differing(hosted[name], world.hosted(name)) == hosted[name].keys()
+        assert differing(first_round.hosted[name], first_round.world.hosted(name)) == first_round.hosted[name].keys()
 
 
 def test_committed_rounds_are_those_of_one_loop_by_hand_also_after_a_dropped_attempt(
@@ -333,8 +371,8 @@ def test_nothing_is_asked_but_what_a_phase_needs(world: Parties) -> None:
     assert not any(h.message.body.get("keep") for h in world.heard_in(Phase.EVALUATE))
 
 
-def test_every_host_is_told_once_by_everybody_what_sums_are_divided_by(world: Parties) -> None:
-    world.compute(1)
+def test_every_host_is_told_once_by_everybody_what_sums_are_divided_by(first_round: FirstRound) -> None:
+    world = first_round.world
     told = [(h.sender, h.receiver) for h in world.heard if h.message.kind == DECLARATIONS[world.config.exchange]]
     assert sorted(told) == sorted((one, other) for one in PARTIES for other in PARTIES if one != other)
 
@@ -387,26 +425,22 @@ def test_what_is_given_up_while_a_party_is_waited_for_ends_before_the_deadline(w
         world.assert_as_by_hand()
 
 
-@pytest.mark.parametrize("phase", [Phase.COMPUTE, Phase.EVALUATE])
-def test_what_was_given_up_before_it_began_asks_nobody(build: Callable[..., Parties], phase: Phase) -> None:
+def test_what_was_given_up_before_it_began_asks_nobody(build: Callable[..., Parties]) -> None:
     """The cancel came before there was anything to end: asking whether it still counts is all that is left."""
     world = build(deadline_s=2.0)
     world.load()
-    state = world.tell(phase, 1, 1 if phase is Phase.COMPUTE else 0)
-    exchange = world.actors["alder"].exchange
-    exchange.cancel()
+    exchange, gone = world.actors["alder"].exchange, CancelToken(lambda: True)
 
-    def begin() -> None:
-        if phase is Phase.COMPUTE:
-            exchange.compute(state, CancelToken(lambda: True))
-        else:
-            with exchange.inference(state, CancelToken(lambda: True)):
-                pass
+    def evaluate(state: State, cancel: CancelToken) -> None:
+        with exchange.inference(state, cancel):
+            pass
 
-    with pytest.raises(RoundError) as caught:
-        begin()
-    assert caught.value.code == "round-interrupted"
-    assert world.heard == []
+    for phase, attempt, begin in ((Phase.COMPUTE, 1, exchange.compute), (Phase.EVALUATE, 0, evaluate)):
+        exchange.cancel()
+        with pytest.raises(RoundError) as caught:
+            begin(world.tell(phase, 1, attempt), gone)
+        assert caught.value.code == "round-interrupted", phase
+        assert world.heard == [], phase
 
 
 def test_an_error_at_a_host_reaches_who_asked_by_its_code_alone_and_the_next_attempt_is_whole(
@@ -500,10 +534,11 @@ def test_a_checkpoint_brings_back_in_a_new_process_and_in_the_same_one_what_it_h
                 assert relative(value, later[name][key]) < 1e-5, (restart, name, key)
 
 
-def test_hosted_state_names_parameters_by_global_key_and_the_optimisers_with_a_slash(world: Parties) -> None:
-    world.round(1)
-    for name, actor in world.actors.items():
-        hosted = world.parts[name].placement.hosted(name)
+def test_hosted_state_names_parameters_by_global_key_and_the_optimisers_with_a_slash(
+    first_round: FirstRound,
+) -> None:
+    for name, actor in first_round.world.actors.items():
+        hosted = first_round.world.parts[name].placement.hosted(name)
         keys = actor.exchange.hosted_state().keys()
         named = [key.split(".") for key in keys if key.startswith("layer.") and "/" not in key]
         experts = {(int(layer), int(expert)) for _, layer, _, expert, _ in named}
@@ -556,9 +591,13 @@ def test_a_party_lost_on_the_way_ends_the_attempt_by_a_code_and_nothing_has_chan
     assert differing(before, world.stored()) == set()
 
 
-def test_ledger_privacy_and_statement_come_together_or_not_at_all(world: Parties) -> None:
-    world.round(1)
-    for actor in world.actors.values():
-        assert actor.exchange.open_ledger() == world.private
-        assert (actor.exchange.privacy() is not None) == world.private
-        assert bool(actor.exchange.statement()) == world.private
+def test_ledger_and_privacy_come_together_and_without_them_a_statement_says_what_can_be_read(
+    first_round: FirstRound,
+) -> None:
+    private = first_round.world.private
+    for actor in first_round.world.actors.values():
+        assert actor.exchange.open_ledger() == private
+        assert (actor.exchange.privacy() is not None) == private
+        statement = actor.exchange.statement()
+        assert ("can read" in statement or "can be read" in statement) == (not private)
+        assert ("PRIVACY STATEMENT" in statement) == private
