@@ -121,7 +121,7 @@ class Party:
     def round(self, number: int, in_flight: int) -> None:
         self.host.begin(number, 1)
         self._sums = self.schedulers[in_flight].run(
-            self.batches, lambda n, cancelled: Watched(self.exchange.micro_batch(number, 1, n, cancelled), self)
+            self.batches, lambda n, cancelled: Watched(self.exchange.training(number, 1, n, cancelled), self)
         )
         self.exchange.declare(number, 1, self._sums.tokens)
 

@@ -24,7 +24,7 @@ import torch
 from coterie.federation.identity.kit import load_kit
 from coterie.federation.identity.provision import local_kits
 from coterie.federation.identity.roster import load_roster
-from coterie.federation.wire.frame import FrameType, Session, encode
+from coterie.federation.wire.frame import FrameType, FrameScope, encode
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.federation.wire.transport import Lane, Message
 
@@ -118,7 +118,7 @@ def measure(repeats: int, work: Path) -> dict[str, float]:
             child.wait(20)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     encoded = encode(
-        Session(bytes(16), 1), FrameType.REQUEST, Lane.FORWARD, 1, Message("dispatch", tensors=(tensor,))
+        FrameScope(bytes(16), 1), FrameType.REQUEST, Lane.FORWARD, 1, Message("dispatch", tensors=(tensor,))
     )
     return {
         "socket_ms": 1e3 * medians["socket"],

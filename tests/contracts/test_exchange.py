@@ -30,7 +30,7 @@ TOKENS = 11
 class Case(NamedTuple):
     """An exchange for one micro-batch after another, and the whole model whose experts it reaches."""
 
-    micro_batch: Callable[[int], RowsExchange]
+    exchange: Callable[[int], RowsExchange]
     model: nn.Module
 
 
@@ -58,7 +58,7 @@ def tokens(model: nn.Module, stack: ExitStack, combine: Any, parties: tuple[str,
     for each in made:
         each.transport.connect(10.0)
         each.host.begin(1, 0)
-    return Case(lambda number: made[0].micro_batch(1, 0, number), model)
+    return Case(lambda number: made[0].training(1, 0, number), model)
 
 
 KINDS: dict[str, Callable[[nn.Module, ExitStack], Case]] = {
@@ -110,7 +110,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_forward_is_what_the_family_computes_without_history(case: Case, keep: bool) -> None:
-    exchange = case.micro_batch(0)
+    exchange = case.exchange(0)
     for layer in expert_layers(case.model):
         call = call_of(layer)
         answer, _ = exchange.forward(call, keep)
@@ -120,7 +120,7 @@ def test_forward_is_what_the_family_computes_without_history(case: Case, keep: b
 
 
 def test_backward_gives_the_gradients_of_autograd_also_in_another_order(case: Case) -> None:
-    exchange = case.micro_batch(0)
+    exchange = case.exchange(0)
     asked = []
     for number, layer in enumerate(expert_layers(case.model)):
         call = call_of(layer, seed=number)
@@ -142,7 +142,7 @@ def test_backward_gives_the_gradients_of_autograd_also_in_another_order(case: Ca
 
 
 def test_what_is_asked_without_keep_leaves_nothing_behind_for_a_backward(case: Case) -> None:
-    exchange, layer = case.micro_batch(0), expert_layers(case.model)[0]
+    exchange, layer = case.exchange(0), expert_layers(case.model)[0]
     first, _ = exchange.forward(call_of(layer), False)
     again, ticket = exchange.forward(call_of(layer), True)
     assert_close(first, again)
@@ -150,7 +150,7 @@ def test_what_is_asked_without_keep_leaves_nothing_behind_for_a_backward(case: C
 
 
 def test_a_choice_outside_the_layer_means_no_expert(case: Case) -> None:
-    exchange, layer = case.micro_batch(0), expert_layers(case.model)[0]
+    exchange, layer = case.exchange(0), expert_layers(case.model)[0]
     whole = call_of(layer)
     ids = whole.expert_ids_NK.clone()
     ids[3] = layer.num_experts

@@ -225,7 +225,7 @@ def test_a_peer_of_another_protocol_version_is_refused_on_both_sides_and_the_oth
 ) -> None:
     members = world.unstarted("alder", "birch", "cedar")
     birch = members["birch"]
-    birch._session = replace(birch._session, protocol=theirs)  # type: ignore[attr-defined]
+    birch._scope = replace(birch._scope, protocol=theirs)  # type: ignore[attr-defined]
     for member in members.values():
         member.start(echo)
     for name, peer in (("alder", "birch"), ("birch", "alder"), ("cedar", "birch")):

@@ -17,16 +17,16 @@ from coterie.federation.identity import certificates, roster
 from coterie.federation.rounds import directives
 from coterie.federation.rounds.state import PartyReport, State
 from coterie.federation.wire import handshake
-from coterie.federation.wire.frame import FrameReader, FrameType, Session, encode
+from coterie.federation.wire.frame import FrameReader, FrameType, FrameScope, encode
 from coterie.federation.wire.transport import Address, Lane, Message, remote_error
 
-SESSION = Session(b"r" * 16, 1)
+SCOPE = FrameScope(b"r" * 16, 1)
 
 
 def read_frames(raw: bytes) -> None:
     """One chunk, or two cut in the middle."""
-    FrameReader(SESSION, Lane.FORWARD, 1 << 20).feed(raw)
-    reader, half = FrameReader(SESSION, Lane.FORWARD, 1 << 20), len(raw) // 2
+    FrameReader(SCOPE, Lane.FORWARD, 1 << 20).feed(raw)
+    reader, half = FrameReader(SCOPE, Lane.FORWARD, 1 << 20), len(raw) // 2
     reader.feed(raw[:half])
     reader.feed(raw[half:])
 
@@ -78,7 +78,7 @@ def seeds() -> list[bytes]:
     """Something valid for every decoder."""
     address = Address(round=3, attempt=1, micro_batch=2, layer=1, call=7)
     message = Message("push", address, {"a": [1]}, (torch.zeros(3, 2), torch.ones(1, dtype=torch.int64)))
-    frames = [b"".join(encode(SESSION, frame_type, Lane.FORWARD, 9, message).chunks()) for frame_type in FrameType]
+    frames = [b"".join(encode(SCOPE, frame_type, Lane.FORWARD, 9, message).chunks()) for frame_type in FrameType]
     hello = handshake.Hello("birch", "alder", 1, "demo", 1, "a" * 64, "b" * 16).encode()
     bodies = [
         directives.encode(body).body

@@ -93,7 +93,7 @@ def mutate_over_tls(folder: Path, times: int) -> None:
                 {"rows": [1, 2]},
                 tensors[: draw.randrange(3)],
             )
-            (chunk,) = encode(made["birch"]._session, frame_type, Lane.FORWARD, draw.randrange(9), message).chunks()
+            (chunk,) = encode(made["birch"]._scope, frame_type, Lane.FORWARD, draw.randrange(9), message).chunks()
             wrong = mutated(chunk, draw)
             say(kits, mutated(hello, draw) if number % 10 == 0 else hello, [chunk, wrong] if number % 3 else [wrong])
             if number % 20 == 0:

@@ -74,16 +74,16 @@ class PrivateWorld:
 
     def at(self, *, round_no: int) -> bool:
         """Whether that round is being made, or a later one."""
-        return any(n.state.phase == "compute" and n.state.round >= round_no for n in self.federation.notices)
+        return any(s.state.phase == "compute" and s.state.round >= round_no for s in self.federation.statuses)
 
     def at_last(self, round_no: int) -> bool:
         """Whether that round, or a later one, is what is being made now."""
-        now = self.federation.notices[-1].state
+        now = self.federation.statuses[-1].state
         return now.phase == "compute" and now.round >= round_no
 
     def told(self, code: str) -> bool:
         """Whether the victim gave this reason for a failed attempt; the last attempt may have failed of another."""
-        return any(f"{VICTIM} failed" in n.state.note and code in n.state.note for n in self.federation.notices)
+        return any(f"{VICTIM} failed" in s.state.note and code in s.state.note for s in self.federation.statuses)
 
     def heard(self, host: str, peer: str, message) -> None:  # type: ignore[no-untyped-def]
         """Called for every push that begins, before its bytes are taken."""

@@ -77,7 +77,7 @@ class Party:
     def compute(self, round_no: int, attempt: int, batches: Sequence[Batch], seed: int | None = None) -> RoundSums:
         """This party's part of a round, declared to all hosts."""
         sums = self.scheduler.run(
-            batches, lambda n, stopped: self.exchange.micro_batch(round_no, attempt, n, stopped), seed=seed
+            batches, lambda n, stopped: self.exchange.training(round_no, attempt, n, stopped), seed=seed
         )
         self.exchange.declare(round_no, attempt, sums.tokens)
         return sums

@@ -22,7 +22,7 @@ def evaluation(losses: torch.Tensor, tokens: torch.Tensor | None = None) -> Eval
 def test_loss_equals_a_mean_over_all_tokens_computed_by_hand(make_tiny: Callable[..., PreTrainedModel]) -> None:
     model = make_tiny().train()
     sequences = pack([[5, 9, 11, 30], [7, 8], [4] * 9], sequence_length=6, packing="chunks", end_id=2)
-    measured = evaluate(model, sequences, micro_batch=2)
+    measured = evaluate(model, sequences, batch_size=2)
     model.eval()
     per_token = []
     with torch.no_grad():

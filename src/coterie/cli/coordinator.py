@@ -44,8 +44,8 @@ def command(
         config,
         kit or base / "kits" / "coordinator",
         folder,
-        lambda notice: lines.show(
-            notice.state, notice.missing, notice.left_s, notice.refused, cut=notice.cut, busy=notice.busy
+        lambda status: lines.show(
+            status.state, status.missing, status.left_s, status.refused, cut=status.cut, busy=status.busy
         ),
         listen,
     )

@@ -68,14 +68,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, sequences: Sequences, *, micro_batch: int = 8) -> Evaluation:
+def evaluate(model: nn.Module, sequences: Sequences, *, batch_size: int = 8) -> Evaluation:
     """Loss of every sequence, with dropout off. The model is put back into the mode it was in."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     losses, tokens = [], []
     try:
-        for rows in batches_of(len(sequences), micro_batch):
+        for rows in batches_of(len(sequences), batch_size):
             loss_B, tokens_B = sequence_losses(model, to_device(sequences.batch(rows), device))
             losses.append(loss_B.double().cpu())
             tokens.append(tokens_B.cpu())
@@ -84,9 +84,9 @@ def evaluate(model: nn.Module, sequences: Sequences, *, micro_batch: int = 8) ->
     return Evaluation(torch.cat(losses), torch.cat(tokens))
 
 
-def batches_of(sequences: int, micro_batch: int) -> list[range]:
+def batches_of(sequences: int, batch_size: int) -> list[range]:
     """Which sequences an evaluation computes together, in its order."""
-    return [range(start, min(start + micro_batch, sequences)) for start in range(0, sequences, micro_batch)]
+    return [range(start, min(start + batch_size, sequences)) for start in range(0, sequences, batch_size)]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from coterie.errors import CheckpointError, CoterieError, FrameError, RoundError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.identity.certificates import COORDINATOR
-from coterie.federation.rounds.coordinator import Coordinator, Notice
+from coterie.federation.rounds.coordinator import Coordinator, CoordinatorStatus
 from coterie.federation.rounds.directives import Call, Directive, Refusal, decode, encode
 from coterie.federation.rounds.follower import Follower
 from coterie.federation.rounds.heartbeat import Heartbeat
@@ -103,7 +103,7 @@ class Federation:
         self.disks: dict[str, dict[int, list[int]]] = {name: {} for name in PARTIES}
         self.actors: dict[str, ListActor] = {}
         self.ends: dict[str, State | CoterieError] = {}
-        self.notices: list[Notice] = []
+        self.statuses: list[CoordinatorStatus] = []
         self.threads: dict[str, threading.Thread] = {}
         self.transports: dict[str, object] = {}
         self.members: dict[str, Heartbeat] = {}
@@ -113,7 +113,7 @@ class Federation:
         transport = self.hub.transport(COORDINATOR)
         journal = Journal(self.folder, "grove", AGREEMENT)
         self.journal = journal
-        self.coordinator = Coordinator(self.plan, transport, journal, AGREEMENT, self.notices.append, 0.3)
+        self.coordinator = Coordinator(self.plan, transport, journal, AGREEMENT, self.statuses.append, 0.3)
         self.transports[COORDINATOR] = transport
 
         def serve() -> None:
@@ -223,7 +223,7 @@ def test_failure_at_one_party_aborts_the_attempt_everywhere_and_it_is_tried_agai
     everyone_finished(grove)
     assert (3, 2) in grove.actors["birch"].computed
     assert (3, 1) not in grove.actors["birch"].computed
-    assert any("alder failed" in notice.state.note and "on-fire" in notice.state.note for notice in grove.notices)
+    assert any("alder failed" in status.state.note and "on-fire" in status.state.note for status in grove.statuses)
 
 
 def test_killed_party_comes_back_and_all_go_on_from_the_newest_common_checkpoint(grove: Federation):
@@ -236,7 +236,7 @@ def test_killed_party_comes_back_and_all_go_on_from_the_newest_common_checkpoint
     grove.up("alder")
     grove.up("birch")
     grove.up("cedar", die)
-    until(lambda: any(notice.missing == ("cedar",) for notice in grove.notices if notice.state.begun))
+    until(lambda: any(status.missing == ("cedar",) for status in grove.statuses if status.state.begun))
     grove.up("cedar")
     everyone_finished(grove)
     # Round 3 was rolled back and computed again, under a number of its own.
@@ -277,8 +277,8 @@ def test_party_that_never_arrives_is_named_with_the_deadline(tmp_path: Path):
         assert isinstance(error, RoundError)
         assert error.code == "round-party-missing"
         assert "cedar did not arrive within 0.8 s" in error.message
-    assert "cedar" in grove.notices[0].missing  # and whoever else had not arrived by then
-    assert grove.notices[-2].missing == ("cedar",)
+    assert "cedar" in grove.statuses[0].missing  # and whoever else had not arrived by then
+    assert grove.statuses[-2].missing == ("cedar",)
 
 
 def test_party_with_another_config_is_turned_away_with_both_hashes(tmp_path: Path):

@@ -252,7 +252,7 @@ def test_abort_and_retry_gives_the_result_of_no_abort() -> None:
                 three.abort(0)
                 three.begin(0, 1)
                 three.parties["alder"].scheduler.run(
-                    batches_of(50), lambda n, stopped: three.parties["alder"].exchange.micro_batch(0, 1, n, stopped)
+                    batches_of(50), lambda n, stopped: three.parties["alder"].exchange.training(0, 1, n, stopped)
                 )
                 three.abort(0, 1)
                 attempt = 2
@@ -385,7 +385,7 @@ def test_the_order_of_rows_comes_from_the_operating_system_and_is_fresh_each_tim
         alder = three.parties["alder"]
         exchange = TokensOwner(alder.transport, alder.host, alder.cut.layers, three.placement)
         assert exchange.random_bytes is os.urandom
-        batch = exchange.micro_batch(0, 0, 0)
+        batch = exchange.training(0, 0, 0)
         first, second = batch._random_order(64), batch._random_order(64)
         assert not torch.equal(first, second)
         assert torch.equal(first.sort().values, torch.arange(64))

@@ -196,7 +196,7 @@ def flood_of(kits: dict[str, Kit], kind: str, stop: threading.Event) -> int:
     sent = 0
     transport = GrpcTransport("birch", roster, kits["birch"], settings=QUICK)
     hello = transport._hello("alder", Lane.FORWARD)
-    (chunk,) = encode(transport._session, FrameType.ONE_WAY, Lane.FORWARD, 1, Message(kind)).chunks()
+    (chunk,) = encode(transport._scope, FrameType.ONE_WAY, Lane.FORWARD, 1, Message(kind)).chunks()
 
     def words() -> Iterator[bytes]:
         nonlocal sent

@@ -20,23 +20,23 @@ from coterie.federation.wire.frame import (
     Frame,
     FrameReader,
     FrameType,
-    Session,
+    FrameScope,
     encode,
 )
 from coterie.federation.wire.transport import Address, Lane, Message
 
-SESSION = Session(b"0123456789abcdef", 3)
+SCOPE = FrameScope(b"0123456789abcdef", 3)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8]
 HEADER_BYTES = 112  # docs/reference/wire.md
 ENTRY_BYTES = 80
 
 
 def chunks_of(message: Message, lane: Lane = Lane.FORWARD, **options: int) -> list[bytes]:
-    return list(encode(SESSION, FrameType.REQUEST, lane, 77, message, **options).chunks())
+    return list(encode(SCOPE, FrameType.REQUEST, lane, 77, message, **options).chunks())
 
 
-def read(chunks: list[bytes], lane: Lane = Lane.FORWARD, session: Session = SESSION, **options: int) -> Frame:
-    reader = FrameReader(session, lane, **options)
+def read(chunks: list[bytes], lane: Lane = Lane.FORWARD, scope: FrameScope = SCOPE, **options: int) -> Frame:
+    reader = FrameReader(scope, lane, **options)
     *others, last = [reader.feed(chunk) for chunk in chunks]
     assert others == [None] * len(others)
     assert last is not None
@@ -92,7 +92,7 @@ messages_st = st.builds(
 def test_any_message_comes_back_as_it_was(
     message: Message, frame_type: FrameType, lane: Lane, correlation: int
 ) -> None:
-    encoded = encode(SESSION, frame_type, lane, correlation, message)
+    encoded = encode(SCOPE, frame_type, lane, correlation, message)
     frame = read(list(encoded.chunks()), lane)
     assert (frame.type, frame.lane, frame.correlation) == (frame_type, lane, correlation)
     assert (frame.payload_bytes, frame.tensor_bytes) == (encoded.payload_bytes, encoded.tensor_bytes)
@@ -116,7 +116,7 @@ def test_chunks_are_one_mebibyte_and_the_last_is_the_rest(elements: int) -> None
 
 
 def test_one_reader_takes_many_frames_and_each_has_memory_of_its_own() -> None:
-    reader = FrameReader(SESSION, Lane.FORWARD)
+    reader = FrameReader(SCOPE, Lane.FORWARD)
     (chunk,) = chunks_of(Message("a", tensors=(torch.ones(3),)))
     first, second = reader.feed(chunk), reader.feed(chunk)
     assert first is not None
@@ -133,7 +133,7 @@ def test_tensors_are_aligned_views_of_one_buffer() -> None:
 
 
 def test_payload_of_a_large_tensor_is_hardly_more_than_the_tensor() -> None:
-    encoded = encode(SESSION, FrameType.REQUEST, Lane.FORWARD, 1, Message("a", tensors=(torch.zeros(64, 1024),)))
+    encoded = encode(SCOPE, FrameType.REQUEST, Lane.FORWARD, 1, Message("a", tensors=(torch.zeros(64, 1024),)))
     assert encoded.tensor_bytes == 64 * 1024 * 4
     assert encoded.payload_bytes <= 1.03 * encoded.tensor_bytes
 
@@ -230,7 +230,7 @@ def test_chunks_that_do_not_add_up_to_the_frame_are_refused() -> None:
 def feed_or_refuse(chunk: bytes) -> Frame | None:
     """What a reader makes of the bytes; any exception but FrameError escapes and fails the test."""
     try:
-        return FrameReader(SESSION, Lane.FORWARD, max_data_bytes=1 << 40).feed(chunk)
+        return FrameReader(SCOPE, Lane.FORWARD, max_data_bytes=1 << 40).feed(chunk)
     except FrameError:
         return None
 
@@ -244,7 +244,7 @@ def test_random_bytes_give_frame_error_and_nothing_else(raw: bytes) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(min_size=100, max_size=400))
 def test_random_bytes_behind_a_good_start_give_frame_error_and_nothing_else(raw: bytes) -> None:
-    start = MAGIC + struct.pack("<HBB16sI", 1, 1, 1, SESSION.run, SESSION.epoch)
+    start = MAGIC + struct.pack("<HBB16sI", 1, 1, 1, SCOPE.run, SCOPE.epoch)
     feed_or_refuse(start + raw)
 
 
@@ -267,7 +267,7 @@ def test_flipped_bits_give_frame_error_or_a_well_formed_message(bits: list[int])
 
 
 def test_a_head_that_announces_too_much_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    readers = [FrameReader(SESSION, Lane.FORWARD, max_data_bytes=1 << 40) for _ in range(3)]
+    readers = [FrameReader(SCOPE, Lane.FORWARD, max_data_bytes=1 << 40) for _ in range(3)]
     taken: list[object] = []
     monkeypatch.setattr(torch, "empty", lambda *size, **options: taken.append(size))
     for reader, offset in zip(readers, (104, HEADER_BYTES + 8, HEADER_BYTES + 16), strict=True):
@@ -281,7 +281,7 @@ def test_memory_that_does_not_exist_gives_frame_error(monkeypatch: pytest.Monkey
         raise RuntimeError("not enough memory")
 
     chunks = chunks_of(Message("a", tensors=(torch.zeros(10),)))
-    reader = FrameReader(SESSION, Lane.FORWARD)
+    reader = FrameReader(SCOPE, Lane.FORWARD)
     monkeypatch.setattr(torch, "empty", no_memory)
     with pytest.raises(FrameError, match="no memory"):
         reader.feed(chunks[0])

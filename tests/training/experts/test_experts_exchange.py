@@ -180,7 +180,7 @@ def test_requests_of_a_round_that_was_given_up_do_not_hold_up_those_that_follow(
     federation.join()
     assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
     held_up = ("deadline", "round-given-up")
-    assert not [n.state.note for n in federation.notices if any(code in n.state.note for code in held_up)]
+    assert not [s.state.note for s in federation.statuses if any(code in s.state.note for code in held_up)]
     union_by_hand(config, models[PARTIES[0]], parts)
     assert_same(federation, models[PARTIES[0]])
 
@@ -241,7 +241,7 @@ def test_attempt_that_fails_in_the_middle_of_a_backward_leaves_no_gradient_to_th
 
     monkeypatch.setattr(HostGradients, "add", fails_once)
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
-    assert any("test" in notice.state.note for notice in federation.notices)
+    assert any("test" in status.state.note for status in federation.statuses)
     union_by_hand(config, models[PARTIES[0]], parts)
     assert_same(federation, models[PARTIES[0]])
 
@@ -255,7 +255,7 @@ def test_killed_owner_comes_back_and_the_result_is_that_of_an_uninterrupted_run(
     federation.coordinate()
     for each in parts.values():
         federation.up(each)
-    until(lambda: any(n.state.phase == "compute" and n.state.round == 4 for n in federation.notices))
+    until(lambda: any(s.state.phase == "compute" and s.state.round == 4 for s in federation.statuses))
     federation.kill("birch")
     federation.up(make_parts(config, models, tmp_path)["birch"])
     federation.join()

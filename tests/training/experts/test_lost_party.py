@@ -33,7 +33,7 @@ LEFT = ("alder", "birch")
 
 
 def until_gone(federation: InProcessFederation) -> None:
-    until(lambda: any("going on without cedar" in notice.state.note for notice in federation.notices))
+    until(lambda: any("going on without cedar" in status.state.note for status in federation.statuses))
 
 
 def lose_cedar(config: FederationConfig, parts: dict[str, PartyInputs], folder: Path) -> InProcessFederation:
@@ -137,9 +137,9 @@ def test_lost_party_that_comes_back_takes_up_its_experts_and_its_share_of_the_tr
     federation.join()
     for name, end in federation.ends.items():
         assert not isinstance(end, BaseException), (name, end)
-    restored = [n.state for n in federation.notices if n.state.phase == "restore"]
+    restored = [s.state for s in federation.statuses if s.state.phase == "restore"]
     assert {name: saved.round for name, saved in restored[-1].sources.items()} == {"cedar": 2}
-    assert not federation.notices[-1].state.absent
+    assert not federation.statuses[-1].state.absent
     served = {}
     for name in PARTIES:
         served |= exchange_of(federation, name).host.trunk.weights()
@@ -154,7 +154,7 @@ def test_a_new_membership_epoch_burns_what_was_released_and_draws_anew(tmp_path:
     world = watched(PrivateWorld(tmp_path, rounds=6, lost_party="continue", max_attempts=20))
     world.start()
     until(lambda: world.at(round_no=3) and (3, 0) in world.releases())
-    lost_in = world.federation.notices[-1].state.round
+    lost_in = world.federation.statuses[-1].state.round
     world.federation.kill("cedar")
     until_gone(world.federation)
     world.federation.join()

@@ -66,8 +66,8 @@ def arrange(monkeypatch: pytest.MonkeyPatch, world: PrivateWorld, point: str) ->
     dead, calls, lock = threading.Event(), [0], threading.Lock()
 
     def fatal(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        notices = world.federation.notices
-        here = bool(notices) and notices[-1].state.round == FATAL and _is_victims(self) and not dead.is_set()
+        statuses = world.federation.statuses
+        here = bool(statuses) and statuses[-1].state.round == FATAL and _is_victims(self) and not dead.is_set()
         if here:
             with lock:
                 calls[0] += 1
@@ -275,7 +275,7 @@ def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
     save, store = cache.save_file, Spool.store_lot
 
     def fails_once(tensors, path):  # type: ignore[no-untyped-def]
-        now = world.federation.notices[-1].state
+        now = world.federation.statuses[-1].state
         if VICTIM in str(path) and (now.phase, now.round) == (phase, 2) and not full.is_set():
             full.set()
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -291,7 +291,7 @@ def test_full_cache_disk_aborts_the_attempt_and_the_same_lot_is_computed_again(
     world.start(cache="disk")
     world.finished()
     assert full.is_set()
-    assert any("cache-full" in notice.state.note for notice in world.federation.notices), (
+    assert any("cache-full" in status.state.note for status in world.federation.statuses), (
         "the party's own code is told"
     )
     assert not world.uncounted
@@ -316,7 +316,7 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
     world.start()
     world.finished()
     assert broken.is_set()
-    assert any("message-not-finite" in notice.state.note for notice in world.federation.notices)
+    assert any("message-not-finite" in status.state.note for status in world.federation.statuses)
     assert world.releases() == [(round_no, 0) for round_no in range(1, ROUNDS + 1)]
     spoiled = {len(set(digests)) for (_, round_no, _), digests in world.announced.items() if round_no == FATAL}
     assert max(spoiled) == 2, "the damaged bytes and the spooled ones"

@@ -57,7 +57,7 @@ def test_party_that_hosts_no_expert_trains_like_the_others(tmp_path: Path):
     train_by_hand(config, models, parts)
     assert_same(federation, models)
     assert all(result.finished for result in results.values())
-    assert [n.state.committed_attempt for n in federation.notices if n.state.phase == "step"] == [1, 1, 1, 1]
+    assert [s.state.committed_attempt for s in federation.statuses if s.state.phase == "step"] == [1, 1, 1, 1]
 
 
 def test_parties_hold_no_weights_of_experts_hosted_elsewhere(tmp_path: Path):
@@ -131,7 +131,7 @@ def test_others_go_on_without_a_lost_party_and_its_experts_masked(tmp_path: Path
         federation.up(each)
     federation.join()
     assert isinstance(federation.ends["cedar"], Killed)
-    assert any("going on without cedar" in notice.state.note for notice in federation.notices)
+    assert any("going on without cedar" in status.state.note for status in federation.statuses)
     by_hand = ByHand(config, models, parts)
     by_hand.train([1, 2])
     by_hand.train([3, 4, 5], ("alder", "birch"), parts["cedar"].placement.hosted("cedar"))
@@ -149,7 +149,7 @@ def test_run_that_went_on_without_a_party_is_taken_up_with_its_older_checkpoint(
     federation.coordinate()
     for each in parts.values():
         federation.up(each)
-    until(lambda: any(n.state.committed >= 4 for n in federation.notices))
+    until(lambda: any(s.state.committed >= 4 for s in federation.statuses))
     federation.runs["alder"].stop()
     federation.join()
     stopped = federation.ends["alder"]
@@ -159,13 +159,13 @@ def test_run_that_went_on_without_a_party_is_taken_up_with_its_older_checkpoint(
         config, list(make_parts(config, models, tmp_path).values()), tmp_path / "coordinator"
     )
     assert all(result.finished and result.rounds == 7 for result in results.values())
-    (restore,) = [notice.state for notice in federation.notices if notice.state.phase == "restore"]
+    (restore,) = [status.state for status in federation.statuses if status.state.phase == "restore"]
     assert {name: saved.round for name, saved in restore.sources.items()} == {
         "alder": stopped.rounds,
         "birch": stopped.rounds,
         "cedar": 2,
     }
-    assert not federation.notices[-1].state.absent
+    assert not federation.statuses[-1].state.absent
 
 
 def test_killed_party_comes_back_and_the_result_is_that_of_an_uninterrupted_run(tmp_path: Path):
@@ -176,12 +176,12 @@ def test_killed_party_comes_back_and_the_result_is_that_of_an_uninterrupted_run(
     federation.coordinate()
     for each in parts.values():
         federation.up(each)
-    until(lambda: any(n.state.phase == "compute" and n.state.round == 4 for n in federation.notices))
+    until(lambda: any(s.state.phase == "compute" and s.state.round == 4 for s in federation.statuses))
     federation.kill("birch")
     federation.up(make_parts(config, models, tmp_path)["birch"])
     federation.join()
     assert all(not isinstance(end, BaseException) for end in federation.ends.values()), federation.ends
-    restores = [n.state for n in federation.notices if n.state.phase == "restore"]
+    restores = [s.state for s in federation.statuses if s.state.phase == "restore"]
     assert [state.round for state in restores] == [0, 2]
     train_by_hand(config, models, parts)
     assert_same(federation, models)
@@ -195,7 +195,7 @@ def test_clean_stop_and_a_later_start_give_the_parameters_of_an_uninterrupted_ru
     federation.coordinate()
     for each in parts.values():
         federation.up(each)
-    until(lambda: any(n.state.committed >= 2 for n in federation.notices))
+    until(lambda: any(s.state.committed >= 2 for s in federation.statuses))
     federation.runs["cedar"].stop()
     federation.join()
     stopped = federation.ends["alder"]
@@ -244,7 +244,7 @@ def test_lost_checkpoint_ends_the_start_and_names_who_lacks_it(tmp_path: Path):
     federation.coordinate()
     for each in make_parts(config, models, tmp_path).values():
         federation.up(each)
-    until(lambda: any(n.state.committed >= 1 for n in federation.notices))
+    until(lambda: any(s.state.committed >= 1 for s in federation.statuses))
     federation.runs["birch"].stop()
     federation.join()
     shutil.rmtree(tmp_path / "birch" / "private" / "checkpoints")
@@ -269,7 +269,7 @@ def test_status_is_written_anew_with_each_heartbeat_and_tells_of_a_silent_coordi
     federation.coordinate()
     for each in parts.values():
         federation.up(each)
-    until(lambda: any(n.state.committed >= 1 for n in federation.notices))
+    until(lambda: any(s.state.committed >= 1 for s in federation.statuses))
     federation.runs["alder"]._certificate_warning = lambda: "ends in 19 days"
     status: dict[str, object] = {}
 
@@ -309,7 +309,7 @@ def test_error_at_one_party_aborts_the_attempt_and_the_result_is_the_same(tmp_pa
     federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     train_by_hand(config, models, parts)
     assert_same(federation, models)
-    committed = [n.state.committed_attempt for n in federation.notices if n.state.phase == "step"]
+    committed = [s.state.committed_attempt for s in federation.statuses if s.state.phase == "step"]
     assert committed == [2, 1, 1, 1]
 
 

@@ -141,7 +141,7 @@ def test_others_go_on_without_a_member_whose_messages_do_not_fit(tmp_path: Path,
     gone = federation.ends[HOSTILE]
     assert isinstance(gone, CoterieError), gone
     assert gone.code == "member-dropped"
-    notes = [notice.state.note for notice in federation.notices]
+    notes = [status.state.note for status in federation.statuses]
     assert any(HOSTILE in note and "refuses what it sent" in note for note in notes)
 
 
@@ -159,4 +159,4 @@ def test_under_pause_the_others_wait_and_the_run_ends_with_the_members_name(
             assert end.code == "round-party-missing"
             assert HOSTILE in end.message
             assert_sound(federation, name)
-    assert any("refuses what it sent" in notice.state.note for notice in federation.notices)
+    assert any("refuses what it sent" in status.state.note for status in federation.statuses)

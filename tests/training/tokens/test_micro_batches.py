@@ -223,7 +223,7 @@ def test_ordered_sums_have_the_same_bits_in_any_order(seed: int, micro_batches: 
     while left:
         m = chance.choice(list(left))
         step = left[m].pop(0)
-        sink = sums.micro_batch(m)
+        sink = sums.sink(m)
         if step is None:
             sink.expect(Counter(parameter for parameter, _ in shares[m]))
         else:

@@ -32,7 +32,7 @@ def refusals_allowed(plan: RoundPlan) -> int:
 
 
 @dataclass(frozen=True)
-class Notice:
+class CoordinatorStatus:
     """What the coordinator shows of itself after each change.
 
     Attributes:
@@ -60,8 +60,8 @@ class Coordinator:
         transport: not started yet; the coordinator's own end.
         journal: its memory.
         agreement: hash every party has to name.
-        notify: called after every change, never while a lock is held.
-        notice_every_s: how often `notify` is called while somebody is missing.
+        on_change: called after every change, never while a lock is held.
+        repeat_s: how often `on_change` is called while somebody is missing.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Coordinator:
         transport: Transport,
         journal: Journal,
         agreement: str,
-        notify: Callable[[Notice], None] = lambda notice: None,
-        notice_every_s: float = 10.0,
+        on_change: Callable[[CoordinatorStatus], None] = lambda status: None,
+        repeat_s: float = 10.0,
     ) -> None:
         self._plan, self._journal, self._agreement = plan, journal, agreement
         self._transport = Gate(
             transport, refusals_allowed(plan), lambda address: journal.state.seq, self._refused_too_often
         )
-        self._notify, self._notice_every_s = notify, notice_every_s
+        self._on_change, self._repeat_s = on_change, repeat_s
         self._views: dict[str, View] = {}
         self._retired: dict[str, str] = {}  # instance to why it may not come back
         self._since: dict[str, int] = {}  # number of the state in which each party's present process came
@@ -109,16 +109,16 @@ class Coordinator:
         while True:
             with self._changed:
                 self._decide()
-                notice = self._notice()
-                ended = self._ended(notice)
-            state = notice.state
+                status = self._status()
+                ended = self._ended(status)
+            state = status.state
             if state.seq != sent:
                 self._broadcast()
-            waiting = notice.missing or notice.cut or notice.busy
-            due = bool(waiting) and time.monotonic() - shown_at > self._notice_every_s
-            change = (state.seq, notice.missing, notice.cut, notice.refused)
+            waiting = status.missing or status.cut or status.busy
+            due = bool(waiting) and time.monotonic() - shown_at > self._repeat_s
+            change = (state.seq, status.missing, status.cut, status.refused)
             if due or shown != change:
-                self._notify(notice)
+                self._on_change(status)
                 shown, shown_at = change, time.monotonic()
             sent = state.seq
             if ended:
@@ -234,17 +234,17 @@ class Coordinator:
         connected = self._transport.connected()
         return {name: replace(view, connected=name in connected) for name, view in self._views.items()}
 
-    def _notice(self) -> Notice:
+    def _status(self) -> CoordinatorStatus:
         state, clock = self._journal.state, self._clock()
         wants = wanting(self._plan, state, self._current_views(), clock)
         left = max(0.0, self._plan.join_s - (clock.now - clock.entered)) if wants.missing or wants.cut else None
         busy = wants.busy if clock.now - clock.entered > _TICK_S else ()
-        return Notice(state, wants.missing, dict(self._refused), left, wants.cut, busy)
+        return CoordinatorStatus(state, wants.missing, dict(self._refused), left, wants.cut, busy)
 
     def _directive(self) -> Message:
         journal = self._journal
-        notice = self._notice()
-        return encode(Directive(journal.run, journal.state, journal.history.newest, notice.missing, notice.cut))
+        status = self._status()
+        return encode(Directive(journal.run, journal.state, journal.history.newest, status.missing, status.cut))
 
     def _broadcast(self) -> None:
         """Send the directive to everybody connected; who misses it gets it in the answer to its next heartbeat."""
@@ -257,8 +257,8 @@ class Coordinator:
                 except TransportError:
                     continue
 
-    def _ended(self, notice: Notice) -> bool:
-        state, now = notice.state, self._time.now()
+    def _ended(self, status: CoordinatorStatus) -> bool:
+        state, now = status.state, self._time.now()
         if state.phase is not Phase.END:
             return False
         # The last directive of a finished run goes to everybody, also to those that were started again afterwards.

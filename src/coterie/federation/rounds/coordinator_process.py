@@ -11,7 +11,7 @@ from coterie.errors import ConfigError, IdentityError, RosterError
 from coterie.federation.identity.certificates import COORDINATOR, Role
 from coterie.federation.identity.kit import ROSTER_FILE, Kit, load_kit
 from coterie.federation.identity.roster import Roster, read_roster
-from coterie.federation.rounds.coordinator import Coordinator, Notice
+from coterie.federation.rounds.coordinator import Coordinator, CoordinatorStatus
 from coterie.federation.rounds.journal import Journal
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.rounds.state import RoundPlan, State
@@ -101,7 +101,7 @@ class CoordinatorProcess:
         config: the agreed federation.yaml.
         kit_folder: the coordinator's kit, with the roster.
         run_dir: its folder: journal and status.
-        notify: called after every change.
+        on_change: called after every change.
         listen: address to listen on, where it differs from the agreed endpoint.
     """
 
@@ -110,10 +110,10 @@ class CoordinatorProcess:
         config: FederationConfig,
         kit_folder: Path,
         run_dir: Path,
-        notify: Callable[[Notice], None] = lambda notice: None,
+        on_change: Callable[[CoordinatorStatus], None] = lambda status: None,
         listen: str | None = None,
     ) -> None:
-        self._config, self._run_dir, self._notify, self._listen = config, run_dir, notify, listen
+        self._config, self._run_dir, self._on_change, self._listen = config, run_dir, on_change, listen
         self._kit, self._roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
 
@@ -138,25 +138,25 @@ class CoordinatorProcess:
                 COORDINATOR, self._roster, self._kit, listen=self._listen, settings=transport_settings(config)
             )
 
-            def notify(notice: Notice) -> None:
+            def on_change(status: CoordinatorStatus) -> None:
                 folder.status(
                     role="coordinator",
                     federation=config.name,
                     run=journal.run,
                     rounds=config.train.rounds,
                     parties=list(config.parties),
-                    missing=list(notice.missing),
-                    cut=[list(pair) for pair in notice.cut],
-                    waiting_for=list(notice.busy),
-                    refused=notice.refused,
+                    missing=list(status.missing),
+                    cut=[list(pair) for pair in status.cut],
+                    waiting_for=list(status.busy),
+                    refused=status.refused,
                     checkpoint=journal.history.newest,
                     certificate=self.certificate_warning(),
-                    **status_of(notice.state),
+                    **status_of(status.state),
                 )
-                self._notify(notice)
+                self._on_change(status)
 
             try:
-                coordinator = Coordinator(plan_of(config), transport, journal, config.content_hash(), notify)
+                coordinator = Coordinator(plan_of(config), transport, journal, config.content_hash(), on_change)
                 self._coordinator = coordinator
                 return coordinator.run()
             finally:

@@ -82,7 +82,7 @@ class TokensOwner:
             for layer in layers
         }
 
-    def micro_batch(
+    def training(
         self, round_no: int, attempt: int, number: int, cancelled: Future[None] | None = None
     ) -> TokenMicroBatch:
         """The exchange of one training micro-batch.
@@ -159,7 +159,7 @@ class _Ticket:
 
 
 class TokenMicroBatch:
-    """The `Exchange` of one micro-batch; see `TokensOwner.micro_batch`."""
+    """The `Exchange` of one micro-batch; see `TokensOwner.training`."""
 
     def __init__(
         self, exchange: TokensOwner, round_no: int, attempt: int, number: int, cancelled: Future[None] | None

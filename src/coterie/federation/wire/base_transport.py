@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from coterie.errors import CoterieError, DeadlineError, FrameError, TransportError
 from coterie.federation.cancel import NEVER, CancelToken
-from coterie.federation.wire.frame import Encoded, Frame, FrameType, Session, encode
+from coterie.federation.wire.frame import Encoded, Frame, FrameType, FrameScope, encode
 from coterie.federation.wire.peer_lane import Connection, PeerLane
 from coterie.federation.wire.seldom import Seldom
 from coterie.federation.wire.transport import (
@@ -81,7 +81,7 @@ class BaseTransport(ABC):
     Args:
         me: this party.
         lanes: the lanes to every peer, in roster order (a coordinator has the control lane alone).
-        session: run and membership epoch.
+        scope: run and membership epoch.
         settings: times and bounds.
         no_tensors: peers that never get a tensor and never send one (the coordinator, and all peers of it).
     """
@@ -90,12 +90,12 @@ class BaseTransport(ABC):
         self,
         me: str,
         lanes: Mapping[str, Collection[Lane]],
-        session: Session,
+        scope: FrameScope,
         settings: Settings,
         no_tensors: Collection[str] = (),
     ) -> None:
         self._me = me
-        self._session = session
+        self._scope = scope
         self._settings = settings
         self._no_tensors = frozenset(no_tensors)
         self._lanes = {
@@ -284,7 +284,7 @@ class BaseTransport(ABC):
             self._ensure_worker(peer_lane, connection)
 
     def _heartbeat(self, lane: Lane) -> Encoded:
-        return encode(self._session, FrameType.HEARTBEAT, lane, 0, Message("heartbeat"))
+        return encode(self._scope, FrameType.HEARTBEAT, lane, 0, Message("heartbeat"))
 
     def _count_heartbeat(self, peer: str, lane: Lane, encoded: Encoded) -> None:
         self._lanes[peer, lane].count_sent(encoded, messages=0)
@@ -315,7 +315,7 @@ class BaseTransport(ABC):
         size = sum(tensor.nbytes for tensor in message.tensors)
         correlation, future = peer_lane.pending.add(message.kind, deadline_s, size)
         try:
-            encoded = encode(self._session, frame_type, lane, correlation, message)
+            encoded = encode(self._scope, frame_type, lane, correlation, message)
             connection = peer_lane.connection  # read after `add`: a break from now on finds the entry and fails it
             if connection is None:
                 raise self._not_connected(peer, lane)
@@ -392,7 +392,7 @@ class BaseTransport(ABC):
             raise FrameError(
                 "A reply between a party and the coordinator carries tensors.", code="tensors-on-control"
             )
-        encoded = encode(self._session, frame_type, connection.lane, correlation, reply)
+        encoded = encode(self._scope, frame_type, connection.lane, correlation, reply)
         connection.post(encoded, time.monotonic() + self._settings.send_deadline_s)
         peer_lane.count_sent(encoded)
 

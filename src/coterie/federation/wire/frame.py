@@ -80,7 +80,7 @@ class FrameType(IntEnum):
 
 
 @dataclass(frozen=True)
-class Session:
+class FrameScope:
     """What every frame of one run under one membership epoch carries.
 
     Args:
@@ -177,7 +177,7 @@ def _encode_body(body: Mapping[str, Any]) -> bytes:
 
 
 def encode(
-    session: Session,
+    scope: FrameScope,
     frame_type: FrameType,
     lane: Lane,
     correlation: int,
@@ -221,7 +221,7 @@ def encode(
         )
     try:
         header = _HEADER.pack(
-            *(MAGIC, session.protocol, frame_type, lane, session.run, session.epoch),
+            *(MAGIC, scope.protocol, frame_type, lane, scope.run, scope.epoch),
             *(getattr(message.address, name) for name in ADDRESS),
             *(correlation, kind, len(body), len(entries), 0, offset),
         )
@@ -257,13 +257,13 @@ class FrameReader:
     One reader belongs to one stream, is fed in order, and is dead after its first FrameError.
 
     Args:
-        session: run and epoch every frame must carry.
+        scope: run and epoch every frame must carry.
         lane: the lane of the stream; a frame of another lane is refused.
         max_data_bytes: most tensor data in one message; default by lane.
     """
 
-    def __init__(self, session: Session, lane: Lane, max_data_bytes: int | None = None) -> None:
-        self._session = session
+    def __init__(self, scope: FrameScope, lane: Lane, max_data_bytes: int | None = None) -> None:
+        self._scope = scope
         self._lane = lane
         self._limit = DEFAULT_MAX_DATA[lane] if max_data_bytes is None else max_data_bytes
         self._head: _Head | None = None
@@ -281,7 +281,7 @@ class FrameReader:
             raise _refuse(f"A chunk has {len(chunk)} bytes; {CHUNK_BYTES} are allowed.", "chunk_length")
         part: memoryview = memoryview(chunk)
         if self._head is None:
-            head = read_head(chunk, self._session, self._lane, self._limit)
+            head = read_head(chunk, self._scope, self._lane, self._limit)
             self._head = head
             self._take_memory(head.data_length)
             part = part[head.length :]
@@ -322,7 +322,7 @@ class FrameReader:
         return replace(head.frame, message=message)
 
 
-def read_head(chunk: bytes, session: Session, lane: Lane, max_data_bytes: int) -> _Head:
+def read_head(chunk: bytes, scope: FrameScope, lane: Lane, max_data_bytes: int) -> _Head:
     """Check everything in front of the tensor data; takes no memory beyond the first chunk's own size.
 
     Raises:
@@ -334,16 +334,16 @@ def read_head(chunk: bytes, session: Session, lane: Lane, max_data_bytes: int) -
     *numbers, correlation, kind, body_length, count, reserved, data_length = numbers
     if magic != MAGIC:
         raise _refuse("These bytes are no coterie frame (wrong magic number).", "magic")
-    if version != session.protocol:
-        raise _refuse(f"The frame has protocol version {version}; this side speaks {session.protocol}.", "version")
+    if version != scope.protocol:
+        raise _refuse(f"The frame has protocol version {version}; this side speaks {scope.protocol}.", "version")
     if type_code not in set(FrameType):
         raise _refuse(f"Frame type {type_code} does not exist.", "type")
     if lane_code != lane:
         raise _refuse(f"A frame of lane {lane_code} came on lane {int(lane)}.", "lane")
-    if run != session.run:
+    if run != scope.run:
         raise _refuse("The frame belongs to another run.", "run")
-    if epoch != session.epoch:
-        raise _refuse(f"The frame has membership epoch {epoch}; this side has {session.epoch}.", "epoch")
+    if epoch != scope.epoch:
+        raise _refuse(f"The frame has membership epoch {epoch}; this side has {scope.epoch}.", "epoch")
     if reserved != 0:
         raise _refuse("Reserved header bits are set.", "reserved")
     name = kind.rstrip(b"\0")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coterie.errors import CheckpointError, FrameError
-from coterie.federation.wire.frame import CHUNK_BYTES, Frame, FrameReader, FrameType, Session, encode
+from coterie.federation.wire.frame import CHUNK_BYTES, Frame, FrameReader, FrameType, FrameScope, encode
 from coterie.federation.wire.transport import Lane, Message
 from coterie.storage import PRIVATE, check_known, json_object, make_private_folder, write_all, writing
 
@@ -38,9 +38,9 @@ _LONGEST_HEAD = 16 << 20
 _LARGEST_FRAME = 1 << 40
 
 
-def session_of(head: Mapping[str, Any]) -> Session:
+def scope_of(head: Mapping[str, Any]) -> FrameScope:
     """What the frames of a log carry: the run's name alone."""
-    return Session(hashlib.sha256(str(head["run"]).encode()).digest()[:16], 0)
+    return FrameScope(hashlib.sha256(str(head["run"]).encode()).digest()[:16], 0)
 
 
 class FrameLog:
@@ -57,7 +57,7 @@ class FrameLog:
     """
 
     def __init__(self, folder: Path, head: Mapping[str, Any], names: Sequence[str], limit: int) -> None:
-        self._session, self._names = session_of(head), {name: number for number, name in enumerate(names)}
+        self._scope, self._names = scope_of(head), {name: number for number, name in enumerate(names)}
         with writing(folder):
             make_private_folder(folder)
             earlier = files_in(folder)
@@ -84,7 +84,7 @@ class FrameLog:
         Raises:
             CheckpointError: the disk is full or broken.
         """
-        encoded = encode(self._session, frame_type, lane, 0, message, max_data_bytes=_LARGEST_FRAME)
+        encoded = encode(self._scope, frame_type, lane, 0, message, max_data_bytes=_LARGEST_FRAME)
         if _ENTRY_BYTES + encoded.payload_bytes + spare > self._left:
             return False
         chunks = list(encoded.chunks())
@@ -144,7 +144,7 @@ def read_entries(path: Path) -> Iterator[Logged]:
         head = _head(path, file)
         if head is None:
             return
-        session, names, size = session_of(head), list(head["names"]), path.stat().st_size
+        scope, names, size = scope_of(head), list(head["names"]), path.stat().st_size
         while True:
             start = file.tell()
             begun = file.read(_ENTRY_BYTES)
@@ -158,7 +158,7 @@ def read_entries(path: Path) -> Iterator[Logged]:
                 raise _damaged(path, start)
             last = start + _ENTRY_BYTES + length >= size
             try:
-                frame = _read_frame(file, FrameReader(session, Lane(lane), _LARGEST_FRAME), length, digest)
+                frame = _read_frame(file, FrameReader(scope, Lane(lane), _LARGEST_FRAME), length, digest)
             except (FrameError, ValueError):
                 frame = None
             if frame is None:

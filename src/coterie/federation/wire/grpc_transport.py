@@ -31,7 +31,7 @@ from coterie.federation.identity.kit import Kit
 from coterie.federation.identity.roster import Roster, RosterEntry, verify
 from coterie.federation.wire import newcomers, unreachable
 from coterie.federation.wire.base_transport import ALL_LANES, TWIN, BaseTransport, Settings
-from coterie.federation.wire.frame import CHUNK_BYTES, RUN_BYTES, Encoded, FrameReader, Session
+from coterie.federation.wire.frame import CHUNK_BYTES, RUN_BYTES, Encoded, FrameReader, FrameScope
 from coterie.federation.wire.grpc_connection import GrpcConnection
 from coterie.federation.wire.handshake import Hello, compare, decode_hello, twin
 from coterie.federation.wire.newcomers import Newcomers
@@ -118,7 +118,7 @@ class GrpcTransport(BaseTransport):
         super().__init__(
             me,
             {entry.name: _lanes_between(mine, entry.role) for entry in others},
-            Session(hashlib.sha256(self._run.encode()).digest()[:RUN_BYTES], roster.membership_epoch),
+            FrameScope(hashlib.sha256(self._run.encode()).digest()[:RUN_BYTES], roster.membership_epoch),
             settings or Settings(),
             [entry.name for entry in others if Role.COORDINATOR in (mine, entry.role)],
         )
@@ -444,7 +444,7 @@ class GrpcTransport(BaseTransport):
             roster.membership_epoch,
             roster.content_hash(),
             self._run,
-            self._session.protocol,
+            self._scope.protocol,
             self._process,
         )
 
@@ -468,7 +468,7 @@ class GrpcTransport(BaseTransport):
             Whether the other side ended it in good order; False: it broke.
         """
         reason, in_order = f"{connection.peer} closed it", False
-        reader = FrameReader(self._session, connection.lane)
+        reader = FrameReader(self._scope, connection.lane)
         try:
             for chunk in chunks:
                 connection.heard = self._time.now()

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from coterie.errors import CoterieError, TransportError
 from coterie.federation.wire.base_transport import ALL_LANES, BaseTransport, Settings
-from coterie.federation.wire.frame import Encoded, FrameReader, Session
+from coterie.federation.wire.frame import Encoded, FrameReader, FrameScope
 from coterie.federation.wire.handshake import Hello, compare
 from coterie.federation.wire.peer_lane import Connection
 from coterie.federation.wire.transport import Lane
@@ -39,7 +39,7 @@ class InProcessHub:
     ) -> None:
         self._members = (*((coordinator,) if coordinator is not None else ()), *parties)
         self._coordinator = coordinator
-        self._session = Session(hashlib.sha256(run.encode()).digest()[:16], membership_epoch)
+        self._scope = FrameScope(hashlib.sha256(run.encode()).digest()[:16], membership_epoch)
         self._settings = settings or Settings()
         self._lock = threading.Lock()
         self._live: dict[str, _InProcessTransport] = {}
@@ -73,8 +73,8 @@ class InProcessHub:
         return self._coordinator
 
     @property
-    def session(self) -> Session:
-        return self._session
+    def scope(self) -> FrameScope:
+        return self._scope
 
     @property
     def settings(self) -> Settings:
@@ -102,11 +102,11 @@ class InProcessHub:
 class _InProcessConnection(Connection):
     """Delivers straight to the other side's transport, in the sender's thread."""
 
-    def __init__(self, target: _InProcessTransport, peer: str, lane: Lane, session: Session) -> None:
+    def __init__(self, target: _InProcessTransport, peer: str, lane: Lane, scope: FrameScope) -> None:
         self.peer, self.lane = peer, lane
         self.back: _InProcessConnection | None = None  # the other side's connection to here
         self._target = target
-        self._reader = FrameReader(session, lane)
+        self._reader = FrameReader(scope, lane)
         self._closed = False
         self._lock = threading.Lock()
 
@@ -130,8 +130,8 @@ def _introduce(one: _InProcessTransport, other: _InProcessTransport, lane: Lane)
         one.refuse(other.me, problem)
         other.refuse(one.me, same)
         return
-    there = _InProcessConnection(other, other.me, lane, other.session)
-    back = _InProcessConnection(one, one.me, lane, one.session)
+    there = _InProcessConnection(other, other.me, lane, other.scope)
+    back = _InProcessConnection(one, one.me, lane, one.scope)
     there.back, back.back = back, there
     one.attach(there)
     other.attach(back)
@@ -142,19 +142,19 @@ class _InProcessTransport(BaseTransport):
         others = hub.others(me)
         no_tensors = others if me == hub.coordinator else [name for name in others if name == hub.coordinator]
         super().__init__(
-            me, {name: hub.lanes_between(me, name) for name in others}, hub.session, hub.settings, no_tensors
+            me, {name: hub.lanes_between(me, name) for name in others}, hub.scope, hub.settings, no_tensors
         )
         self._hub = hub
         self._problems: dict[str, CoterieError] = {}
         self.receive = self._arrived
 
     @property
-    def session(self) -> Session:
-        return self._session
+    def scope(self) -> FrameScope:
+        return self._scope
 
     def hello(self, peer: str, lane: Lane) -> Hello:
-        session = self._session
-        return Hello(self._me, peer, lane, "in-process", session.epoch, "", session.run.hex(), session.protocol)
+        scope = self._scope
+        return Hello(self._me, peer, lane, "in-process", scope.epoch, "", scope.run.hex(), scope.protocol)
 
     def attach(self, connection: _InProcessConnection) -> None:
         self._problems.pop(connection.peer, None)

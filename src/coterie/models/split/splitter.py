@@ -40,12 +40,8 @@ from coterie.storage import file_digest, new_folder, write_json
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
-Notify = Callable[[str], None]
 
-
-def split(
-    spec: ModelSpec, placement: Placement, out: Path, *, seed: int | None = None, notify: Notify | None = None
-) -> dict[str, Any]:
+def split(spec: ModelSpec, placement: Placement, out: Path, *, seed: int | None = None) -> dict[str, Any]:
     """Write ``out``: trunk, shards, the model's config and tokenizer, and a manifest with digests.
 
     Args:
@@ -53,7 +49,6 @@ def split(
         placement: of the model's experts.
         out: a folder that does not exist yet, or is empty. It appears whole or not at all.
         seed: of a family's random weights.
-        notify: called with a word about each group of tensors that was written.
 
     Returns:
         The manifest.
@@ -71,7 +66,7 @@ def split(
     groups = stream_checkpoint(folder, model) if folder is not None else _in_memory(spec, seed)
     with new_folder(out) as aside:
         trainings = read_trainings(folder)
-        _write_tensors(aside, model, placement, groups, trainings, notify or (lambda text: None))
+        _write_tensors(aside, model, placement, groups, trainings)
         _write_model_folder(aside / MODEL_FOLDER, model, folder)
         write_trainings(aside / MODEL_FOLDER, trainings)
         return _write_manifest(aside, model, placement)
@@ -117,7 +112,6 @@ def _write_tensors(
     placement: Placement,
     groups: Iterator[dict[str, Tensor]],
     trainings: tuple[Training, ...],
-    notify: Notify,
 ) -> None:
     experts = expert_parameters(model)
     with ExitStack() as stack:
@@ -137,7 +131,6 @@ def _write_tensors(
                 layer, parameter = experts[name]
                 for expert, host in enumerate(placement.host_of(layer.index)):
                     shards[host].write(expert_key(layer.index, expert, parameter), tensor[expert])
-            notify(f"{len(group)} tensors, {next(iter(group), '')} ...")
 
 
 class _TrunkWriter:

@@ -193,7 +193,7 @@ class PartyActor:
         with self.exchange.inference(state, cancel):
             if self.inputs.test is None:
                 return
-            evaluation = evaluate(self.inputs.model, self.inputs.test, micro_batch=self._spec.micro_batch)
+            evaluation = evaluate(self.inputs.model, self.inputs.test, batch_size=self._spec.micro_batch)
         evaluation.save(private_folder(self.inputs.run_dir) / _EVALUATION)
         self._log(state.round, test_loss=evaluation.loss)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coterie.config import FederationConfig
 from coterie.federation.identity.certificates import COORDINATOR
-from coterie.federation.rounds.coordinator import Coordinator, Notice
+from coterie.federation.rounds.coordinator import Coordinator, CoordinatorStatus
 from coterie.federation.rounds.coordinator_process import plan_of
 from coterie.federation.rounds.journal import Journal
 from coterie.federation.rounds.state import State
@@ -32,14 +32,14 @@ class InProcessFederation:
 
     Attributes:
         ends: how each member ended: a result, a state (the coordinator), or the error.
-        notices: what the coordinator showed.
+        statuses: what the coordinator showed.
         runs: the newest run of each party.
     """
 
     config: FederationConfig
     folder: Path
     ends: dict[str, PartyResult | State | BaseException] = field(default_factory=dict)
-    notices: list[Notice] = field(default_factory=list)
+    statuses: list[CoordinatorStatus] = field(default_factory=list)
     runs: dict[str, PartyRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class InProcessFederation:
         """Start the coordinator; it takes up what its journal holds."""
         transport = self.hub.transport(COORDINATOR)
         journal = Journal(self.folder, self.config.name, self._agreement)
-        coordinator = Coordinator(plan_of(self.config), transport, journal, self._agreement, self.notices.append)
+        coordinator = Coordinator(plan_of(self.config), transport, journal, self._agreement, self.statuses.append)
         self.coordinator = coordinator
 
         def serve() -> State:

@@ -222,8 +222,8 @@ class Run:
 
     def _evaluate(self) -> Evaluation | None:
         model, test = self._prepared.model, self._prepared.test
-        micro_batch = self._prepared.config.train.micro_batch
-        return evaluate(model, test, micro_batch=micro_batch) if test is not None else None
+        size = self._prepared.config.train.micro_batch
+        return evaluate(model, test, batch_size=size) if test is not None else None
 
     def _outcome(self) -> RunResult:
         stepper, statement = self._stepper, self._stepper.statement()

@@ -65,4 +65,4 @@ def evaluate_run(trained: TrainedRun, files: Sequence[Path] | None = None) -> Ev
             fix="name files with --data, or set data.test before training",
         )
     sequences = tokenize(read_documents(chosen, data), data, trained.tokenizer)
-    return evaluate(trained.model, sequences, micro_batch=trained.config.train.micro_batch)
+    return evaluate(trained.model, sequences, batch_size=trained.config.train.micro_batch)

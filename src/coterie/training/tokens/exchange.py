@@ -91,7 +91,7 @@ class TokensExchange:
 
         def exchange(number: int, cancelled: Future[None]) -> TokenMicroBatch:
             cancel.check()
-            return self._experts.micro_batch(state.round, state.attempt, number, cancelled)
+            return self._experts.training(state.round, state.attempt, number, cancelled)
 
         if self._key is not None:
             for number, rows in enumerate(self._trunk.rows(state.round)):
@@ -118,8 +118,8 @@ class TokensExchange:
         cancel.check()
         self._experts.absent = frozenset(state.absent)
         if self._key is not None and self._inputs.test is not None:
-            micro_batch = self._inputs.federation.train.micro_batch
-            for number, rows in enumerate(batches_of(len(self._inputs.test), micro_batch)):
+            size = self._inputs.federation.train.micro_batch
+            for number, rows in enumerate(batches_of(len(self._inputs.test), size)):
                 self._key.batch(Address(round=state.round, call=number), rows, self._inputs.test)
         with self._cut.inference(self._experts.inference(state.round, lock.cancelled)):
             yield

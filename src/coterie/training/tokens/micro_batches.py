@@ -135,5 +135,5 @@ class _Task(Generic[Batch]):
         seed = None if self._seed is None else derived_seed(self._seed, number)
         with self._cut.record(self._exchange(number, self._device_lock.cancelled), seed=seed) as tape:
             loss, self.tokens[number] = self._loss(batch)
-            tape.backward(loss, self.sums.micro_batch(number))
+            tape.backward(loss, self.sums.sink(number))
             self.losses[number] = float(loss.detach())

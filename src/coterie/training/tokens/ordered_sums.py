@@ -25,7 +25,7 @@ class OrderedSums:
         self._to_come: dict[int, dict[Tensor, int]] = {}
         self._early: dict[Tensor, dict[int, list[Tensor]]] = defaultdict(dict)
 
-    def micro_batch(self, number: int) -> _Sink:
+    def sink(self, number: int) -> _Sink:
         """Where the gradients of one micro-batch go; a `GradientSink`."""
         return _Sink(self, number)
 
