@@ -24,7 +24,7 @@ import torch
 from coterie.federation.identity.kit import load_kit
 from coterie.federation.identity.provision import local_kits
 from coterie.federation.identity.roster import load_roster
-from coterie.federation.wire.frame import FrameType, FrameScope, encode
+from coterie.federation.wire.frame import FrameScope, FrameType, encode
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.federation.wire.transport import Lane, Message
 

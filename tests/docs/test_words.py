@@ -49,6 +49,12 @@ RETIRED = {
     "open_books": "open_ledger",
     "expert_weights_NK": "routing_weights_NK",
     "scale_R": "routing_weights_R",
+    "Notice": "CoordinatorStatus",
+    "notice": "status",
+    "notify": "on_change, or nothing",
+    "Session": "FrameScope; a session is a private run's",
+    "session_of": "scope_of",
+    "Made": "SyntheticRecord",
 }
 
 

@@ -17,7 +17,7 @@ from coterie.federation.identity import certificates, roster
 from coterie.federation.rounds import directives
 from coterie.federation.rounds.state import PartyReport, State
 from coterie.federation.wire import handshake
-from coterie.federation.wire.frame import FrameReader, FrameType, FrameScope, encode
+from coterie.federation.wire.frame import FrameReader, FrameScope, FrameType, encode
 from coterie.federation.wire.transport import Address, Lane, Message, remote_error
 
 SCOPE = FrameScope(b"r" * 16, 1)

@@ -64,12 +64,12 @@ class _Figures:
         self._losses: list[float] = []
         self._masked = self._clipped = 0
 
-    def add(self, found: Diagnostics) -> None:
-        usable = ~found.masked
-        self._losses += found.losses[usable].tolist()
-        self.within.append(torch.where(usable, found.within.double() - 0.5, 0.0).T)
-        self._clipped += int((usable & ~found.within.all(0)).sum())
-        self._masked += int(found.masked.sum())
+    def add(self, diagnostics: Diagnostics) -> None:
+        usable = ~diagnostics.masked
+        self._losses += diagnostics.losses[usable].tolist()
+        self.within.append(torch.where(usable, diagnostics.within.double() - 0.5, 0.0).T)
+        self._clipped += int((usable & ~diagnostics.within.all(0)).sum())
+        self._masked += int(diagnostics.masked.sum())
 
     def of(self, lot: Lot) -> RoundFigures:
         count = len(self._losses)
@@ -156,8 +156,8 @@ class LotSums:
             assert isinstance(self.engine, OnGrid)
             self.engine.use_grid(self._on_grid.step)
         figures, loads = _Figures(), list[Tensor]()
-        for found in self._accumulate(lot, loads, key):
-            figures.add(found)
+        for diagnostics in self._accumulate(lot, loads, key):
+            figures.add(diagnostics)
         sums = self.engine.take()
         if self.balancer is not None and self.balancer.balance.releases_loads:
             sums[LOAD] = self._total(LOAD, self._unit_loads(self.balancer, loads, torch.from_numpy(lot.units)))
@@ -196,9 +196,9 @@ class LotSums:
         if self.data.units.starts is None:
             for records, _ in lot.physical_batches(self._at_once):
                 self._own_randomness(key, records)
-                found = self._batch_sums(self._batch(records), len(records))
-                loads += self._loads(~found.masked)
-                yield found
+                diagnostics = self._batch_sums(self._batch(records), len(records))
+                loads += self._loads(~diagnostics.masked)
+                yield diagnostics
             return
         for unit in range(lot.num_units):
             own = lot.records[lot.units == unit]

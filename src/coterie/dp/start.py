@@ -20,7 +20,7 @@ from coterie.dp.accounting.provenance import Artefact, as_loaded, declared
 from coterie.dp.balance import Balancer
 from coterie.dp.checks import self_check
 from coterie.dp.checks.comparison import ComparisonReport
-from coterie.dp.checks.made_up import FromCollator, Made
+from coterie.dp.checks.made_up import FromCollator, SyntheticRecord
 from coterie.dp.checks.records import check_records
 from coterie.dp.checks.watched import Watched
 from coterie.dp.clipping import Clipping
@@ -151,8 +151,8 @@ class _Parts(NamedTuple):
         if seam.expert_layers(model):
             seam.select(model)
         balancer = plan.balancer(model, loss_fn)
-        made = engine or options.engine(plan, model, balancer or loss_fn)
-        return cls(model, data, options, loss_fn, made, balancer)
+        ready = engine or options.engine(plan, model, balancer or loss_fn)
+        return cls(model, data, options, loss_fn, ready, balancer)
 
     def check(self) -> ComparisonReport | None:
         """Read every record once, then compare the engine with one record at a time, on made-up records.
@@ -178,7 +178,7 @@ class _Parts(NamedTuple):
 
 def _computes(engine: Engine, source: FromCollator) -> bool:
     """Whether the model can compute made-up records at all; it is left as it was."""
-    batch = source.batch([Made(source.base, 0), Made(source.base, 1)])
+    batch = source.batch([SyntheticRecord(source.base, 0), SyntheticRecord(source.base, 1)])
     device = next((parameter.device for parameter in engine.parameters.values()), torch.device("cpu"))
     before = Watched(engine.model)
     try:

@@ -19,8 +19,8 @@ from coterie.federation.wire.frame import (
     MAGIC,
     Frame,
     FrameReader,
-    FrameType,
     FrameScope,
+    FrameType,
     encode,
 )
 from coterie.federation.wire.transport import Address, Lane, Message

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.checks.made_up import ONE_LABEL, PLAIN, FromExample, Made
+from coterie.dp.checks.made_up import ONE_LABEL, PLAIN, FromExample, SyntheticRecord
 from coterie.dp.losses import IGNORED, Batch, LossFunction, checked
 from coterie.dp.per_sample.probe import probe_sizes, synthetic_batch
 from coterie.errors import NoRuleError
@@ -69,8 +69,8 @@ class BatchesOfOne:
     def autograd(self, loss: Tensor) -> Gradient:
         """Gradients of the parameters that a loss depends on."""
         names = list(self.engine.parameters)
-        found = torch.autograd.grad(loss, list(self.engine.parameters.values()), allow_unused=True)
-        return {name: g.to_dense() for name, g in zip(names, found, strict=True) if g is not None}
+        gradients = torch.autograd.grad(loss, list(self.engine.parameters.values()), allow_unused=True)
+        return {name: g.to_dense() for name, g in zip(names, gradients, strict=True) if g is not None}
 
     def same_loss(self, ours: float, theirs: float) -> bool:
         """Whether two losses of one record agree."""
@@ -104,8 +104,8 @@ class BatchesOfOne:
         """The refusal of a sum that is not that of the gradients of batches of one; None where all agree."""
         whole = norm(expected)
         for name in self.engine.shapes:
-            found = (sums.get(name), expected.get(name))
-            ours, theirs = (torch.zeros(()) if x is None else x.detach().double().cpu() for x in found)
+            pair = (sums.get(name), expected.get(name))
+            ours, theirs = (torch.zeros(()) if x is None else x.detach().double().cpu() for x in pair)
             if not float((ours - theirs).norm()) <= self.allowed * max(float(theirs.norm()), FLOOR * whole):
                 return self._disagreement(
                     f"The summed gradient of `{name}` disagrees with batches of one: "
@@ -222,9 +222,12 @@ def _records(engine: Compared, like: Batch, look: Look) -> Batch:
     seed = len(engine.shapes)
     lengths = [max(tokens * quarters // 4, 1) if look.padded else tokens for quarters in _LENGTHS]
     kinds = [ONE_LABEL if look.unlabelled and row == 1 else PLAIN for row in range(len(lengths))]
-    made = [Made(length, seed + row, kind) for row, (length, kind) in enumerate(zip(lengths, kinds, strict=True))]
+    records = [
+        SyntheticRecord(length, seed + row, kind)
+        for row, (length, kind) in enumerate(zip(lengths, kinds, strict=True))
+    ]
     if any(look):
-        batch = FromExample(engine.model, like).batch(made)
+        batch = FromExample(engine.model, like).batch(records)
         if batch is not None:
             return batch
     return synthetic_batch(engine.model, like, len(lengths), tokens, seed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coterie.dp.checks.batches_of_one import FLOOR, Alone, BatchesOfOne, Gradient
 from coterie.dp.checks.draws import OneDraw, Rounding, generators, repeated
-from coterie.dp.checks.made_up import EXTREME, ONE_LABEL, PLAIN, SHORT, Made, Source, config_numbers
+from coterie.dp.checks.made_up import EXTREME, ONE_LABEL, PLAIN, SHORT, Source, SyntheticRecord, config_numbers
 from coterie.dp.checks.watched import Watched
 from coterie.dp.losses import Batch, checked
 from coterie.dp.per_sample.engine import Engine
@@ -56,7 +56,7 @@ def tolerance(dtype: torch.dtype) -> float:
 class _Disagreement(Exception):
     """A comparison failed, for these records; it counts unless rounding alone moves one of them."""
 
-    def __init__(self, error: NoRuleError, *records: Made) -> None:
+    def __init__(self, error: NoRuleError, *records: SyntheticRecord) -> None:
         super().__init__(error.message)
         self.error = error
         self.records = records
@@ -108,7 +108,7 @@ class Comparison:
         """
         model = self._engine.model
         for seed in (0, 1):
-            batch = self._batch([Made(self._source.base, 100 * seed + i) for i in range(records)])
+            batch = self._batch([SyntheticRecord(self._source.base, 100 * seed + i) for i in range(records)])
             assert batch is not None  # records of one length always go together
             with torch.no_grad(), repeated(seed, self._devices):
                 before = generators(self._devices)
@@ -142,9 +142,9 @@ class Comparison:
         Raises:
             NoRuleError: they disagree.
         """
-        made = _kinds(self._source.base, count)
+        records = _kinds(self._source.base, count)
         self._settled(
-            lambda shift: self._compare(_shifted(made, shift), sorted({0, 2, count - 1}), self._singles.coupled)
+            lambda shift: self._compare(_shifted(records, shift), sorted({0, 2, count - 1}), self._singles.coupled)
         )
 
     def of_several_lengths(self) -> None:
@@ -160,22 +160,25 @@ class Comparison:
         inner = [*limits.values(), longest // 2] if longest > 2 * SHORT else []
         lengths = [short, longest, *(sorted(set(inner) - {short, longest})[-3:] or [max(short // 2, 1)])]
         kinds = [PLAIN, EXTREME, *([PLAIN] * 3)]
-        made = [Made(length, 200 + i, kind) for i, (length, kind) in enumerate(zip(lengths, kinds, strict=False))]
-        rows = [row for row in range(len(made)) if row != 1]
+        records = [
+            SyntheticRecord(length, 200 + i, kind)
+            for i, (length, kind) in enumerate(zip(lengths, kinds, strict=False))
+        ]
+        rows = [row for row in range(len(records)) if row != 1]
 
         def padded(what: str, beside: float | None, alone: float | None) -> NoRuleError:
             return _padded(what, beside, alone, longest, limits)
 
         try:
-            self._settled(lambda shift: self._compare(_shifted(made, shift), rows, padded))
+            self._settled(lambda shift: self._compare(_shifted(records, shift), rows, padded))
         except CoterieError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             if longest == self._source.base:
                 raise
             raise PrivacyError(
-                f"The model cannot compute {len(made)} records of which one is as long as the longest of the data, "
-                f"{longest} tokens ({type(error).__name__}).",
+                f"The model cannot compute {len(records)} records of which one is as long as the longest of the "
+                f"data, {longest} tokens ({type(error).__name__}).",
                 code="dp-length",
                 why="the round that draws it would fail, and failing tells that it was drawn",
                 fix="shorten the records to what the model takes (max_position_embeddings, memory)",
@@ -191,8 +194,10 @@ class Comparison:
             return
         longest = self._source.longest
         lengths = [max(longest // 2, 1), longest, max(longest // 3, 1), max(longest - 1, 1)]
-        made = [Made(length, 300 + i, filled=True) for i, length in enumerate(lengths)]
-        self._settled(lambda shift: self._compare(_shifted(made, shift), range(len(made)), self._singles.coupled))
+        records = [SyntheticRecord(length, 300 + i, filled=True) for i, length in enumerate(lengths)]
+        self._settled(
+            lambda shift: self._compare(_shifted(records, shift), range(len(records)), self._singles.coupled)
+        )
 
     def beside_others(self, count: int) -> None:
         """Records of a batch, and the same ones beside others, with the same random numbers.
@@ -201,9 +206,9 @@ class Comparison:
             NoRuleError: what a record computes follows the others.
         """
         count = max(count, 6)
-        made = _kinds(self._source.base, count)
+        records = _kinds(self._source.base, count)
         for seed in range(4):
-            self._settled(lambda shift, seed=seed: self._swap(_shifted(made, shift), seed))  # type: ignore[misc]
+            self._settled(lambda shift, seed=seed: self._swap(_shifted(records, shift), seed))  # type: ignore[misc]
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
@@ -217,13 +222,15 @@ class Comparison:
                 if draw == _DRAWS - 1 or all(self._stands(record) for record in found.records):
                     raise found.error from None
 
-    def _compare(self, made: Sequence[Made], rows: Sequence[int], refusal: Callable[..., NoRuleError]) -> None:
+    def _compare(
+        self, records: Sequence[SyntheticRecord], rows: Sequence[int], refusal: Callable[..., NoRuleError]
+    ) -> None:
         """Losses, norms and gradients of ``rows`` in one batch with all, against each alone."""
-        together = self._batch(made)
-        alone = [self._batch([made[row]]) for row in rows]
+        together = self._batch(records)
+        alone = [self._batch([records[row]]) for row in rows]
         if together is None or any(one is None for one in alone):
             return
-        losses = self._losses(together, len(made))
+        losses = self._losses(together, len(records))
         with self._draws():
             squares_PB, names = self._engine.norms_by_parameter(together)
         reference = Alone(names, len(rows))
@@ -231,22 +238,22 @@ class Comparison:
             assert one is not None
             loss, gradient = self._alone(one)
             if not self._singles.same_loss(float(losses[row]), loss):
-                raise _Disagreement(refusal("loss", float(losses[row]), loss), made[row])
+                raise _Disagreement(refusal("loss", float(losses[row]), loss), records[row])
             reference.add(column, gradient)
-        found = self._wrong_norm(squares_PB[:, list(rows)], reference.squares_PB, names)
-        if found is not None:
-            column, error = found
+        wrong_norm = self._wrong_norm(squares_PB[:, list(rows)], reference.squares_PB, names)
+        if wrong_norm is not None:
+            column, error = wrong_norm
             row, one = rows[column], alone[column]
             assert one is not None
             coupled = self._gradient_is_coupled(together, row, one)
-            raise _Disagreement(refusal("gradient", None, None) if coupled else error, made[row])
-        factors_B = torch.zeros(len(made))
+            raise _Disagreement(refusal("gradient", None, None) if coupled else error, records[row])
+        factors_B = torch.zeros(len(records))
         factors_B[list(rows)] = torch.tensor(reference.factors)
         with self._draws():
             sums = self._engine.summed(together, factors_B)
         wrong = self._singles.wrong_sum(sums, reference.total)
         if wrong is not None:
-            raise _Disagreement(wrong, *(made[row] for row in rows))
+            raise _Disagreement(wrong, *(records[row] for row in rows))
 
     def _wrong_norm(
         self, squares_PB: Tensor, reference_PB: Tensor, names: list[str]
@@ -261,36 +268,36 @@ class Comparison:
             self._errors[name] = max(self._errors[name], own)
         return None
 
-    def _swap(self, made: Sequence[Made], seed: int) -> None:
+    def _swap(self, records: Sequence[SyntheticRecord], seed: int) -> None:
         """Every second record replaced by another: the rest may not notice."""
-        others = [m._replace(seed=m.seed + 5000) if i % 2 else m for i, m in enumerate(made)]
-        others[1], others[-1 if len(made) % 2 == 0 else -2] = others[1]._replace(kind=PLAIN), made[1]
-        found = []
-        for records in (made, others):
-            batch = self._batch(records)
+        others = [m._replace(seed=m.seed + 5000) if i % 2 else m for i, m in enumerate(records)]
+        others[1], others[-1 if len(records) % 2 == 0 else -2] = others[1]._replace(kind=PLAIN), records[1]
+        results = []
+        for lot in (records, others):
+            batch = self._batch(lot)
             if batch is None:
                 return
             with repeated(seed, self._devices, OneDraw(dropout_only=True)), torch.no_grad():
-                losses = checked(self._engine.loss_fn(self._engine.model, batch), len(made)).double()[::2]
+                losses = checked(self._engine.loss_fn(self._engine.model, batch), len(records)).double()[::2]
             squares = None
             if seed < 2:
                 with repeated(seed, self._devices, OneDraw(dropout_only=True)):
                     squares = self._engine.norms_by_parameter(batch)[0][:, ::2]
-            found.append((losses, squares))
-        (losses, squares), (losses_now, squares_now) = found
+            results.append((losses, squares))
+        (losses, squares), (losses_now, squares_now) = results
         moved = ~((losses - losses_now).abs() <= 0.1 * self._allowed * losses.abs().clamp_min(1e-3))
         if bool(moved.any()):
             row = int(moved.int().argmax())
             error = self._singles.coupled("loss", float(losses_now[row]), float(losses[row]), "beside these")
-            raise _Disagreement(error, made[2 * row])
+            raise _Disagreement(error, records[2 * row])
         if squares is not None and squares_now is not None:
             norms, now = squares.sqrt(), squares_now.sqrt()
             scale = torch.maximum(norms, FLOOR * norms.square().sum(0).sqrt()).clamp_min(1e-30)
             moved = ~(((norms - now).abs() / scale).amax(0) <= self._allowed)
             if bool(moved.any()):
-                raise _Disagreement(self._singles.coupled("gradient"), made[2 * int(moved.int().argmax())])
+                raise _Disagreement(self._singles.coupled("gradient"), records[2 * int(moved.int().argmax())])
 
-    def _stands(self, record: Made) -> bool:
+    def _stands(self, record: SyntheticRecord) -> bool:
         """Whether coarser rounding leaves a record as it is, computed alone: then it is a witness."""
         one = self._batch([record])
         assert one is not None
@@ -314,8 +321,8 @@ class Comparison:
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
-    def _batch(self, made: Sequence[Made]) -> Batch | None:
-        batch = self._source.batch(made)
+    def _batch(self, records: Sequence[SyntheticRecord]) -> Batch | None:
+        batch = self._source.batch(records)
         return None if batch is None else self._on_device(batch)
 
     def _on_device(self, batch: Batch) -> Batch:
@@ -341,23 +348,23 @@ class Comparison:
         return loss, gradient
 
 
-def _kinds(length: int, count: int) -> list[Made]:
+def _kinds(length: int, count: int) -> list[SyntheticRecord]:
     kinds = [PLAIN, EXTREME, ONE_LABEL]
-    return [Made(length, i, kinds[i] if i < len(kinds) else PLAIN) for i in range(count)]
+    return [SyntheticRecord(length, i, kinds[i] if i < len(kinds) else PLAIN) for i in range(count)]
 
 
-def _shifted(made: Sequence[Made], shift: int) -> list[Made]:
-    return [record._replace(seed=record.seed + shift) for record in made]
+def _shifted(records: Sequence[SyntheticRecord], shift: int) -> list[SyntheticRecord]:
+    return [record._replace(seed=record.seed + shift) for record in records]
 
 
 def _limits(config: Any, short: int, longest: int) -> dict[str, int]:
     """Numbers of a config that may be limits of length and lie between two lengths, by name, at most three."""
-    found = {
+    numbers = {
         name: value
         for name, value in config_numbers(config).items()
         if short < value < longest and any(word in name for word in _LENGTH_WORDS)
     }
-    return dict(sorted(found.items(), key=lambda pair: -pair[1])[:3])
+    return dict(sorted(numbers.items(), key=lambda pair: -pair[1])[:3])
 
 
 def _padded(

@@ -44,11 +44,11 @@ def check_optimizer_step(model: nn.Module, optimizer: Any, put: Put) -> None:
         other = _Copied(state.optimizer, state.parameters)
         generator = torch.Generator().manual_seed(number)
         for one, opposite in zip(state.parameters, other.parameters, strict=True):
-            made = torch.randn(one.shape, generator=generator).to(one.device)
+            gradient = torch.randn(one.shape, generator=generator).to(one.device)
             one.grad = opposite.grad = None
             if one.requires_grad:
-                put(state.optimizer, one, made)
-                put(other.optimizer, opposite, -made)
+                put(state.optimizer, one, gradient)
+                put(other.optimizer, opposite, -gradient)
         held = [None if p.requires_grad else _sample(p) for p in state.parameters]
         _step(optimizer, state.optimizer)
         _step(optimizer, other.optimizer)
@@ -78,8 +78,8 @@ class _Copied:
 
 def _copy(optimizer: Any, memo: dict[int, Any]) -> Any:
     # Optimizers define which of their attributes a copy gets, and leave out those of subclasses.
-    made = object.__new__(type(optimizer))
-    memo[id(optimizer)] = made
+    twin = object.__new__(type(optimizer))
+    memo[id(optimizer)] = twin
     for inner in _inner(optimizer):
         if id(inner) not in memo:
             _copy(inner, memo)
@@ -88,8 +88,8 @@ def _copy(optimizer: Any, memo: dict[int, Any]) -> Any:
             continue  # a schedule counts steps of the original through it
         if name == "step" and not hasattr(value, "__self__"):
             raise TypeError("its step was replaced by a function")
-        made.__dict__[name] = copy.deepcopy(value, memo)
-    return made
+        twin.__dict__[name] = copy.deepcopy(value, memo)
+    return twin
 
 
 def _inner(optimizer: Any) -> Iterator[Any]:

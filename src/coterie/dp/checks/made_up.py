@@ -32,7 +32,7 @@ Side = Literal["left", "right"]
 """Where padding is."""
 
 
-class Made(NamedTuple):
+class SyntheticRecord(NamedTuple):
     """One made-up record: its tokens, what its values are drawn from, its kind, and whether it is filled up to the
     source's longest before the collator sees it, as records are that the data holds padded.
     """
@@ -58,7 +58,7 @@ class Source(Protocol):
     def padding(self) -> Side | None:
         """Where records are padded before the collator sees them; None if none is."""
 
-    def batch(self, records: Iterable[Made]) -> Batch | None:
+    def batch(self, records: Iterable[SyntheticRecord]) -> Batch | None:
         """The records together; None where they do not go into one batch."""
 
 
@@ -103,20 +103,20 @@ class FromCollator:
         Raises:
             PrivacyError: it packs them into one row, or makes no mapping.
         """
-        return self.batch([Made(self.base, 0), Made(self.base, 1)]) is not None
+        return self.batch([SyntheticRecord(self.base, 0), SyntheticRecord(self.base, 1)]) is not None
 
-    def batch(self, records: Iterable[Made]) -> Batch | None:
+    def batch(self, records: Iterable[SyntheticRecord]) -> Batch | None:
         records = list(records)
-        made = [self._made(record) for record in records]
+        items = [self._item_like(record) for record in records]
         try:
             with RowDraws([record.seed for record in records]):
-                batch = self._collate(made)
+                batch = self._collate(items)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
             return None
-        check_rows(batch, len(made))
+        check_rows(batch, len(items))
         return batch
 
-    def _made(self, record: Made) -> Any:
+    def _item_like(self, record: SyntheticRecord) -> Any:
         tokens = self._tokens.of(record)
         if isinstance(self._item, Mapping):
             return {name: self._like(name, value, tokens, record) for name, value in self._item.items()}
@@ -124,7 +124,7 @@ class FromCollator:
             return type(self._item)(self._like("", value, tokens, record) for value in self._item)
         return self._like("", self._item, tokens, record)
 
-    def _like(self, name: str, value: Any, tokens: Tensor, record: Made) -> Any:
+    def _like(self, name: str, value: Any, tokens: Tensor, record: SyntheticRecord) -> Any:
         if isinstance(value, str):
             return " ".join(_WORDS[int(token) % len(_WORDS)] for token in tokens)
         if not isinstance(value, list | Tensor):
@@ -133,21 +133,21 @@ class FromCollator:
         if given is None:
             return value
         if given.ndim == 1 and len(given) == self._whole and not given.is_floating_point():
-            made = self._filled(name, self._sequence(name, tokens, record), record)
+            values = self._filled(name, self._sequence(name, tokens, record), record)
         elif given.ndim == 0 and not given.is_floating_point():
-            made = torch.tensor(self._single(name, int(given), record))
+            values = torch.tensor(self._single(name, int(given), record))
         elif given.is_floating_point():
-            made = torch.randn(given.shape, generator=torch.Generator().manual_seed(record.seed))
+            values = torch.randn(given.shape, generator=torch.Generator().manual_seed(record.seed))
         else:
-            made = torch.zeros_like(given)
-        return made.tolist() if isinstance(value, list) else made.to(value.dtype)
+            values = torch.zeros_like(given)
+        return values.tolist() if isinstance(value, list) else values.to(value.dtype)
 
-    def _filled(self, name: str, made_T: Tensor, record: Made) -> Tensor:
+    def _filled(self, name: str, values_T: Tensor, record: SyntheticRecord) -> Tensor:
         gap = self.longest - record.length if record.filled else 0
         sides = (gap, 0) if self.padding == "left" else (0, gap)
-        return F.pad(made_T, sides, value=self._filler.get(name, 0))
+        return F.pad(values_T, sides, value=self._filler.get(name, 0))
 
-    def _sequence(self, name: str, tokens: Tensor, record: Made) -> Tensor:
+    def _sequence(self, name: str, tokens: Tensor, record: SyntheticRecord) -> Tensor:
         if "mask" in name:
             return torch.ones_like(tokens)
         if name == "labels":
@@ -156,7 +156,7 @@ class FromCollator:
             return torch.arange(len(tokens))
         return tokens if name == "input_ids" else torch.zeros_like(tokens)
 
-    def _single(self, name: str, value: Any, record: Made) -> Any:
+    def _single(self, name: str, value: Any, record: SyntheticRecord) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
         classes = getattr(getattr(self._model, "config", None), "num_labels", None)
@@ -189,7 +189,7 @@ class FromExample:
         self._masked = isinstance(mask, Tensor) and mask.ndim == 2
         self._left = self._masked and bool((mask[:, 0] == 0).any())  # type: ignore[index]
 
-    def batch(self, records: Iterable[Made]) -> Batch | None:
+    def batch(self, records: Iterable[SyntheticRecord]) -> Batch | None:
         records = list(records)
         longest = max(record.length for record in records)
         if not self._masked and any(record.length != longest for record in records):
@@ -203,7 +203,7 @@ class FromExample:
             for name, value in rows[0].items()
         }
 
-    def _row(self, record: Made, longest: int) -> dict[str, Any]:
+    def _row(self, record: SyntheticRecord, longest: int) -> dict[str, Any]:
         row = synthetic_batch(self._model, self._like, 1, record.length, seed=record.seed)
         ids, labels = row.get("input_ids"), row.get("labels")
         if isinstance(ids, Tensor) and ids.ndim == 2:
@@ -232,7 +232,7 @@ class _Tokens:
         self._model = model
         self._classes = classes_of(model)
 
-    def of(self, record: Made) -> Tensor:
+    def of(self, record: SyntheticRecord) -> Tensor:
         """[T] int64."""
         if record.kind == EXTREME:
             if self._extreme is None:
@@ -241,7 +241,7 @@ class _Tokens:
         generator = torch.Generator().manual_seed(record.seed)
         return self._allowed[torch.randint(len(self._allowed), (record.length,), generator=generator)]
 
-    def labels(self, tokens_T: Tensor, record: Made) -> Tensor:
+    def labels(self, tokens_T: Tensor, record: SyntheticRecord) -> Tensor:
         """[T] labels of a sequence: its own tokens, or classes for a tagger."""
         labels = tokens_T.clone() if self._classes is None else tokens_T % self._classes
         if record.kind == ONE_LABEL:
@@ -305,22 +305,22 @@ def _filler(model: Any) -> dict[str, int]:
 
 def _special(model: Any) -> set[int]:
     """Ids that a model's config, or a part of it, gives a meaning of their own."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for name, value in config_numbers(getattr(model, "config", None)).items():
         if name.endswith(("_token_id", "_token_index")) and value >= 0:
-            found.add(value)
-    return found
+            ids.add(value)
+    return ids
 
 
 def config_numbers(config: Any) -> dict[str, int]:
     """Every whole number of a config and of its parts, by the path to it."""
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
 
     def walk(path: str, value: Any, depth: int) -> None:
         if isinstance(value, int) and not isinstance(value, bool):
-            found[path] = value
+            numbers[path] = value
         elif isinstance(value, float) and value.is_integer():
-            found[path] = int(value)
+            numbers[path] = int(value)
         elif depth and isinstance(value, Mapping):
             for name, part in value.items():
                 walk(f"{path}.{name}".lstrip("."), part, depth - 1)
@@ -328,7 +328,7 @@ def config_numbers(config: Any) -> dict[str, int]:
             walk(path, vars(value), depth - 1)
 
     walk("", config, 4)
-    return found
+    return numbers
 
 
 def _embedding(model: Any, vocabulary: int) -> Tensor | None:

@@ -194,15 +194,15 @@ def _length(batch: Mapping[str, Any]) -> Any:
 def _tables(model: nn.Module) -> dict[str, int]:
     """Keys of a batch that are looked up in a table of the model, and how many rows it has."""
     base = base_of(model)
-    found: dict[str, int] = {}
+    rows_of: dict[str, int] = {}
     try:
         words = base.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         words = None
     rows = getattr(getattr(words, "weight", None), "shape", (0,))[0]
     if rows:
-        found["input_ids"] = found["decoder_input_ids"] = int(rows)
+        rows_of["input_ids"] = rows_of["decoder_input_ids"] = int(rows)
     for name, module in base.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("token_type_embeddings"):
-            found["token_type_ids"] = module.num_embeddings
-    return found
+            rows_of["token_type_ids"] = module.num_embeddings
+    return rows_of

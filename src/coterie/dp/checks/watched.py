@@ -165,17 +165,17 @@ def _unequal(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
     by_device: dict[torch.device, list[str]] = {}
     for name, (before, _) in pairs.items():
         by_device.setdefault(before.device, []).append(name)
-    found = []
+    changed = []
     for names in by_device.values():
         before, now = (torch.stack([pairs[name][i] for name in names]) for i in (0, 1))
-        found += [name for name, other in zip(names, (before != now).tolist(), strict=True) if other]
-    return found
+        changed += [name for name, other in zip(names, (before != now).tolist(), strict=True) if other]
+    return changed
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter, buffer and tensor in a plain attribute of a module, by name, each once."""
-    found = _registered(model)
-    known = {id(tensor) for tensor in found.values()}
+    tensors = _registered(model)
+    known = {id(tensor) for tensor in tensors.values()}
     for prefix, module in model.named_modules():
         for name, value in vars(module).items():
             if name in _OWN or isinstance(value, nn.Module | str | int | float | None):
@@ -183,8 +183,8 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
             for path, tensor in _inside(f"{prefix}.{name}".lstrip("."), value, _DEPTH):
                 if id(tensor) not in known:
                     known.add(id(tensor))
-                    found[path] = tensor
-    return found
+                    tensors[path] = tensor
+    return tensors
 
 
 def _registered(model: nn.Module) -> dict[str, Tensor]:

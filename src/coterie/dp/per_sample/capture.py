@@ -235,21 +235,21 @@ class Capture:
             return [supposed(shape, self.batch) for shape in shapes]
         call = self._calls[key]
         self._calls[key] = call + 1
-        found = self.sites.meanings(key, call, shapes)
-        if found is not None:
-            for meaning, shape in zip(found, shapes, strict=True):
+        meanings = self.sites.meanings(key, call, shapes)
+        if meanings is not None:
+            for meaning, shape in zip(meanings, shapes, strict=True):
                 if meaning.dim >= 0:
                     size = shape[meaning.dim] if meaning.dim < len(shape) else 0
                     if size != self.batch if meaning.exact else not size or size % self.batch:
-                        found = None
+                        meanings = None
                         break
-        if found is None:
+        if meanings is None:
             raise refusal(
                 node,
                 name,
                 f"its rows cannot be told apart by record ({self.batch} records, shapes {[list(s) for s in shapes]})",
             )
-        return found
+        return meanings
 
     def expect(self, node: Node) -> None:
         """A use whose gradient will be delivered in the backward."""
@@ -431,7 +431,7 @@ def _dispatch(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
         if function in _HOOKS:
             raise _unfollowed(args[0], "it is given a hook that may change its gradient")
         capture = next(
-            (found for tensor in tensors((args, kwargs)) if (found := getattr(tensor, _CAPTURE, None)) is not None),
+            (owner for tensor in tensors((args, kwargs)) if (owner := getattr(tensor, _CAPTURE, None)) is not None),
             None,
         )
         if capture is None or not capture.active:  # a derived value that outlived its pass refuses gradients itself

@@ -186,12 +186,12 @@ def condensed(uses: list[Use]) -> list[Use]:
 
 def segment_norms(uses_of_roots: Iterable[list[Use]]) -> list[SegmentNorms]:
     """What a compiled pass can take of these roots' norms, before `sq_norms` asks for them."""
-    found = []
+    norms = []
     for uses in uses_of_roots:
         if len(uses) == 1 or _tied(uses):
             terms = [term for _, term in uses if isinstance(term, Outer | StackedOuter)]
-            found += [each for term in terms if (each := term.segment_norms) is not None]
-    return found
+            norms += [each for term in terms if (each := term.segment_norms) is not None]
+    return norms
 
 
 @in_full_float32

@@ -216,17 +216,17 @@ class Engine:
     def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:
         """Squared norm of every record's gradient of every parameter, [parameters, B], and the parameters' names."""
         self.prepare(batch)
-        found: dict[str, SqNorms] = {}
+        squares: dict[str, SqNorms] = {}
         records = batch_size(batch)
 
         def ready(root: Root) -> None:
             uses = combine_uses.bounded(combine_uses.simplify(root, records))
-            found[root.name] = combine_uses.precise_sq_norms(root, uses, records)[1]
+            squares[root.name] = combine_uses.precise_sq_norms(root, uses, records)[1]
             root.captured = []
 
         self._run(batch, ready)
         names = list(self.shapes)
-        return torch.stack([found[name].value.cpu() for name in names]), names
+        return torch.stack([squares[name].value.cpu() for name in names]), names
 
     def _book_keeping(self, batch: Batch, counted: int | None) -> Diagnostics:
         records, groups = batch_size(batch), self.gradient_groups
@@ -241,9 +241,9 @@ class Engine:
         # All together, so that threads are started once.
         take_all(combine_uses.segment_norms(uses for _, uses in kept.values()))
         kept = {name: (root, combine_uses.bounded(uses)) for name, (root, uses) in kept.items()}
-        found = {name: combine_uses.sq_norms(root, uses, records) for name, (root, uses) in kept.items()}
-        self._refine(found, kept, records)
-        factors, diagnostics = groups.factors(groups.added_up(found, records), losses, counted)
+        squares = {name: combine_uses.sq_norms(root, uses, records) for name, (root, uses) in kept.items()}
+        self._refine(squares, kept, records)
+        factors, diagnostics = groups.factors(groups.added_up(squares, records), losses, counted)
         keep = ~diagnostics.masked
         masked = bool(diagnostics.masked.any())
         for name in list(kept):
@@ -254,19 +254,19 @@ class Engine:
         return diagnostics
 
     def _refine(
-        self, found: dict[str, SqNorms], kept: dict[str, tuple[Root, list[combine_uses.Use]]], records: int
+        self, squares: dict[str, SqNorms], kept: dict[str, tuple[Root, list[combine_uses.Use]]], records: int
     ) -> None:
         """Take norms again, more carefully, while the slack is a notable part of a group's whole norm.
 
         The parameter that adds most of it comes first: a careful norm costs several times a plain one, and one or two
         are usually enough.
         """
-        left = {name for name in kept if not found[name].trusted()}
+        left = {name for name in kept if not squares[name].trusted()}
         while left:
-            whole = self.gradient_groups.added_up(found, records)
+            whole = self.gradient_groups.added_up(squares, records)
             doubtful = ~whole.trusted_rows()
             adds = {
-                name: float((found[name].slack.cpu() / whole.value[index]).nan_to_num(0.0).max())
+                name: float((squares[name].slack.cpu() / whole.value[index]).nan_to_num(0.0).max())
                 for name in left
                 if doubtful[index := self.gradient_groups.index(name)]
             }
@@ -275,12 +275,12 @@ class Engine:
             worst = max(sorted(adds), key=adds.__getitem__)
             left.remove(worst)
             root, uses = kept[worst]
-            uses, found[worst] = combine_uses.precise_sq_norms(root, uses, records)
+            uses, squares[worst] = combine_uses.precise_sq_norms(root, uses, records)
             kept[worst] = root, uses
 
     def _ghost(self, batch: Batch, counted: int | None) -> Diagnostics:
         records, groups = batch_size(batch), self.gradient_groups
-        found: dict[str, SqNorms] = {}
+        squares: dict[str, SqNorms] = {}
         apart: set[str] = set()
         captured_bytes = 0
 
@@ -289,14 +289,14 @@ class Engine:
             uses = combine_uses.bounded(combine_uses.simplify(root, records))
             root.captured = []
             captured_bytes += sum(term.nbytes() for _, term in uses)
-            careful, found[root.name] = combine_uses.precise_sq_norms(root, uses, records)
+            careful, squares[root.name] = combine_uses.precise_sq_norms(root, uses, records)
             if careful is not uses:
                 apart.add(root.name)
 
         with _replayable_randomness(self._devices()):
             losses = self._run(batch, ready)
         self._memory.measured(batch, captured_bytes)
-        factors, diagnostics = groups.factors(groups.added_up(found, records), losses, counted)
+        factors, diagnostics = groups.factors(groups.added_up(squares, records), losses, counted)
         again = self._second_pass(batch, factors, self._sums, ~diagnostics.masked, apart)
         if not torch.equal(losses.nan_to_num(), again.nan_to_num()):
             raise PrivacyError(

@@ -83,11 +83,11 @@ class GradientGroups:
         """The norm that no record's clipped gradient exceeds, rounding aside."""
         return float(self.thresholds.square().sum().sqrt())
 
-    def added_up(self, found: Mapping[str, SqNorms], records: int) -> SqNorms:
+    def added_up(self, squares: Mapping[str, SqNorms], records: int) -> SqNorms:
         """[G, B] squared norms of the groups from those of their parameters."""
         value = torch.zeros(len(self.names), records, dtype=torch.float64)
         slack = torch.zeros_like(value)
-        for name, norms in found.items():
+        for name, norms in squares.items():
             value[self.index(name)] += norms.value.cpu()
             slack[self.index(name)] += norms.slack.cpu()
         return SqNorms(value, slack)

@@ -37,9 +37,9 @@ def learn_sites(passes: CapturedPass, batch: Batch) -> Sites:
         sites = Sites(probe_sizes(passes.model, attempt))
         try:
             for seed, (records, tokens) in enumerate(sites.sizes):
-                made = synthetic_batch(passes.model, batch, records, tokens, seed)
+                trial = synthetic_batch(passes.model, batch, records, tokens, seed)
                 with torch.random.fork_rng(devices=[]):
-                    passes.run(made, _forget, sites, (records, tokens))
+                    passes.run(trial, _forget, sites, (records, tokens))
         except NoRuleError as error:
             failure = error
             continue
@@ -94,17 +94,17 @@ def synthetic_batch(model: Any, like: Batch, records: int, tokens: int, seed: in
     main = next((like[name] for name in ("input_ids", "inputs_embeds") if name in like), None)
     length = main.shape[1] if isinstance(main, Tensor) and main.ndim > 1 else None
     vocabulary = vocabulary_of(model)
-    made: dict[str, Any] = {}
+    batch: dict[str, Any] = {}
     for name, value in like.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
-            made[name] = value
+            batch[name] = value
             continue
         shape = (records, *(tokens if size == length else size for size in value.shape[1:]))
-        made[name] = _values(name, value, shape, vocabulary, model, generator).to(value.device)
-    labels, ids = made.get("labels"), made.get("input_ids")
+        batch[name] = _values(name, value, shape, vocabulary, model, generator).to(value.device)
+    labels, ids = batch.get("labels"), batch.get("input_ids")
     if isinstance(labels, Tensor) and ids is not None and labels.shape == ids.shape and classes_of(model) is None:
-        made["labels"] = ids.clone()
-    return made
+        batch["labels"] = ids.clone()
+    return batch
 
 
 def _values(

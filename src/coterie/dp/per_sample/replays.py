@@ -117,7 +117,7 @@ class _Replay(torch.autograd.Function):
         inputs, results = ctx.saved_tensors[: len(call.inputs)], ctx.saved_tensors[len(call.inputs) :]
         try:
             parts = _Parts(call, inputs, results, grads, ctx.needs_input_grad[3:])
-            found = [_of_record(parts, record) for record in range(call.capture.batch)]
+            gradients_of = [_of_record(parts, record) for record in range(call.capture.batch)]
         except CoterieError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -125,7 +125,7 @@ class _Replay(torch.autograd.Function):
                 raise
             reason = f"it does not run on one record alone ({type(error).__name__}: {error})"
             raise refusal(call.sources[0][0], call.function, reason) from error
-        by_leaf = list(zip(*found, strict=True))
+        by_leaf = list(zip(*gradients_of, strict=True))
         for (node, meaning), gradients in zip(call.sources, by_leaf[len(inputs) :], strict=True):
             call.capture.deliver(*_term(node, meaning, gradients, call.capture.batch))
         needs = ctx.needs_input_grad[3:]
@@ -169,10 +169,10 @@ def _of_record(parts: _Parts, record: int) -> list[Tensor]:
             chosen.append(out)
             given.append(call.of_record(grad, meaning, record))
     wanted = [leaf for leaf in (*leaves, *weights) if leaf.requires_grad]
-    found: Iterator[Tensor | None] = iter(())
+    computed: Iterator[Tensor | None] = iter(())
     if chosen:
-        found = iter(torch.autograd.grad(chosen, wanted, given, allow_unused=True))
-    gradients = [next(found, None) if leaf.requires_grad else None for leaf in (*leaves, *weights)]
+        computed = iter(torch.autograd.grad(chosen, wanted, given, allow_unused=True))
+    gradients = [next(computed, None) if leaf.requires_grad else None for leaf in (*leaves, *weights)]
     return [
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip((*leaves, *weights), gradients, strict=True)

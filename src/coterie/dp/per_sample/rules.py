@@ -74,9 +74,9 @@ def _guarded(capture: Capture, items: Any, error: NoRuleError) -> Any:
 
 def _apply(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], writes: bool) -> Any:
     operands = list(tensors((args, kwargs)))
-    found = [node_of(tensor) for tensor in operands]
-    node = next(each for each in found if each is not None)
-    if (None not in found and not writes) or (function in _LIKE_ANOTHER and found[0] is not None):
+    nodes = [node_of(tensor) for tensor in operands]
+    node = next(each for each in nodes if each is not None)
+    if (None not in nodes and not writes) or (function in _LIKE_ANOTHER and nodes[0] is not None):
         return capture.derive(function, args, kwargs)
     use = Use(operands, _meanings(capture, function, operands))
     if writes:
@@ -87,12 +87,12 @@ def _apply(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: 
         raise refusal(node, function, "it is written into another tensor")
     data = [
         (tensor, meaning)
-        for tensor, meaning, source in zip(operands, use.meanings, found, strict=True)
+        for tensor, meaning, source in zip(operands, use.meanings, nodes, strict=True)
         if source is None and (meaning.dim != CONSTANT.dim or tensor.requires_grad)
     ]
     if not data:
         return capture.derive(function, args, kwargs)
-    rule = None if any(source is not None and source.value.is_complex() for source in found) else RULES.get(function)
+    rule = None if any(source is not None and source.value.is_complex() for source in nodes) else RULES.get(function)
     if rule is not None:
         result = rule(capture, function, args, kwargs, use)
         if result is not NotImplemented:
@@ -110,7 +110,7 @@ def _apply(capture: Capture, function: Function, args: tuple[Any, ...], kwargs: 
 def _meanings(capture: Capture, function: Function, operands: list[Tensor]) -> list[Meaning]:
     rows = capture.row_records
     if rows is None:
-        node = next(found for tensor in operands if (found := node_of(tensor)) is not None)
+        node = next(source for tensor in operands if (source := node_of(tensor)) is not None)
         return list(capture.meanings(node, getattr(function, "__name__", str(function)), operands))
     return [
         Meaning(0, False)

@@ -149,9 +149,9 @@ _IN_PLACE = ("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__",
 
 
 def _functions() -> list[Function]:
-    found = [getattr(owner, name) for name in _NAMES for owner in (torch, _T) if hasattr(owner, name)]
-    found += [getattr(_T, f"__{name}__") for name in _OPERATORS if hasattr(_T, f"__{name}__")]
-    return found + [getattr(_T, name) for name in _IN_PLACE]
+    functions = [getattr(owner, name) for name in _NAMES for owner in (torch, _T) if hasattr(owner, name)]
+    functions += [getattr(_T, f"__{name}__") for name in _OPERATORS if hasattr(_T, f"__{name}__")]
+    return functions + [getattr(_T, name) for name in _IN_PLACE]
 
 
 ELEMENTWISE_RULES: dict[Function, Rule] = {

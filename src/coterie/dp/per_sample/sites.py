@@ -142,14 +142,14 @@ class Sites:
 
     def _meaning(self, shapes: tuple[tuple[int, ...], ...]) -> Meaning:
         (first, _), (second, _), _ = self.sizes
-        found = CONSTANT
+        meaning = CONSTANT
         for dim, (a, b, c) in enumerate(zip(*shapes, strict=True)):
             if a == b:
                 continue
-            if found is not CONSTANT or a * second != b * first or c % second:
+            if meaning is not CONSTANT or a * second != b * first or c % second:
                 return UNKNOWN
-            found = Meaning(dim, (a, b, c) == (first, second, second))
-        return found
+            meaning = Meaning(dim, (a, b, c) == (first, second, second))
+        return meaning
 
     def _misled(self, column: tuple[Shapes, ...], call: _Call) -> bool:
         return any(

@@ -276,13 +276,13 @@ class StackedOuter:
 
     def _compiled(self) -> SqNorms | None:
         """`_cheaply` with a compiled pass; None without one."""
-        found = taken(self.segment_norms, self._a.shape[1], self._g.shape[1])
-        if found is None:
+        norms = taken(self.segment_norms, self._a.shape[1], self._g.shape[1])
+        if norms is None:
             return None
         counts, gram = self._segments.counts, self._gram_S
         value = torch.zeros(counts.shape[0], dtype=torch.float64)
         slack = torch.zeros_like(value)
-        value[gram], slack[gram] = found
+        value[gram], slack[gram] = norms
         for i in torch.nonzero((counts > 0) & ~gram).flatten().tolist():
             part = _direct(*(rows[None] for rows in self._rows(slice(*self._segments.bounds[i]))))
             value[i], slack[i] = part.value[0], part.slack[0]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from coterie.errors import CoterieError, DeadlineError, FrameError, TransportError
 from coterie.federation.cancel import NEVER, CancelToken
-from coterie.federation.wire.frame import Encoded, Frame, FrameType, FrameScope, encode
+from coterie.federation.wire.frame import Encoded, Frame, FrameScope, FrameType, encode
 from coterie.federation.wire.peer_lane import Connection, PeerLane
 from coterie.federation.wire.seldom import Seldom
 from coterie.federation.wire.transport import (

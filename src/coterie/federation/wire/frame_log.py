@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coterie.errors import CheckpointError, FrameError
-from coterie.federation.wire.frame import CHUNK_BYTES, Frame, FrameReader, FrameType, FrameScope, encode
+from coterie.federation.wire.frame import CHUNK_BYTES, Frame, FrameReader, FrameScope, FrameType, encode
 from coterie.federation.wire.transport import Lane, Message
 from coterie.storage import PRIVATE, check_known, json_object, make_private_folder, write_all, writing
 

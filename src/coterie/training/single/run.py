@@ -129,10 +129,10 @@ def _resumed(run_dir: Path) -> tuple[Prepared, Stepper]:
     _check_unchanged(prepared, marker, run_dir)
     if config.privacy is None:
         return prepared, PlainStepper(prepared, prepared.store.newest())
-    return prepared, PrivateStepper(prepared, documents, _session_of(prepared))
+    return prepared, PrivateStepper(prepared, documents, _session_folder(prepared))
 
 
-def _session_of(prepared: Prepared) -> Path:
+def _session_folder(prepared: Prepared) -> Path:
     """The newest checkpoint that holds the session of a private run."""
     newest = prepared.store.newest()
     if newest is not None and SESSION in newest.state:
