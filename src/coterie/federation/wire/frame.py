@@ -11,6 +11,7 @@ are views of that buffer. `docs/reference/wire.md` has the layout as a table.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -92,6 +93,11 @@ class FrameScope:
     run: bytes
     epoch: int
     protocol: int = PROTOCOL_VERSION
+
+    @classmethod
+    def of_run(cls, name: str, epoch: int = 0) -> FrameScope:
+        """Of a run by its name."""
+        return cls(hashlib.sha256(name.encode()).digest()[:RUN_BYTES], epoch)
 
 
 @dataclass(frozen=True)

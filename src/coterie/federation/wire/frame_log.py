@@ -40,7 +40,7 @@ _LARGEST_FRAME = 1 << 40
 
 def scope_of(head: Mapping[str, Any]) -> FrameScope:
     """What the frames of a log carry: the run's name alone."""
-    return FrameScope(hashlib.sha256(str(head["run"]).encode()).digest()[:16], 0)
+    return FrameScope.of_run(str(head["run"]))
 
 
 class FrameLog:

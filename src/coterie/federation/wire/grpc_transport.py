@@ -12,7 +12,6 @@ Every stream has a reader thread (the dialling thread, or one beside gRPC's hand
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import secrets
@@ -31,7 +30,7 @@ from coterie.federation.identity.kit import Kit
 from coterie.federation.identity.roster import Roster, RosterEntry, verify
 from coterie.federation.wire import newcomers, unreachable
 from coterie.federation.wire.base_transport import ALL_LANES, TWIN, BaseTransport, Settings
-from coterie.federation.wire.frame import CHUNK_BYTES, RUN_BYTES, Encoded, FrameReader, FrameScope
+from coterie.federation.wire.frame import CHUNK_BYTES, Encoded, FrameReader, FrameScope
 from coterie.federation.wire.grpc_connection import GrpcConnection
 from coterie.federation.wire.handshake import Hello, compare, decode_hello, twin
 from coterie.federation.wire.newcomers import Newcomers
@@ -118,7 +117,7 @@ class GrpcTransport(BaseTransport):
         super().__init__(
             me,
             {entry.name: _lanes_between(mine, entry.role) for entry in others},
-            FrameScope(hashlib.sha256(self._run.encode()).digest()[:RUN_BYTES], roster.membership_epoch),
+            FrameScope.of_run(self._run, roster.membership_epoch),
             settings or Settings(),
             [entry.name for entry in others if Role.COORDINATOR in (mine, entry.role)],
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterable
 
@@ -39,7 +38,7 @@ class InProcessHub:
     ) -> None:
         self._members = (*((coordinator,) if coordinator is not None else ()), *parties)
         self._coordinator = coordinator
-        self._scope = FrameScope(hashlib.sha256(run.encode()).digest()[:16], membership_epoch)
+        self._scope = FrameScope.of_run(run, membership_epoch)
         self._settings = settings or Settings()
         self._lock = threading.Lock()
         self._live: dict[str, _InProcessTransport] = {}
