@@ -69,7 +69,7 @@ def test_type_checkers_see_the_names_that_are_loaded_late(package: ModuleType) -
         for node in imports
         for alias in node.names
     }
-    assert seen == package._HOME
+    assert seen == package._MODULES
 
 
 def test_every_exported_name_has_an_entry_in_the_reference() -> None:

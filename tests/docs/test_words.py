@@ -27,6 +27,7 @@ RETIRED = {
     "TrunkHome": "TrunkHost",
     "LoadHome": "PublicLoads",
     "home": "host",
+    "HOME": "_MODULES",
     "TokenExchange": "TokensOwner",
     "ExpertHost": "TokensHost",
     "ExpertsWay": "ExpertsOwner",

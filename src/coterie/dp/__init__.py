@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # for type checkers and the reference pages
     from coterie.dp.session import PrivateSession as PrivateSession
     from coterie.dp.setup import make_private as make_private
 
-_HOME = {
+_MODULES = {
     "Budget": "accounting.budget",
     "Spent": "accounting.budget",
     "PrivacyWarning": "accounting.budget",
@@ -71,10 +71,10 @@ _HOME = {
     "Automatic": "clipping",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -13,12 +13,12 @@ if TYPE_CHECKING:  # for type checkers and the reference pages
     from coterie.hf.arguments import PrivacyArguments as PrivacyArguments
     from coterie.hf.trainer import PrivateTrainer as PrivateTrainer
 
-_HOME = {"PrivateTrainer": "trainer", "PrivacyArguments": "arguments"}
+_MODULES = {"PrivateTrainer": "trainer", "PrivacyArguments": "arguments"}
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
