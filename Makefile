@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast site wheel faults test-lowest test-newest lint format clean
+.PHONY: demo test test-fast site wheel dist release faults test-lowest test-newest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -27,6 +27,14 @@ site: $(STAMP)
 # The wheel in a fresh environment: `coterie --help` and a tiny private run.
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel
+
+# Wheel and sdist of the last commit with their hashes, in dist/; built twice, equal bit for bit.
+dist:
+	PYTHON=$(PYTHON) .ci/dist
+
+# The checklist of a release, on a commit tagged v<version>: leaves in dist/ what may be published.
+release:
+	PYTHON=$(PYTHON) .ci/release
 
 # Kills, frozen processes, cut lines, full disks, strangers, fuzzing, a soak: bounded, about half an hour on two idle
 # cores. Writes docs/reliability.md. Network faults need root; without it they are skipped.
@@ -78,4 +86,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) coterie-demo build .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) coterie-demo build dist .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Imports go one way.
 
-errors < storage < ranks < pages < config < models < checkpoints < {dp, federation} < training < hf < audit
-< demonstration < cli
+errors < revision < storage < ranks < pages < config < models < checkpoints < {dp, federation} < training < hf
+< audit < demonstration < cli
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import coterie
 PACKAGE = Path(coterie.__file__).parent
 ORDER = (
     "errors",
+    "revision",
     "storage",
     "ranks",
     "pages",

@@ -38,6 +38,7 @@ def run_folder(tmp_path: Path, rounds: int = 3, *, private: bool = True, finishe
     if finished:
         (folder / "private" / "result.json").write_text(json.dumps(result), "utf-8")
     marker = {"kind": "federation", "party": "alder", "run": "ac742cef", "agreement": "4d" * 32}
+    marker |= {"coterie": "0.1.0", "revision": "0123456789ab"}
     (folder / "run.json").write_text(json.dumps(marker), "utf-8")
     return folder
 
@@ -52,6 +53,7 @@ def test_a_private_run_shows_budget_losses_and_where_they_may_go(tmp_path: Path)
     assert "training 4.300, held-out 4.234" in page
     assert page.index("For the owner alone") < page.index("Loss, private to the owner")
     for piece in (
+        "0.1.0, commit 0123456789ab",
         "Budget over the rounds",
         "records in the lot",
         "13.3 MB",

@@ -125,8 +125,12 @@ def test_explain_knows_every_fixed_code_and_refuses_others(capsys: pytest.Captur
     assert {item.code for item in raised_errors()} == set(listed)
 
 
-def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "--version")[:2] == (0, "0.1.0\n")
+@pytest.mark.parametrize(("built", "shown"), [("c0ffee012345", "0.1.0 (c0ffee012345)"), (None, "0.1.0")])
+def test_version_is_printed_with_its_commit_where_it_is_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, built: str | None, shown: str
+) -> None:
+    monkeypatch.setattr(cli, "revision", lambda: built)
+    assert run(capsys, "--version")[:2] == (0, f"{shown}\n")
 
 
 def test_json_is_whole_and_has_no_nan(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ class Identification(_Model):
     """What was run, so that it can be run again.
 
     Attributes:
-        commit: of the source tree, where it is one.
+        commit: that coterie was built from; None where nobody knows.
         seconds, cpu_s: of the whole audit, by the clock and of the processor.
     """
 

@@ -7,15 +7,15 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import coterie
+from coterie import __version__
 from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Audited, Identification, Part
 from coterie.config import FederationConfig, content_hash, load_yaml
+from coterie.revision import revision
 from coterie.storage import file_digest, json_object
 from coterie.training.party.process import FEDERATION_FILE
 from coterie.training.single.prepared import read_config
@@ -26,8 +26,8 @@ _PACKAGES = ("torch", "transformers", "dp-accounting", "numpy")
 def identification(runs: list[Audited], seed: int, seconds: float, cpu_s: float) -> Identification:
     """Of a whole audit that took so long."""
     return Identification(
-        version=coterie.__version__,
-        commit=_commit(),
+        version=__version__,
+        commit=revision(),
         packages={name: _version(name) for name in _PACKAGES},
         seed=seed,
         seconds=round(seconds, 1),
@@ -98,16 +98,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
-
-
-def _commit() -> str | None:
-    """Of the source tree this runs from; None when it runs from an installed package."""
-    root = Path(coterie.__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    told = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-    )
-    return told.stdout.strip() or None

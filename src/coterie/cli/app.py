@@ -18,6 +18,7 @@ from coterie.cli.output import error_console, fail
 from coterie.cli.stopping import ending_on_request
 from coterie.cli.streams import guarded_output
 from coterie.errors import CoterieError
+from coterie.revision import revision
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Several parties train together on this machine; then a report."),
@@ -94,7 +95,8 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(__version__, file=sys.stdout)
+        built = revision()
+        typer.echo(f"{__version__} ({built})" if built else __version__, file=sys.stdout)
         raise typer.Exit()
 
 

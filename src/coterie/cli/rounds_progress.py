@@ -14,6 +14,7 @@ import typer
 
 from coterie.cli.output import Advance, progress
 from coterie.cli.streams import KeptOnFileHandler
+from coterie.revision import software
 from coterie.storage import writing
 
 SILENT_S = 3.5
@@ -133,6 +134,7 @@ def log_file(folder: Path) -> Iterator[logging.Logger]:
     before = log.propagate, log.level
     log.addHandler(handler)
     log.propagate, log.level = False, logging.INFO
+    log.info("coterie %(coterie)s, revision %(revision)s", software())
     try:
         yield log
     finally:

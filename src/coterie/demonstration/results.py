@@ -19,6 +19,7 @@ from coterie.demonstration.folder import Folder
 from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.screen import Screen
 from coterie.errors import DataError
+from coterie.revision import software
 from coterie.training.evaluate import Difference, Evaluation, paired_bootstrap
 from coterie.training.folders import private_folder
 from coterie.training.metrics import read_metrics
@@ -106,6 +107,7 @@ class Results:
         """The figures for `--json`."""
         audit = {} if self.audit is None else {"audit": dict(self.audit.as_json())}
         return {
+            **software(),
             **audit,
             "parties": list(self.parties),
             "rounds": self.plan.rounds,

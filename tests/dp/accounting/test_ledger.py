@@ -86,6 +86,7 @@ def test_more_releases_than_planned_are_refused(tmp_path: Path) -> None:
 def test_a_run_keeps_the_numbers_it_started_with(tmp_path: Path) -> None:
     ledger = started(tmp_path)
     ledger.start_run("run-a", MECHANISM, 100)
+    ledger.start_run("run-a", MECHANISM, 100, coterie="9.9", revision="of a later process")
     with pytest.raises(LedgerError, match="with other settings"):
         ledger.start_run("run-a", Mechanism(0.9, 0.1), 100)
     with pytest.raises(LedgerError, match="run run-z is not in this dataset's ledger"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from coterie.errors import CheckpointError
 from coterie.federation.rounds.state import Saved
+from coterie.revision import software
 from coterie.training.party.store import PartyStore
 
 AGREEMENT = "a" * 64
@@ -32,6 +34,7 @@ def test_what_was_saved_is_offered_and_loads_in_a_new_process(tmp_path: Path):
     digest = first.save(4, parts(1.5))
     second = store(tmp_path)
     assert second.run == "run-1"
+    assert software().items() <= json.loads((tmp_path / "run.json").read_text()).items()
     assert second.held() == (Saved(4, digest),)
     loaded = second.load(Saved(4, digest), ("trunk", "experts"))
     assert loaded["trunk"]["w"].tolist() == [1.5, 1.5]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from coterie import __version__
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
 from coterie.dp.accounting.dataset import dataset_digest
@@ -21,6 +22,7 @@ from coterie.dp.session import PrivateSession
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError, RoundError
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.models.split.trainings import read_trainings
+from coterie.revision import revision
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
 from coterie.training.optim import make_optimizer
@@ -82,6 +84,27 @@ def test_private_run_stays_in_budget_and_says_what_it_promises(make_config: Make
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/public/model")
     assert model.config.num_experts == 4
     assert evaluate_run(load_trained(tmp_path / "run")).loss == pytest.approx(result.loss, rel=1e-4)
+
+
+def test_every_record_of_a_run_says_which_commit_made_it_and_not_where(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.revision.describe", lambda root: "c0ffee012345")
+    revision.cache_clear()
+    start(make_config())
+    revision.cache_clear()
+    made_by = {"coterie": __version__, "revision": "c0ffee012345"}
+    run = tmp_path / "run"
+    (ledger,) = tmp_path.rglob("ledger.jsonl")
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    records = [entry["data"] for entry in entries if entry["kind"] == "run"]
+    for path in ("run.json", "private/result.json", "public/model/coterie.json"):
+        records.append(json.loads((run / path).read_text()))
+    assert len(records) == 4
+    for record in records:
+        assert made_by.items() <= record.items()
+    for public in (run / "public").rglob("*.json"):
+        assert str(tmp_path) not in public.read_text()
 
 
 def test_runs_on_the_same_text_add_up_however_it_is_cut(make_config: MakeConfig) -> None:

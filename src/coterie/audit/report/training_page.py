@@ -257,7 +257,7 @@ def _known(run: Training) -> dict[str, str]:
         "party": run.party,
         "federation": run.status.get("federation"),
         "agreement": run.marker.get("agreement"),
-        "coterie": run.marker.get("coterie"),
+        "coterie": _made_by(run.marker),
         "noise multiplier": run.privacy.get("noise_multiplier"),
         "isolation": run.privacy.get("isolation"),
         "revealed": run.privacy.get("revealed"),
@@ -266,6 +266,11 @@ def _known(run: Training) -> dict[str, str]:
     return {
         name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in known.items() if value
     }
+
+
+def _made_by(marker: Mapping[str, Any]) -> str:
+    version, built = marker.get("coterie"), marker.get("revision")
+    return f"{version}, commit {built}" if built else str(version or "")
 
 
 def _statement(run: Training) -> str:

@@ -48,6 +48,7 @@ _FIELDS = {
 """What an entry of each kind holds; a run's holds public facts besides."""
 
 _UNITS = ("record", "user")
+_OF_THE_PROCESS = ("self_check", "coterie", "revision")
 
 
 def default_root(beside: Path | None = None) -> Path:
@@ -159,8 +160,8 @@ def _seeded(entry: Entry) -> bool:
 
 
 def _fixed(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what a process that takes the run up again need not do again."""
-    return {name: value for name, value in facts.items() if name != "self_check"}
+    """Without what speaks of the process that started the run, and not of what the run costs."""
+    return {name: value for name, value in facts.items() if name not in _OF_THE_PROCESS}
 
 
 def _entry_hash(seq: int, stamp: str, kind: str, data: Mapping[str, Any], prev: str) -> str:

@@ -21,6 +21,7 @@ from coterie.dp.accounting.texts import Originals
 from coterie.dp.plan import PrivacyPlan
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import LedgerError
+from coterie.revision import software
 
 UNCHECKED = (
     "whether the model keeps records apart: it was not compared with one record at a time (self_check=False, or an "
@@ -76,7 +77,7 @@ class RunStart(NamedTuple):
         ledger.start_run(
             run, self.mechanism, self.plan.rounds, **self.facts(),
             budget=asdict(self.plan.budget), provenance=[artefact.to_json() for artefact in artefacts],
-            record=dict(record), self_check=self_check,
+            record=dict(record), self_check=self_check, **software(),
         )  # fmt: skip
 
     def check(self, ledger: Ledger, run: str) -> None:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from coterie import __version__
 from coterie.errors import ModelError
+from coterie.revision import software
 from coterie.storage import check_known, json_object, write_json
 
 TRAININGS_FILE = "coterie.json"
@@ -56,7 +56,7 @@ def write_trainings(folder: Path, trainings: Iterable[Training]) -> None:
     listed = [asdict(training) for training in dict.fromkeys(trainings)]
     if not listed:
         return
-    content = {"format": _FORMAT, "coterie": __version__, "trainings": listed}
+    content = {"format": _FORMAT, **software(), "trainings": listed}
     write_json(folder / TRAININGS_FILE, content)
     if (folder / _CONFIG_FILE).is_file():
         config = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))

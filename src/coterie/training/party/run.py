@@ -20,6 +20,7 @@ from coterie.federation.rounds.state import Ending, State
 from coterie.federation.wire.gate import Gate
 from coterie.federation.wire.messages import unfit
 from coterie.federation.wire.transport import Address, Lane, Message, Transport
+from coterie.revision import software
 from coterie.storage import write_json
 from coterie.training.experts.exchange import ExpertsExchange
 from coterie.training.experts.shared_trunk import shared_names
@@ -64,7 +65,7 @@ class PartyResult:
     statement: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), **software()}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from coterie.checkpoints import CheckpointStore
 from coterie.errors import CheckpointError
 from coterie.federation.rounds.state import Saved
 from coterie.models.split.trainings import Training
+from coterie.revision import software
 from coterie.storage import check_known, json_object, write_json
 from coterie.training.folders import private_folder
 
@@ -66,7 +67,7 @@ class PartyStore:
         self.run = run
         marker = {"kind": "federation", "run": run, "party": self._party, "agreement": self._agreement}
         marker["data"] = self._text
-        write_json(self._run_dir / _MARKER, marker)
+        write_json(self._run_dir / _MARKER, {**marker, **software()})
 
     def held(self) -> tuple[Saved, ...]:
         """Checkpoints whose manifests can be read and that did not fail to load, oldest first.

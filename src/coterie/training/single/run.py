@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie import __version__
 from coterie.config import TrainConfig, due, dump_yaml
 from coterie.dp.accounting.statement import Statement
 from coterie.dp.checkpoint import SESSION
@@ -26,6 +25,7 @@ from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.rounds.run_folder import holding_its_folder
 from coterie.federation.wire.values import check_own
 from coterie.models.split.saved import save_model
+from coterie.revision import software
 from coterie.storage import put_away, write_json, writing
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
@@ -68,7 +68,7 @@ class RunResult:
     statement: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        values = asdict(self)
+        values = {**asdict(self), **software()}
         if self.privacy is None:
             del values["privacy"], values["statement"]
         return values
@@ -97,7 +97,7 @@ def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | N
         run = Run(prepared, stepper, stop or StopFlag(), watch)
         if config.privacy is not None:  # the ledger holds the run from now on: it cannot begin again, only go on
             run.save()
-        write_json(config.run_dir / MARKER, {"run": prepared.run_id, "coterie": __version__, **stepper.marker()})
+        write_json(config.run_dir / MARKER, {"run": prepared.run_id, **software(), **stepper.marker()})
         return run.go_on()
 
 
