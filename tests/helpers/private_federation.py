@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from coterie.config import FederationConfig
+from coterie.dp.checks import self_check
+from coterie.dp.checks.comparison import ComparisonReport
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.take_sums import BEGIN
 from coterie.training.party.in_process import InProcessFederation
@@ -120,6 +122,14 @@ class PrivateWorld:
         for name, end in self.federation.ends.items():
             assert not isinstance(end, BaseException), (name, end)
             assert not isinstance(end, PartyResult) or (end.finished and end.rounds == self.config.train.rounds)
+
+
+@pytest.fixture
+def already_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No comparison of the engine with batches of one when a ledger is opened: on a tiny model it takes longer than
+    all the rounds. What it finds is tested in tests/dp/checks; tests/training/experts/test_private_exchange.py goes
+    through it in a federation."""
+    monkeypatch.setattr(self_check, "check", lambda *_: ComparisonReport({}, []))
 
 
 @pytest.fixture

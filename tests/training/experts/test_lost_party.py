@@ -25,9 +25,12 @@ from helpers.comparing import relative
 from helpers.federations import PARTIES, experts_settings, full_models, make_parts, text
 from helpers.kills import Deadly, Killed
 from helpers.private_federation import PrivateWorld
+from helpers.private_federation import already_compared as already_compared
 from helpers.private_federation import watched as watched
 from helpers.private_settings import balanced_settings, exchange_of
 from helpers.waiting import until
+
+pytestmark = pytest.mark.usefixtures("already_compared")
 
 LEFT = ("alder", "birch")
 

@@ -27,6 +27,7 @@ from coterie.training.party.run import PartyResult
 from helpers.comparing import relative
 from helpers.federations import PARTIES, assert_same, full_models, make_parts
 from helpers.private_federation import PrivateWorld
+from helpers.private_federation import already_compared as already_compared
 from helpers.private_federation import watched as watched
 from helpers.private_settings import (
     CLIP,
@@ -40,6 +41,8 @@ from helpers.private_settings import (
 )
 from helpers.recorded import recorded_of
 from helpers.waiting import until
+
+pytestmark = pytest.mark.usefixtures("already_compared")
 
 
 class Routed:

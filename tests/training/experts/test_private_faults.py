@@ -27,8 +27,11 @@ from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.run import PartyResult
 from helpers.federations import PARTIES
 from helpers.private_federation import FATAL, ROUNDS, VICTIM, PrivateWorld
+from helpers.private_federation import already_compared as already_compared
 from helpers.private_federation import watched as watched
 from helpers.waiting import until
+
+pytestmark = pytest.mark.usefixtures("already_compared")
 
 
 def _is_victims(owner: object) -> bool:
