@@ -36,11 +36,12 @@ class CoterieError(Exception):
         code: stable identifier, e.g. ``config-unknown-key``; defaults to the class's own.
         where: file and line, layer, peer or step.
         why: what would happen if this were ignored.
-        fix: what to do about it.
+        fix: what to do about it; defaults to the class's own.
         field: name of the setting or header field at fault. Code and field are all that may cross to a peer.
     """
 
     code = "error"
+    fix: str | None = None
 
     def __init__(
         self,
@@ -58,7 +59,8 @@ class CoterieError(Exception):
             self.code = code
         self.where = where
         self.why = why
-        self.fix = fix
+        if fix is not None:
+            self.fix = fix
         self.field = field
 
     def __str__(self) -> str:
@@ -117,6 +119,7 @@ class FrameError(TransportError):
     """A message whose header does not check out."""
 
     code = "frame"
+    fix = "run the same version of coterie everywhere; if it is the same, see the log of the member that sent it"
 
 
 class MessageError(FrameError):
@@ -138,12 +141,14 @@ class DeadlineError(TransportError):
     """Nothing came in time."""
 
     code = "deadline"
+    fix = "see whether that member runs and is reachable; a longer `deadline_s` allows for slow lines and machines"
 
 
 class RoundError(CoterieError):
     """A round that was aborted or cannot be joined."""
 
     code = "round"
+    fix = "nothing at first: the round is tried again; if it keeps failing, see the log of the member that is named"
 
 
 class CheckpointError(CoterieError):

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import coterie
 from coterie.cli import app as cli
 from coterie.cli import output
 from coterie.cli.explain import raised_errors
@@ -123,6 +125,33 @@ def test_explain_knows_every_fixed_code_and_refuses_others(capsys: pytest.Captur
     assert run(capsys, "explain", "no-such-code")[0] == 1
     listed = run(capsys, "explain")[1].split()
     assert {item.code for item in raised_errors()} == set(listed)
+
+
+def test_every_code_in_the_source_is_explained_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Codes are looked for as text, in another way than `explain` does: whatever stands after `code=`, and a case."""
+    found = raised_errors()
+    known = {item.code.removesuffix("...") for item in found}
+    sources = [path.read_text("utf-8") for path in Path(coterie.__file__).parent.rglob("*.py")]
+    written = {
+        code for text in sources for said in re.findall(r"\bcode=([^,)]*)", text)
+        for code in re.findall(r'"([a-z]+(?:-[a-z]+)+)-?', said)
+    }  # fmt: skip
+    written |= {
+        code for text in sources for code in re.findall(r'(?:\bcase|Refusal\()\s*"([a-z]+(?:-[a-z]+)+)"', text)
+    }
+    assert len(written) > 300
+    assert not {code for code in written if not any(code.startswith(each) for each in known)}
+    assert not {item.code for item in found if not item.fix}
+    for code in (
+        "config-unknown-key",
+        "config-invalid",
+        "internal",
+        "cache-full",
+        "dp-trained-changed",
+        "upcycle-read",
+    ):
+        assert "fix" in run(capsys, "explain", code)[1], code
+    assert "run the same version" in run(capsys, "explain", "frame-magic")[1]
 
 
 @pytest.mark.parametrize(("built", "shown"), [("c0ffee012345", "0.1.0 (c0ffee012345)"), (None, "0.1.0")])

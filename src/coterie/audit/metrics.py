@@ -82,7 +82,11 @@ def proportion(hits: int, total: int) -> Estimate:
     """
     _need(total, "trial")
     if not 0 <= hits <= total:
-        raise AuditError(f"{hits} hits of {total} trials is no proportion.", code="audit-counts")
+        raise AuditError(
+            f"{hits} hits of {total} trials is no proportion.",
+            code="audit-counts",
+            fix="count a hit once for each trial",
+        )
     interval = stats.binomtest(hits, total).proportion_ci(CONFIDENCE, "exact")
     return Estimate(hits / total, float(interval.low), float(interval.high), total)
 
@@ -205,7 +209,11 @@ class Scores:
             values = torch.as_tensor(scores, dtype=torch.float64)
             _need(len(values), name)
             if values.isnan().any():
-                raise AuditError(f"A score of a {name} is not a number.", code="audit-score")
+                raise AuditError(
+                    f"A score of a {name} is not a number.",
+                    code="audit-score",
+                    fix="leave out records whose loss is not finite, and say how many they are",
+                )
             groups = torch.arange(len(values)) if documents is None else torch.as_tensor(documents)
             _same(len(values), len(groups))
             sides.append((values, torch.unique(groups, return_inverse=True)[1]))
@@ -229,6 +237,7 @@ class Scores:
                 raise AuditError(
                     f"{len(scores.keys() ^ found.keys())} ids have a score or a truth, and not both.",
                     code="audit-unjoined",
+                    fix="give a score and a truth for the same ids",
                     why="scores beside the wrong truth would measure nothing",
                 )
         inside, outside = [k for k in scores if members[k]], [k for k in scores if not members[k]]
@@ -460,7 +469,10 @@ def bag_f1(truth: Iterable[Hashable], guess: Iterable[Hashable]) -> float:
 def _need(count: int, what: str) -> None:
     if count == 0:
         raise AuditError(
-            f"There is no {what} to measure on.", code="audit-nothing", why="a rate over nothing says nothing"
+            f"There is no {what} to measure on.",
+            code="audit-nothing",
+            fix="give at least one; an attack that was not made has no rate",
+            why="a rate over nothing says nothing",
         )
 
 
@@ -469,5 +481,6 @@ def _same(*lengths: int) -> None:
         raise AuditError(
             f"Guesses, truth and documents have lengths {', '.join(map(str, lengths))}.",
             code="audit-lengths",
+            fix="give all three in one order, with an entry for every place",
             why="a guess beside the truth of another place measures nothing",
         )

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from coterie import __version__
-from coterie.cli.output import error_console, fail
+from coterie.cli.output import error_console, fail, show_error
 from coterie.cli.stopping import ending_on_request
 from coterie.cli.streams import guarded_output
 from coterie.errors import CoterieError
@@ -155,10 +155,10 @@ def _run(given: list[str], debug: bool) -> None:
     except Exception as error:
         if debug:
             raise
-        problem = (
-            f"Error internal: {type(error).__name__}: {error}\n  fix    add --debug for the traceback and report it"
+        bug = CoterieError(
+            f"{type(error).__name__}: {error}", code="internal", fix="add --debug for the traceback and report it"
         )
-        error_console().print(problem, style="red", markup=False)
+        show_error(bug)
         sys.exit(1)
 
 

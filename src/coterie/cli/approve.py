@@ -37,7 +37,11 @@ def command(
 
     config = load_yaml(settings, FederationConfig)
     if not request.is_file():
-        raise IdentityError(f"There is no request {request}.", code="identity-missing")
+        raise IdentityError(
+            f"There is no request {request}.",
+            code="identity-missing",
+            fix="name the file that `coterie request` wrote at the party: kit/request.csr",
+        )
     authority = kits.load_authority(ca)
     member, certificate = kits.approve(request.read_bytes(), members(config), authority, days=days)
     out.mkdir(parents=True, exist_ok=True)

@@ -131,9 +131,14 @@ def progress(description: str, total: int, *, done: int = 0, lines: int = 20) ->
 
 def fail(error: CoterieError) -> NoReturn:
     """Print the error's four lines on standard error and end the command with exit code 1."""
+    show_error(error)
+    raise typer.Exit(EXIT_ERROR)
+
+
+def show_error(error: CoterieError) -> None:
+    """Print the error's four lines on standard error."""
     shown = error_console()
     shown.print(f"[bold red]Error[/] [bold]{escape(error.code)}[/]: {escape(error.message)}")
     for name, text in error.details():
         if text:
             shown.print(f"  [dim]{name:<6}[/] {escape(text)}")
-    raise typer.Exit(EXIT_ERROR)

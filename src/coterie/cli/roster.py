@@ -66,7 +66,11 @@ def command(
     from coterie.federation.identity.kit import ROSTER_FILE, load_kit
 
     if action is not Action.JOIN and len(files) != 1:
-        raise RosterError(f"`coterie roster {action}` takes one file, not {len(files)}.", code="roster-usage")
+        raise RosterError(
+            f"`coterie roster {action}` takes one file, not {len(files)}.",
+            code="roster-usage",
+            fix="name one file; only `coterie roster join` takes several",
+        )
     first = files[0] / ROSTER_FILE if files[0].is_dir() else files[0]
     if action is Action.MAKE:
         _save(_make(first, certificates, epoch, weights), out or Path(ROSTER_FILE))
@@ -98,7 +102,11 @@ def command(
 
 def _needed(kit: Path | None, action: Action) -> Path:
     if kit is None:
-        raise RosterError(f"`coterie roster {action}` needs --kit.", code="roster-usage")
+        raise RosterError(
+            f"`coterie roster {action}` needs --kit.",
+            code="roster-usage",
+            fix="add --kit with the folder that holds your own key, as in `--kit kit`",
+        )
     return kit
 
 

@@ -133,9 +133,18 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         finally:
             loader.dispose()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text.", code="config-yaml", where=f"byte {error.start}") from None
+        raise ConfigError(
+            f"{path} is not UTF-8 text.",
+            code="config-yaml",
+            fix="save it as UTF-8 in your editor",
+            where=f"byte {error.start}",
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.", code="config-yaml") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}.",
+            code="config-yaml",
+            fix="check the path, and that you may read the file",
+        ) from None
     except RecursionError:
         raise ConfigError(
             f"{path} is nested too deeply.",
@@ -204,13 +213,13 @@ def _report(
     if len(problems) == 1:
         (only,) = problems
         return ConfigError(
-            only.message + ".",
+            f"{only.message}.",
             code="config-unknown-key" if only.kind == "extra_forbidden" else "config-invalid",
             where=_where(path, lines, only.keys),
             why="a setting that is ignored would train something else than you asked for"
             if only.kind == "extra_forbidden"
             else None,
-            fix=only.hint or None,
+            fix=only.hint or "all settings and their defaults: docs/reference/config.md",
         )
     listed = [
         f"{_where(path, lines, problem.keys)}: {problem.message}" + (f"; {problem.hint}" if problem.hint else "")

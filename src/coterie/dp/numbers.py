@@ -20,51 +20,58 @@ class _Rule(NamedTuple):
 
 _RULES = {
     "epsilon": _Rule(
-        Epsilon, "dp-epsilon", "epsilon 0 allows nothing to be learned, and a huge one promises nothing",
-        "choose an epsilon between about 0.5 and 10",
+        Epsilon, code="dp-epsilon", why="epsilon 0 allows nothing to be learned, and a huge one promises nothing",
+        fix="choose an epsilon between about 0.5 and 10",
     ),
     "delta": _Rule(
-        Fraction, "dp-delta", "delta is the probability with which the epsilon bound may fail",
-        "choose a delta between 0 and 1, well below 1 / number of records",
+        Fraction, code="dp-delta", why="delta is the probability with which the epsilon bound may fail",
+        fix="choose a delta between 0 and 1, well below 1 / number of records",
     ),
     "clip_norm": _Rule(
-        Positive, "dp-clip-norm", "it bounds what one record may contribute; without it no noise is enough",
-        "set clip_norm to a positive number, such as 1.0",
+        Positive, code="dp-clip-norm", why="it bounds what one record may contribute; without it no noise is enough",
+        fix="set clip_norm to a positive number, such as 1.0",
     ),
     "lot_size": _Rule(
-        Count, "dp-lot-size", "it is the number of units expected in one round",
-        "choose a lot size; larger ones (hundreds to thousands) suit private training",
+        Count, code="dp-lot-size", why="it is the number of units expected in one round",
+        fix="choose a lot size; larger ones (hundreds to thousands) suit private training",
     ),
-    "max_lot": _Rule(Count, "dp-lot-limit", "it is the largest lot of truncated sampling", "leave it to the default"),
+    "max_lot": _Rule(
+        Count, code="dp-lot-limit", why="it is the largest lot of truncated sampling", fix="leave it to the default"
+    ),
     "rounds": _Rule(
-        Count, "dp-rounds", "the number of rounds is fixed in advance", "train for at least one round"
+        Count, code="dp-rounds", why="the number of rounds is fixed in advance", fix="train for at least one round"
     ),
     "epochs": _Rule(
-        Positive, "dp-rounds", "epochs and lot size fix the number of rounds in advance",
-        "choose how often each unit is to be used, such as 3",
+        Positive, code="dp-rounds", why="epochs and lot size fix the number of rounds in advance",
+        fix="choose how often each unit is to be used, such as 3",
     ),
     "physical_batch": _Rule(
-        Count, "dp-physical-batch", "it is the number of records computed at once; without any, noise alone is paid",
-        "choose what fits in memory, such as 16; it never changes the result",
+        Count, code="dp-physical-batch",
+        why="it is the number of records computed at once; without any, noise alone is paid",
+        fix="choose what fits in memory, such as 16; it never changes the result",
     ),
     "records_per_user": _Rule(
-        Count, "dp-user-cap", "a user's records in a lot are capped so that one user cannot fill it",
-        "set records_per_user to 1 or more",
+        Count, code="dp-user-cap", why="a user's records in a lot are capped so that one user cannot fill it",
+        fix="set records_per_user to 1 or more",
     ),
     "adaptive_quantile": _Rule(
-        Fraction, "dp-quantile", "it is the share of units whose gradient stays unclipped",
-        "choose 0.5, or leave it out",
+        Fraction, code="dp-quantile", why="it is the share of units whose gradient stays unclipped",
+        fix="choose 0.5, or leave it out",
     ),
     "load_share": _Rule(
-        Fraction, "dp-balance", "it is the part of the clip norm that the released loads take", "leave it at 0.1"
+        Fraction, code="dp-balance", why="it is the part of the clip norm that the released loads take",
+        fix="leave it at 0.1",
     ),
     "smoothing": _Rule(
-        Smoothing, "dp-balance", "it is the weight of the past in an average", "leave it at 0.5"
+        Smoothing, code="dp-balance", why="it is the weight of the past in an average", fix="leave it at 0.5"
     ),
     "coefficient": _Rule(
-        Positive, "dp-balance", "it is the weight of the balance loss, or the step of the bias", "leave it out"
+        Positive, code="dp-balance", why="it is the weight of the balance loss, or the step of the bias",
+        fix="leave it out",
     ),
-    "seed": _Rule(NotNegative, "dp-seed", "streams are named by it", "leave it out; a seeded run is not private"),
+    "seed": _Rule(
+        NotNegative, code="dp-seed", why="streams are named by it", fix="leave it out; a seeded run is not private"
+    ),
 }  # fmt: skip
 
 

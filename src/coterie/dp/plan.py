@@ -167,7 +167,11 @@ class PrivacyPlan:
             BudgetError: a noise multiplier of one's own in a run that is private.
         """
         if self.noise_multiplier is not None and self.seed is None:
-            raise BudgetError("a noise multiplier of one's own is for seeded tests.", code="dp-sigma")
+            raise BudgetError(
+                "a noise multiplier of one's own is for seeded tests.",
+                code="dp-sigma",
+                fix="leave it out: the budget decides the noise; with a `seed`, for a test, it may be given",
+            )
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ class Shard:
         for layer, name, param in self._parameters():
             if any(value.shape != param.shape[1:] for value in stacked[layer, name]):
                 raise CheckpointError(
-                    f"Saved experts of layer {layer} have another shape in `{name}`.", code="checkpoint-experts"
+                    f"Saved experts of layer {layer} have another shape in `{name}`.",
+                    code="checkpoint-experts",
+                    fix="use the run folder with the shard that it began with, or name another run_dir to begin anew",
                 )
         if self._optimizer is not None:
             self._optimizer.load_tensors(self._names(), self._optimizer_parts(state))

@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
+from coterie.config import LoraSpec
 from coterie.dp.clipping import Flat
 from coterie.dp.losses import default_loss
 from coterie.dp.per_sample.engine import Engine
 from coterie.errors import CheckpointError, RoundError
 from coterie.models import seam
+from coterie.models.lora import attach_adapters, expert_adapters, factors_stay_apart
 from coterie.models.streaming.cache import FileStore, MemoryStore, WeightCache
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.zoo.catalogue import causal_lm_types
@@ -257,3 +259,35 @@ def test_clipped_sums_with_streamed_weights_are_those_with_weights_in_the_module
     for name, total in expected.items():
         assert (found[name] - total).norm() <= 1e-5 * total.norm() + 1e-12, name
     assert streamer.peak_layers <= 2
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_adapters_of_streamed_experts_get_the_gradients_of_pefts_merged_weights(family: str) -> None:
+    """Experts stored one way and transposed with biases; nothing of the lent weights outlives the forward."""
+    pytest.importorskip("peft")
+    model = attach_adapters(small_model(family), LoraSpec(rank=2, alpha=4.0, modules=("q_proj",)), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    loss, expected = loss_and_gradients(model)
+    layers = seam.expert_layers(model)
+    cache = cache_of(model, MemoryStore())
+    for layer in layers:
+        for name, param in layer.parameters().items():
+            setattr(
+                layer.module, name, torch.nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+            )
+    streamer = LayerStreamer(cache, torch.device("cpu"), torch.float32)
+    adapters = expert_adapters(model)
+    with (
+        factors_stay_apart(model),
+        seam.computed_by(model, StreamedExperts(streamer, HostGradients(), adapters)),
+    ):
+        streamed_loss, streamed = loss_and_gradients(model)
+    streamer.close()
+    assert torch.allclose(streamed_loss, loss)
+    assert streamed.keys() == expected.keys()
+    assert any("experts" in name for name in streamed)
+    for name, gradient in expected.items():
+        assert (streamed[name] - gradient).norm() <= 1e-4 * gradient.norm(), name

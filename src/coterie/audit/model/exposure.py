@@ -36,7 +36,11 @@ def exposure(rank: float, alternatives: int) -> float:
         AuditError: a rank outside 1 to ``alternatives`` + 1.
     """
     if not 1 <= rank <= alternatives + 1:
-        raise AuditError(f"Rank {rank} among {alternatives} alternatives is none.", code="audit-counts")
+        raise AuditError(
+            f"Rank {rank} among {alternatives} alternatives is none.",
+            code="audit-counts",
+            fix="count ranks from 1, to one more than there are alternatives",
+        )
     return math.log2(alternatives + 1) - math.log2(rank)
 
 

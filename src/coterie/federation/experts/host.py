@@ -184,7 +184,11 @@ class ExpertsHost:
                 lambda: self._closed or self._has_begun(wanted) or self._too_far_ahead(wanted.round), timeout=wait_s
             )
             if self._closed:
-                raise RoundError(f"{self.me} is leaving.", code="host-closed")
+                raise RoundError(
+                    f"{self.me} is leaving.",
+                    code="host-closed",
+                    fix="start everybody again with `coterie resume`: all go on from the newest common checkpoint",
+                )
             if self._too_far_ahead(wanted.round):
                 raise RoundError(f"{self.me} went back to before round {wanted.round}.", code="round-given-up")
         if message.kind == DECLARE:

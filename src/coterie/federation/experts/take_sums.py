@@ -140,7 +140,11 @@ class PushService:
 
     def _check(self, peer: str, message: Message) -> Part:
         if peer not in self._parties:
-            raise RoundError(f"{peer} is not a party of this federation.", code="push-stranger")
+            raise RoundError(
+                f"{peer} is not a party of this federation.",
+                code="push-stranger",
+                fix="have everybody install the same roster",
+            )
         wanted, number = Attempt.of(message), message.address.part
         if wanted != self._open:
             raise RoundError(f"{peer} pushed for {wanted}; {self._open or 'none'} is open.", code="push-round")

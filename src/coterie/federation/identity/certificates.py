@@ -228,7 +228,11 @@ def member_of(certificate: x509.Certificate) -> tuple[str, Role, str]:
                 return match[3], Role(match[2]), match[1]
     except (x509.ExtensionNotFound, ValueError):
         pass
-    raise IdentityError("The certificate names no member of a coterie federation.", code="identity-no-name")
+    raise IdentityError(
+        "The certificate names no member of a coterie federation.",
+        code="identity-no-name",
+        fix="use a certificate that `coterie approve` or `coterie provision` made",
+    )
 
 
 def check_issued(
@@ -288,7 +292,11 @@ def p256_key(holder: x509.Certificate | x509.CertificateSigningRequest, whose: s
     """The P-256 key of a certificate or request; IdentityError for any other kind."""
     key = holder.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise IdentityError(f"{whose} has no ECDSA P-256 key.", code="identity-key-type")
+        raise IdentityError(
+            f"{whose} has no ECDSA P-256 key.",
+            code="identity-key-type",
+            fix="make key and request anew with `coterie request`",
+        )
     return key
 
 
@@ -303,7 +311,10 @@ def check_member(member: Member) -> None:
     host, _, port = member.endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise IdentityError(
-            f"`{member.endpoint}` of {member.name} is not `host:port`.", code="identity-endpoint", field="endpoint"
+            f"`{member.endpoint}` of {member.name} is not `host:port`.",
+            code="identity-endpoint",
+            fix="write it as in `alder.example:7410`, with a port from 1 to 65535",
+            field="endpoint",
         )
 
 
@@ -313,5 +324,8 @@ def parse_certificate(pem: bytes, what: str, where: str) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem)
     except ValueError:
         raise IdentityError(
-            f"{what} is not a certificate in PEM form.", code="identity-damaged", where=where
+            f"{what} is not a certificate in PEM form.",
+            code="identity-damaged",
+            fix="copy the file again from where `coterie approve` wrote it, as it is",
+            where=where,
         ) from None

@@ -77,10 +77,18 @@ def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise IdentityError(f"{what} is missing.", code="identity-missing", where=str(path)) from None
+        raise IdentityError(
+            f"{what} is missing.",
+            code="identity-missing",
+            fix="`coterie request` makes the key, `coterie install` the rest: see docs/how-to/identity.md",
+            where=str(path),
+        ) from None
     except OSError as error:
         raise IdentityError(
-            f"{what} cannot be read: {error.strerror}.", code="identity-missing", where=str(path)
+            f"{what} cannot be read: {error.strerror}.",
+            code="identity-missing",
+            fix="check that you may read it",
+            where=str(path),
         ) from (None)
 
 
@@ -109,10 +117,18 @@ def load_key(path: Path, what: str) -> ec.EllipticCurvePrivateKey:
         key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError):
         raise IdentityError(
-            f"{what} is not a private key in PEM form.", code="identity-damaged", where=str(path)
+            f"{what} is not a private key in PEM form.",
+            code="identity-damaged",
+            fix="restore it from a copy, or begin anew with `coterie request`",
+            where=str(path),
         ) from (None)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise IdentityError(f"{what} is not an ECDSA P-256 key.", code="identity-key-type", where=str(path))
+        raise IdentityError(
+            f"{what} is not an ECDSA P-256 key.",
+            code="identity-key-type",
+            fix="make a new one with `coterie request`",
+            where=str(path),
+        )
     return key
 
 
@@ -257,14 +273,23 @@ def approve(
     try:
         csr = x509.load_pem_x509_csr(signing_request)
     except ValueError:
-        raise IdentityError("The request is not a signing request in PEM form.", code="identity-damaged") from None
+        raise IdentityError(
+            "The request is not a signing request in PEM form.",
+            code="identity-damaged",
+            fix="ask for request.csr again, as `coterie request` wrote it",
+        ) from None
     if not csr.is_signature_valid:
-        raise IdentityError("The request is not signed with the key it asks for.", code="identity-request-signature")
+        raise IdentityError(
+            "The request is not signed with the key it asks for.",
+            code="identity-request-signature",
+            fix="ask the party for the file again, and compare by phone what it is",
+        )
     name, federation = (text_of(csr.subject, oid) for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME))
     if federation != authority.federation:
         raise IdentityError(
             f"The request is for federation `{federation}`; this CA belongs to `{authority.federation}`.",
             code="identity-other-federation",
+            fix="name that federation's CA folder with --ca, or ask for a request made with this federation.yaml",
         )
     member = next((member for member in members if member.name == name), None)
     if member is None:

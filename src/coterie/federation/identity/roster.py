@@ -122,7 +122,9 @@ class Roster:
         try:
             return parse_certificate(signature.certificate.encode(), f"The certificate of {name}", "roster")
         except IdentityError as error:
-            raise RosterError(error.message, code="roster-damaged") from None
+            raise RosterError(
+                error.message, code="roster-damaged", fix="ask for the file again, as `coterie roster` wrote it"
+            ) from None
 
     def admit(self, certificate: x509.Certificate, role: Role | None = None) -> RosterEntry:
         """The second gate: which member presents this certificate.
@@ -150,6 +152,7 @@ class Roster:
                 f"{name} is certified as {certified_role}; the roster lists {entry.role}, needed here is "
                 f"{role or entry.role}.",
                 code="roster-role",
+                fix="use the kit of that role: the coordinator has one of its own, for the name `coordinator`",
                 why="a coordinator must not get tensors, and a party must not steer rounds",
             )
         return entry
@@ -196,11 +199,17 @@ def draft(
     for member in members:
         certificate = certificates.get(member.name)
         if certificate is None:
-            raise RosterError(f"The certificate of {member.name} is missing.", code="roster-incomplete")
+            raise RosterError(
+                f"The certificate of {member.name} is missing.",
+                code="roster-incomplete",
+                fix="put it into the folder given with --certificates, as `coterie approve` wrote it",
+            )
         issued_for = member_of(certificate)
         if issued_for != (member.name, member.role, federation):
             raise RosterError(
-                f"The certificate given for {member.name} was issued for {'/'.join(issued_for)}.", code="roster-role"
+                f"The certificate given for {member.name} was issued for {'/'.join(issued_for)}.",
+                code="roster-role",
+                fix="put the certificate of that member there, under its own name",
             )
         entries.append(RosterEntry(member.name, member.role, member.endpoint, fingerprint(certificate)))
     return Roster(federation, membership_epoch, tuple(entries), config_hash, placement_hash, dict(weights or {}))
@@ -229,7 +238,11 @@ def verify(roster: Roster, authority: x509.Certificate) -> None:
     """
     names = [entry.name for entry in roster.parties]
     if len(set(names)) != len(names) or not names:
-        raise RosterError("The roster lists nobody, or one name twice.", code="roster-duplicate")
+        raise RosterError(
+            "The roster lists nobody, or one name twice.",
+            code="roster-duplicate",
+            fix="make it again from federation.yaml: `coterie roster make`",
+        )
     content_hash = roster.content_hash()
     for entry in roster.parties:
         certificate = roster.certificate_of(entry.name)
@@ -245,7 +258,11 @@ def verify(roster: Roster, authority: x509.Certificate) -> None:
             )
         listed = roster.admit(certificate)
         if listed != entry:
-            raise RosterError(f"{entry.name} signed with the certificate of {listed.name}.", code="roster-not-listed")
+            raise RosterError(
+                f"{entry.name} signed with the certificate of {listed.name}.",
+                code="roster-not-listed",
+                fix="have everybody sign with the own kit",
+            )
         try:
             raw = base64.b64decode(signature.signature, validate=True)
             p256_key(certificate, f"The certificate of {entry.name}").verify(
@@ -253,11 +270,17 @@ def verify(roster: Roster, authority: x509.Certificate) -> None:
             )
         except (InvalidSignature, binascii.Error):
             raise RosterError(
-                f"The signature of {entry.name} under the roster is false.", code="roster-signature"
+                f"The signature of {entry.name} under the roster is false.",
+                code="roster-signature",
+                fix="have that member sign the roster anew with its own kit",
             ) from (None)
     strangers = sorted(set(roster.signatures) - set(names))
     if strangers:
-        raise RosterError(f"{', '.join(strangers)} signed the roster but is not in it.", code="roster-not-listed")
+        raise RosterError(
+            f"{', '.join(strangers)} signed the roster but is not in it.",
+            code="roster-not-listed",
+            fix="make the roster again with all members in federation.yaml, and have everybody sign it",
+        )
 
 
 def join(rosters: Iterable[Roster]) -> Roster:
@@ -306,7 +329,10 @@ def from_json(raw: bytes, where: str = "roster") -> Roster:
         written = _text(document, "hash")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RosterError(
-            f"The file is not a roster: {type(error).__name__} {error}.", code="roster-damaged", where=where
+            f"The file is not a roster: {type(error).__name__} {error}.",
+            code="roster-damaged",
+            fix="ask for the file again, as `coterie roster` wrote it",
+            where=where,
         ) from None
     if written != roster.content_hash():
         raise RosterError(

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from coterie.errors import CheckpointError, ConfigError, CoterieError, DeadlineError, RoundError, TransportError
+from coterie.errors import (
+    CheckpointError,
+    ConfigError,
+    CoterieError,
+    DeadlineError,
+    RosterError,
+    RoundError,
+    TransportError,
+)
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.directives import Call, Directive, Refusal, decode, encode, is_kind
 from coterie.federation.rounds.state import Complaint, PartyReport
@@ -113,7 +121,13 @@ class Heartbeat:
 
     def cancel(self) -> None:
         """Make `wait` raise: this process is to end without a goodbye."""
-        self._fail(RoundError("this party was told to end at once.", code="round-abandoned"))
+        self._fail(
+            RoundError(
+                "this party was told to end at once.",
+                code="round-abandoned",
+                fix="see the log of the coordinator for why; `coterie resume` takes part again",
+            )
+        )
 
     def handle(self, message: Message) -> None:
         """Take a directive the coordinator sent on its own."""
@@ -160,7 +174,13 @@ class Heartbeat:
                 self._fail(error)
                 return
             except Exception as error:  # a bug of ours must not leave a party that looks alive to itself
-                self._fail(RoundError(f"the heartbeat failed: {error!r}.", code="heartbeat-failed"))
+                self._fail(
+                    RoundError(
+                        f"the heartbeat failed: {error!r}.",
+                        code="heartbeat-failed",
+                        fix="start this party again with `coterie resume`, and report what its run/coterie.log says",
+                    )
+                )
                 return
             finally:
                 with self._changed:
@@ -233,30 +253,40 @@ def _refused(refusal: Refusal, agreement: str) -> CoterieError:
         case "config-mismatch":
             return ConfigError(
                 f"our federation.yaml ({agreement[:8]}) differs from the coordinator's ({refusal.here[:8]}).",
-                code=refusal.code,
+                code="config-mismatch",
                 why="parties with different settings would not train the same model",
                 fix="compare the two files, agree on one, and have everybody sign the roster again",
             )
         case "checkpoint-other-run":
             return CheckpointError(
                 f"our run folder belongs to another run than the coordinator's ({refusal.here[:8]}).",
-                code=refusal.code,
+                code="checkpoint-other-run",
                 why="its checkpoints do not fit the rounds of this run",
                 fix="name another run_dir in party.yaml to begin anew, or start the coordinator with its old folder",
             )
         case "round-superseded":
             return RoundError(
                 "a newer process of this party has taken its place.",
-                code=refusal.code,
+                code="round-superseded",
                 fix="end one of the two: a party takes part once",
             )
         case "member-dropped":
             return RoundError(
                 "the others dropped this process: what it sent does not fit what was agreed.",
-                code=refusal.code,
+                code="member-dropped",
                 why="they compute with nothing that was not agreed on",
                 fix="see the coordinator's log for who refused what; check that all run the same version, then start "
                 "again",
             )
+        case "roster-stranger":
+            return RosterError(
+                "the coordinator's federation.yaml does not list this party.",
+                code="roster-stranger",
+                fix="compare the two files, agree on one, and have everybody sign the roster again",
+            )
         case _:
-            return RoundError(f"the coordinator turned this party away (`{refusal.code}`).", code=refusal.code)
+            return RoundError(
+                f"the coordinator turned this party away (`{refusal.code}`).",
+                code=refusal.code,
+                fix="see the coordinator's log; run the same version of coterie everywhere",
+            )

@@ -413,7 +413,11 @@ class TokensHost:
                 self._limits.begin_s,
             )
             if self._closed:
-                raise RoundError(f"{self.me} is leaving.", code="host-closed")
+                raise RoundError(
+                    f"{self.me} is leaving.",
+                    code="host-closed",
+                    fix="start everybody again with `coterie resume`: all go on from the newest common checkpoint",
+                )
             if self._open != wanted:
                 raise (
                     _attempt_over(round_no, attempt)

@@ -78,9 +78,9 @@ class PartyStage:
         with self._lock:
             stage = self._layers[layer]
             if self._tokens is not None or micro_batch < stage.next:
-                raise self._error("micro-batch-over", f"sends micro-batch {micro_batch} again")
+                raise self._error(f"sends micro-batch {micro_batch} again", code="micro-batch-over")
             if micro_batch >= stage.next + self._max_ahead:
-                raise self._error("micro-batch-ahead", f"sends micro-batch {micro_batch} before {stage.next}")
+                raise self._error(f"sends micro-batch {micro_batch} before {stage.next}", code="micro-batch-ahead")
             stage.open[micro_batch] += 1
 
     def finish(self, layer: int, micro_batch: int, gradients: Gradients) -> None:
@@ -102,16 +102,16 @@ class PartyStage:
         """
         with self._lock:
             if any(stage.open or stage.early for stage in self._layers.values()):
-                raise self._error("round-incomplete", "declares its round finished, but backwards are missing")
+                raise self._error("declares its round finished, but backwards are missing", code="round-incomplete")
             if self._tokens not in (None, tokens):
-                raise self._error("tokens-changed", "declares its number of tokens twice, differently")
+                raise self._error("declares its number of tokens twice, differently", code="tokens-changed")
             self._tokens = tokens
 
     def sums(self, layer: int) -> dict[str, Tensor]:
         """The summed gradients of a layer, float32 on CPU; a parameter without any is missing."""
         return self._layers[layer].sums if layer in self._layers else {}
 
-    def _error(self, code: str, problem: str) -> RoundError:
+    def _error(self, problem: str, *, code: str) -> RoundError:
         return RoundError(
             f"{self._party} {problem}.", code=code, why="a round's sums would depend on chance", where=self._party
         )

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 TWIN = "same-kit"
 """One-way: a second process with the receiver's kit was turned away. Between transports; no handler sees it."""
 
+_ENDED = "the run has ended here; `coterie resume` takes part again"
 ALL_LANES = (Lane.CONTROL, Lane.FORWARD, Lane.BACKWARD)
 
 
@@ -122,7 +123,9 @@ class BaseTransport(ABC):
 
     def start(self, handler: Handler) -> None:
         if self._handler is not None:
-            raise TransportError(f"The transport of {self._me} was started twice.", code="started-twice")
+            raise TransportError(
+                f"The transport of {self._me} was started twice.", code="started-twice", fix="start a transport once"
+            )
         self._handler = handler
         try:
             self._open()
@@ -190,7 +193,7 @@ class BaseTransport(ABC):
                 return
             self._stopped.set()
             self._changed.notify_all()
-        closed = TransportError(f"The transport of {self._me} was closed.", code="closed")
+        closed = TransportError(f"The transport of {self._me} was closed.", code="closed", fix=_ENDED)
         for peer_lane in self._lanes.values():
             peer_lane.pending.fail_all(closed)
         self._shut()
@@ -306,6 +309,7 @@ class BaseTransport(ABC):
             raise TransportError(
                 f"`{message.kind}` carries tensors; between {self._me} and {peer} only control messages may pass.",
                 code="tensors-on-control",
+                fix="send it to a party",
                 why="the coordinator keeps commit records and must see no data",
                 field="tensors",
             )
@@ -328,7 +332,7 @@ class BaseTransport(ABC):
 
     def _not_connected(self, peer: str, lane: Lane) -> TransportError:
         if self._stopped.is_set():
-            return TransportError(f"The transport of {self._me} was closed.", code="closed")
+            return TransportError(f"The transport of {self._me} was closed.", code="closed", fix=_ENDED)
         return TransportError(
             f"{peer} is not connected.",
             code="not-connected",

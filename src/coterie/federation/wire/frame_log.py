@@ -185,7 +185,11 @@ def _reading(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.", code="transcript-read") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}.",
+            code="transcript-read",
+            fix="check the path, and that you may read the file",
+        ) from error
 
 
 def _head(path: Path, file: BinaryIO) -> dict[str, Any] | None:

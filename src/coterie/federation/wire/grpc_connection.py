@@ -66,6 +66,7 @@ class GrpcConnection(Connection):
                         raise TransportError(
                             f"The connection to {self.peer} broke while a message was being sent.",
                             code="connection-lost",
+                            fix="nothing: it is dialled again; if it comes back, see the network between the two",
                             where=f"lane {self.lane.name.lower()}",
                         )
                     if begun:  # half a frame is out: nothing sensible can follow it on this stream

@@ -107,7 +107,11 @@ class GrpcTransport(BaseTransport):
         settings: Settings | None = None,
     ) -> None:
         if kit.name != me:
-            raise IdentityError(f"The kit in {kit.folder} is {kit.name}'s, not {me}'s.", code="identity-other-member")
+            raise IdentityError(
+                f"The kit in {kit.folder} is {kit.name}'s, not {me}'s.",
+                code="identity-other-member",
+                fix="name the kit of this member in party.yaml (`kit`) or with --kit",
+            )
         verify(roster, kit.authority)
         self._entry = roster.admit(kit.certificate, kit.role)
         self._roster, self._kit = roster, kit
@@ -290,12 +294,20 @@ class GrpcTransport(BaseTransport):
         with self._guard:
             most = sum(1 for name, _ in self._lanes if name == peer)
             if sum(1 for name, _, _ in self._greeting.values() if name == peer) >= most:
-                raise TransportError(f"{peer} opens more streams than it has lanes.", code="handshake-busy")
+                raise TransportError(
+                    f"{peer} opens more streams than it has lanes.",
+                    code="handshake-busy",
+                    fix="see whether a second process of that member runs",
+                )
             self._greeting[token] = (peer, time.monotonic(), context)
         try:
             return decode_hello(next(requests), peer)
         except (grpc.RpcError, StopIteration) as error:
-            raise TransportError(f"{peer} connected and said nothing.", code="handshake-damaged") from error
+            raise TransportError(
+                f"{peer} connected and said nothing.",
+                code="handshake-damaged",
+                fix="check that what connects there is coterie, of this version",
+            ) from error
         finally:
             with self._guard:
                 del self._greeting[token]
@@ -303,12 +315,18 @@ class GrpcTransport(BaseTransport):
     def _lane_for(self, entry: RosterEntry, theirs: Hello) -> Lane:
         if entry.name in self._dialled or entry.name == self.me:
             raise TransportError(
-                f"{entry.name} dialled us, but it comes earlier in the roster.", code="handshake-direction"
+                f"{entry.name} dialled us, but it comes earlier in the roster.",
+                code="handshake-direction",
+                fix="have everybody install the same roster",
             )
         for lane in _lanes_between(self._entry.role, entry.role):
             if lane == theirs.lane:
                 return lane
-        raise TransportError(f"{entry.name} asked for lane {theirs.lane}, which it has not.", code="handshake-lane")
+        raise TransportError(
+            f"{entry.name} asked for lane {theirs.lane}, which it has not.",
+            code="handshake-lane",
+            fix="run the same version of coterie everywhere",
+        )
 
     # ---- the dialling side -----------------------------------------------------------------------------------
 
@@ -396,7 +414,11 @@ class GrpcTransport(BaseTransport):
         except grpc.RpcError as error:
             raise unreachable.why_refused(peer, self._roster, self._kit, error) from None
         except StopIteration:
-            raise TransportError(f"{peer} hung up during the handshake.", code="unreachable") from None
+            raise TransportError(
+                f"{peer} hung up during the handshake.",
+                code="unreachable",
+                fix="nothing: it is dialled again; if it comes back, see the log there",
+            ) from None
         finally:
             with self._guard:
                 del self._greeting[token]
@@ -541,10 +563,18 @@ def _lanes_between(one: Role, other: Role) -> tuple[Lane, ...]:
 def _peer_certificate(context: grpc.ServicerContext) -> x509.Certificate:
     facts = context.auth_context()
     if facts.get("ssl_tls_version") != [b"TLSv1.3"]:
-        raise IdentityError("A connection came with an older TLS than 1.3.", code="identity-tls-version")
+        raise IdentityError(
+            "A connection came with an older TLS than 1.3.",
+            code="identity-tls-version",
+            fix="connect with coterie; nothing else has business at this port",
+        )
     shown = facts.get("x509_pem_cert", [])
     if len(shown) != 1:
-        raise IdentityError("A connection came without a certificate.", code="identity-missing")
+        raise IdentityError(
+            "A connection came without a certificate.",
+            code="identity-missing",
+            fix="connect with coterie and a kit of this federation",
+        )
     return certificates.parse_certificate(shown[0], "The certificate of a connection", "incoming connection")
 
 

@@ -62,7 +62,9 @@ def decode_hello(raw: bytes, peer: str) -> Hello:
         return Hello(**text, lane=lane, membership_epoch=epoch, protocol=protocol)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise TransportError(
-            f"{peer} did not introduce itself in a way this version understands.", code="handshake-damaged"
+            f"{peer} did not introduce itself in a way this version understands.",
+            code="handshake-damaged",
+            fix="run the same version of coterie everywhere",
         ) from None
 
 
@@ -84,7 +86,12 @@ def compare(ours: Hello, theirs: Hello, peer: str) -> CoterieError | None:
             fix="check the endpoints in the roster",
         )
     if theirs.lane != ours.lane:
-        return TransportError(f"{peer} answered on another lane.", code="handshake-lane", where=where)
+        return TransportError(
+            f"{peer} answered on another lane.",
+            code="handshake-lane",
+            fix="run the same version of coterie everywhere",
+            where=where,
+        )
     if (theirs.federation, theirs.membership_epoch) != (ours.federation, ours.membership_epoch):
         return TransportError(
             f"{peer} is in {theirs.federation}, membership epoch {theirs.membership_epoch}; "

@@ -47,7 +47,9 @@ class InProcessHub:
         """The end of ``name``; call `start` on it."""
         if name not in self._members:
             raise TransportError(
-                f"{name} is not a member of this hub: {', '.join(self._members)}.", code="no-such-peer"
+                f"{name} is not a member of this hub: {', '.join(self._members)}.",
+                code="no-such-peer",
+                fix="make the hub with all names",
             )
         return _InProcessTransport(self, name)
 
@@ -82,7 +84,9 @@ class InProcessHub:
     def join(self, new: _InProcessTransport) -> None:
         with self._lock:
             if new.me in self._live:
-                raise TransportError(f"{new.me} is already running in this process.", code="port-taken")
+                raise TransportError(
+                    f"{new.me} is already running in this process.", code="port-taken", fix="close it first"
+                )
             self._live[new.me] = new
             for name, other in self._live.items():
                 if name != new.me:
@@ -112,7 +116,9 @@ class _InProcessConnection(Connection):
     def post(self, encoded: Encoded, until: float) -> None:
         with self._lock:
             if self._closed or self.back is None:
-                raise TransportError(f"The connection to {self.peer} is broken.", code="connection-lost")
+                raise TransportError(
+                    f"The connection to {self.peer} is broken.", code="connection-lost", fix="start everybody again"
+                )
             for chunk in encoded.chunks():
                 frame = self._reader.feed(chunk)
                 if frame is not None:

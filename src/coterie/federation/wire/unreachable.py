@@ -111,10 +111,9 @@ def why_refused(peer: str, roster: Roster, kit: Kit, error: grpc.RpcError) -> Co
     details = error.details() or "" if isinstance(error, grpc.Call) else ""
     status = error.code() if isinstance(error, grpc.Call) else None
     if status in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        code = details if re.fullmatch(r"[a-z-]{1,64}", details) else "peer-refused"
         return TransportError(
-            f"{peer} refused our connection: {_REFUSALS.get(code, 'see its log')}.",
-            code=code,
+            f"{peer} refused our connection: {_REFUSALS.get(details, 'see its log')}.",
+            code=details if re.fullmatch(r"[a-z-]{1,64}", details) else "peer-refused",
             where=f"{peer} at {endpoint}; no data was sent",
             fix=f"compare `coterie roster show` here and at {peer}",
         )
@@ -123,7 +122,11 @@ def why_refused(peer: str, roster: Roster, kit: Kit, error: grpc.RpcError) -> Co
     if "DNS resolution failed" in details or "name resolution" in details:
         return _unnamed(endpoint)
     if "Connection refused" in details:
-        return TransportError(f"{endpoint} refuses connections; {peer} is not running there.", code="unreachable")
+        return TransportError(
+            f"{endpoint} refuses connections; {peer} is not running there.",
+            code="unreachable",
+            fix="start it there, or correct the endpoint in a new roster; it is dialled again",
+        )
     if "handshake" in details.lower() or "ALERT" in details:
         return TransportError(
             f"{peer} at {endpoint} ended the TLS handshake; it may not accept our certificate.",
@@ -161,6 +164,7 @@ def _other_certificate(peer: str, roster: Roster, authority: x509.Certificate) -
         return IdentityError(
             f"The certificate shown at {entry.endpoint} is not {peer}'s.",
             code="peer-certificate",
+            fix="see what listens there: another program, another member, or a proxy that opens TLS",
             where=where,
             why=why,
         )

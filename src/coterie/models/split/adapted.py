@@ -72,7 +72,11 @@ class AdaptedModel:
         check_keys(str(folder), expected.keys() - again.keys(), again.keys() - expected.keys(), set())
         for name, tensor in expected.items():
             if not torch.equal(tensor, again[name]):
-                raise ModelError(f"`{name}` in {folder} is not what was written.", code="model-saved-differs")
+                raise ModelError(
+                    f"`{name}` in {folder} is not what was written.",
+                    code="model-saved-differs",
+                    fix="write it again to another disk",
+                )
 
     def _changes(self, own: Mapping[int, str]) -> dict[str, Callable[[], Tensor]]:
         found: dict[str, Callable[[], Tensor]] = {}

@@ -127,7 +127,11 @@ def _write_whole(out: Path, folder: Path, sources: _Sources) -> None:
     for group in stream_checkpoint(out, build_model(spec, meta=True)):
         for name, tensor in group.items():
             if written.get(name, "") != tensor_line(name, tensor):
-                raise ModelError(f"`{name}` in {out} is not what was written.", code="model-saved-differs")
+                raise ModelError(
+                    f"`{name}` in {out} is not what was written.",
+                    code="model-saved-differs",
+                    fix="write it again to another disk",
+                )
 
 
 def split_spec(folder: Path) -> ModelSpec:

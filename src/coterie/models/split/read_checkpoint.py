@@ -61,7 +61,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json_object(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is not a weight index.", code="model-bad-checkpoint") from error
+            raise ModelError(
+                f"{index} is not a weight index.",
+                code="model-bad-checkpoint",
+                fix="take the file again from where the checkpoint came from",
+            ) from error
     else:
         names = [_SINGLE]
     absent = [name for name in names if not (folder / name).is_file()]

@@ -10,20 +10,19 @@ Shape letters as in `coterie.models.seam`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from coterie.errors import ModelError
 from coterie.models import expert_math
 from coterie.models.autograd import applied
-from coterie.models.grouped import grouped_mm
+from coterie.models.grouped import GroupedLinear
 from coterie.models.lora import ExpertAdapter
-from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, expert_rows
+from coterie.models.seam import ExpertLayer, ExpertsCall, Linear, RoutedRows, bias_rows, expert_rows
 from coterie.models.streaming.cache import LayerWeights
 
 Adapters = Mapping[tuple[nn.Module, str], list[ExpertAdapter]]
@@ -218,7 +217,7 @@ class StreamedExperts:
     Args:
         source: lends weights.
         sink: takes gradients.
-        adapters: low-rank updates, for inference.
+        adapters: low-rank updates; autograd trains them, and the weights below are then frozen.
 
     Guarantee: forward and every gradient equal training with the weights in the module.
     """
@@ -233,35 +232,102 @@ class StreamedExperts:
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
         if not torch.is_grad_enabled():
             return self._inference(call, rows)
-        if any(module is layer.module for module, _ in self._adapters):
-            raise ModelError(
-                "Streamed experts do not train adapters by themselves.",
-                code="model-lora-streamed",
-                fix="train them through coterie.dp.per_sample.engine.Engine, without clipping if need be",
-            )
-        # The anchor makes autograd visit the backward even where the rows themselves need no gradient.
-        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        out_RD = applied(
-            _StreamedRows, call.hidden_ND[rows.token_R], rows.ends_E, anchor, layer, self._source, self._sink
-        )
+        x_RD = call.hidden_ND[rows.token_R]
+        factors = self._factors(layer)
+        if factors:
+            flat = [factor for low in factors for factor in (low.down_ErI, low.up_EOr)]
+            out_RD = applied(_AdaptedRows, x_RD, rows.ends_E, layer, self._source, factors, *flat)
+        else:
+            # The anchor makes autograd visit the backward even where the rows themselves need no gradient.
+            anchor = torch.zeros((), requires_grad=True)
+            out_RD = applied(_StreamedRows, x_RD, rows.ends_E, anchor, layer, self._source, self._sink)
         if layer.layout.has_post_expert_norm:
             out_RD = layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
         return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
+
+    def _factors(self, layer: ExpertLayer) -> list[_LowRank]:
+        return [
+            _LowRank(name, adapter.scaling, adapter.down_ErI, adapter.up_EOr)
+            for name in (layer.layout.up_name, "down_proj")
+            for adapter in self._adapters.get((layer.module, name), ())
+        ]
 
     @torch.no_grad()
     def _inference(self, call: ExpertsCall, rows: RoutedRows) -> Tensor:
         layer = call.layer
         with self._source.layer(layer.index) as weights:
-
-            def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
-                out = expert_math.apply_linear(layer, weights, name, x_RI, ends_E)
-                for adapter in self._adapters.get((layer.module, name), ()):
-                    narrow = grouped_mm(x_RI.to(adapter.down_ErI.dtype), adapter.down_ErI.mT, ends_E)
-                    out = out + adapter.scaling * grouped_mm(narrow, adapter.up_EOr.mT, ends_E).to(out.dtype)
-                return out
-
+            linear = _adapted_linear(layer, weights, self._factors(layer))
             out_RD = expert_rows(layer, call.hidden_ND[rows.token_R], rows.ends_E, linear)
         return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
+
+
+class _LowRank(NamedTuple):
+    """One adapter of one expert matrix."""
+
+    name: str
+    scaling: float
+    down_ErI: Tensor
+    up_EOr: Tensor
+
+
+def _adapted_linear(layer: ExpertLayer, weights: LayerWeights, factors: Sequence[_LowRank]) -> Linear:
+    """A lent matrix and its adapters, one after the other: ``W + B A`` never exists. Gradients reach the factors."""
+
+    def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+        weight, bias = weights[name], weights.get(f"{name}_bias")
+        out = applied(GroupedLinear, x_RI.to(weight.dtype), weight, ends_E, layer.layout.is_transposed)
+        if bias is not None:
+            out = out + bias_rows(bias, ends_E)
+        for low in factors:
+            if low.name == name:
+                narrow = applied(GroupedLinear, x_RI.to(low.down_ErI.dtype), low.down_ErI, ends_E, False)
+                wide = applied(GroupedLinear, narrow, low.up_EOr, ends_E, False)
+                out = out + low.scaling * wide.to(out.dtype)
+        return out
+
+    return linear
+
+
+def _adapted_rows(
+    layer: ExpertLayer, weights: LayerWeights, factors: Sequence[_LowRank], x_RD: Tensor, ends_E: Tensor
+) -> Tensor:
+    """Expert outputs before a post-expert norm."""
+    linear = _adapted_linear(layer, weights, factors)
+    return linear("down_proj", layer.activate(linear(layer.layout.up_name, x_RD, ends_E)), ends_E)
+
+
+class _AdaptedRows(torch.autograd.Function):
+    """Rows through lent weights, which are frozen, and adapters, which are trained.
+
+    The weights are only there while they are lent, so nothing of them is kept: the backward computes the rows again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        ends_E: Tensor,
+        layer: ExpertLayer,
+        source: WeightSource,
+        factors: Sequence[_LowRank],
+        *flat: Tensor,
+    ) -> Tensor:
+        with source.layer(layer.index) as weights:
+            out_RD = _adapted_rows(layer, weights, factors, x_RD, ends_E)
+        ctx.save_for_backward(x_RD, ends_E, *flat)
+        ctx.layer, ctx.source, ctx.kinds = layer, source, [(low.name, low.scaling) for low in factors]
+        return out_RD
+
+    @staticmethod
+    def backward(ctx: Any, grad_out_RD: Tensor) -> tuple[Any, ...]:
+        x_RD, ends_E, *flat = ctx.saved_tensors
+        x_RD, *flat = [tensor.detach().requires_grad_() for tensor in (x_RD, *flat)]
+        pairs = zip(ctx.kinds, flat[::2], flat[1::2], strict=True)
+        factors = [_LowRank(name, scaling, down, up) for (name, scaling), down, up in pairs]
+        with ctx.source.layer(ctx.layer.index) as weights, torch.enable_grad():
+            out_RD = _adapted_rows(ctx.layer, weights, factors, x_RD, ends_E)
+            grad_x_RD, *gradients = torch.autograd.grad(out_RD, [x_RD, *flat], grad_out_RD)
+        return grad_x_RD, None, None, None, None, *gradients
 
 
 class _StreamedRows(torch.autograd.Function):
