@@ -77,7 +77,7 @@ def _raised_by(
     messages = (_texts(node.args[0], values) if node.args else []) or words.get("why") or []
     if kind is None and not messages:
         return
-    why = (words.get("why") or [None])[0]
+    why = next(iter(words.get("why") or []), None)
     fix = (words["fix"] or [_SAID])[0] if "fix" in words else getattr(kind, "fix", None)
     for code, message in itertools.product(codes, messages or [_SAID]):
         if code and not code.startswith("..."):
