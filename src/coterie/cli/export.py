@@ -25,6 +25,9 @@ def command(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the trained LoRA adapters alone, as a folder for peft.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload it to this repository of a model hub.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write file names and sizes here.")
     ] = None,
@@ -32,7 +35,9 @@ def command(
     """Join a trunk and all parties' shards into a checkpoint that transformers loads.
 
     All files must be of one run and round, and as they were written; a missing, doubled or misshapen expert is an
-    error. Adapters of a run with `lora` are merged into the weights, or written for peft with --adapter.
+    error. Adapters of a run with `lora` are merged into the weights, or written for peft with --adapter. A card
+    (README.md) and privacy.json say what was promised about the text behind it; --push refuses a model that read
+    private text without a budget, and makes a repository that is not there yet a private one.
 
     Example:
         coterie export parts --out joined
@@ -40,9 +45,12 @@ def command(
         coterie export parts --trunk run/trunk.safetensors --adapter --out adapter
     """
     from coterie.models.split.exporter import export
+    from coterie.models.split.pushing import push as upload
 
     export(parts, out, trunk=trunk, shards=shard or None, adapter=adapter)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     if json_file is not None:
         write_json(json_file, {"folder": str(out), "files": files})
     say(f"wrote {out}: {len(files)} files, {sum(files.values()) / 1e6:.1f} MB")
+    if push is not None:
+        say(f"uploaded to {upload(out, push)}")

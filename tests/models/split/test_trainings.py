@@ -55,7 +55,9 @@ def by_parts(saved: Path, folder: Path) -> Path:
     split(spec, Placement.round_robin(["alder", "birch"], counts), folder / "split")
     for part in (folder / "split").glob("*.safetensors"):
         assert origin_of(part).trainings == (OPEN,)
-    return export(folder / "split", folder / "joined")
+    joined = export(folder / "split", folder / "joined")
+    assert json.loads((joined / "privacy.json").read_text())["promise"] == "none"
+    return joined
 
 
 @pytest.fixture

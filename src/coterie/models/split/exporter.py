@@ -20,6 +20,7 @@ from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.split.adapted import AdaptedModel
+from coterie.models.split.card import write_card
 from coterie.models.split.origins import Origin, check_content, tensor_line
 from coterie.models.split.read_checkpoint import layer_group, stream_checkpoint
 from coterie.models.split.shards import (
@@ -47,6 +48,8 @@ def export(
     adapter: bool = False,
 ) -> Path:
     """Write ``out``, a folder that ``from_pretrained`` loads, equal to the model that was split (or trained since).
+
+    Beside the weights lie a card and a privacy statement for programs; see `card.write_card`.
 
     Adapters that were trained are merged into the weights they change.
 
@@ -81,6 +84,7 @@ def export(
         else:
             _write_whole(aside, folder, _Sources.of(model, trunk, shards, adapted))
         write_trainings(aside, joined(read_trainings(folder / MODEL_FOLDER), trainings))
+        write_card(aside)
     return out
 
 
