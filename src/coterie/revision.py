@@ -35,7 +35,7 @@ def describe(root: Path) -> str | None:
     checkout = root / ".git"
     if not checkout.exists():
         return None
-    git = ["git", f"--git-dir={checkout}", f"--work-tree={root}"]  # whatever GIT_DIR says
+    git = ["git", "--no-optional-locks", f"--git-dir={checkout}", f"--work-tree={root}"]  # whatever GIT_DIR says
     asked = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         answer = subprocess.run(asked, cwd=root, capture_output=True, text=True, timeout=_PATIENCE_S)
