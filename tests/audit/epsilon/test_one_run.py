@@ -1,0 +1,152 @@
+"""The audit of epsilon, with faults planted into the engine as it runs, and without."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from coterie.audit.epsilon import one_run, premises
+from coterie.audit.epsilon.canaries import Alternating, RandomIds
+from coterie.audit.epsilon.findings import Verdict
+from coterie.audit.epsilon.laws import independent
+from coterie.audit.epsilon.rehearsal import Rehearsal
+from coterie.audit.epsilon.run import audit_epsilon
+from coterie.audit.epsilon.subject import Subject
+from coterie.dp.session import PrivateSession
+from coterie.errors import AuditError
+from coterie.training.single import run
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import audit_epsilon
+
+        yield audit_epsilon
+
+
+@pytest.fixture(scope="module")
+def subject(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject.of_settings(bench.small(tmp_path_factory.mktemp("settings")))
+
+
+@contextmanager
+def planted(bench: ModuleType, fault: str) -> Iterator[None]:
+    with bench.FAULTS[fault]():
+        yield
+
+
+def alarms(measured: premises.Measured) -> set[str]:
+    return {each.name for each in measured.premises if each.verdict is Verdict.ALARM}
+
+
+def test_premises_see_tokens_that_are_clipped_singly(bench: ModuleType, subject: Subject) -> None:
+    with planted(bench, "tokens clipped singly"):
+        measured = premises.measure(subject, seed=0)
+    assert "contribution: two alternating ids" in alarms(measured)
+    assert measured.contribution > 2
+
+
+def test_each_record_alone_has_premises_of_its_own(bench: ModuleType, tmp_path: Path) -> None:
+    exact = Subject.of_settings(bench.small(tmp_path, isolation="exact", balance="private_load"))
+    assert not alarms(premises.measure(exact, seed=1))
+    with planted(bench, "noise halved"):
+        assert "noise" in alarms(premises.measure(exact, seed=1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"isolation": "exact"}, {"balance": "private_load"}, {"clipping": "per_layer"}, {"adaptive_quantile": 0.5}],
+)
+def test_the_law_written_down_a_second_time_is_the_engines(
+    bench: ModuleType, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    made = Subject.of_settings(bench.small(tmp_path, **settings))
+    rehearsal = Rehearsal(made.model, made.data(), replace(made.plan, seed=1), made.options)
+    lot = rehearsal.draw(1)
+    sums = rehearsal.opened.lot_sums.compute(lot, "1|0")
+    law, engine = independent(made.claim, rehearsal), rehearsal.opened.lot_sums.noise(sums)
+    for name in sums:
+        assert law.std(name) == pytest.approx(engine.std[engine.part_of(name)], rel=1e-6), name
+
+
+def test_canaries_of_an_honest_run_prove_little(subject: Subject) -> None:
+    runs, outside = one_run.audit(subject, canaries=120, seed=0)
+    assert outside.verdict is Verdict.CONSISTENT
+    for each in runs:
+        assert each.verdict is Verdict.CONSISTENT
+        assert max(each.lower, each.gaussian_lower) <= each.claimed < each.gaussian_ceiling
+
+
+def test_canaries_see_records_that_are_not_clipped(bench: ModuleType, subject: Subject) -> None:
+    with planted(bench, "clipping off"):
+        runs, outside = one_run.audit(subject, canaries=120, families=(Alternating(),), seed=0)
+    assert outside.verdict is Verdict.CONSISTENT
+    assert runs[0].verdict is Verdict.ALARM
+    assert runs[0].alarm_lower > runs[0].claimed
+
+
+def test_few_canaries_conclude_nothing(subject: Subject) -> None:
+    runs, _ = one_run.audit(subject, canaries=8, seed=0)
+    assert {each.verdict for each in runs} == {Verdict.OPEN}
+
+
+def test_what_changes_the_model_beside_the_release_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = PrivateSession.step
+
+    def also(self: PrivateSession, lot: object) -> None:
+        step(self, lot)  # type: ignore[arg-type]
+        with torch.no_grad():
+            next(self.model.parameters())[0, 0] += 1e-3
+
+    monkeypatch.setattr(PrivateSession, "step", also)
+    before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
+    _, outside = one_run.audit(subject, canaries=8, seed=0)
+    assert outside.verdict is Verdict.ALARM
+    assert all(torch.equal(before[name], p) for name, p in subject.model.named_parameters())
+
+
+def digests(*folders: Path) -> dict[Path, str]:
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_an_audit_leaves_run_ledger_and_spool_byte_for_byte(bench: ModuleType, tmp_path: Path) -> None:
+    config = bench.small(tmp_path, seeded=False)
+    run.start(config)
+    before = digests(tmp_path)
+    found = audit_epsilon(Subject.of_run(config.run_dir), canaries=8, budget_s=5)
+    assert digests(tmp_path) == before
+    assert any("ledger.jsonl" in path.name for path in before)
+    assert "The run's entry in the ledger" in found.premises[0].sentence
+    assert found.verdict is not Verdict.ALARM
+    assert found.epsilon_claimed == 8.0
+    assert 0.5 < found.auc_allowed < found.auc_by_claim
+
+
+def test_settings_without_a_budget_claim_nothing(bench: ModuleType, tmp_path: Path) -> None:
+    plain = bench.small(tmp_path).model_copy(update={"privacy": None})
+    with pytest.raises(AuditError) as raised:
+        audit_epsilon(plain)
+    assert raised.value.code == "audit-no-claim"
+
+
+def test_canaries_of_a_family_differ(subject: Subject) -> None:
+    coins = one_run.toss(subject, 200, (Alternating(), RandomIds()), seed=4)
+    assert len({tuple(each) for each in coins.canaries}) == 200
+    assert 60 < int(coins.heads_M.sum()) < 140
+    again = one_run.toss(subject, 200, (Alternating(), RandomIds()), seed=None)
+    assert again.canaries != coins.canaries
