@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from coterie.federation.wire.transport import Lane, Message
 from coterie.training.party.in_process import InProcessFederation
 from helpers.federations import experts_of
+
+
+def watch(host: Any, record: Callable[[str, Lane, Message], object]) -> None:
+    """Show ``record`` every message of another party before a host looks at it."""
+    handle = host.handle
+
+    def watching(peer: str, lane: Lane, message: Message, **more: Any) -> Message:
+        if peer != host.me:
+            record(peer, lane, message)
+        reply: Message = handle(peer, lane, message, **more)
+        return reply
+
+    host.handle = watching
 
 
 def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type: ignore[no-untyped-def]
@@ -24,7 +39,7 @@ def recorded_of(config, folder: Path, parts) -> dict[str, list[tuple]]:  # type:
                 (lane, message.kind, message.address, fields, sizes)
             )
 
-        exchange.host.transcript = record
+        watch(exchange.host, record)
     federation.join()
     for end in federation.ends.values():
         if isinstance(end, BaseException):

@@ -341,16 +341,6 @@ def test_messages_that_do_not_fit_are_refused(message: Message) -> None:
     assert caught.value.code == ("exchange-unfit" if message.address.layer == 2 else "message-unfit")
 
 
-def test_a_transcript_sees_what_was_received_even_if_it_is_refused() -> None:
-    seen: list[tuple[str, Lane, str]] = []
-    host = make_host(transcript=lambda peer, lane, message: seen.append((peer, lane, message.kind)))
-    host.begin(0, 0)
-    host.handle("birch", Lane.FORWARD, dispatch(rows()))
-    with pytest.raises(MessageError):
-        host.handle("cedar", Lane.BACKWARD, Message(GRADIENT))
-    assert seen == [("birch", Lane.FORWARD, "dispatch"), ("cedar", Lane.BACKWARD, "gradient")]
-
-
 # ---- shard and checkpoints ----------------------------------------------------------------------------------------
 
 

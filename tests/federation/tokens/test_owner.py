@@ -26,6 +26,7 @@ from coterie.models.split.shards import expert_key
 from coterie.models.zoo.catalogue import causal_lm_types
 from coterie.training.loop import loss_sum, train_round
 from coterie.training.optim import make_optimizer
+from helpers import recorded
 from helpers.tokens_world import (
     PARTIES,
     SPEC,
@@ -349,7 +350,7 @@ def watch(three: TokensWorld) -> list[tuple[str, str, Message]]:
         def record(peer: str, lane: Lane, message: Message, name: str = name) -> None:
             seen.append((name, peer, message))
 
-        party.host._transcript = record
+        recorded.watch(party.host, record)
     return seen
 
 
@@ -420,7 +421,7 @@ def test_a_host_that_does_not_answer_is_named_with_round_and_layer() -> None:
         alder = three.parties["alder"]
         alder.exchange.deadline_s = 0.3
         release = threading.Event()
-        three.parties["cedar"].host._transcript = lambda *_: release.wait(10)
+        recorded.watch(three.parties["cedar"].host, lambda *_: release.wait(10))
         with pytest.raises(DeadlineError) as caught:
             alder.compute(7, 0, batches_of(1))
         release.set()

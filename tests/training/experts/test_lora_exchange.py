@@ -23,6 +23,7 @@ from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
 from helpers.comparing import relative
 from helpers.federations import PARTIES, experts_of, full_models, make_parts, settings
+from helpers.recorded import watch
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -75,7 +76,7 @@ def run(
             size = sum(t.nbytes for t in message.tensors)
             seen.append((message.kind, message.address, size))
 
-        exchange.host.transcript = record
+        watch(exchange.host, record)
     federation.join()
     for end in federation.ends.values():
         if isinstance(end, BaseException):

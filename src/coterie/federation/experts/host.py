@@ -27,8 +27,6 @@ from coterie.federation.wire.transport import Lane, Message
 
 DECLARE = "declare"
 
-Transcript = Callable[[str, Lane, Message], None]
-
 
 @dataclass(frozen=True)
 class Declared:
@@ -72,7 +70,6 @@ class ExpertsHost:
         trunk: the stored share of a shared trunk.
         weights_dtype: of what goes down.
         push_dtype: of what comes up.
-        transcript: sees every message that another party sent, for the audit.
         lend: this party's copy of a trunk share whose host is absent.
         ahead: a message for this many rounds ahead, or more, is refused at once.
         limits: bounds on what a party can send.
@@ -84,7 +81,7 @@ class ExpertsHost:
 
     KINDS = kinds("experts")
 
-    def __init__(  # noqa: PLR0913 - what was agreed, each by its name
+    def __init__(
         self,
         me: str,
         parties: Sequence[str],
@@ -94,7 +91,6 @@ class ExpertsHost:
         *,
         weights_dtype: torch.dtype = torch.bfloat16,
         push_dtype: torch.dtype = torch.float32,
-        transcript: Transcript | None = None,
         lend: Callable[[Part], Mapping[str, Tensor]] | None = None,
         ahead: int | None = None,
         limits: ExpertsHostLimits = ExpertsHostLimits(),
@@ -108,7 +104,6 @@ class ExpertsHost:
         self._most = {"round": limits.rounds, "part": max((part.number for part in parts), default=0)}
         self._weights = WeightService(self._mine, self._read, weights_dtype, limits.value)
         self._pushes = PushService(self._mine, push_dtype, self._parties, self.push_limit)
-        self.transcript = transcript
         self._lend = lend
         self._open: Attempt | None = None
         self._after, self._ahead = 0, ahead
@@ -175,8 +170,6 @@ class ExpertsHost:
         Raises:
             MessageError: it is no such message, or holds what cannot be computed with; nothing was touched.
         """
-        if self.transcript is not None and peer != self.me:
-            self.transcript(peer, lane, message)
         check_request("experts", self.me, peer, lane, message, most=self._most)
         wanted = Attempt.of(message)
         with self._changed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,9 +28,6 @@ from coterie.models.seam import ExpertLayer
 DISPATCH = "dispatch"
 GRADIENT = "gradient"
 TOKENS = "tokens"
-
-Transcript = Callable[[str, Lane, Message], None]
-"""``record(peer, lane, message)``: sees every message a host received, before it is looked at. For the audit."""
 
 RoundId = tuple[int, int]
 
@@ -78,7 +75,6 @@ class TokensHost:
         shard: the hosted experts.
         recompute: keep only what arrived for the backward, and compute the first product again.
         limits: bounds on what a party can make this host hold.
-        transcript: see `Transcript`.
 
     All methods can be called from any thread.
     """
@@ -94,12 +90,11 @@ class TokensHost:
         *,
         recompute: bool = False,
         limits: TokensHostLimits = TokensHostLimits(),
-        transcript: Transcript | None = None,
     ) -> None:
         self.me, self.shard = me, shard
         self.parties = tuple(parties)
         self._layers = {layer.index: layer for layer in layers}
-        self._recompute, self._limits, self._transcript = recompute, limits, transcript
+        self._recompute, self._limits = recompute, limits
         self._changed = threading.Condition()
         self._open: RoundId | None = None
         self._last_over: RoundId = (-1, 0)
@@ -316,8 +311,6 @@ class TokensHost:
         Raises:
             MessageError: it is no such message, or holds what cannot be computed with; nothing was touched.
         """
-        if self._transcript is not None:
-            self._transcript(peer, lane, message)
         limits = self._limits
         most = {"round": limits.rounds, "micro_batch": limits.micro_batches - 1, "layer": len(self._layers) - 1}
         row = check_request("tokens", self.me, peer, lane, message, most=most)
