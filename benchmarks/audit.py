@@ -3,7 +3,7 @@
 The folder is that of a finished `coterie demo`, whose federations recorded what their parties received.
 
     coterie demo --dir demo --arms public,experts,experts_dp
-    python benchmarks/audit.py demo --json audit.json [--places 1000] [--runs 20]
+    python benchmarks/audit.py demo --json audit.json [--places 1000] [--runs 20] [--only experts_dp]
 
 Results are written after every part; the same command goes on where an interrupted one stopped.
 """
@@ -30,6 +30,7 @@ from coterie.demonstration.plan import NAMES
 from harness import machine, write_figures
 
 LOTS = (1, 4, 16)
+MEMBER_LOTS = (16, 64, 256)
 ATTACKERS = (Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS)
 _EPSILON_S = 60.0
 _ENOUGH_S = 24 * 3600.0
@@ -60,10 +61,13 @@ def parts(demo: Path, places: int, runs: int, seed: int) -> Mapping[str, Part]:
     """Everything that is measured, by name."""
     found: dict[str, Part] = {}
     for adversary in ATTACKERS:
-        for lot in LOTS:
-            found[f"experts/{adversary.label}/lot {lot}"] = _open(demo, adversary, lot, places, seed)
         found[f"experts_dp/{adversary.label}/places"] = _noised(demo, adversary, places, seed)
         found[f"experts_dp/{adversary.label}/membership"] = _member(demo, adversary, seed)
+        for lot in MEMBER_LOTS:
+            found[f"experts/{adversary.label}/membership, lot {lot}"] = _open_member(demo, adversary, lot, seed)
+    for adversary in ATTACKERS:
+        for lot in LOTS:
+            found[f"experts/{adversary.label}/lot {lot}"] = _open(demo, adversary, lot, places, seed)
     for number in range(runs):
         found[f"epsilon/{number}"] = _epsilon(demo, number)
     return found
@@ -73,6 +77,10 @@ def _open(demo: Path, adversary: Adversary, lot: int, places: int, seed: int) ->
     return lambda: told(
         plain.next_tokens(case_of(demo, "experts", seed), adversary, lot, Clock(_ENOUGH_S), places=places)
     )
+
+
+def _open_member(demo: Path, adversary: Adversary, lot: int, seed: int) -> Part:
+    return lambda: told(plain.membership(case_of(demo, "experts", seed), adversary, lot, Clock(_ENOUGH_S)))
 
 
 def _noised(demo: Path, adversary: Adversary, places: int, seed: int) -> Part:
@@ -119,14 +127,18 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=20, help="of the audit of epsilon, each with another seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[""], help="parts whose names begin so")
     given = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"places": given.places, "runs": given.runs, "seed": given.seed}
-    found = measure(parts(given.demo, given.places, given.runs, given.seed), given.json, settings)
+    wanted = parts(given.demo, given.places, given.runs, given.seed)
+    wanted = {name: part for name, part in wanted.items() if name.startswith(tuple(given.only))}
+    found = measure(wanted, given.json, settings)
     alarms = [
         n for n, part in found["parts"].items() if n.startswith("epsilon/") and part["outcome"]["verdict"] == "ALARM"
     ]
-    print(f"{given.runs} audits of epsilon, {len(alarms)} with an alarm")
+    audits = sum(name.startswith("epsilon/") for name in found["parts"])
+    print(f"{audits} audits of epsilon, {len(alarms)} with an alarm")
     for name, part in found["parts"].items():
         for one in part["outcome"] if isinstance(part["outcome"], list) else ():
             print(f"{name}: {one['sentence']}")

@@ -6,6 +6,8 @@ is audited with many seeds beside an honest run, on a small model, or on one's o
 
     python benchmarks/audit_epsilon.py --seeds 20 --canaries 200 --json epsilon.json
     python benchmarks/audit_epsilon.py --config train.yaml --seeds 3
+
+Results are written after every audit; the same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,19 @@ def row(fault: str, seed: int, found: EpsilonFindings) -> dict[str, Any]:
     }
 
 
+def told(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One fault's audits in a line."""
+    alarms = sum(each["verdict"] == Verdict.ALARM for each in rows)
+    seen = sum(Verdict.ALARM in each["one_run"].values() for each in rows)
+    above = sum(float(each["epsilon_lower"] or 0) > each["epsilon_claimed"] for each in rows)
+    noise, reach = ([each[name] for each in rows] for name in ("noise", "contribution"))
+    return (
+        f"{rows[0]['fault']:24} alarm in {alarms} of {len(rows)}, by canaries alone in {seen}, lower bound above the "
+        f"claim in {above}; noise {min(noise):.4f} to {max(noise):.4f}, contribution {min(reach):.4f} to "
+        f"{max(reach):.4f}; {sum(each['cpu_s'] for each in rows) / len(rows):.1f} CPU-seconds each"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
@@ -183,23 +198,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = load_yaml(chosen.config, TrainConfig) if chosen.config else None
         subject = Subject.of_settings(config or small(Path(folder), isolation=chosen.isolation))
-        rows = []
+        rows: list[dict[str, Any]] = []
+        if chosen.json is not None and chosen.json.is_file():
+            rows = json.loads(chosen.json.read_text("utf-8"))
+        done = {(each["fault"], each["seed"]) for each in rows}
         for fault in chosen.faults:
-            began, alarms, seen = time.process_time(), 0, 0
             for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
+                if (fault, seed) in done:
+                    continue
+                began = time.process_time()
                 found = audited(subject, fault, seed, chosen.canaries, chosen.budget_s)
-                rows.append(row(fault, seed, found))
-                alarms += found.verdict is Verdict.ALARM
-                seen += any(each.verdict is Verdict.ALARM for each in found.one_run)
+                rows.append({**row(fault, seed, found), "cpu_s": time.process_time() - began})
                 if chosen.json is not None:
                     chosen.json.write_text(json.dumps(rows, indent=1, default=str))
-            spent = (time.process_time() - began) / chosen.seeds
-            last = rows[-1]
-            print(
-                f"{fault:24} alarm in {alarms} of {chosen.seeds}, by canaries alone in {seen}; noise "
-                f"{last['noise']:.4f}, contribution {last['contribution']:.4f}; {spent:.1f} CPU-seconds each",
-                flush=True,
-            )
+            print(told([each for each in rows if each["fault"] == fault]), flush=True)
 
 
 if __name__ == "__main__":

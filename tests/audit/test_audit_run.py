@@ -57,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run, "federation_run", lambda evidence, part: identified.model_copy(update={"part": part}))
     monkeypatch.setattr(run, "load_yaml", lambda *_: SimpleNamespace(privacy="none"))
     monkeypatch.setattr(pieces, "instruments", lambda *_: working())
-    monkeypatch.setattr(pieces, "on_model", lambda *_: "it was left alone")
+    monkeypatch.setattr(pieces, "on_model", lambda *_, **__: "it was left alone")
     monkeypatch.setattr(pieces, "on_epsilon", lambda *_: "it was left alone")
     return tmp_path
 
@@ -159,6 +159,29 @@ def test_a_transcript_of_another_run_is_told_and_the_rest_goes_on(
     assert found.outcome is Outcome.UNKNOWN
 
 
+def test_a_partys_model_is_put_together_from_run_folders_and_not_from_transcripts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    birch, cedar = folder / "birch", folder / "cedar"
+    for one in (birch, cedar):
+        one.mkdir()
+    (birch / "party.yaml").write_text("", "utf-8")
+    told: list[dict[str, Any]] = []
+
+    def on_model(*_: Any, **named: Any) -> str:
+        told.append(named)
+        return "it was left alone"
+
+    monkeypatch.setattr(pieces, "on_model", on_model)
+    reading(monkeypatch, evidence())
+    attacks(monkeypatch, tokens())
+    one = Asked(folder, (birch, cedar), (folder / "public.txt",), whole=folder / "whole", references=(folder / "x",))
+    audit([one], seed=3, budget_s=10)
+    assert told == [
+        {"whole": one.whole, "parties": [birch], "references": one.references, "public": one.public},
+    ]
+
+
 def test_a_folder_without_a_run_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reading(monkeypatch, CheckpointError("holds no run", code="run-dir-none"))
     with pytest.raises(CheckpointError, match="holds no run"):
@@ -170,6 +193,14 @@ def test_an_attack_that_cannot_be_made_says_why(folder: Path, monkeypatch: pytes
     attacks(monkeypatch, AuditError("Nothing was pushed.", code="audit-no-pushes"))
     found = audited(folder)
     assert "Nothing was pushed" in found.experts.reasons["recovery"]
+
+
+def test_what_no_attack_here_reads_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading(monkeypatch, evidence(exchange="experts"))
+    attacks(monkeypatch, experts())
+    told = " ".join(audited(folder).untested)
+    for words in ("`experts` without a budget: T1", "adapters (`lora`)", "classifiers"):
+        assert words in told
 
 
 def test_several_runs_fill_several_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +270,25 @@ def test_the_command_writes_page_and_figures(
     shown = capsys.readouterr().out
     assert "98.1" not in shown
     assert "Not tested" in shown
+
+
+def test_the_command_names_the_model_and_what_never_saw_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from coterie.cli.app import main
+
+    asked: list[Asked] = []
+    monkeypatch.setattr(command, "_audited", lambda one, *_: asked.append(one) or findings())
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "other").mkdir()
+    models = ["--model", str(tmp_path / "whole"), "--reference", str(tmp_path / "other")]
+    with pytest.raises(SystemExit):
+        main(["audit", str(tmp_path), *models])
+    assert (asked[0].whole, asked[0].references) == (tmp_path / "whole", (tmp_path / "other",))
+    with pytest.raises(SystemExit) as end:
+        main(["audit", str(tmp_path), "--reference", str(tmp_path / "none")])
+    assert end.value.code == 1
+    assert "audit-model-none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

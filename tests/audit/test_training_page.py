@@ -75,6 +75,23 @@ def test_a_run_without_a_budget_says_that_nothing_bounds_it(tmp_path: Path) -> N
     assert "tokens in a round" in page
 
 
+def test_loads_that_a_budget_released_are_shown_and_no_others(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    assert "Expert load" not in page_of(folder)
+    assert Training.read(folder).as_json()["expert_load"] == {}
+    path = folder / "private" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    loads = [{"load_most": 1.8, "load_least": -0.1}, {"load_most": 1.4, "load_least": 0.3}]
+    for row, load in zip(rows, loads, strict=False):
+        row |= load
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    page = page_of(folder)
+    assert "Expert load, released within the budget" in page
+    assert "the most used expert 1.40, the least used expert 0.30" in page
+    figures = Training.read(folder).as_json()
+    assert figures["expert_load"] == {"load_most": [(1.0, 1.8), (2.0, 1.4)], "load_least": [(1.0, -0.1), (2.0, 0.3)]}
+
+
 def test_a_run_that_goes_on_has_a_page_too(tmp_path: Path) -> None:
     assert "2 rounds, not finished" in page_of(run_folder(tmp_path, 2, finished=False))
 

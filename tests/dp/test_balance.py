@@ -170,6 +170,9 @@ def test_released_loads_follow_the_router_over_rounds(session: Callable[..., dp.
     assert released is not None
     assert (released - torch.stack(truth).mean(0)).abs().max() < 0.06
     assert released.sum() == pytest.approx(1.0, abs=0.2)
+    shown = run.lot_sums.balancer.figures()
+    assert shown["load_most"] == pytest.approx(float(released.max()) * len(released))
+    assert shown["load_least"] == pytest.approx(float(released.min()) * len(released))
 
 
 def test_bias_follows_the_released_load_and_is_refused_where_there_is_none(make_tiny: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,23 @@ def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> l
         return [nothing(name, part, error.message)]
 
 
-def on_model(run: Path, seed: int, budget_s: float) -> list[Finding] | str:
-    """Attacks on the trained model, or why there are none."""
+def on_model(
+    run: Path,
+    seed: int,
+    budget_s: float,
+    *,
+    whole: Path | None = None,
+    parties: Sequence[Path] = (),
+    references: Sequence[Path] = (),
+    public: Sequence[Path] = (),
+) -> list[Finding] | str:
+    """Attacks on the trained model, or why there are none. What is named is as in `Target.of_run`."""
     from coterie.audit.model.attacking import attack
+    from coterie.audit.model.target import Target
 
     try:
-        return attack(run, seed=seed, budget_s=budget_s)
+        target = Target.of_run(run, model=whole, parties=parties, references=references, public=public)
+        return attack(target, seed=seed, budget_s=budget_s)
     except CoterieError as error:
         return error.message
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.audit import pieces
-from coterie.audit.adversaries import Adversary
+from coterie.audit.adversaries import DEFAULT, Adversary
 from coterie.audit.evidence import Evidence, claim_of
 from coterie.audit.figures import experts_figures, private_figures, tokens_figures
 from coterie.audit.findings import Audited, Controls, Finding, Findings, Outcome, Part, PrivateFigures, Verdict
@@ -41,7 +41,9 @@ class Asked:
         received: run folders, or transcripts, of other parties.
         public: files of public text.
         start: the public starting checkpoint; None: what the settings name.
-        model: attack the trained model, too.
+        model: attack the trained model, too. Of a party it is put together from the run folders in ``received``.
+        whole: the trained model of a party, as `coterie export` made it, where those are not all here.
+        references: models that saw none of this text, for membership where no coins were tossed.
         canaries: records made for the audit of epsilon, which take time whatever the budget of time is.
     """
 
@@ -50,6 +52,8 @@ class Asked:
     public: tuple[Path, ...] = ()
     start: Path | None = None
     model: bool = True
+    whole: Path | None = None
+    references: tuple[Path, ...] = ()
     canaries: int = pieces.CANARIES
 
 
@@ -111,7 +115,15 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, progress
         some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * share)
     if asked.model:
         progress("attacking the trained model")
-        found = pieces.on_model(asked.run, seed, max(1.0, min(until - time.monotonic(), budget_s * _MODEL)))
+        found = pieces.on_model(
+            asked.run,
+            seed,
+            max(1.0, min(until - time.monotonic(), budget_s * _MODEL)),
+            whole=asked.whole,
+            parties=[folder for folder in asked.received if (folder / PARTY_FILE).is_file()],
+            references=asked.references,
+            public=asked.public,
+        )
         if isinstance(found, str):
             gathered.untested.append(f"The trained model: {found}")
         else:
@@ -232,10 +244,18 @@ def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> li
         for finding in some
         if finding.reason
     ]
-    return list(dict.fromkeys([*gathered.untested, *reasons]))
+    alone = [
+        f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts: {DEFAULT.label}, who has the "
+        "public checkpoint besides, was played in its place."
+        for part in (Part.EXPERTS, Part.EXPERTS_DP)
+        if part in found
+    ]
+    return list(dict.fromkeys([*gathered.untested, *reasons, *alone]))
 
 
 _ALWAYS_UNTESTED = (
+    "Sums of adapters (`lora`), and models with another head than next-token prediction (classifiers): no attack here "
+    "reads them.",
     f"{Adversary.NETWORK.label}: times of encrypted frames, and how long a round takes.",
     "What several records of one person tell together, and what one person's records at several parties do.",
     "Attacks that nobody has thought of: a budget's proof covers them, an audit does not.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,13 +13,14 @@ from coterie.errors import ConfigError
 
 if TYPE_CHECKING:
     from coterie.audit.findings import Findings
+    from coterie.audit.run import Asked
 
 ALARM, INCONCLUSIVE = 3, 4
 """Exit codes beside 0, concluded without an alarm."""
 _PREPARE = "prepare"
 
 
-def command(
+def command(  # noqa: PLR0913 - one for each option
     target: Annotated[
         list[str],
         typer.Argument(
@@ -34,6 +36,16 @@ def command(
     ] = None,
     start: Annotated[
         Path | None, typer.Option(help="The public starting checkpoint; absent: what federation.yaml names.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A party's whole trained model, as `coterie export` made it; absent: put together from --received."
+        ),
+    ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="A model that saw none of this text: run_dir or Hugging Face folder. Several times."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     report: Annotated[
@@ -65,8 +77,14 @@ def command(
         return
     if len(target) > 1 or out is not None:
         raise typer.BadParameter("a second argument and --out belong to `coterie audit prepare`")
-    run = Path(target[0])
-    found = _audited(run, received or [], public or [], start, seed, 60.0 * minutes)
+    run, models = Path(target[0]), tuple(reference or ())
+    _check_there("audit-public-none", public or [], "name a folder or a file of public text")
+    _check_there("audit-model-none", [*models, *filter(None, [model])], "name a model's folder")
+
+    from coterie.audit.run import Asked, public_files
+
+    asked = Asked(run, tuple(received or ()), public_files(public or ()), start, whole=model, references=models)
+    found = _audited(asked, seed, 60.0 * minutes)
 
     from coterie.audit.report.findings_page import save_report
     from coterie.audit.report.shareable import shareable as withheld
@@ -114,17 +132,15 @@ def show(found: Findings) -> None:
     say()
 
 
-def _audited(
-    run: Path, received: list[Path], public: list[Path], start: Path | None, seed: int, budget_s: float
-) -> Findings:
-    from coterie.audit.run import Asked, audit, public_files
-
-    missing = [folder for folder in public if not folder.exists()]
+def _check_there(code: str, paths: Sequence[Path], fix: str) -> None:
+    missing = [path for path in paths if not path.exists()]
     if missing:
-        raise ConfigError(
-            f"{missing[0]} does not exist.", code="audit-public-none", fix="name a folder or a file of public text"
-        )
-    asked = Asked(run, tuple(received), public_files(public), start)
+        raise ConfigError(f"{missing[0]} does not exist.", code=code, fix=fix)
+
+
+def _audited(asked: Asked, seed: int, budget_s: float) -> Findings:
+    from coterie.audit.run import audit
+
     return audit(
         [asked],
         seed=seed,

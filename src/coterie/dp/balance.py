@@ -246,6 +246,14 @@ class Balancer:
             return self.bias()
         return self.average.even if self.load is None else self.load
 
+    def figures(self) -> dict[str, float]:
+        """How evenly experts are used, by what was released: the most and the least used one's load over an even
+        share. Noise may make them negative. Empty before the first release and where loads are not told."""
+        if self.load is None:
+            return {}
+        over_S = self.load / self.average.even
+        return {"load_most": float(over_S.max()), "load_least": float(over_S.min())}
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; all of it was released."""
         return self.average.state()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,46 +20,16 @@ from coterie.audit.epsilon.subject import Subject
 from coterie.dp.session import PrivateSession
 from coterie.errors import AuditError
 from coterie.training.single import run
-
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import audit_epsilon
-
-        yield audit_epsilon
-
-
-@pytest.fixture(scope="module")
-def subject(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return Subject.of_settings(bench.small(tmp_path_factory.mktemp("settings")))
-
-
-@contextmanager
-def planted(bench: ModuleType, fault: str) -> Iterator[None]:
-    with bench.FAULTS[fault]():
-        yield
-
-
-def alarms(measured: premises.Measured) -> set[str]:
-    return {each.name for each in measured.premises if each.verdict is Verdict.ALARM}
-
-
-def test_premises_see_tokens_that_are_clipped_singly(bench: ModuleType, subject: Subject) -> None:
-    with planted(bench, "tokens clipped singly"):
-        measured = premises.measure(subject, seed=0)
-    assert "contribution: two alternating ids" in alarms(measured)
-    assert measured.contribution > 2
+from helpers.epsilon_world import alarms
+from helpers.epsilon_world import bench as bench
+from helpers.epsilon_world import subject as subject
 
 
 def test_each_record_alone_has_premises_of_its_own(bench: ModuleType, tmp_path: Path) -> None:
     exact = Subject.of_settings(bench.small(tmp_path, isolation="exact", balance="private_load"))
-    assert not alarms(premises.measure(exact, seed=1))
-    with planted(bench, "noise halved"):
-        assert "noise" in alarms(premises.measure(exact, seed=1))
+    assert not alarms(premises.measure(exact, seed=1, budget_s=3))
+    with bench.FAULTS["noise halved"]():
+        assert "noise" in alarms(premises.measure(exact, seed=1, budget_s=3))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +49,7 @@ def test_the_law_written_down_a_second_time_is_the_engines(
 
 
 def test_canaries_of_an_honest_run_prove_little(subject: Subject) -> None:
-    runs, outside = one_run.audit(subject, canaries=120, seed=0)
+    runs, outside = one_run.audit(subject, canaries=100, seed=0)
     assert outside.verdict is Verdict.CONSISTENT
     for each in runs:
         assert each.verdict is Verdict.CONSISTENT
@@ -89,8 +57,8 @@ def test_canaries_of_an_honest_run_prove_little(subject: Subject) -> None:
 
 
 def test_canaries_see_records_that_are_not_clipped(bench: ModuleType, subject: Subject) -> None:
-    with planted(bench, "clipping off"):
-        runs, outside = one_run.audit(subject, canaries=120, families=(Alternating(),), seed=0)
+    with bench.FAULTS["clipping off"]():
+        runs, outside = one_run.audit(subject, canaries=100, families=(Alternating(),), seed=0)
     assert outside.verdict is Verdict.CONSISTENT
     assert runs[0].verdict is Verdict.ALARM
     assert runs[0].alarm_lower > runs[0].claimed
@@ -128,7 +96,7 @@ def test_an_audit_leaves_run_ledger_and_spool_byte_for_byte(bench: ModuleType, t
     config = bench.small(tmp_path, seeded=False)
     run.start(config)
     before = digests(tmp_path)
-    found = audit_epsilon(Subject.of_run(config.run_dir), canaries=8, budget_s=5)
+    found = audit_epsilon(Subject.of_run(config.run_dir), canaries=8, budget_s=3)
     assert digests(tmp_path) == before
     assert any("ledger.jsonl" in path.name for path in before)
     assert "The run's entry in the ledger" in found.premises[0].sentence

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from coterie.audit.epsilon import premises
-from coterie.audit.epsilon.findings import Verdict
 from coterie.audit.epsilon.subject import Subject
-
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import audit_epsilon
-
-        yield audit_epsilon
-
-
-@pytest.fixture(scope="module")
-def subject(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return Subject.of_settings(bench.small(tmp_path_factory.mktemp("settings")))
-
-
-@contextmanager
-def planted(bench: ModuleType, fault: str) -> Iterator[None]:
-    with bench.FAULTS[fault]():
-        yield
-
-
-def alarms(measured: premises.Measured) -> set[str]:
-    return {each.name for each in measured.premises if each.verdict is Verdict.ALARM}
+from helpers.epsilon_world import alarms
+from helpers.epsilon_world import bench as bench
+from helpers.epsilon_world import subject as subject
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -61,7 +34,7 @@ def test_premises_of_an_honest_run_are_quiet(subject: Subject, seed: int) -> Non
 def test_premises_see_a_planted_fault(
     bench: ModuleType, subject: Subject, fault: str, seen_by: str, seed: int
 ) -> None:
-    with planted(bench, fault):
+    with bench.FAULTS[fault]():
         measured = premises.measure(subject, seed=seed)
     assert seen_by in alarms(measured)
     assert measured.epsilon(subject) > 1.5 * subject.claim.epsilon

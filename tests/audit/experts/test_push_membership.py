@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from coterie.audit.experts.bayes import Blank, candidates_of, filled, weights
 from coterie.audit.experts.clipped import factors
-from coterie.audit.experts.membership import Metric, Scored, score
+from coterie.audit.experts.membership import Metric, Scored, products, score
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.reader import Reader
 from coterie.audit.experts.simulate import rows_of, summed
@@ -157,6 +157,32 @@ def test_with_little_noise_the_missing_token_is_found_and_with_much_the_language
             assert right.float().mean() >= prior.float().mean() + 0.5
         else:
             assert torch.equal(right, prior)
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(1e-3, 1.0), (0.02, 0.2)])
+def test_the_likeliest_token_is_the_one_that_weighing_every_candidate_gives(
+    reader: Reader, noise: float, rate: float
+) -> None:
+    private, public = texts(3, LENGTH, VOCAB, 6), texts(24, LENGTH, VOCAB, 7)
+    scale = factors(reader.model, private, 1.0)
+    sums = summed(rows_of(reader, private), every_expert(reader), scale)
+    push = added(sums, noise_like(sums, noise, 3), noise)
+    metric = Metric(reader, public, 3, noise, factors(reader.model, public, 1.0))
+    blanks = [Blank(record, place, float(scale[0])) for record in private[:2] for place in (2, 7)]
+    right, _ = filled(reader, blanks, [push], metric, rate)
+    for blank, found in zip(blanks, right.tolist(), strict=True):
+        tokens, before = candidates_of(reader, blank)
+        whole = before.double() + weights(reader, blank, tokens, [push], metric, rate)
+        assert found is (int(tokens[whole.argmax()]) == blank.record[blank.place])
+
+
+def test_products_are_those_of_the_whole_score(reader: Reader) -> None:
+    private = texts(5, LENGTH, VOCAB, 6)
+    push = summed(rows_of(reader, private[:3]), every_expert(reader)[::2])
+    metric = Metric(reader, texts(24, LENGTH, VOCAB, 7), 3, 0.01)
+    scale = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
+    found = products(reader, private, [push, push], metric, scale)
+    assert torch.allclose(found, score(reader, private, [push, push], metric, scale).product_SP, rtol=1e-4)
 
 
 def test_candidates_hold_the_truth_and_never_tell_it_by_their_order(reader: Reader) -> None:

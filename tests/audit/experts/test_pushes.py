@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from push_world import texts
 
 from coterie.audit.adversaries import Adversary
 from coterie.audit.answers import Answers
 from coterie.audit.evidence import Evidence
+from coterie.audit.experts import noised as noised_attacks
 from coterie.audit.experts import plain
 from coterie.audit.experts.attack import attack
 from coterie.audit.experts.bag import table_names, table_sums
 from coterie.audit.experts.case import Case, Clock, Owned
+from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.plain import without
 from coterie.audit.experts.pushes import noised, put, served, standard_deviation
 from coterie.audit.experts.simulate import rows_of, summed
 from coterie.audit.findings import Unit
 from coterie.audit.transcript import Transcript
-from coterie.config import dump_yaml
+from coterie.config import FederationConfig, LoraSpec, dump_yaml, load_yaml
 from coterie.errors import AuditError
-from coterie.models.zoo.tiny import tiny_model
+from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.training.party.in_process import InProcessFederation
 from helpers.federations import full_models, make_parts, settings, text
 
@@ -32,19 +36,22 @@ LOT = 6
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("federation"), trunk="shared")
+
+
+def trained(folder: Path, **more: object) -> Path:
     """Two rounds of three parties, recorded whole; every party starts from one public model."""
-    folder = tmp_path_factory.mktemp("federation")
     start = folder / "start"
     model = tiny_model("olmoe")
     model.save_pretrained(start)
     config = settings(
         exchange="experts",
         privacy="none",
-        trunk="shared",
         model={"path": start},
         train__rounds=2,
         train__batch_size=LOT,
         transcript={"rounds": "all", "max_gib": 1.0},
+        **more,
     )
     same = full_models()
     for each in same.values():
@@ -68,11 +75,15 @@ def transcripts(run: Path, *hosts: str) -> dict[str, Transcript]:
 
 @pytest.fixture
 def evidence(run: Path) -> Evidence:
+    return evidence_of(run, "shared")
+
+
+def evidence_of(run: Path, trunk: Literal["private", "shared"]) -> Evidence:
     public = [tuple(row["input_ids"].tolist()) for row in map(text(77, 200).__getitem__, range(200))]
     return Evidence(
         owner="alder",
         exchange="experts",
-        trunk="shared",
+        trunk=trunk,
         privacy=None,
         start=run / "start",
         public=[list(record) for record in public],
@@ -159,10 +170,64 @@ def test_attacks_say_what_they_read_beside_what_could_be_guessed(evidence: Evide
     assert "fewer than 40" in area.reason
 
 
+def test_known_records_leave_the_rest_of_a_push_open(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    clock = Clock(60.0)
+    found = plain.next_tokens(case, Adversary.HOST_DOMAIN, LOT, clock, places=8, known=LOT - 1)
+    assert found.value is not None
+    assert found.prior is not None
+    assert found.value.value > found.prior.value + 0.4
+    assert f"{LOT - 1} of the records were known" in found.sentence
+
+
+def test_a_private_trunk_that_drifted_is_attacked_with_the_drift_learned(tmp_path: Path) -> None:
+    folder = trained(tmp_path, trunk="private", optim__lr=1e-3)
+    case = case_of(evidence_of(folder, "private"))
+    assert case.rounds() == [1, 2]
+    attacked = {
+        number: plain.next_tokens(case, Adversary.ALL_HOSTS, LOT, Clock(60.0), places=12, round_index=number)
+        for number in case.rounds()
+    }
+    for number, found in attacked.items():
+        assert found.value is not None
+        assert found.prior is not None
+        assert found.value.value > found.prior.value + 0.2, number
+        assert ("drifted for 1 rounds" in found.sentence) is (number == 2)
+
+
+def test_under_a_budget_every_figure_has_the_guess_or_the_allowed_one_beside_it(
+    evidence: Evidence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_of(evidence)
+    first = max(record.document for record in case.train) + 1
+    case.__dict__["held_out"] = [Owned(-1, first + row, record) for row, record in enumerate(texts(24, 9, VOCAB, 50))]
+    records = [record.ids for record in case.lot(1)]
+    visible = list(case.opened(Adversary.ALL_HOSTS, 1).experts)
+    scale = factors(case.reader.model, records, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    opened = summed(rows_of(case.reader, records), visible, scale, 0.7, generator=generator)
+    monkeypatch.setattr(noised_attacks, "releases", lambda *_: iter([(case.reader, opened)]))
+    found = noised_attacks.membership(case, Adversary.ALL_HOSTS, Clock(60.0))
+    assert {each.name for each in found} >= {"membership over 1 rounds", "membership in a lot"}
+    assert "allows no test more than" in found[0].sentence
+    tokens = noised_attacks.tokens(case, Adversary.ALL_HOSTS, Clock(60.0), places=4)
+    assert tokens.value is not None
+    assert tokens.prior is not None
+    assert tokens.value.count == tokens.prior.count == 4
+
+
 def test_nothing_received_is_said_and_not_measured(evidence: Evidence) -> None:
     with pytest.raises(AuditError) as caught:
         attack(replace(evidence, received={}), seed=0, budget_s=1.0)
     assert caught.value.code == "audit-no-pushes"
     with pytest.raises(AuditError) as caught:
         attack(replace(evidence, public=[]), seed=0, budget_s=1.0)
+    assert caught.value.code == "audit-no-pushes"
+
+
+def test_sums_of_adapters_are_said_not_to_be_read(evidence: Evidence, tmp_path: Path) -> None:
+    agreed = load_yaml(evidence.run_folder / "federation.yaml", FederationConfig)
+    dump_yaml(tmp_path / "federation.yaml", agreed.model_copy(update={"lora": LoraSpec()}))
+    with pytest.raises(AuditError, match="adapters") as caught:
+        attack(replace(evidence, run_folder=tmp_path), seed=0, budget_s=1.0)
     assert caught.value.code == "audit-no-pushes"

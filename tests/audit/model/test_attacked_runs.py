@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from coterie.audit import pieces
 from coterie.audit.findings import Finding, Unit
 from coterie.audit.metrics import auc
 from coterie.audit.model import Amounts, Design, Target, attack, canary_scores, prepare_audit
@@ -413,7 +414,17 @@ def test_a_party_of_a_federation_is_attacked_with_everybodys_experts(tmp_path: P
             assert torch.equal(model[f"model.layers.{layer}.mlp.experts.{parameter}"][int(expert)], value)
     assert target.design is Design.COIN
     # How much so short a run remembers is left open; that it is measured on 20 documents of each side is not.
-    members = named(attack(target, seed=0, effort=SOME), "document, loss against the start").value
+    found = pieces.on_model(runs[0], 0, 1e9, parties=runs[1:])
+    assert not isinstance(found, str)
+    members = named(found, "document, loss against the start").value
     assert members is not None
     assert members.count == 40
+    with pytest.raises(AuditError) as reference:
+        Target.of_run(runs[0], parties=runs[1:], references=[runs[1]])
+    assert reference.value.code == "audit-reference-party"
+    marker = json.loads((runs[2] / "run.json").read_text())
+    (runs[2] / "run.json").write_text(json.dumps(marker | {"run": "another"}))
+    told = pieces.on_model(runs[0], 0, 1.0, parties=runs[1:])
+    assert isinstance(told, str)
+    assert "of another run" in told
     assert target.claim is None

@@ -247,7 +247,10 @@ def test_users_are_units_when_the_column_says_so(make_config: MakeConfig) -> Non
 
 @pytest.mark.parametrize("mode", ["per_sequence", "private_load"])
 def test_balance_modes_run_inside_the_budget(make_config: MakeConfig, mode: str) -> None:
-    assert start(make_config(privacy={"balance": mode})).privacy["epsilon"] <= 8
+    config = make_config(privacy={"balance": mode})
+    assert start(config).privacy["epsilon"] <= 8
+    told = set().union(*read_metrics(config.run_dir / "private"))
+    assert ({"load_most", "load_least"} <= told) is (mode == "private_load"), "only what was released is told"
 
 
 def test_bad_private_runs_are_refused_before_anything_is_trained(make_config: MakeConfig, tmp_path: Path) -> None:

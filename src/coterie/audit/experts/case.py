@@ -79,6 +79,11 @@ class Case:
     def __init__(self, evidence: Evidence, seed: int) -> None:
         self.evidence, self.seed = evidence, seed
         self.federation = load_yaml(evidence.run_folder / FEDERATION_FILE, FederationConfig)
+        if self.federation.lora is not None:
+            raise _nothing(
+                "the pushed sums are those of adapters (`lora`), which no attack here reads",
+                "take it that a push without noise tells what it is made of, or agree on a `privacy` budget",
+            )
         if not evidence.received:
             raise _nothing("no party recorded what it received", "give the run folders of the other parties")
         self.public = [tuple(record) for record in evidence.public if len(record) > 2]

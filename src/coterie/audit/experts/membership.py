@@ -225,6 +225,27 @@ class Scored:
         return torch.logaddexp(each_SP + math.log(rate), torch.full_like(each_SP, math.log1p(-rate))).sum(1)
 
 
+def products(
+    reader: Reader,
+    records: Sequence[Sequence[int]],
+    pushes: Sequence[Opened],
+    metric: Metric,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """[S, P] inner product of each record's gradient with each push, float64: a tenth of the work of `score`."""
+    product_SP = torch.zeros(len(records), len(pushes), dtype=torch.float64)
+    divided = [metric.divided(push) for push in pushes]
+    for rows in rows_of(reader, records):
+        numbers = torch.tensor(rows.records_B)
+        for side, record_R, in_RI, out_RO in _sides(rows):
+            turned_RI, turned_RO = metric.turned(side, in_RI, out_RO)
+            for push, sums in enumerate(divided):
+                if side in sums:
+                    product_R = ((turned_RI @ sums[side]) * turned_RO).sum(1)
+                    product_SP[:, push].index_add_(0, numbers[record_R], product_R.double())
+    return product_SP if factors is None else product_SP * factors.double().unsqueeze(1)
+
+
 def score(
     reader: Reader,
     records: Sequence[Sequence[int]],

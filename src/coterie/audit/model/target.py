@@ -134,7 +134,7 @@ def _party(run_dir: Path, model: Path | None, parties: Sequence[Path]) -> _Run:
     name = f"{marker['run']}-{config.party}"
     claim = Claim.of_run(name, privacy.ledger, run_dir) if privacy is not None else None
     if model is None:
-        _check_parties(config, federation, parties)
+        _check_parties(config, federation, str(marker["run"]), parties)
 
     def trained() -> PreTrainedModel:
         if model is not None:
@@ -149,8 +149,17 @@ def _party(run_dir: Path, model: Path | None, parties: Sequence[Path]) -> _Run:
     )  # fmt: skip
 
 
-def _check_parties(config: PartyConfig, federation: FederationConfig, parties: Sequence[Path]) -> None:
-    found = {load_yaml(folder / PARTY_FILE, PartyConfig).party for folder in parties} | {config.party}
+def _check_parties(config: PartyConfig, federation: FederationConfig, run: str, parties: Sequence[Path]) -> None:
+    markers = [json_object((folder / MARKER).read_bytes()) for folder in parties]
+    other = [folder for folder, marker in zip(parties, markers, strict=True) if marker.get("run") != run]
+    if other:
+        raise AuditError(
+            f"{other[0]} is of another run than the one of {config.party} that is audited.",
+            code="audit-model-other-run",
+            why="a model of two runs' experts is nobody's",
+            fix="name what the parties hold of this very run",
+        )
+    found = {str(marker["party"]) for marker in markers} | {config.party}
     missing = sorted(set(federation.parties) - found)
     if missing:
         raise AuditError(
@@ -238,7 +247,14 @@ def _joined_documents(*some: Documents | None) -> Documents | None:
 
 def _reference(path: Path, members: Documents) -> Load:
     """A model that saw none of the members: a run's, whose text is compared as far as it is here, or a checkpoint."""
-    if (path / MARKER).is_file() and not (path / PARTY_FILE).is_file():
+    if (path / PARTY_FILE).is_file():
+        raise AuditError(
+            f"The reference {path} is a party's run.",
+            code="audit-reference-party",
+            why="a party holds a part of a model, of which every party trained the experts",
+            fix="name a run of `coterie train` on other text, or the export of a federation without this one",
+        )
+    if (path / MARKER).is_file():
         config, _ = read_run(path)
         if all(file.is_file() for file in config.data.train):
             shared = set(read_documents(config.data.train, config.data).texts) & set(members.texts)

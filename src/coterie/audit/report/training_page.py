@@ -23,6 +23,11 @@ _LOADS = {
     "tokens": "tokens in a round",
     "lot_size_not_private": "records in the lot",
 }
+_RELEASED = {
+    "load_most": "the most used expert",
+    "load_least": "the least used expert",
+}
+"""Expert loads under `balance: private_load` or `bias`; other runs measure none."""
 _TIMES = {
     "agree_seconds": "agreeing on the round",
     "fetch_seconds": "fetching weights",
@@ -117,6 +122,7 @@ class Training:
             "rounds": self.rounds,
             "finished": bool(self.result.get("finished")),
             "not_private": {name: self.course(name) for name in (*_LOSSES, *_LOADS) if self.course(name)},
+            "expert_load": {name: self.course(name) for name in _RELEASED if self.course(name)},
             "epsilon": self.course("epsilon"),
             "seconds": self.course("seconds"),
             "memory": {name: self.result.get(name) for name in ("model_state_bytes", "peak_rss_bytes")},
@@ -157,8 +163,8 @@ def training_charts(run: Training) -> str:
 
 
 def load_charts(run: Training) -> str:
-    """Tokens and lot sizes over the rounds, marked as the owner's."""
-    return pages.section("Load, private to the owner", *_charts(run, _LOADS))
+    """Tokens and lot sizes over the rounds, marked as the owner's, and expert loads where a budget releases them."""
+    return pages.section("Load, private to the owner", *_charts(run, _LOADS)) + _expert_load(run)
 
 
 def _headline(run: Training) -> str:
@@ -208,6 +214,20 @@ def _charts(run: Training, names: Mapping[str, str]) -> list[str]:
             chart = pages.lines([Series(words, points)], x="round", y=words, y_range=(0.0, high or 1.0))
             drawn.append(pages.figure(words, chart))
     return drawn
+
+
+def _expert_load(run: Training) -> str:
+    series = [Series(words, run.course(name)) for name, words in _RELEASED.items() if run.course(name)]
+    if not series:
+        return ""
+    values = [value for each in series for _, value in each.points]
+    high, low = 1.06 * max(*values, 1.0), min(0.0, 1.06 * min(values))
+    drawn = pages.lines(series, x="round", y="times an even share", y_range=(low, high))
+    last = ", ".join(f"{each.name} {each.points[-1][1]:.2f}" for each in series)
+    return pages.section(
+        "Expert load, released within the budget",
+        pages.figure(f"times an even share, smoothed, noise included; the last values: {last}", drawn),
+    )
 
 
 def _time(run: Training) -> str:

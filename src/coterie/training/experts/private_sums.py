@@ -271,6 +271,8 @@ class PrivateSums:
     def _metrics(self, contributor: Contributor, round_no: int, release: Release) -> dict[str, float]:
         metrics: dict[str, float] = {"epsilon": contributor.run.spent().epsilon}
         metrics |= {f"{what}_seconds": seconds for what, seconds in contributor.run.seconds.items()}
+        if self.balancer is not None:
+            metrics |= self.balancer.figures()
         last = contributor.run.lot_sums.last
         if last is not None and last.round == round_no:
             metrics |= {

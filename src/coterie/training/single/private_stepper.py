@@ -67,6 +67,8 @@ class PrivateStepper:
             "lot_size_not_private": last.lot_size,
             "not_finite_not_private": last.masked,
         }
+        if session.lot_sums.balancer is not None:
+            metrics |= session.lot_sums.balancer.figures()
         if spent is not None:
             metrics["epsilon"] = spent.epsilon
         return Step(last.loss, metrics, last.nothing_learnt, spent)
