@@ -245,8 +245,8 @@ def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> li
         if finding.reason
     ]
     alone = [
-        f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts: {DEFAULT.label}, who has the "
-        "public checkpoint besides, was played in its place."
+        f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts: {DEFAULT.label}, who also "
+        "has the public checkpoint, was played in its place."
         for part in (Part.EXPERTS, Part.EXPERTS_DP)
         if part in found
     ]
@@ -254,8 +254,8 @@ def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> li
 
 
 _ALWAYS_UNTESTED = (
-    "Sums of adapters (`lora`), and models with another head than next-token prediction (classifiers): no attack here "
-    "reads them.",
+    "Sums of adapters (`lora`), and models with another head than next-token prediction (classifiers): no attack "
+    "here reads them.",
     f"{Adversary.NETWORK.label}: times of encrypted frames, and how long a round takes.",
     "What several records of one person tell together, and what one person's records at several parties do.",
     "Attacks that nobody has thought of: a budget's proof covers them, an audit does not.",
