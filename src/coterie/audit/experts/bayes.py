@@ -84,7 +84,7 @@ def _likeliest(
     product_VP = products(reader, variants, pushes, metric, torch.full((len(variants),), blank.factor))
     most_V = before_V + Scored(product_VP, torch.zeros(len(variants), dtype=torch.float64)).log_ratio(rate)
     best, token = -torch.inf, -1
-    for some in most_V.argsort(descending=True).split(_AT_ONCE):
+    for some in torch.split(most_V.argsort(descending=True), _AT_ONCE):
         if float(most_V[some[0]]) < best:
             break
         after = before_V[some] + weights(reader, blank, tokens_V[some], pushes, metric, rate)
