@@ -78,8 +78,7 @@ def command(  # noqa: PLR0913 - one for each option
     if len(target) > 1 or out is not None:
         raise typer.BadParameter("a second argument and --out belong to `coterie audit prepare`")
     run, models = Path(target[0]), tuple(reference or ())
-    _check_there("audit-public-none", public or [], "name a folder or a file of public text")
-    _check_there("audit-model-none", [*models, *filter(None, [model])], "name a model's folder")
+    _check_there(public or [], [*models, *filter(None, [model])])
 
     from coterie.audit.run import Asked, public_files
 
@@ -132,10 +131,15 @@ def show(found: Findings) -> None:
     say()
 
 
-def _check_there(code: str, paths: Sequence[Path], fix: str) -> None:
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        raise ConfigError(f"{missing[0]} does not exist.", code=code, fix=fix)
+def _check_there(public: Sequence[Path], models: Sequence[Path]) -> None:
+    for path in public:
+        if not path.exists():
+            raise ConfigError(
+                f"{path} does not exist.", code="audit-public-none", fix="name a folder or a file of public text"
+            )
+    for path in models:
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist.", code="audit-model-none", fix="name the folder of a model")
 
 
 def _audited(asked: Asked, seed: int, budget_s: float) -> Findings:
