@@ -48,12 +48,22 @@ class DataSpec(Spec):
     of a txt file ends at LF or CR LF.
     """
 
-    train: tuple[LocalPath, ...] = Field(min_length=1, description="Files to train on.")
+    train: tuple[LocalPath, ...] = Field(
+        min_length=1, description="Files to train on; also a folder that `datasets` saved to disk."
+    )
     test: tuple[LocalPath, ...] = Field(default=(), description="Held-out files; without them nothing is evaluated.")
     format: Literal["jsonl", "txt", "csv", "parquet"] | None = Field(
         default=None, description="Format of all files, when the suffix does not tell."
     )
     text: str = Field(default="text", description="Column that holds the text (not for txt files).")
+    form: Literal["text", "messages", "prompt_completion", "instruction"] = Field(
+        default="text",
+        description="What a row is: text; or a conversation by columns `messages`, `prompt` and `completion`, or "
+        "`instruction`, `input` and `output`, written by the tokenizer's chat template; answers alone are trained.",
+    )
+    template: LocalPath | None = Field(
+        default=None, description="File with a chat template (Jinja), in place of the tokenizer's."
+    )
     split_text: Literal["file", "paragraph", "line"] = Field(
         default="file",
         description="What one document is in a txt file; lines end at LF or CR LF, paragraphs at an empty line.",
@@ -84,3 +94,14 @@ class DataSpec(Spec):
     @classmethod
     def _one_file(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _a_conversation_is_a_record(self) -> DataSpec:
+        if self.form != "text":
+            if "packing" not in self.model_fields_set:
+                object.__setattr__(self, "packing", "records")
+            elif self.packing != "records":
+                raise ValueError(f"with `form: {self.form}` a conversation is a record: use `packing: records`")
+        elif self.template is not None:
+            raise ValueError("`template` writes conversations: set `form` to what a row is")
+        return self

@@ -10,7 +10,17 @@ from typing import Any
 from coterie.config import DataSpec
 from coterie.dp.accounting.users import user_text
 from coterie.errors import DataError
-from coterie.training.data.readers import IntegerText, Row, csv_rows, json_rows, kind_of, parquet_rows, plain_text
+from coterie.training.data.chat import COLUMNS, OPTIONAL, Conversation, conversation
+from coterie.training.data.readers import (
+    IntegerText,
+    Row,
+    csv_rows,
+    json_rows,
+    kind_of,
+    parquet_rows,
+    plain_text,
+    saved_rows,
+)
 
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -22,10 +32,12 @@ class Documents:
     Attributes:
         texts: one string per document.
         users: whose text each is, when a user column was asked for.
+        conversations: what the texts stand for, where rows are conversations.
     """
 
     texts: tuple[str, ...]
     users: tuple[str, ...] | None = None
+    conversations: tuple[Conversation, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -40,12 +52,18 @@ def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | 
     """
     texts: list[str] = []
     users: list[str] = []
+    talks: list[Conversation] = []
     _check_different(files)
     for path in files:
         before = len(texts)
-        for text, user in _documents_of(path, spec, user_column):
-            if text.strip():
-                texts.append(text)
+        for made, user in _documents_of(path, spec, user_column):
+            if isinstance(made, Conversation):
+                if not made.blank:
+                    texts.append(made.text())
+                    talks.append(made)
+                    users.append(user)
+            elif made.strip():
+                texts.append(made)
                 users.append(user)
         if len(texts) == before:
             raise DataError(
@@ -54,14 +72,15 @@ def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | 
                 why="every document in it is empty or blank",
                 fix="remove the file from the config, or check that it was written completely",
             )
-    return Documents(tuple(texts), tuple(users) if user_column is not None else None)
+    owners = tuple(users) if user_column is not None else None
+    return Documents(tuple(texts), owners, tuple(talks) if spec.form != "text" else None)
 
 
 def _check_different(files: Sequence[Path]) -> None:
     """By what they are on the disk: a second name, or a link, is the same file."""
     seen: dict[tuple[int, int], Path] = {}
     for path in files:
-        if not path.is_file():  # said where it is read
+        if not path.exists():  # said where it is read
             continue
         found = path.stat()
         place = (found.st_dev, found.st_ino)
@@ -75,20 +94,26 @@ def _check_different(files: Sequence[Path]) -> None:
         seen[place] = path
 
 
-def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterator[tuple[str, str]]:
-    if not path.is_file():
+def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterator[tuple[str | Conversation, str]]:
+    if not path.exists():
         raise DataError(
             f"There is no data file {path}.",
             code="data-no-file",
             where="data.train or data.test",
             fix="check the path; a relative one starts from the settings file's folder",
         )
-    kind = spec.format or _SUFFIXES.get(path.suffix.lower())
+    kind = "saved" if path.is_dir() else spec.format or _SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise DataError(
             f"The format of {path} cannot be told from its suffix `{path.suffix}`.",
             code="data-format",
             fix=f"set data.format, or use one of {', '.join(_SUFFIXES)}",
+        )
+    if kind == "txt" and spec.form != "text":
+        raise DataError(
+            f"{path} is plain text and holds no columns for `form: {spec.form}`.",
+            code="data-not-chat",
+            fix="use jsonl or parquet, or leave `form` out",
         )
     if kind == "txt":
         if user_column is not None:
@@ -100,6 +125,9 @@ def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterat
             )
         yield from ((text, "") for text in _plain_documents(path, spec.split_text))
         return
+    if spec.form != "text":
+        yield from _conversations_of(path, kind, spec.form, user_column)
+        return
     columns = (spec.text,) if user_column is None else (spec.text, user_column)
     for where, (text, *user) in _rows(path, kind, columns):
         if text is not None and (not isinstance(text, str) or isinstance(text, IntegerText)):
@@ -109,6 +137,15 @@ def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterat
                 fix="choose the column that holds text",
             )
         yield text or "", _user(path, where, user_column, user[0]) if user_column is not None else ""
+
+
+def _conversations_of(
+    path: Path, kind: str, form: str, user_column: str | None
+) -> Iterator[tuple[Conversation, str]]:
+    own = COLUMNS[form]
+    for where, values in _rows(path, kind, (*own, *([user_column] if user_column else [])), OPTIONAL):
+        user = _user(path, where, user_column, values[-1]) if user_column is not None else ""
+        yield conversation(form, values[: len(own)], f"{path}, {where},"), user
 
 
 def _user(path: Path, where: str, column: str, value: Any) -> str:
@@ -147,11 +184,13 @@ def _plain_documents(path: Path, split: str) -> Iterator[str]:
                 paragraph = []
 
 
-def _rows(path: Path, kind: str, columns: Sequence[str]) -> Iterator[Row]:
+def _rows(path: Path, kind: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+    if kind == "saved":
+        return saved_rows(path, columns, optional)
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes).", code="data-empty", fix="check that it was written completely")
     if kind == "jsonl":
-        return json_rows(path, columns)
+        return json_rows(path, columns, optional)
     if kind == "csv":
         return csv_rows(path, columns, "\t" if path.suffix.lower() == ".tsv" else ",")
-    return parquet_rows(path, columns)
+    return parquet_rows(path, columns, optional)

@@ -42,6 +42,7 @@ class Sequences:
         document_S: document that each sequence begins in.
         pad_id: filler of short rows; masked everywhere.
         users: whose text each sequence is, when known.
+        trained: which tokens are predicted, bool; None: all.
     """
 
     tokens: Tensor
@@ -49,6 +50,7 @@ class Sequences:
     document_S: Tensor
     pad_id: int = 0
     users: tuple[str, ...] | None = None
+    trained: Tensor | None = None
 
     def __len__(self) -> int:
         return self.starts.shape[0] - 1
@@ -56,8 +58,10 @@ class Sequences:
     def __getitem__(self, row: int) -> Batch:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        ids_T = self.tokens[int(self.starts[row]) : int(self.starts[row + 1])].long()
-        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": ids_T.clone()}
+        place = slice(int(self.starts[row]), int(self.starts[row + 1]))
+        ids_T = self.tokens[place].long()
+        labels_T = ids_T.clone() if self.trained is None else ids_T.where(self.trained[place], IGNORED)
+        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": labels_T}
 
     @property
     def lengths(self) -> Tensor:
@@ -66,13 +70,17 @@ class Sequences:
 
     @property
     def predicted_tokens(self) -> int:
-        """Tokens that have a prediction: all but the first of each sequence."""
-        return int((self.lengths - 1).sum())
+        """Tokens that have a prediction: all that are trained but the first of each sequence."""
+        if self.trained is None:
+            return int((self.lengths - 1).sum())
+        return int(self.trained.sum()) - int(self.trained[self.starts[:-1]].sum())
 
     def digest(self) -> str:
         """Hex SHA-256 of all tokens and borders: tells whether a run's text is still the same."""
         digest = hashlib.sha256(self.tokens.numpy().tobytes())
         digest.update(self.starts.numpy().tobytes())
+        if self.trained is not None:
+            digest.update(self.trained.numpy().tobytes())
         return digest.hexdigest()
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -138,6 +146,38 @@ def pack(
         starts=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         document_S=torch.tensor([owner for _, owner in kept]),
         pad_id=pad_id,
+    )
+
+
+def pack_answers(
+    documents: Iterable[tuple[Sequence[int], Sequence[bool]]], *, sequence_length: int, pad_id: int = 0
+) -> Sequences:
+    """One sequence a conversation, the rest cut off; tokens that are nobody's answer have no label.
+
+    Args:
+        documents: token ids, and which of them are trained.
+        sequence_length: most tokens in a sequence.
+        pad_id: fills up the batch behind short sequences.
+
+    Raises:
+        DataError: no answer is left to train on within the first ``sequence_length`` tokens of any.
+    """
+    cut = [(ids[:sequence_length], trained[:sequence_length]) for ids, trained in documents]
+    kept = [(number, ids, trained) for number, (ids, trained) in enumerate(cut) if any(trained[1:])]
+    if not kept:
+        raise DataError(
+            "No answer can be trained: none begins within data.sequence_length.",
+            code="data-no-sequence",
+            why="a prompt alone predicts nothing",
+            fix="set data.sequence_length to more than prompts have tokens",
+        )
+    lengths = torch.tensor([len(ids) for _, ids, _ in kept])
+    return Sequences(
+        tokens=torch.tensor([token for _, ids, _ in kept for token in ids], dtype=torch.int32),
+        starts=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        document_S=torch.tensor([number for number, _, _ in kept]),
+        pad_id=pad_id,
+        trained=torch.tensor([mark for _, _, trained in kept for mark in trained]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of local files: JSON Lines, CSV and Parquet, only the columns that were named, nothing guessed.
+"""Rows of local files: JSON Lines, CSV, Parquet, saved datasets, only the columns that were named, nothing guessed.
 
 A path is a file's literal name. A JSON string is text, whatever it looks like, and a CSV field is text. Columns that
 were not named are not looked at. Errors name file and line and never repeat a value; since the first line of a CSV
@@ -25,7 +25,7 @@ _BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def json_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def json_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
     """Rows of JSON Lines, or of a file that holds one JSON array of objects.
 
     Half a surrogate pair in a string (``"\\ud83d"``) becomes U+FFFD. Integers come as `IntegerText`, as written.
@@ -36,7 +36,14 @@ def json_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     for where, made in _json_objects(path):
         if not isinstance(made, _Pairs):
             raise _unreadable(path, "jsonl", where, f"it holds {kind_of(made)} where an object is expected")
-        yield where, [_clean(_only(path, where, made, column)) for column in columns]
+        there = {key for key, _ in made}
+        yield (
+            where,
+            [
+                None if column in optional and column not in there else _clean(_only(path, where, made, column))
+                for column in columns
+            ],
+        )
 
 
 class IntegerText(str):
@@ -92,7 +99,9 @@ def _only(path: Path, where: str, made: _Pairs, column: str) -> Any:
 
 def _clean(value: Any) -> Any:
     if isinstance(value, _Pairs):  # not a list, whose first item might be taken for what was meant
-        return dict(value)
+        return {key: _clean(item) for key, item in value}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
     if isinstance(value, str) and not isinstance(value, IntegerText):
         return _SURROGATES.sub("\ufffd", value)
     return value
@@ -170,7 +179,7 @@ def _place(path: Path, header: list[str], column: str) -> int:
     )
 
 
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
     """Rows of a Parquet file; of its columns only the named ones are read.
 
     Raises:
@@ -180,25 +189,79 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for column in columns:
-                if names.count(column) > 1:
-                    raise DataError(
-                        f"{path} has {names.count(column)} columns `{column}`.",
-                        code="data-column-twice",
-                        fix="rename one of them",
-                    )
-                if column not in names:
-                    raise no_column(path, column, names)
-            number = 0
-            for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
-                read = [batch.column(column).to_pylist() for column in columns]
-                for values in zip(*read, strict=True):
-                    number += 1
-                    yield f"row {number}", list(values)
+            here = _present(path, file.schema_arrow.names, columns, optional)
+            batches = file.iter_batches(columns=list(dict.fromkeys(here)))
+            yield from _numbered_rows(batches, columns, here)
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # their messages may quote a value
         reason = f"it is damaged, or of another format ({type(error).__name__})"
         raise _unreadable(path, "parquet", None, reason) from None
+
+
+def saved_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+    """Rows of a folder that ``Dataset.save_to_disk`` of Hugging Face's datasets wrote.
+
+    Raises:
+        DataError: it is no such folder, holds several splits or chosen rows, or lacks a column.
+    """
+    import pyarrow
+
+    if (path / "dataset_dict.json").is_file():
+        raise DataError(
+            f"{path} holds several splits.",
+            code="data-splits",
+            fix="name the folder of one of them, such as its `train`",
+        )
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        files = [path / str(entry["filename"]) for entry in state["_data_files"]]
+        chosen = state.get("_indices_files") or state.get("_indices_data_files")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{path} is a folder, and not one that `datasets` saved to disk.",
+            code="data-format",
+            fix="name files, or a folder that Dataset.save_to_disk wrote",
+        ) from None
+    if chosen:
+        raise DataError(
+            f"{path} names a choice of its rows, not the rows themselves.",
+            code="data-splits",
+            fix="save it again after Dataset.flatten_indices()",
+        )
+    number = 0
+    for file in files:
+        try:
+            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+                here = _present(path, stream.schema.names, columns, optional)
+                for where, values in _numbered_rows(stream, columns, here, number):
+                    number += 1
+                    yield where, values
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _unreadable(file, "arrow", None, f"it is damaged ({type(error).__name__})") from None
+
+
+def _present(path: Path, names: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    """The columns that are there, all but optional ones."""
+    for column in columns:
+        if names.count(column) > 1:
+            raise DataError(
+                f"{path} has {names.count(column)} columns `{column}`.",
+                code="data-column-twice",
+                fix="rename one of them",
+            )
+        if column not in names and column not in optional:
+            raise no_column(path, column, names)
+    return [column for column in columns if column in names]
+
+
+def _numbered_rows(
+    batches: Iterable[Any], columns: Sequence[str], here: Sequence[str], before: int = 0
+) -> Iterator[Row]:
+    number = before
+    for batch in batches:
+        read = [batch.column(name).to_pylist() if name in here else [None] * len(batch) for name in columns]
+        for values in zip(*read, strict=True):
+            number += 1
+            yield f"row {number}", list(values)
 
 
 def plain_text(path: Path) -> str:

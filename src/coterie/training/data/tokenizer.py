@@ -10,8 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from coterie.config import DataSpec, ModelSpec, TokenizerSpec
 from coterie.errors import ConfigError, DataError
+from coterie.training.data.chat import encoded, read_template
 from coterie.training.data.documents import Documents, read_documents
-from coterie.training.data.packing import Sequences, pack
+from coterie.training.data.packing import Sequences, pack, pack_answers
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -52,7 +53,7 @@ def get_tokenizer(spec: TokenizerSpec, model: ModelSpec, data: DataSpec) -> PreT
             fix="set it to a path, or make one from public text with a `train` block",
         )
     if spec.train is not None:
-        public = data.model_copy(update={"format": None})
+        public = data.model_copy(update={"format": None, "form": "text"})
         return train_tokenizer(read_documents(spec.train.files, public).texts, spec.train.vocab_size)
     if spec.path is not None:
         return load_tokenizer_from(spec.path)
@@ -89,12 +90,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def tokenize(documents: Documents, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Sequences:
-    """Documents as sequences, cut as ``spec`` says."""
+    """Documents as sequences, cut as ``spec`` says; of conversations only the answers have labels.
+
+    Raises:
+        DataError: nothing is left to train on; there is no chat template, or it does not fit the turns.
+    """
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if documents.conversations is not None:
+        template = read_template(spec.template)
+        talks = [encoded(talk, tokenizer, template) for talk in documents.conversations]
+        sequences = pack_answers(talks, sequence_length=spec.sequence_length, pad_id=pad_id)
+        return sequences if documents.users is None else sequences.with_users(documents.users)
     sequences = pack(
         encode(tokenizer, documents.texts),
         sequence_length=spec.sequence_length,
         packing=spec.packing,
         end_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad_id=pad_id,
     )
     return sequences if documents.users is None else sequences.with_users(documents.users)

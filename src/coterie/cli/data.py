@@ -1,0 +1,80 @@
+"""`coterie data`: what would be trained, before anything is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.cli.output import say, write_json
+
+if TYPE_CHECKING:
+    from coterie.config import TrainConfig
+    from coterie.training.data.check import DataReport
+
+
+class Action(StrEnum):
+    CHECK = "check"
+
+
+def command(
+    action: Annotated[Action, typer.Argument(help="What to do.")],
+    settings: Annotated[Path, typer.Argument(help="train.yaml.")],
+    shown: Annotated[int, typer.Option("--show", min=0, help="How many records to write out.")] = 2,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures, no text, to this file.")
+    ] = None,
+) -> None:
+    """Show what a train.yaml would train on: counts, lengths, what is cut off, duplicates, and the first records.
+
+    Tokens stand between bars; those that are only read, such as a prompt, between brackets. No model is loaded, and
+    nothing is written. The text shown is your own: do not pass it on.
+
+    Example:
+        coterie data check train.yaml --show 3
+    """
+    from coterie.config import TrainConfig, load_yaml
+    from coterie.training.data.check import check_data
+    from coterie.training.data.documents import read_documents
+    from coterie.training.data.tokenizer import get_tokenizer, tokenize
+
+    config = load_yaml(settings, TrainConfig)
+    data, privacy = config.data, config.privacy
+    documents = read_documents(data.train, data, user_column=privacy.user_column if privacy else None)
+    tokenizer = get_tokenizer(data.tokenizer, config.model, data)
+    report = check_data(documents, tokenize(documents, data, tokenizer), data, tokenizer, shown)
+    for line in lines(report, config):
+        say(line)
+    if json_file is not None:
+        write_json(json_file, report.as_json())
+
+
+def lines(report: DataReport, config: TrainConfig) -> list[str]:
+    """The report in words."""
+    data, privacy = config.data, config.privacy
+    said = [
+        f"documents   {report.documents} ({data.form}), as {report.records} records (packing {data.packing})",
+        f"tokens      {report.tokens}, of which {report.predicted} are predicted",
+        f"lengths     {report.shortest} to {report.longest}, median {report.median}; at most {data.sequence_length}",
+    ]
+    if report.cut:
+        said.append(
+            f"cut off     {report.cut_tokens} tokens of {report.cut} documents: data.sequence_length is short"
+        )
+    if report.left_out:
+        said.append(f"left out    {report.left_out} documents, of which nothing could be predicted")
+    if privacy is not None:
+        unit = "everything of one user" if privacy.unit == "user" else "one record"
+        said.append(f"unit        {unit}: what the privacy budget protects")
+    if privacy is not None and report.most_pieces > 1:
+        said.append(f"NOTE: a document is up to {report.most_pieces} records; its epsilon is that of such a group")
+    if report.duplicates:
+        said.append(f"duplicates  {report.duplicates} documents repeat an earlier one word for word")
+    if report.alike:
+        count, groups = sum(report.alike), len(report.alike)
+        said.append(f"alike       {count} documents in {groups} groups say nearly the same, up to {report.alike[0]}")
+    if report.alike and privacy is not None:
+        said.append("NOTE: the epsilon of what such documents share is that of a group of so many records")
+    return [*said, *(f"record {number}    {text}" for number, text in enumerate(report.first, 1))]

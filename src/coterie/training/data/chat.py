@@ -1,0 +1,208 @@
+"""Conversations and instructions: read from rows, written by a chat template, only the answers trained.
+
+A conversation is one record. What the assistant says is predicted; the rest is read and has no label. A template
+decides how turns are written, so an answer's characters are found by writing the conversation up to each turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from coterie.errors import DataError
+
+COLUMNS = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output"),
+}
+"""Columns of each ``data.form``."""
+OPTIONAL = ("input",)
+
+Message = Mapping[str, str]
+"""``role`` and ``content``."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of one record.
+
+    Attributes:
+        messages: in their order.
+        joined: a prompt and its completion, which can be written one after the other without a template.
+    """
+
+    messages: tuple[Message, ...]
+    joined: bool = False
+
+    @property
+    def blank(self) -> bool:
+        return not any(message["content"].strip() for message in self.messages)
+
+    def text(self) -> str:
+        """One string that stands for the conversation, whatever template writes it: what the ledger knows it by."""
+        return json.dumps([dict(message) for message in self.messages], ensure_ascii=False)
+
+
+def conversation(form: str, values: Sequence[Any], where: str) -> Conversation:
+    """A row's conversation.
+
+    Args:
+        form: of `COLUMNS`.
+        values: of its columns, in their order; None for an absent optional one.
+        where: file and row, for errors.
+
+    Raises:
+        DataError: ``data-not-chat``: not what the form asks for; no value is repeated.
+    """
+    if form == "messages":
+        return Conversation(_answered(_turns(values[0], where), where))
+    if form == "prompt_completion":
+        prompt, completion = values
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Conversation((_turn("user", prompt), _turn("assistant", completion)), joined=True)
+        return Conversation(_answered((*_turns(prompt, where), *_turns(completion, where)), where))
+    instruction, given, output = (value or "" for value in values)
+    if not all(isinstance(value, str) for value in (instruction, given, output)):
+        raise _unfit(where, "`instruction`, `input` and `output` have to be text")
+    asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+    return Conversation((_turn("user", asked), _turn("assistant", output)))
+
+
+def encoded(
+    talk: Conversation, tokenizer: PreTrainedTokenizerBase, template: str | None = None
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and which of them are an answer's.
+
+    Args:
+        talk: the conversation.
+        tokenizer: a fast one; its chat template writes the turns.
+        template: in place of the tokenizer's.
+
+    Raises:
+        DataError: there is no template, or it refuses the turns or writes answers where they cannot be found.
+    """
+    template = template or _own_template(tokenizer)
+    if template is None:
+        if not talk.joined:
+            raise DataError(
+                "The tokenizer has no chat template.",
+                code="data-no-template",
+                where="data.form",
+                why="how turns are written decides what the model learns to answer to",
+                fix="name one with data.template (a Jinja file), use a tokenizer of a chat model, or rows with "
+                "`prompt` and `completion` as text",
+            )
+        prompt, completion = (message["content"] for message in talk.messages)
+        text, spans = prompt + completion, [(len(prompt), len(prompt) + len(completion))]
+    else:
+        text, spans = _written(talk.messages, tokenizer, template)
+    found = tokenizer(text, add_special_tokens=template is None, return_offsets_mapping=True, verbose=False)
+    places = found["offset_mapping"]  # a token that holds a character of an answer is the answer's
+    trained = [any(start < last and end > first for first, last in spans) for start, end in places]
+    ids: list[int] = found["input_ids"]
+    if template is None and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids, trained = [*ids, tokenizer.eos_token_id], [*trained, True]
+    return ids, trained
+
+
+def read_template(path: Path | None) -> str | None:
+    """A chat template from a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"The chat template {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
+            code="data-template",
+            fix="set data.template to a Jinja file, as a model's chat_template.jinja is",
+        ) from None
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _written(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text up to the last answer, and where answers are in it, with what ends them.
+
+    A template that writes earlier turns in another way once later ones follow leaves the last answer alone.
+    """
+
+    def written(count: int, *, asks: bool = False) -> str:
+        given = [dict(message) for message in messages[:count]]
+        try:
+            text: str = tokenizer.apply_chat_template(
+                given, tokenize=False, add_generation_prompt=asks, chat_template=template
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _bad_template(f"refuses the turns ({type(error).__name__})") from None
+        return text
+
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = written(answers[-1] + 1)
+    spans = []
+    for number in answers:
+        upto = written(number + 1) if number != answers[-1] else whole
+        before = (written(number, asks=True), written(number)) if number else ("",)
+        starts = [text for text in before if upto.startswith(text)]
+        if starts and whole.startswith(upto):
+            spans.append((len(starts[0]), len(upto)))
+    if not spans or spans[-1][1] != len(whole):
+        raise _bad_template("does not write an answer behind what it answers to")
+    return whole, spans
+
+
+def _bad_template(problem: str) -> DataError:
+    return DataError(
+        f"The chat template {problem}.",
+        code="data-template",
+        why="which tokens are an answer's could not be known",
+        fix="look at the roles and their order, or name another template with data.template",
+    )
+
+
+def _turns(value: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise _unfit(where, "a list of turns is expected, each with `role` and `content`")
+    turns = []
+    for item in value:
+        given = item if isinstance(item, Mapping) else {}
+        role, content = given.get("role"), given.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise _unfit(where, "every turn needs a `role` and a `content`, both text")
+        turns.append(_turn(role, content))
+    return tuple(turns)
+
+
+def _answered(turns: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise _unfit(where, "no turn has the role `assistant`, so nothing would be trained")
+    return turns
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _unfit(where: str, problem: str) -> DataError:
+    return DataError(
+        f"{where} is no conversation: {problem}.",
+        code="data-not-chat",
+        fix="mend the row, or set data.form to what the file holds: "
+        + "; ".join(f"`{form}` ({', '.join(columns)})" for form, columns in COLUMNS.items()),
+    )

@@ -1,0 +1,68 @@
+"""What `coterie data check` counts, on texts whose counts are known by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coterie.cli.app import main
+from coterie.config import DataSpec
+from coterie.training.data.check import DataReport, check_data
+from coterie.training.data.documents import read_documents
+from coterie.training.data.tokenizer import tokenize, train_tokenizer
+
+WORDS = "the quick brown fox jumps over the lazy dog while seven old owls watch from a tall dark tree"
+
+
+def report(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> DataReport:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = DataSpec.model_validate({"train": [folder / "rows.jsonl"], **changes})
+    tokenizer = train_tokenizer([], 260)  # a byte is a token, and an end
+    documents = read_documents(spec.train, spec)
+    return check_data(documents, tokenize(documents, spec, tokenizer), spec, tokenizer)
+
+
+def test_counts_lengths_and_what_is_cut(tmp_path: Path) -> None:
+    rows = [{"text": "abcd"}, {"text": "abcdefgh"}, {"text": "xy"}]
+    whole = report(tmp_path, rows, packing="records", sequence_length=6)
+    assert (whole.documents, whole.records, whole.tokens, whole.predicted) == (3, 3, 5 + 6 + 3, 4 + 5 + 2)
+    assert (whole.shortest, whole.median, whole.longest) == (3, 5, 6)
+    assert (whole.cut, whole.cut_tokens, whole.left_out, whole.most_pieces) == (1, 2, 0, 1)
+    pieces = report(tmp_path, rows, packing="chunks", sequence_length=6)
+    assert (pieces.records, pieces.cut, pieces.most_pieces) == (4, 0, 2)
+
+
+def test_duplicates_and_texts_that_say_nearly_the_same(tmp_path: Path) -> None:
+    near = WORDS.replace("tree", "oak")
+    other = "a report on the weather of last week, with rain on monday and wind on every other day of it"
+    found = report(tmp_path, [{"text": text} for text in (WORDS, other, WORDS, near.upper(), "something else")])
+    assert found.duplicates == 1
+    assert found.alike == (3,)
+
+
+def test_what_has_no_label_stands_in_brackets_and_figures_hold_no_text(tmp_path: Path) -> None:
+    found = report(tmp_path, [{"prompt": "ab", "completion": "cd"}], form="prompt_completion")
+    assert found.first == ("[|a|b|]|c|d|<|endoftext|>",)
+    assert found.predicted == 3
+    assert "first" not in found.as_json()
+
+
+def test_the_command_says_it_of_a_train_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "ab", "completion": "cd"}) + "\n")
+    (tmp_path / "public.txt").write_text("a")
+    (tmp_path / "train.yaml").write_text(
+        "model: {family: olmoe}\nrun_dir: run\ntrain: {rounds: 1}\nprivacy: {epsilon: 8}\n"
+        "data: {train: rows.jsonl, form: prompt_completion,\n"
+        "       tokenizer: {train: {files: [public.txt], vocab_size: 260}}}\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(tmp_path / "train.yaml"), "--json", str(tmp_path / "figures.json")])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "1 (prompt_completion), as 1 records" in shown
+    assert "[|a|b|]|c|d|" in shown
+    assert json.loads((tmp_path / "figures.json").read_text())["predicted"] == 3
+    assert not (tmp_path / "run").exists()
