@@ -86,11 +86,19 @@ def test_more_releases_than_planned_are_refused(tmp_path: Path) -> None:
 def test_a_run_keeps_the_numbers_it_started_with(tmp_path: Path) -> None:
     ledger = started(tmp_path)
     ledger.start_run("run-a", MECHANISM, 100)
-    ledger.start_run("run-a", MECHANISM, 100, coterie="9.9", revision="of a later process")
     with pytest.raises(LedgerError, match="with other settings"):
         ledger.start_run("run-a", Mechanism(0.9, 0.1), 100)
     with pytest.raises(LedgerError, match="run run-z is not in this dataset's ledger"):
         ledger.run("run-z")
+
+
+def test_a_run_that_a_later_version_takes_up_is_the_same_run(tmp_path: Path) -> None:
+    ledger = started(tmp_path)
+    ledger.start_run("run-b", MECHANISM, 5, seeded=True, coterie="0.1.0", revision="a")
+    ledger.start_run("run-b", MECHANISM, 5, seeded=True, coterie="0.2.0", revision="b")
+    assert (ledger.run("run-b")["coterie"], ledger.run("run-b")["revision"]) == ("0.1.0", "a")
+    with pytest.raises(LedgerError, match="with other settings"):
+        ledger.start_run("run-b", MECHANISM, 5, seeded=False, coterie="0.2.0", revision="b")
 
 
 @pytest.mark.parametrize("keep", [1, 30, -1])
