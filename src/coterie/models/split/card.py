@@ -20,8 +20,8 @@ Promise = Literal["budget", "public", "none", "unknown"]
 _WORDS: dict[Promise, str] = {
     "budget": "Every run behind this model read private text within a privacy budget, or public text. For one "
     "record (or one user: the run's own statement says which) of the text that a ledger stands for, the "
-    "runs counted in that ledger are differentially private: together at most with the sum of their "
-    "epsilons and deltas below. People whose text is in several ledgers, or several times in one, are "
+    "runs below that are counted in that ledger are differentially private: together at most with the sum "
+    "of their epsilons and deltas. People whose text is in several ledgers, or several times in one, are "
     "protected less. What other runs spent on the same text, and what is not covered, is in each party's "
     "own statement.",
     "public": "Every run behind this model read text that its owner declared public. Nothing is promised about it.",
