@@ -234,6 +234,18 @@ def test_alarms_of_the_audit_of_epsilon_are_told_one_by_one() -> None:
     assert contradicted({"verdict": "consistent", "premises": [], "one_run": [], "sentences": []}) == []
 
 
+def test_an_alarm_of_the_audit_of_epsilon_is_one_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    premise = {"name": "noise", "verdict": "ALARM", "sentence": "Noise is half of what is claimed."}
+    told = {"auc_allowed": 0.74, "epsilon_claimed": 8.0, "epsilon_lower": 0.5, "epsilon_ceiling": 3.6}
+    epsilon = {**told, "verdict": "ALARM", "premises": [premise], "one_run": [], "sentences": []}
+    monkeypatch.setattr(pieces, "on_epsilon", lambda *_: epsilon)
+    reading(monkeypatch, evidence("experts", Claim(7.99, 1e-5)))
+    attacks(monkeypatch, noised())
+    found = audited(folder)
+    assert found.outcome is Outcome.ALARM
+    assert all(premise["sentence"] in verdict.sentence for verdict in found.verdicts)
+
+
 def test_controls_need_public_text_and_a_federation() -> None:
     assert "--public" in pieces.instruments(evidence(public=[]), 0).reasons["positive"]
     assert "federation" in pieces.instruments(None, 0).reasons["positive"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from coterie.audit.adversaries import Adversary
 from coterie.audit.answers import Answers
 from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Channel, Unit
-from coterie.audit.tokens.attack import attack
+from coterie.audit.tokens.attack import attack, taught
+from coterie.audit.tokens.rows import Truth
+from coterie.audit.tokens.scored import Scored
 from coterie.audit.tokens.search import beginnings, rebuild
 from coterie.audit.tokens.views import views
 from coterie.audit.transcript import Transcript
@@ -48,6 +52,47 @@ def test_a_record_is_rebuilt_from_shuffled_rows_of_which_a_host_sees_two_thirds(
     assert right > 0.9 * total
     unrelated = {layer: torch.randn_like(part) for layer, part in rows.items()}
     assert beginnings(model, unrelated, hosted) == []
+
+
+def test_whoever_knows_some_documents_is_asked_about_the_others() -> None:
+    document_P = torch.arange(6)
+    shown: list[torch.Tensor] = []
+    asked: list[torch.Tensor] = []
+
+    class Reader:
+        def taught(self, rows_RD: torch.Tensor, token_R: torch.Tensor) -> Reader:
+            shown.append(rows_RD[:, 0])
+            return self
+
+        def log_posterior(self, rows_RD: torch.Tensor) -> torch.Tensor:
+            asked.append(rows_RD[:, 0])
+            return torch.zeros(len(rows_RD), 9)
+
+    rows = SimpleNamespace(hidden_RD=torch.arange(6.0)[:, None], round_R=torch.tensor([1, 1, 2, 2, 2, 2]))
+    truth = Truth(torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64), torch.arange(6))
+    scored: Any = SimpleNamespace(
+        table=SimpleNamespace(layers={0: rows}, truth={0: truth}),
+        places=SimpleNamespace(document_P=document_P),
+        known=SimpleNamespace(tokens={0: Reader()}),
+    )
+    (found,) = taught(scored)
+    assert (shown[0].tolist(), asked[0].tolist()) == ([2.0, 4.0], [3.0, 5.0]), "of the last round alone"
+    assert found.value is not None
+    assert found.value.count == 2
+
+
+def test_of_two_layers_that_were_received_the_lower_one_speaks() -> None:
+    places = torch.tensor([3, 5, 7])
+    scored = Scored.__new__(Scored)
+    vars(scored).update(
+        table=SimpleNamespace(truth={0: Truth(places[:2], places[:2], torch.tensor([0, 1])),
+                                     1: Truth(places[1:], places[1:], torch.tensor([1, 2]))}),
+        places=SimpleNamespace(token_P=places),
+        _read={0: (torch.tensor([3, 5]), torch.ones(2)), 1: (torch.tensor([8, 7]), torch.ones(2))},
+    )  # fmt: skip
+    guess_P, seen_P = scored.guessed()
+    assert guess_P.tolist() == [3, 5, 7]
+    assert seen_P.all()
 
 
 @pytest.mark.slow
@@ -87,6 +132,12 @@ def test_a_run_through_the_real_exchange_is_read(tmp_path: Path) -> None:
     nexts = [each for each in found if each.channel is Channel.GRADIENTS]
     assert len(nexts) == 6
     assert max(each.value.value for each in nexts if each.value) > 0.5
+    equal = one["equal tokens by the nearest row", Adversary.HOST, 0].value
+    assert equal is not None
+    assert equal.low > 0.5
+    (pairs,) = [each.value for each in found if each.unit is Unit.PAIRS and each.adversary is Adversary.ALL_HOSTS]
+    assert pairs is not None
+    assert pairs.low > 0.1, "by chance one row of a hundred stands behind another"
     assert [each.model_dump() for each in attack(evidence, seed=0, budget_s=5)] == [
         each.model_dump() for each in found
     ]

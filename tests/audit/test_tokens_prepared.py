@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from coterie.audit.metrics import Estimate
 from coterie.audit.tokens.controls import negative_control, positive_control
 from coterie.audit.tokens.views import cover, last_rows, views
 from coterie.errors import AuditError
@@ -64,7 +65,7 @@ def test_rare_tokens_are_put_into_copies_of_public_text() -> None:
     assert cover(texts, VOCAB, 0, torch.Generator()) == []
 
 
-def test_controls_read_what_is_there_and_nothing_else() -> None:
+def test_controls_read_what_is_there_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("olmoe")
     seam.select(model)
     texts = public(400)
@@ -75,6 +76,12 @@ def test_controls_read_what_is_there_and_nothing_else() -> None:
     assert positive.passed
     assert positive.value.value >= 0.95
     assert positive.prior.value < 0.2
+    prior = Estimate(0.1, 0.08, 0.12, 500)
+    for read, works, knows in ((0.95, True, False), (0.9499, False, False), (0.119, False, True)):
+        told = Estimate(read, read - 0.01, read + 0.01, 500)
+        monkeypatch.setattr("coterie.audit.tokens.controls._read", lambda *_, told=told: (told, prior))
+        assert positive_control(model, texts[:40]).passed is works
+        assert negative_control(model, texts[:40]).passed is knows
     with pytest.raises(AuditError) as caught:
         positive_control(model, texts[:5])
     assert caught.value.code == "audit-public"

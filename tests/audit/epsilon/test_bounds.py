@@ -89,3 +89,9 @@ def test_a_tight_gaussian_attack_stays_below_its_own_mu() -> None:
 def test_scores_upside_down_prove_nothing() -> None:
     inside = torch.arange(100) % 2 == 0
     assert bounds.bounds(-inside.double(), inside, 1e-5, 0.05).mu == 0.0
+
+
+def test_canaries_that_are_all_in_are_guessed_right_by_half_and_prove_nothing() -> None:
+    found = bounds.bounds(torch.arange(60.0), torch.ones(60, dtype=torch.bool), 1e-5, 0.05)
+    assert (found.epsilon, found.mu) == (0.0, 0.0)
+    assert found.right * 2 == found.guesses

@@ -12,7 +12,7 @@ import torch
 
 from coterie.audit.epsilon import one_run, premises
 from coterie.audit.epsilon.canaries import Alternating, RandomIds
-from coterie.audit.epsilon.findings import Verdict
+from coterie.audit.epsilon.findings import OneRun, Premise, Verdict
 from coterie.audit.epsilon.laws import independent
 from coterie.audit.epsilon.rehearsal import Rehearsal
 from coterie.audit.epsilon.run import audit_epsilon
@@ -34,7 +34,13 @@ def test_each_record_alone_has_premises_of_its_own(bench: ModuleType, tmp_path: 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"isolation": "exact"}, {"balance": "private_load"}, {"clipping": "per_layer"}, {"adaptive_quantile": 0.5}],
+    [
+        {},
+        {"isolation": "exact"},
+        {"balance": "private_load"},
+        {"clipping": "per_layer"},
+        {"clipping": "per_layer", "adaptive_quantile": 0.5},
+    ],
 )
 def test_the_law_written_down_a_second_time_is_the_engines(
     bench: ModuleType, tmp_path: Path, settings: dict[str, object]
@@ -103,6 +109,19 @@ def test_an_audit_leaves_run_ledger_and_spool_byte_for_byte(bench: ModuleType, t
     assert found.verdict is not Verdict.ALARM
     assert found.epsilon_claimed == 8.0
     assert 0.5 < found.auc_allowed < found.auc_by_claim
+
+
+def test_an_alarm_of_the_canaries_alone_is_one_of_the_audit(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = Premise("noise", 1.0, 1.0, 0.001, 0.5, Verdict.CONSISTENT, "It is as claimed.")
+    canaries = OneRun(200, 2.0, 1e-5, "shares", 0.9, 3.0, 3.6, 4.0, 6.4, 3.5, 2.0, 3.0, Verdict.ALARM)
+    monkeypatch.setattr(premises, "measure", lambda *_, **__: premises.Measured((quiet, quiet), 1.0, 1.0))
+    monkeypatch.setattr(one_run, "audit", lambda *_, **__: ((canaries,), quiet))
+    found = audit_epsilon(subject)
+    assert found.verdict is Verdict.ALARM
+    assert found.epsilon_lower is not None
+    assert found.epsilon_lower > subject.claim.epsilon, "twice the claimed ratio"
 
 
 def test_settings_without_a_budget_claim_nothing(bench: ModuleType, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from push_world import every_expert, small_model, small_reader, texts
 from torch.nn import functional as F
 
+from coterie.audit.experts import bayes
 from coterie.audit.experts.bayes import Blank, candidates_of, filled, weights
 from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.membership import Metric, Scored, products, score
@@ -161,19 +162,24 @@ def test_with_little_noise_the_missing_token_is_found_and_with_much_the_language
 
 @pytest.mark.parametrize(("noise", "rate"), [(1e-3, 1.0), (0.02, 0.2)])
 def test_the_likeliest_token_is_the_one_that_weighing_every_candidate_gives(
-    reader: Reader, noise: float, rate: float
+    reader: Reader, monkeypatch: pytest.MonkeyPatch, noise: float, rate: float
 ) -> None:
     private, public = texts(3, LENGTH, VOCAB, 6), texts(24, LENGTH, VOCAB, 7)
     scale = factors(reader.model, private, 1.0)
     sums = summed(rows_of(reader, private), every_expert(reader), scale)
     push = added(sums, noise_like(sums, noise, 3), noise)
     metric = Metric(reader, public, 3, noise, factors(reader.model, public, 1.0))
-    blanks = [Blank(record, place, float(scale[0])) for record in private[:2] for place in (2, 7)]
-    right, _ = filled(reader, blanks, [push], metric, rate)
-    for blank, found in zip(blanks, right.tolist(), strict=True):
+    for record, place in ((private[0], 2), (private[1], 7)):
+        blank = Blank(record, place, float(scale[0]))
         tokens, before = candidates_of(reader, blank)
-        whole = before.double() + weights(reader, blank, tokens, [push], metric, rate)
-        assert found is (int(tokens[whole.argmax()]) == blank.record[blank.place])
+        # A language model with a strong opinion, so that leaving it out would be seen.
+        monkeypatch.setattr(bayes, "candidates_of", lambda *_, t=tokens, b=before: (t, b + 9.0 * (t % 7 == 3)))
+        whole = before.double() + 9.0 * (tokens % 7 == 3) + weights(reader, blank, tokens, [push], metric, rate)
+        best, worst = (int(tokens[at]) for at in (whole.argmax(), whole.argmin()))
+        for token in (best, worst):
+            told = Blank((*record[:place], token, *record[place + 1 :]), place, blank.factor)
+            right, _ = filled(reader, [told], [push], metric, rate)
+            assert right.tolist() == [token == best]
 
 
 def test_products_are_those_of_the_whole_score(reader: Reader) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from push_world import texts
 
 from coterie.audit.adversaries import Adversary
 from coterie.audit.answers import Answers
+from coterie.audit.epsilon.allowed import by_mechanism
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts import noised as noised_attacks
 from coterie.audit.experts import plain
@@ -19,13 +21,16 @@ from coterie.audit.experts.attack import attack
 from coterie.audit.experts.bag import table_names, table_sums
 from coterie.audit.experts.case import Case, Clock, Owned
 from coterie.audit.experts.clipped import factors
+from coterie.audit.experts.drift import drifted
+from coterie.audit.experts.membership import Scored
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.plain import without
-from coterie.audit.experts.pushes import noised, put, served, standard_deviation
+from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.simulate import rows_of, summed
 from coterie.audit.findings import Unit
 from coterie.audit.transcript import Transcript
-from coterie.config import FederationConfig, LoraSpec, dump_yaml, load_yaml
+from coterie.config import FederationConfig, LoraSpec, OptimSpec, dump_yaml, load_yaml
+from coterie.dp.accounting.accountant import Mechanism
 from coterie.errors import AuditError
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.training.party.in_process import InProcessFederation
@@ -106,22 +111,20 @@ def case_of(evidence: Evidence) -> Case:
 @pytest.mark.parametrize("round_index", [1, 2])
 def test_a_recorded_push_is_the_sum_that_attacks_suppose(evidence: Evidence, round_index: int) -> None:
     case = case_of(evidence)
-    for number, parts in served(list(evidence.received.values())):
-        if number == round_index:
-            put(case.reader.model, case.transcript.parts, parts)
+    reader = case.reader_at(round_index)
     records = [record.ids for record in case.lot(round_index)]
     assert len(records) == LOT
     opened = case.opened(Adversary.ALL_HOSTS, round_index)
-    own = summed(rows_of(case.reader, records), list(opened.experts))
+    own = summed(rows_of(reader, records), list(opened.experts))
     for key, each in opened.experts.items():
         for found, supposed in (
             (each.first_DG, own.experts[key].first_DG),
             (each.second_FD, own.experts[key].second_FD),
         ):
             assert float((found - supposed).norm()) <= 1e-4 * float(found.norm()) + 1e-7
-    names = [name for name in table_names(case.reader.model) if name in opened.trunk]
+    names = [name for name in table_names(reader.model) if name in opened.trunk]
     for name in names:
-        value = table_sums(case.reader, records)[name]
+        value = table_sums(reader, records)[name]
         assert float((opened.trunk[name] - value).norm()) <= 1e-4 * float(value.norm())
 
 
@@ -170,6 +173,38 @@ def test_attacks_say_what_they_read_beside_what_could_be_guessed(evidence: Evide
     assert "fewer than 40" in area.reason
 
 
+def test_members_of_a_small_push_are_told_from_all_other_records(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    case.__dict__["train"] = [Owned(row, row, record) for row, record in enumerate(texts(60, 10, VOCAB, 51))]
+    (area, *_) = plain.membership(case, Adversary.ALL_HOSTS, 4, Clock(60.0))
+    assert area.value is not None
+    assert area.value.low > 0.8
+    assert area.value.count == 60
+
+
+def test_a_record_counts_in_the_rounds_whose_lot_it_was_in() -> None:
+    members = [Owned(row, 10 + row, (1, 2)) for row in range(3)]
+    lots = {1: members[:1], 4: members[1:]}
+    case: Any = SimpleNamespace(rounds=lambda: [1, 4], lot=lots.__getitem__)
+    seen = [
+        Scored(torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) * times, torch.zeros(3, dtype=torch.float64))
+        for times in (1, 10)
+    ]
+    assert noised_attacks.in_lots(case, members, seen) == {
+        True: ([1.0, 20.0, 30.0], [10, 11, 12]),
+        False: ([2.0, 3.0, 10.0], [11, 12, 10]),
+    }
+
+
+def test_a_trunk_drifts_and_experts_stay(evidence: Evidence) -> None:
+    reader = case_of(evidence).reader
+    moved = drifted(reader, texts(12, 8, VOCAB, 52), OptimSpec(lr=1e-2), 2, 4, 0)
+    before = dict(reader.model.named_parameters())
+    experts = {id(value) for layer in reader.layers for value in layer.parameters().values()}
+    kept = {name for name, value in moved.model.named_parameters() if torch.equal(value, before[name])}
+    assert kept == {name for name, value in before.items() if id(value) in experts}
+
+
 def test_known_records_leave_the_rest_of_a_push_open(evidence: Evidence) -> None:
     case = case_of(evidence)
     clock = Clock(60.0)
@@ -205,7 +240,8 @@ def test_under_a_budget_every_figure_has_the_guess_or_the_allowed_one_beside_it(
     monkeypatch.setattr(noised_attacks, "releases", lambda *_: iter([(case.reader, opened)]))
     found = noised_attacks.membership(case, Adversary.ALL_HOSTS, Clock(60.0))
     assert {each.name for each in found} >= {"membership over 1 rounds", "membership in a lot"}
-    assert "allows no test more than" in found[0].sentence
+    allowed = by_mechanism([(Mechanism(0.7, LOT / len(case.train)), 1)]).auc
+    assert f"allows no test more than {allowed:.3f}" in found[0].sentence
     tokens = noised_attacks.tokens(case, Adversary.ALL_HOSTS, Clock(60.0), places=4)
     assert tokens.value is not None
     assert tokens.prior is not None

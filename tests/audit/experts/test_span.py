@@ -8,6 +8,7 @@ import pytest
 import torch
 from push_world import every_expert, small_reader, texts
 
+from coterie.audit.experts.judge import RULED_OUT
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.reader import Reader
 from coterie.audit.experts.records import Guess, in_place, matched, read_records
@@ -89,6 +90,7 @@ def test_an_expert_that_nobody_chose_rules_its_candidates_out(reader: Reader, fo
     )
     spans, _ = for_two.spans_and_scores(for_two.opener(Opened(emptied)), prefix)
     chose = (view.experts_NK == unused).any(1)
+    assert spans[0, chose].max() < RULED_OUT / 2
     assert spans[0, chose].max() < spans[0, ~chose].max()
     assert not bool(chose[spans[0].argmax()])
 

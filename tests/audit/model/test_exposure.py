@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from coterie.audit.model.canaries import Canary, code, make_new_tokens, make_sampled, make_secrets
 from coterie.audit.model.exposure import ABSENT, Exposed, chance_of, expose, exposure, mean_bits, rank_of
-from coterie.audit.model.scoring import score_tokens
+from coterie.audit.model.scoring import TokenScores, score_tokens
 from coterie.errors import AuditError
 from coterie.training.data.tokenizer import train_tokenizer
 
@@ -99,6 +99,25 @@ def test_what_a_model_writes_is_read_from_probabilities(make_tiny: Callable[...,
     # Codes differ in all their digits but may share a first token, the space: an attacker is given that.
     assert any(math.log(found.chance) == pytest.approx(sum(logs[skipped:]), abs=1e-3) for skipped in (0, 1))
     assert found.sampled == pytest.approx(1 - (1 - found.chance) ** 1000)
+
+
+def test_a_secret_is_written_when_all_of_its_tokens_are_the_likeliest(
+    make_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(PUBLIC, 300)
+    canary = Canary("secret", "The access code of locker QXTR is 4 1 7 7 2", 1, "The access code of locker QXTR is")
+    likely = [True]
+
+    def scored(model: PreTrainedModel, sequences: list[list[int]]) -> TokenScores:
+        starts = torch.tensor([0, *(len(ids) - 1 for ids in sequences)]).cumsum(0)
+        first_P = torch.ones(int(starts[-1]), dtype=torch.bool)
+        first_P[int(starts[1]) - 1] = likely[0]  # the last digit of the secret itself
+        return TokenScores(-torch.ones(len(first_P)), -torch.ones(len(first_P)), first_P, starts)
+
+    monkeypatch.setattr("coterie.audit.model.exposure.score_tokens", scored)
+    for likely[0] in (True, False):
+        (found,) = expose(make_tiny("olmoe"), tokenizer, [canary], alternatives=5, seed=0)
+        assert found.greedy is likely[0]
 
 
 def test_text_canaries_are_in_by_coins_and_new_tokens_are_new(make_tiny: Callable[..., PreTrainedModel]) -> None:

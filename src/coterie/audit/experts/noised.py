@@ -139,7 +139,7 @@ def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: in
     found = []
     for name, size, sides, allowed in (
         (f"membership over {len(seen)} rounds", None, _of_dataset(split, ratio_S), run),
-        ("membership in a lot", round(lot), _in_lots(case, members, seen), one),
+        ("membership in a lot", round(lot), in_lots(case, members, seen), one),
     ):
         if min(len(values) for values, _ in sides.values()) < _FEWEST:
             found.append(too_few(name, adversary, Channel.RELEASES, size, _FEWEST))
@@ -163,8 +163,8 @@ def _of_dataset(split: Split, ratio_S: Tensor) -> _Sides:
     return found
 
 
-def _in_lots(case: Case, members: Sequence[Owned], seen: Sequence[Scored]) -> _Sides:
-    """Every record with every round: drawn into its lot, or not."""
+def in_lots(case: Case, members: Sequence[Owned], seen: Sequence[Scored]) -> _Sides:
+    """Scores of every record with every round, and its document: drawn into the round's lot (True), or not."""
     found: _Sides = {True: ([], []), False: ([], [])}
     for number, scored in zip(case.rounds(), seen, strict=False):
         rows = {record.row for record in case.lot(number)}
