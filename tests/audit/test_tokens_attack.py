@@ -134,7 +134,7 @@ def test_a_run_through_the_real_exchange_is_read(tmp_path: Path) -> None:
     assert max(each.value.value for each in nexts if each.value) > 0.5
     equal = one["equal tokens by the nearest row", Adversary.HOST, 0].value
     assert equal is not None
-    assert equal.low > 0.5
+    assert equal.low > 0.3
     (pairs,) = [each.value for each in found if each.unit is Unit.PAIRS and each.adversary is Adversary.ALL_HOSTS]
     assert pairs is not None
     assert pairs.low > 0.1, "by chance one row of a hundred stands behind another"

@@ -77,6 +77,8 @@ footer { color: var(--soft); font-size: .9rem; margin-top: 2.4rem; padding-top: 
   @page { margin: 16mm 14mm; }
   body { font-size: 10.5pt; max-width: none; padding: 0;
     -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+  table { font-size: 8.8pt; } td, th { padding: .25rem .45rem .25rem 0; } tr { break-inside: avoid; }
+  td code { overflow-wrap: normal; background: none; padding: 0; }
   .wide { overflow: visible; } h2, h3 { break-after: avoid; } figure svg { max-width: 28rem; }
 }
 """
