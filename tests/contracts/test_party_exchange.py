@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.config import PrivacySpec
-from coterie.dp.checks import self_check
-from coterie.dp.checks.comparison import ComparisonReport
 from coterie.errors import CoterieError, DataError, RoundError
 from coterie.federation.cancel import NEVER, CancelToken
 from coterie.federation.rounds.state import FIRST, Phase, Saved, State
@@ -35,6 +33,7 @@ from coterie.training.party.store import PartyStore
 from helpers.by_hand import ByHand, Union
 from helpers.comparing import relative
 from helpers.federations import PARTIES, full_models, make_parts, settings
+from helpers.private_federation import skip_comparison
 from helpers.waiting import until
 
 RULES = {"epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.7, "lot_size": 5}
@@ -256,10 +255,9 @@ class Parties:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def not_compared() -> Iterator[None]:
-    """Setting up a private party compares its engine with batches of one, which is not what these tests are about."""
+def already_compared() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_check, "check", lambda *args: ComparisonReport({}, []))
+        skip_comparison(patch)
         yield
 
 

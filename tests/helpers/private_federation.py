@@ -124,12 +124,17 @@ class PrivateWorld:
             assert not isinstance(end, PartyResult) or (end.finished and end.rounds == self.config.train.rounds)
 
 
-@pytest.fixture
-def already_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def skip_comparison(patch: pytest.MonkeyPatch) -> None:
     """No comparison of the engine with batches of one when a ledger is opened: on a tiny model it takes longer than
     all the rounds. What it finds is tested in tests/dp/checks; tests/training/experts/test_private_exchange.py goes
     through it in a federation."""
-    monkeypatch.setattr(self_check, "check", lambda *_: ComparisonReport({}, []))
+    patch.setattr(self_check, "check", lambda *_: ComparisonReport({}, []))
+
+
+@pytest.fixture
+def already_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `skip_comparison`."""
+    skip_comparison(monkeypatch)
 
 
 @pytest.fixture
