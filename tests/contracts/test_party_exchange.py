@@ -25,6 +25,7 @@ from coterie.federation.wire.messages import TABLE, kinds
 from coterie.federation.wire.transport import Address, Lane, Message
 from coterie.models import seam
 from coterie.models.seam import expert_layers
+from coterie.models.split.shards import expert_key
 from coterie.training.folders import private_folder
 from coterie.training.party.actor import PartyActor
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs, trunk_tensors
@@ -511,7 +512,7 @@ def test_a_checkpoint_brings_back_in_a_new_process_and_in_the_same_one_what_it_h
     saved = world.save(1)
     held = world.stored()
     world.round(2)
-    later = {name: world.hosted(name) for name in PARTIES}
+    later = {name: world.hosted(name) | world.trunk(name) for name in PARTIES}
     for restart in (False, True):
         if restart:
             world.again()
@@ -519,7 +520,7 @@ def test_a_checkpoint_brings_back_in_a_new_process_and_in_the_same_one_what_it_h
         assert differing(held, world.stored()) == set(), restart
         world.round(2, 2 + restart)
         for name in PARTIES:
-            for key, value in world.hosted(name).items():
+            for key, value in (world.hosted(name) | world.trunk(name)).items():
                 assert relative(value, later[name][key]) < 1e-5, (restart, name, key)
 
 
@@ -529,9 +530,12 @@ def test_hosted_state_names_parameters_by_global_key_and_the_optimisers_with_a_s
     for name, actor in first_round.world.actors.items():
         hosted = first_round.world.parts[name].placement.hosted(name)
         keys = actor.exchange.hosted_state().keys()
-        named = [key.split(".") for key in keys if key.startswith("layer.") and "/" not in key]
-        experts = {(int(layer), int(expert)) for _, layer, _, expert, _ in named}
-        assert experts == {(layer, expert) for layer, there in hosted.items() for expert in there}
+        assert {key for key in keys if key.startswith("layer.") and "/" not in key} == {
+            expert_key(layer.index, expert, parameter)
+            for layer in expert_layers(actor.inputs.model)
+            for expert in hosted.get(layer.index, ())
+            for parameter in layer.parameters()
+        }
         assert any("/" in key for key in keys)
 
 
