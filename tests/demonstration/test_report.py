@@ -199,7 +199,7 @@ def test_without_a_federation_nothing_is_claimed() -> None:
 
 def test_the_json_has_the_agreed_shape() -> None:
     found = json.loads(json.dumps(results().as_json()))
-    assert set(found) == {"parties", "rounds", "arms", "wire", "memory"}
+    assert set(found) == {"coterie", "revision", "parties", "rounds", "arms", "wire", "memory"}
     assert found["parties"] == list(PARTIES)
     assert found["rounds"] == 48
     assert list(found["arms"]) == ["public", "isolated", "tokens", "centralised"]
