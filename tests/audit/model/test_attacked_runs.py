@@ -80,7 +80,7 @@ def write_settings(folder: Path, count: int = 60, **changes: Any) -> Path:
             "tokenizer": {"train": {"files": ["public.txt"], "vocab_size": 340}},
         },
         "optim": {"lr": 1e-2, "schedule": "constant"},
-        "train": {"rounds": 100, "batch_size": 24, "micro_batch": 24, "eval_every": 0, "checkpoint_every": 0},
+        "train": {"rounds": 140, "batch_size": 24, "micro_batch": 24, "eval_every": 0, "checkpoint_every": 0},
         "run_dir": "run",
     }  # fmt: skip
     path = folder / "train.yaml"
@@ -114,8 +114,7 @@ def test_a_model_that_learnt_its_text_by_heart_is_found_out(found_out: list[Find
     findings = found_out
     members = named(findings, "record, loss against the start")
     assert members.value is not None
-    assert members.value.value > 0.85
-    assert members.value.low > 0.7
+    assert members.value.low > 0.85
     assert members.prior is not None
     assert members.prior.low < 0.5 < members.prior.high
     assert members.roc[0] == (0.0, 0.0)
