@@ -160,7 +160,7 @@ def test_with_little_noise_the_missing_token_is_found_and_with_much_the_language
             assert torch.equal(right, prior)
 
 
-@pytest.mark.parametrize(("noise", "rate"), [(1e-3, 1.0), (0.02, 0.2)])
+@pytest.mark.parametrize(("noise", "rate"), [(1e-3, 1.0), (0.02, 0.2), (30.0, 1.0)])
 def test_the_likeliest_token_is_the_one_that_weighing_every_candidate_gives(
     reader: Reader, monkeypatch: pytest.MonkeyPatch, noise: float, rate: float
 ) -> None:
@@ -180,6 +180,22 @@ def test_the_likeliest_token_is_the_one_that_weighing_every_candidate_gives(
             told = Blank((*record[:place], token, *record[place + 1 :]), place, blank.factor)
             right, _ = filled(reader, [told], [push], metric, rate)
             assert right.tolist() == [token == best]
+
+
+def test_a_candidate_that_looks_worse_at_first_still_comes_first(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.arange(10, 30)
+
+    def weighed(_: Reader, __: Blank, some: torch.Tensor, *___: object) -> torch.Tensor:
+        return torch.where(some < 17, -9.0, 0.0).double()  # squares take most from the seven likeliest
+
+    monkeypatch.setattr(bayes, "candidates_of", lambda *_: (tokens, -(tokens - 10) / 10))
+    monkeypatch.setattr(bayes, "products", lambda *_: torch.zeros(len(tokens), 1, dtype=torch.float64))
+    monkeypatch.setattr(bayes, "weights", weighed)
+    metric = Metric(reader, texts(8, LENGTH, VOCAB, 2), 4, 1.0)
+    right, prior = filled(reader, [Blank((5, 17, 6), 1), Blank((5, 10, 6), 1)], [], metric, 1.0)
+    assert (right.tolist(), prior.tolist()) == ([True, False], [False, True])
 
 
 def test_products_are_those_of_the_whole_score(reader: Reader) -> None:
