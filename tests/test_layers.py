@@ -34,6 +34,7 @@ ORDER = (
     "audit",
     "demonstration",
     "cli",
+    "__main__",
 )
 NEVER = {("dp", "federation"), ("federation", "dp")}
 FILES = sorted(PACKAGE.rglob("*.py"))

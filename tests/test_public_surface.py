@@ -21,7 +21,7 @@ from coterie.config.load import specs_in
 
 SURFACE = Path(__file__).parent / "public_surface.txt"
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
-OPEN = ("Engine", "ExactEngine", "Ledger")
+OPEN = ("Engine", "ExactEngine", "Ledger", "Ranks")
 """Building blocks: their names stay, their members are not promised."""
 FILES = {"train.yaml": TrainConfig, "federation.yaml": FederationConfig, "party.yaml": PartyConfig}
 

@@ -14,6 +14,7 @@
     │   │   └── MessageError
     │   └── DeadlineError
     ├── RoundError
+    ├── RankError
     ├── CheckpointError
     ├── AuditError
     └── PrivacyError
@@ -149,6 +150,12 @@ class RoundError(CoterieError):
 
     code = "round"
     fix = "nothing at first: the round is tried again; if it keeps failing, see the log of the member that is named"
+
+
+class RankError(CoterieError):
+    """Another process of the same run that is gone, silent, or at something else."""
+
+    code = "ranks"
 
 
 class CheckpointError(CoterieError):

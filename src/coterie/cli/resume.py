@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from coterie.cli.ranks import joined, start_if_asked
+
 
 def command(
     run_dir: Annotated[Path, typer.Argument(help="The run_dir of the run that was stopped.")],
@@ -31,8 +33,14 @@ def command(
         take_part(settings_of_run(run_dir), listen, json_file)
         return
 
-    from coterie.cli.training_progress import shown
+    from coterie.cli.training_progress import shared, shown
     from coterie.training.single.prepared import read_config
-    from coterie.training.single.run import resume
+    from coterie.training.single.run import follow, resume
 
-    shown(read_config(run_dir), lambda stop, watch: resume(run_dir, stop=stop, watch=watch), json_file)
+    config = read_config(run_dir)
+    start_if_asked(config, "resume", run_dir, json_file)
+    with joined(config) as ranks:
+        if ranks is not None and ranks.rank > 0:
+            shared(lambda: follow(config, ranks, resumed=True))
+        else:
+            shown(config, lambda stop, watch: resume(run_dir, stop=stop, watch=watch, ranks=ranks), json_file)

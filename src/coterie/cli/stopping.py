@@ -24,13 +24,14 @@ LAST_S = 4.0
 
 
 @contextmanager
-def stop_signals(ask: Callable[[], bool], *, bounded: bool = True) -> Iterator[None]:
+def stop_signals(ask: Callable[[], bool], *, bounded: bool = True, quiet: bool = False) -> Iterator[None]:
     """The first Ctrl-C, SIGTERM or closed terminal asks for a clean end after the round; a second one interrupts.
 
     Args:
         ask: False when there is nothing to end cleanly yet; then the first one interrupts, too.
         bounded: SIGTERM leaves `LAST_S` seconds, as a second request always does. Otherwise a round may be finished
             however long it takes: nobody else waits for it.
+        quiet: another process says that it is stopping.
     """
     asked, ended = False, threading.Event()
 
@@ -45,7 +46,8 @@ def stop_signals(ask: Callable[[], bool], *, bounded: bool = True) -> Iterator[N
             text = f"stopping: after this round, or in {LAST_S:.0f} s with what was saved"
         else:
             text = "stopping after this round; Ctrl-C again ends at once"
-        typer.echo(text, file=sys.stderr)
+        if not quiet:
+            typer.echo(text, file=sys.stderr)
 
     with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handle)):
         try:

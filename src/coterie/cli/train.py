@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli.output import say
+from coterie.cli.ranks import joined, start_if_asked, started_again
 
 
 def command(
@@ -19,6 +20,9 @@ def command(
     With a `privacy:` block training is differentially private: epsilon is shown as it is spent, and a statement of
     what is promised, and what is not, comes at the end.
 
+    With `devices: N` (and `privacy`) N processes share every round. `torchrun -m coterie train train.yaml` does the
+    same with processes that torchrun starts; started again by it, they go on.
+
     Ctrl-C finishes the round, writes a checkpoint and ends; `coterie resume` goes on from there.
 
     Example:
@@ -27,9 +31,17 @@ def command(
     from coterie.config import TrainConfig, load_yaml
 
     config = load_yaml(settings, TrainConfig)
+    start_if_asked(config, "train", settings, json_file)
     say(f"training {config.model.family or config.model.path or config.model.hub} for {config.train.rounds} rounds")
 
-    from coterie.cli.training_progress import shown
-    from coterie.training.single.run import start
+    from coterie.cli.training_progress import shared, shown
+    from coterie.training.single.run import follow, resume, start
 
-    shown(config, lambda stop, watch: start(config, stop=stop, watch=watch), json_file)
+    again = started_again(config)
+    with joined(config) as ranks:
+        if ranks is not None and ranks.rank > 0:
+            shared(lambda: follow(config, ranks, resumed=again))
+        elif again:
+            shown(config, lambda stop, watch: resume(config.run_dir, stop=stop, watch=watch, ranks=ranks), json_file)
+        else:
+            shown(config, lambda stop, watch: start(config, stop=stop, watch=watch, ranks=ranks), json_file)

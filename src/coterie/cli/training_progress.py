@@ -26,6 +26,13 @@ def shown(config: TrainConfig, run: Callable[[StopFlag, Watch], RunResult], json
     report(result, json_file)
 
 
+def shared(follow: Callable[[], None]) -> None:
+    """Do another rank's part of a run: nothing is shown, and a stop is asked of rank 0 alone."""
+    disable_progress_bar()
+    with stop_signals(lambda: True, bounded=False, quiet=True):
+        follow()
+
+
 @contextmanager
 def watched(config: TrainConfig) -> Iterator[tuple[StopFlag, Watch]]:
     """Show the rounds, and epsilon as it is spent, and turn Ctrl-C into a stop after the round."""

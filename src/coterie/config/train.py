@@ -62,9 +62,16 @@ class TrainConfig(Spec):
     privacy: PrivacySpec | None = Field(default=None, description="Differential privacy; absent: trained without.")
     run_dir: LocalPath = Field(description="Folder for metrics, checkpoints and the final model.")
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
+    devices: Count = Field(
+        default=1,
+        description="Processes that share every round, each with the whole model; so far on CPUs, and only with "
+        "`privacy`.",
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
+        if self.devices > 1 and self.privacy is None:
+            raise ValueError("`devices` above 1 is for private training: add `privacy`, or leave it out")
         if self.privacy is not None:
             problems = undeclared_artefacts(self.model, self.data)
             if self.data.packing == "documents":

@@ -7,7 +7,8 @@ federation's party has `coterie.dp.party_session` in place of the session.
 
 A run is declared once: `coterie.dp.plan` holds what bounds its cost and what cannot, `coterie.dp.private_data` its
 records; `coterie.dp.saved_plan` keeps a plan in checkpoints (`coterie.dp.checkpoint`). `coterie.dp.start` checks and
-begins or resumes a session's run, and `coterie.dp.open_run` opens it, a party's too.
+begins or resumes a session's run, and `coterie.dp.open_run` opens it, a party's too. Where several ranks share it,
+`coterie.dp.shared_releases` keeps them together.
 
 One round: `coterie.dp.lot_sums` runs a lot's physical batches on a `coterie.dp.sum_engine`, `coterie.dp.clipping`
 says how much of each record counts, and `coterie.dp.stepping` hands the noised result to the optimizer.
@@ -46,6 +47,8 @@ if TYPE_CHECKING:  # for type checkers and the reference pages
     from coterie.dp.per_sample.functional import per_sample_norms as per_sample_norms
     from coterie.dp.session import PrivateSession as PrivateSession
     from coterie.dp.setup import make_private as make_private
+    from coterie.ranks.processes import join_ranks as join_ranks
+    from coterie.ranks.ranks import Ranks as Ranks
 
 _MODULES = {
     "Budget": "accounting.budget",
@@ -69,6 +72,8 @@ _MODULES = {
     "PerLayer": "clipping",
     "PerGroup": "clipping",
     "Automatic": "clipping",
+    "Ranks": "coterie.ranks.ranks",
+    "join_ranks": "coterie.ranks.processes",
 }
 
 __all__ = sorted(_MODULES)
@@ -77,4 +82,5 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    home = _MODULES[name] if _MODULES[name].startswith("coterie.") else f"{__name__}.{_MODULES[name]}"
+    return getattr(import_module(home), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import value_changed
 from coterie.dp.sum_engine import ConstantShape, OnGrid, SumEngine
 from coterie.errors import CheckpointError, PrivacyError
+from coterie.ranks.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,17 @@ class _Figures:
         self._clipped += int((usable & ~diagnostics.within.all(0)).sum())
         self._masked += int(diagnostics.masked.sum())
 
-    def of(self, lot: Lot) -> RoundFigures:
-        count = len(self._losses)
-        mean = math.fsum(self._losses) / count if count else math.nan
-        return RoundFigures(lot.round, len(lot), mean, self._clipped / max(count, 1), self._masked)
+    def to_json(self) -> dict[str, Any]:
+        """What figures of several ranks are made from."""
+        count, loss = len(self._losses), math.fsum(self._losses)
+        return {"count": count, "loss": loss, "clipped": self._clipped, "masked": self._masked}
+
+
+def _joined(lot: Lot, ranks: Sequence[Mapping[str, Any]]) -> RoundFigures:
+    """The figures of a whole lot, from those of its parts."""
+    count, clipped, masked = (sum(each[name] for each in ranks) for name in ("count", "clipped", "masked"))
+    mean = math.fsum(each["loss"] for each in ranks) / count if count else math.nan
+    return RoundFigures(lot.round, len(lot), mean, clipped / max(count, 1), masked)
 
 
 class LotSums:
@@ -89,6 +97,7 @@ class LotSums:
         options: how to compute.
         noise_multiplier: as accounted.
         source: of dropout's randomness.
+        ranks: share a lot's units.
         shape: fills every batch up to one shape; None: batches are as the collator makes them.
 
     Attributes:
@@ -106,6 +115,7 @@ class LotSums:
         options: ComputeOptions,
         noise_multiplier: float,
         source: RandomSource,
+        ranks: Ranks,
         shape: ConstantShape | None = None,
     ) -> None:
         self.data = data
@@ -115,6 +125,7 @@ class LotSums:
         self._model = model
         self._plan = plan
         self._source = source
+        self._ranks = ranks
         self._shape = shape
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._exact = plan.isolation == "exact"
@@ -123,7 +134,7 @@ class LotSums:
         self._on_grid: RoundNoise | None = None
 
     def compute(self, lot: Lot, name: str) -> dict[str, Tensor]:
-        """Clipped sums of a lot, a tensor for every trained parameter, and the extra parts of the release.
+        """Clipped sums of this rank's part of a lot, for every trained parameter, and the extra parts of the release.
 
         With `isolation: exact` all of them are int64, in steps of the grid of `noise`.
 
@@ -138,10 +149,18 @@ class LotSums:
             PrivacyError: the collator packs records, or the engine leaves out a parameter.
             NoRuleError: the lot changed a parameter, a buffer or another tensor of the model.
         """
-        self.data.check_length()
-        self._model.train()
-        with _unchanged(self._model), self._secret_torch_randomness(name) as key:
-            return self._compute(lot, key)
+        sums: dict[str, Tensor] = {}
+
+        def own() -> dict[str, Any]:
+            self.data.check_length()
+            self._model.train()
+            with _unchanged(self._model), self._secret_torch_randomness(name) as key:
+                found, figures = self._compute(lot.share(self._ranks.rank, self._ranks.world), key)
+            sums.update(found)
+            return figures.to_json()
+
+        self.last = _joined(lot, self._ranks.together(f"lot {name}", own))
+        return sums
 
     def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:
         """The noise of the lot that was computed last: one Gaussian over gradient groups, loads and indicators."""
@@ -149,7 +168,7 @@ class LotSums:
             return self._on_grid
         return self._noise.of({name: tensor.numel() for name, tensor in sums.items()})
 
-    def _compute(self, lot: Lot, key: int) -> dict[str, Tensor]:
+    def _compute(self, lot: Lot, key: int) -> tuple[dict[str, Tensor], _Figures]:
         self.engine.take()  # what an interrupted step left
         if self._exact:
             self._on_grid = self._noise.of({})
@@ -171,8 +190,7 @@ class LotSums:
                 why="every trainable parameter gets noise every round, also one that no record used",
                 fix="freeze the parameter, or report this with the model's family",
             )
-        self.last = figures.of(lot)
-        return sums
+        return sums, figures
 
     def _unit_loads(self, balancer: Balancer, loads: list[Tensor], units_R: Tensor) -> Tensor:
         """[U, S] loads of the lot's units; with `isolation: exact` each unit's are computed without the others."""
@@ -248,6 +266,13 @@ class LotSums:
             fraction = (means[WITHIN].double() + 0.5).clamp(0, 1)
             self.engine.thresholds = quantile_update(self.engine.thresholds, fraction, self._plan.adaptive_quantile)
 
+    def shaped(self, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A release's tensors in the shapes of the parameters; several ranks put them on disk as plain values."""
+        return {
+            name: value.view(self._trained[name].shape) if name in self._trained else value
+            for name, value in released.items()
+        }
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: made from releases alone."""
         return {"thresholds": self.engine.thresholds} | (self.balancer.state() if self.balancer else {})
@@ -278,7 +303,7 @@ class LotSums:
         key = self._source.stream(f"dropout|{name}").integer(56)
         devices = {p.device for p in self._trained.values() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(key)
+            torch.manual_seed(key + self._ranks.rank)  # a seeded source has one key for all ranks
             yield key
 
 

@@ -7,29 +7,36 @@ is `OpenRun.begin` and `OpenRun.publish`; what is done with a release is the cal
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from coterie import __version__
 from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.budget import Spent
+from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import Ledger, open_ledger
 from coterie.dp.accounting.lots import LotPlan, draw_lot
 from coterie.dp.accounting.provenance import Artefact, not_covered
 from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.accounting.run_entry import RunStart
-from coterie.dp.accounting.spool import Release, Spool
+from coterie.dp.accounting.spool import Release, Spool, shard_folder
 from coterie.dp.accounting.statement import Statement, make_statement
 from coterie.dp.balance import Balancer
 from coterie.dp.lot_sums import LotSums
 from coterie.dp.noise.randomness import RandomSource, random_source
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
+from coterie.dp.shared_releases import SharedReleases
 from coterie.dp.sum_engine import ConstantShape, SumEngine
+from coterie.errors import RankError
+from coterie.ranks.ranks import Ranks, ranks_or_alone
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,11 @@ class OpenRun:
         plan, options, data: as given.
         lots: how lots are drawn.
         mechanism: what one round costs.
-        ledger: of the dataset.
-        releases: what this run released.
+        ranks: that share the run.
+        shared: what this run released, as all its ranks see it.
         lot_sums: from a lot to its sums.
         source: of everything random.
+        dataset: digest of the records.
         not_covered: lines of the statement about this run's own gaps.
         seconds: how long the parts of the last round took in this process; owner-only.
     """
@@ -78,10 +86,11 @@ class OpenRun:
     data: PrivateData
     lots: LotPlan
     mechanism: Mechanism
-    ledger: Ledger
-    releases: Releases
+    ranks: Ranks
+    shared: SharedReleases
     lot_sums: LotSums
     source: RandomSource
+    dataset: str
     not_covered: Sequence[str]
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -89,6 +98,16 @@ class OpenRun:
     def noise_multiplier(self) -> float:
         """Sigma of every round."""
         return self.mechanism.noise_multiplier
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of the dataset; rank 0 keeps it."""
+        return self.releases.ledger
+
+    @property
+    def releases(self) -> Releases:
+        """What this run released; rank 0 keeps them."""
+        return self.shared.own
 
     def begin(self, round_no: int, pins: Mapping[str, str]) -> Pending | Release:
         """What to do for a round; see `Releases.begin`.
@@ -101,12 +120,15 @@ class OpenRun:
             BudgetError: no release is left.
         """
         self.seconds = {}
-        return self.releases.begin(
+        return self.shared.begin(
             round_no, pins, lambda draw: draw_lot(round_no, self.lots, self.data.units, self.source, draw)
         )
 
     def publish(self, pending: Pending, divisor: float = 1.0) -> tuple[dict[str, Tensor], Release]:
         """Compute a pending lot, noise it, spool and count the result; the model is not changed.
+
+        Each rank computes its part of the lot. Then every value has one owner, who gets all ranks' sums of it, adds
+        the noise and puts it on disk; what the others had of it is gone before the noised values are handed out.
 
         Args:
             pending: of `begin`.
@@ -115,18 +137,32 @@ class OpenRun:
         Returns:
             Float32 tensors on the CPU by parameter name, and the release that holds them.
         """
-        earlier = self.releases.spooled(pending)
+        earlier = self.shared.spooled(pending)
         if earlier is not None:
-            return earlier.tensors(), earlier
-        began = time.monotonic()
+            return self.tensors(earlier), earlier
+        ranks, began = self.ranks, time.monotonic()
         sums = self.lot_sums.compute(pending.lot, pending.name)
-        summed = time.monotonic()
-        noised = self.lot_sums.noise(sums).add(sums, self.source, f"noise|{pending.name}", divisor=divisor)
+        slabs = self.lot_sums.noise(sums).cut(sums)
         del sums  # with isolation: exact they take twice the memory of what is spooled
+        owned = [slabs.owned(rank, ranks.world) for rank in range(ranks.world)]
+        for owner, numbers in enumerate(owned):
+            for some in _bucketed(numbers):
+                ranks.add_up(slabs.sums(some), owner)
+        summed = time.monotonic()
+        with ranks.all_well(f"noise {pending.name}"):
+            slabs.add_noise(owned[ranks.rank], self.source, f"noise|{pending.name}", divisor)
+            slabs.keep_noised(owned[ranks.rank])
         drawn = time.monotonic()
-        release = self.releases.publish(pending, noised)
+        release = self.shared.publish(pending, slabs.parts(owned[ranks.rank]))
+        for owner, numbers in enumerate(owned):
+            for some in _bucketed(numbers):
+                ranks.hand_out(slabs.targets(some), owner)
         self.seconds = {"sums": summed - began, "noise": drawn - summed, "spool": time.monotonic() - drawn}
-        return noised, release
+        return slabs.noised, release
+
+    def tensors(self, release: Release) -> dict[str, Tensor]:
+        """What a release holds, by parameter name, at every rank."""
+        return self.lot_sums.shaped(self.shared.tensors(release))
 
     def spent(self) -> Spent:
         """What this run has spent so far, at the budget's delta; infinite for a seeded run."""
@@ -138,7 +174,7 @@ class OpenRun:
 
     def close(self) -> None:
         """Let another process go on with this run."""
-        self.releases.spool.close()
+        self.shared.close()
 
 
 def open_run(
@@ -150,6 +186,7 @@ def open_run(
     balancer: Balancer | None,
     entry: RunEntry,
     shape: ConstantShape | None = None,
+    ranks: Ranks | None = None,
 ) -> OpenRun:
     """Open a run, before anything is released.
 
@@ -163,25 +200,89 @@ def open_run(
         balancer: adds the lot's expert loads to the release where the plan's balance needs them.
         entry: where the run is counted.
         shape: fills every batch up to one shape.
+        ranks: that share the run, and all call this; None: this process alone.
 
     Raises:
         BudgetError: an impossible budget or lot.
+        PrivacyError: none were given, and a launcher started several processes.
+        RankError: they do not agree on model, data or plan.
         ProvenanceError: the start was made from private records.
         LedgerError: the ledger is damaged, in use, or knows the run with other numbers.
     """
+    ranks = ranks_or_alone(ranks)
+    _check_devices(ranks, model)
     gaps = [*not_covered(entry.artefacts), *entry.gaps]
     lots = plan.lots(data.units.count)
     if not entry.resumed:
         plan.check_secrecy()
         plan.budget.warn_for(data.units.count, "record" if data.units.starts is None else "user")
     mechanism = plan.mechanism(lots)
-    ledger = open_ledger(data.digest(), entry.ledger)
-    start = RunStart(plan, mechanism, data.units, engine)
-    if entry.resumed:
-        start.check(ledger, entry.run)
-    else:
-        start.open(ledger, entry.run, entry.artefacts, entry.record, entry.self_check, data.originals())
-    source = random_source(plan.seed)
-    sums = LotSums(model, data, engine, balancer, plan, options, mechanism.noise_multiplier, source, shape)
-    releases = Releases(ledger, Spool(ledger.folder / "spool" / entry.run), entry.run)
-    return OpenRun(entry.run, plan, options, data, lots, mechanism, ledger, releases, sums, source, gaps)
+    dataset, start, source = data.digest(), RunStart(plan, mechanism, data.units, engine), random_source(plan.seed)
+    ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
+    sums = LotSums(model, data, engine, balancer, plan, options, mechanism.noise_multiplier, source, ranks, shape)
+    kept: list[Releases] = []
+
+    def open_books() -> str:
+        ledger = open_ledger(dataset, entry.ledger)
+        if entry.resumed:
+            start.check(ledger, entry.run)
+        else:
+            start.open(ledger, entry.run, entry.artefacts, entry.record, entry.self_check, data.originals())
+        kept.append(Releases(ledger, Spool(ledger.folder / "spool" / entry.run), entry.run))
+        return str(kept[0].spool.folder)
+
+    folder = Path(ranks.tell("the ledger", open_books))
+    with ranks.all_well("the spools"):
+        spool = None if kept else Spool(shard_folder(folder, ranks.rank))
+    shared = SharedReleases(ranks, kept[0] if kept else None, spool)
+    return OpenRun(entry.run, plan, options, data, lots, mechanism, ranks, shared, sums, source, dataset, gaps)
+
+
+_BUCKET = 16
+"""Slabs that are added up between ranks at once: 64 MiB of float32."""
+
+
+def _bucketed(numbers: range) -> Iterator[range]:
+    for start in range(numbers.start, numbers.stop, _BUCKET):
+        yield numbers[start - numbers.start : start - numbers.start + _BUCKET]
+
+
+def _check_devices(ranks: Ranks, model: nn.Module) -> None:
+    """Keep several ranks to what they were tried on.
+
+    Raises:
+        RankError: a parameter is on a GPU.
+    """
+    elsewhere = next((name for name, p in model.named_parameters() if p.device.type not in ("cpu", "meta")), None)
+    if ranks.world > 1 and elsewhere is not None:
+        raise RankError(
+            f"`{elsewhere}` is on a GPU, and several ranks train on CPUs only so far.",
+            code="ranks-device",
+            why="sums that are exchanged between GPUs have not been compared with those of one process",
+            fix="train on one GPU in one process, or on CPUs (device: cpu)",
+        )
+
+
+def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry) -> dict[str, Any]:
+    """What has to be the same at all ranks of a run."""
+    return {
+        "versions": [__version__, torch.__version__],
+        "the run": entry.run,
+        "the dataset": data.digest(),
+        # A name of one's own says nothing of order: a text would be two units if ranks had it at two numbers.
+        "the records": dataset_digest(data.records),
+        "the plan": repr(start.plan),
+        "the noise": start.mechanism.to_json(),
+        "the weights": weights_digest(model),
+        **start.facts(),
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers with their names; of those elsewhere the shapes alone."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{tensor.requires_grad}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

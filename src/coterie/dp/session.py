@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from coterie.checkpoints import Content
 from coterie.dp import checkpoint
 from coterie.dp.accounting.budget import Spent
-from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.ledger import Head, Ledger
 from coterie.dp.accounting.lots import Lot
-from coterie.dp.accounting.releases import Pending
+from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
 from coterie.dp.accounting.statement import Statement
 from coterie.dp.losses import LossFunction
 from coterie.dp.lot_sums import RoundFigures
-from coterie.dp.open_run import OpenRun
+from coterie.dp.open_run import OpenRun, weights_digest
 from coterie.dp.private_data import Collate
 from coterie.dp.refusals import check_hooks
 from coterie.dp.saved_plan import plan_to_json
@@ -50,7 +50,7 @@ class PrivateSession:
         run: identifier in the ledger.
         privacy_plan: what bounds the cost of the run.
         plan: how its lots are drawn, of how many units.
-        ledger, releases, lot_sums: see `coterie.dp.open_run.OpenRun`.
+        lot_sums: see `coterie.dp.open_run.OpenRun`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PrivateSession:
         self.model = model
         self.optimizer = optimizer
         self.privacy_plan, self.plan, self.run, self.round = opened.plan, opened.lots, opened.name, 0
-        self.ledger, self.releases, self.lot_sums = opened.ledger, opened.releases, opened.lot_sums
+        self.lot_sums = opened.lot_sums
         self._opened = opened
         self._schedule = schedule
         self._pending: Pending | None = None
@@ -72,6 +72,21 @@ class PrivateSession:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
 
+    @property
+    def ledger(self) -> Ledger:
+        """Of the dataset; where ranks share the session, rank 0 keeps it."""
+        return self._opened.ledger
+
+    @property
+    def releases(self) -> Releases:
+        """What the run released; where ranks share the session, rank 0 keeps them."""
+        return self._opened.releases
+
+    @property
+    def remaining(self) -> int:
+        """Releases that the plan still allows; the same at every rank."""
+        return self._opened.shared.remaining
+
     # -- training ----------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Lot]:
@@ -79,7 +94,7 @@ class PrivateSession:
         while True:
             while self._replay():
                 pass
-            if self.round >= self.privacy_plan.rounds or self.releases.remaining <= 0:
+            if self.round >= self.privacy_plan.rounds or self.remaining <= 0:
                 return
             before = self.round
             yield self.next_lot()
@@ -138,7 +153,7 @@ class PrivateSession:
         """
         release = self._published()
         if release is not None:
-            self._take(release.tensors(), release)
+            self._take(self._opened.tensors(release), release)
             return
         self.next_lot()
         assert self._pending is not None
@@ -165,7 +180,8 @@ class PrivateSession:
         Returns:
             The noised sums over the expected lot size, float32 on the CPU, and the release that holds them.
         """
-        self._check_trained()
+        with self._opened.ranks.all_well(f"before round {pending.round}"):
+            self._check_trained()
         return self._opened.publish(pending, divisor=float(self.privacy_plan.lot_size))
 
     def _trim_spool(self) -> None:
@@ -173,9 +189,9 @@ class PrivateSession:
 
         Without a checkpoint nothing can be resumed. Beyond the limit a resumed run spends the dropped rounds again.
         """
-        spool = self.releases.spool
-        if self._saved is None or spool.nbytes() > SPOOL_LIMIT_BYTES:
-            spool.drop_releases(self.round)
+        shared = self._opened.shared
+        if self._saved is None or shared.nbytes() > SPOOL_LIMIT_BYTES:
+            shared.drop(self.round)
 
     def _pins(self) -> dict[str, str]:
         # The weights of round r + 1 follow from the start and the results of rounds 1..r; the last digest stands for
@@ -231,9 +247,9 @@ class PrivateSession:
         """The next round's result, if a run before this one had released it already from the same weights."""
         if self._pending is not None or self.round >= self.privacy_plan.rounds:
             return None
-        release = self.releases.published(self.round + 1)
+        release = self._opened.shared.published(self.round + 1)
         if release is not None and release.pins != self._pins():
-            self.releases.burn(release, "the weights it was computed from are not these")
+            self._opened.shared.burn(release, "the weights it was computed from are not these")
             return None
         return release
 
@@ -241,7 +257,7 @@ class PrivateSession:
         """Step with the next round's result, if there is one already."""
         release = self._published()
         if release is not None:
-            self._step(release.tensors(), release)
+            self._step(self._opened.tensors(release), release)
         return release is not None
 
     # -- what it costs ---------------------------------------------------------------------------------------------
@@ -271,13 +287,17 @@ class PrivateSession:
 
         Nothing secret is in it: no lot, no random state, no noise. Results it includes leave the spool.
         """
-        checkpoint.save(Path(path), *self.content())
+        self._opened.ranks.tell("saving", lambda: checkpoint.save(Path(path), *self.content()))
         self.saved(Path(path))
 
     def save_state(self, path: str | Path) -> None:
         """`save` without model and optimizer, for loops that save these themselves, before this call."""
-        content, state = {checkpoint.SESSION: self.lot_sums.state()}, {checkpoint.SESSION: self._facts()}
-        checkpoint.save(Path(path), content, state)
+
+        def write() -> None:
+            content, state = {checkpoint.SESSION: self.lot_sums.state()}, {checkpoint.SESSION: self._facts()}
+            checkpoint.save(Path(path), content, state)
+
+        self._opened.ranks.tell("saving", write)
         self.saved(Path(path))
 
     def content(self) -> tuple[Content, dict[str, Any]]:
@@ -285,9 +305,15 @@ class PrivateSession:
         return checkpoint.pack(self.model, self.optimizer, self.lot_sums.state(), self._facts())
 
     def saved(self, folder: Path) -> None:
-        """Everything up to now is durable in ``folder``: the results it includes leave the spool."""
+        """Everything up to now is durable in ``folder``: the results it includes leave the spool.
+
+        Raises:
+            RankError: the ranks' weights are not the same.
+        """
+        ranks = self._opened.ranks
+        ranks.agree(f"saved after round {self.round}", lambda: {"the weights": weights_digest(self.model)})
         self._saved = folder
-        self.releases.spool.drop_releases(self.round)
+        self._opened.shared.drop(self.round)
 
     def _facts(self) -> dict[str, Any]:
         opened = self._opened
@@ -298,7 +324,7 @@ class PrivateSession:
             "run": self.run,
             "round": self.round,
             "parent": self._parent,
-            "dataset": self.ledger.dataset,
+            "dataset": opened.dataset,
             "ledger_root": str(self.ledger.folder.parent),
             "head": asdict(self.ledger.head()),
             "user_cap": opened.data.units.cap,
@@ -328,13 +354,19 @@ class PrivateSession:
         folder = Path(path)
         saved = checkpoint.read(folder)
         facts = saved.facts
-        if (facts["run"], facts["dataset"]) != (self.run, self.ledger.dataset):
+        if (facts["run"], facts["dataset"]) != (self.run, self._opened.dataset):
             raise CheckpointError(
                 f"{folder} is of run {facts['run']} on dataset {facts['dataset'][:12]}, "
-                f"not of {self.run} on {self.ledger.dataset[:12]}.",
+                f"not of {self.run} on {self._opened.dataset[:12]}.",
                 code="dp-checkpoint-run",
                 fix="resume with the dataset that the run was started with",
             )
+        self._opened.ranks.tell("the checkpoint", lambda: self._check_counted(facts))
+        self.lot_sums.restore(saved.extra())
+        self.round, self._parent, self._saved = int(facts["round"]), str(facts["parent"]), folder
+
+    def _check_counted(self, facts: Mapping[str, Any]) -> None:
+        """Make sure that the ledger holds what it held when a checkpoint was made."""
         self.ledger.check_contains(Head(**facts["head"]))
         if self.releases.last_round() < facts["round"]:
             raise LedgerError(
@@ -343,8 +375,6 @@ class PrivateSession:
                 why="privacy already spent would be forgotten",
                 fix="put the newest ledger back",
             )
-        self.lot_sums.restore(saved.extra())
-        self.round, self._parent, self._saved = int(facts["round"]), str(facts["parent"]), folder
 
     @classmethod
     def resume(
@@ -372,7 +402,7 @@ class PrivateSession:
             schedule: as at the start.
             state_only: the checkpoint is one of `save_state`: model and optimizer are the caller's.
             options: objects that a checkpoint does not hold, and places: ``ledger``, ``digest``, ``users``,
-                ``clipping``, ``method``, ``engine``, as `make_private` was given them.
+                ``clipping``, ``method``, ``engine``, as `make_private` was given them, and ``ranks``, of any number.
 
         Raises:
             CheckpointError: no checkpoint, or another run's, dataset's or model's.
@@ -391,7 +421,7 @@ class PrivateSession:
     def close(self) -> None:
         """Let another process or session continue this run. Without a checkpoint there is nothing to continue."""
         if self._saved is None:
-            self.releases.spool.remove()
+            self._opened.shared.remove()
         self._opened.close()
 
     def __enter__(self) -> PrivateSession:

@@ -25,6 +25,7 @@ from coterie.dp.session import PrivateSession
 from coterie.dp.start import start_run
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import BudgetError, PrivacyError
+from coterie.ranks.ranks import Ranks
 
 
 def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have defaults
@@ -61,6 +62,7 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
     self_check: bool = True,
     record: Mapping[str, Any] | None = None,
     engine: SumEngine | None = None,
+    ranks: Ranks | None = None,
 ) -> PrivateSession:
     """A session that trains ``model`` on ``dataset`` within ``budget``: ``for lot in session: session.step(lot)``.
 
@@ -107,6 +109,9 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
             the statement lists as not covered whether the model keeps records apart.
         record: what one record is, in public words and numbers (packing, sequence length), for ledger and statement.
         engine: a ready engine, instead of one made from ``loss_fn``, ``clipping`` and ``method``.
+        ranks: what `join_ranks` gave, to train on several devices: every rank calls this with the same arguments and
+            each computes its part of every lot; ``lot_size`` is of all together, ``physical_batch`` of one device.
+            Rank 0 keeps the ledger and writes checkpoints.
 
     Returns:
         A session; use it as a context manager or call ``close``.
@@ -115,7 +120,9 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
         BudgetError: an impossible budget, lot or number of rounds.
         DataError: a dataset without length or records, or a missing user column.
         NoRuleError: a parameter is used in a way that cannot be clipped per record.
-        PrivacyError: nothing to train, a clip norm that is not positive, a loss over the batch...
+        PrivacyError: nothing to train, a clip norm that is not positive, a loss over the batch, several processes
+            without ``ranks``...
+        RankError: the ranks differ, or one is gone.
         ProvenanceError: the start was made from private records.
         LedgerError: the ledger is damaged, behind, or in use.
 
@@ -153,7 +160,7 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
     options = ComputeOptions(method, physical_batch, self_check=self_check).repeatable(plan.seed)
     return start_session(
         model, optimizer, data, plan, options, loss_fn=loss_fn, engine=engine, provenance=provenance, ledger=ledger,
-        run=run, record=record, schedule=schedule,
+        run=run, record=record, schedule=schedule, ranks=ranks,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from coterie.dp.stepping import check_optimizer
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import PrivacyError
 from coterie.models import seam
-from coterie.ranks.world import check_alone
+from coterie.ranks.ranks import Ranks, ranks_or_alone
 
 
 def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that plan and options do not hold
@@ -53,30 +53,33 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
     ledger: str | Path | None = None,
     run: str | None = None,
     record: Mapping[str, Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> OpenRun:
     """Check everything, then open a new run; see `coterie.dp.make_private`.
 
     ``data`` and ``plan`` stand for its arguments; the others are the same.
     """
-    lots = plan.lots(data.units.count)
-    artefacts = as_loaded(declared(provenance), model)
-    parts = _Parts.of(model, data, plan, options, loss_fn, engine)
-    check_optimizer(model, optimizer)
-    plan.mechanism(lots)  # kept: a budget out of reach is said before anything is computed
-    report = parts.check()
+    ranks = ranks_or_alone(ranks)
+    with ranks.all_well("the checks before the first lot"):
+        lots = plan.lots(data.units.count)
+        artefacts = as_loaded(declared(provenance), model)
+        parts = _Parts.of(model, data, plan, options, loss_fn, engine)
+        check_optimizer(model, optimizer)
+        plan.mechanism(lots)  # kept: a budget out of reach is said before anything is computed
+        report = parts.check()
     unused = unused_warning(model, report.unused) if report is not None else None
     if unused is not None:
         warnings.warn(unused, PrivacyWarning, stacklevel=4)
     column = {} if data.user_column is None else {"user_column": data.user_column}
     entry = RunEntry(
         ledger,
-        run or secrets.token_hex(6),
+        ranks.tell("the run's name", lambda: run or secrets.token_hex(6)),
         artefacts,
         {**(record or {}), **column},
         self_check=report is not None,
         gaps=() if unused is None else (unused,),
     )
-    return open_run(plan, options, data, model, parts.engine, parts.balancer, entry)
+    return open_run(plan, options, data, model, parts.engine, parts.balancer, entry, ranks=ranks)
 
 
 def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
@@ -93,6 +96,7 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
     clipping: str | Clipping | None = None,
     method: Method | None = None,
     engine: SumEngine | None = None,
+    ranks: Ranks | None = None,
 ) -> OpenRun:
     """Open the run of a checkpoint again, after the same checks; see `coterie.dp.PrivateSession.resume`.
 
@@ -100,6 +104,7 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
         PrivacyError: something that the run rests on is not in the checkpoint and was not given.
         LedgerError: the ledger says otherwise.
     """
+    ranks = ranks_or_alone(ranks)
     facts = checkpoint.read(path).facts
     data = PrivateData.of(
         dataset, collate_fn, user_column=facts["settings"]["user_column"], users=users,
@@ -115,10 +120,11 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
     plan, options = plan_from_json(facts, clipping, method)
     parts = _Parts.of(model, data, plan, options, loss_fn, engine)
     entry = RunEntry(ledger or facts["ledger_root"], facts["run"], gaps=facts["not_covered"], resumed=True)
-    opened = open_run(plan, options, data, model, parts.engine, parts.balancer, entry)
+    opened = open_run(plan, options, data, model, parts.engine, parts.balancer, entry, ranks=ranks)
     try:
-        check_optimizer(model, optimizer)
-        parts.check()
+        with ranks.all_well("the checks before the next lot"):
+            check_optimizer(model, optimizer)
+            parts.check()
     except BaseException:
         opened.close()
         raise
@@ -146,7 +152,6 @@ class _Parts(NamedTuple):
         engine: SumEngine | None,
     ) -> _Parts:
         """A ready engine, or the one of the plan."""
-        check_alone()
         plan.policy()  # a ready engine has to clip to the plan's norm, too
         if seam.expert_layers(model):
             seam.select(model)

@@ -1,4 +1,7 @@
 """Several processes that are one party: the ranks of a run.
 
-`world` says whether this process was started as one of several, and refuses to run as if it were alone.
+`coterie.ranks.world` says whether this process was started as one of several, and refuses to run as if it were alone.
+`coterie.ranks.ranks` is what ranks do together, the same for one process and for several; `coterie.ranks.processes`
+does it over torch.distributed, and `coterie.ranks.pulse` tells a rank that is busy from one that is gone. Tensors and
+JSON cross, nothing else.
 """

@@ -6,7 +6,7 @@ would release stays in memory; the lot and the sums before the noise, which no r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, cast
@@ -25,7 +25,9 @@ from coterie.dp.per_sample.engine import Engine
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
+from coterie.dp.shared_releases import SharedReleases
 from coterie.models import seam
+from coterie.ranks.ranks import Alone
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,14 @@ class Rehearsal:
         self.engine: Engine = options.engine(plan, model, balancer)
         self.engine.compared = True  # before a run its set-up compares it, on records made for that
         source = random_source(plan.seed)
-        self._sums = _Noted(model, data, self.engine, balancer, plan, options, mechanism.noise_multiplier, source)
+        ranks = Alone()
+        self._sums = _Noted(
+            model, data, self.engine, balancer, plan, options, mechanism.noise_multiplier, source, ranks
+        )
         self._releases = _Kept()
         self.opened = OpenRun(
-            "rehearsal", plan, options, data, lots, mechanism, cast(Ledger, _Nowhere()), self._releases, self._sums,
-            source, (),
+            "rehearsal", plan, options, data, lots, mechanism, ranks, SharedReleases(ranks, self._releases),
+            self._sums, source, "", (),
         )  # fmt: skip
 
     @property
@@ -136,6 +141,7 @@ class _Kept(Releases):
     def __init__(self) -> None:
         self.noised: Mapping[str, Tensor] = {}
         self.planned = 1 << 62
+        self.ledger = cast(Ledger, _Nowhere())
         self.run = "rehearsal"
         self.spool = cast(Spool, _NoSpool())
 
@@ -152,7 +158,7 @@ class _Kept(Releases):
     def published(self, round_number: int) -> Release | None:
         return None
 
-    def publish(self, pending: Pending, noised: Mapping[str, Tensor]) -> Release:
+    def publish(self, pending: Pending, noised: Mapping[str, Tensor], shards: Sequence[str] = ()) -> Release:
         self.noised = {name: value.clone() for name, value in noised.items()}
         return Release(pending.round, pending.draw, "", pending.pins, Path())
 
@@ -160,10 +166,15 @@ class _Kept(Releases):
 class _NoSpool:
     """Holds nothing."""
 
+    folder = Path()
+
+    def releases(self) -> list[Release]:
+        return []
+
     def nbytes(self) -> int:
         return 0
 
-    def drop_releases(self, up_to_round: int) -> None:
+    def drop_releases(self, up_to_round: int, world: int = 1) -> None:
         pass
 
 

@@ -50,6 +50,11 @@ class Lot:
         for start in range(0, len(self), size):
             yield self.records[start : start + size], self.units[start : start + size]
 
+    def share(self, rank: int, world: int) -> Lot:
+        """One rank's part: whole units, dealt in turn, so that the parts differ by one unit at most."""
+        own = self.units % world == rank
+        return Lot(self.round, self.records[own], self.units[own] // world)
+
     def to_json(self) -> dict[str, Any]:
         return {"round": self.round, "records": self.records.tolist(), "units": self.units.tolist()}
 

@@ -17,7 +17,7 @@ of a federation for its own pushes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -109,8 +109,13 @@ class Releases:
         self.spool.store_lot(lot, known, pins)
         return Pending(round_no, known, dict(pins), lot)
 
-    def publish(self, pending: Pending, noised: Mapping[str, Tensor]) -> Release:
+    def publish(self, pending: Pending, noised: Mapping[str, Tensor], shards: Sequence[str] = ()) -> Release:
         """Spool a noised result, then count it. When this returns it may be used and sent.
+
+        Args:
+            pending: whose result it is.
+            noised: by parameter name; of several ranks' result rank 0's part.
+            shards: digests of the other ranks' parts, which are on disk already.
 
         Returns:
             The release; where an earlier try had spooled one for this lot, that one, and ``noised`` is dropped: a
@@ -122,7 +127,7 @@ class Releases:
         found = self.spooled(pending)
         if found is not None:
             return found
-        return self._count(self.spool.store_release(pending.round, pending.draw, noised, pending.pins))
+        return self._count(self.spool.store_release(pending.round, pending.draw, noised, pending.pins, shards))
 
     def spooled(self, pending: Pending) -> Release | None:
         """The result that an earlier try made of a pending lot, counted; None if there is none.

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ SPOOL_LIMIT_BYTES = 16 * 2**30
 _FORMAT = 1
 _LOCK, _LOT = "spool.lock", "lot.json"
 _RELEASE = re.compile(r"release-(\d+)-(\d+)\.safetensors")
+_RANK = re.compile(r"rank-\d+")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Release:
         digest: SHA-256 of the file.
         pins: what it was computed from.
         path: a safetensors file.
+        shards: digests of the files of ranks 1 and on, where several ranks made it; its own file is rank 0's, and the
+            release exists if and only if that does.
     """
 
     round: int
@@ -63,9 +66,10 @@ class Release:
     digest: str
     pins: dict[str, str]
     path: Path
+    shards: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The noised sums, float32, checked against the digest.
+        """The noised sums in this file, float32, checked against the digest.
 
         Raises:
             LedgerError: the file is not what was counted.
@@ -125,7 +129,7 @@ class Spool:
     def _check_names(self) -> None:
         """Make sure that no later version keeps here what this one would overlook."""
         for path in sorted(self.folder.glob("[!.]*")):
-            if not _RELEASE.fullmatch(path.name):
+            if not (_RELEASE.fullmatch(path.name) or _RANK.fullmatch(path.name)):
                 check_known(self.folder, "file", path.name, {_LOCK, _LOT}, LedgerError)
 
     def close(self) -> None:
@@ -155,17 +159,36 @@ class Spool:
         """Forget the stored lot."""
         remove(self.folder / _LOT)
 
+    def path_of(self, round_no: int, draw: int) -> Path:
+        """The file of a round's result."""
+        return self.folder / _file_name(round_no, draw)
+
     def store_release(
-        self, round_no: int, draw: int, noised: Mapping[str, Tensor], pins: Mapping[str, str]
+        self,
+        round_no: int,
+        draw: int,
+        noised: Mapping[str, Tensor],
+        pins: Mapping[str, str],
+        shards: Sequence[str] = (),
     ) -> Release:
-        """Put noised sums on disk, synced. They are not released yet: the ledger comes next."""
-        path = self.folder / f"release-{round_no:08d}-{draw}.safetensors"
+        """Put noised sums on disk, synced. They are not released yet: the ledger comes next.
+
+        Args:
+            round_no: from 1.
+            draw: which lot of this round.
+            noised: by parameter name.
+            pins: what they were computed from.
+            shards: digests of what ranks 1 and on have put on disk of the same result.
+        """
+        path = self.path_of(round_no, draw)
         header = {"format": str(_FORMAT), "round": str(round_no), "draw": str(draw)}
         header["pins"] = json.dumps(dict(pins), sort_keys=True)
+        if shards:
+            header["shards"] = json.dumps(list(shards))
         with replacing(path, PRIVATE) as aside:
             save_file({name: tensor.contiguous() for name, tensor in noised.items()}, aside, metadata=header)
             digest = file_digest(aside)
-        return Release(round_no, draw, digest, dict(pins), path)
+        return Release(round_no, draw, digest, dict(pins), path, tuple(shards))
 
     def releases(self, pattern: str = "release-*") -> list[Release]:
         """What lies in the spool, by round and draw.
@@ -180,22 +203,26 @@ class Spool:
                 with _whole(path):
                     with safe_open(path, framework="pt") as file:
                         header = file.metadata()
-                    _check(path, header, str(_FORMAT), ("round", "draw", "pins"))
+                    _check(path, header, str(_FORMAT), ("round", "draw", "pins", "shards"))
                     pins = json_object(header["pins"])
-                found.append(Release(int(match[1]), int(match[2]), file_digest(path), pins, path))
+                    shards = tuple(str(digest) for digest in json.loads(header.get("shards", "[]")))
+                found.append(Release(int(match[1]), int(match[2]), file_digest(path), pins, path, shards))
         return sorted(found, key=lambda release: (release.round, release.draw))
 
     def releases_of(self, round_no: int) -> list[Release]:
         """What lies in the spool for one round."""
         return [release for release in self.releases(f"release-{round_no:08d}-*") if release.round == round_no]
 
-    def drop_releases(self, up_to_round: int) -> None:
-        """Remove results that everybody who needs them has stored."""
-        for path in self.folder.iterdir():
-            match = _RELEASE.fullmatch(path.name)
-            if match and int(match[1]) <= up_to_round:
-                path.unlink()
-        sync_folder(self.folder)
+    def drop_releases(self, up_to_round: int, world: int = 1) -> None:
+        """Remove results that everybody who needs them has stored.
+
+        Args:
+            up_to_round: from 1.
+            world: ranks from this one on are none now, and what a start with more of them left goes, too.
+        """
+        left = [folder for folder in self.folder.glob("rank-*") if int(folder.name.removeprefix("rank-")) >= world]
+        for folder in (self.folder, *left):
+            drop_files(folder, lambda round_no, draw: round_no <= up_to_round)
 
     def nbytes(self) -> int:
         """Bytes of results that lie here."""
@@ -210,6 +237,29 @@ class Spool:
     def drop(self, release: Release) -> None:
         """Remove one result, which will never be used."""
         remove(release.path)
+
+
+def drop_files(folder: Path, which: Callable[[int, int], bool]) -> None:
+    """Remove results from a folder, chosen by round and draw; the folder is synced."""
+    for path in folder.iterdir():
+        match = _RELEASE.fullmatch(path.name)
+        if match and which(int(match[1]), int(match[2])):
+            path.unlink()
+    sync_folder(folder)
+
+
+def shard_folder(spool: Path, rank: int) -> Path:
+    """Where another rank than 0 puts its parts of a run's results; rank 0's lie in the run's spool itself."""
+    return spool / f"rank-{rank}"
+
+
+def shard_path(spool: Path, rank: int, round_no: int, draw: int) -> Path:
+    """Where another rank than 0 puts its part of a result."""
+    return shard_folder(spool, rank) / _file_name(round_no, draw)
+
+
+def _file_name(round_no: int, draw: int) -> str:
+    return f"release-{round_no:08d}-{draw}.safetensors"
 
 
 @contextmanager

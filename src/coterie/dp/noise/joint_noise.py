@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coterie.dp.accounting.accountant import check_joint, joint_noise
-from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, add_noise, calibrate
-from coterie.dp.noise.randomness import RandomSource
+from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, Slabs, calibrate
 
 LOAD = "coterie.load"
 WITHIN = "coterie.within"
@@ -68,9 +67,6 @@ class RoundNoise:
         """The step of the grid that a released tensor lies on."""
         return self.std[self.part_of(name)] / GRID_SIGMA
 
-    def add(
-        self, sums: Mapping[str, Tensor], source: RandomSource, purpose: str, divisor: float = 1.0
-    ) -> dict[str, Tensor]:
-        """The noised sums over ``divisor``, float32 on the CPU, written over ``sums`` where possible: `add_noise`."""
-        std = {name: self.std[self.part_of(name)] for name in sums}
-        return add_noise(sums, std, source, purpose, in_place=True, divisor=divisor)
+    def cut(self, sums: Mapping[str, Tensor]) -> Slabs:
+        """The sums in slabs, to be noised by `Slabs.add_noise`, over ``sums`` where possible."""
+        return Slabs(sums, {name: self.std[self.part_of(name)] for name in sums}, in_place=True)

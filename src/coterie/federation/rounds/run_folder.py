@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from coterie.errors import CheckpointError, RoundError
-from coterie.ranks.world import check_alone
+from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.storage import is_locked, json_object, lock, write_whole, writing
 
 STATUS_FILE = "status.json"
@@ -23,6 +21,10 @@ LOCK_FILE = ".lock"
 class RunFolder:
     """A run folder held by this process until `close`, or for a ``with`` block.
 
+    Args:
+        path: created if absent.
+        ranks: that share the run, where this process holds the folder for all of them.
+
     The system takes the lock back when the process ends, however it ends: nothing is left to clear up after a kill.
 
     Raises:
@@ -31,8 +33,8 @@ class RunFolder:
         PrivacyError: this process is one of several that would each run on their own.
     """
 
-    def __init__(self, path: Path) -> None:
-        check_alone()
+    def __init__(self, path: Path, ranks: Ranks | None = None) -> None:
+        ranks_or_alone(ranks)
         self.path = path
         self._writing = threading.Lock()
         self._lock = -1
@@ -107,24 +109,6 @@ def _holder(file: Path) -> str:
         return f": process {int(holder['pid'])} on {holder['host']}, since {holder['since']}"
     except (OSError, ValueError, TypeError, KeyError):
         return ""
-
-
-Run = TypeVar("Run", bound=Callable[..., Any])
-
-
-def holding_its_folder(run: Run) -> Run:
-    """Hold a run folder while a function runs: its first argument, or the ``run_dir`` of the settings that it is.
-
-    Raises:
-        RoundError, CheckpointError: see `RunFolder`.
-    """
-
-    @functools.wraps(run)
-    def held(target: Any, *rest: Any, **more: Any) -> Any:
-        with RunFolder(target if isinstance(target, Path) else target.run_dir):
-            return run(target, *rest, **more)
-
-    return cast("Run", held)
 
 
 def is_running(path: Path) -> bool:

@@ -34,8 +34,8 @@ class Prepared:
 
     @property
     def run_id(self) -> str:
-        """Hash of the settings that decide the result; the folder and the device do not."""
-        return content_hash(self.config, without={"run_dir", "device"})
+        """Hash of the settings that decide the result; the folder and the devices do not."""
+        return content_hash(self.config, without={"run_dir", "device", "devices"})
 
     @property
     def store(self) -> CheckpointStore:

@@ -16,6 +16,7 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import start_session
 from coterie.models.split.trainings import Training
+from coterie.ranks.ranks import Ranks
 from coterie.training.data.documents import Documents
 from coterie.training.optim import AdamW, lr_at, make_optimizer
 from coterie.training.provenance import artefacts, originals, record_facts
@@ -33,6 +34,7 @@ class PrivateStepper:
         prepared: what to train on what; its settings have a ``privacy`` block.
         documents: what the records were made from; the ledger knows their text again.
         saved: a checkpoint to go on from. Rounds released since are repeated from the spool, not redrawn.
+        ranks: that share every round; None: this process alone.
 
     Raises:
         PrivacyError: anything that would make the statement untrue; nothing is trained then.
@@ -40,12 +42,15 @@ class PrivateStepper:
         LedgerError: the ledger is damaged, behind, or in use.
     """
 
-    def __init__(self, prepared: Prepared, documents: Documents, saved: Path | None = None) -> None:
+    def __init__(
+        self, prepared: Prepared, documents: Documents, saved: Path | None = None, ranks: Ranks | None = None
+    ) -> None:
+        self._keeps_ledger = ranks is None or ranks.rank == 0
         self.optimizer = make_optimizer(prepared.model.parameters(), prepared.config.optim)
         if saved is None:
-            self._session = _begun(prepared, documents, self.optimizer)
+            self._session = _begun(prepared, documents, self.optimizer, ranks)
         else:
-            self._session = _resumed(prepared, documents, self.optimizer, saved)
+            self._session = _resumed(prepared, documents, self.optimizer, saved, ranks)
 
     @property
     def round(self) -> int:
@@ -53,7 +58,7 @@ class PrivateStepper:
 
     @property
     def finished(self) -> bool:
-        return self.round == self._session.privacy_plan.rounds or self._session.releases.remaining == 0
+        return self.round == self._session.privacy_plan.rounds or self._session.remaining == 0
 
     def step(self) -> Step:
         session = self._session
@@ -61,7 +66,8 @@ class PrivateStepper:
         last = session.last
         assert last is not None
         every = max(1, session.privacy_plan.rounds // _SPENT_SHOWN)
-        spent = session.spent() if self.finished or self.round % every == 0 else None
+        due = self._keeps_ledger and (self.finished or self.round % every == 0)
+        spent = session.spent() if due else None
         metrics = {
             "loss_not_private": last.loss,
             "lot_size_not_private": last.lot_size,
@@ -92,7 +98,7 @@ class PrivateStepper:
         self._session.close()
 
 
-def _begun(prepared: Prepared, documents: Documents, optimizer: AdamW) -> PrivateSession:
+def _begun(prepared: Prepared, documents: Documents, optimizer: AdamW, ranks: Ranks | None) -> PrivateSession:
     config, privacy = prepared.config, _privacy(prepared.config)
     plan = PrivacyPlan.of_settings(
         privacy, prepared.model, config.train.rounds, lot_size=config.train.batch_size,
@@ -105,16 +111,18 @@ def _begun(prepared: Prepared, documents: Documents, optimizer: AdamW) -> Privat
     return start_session(
         prepared.model, optimizer, data, plan, ComputeOptions.of_settings(privacy).repeatable(plan.seed),
         provenance=artefacts(config.model, config.data), ledger=_ledger(config), record=record_facts(config.data),
-        schedule=_schedule(config),
+        schedule=_schedule(config), ranks=ranks,
     )  # fmt: skip
 
 
-def _resumed(prepared: Prepared, documents: Documents, optimizer: AdamW, saved: Path) -> PrivateSession:
+def _resumed(
+    prepared: Prepared, documents: Documents, optimizer: AdamW, saved: Path, ranks: Ranks | None
+) -> PrivateSession:
     config = prepared.config
     return PrivateSession.resume(
         saved, prepared.model, optimizer, prepared.train, prepared.train.collate,
         schedule=_schedule(config), users=prepared.train.users, ledger=_ledger(config),
-        digest=dataset_digest(documents.texts),
+        digest=dataset_digest(documents.texts), ranks=ranks,
     )  # fmt: skip
 
 

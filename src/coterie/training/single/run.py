@@ -22,9 +22,10 @@ from coterie.config import TrainConfig, due, dump_yaml
 from coterie.dp.accounting.statement import Statement
 from coterie.dp.checkpoint import SESSION
 from coterie.errors import CheckpointError, ConfigError
-from coterie.federation.rounds.run_folder import holding_its_folder
+from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.wire.values import check_own
 from coterie.models.split.saved import save_model
+from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.revision import software
 from coterie.storage import put_away, write_json, writing
 from coterie.training.evaluate import Evaluation, evaluate
@@ -74,62 +75,111 @@ class RunResult:
         return values
 
 
-@holding_its_folder
-def start(config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | None = None) -> RunResult:
+def start(
+    config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | None = None, ranks: Ranks | None = None
+) -> RunResult:
     """Train from the beginning in a fresh run folder; within the budget where the settings have a ``privacy`` block.
+
+    Args:
+        config: the settings.
+        stop: looked at between rounds.
+        watch: hears of every round.
+        ranks: that share a private run, where this is rank 0; the others `follow`.
 
     Raises:
         ConfigError: the folder holds a run already, or the settings do not fit each other or the model.
         DataError: the text cannot be used.
         PrivacyError: anything that would make a privacy statement untrue; nothing is trained then.
     """
-    if (config.run_dir / MARKER).exists():
-        raise ConfigError(
-            f"{config.run_dir} already holds a run.",
-            code="run-dir-taken",
-            why="two runs in one folder would mix their checkpoints and figures",
-            fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
-        )
-    prepared, stepper = _begun(config)
-    with closing(stepper), kept_private(config.run_dir) as private:
-        dump_yaml(config.run_dir / "config.yaml", config)
-        prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
-        run = Run(prepared, stepper, stop or StopFlag(), watch)
-        if config.privacy is not None:  # the ledger holds the run from now on: it cannot begin again, only go on
-            run.save()
-        write_json(config.run_dir / MARKER, {"run": prepared.run_id, **software(), **stepper.marker()})
-        return run.go_on()
+    with RunFolder(config.run_dir, ranks):
+        if (config.run_dir / MARKER).exists():
+            raise ConfigError(
+                f"{config.run_dir} already holds a run.",
+                code="run-dir-taken",
+                why="two runs in one folder would mix their checkpoints and figures",
+                fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
+            )
+        prepared, stepper = _begun(config, ranks)
+        with closing(stepper), kept_private(config.run_dir) as private:
+            dump_yaml(config.run_dir / "config.yaml", config)
+            prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
+            run = Run(prepared, stepper, stop or StopFlag(), watch, ranks)
+            if config.privacy is not None:  # the ledger holds the run from now on: it cannot begin again, only go on
+                run.save()
+            write_json(config.run_dir / MARKER, {"run": prepared.run_id, **software(), **stepper.marker()})
+            return run.go_on()
 
 
-@holding_its_folder
-def resume(run_dir: Path, *, stop: StopFlag | None = None, watch: Watch | None = None) -> RunResult:
+def resume(
+    run_dir: Path, *, stop: StopFlag | None = None, watch: Watch | None = None, ranks: Ranks | None = None
+) -> RunResult:
     """Go on from a run's newest checkpoint. The result is that of a run that was never stopped.
 
     Rounds that a private run released since are repeated from the spool, not redrawn.
+
+    Args:
+        run_dir: of the run.
+        stop: looked at between rounds.
+        watch: hears of every round.
+        ranks: as for `start`, of any number.
 
     Raises:
         CheckpointError: no run is here, its checkpoint is damaged, or settings or text changed since it started.
         LedgerError: the ledger is damaged or behind.
     """
-    prepared, stepper = _resumed(run_dir)
-    with closing(stepper), kept_private(run_dir):
-        return Run(prepared, stepper, stop or StopFlag(), watch).go_on()
+    with RunFolder(run_dir, ranks):
+        prepared, stepper = _resumed(run_dir, ranks)
+        with closing(stepper), kept_private(run_dir):
+            return Run(prepared, stepper, stop or StopFlag(), watch, ranks).go_on()
 
 
-def _begun(config: TrainConfig) -> tuple[Prepared, Stepper]:
+def follow(config: TrainConfig, ranks: Ranks, *, resumed: bool = False) -> None:
+    """Share a private run as another rank than the first: compute a part of every lot, and write no checkpoint.
+
+    Args:
+        config: the settings, of rank 0's `start` or of the run that it resumes.
+        ranks: that share it.
+        resumed: rank 0 calls `resume`.
+
+    Raises:
+        CoterieError: what any rank raises.
+    """
+    stepper = (_resumed(config.run_dir, ranks) if resumed else _begun(config, ranks))[1]
+    with closing(stepper):
+        while True:
+            saved = _agreed(ranks, None)
+            if saved == _END:
+                return
+            if saved is None:
+                stepper.step()
+            else:
+                stepper.saved(Path(saved))
+
+
+_END = ""
+
+
+def _agreed(ranks: Ranks | None, saved: str | None) -> str | None:
+    """What comes next, as rank 0 says: None for a round, the folder of a checkpoint that it wrote, or the end."""
+    step: str | None = ranks_or_alone(ranks).tell("what comes next", lambda: saved)
+    return step
+
+
+def _begun(config: TrainConfig, ranks: Ranks | None) -> tuple[Prepared, Stepper]:
     prepared, documents = prepare(config)
     if config.privacy is None:
         return prepared, PlainStepper(prepared)
-    return prepared, PrivateStepper(prepared, documents)
+    return prepared, PrivateStepper(prepared, documents, ranks=ranks)
 
 
-def _resumed(run_dir: Path) -> tuple[Prepared, Stepper]:
+def _resumed(run_dir: Path, ranks: Ranks | None) -> tuple[Prepared, Stepper]:
     config, marker = read_run(run_dir)
     prepared, documents = prepare(config, tokenizer_dir=private_folder(run_dir) / "tokenizer")
     _check_unchanged(prepared, marker, run_dir)
     if config.privacy is None:
         return prepared, PlainStepper(prepared, prepared.store.newest())
-    return prepared, PrivateStepper(prepared, documents, _session_folder(prepared))
+    saved = ranks_or_alone(ranks).tell("the newest checkpoint", lambda: str(_session_folder(prepared)))
+    return prepared, PrivateStepper(prepared, documents, Path(saved), ranks)
 
 
 def _session_folder(prepared: Prepared) -> Path:
@@ -164,9 +214,13 @@ class Run:
     Args:
         stop: looked at between rounds.
         watch: hears of every round.
+        ranks: hear what comes next.
     """
 
-    def __init__(self, prepared: Prepared, stepper: Stepper, stop: StopFlag, watch: Watch | None) -> None:
+    def __init__(
+        self, prepared: Prepared, stepper: Stepper, stop: StopFlag, watch: Watch | None, ranks: Ranks | None = None
+    ) -> None:
+        self._ranks = ranks
         self._prepared = prepared
         self._stepper = stepper
         self._stop = stop
@@ -192,10 +246,12 @@ class Run:
         outcome = self._outcome()
         if outcome.finished:
             self._finish(outcome)
+        _agreed(self._ranks, _END)
         return outcome
 
     def _round(self, metrics: MetricsWriter) -> None:
         stepper, spec = self._stepper, self._prepared.config.train
+        _agreed(self._ranks, None)
         step = stepper.step()
         done = stepper.round
         parameters = self._prepared.model.parameters()
@@ -216,6 +272,7 @@ class Run:
             CheckpointError: the disk is full or broken.
         """
         written = self._prepared.store.write(self._stepper.round, *self._stepper.content())
+        _agreed(self._ranks, str(written.path))
         self._stepper.saved(written.path)
         self._prepared.store.keep_last(KEPT_CHECKPOINTS)
         put_away(_earlier_session(self._prepared.config))

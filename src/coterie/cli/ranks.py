@@ -1,0 +1,155 @@
+"""`devices` in train.yaml: the command starts itself once for each, as rank 0, 1, and so on, on this machine.
+
+What torchrun would start is the same; but the place where these ranks meet, and what they send each other, is on
+loopback only, and they end when the command does. Rank 0 has the terminal; what another rank has to say is shown
+where rank 0 says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+
+from coterie.cli.stopping import handling
+from coterie.demonstration.processes import LIFELINE
+from coterie.errors import ConfigError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from coterie.config import TrainConfig
+    from coterie.ranks.ranks import Ranks
+
+_GRACE_S = 30.0
+"""How long ranks may take to end after one has failed: they hear of it, and say the same."""
+_POLL_S = 0.05
+
+
+def started_ranks() -> int:
+    """How many processes a launcher started; 1 where none did."""
+    count = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    return int(count) if count.isdecimal() else 1
+
+
+def started_again(config: TrainConfig) -> bool:
+    """Whether torchrun started the processes of a run once more, after a rank had failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (config.run_dir / "run.json").exists()
+
+
+def joined(config: TrainConfig) -> AbstractContextManager[Ranks | None]:
+    """The ranks that share a private run; None where it is this process's alone.
+
+    Raises:
+        ConfigError: a launcher started another number of them than the settings say.
+    """
+    count = started_ranks()
+    if config.privacy is None or count == 1:
+        return nullcontext()
+    if config.devices not in (1, count):
+        raise ConfigError(
+            f"`devices` is {config.devices}, and {count} processes were started.",
+            code="ranks-count",
+            fix="start as many as `devices` says, or leave it out and let the launcher say it",
+        )
+    from coterie.ranks.processes import join_ranks
+
+    return join_ranks()
+
+
+def start_if_asked(config: TrainConfig, command: str, target: Path, json_file: Path | None) -> None:
+    """Start a command once for each of the settings' `devices`, and end as they do; else come back.
+
+    Args:
+        config: the settings.
+        command: `train` or `resume`.
+        target: its argument.
+        json_file: its option.
+    """
+    if config.devices > 1 and started_ranks() == 1:
+        option = [] if json_file is None else ["--json", str(json_file)]
+        raise typer.Exit(_run(config.devices, [command, str(target), *option]))
+
+
+def _run(count: int, arguments: Sequence[str]) -> int:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60),
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+    lifeline, held = os.pipe()
+    shared = {
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on)),
+    ):
+        try:
+            for number in range(count):
+                variables = {"RANK": str(number), "LOCAL_RANK": str(number), LIFELINE: str(lifeline)}
+                with Path(logs, str(number)).open("wb") as log:
+                    ranks.append(
+                        subprocess.Popen(
+                            [sys.executable, "-P", "-m", "coterie", *arguments],
+                            env={**os.environ, **shared, **variables},
+                            pass_fds=(lifeline,),
+                            stdin=subprocess.DEVNULL,
+                            stdout=None if number == 0 else log,
+                            stderr=None if number == 0 else log,
+                            start_new_session=True,  # a Ctrl-C comes once, from here
+                        )
+                    )
+            code = _ended(ranks)
+            if code and ranks[0].returncode <= 0:  # rank 0 was killed: nobody has said why
+                failed = next(number for number, rank in enumerate(ranks) if rank.returncode)
+                typer.echo(f"rank {failed} ended with {ranks[failed].returncode}", err=True)
+                for number in range(1, count):
+                    words = Path(logs, str(number)).read_text(encoding="utf-8", errors="replace")
+                    typer.echo(words, err=True, nl=False)
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                    rank.wait()
+            os.close(held)
+            os.close(lifeline)
+            del store
+    return code
+
+
+def _ended(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code of all: rank 0's where it failed, else the first that is not 0."""
+    until: float | None = None
+    while any(rank.poll() is None for rank in ranks):
+        time.sleep(_POLL_S)
+        if until is None and any(rank.returncode for rank in ranks):
+            until = time.monotonic() + _GRACE_S
+        if until is not None and time.monotonic() > until:
+            return 1
+    codes = [rank.returncode for rank in ranks]
+    code = next((code for code in codes if code), 0)
+    return 128 - code if code < 0 else code

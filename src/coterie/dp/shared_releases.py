@@ -1,0 +1,234 @@
+"""A run's releases as all its ranks see them: rank 0 asks the ledger and the spool, and everybody does what it says.
+
+Every rank puts its part of a result on disk, synced; then rank 0's file, which holds its own part and names the
+digests of the others; then the ledger counts the digest of that file; only then the parts are handed out and used. So
+a release exists if and only if rank 0's file does, and then all its parts are on disk. Parts without that file never
+left, and are dropped. A release whose parts are not all to be found is burned: it stays counted, and its round is
+drawn anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.dp.accounting.lots import Lot
+from coterie.dp.accounting.releases import Pending, Releases
+from coterie.dp.accounting.spool import Release, Spool, drop_files, shard_path
+from coterie.errors import RankError
+from coterie.ranks.ranks import Ranks
+from coterie.storage import file_digest, remove
+
+
+class SharedReleases:
+    """What `Releases` does for one process, for all ranks of a run; every method is called by all of them.
+
+    Args:
+        ranks: of the run.
+        own: rank 0's; None at the others.
+        spool: of this rank's parts, at the others.
+
+    Attributes:
+        remaining: releases that the plan still allows, as rank 0 said last.
+    """
+
+    def __init__(self, ranks: Ranks, own: Releases | None, spool: Spool | None = None) -> None:
+        self.remaining = 0
+        self._ranks, self._own, self._spool = ranks, own, spool
+        if own is not None:
+            self._folder = own.spool.folder
+        else:
+            assert spool is not None
+            self._folder = spool.folder.parent
+        self._drop_parts_without_a_release()
+
+    @property
+    def own(self) -> Releases:
+        """Rank 0's releases and, with them, the ledger.
+
+        Raises:
+            RankError: this is another rank.
+        """
+        if self._own is None:
+            raise RankError(
+                f"rank {self._ranks.rank} keeps no ledger.",
+                code="ranks-ledger",
+                why="what a run spent is counted once, by rank 0",
+                fix="ask where ranks.rank is 0",
+            )
+        return self._own
+
+    def begin(self, round_no: int, pins: Mapping[str, str], draw: Callable[[int], Lot]) -> Pending | Release:
+        """What to do for a round; see `Releases.begin`. Rank 0 draws the lot, and the others hear which it is."""
+        told = self._tell(f"round {round_no}", lambda: _told(self.own.begin(round_no, pins, draw)))
+        if "lot" in told:
+            return Pending(**{**told, "lot": Lot.from_json(told["lot"])})
+        return _release(told)
+
+    def spooled(self, pending: Pending) -> Release | None:
+        """The result that an earlier try made of a pending lot; see `Releases.spooled`."""
+        return self._whole(self._tell(f"spooled {pending.name}", lambda: _told(self.own.spooled(pending))))
+
+    def published(self, round_no: int) -> Release | None:
+        """The result of a round, if the spools still have all of it; see `Releases.published`."""
+        return self._whole(self._tell(f"published {round_no}", lambda: _told(self.own.published(round_no))))
+
+    def publish(self, pending: Pending, part: Mapping[str, Tensor]) -> Release:
+        """Spool this rank's part of a noised result; when all are on disk, rank 0's file names them and is counted.
+
+        Args:
+            pending: whose result it is.
+            part: by parameter name.
+
+        Raises:
+            LedgerError: it could not be counted; it may not be used then.
+        """
+
+        def put_down() -> str | None:
+            if self._spool is None:
+                return None  # rank 0's file comes last
+            return self._spool.store_release(pending.round, pending.draw, part, pending.pins).digest
+
+        shards = self._ranks.together(f"spool {pending.name}", put_down)[1:]
+        return _release(self._tell(f"count {pending.name}", lambda: _told(self.own.publish(pending, part, shards))))
+
+    def burn(self, release: Release, reason: str) -> None:
+        """Give up a result; see `Releases.burn`."""
+        self._tell(f"burn {release.round}", lambda: self.own.burn(release, reason))
+        if self._spool is not None:
+            remove(self._spool.path_of(release.round, release.draw))
+
+    def tensors(self, release: Release) -> dict[str, Tensor]:
+        """The noised sums of a release at every rank, [values] each where several ranks made it.
+
+        Raises:
+            LedgerError: a file is not what was counted.
+        """
+        holders = self._holders(release)
+        if None in holders:
+            raise _incomplete(release)
+        pieces: dict[str, list[Tensor]] = {}
+        for number, holder in enumerate(holders):
+            assert holder is not None
+            for name, piece in self._handed_out(release, number, holder).items():
+                pieces.setdefault(name, []).append(piece)
+        return {
+            name: own[0] if len(own) == 1 else torch.cat([piece.reshape(-1) for piece in own])
+            for name, own in pieces.items()
+        }
+
+    def drop(self, up_to_round: int) -> None:
+        """Remove results that every checkpoint to go back to includes; for each rank its own."""
+        self._files.drop_releases(up_to_round, self._ranks.world)
+
+    def nbytes(self) -> int:
+        """About how many bytes of results lie in the spools of all ranks."""
+        return self._files.nbytes() * self._ranks.world
+
+    def remove(self) -> None:
+        """Remove lot and results: nobody will continue this run."""
+        self._files.remove()
+
+    def close(self) -> None:
+        """Let another process go on with this run."""
+        self._files.close()
+
+    # -- between ranks -----------------------------------------------------------------------------------------------
+
+    @property
+    def _files(self) -> Spool:
+        return self.own.spool if self._spool is None else self._spool
+
+    def _tell(self, step: str, make: Callable[[], Any]) -> Any:
+        told, self.remaining = self._ranks.tell(step, lambda: [make(), self.own.remaining])
+        return told
+
+    def _whole(self, told: Mapping[str, Any] | None) -> Release | None:
+        """A release that all parts are there of; another one is burned."""
+        if told is None:
+            return None
+        release = _release(told)
+        if None in self._holders(release):
+            self.burn(release, "a part of it is not to be found")
+            return None
+        return release
+
+    def _holders(self, release: Release) -> Sequence[int | None]:
+        """For each part the first rank that has it on disk, as it was counted."""
+        if not release.shards:
+            return [0]
+
+        def found() -> list[int]:
+            paths = [self._path(release, number) for number in range(1, len(release.shards) + 1)]
+            return [
+                number
+                for number, (path, digest) in enumerate(zip(paths, release.shards, strict=True), 1)
+                if path.is_file() and file_digest(path) == digest
+            ]
+
+        have = self._ranks.together(f"parts of {release.round}", found)
+        numbers = range(1, len(release.shards) + 1)
+        return [0, *(next((rank for rank, own in enumerate(have) if n in own), None) for n in numbers)]
+
+    def _handed_out(self, release: Release, number: int, holder: int) -> dict[str, Tensor]:
+        """One part of a release, from the rank that has it to all."""
+        part: dict[str, Tensor] = {}
+
+        def read() -> dict[str, list[int]] | None:
+            if self._ranks.rank != holder:
+                return None
+            digest = (release.digest, *release.shards)[number]
+            path = release.path if number == 0 else self._path(release, number)
+            part.update(Release(release.round, release.draw, digest, release.pins, path).tensors())
+            return {name: list(tensor.shape) for name, tensor in part.items()}
+
+        shapes = self._ranks.together(f"part {number} of {release.round}", read)[holder]
+        if self._ranks.rank != holder:
+            part = {name: torch.empty(shape) for name, shape in shapes.items()}
+        if part:
+            self._ranks.hand_out(list(part.values()), holder)
+        return part
+
+    def _path(self, release: Release, number: int) -> Path:
+        return shard_path(self._folder, number, release.round, release.draw)
+
+    def _drop_parts_without_a_release(self) -> None:
+        def named() -> list[list[Any]]:
+            return [[each.round, each.draw, list(each.shards)] for each in self.own.spool.releases()]
+
+        known = {(round_no, draw): shards for round_no, draw, shards in self._tell("parts in the spool", named)}
+        if self._spool is None:
+            return
+        number = self._ranks.rank
+
+        def strange(round_no: int, draw: int) -> bool:
+            shards = known.get((round_no, draw), [])
+            path = shard_path(self._folder, number, round_no, draw)
+            return len(shards) < number or file_digest(path) != shards[number - 1]
+
+        drop_files(self._spool.folder, strange)
+
+
+def _told(begun: Pending | Release | None) -> dict[str, Any] | None:
+    """A pending lot or a release as JSON values."""
+    if isinstance(begun, Pending):
+        return {"round": begun.round, "draw": begun.draw, "pins": begun.pins, "lot": begun.lot.to_json()}
+    return None if begun is None else {**asdict(begun), "path": str(begun.path)}
+
+
+def _release(told: Mapping[str, Any]) -> Release:
+    return Release(**{**told, "path": Path(told["path"]), "shards": tuple(told["shards"])})
+
+
+def _incomplete(release: Release) -> RankError:
+    return RankError(
+        f"a part of the release of round {release.round} is not to be found.",
+        code="ranks-part-gone",
+        why="only the bytes that the ledger counted may be used",
+        fix="resume the run: it burns that round, which stays counted, and draws it anew",
+    )

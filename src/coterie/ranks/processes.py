@@ -1,0 +1,220 @@
+"""Ranks over torch.distributed: small JSON values through the store that all see, tensors through Gloo.
+
+The store is that of the launcher; where there is none, rank 0 keeps it. Every start of the processes has keys of its
+own, because a launcher's store outlives a restart and keeps the addresses of dead ranks. Nothing is pickled: torch's
+collectives for objects are not used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from coterie.errors import ConfigError, RankError
+from coterie.ranks.pulse import Pulse
+from coterie.ranks.ranks import Ranks, last_words, outcome, ranks_or_alone, read_outcomes
+
+LONGEST = timedelta(hours=2)
+"""A rank that is alive may be waited for so long: the longest evaluation, or the longest step of one rank alone."""
+_JOINED = count()
+
+
+class ProcessRanks(Ranks):
+    """Ranks that are processes; `join_ranks` makes it.
+
+    Args:
+        rank, world: see `Ranks`.
+        connect: makes a connection to the store; every call a new one.
+        keeps_store: the store is this process's own.
+        patience_s: a rank is silent whose pulse stood still for so long.
+    """
+
+    def __init__(
+        self, rank: int, world: int, connect: Callable[[], Store], keeps_store: bool, patience_s: float
+    ) -> None:
+        self.rank, self.world = rank, world
+        self._store, self._keeps_store = connect(), keeps_store
+        self._pulse = Pulse(connect(), rank, patience_s)
+        self._step = 0
+        self._left = False
+        own_group = not distributed.is_initialized()
+        if own_group:
+            distributed.init_process_group(
+                "gloo", store=PrefixStore("gloo", self._store), rank=rank, world_size=world, timeout=LONGEST
+            )
+        self._group = distributed.group.WORLD if own_group else distributed.new_group(backend="gloo", timeout=LONGEST)
+        self._own_group = own_group
+
+    def together(self, step: str, make: Callable[[], Any]) -> list[Any]:
+        packed, failure = outcome(step, make)
+        return read_outcomes(step, self._swapped(step, packed), self.rank, failure)
+
+    def add_up(self, pieces: Sequence[Tensor], owner: int) -> None:
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        self._wait_for_work("adding up", lambda: distributed.reduce(
+            flat, group=self._group, group_dst=owner, async_op=True
+        ))  # fmt: skip
+        if self.rank == owner:
+            _put_back(flat, pieces)
+
+    def hand_out(self, pieces: Sequence[Tensor], owner: int) -> None:
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+        self._wait_for_work("handing out", lambda: distributed.broadcast(
+            flat, group=self._group, group_src=owner, async_op=True
+        ))  # fmt: skip
+        if self.rank != owner:
+            _put_back(flat, pieces)
+
+    def close(self, failure: BaseException | None = None) -> None:
+        if self._left:
+            return
+        self._left = True
+        try:
+            if failure is not None:
+                self._store.set(self._key(self.rank), last_words("the end", failure))
+            else:
+                self._swapped("the end", outcome("the end", lambda: None)[0])
+                self._store.set(f"left/{self.rank}", "1")
+                if self._keeps_store:
+                    left = [f"left/{rank}" for rank in range(self.world)]
+                    self._wait("the end", lambda: self._store.check(left))
+        except RuntimeError:  # the store went with the rank that kept it
+            pass
+        finally:
+            self._pulse.close()
+            if self._own_group:
+                distributed.destroy_process_group()
+
+    # -- small values ------------------------------------------------------------------------------------------------
+
+    def _swapped(self, step: str, own: str) -> list[bytes]:
+        """What every rank put down at this step."""
+        keys = [self._key(rank) for rank in range(self.world)]
+        with _store_stays(step):
+            self._store.set(keys[self.rank], own)
+            self._wait(step, lambda: self._store.check(keys), lambda rank: self._store.check([keys[rank]]))
+            told = [self._store.get(key) for key in keys]
+            if self._step:  # every rank has put down this step, so none reads the one before it any more
+                self._store.delete_key(f"step/{self._step - 1}/{self.rank}")
+        self._step += 1
+        return told
+
+    def _key(self, rank: int) -> str:
+        return f"step/{self._step}/{rank}"
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+
+    def _wait_for_work(self, step: str, begin: Callable[[], Any]) -> None:
+        try:
+            work = begin()
+            self._wait(step, work.is_completed)
+            work.wait()
+        except RuntimeError as error:
+            raise RankError(
+                f"tensors could not be exchanged with another rank: {str(error).splitlines()[0]}",
+                code="ranks-exchange",
+                where=step,
+                why="a rank ended, or the connection between two was cut",
+                fix="look at the other ranks' messages, then resume the run",
+            ) from error
+
+    def _wait(self, step: str, arrived: Callable[[], bool], here: Callable[[int], bool] = lambda rank: False) -> None:
+        """Wait until something has arrived, as long as those who are not ``here`` are alive."""
+        pause, until = 0.0002, time.monotonic() + LONGEST.total_seconds()
+        self._pulse.looked_away()
+        while not arrived():
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.02)
+            others = (rank for rank in range(self.world) if rank != self.rank and not here(rank))
+            self._pulse.check(self._store, others, step)
+            if time.monotonic() > until:
+                raise RankError(
+                    f"another rank did not get to `{step}` within {LONGEST}.",
+                    code="ranks-late",
+                    why="it lives, but does something else",
+                    fix="look at the other ranks' messages, then resume the run",
+                )
+
+
+def join_ranks(*, patience_s: float = 15.0) -> Ranks:
+    """Join the processes that `torchrun` (or `devices` in train.yaml) started beside this one.
+
+    Give the result to `make_private`: the ranks then train one model within one budget, each on its part of every
+    lot. A process that nothing started beside others is `Alone`.
+
+    Args:
+        patience_s: a rank that is frozen or dead is named after so long.
+
+    Raises:
+        ConfigError: the launcher's variables are missing or no numbers.
+        PrivacyError: another launcher than torchrun started several, and did not say which is which.
+        RankError: the other ranks cannot be reached.
+    """
+    if os.environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
+        return ranks_or_alone(None)
+    rank, world, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    address, attempt = os.environ.get("MASTER_ADDR", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = rank == 0 and not launchers and not distributed.is_initialized()
+    prefix = f"coterie/{attempt}/{next(_JOINED)}"
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # All on this machine: Gloo would listen on the address of the host's name.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    kept: list[Store] = []
+
+    def connect() -> Store:
+        own = keeps and not kept
+        store = TCPStore(address, port, is_master=own, timeout=timedelta(seconds=max(60.0, patience_s)),
+                         wait_for_workers=False)  # fmt: skip
+        kept.append(store)
+        return PrefixStore(prefix, store)
+
+    with _store_stays("joining"):
+        return ProcessRanks(rank, world, connect, keeps, patience_s)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"{name} is {os.environ.get(name)!r}, and no number.",
+            code="ranks-launcher",
+            why="a rank has to know which it is, of how many, and where they meet",
+            fix="start the ranks with torchrun, or set `devices` in train.yaml",
+        ) from None
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name in ("lo", "lo0")), names[0])
+
+
+@contextmanager
+def _store_stays(step: str) -> Iterator[None]:
+    """Turn what torch raises without a store into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"the place where the ranks meet cannot be reached: {str(error).splitlines()[0]}",
+            code="ranks-store",
+            where=step,
+            why="the launcher or rank 0 is gone",
+            fix="look at rank 0's messages, then resume the run",
+        ) from error
+
+
+def _put_back(flat: Tensor, pieces: Sequence[Tensor]) -> None:
+    for piece, values in zip(pieces, torch.split(flat, [piece.numel() for piece in pieces]), strict=True):
+        piece.copy_(values.view(piece.shape))

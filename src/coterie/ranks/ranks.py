@@ -1,0 +1,211 @@
+"""What the ranks of a run do together. A process by itself is one rank, and does the same.
+
+Everything here is done by all ranks in the same order; each step has a name, and ranks whose names differ are refused
+instead of waiting for each other. An error of one rank is raised by all.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from coterie import errors
+from coterie.errors import CoterieError, RankError
+from coterie.ranks.world import check_alone
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Ranks(ABC):
+    """The ranks of a run, as one of them sees them. Use it as a context manager, or call `close`.
+
+    Attributes:
+        rank: this process's number, from 0. Rank 0 draws lots, keeps the ledger and writes checkpoints.
+        world: how many ranks there are.
+    """
+
+    rank: int
+    world: int
+
+    @abstractmethod
+    def together(self, step: str, make: Callable[[], Any]) -> list[Any]:
+        """Let every rank make a JSON value, and give all of them to every rank, in rank order.
+
+        Raises:
+            RankError: a rank is gone, silent, or at another step.
+            CoterieError: what the first rank that failed raised, at every rank.
+        """
+
+    @abstractmethod
+    def add_up(self, pieces: Sequence[Tensor], owner: int) -> None:
+        """Add the pieces of all ranks, same shapes and types everywhere, into those of ``owner``, in place.
+
+        The other ranks' pieces stay as they are.
+
+        Raises:
+            RankError: a rank is gone or silent.
+        """
+
+    @abstractmethod
+    def hand_out(self, pieces: Sequence[Tensor], owner: int) -> None:
+        """Write the pieces of ``owner`` over those of every rank.
+
+        Raises:
+            RankError: a rank is gone or silent.
+        """
+
+    @abstractmethod
+    def close(self, failure: BaseException | None = None) -> None:
+        """Leave the other ranks; they raise what this one failed with."""
+
+    def tell(self, step: str, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, a JSON value, at every rank; the others make nothing."""
+        return self.together(step, make if self.rank == 0 else _nothing)[0]
+
+    @contextmanager
+    def all_well(self, step: str) -> Iterator[None]:
+        """Go on after the block only where every rank got through it; inside, ranks exchange nothing."""
+        try:
+            yield
+        except Exception as error:
+            failure = error
+            self.together(step, lambda: _raise(failure))
+            raise
+        self.together(step, _nothing)
+
+    def agree(self, step: str, facts: Callable[[], Mapping[str, Any]]) -> None:
+        """Hold all ranks to the same facts, JSON values by name.
+
+        Raises:
+            RankError: one differs; the message names it.
+        """
+        first, *others = self.together(step, lambda: dict(facts()))
+        for rank, other in enumerate(others, 1):
+            differing = sorted(name for name in {**first, **other} if first.get(name) != other.get(name))
+            if differing:
+                name = differing[0]
+                raise RankError(
+                    f"the ranks differ in {name}: rank 0 has {first.get(name)}, rank {rank} {other.get(name)}.",
+                    code="ranks-differ",
+                    where=step,
+                    why="their sums would be added up although they are not of the same run",
+                    fix="start all ranks with the same code, versions, settings and files",
+                )
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failure)
+
+
+class Alone(Ranks):
+    """One process: rank 0 of 1."""
+
+    rank, world = 0, 1
+
+    def together(self, step: str, make: Callable[[], Any]) -> list[Any]:
+        return [make()]
+
+    def add_up(self, pieces: Sequence[Tensor], owner: int) -> None: ...
+
+    def hand_out(self, pieces: Sequence[Tensor], owner: int) -> None: ...
+
+    def close(self, failure: BaseException | None = None) -> None: ...
+
+
+def ranks_or_alone(ranks: Ranks | None) -> Ranks:
+    """The ranks that were given, or this process by itself.
+
+    Every start of a private or federated run passes here.
+
+    Raises:
+        PrivacyError: none were given, and a launcher started several processes.
+    """
+    if ranks is None:
+        check_alone()
+        return Alone()
+    return ranks
+
+
+def outcome(step: str, make: Callable[[], Any]) -> tuple[str, Exception | None]:
+    """What a rank sends at a step: the value that it made, or the error that it raised; and that error."""
+    try:
+        return _packed(step, value=make()), None
+    except Exception as failure:
+        return _packed(step, error=_told(failure)), failure
+
+
+def last_words(step: str, failure: BaseException) -> str:
+    """What a rank sends that takes no further part."""
+    return _packed(step, error=_told(failure), last=True)
+
+
+def read_outcomes(step: str, packed: Sequence[bytes], own: int, failure: Exception | None) -> list[Any]:
+    """The values of all ranks.
+
+    Args:
+        step: that this rank is at.
+        packed: by rank, see `outcome`.
+        own: this rank.
+        failure: that this rank raised.
+
+    Raises:
+        RankError: a rank is at another step.
+        Exception: what the first rank that failed raised.
+    """
+    all_told = [json.loads(each) for each in packed]
+    for rank, told in enumerate(all_told):
+        if told["step"] != step and not told.get("last"):
+            raise RankError(
+                f"rank {rank} is at `{told['step']}`, rank {own} at `{step}`.",
+                code="ranks-out-of-step",
+                why="each would wait for the other, or take its values for something else",
+                fix="call the session's methods at every rank, in the same order",
+            )
+    for rank, told in enumerate(all_told):
+        if "error" in told:
+            raise failure if failure is not None and rank == own else _error(rank, told["error"])
+    return [told["value"] for told in all_told]
+
+
+def _packed(step: str, **content: Any) -> str:
+    return json.dumps({"step": step, **content})
+
+
+def _told(failure: BaseException) -> dict[str, Any]:
+    if isinstance(failure, CoterieError):
+        words = {name: getattr(failure, name) for name in ("message", "code", "where", "why", "fix", "field")}
+        return {"kind": type(failure).__name__, **words}
+    return {"kind": None, "message": f"{type(failure).__name__}: {failure}"}
+
+
+def _error(rank: int, told: Mapping[str, Any]) -> CoterieError:
+    if told["kind"] is None:
+        return RankError(
+            f"rank {rank} ended: {told['message']}",
+            code="ranks-failed",
+            why="a round needs every rank's part of the lot",
+            fix="look at that rank's own messages, then resume the run",
+        )
+    kind = vars(errors).get(told["kind"], CoterieError)
+    error: CoterieError = kind(
+        told["message"],
+        **{name: told[name] for name in ("code", "where", "why", "fix", "field")},
+    )
+    error.add_note(f"Rank {rank} raised this.")
+    return error
+
+
+def _raise(failure: Exception) -> None:
+    raise failure
+
+
+def _nothing() -> None: ...

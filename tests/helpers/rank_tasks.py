@@ -1,0 +1,319 @@
+"""What ranks do in tests; `rank_processes.run_ranks` starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie import dp
+from coterie.dp.accounting.lots import Lot
+from coterie.dp.noise import discrete_gaussian
+from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.session import PrivateSession
+from coterie.models import seam
+from coterie.models.zoo.tiny import VOCAB, tiny_model
+from coterie.ranks.ranks import Ranks
+
+SLAB = 512
+"""Small enough for a tiny model to have many slabs, so that ranks share its noise."""
+LOT = 10
+BUDGET = 8.0, 1e-3
+
+
+def quiet() -> None:
+    """One thread, and no warnings about budgets of toys."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    setattr(discrete_gaussian, "_SLAB", SLAB)  # noqa: B010 - fixed in the product
+
+
+class Word(nn.Module):
+    """An embedding and a head: enough to be trained, small enough to be started often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(40, 16)
+        self.head = nn.Linear(16, 40)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+def word_loss(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(batch["input_ids"])[:, :-1]
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
+    return losses.view(logits.shape[:2]).mean(1) * batch["scale"]
+
+
+def no_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Gradients of zero: what is released is the noise."""
+    return word_loss(model, batch) * 0.0
+
+
+def words(count: int = 24, broken: int | None = None) -> list[dict[str, Tensor]]:
+    """Records; one of them may give a loss that is not finite."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 40, (count, 6), generator=generator)
+    made = [{"input_ids": own, "scale": torch.tensor(1.0)} for own in ids]
+    if broken is not None:
+        made[broken]["scale"] = torch.tensor(float("nan"))
+    return made
+
+
+def stacked(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def opened(
+    ranks: Ranks, folder: Path, loss: Callable[..., Tensor] = word_loss, records: Any = None, **options: Any
+) -> PrivateSession:
+    """A session on words; the ranks are told the folder of the ledger."""
+    model = Word()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    chosen: dict[str, Any] = {
+        "budget": dp.Budget(*BUDGET), "lot_size": LOT, "rounds": 4, "physical_batch": 3, "clip_norm": 0.5,
+        "seed": 7, "self_check": False, "run": "words", "ledger": folder / "ledger",
+    }  # fmt: skip
+    return dp.make_private(
+        model, optimizer, words() if records is None else records, stacked, loss, ranks=ranks, **chosen | options
+    )
+
+
+def flat(model: nn.Module) -> list[float]:
+    """All weights of a model."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist()
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def train(
+    ranks: Ranks,
+    folder: Path,
+    loss: Callable[..., Tensor] = word_loss,
+    broken: int | None = None,
+    fault: str = "",
+    **options: Any,
+) -> dict[str, Any]:
+    """A whole run; weights after every round, and the figures of its lots."""
+    FAULTS.get(fault, lambda ranks: None)(ranks)
+    weights, figures = [], []
+    with opened(ranks, folder, loss, words(broken=broken), **options) as session:
+        for lot in session:
+            session.step(lot)
+            weights.append(flat(session.model))
+            assert session.last is not None
+            figures.append((session.last.lot_size, session.last.loss, session.last.clipped, session.last.masked))
+        counted = len(session.ledger.releases(session.run)) if ranks.rank == 0 else None
+    return {"weights": weights, "figures": figures, "counted": counted}
+
+
+def train_with(ranks: Ranks, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`train` with options by name."""
+    return train(ranks, folder, **options)
+
+
+def noise_needed(ranks: Ranks, folder: Path) -> tuple[float, float]:
+    """Sigma, and the sensitivity of one process's sums."""
+    with opened(ranks, folder, no_loss) as session:
+        return session.noise_multiplier, session.lot_sums.engine.sensitivity
+
+
+def noise_alone(ranks: Ranks, folder: Path, seed: int | None = 7) -> list[float]:
+    """The gradients that one round leaves where all records' are zero."""
+    with opened(ranks, folder, no_loss, seed=seed) as session:
+        session.put_gradients()
+        return torch.cat([p.grad.reshape(-1) for p in session.model.parameters() if p.grad is not None]).tolist()
+
+
+def norms_and_sums(ranks: Ranks, family: str, clipping: str) -> dict[str, float]:
+    """How far norms and sums of a lot over ranks are from those of one process: the largest relative differences."""
+    from coterie.dp.clipping import policy
+
+    lot = Lot(1, torch.arange(10).numpy(), torch.arange(10).numpy())
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, VOCAB, (10, 12), generator=generator)
+    model = tiny_model(family)
+    seam.select(model)
+    model.train()
+    engine = Engine(model, clipping=policy(clipping, 0.7), method="book_keeping")
+    engine.compared = True
+
+    def computed(rows: Tensor, size: int) -> tuple[dict[str, Tensor], Tensor]:
+        norms = [
+            engine.accumulate({"input_ids": rows[at : at + size], "labels": rows[at : at + size]}).norms
+            for at in range(0, len(rows), size)
+        ]
+        return engine.take(), torch.cat(norms)
+
+    mine = lot.share(ranks.rank, ranks.world)
+    alone, alone_norms = computed(ids, 5)
+    sums, norms = computed(ids[torch.from_numpy(mine.records)], 2)
+    slabs = Slabs(sums, 1.0, in_place=True)
+    for owner in range(ranks.world):
+        ranks.add_up(slabs.sums(slabs.owned(owner, ranks.world)), owner)
+    slabs.keep_noised(slabs.owned(ranks.rank, ranks.world))
+    for owner in range(ranks.world):
+        ranks.hand_out(slabs.targets(slabs.owned(owner, ranks.world)), owner)
+    worst = max(
+        float((slabs.noised[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-30))
+        for name, value in alone.items()
+    )
+    expected = alone_norms[torch.from_numpy(mine.records)]
+    return {"norms": float((norms / expected - 1).abs().max()), "sums": worst}
+
+
+def deadly(ranks: Ranks, folder: Path, rank: int, step: str, when: str) -> dict[str, Any]:
+    """A run with a checkpoint after two rounds, of which one rank is killed at a step."""
+    if ranks.rank == rank:
+        _kill_at(ranks, step, when)
+    return resumable(ranks, folder)
+
+
+def resumable(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """The same run, begun or gone on with; what the ledger counts at the end."""
+    saved = folder / "saved"
+    if (saved / "manifest.json").exists():
+        model = Word()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        session = PrivateSession.resume(
+            saved, model, optimizer, words(), stacked, word_loss, ledger=folder / "ledger", ranks=ranks
+        )
+    else:
+        session = opened(ranks, folder, run=f"words-{len(list((folder / 'ledger').glob('*/spool/*')))}")
+    with session:
+        if session.round == 0:
+            session.save(saved)
+        for lot in session:
+            session.step(lot)
+            if session.round == 2:
+                session.save(saved)
+        counted = [(r.round, r.draw) for r in session.ledger.releases(session.run)] if ranks.rank == 0 else None
+        return {"weights": flat(session.model), "counted": counted}
+
+
+def differing(ranks: Ranks, folder: Path, what: Mapping[str, Any]) -> None:
+    """A run whose second rank has another setting, or other records."""
+    records, changed = words(), {"digest": what.get("digest")}
+    if ranks.rank == 1:
+        changed = dict(what)
+        records = [records[index] for index in changed.pop("order", range(24))]
+    with opened(ranks, folder, records=records, **changed) as session:
+        for lot in session:
+            session.step(lot)
+
+
+def failing(ranks: Ranks, folder: Path) -> None:
+    """A run in which one record cannot be read by rank 1."""
+
+    class Torn(list):  # type: ignore[type-arg]
+        def __getitem__(self, index: Any) -> Any:
+            if armed and ranks.rank == 1:
+                raise OSError("the disk of rank 1")
+            return super().__getitem__(index)
+
+    armed = False
+    with opened(ranks, folder, records=Torn(words())) as session:
+        armed = True
+        for lot in session:
+            session.step(lot)
+
+
+def stopped(ranks: Ranks) -> None:
+    """Rank 1 is frozen, as a debugger or a full swap does it."""
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    ranks.tell("a step", lambda: 1)
+
+
+def out_of_step(ranks: Ranks) -> None:
+    ranks.tell(f"step {ranks.rank}", lambda: 1)
+
+
+def without_ranks(ranks: Ranks, folder: Path) -> None:
+    """Ranks that are joined, and a session that is not told."""
+    opened(None, folder)  # type: ignore[arg-type]
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def _kill_at(ranks: Ranks, step: str, when: str) -> None:
+    together = ranks.together
+
+    def deadly_together(name: str, make: Callable[[], Any]) -> list[Any]:
+        def made() -> Any:
+            value = make()
+            if name == step and when == "done":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+
+        if name == step and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        told = together(name, made)
+        if name == step and when == "told":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return told
+
+    ranks.together = deadly_together  # type: ignore[method-assign]
+
+
+def _average(ranks: Ranks) -> None:
+    add_up = ranks.add_up
+
+    def averaged(pieces: Any, owner: int) -> None:
+        add_up(pieces, owner)
+        for piece in pieces:
+            piece.copy_(piece / ranks.world)
+
+    ranks.add_up = averaged  # type: ignore[method-assign]
+
+
+def _noise_everywhere(ranks: Ranks) -> None:
+    plain = Slabs.add_noise
+
+    def before_adding_up(self: Slabs, numbers: range, *arguments: Any) -> None:
+        for _ in range(ranks.world):
+            plain(self, numbers, *arguments[:2], 1.0)
+        for target in self.targets(numbers):
+            target.div_(arguments[2])
+
+    Slabs.add_noise = before_adding_up  # type: ignore[method-assign]
+
+
+def _own_lots(ranks: Ranks) -> None:
+    share = Lot.share
+
+    def drawn_alone(self: Lot, rank: int, world: int) -> Lot:
+        own = share(self, 0, 1)
+        keep = torch.rand(len(own), generator=torch.Generator().manual_seed(rank)).numpy() < 1 / world
+        return Lot(own.round, own.records[keep], torch.arange(int(keep.sum())).numpy())
+
+    Lot.share = drawn_alone  # type: ignore[method-assign]
+
+
+def _dropped_tail(ranks: Ranks) -> None:
+    owned = Slabs.owned
+
+    def shorter(self: Slabs, rank: int, world: int) -> range:
+        numbers = owned(self, rank, world)
+        return numbers[:-1] if rank == world - 1 and world > 1 else numbers
+
+    Slabs.owned = shorter  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[Ranks], None]] = {
+    "average": _average,
+    "noise at every rank": _noise_everywhere,
+    "lots of one's own": _own_lots,
+    "dropped tail": _dropped_tail,
+}

@@ -1,0 +1,92 @@
+"""`devices` in train.yaml: ranks that the command starts itself, or that torchrun started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from coterie.cli.ranks import joined, started_again
+from coterie.config import TrainConfig, dump_yaml
+from coterie.errors import ConfigError
+from coterie.training.single.run import start
+from helpers.comparing import relative
+
+NOTES = ["a cough and a fever", "a swollen knee", "no pain in the chest", "the cough is gone", "the fever too"]
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def settings(folder: Path, name: str = "run", **changes: Any) -> TrainConfig:
+    rows = [{"text": f"{note} {i}"} for i, note in enumerate(NOTES * 6)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "public.txt").write_text("the a and is in on has no\n")
+    values: dict[str, Any] = {
+        "model": {"family": "olmoe", "config": SIZES, "provenance": "public"},
+        "data": {
+            "train": [folder / "train.jsonl"], "sequence_length": 16, "packing": "records",
+            "tokenizer": {"train": {"files": [folder / "public.txt"], "vocab_size": 265}},
+        },
+        "train": {"rounds": 3, "checkpoint_every": 2, "eval_every": 0},
+        "privacy": {
+            "epsilon": 8.0, "delta": 1e-3, "lot_size": 10, "physical_batch": 4, "seeded": True,
+            "ledger": folder / f"ledger-{name}",
+        },
+        "run_dir": folder / name,
+        "device": "cpu",
+    }  # fmt: skip
+    return TrainConfig.model_validate(values | changes)
+
+
+def test_several_devices_are_for_private_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`devices` above 1 is for private training"):
+        settings(tmp_path, devices=2, privacy=None)
+
+
+def test_another_number_of_processes_than_the_settings_say_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="`devices` is 2, and 3 processes were started") as caught:
+        joined(settings(tmp_path, devices=2))
+    assert caught.value.code == "ranks-count"
+
+
+def test_a_run_is_gone_on_with_only_where_the_launcher_starts_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path)
+    config.run_dir.mkdir()
+    (config.run_dir / "run.json").write_text("{}")
+    assert not started_again(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert started_again(config)
+
+
+@pytest.mark.slow
+def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(tmp_path: Path) -> None:
+    alone, both = settings(tmp_path, "alone"), settings(tmp_path, "both", devices=2)
+    dump_yaml(tmp_path / "both.yaml", both)
+    ended = subprocess.run(
+        [sys.executable, "-m", "coterie", "train", "both.yaml", "--json", "both.json"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("PRIVACY STATEMENT") == 1
+    result = start(alone)
+    assert json.loads((tmp_path / "both.json").read_text())["privacy"]["epsilon"] == result.privacy["epsilon"]
+    expected, found = (
+        load_file(tmp_path / name / "private/checkpoints/round-00000003/weights.safetensors")
+        for name in ("alone", "both")
+    )
+    assert max(relative(found[name], value) for name, value in expected.items()) <= 1e-6
+    lines = [len(list(tmp_path.glob(f"ledger-{name}/*/ledger.jsonl"))) for name in ("alone", "both")]
+    assert lines == [1, 1]
