@@ -11,16 +11,8 @@ import pytest
 from helpers import rank_tasks
 from helpers.rank_processes import run_ranks, values
 
-STAGES = [
-    (0, "lot 1|0", "before"),
-    (1, "lot 2|0", "done"),
-    (1, "noise 3|0", "done"),
-    (1, "spool 3|0", "done"),
-    (0, "spool 3|0", "told"),
-    (0, "count 3|0", "done"),
-    (1, "count 3|0", "told"),
-    (0, "count 4|0", "told"),
-]
+STAGES = [(0, "lot 1|0", "before"), (1, "spool 3|0", "done"), (0, "count 3|0", "done"), (1, "count 3|0", "told")]
+MORE_STAGES = [(1, "lot 2|0", "done"), (1, "noise 3|0", "done"), (0, "spool 3|0", "told"), (0, "count 4|0", "told")]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +21,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return values(run_ranks(2, rank_tasks.resumable, tmp_path_factory.mktemp("whole")))[0]
 
 
-@pytest.mark.parametrize(("rank", "step", "when"), STAGES, ids=[f"{r}-{s}-{w}" for r, s, w in STAGES])
+@pytest.mark.parametrize(
+    ("rank", "step", "when"), [*STAGES, *(pytest.param(*stage, marks=pytest.mark.slow) for stage in MORE_STAGES)]
+)
 def test_a_rank_killed_at_any_stage_leaves_a_run_that_goes_on_as_if_nothing_had_been(
     rank: int, step: str, when: str, tmp_path: Path, uninterrupted: Any
 ) -> None:

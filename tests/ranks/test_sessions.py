@@ -20,8 +20,9 @@ def trained(world: int, folder: Path, *arguments: Any) -> list[dict[str, Any]]:
     return values(run_ranks(world, rank_tasks.train, folder, *arguments))
 
 
-@pytest.mark.parametrize(("world", "clipping"), [(2, "flat"), (4, "per_layer")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "world", "clipping"), [*((family, 2, "flat") for family in FAMILIES), ("olmoe", 4, "per_layer")]
+)
 def test_norms_and_sums_are_those_of_one_process(family: str, world: int, clipping: str) -> None:
     for found in values(run_ranks(world, rank_tasks.norms_and_sums, family, clipping)):
         assert found["norms"] <= 1e-5

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie import __version__
 from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.dataset import dataset_digest
@@ -37,6 +36,7 @@ from coterie.dp.shared_releases import SharedReleases
 from coterie.dp.sum_engine import ConstantShape, SumEngine
 from coterie.errors import RankError
 from coterie.ranks.ranks import Ranks, ranks_or_alone
+from coterie.revision import software
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _check_devices(ranks: Ranks, model: nn.Module) -> None:
 def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry) -> dict[str, Any]:
     """What has to be the same at all ranks of a run."""
     return {
-        "versions": [__version__, torch.__version__],
+        "versions": {**software(), "torch": torch.__version__},
         "the run": entry.run,
         "the dataset": data.digest(),
         # A name of one's own says nothing of order: a text would be two units if ranks had it at two numbers.
