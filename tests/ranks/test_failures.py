@@ -24,7 +24,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("rank", "step", "when"), [*STAGES, *(pytest.param(*stage, marks=pytest.mark.slow) for stage in MORE_STAGES)]
 )
-def test_a_rank_killed_at_any_stage_leaves_a_run_that_goes_on_as_if_nothing_had_been(
+def test_invariant_8_a_rank_killed_at_any_stage_leaves_a_run_that_goes_on_as_if_nothing_had_been(
     rank: int, step: str, when: str, tmp_path: Path, uninterrupted: Any
 ) -> None:
     ended = run_ranks(2, rank_tasks.deadly, tmp_path, rank, step, when, patience_s=5.0)
