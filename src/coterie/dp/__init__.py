@@ -82,5 +82,5 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _MODULES[name] if _MODULES[name].startswith("coterie.") else f"{__name__}.{_MODULES[name]}"
-    return getattr(import_module(home), name)
+    module = _MODULES[name] if _MODULES[name].startswith("coterie.") else f"{__name__}.{_MODULES[name]}"
+    return getattr(import_module(module), name)

@@ -222,7 +222,7 @@ def open_run(
     sums = LotSums(model, data, engine, balancer, plan, options, mechanism.noise_multiplier, source, ranks, shape)
     kept: list[Releases] = []
 
-    def open_books() -> str:
+    def start_ledger() -> str:
         ledger = open_ledger(dataset, entry.ledger)
         if entry.resumed:
             start.check(ledger, entry.run)
@@ -231,7 +231,7 @@ def open_run(
         kept.append(Releases(ledger, Spool(ledger.folder / "spool" / entry.run), entry.run))
         return str(kept[0].spool.folder)
 
-    folder = Path(ranks.tell("the ledger", open_books))
+    folder = Path(ranks.tell("the ledger", start_ledger))
     with ranks.all_well("the spools"):
         spool = None if kept else Spool(shard_folder(folder, ranks.rank))
     shared = SharedReleases(ranks, kept[0] if kept else None, spool)

@@ -65,18 +65,18 @@ class SharedReleases:
 
     def begin(self, round_no: int, pins: Mapping[str, str], draw: Callable[[int], Lot]) -> Pending | Release:
         """What to do for a round; see `Releases.begin`. Rank 0 draws the lot, and the others hear which it is."""
-        told = self._tell(f"round {round_no}", lambda: _told(self.own.begin(round_no, pins, draw)))
-        if "lot" in told:
-            return Pending(**{**told, "lot": Lot.from_json(told["lot"])})
-        return _release(told)
+        values = self._tell(f"round {round_no}", lambda: _values(self.own.begin(round_no, pins, draw)))
+        if "lot" in values:
+            return Pending(**{**values, "lot": Lot.from_json(values["lot"])})
+        return _release(values)
 
     def spooled(self, pending: Pending) -> Release | None:
         """The result that an earlier try made of a pending lot; see `Releases.spooled`."""
-        return self._whole(self._tell(f"spooled {pending.name}", lambda: _told(self.own.spooled(pending))))
+        return self._whole(self._tell(f"spooled {pending.name}", lambda: _values(self.own.spooled(pending))))
 
     def published(self, round_no: int) -> Release | None:
         """The result of a round, if the spools still have all of it; see `Releases.published`."""
-        return self._whole(self._tell(f"published {round_no}", lambda: _told(self.own.published(round_no))))
+        return self._whole(self._tell(f"published {round_no}", lambda: _values(self.own.published(round_no))))
 
     def publish(self, pending: Pending, part: Mapping[str, Tensor]) -> Release:
         """Spool this rank's part of a noised result; when all are on disk, rank 0's file names them and is counted.
@@ -95,7 +95,7 @@ class SharedReleases:
             return self._spool.store_release(pending.round, pending.draw, part, pending.pins).digest
 
         shards = self._ranks.together(f"spool {pending.name}", put_down)[1:]
-        return _release(self._tell(f"count {pending.name}", lambda: _told(self.own.publish(pending, part, shards))))
+        return _release(self._tell(f"count {pending.name}", lambda: _values(self.own.publish(pending, part, shards))))
 
     def burn(self, release: Release, reason: str) -> None:
         """Give up a result; see `Releases.burn`."""
@@ -145,14 +145,14 @@ class SharedReleases:
         return self.own.spool if self._spool is None else self._spool
 
     def _tell(self, step: str, make: Callable[[], Any]) -> Any:
-        told, self.remaining = self._ranks.tell(step, lambda: [make(), self.own.remaining])
-        return told
+        values, self.remaining = self._ranks.tell(step, lambda: [make(), self.own.remaining])
+        return values
 
-    def _whole(self, told: Mapping[str, Any] | None) -> Release | None:
+    def _whole(self, values: Mapping[str, Any] | None) -> Release | None:
         """A release that all parts are there of; another one is burned."""
-        if told is None:
+        if values is None:
             return None
-        release = _release(told)
+        release = _release(values)
         if None in self._holders(release):
             self.burn(release, "a part of it is not to be found")
             return None
@@ -214,15 +214,15 @@ class SharedReleases:
         drop_files(self._spool.folder, strange)
 
 
-def _told(begun: Pending | Release | None) -> dict[str, Any] | None:
+def _values(begun: Pending | Release | None) -> dict[str, Any] | None:
     """A pending lot or a release as JSON values."""
     if isinstance(begun, Pending):
         return {"round": begun.round, "draw": begun.draw, "pins": begun.pins, "lot": begun.lot.to_json()}
     return None if begun is None else {**asdict(begun), "path": str(begun.path)}
 
 
-def _release(told: Mapping[str, Any]) -> Release:
-    return Release(**{**told, "path": Path(told["path"]), "shards": tuple(told["shards"])})
+def _release(values: Mapping[str, Any]) -> Release:
+    return Release(**{**values, "path": Path(values["path"]), "shards": tuple(values["shards"])})
 
 
 def _incomplete(release: Release) -> RankError:

@@ -103,11 +103,11 @@ class ProcessRanks(Ranks):
         with _store_stays(step):
             self._store.set(keys[self.rank], own)
             self._wait(step, lambda: self._store.check(keys), lambda rank: self._store.check([keys[rank]]))
-            told = [self._store.get(key) for key in keys]
+            found = [self._store.get(key) for key in keys]
             if self._step:  # every rank has put down this step, so none reads the one before it any more
                 self._store.delete_key(f"step/{self._step - 1}/{self.rank}")
         self._step += 1
-        return told
+        return found
 
     def _key(self, rank: int) -> str:
         return f"step/{self._step}/{rank}"

@@ -140,12 +140,12 @@ def outcome(step: str, make: Callable[[], Any]) -> tuple[str, Exception | None]:
     try:
         return _packed(step, value=make()), None
     except Exception as failure:
-        return _packed(step, error=_told(failure)), failure
+        return _packed(step, error=_words(failure)), failure
 
 
 def last_words(step: str, failure: BaseException) -> str:
     """What a rank sends that takes no further part."""
-    return _packed(step, error=_told(failure), last=True)
+    return _packed(step, error=_words(failure), last=True)
 
 
 def read_outcomes(step: str, packed: Sequence[bytes], own: int, failure: Exception | None) -> list[Any]:
@@ -161,44 +161,44 @@ def read_outcomes(step: str, packed: Sequence[bytes], own: int, failure: Excepti
         RankError: a rank is at another step.
         Exception: what the first rank that failed raised.
     """
-    all_told = [json.loads(each) for each in packed]
-    for rank, told in enumerate(all_told):
-        if told["step"] != step and not told.get("last"):
+    outcomes = [json.loads(each) for each in packed]
+    for rank, words in enumerate(outcomes):
+        if words["step"] != step and not words.get("last"):
             raise RankError(
-                f"rank {rank} is at `{told['step']}`, rank {own} at `{step}`.",
+                f"rank {rank} is at `{words['step']}`, rank {own} at `{step}`.",
                 code="ranks-out-of-step",
                 why="each would wait for the other, or take its values for something else",
                 fix="call the session's methods at every rank, in the same order",
             )
-    for rank, told in enumerate(all_told):
-        if "error" in told:
-            raise failure if failure is not None and rank == own else _error(rank, told["error"])
-    return [told["value"] for told in all_told]
+    for rank, words in enumerate(outcomes):
+        if "error" in words:
+            raise failure if failure is not None and rank == own else _error(rank, words["error"])
+    return [words["value"] for words in outcomes]
 
 
 def _packed(step: str, **content: Any) -> str:
     return json.dumps({"step": step, **content})
 
 
-def _told(failure: BaseException) -> dict[str, Any]:
+def _words(failure: BaseException) -> dict[str, Any]:
     if isinstance(failure, CoterieError):
         words = {name: getattr(failure, name) for name in ("message", "code", "where", "why", "fix", "field")}
         return {"kind": type(failure).__name__, **words}
     return {"kind": None, "message": f"{type(failure).__name__}: {failure}"}
 
 
-def _error(rank: int, told: Mapping[str, Any]) -> CoterieError:
-    if told["kind"] is None:
+def _error(rank: int, words: Mapping[str, Any]) -> CoterieError:
+    if words["kind"] is None:
         return RankError(
-            f"rank {rank} ended: {told['message']}",
+            f"rank {rank} ended: {words['message']}",
             code="ranks-failed",
             why="a round needs every rank's part of the lot",
             fix="look at that rank's own messages, then resume the run",
         )
-    kind = vars(errors).get(told["kind"], CoterieError)
+    kind = vars(errors).get(words["kind"], CoterieError)
     error: CoterieError = kind(
-        told["message"],
-        **{name: told[name] for name in ("code", "where", "why", "fix", "field")},
+        words["message"],
+        **{name: words[name] for name in ("code", "where", "why", "fix", "field")},
     )
     error.add_note(f"Rank {rank} raised this.")
     return error
