@@ -203,7 +203,7 @@ def resumable(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 def differing(ranks: Ranks, folder: Path, what: Mapping[str, Any]) -> None:
     """A run whose second rank has another setting, or other records."""
-    records, changed = words(), {"digest": what.get("digest")}
+    records, changed = words(), dict[str, Any]()
     if ranks.rank == 1:
         changed = dict(what)
         records = [records[index] for index in changed.pop("order", range(24))]

@@ -61,7 +61,7 @@ def test_a_part_that_is_gone_or_changed_burns_its_round_which_stays_counted(tmp_
         ({"clip_norm": 0.6}, "clip_norm"),
         ({"seed": 8}, "the plan"),
         ({"order": range(23)}, "the dataset"),
-        ({"order": [*range(1, 24), 0], "digest": "d" * 64}, "the records"),
+        ({"order": [*range(1, 24), 0]}, "the records"),
     ],
 )
 def test_ranks_that_differ_are_refused_by_name(what: dict[str, Any], name: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.budget import Spent
-from coterie.dp.accounting.dataset import dataset_digest
+from coterie.dp.accounting.dataset import ordered_digest
 from coterie.dp.accounting.ledger import Ledger, open_ledger
 from coterie.dp.accounting.lots import LotPlan, draw_lot
 from coterie.dp.accounting.provenance import Artefact, not_covered
@@ -269,8 +269,8 @@ def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry
         "versions": {**software(), "torch": torch.__version__},
         "the run": entry.run,
         "the dataset": data.digest(),
-        # A name of one's own says nothing of order: a text would be two units if ranks had it at two numbers.
-        "the records": dataset_digest(data.records),
+        # The dataset's name says nothing of order, and a text that ranks have at two numbers would be two units.
+        "the records": ordered_digest(data.records),
         "the plan": repr(start.plan),
         "the noise": start.mechanism.to_json(),
         "the weights": weights_digest(model),

@@ -79,6 +79,14 @@ def dataset_digest(dataset: Any) -> str:
     return total.hexdigest()
 
 
+def ordered_digest(dataset: Any) -> str:
+    """SHA-256 of the records' content in their order: which record has which number."""
+    total = hashlib.sha256(b"coterie records in order 1")
+    for index in range(checked_length(dataset)):
+        total.update(record_digest(read_record(dataset, index)))
+    return total.hexdigest()
+
+
 def read_record(dataset: Any, index: int) -> Any:
     """One record.
 
