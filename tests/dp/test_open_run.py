@@ -20,6 +20,7 @@ from coterie.dp.saved_plan import plan_from_json, plan_to_json
 from coterie.dp.session import PrivateSession
 from coterie.errors import BudgetError, LedgerError, PrivacyError, ProvenanceError
 from coterie.hf import PrivacyArguments
+from coterie.revision import software
 from helpers.start_examples import (
     EXPERTS,
     FOLDER,
@@ -39,16 +40,23 @@ KEPT: dict[str, str] = json.loads((FOLDER / "starts.json").read_text("utf-8"))
 
 
 def apart(entry: str) -> tuple[str, float]:
-    """An entry without its noise multiplier, and that: accountants of two machines differ in its last digits."""
+    """An entry without its noise multiplier, and that: accountants of two machines differ in its last digits.
+
+    Without the version and commit that made it, too; the first version did not name them.
+    """
     data = json.loads(entry)
     sigma = data["mechanism"].pop("noise_multiplier")
+    for name in software():
+        data.pop(name, None)
     return json.dumps(data), sigma
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, *EXPERTS, *PARTIES])
 def test_run_entries_are_byte_for_byte_those_of_the_first_version(tmp_path: Path, name: str) -> None:
-    (now, sigma), (kept, before) = apart(entry_of(all_starts()[name](tmp_path))), apart(KEPT[name])
+    entry = entry_of(all_starts()[name](tmp_path))
+    (now, sigma), (kept, before) = apart(entry), apart(KEPT[name])
     assert now == kept
+    assert software().items() <= json.loads(entry).items()
     assert sigma == pytest.approx(before, rel=1e-3)
 
 
