@@ -135,6 +135,7 @@ def test_a_run_through_the_real_exchange_is_read(tmp_path: Path) -> None:
     equal = one["equal tokens by the nearest row", Adversary.HOST, 0].value
     assert equal is not None
     assert equal.low > 0.3
+    assert equal.high < 0.95, "no row is its own neighbour"
     (pairs,) = [each.value for each in found if each.unit is Unit.PAIRS and each.adversary is Adversary.ALL_HOSTS]
     assert pairs is not None
     assert pairs.low > 0.1, "by chance one row of a hundred stands behind another"
