@@ -14,15 +14,17 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from coterie.config import DataSpec
+from coterie.config import DataSpec, FederationConfig, PartyConfig, PrivacyRules, load_yaml
 from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import open_ledger
+from coterie.errors import LedgerError
 from coterie.federation.identity.certificates import Member, Role, cert_pem, key_pem, new_authority, new_key
 from coterie.federation.identity.kit import load_authority
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.models.split.origins import save_tensors
 from coterie.training.data.documents import read_documents
+from coterie.training.party.after_private import check_after_private
 from helpers.federation_commands import MODEL, PARTIES, edit, run
 from helpers.federation_commands import folder as folder
 from helpers.federation_commands import made as made
@@ -114,6 +116,26 @@ def test_text_with_a_private_past_is_refused_by_tokens_unless_the_party_says_oth
     assert ledger.lifetime(1e-5).epsilon == math.inf
     assert ledger.revealed() == ["grove-alder"]
     assert [entry.kind for entry in ledger.entries()].count("revealed") == 1
+
+
+def test_plain_experts_after_private_training_are_refused_as_tokens_are(folder: Path):
+    """Pushed sums without noise give whole records back; nothing but settings and text is needed to say so."""
+    federation = load_yaml(folder / "federation.yaml", FederationConfig)
+    party = load_yaml(edit(folder / "alder.yaml", ledger="ledger"), PartyConfig)
+    documents = read_documents(party.data.train, party.data)
+    ledger = open_ledger(dataset_digest(documents.texts), folder / "ledger")
+    ledger.start_run("earlier", Mechanism(1.0, 0.1), 5)
+    ledger.record_release("earlier", 1, 0, "e" * 64, {})
+    plain = federation.model_copy(update={"exchange": "experts", "privacy": "none"})
+    with pytest.raises(LedgerError, match="whole records") as refused:
+        check_after_private(party, plain, documents)
+    assert refused.value.code == "plain-after-private"
+    rules = PrivacyRules(epsilon=8.0)
+    check_after_private(party, plain.model_copy(update={"privacy": rules}), documents)
+    assert ledger.revealed() == []
+    check_after_private(party.model_copy(update={"after_private": "reveal"}), plain, documents)
+    assert ledger.revealed() == ["grove-alder"]
+    assert ledger.lifetime(1e-5).epsilon == math.inf
 
 
 def test_port_taken_is_named_before_anything_is_read(folder: Path, capfd: pytest.CaptureFixture[str]):

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.output import say
-
 
 def command(
     run_dir: Annotated[Path, typer.Argument(help="The run_dir of a trained run.")],
@@ -28,6 +26,10 @@ def command(
     from coterie.training.single.trained import load_trained
 
     trained = load_trained(run_dir)
-    say(
-        prompt + generate(trained.model, trained.tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
-    )
+
+    def show(piece: str) -> None:
+        typer.echo(piece, nl=False)
+
+    show(prompt)
+    generate(trained.model, trained.tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed, show=show)
+    show("\n")

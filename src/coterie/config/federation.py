@@ -203,13 +203,13 @@ class PartyConfig(Spec):
     )
     after_private: Literal["refuse", "reveal"] = Field(
         default="refuse",
-        description="For `tokens`, with text that was trained on privately before: refuse, or let hosts read it all "
-        "the same; the ledger then says that no epsilon holds for it any more.",
+        description="Without a budget, with text that was trained on privately before: refuse, or let hosts read it "
+        "all the same; the ledger then says that no epsilon holds for it any more.",
     )
     ledger: LocalPath | None = Field(
         default=None,
-        description="For `tokens`: folder of this party's privacy ledgers, to look there for earlier private runs; "
-        "absent: as for `privacy.ledger`.",
+        description="Without a budget: folder of this party's privacy ledgers, where earlier private runs are looked "
+        "for; absent: as for `privacy.ledger`.",
     )
 
 

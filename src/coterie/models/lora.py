@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from coterie.config import LoraSpec
 from coterie.errors import ModelError
 from coterie.models.seam import expert_layers
+
+_APART: WeakSet[nn.Module] = WeakSet()
+"""Wrappers that `factors_stay_apart` has switched off: their adapters count all the same."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def expert_adapters(model: nn.Module) -> dict[tuple[nn.Module, str], list[Expert
                 why="training would change factors that the model no longer uses",
                 fix="call unmerge_adapter() before training",
             )
-        if wrapper.disable_adapters:
+        if wrapper.disable_adapters and wrapper not in _APART:
             continue
         active = [ExpertAdapter(wrapper, name) for name in wrapper.active_adapters if name in wrapper.lora_A]
         adapters.setdefault((wrapper.get_base_layer(), wrapper.parameter_name), []).extend(active)
@@ -151,8 +155,10 @@ def factors_stay_apart(model: nn.Module) -> Iterator[None]:
     changed = [wrapper for wrapper in _beside_experts(model) if not wrapper.disable_adapters]
     for wrapper in changed:
         wrapper._disable_adapters = True
+        _APART.add(wrapper)
     try:
         yield
     finally:
         for wrapper in changed:
             wrapper._disable_adapters = False
+            _APART.discard(wrapper)

@@ -14,15 +14,22 @@ from torch.nn import functional
 
 from coterie.config import FederationConfig, LoraSpec
 from coterie.errors import ModelError
+from coterie.federation.cancel import NEVER
 from coterie.federation.experts.parts import span
 from coterie.federation.wire.transport import Lane, Message
 from coterie.models.lora import attach_adapters
+from coterie.models.seam import expert_layers
+from coterie.models.streaming.cache import MemoryStore, WeightCache
+from coterie.models.streaming.streamer import LayerStreamer
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.packing import RoundOrder
+from coterie.training.evaluate import evaluate
+from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
 from helpers.comparing import relative
 from helpers.federations import PARTIES, experts_of, full_models, make_parts, settings
+from helpers.private_settings import private_settings, with_privacy
 from helpers.recorded import watch
 
 pytest.importorskip("peft")
@@ -101,6 +108,11 @@ def test_adapters_equal_one_process_and_base_weights_cross_once(tmp_path: Path):
     for name, value in held.items():
         assert relative(value, whole[name]) < 1e-5, name
 
+    measured, held_out = federation.runs["alder"].actor.evaluation, parts["alder"].test
+    assert measured is not None
+    assert held_out is not None
+    assert abs(measured.loss - evaluate(model, held_out, batch_size=2).loss) < 1e-4, "adapters count in evaluation"
+
     exchange = experts_of(federation.runs["alder"])
     base = {part.number for part in exchange.parts if part.layer >= 0}
     assert {at.round for kind, at, _ in seen if kind == "weights-chunk" and at.part in base} == {1}
@@ -129,6 +141,30 @@ def test_expert_adapters_are_shared_though_the_trunk_is_private(tmp_path: Path):
     private = [name for name, p in trunks[0].items() if p.requires_grad and "q_proj" in name and "lora_B" in name]
     assert private
     assert all(not torch.equal(trunks[0][name], trunks[1][name]) for name in private)
+
+
+def test_a_private_party_with_adapters_passes_the_comparison_and_releases_their_noised_sums(tmp_path: Path):
+    """Before the first lot, adapters on lent weights are compared with plain autograd, one record at a time."""
+    config = private_settings(trunk="private", lora=LORA.model_dump())
+    whole = full_models()["alder"]
+    parts = adapted_parts(config, {name: copy.deepcopy(whole) for name in PARTIES}, tmp_path)
+    inputs = with_privacy({"alder": parts["alder"]}, tmp_path, sigma=None)["alder"]
+    assert inputs.privacy is not None
+    cache = WeightCache(MemoryStore(), len(expert_layers(whole)))
+    for layer in expert_layers(whole):
+        cache.put(layer.index, {name: p.detach().clone() for name, p in layer.parameters().items()})
+    streamer = LayerStreamer(cache, torch.device("cpu"), torch.float32)
+    sums = PrivateSums(inputs.model, expert_layers(inputs.model), inputs.train, inputs.privacy, lambda: "run")
+    try:
+        sums.open(streamer)
+        made = sums.sums(1, {}, streamer, NEVER)
+    finally:
+        sums.close()
+        streamer.close()
+    trained = {name for name, p in inputs.model.named_parameters() if p.requires_grad}
+    assert made.trunk.keys() == trained
+    assert any("experts" in name for name in trained)
+    assert all(bool(value.any()) for value in made.trunk.values()), "each gets noise"
 
 
 def test_an_adapter_for_a_parameter_that_no_expert_has_is_refused_by_name():

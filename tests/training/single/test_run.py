@@ -192,6 +192,24 @@ def test_generation_repeats_with_the_seed(make_config: MakeConfig) -> None:
     assert isinstance(generate(trained.model, trained.tokenizer, "", tokens=3), str)
 
 
+def test_generation_with_a_cache_gives_the_likeliest_tokens_piece_by_piece(make_config: MakeConfig) -> None:
+    config = make_config(train={"rounds": 1})
+    start(config)
+    trained = load_trained(config.run_dir)
+    ids = trained.tokenizer("the").input_ids
+    given = len(ids)
+    for _ in range(8):  # the whole text anew for every token, without a cache
+        with torch.no_grad():
+            ids.append(int(trained.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == trained.tokenizer.eos_token_id:
+            del ids[-1]
+            break
+    pieces: list[str] = []
+    text = generate(trained.model, trained.tokenizer, "the", tokens=8, temperature=0, show=pieces.append)
+    assert text == trained.tokenizer.decode(ids[given:]) == "".join(pieces)
+    assert len(pieces) > 2
+
+
 @pytest.mark.parametrize("prompt", ["caf\udce9", "\ud83d"])
 def test_a_prompt_that_is_not_utf8_is_one_sentence(prompt: str) -> None:
     with pytest.raises(DataError, match="not UTF-8"):

@@ -64,17 +64,17 @@ def conversation(form: str, values: Sequence[Any], where: str) -> Conversation:
         DataError: ``data-not-chat``: not what the form asks for; no value is repeated.
     """
     if form == "messages":
-        return Conversation(_answered(_turns(values[0], where), where))
+        return Conversation(_answered(_messages(values[0], where), where))
     if form == "prompt_completion":
         prompt, completion = values
         if isinstance(prompt, str) and isinstance(completion, str):
-            return Conversation((_turn("user", prompt), _turn("assistant", completion)), joined=True)
-        return Conversation(_answered((*_turns(prompt, where), *_turns(completion, where)), where))
+            return Conversation((_message("user", prompt), _message("assistant", completion)), joined=True)
+        return Conversation(_answered((*_messages(prompt, where), *_messages(completion, where)), where))
     instruction, given, output = (value or "" for value in values)
     if not all(isinstance(value, str) for value in (instruction, given, output)):
         raise _unfit(where, "`instruction`, `input` and `output` have to be text")
     asked = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return Conversation((_turn("user", asked), _turn("assistant", output)))
+    return Conversation((_message("user", asked), _message("assistant", output)))
 
 
 def encoded(
@@ -178,26 +178,26 @@ def _bad_template(problem: str) -> DataError:
     )
 
 
-def _turns(value: Any, where: str) -> tuple[Message, ...]:
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise _unfit(where, "a list of turns is expected, each with `role` and `content`")
-    turns = []
+    messages = []
     for item in value:
         given = item if isinstance(item, Mapping) else {}
         role, content = given.get("role"), given.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise _unfit(where, "every turn needs a `role` and a `content`, both text")
-        turns.append(_turn(role, content))
-    return tuple(turns)
+        messages.append(_message(role, content))
+    return tuple(messages)
 
 
-def _answered(turns: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    if not any(turn["role"] == "assistant" for turn in turns):
+def _answered(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    if not any(message["role"] == "assistant" for message in messages):
         raise _unfit(where, "no turn has the role `assistant`, so nothing would be trained")
-    return turns
+    return messages
 
 
-def _turn(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 

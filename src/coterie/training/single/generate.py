@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.errors import DataError
 
@@ -17,6 +21,7 @@ def generate(
     tokens: int,
     temperature: float = 0.8,
     seed: int = 0,
+    show: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of ``prompt``: at most ``tokens`` new tokens, fewer when the text ends.
 
@@ -27,11 +32,12 @@ def generate(
         tokens: most new tokens.
         temperature: divides the logits before sampling; 0 takes the likeliest token.
         seed: of the sampling.
+        show: hears of each piece of the continuation as soon as it is known.
 
     Raises:
         DataError: the prompt has no token and the tokenizer no token that begins a text; or it is not UTF-8.
 
-    Cost: the whole text is computed again for each token, because not every family's cache works the same way.
+    Cost: a token at a time, with the family's own cache of what was computed before.
     """
     try:
         prompt.encode()
@@ -46,18 +52,49 @@ def generate(
             )
         ids = [first]
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    given = len(ids)
-    for _ in range(tokens):
-        inputs_BT = torch.tensor([ids], device=device)
-        logits_V = model(input_ids=inputs_BT, use_cache=False).logits[0, -1].float().cpu()
-        if temperature > 0:
-            chances_V = torch.softmax(logits_V / temperature, dim=-1)
-            chosen = int(torch.multinomial(chances_V, 1, generator=generator))
-        else:
-            chosen = int(logits_V.argmax())
-        if chosen == tokenizer.eos_token_id:
-            break
-        ids.append(chosen)
-    text: str = tokenizer.decode(ids[given:])
-    return text
+    inputs_BT = torch.tensor([ids], device=device)
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings = GenerationConfig(
+        max_new_tokens=tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **how,
+    )
+    pieces = _Pieces(tokenizer, show or (lambda piece: None))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.generate(
+            inputs_BT,
+            attention_mask=torch.ones_like(inputs_BT),
+            generation_config=settings,
+            streamer=pieces,
+        )
+    return pieces.text
+
+
+class _Pieces:
+    """A streamer of transformers' generation: tokens become text as they come, whole characters only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        self._tokenizer, self._show = tokenizer, show
+        self._ids: list[int] | None = None
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        if self._ids is None:  # the prompt comes first
+            self._ids = []
+            return
+        self._ids += [token for token in value.flatten().tolist() if token != self._tokenizer.eos_token_id]
+        self._tell(last=False)
+
+    def end(self) -> None:
+        self._tell(last=True)
+
+    def _tell(self, last: bool) -> None:
+        now: str = self._tokenizer.decode(self._ids or [])
+        if last or (now.startswith(self.text) and not now.endswith("\ufffd")):
+            self._show(now[len(self.text) :])
+            self.text = now
