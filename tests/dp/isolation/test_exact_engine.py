@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -326,6 +327,37 @@ def test_operations_that_add_up_in_any_order_are_made_to_repeat_or_refused() -> 
     with pytest.raises(PrivacyError, match="other bits each time") as error:
         engine.prepare(token_batch(1, 9))  # at set-up, before a record is drawn
     assert error.value.code == "dp-isolation-repeat"
+
+
+def test_engines_of_several_threads_compute_repeatably_until_each_is_done_and_leave_torch_as_it_was() -> None:
+    """As parties of a federation in one process: the second begins while the first computes, and ends after it."""
+    computing, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    modes: list[bool] = []
+
+    class First(Remembers):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            computing.set()
+            assert second_in.wait(60)
+            return super().forward(input_ids, attention_mask)
+
+    class Second(Remembers):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            second_in.set()
+            assert first_out.wait(60)
+            modes.append(torch.are_deterministic_algorithms_enabled())
+            return super().forward(input_ids, attention_mask)
+
+    def first() -> None:
+        ExactEngine(First("nothing"), clipping=Flat(0.5)).accumulate(token_batch(1, 9))
+        first_out.set()
+
+    other = threading.Thread(target=first)
+    other.start()
+    assert computing.wait(60)
+    ExactEngine(Second("nothing"), clipping=Flat(0.5)).accumulate(token_batch(1, 9))
+    other.join()
+    assert all(modes)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_callers_gradients_and_numbers_of_threads_come_back() -> None:

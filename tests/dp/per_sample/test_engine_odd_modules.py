@@ -362,7 +362,7 @@ def test_invariant_1_operations_that_meet_data_are_exact_or_refused(name: str, f
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 @pytest.mark.parametrize("name", MODULES)
 def test_invariant_1_modules_of_every_kind_are_exact_or_refused(name: str) -> None:
     assert_right(MODULES[name](), name in REFUSED_MODULES)

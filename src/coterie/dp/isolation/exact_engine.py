@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -171,7 +172,7 @@ class ExactEngine(Engine):
         experts = LoneExperts(adapters, self._source, frozenset(self.lent_shapes), self._elsewhere)
         try:
             with ExitStack() as stack:
-                stack.enter_context(_repeatable(self._threads))
+                stack.enter_context(_SWITCHES.repeatable(self._threads))
                 stack.enter_context(factors_stay_apart(self.model))
                 stack.enter_context(seam.computed_by(self.model, experts))
                 gradients = stack.enter_context(_own_gradients(self.parameters, self._accumulate_on))
@@ -225,23 +226,57 @@ def _own_gradients(parameters: Mapping[str, nn.Parameter], keep_on: torch.device
             parameter.grad = before[name]
 
 
-@contextmanager
-def _repeatable(threads: int) -> Iterator[None]:
-    """Operations that give the same bits for the same input; put back afterwards.
+class _Switches:
+    """torch's switches for operations that give the same bits for the same input; they are the whole process's.
 
-    How a product is shared out over threads decides how it is rounded, so their number is fixed.
+    Engines of several threads, as of a federation in one process, may compute at once: whoever comes first keeps what
+    was set, and whoever leaves last puts it back.
     """
-    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._put_back: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def repeatable(self, threads: int) -> Iterator[None]:
+        """How a product is shared out over threads decides how it is rounded, so their number is fixed."""
+        with self._lock:
+            if not self._inside:
+                self._put_back = _as_set()
+            self._inside += 1
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            _use_threads(threads)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._put_back()
+
+
+def _as_set() -> Callable[[], None]:
+    """Puts the switches back as they are now."""
+    on, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     deterministic: Any = torch.utils.deterministic
-    fill, count = deterministic.fill_uninitialized_memory, torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False
-    if count != threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+    fill, threads = deterministic.fill_uninitialized_memory, torch.get_num_threads()
+
+    def put_back() -> None:
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
         deterministic.fill_uninitialized_memory = fill
-        if count != threads:
-            torch.set_num_threads(count)
+        _use_threads(threads)
+
+    return put_back
+
+
+def _use_threads(count: int) -> None:
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+_SWITCHES = _Switches()
