@@ -12,11 +12,19 @@ import pydantic
 import pytest
 
 from coterie.config import (
+    DataSpec,
     FederationConfig,
+    FederationTrainSpec,
+    MemberAddress,
+    ModelSpec,
     PartyConfig,
+    PrivacyRules,
     PrivacySpec,
     Spec,
+    TokenizerSpec,
     TrainConfig,
+    TrainSpec,
+    content_hash,
     due,
     dump_yaml,
     load_yaml,
@@ -418,3 +426,38 @@ def test_a_tag_that_does_not_fit_its_value_is_one_sentence(tmp_path: Path, writt
 @pytest.mark.parametrize(("done", "every", "wanted"), [(4, 2, True), (5, 2, False), (3, 3, True), (6, 0, False)])
 def test_what_happens_every_so_many_rounds(done: int, every: int, wanted: bool) -> None:
     assert due(done, every) is wanted
+
+
+def earlier_settings(**data: object) -> TrainConfig:
+    return TrainConfig(
+        model=ModelSpec(family="olmoe", config={"a": [1, {"b": 2}]}),
+        data=DataSpec(
+            train=(Path("/x/a.jsonl"),),
+            tokenizer=TokenizerSpec(path=Path("/t/tok"), provenance="public"),
+            **data,  # type: ignore[arg-type]
+        ),
+        train=TrainSpec(rounds=3),
+        run_dir=Path("/tmp/r"),
+        privacy=PrivacySpec(epsilon=8.0),
+    )
+
+
+def test_keys_that_came_later_leave_the_hash_of_earlier_settings_as_it_was() -> None:
+    """The digests are those of the version before `data.form`; run folders and signed rosters hold them."""
+    without = {"run_dir", "device", "devices"}
+    assert content_hash(earlier_settings(), without=without) == (
+        "41a4b017b670f2fd7ba94556523c4576da2ab76f514059cbc48d9400abedf5a7"
+    )
+    agreed = FederationConfig(
+        name="x",
+        model=ModelSpec(family="olmoe"),
+        parties={"a": MemberAddress(endpoint="h:1"), "b": MemberAddress(endpoint="h:2")},
+        coordinator=MemberAddress(endpoint="h:3"),
+        train=FederationTrainSpec(rounds=2),
+        privacy=PrivacyRules(epsilon=1.0),
+        placement={0: {1: "a", 2: "b"}},
+    )
+    assert agreed.content_hash() == "1bf675721d043f67ebb8d47a52d55ef09138bc2a91886f176ec1238d10e876e0"
+    other = content_hash(earlier_settings(form="messages"), without=without)
+    assert other != content_hash(earlier_settings(), without=without)
+    assert other != content_hash(earlier_settings(packing="records"), without=without)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Set
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo
 
@@ -15,7 +15,14 @@ BASE_FOLDER = "base_folder"
 
 
 class Spec(BaseModel):
-    """A block of settings. Values cannot change after loading; a key that is not listed is an error."""
+    """A block of settings. Values cannot change after loading; a key that is not listed is an error.
+
+    Attributes:
+        later_keys: keys that came when there were settings files, run folders and signed rosters without them. At
+            their default they do not count in `content_hash`, so those stay valid.
+    """
+
+    later_keys: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -53,9 +60,25 @@ def content_hash(spec: Spec, *, without: Set[str] = frozenset()) -> str:
         spec: the settings.
         without: top-level keys that do not count.
     """
-    values = _portable(spec.model_dump(exclude=set(without)))
+    values = _portable({name: value for name, value in _counted(spec).items() if name not in without})
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _counted(value: Any) -> Any:
+    """Settings as plain values, without later keys that are at their default."""
+    if isinstance(value, Spec):
+        fields = type(value).model_fields
+        return {
+            name: _counted(held)
+            for name, held in value
+            if name not in value.later_keys or held != fields[name].get_default(call_default_factory=True)
+        }
+    if isinstance(value, dict):
+        return {key: _counted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_counted(item) for item in value]
+    return value
 
 
 def _portable(value: Any) -> Any:

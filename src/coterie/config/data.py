@@ -48,6 +48,8 @@ class DataSpec(Spec):
     of a txt file ends at LF or CR LF.
     """
 
+    later_keys = frozenset({"form", "template"})
+
     train: tuple[LocalPath, ...] = Field(
         min_length=1, description="Files to train on; also a folder that `datasets` saved to disk."
     )
