@@ -10,13 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from synthetic_findings import experts, findings, noised, tokens, working
+from synthetic_findings import experts, finding, findings, member, noised, private, tokens, working
 
 from coterie.audit import pieces, run
+from coterie.audit.adversaries import DEFAULT
 from coterie.audit.evidence import Claim, Evidence
 from coterie.audit.figures import NOT_AUDITED, experts_figures, private_figures, tokens_figures
-from coterie.audit.findings import Audited, Finding, Outcome, Part
+from coterie.audit.findings import Audited, Finding, Outcome, Part, Unit
 from coterie.audit.run import Asked, audit, contradicted, part_of, public_files
+from coterie.audit.verdicts import verdicts
 from coterie.cli import audit as command
 from coterie.config import PrivacyRules
 from coterie.errors import AuditError, CheckpointError
@@ -105,6 +107,24 @@ def test_the_run_s_own_push_is_the_largest_and_all_sizes_stand_beside_it() -> No
     found = experts_figures(experts())
     assert (found.recovery, found.prior, found.auc) == (0.28, 0.15, 0.988)
     assert found.lots == {"1": 0.98, "4": 0.8, "16": 0.28}
+
+
+def test_membership_is_that_of_known_records_in_pushes_that_were_made() -> None:
+    others = [member(1.0, 9.0, unit=unit, lot=64) for unit in (Unit.SIMULATED, Unit.PRESENCE)]
+    assert experts_figures([*experts(), *others]).auc == 0.988
+    alone = experts_figures(others)
+    assert alone.auc is None
+    assert "auc" in alone.reasons
+    (told,) = [v for v in verdicts(Part.EXPERTS, others, working(), private()) if v.adversary is DEFAULT]
+    assert told.outcome is Outcome.UNKNOWN
+    assert "can be told" not in told.sentence
+
+
+def test_a_run_s_own_push_that_carries_no_figure_is_not_stood_for_by_a_smaller_one() -> None:
+    some = [each for each in experts() if each.lot != 16]
+    own = finding(None, unit=Unit.PLACES, lot=16, prior=None)
+    found = experts_figures([*some, own])
+    assert (found.recovery, found.lots) == (None, {"1": 0.98, "4": 0.8})
 
 
 def test_a_budget_s_figures_join_attacks_and_bounds() -> None:

@@ -48,8 +48,19 @@ def test_a_rate_over_like_documents_has_an_interval_over_documents() -> None:
 
 
 def test_a_rate_that_every_document_shares_still_has_the_width_of_its_places() -> None:
-    found = metrics.rate(torch.ones(30, dtype=torch.bool), torch.arange(3).repeat_interleave(10))
-    assert found == Estimate(1.0, pytest.approx(0.025 ** (1 / 30)), 1.0, 30)  # type: ignore[arg-type]
+    found = metrics.rate(torch.ones(40, dtype=torch.bool), torch.arange(4).repeat_interleave(10))
+    assert found == Estimate(1.0, pytest.approx(0.025 ** (1 / 40)), 1.0, 40)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("documents", "says"), [(1, False), (3, False), (4, True)])
+def test_a_rate_on_too_few_documents_says_nothing_of_others(documents: int, says: bool) -> None:
+    right_P = torch.arange(1200) % 10 == 0
+    document_P = torch.arange(1200) % documents
+    found, prior_P = metrics.rate(right_P, document_P), torch.zeros(1200, dtype=torch.bool)
+    gain = metrics.advantage(right_P, prior_P, document_P)
+    assert found.value == gain.value == 0.1
+    assert ((found.low, found.high) != (0.0, 1.0)) is ((gain.low, gain.high) != (-1.0, 1.0)) is says
+    assert bool(metrics.few_documents(document_P)) is not says
 
 
 def test_documents_count_by_their_places() -> None:
@@ -96,15 +107,6 @@ def test_an_advantage_that_comes_from_one_document_is_as_wide_as_documents_are()
     right_P, prior_P = document_P == 0, torch.zeros(1000, dtype=torch.bool)
     assert metrics.advantage(right_P, prior_P).low > 0.08
     assert metrics.advantage(right_P, prior_P, document_P).low <= 0
-
-
-def test_a_bootstrap_resamples_documents_and_is_seeded() -> None:
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0] * 25)
-    found = metrics.bootstrap(values, lambda some: float(some.mean()), seed=3)
-    assert found.value == 2.5
-    assert found.high - found.low == pytest.approx(2 * Z * math.sqrt(1.25 / 100), rel=0.1)
-    assert found == metrics.bootstrap(values, lambda some: float(some.mean()), seed=3)
-    assert found != metrics.bootstrap(values, lambda some: float(some.mean()), seed=4)
 
 
 # ---- scores ----
@@ -240,11 +242,6 @@ def test_exact_matches_lie_within_one_document_and_count_every_passage() -> None
         2: (3 / 4, 4),  # (1, 1), (1, 0) and twice (1, 1)
         3: (1 / 2, 2),
     }
-
-
-def test_a_secret_counts_when_every_token_of_it_is_right() -> None:
-    right = torch.tensor([1, 1, 0, 1, 1, 1]).bool()
-    assert metrics.whole_secrets(right, [(0, 2), (1, 4), (3, 6)]).value == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(

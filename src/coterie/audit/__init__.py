@@ -1,8 +1,8 @@
 """Attack one's own run: what could others read from what they received, and what does the trained model give away?
 
 In reading order: `coterie.audit.adversaries` says who attacks, `coterie.audit.metrics` what a figure means and how
-far it carries; `coterie.audit.transcript` reads what a party recorded of what others sent to it,
-`coterie.audit.answers` the owner's own key to it, and `coterie.audit.evidence` joins everything that an audit of one
+far it carries, `coterie.audit.matching` which guess stands for which record; `coterie.audit.transcript` reads what a
+party recorded of what others sent to it, `coterie.audit.answers` the owner's own key to it, and `coterie.audit.evidence` joins everything that an audit of one
 owner rests on. Attacks read transcripts, the public starting checkpoint and public text; answers are for scoring.
 `coterie.audit.model` attacks the trained model, and prepares runs for that.
 

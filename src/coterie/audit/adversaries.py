@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -37,3 +38,12 @@ _SENTENCES = {
     "some of its records.",
     Adversary.ALL_HOSTS: "All other parties together, with the public starting checkpoint and public text.",
 }
+
+
+def most_received(sizes: Mapping[str, int]) -> str:
+    """The party that plays one host: whoever received most of the owner, the first by name among equals.
+
+    Args:
+        sizes: how much each other party received.
+    """
+    return min(sizes, key=lambda name: (-sizes[name], name))

@@ -38,7 +38,7 @@ def experts_figures(findings: Sequence[Finding] | None) -> ExpertsFigures:
     for finding in ranked:
         assert finding.value is not None
         lots[f"{finding.lot}"] = max(finding.value.value, lots.get(f"{finding.lot}", 0.0))
-    own = max((f.lot for f in ranked if f.lot), default=None)
+    own = max((f.lot for f in some if f.unit is Unit.PLACES and f.lot), default=None)
     read = best([f for f in ranked if f.lot == own], DEFAULT, [Unit.PLACES])
     auc = best([f for f in some if f.channel is not Channel.MODEL], DEFAULT, [Unit.AUC])
     values = {"recovery": _value(read), "prior": _prior(some, read), "auc": _value(auc)}

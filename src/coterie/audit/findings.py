@@ -44,6 +44,9 @@ class Unit(StrEnum):
     BAG = "F1 of the bag of tokens"
     ROUGE = "ROUGE-L"
     AUC = "AUC"
+    SIMULATED = "AUC in a simulated push"
+    """Of membership, in a push of another size than any that was made."""
+    PRESENCE = "AUC of a token's presence"
     TPR = "true positives at fixed false positives"
     BITS = "exposure in bits"
     EPSILON = "epsilon"
@@ -155,7 +158,7 @@ class ExpertsFigures(_Figures):
         recovery: share of next tokens ranked first in this run's own pushes.
         lots: the same by records in the push.
         prior: share that a language model guesses without the push.
-        auc: of membership of one known record in one push.
+        auc: of membership of one known record in one push that was made.
     """
 
     recovery: float | None

@@ -2,7 +2,8 @@
 
 Every rate comes as an `Estimate` with a 95 % interval. Places of one document are alike, so intervals resample whole
 documents. Where all documents agree that would give an interval of no width: none is narrower than the exact one, or
-the score interval, of independent places.
+the score interval, of independent places. Fewer than `FEWEST_DOCUMENTS` documents say nothing of others: then the
+interval is all that the figure could have been.
 
 Shape letters: P places (tokens of the attacked text), D documents, M members, N others (non-members), V vocabulary, U
 distinct scores, R resamples.
@@ -26,6 +27,8 @@ Id = TypeVar("Id", bound=Hashable)
 """What a record is known by."""
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+FEWEST_DOCUMENTS = 4
+"""Documents that an interval over documents needs."""
 UNKNOWN = -1
 """A guess that is none."""
 
@@ -40,7 +43,7 @@ class Estimate:
     """A measured value and its 95 % interval.
 
     Attributes:
-        count: what it rests on: places for a rate, documents for a bootstrap, scores of both sides for an AUC.
+        count: what it rests on: places for a rate, scores of both sides for an AUC.
     """
 
     value: float
@@ -54,24 +57,6 @@ class Estimate:
 
 
 # ---- intervals ----
-
-
-def bootstrap(values: Tensor, statistic: Callable[[Tensor], float], seed: int) -> Estimate:
-    """A statistic with the percentile interval over resampled documents.
-
-    Args:
-        values: [D, ...], what each document contributes.
-        statistic: of such a tensor; documents may come several times.
-        seed: of the resampling.
-
-    Raises:
-        AuditError: no document.
-    """
-    _need(len(values), "document")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [statistic(values[_resample(len(values), generator, 1)[0]]) for _ in range(RESAMPLES)]
-    low, high = torch.quantile(torch.tensor(drawn, dtype=torch.float64), _TAILS).tolist()
-    return Estimate(float(statistic(values)), low, high, len(values))
 
 
 def proportion(hits: int, total: int) -> Estimate:
@@ -91,12 +76,19 @@ def proportion(hits: int, total: int) -> Estimate:
     return Estimate(hits / total, float(interval.low), float(interval.high), total)
 
 
+def few_documents(document_P: Tensor) -> str:
+    """Why places carry no interval over documents; empty when they do."""
+    count = len(torch.unique(document_P))
+    return f"it rests on {count} documents, not {FEWEST_DOCUMENTS}" if count < FEWEST_DOCUMENTS else ""
+
+
 def rate(right_P: Tensor, document_P: Tensor | None = None, *, seed: int = 0) -> Estimate:
     """The share of places that are right, over places, with documents resampled.
 
     Args:
         right_P: bool [P].
-        document_P: which document each place lies in, any integers; None: every place stands for itself.
+        document_P: which document each place lies in, any integers; None: every place stands for itself. Fewer than
+            `FEWEST_DOCUMENTS` of them leave the interval at [0, 1].
         seed: of the resampling.
 
     Raises:
@@ -105,6 +97,9 @@ def rate(right_P: Tensor, document_P: Tensor | None = None, *, seed: int = 0) ->
     exact = proportion(int(right_P.sum()), len(right_P))
     if document_P is None:
         return exact
+    _same(len(right_P), len(document_P))
+    if few_documents(document_P):
+        return exact.wider((0.0, 1.0))
     return exact.wider(_resampled_mean(right_P.double(), document_P, seed))
 
 
@@ -117,7 +112,7 @@ def advantage(right_P: Tensor, prior_P: Tensor, document_P: Tensor | None = None
     Args:
         right_P: bool [P], of the attack.
         prior_P: bool [P], of the guess without the attack's channel.
-        document_P: as in `rate`.
+        document_P: as in `rate`; too few of them leave the interval at [-1, 1].
         seed: of the resampling.
 
     Raises:
@@ -130,6 +125,9 @@ def advantage(right_P: Tensor, prior_P: Tensor, document_P: Tensor | None = None
     paired = Estimate(value, *_tango(gained, lost, len(right_P)), len(right_P))
     if document_P is None:
         return paired
+    _same(len(right_P), len(document_P))
+    if few_documents(document_P):
+        return paired.wider((-1.0, 1.0))
     return paired.wider(_resampled_mean(right_P.double() - prior_P.double(), document_P, seed))
 
 
@@ -152,7 +150,6 @@ def _tango(gained: int, lost: int, total: int) -> tuple[float, float]:
 
 def _resampled_mean(value_P: Tensor, document_P: Tensor, seed: int) -> tuple[float, float]:
     """The percentile interval of a mean over places, over resampled documents."""
-    _same(len(value_P), len(document_P))
     documents, index_P = torch.unique(document_P, return_inverse=True)
     sum_D = torch.bincount(index_P, value_P, len(documents))
     places_D = torch.bincount(index_P, minlength=len(documents)).double()
@@ -435,15 +432,6 @@ def exact_match(
             passages = right_P.unfold(0, length, 1).all(1)[inside]
             found[length] = rate(passages, document_P[: len(inside)][inside], seed=seed)
     return found
-
-
-def whole_secrets(right_P: Tensor, secrets: Sequence[tuple[int, int]]) -> Estimate:
-    """The share of secrets, given as (first place, place behind the last), that are right in every token.
-
-    Raises:
-        AuditError: no secret.
-    """
-    return proportion(sum(bool(right_P[first:behind].all()) for first, behind in secrets), len(secrets))
 
 
 def rouge_l(truth: Sequence[Hashable], guess: Sequence[Hashable]) -> float:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from push_world import texts
 
-from coterie.audit.adversaries import Adversary
+from coterie.audit import metrics
+from coterie.audit.adversaries import Adversary, most_received
 from coterie.audit.answers import Answers
 from coterie.audit.epsilon.allowed import by_mechanism
 from coterie.audit.evidence import Evidence
@@ -139,6 +140,41 @@ def test_a_host_opens_its_own_experts_and_all_of_them_together_never_the_owners_
     assert len(together.experts) == sum(host != "alder" for host in host_of.values())
 
 
+def test_one_host_is_whoever_received_most_in_whatever_order(evidence: Evidence) -> None:
+    sizes = {"birch": 0, "cedar": 0}
+    for name, found in evidence.received.items():
+        sizes[name] = sum(v.numel() for push in found.pushes() for v in push.sums.values())
+    turned = case_of(replace(evidence, received=dict(reversed(evidence.received.items()))))
+    alone = turned.opened(Adversary.HOST_PUBLIC, 1).experts
+    assert alone.keys() == case_of(evidence).opened(Adversary.HOST_PUBLIC, 1).experts.keys()
+    placement = turned.transcript.placement
+    most = max(sorted(sizes), key=sizes.__getitem__)
+    assert {placement[layer][expert] for layer, expert in alone} == {most}
+    assert most_received({"b": 3, "c": 5, "a": 5}) == "a"
+
+
+def test_small_pushes_are_of_several_documents_and_one_document_carries_no_rate(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    records = [Owned(row, row // 3, record) for row, record in enumerate(texts(12, 10, VOCAB, 53))]
+    for lot in (1, 2, 4):
+        pushes = plain.simulated(case, records, lot, [(0, 0)])
+        assert [len(some) for some, _ in pushes] == [lot] * (4 // lot)
+        assert {record.document for some, _ in pushes for record in some} == {0, 1, 2, 3}
+    alike = [Owned(row, 7, record.ids) for row, record in enumerate(case.lot(1))]
+    case.__dict__["lot"] = lambda _: alike
+    found = plain.next_tokens(case, Adversary.ALL_HOSTS, 1, Clock(60.0), places=8)
+    assert found.value is None
+    assert "1 documents" in found.reason
+
+
+def test_one_push_gives_its_tokens_no_interval(evidence: Evidence) -> None:
+    f1, presence = plain.bag(case_of(evidence), Adversary.ALL_HOSTS, Clock(60.0))
+    assert presence.unit is Unit.PRESENCE
+    for each in (f1, presence):
+        assert each.value is not None
+        assert (each.value.low, each.value.high, each.value.count) == (0.0, 1.0, 1)
+
+
 def test_known_records_are_taken_out_of_a_push(evidence: Evidence) -> None:
     case = case_of(evidence)
     records = [record.ids for record in case.lot(1)]
@@ -180,6 +216,7 @@ def test_members_of_a_small_push_are_told_from_all_other_records(evidence: Evide
     assert area.value is not None
     assert area.value.value > 0.95
     assert area.value.count == 60
+    assert area.unit is Unit.SIMULATED
 
 
 def test_a_record_counts_in_the_rounds_whose_lot_it_was_in() -> None:
@@ -205,8 +242,9 @@ def test_a_trunk_drifts_and_experts_stay(evidence: Evidence) -> None:
     assert kept == {name for name, value in before.items() if id(value) in experts}
 
 
-def test_known_records_leave_the_rest_of_a_push_open(evidence: Evidence) -> None:
+def test_known_records_leave_the_rest_of_a_push_open(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(evidence)
+    monkeypatch.setattr(metrics, "FEWEST_DOCUMENTS", 1)  # one record is left, which is read best
     clock = Clock(60.0)
     found = plain.next_tokens(case, Adversary.HOST_DOMAIN, LOT, clock, places=8, known=LOT - 1)
     assert found.value is not None

@@ -11,9 +11,10 @@ from push_world import every_expert, small_reader, texts
 from coterie.audit.experts.judge import RULED_OUT
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.reader import Reader
-from coterie.audit.experts.records import Guess, in_place, matched, read_records
+from coterie.audit.experts.records import read_records
 from coterie.audit.experts.simulate import rows_of, summed
 from coterie.audit.experts.span import Place, SpanAttack, ranked_first
+from coterie.audit.matching import in_place, matched, pairs
 from coterie.audit.metrics import advantage
 from coterie.models.zoo.tiny import VOCAB
 
@@ -99,10 +100,11 @@ def test_whole_records_are_read_with_nothing_given(reader: Reader, for_two: Span
     private = texts(2, LENGTH, VOCAB, 2)
     opened = summed(rows_of(reader, private), every_expert(reader))
     guesses = read_records(for_two, opened, 2, LENGTH)
-    assert matched(private, guesses) == [LENGTH, LENGTH]
+    assert matched(private, [guess.ids for guess in guesses]) == [LENGTH, LENGTH]
 
 
 def test_a_guess_counts_for_one_record() -> None:
-    guesses = [Guess((1, 2, 3, 4), 1.0), Guess((1, 2, 9, 9), 0.5)]
+    guesses = [(1, 2, 3, 4), (1, 2, 9, 9)]
     assert matched([(1, 2, 3, 5), (1, 2, 3, 4), (7, 7, 7, 7)], guesses) == [2, 4, 0]
+    assert pairs([(1, 2, 3, 5)], guesses) == [(3, 0, 0)]
     assert in_place((1, 2, 3), (1, 5, 3, 4)) == 2

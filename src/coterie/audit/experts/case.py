@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.audit.adversaries import Adversary
+from coterie.audit.adversaries import Adversary, most_received
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts.membership import Metric
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.pushes import by_round, open_pushes, put, round_as_served, rounding_of, served
 from coterie.audit.experts.reader import Reader
-from coterie.audit.transcript import Push
+from coterie.audit.transcript import Push, Transcript
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
 from coterie.errors import AuditError
 from coterie.models import seam
@@ -104,7 +104,8 @@ class Case:
     @cached_property
     def _parts(self) -> Mapping[Adversary, dict[int, list[Push]]]:
         hosts = list(self.evidence.received.values())
-        alone = by_round(hosts[:1])
+        sizes = {name: _values(found) for name, found in self.evidence.received.items()}
+        alone = by_round([self.evidence.received[most_received(sizes)]])
         return {Adversary.HOST_PUBLIC: alone, Adversary.ALL_HOSTS: by_round(hosts) if len(hosts) > 1 else alone}
 
     def rounds(self) -> list[int]:
@@ -194,6 +195,11 @@ class Case:
 
 _FEWEST = 64
 _SHOWN = 128
+
+
+def _values(transcript: Transcript) -> int:
+    """How many values of the owner's sums a host received."""
+    return sum(value.numel() for push in transcript.pushes() for value in push.sums.values())
 
 
 def documents_of(records: Sequence[Owned]) -> Tensor:

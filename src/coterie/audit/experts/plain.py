@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,14 +12,15 @@ from torch import Tensor
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
 from coterie.audit.experts.bag import BagReader, table_names
-from coterie.audit.experts.case import Case, Clock, Owned
+from coterie.audit.experts.case import Case, Clock, Owned, documents_of
 from coterie.audit.experts.drift import drifted
 from coterie.audit.experts.membership import score
 from coterie.audit.experts.opened import ExpertSum, Opened
-from coterie.audit.experts.records import matched, read_records
+from coterie.audit.experts.records import read_records
 from coterie.audit.experts.simulate import rows_of, summed
 from coterie.audit.experts.span import Place, SpanAttack, ranked_first
 from coterie.audit.findings import Channel, Finding, Unit
+from coterie.audit.matching import matched, places_in
 from coterie.audit.metrics import Estimate, Scores
 
 LOTS = (1, 4)
@@ -28,6 +30,7 @@ _AT_ONCE = 8
 _ADDING_UP = 3e-7
 """Of values of sums in float32, over their size: what another order of adding up changes."""
 _SCORED = 400
+_ALL = (0.0, 1.0)
 _FEWEST_OTHERS = 40
 
 
@@ -75,35 +78,41 @@ def next_tokens(
         train = case.federation.train
         victim = drifted(reader, case.public, case.federation.optim, round_index - first, train.batch_size, case.seed)
     recorded, whole = case.opened(adversary, round_index), case.lot(round_index)
-    records = whole if lot == len(whole) else case.random().sample(whole, lot)
-    opened = recorded
-    if lot < len(whole):
-        opened = summed(
-            rows_of(case.reader, [r.ids for r in records]), list(recorded.experts), rounding=case.rounding
-        )
+    pushes = [(whole, recorded)] if lot == len(whole) else simulated(case, whole, lot, list(recorded.experts))
     if known:
-        taken, records = records[:known], records[known:]
-        opened = without(opened, summed(rows_of(reader, [r.ids for r in taken]), list(opened.experts)))
+        pushes = [
+            (
+                records[known:],
+                without(opened, summed(rows_of(reader, [r.ids for r in records[:known]]), list(opened.experts))),
+            )
+            for records, opened in pushes
+        ]
     attack = SpanAttack(
         reader,
         case.learned,
-        list(opened.experts),
-        len(records),
+        list(recorded.experts),
+        lot - known,
         rounding=case.rounding,
         victim=victim,
         metric=case.metric,
         seed=case.seed,
     )
-    found, documents = places_of(case, records, places)
-    right, prior = [], []
-    for start in range(0, len(found), _AT_ONCE):
-        if start and not clock.left:
-            break
-        one, other = ranked_first(attack, opened, found[start : start + _AT_ONCE])
-        right.append(one)
-        prior.append(other)
-    right_P, prior_P = torch.cat(right), torch.cat(prior)
-    document_P = documents[: len(right_P)]
+    right, prior, documents = [], [], []
+    for number, (records, opened) in enumerate(pushes):
+        own = clock.share(1 / (len(pushes) - number))
+        found, document_P = places_of(case, records, -(-places // len(pushes)))
+        for start in range(0, len(found), _AT_ONCE):
+            if start and not own.left:
+                break
+            some = slice(start, start + _AT_ONCE)
+            one, other = ranked_first(attack, opened, found[some])
+            right.append(one)
+            prior.append(other)
+            documents.append(document_P[some])
+    right_P, prior_P, document_P = torch.cat(right), torch.cat(prior), torch.cat(documents)
+    name = "next token by spans"
+    if few := metrics.few_documents(document_P):
+        return _few(name, adversary, Unit.PLACES, lot, few)
     value = metrics.rate(right_P, document_P, seed=case.seed)
     guessed = metrics.rate(prior_P, document_P, seed=case.seed)
     sentence = (
@@ -115,7 +124,7 @@ def next_tokens(
     if known:
         sentence += f" {known} of the records were known and taken out of the sum."
     return Finding(
-        name="next token by spans",
+        name=name,
         adversary=adversary,
         channel=Channel.PUSHES,
         unit=Unit.PLACES,
@@ -124,6 +133,36 @@ def next_tokens(
         prior=guessed,
         gain=metrics.advantage(right_P, prior_P, document_P, seed=case.seed),
         sentence=sentence,
+    )
+
+
+def simulated(
+    case: Case, records: Sequence[Owned], lot: int, visible: Sequence[tuple[int, int]]
+) -> list[tuple[list[Owned], Opened]]:
+    """Pushes of a few of the records each, as many as an interval needs documents, and what is opened of each."""
+    draw, cut, order = case.random(), Counter[int](), []
+    for record in draw.sample(list(records), len(records)):
+        order.append((cut[record.document], record))
+        cut[record.document] += 1
+    scattered = [record for _, record in sorted(order, key=lambda each: each[0])]
+    count = max(1, min(-(-metrics.FEWEST_DOCUMENTS // lot), len(scattered) // lot))
+    dealt = [scattered[number::count][:lot] for number in range(count)]
+    return [
+        (some, summed(rows_of(case.reader, [record.ids for record in some]), visible, rounding=case.rounding))
+        for some in dealt
+    ]
+
+
+def _few(name: str, adversary: Adversary, unit: Unit, lot: int, reason: str) -> Finding:
+    return Finding(
+        name=name,
+        adversary=adversary,
+        channel=Channel.PUSHES,
+        unit=unit,
+        lot=lot,
+        value=None,
+        reason=reason,
+        sentence=f"It could not be measured: {reason}.",
     )
 
 
@@ -147,29 +186,35 @@ def _difference(each: ExpertSum, known: ExpertSum) -> ExpertSum:
 
 
 def whole_records(case: Case, adversary: Adversary, lot: int, clock: Clock) -> Finding:
-    """Records read with nothing given, from a push of a few of the owner's records."""
+    """Records read with nothing given, from pushes of a few of the owner's records."""
     round_index = case.rounds()[0]
-    records = case.random().sample(case.lot(round_index), lot)
     visible = list(case.opened(adversary, round_index).experts)
-    opened = summed(rows_of(case.reader, [record.ids for record in records]), visible, rounding=case.rounding)
+    pushes = simulated(case, case.lot(round_index), lot, visible)
     attack = SpanAttack(
         case.reader, case.learned, visible, lot, rounding=case.rounding, metric=case.metric, seed=case.seed
     )
     longest = max(len(record) for record in case.public)
-    guesses = read_records(attack, opened, lot, longest, budget_s=clock.left)
-    in_place = matched([record.ids for record in records], guesses)
-    tokens = sum(len(record.ids) for record in records)
+    records, in_place = [], []
+    for number, (some, opened) in enumerate(pushes):
+        own = clock.share(1 / (len(pushes) - number))
+        guesses = read_records(attack, opened, lot, longest, budget_s=own.left)
+        in_place += matched([record.ids for record in some], [guess.ids for guess in guesses])
+        records += some
+    right_P, document_P = places_in(in_place, [len(record.ids) for record in records], documents_of(records))
+    name = "whole records by search"
+    if few := metrics.few_documents(document_P):
+        return _few(name, adversary, Unit.TOKENS, lot, few)
     exact = sum(count == len(record.ids) for count, record in zip(in_place, records, strict=True))
-    value = metrics.proportion(sum(in_place), tokens)
+    value = metrics.rate(right_P, document_P, seed=case.seed)
     return Finding(
-        name="whole records by search",
+        name=name,
         adversary=adversary,
         channel=Channel.PUSHES,
         unit=Unit.TOKENS,
         lot=lot,
         value=value,
-        sentence=f"With nothing given, {sum(in_place)} of the {tokens} tokens of a push of {lot} records were read "
-        f"in their places; {exact} of {lot} records to the last token.",
+        sentence=f"With nothing given, {sum(in_place)} of the {len(right_P)} tokens of {len(pushes)} pushes of {lot} "
+        f"records were read in their places; {exact} of {len(records)} records to the last token.",
     )
 
 
@@ -208,7 +253,10 @@ def membership(case: Case, adversary: Adversary, lot: int, clock: Clock) -> list
         members, draw.sample(others, min(_SCORED, len(others))), draw.sample(members, min(_SCORED // 2, lot))
     )
     scored = score(case.reader, [record.ids for record in split.records], [opened], metric)
-    return rates("membership in a push", case, adversary, Channel.PUSHES, split.scores(scored.log_ratio()), lot)
+    found = rates("membership in a push", case, adversary, Channel.PUSHES, split.scores(scored.log_ratio()), lot)
+    if lot == len(whole):
+        return found
+    return [each.model_copy(update={"unit": Unit.SIMULATED}) if each.unit is Unit.AUC else each for each in found]
 
 
 def _balanced(members: Sequence[Owned], others: Sequence[Owned], chosen: Sequence[Owned]) -> Split:
@@ -280,14 +328,10 @@ def bag(case: Case, adversary: Adversary, clock: Clock) -> list[Finding]:
     truth = torch.bincount(
         torch.tensor([token for record in records for token in record.ids]), minlength=case.reader.vocabulary
     )
-    values = []
-    for guess in (read, usual):
-        per_V = torch.stack([torch.minimum(truth, guess.counts_V), truth + guess.counts_V], 1).double()
-        values.append(metrics.bootstrap(per_V, _f_measure, case.seed))
-    value, prior = values
+    value, prior = (_of_one_push(_f_measure(truth, guess.counts_V)) for guess in (read, usual))
     here = truth > 0
     areas = [
-        metrics.auc(Scores.of(each.log_odds_V[here], each.log_odds_V[~here]), seed=case.seed)
+        _of_one_push(metrics.auc(Scores.of(each.log_odds_V[here], each.log_odds_V[~here]), seed=case.seed).value)
         for each in (read, usual)
     ]
     return [
@@ -300,24 +344,29 @@ def bag(case: Case, adversary: Adversary, clock: Clock) -> list[Finding]:
             value=value,
             prior=prior,
             sentence=f"Which tokens a push of {len(records)} records holds, and how often, was read with F1 "
-            f"{value.value:.2f}; without the push {prior.value:.2f}.",
+            f"{value.value:.2f}; without the push {prior.value:.2f}. One push has no interval.",
         ),
         Finding(
             name="presence of a token",
             adversary=adversary,
             channel=Channel.EMBEDDING,
-            unit=Unit.AUC,
+            unit=Unit.PRESENCE,
             lot=len(records),
             value=areas[0],
             prior=areas[1],
             sentence=f"A token that occurs in the push is told from one that does not with AUC {areas[0].value:.3f}; "
-            f"without the push {areas[1].value:.3f}.",
+            f"without the push {areas[1].value:.3f}. One push has no interval.",
         ),
     ]
 
 
-def _f_measure(per_V: Tensor) -> float:
-    both, either = per_V.sum(0).tolist()
+def _of_one_push(value: float) -> Estimate:
+    """Tokens of one push are no sample of pushes: all that it could have been."""
+    return Estimate(value, *_ALL, 1)
+
+
+def _f_measure(truth_V: Tensor, guess_V: Tensor) -> float:
+    both, either = int(torch.minimum(truth_V, guess_V).sum()), int((truth_V + guess_V).sum())
     return 2 * both / either if either else 0.0
 
 

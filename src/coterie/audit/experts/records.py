@@ -14,6 +14,7 @@ import torch
 from coterie.audit.experts.judge import Opener
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.span import SpanAttack
+from coterie.audit.matching import in_place
 
 _SPARE = 4
 """Beams beside one for each record."""
@@ -107,29 +108,3 @@ def _different(found: Sequence[Guess]) -> list[Guess]:
         if all(in_place(guess.ids, other.ids) * 2 <= len(guess.ids) for other in kept):
             kept.append(guess)
     return kept
-
-
-def in_place(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that two records have in common, place by place."""
-    return sum(a == b for a, b in zip(one, other, strict=False))
-
-
-def matched(truth: Sequence[Sequence[int]], guesses: Sequence[Guess]) -> list[int]:
-    """For each true record the most tokens in place of any guess; a guess counts for one record."""
-    found = [0] * len(truth)
-    pairs = sorted(
-        (
-            (in_place(record, guess.ids), row, column)
-            for row, record in enumerate(truth)
-            for column, guess in enumerate(guesses)
-        ),
-        reverse=True,
-    )
-    taken_rows: set[int] = set()
-    taken_columns: set[int] = set()
-    for count, row, column in pairs:
-        if row not in taken_rows and column not in taken_columns:
-            found[row] = count
-            taken_rows.add(row)
-            taken_columns.add(column)
-    return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from coterie.audit.adversaries import Adversary
+from coterie.audit.adversaries import Adversary, most_received
 from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Channel, Finding, Unit
 from coterie.audit.metrics import rate
@@ -57,7 +57,7 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
         )
     key = KeyOf(evidence.answers.rows, evidence.answers.whole)
     known = Known.of(model, evidence.public, seed=seed, budget_s=budget_s)
-    host = max(received, key=lambda name: sum(len(each.hidden_MD) for each in received[name]))
+    host = most_received({name: sum(len(each.hidden_MD) for each in sent) for name, sent in received.items()})
     rows = table({host: received[host]}, experts, key)
     alone = Scored(known, rows, _hosted(evidence, (host,)), Adversary.HOST_PUBLIC)
     found = [

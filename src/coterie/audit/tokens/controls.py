@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from coterie.audit.metrics import Estimate, rate
+from coterie.audit import metrics
+from coterie.audit.metrics import Estimate
 from coterie.audit.prior import Unigram
 from coterie.audit.tokens.decoders import Gaussian, guesses
 from coterie.audit.tokens.views import View, cover, views
@@ -16,6 +17,8 @@ from coterie.errors import AuditError
 
 LEAST_POSITIVE = 0.95
 WIDEST_NEGATIVE = 0.02
+LEAST_TOKENS = 200
+"""Fewer could not show two points: without any disagreement an interval is z^2 / (n + z^2) wide."""
 _FEWEST = 20
 
 
@@ -26,45 +29,47 @@ class Control:
     Attributes:
         value: share of tokens that were read.
         prior: share that the commonest token guesses, on the same places.
-        passed: the outcome is as it must be.
+        gap: ``value`` minus ``prior``, paired over the same places.
+        passed: the outcome is as it must be, with the whole of its interval.
     """
 
     value: Estimate
     prior: Estimate
+    gap: Estimate
     passed: bool
 
 
 def positive_control(model: PreTrainedModel, public: Sequence[Sequence[int]], *, seed: int = 0) -> Control:
     """Read public text from undefended rows of the first MoE layer, with a decoder fitted on other public text.
 
-    Passed if at least `LEAST_POSITIVE` of the tokens are read.
+    Passed if at least `LEAST_POSITIVE` of the tokens are read, by the lower end of the interval.
 
     Raises:
         AuditError: ``audit-public``: too little public text.
     """
-    fitted, other, unigram = _halves(model, public, seed)
+    fitted, other, unigram = halves(model, public, seed)
     decoder = Gaussian.fit(fitted.hidden_PD, fitted.token_P, unigram.log_V)
-    value, prior = _read(decoder, other, unigram, seed)
-    return Control(value, prior, value.value >= LEAST_POSITIVE)
+    value, prior, gap = _read(decoder, other, unigram, seed)
+    return Control(value, prior, gap, value.low >= LEAST_POSITIVE)
 
 
 def negative_control(model: PreTrainedModel, public: Sequence[Sequence[int]], *, seed: int = 0) -> Control:
     """The same attack with a decoder fitted on rows that were dealt out among all texts: it can know nothing.
 
-    Passed if what it reads lies within `WIDEST_NEGATIVE` of the commonest token's share.
+    Passed if what it reads lies within `WIDEST_NEGATIVE` of the commonest token's share, with the whole interval.
 
     Raises:
         AuditError: ``audit-public``: too little public text.
     """
-    fitted, other, unigram = _halves(model, public, seed)
+    fitted, other, unigram = halves(model, public, seed)
     generator = torch.Generator().manual_seed(seed)
     unrelated_P = fitted.token_P[torch.randperm(len(fitted.token_P), generator=generator)]
-    value, prior = _read(Gaussian.fit(fitted.hidden_PD, unrelated_P, unigram.log_V), other, unigram, seed)
-    return Control(value, prior, abs(value.value - prior.value) <= WIDEST_NEGATIVE)
+    value, prior, gap = _read(Gaussian.fit(fitted.hidden_PD, unrelated_P, unigram.log_V), other, unigram, seed)
+    return Control(value, prior, gap, gap.low >= -WIDEST_NEGATIVE and gap.high <= WIDEST_NEGATIVE)
 
 
-def _halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) -> tuple[View, View, Unigram]:
-    """Rows of most of the text, and of some that was kept apart."""
+def halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) -> tuple[View, View, Unigram]:
+    """Rows of most of the text, and of some that was drawn and kept apart: files have an order."""
     if len(public) < _FEWEST:
         raise AuditError(
             f"There are {len(public)} public texts; the controls need {_FEWEST}.",
@@ -72,16 +77,35 @@ def _halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) 
             why="an attack whose instruments were not tried shows nothing when it finds nothing",
             fix="name files of public text",
         )
-    kept = max(4, len(public) // 8)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(seed)
-    apart, rest = public[:kept], public[kept:]
+    apart, rest = split([public[n] for n in torch.randperm(len(public), generator=generator).tolist()])
     unigram = Unigram.of(torch.cat([torch.tensor(text) for text in rest]), vocabulary)
     fitted = views(model, [*rest, *cover(rest, vocabulary, 4, generator)], gradients=False)[0]
     return fitted, views(model, apart, gradients=False)[0], unigram
 
 
-def _read(decoder: Gaussian, other: View, unigram: Unigram, seed: int) -> tuple[Estimate, Estimate]:
+def split(public: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
+    """The first eighth of some texts, or more for `LEAST_TOKENS`, up to half; and the rest."""
+    kept = max(metrics.FEWEST_DOCUMENTS, len(public) // 8)
+    while kept < len(public) // 2 and sum(map(len, public[:kept])) < LEAST_TOKENS:
+        kept += 1
+    tokens = sum(map(len, public[:kept]))
+    if tokens < LEAST_TOKENS:
+        raise AuditError(
+            f"Half of the public texts hold {tokens} tokens; the controls need {LEAST_TOKENS} to be tried on.",
+            code="audit-public",
+            why="on fewer tokens neither control can be shown to be where it must be",
+            fix="name more public text",
+        )
+    return public[:kept], public[kept:]
+
+
+def _read(decoder: Gaussian, other: View, unigram: Unigram, seed: int) -> tuple[Estimate, Estimate, Estimate]:
     right_P = guesses(decoder, other.hidden_PD)[0] == other.token_P
     common_P = other.token_P == unigram.commonest
-    return rate(right_P, other.text_P, seed=seed), rate(common_P, other.text_P, seed=seed)
+    return (
+        metrics.rate(right_P, other.text_P, seed=seed),
+        metrics.rate(common_P, other.text_P, seed=seed),
+        metrics.advantage(right_P, common_P, other.text_P, seed=seed),
+    )

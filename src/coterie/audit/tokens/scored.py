@@ -10,7 +10,8 @@ from torch import Tensor
 
 from coterie.audit.adversaries import Adversary
 from coterie.audit.findings import Channel, Finding, Unit
-from coterie.audit.metrics import UNKNOWN, Estimate, advantage, rate, token_recovery, whole_secrets
+from coterie.audit.matching import pairs, places_in
+from coterie.audit.metrics import UNKNOWN, Estimate, advantage, rate, token_recovery
 from coterie.audit.prior import language_prior
 from coterie.audit.tokens.decoders import Gaussian, directions, guesses
 from coterie.audit.tokens.known import Known
@@ -169,7 +170,10 @@ class Scored:
                 "content tokens by the surest layer", Channel.TOKENS, Unit.CONTENT, found.content, None,
                 f"{self._who} reads {percent(found.content)} of the tokens that carry meaning",
             )  # fmt: skip
-        whole = whole_secrets(right_P, _spans(places))
+        spans = _spans(places)
+        first_S = torch.tensor([first for first, _ in spans])
+        whole_S = torch.tensor([bool(right_P[first:behind].all()) for first, behind in spans])
+        whole = rate(whole_S, places.document_P[first_S])
         yield self._finding(
             "whole records by the surest layer", Channel.TOKENS, Unit.RECORDS, whole, None,
             f"in {percent(whole)} of the records {self._who_low} reads every token",
@@ -320,15 +324,16 @@ class Scored:
         among_V = torch.zeros(len(self.known.content_V), dtype=torch.bool)
         for layer in inside:
             among_V[self.read(layer)[0][self.table.layers[layer].call_R == fresh[0]]] = True
-        texts = _records(self.places, fresh[0])
-        right, record = [], []
-        for number, start in enumerate(beginnings(self.known.model, inside, self.hosted)[:_REBUILT]):
-            told = rebuild(self.known.model, inside, self.hosted, [start], words=_WORDS, among_V=among_V)
-            hits = max(([a == b for a, b in zip(told, text, strict=False)] for text in texts), key=sum)
-            right += hits
-            record += [number] * len(hits)
-        if right:
-            value = rate(torch.tensor(right), torch.tensor(record))
+        texts, documents = _records(self.places, fresh[0])
+        told = [
+            rebuild(self.known.model, inside, self.hosted, [start], words=_WORDS, among_V=among_V)
+            for start in beginnings(self.known.model, inside, self.hosted)[:_REBUILT]
+        ]
+        chosen = pairs(texts, told)
+        if chosen:
+            lengths = [min(len(told[guess]), len(texts[record])) for _, record, guess in chosen]
+            of = torch.tensor([documents[record] for _, record, _ in chosen])
+            value = rate(*places_in([count for count, _, _ in chosen], lengths, of))
             yield self._finding(
                 "records rebuilt word by word", Channel.ROWS, Unit.PLACES, value, None,
                 f"in the first round, with nothing given, {self._who_low} puts {percent(value)} of the first "
@@ -391,10 +396,11 @@ def _spans(places: Places) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(places.token_P)], strict=True))
 
 
-def _records(places: Places, call: int) -> list[list[int]]:
-    return [
-        places.token_P[first:behind].tolist() for first, behind in _spans(places) if int(places.call_P[first]) == call
-    ]
+def _records(places: Places, call: int) -> tuple[list[list[int]], list[int]]:
+    """The records of a call, and their documents."""
+    spans = [(first, behind) for first, behind in _spans(places) if int(places.call_P[first]) == call]
+    texts = [places.token_P[first:behind].tolist() for first, behind in spans]
+    return texts, [int(places.document_P[first]) for first, _ in spans]
 
 
 def _value(finding: Finding) -> float:
