@@ -1,8 +1,8 @@
 """What the figures of an audit amount to: per adversary in words, and for the whole.
 
 Nothing counts as held unless the instruments work: the positive control reads at least `POSITIVE` of the tokens of
-undefended hidden vectors, a prior was measured, and the negative control, an instrument that can know nothing, stays
-within `NEAR` of its prior.
+undefended hidden vectors by the lower end of its interval, a prior was measured, and the negative control, an
+instrument that can know nothing, stays within `NEAR` of its prior.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def controls(
         positive is not None
         and negative is not None
         and prior is not None
-        and positive.value >= POSITIVE
+        and positive.low >= POSITIVE
         and abs(negative.value - prior.value) <= NEAR
     )
     return Controls(
@@ -75,8 +75,12 @@ def failed(measured: Controls) -> str:
     ]
     if "prior" in measured.reasons:
         why.append(f"the prior: {measured.reasons['prior']}")
-    if measured.positive is not None and measured.positive < POSITIVE:
-        why.append(f"the positive control read {percent(measured.positive)} of tokens instead of {percent(POSITIVE)}")
+    positive = measured.intervals.get("positive")
+    if positive is not None and positive.low < POSITIVE:
+        why.append(
+            f"the positive control read {percent(positive.value)} of tokens, by its interval as few as "
+            f"{percent(positive.low)} instead of {percent(POSITIVE)}"
+        )
     if (
         measured.negative is not None
         and measured.prior is not None
