@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ Read = Callable[..., Evidence]
 
 
 def evidence(exchange: str = "tokens", claim: Claim | None = None, received: int = 2, **more: Any) -> Evidence:
-    transcripts = {f"party{number}": SimpleNamespace(rounds=2) for number in range(received)}
+    transcripts = {f"party{number}": SimpleNamespace(rounds=2, stopped=None) for number in range(received)}
     values: dict[str, Any] = {
         "owner": "alder",
         "exchange": exchange,
@@ -172,11 +173,23 @@ def test_a_missing_piece_is_told_and_ends_nothing(
 def test_a_transcript_of_another_run_is_told_and_the_rest_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = CheckpointError("What birch/run holds is of run 1234.", code="transcript-other-run")
-    reading(monkeypatch, other, evidence(received=0))
+    def read(*given: Any) -> Evidence:
+        given[-1]("What birch/run holds is of run 1234.")
+        return evidence(received=0)
+
+    monkeypatch.setattr(run.Evidence, "read", read)
     found = audit([Asked(folder, received=(Path("birch/run"),))], seed=3, budget_s=10)
     assert any("of run 1234" in sentence for sentence in found.untested)
     assert found.outcome is Outcome.UNKNOWN
+
+
+def test_a_recording_that_stopped_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = {"birch": SimpleNamespace(rounds=None, stopped=3), "cedar": SimpleNamespace(rounds=None, stopped=None)}
+    reading(monkeypatch, replace(evidence(), received=cut))  # type: ignore[arg-type]
+    attacks(monkeypatch, tokens())
+    told = audited(folder).untested
+    assert any("birch received from round 3 on" in sentence for sentence in told)
+    assert not any("cedar" in sentence for sentence in told)
 
 
 def test_a_partys_model_is_put_together_from_run_folders_and_not_from_transcripts(

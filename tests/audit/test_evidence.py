@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from coterie.audit.evidence import Claim, Evidence
+from coterie.audit.findings import Part
+from coterie.audit.identified import federation_run
 from coterie.config import PartyConfig, dump_yaml
 from coterie.errors import CheckpointError, CoterieError
 from coterie.federation.wire.frame import FrameType
 from coterie.federation.wire.frame_log import FrameLog
+from coterie.federation.wire.recording import STOPPED
 from coterie.federation.wire.transport import Address, Lane, Message
 from coterie.training.data.tokenizer import train_tokenizer
 from helpers.federations import PARTIES, settings
@@ -23,13 +26,20 @@ FACTS = {
 }  # fmt: skip
 
 
-def recorded(folder: Path, kind: str, party: str, run: str = "r1", agreement: str = "a1") -> Path:
+def recorded(
+    folder: Path, kind: str, party: str, run: str = "r1", agreement: str = "a1", counts: int = 1, **facts: object
+) -> Path:
     """What a party recorded of one dispatch of alder's; the key of it."""
-    head = {**FACTS, "kind": kind, "party": party, "run": run, "agreement": agreement}
+    head = {**FACTS, "kind": kind, "party": party, "run": run, "agreement": agreement, **facts}
     log = FrameLog(folder / "private" / kind, head, [*PARTIES, "own"], 1 << 20)
     at = Address(round=1, attempt=1)
     if kind == "transcript":
-        rows = (torch.ones(2, 4), torch.ones(2, dtype=torch.uint8), torch.tensor([1, 1], dtype=torch.uint8))
+        hosted = 2 if party == "cedar" else 1
+        rows = (
+            torch.ones(2, 4),
+            torch.full((2,), counts, dtype=torch.uint8),
+            torch.full((2,), hosted, dtype=torch.uint8),
+        )
         log.append("alder", FrameType.REQUEST, Lane.FORWARD, Message("dispatch", at, {"keep": True}, rows))
     log.close()
     return folder
@@ -83,6 +93,46 @@ def test_what_another_run_recorded_is_refused(kind: str, wrong: dict[str, str], 
     with pytest.raises(CheckpointError) as caught:
         Evidence.read(own, [] if where == own else [where])
     assert caught.value.code == "transcript-other-run"
+
+
+def test_of_several_transcripts_the_good_ones_stay_and_the_others_are_named(tmp_path: Path) -> None:
+    own = owners_folder(tmp_path / "alder")
+    strange = {"parties": ["alder", "birch", "yew"], "placement": [[0, 1, 2, 0]]}
+    given = {
+        recorded(tmp_path / "birch", "transcript", "birch"): None,
+        recorded(tmp_path / "again", "transcript", "birch"): "transcript-twice",
+        recorded(tmp_path / "other", "transcript", "cedar", run="r2"): "transcript-other-run",
+        recorded(tmp_path / "yew", "transcript", "yew", **strange): "transcript-outsider",
+        recorded(tmp_path / "bent", "transcript", "cedar", counts=9): "transcript-damaged",
+        recorded(tmp_path / "dtype", "transcript", "cedar", push_dtype="bfloat16"): "transcript-damaged",
+        recorded(tmp_path / "placed", "transcript", "cedar", placement=[[0, 1, 2, 2]]): "transcript-damaged",
+        tmp_path / "nothing": "transcript-none",
+        recorded(tmp_path / "cedar", "transcript", "cedar"): None,
+    }
+    told: list[str] = []
+    found = Evidence.read(own, list(given), leave_out=told.append)
+    assert found.received["birch"].files[0].is_relative_to(tmp_path / "birch")
+    assert found.received["cedar"].files[0].is_relative_to(tmp_path / "cedar")
+    assert len(told) == sum(code is not None for code in given.values())
+    for folder, code in given.items():
+        if code is not None:
+            with pytest.raises(CheckpointError) as caught:
+                Evidence.read(own, [tmp_path / "birch", folder])
+            assert caught.value.code == code, folder
+
+
+def test_a_transcript_that_was_cut_counts_the_rounds_before_alone(tmp_path: Path) -> None:
+    own = owners_folder(tmp_path / "alder")
+    found = Evidence.read(own, [recorded(tmp_path / "birch", "transcript", "birch")])
+    rounds = federation_run(found, Part.TOKENS).rounds
+    assert federation_run(found, Part.TOKENS).recorded == rounds
+    head = {**FACTS, "kind": "transcript", "party": "cedar", "run": "r1", "agreement": "a1"}
+    log = FrameLog(tmp_path / "cedar" / "private" / "transcript", head, [*PARTIES, STOPPED], 1 << 20)
+    log.append(STOPPED, FrameType.ONE_WAY, Lane.CONTROL, Message(STOPPED, Address(round=2)))
+    log.close()
+    cut = Evidence.read(own, [tmp_path / "birch", tmp_path / "cedar"])
+    assert rounds > 1
+    assert federation_run(cut, Part.TOKENS).recorded == 1
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 from synthetic_findings import finding, findings, noised, private, tokens, working
 
-from coterie.audit.findings import Part
+from coterie.audit.findings import Over, Part, TokensFigures
+from coterie.audit.metrics import Estimate
 from coterie.audit.report.findings_page import audit_page, save_report
 from coterie.audit.report.shareable import shareable
+from coterie.audit.run import ALWAYS_UNTESTED
+from coterie.audit.verdicts import controls
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -89,6 +93,58 @@ def test_the_edition_to_pass_on_says_what_it_leaves_out() -> None:
     assert "edition to pass on" in page
     assert "Left out of this edition" in page
     assert "98.1 %" not in page
+
+
+SECRET, COUNT = "4817263", 4817263.0
+
+
+def test_no_fact_about_the_text_is_anywhere_in_the_edition_to_pass_on() -> None:
+    """Every place of an audit that may quote the text holds one number, which must be gone from page and figures."""
+    told = f"there are {SECRET} documents trained on"
+    premise = {"name": "noise", "verdict": "consistent", "sentence": told, "chance": None}
+    measured = premise | dict.fromkeys(("value", "expected", "error"), COUNT)
+    bounds = dict.fromkeys(("epsilon_claimed", "delta", "epsilon_lower", "epsilon_ceiling", "auc_allowed"), 0.5)
+    of_run = dict.fromkeys(("canaries", "claimed", "lower", "ceiling", "gaussian_lower", "gaussian_ceiling"), 1)
+    run = of_run | {"score": "loss", "verdict": "consistent", "auc": COUNT, "ratio": COUNT}
+    epsilon = bounds | {
+        "verdict": "consistent", "premises": [measured], "one_run": [run], "sentences": [told],
+        "epsilon_measured": COUNT, "seconds": {"premises": COUNT},
+    }  # fmt: skip
+    rate = Estimate(COUNT, COUNT, COUNT, int(COUNT))
+    members = finding(name="reads", lot=int(COUNT), sentence=told).model_copy(update={"value": rate, "prior": rate})
+    whole = findings({
+        Part.EXPERTS_DP: (members, finding(None, reason=told, sentence=told, over=Over.PUBLIC)),
+        Part.TOKENS: (finding(name="planted", over=Over.PUBLIC, sentence=told), finding(None, reason=told)),
+    })  # fmt: skip
+    whole = whole.model_copy(
+        update={
+            "epsilon": epsilon,
+            "tested": (told,),
+            "untested": (told, *ALWAYS_UNTESTED),
+            "next_settings": (told,),
+            "tokens": TokensFigures(recovery=None, layers={"0": COUNT}, prior=COUNT, reasons={"recovery": told}),
+            "experts_dp": private(epsilon_lower=None).model_copy(update={"reasons": {"epsilon_lower": told}}),
+            "controls": controls(None, None, None, dict.fromkeys(("positive", "negative", "prior"), told)),
+        }
+    )
+    assert SECRET in json.dumps(whole.as_json())
+    assert SECRET in audit_page(whole)
+    shown = shareable(whole)
+    assert SECRET not in json.dumps(shown.as_json())
+    page = audit_page(shown).replace(",", "")
+    assert SECRET not in page
+    assert "4.8173e+06" not in page
+    assert shown.tested == (
+        "`experts` with a budget: reads, on hidden vectors",
+        "`tokens`: planted, on hidden vectors",
+        "premise: noise",
+    )
+    assert set(ALWAYS_UNTESTED) <= set(shown.untested)
+    assert shown.epsilon is not None
+    assert (shown.epsilon["epsilon_lower"], shown.epsilon["premises"]) == (
+        0.5,
+        [{"name": "noise", "verdict": "consistent"}],
+    )
 
 
 def test_an_audit_of_nothing_has_a_page_too() -> None:

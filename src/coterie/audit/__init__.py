@@ -2,9 +2,9 @@
 
 In reading order: `coterie.audit.adversaries` says who attacks, `coterie.audit.metrics` what a figure means and how
 far it carries, `coterie.audit.matching` which guess stands for which record; `coterie.audit.transcript` reads what a
-party recorded of what others sent to it, `coterie.audit.answers` the owner's own key to it, and
-`coterie.audit.evidence` joins everything that an audit of one owner rests on. Attacks read transcripts, the public
-starting checkpoint and public text; answers are for scoring.
+party recorded of what others sent to it, `coterie.audit.fitting` refuses what could not have crossed,
+`coterie.audit.answers` is the owner's own key to it, and `coterie.audit.evidence` joins everything that an audit of
+one owner rests on. Attacks read transcripts, the public starting checkpoint and public text; answers are for scoring.
 `coterie.audit.model` attacks the trained model, and prepares runs for that.
 
 `coterie.audit.prior` is what the public model guesses without receiving anything, and `coterie.audit.tokens` attacks

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from coterie.audit.answers import Answers
+from coterie.audit.fitting import unfit
 from coterie.audit.transcript import Transcript
 from coterie.config import FederationConfig, PartyConfig, load_yaml
-from coterie.errors import CheckpointError, ConfigError
+from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.federation.wire.recording import ANSWERS
 from coterie.storage import json_object
 from coterie.training.data.documents import read_documents
@@ -57,7 +58,12 @@ class Evidence:
 
     @classmethod
     def read(
-        cls, run_folder: Path, received: Sequence[Path], public: Sequence[Path] = (), start: Path | None = None
+        cls,
+        run_folder: Path,
+        received: Sequence[Path],
+        public: Sequence[Path] = (),
+        start: Path | None = None,
+        leave_out: Callable[[str], None] | None = None,
     ) -> Evidence:
         """Join what lies in folders.
 
@@ -67,10 +73,12 @@ class Evidence:
             public: files of public text, read as the owner's own settings read text. What is among the owner's
                 records is left out.
             start: default: the model that federation.yaml names.
+            leave_out: is told why a transcript cannot be used, and the others are; None: the reason is raised.
 
         Raises:
             CheckpointError: ``run-dir-none``; ``transcript-other-run``: a transcript or the key is of another run or
-                other settings; ``transcript-own``; what `Transcript.read` and `Answers.read` raise.
+                other settings; ``transcript-own``; ``transcript-outsider``; ``transcript-twice``;
+                ``transcript-damaged``; what `Transcript.read` and `Answers.read` raise.
             ConfigError: ``audit-start``: federation.yaml names no checkpoint.
             DataError: public text cannot be read.
         """
@@ -85,18 +93,18 @@ class Evidence:
                 why="an adversary knows the starting model; the audit has to know it, too",
                 fix="save the starting model in Hugging Face's form, and name its folder",
             )
-        transcripts = {}
+        transcripts: dict[str, Transcript] = {}
         for folder in received:
-            found = Transcript.read(folder, party.party)
-            _check_same(folder, found.run, found.agreement, marker)
-            if found.party == party.party:
-                raise CheckpointError(
-                    f"{folder} holds what {found.party} itself received.",
-                    code="transcript-own",
-                    why="what can be read of a party stands in what the others received",
-                    fix="give the folders of the other parties",
-                )
-            transcripts[found.party] = found
+            try:
+                found = Transcript.read(folder, party.party)
+                _check_same(folder, found.run, found.agreement, marker)
+                _check_agreed(folder, found, federation, transcripts)
+            except CoterieError as error:
+                if leave_out is None:
+                    raise
+                leave_out(error.message)
+            else:
+                transcripts[found.party] = found
         answers = None
         if (private_folder(run_folder) / ANSWERS).is_dir():
             answers = Answers.read(run_folder)
@@ -137,6 +145,43 @@ def _check_same(folder: Path, run: str, agreement: str, marker: Mapping[str, Any
             why="answers and messages of two runs do not belong together, and every score would be wrong",
             fix="give what the parties recorded in this very run",
         )
+
+
+def _check_agreed(
+    folder: Path, found: Transcript, federation: FederationConfig, others: Mapping[str, Transcript]
+) -> None:
+    """A transcript of this run is of another party than the owner, of each once, and whole as far as it goes."""
+    if found.party == found.sender:
+        raise CheckpointError(
+            f"{folder} holds what {found.party} itself received.",
+            code="transcript-own",
+            why="what can be read of a party stands in what the others received",
+            fix="give the folders of the other parties",
+        )
+    if found.party not in federation.parties:
+        raise CheckpointError(
+            f"{folder} holds what {found.party[:80]} received, which is no party of this federation.",
+            code="transcript-outsider",
+            why="only parties of the agreement receive anything",
+            fix="give the run folders of the parties that federation.yaml names",
+        )
+    if found.party in others:
+        raise CheckpointError(
+            f"{folder} holds what {found.party} received, which another folder holds, too.",
+            code="transcript-twice",
+            why="one of the two would count, and nobody could say which",
+            fix="give one folder for each party",
+        )
+    agreed = (tuple(federation.parties), federation.exchange, federation.push_dtype, federation.weights_dtype)
+    dtypes = (str(dtype).removeprefix("torch.") for dtype in (found.push_dtype, found.weights_dtype))
+    first = next(iter(others.values()), found)
+    if (found.parties, found.exchange, *dtypes) != agreed or (found.placement, found.parts) != (
+        first.placement,
+        first.parts,
+    ):
+        raise unfit(f"The head of the transcript in {folder}", "it names other settings")
+    # Of `experts` an adversary reads what all others serve, too.
+    (found if found.exchange == "tokens" else replace(found, sender=None)).check()
 
 
 def claim_of(run_folder: Path) -> Claim | None:

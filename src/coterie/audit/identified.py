@@ -14,6 +14,7 @@ from typing import Any
 from coterie import __version__
 from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Audited, Identification, Part
+from coterie.audit.transcript import Transcript
 from coterie.config import FederationConfig, content_hash, load_yaml
 from coterie.revision import revision
 from coterie.storage import file_digest, json_object
@@ -42,7 +43,7 @@ def federation_run(evidence: Evidence, part: Part) -> Audited:
     """One owner's part in a federation."""
     federation = load_yaml(evidence.run_folder / FEDERATION_FILE, FederationConfig)
     rounds = federation.train.rounds
-    recorded = min((transcript.rounds or rounds for transcript in evidence.received.values()), default=0)
+    recorded = min((_whole_rounds(transcript, rounds) for transcript in evidence.received.values()), default=0)
     claim = evidence.privacy
     return Audited(
         part=part,
@@ -55,6 +56,12 @@ def federation_run(evidence: Evidence, part: Part) -> Audited:
         recorded=min(recorded, rounds),
         claimed=None if claim is None else (claim.epsilon, claim.delta),
     )
+
+
+def _whole_rounds(transcript: Transcript, rounds: int) -> int:
+    """How many rounds were recorded whole: those before the one in which the recording grew too large."""
+    asked = rounds if transcript.rounds is None else transcript.rounds
+    return asked if transcript.stopped is None else min(asked, max(0, transcript.stopped - 1))
 
 
 def lone_run(run_folder: Path, claimed: tuple[float, float] | None) -> Audited:

@@ -7,7 +7,7 @@ what could not be concluded is told, and the rest goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from coterie.audit.findings import Audited, Controls, Finding, Findings, Outcome
 from coterie.audit.identified import federation_run, identification, lone_run
 from coterie.audit.verdicts import LABELS, headline, overall, verdicts
 from coterie.config import FederationConfig, PrivacyRules, load_yaml
-from coterie.errors import CoterieError
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 
 Progress = Callable[[str], None]
@@ -167,14 +166,18 @@ def part_of(evidence: Evidence, federation: FederationConfig) -> Part:
 
 
 def _evidence(asked: Asked, gathered: _Gathered) -> Evidence:
-    """All that was given, or without what others received if that does not fit."""
-    try:
-        return Evidence.read(asked.run, asked.received, asked.public, asked.start)
-    except CoterieError as error:
-        if error.code == "run-dir-none" or not asked.received:
-            raise
-        gathered.untested.append(f"What other parties received: {error.message}")
-        return Evidence.read(asked.run, (), asked.public, asked.start)
+    """All that was given, but for what others received and cannot be used: each is named."""
+
+    def leave_out(why: str) -> None:
+        gathered.untested.append(f"What another party received: {why}")
+
+    found = Evidence.read(asked.run, asked.received, asked.public, asked.start, leave_out)
+    for party, transcript in found.received.items():
+        if transcript.stopped is not None:
+            gathered.untested.append(
+                f"What {party} received from round {transcript.stopped} on: its recording stopped there."
+            )
+    return found
 
 
 # ---- what it amounts to ----
@@ -203,7 +206,7 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
         verdicts=tuple(judged),
         findings=found,
         tested=tuple(_tested(found, gathered)),
-        untested=(*_untested(found, gathered), *_ALWAYS_UNTESTED),
+        untested=(*_untested(found, gathered), *ALWAYS_UNTESTED),
         next_settings=tuple(next_settings(judged, private, measured, found)),
         identification=identification(gathered.runs, seed, seconds, cpu_s),
     )
@@ -244,16 +247,20 @@ def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> li
         for finding in some
         if finding.reason
     ]
-    alone = [
+    return list(dict.fromkeys([*gathered.untested, *reasons, *played_instead(found)]))
+
+
+def played_instead(found: Container[Part]) -> list[str]:
+    """Which adversaries a stronger one stood in for, in sentences."""
+    return [
         f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts: {DEFAULT.label}, who also "
         "has the public checkpoint, was played in its place."
         for part in (Part.EXPERTS, Part.EXPERTS_DP)
         if part in found
     ]
-    return list(dict.fromkeys([*gathered.untested, *reasons, *alone]))
 
 
-_ALWAYS_UNTESTED = (
+ALWAYS_UNTESTED = (
     "Sums of adapters (`lora`), and models with another head than next-token prediction (classifiers): no attack "
     "here reads them.",
     f"{Adversary.NETWORK.label}: times of encrypted frames, and how long a round takes.",

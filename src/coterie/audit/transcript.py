@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from coterie.audit.fitting import Fitting, head_of, unfit
 from coterie.errors import CheckpointError
 from coterie.federation.experts.parts import Part, chunks_in, span
 from coterie.federation.wire.frame import FrameType
 from coterie.federation.wire.frame_log import Logged, files_in, read_entries, read_head
 from coterie.federation.wire.messages import TABLE, TensorRule
 from coterie.federation.wire.recording import STOPPED, TRANSCRIPT
+from coterie.federation.wire.values import largest
 from coterie.training.folders import private_folder
 
 Phase = Literal["train", "evaluation"]
@@ -164,19 +166,20 @@ class Transcript:
                 code="transcript-mixed",
                 fix="keep the transcript of each run in a folder of its own",
             )
+        agreed, placement, parts = head_of(place, first)
         return cls(
-            party=first["party"],
-            run=first["run"],
-            agreement=first["agreement"],
-            federation=first["federation"],
-            parties=tuple(first["parties"]),
-            exchange=first["exchange"],
-            placement=tuple(tuple(first["parties"][host] for host in layer) for layer in first["placement"]),
-            parts=tuple(part_of(saved) for saved in first["parts"]),
-            rounds=first["rounds"],
+            party=agreed.party,
+            run=agreed.run,
+            agreement=agreed.agreement,
+            federation=agreed.federation,
+            parties=tuple(agreed.parties),
+            exchange=agreed.exchange,
+            placement=placement,
+            parts=parts,
+            rounds=agreed.rounds,
             files=tuple(path for path, _ in found),
-            push_dtype=getattr(torch, first["push_dtype"]),
-            weights_dtype=getattr(torch, first["weights_dtype"]),
+            push_dtype=getattr(torch, agreed.push_dtype),
+            weights_dtype=getattr(torch, agreed.weights_dtype),
             sender=sender,
         )
 
@@ -188,11 +191,30 @@ class Transcript:
         """Every message in the order of arrival.
 
         Raises:
-            CheckpointError: ``transcript-damaged`` at the first entry that was changed.
+            CheckpointError: ``transcript-damaged`` at the first entry that was changed, or does not fit.
         """
+        fitting = Fitting(self.party, self.exchange, self.placement, self.parts, self.push_dtype, self.weights_dtype)
         for number, logged in enumerate(self._logged()):
             if logged.name in self.parties and self.sender in (None, logged.name):
+                fitting.check(logged)
                 yield _entry(number, logged)
+
+    def check(self) -> None:
+        """Read everything once, as attacks do.
+
+        Raises:
+            CheckpointError: ``transcript-damaged``, ``transcript-read``.
+        """
+        for _ in self.dispatches() if self.exchange == "tokens" else self.pushes():
+            pass
+
+    def holds(self, part: Part, dtype: torch.dtype) -> bool:
+        """Whether the files are large enough for a whole part: a head may name any size, and nobody makes room."""
+        return part.num_bytes(dtype) <= self._bytes
+
+    @cached_property
+    def _bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
 
     @cached_property
     def stopped(self) -> int | None:
@@ -208,13 +230,17 @@ class Transcript:
         waiting: dict[tuple[object, ...], Entry] = {}
         for entry in self:
             key = (entry.peer, entry.round, entry.attempt, entry.micro_batch, entry.layer, entry.call)
-            if entry.kind == "dispatch" and not entry.reply:
+            if entry.kind == "dispatch" and not entry.reply and len(entry.tensors["hidden"]):
                 if entry.phase == "evaluation":
                     yield _dispatch(entry, None)
                 else:
                     waiting[key] = entry
             elif entry.kind == "gradient" and not entry.reply and key in waiting:
-                yield _dispatch(waiting.pop(key), entry.tensors["at_outputs"])
+                sent, gradient = waiting.pop(key), entry.tensors["at_outputs"]
+                lines = sent.tensors["counts" if "weights" in sent.tensors else "ids"]
+                if len(gradient) != len(lines):
+                    raise unfit(f"A gradient of {entry.peer} in round {entry.round}", "it has another number of rows")
+                yield _dispatch(sent, gradient)
         for entry in waiting.values():
             yield _dispatch(entry, None)
 
@@ -223,7 +249,9 @@ class Transcript:
         begun: dict[tuple[str, int], tuple[Mapping[str, Any], Tensor, set[int]]] = {}
         for entry in self:
             key = (entry.peer, entry.part)
-            if entry.reply or entry.part >= len(self.parts):
+            if entry.reply or not entry.kind.startswith("push-"):
+                continue
+            if not self.holds(self.parts[entry.part], self.push_dtype):
                 continue
             if entry.kind == "push-begin":
                 held = begun.get(key)
@@ -231,14 +259,15 @@ class Transcript:
                     begun[key] = (entry.body, torch.empty(entry.body["size"], dtype=torch.uint8), set())
             elif entry.kind == "push-chunk" and key in begun:
                 _, blob, seen = begun[key]
-                if entry.chunk < chunks_in(blob.numel()):
-                    blob[span(blob.numel(), entry.chunk)] = entry.tensors["bytes"]
-                    seen.add(entry.chunk)
+                blob[span(blob.numel(), entry.chunk)] = entry.tensors["bytes"]
+                seen.add(entry.chunk)
             elif entry.kind == "push-end" and key in begun:
                 body, blob, seen = begun[key]
                 part = self.parts[entry.part]
-                if len(seen) == chunks_in(blob.numel()) and blob.numel() == part.num_bytes(self.push_dtype):
+                if len(seen) == chunks_in(blob.numel()):
                     sums = {name: values.float() for name, values in part.decode(blob, self.push_dtype).items()}
+                    if not all(largest(values) < torch.inf for values in sums.values()):
+                        raise unfit(f"A sum of {entry.peer} in round {entry.round}", "it holds NaN or infinity")
                     yield Push(entry.peer, entry.round, entry.attempt, part, body["weights"], sums)
 
     def weights(self, round_no: int, attempt: int) -> dict[int, Mapping[str, Tensor]]:
@@ -251,9 +280,11 @@ class Transcript:
         due: dict[int, str] = {}
         blobs: dict[tuple[int, str], tuple[Tensor, set[int]]] = {}
         for entry in replace(self, sender=None):
-            if not entry.reply or entry.part >= len(self.parts):
+            if not entry.reply or not entry.kind.startswith("weights-"):
                 continue
             part = self.parts[entry.part]
+            if not self.holds(part, self.weights_dtype):
+                continue
             if entry.kind == "weights-offer":
                 offered[part.number] = entry.body["digest"]
                 if (entry.round, entry.attempt) == (round_no, attempt):
@@ -273,12 +304,6 @@ class Transcript:
     def _logged(self) -> Iterator[Logged]:
         for path in self.files:
             yield from read_entries(path)
-
-
-def part_of(saved: Mapping[str, Any]) -> Part:
-    """A part of the model, as the head of a transcript names it."""
-    shapes = tuple((name, tuple(shape)) for name, shape in saved["shapes"])
-    return Part(saved["number"], saved["host"], saved["layer"], tuple(saved["experts"]), shapes, saved["trained"])
 
 
 _RULES: Mapping[tuple[str, bool], tuple[TensorRule, ...]] = {

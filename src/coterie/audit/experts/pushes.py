@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.transcript import Push, Transcript
-from coterie.federation.experts.parts import Part, chunks_in, span
+from coterie.federation.experts.parts import Part, span
 from coterie.federation.experts.serve_weights import CHUNK
 from coterie.models import seam
 from coterie.models.grouped import as_EIO
@@ -92,13 +92,14 @@ def served(transcripts: Sequence[Transcript]) -> Iterator[tuple[int, dict[int, d
     blobs: dict[int, dict[int, tuple[Part, Tensor]]] = {}
     for transcript in transcripts:
         for entry in replace(transcript, sender=None):
-            if entry.kind != CHUNK or not entry.reply or entry.part >= len(transcript.parts) or entry.attempt < 1:
+            if entry.kind != CHUNK or not entry.reply or entry.attempt < 1:
                 continue
             part, dtype = transcript.parts[entry.part], transcript.weights_dtype
+            if not transcript.holds(part, dtype):
+                continue
             held = blobs.setdefault(entry.round, {})
             blob = held.setdefault(part.number, (part, torch.zeros(part.num_bytes(dtype), dtype=torch.uint8)))[1]
-            if entry.chunk < chunks_in(blob.numel()):
-                blob[span(blob.numel(), entry.chunk)] = entry.tensors["bytes"]
+            blob[span(blob.numel(), entry.chunk)] = entry.tensors["bytes"]
     dtype = transcripts[0].weights_dtype if transcripts else torch.float32
     for number in sorted(blobs):
         parts = {key: part.decode(blob, dtype) for key, (part, blob) in blobs[number].items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from coterie import pages
 from coterie.audit.adversaries import Adversary
@@ -42,6 +43,7 @@ _SHARES = (
     Unit.SECRETS,
     Unit.TPR,
 )
+_OF_PREMISES = (("value", ".5g"), ("expected", ".5g"), ("error", ".2g"))
 FOOTER = (
     "Made by `coterie audit`. An attack that finds nothing proves only that this attack finds nothing; what a budget "
     "promises rests on its proof, and the audit looks for contradictions to it. No recovered private text is in this "
@@ -261,7 +263,7 @@ def epsilon_tables(findings: Findings) -> Sequence[Table]:
     """Premises of the claim, each measured; and what canaries of one run prove."""
     epsilon = findings.epsilon or {}
     premises = tuple(
-        (each["name"], f"{each['value']:.5g}", f"{each['expected']:.5g}", f"{each['error']:.2g}", each["verdict"])
+        (each["name"], *(_told(each, *of) for of in _OF_PREMISES), each["verdict"])
         for each in epsilon.get("premises", ())
     )
     runs = tuple(
@@ -269,7 +271,7 @@ def epsilon_tables(findings: Findings) -> Sequence[Table]:
             run["score"],
             f"{run['canaries']}",
             f"{run['claimed']:g}",
-            f"{run['auc']:.3f}",
+            _told(run, "auc", ".3f"),
             f"{run['lower']:.2f}, {run['gaussian_lower']:.2f}",
             f"{run['ceiling']:.2f}, {run['gaussian_ceiling']:.2f}",
             run["verdict"],
@@ -288,6 +290,11 @@ def epsilon_tables(findings: Findings) -> Sequence[Table]:
             runs,
         ),
     )
+
+
+def _told(of: Mapping[str, Any], name: str, form: str) -> str:
+    """A number; a dash where this edition leaves it out."""
+    return format(of[name], form) if name in of else "-"
 
 
 def attack_tables(findings: Findings) -> Sequence[Table]:

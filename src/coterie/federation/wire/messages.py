@@ -236,7 +236,7 @@ def check_request(
             raise unfit(peer, message.kind, name, f"is {number}; this message has none")
         if most is not None and name in most and number > most[name]:
             raise unfit(peer, message.kind, name, f"is {number}; {most[name]} was agreed")
-    _check_form(row.request, peer, message, dict(sizes or {}))
+    check_form(row.request, peer, message, dict(sizes or {}))
     return row
 
 
@@ -254,7 +254,7 @@ def check_reply(row: Row, peer: str, request: Message, reply: Message) -> None:
     for name in ADDRESS:
         if getattr(reply.address, name) != getattr(request.address, name):
             raise unfit(peer, reply.kind, name, f"answers another {name}")
-    _check_form(form, peer, reply, {})
+    check_form(form, peer, reply, {})
 
 
 def row_of(request: Message, me: str, peer: str) -> Row | None:
@@ -265,7 +265,18 @@ def row_of(request: Message, me: str, peer: str) -> Row | None:
     return None
 
 
-def _check_form(form: Form, peer: str, message: Message, sizes: dict[str, int]) -> None:
+def check_form(form: Form, peer: str, message: Message, sizes: dict[str, int]) -> None:
+    """Make sure that body and tensors are those of a form.
+
+    Args:
+        form: of the message's kind.
+        peer: who sent it.
+        message: what came.
+        sizes: extent of axes by letter; those of the message are added.
+
+    Raises:
+        MessageError: ``message-unfit`` with the first field that does not fit.
+    """
     if form.body is not None:
         if message.body.keys() != form.body.keys():
             raise unfit(peer, form.kind, "body", f"must have exactly these entries: {', '.join(form.body) or 'none'}")

@@ -1,0 +1,208 @@
+"""What a transcript's head and entries must be before anything computes with them.
+
+A party records messages before it looks at them, and a transcript comes from somebody else's disk: nothing in it is
+trusted. What does not fit is refused with ``transcript-damaged``, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from torch import Tensor
+
+from coterie.errors import CheckpointError, MessageError
+from coterie.federation.experts.parts import Part, chunks_in, span
+from coterie.federation.wire.frame import FrameType
+from coterie.federation.wire.frame_log import Logged
+from coterie.federation.wire.messages import LARGEST, TABLE, Form, check_form
+from coterie.federation.wire.values import largest
+
+_MOST_AXES = 8
+_FORMS: Mapping[tuple[str, str, bool], Form] = {
+    **{(row.topic, row.request.kind, False): row.request for row in TABLE},
+    **{(row.topic, form.kind, True): form for row in TABLE for form in row.replies},
+}
+_NUMBERS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    (row.topic, form.kind): row.numbers for row in TABLE for form in (row.request, *row.replies)
+}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    number: int
+    host: str
+    layer: int
+    experts: list[int]
+    shapes: list[tuple[str, list[PositiveInt]]]
+    trained: bool
+
+
+class Head(BaseModel):
+    """The head of a transcript; see `coterie.audit.transcript.Transcript`."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    party: str
+    run: str
+    agreement: str
+    federation: str
+    parties: list[str] = Field(min_length=1)
+    exchange: Literal["tokens", "experts"]
+    placement: list[list[int]]
+    parts: list[dict[str, Any]]
+    rounds: PositiveInt | None
+    push_dtype: Literal["float32", "bfloat16"]
+    weights_dtype: Literal["float32", "bfloat16"]
+
+    def owners(self) -> tuple[tuple[str, ...], ...]:
+        """For each MoE layer the host of each expert."""
+        if any(not 0 <= host < len(self.parties) for layer in self.placement for host in layer):
+            raise ValueError("placement")
+        return tuple(tuple(self.parties[host] for host in layer) for layer in self.placement)
+
+    def pieces(self) -> tuple[Part, ...]:
+        """The parts, each where its number says and of experts that its host has."""
+        return tuple(self._piece(number, saved) for number, saved in enumerate(self.parts))
+
+    def _piece(self, number: int, saved: Mapping[str, Any]) -> Part:
+        found = _Part.model_validate({**saved, "shapes": [tuple(pair) for pair in saved["shapes"]]})
+        owners = self.owners()[found.layer] if 0 <= found.layer < len(self.placement) else ()
+        hosted = [expert for expert, host in enumerate(owners) if host == found.host]
+        rows = {shape[0] if shape else 0 for _, shape in found.shapes} if hosted else set()
+        names = {name for name, _ in found.shapes}
+        if (
+            found.number != number
+            or found.host not in self.parties
+            or not -1 <= found.layer < len(self.placement)
+            or found.experts != hosted
+            or rows - {len(hosted)}
+            or not 0 < len(names) == len(found.shapes)
+            or any(len(shape) > _MOST_AXES for _, shape in found.shapes)
+        ):
+            raise ValueError(f"part {number}")
+        shapes = tuple((name, tuple(shape)) for name, shape in found.shapes)
+        part = Part(number, found.host, found.layer, tuple(found.experts), shapes, found.trained)
+        if part.num_values > LARGEST:
+            raise ValueError(f"part {number}")
+        return part
+
+
+def head_of(place: Path, saved: Mapping[str, Any]) -> tuple[Head, tuple[tuple[str, ...], ...], tuple[Part, ...]]:
+    """The head of a transcript with its placement and parts.
+
+    Raises:
+        CheckpointError: ``transcript-damaged``.
+    """
+    try:
+        head = Head.model_validate(saved)
+        owners, pieces = head.owners(), head.pieces()
+        if head.party not in head.parties or len(set(head.parties)) != len(head.parties):
+            raise ValueError("parties")
+    except ValidationError as error:
+        raise unfit(f"The head of the transcript in {place}", str(error.errors()[0]["loc"][0])) from None
+    except (ValueError, TypeError, KeyError):
+        raise unfit(f"The head of the transcript in {place}", "placement, parts or parties") from None
+    return head, owners, pieces
+
+
+class Fitting:
+    """Checks the entries of one transcript in order.
+
+    Args:
+        party: who received.
+        exchange: as agreed.
+        placement: for each MoE layer the host of each expert.
+        parts: the pieces of the model that cross.
+        push_dtype, weights_dtype: as agreed.
+    """
+
+    def __init__(
+        self,
+        party: str,
+        exchange: str,
+        placement: Sequence[Sequence[str]],
+        parts: Sequence[Part],
+        push_dtype: torch.dtype,
+        weights_dtype: torch.dtype,
+    ) -> None:
+        self._party, self._exchange, self._placement, self._parts = party, exchange, placement, parts
+        self._push_dtype, self._weights_dtype = push_dtype, weights_dtype
+        self._extents: dict[str, int] = {}
+
+    def check(self, logged: Logged) -> None:
+        """Make sure that an entry is what the agreed exchange sends.
+
+        Raises:
+            CheckpointError: ``transcript-damaged``.
+        """
+        message, reply = logged.frame.message, logged.frame.type is FrameType.REPLY
+        key = (self._exchange, message.kind, reply)
+        form, at, peer = _FORMS.get(key), message.address, logged.name
+        told = f"What {peer} sent to {self._party} in round {at.round}, `{message.kind}`,"
+        if form is None:
+            raise unfit(told, "its kind")
+        if form.body is None or at.round > LARGEST or at.call > LARGEST:
+            raise unfit(told, "its numbers")
+        try:
+            check_form(form, peer, message, {})
+        except MessageError as error:
+            raise unfit(told, error.message) from None
+        found = {rule.name: tensor for rule, tensor in zip(form.tensors, message.tensors, strict=False)}
+        if any(tensor.is_floating_point() and not _finite(tensor) for tensor in found.values()):
+            raise unfit(told, "it holds NaN or infinity")
+        numbers = _NUMBERS[self._exchange, message.kind]
+        if "layer" in numbers and at.layer >= len(self._placement):
+            raise unfit(told, "there is no such layer")
+        if "part" in numbers and at.part >= len(self._parts):
+            raise unfit(told, "there is no such part")
+        if not reply and message.kind == "dispatch":
+            self._dispatch(told, at.layer, found)
+        if not reply and message.kind == "gradient":
+            self._same_extent(told, "gradients' width", found["at outputs"].shape[1])
+        if "part" in numbers:
+            self._piece(told, message.kind, reply, self._parts[at.part], at.chunk, message.body, found)
+
+    def _dispatch(self, told: str, layer: int, found: Mapping[str, Tensor]) -> None:
+        counts_M, ids_P = found["counts"].long(), found["ids"].long()
+        owners = self._placement[layer]
+        hosted = [expert for expert, host in enumerate(owners) if host == self._party]
+        if bool((counts_M < 1).any()) or int(counts_M.sum()) != len(ids_P):
+            raise unfit(told, "its counts do not add up to its ids")
+        if not bool(torch.isin(ids_P, torch.tensor(hosted, dtype=torch.int64)).all()):
+            raise unfit(told, f"its ids are not of experts that {self._party} hosts")
+        self._same_extent(told, "vectors' width", found["hidden"].shape[1])
+
+    def _piece(
+        self, told: str, kind: str, reply: bool, part: Part, chunk: int, body: Mapping[str, Any],
+        found: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        size = part.num_bytes(self._weights_dtype if kind.startswith("weights") else self._push_dtype)
+        if "size" in body and body["size"] != size:
+            raise unfit(told, f"it is of another size than {part}")
+        if "bytes" in found:
+            here = span(size, chunk)
+            if chunk >= chunks_in(size) or found["bytes"].numel() != here.stop - here.start:
+                raise unfit(told, f"it is no chunk of {part}")
+
+    def _same_extent(self, told: str, what: str, extent: int) -> None:
+        if extent < 1 or self._extents.setdefault(what, extent) != extent:
+            raise unfit(told, f"{what} changed")
+
+
+def _finite(values: Tensor) -> bool:
+    return largest(values) <= torch.finfo(torch.float32).max
+
+
+def unfit(what: str, why: str) -> CheckpointError:
+    """The refusal of what is in a transcript and could not have crossed as agreed."""
+    return CheckpointError(
+        f"{what} does not fit what was agreed: {why.rstrip('.')}.",
+        code="transcript-damaged",
+        why="messages are recorded before anybody looks at them; one that does not fit was refused, or changed later",
+        fix="leave this transcript out, or copy it again from the party that recorded it",
+    )
