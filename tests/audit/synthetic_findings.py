@@ -102,13 +102,13 @@ def noised(gain_half: float = 0.015) -> tuple[Finding, ...]:
     told: dict[str, Any] = {"unit": Unit.PLACES, "channel": Channel.RELEASES, "name": "candidate weighed by the push"}
     return (
         finding(0.171, 0.02, 0.17, gain=Estimate(0.001, 0.001 - gain_half, 0.001 + gain_half, 2000), **told),
-        member(0.58, 1.4, channel=Channel.RELEASES),
+        member(0.58, 1.4, channel=Channel.RELEASES, name="membership in a lot", allowed=0.741),
     )
 
 
 def model() -> tuple[Finding, ...]:
     return (
-        member(0.61, 1.5, channel=Channel.MODEL, name="loss against the public start"),
+        member(0.61, 1.5, channel=Channel.MODEL, name="loss against the public start", allowed=0.741),
         finding(1.8, 0.0, None, unit=Unit.BITS, channel=Channel.MODEL, name="canaries, 4 copies", over=Over.PUBLIC),
         finding(None, unit=Unit.TPR, channel=Channel.MODEL, name="loss at 0.1 % false positives", prior=None),
     )
@@ -124,7 +124,9 @@ def findings(
     some = whole if parts is None else parts
     measured = measured or working()
     budget = budget or private()
-    judged = [verdict for part, found in some.items() for verdict in verdicts(part, found, measured, budget)]
+    judged = [
+        verdict for part, found in some.items() for verdict in verdicts(part, found, measured, budget, premises=True)
+    ]
     return Findings(
         outcome=overall(judged),
         headline=headline(judged, some, budget),

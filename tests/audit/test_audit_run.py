@@ -18,7 +18,7 @@ from coterie.audit.adversaries import DEFAULT
 from coterie.audit.evidence import Claim, Evidence
 from coterie.audit.figures import NOT_AUDITED, experts_figures, private_figures, tokens_figures
 from coterie.audit.findings import Audited, Finding, Outcome, Part, Unit
-from coterie.audit.run import Asked, audit, contradicted, part_of, public_files
+from coterie.audit.run import Asked, audit, concluded, contradicted, part_of, public_files
 from coterie.audit.verdicts import verdicts
 from coterie.cli import audit as command
 from coterie.config import PrivacyRules
@@ -265,6 +265,15 @@ def test_alarms_of_the_audit_of_epsilon_are_told_one_by_one() -> None:
         "Canaries told apart by shares prove an epsilon of at least 3.20 where 2 was claimed.",
     ]
     assert contradicted({"verdict": "consistent", "premises": [], "one_run": [], "sentences": []}) == []
+
+
+def test_only_an_audit_of_epsilon_that_concluded_lets_a_claim_stand() -> None:
+    whole = {"verdict": "consistent", "premises": [{"verdict": "consistent"}]}
+    assert concluded(whole)
+    assert not concluded(None)
+    assert not concluded({**whole, "premises": []})
+    assert not concluded({**whole, "verdict": "cannot conclude"})
+    assert not concluded({**whole, "verdict": "ALARM"})
 
 
 def test_an_alarm_of_the_audit_of_epsilon_is_one_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

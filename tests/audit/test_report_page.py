@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic_findings import finding, findings, noised, private, tokens, working
+from synthetic_findings import finding, findings, member, noised, tokens, working
 
 from coterie.audit.findings import Over, Part, TokensFigures
 from coterie.audit.metrics import Estimate
@@ -67,10 +67,10 @@ def test_every_section_is_there() -> None:
 
 
 def test_an_alarm_stands_in_a_red_box_before_everything() -> None:
-    some = {Part.EXPERTS_DP: noised()}
-    page = audit_page(findings(some, budget=private(epsilon_lower=9.0)))
+    some = {Part.EXPERTS_DP: (*noised(), member(0.9, 2.0, allowed=0.741))}
+    page = audit_page(findings(some))
     assert page.index("A promise is contradicted") < page.index("What each adversary could do")
-    assert "The audited epsilon is at least 9.00; 8 is claimed." in page
+    assert "Membership is told better than the claim allows (AUC 0.74)" in page
 
 
 def test_instruments_that_fail_are_said_beside_the_controls() -> None:

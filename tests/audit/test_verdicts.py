@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import pytest
+import torch
 from synthetic_findings import estimate, finding, findings, member, noised, private, tokens, working
 
 from coterie.audit.adversaries import Adversary
 from coterie.audit.findings import Channel, Finding, Outcome, Part, Unit
-from coterie.audit.metrics import Estimate
+from coterie.audit.metrics import Estimate, Scores, auc
 from coterie.audit.verdicts import best, controls, failed, headline, overall, verdicts
 
 
 def judged(part: Part, *some: Finding, measured: object = None, **budget: float | None) -> tuple[Outcome, str]:
-    found = verdicts(part, some, measured or working(), private(**budget))  # type: ignore[arg-type]
+    found = verdicts(part, some, measured or working(), private(**budget), premises=True)  # type: ignore[arg-type]
     default = next(verdict for verdict in found if verdict.adversary is Adversary.HOST_PUBLIC)
     return default.outcome, default.sentence
 
@@ -84,16 +88,73 @@ def test_a_reading_within_two_points_by_its_interval_is_no_alarm() -> None:
     assert judged(Part.EXPERTS_DP, read)[0] is Outcome.UNKNOWN
 
 
-def test_an_audited_epsilon_above_the_claim_is_an_alarm() -> None:
-    assert judged(Part.EXPERTS_DP, *noised(), epsilon_lower=8.01)[0] is Outcome.ALARM
-    assert judged(Part.EXPERTS_DP, *noised(), epsilon_lower=7.99)[0] is Outcome.HELD
+def test_a_bound_on_epsilon_at_95_percent_raises_no_alarm() -> None:
+    assert judged(Part.EXPERTS_DP, *noised(), epsilon_lower=8.01)[0] is Outcome.HELD
+
+
+def test_a_claim_stands_only_where_premises_and_membership_were_measured() -> None:
+    reading, in_lot = noised()
+    for some, premises in (((reading, in_lot), False), ((reading,), True)):
+        found = verdicts(Part.EXPERTS_DP, some, working(), private(), premises=premises)
+        assert found[0].outcome is Outcome.HELD
+        assert "stands" not in found[0].sentence
+        assert "no verdict on epsilon 8" in found[0].sentence
+    wide = in_lot.model_copy(update={"value": Estimate(0.58, 0.4, 0.76, 40)})
+    assert "stands" not in judged(Part.EXPERTS_DP, reading, wide)[1]
+    assert "stands" in judged(Part.EXPERTS_DP, reading, in_lot)[1]
 
 
 def test_membership_is_measured_against_what_the_claim_allows_not_against_a_half() -> None:
-    assert judged(Part.EXPERTS_DP, *noised(), member(0.76, 2.0))[0] is Outcome.HELD  # 0.73 to 0.79 around 0.741
-    outcome, words = judged(Part.EXPERTS_DP, *noised(), member(0.78, 2.0))  # from 0.75 on
+    assert judged(Part.EXPERTS_DP, *noised(), member(0.76, 2.0, allowed=0.741))[0] is Outcome.HELD  # 0.73 to 0.79
+    outcome, words = judged(Part.EXPERTS_DP, *noised(), member(0.85, 2.0, allowed=0.741))
     assert outcome is Outcome.ALARM
     assert "than the claim allows (AUC 0.74)" in words
+
+
+def test_every_test_of_membership_has_its_own_limit() -> None:
+    """A lot without the draw allows more than the run with it; a document of several records is promised nothing."""
+    assert judged(Part.EXPERTS_DP, *noised(), member(0.85, 2.0, allowed=0.86))[0] is Outcome.HELD
+    assert judged(Part.EXPERTS_DP, *noised(), member(0.95, 2.0))[0] is Outcome.HELD
+    small, large = member(0.7, 2.0, allowed=0.6), member(0.85, 2.0, allowed=0.86)
+    assert judged(Part.EXPERTS_DP, *noised(), small, large)[0] is Outcome.ALARM, "not only the largest is looked at"
+
+
+def test_honest_runs_raise_an_alarm_once_in_a_thousand_however_many_looks() -> None:
+    """Gaussian scores whose AUC is just the allowed one; 95 % would be wrong in 1 of 8 runs of 5 looks."""
+    allowed, looks, runs = 0.76, 5, 60
+    shift = math.sqrt(2) * NormalDist().inv_cdf(allowed)
+    generator = torch.Generator().manual_seed(2)
+    above = 0
+    for _ in range(runs):
+        values = [
+            auc(Scores.of(torch.randn(60, generator=generator) + shift, torch.randn(60, generator=generator)))
+            for _ in range(looks)
+        ]
+        above += any(value.low > allowed for value in values)
+        some = [member(0.5, 1.0, allowed=allowed).model_copy(update={"value": value}) for value in values]
+        assert judged(Part.EXPERTS_DP, *some)[0] is not Outcome.ALARM
+    assert above > 2, "else nothing was tried"
+
+
+def test_what_is_far_above_the_allowed_is_an_alarm_from_perfect_scores_too() -> None:
+    perfect = auc(Scores.of(torch.arange(60.0) + 100, torch.arange(60.0)))
+    some = [member(0.5, 1.0, allowed=0.76).model_copy(update={"value": perfect})]
+    assert judged(Part.EXPERTS_DP, *some)[0] is Outcome.ALARM
+
+
+def test_without_a_promise_several_attacks_share_the_error_of_one() -> None:
+    once = member(0.533, 1.0)  # 0.503 to 0.563
+    assert judged(Part.EXPERTS, once)[0] is Outcome.OPEN
+    assert judged(Part.EXPERTS, *[once] * 6)[0] is Outcome.UNKNOWN
+    assert judged(Part.EXPERTS, *[once] * 6, member(0.56, 1.0))[0] is Outcome.OPEN
+
+
+def test_membership_alone_holds_only_where_its_whole_interval_is_allowed() -> None:
+    assert judged(Part.ALONE, member(0.7, 1.5, allowed=0.741))[0] is Outcome.HELD  # up to 0.73
+    outcome, words = judged(Part.ALONE, member(0.72, 1.5, allowed=0.741))  # up to 0.75
+    assert outcome is Outcome.UNKNOWN
+    assert "Too few records" in words
+    assert judged(Part.ALONE, member(0.6, 1.5))[0] is Outcome.UNKNOWN, "of a group nothing is promised"
 
 
 def test_an_alarm_of_the_epsilon_audit_counts_against_every_adversary() -> None:
@@ -135,7 +196,7 @@ def test_a_stronger_adversary_plays_the_attacks_of_weaker_ones_and_not_the_other
 
 def test_an_alarm_wins_and_silence_is_inconclusive() -> None:
     open_ = verdicts(Part.TOKENS, tokens(), working(), private())
-    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), private(epsilon_lower=9.0))
+    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), private(), ["Noise is half of what is claimed."])
     unknown = verdicts(Part.EXPERTS_DP, noised(0.1), working(), private())
     assert overall([*open_, *alarm, *unknown]) is Outcome.ALARM
     assert overall([*unknown, *open_]) is Outcome.OPEN
@@ -150,8 +211,8 @@ def test_the_headline_has_the_worst_of_every_part() -> None:
         "`experts` within epsilon 8: nothing was read beyond a language model's guess.",
         "Training alone: whether a known record was used is told no better than claimed.",
     )
-    budget = private(epsilon_lower=9.0)
-    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), budget)
+    budget = private()
+    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), budget, ["Noise is half of what is claimed."])
     assert headline(alarm, {Part.EXPERTS_DP: noised()}, budget) == (
         "`experts` within epsilon 8: ALARM: something promised is contradicted.",
     )

@@ -98,6 +98,8 @@ class Finding(_Model):
         prior: what the same guesser reaches without the channel.
         gain: ``value`` minus ``prior``, paired over the same places.
         sentence: the outcome in words, with its figures.
+        allowed: the largest value that a claim allows this very test; None where nothing is promised of it: without a
+            claim, and where a whole document, several records, is in or out.
         over: whose text ``value`` was measured on.
         roc: (false positives, true positives), both shares, in increasing order.
     """
@@ -112,6 +114,7 @@ class Finding(_Model):
     lot: int | None = None
     prior: Estimate | None = None
     gain: Estimate | None = None
+    allowed: float | None = None
     over: Over = Over.MEMBERS
     reason: str = ""
     roc: tuple[tuple[float, float], ...] = ()
@@ -172,8 +175,8 @@ class PrivateFigures(_Figures):
 
     Attributes:
         advantage: recovery minus prior.
-        auc: of membership over the run.
-        auc_allowed: the largest AUC that the claim allows.
+        auc: of membership in a lot, or of what the trained model tells; its own `Finding.allowed` stands beside it.
+        auc_allowed: the largest AUC that the claim allows a test of one record by the whole run.
         roc_allowed: (false positives, most true positives) that it allows.
         epsilon_lower: audited lower bound.
         epsilon_ceiling: the largest bound that the number of canaries could have given.

@@ -25,7 +25,7 @@ from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 Progress = Callable[[str], None]
 """Is told what is being done."""
 
-_ALARM = "ALARM"
+_ALARM, _CONSISTENT = "ALARM", "consistent"
 """As the audit of epsilon says it."""
 _MODEL, _EPSILON, _CONTROLS = 0.2, 0.3, 0.1
 """Shares of the time; attacks on an exchange have what is left."""
@@ -194,7 +194,8 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
     )
     judged: list[Verdict] = []
     for part, some in found.items():
-        judged += verdicts(part, some, measured, private, contradicted(gathered.epsilon.get(part)))
+        epsilon = gathered.epsilon.get(part)
+        judged += verdicts(part, some, measured, private, contradicted(epsilon), premises=concluded(epsilon))
     return Findings(
         outcome=overall(judged),
         headline=headline(judged, found, private),
@@ -210,6 +211,11 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
         next_settings=tuple(next_settings(judged, private, measured, found)),
         identification=identification(gathered.runs, seed, seconds, cpu_s),
     )
+
+
+def concluded(epsilon: dict[str, Any] | None) -> bool:
+    """Whether the audit of epsilon measured its premises and left nothing open."""
+    return epsilon is not None and bool(epsilon["premises"]) and epsilon["verdict"] == _CONSISTENT
 
 
 def contradicted(epsilon: dict[str, Any] | None) -> list[str]:

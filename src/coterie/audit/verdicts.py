@@ -7,9 +7,13 @@ instrument that can know nothing, stays within `NEAR` of its prior.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from scipy import stats
+
 from coterie.audit.adversaries import DEFAULT, Adversary
+from coterie.audit.epsilon.findings import CONFIDENCE as SURE
 from coterie.audit.findings import (
     Controls,
     Finding,
@@ -19,7 +23,7 @@ from coterie.audit.findings import (
     Unit,
     Verdict,
 )
-from coterie.audit.metrics import Estimate
+from coterie.audit.metrics import CONFIDENCE, Estimate
 
 POSITIVE = 0.95
 NEAR = 0.02
@@ -112,7 +116,13 @@ def _value(finding: Finding) -> float:
 
 
 def verdicts(
-    part: Part, findings: Sequence[Finding], measured: Controls, private: PrivateFigures, notes: Sequence[str] = ()
+    part: Part,
+    findings: Sequence[Finding],
+    measured: Controls,
+    private: PrivateFigures,
+    notes: Sequence[str] = (),
+    *,
+    premises: bool = False,
 ) -> list[Verdict]:
     """One verdict per adversary that was played.
 
@@ -122,23 +132,22 @@ def verdicts(
         measured: the controls.
         private: figures of the part under a budget; used where there is one.
         notes: alarms that no finding carries, in sentences; they count against every adversary.
+        premises: of the claimed epsilon were measured, and its audit concluded; else no claim is said to stand.
     """
     played = [adversary for adversary in Adversary if any(f.adversary is adversary for f in findings)]
     claimed = part is Part.EXPERTS_DP or (part is Part.ALONE and private.epsilon_claimed is not None)
-    judge = _under_a_claim if claimed else _without_a_claim
-    return [
-        Verdict(part=part, adversary=adversary, outcome=outcome, sentence=sentence)
-        for adversary in played
-        for outcome, sentence in [judge(findings, adversary, measured, private, notes)]
-    ]
+    found = []
+    for adversary in played:
+        if claimed:
+            outcome, sentence = _under_a_claim(findings, adversary, measured, private, notes, premises=premises)
+        else:
+            outcome, sentence = _without_a_claim(findings, adversary, measured, notes)
+        found.append(Verdict(part=part, adversary=adversary, outcome=outcome, sentence=sentence))
+    return found
 
 
 def _without_a_claim(
-    findings: Sequence[Finding],
-    adversary: Adversary,
-    measured: Controls,
-    private: PrivateFigures,
-    notes: Sequence[str],
+    findings: Sequence[Finding], adversary: Adversary, measured: Controls, notes: Sequence[str]
 ) -> tuple[Outcome, str]:
     """Where nothing was promised, reading is no alarm; not reading counts only when the instruments work."""
     if notes:
@@ -146,9 +155,9 @@ def _without_a_claim(
     read = [f for f in _readings(findings, adversary) if _above_prior(f)]
     if read:
         return Outcome.OPEN, _told(read)
-    auc = best(findings, adversary, [Unit.AUC])
-    if auc is not None and auc.value is not None and auc.value.low > 0.5:
-        return Outcome.OPEN, f"Whether a known record was used can be told: {auc.sentence}"
+    told = _told_apart(findings, adversary)
+    if told is not None:
+        return Outcome.OPEN, f"Whether a known record was used can be told: {told.sentence}"
     why = failed(measured)
     if why:
         return Outcome.UNKNOWN, f"Nothing was read, but the instruments were not shown to work: {why}."
@@ -166,8 +175,10 @@ def _under_a_claim(
     measured: Controls,
     private: PrivateFigures,
     notes: Sequence[str],
+    *,
+    premises: bool,
 ) -> tuple[Outcome, str]:
-    alarms = [*notes, *_contradictions(findings, adversary, private)]
+    alarms = [*notes, *_contradictions(findings, adversary)]
     if alarms:
         return Outcome.ALARM, " ".join(alarms)
     why = failed(measured)
@@ -175,7 +186,7 @@ def _under_a_claim(
         return Outcome.UNKNOWN, f"Nothing contradicts the claim, but the instruments were not shown to work: {why}."
     readings = list(_readings(findings, adversary))
     if not readings:
-        return _membership_alone(findings, adversary, private)
+        return _membership_alone(findings, adversary)
     widest = max(_gain_at_most(f) for f in readings)
     if widest > NEAR:
         places = min(f.value.count for f in readings if f.value is not None)
@@ -184,33 +195,91 @@ def _under_a_claim(
             f"No attack read more than the language model's guess, but {places} places carry only "
             f'"within {100 * widest:.0f} points of it", not "within {100 * NEAR:.0f}".',
         )
-    claim = (
-        f" The claim of epsilon {private.epsilon_claimed:g} stands." if private.epsilon_claimed is not None else ""
-    )
-    return Outcome.HELD, f"Every attack stays within {100 * NEAR:.0f} points of the language model's guess.{claim}"
+    words = f"Every attack stays within {100 * NEAR:.0f} points of the language model's guess."
+    return Outcome.HELD, words + _standing(findings, adversary, private, premises=premises)
 
 
-def _membership_alone(
-    findings: Sequence[Finding], adversary: Adversary, private: PrivateFigures
-) -> tuple[Outcome, str]:
-    auc = best(findings, adversary, [Unit.AUC])
-    if auc is None or private.auc_allowed is None:
+def _standing(findings: Sequence[Finding], adversary: Adversary, private: PrivateFigures, *, premises: bool) -> str:
+    """Whether the claim stands: only when all that it rests on was measured."""
+    if private.epsilon_claimed is None:
+        return ""
+    why = []
+    if not premises:
+        why.append("the audit of epsilon was not made or concluded nothing")
+    if not _within(_promised(findings, adversary)):
+        why.append("membership was not shown to stay within what the claim allows")
+    if why:
+        return f" That is no verdict on epsilon {private.epsilon_claimed:g}: {'; '.join(why)}."
+    return f" The claim of epsilon {private.epsilon_claimed:g} stands."
+
+
+def _membership_alone(findings: Sequence[Finding], adversary: Adversary) -> tuple[Outcome, str]:
+    """Where no attack on text was made. Held needs whole intervals within what is allowed."""
+    promised = _promised(findings, adversary)
+    if not promised:
         return Outcome.UNKNOWN, _unmeasured(findings, adversary)
-    allowed = f"the claim allows an AUC of {private.auc_allowed:.2f}"
-    return Outcome.HELD, f"Whether a known record was used is told no better than claimed; {allowed}: {auc.sentence}"
+    widest = max(promised, key=_reach)
+    allowed = f"the claim allows an AUC of {widest.allowed:.2f}"
+    if _within(promised):
+        words = f"Whether a known record was used is told no better than claimed; {allowed}: {widest.sentence}"
+        return Outcome.HELD, words
+    return Outcome.UNKNOWN, f"Too few records carry a verdict on membership; {allowed}: {widest.sentence}"
 
 
-def _contradictions(findings: Sequence[Finding], adversary: Adversary, private: PrivateFigures) -> Iterator[str]:
+def _contradictions(findings: Sequence[Finding], adversary: Adversary) -> Iterator[str]:
     for finding in _readings(findings, adversary):
         if finding.value is not None and finding.prior is not None and finding.value.low > finding.prior.high + NEAR:
             yield f"Text was read from noised sums: {finding.sentence}"
-    auc = best(findings, adversary, [Unit.AUC])
-    allowed = private.auc_allowed
-    if auc is not None and auc.value is not None and allowed is not None and auc.value.low > allowed:
-        yield f"Membership is told better than the claim allows (AUC {allowed:.2f}): {auc.sentence}"
-    lower, claimed = private.epsilon_lower, private.epsilon_claimed
-    if lower is not None and claimed is not None and lower > claimed:
-        yield f"The audited epsilon is at least {lower:.2f}; {claimed:g} is claimed."
+    looks = sum(finding.value is not None for finding in findings if finding.allowed is not None)
+    for finding in _promised(findings, adversary):
+        value, allowed = finding.value, finding.allowed
+        if value is not None and allowed is not None and _exceeds(value, allowed, (1 - SURE) / looks):
+            yield f"Membership is told better than the claim allows (AUC {allowed:.2f}): {finding.sentence}"
+
+
+# ---- membership ----
+
+
+def _promised(findings: Sequence[Finding], adversary: Adversary) -> list[Finding]:
+    """Measured tests of single records, each with what the claim allows it."""
+    return [f for f in findings if f.allowed is not None and f.value is not None and able(f, adversary)]
+
+
+def _reach(finding: Finding) -> float:
+    """How far above the allowed AUC the measured one may be, by its interval."""
+    assert finding.value is not None
+    assert finding.allowed is not None
+    return finding.value.high - finding.allowed
+
+
+def _within(promised: Sequence[Finding]) -> bool:
+    return bool(promised) and all(_reach(finding) <= 0 for finding in promised)
+
+
+def _told_apart(findings: Sequence[Finding], adversary: Adversary) -> Finding | None:
+    """The largest AUC above one half, with the error of a 95 % interval over all AUCs together."""
+    measured = [f for f in findings if f.unit is Unit.AUC and f.value is not None and able(f, adversary)]
+    error = (1 - CONFIDENCE) / 2 / max(1, len(measured))
+    told = [f for f in measured if f.value is not None and _exceeds(f.value, 0.5, error)]
+    return max(told, key=_value, default=None)
+
+
+def _exceeds(value: Estimate, most: float, error: float) -> bool:
+    """Whether an AUC of at most ``most`` is this large with less than this probability.
+
+    The standard error at ``most`` is the one behind the 95 % interval, scaled as Hanley and McNeil's depends on the
+    AUC: larger towards one half. The 95 % interval itself must lie above, too.
+    """
+    if value.low <= most or value.low >= 1.0:
+        return value.low > most
+    deviation = (value.value - value.low) / float(stats.norm.isf((1 - CONFIDENCE) / 2))
+    scaled = deviation * math.sqrt(_spread(most) / _spread(value.low)) if 0 < most < 1 else deviation
+    return value.value - most > float(stats.norm.isf(error)) * scaled
+
+
+def _spread(auc: float) -> float:
+    """The variance of a measured AUC, up to the number of scores."""
+    return auc * (1 - auc) * ((1 - auc) / (2 - auc) + auc / (1 + auc))
 
 
 def _readings(findings: Sequence[Finding], adversary: Adversary) -> Iterator[Finding]:
@@ -246,7 +315,8 @@ def _foremost(read: Sequence[Finding]) -> Finding:
 
 def _unmeasured(findings: Sequence[Finding], adversary: Adversary) -> str:
     reasons = dict.fromkeys(f.reason for f in findings if able(f, adversary) and f.reason)
-    return f"Nothing can be concluded: {'; '.join(reasons) or 'no attack of this adversary was measured'}."
+    why = "; ".join(reasons) or "no attack of this adversary measured what is promised"
+    return f"Nothing can be concluded: {why}."
 
 
 def overall(some: Sequence[Verdict]) -> Outcome:

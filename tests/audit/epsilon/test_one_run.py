@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from coterie.audit.epsilon import one_run, premises
+from coterie.audit.epsilon import bounds, one_run, premises
 from coterie.audit.epsilon.canaries import Alternating, RandomIds
 from coterie.audit.epsilon.findings import OneRun, Premise, Verdict
 from coterie.audit.epsilon.laws import independent
@@ -60,6 +60,9 @@ def test_canaries_of_an_honest_run_prove_little(subject: Subject) -> None:
     for each in runs:
         assert each.verdict is Verdict.CONSISTENT
         assert max(each.lower, each.gaussian_lower) <= each.claimed < each.gaussian_ceiling
+        # The larger of the scores' bounds is shown: each has its share of the five in a hundred.
+        most = bounds.ceilings(100, each.delta, 0.05 / len(runs))
+        assert (each.ceiling, each.gaussian_ceiling) == (most.epsilon, most.gaussian(each.delta))
 
 
 def test_canaries_see_records_that_are_not_clipped(bench: ModuleType, subject: Subject) -> None:

@@ -9,7 +9,8 @@ CONFIDENCE = 0.999
 """Of every alarm, over all looks of one part of the audit together."""
 
 SHOWN = 0.95
-"""Of bounds that are shown. They raise no alarm: an honest run would break a tight one once in twenty."""
+"""Of bounds that are shown, by one law over all scores together. They raise no alarm: an honest run would break a
+tight one once in twenty."""
 
 
 class Verdict(StrEnum):
@@ -57,7 +58,8 @@ class OneRun:
         claimed, delta: the claim of this run of its own.
         score: what the canaries were told apart by.
         auc: of that score.
-        lower, gaussian_lower: bounds at 95 %, by the (epsilon, delta) law and by the Gaussian one.
+        lower, gaussian_lower: bounds at 95 % for all scores together, by the (epsilon, delta) law and by the Gaussian
+            one.
         ceiling, gaussian_ceiling: what as many canaries would prove with no guess wrong.
         alarm_lower: the larger of both bounds at 99.9 %, corrected for all looks; above ``claimed`` is an alarm.
         ratio, ratio_ceiling: sensitivity over noise behind ``gaussian_lower`` and its ceiling, over the claimed one.

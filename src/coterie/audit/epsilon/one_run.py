@@ -213,15 +213,13 @@ def _length(tensors: Iterable[Tensor]) -> float:
 
 
 def _judged(name: str, scores_M: Tensor, heads_M: Tensor, budget: Budget, sigma: float) -> OneRun:
-    """Bounds that are shown, and the verdict, which needs far more.
+    """Bounds that are shown, all scores' together at `SHOWN`, and the verdict, which needs far more.
 
     The noise multiplier of the round is the claim's Gaussian: mu 1 / sigma.
     """
     count, delta = len(scores_M), budget.delta
-    shown, most = (
-        bounds.bounds(scores_M, heads_M, delta, 1 - SHOWN),
-        bounds.ceilings(count, delta, 1 - SHOWN),
-    )
+    error = (1 - SHOWN) / _SCORES
+    shown, most = bounds.bounds(scores_M, heads_M, delta, error), bounds.ceilings(count, delta, error)
     sure = bounds.bounds(scores_M, heads_M, delta, (1 - CONFIDENCE) / (2 * _SCORES))
     able = bounds.ceilings(count, delta, (1 - CONFIDENCE) / (2 * _SCORES))
     alarm_lower = max(sure.epsilon, sure.gaussian(delta))

@@ -87,6 +87,7 @@ def _carried(claim: Claim, runs: tuple[OneRun, ...], what: str) -> float | None:
     """
     if not runs:
         return None
+    # The larger of several bounds: `one_run` divides their error by the number of scores.
     ratio = max(float(getattr(each, what)) for each in runs)
     if ratio == 0:
         return 0.0

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,8 +35,8 @@ class Owned:
     """One of the owner's records: for scoring, and for pushes of other sizes than the recorded ones.
 
     Attributes:
-        row: in the training data; -1 for held-out text.
-        document: among all of the owner's documents, held-out ones after the others.
+        row: in the training data.
+        document: among all of the owner's documents.
     """
 
     row: int
@@ -145,30 +144,11 @@ class Case:
     @cached_property
     def train(self) -> list[Owned]:
         """All records that the owner trains on."""
-        return self._owned(self._text.data.train, 0, held_out=False)
-
-    @cached_property
-    def held_out(self) -> list[Owned]:
-        """Records of the owner's held-out text."""
-        documents = max((record.document for record in self.train), default=-1) + 1
-        return self._owned(self._text.data.test, documents, held_out=True)
-
-    @cached_property
-    def _text(self) -> PartyConfig:
-        return load_yaml(self.evidence.run_folder / PARTY_FILE, PartyConfig)
-
-    def _owned(self, files: Sequence[Path], first: int, *, held_out: bool) -> list[Owned]:
-        if not files:
-            return []
-        spec = self._text.data
+        spec = load_yaml(self.evidence.run_folder / PARTY_FILE, PartyConfig).data
         tokenizer = load_tokenizer_from(private_folder(self.evidence.run_folder) / TOKENIZER_FOLDER)
-        found: Sequences = tokenize(read_documents(files, spec), spec, tokenizer)
+        found: Sequences = tokenize(read_documents(spec.train, spec), spec, tokenizer)
         return [
-            Owned(
-                -1 if held_out else row,
-                first + int(found.document_S[row]),
-                tuple(found[row]["input_ids"].tolist()),
-            )
+            Owned(row, int(found.document_S[row]), tuple(found[row]["input_ids"].tolist()))
             for row in range(len(found))
         ]
 

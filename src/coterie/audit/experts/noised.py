@@ -15,7 +15,7 @@ from coterie.audit.experts.case import Case, Clock, Owned
 from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.membership import Metric, Scored, score
 from coterie.audit.experts.opened import Opened
-from coterie.audit.experts.plain import Split, rates, too_few
+from coterie.audit.experts.plain import rates, too_few
 from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.reader import Reader
 from coterie.audit.findings import Channel, Finding, Unit
@@ -104,63 +104,57 @@ def blanks_of(case: Case, records: Sequence[Owned], count: int) -> tuple[list[Bl
 
 
 def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: int = _SCORED) -> list[Finding]:
-    """Whether a known record is in the owner's data, by all recorded rounds; and whether it was in one given lot.
+    """Whether a known record was in one given lot: records of the owner's own, of which lots were drawn at random.
 
-    For the first, held-out records stand beside the owner's own: whatever tells their documents apart adds to the
-    score. For the second, both sides are records of the owner's own, and lots were drawn at random.
+    Whether a record is in the owner's data at all is not measured here: held-out text was set aside by a person, and
+    whatever tells it from the owner's would pass for leakage.
 
     Args:
         case: the run.
         adversary: whose sums are opened.
         clock: when to stop; rounds that are not reached are left out.
-        candidates: most records of each side.
+        candidates: most records that are scored.
     """
-    draw = case.random()
     members = [record for record in case.train if len(record.ids) > 1]
-    members = draw.sample(members, min(candidates, len(members)))
-    others = [record for record in case.held_out if len(record.ids) > 1]
-    others = draw.sample(others, min(candidates, len(others)))
-    split = Split([*members, *others], [True] * len(members) + [False] * len(others))
-    ids = [record.ids for record in split.records]
+    members = case.random().sample(members, min(candidates, len(members)))
+    ids = [record.ids for record in members]
     public = case.shown
-    clip_norm, rate = clip_norm_of(case), rate_of(case)
-    lot = rate * len(case.train)
-    scale = factors(case.reader.model, [*public, *ids], clip_norm)
+    lot = rate_of(case) * len(case.train)
+    scale = factors(case.reader.model, [*public, *ids], clip_norm_of(case))
     seen: list[Scored] = []
     sigma = 0.0
     for reader, opened in releases(case, adversary):
         if seen and not clock.left:
             break
-        sigma = opened.noise / clip_norm
+        sigma = opened.noise / clip_norm_of(case)
         metric = Metric(reader, public, lot, opened.noise, scale[: len(public)])
         seen.append(score(reader, ids, [opened], metric, scale[len(public) :]))
-    ratio_S = torch.stack([each.log_ratio(rate) for each in seen]).sum(0)
-    run, one = by_mechanism([(Mechanism(sigma, rate), len(seen))]), by_mechanism([(Mechanism(sigma, 1.0), 1)])
-    found = []
-    for name, size, sides, allowed in (
-        (f"membership over {len(seen)} rounds", None, _of_dataset(split, ratio_S), run),
-        ("membership in a lot", round(lot), in_lots(case, members, seen), one),
-    ):
-        if min(len(values) for values, _ in sides.values()) < _FEWEST:
-            found.append(too_few(name, adversary, Channel.RELEASES, size, _FEWEST))
-            continue
-        (inside, inside_documents), (outside, outside_documents) = sides[True], sides[False]
-        scores = Scores.of(inside, outside, inside_documents, outside_documents)
-        more = f" The noise allows no test more than {allowed.auc:.3f}."
-        found += rates(name, case, adversary, Channel.RELEASES, scores, size, more)
-    return found
+    name, sides = "membership in a lot", in_lots(case, members, seen)
+    if min(len(values) for values, _ in sides.values()) < _FEWEST:
+        return [too_few(name, adversary, Channel.RELEASES, round(lot), _FEWEST), _not_by_coins(adversary)]
+    (inside, inside_documents), (outside, outside_documents) = sides[True], sides[False]
+    scores = Scores.of(inside, outside, inside_documents, outside_documents)
+    allowed = by_mechanism([(Mechanism(sigma, 1.0), 1)]).auc  # of a round whose lot it is in or not, without the draw
+    more = f" The noise allows no test more than {allowed:.3f}."
+    found = rates(name, case, adversary, Channel.RELEASES, scores, round(lot), more)
+    promised = [each.model_copy(update={"allowed": allowed}) if each.unit is Unit.AUC else each for each in found]
+    return [*promised, _not_by_coins(adversary)]
+
+
+def _not_by_coins(adversary: Adversary) -> Finding:
+    return Finding(
+        name="membership over rounds",
+        adversary=adversary,
+        channel=Channel.RELEASES,
+        unit=Unit.AUC,
+        value=None,
+        reason="members were not chosen by coins",
+        sentence="Whether a record is in the owner's data was not measured: a person chose what was held out.",
+    )
 
 
 _Sides = dict[bool, tuple[list[float], list[int]]]
 """Scores and documents of members, and of others."""
-
-
-def _of_dataset(split: Split, ratio_S: Tensor) -> _Sides:
-    found: _Sides = {True: ([], []), False: ([], [])}
-    for record, member, value in zip(split.records, split.member, ratio_S.tolist(), strict=True):
-        found[member][0].append(value)
-        found[member][1].append(record.document)
-    return found
 
 
 def in_lots(case: Case, members: Sequence[Owned], seen: Sequence[Scored]) -> _Sides:

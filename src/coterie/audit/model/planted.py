@@ -130,6 +130,7 @@ def text_findings(target: Target, seed: int) -> list[Finding]:
                 channel=Channel.MODEL,
                 unit=Unit.AUC,
                 value=value,
+                allowed=target.claim.allowed.auc if target.claim else None,
                 over=Over.PUBLIC,
                 sentence=f"{can(value)} which planted records ({words}) were trained on: AUC {shown(value)}."
                 + allowed
