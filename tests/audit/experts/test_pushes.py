@@ -273,6 +273,7 @@ def test_under_a_budget_every_figure_has_the_guess_or_the_allowed_one_beside_it(
     generator = torch.Generator().manual_seed(0)
     opened = summed(rows_of(case.reader, records), visible, scale, 0.7, generator=generator)
     monkeypatch.setattr(noised_attacks, "releases", lambda *_: iter([(case.reader, opened)]))
+    monkeypatch.setattr(noised_attacks, "_FEWEST", 2)  # a small lot
     found = noised_attacks.membership(case, Adversary.ALL_HOSTS, Clock(60.0))
     in_lot, over_rounds = (
         next(f for f in found if f.name == n) for n in ("membership in a lot", "membership over rounds")

@@ -377,6 +377,8 @@ def test_a_private_run_stands_beside_what_its_claim_allows(tmp_path: Path) -> No
     assert planted.value is not None
     assert planted.value.low < allowed
     assert f"allows {allowed:.2f}" in planted.sentence
+    assert planted.allowed == allowed
+    assert {each.allowed for each in findings if "planted record" not in each.name} == {None}, "groups"
     assert named(findings, "secrets in 16 copies written").prior is None
     scores, truth = canary_scores(target, "sampled")
     assert scores.keys() == truth.keys()
