@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic_findings import finding, findings, member, noised, tokens, working
+from synthetic_findings import finding, findings, member, noised, private, tokens, working
 
 from coterie.audit.findings import Over, Part, TokensFigures
 from coterie.audit.metrics import Estimate
