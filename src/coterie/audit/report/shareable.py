@@ -64,10 +64,13 @@ _SENTENCES = {
 def shareable(findings: Findings) -> Findings:
     """The same audit without figures over members; it says what it leaves out.
 
-    Sentences and reasons are written anew from names: what stood there may quote anything.
+    Sentences and reasons are written anew from names: what stood there may quote anything. Of an edition that leaves
+    things out already nothing more is taken.
     """
     from coterie.audit.run import next_settings
 
+    if findings.left_out:
+        return findings
     kept = {part: tuple(map(_withheld, some)) for part, some in findings.findings.items()}
     private = PrivateFigures.model_validate(_without(findings.experts_dp, ("recovery", "prior", "advantage", "auc")))
     measured = Controls.model_validate(
