@@ -292,6 +292,24 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, form: Any, mo
         store.newest()
 
 
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda content: content.update(ranks=2), "`ranks`"),
+        (lambda content: content["files"]["weights.safetensors"].update(offset=8), "`offset`"),
+    ],
+    ids=["manifest", "file"],
+)
+def test_a_checkpoint_whose_manifest_says_more_is_refused(
+    tmp_path: Path, change: Callable[[Any], None], word: str
+) -> None:
+    store = first_checkpoint(tmp_path)
+    path = tmp_path / "round-00000005"
+    edited(path / "manifest.json", change)
+    with refused(CheckpointError, path, word):
+        store.newest()
+
+
 def test_a_party_does_not_pass_over_a_checkpoint_of_a_later_version(tmp_path: Path) -> None:
     """It would go on from an older one, or begin anew, and say nothing."""
     marker = {"kind": "federation", "run": "r", "party": "alder", "agreement": AGREEMENT, "data": ""}
@@ -394,7 +412,7 @@ def test_a_journal_of_another_format_is_refused_as_it_is(tmp_path: Path, stateme
         """UPDATE state SET state = replace(state, '"seq"', '"leader":"alder","seq"')""",
         """UPDATE records SET record = replace(record, '"round":1,"files"', '"round":1,"kept":2,"files"')""",
         "DROP TABLE meta",
-        "UPDATE meta SET name = 'grove' WHERE name = 'federation'",
+        "DELETE FROM meta WHERE name = 'federation'",
     ],
 )
 def test_a_journal_with_values_that_nobody_knows_is_one_sentence(tmp_path: Path, statement: str) -> None:
@@ -409,6 +427,39 @@ def test_a_journal_with_values_that_nobody_knows_is_one_sentence(tmp_path: Path,
     assert str(path) in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("statement", "word"),
+    [
+        ("INSERT INTO meta VALUES ('leader', 'alder')", "`leader`"),
+        ("UPDATE meta SET name = 'grove' WHERE name = 'federation'", "`grove`"),
+        ("CREATE TABLE votes (round INTEGER PRIMARY KEY)", "`votes`"),
+        ("CREATE VIEW latest AS SELECT max(round) FROM commits", "`latest`"),
+        ("CREATE TRIGGER once AFTER INSERT ON commits BEGIN DELETE FROM changes; END", "`once`"),
+        ("ALTER TABLE commits ADD COLUMN weight REAL", "`commits.weight`"),
+    ],
+)
+def test_a_journal_that_says_more_is_refused_as_it_is(tmp_path: Path, statement: str, word: str) -> None:
+    path = first_journal(tmp_path)
+    run_sql(path, statement)
+    run_sql(path, "DROP TABLE changes")
+    before = path.read_bytes()
+    with refused(CheckpointError, path, word):
+        Journal(tmp_path, "grove", AGREEMENT)
+    assert path.read_bytes() == before, "nothing was added to it"
+
+
+def test_tables_without_a_journal_are_not_taken_for_one(tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.sqlite"
+    run_sql(path, "CREATE TABLE votes (round INTEGER PRIMARY KEY)")
+    with refused(CheckpointError, path, "`votes`"):
+        Journal(tmp_path, "grove", AGREEMENT)
+
+
+def test_what_sqlite_itself_keeps_in_a_journal_is_no_news(tmp_path: Path) -> None:
+    run_sql(first_journal(tmp_path), "ANALYZE")
+    Journal(tmp_path, "grove", AGREEMENT).close()
+
+
 # -- split models ------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +470,45 @@ def test_a_split_of_another_format_is_refused(tmp_path: Path, form: Any) -> None
     edited(tmp_path / "manifest.json", lambda content: content.update(format=form))
     with refused(ModelError, tmp_path / "manifest.json", form, "coterie-split-1"):
         check_digests(tmp_path)
+
+
+FIRST_SPLIT = {
+    "format": "coterie-split-1", "model_class": "MixtralForCausalLM", "model_type": "mixtral", "dtype": "float32",
+    "layers": [{"name": "model.layers.0.mlp.experts", "experts": 2}],
+    "placement": {"parties": ["alder"], "experts": [2], "hosted": {"alder": {"0": [0, 1]}}},
+    "placement_hash": "e" * 64, "files": {"trunk.safetensors": {"bytes": 304, "sha256": "f" * 64}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda content: content.update(pruned=True), "`pruned`"),
+        (lambda content: content["files"]["trunk.safetensors"].update(offset=8), "`offset`"),
+        (lambda content: content["layers"][0].update(shared=1), "`shared`"),
+        (lambda content: content["placement"].update(copies=2), "`copies`"),
+    ],
+    ids=["manifest", "file", "layer", "placement"],
+)
+def test_a_split_whose_manifest_says_more_is_refused(
+    tmp_path: Path, change: Callable[[Any], None], word: str
+) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(FIRST_SPLIT))
+    assert check_digests(tmp_path) == FIRST_SPLIT
+    edited(path, change)
+    with refused(ModelError, path, word):
+        check_digests(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part", [{"files": []}, {"files": {"a": 1}}, {"layers": 1}, {"layers": [None]}, {"placement": 1}], ids=repr
+)
+def test_a_manifest_of_other_shapes_is_none(tmp_path: Path, part: dict[str, Any]) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(FIRST_SPLIT | part))
+    with pytest.raises(ModelError) as caught:
+        check_digests(tmp_path)
+    assert caught.value.code == "model-no-manifest"
 
 
 def test_weights_of_the_first_version_say_where_they_come_from(tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from coterie.errors import CheckpointError
 from coterie.models.split.origins import save_tensors
 from coterie.models.split.trainings import Training
-from coterie.storage import check_known, file_digest, json_object, new_folder, put_away, write_json, writing
+from coterie.storage import (
+    check_keys,
+    check_known,
+    file_digest,
+    json_object,
+    new_folder,
+    put_away,
+    write_json,
+    writing,
+)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -111,13 +120,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder; its tensors are not read.
 
     Raises:
-        CheckpointError: it is not there, torn, or of another format.
+        CheckpointError: it is not there, torn, of another format, or says what this version does not know.
     """
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
         manifest = json_object(raw)
         check_known(folder, "format", manifest["format"], {FORMAT}, CheckpointError)
+        check_keys(folder, "field", manifest, ("format", "run", "round", "files", "state"), CheckpointError)
+        for entry in manifest["files"].values():
+            check_keys(folder, "field of a file", entry.keys(), ("bytes", "sha256"), CheckpointError)
         run, number, state = (manifest[key] for key in ("run", "round", "state"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError):

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -309,3 +309,11 @@ def check_known(
         why="what is not understood and left out would count as if it were not there",
         fix="use the version of coterie that wrote it, or a newer one; nothing in it was changed",
     )
+
+
+def check_keys(
+    where: object, what: str, found: Iterable[str], known: Collection[str], error: type[CoterieError]
+) -> None:
+    """`check_known` for each name in ``found``: keys of a file, or of a part of one. Some may be missing."""
+    for name in sorted(set(found) - set(known)):
+        check_known(where, what, name, known, error)

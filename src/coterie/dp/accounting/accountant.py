@@ -23,7 +23,7 @@ from dp_accounting.pld import privacy_loss_distribution as distribution
 
 from coterie.dp.accounting.budget import Budget
 from coterie.errors import BudgetError, LedgerError, PrivacyError
-from coterie.storage import check_known
+from coterie.storage import check_keys, check_known
 
 Sampler = Literal["poisson", "truncated_poisson"]
 Accountant = Literal["pld", "rdp"]
@@ -91,8 +91,7 @@ def check_mechanism(data: Mapping[str, Any], where: str) -> None:
         LedgerError: it has a field or a sampler that is not known.
     """
     known = [field.name for field in fields(Mechanism)]
-    for name in sorted(data.keys() - set(known)):
-        check_known(where, "field of a mechanism", name, known, LedgerError)
+    check_keys(where, "field of a mechanism", data, known, LedgerError)
     check_known(where, "sampler", data["sampler"], get_args(Sampler), LedgerError)
 
 

@@ -33,7 +33,7 @@ from coterie.dp.accounting.lifetime import MERGED, lifetime, units_differ
 from coterie.dp.accounting.overlap import RecordedRun, compare, counted
 from coterie.dp.accounting.texts import FOLDER, Keyring, Originals, fingerprints, store
 from coterie.errors import LedgerError
-from coterie.storage import check_known, json_object, locked, make_private_folder, sync_folder, write_all
+from coterie.storage import check_keys, check_known, json_object, locked, make_private_folder, sync_folder, write_all
 
 FILE = "ledger.jsonl"
 _FORMAT = 1
@@ -142,8 +142,7 @@ class Entry:
             check_mechanism(self.data["mechanism"], where)
             check_known(where, "unit", self.data.get("unit", "record"), _UNITS, LedgerError)
         else:
-            for name in sorted(found - needed):
-                check_known(where, f"field of a `{self.kind}`", name, needed, LedgerError)
+            check_keys(where, f"field of a `{self.kind}`", found, needed, LedgerError)
 
     def line(self) -> bytes:
         return json.dumps(self.__dict__, sort_keys=True, separators=(",", ":")).encode() + b"\n"

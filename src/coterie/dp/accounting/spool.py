@@ -26,6 +26,7 @@ from coterie.dp.accounting.lots import Lot
 from coterie.errors import LedgerError
 from coterie.storage import (
     PRIVATE,
+    check_keys,
     check_known,
     clear_leftovers,
     file_digest,
@@ -283,5 +284,4 @@ def _check(path: Path, content: Mapping[str, Any], form: int | str, known: tuple
         LedgerError: it is not.
     """
     check_known(path, "format", content.get("format", form), {form}, LedgerError)
-    for name in sorted(content.keys() - {"format", *known}):
-        check_known(path, "field", name, known, LedgerError)
+    check_keys(path, "field", content.keys() - {"format"}, known, LedgerError)

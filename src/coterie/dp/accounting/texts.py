@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from coterie.dp.accounting.dataset import record_digest
 from coterie.dp.accounting.users import user_ids
 from coterie.errors import LedgerError
-from coterie.storage import PRIVATE, check_known, locked, make_private_folder, write_whole
+from coterie.storage import PRIVATE, check_keys, locked, make_private_folder, write_whole
 
 OWN_KEY, OTHER_KEYS, FOLDER = "key", "keys", "texts"
 FORMS = ("text", "ids", "item")
@@ -211,7 +211,6 @@ def load(path: Path) -> Fingerprints:
         users = file.get_tensor("users") if "users" in file.keys() else None  # noqa: SIM118
         facts = file.metadata()
         forms = frozenset(facts.get("forms", "").split())
-        for what, found, known in (("field", facts, ("pieces", "forms")), ("form", forms, FORMS)):
-            for each in sorted(found):
-                check_known(path, what, each, known, LedgerError)
+        check_keys(path, "field", facts, ("pieces", "forms"), LedgerError)
+        check_keys(path, "form", forms, FORMS, LedgerError)
         return Fingerprints(file.get_tensor("texts"), users, int(facts["pieces"]), forms)

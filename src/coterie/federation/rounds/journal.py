@@ -10,17 +10,18 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.errors import CheckpointError
 from coterie.federation.rounds.state import History, Move, Phase, PublishedCheckpoint, State
-from coterie.storage import check_known, writing
+from coterie.storage import check_keys, check_known, writing
 
 FILE = "coordinator.sqlite"
 _FORMAT = "1"
+_META = ("format", "federation", "agreement", "run")
 _STATE = TypeAdapter(State)
 _RECORD = TypeAdapter(PublishedCheckpoint)
 
@@ -36,6 +37,13 @@ CREATE TABLE IF NOT EXISTS records (round INTEGER PRIMARY KEY, record TEXT NOT N
 CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY, at REAL, phase TEXT, round INTEGER, attempt INTEGER,
     note TEXT NOT NULL);
 """
+
+
+def _names(db: sqlite3.Connection) -> set[str]:
+    """What was created in a database, by name; columns as ``table.column``. SQLite's own tables are left out."""
+    made = db.execute("SELECT name FROM sqlite_master")
+    columns = db.execute("SELECT m.name || '.' || c.name FROM sqlite_master m, pragma_table_info(m.name) c")
+    return {name for (name,) in (*made, *columns) if not name.startswith("sqlite_")}
 
 
 class Journal:
@@ -85,6 +93,10 @@ class Journal:
         """Before anything is written: a later version's file stays as it is."""
         if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() and (meta := self._meta()):
             check_known(self.path, "format", meta.get("format"), {_FORMAT}, CheckpointError)
+            check_keys(self.path, "field", meta, _META, CheckpointError)
+        with closing(sqlite3.connect(":memory:")) as own:
+            own.executescript(_SCHEMA)
+            check_keys(self.path, "table or column", _names(self._db), _names(own), CheckpointError)
 
     def _meta(self) -> dict[str, str]:
         return dict(self._db.execute("SELECT name, value FROM meta").fetchall())

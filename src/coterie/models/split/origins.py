@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coterie.errors import ModelError
 from coterie.models.split.trainings import Training, trainings_from
-from coterie.storage import check_known, json_object
+from coterie.storage import check_keys, json_object
 
 KEY = "coterie"
 
@@ -76,8 +76,7 @@ def origin_of(path: Path) -> Origin:
             text = (file.metadata() or {}).get(KEY)
         content = json_object(text or "null")
         known = [field.name for field in fields(Origin)]
-        for name in sorted(content.keys() - set(known)):
-            check_known(path, f"field of `{KEY}` in the header", name, known, ModelError)
+        check_keys(path, f"field of `{KEY}` in the header", content, known, ModelError)
         trainings = trainings_from(content["trainings"], str(path))
         return Origin(str(content["run"]), int(content["round"]), str(content["content"]), content["lora"], trainings)
     except (OSError, SafetensorError) as error:

@@ -23,12 +23,16 @@ from torch import Tensor
 from coterie.errors import ModelError
 from coterie.models.split.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
 from coterie.models.split.trainings import Training
-from coterie.storage import check_known, file_digest, json_object, replacing
+from coterie.storage import check_keys, check_known, file_digest, json_object, replacing
 
 TRUNK_FILE = "trunk.safetensors"
 MANIFEST_FILE = "manifest.json"
 SPLIT_FORMAT = "coterie-split-1"
 MODEL_FOLDER = "model"
+_FIELDS = (
+    "format", "model_class", "model_type", "dtype", "layers", "placement", "placement_hash", "files",
+)  # fmt: skip
+_PLACEMENT = ("parties", "experts", "hosted")
 
 _NAMES = {
     torch.float64: "F64",
@@ -169,13 +173,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `coterie split` wrote about a folder.
 
     Raises:
-        ModelError: there is no manifest, or it is of another format.
+        ModelError: there is no manifest, it is of another format, or says what this version does not know.
     """
     path = folder / MANIFEST_FILE
     try:
         manifest = json_object(path.read_bytes())
         check_known(path, "format", manifest["format"], {SPLIT_FORMAT}, ModelError)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_keys(path, "field", manifest, _FIELDS, ModelError)
+        check_keys(path, "field of `placement`", manifest.get("placement", {}).keys(), _PLACEMENT, ModelError)
+        for layer in manifest.get("layers", ()):
+            check_keys(path, "field of a layer", layer.keys(), ("name", "experts"), ModelError)
+        for entry in manifest["files"].values():
+            check_keys(path, "field of a file", entry.keys(), ("bytes", "sha256"), ModelError)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_manifest(path) from error
     return manifest
 
@@ -197,7 +207,7 @@ def check_digests(folder: Path) -> dict[str, Any]:
             for name, entry in files.items()
             if (folder / name).exists() and file_digest(folder / name) != entry["sha256"]
         ]
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError) as error:
         raise _no_manifest(folder / MANIFEST_FILE) from error
     if differing:
         raise ModelError(

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from coterie.errors import ModelError
 from coterie.revision import software
-from coterie.storage import check_known, json_object, write_json
+from coterie.storage import check_keys, check_known, json_object, write_json
 
 TRAININGS_FILE = "coterie.json"
 _FORMAT = 1
@@ -123,8 +123,7 @@ def trainings_from(listed: Iterable[Mapping[str, Any]], where: str) -> tuple[Tra
         if not isinstance(listed, list | tuple):
             raise TypeError("no list")
         for training in listed:
-            for name in sorted(training.keys() - set(known)):
-                check_known(where, "field of a training", name, known, ModelError)
+            check_keys(where, "field of a training", training.keys(), known, ModelError)
             check_known(where, "privacy", training["privacy"], get_args(Protection), ModelError)
         trainings = tuple(Training(**training) for training in listed)
         hash(trainings)  # every value is a plain one
