@@ -135,7 +135,7 @@ class Party:
         return {
             **self.owner.seconds,
             **{f"{what}_seconds": seconds for what, seconds in self.contribution.contributor.run.seconds.items()},
-            "records": last.lot_size,
+            "records": last.drawn,
             "payload_bytes": sum(each.payload_bytes_sent + each.payload_bytes_received for each in total),
             "must_move_bytes": sum(_moved(part) for part in self.parts if part.host != self.name),
         }

@@ -112,7 +112,7 @@ def train(
             session.step(lot)
             weights.append(flat(session.model))
             assert session.last is not None
-            figures.append((session.last.lot_size, session.last.loss, session.last.clipped, session.last.masked))
+            figures.append((session.last.drawn, session.last.loss, session.last.clipped, session.last.masked))
         counted = len(session.ledger.releases(session.run)) if ranks.rank == 0 else None
     return {"weights": weights, "figures": figures, "counted": counted}
 

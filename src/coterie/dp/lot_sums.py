@@ -35,14 +35,14 @@ class RoundFigures:
 
     Attributes:
         round: its number.
-        lot_size: records drawn.
+        drawn: records drawn into the lot; not the public `lot_size` that sums are divided by.
         loss: mean loss of the records that were finite; NaN where there is none, see `nothing_learnt`.
         clipped: share of units whose gradient was clipped.
         masked: records that were not finite and contributed zero.
     """
 
     round: int
-    lot_size: int
+    drawn: int
     loss: float
     clipped: float
     masked: int
@@ -50,10 +50,10 @@ class RoundFigures:
     @property
     def nothing_learnt(self) -> str | None:
         """Why the round's gradient was noise alone, for the owner's eyes; None where it was not."""
-        if self.lot_size == 0:
+        if self.drawn == 0:
             return "the lot was empty"
         if math.isnan(self.loss):
-            return f"none of the lot's {self.lot_size} records gave a finite loss and gradient"
+            return f"none of the lot's {self.drawn} records gave a finite loss and gradient"
         return None
 
 

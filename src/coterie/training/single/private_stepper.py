@@ -70,7 +70,7 @@ class PrivateStepper:
         spent = session.spent() if due else None
         metrics = {
             "loss_not_private": last.loss,
-            "lot_size_not_private": last.lot_size,
+            "lot_size_not_private": last.drawn,
             "not_finite_not_private": last.masked,
         }
         if session.lot_sums.balancer is not None:
