@@ -91,9 +91,9 @@ MODULES = [
 ]
 
 
-def test_every_module_is_named_once_in_the_story_of_its_package() -> None:
+def test_every_module_and_package_is_named_once_in_the_story_of_its_package() -> None:
     """Or of a package above it; the root's names what lies directly below it."""
-    told = dict.fromkeys(MODULES, 0)
+    told = dict.fromkeys([*MODULES, *(STORIES.keys() - {"coterie"})], 0)
     for package, story in STORIES.items():
         for module in told:
             inside = (

@@ -7,8 +7,9 @@ party recorded of what others sent to it, `coterie.audit.fitting` refuses what c
 one owner rests on. Attacks read transcripts, the public starting checkpoint and public text; answers are for scoring.
 `coterie.audit.model` attacks the trained model, and prepares runs for that.
 
-`coterie.audit.prior` is what the public model guesses without receiving anything, and `coterie.audit.tokens` attacks
-the exchange of hidden vectors.
+`coterie.audit.prior` is what the public model guesses without receiving anything, `coterie.audit.tokens` attacks the
+exchange of hidden vectors, and `coterie.audit.experts` what an owner pushes in the other exchange.
+`coterie.audit.epsilon` holds a run's privacy claim against the code that makes it.
 
 `coterie.audit.run` puts `coterie.audit.pieces` in order. `coterie.audit.findings` holds what came out,
 `coterie.audit.figures` the few figures that stand for it, `coterie.audit.verdicts` what it amounts to,
