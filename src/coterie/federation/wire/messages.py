@@ -79,7 +79,7 @@ class Form:
     """What a message of one kind holds.
 
     Attributes:
-        body: its entries, all of them required and no others; None: checked by `control.decode`.
+        body: its entries, all of them required and no others; None: checked by `directives.decode`.
     """
 
     kind: str
