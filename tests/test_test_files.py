@@ -20,8 +20,9 @@ def imported(path: Path) -> Iterator[str]:
             yield from (node.module or "").split(".")
 
 
-def test_no_file_imports_a_test_file() -> None:
-    wrong = {path.name: found for path in TESTS.rglob("*.py") if (found := STEMS & set(imported(path)))}
+def test_no_file_imports_a_test_file_or_by_the_path_of_tests() -> None:
+    unwanted = STEMS | {"tests"}
+    wrong = {path.name: found for path in TESTS.rglob("*.py") if (found := unwanted & set(imported(path)))}
     assert not wrong
 
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from synthetic_findings import experts, finding, findings, member, noised, private, tokens, working
 
 from coterie.audit import pieces, run
 from coterie.audit.adversaries import DEFAULT
@@ -23,6 +22,7 @@ from coterie.audit.verdicts import verdicts
 from coterie.cli import audit as command
 from coterie.config import PrivacyRules
 from coterie.errors import AuditError, CheckpointError
+from helpers.synthetic_findings import experts, finding, findings, member, noised, private, tokens, working
 
 Read = Callable[..., Evidence]
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 from pydantic import ValidationError
-from synthetic_findings import estimate, finding, findings, private
 
 from coterie.audit.findings import Findings, Over, PrivateFigures, TokensFigures
 from coterie.audit.report.shareable import shareable
+from helpers.synthetic_findings import estimate, finding, findings, private
 
 
 def test_the_json_has_the_agreed_shape() -> None:

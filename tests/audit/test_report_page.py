@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic_findings import finding, findings, member, noised, private, tokens, working
 
 from coterie.audit.findings import Over, Part, TokensFigures
 from coterie.audit.metrics import Estimate
@@ -17,6 +16,7 @@ from coterie.audit.report.findings_page import audit_page, save_report
 from coterie.audit.report.shareable import shareable
 from coterie.audit.run import ALWAYS_UNTESTED
 from coterie.audit.verdicts import controls
+from helpers.synthetic_findings import finding, findings, member, noised, private, tokens, working
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -7,12 +7,12 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from synthetic_findings import estimate, finding, findings, member, noised, private, tokens, working
 
 from coterie.audit.adversaries import Adversary
 from coterie.audit.findings import Channel, Finding, Outcome, Part, Unit
 from coterie.audit.metrics import Estimate, Scores, auc
 from coterie.audit.verdicts import best, controls, failed, headline, overall, verdicts
+from helpers.synthetic_findings import estimate, finding, findings, member, noised, private, tokens, working
 
 
 def judged(part: Part, *some: Finding, measured: object = None, **budget: float | None) -> tuple[Outcome, str]:

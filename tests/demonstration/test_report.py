@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.audit.synthetic_findings import findings
 
 from coterie.demonstration.plan import ARMS, make_plan
 from coterie.demonstration.plot import COLOURS, MARKERS, save_plot
@@ -17,6 +16,7 @@ from coterie.demonstration.results import Figures, Promise, Results, Wire, _mean
 from coterie.demonstration.tables import tables
 from coterie.demonstration.verdict import headline, meaning, not_protected
 from coterie.training.evaluate import Evaluation
+from helpers.synthetic_findings import findings
 
 PARTIES = ("alder", "birch", "cedar")
 SEQUENCES = 400
