@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from coterie.errors import ModelError
 from coterie.models.autograd import applied
 from coterie.models.grouped import GroupedLinear
+from coterie.models.tensors import compute_dtype
 
 NAME = "coterie"
 _BINDING = "coterie_binding"
@@ -196,20 +197,13 @@ class LocalExperts:
 
         def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
             weight, bias = weights[name], weights.get(f"{name}_bias")
-            dtype = _compute_dtype(x_RI, weight)
+            dtype = compute_dtype(x_RI, weight)
             out = applied(GroupedLinear, x_RI.to(dtype), weight.to(dtype), ends_E, layer.layout.is_transposed)
             return out if bias is None else out + bias_rows(bias.to(dtype), ends_E)
 
         rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
         out_RD = expert_rows(layer, call.hidden_ND.index_select(0, rows.token_R), rows.ends_E, linear)
         return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The weight's dtype, or the autocast dtype where autocast is on (grouped products are not on its list)."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype
 
 
 def expert_layers(model: nn.Module) -> list[ExpertLayer]:

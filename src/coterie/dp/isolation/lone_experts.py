@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from coterie.dp.per_sample.private_experts import Adapters
-from coterie.dp.per_sample.rules_matrix import compute_dtype
 from coterie.models.autograd import applied
 from coterie.models.expert_math import apply_linear
 from coterie.models.grouped import GroupedLinear, as_EIO, grouped_mm, grouped_sum, weight_outer
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, bias_rows, expert_rows
 from coterie.models.streaming.streamer import WeightSource
+from coterie.models.tensors import compute_dtype
 
 
 class LoneExperts:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.per_sample.capture import Capture, node_of, refusal
-from coterie.dp.per_sample.rules_matrix import compute_dtype
 from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOuter
 from coterie.dp.per_sample.weight_expressions import Node
 from coterie.errors import NoRuleError
@@ -28,6 +27,7 @@ from coterie.models.grouped import as_EIO, grouped_mm
 from coterie.models.lora import ExpertAdapter
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, bias_rows
 from coterie.models.streaming.streamer import WeightSource
+from coterie.models.tensors import compute_dtype
 
 Adapters = Mapping[tuple[nn.Module, str], list[ExpertAdapter]]
 Stacked = Mapping[str, Tensor]

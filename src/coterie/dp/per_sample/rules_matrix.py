@@ -19,15 +19,9 @@ from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOu
 from coterie.dp.per_sample.terms import Dense, Lookup, Outer
 from coterie.dp.per_sample.weight_expressions import Function, Node
 from coterie.models.autograd import applied
+from coterie.models.tensors import compute_dtype
 
 _T = torch.Tensor
-
-
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What autocast would compute this product in; the weight's own dtype where it is off."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype
 
 
 class _Linear(torch.autograd.Function):

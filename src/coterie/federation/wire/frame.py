@@ -27,6 +27,7 @@ from torch import Tensor
 
 from coterie.errors import FrameError
 from coterie.federation.wire.transport import Address, Lane, Message
+from coterie.models.tensors import raw_bytes
 
 MAGIC = b"CTRE"
 PROTOCOL_VERSION = 2
@@ -161,12 +162,6 @@ class Encoded:
             yield b"".join(parts)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The raw little-endian contents; no copy if the tensor is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
 def _encode_body(body: Mapping[str, Any]) -> bytes:
     if not body:
         return b""
@@ -211,7 +206,7 @@ def encode(
             raise _refuse(f"Tensor {number} of `{message.kind}` is {tensor.dtype}, which cannot be sent.", "dtype")
         if tensor.dim() > MAX_RANK:
             raise _refuse(f"Tensor {number} of `{message.kind}` has rank {tensor.dim()}; at most {MAX_RANK}.", "rank")
-        contents = _bytes_of(tensor)
+        contents = raw_bytes(tensor)
         shape = (*tensor.shape, *[0] * (MAX_RANK - tensor.dim()))
         entries.append(_ENTRY.pack(code, tensor.dim(), 0, 0, len(contents), *shape))
         if contents:

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.errors import ModelError
 from coterie.models.split.trainings import Training, trainings_from
+from coterie.models.tensors import raw_bytes
 from coterie.storage import check_keys, json_object
 
 KEY = "coterie"
@@ -122,13 +122,7 @@ def digest_of_lines(lines: Iterable[str]) -> str:
 
 def tensor_line(name: str, tensor: Tensor) -> str:
     """One tensor's part of a content digest."""
-    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(tensor_bytes(tensor)).hexdigest()}"
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw little-endian bytes of a CPU tensor; no copy when it is contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw_bytes(tensor)).hexdigest()}"
 
 
 def unreadable(path: Path, error: Exception) -> ModelError:

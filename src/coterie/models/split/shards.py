@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coterie.errors import ModelError
-from coterie.models.split.origins import Origin, digest_of_lines, tensor_bytes, tensor_line, unreadable
+from coterie.models.split.origins import Origin, digest_of_lines, tensor_line, unreadable
 from coterie.models.split.trainings import Training
+from coterie.models.tensors import raw_bytes
 from coterie.storage import check_keys, check_known, file_digest, json_object, replacing
 
 TRUNK_FILE = "trunk.safetensors"
@@ -132,7 +133,7 @@ class TensorFileWriter:
         """Put one tensor in its place; its dtype and shape must be the announced ones."""
         assert (tensor.dtype, tuple(tensor.shape)) == self._shapes[name], name
         self._file.seek(self._body + self._offsets[name])
-        self._file.write(tensor_bytes(tensor))
+        self._file.write(raw_bytes(tensor))
         self._lines[name] = tensor_line(name, tensor)
         self._open.discard(name)
 

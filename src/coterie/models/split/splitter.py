@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models.seam import ExpertLayer, expert_layers
-from coterie.models.split.origins import tensor_bytes
 from coterie.models.split.placement import Placement
 from coterie.models.split.read_checkpoint import stream_checkpoint, tensor_dtypes
 from coterie.models.split.shards import (
@@ -35,6 +34,7 @@ from coterie.models.split.shards import (
     shard_file,
 )
 from coterie.models.split.trainings import Training, read_trainings, write_trainings
+from coterie.models.tensors import raw_bytes
 from coterie.models.zoo.build import build_model, quantized_error
 from coterie.storage import file_digest, new_folder, write_json
 
@@ -144,7 +144,7 @@ class _TrunkWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         source = self._tied.get(name, name)
         if source in self._tied.values():
-            digest = hashlib.sha256(tensor_bytes(tensor)).digest()
+            digest = hashlib.sha256(raw_bytes(tensor)).digest()
             if self._digests.setdefault(source, digest) != digest:
                 raise ModelError(
                     f"The checkpoint holds different tensors for `{name}` and `{source}`, which its config ties.",
