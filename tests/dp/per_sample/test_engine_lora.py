@@ -16,7 +16,6 @@ from coterie.models.zoo.tiny import tiny_model
 from helpers.engine_reference import clipped, distance, gradients, norms, token_batch
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

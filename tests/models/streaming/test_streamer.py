@@ -262,7 +262,6 @@ def test_clipped_sums_with_streamed_weights_are_those_with_weights_in_the_module
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_adapters_of_streamed_experts_get_the_gradients_of_pefts_merged_weights(family: str) -> None:
     """Experts stored one way and transposed with biases; nothing of the lent weights outlives the forward."""
     pytest.importorskip("peft")

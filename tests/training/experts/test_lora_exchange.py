@@ -33,7 +33,6 @@ from helpers.private_settings import private_settings, with_privacy
 from helpers.recorded import watch
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 LORA = LoraSpec(rank=2, alpha=4.0, modules=("q_proj",))
 
 

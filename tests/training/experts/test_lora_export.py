@@ -29,7 +29,6 @@ from coterie.training.party.process import prepare_party
 from helpers.federations import PARTIES, settings
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
 
 
