@@ -45,6 +45,30 @@ class HostOptimizer(Protocol):
 OptimizerFactory = Callable[[list[nn.Parameter]], HostOptimizer]
 
 
+class NothingHosted:
+    """The `HostOptimizer` of a party that stores no parameter; torch's optimisers refuse to have none."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+
+    def gradient(self, param: Tensor) -> Tensor:
+        """Raises LookupError: no parameter is its own."""
+        raise LookupError("no parameter is stored here")
+
+    def step(self) -> None:
+        """There is nothing to move."""
+
+    def zero_grad(self) -> None:
+        """There is no gradient."""
+
+    def tensors(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """No state."""
+        return {}
+
+    def load_tensors(self, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """There is no state to put back."""
+
+
 class Shard:
     """Hosted experts and their optimiser.
 
@@ -74,7 +98,8 @@ class Shard:
             index: {name: self._stack(weights, index, name) for name in self._layers[index].layout.parameter_names}
             for index in self.hosted
         }
-        self._optimizer = make_optimizer([param for _, _, param in self._parameters()]) if self.hosted else None
+        stored = [param for _, _, param in self._parameters()]
+        self._optimizer: HostOptimizer = make_optimizer(stored) if stored else NothingHosted()
         self._device = torch.device(device) if device is not None else None
         self._computing = {index: self._copies(stored) for index, stored in self._stored.items()}
 
@@ -84,14 +109,11 @@ class Shard:
 
     def gradient(self, layer: int, name: str) -> Tensor:
         """The float32 gradient of a stacked parameter, to be filled before `step`."""
-        assert self._optimizer is not None
         return self._optimizer.gradient(self._stored[layer][name])
 
     @torch.no_grad()
     def step(self, learning_rate: float | None = None) -> None:
         """Move all hosted experts, also those without a token, and let the gradients go."""
-        if self._optimizer is None:
-            return
         if learning_rate is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -106,8 +128,6 @@ class Shard:
             for layer, name, param in self._parameters()
             for row, expert in enumerate(self.hosted[layer])
         }
-        if self._optimizer is None:
-            return state
         for full, value in self._optimizer.tensors(self._names()).items():
             name, part = full.split("/")
             layer, parameter = name.split(".")
@@ -146,8 +166,7 @@ class Shard:
                     code="checkpoint-experts",
                     fix="use the run folder with the shard that it began with, or name another run_dir to begin anew",
                 )
-        if self._optimizer is not None:
-            self._optimizer.load_tensors(self._names(), self._optimizer_parts(state))
+        self._optimizer.load_tensors(self._names(), self._optimizer_parts(state))
         for layer, name, param in self._parameters():
             param.copy_(torch.stack(stacked[layer, name]))
         self._refresh()

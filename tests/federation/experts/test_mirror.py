@@ -193,7 +193,15 @@ def test_unchanged_parts_are_not_asked_for_again(world: MirrorWorld):
 def test_messages_for_a_line_that_was_given_up_hold_up_nothing() -> None:
     """One thread serves a lane: a request that waits for a round which never comes would delay all that follow."""
     home = TrunkHost({}, lambda params: None)  # type: ignore[arg-type, return-value]
-    pool = ExpertsHost("birch", ("alder", "birch"), [], None, home, ahead=2)  # type: ignore[arg-type]
+    pool = ExpertsHost(
+        "birch",
+        ("alder", "birch"),
+        [],
+        None,  # type: ignore[arg-type]
+        home,
+        lend=lambda part: {},
+        ahead=2,
+    )
     pool.begin(Attempt(8, 1))
     refused: list[str] = []
 

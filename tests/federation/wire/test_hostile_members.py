@@ -79,7 +79,8 @@ class Experts:
         )
         make = lambda params: make_optimizer(params, OptimSpec())  # noqa: E731
         shard = Shard(layers, shard_of(model, placement, "alder"), make)
-        self.pool = ExpertsHost("alder", PARTIES, parts, shard, TrunkHost({}, make), limits=LIMITS, ahead=2)
+        home = TrunkHost({}, make)
+        self.pool = ExpertsHost("alder", PARTIES, parts, shard, home, lend=lambda part: {}, limits=LIMITS, ahead=2)
         self.pool.begin(NOW)
         self.handle: Handler = lambda peer, lane, message: self.pool.handle(peer, lane, message, wait_s=0.05)
         self.part = next(part for part in parts if part.host == "alder")

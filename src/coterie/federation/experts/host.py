@@ -68,9 +68,9 @@ class ExpertsHost:
         parts: every part of the model; those with ``host == me`` are stored here.
         shard: the hosted experts.
         trunk: the stored share of a shared trunk.
+        lend: this party's copy of a trunk share whose host is absent.
         weights_dtype: of what goes down.
         push_dtype: of what comes up.
-        lend: this party's copy of a trunk share whose host is absent.
         ahead: a message for this many rounds ahead, or more, is refused at once.
         limits: bounds on what a party can send.
 
@@ -89,9 +89,9 @@ class ExpertsHost:
         shard: Shard,
         trunk: TrunkHost,
         *,
+        lend: Callable[[Part], Mapping[str, Tensor]],
         weights_dtype: torch.dtype = torch.bfloat16,
         push_dtype: torch.dtype = torch.float32,
-        lend: Callable[[Part], Mapping[str, Tensor]] | None = None,
         ahead: int | None = None,
         limits: ExpertsHostLimits = ExpertsHostLimits(),
     ) -> None:
@@ -254,7 +254,6 @@ class ExpertsHost:
 
     def _read(self, part: Part) -> Mapping[str, Tensor]:
         if part not in self._mine:
-            assert self._lend is not None
             return self._lend(part)
         return self.trunk.weights() if part.layer < 0 else self.shard.weights(part.layer)
 

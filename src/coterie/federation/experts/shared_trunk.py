@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.errors import CheckpointError
-from coterie.federation.shard import HostOptimizer, OptimizerFactory
+from coterie.federation.shard import HostOptimizer, NothingHosted, OptimizerFactory
 
 _STATE = "//"
 """Between a statistic's name and its state's in a checkpoint; one slash stands before an optimiser's."""
@@ -55,7 +55,8 @@ class TrunkHost:
         self._stored = {
             name: nn.Parameter(value.detach().to("cpu", torch.float32, copy=True)) for name, value in weights.items()
         }
-        self._optimizer: HostOptimizer | None = make_optimizer(list(self._stored.values())) if self._stored else None
+        stored = list(self._stored.values())
+        self._optimizer: HostOptimizer = make_optimizer(stored) if stored else NothingHosted()
         self._statistics = dict(statistics or {})
         self._means = {name: torch.zeros_like(each.value()) for name, each in self._statistics.items()}
 
@@ -69,7 +70,6 @@ class TrunkHost:
         """The float32 gradient of a parameter, or the mean of a statistic, to be filled before `step`."""
         if name in self._means:
             return self._means[name]
-        assert self._optimizer is not None
         return self._optimizer.gradient(self._stored[name])
 
     @torch.no_grad()
@@ -77,8 +77,6 @@ class TrunkHost:
         """Move every stored parameter and let the gradients go; statistics take their means."""
         for name, each in self._statistics.items():
             each.take(self._means[name])
-        if self._optimizer is None:
-            return
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -87,8 +85,7 @@ class TrunkHost:
     def state_dict(self) -> dict[str, Tensor]:
         """Weights by name, optimiser state by ``{name}/{part}``, statistics by ``{name}//{part}``."""
         state: dict[str, Tensor] = {name: param.detach() for name, param in self._stored.items()}
-        if self._optimizer is not None:
-            state |= self._optimizer.tensors(dict(self._stored))
+        state |= self._optimizer.tensors(dict(self._stored))
         for name, each in self._statistics.items():
             state |= {f"{name}{_STATE}{part}": value for part, value in each.state().items()}
         return state
@@ -108,9 +105,8 @@ class TrunkHost:
                 code="checkpoint-trunk-home",
                 fix="resume with the roster that the checkpoint was written under",
             )
-        if self._optimizer is not None:
-            parts = {k: v for k, v in state.items() if "/" in k and _STATE not in k}
-            self._optimizer.load_tensors(dict(self._stored), parts)
+        parts = {k: v for k, v in state.items() if "/" in k and _STATE not in k}
+        self._optimizer.load_tensors(dict(self._stored), parts)
         for name, param in self._stored.items():
             param.copy_(plain[name])
         for name, each in self._statistics.items():

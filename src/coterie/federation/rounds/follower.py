@@ -112,7 +112,7 @@ class Follower:
             todo = acts(self._party, self._memory, state)
             if Act.LEAVE in todo:
                 try:
-                    self._leave(todo, state)
+                    self._leave(todo, state, heartbeat)
                 finally:
                     heartbeat.update(done=seq, live=self._memory.live)
                     heartbeat.flush(GOODBYE_S)
@@ -127,7 +127,7 @@ class Follower:
         self._set_seq(state.seq)
         try:
             for act in todo:
-                saved = self._do(act, state) or saved
+                saved = self._do(act, state, heartbeat) or saved
                 self._memory = after_act(act, self._memory, state)
         except CoterieError as error:
             self._clean_up(act, state)
@@ -150,7 +150,7 @@ class Follower:
             self._set_seq(0)
         heartbeat.update(done=state.seq, live=self._memory.live, held=self._actor.held(), saved=saved)
 
-    def _do(self, act: Act, state: State) -> str:
+    def _do(self, act: Act, state: State, heartbeat: Heartbeat) -> str:
         match act:
             case Act.STEP | Act.DROP:
                 assert self._memory.prepared is not None
@@ -158,23 +158,17 @@ class Follower:
             case Act.LOAD:
                 self._actor.load(state.sources[self._party], state)
             case Act.COMPUTE:
-                self._actor.compute(state, self._token(state))
+                self._actor.compute(state, _token(state, heartbeat))
             case Act.EVALUATE:
-                self._actor.evaluate(state, self._token(state))
+                self._actor.evaluate(state, _token(state, heartbeat))
             case Act.SAVE:
-                return self._actor.save(state, self._token(state))
+                return self._actor.save(state, _token(state, heartbeat))
             case Act.REFUSE:
                 raise RoundError(
                     f"asked for {state.phase} of round {state.round}, but memory holds round {self._memory.live}.",
                     code="round-out-of-step",
                 )
         return ""
-
-    def _token(self, state: State) -> CancelToken:
-        """Cancelled once the directive being carried out is no longer the newest."""
-        heartbeat = self._heartbeat
-        assert heartbeat is not None
-        return CancelToken(lambda: not heartbeat.is_newest(state.seq))
 
     def _clean_up(self, act: Act | None, state: State) -> None:
         """Leave nothing half done: a torn model counts as none, an unfinished attempt as never begun."""
@@ -183,7 +177,7 @@ class Follower:
         elif act is Act.COMPUTE:
             self._actor.drop(state.round, state.attempt)
 
-    def _leave(self, todo: tuple[Act, ...], state: State) -> None:
+    def _leave(self, todo: tuple[Act, ...], state: State, heartbeat: Heartbeat) -> None:
         """At the end an attempt that was committed meanwhile is still applied, and any other dropped.
 
         Raises:
@@ -191,8 +185,13 @@ class Follower:
         """
         for act in todo[:-1]:
             try:
-                self._do(act, state)
+                self._do(act, state, heartbeat)
             except BaseException:  # the checkpoints on disk are still whole: a later start goes on from there
                 self._clean_up(act, state)
                 raise
             self._memory = after_act(act, self._memory, state)
+
+
+def _token(state: State, heartbeat: Heartbeat) -> CancelToken:
+    """Cancelled once the directive being carried out is no longer the newest."""
+    return CancelToken(lambda: not heartbeat.is_newest(state.seq))

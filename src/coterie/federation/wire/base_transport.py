@@ -76,6 +76,15 @@ class Settings:
     close_s: float = 5.0
 
 
+def _not_started(peer: str, lane: Lane, request: Message) -> Message | None:
+    """What handles requests before `BaseTransport.start` says who does."""
+    raise TransportError(
+        f"A `{request.kind}` came on lane {lane.name} before the transport was started.",
+        code="not-started",
+        fix="start the transport first",
+    )
+
+
 class BaseTransport(ABC):
     """The `Transport` interface on top of connections.
 
@@ -105,7 +114,7 @@ class BaseTransport(ABC):
             for lane in each
         }
         self._peers = tuple(lanes)
-        self._handler: Handler | None = None
+        self._handler: Handler = _not_started
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._seldom = Seldom(log)
@@ -122,7 +131,7 @@ class BaseTransport(ABC):
         return self._peers
 
     def start(self, handler: Handler) -> None:
-        if self._handler is not None:
+        if self._handler is not _not_started:
             raise TransportError(
                 f"The transport of {self._me} was started twice.", code="started-twice", fix="start a transport once"
             )
@@ -360,7 +369,6 @@ class BaseTransport(ABC):
 
         After a break the answer is dropped: the peer has given the request up, and a restarted peer never made it.
         """
-        assert self._handler is not None
         request = frame.message
         frame_type, reply = FrameType.REPLY, None
         try:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
 from cryptography import x509
@@ -180,8 +181,6 @@ class GrpcTransport(BaseTransport):
             ],
             maximum_concurrent_rpcs=workers,
         )
-        method = grpc.stream_stream_rpc_method_handler(self._accept)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: method}),))
         pair = (certificates.key_pem(self._kit.key), certificates.cert_pem(self._kit.certificate))
         credentials = grpc.ssl_server_credentials(
             [pair], root_certificates=certificates.cert_pem(self._kit.authority), require_client_auth=True
@@ -192,9 +191,11 @@ class GrpcTransport(BaseTransport):
             port = 0
         if port == 0:
             raise unreachable.cannot_listen(self.me, self._listen)
+        strangers = Newcomers(port, self._settings.handshake_s)
+        method = grpc.stream_stream_rpc_method_handler(partial(self._accept, strangers))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: method}),))
         server.start()
-        self._server = server
-        self._newcomers = Newcomers(port, self._settings.handshake_s)
+        self._server, self._newcomers = server, strangers
 
     def _shut(self) -> None:
         with self._guard:
@@ -242,7 +243,9 @@ class GrpcTransport(BaseTransport):
 
     # ---- the listening side ----------------------------------------------------------------------------------
 
-    def _accept(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _accept(
+        self, strangers: Newcomers, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
         """One incoming stream; runs in a worker of gRPC's pool, which then sends."""
         try:
             entry = self._roster.admit(_peer_certificate(context))
@@ -265,14 +268,18 @@ class GrpcTransport(BaseTransport):
         if self._another_is_alive(peer, theirs.process):
             self._turn_away_twin(peer)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "identity-in-use")
-        assert self._newcomers is not None
         connection = self._connection(peer, lane, ours)
         connection.process = theirs.process
         connection.on_cut(context.cancel)
         address = context.peer()  # gRPC forgets it once the stream has ended
-        self._newcomers.admit(address)
-        if not context.add_callback(lambda: self._ended(connection, address)):
-            self._ended(connection, address)
+        strangers.admit(address)
+
+        def ended() -> None:
+            connection.close()
+            strangers.leave(address)
+
+        if not context.add_callback(ended):
+            ended()
         reader = threading.Thread(
             target=self._read,
             args=(connection, requests),
@@ -283,11 +290,6 @@ class GrpcTransport(BaseTransport):
         self._welcome(peer)
         reader.start()
         yield from connection.outgoing()
-
-    def _ended(self, connection: GrpcConnection, address: str) -> None:
-        connection.close()
-        if self._newcomers is not None:
-            self._newcomers.leave(address)
 
     def _first_message(self, requests: Iterator[bytes], context: grpc.ServicerContext, peer: str) -> Hello:
         token = object()

@@ -47,7 +47,7 @@ class Recorder:
         self._folder, self._names, self._rounds, self._limit = folder, (*names, STOPPED), rounds, limit
         self._lock = threading.Lock()
         self._log: FrameLog | None = None
-        self._early: list[tuple[str, FrameType, Lane, Message]] | None = []
+        self._early: list[tuple[str, FrameType, Lane, Message]] = []
         self._over = False
 
     def open(self, facts: Mapping[str, Any]) -> None:
@@ -62,10 +62,10 @@ class Recorder:
         with self._lock:
             if self._log is not None or self._over:
                 return
-            self._log = FrameLog(self._folder, {"rounds": self._rounds, **facts}, self._names, self._limit)
-            early, self._early = self._early or [], None
+            self._log = opened = FrameLog(self._folder, {"rounds": self._rounds, **facts}, self._names, self._limit)
+            early, self._early = self._early, []
             for each in early:
-                self._write(*each)
+                self._write(opened, *each)
 
     def keep(self, name: str, frame_type: FrameType, lane: Lane, message: Message) -> None:
         """Record a message."""
@@ -74,8 +74,8 @@ class Recorder:
         with self._lock:
             if self._over:
                 return
-            if self._early is None:
-                self._write(name, frame_type, lane, message)
+            if self._log is not None:
+                self._write(self._log, name, frame_type, lane, message)
             else:  # of a peer that heard of the run before us; it waits until we have, too
                 self._early.append((name, frame_type, lane, message))
                 if len(self._early) > _MOST_EARLY:
@@ -90,14 +90,13 @@ class Recorder:
                 self._log.close()
                 self._log = None
 
-    def _write(self, name: str, frame_type: FrameType, lane: Lane, message: Message) -> None:
-        assert self._log is not None
+    def _write(self, opened: FrameLog, name: str, frame_type: FrameType, lane: Lane, message: Message) -> None:
         why = f"it would grow beyond {self._limit} bytes"
         try:
-            whole = self._log.append(name, frame_type, lane, message, spare=_FOR_THE_END)
+            whole = opened.append(name, frame_type, lane, message, spare=_FOR_THE_END)
             if not whole:
                 end = Message(STOPPED, Address(round=message.address.round))
-                self._log.append(STOPPED, FrameType.ONE_WAY, Lane.CONTROL, end)
+                opened.append(STOPPED, FrameType.ONE_WAY, Lane.CONTROL, end)
         except CheckpointError as error:
             whole, why = False, error.message
         if not whole:

@@ -92,9 +92,7 @@ class Scheduler(Generic[Batch]):
                         thread.join()
                 raise
         if lock.cancelled.done():
-            cause = lock.cancelled.exception()
-            assert cause is not None
-            raise cause
+            lock.cancelled.result()  # raises what it was cancelled with
         return RoundSums(tuple(task.losses), sum(task.tokens), task.sums.result())
 
     def cancel(self) -> None:
