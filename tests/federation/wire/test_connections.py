@@ -63,11 +63,11 @@ def address_of(kits: dict[str, Kit], name: str) -> tuple[str, int]:
 
 def own_sockets() -> int:
     """Sockets of this process, both ends of its own connections included."""
-    return sum(os.readlink(f"/proc/self/fd/{name}").startswith("socket") for name in listed("/proc/self/fd"))
-
-
-def listed(folder: str) -> list[str]:
-    return [name for name in os.listdir(folder) if os.path.lexists(f"{folder}/{name}")]
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread closed it meanwhile
+            found += os.readlink(f"/proc/self/fd/{name}").startswith("socket")
+    return found
 
 
 def ended(connection: socket.socket) -> bool:

@@ -24,9 +24,11 @@ from coterie.federation.identity.provision import free_endpoints, local_kits
 from coterie.federation.identity.roster import Roster, draft, install_roster, join, load_roster, sign
 from coterie.federation.wire.base_transport import Settings
 from coterie.federation.wire.frame import CHUNK_BYTES, PROTOCOL_VERSION
+from coterie.federation.wire.grpc_connection import GrpcConnection
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.federation.wire.handshake import Hello, compare, decode_hello
 from coterie.federation.wire.transport import Address, Handler, Lane, Message
+from helpers.waiting import until
 
 QUICK = Settings(window=4, close_s=2.0, redial_s=0.05, refusal_s=0.3, heartbeat_s=0.3, silence_s=1.5, handshake_s=1.0)
 
@@ -102,10 +104,7 @@ def test_a_listed_certificate_gets_an_answer(kits: dict[str, Kit], start: Start)
     hello = Hello("birch", "alder", Lane.CONTROL, "demo", 1, roster.content_hash(), run)
     root = certificates.cert_pem(kits["alder"].authority)
     assert "answer" in knock(endpoint_of(kits, "alder"), root, pair_of(kits["birch"]), hello.encode())
-    until = time.monotonic() + 10.0
-    while alder.connected() and time.monotonic() < until:  # its side learns a little later that birch hung up
-        time.sleep(0.01)
-    assert alder.connected() == frozenset()
+    until(lambda: not alder.connected(), 10.0)  # its side learns a little later that birch hung up
 
 
 @pytest.mark.parametrize("whose", ["another ca", "none", "expired", "self-signed"])
@@ -211,9 +210,8 @@ def test_a_first_message_that_is_no_introduction_is_refused(kits: dict[str, Kit]
     assert answer == "PERMISSION_DENIED handshake-damaged"
 
 
-def test_bytes_that_are_no_frame_end_the_connection_and_no_other(kits: dict[str, Kit], start: Start) -> None:
-    handled: list[str] = []
-    alder = start(kits["alder"], handler=lambda peer, lane, message: handled.append(message.kind))
+def speak_rubbish(kits: dict[str, Kit]) -> None:
+    """A hello of birch to alder and at once what is no frame; alder answers and ends the stream."""
     roster = load_roster(kits["alder"])
     hello = Hello("birch", "alder", Lane.FORWARD, "demo", 1, roster.content_hash(), roster.content_hash()[:16])
     credentials = grpc.ssl_channel_credentials(
@@ -227,12 +225,35 @@ def test_bytes_that_are_no_frame_end_the_connection_and_no_other(kits: dict[str,
         assert decode_hello(next(call), "alder").sender == "alder"
         with pytest.raises((grpc.RpcError, StopIteration)):
             drain(call)
+
+
+def test_bytes_that_are_no_frame_end_the_connection_and_no_other(kits: dict[str, Kit], start: Start) -> None:
+    handled: list[str] = []
+    alder = start(kits["alder"], handler=lambda peer, lane, message: handled.append(message.kind))
+    speak_rubbish(kits)
     # For a moment alder takes this process for a second one beside the one that spoke rubbish, and turns it away.
     birch = start(kits["birch"], settings=replace(QUICK, refusal_s=10.0))
     birch.connect(20.0)
     birch.request("alder", Lane.FORWARD, Message("fine"), 5.0)
     assert handled == ["fine"]
     assert alder.connected() == {"birch"}
+
+
+def test_the_answer_is_sent_before_what_follows_the_hello_is_read(
+    kits: dict[str, Kit], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rubbish right behind the hello, at a process whose worker is slow to send: the other side still learns whom it
+    reached, before the stream ends."""
+    outgoing = GrpcConnection.outgoing
+
+    def slow(self: GrpcConnection) -> Iterator[bytes]:
+        time.sleep(0.3)
+        yield from outgoing(self)
+
+    monkeypatch.setattr(GrpcConnection, "outgoing", slow)
+    alder = start(kits["alder"])
+    speak_rubbish(kits)
+    until(lambda: not alder.connected(), 10.0)
 
 
 # ---- the two gates, dialling side
@@ -556,10 +577,7 @@ def test_a_peer_that_falls_silent_is_noticed_and_comes_back(tmp_path: Path, star
         with pytest.raises(TransportError) as caught:
             pending.result(20)
         assert caught.value.code == "connection-lost"
-        until = time.monotonic() + 10
-        while alder.connected() and time.monotonic() < until:
-            time.sleep(0.05)
-        assert alder.connected() == frozenset()
+        until(lambda: not alder.connected(), 10.0)
         relay.thaw()
         birch.connect(20.0)
         assert birch.request("alder", Lane.FORWARD, Message("again", Address(round=3)), 10.0).address.round == 3

@@ -288,8 +288,14 @@ class GrpcTransport(BaseTransport):
         )
         self._attach(connection)
         self._welcome(peer)
-        reader.start()
-        yield from connection.outgoing()
+        outgoing = connection.outgoing()
+        try:
+            yield next(
+                outgoing
+            )  # gRPC asks for more once it is sent: what is read first could end the stream before it
+        finally:
+            reader.start()  # also where the stream ended meanwhile: the reader sees that, and detaches
+        yield from outgoing
 
     def _first_message(self, requests: Iterator[bytes], context: grpc.ServicerContext, peer: str) -> Hello:
         token = object()
