@@ -114,6 +114,9 @@ class Alone(Ranks):
     def together(self, step: str, make: Callable[[], Any]) -> list[Any]:
         return [make()]
 
+    def agree(self, step: str, facts: Callable[[], Mapping[str, Any]]) -> None:
+        """Nobody differs from oneself; facts like a digest of all weights take their time and are not made."""
+
     def add_up(self, pieces: Sequence[Tensor], owner: int) -> None: ...
 
     def hand_out(self, pieces: Sequence[Tensor], owner: int) -> None: ...
