@@ -174,7 +174,8 @@ def alias_tables() -> tuple[AliasTable, AliasTable]:
         total = int(Decimal(GRID_SIGMA) * Decimal(_TWO_PI).sqrt() / 2 * Decimal(2) ** bits)
     buckets = [BUCKET * (weight << _PROBABILITY_BITS) // total for weight in last[:_REST]]
     rest = [a - b for a, b in zip(first[:_REST], last[:_REST], strict=True)]
-    of_rest = [(weight << _PROBABILITY_BITS) // sum(rest) for weight in rest]
+    mass = sum(rest)
+    of_rest = [(weight << _PROBABILITY_BITS) // mass for weight in rest]
     whole = 1 << _PROBABILITY_BITS
     of_rest[0] += whole - sum(of_rest)
     return AliasTable([*buckets, whole - sum(buckets)]), AliasTable([*of_rest, 0])
