@@ -78,6 +78,19 @@ def test_ctrl_c_stops_cleanly_and_resume_ends_where_an_uninterrupted_run_ends(
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_a_dry_run_and_a_plan_say_the_same_and_write_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = write_settings(folder, "run", 5)
+    coterie("train", settings, "--dry-run", "--json", folder / "figures.json")
+    said = capsys.readouterr().out
+    coterie("plan", settings)
+    assert capsys.readouterr().out == said
+    assert "nothing was trained or spent" in said
+    assert json.loads((folder / "figures.json").read_text())["rounds"] == 5
+    assert not (folder / "run").exists()
+
+
 def test_train_eval_and_generate_work_one_after_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = write_settings(folder, "run", 5)
     coterie("train", settings, "--json", folder / "r.json")

@@ -115,6 +115,24 @@ def test_public_signature_trains_and_counts(start: Callable[..., PrivateSession]
     assert session.lifetime() == session.spent()
 
 
+def test_a_step_gives_its_figures_and_the_session_says_how_many_are_left(
+    start: Callable[..., PrivateSession],
+) -> None:
+    session = start(seed=1)
+    drawn, left = [], []
+    for lot in session:
+        left.append(len(session))
+        figures = session.step(lot)
+        assert figures is not None
+        assert figures.round == session.round
+        assert figures.drawn == len(lot.records)
+        assert figures.drawn == 0 or 0 < figures.loss < 10
+        drawn.append(figures.drawn)
+    assert left == [6, 5, 4, 3, 2, 1]
+    assert (len(session), bool(session)) == (0, True)
+    assert sum(drawn) > 0
+
+
 def test_session_agrees_with_the_slow_engine(start: Callable[..., PrivateSession]) -> None:
     results, eta = [], 0.0
     for slow in (False, True):
@@ -331,7 +349,10 @@ def test_invariant_8_resume_from_an_older_checkpoint_counts_what_was_lost(
         tmp_path / "2", model, torch.optim.AdamW(model.parameters()), records(), collate, loss_fn
     )
     assert old.round == 2
-    taken = [old.step(lot) or old.round for lot in old]
+    taken = []
+    for lot in old:
+        old.step(lot)
+        taken.append(old.round)
     assert taken == [3, 4]  # six releases in all: rounds 1-4, then 3 and 4 with new lots and new noise
     assert len(old.ledger.releases(old.run)) == 6
     with pytest.raises(BudgetError, match="the budget of this run is spent"):

@@ -9,7 +9,7 @@ import typer
 
 
 def command(
-    settings: Annotated[Path | None, typer.Argument(help="The federation.yaml to plan.")] = None,
+    settings: Annotated[Path | None, typer.Argument(help="The federation.yaml to plan, or a train.yaml.")] = None,
     preset: Annotated[
         str | None,
         typer.Option("--preset", metavar="NAME", help="A published model instead of a file, e.g. OLMoE-1B-7B."),
@@ -25,15 +25,17 @@ def command(
     """Say what a federation will need: device and host memory of every party, bytes, and the cheaper exchange.
 
     Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
-    activations, which come on top in every arrangement.
+    activations, which come on top in every arrangement. For a train.yaml: what `coterie train --dry-run` says.
 
     Example:
         coterie plan federation.yaml
         coterie plan federation.yaml --gbit 10 --json plan.json
         coterie plan --preset Qwen3-30B-A3B --parties 4
+        coterie plan train.yaml
     """
     from coterie.cli.output import say, table, write_json
-    from coterie.config import FederationConfig, load_yaml
+    from coterie.config import FederationConfig, TrainConfig, load_yaml
+    from coterie.config.load import names_setting
     from coterie.errors import ConfigError
     from coterie.training.planning.plan import make_plan, preset_federation
 
@@ -43,6 +45,11 @@ def command(
             code="plan-what",
             fix="coterie plan federation.yaml, or coterie plan --preset OLMoE-1B-7B --parties 3",
         )
+    if settings is not None and names_setting(settings, "data"):  # one party's training; a federation names no text
+        from coterie.cli.training_progress import show_plan
+
+        show_plan(load_yaml(settings, TrainConfig), json_file)
+        return
     federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
     plan = make_plan(federation)
     if json_file is not None:

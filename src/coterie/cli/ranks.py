@@ -44,6 +44,11 @@ def started_ranks() -> int:
     return int(count) if count.isdecimal() else 1
 
 
+def has_terminal() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def started_again(config: TrainConfig) -> bool:
     """Whether torchrun started the processes of a run once more, after a rank had failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (config.run_dir / "run.json").exists()

@@ -13,6 +13,8 @@ from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
+from coterie.training.single.forecast import Forecast, preview
+from coterie.training.single.prepared import prepare
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
 
@@ -31,6 +33,30 @@ def shared(follow: Callable[[], None]) -> None:
     disable_progress_bar()
     with stop_signals(lambda: True, bounded=False, quiet=True):
         follow()
+
+
+def announce(figures: Forecast) -> None:
+    """Say what a private run will cost."""
+    for line in figures.lines():
+        say(line)
+
+
+def show_plan(config: TrainConfig, json_file: Path | None) -> None:
+    """What a run of these settings will do and cost; reads the text and the model's config."""
+    rounds, data = config.train.rounds, config.data
+    figures: dict[str, object] = {"rounds": rounds}
+    if config.privacy is None:
+        prepared = prepare(config)[0].train
+        figures |= {"sequences": len(prepared), "tokens": prepared.predicted_tokens}
+        say(f"{len(prepared)} sequences of at most {data.sequence_length} tokens, {rounds} rounds; no privacy budget")
+    else:
+        _open(config.privacy)
+        forecast = preview(config, config.privacy)
+        figures = forecast.as_json()
+        announce(forecast)
+    say("nothing was trained or spent")
+    if json_file is not None:
+        write_json(json_file, figures)
 
 
 @contextmanager
@@ -80,6 +106,7 @@ def report(result: RunResult, json_file: Path | None) -> None:
 def _plain_end(result: RunResult) -> tuple[dict[str, object], str]:
     row: dict[str, object] = {
         "rounds": result.rounds,
+        "loss before": result.loss_before,
         "held-out loss": result.loss,
         "perplexity": result.perplexity,
         "model state MiB": result.model_state_bytes / MIB,
@@ -93,6 +120,7 @@ def _private_end(result: RunResult, privacy: dict[str, object]) -> tuple[dict[st
         "rounds": result.rounds,
         "epsilon": privacy["epsilon"],
         "delta": privacy["delta"],
+        "loss before": result.loss_before,
         "held-out loss": result.loss,
         "perplexity": result.perplexity,
     }

@@ -53,6 +53,14 @@ def load_yaml(path: str | Path, model: type[SpecT]) -> SpecT:
         raise _report(path, model, data, lines, error) from None
 
 
+def names_setting(path: Path, key: str) -> bool:
+    """Whether a settings file has this key at its top; False also where it is no settings file at all."""
+    try:
+        return key in _parse(path)[0]
+    except ConfigError:
+        return False
+
+
 def _check_name(path: Path) -> None:
     """Names that are not UTF-8 can be neither written into settings nor handed to the libraries that read weights."""
     whole = os.fsencode(path.absolute())

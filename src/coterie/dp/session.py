@@ -121,11 +121,22 @@ class PrivateSession:
             self._pending = begun
         return self._pending.lot
 
-    def step(self, lot: Lot) -> None:
+    def __len__(self) -> int:
+        """Rounds that are left: how many lots iterating will give."""
+        return max(0, min(self.privacy_plan.rounds - self.round, self.releases.remaining))
+
+    def __bool__(self) -> bool:
+        return True  # also when no round is left
+
+    def step(self, lot: Lot) -> RoundFigures | None:
         """One round: the lot's clipped gradients, noised, spooled, counted; then one optimizer step.
 
         Args:
             lot: what iterating over the session gave.
+
+        Returns:
+            What the round looked like: loss, records drawn, share clipped. For the owner's eyes: NOT private. None
+            where its result had been released before, so that nothing was computed.
 
         Raises:
             PrivacyError: another lot; a batch whose records cannot be told apart; a use the engine cannot bound.
@@ -142,6 +153,8 @@ class PrivateSession:
             )
         self._step(*self.publish(pending))
         self._trim_spool()
+        last = self.last
+        return last if last is not None and last.round == self.round else None
 
     def put_gradients(self) -> None:
         """One round for loops that step the optimizer themselves: it leaves the noisy mean gradients in ``.grad``.

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dp_accounting
 import pytest
 import torch
+from dp_accounting.pld import PLDAccountant
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,14 +25,17 @@ from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.models.split.trainings import read_trainings
 from coterie.revision import revision
+from coterie.training.data.tokenizer import get_tokenizer
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
 from coterie.training.optim import make_optimizer
+from coterie.training.single.forecast import Forecast, preview
 from coterie.training.single.prepared import prepare
 from coterie.training.single.run import resume, start
 from coterie.training.single.trained import evaluate_run, load_trained
 
 NOTES = ["a cough and a fever", "a swollen knee", "no pain in the chest", "the cough is gone", "the fever too"]
+ALL = [f"{note} {i}" for i, note in enumerate(NOTES * 6)]
 SIZES = {
     "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 32,
@@ -40,7 +45,7 @@ MakeConfig = Callable[..., TrainConfig]
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> MakeConfig:
-    rows = [{"text": f"{note} {i}", "patient": f"p{i % 6}"} for i, note in enumerate(NOTES * 6)]
+    rows = [{"text": text, "patient": f"p{i % 6}"} for i, text in enumerate(ALL)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in NOTES))
     (tmp_path / "public.txt").write_text("the a and is in on has no\n")
@@ -105,6 +110,67 @@ def test_every_record_of_a_run_says_which_commit_made_it_and_not_where(
         assert made_by.items() <= record.items()
     for public in (run / "public").rglob("*.json"):
         assert str(tmp_path) not in public.read_text()
+
+
+@pytest.mark.slow
+def test_before_anything_is_spent_a_run_says_what_it_will_cost(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"packing": "chunks", "sequence_length": 8})}
+    )
+
+    class Enough(Exception):
+        pass
+
+    told: list[Forecast] = []
+
+    def announce(figures: Forecast) -> None:
+        told.append(figures)
+        raise Enough
+
+    with pytest.raises(Enough):
+        start(config, announce=announce)
+    assert not (tmp_path / "ledger").exists()
+    assert not (tmp_path / "run" / "run.json").exists()
+    (figures,) = told
+    assert preview(config, config.privacy) == figures
+    ids = [len(get_tokenizer(config.data.tokenizer, config.model, config.data)(text).input_ids) + 1 for text in ALL]
+    pieces = [-(-length // 8) for length in ids]
+    assert figures.pieces == max(pieces)
+    assert figures.units == sum(count - (length % 8 == 1) for count, length in zip(pieces, ids, strict=True))
+    assert (figures.rounds, figures.lot_size, figures.rate) == (4, 10, 10 / figures.units)
+    accountant = PLDAccountant()
+    event = dp_accounting.PoissonSampledDpEvent(figures.rate, dp_accounting.GaussianDpEvent(figures.noise_multiplier))
+    accountant.compose(event, 4)
+    assert figures.epsilon == pytest.approx(accountant.get_epsilon(1e-3), rel=1e-3)
+    assert figures.epsilon < figures.document_epsilon
+    assert any(f"its epsilon is {figures.document_epsilon:.3g}" in line for line in figures.lines())
+
+
+def test_a_hopeless_budget_gets_a_remark(make_config: MakeConfig) -> None:
+    """Epsilon 0.01 on 30 records is possible and useless; epsilon 8 on the same is said nothing bad of."""
+
+    def told(epsilon: float) -> Forecast:
+        config = make_config(privacy={"epsilon": epsilon})
+        return preview(config, config.privacy)
+
+    poor = told(0.01)
+    assert poor.noise_multiplier > poor.lot_size
+    assert any("nothing can be learnt" in remark for remark in poor.remarks)
+    assert not any("learn" in remark for remark in told(8.0).remarks)
+
+
+@pytest.mark.slow
+def test_a_statement_on_pieces_says_what_longer_documents_are_promised(make_config: MakeConfig) -> None:
+    config = make_config(train={"rounds": 1})
+    data = config.data.model_copy(update={"packing": "chunks", "sequence_length": 8})
+    result = start(config.model_copy(update={"data": data}))
+    (line,) = [line for line in result.statement.splitlines() if line.startswith("  a document")]
+    copies = dict(result.privacy["copies"])
+    assert f"of up to 16 tokens epsilon {copies[2]:.3f}" in line
+    assert result.statement.index("a document") < result.statement.index("this run")
+    whole = start(make_config("whole", train={"rounds": 1})).statement
+    assert not any(line.startswith("  a document") for line in whole.splitlines())
 
 
 def test_runs_on_the_same_text_add_up_however_it_is_cut(make_config: MakeConfig) -> None:

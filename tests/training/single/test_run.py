@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from coterie.config import TrainConfig, load_yaml
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, RoundError
 from coterie.federation.rounds.run_folder import LOCK_FILE, RunFolder
-from coterie.training.evaluate import Evaluation, paired_bootstrap
+from coterie.training.evaluate import Evaluation, evaluate, paired_bootstrap
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.purging import purge
 from coterie.training.single.generate import generate
+from coterie.training.single.prepared import prepare
 from coterie.training.single.run import resume, start
 from coterie.training.single.trained import evaluate_run, load_trained
 
@@ -92,7 +93,7 @@ def test_a_run_learns_and_leaves_its_folder_complete(make_config: MakeConfig) ->
     assert losses[0] is not None
     assert losses[-1] is not None
     assert losses[-1] < losses[0] - 0.5
-    assert [row["round"] for row in rows if "test_loss" in row] == [10, 20]
+    assert [row["round"] for row in rows if "test_loss" in row] == [0, 10, 20]
     assert {path.name for path in config.run_dir.iterdir()} == {
         "config.yaml",
         "run.json",
@@ -179,6 +180,17 @@ def test_a_trained_run_is_measured_as_it_was_in_training(make_config: MakeConfig
     assert paired_bootstrap(kept, measured).mean == 0.0
     other = evaluate_run(trained, [tmp_path / "train.jsonl"])
     assert other.loss < measured.loss, "it has seen this text"
+
+
+def test_the_loss_before_the_first_round_is_the_starting_models(make_config: MakeConfig) -> None:
+    config = make_config(train={"rounds": 2})
+    stop = StopFlag()
+    start(config, stop=stop, watch=lambda *_: stop.set())
+    result = resume(config.run_dir)
+    prepared = prepare(config)[0]
+    assert prepared.test is not None
+    assert result.loss_before == pytest.approx(evaluate(prepared.model, prepared.test, batch_size=3).loss)
+    assert result.loss != result.loss_before
 
 
 def test_generation_repeats_with_the_seed(make_config: MakeConfig) -> None:

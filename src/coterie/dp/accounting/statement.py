@@ -91,6 +91,7 @@ class Statement:
             ]
         lines += [
             f"  protected unit   one {self.unit}; neighbouring datasets differ by {self.relation}{self._record()}",
+            *self._documents(),
             f"  this run         {self.spent} ({self.rounds} of {self.planned} rounds; budget "
             f"epsilon {self.budget.epsilon:g} at delta {self.budget.delta:.3g})",
             f"  lifetime         {self.lifetime}, for this unit by all runs on some of this text, failed ones too",
@@ -117,6 +118,15 @@ class Statement:
         lines += [f"    - {line}" for line in self.not_covered]
         lines.append(f"  ledger           {self.ledger}, run {self.run}")
         return "\n".join(lines)
+
+    def _documents(self) -> list[str]:
+        """Where documents are cut: what a longer one is promised, by length, as how long they are is not public."""
+        length = self.record.get("sequence_length")
+        if self.unit != "record" or self.record.get("packing") != "chunks" or not isinstance(length, int):
+            return []
+        longer = [f"of up to {size * length} tokens epsilon {_shown(eps)}" for size, eps in self.copies]
+        figures = f": {', '.join(longer)} (same delta); longer ones more" if longer else ""
+        return [f"  a document       of more than {length} tokens is several records, and protected less{figures}"]
 
     def _record(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in sorted(self.record.items()))

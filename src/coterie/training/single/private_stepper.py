@@ -20,6 +20,7 @@ from coterie.ranks.ranks import Ranks
 from coterie.training.data.documents import Documents
 from coterie.training.optim import AdamW, lr_at, make_optimizer
 from coterie.training.provenance import artefacts, originals, record_facts
+from coterie.training.single.forecast import Announce, forecast, plan_of
 from coterie.training.single.prepared import Prepared
 from coterie.training.single.stepper import Step
 
@@ -35,6 +36,7 @@ class PrivateStepper:
         documents: what the records were made from; the ledger knows their text again.
         saved: a checkpoint to go on from. Rounds released since are repeated from the spool, not redrawn.
         ranks: that share every round; None: this process alone.
+        announce: hears what a new run will cost, before its ledger is opened.
 
     Raises:
         PrivacyError: anything that would make the statement untrue; nothing is trained then.
@@ -43,12 +45,21 @@ class PrivateStepper:
     """
 
     def __init__(
-        self, prepared: Prepared, documents: Documents, saved: Path | None = None, ranks: Ranks | None = None
+        self,
+        prepared: Prepared,
+        documents: Documents,
+        saved: Path | None = None,
+        ranks: Ranks | None = None,
+        announce: Announce | None = None,
     ) -> None:
+        config, privacy = prepared.config, _privacy(prepared.config)
         self._keeps_ledger = ranks is None or ranks.rank == 0
-        self.optimizer = make_optimizer(prepared.model.parameters(), prepared.config.optim)
+        self.optimizer = make_optimizer(prepared.model.parameters(), config.optim)
         if saved is None:
-            self._session = _begun(prepared, documents, self.optimizer, ranks)
+            plan = plan_of(config, privacy, prepared.model)
+            if announce is not None:
+                announce(forecast(config, privacy, plan, documents, prepared.train))
+            self._session = _begun(prepared, documents, self.optimizer, plan, ranks)
         else:
             self._session = _resumed(prepared, documents, self.optimizer, saved, ranks)
 
@@ -98,12 +109,10 @@ class PrivateStepper:
         self._session.close()
 
 
-def _begun(prepared: Prepared, documents: Documents, optimizer: AdamW, ranks: Ranks | None) -> PrivateSession:
+def _begun(
+    prepared: Prepared, documents: Documents, optimizer: AdamW, plan: PrivacyPlan, ranks: Ranks | None
+) -> PrivateSession:
     config, privacy = prepared.config, _privacy(prepared.config)
-    plan = PrivacyPlan.of_settings(
-        privacy, prepared.model, config.train.rounds, lot_size=config.train.batch_size,
-        seed=config.train.seed if privacy.seeded else None,
-    )  # fmt: skip
     data = PrivateData.of(
         prepared.train, prepared.train.collate, users=prepared.train.users, records_per_user=plan.records_per_user,
         digest=dataset_digest(documents.texts), originals=originals(documents, prepared.train),

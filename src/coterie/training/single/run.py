@@ -31,9 +31,10 @@ from coterie.storage import put_away, write_json, writing
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
 from coterie.training.loop import StopFlag
-from coterie.training.metrics import MetricsWriter
+from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.planning.measured import model_state_bytes, peak_rss_bytes
 from coterie.training.provenance import starting_trainings
+from coterie.training.single.forecast import Announce
 from coterie.training.single.prepared import MARKER, Prepared, prepare, read_run
 from coterie.training.single.private_stepper import PrivateStepper
 from coterie.training.single.stepper import PlainStepper, Step, Stepper
@@ -51,6 +52,7 @@ class RunResult:
         rounds: rounds that are finished.
         finished: all rounds are done; False after a clean stop.
         loss, perplexity, tokens: on the held-out text, nats per token; None without such text or before the end.
+        loss_before: the same before the first round.
         model_state_bytes: parameters, gradients and optimiser state.
         peak_rss_bytes: largest resident size of the process.
         privacy: the statement as JSON, ``epsilon`` and ``delta`` of this run at its top; None without privacy.
@@ -63,6 +65,7 @@ class RunResult:
     loss: float | None
     perplexity: float | None
     tokens: int | None
+    loss_before: float | None
     model_state_bytes: int
     peak_rss_bytes: int
     privacy: dict[str, Any] | None = None
@@ -76,7 +79,12 @@ class RunResult:
 
 
 def start(
-    config: TrainConfig, *, stop: StopFlag | None = None, watch: Watch | None = None, ranks: Ranks | None = None
+    config: TrainConfig,
+    *,
+    stop: StopFlag | None = None,
+    watch: Watch | None = None,
+    ranks: Ranks | None = None,
+    announce: Announce | None = None,
 ) -> RunResult:
     """Train from the beginning in a fresh run folder; within the budget where the settings have a ``privacy`` block.
 
@@ -85,6 +93,7 @@ def start(
         stop: looked at between rounds.
         watch: hears of every round.
         ranks: that share a private run, where this is rank 0; the others `follow`.
+        announce: hears what a private run will cost, before anything is spent.
 
     Raises:
         ConfigError: the folder holds a run already, or the settings do not fit each other or the model.
@@ -99,7 +108,7 @@ def start(
                 why="two runs in one folder would mix their checkpoints and figures",
                 fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
             )
-        prepared, stepper = _begun(config, ranks)
+        prepared, stepper = _begun(config, ranks, announce)
         with closing(stepper), kept_private(config.run_dir) as private:
             dump_yaml(config.run_dir / "config.yaml", config)
             prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
@@ -165,11 +174,11 @@ def _agreed(ranks: Ranks | None, saved: str | None) -> str | None:
     return step
 
 
-def _begun(config: TrainConfig, ranks: Ranks | None) -> tuple[Prepared, Stepper]:
+def _begun(config: TrainConfig, ranks: Ranks | None, announce: Announce | None = None) -> tuple[Prepared, Stepper]:
     prepared, documents = prepare(config)
     if config.privacy is None:
         return prepared, PlainStepper(prepared)
-    return prepared, PrivateStepper(prepared, documents, ranks=ranks)
+    return prepared, PrivateStepper(prepared, documents, ranks=ranks, announce=announce)
 
 
 def _resumed(run_dir: Path, ranks: Ranks | None) -> tuple[Prepared, Stepper]:
@@ -237,6 +246,10 @@ class Run:
         """
         stepper = self._stepper
         with MetricsWriter(self._private, finished=stepper.round) as metrics:
+            if stepper.round == 0:
+                before = self._evaluate()
+                if before is not None:
+                    metrics.log(0, test_loss=before.loss)
             while not stepper.finished and not self._stop.asked:
                 self._round(metrics)
         if stepper.finished and self._evaluation is None:  # resumed when all was done, or all was released
@@ -293,11 +306,16 @@ class Run:
             loss=measured.loss if measured else None,
             perplexity=measured.perplexity if measured else None,
             tokens=measured.tokens if measured else None,
+            loss_before=self._loss_before() if measured else None,
             model_state_bytes=model_state_bytes(self._prepared.model, stepper.optimizer),
             peak_rss_bytes=peak_rss_bytes(),
             privacy={**facts["spent"], **facts} if facts is not None else None,
             statement=str(statement) if statement is not None else "",
         )
+
+    def _loss_before(self) -> float | None:
+        """From the figures, since an earlier process may have begun the run."""
+        return next((row.get("test_loss") for row in read_metrics(self._private) if row["round"] == 0), None)
 
     def _finish(self, outcome: RunResult) -> None:
         prepared, stepper = self._prepared, self._stepper

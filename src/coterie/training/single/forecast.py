@@ -1,0 +1,153 @@
+"""What a private run will cost and how noisy it will be, before anything is spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from coterie.config import PrivacySpec, TrainConfig
+from coterie.dp.accounting.accountant import epsilon
+from coterie.dp.accounting.groups import group_epsilon
+from coterie.dp.plan import PrivacyPlan
+from coterie.dp.private_data import PrivateData
+from coterie.models.zoo.build import build_model
+from coterie.training.data.documents import Documents, read_documents
+from coterie.training.data.packing import Sequences
+from coterie.training.data.tokenizer import get_tokenizer, tokenize
+from coterie.training.provenance import originals
+from coterie.training.single.setup import check_fit, with_vocabulary
+
+_DROWNED = 1.0
+_NOISY = 0.1
+_WEAK = 20.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Figures of a private run that are known before its first lot. Lengths of documents are the owner's: not public.
+
+    Attributes:
+        unit: what is protected: record or user.
+        units: N.
+        lot_size: expected units in a round; rate: each unit's chance to be in it.
+        rounds: planned.
+        noise_multiplier: standard deviation of a round's noise, in clip norms.
+        epsilon, delta: for one unit, when all rounds are released.
+        pieces: most records that one document became; 1 where units are users.
+        document_epsilon: for a whole document of so many records, at the same delta; infinite without a promise.
+        remarks: what is odd about these numbers, a sentence each.
+    """
+
+    unit: str
+    units: int
+    lot_size: int
+    rate: float
+    rounds: int
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    pieces: int
+    document_epsilon: float
+    remarks: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The same in sentences."""
+        whole = f"{self.document_epsilon:.3g}" if math.isfinite(self.document_epsilon) else "without bound"
+        document = (
+            [f"a whole document is up to {self.pieces} records here: its epsilon is {whole}, not {self.epsilon:.3g}"]
+            if self.pieces > 1
+            else []
+        )
+        return [
+            f"N = {self.units} {self.unit}s, about {self.lot_size} of them in each of {self.rounds} rounds "
+            f"(rate {self.rate:.4g}); noise multiplier {self.noise_multiplier:.3f}",
+            f"epsilon {self.epsilon:.3f} at delta {self.delta:g} for one {self.unit} when all rounds are done",
+            *document,
+            *(f"note: {remark}" for remark in self.remarks),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; an epsilon without bound becomes None."""
+        values = asdict(self)
+        values["document_epsilon"] = self.document_epsilon if math.isfinite(self.document_epsilon) else None
+        return values
+
+
+Announce = Callable[[Forecast], None]
+
+
+def forecast(
+    config: TrainConfig, spec: PrivacySpec, plan: PrivacyPlan, documents: Documents, records: Sequences
+) -> Forecast:
+    """What ``coterie train`` will spend on these records; nothing is drawn, written or counted.
+
+    Args:
+        config: the settings.
+        spec: their `privacy` block.
+        plan: see `plan_of`.
+        documents: the text.
+        records: what became of it.
+
+    Raises:
+        BudgetError: no noise reaches the budget, or lots are larger than the data.
+    """
+    data = PrivateData.of(records, users=records.users, records_per_user=plan.records_per_user)
+    lots = plan.lots(data.units.count)
+    mechanism = plan.mechanism(lots)
+    spent = epsilon([(mechanism, plan.rounds)], spec.delta)
+    pieces = originals(documents, records).pieces if spec.unit == "record" else 1
+    whole = group_epsilon([(mechanism, plan.rounds)], spec.delta, pieces) if pieces > 1 else spent
+    figures = Forecast(
+        spec.unit, lots.units, lots.lot_size, lots.rate, plan.rounds, mechanism.noise_multiplier, spent, spec.delta,
+        pieces, whole, (),
+    )  # fmt: skip
+    return replace(figures, remarks=tuple(_remarks(figures, config)))
+
+
+def preview(config: TrainConfig, spec: PrivacySpec) -> Forecast:
+    """`forecast` of a settings file. Reads the text and the model's config; no weight, and nothing is written.
+
+    Raises:
+        ConfigError, DataError, ModelError, BudgetError: as a run would.
+    """
+    data = config.data
+    documents = read_documents(data.train, data, user_column=spec.user_column)
+    tokenizer = get_tokenizer(data.tokenizer, config.model, data)
+    model = build_model(with_vocabulary(config.model, tokenizer), meta=True)
+    check_fit(model, tokenizer, data)
+    return forecast(config, spec, plan_of(config, spec, model), documents, tokenize(documents, data, tokenizer))
+
+
+def plan_of(config: TrainConfig, spec: PrivacySpec, model: nn.Module) -> PrivacyPlan:
+    """The plan of a run's settings with this `privacy` block."""
+    return PrivacyPlan.of_settings(
+        spec, model, config.train.rounds, lot_size=config.train.batch_size,
+        seed=config.train.seed if spec.seeded else None,
+    )  # fmt: skip
+
+
+def _remarks(figures: Forecast, config: TrainConfig) -> list[str]:
+    found, relative = [], figures.noise_multiplier / figures.lot_size
+    what = f"noise of {figures.noise_multiplier:.3g} clip norms on a sum of about {figures.lot_size} records"
+    if relative >= _DROWNED:
+        found.append(
+            f"{what} is larger than the sum itself even along one direction: nothing can be learnt. "
+            "More records and larger lots, a larger epsilon or fewer rounds"
+        )
+    elif relative >= _NOISY:
+        found.append(f"{what} leaves little to learn from: larger lots, or fewer rounds, help most")
+    if figures.delta >= 1 / figures.units:
+        found.append(f"delta {figures.delta:g} is not below 1/N = {1 / figures.units:.2g}: choose a smaller one")
+    if figures.epsilon > _WEAK:
+        found.append(f"epsilon {figures.epsilon:.3g} promises next to nothing; 1 to 10 is usual")
+    if figures.pieces > 1:
+        found.append("`data.packing: records` makes a document one record, and cuts off what is longer")
+    if figures.rate > 0.5:
+        found.append("every record is in most rounds, so sampling hides little: smaller lots cost less noise")
+    if not config.data.test:
+        found.append("without `data.test` nobody sees whether it learns")
+    return found
