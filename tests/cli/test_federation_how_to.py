@@ -1,0 +1,141 @@
+"""docs/how-to/federation.md from its first line to its last, in a folder for every organisation.
+
+Commands run in this process, `scp` copies between the folders, and the rounds themselves go without a network.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from coterie.cli.app import main
+from coterie.config import FederationConfig, PartyConfig, load_yaml
+from coterie.dp.accounting import statement
+from coterie.federation.identity.provision import free_endpoints
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.data.tokenizer import train_tokenizer
+from coterie.training.party.in_process import run_in_process
+from coterie.training.party.process import keep_settings, prepare_party
+from helpers.private_federation import already_compared as already_compared
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "federation.md"
+PARTIES = ("alder", "birch", "cedar")
+LINES = ["the river and the stone", "wind and rain and leaf", "The patient has a cough"] * 10
+
+
+def blocks(kind: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    return [text for language, text in fenced if language == kind]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(who, command); what is shown of birch holds for cedar, too, also where alder sends something to birch."""
+    for block in blocks(""):
+        for line in block.splitlines():
+            if match := re.fullmatch(r"(alder|birch|cedar)\$ (.*)", line):
+                yield match[1], match[2]
+                again = re.sub("birch|cedar", lambda name: "cedar" if name[0] == "birch" else "birch", line)
+                if "birch" in line and not ("cedar" in line and match[1] == "alder"):
+                    yield again.split("$")[0], again.split("$ ", 1)[1]
+
+
+def settings(folder: Path) -> None:
+    """The page's own files, with endpoints that are here, and a few short rounds."""
+    shared, own = (yaml.safe_load(block) for block in blocks("yaml")[:2])
+    endpoints = free_endpoints(4)
+    shared["parties"] = {name: {"endpoint": endpoint} for name, endpoint in zip(PARTIES, endpoints, strict=False)}
+    shared["coordinator"] = {"endpoint": endpoints[3]}
+    shared["train"] |= {"rounds": 2, "batch_size": 4}
+    shared["privacy"] |= {"lot_size": 4, "delta": 1e-3}
+    shared["weights_dtype"] = "float32"
+    for name in PARTIES:
+        home = folder / name
+        home.mkdir()
+        (home / "federation.yaml").write_text(yaml.safe_dump(shared))
+        text = yaml.safe_dump(own).replace("birch", name)
+        party = yaml.safe_load(text) | {"privacy": {"ledger": "ledger"}}
+        party["data"] |= {"sequence_length": 16}
+        (home / "party.yaml").write_text(yaml.safe_dump(party))
+        rows = "".join(f'{{"text": "{line}"}}\n' for line in LINES)
+        for file in (*party["data"]["train"], party["data"]["test"]):
+            (home / file).write_text(rows)
+
+
+def starting_model(folder: Path) -> None:
+    tokenizer = train_tokenizer(LINES, 270)
+    tiny_model("olmoe", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+
+
+def copy(words: list[str], folder: Path, home: Path) -> None:
+    """`scp`, where NAME.example:PATH is the path in another organisation's folder."""
+
+    def place(word: str) -> Path:
+        machine, colon, path = word.partition(".example:")
+        return folder / machine / path if colon else home / word
+
+    *sources, target = [place(word) for word in words if word != "-r"]
+    if len(sources) > 1:
+        target.mkdir(exist_ok=True)
+    for source in sources:
+        at = target / source.name if target.is_dir() else target
+        if source.is_dir():
+            shutil.copytree(source, at)
+        else:
+            shutil.copy(source, at)
+
+
+def train(folder: Path) -> None:
+    """What the four processes do between `coordinator` and the end."""
+    configs = {name: load_yaml(folder / name / "party.yaml", PartyConfig) for name in PARTIES}
+    federation = load_yaml(folder / "alder" / "federation.yaml", FederationConfig)
+    parts = [prepare_party(config, federation) for config in configs.values()]
+    for config in configs.values():
+        keep_settings(config, load_yaml(config.federation, FederationConfig))
+    run_in_process(federation, parts, folder / "coordinator")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("already_compared")
+def test_every_command_of_the_page_works_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(statement, "group_epsilon", lambda *_: 0.0)  # of copies; it takes longer than all else
+    settings(tmp_path)
+    starting_model(tmp_path / "alder" / "olmoe")
+    fingerprint, trained, done = "", False, []
+    for who, line in commands():
+        words = shlex.split(line.replace("9F:2C:...", fingerprint).replace("round-00000200", "round-00000002"))
+        monkeypatch.chdir(tmp_path / who)
+        if words[0] == "scp":
+            copy(words[1:], tmp_path, tmp_path / who)
+            continue
+        assert words[0] == "coterie"
+        if words[1] in ("doctor", "status", "dashboard"):  # of processes that run; tests/e2e has them
+            continue
+        if words[1] in ("coordinator", "up"):
+            if not trained:
+                train(tmp_path)
+                trained = True
+            continue
+        with pytest.raises(SystemExit) as ended:
+            main(words[1:])
+        shown = capsys.readouterr()
+        assert not ended.value.code, (who, line, shown.err)
+        done.append(words[1])
+        if found := re.search(r"fingerprint (\S+)", shown.out):
+            fingerprint = fingerprint or found[1]
+    assert trained
+    assert {"split", "request", "approve", "install", "roster", "export"} <= set(done)
+    joined = [tmp_path / name / "joined" for name in ("birch", "cedar")]
+    models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in joined]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
