@@ -5,6 +5,7 @@ Commands run in this process, `scp` copies between the folders, and the rounds t
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -134,8 +135,14 @@ def test_every_command_of_the_page_works_in_its_order(
         if found := re.search(r"fingerprint (\S+)", shown.out):
             fingerprint = fingerprint or found[1]
     assert trained
-    assert {"split", "request", "approve", "install", "roster", "export"} <= set(done)
-    joined = [tmp_path / name / "joined" for name in ("birch", "cedar")]
-    models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in joined]
-    assert models[0].keys() == models[1].keys()
-    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    assert {"split", "request", "approve", "install", "roster", "eval", "generate", "export"} <= set(done)
+    ends = [tmp_path / "cedar" / "joined", *(tmp_path / name / "run" / "public" / "model" for name in PARTIES)]
+    models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ends]
+    for other in models[1:]:
+        assert models[0].keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in models[0].items())
+    for file in (tmp_path / "birch" / "run" / "public").rglob("*"):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+    card = (ends[1] / "privacy.json").read_text()
+    assert [f"grove-{name}" in card for name in PARTIES] == [True] * 3
+    assert json.loads(card)["promise"] == "budget"

@@ -11,7 +11,7 @@ from coterie.cli.output import table, write_json
 
 
 def command(
-    run_dir: Annotated[Path, typer.Argument(help="The run_dir of a trained run.")],
+    run_dir: Annotated[Path, typer.Argument(help="The run_dir of a trained run, or of a party of a federation.")],
     data: Annotated[
         list[Path] | None, typer.Option("--data", help="Files to measure on; absent: the run's data.test.")
     ] = None,

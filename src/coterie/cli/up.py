@@ -97,5 +97,7 @@ def report(result: PartyResult, json_file: Path | None) -> None:
         say(f"revealed: {revealed_so_far(result.privacy)}")
     if result.statement:
         say(result.statement)
+    if result.model:
+        say(f"the model that this party ends with: {result.model}")
     say(f"trained parts: trunk and experts in {result.run_dir}/private/checkpoints/round-{result.rounds:08d}")
     say(f"the loss is this party's own and stays here; figures: {result.run_dir}/private/metrics.jsonl")

@@ -64,6 +64,9 @@ class AdaptedModel:
         """
         from peft import get_peft_model_state_dict
 
+        for settings in self._peft.peft_config.values():  # a folder's name, not where it lies on this machine
+            settings.base_model_name_or_path = _public_name(settings.base_model_name_or_path or "")
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft looks for embeddings it might have to save
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
@@ -87,6 +90,10 @@ class AdaptedModel:
             if hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear):
                 found[own[id(module.base_layer.weight)]] = partial(_linear_change, module)
         return found
+
+
+def _public_name(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _settings(lora: Mapping[str, Any], trunk: Path) -> LoraSpec:

@@ -37,7 +37,7 @@ tags: [{tags}]
 
 # {name}
 
-Written by `coterie export` (coterie {version}) in the format that transformers reads{size}. Nothing of coterie is
+Written by coterie {version} in the format that transformers reads{size}. Nothing of coterie is
 needed to load it.
 
 ## Privacy

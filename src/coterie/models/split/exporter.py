@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from coterie.models.split.shards import (
 )
 from coterie.models.split.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
 from coterie.models.split.trainings import Training, joined, read_trainings, write_trainings
-from coterie.models.zoo.build import build_model, check_keys
+from coterie.models.zoo.build import build_model, check_keys, structure_of
 from coterie.storage import file_digest, json_object, new_folder
 
 
@@ -123,12 +124,37 @@ def _one_origin(folder: Path, files: Sequence[Path]) -> tuple[Origin, tuple[Trai
 
 
 def _write_whole(out: Path, folder: Path, sources: _Sources) -> None:
-    written = _write_weights(out, sources)
     for path in sorted((folder / MODEL_FOLDER).iterdir()):
         shutil.copyfile(path, out / path.name)
+    _write_checked(out, sources)
+
+
+def write_from_layers(
+    out: Path, model: PreTrainedModel, trunk: Path, layer: Callable[[int], Mapping[str, Tensor]]
+) -> None:
+    """Write a whole checkpoint from a trunk file and stacked experts, a decoder layer in memory at a time.
+
+    Args:
+        out: a folder that exists.
+        model: on meta, without adapters; says in which dtype it is written.
+        trunk: file of the trunk, without adapters.
+        layer: the experts of an MoE layer, {name: [E, ...]}, in any float dtype.
+
+    Raises:
+        ModelError: the trunk is not this model's, or what was written does not read back.
+    """
+    names, _ = _trunk_names(model, trunk, None)
+
+    def stacked(of: ExpertLayer) -> dict[str, Tensor]:
+        return {f"{of.name}.{name}": value.to(model.dtype) for name, value in layer(of.index).items()}
+
+    _write_checked(out, _Sources(model, trunk, names, stacked, {}))
+
+
+def _write_checked(out: Path, sources: _Sources) -> None:
+    written = _write_weights(out, sources)
     write_config(sources.model, out)
-    spec = split_spec(folder)
-    for group in stream_checkpoint(out, build_model(spec, meta=True)):
+    for group in stream_checkpoint(out, structure_of(sources.model.config, sources.model.dtype)):
         for name, tensor in group.items():
             if written.get(name, "") != tensor_line(name, tensor):
                 raise ModelError(
@@ -165,13 +191,14 @@ class _Sources:
     Attributes:
         model: on meta, without adapters.
         trunk: the trunk's file; trunk_names: the model's name of each of its tensors, and its name in the file.
+        experts: the stacked parameters of a layer, by their names in the model.
         changes: what adapters add, by the name of the weight.
     """
 
     model: PreTrainedModel
     trunk: Path
     trunk_names: dict[str, str]
-    experts: dict[str, Path]
+    experts: Callable[[ExpertLayer], dict[str, Tensor]]
     changes: Mapping[str, Callable[[], Tensor]]
 
     @classmethod
@@ -179,14 +206,7 @@ class _Sources:
         cls, model: PreTrainedModel, trunk: Path, shards: Sequence[Path], adapted: AdaptedModel | None
     ) -> _Sources:
         """Read the headers and make sure that together they are exactly this model."""
-        stored = stored_shapes(trunk)
-        names = {name: name for name in stored}
-        if adapted is not None:
-            names = {name: kept for name, kept in adapted.stored.items() if kept in stored}
-        tied = model.all_tied_weights_keys
-        names = {name: kept for name, kept in names.items() if not (name in tied and tied[name] in names)}
-        found = {name: stored[kept] for name, kept in names.items()}
-        _check_shapes(str(trunk), found, {name: shape for name, (_, shape) in trunk_shapes(model).items()})
+        names, changes = _trunk_names(model, trunk, adapted)
         experts: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in shards:
@@ -203,7 +223,22 @@ class _Sources:
         everything = {layer.index: range(layer.num_experts) for layer in expert_layers(model)}
         expected = {key: shape for key, (_, shape) in shard_shapes(model, everything).items()}
         _check_shapes("the set of shards", shapes, expected)
-        return cls(model, trunk, names, experts, adapted.changes if adapted is not None else {})
+        return cls(model, trunk, names, partial(_stack_experts, where=experts), changes)
+
+
+def _trunk_names(
+    model: PreTrainedModel, trunk: Path, adapted: AdaptedModel | None
+) -> tuple[dict[str, str], Mapping[str, Callable[[], Tensor]]]:
+    """The file's name of each of the model's own trunk tensors, and what adapters add to weights."""
+    stored = stored_shapes(trunk)
+    names = {name: name for name in stored}
+    if adapted is not None:
+        names = {name: kept for name, kept in adapted.stored.items() if kept in stored}
+    tied = model.all_tied_weights_keys
+    names = {name: kept for name, kept in names.items() if not (name in tied and tied[name] in names)}
+    found = {name: stored[kept] for name, kept in names.items()}
+    _check_shapes(str(trunk), found, {name: shape for name, (_, shape) in trunk_shapes(model).items()})
+    return names, adapted.changes if adapted is not None else {}
 
 
 def _check_shapes(where: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -231,7 +266,7 @@ def _write_weights(out: Path, sources: _Sources) -> dict[str, str]:
             tensors: dict[str, Tensor] = {}
             for name in group:
                 if name in layers:
-                    tensors |= _stack_experts(layers[name], sources.experts)
+                    tensors |= sources.experts(layers[name])
                 else:
                     tensors[name] = trunk.get_tensor(sources.trunk_names[name])
             for name in tensors.keys() & sources.changes.keys():

@@ -50,15 +50,27 @@ def build_model(
     model_class = class_of(config)
     config = own_config(model_class, config)
     if meta:
-        with torch.device("meta"):
-            model = model_class._from_config(config, dtype=torch_dtype(spec))
-    elif spec.family is not None:
+        return structure_of(config, torch_dtype(spec))
+    if spec.family is not None:
         with _seeded(seed):
             model = model_class._from_config(config, dtype=torch_dtype(spec))
     else:
         model = _load(model_class, config, spec)
     seam.select(model)
-    return model if meta else model.to(device)
+    return model.to(device)
+
+
+def structure_of(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a config, on the meta device: no weights are read or drawn.
+
+    Raises:
+        ModelError: the family is dense, stays out, or is unknown to the installed transformers.
+    """
+    model_class = class_of(config)
+    with torch.device("meta"):
+        model = model_class._from_config(own_config(model_class, config), dtype=dtype)
+    seam.select(model)
+    return model
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:

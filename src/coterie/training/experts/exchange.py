@@ -15,6 +15,7 @@ from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.models.streaming.cache import LayerWeights
 from coterie.training.experts.adapter_sums import AdapterSums
 from coterie.training.experts.contribution import Contribution, PlainSums, Sums
 from coterie.training.experts.host import make_host, model_parts
@@ -160,6 +161,9 @@ class ExpertsExchange:
 
     def catch_up(self, state: State, cancel: CancelToken) -> None:
         self.owner.catch_up(state, cancel)
+
+    def layers(self) -> Callable[[int], LayerWeights] | None:
+        return self.owner.layer
 
     def saved(self, round_no: int, oldest: int) -> None:
         """What ``oldest`` includes is never needed again."""

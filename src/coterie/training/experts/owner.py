@@ -31,7 +31,7 @@ from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Transport
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
-from coterie.models.streaming.cache import FileStore, MemoryStore, WeightCache
+from coterie.models.streaming.cache import FileStore, LayerWeights, MemoryStore, WeightCache
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.training.experts.contribution import Contribution, Sums
 from coterie.training.experts.shared_trunk import TrunkCopy
@@ -171,6 +171,10 @@ class ExpertsOwner:
         """Bring in the newest weights of all hosts, a shared trunk's into the model."""
         self._refresh_between(state, cancel)
         self._mirror.join()
+
+    def layer(self, index: int) -> LayerWeights:
+        """A layer's stacked weights off the device, as they were fetched last."""
+        return self._mirror.get(index)
 
     def forget_trunk(self) -> None:
         """The model's trunk is about to be overwritten from elsewhere."""

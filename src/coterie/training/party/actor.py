@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.state import Saved, State
 from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.federation.wire.values import check_own
+from coterie.models.streaming.cache import LayerWeights
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import private_folder
 from coterie.training.metrics import MetricsWriter
@@ -26,6 +28,7 @@ from coterie.training.optim import lr_at
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_trunk import OwnTrunk
 from coterie.training.party.store import PartyStore
+from coterie.training.party.whole_model import save_whole
 
 _EVALUATION = "evaluation.safetensors"
 _STEMS = ("trunk", "trunk-optimizer", "experts", "hosted")
@@ -82,7 +85,11 @@ class Exchange(Protocol):
         ...
 
     def catch_up(self, state: State, cancel: CancelToken) -> None:
-        """Bring the trunk up to what its hosts made of it."""
+        """Bring the trunk up to what its hosts made of it, and every layer's experts where these come here."""
+        ...
+
+    def layers(self) -> Callable[[int], LayerWeights] | None:
+        """What gives, after `catch_up`, an MoE layer's experts as their hosts store them; None: they never come."""
         ...
 
     def saved(self, round_no: int, oldest: int) -> None:
@@ -138,6 +145,7 @@ class PartyActor:
         self._spec = trunk.inputs.federation.train
         self._pristine = True
         self._seconds = 0.0
+        self._whole = False  # every part of the model is here as the last round left it
         self._metrics: MetricsWriter | None = None  # which metrics stay is known once a state is loaded
 
     @property
@@ -198,7 +206,8 @@ class PartyActor:
         self._log(state.round, test_loss=evaluation.loss)
 
     def save(self, state: State, cancel: CancelToken) -> str:
-        if self.exchange.shares_trunk:
+        last = state.round == self._spec.rounds
+        if self.exchange.shares_trunk or last:
             # The commit moved it where it is stored; without this the file would hold the round's before.
             self._meet(state.absent, cancel)
             self.exchange.catch_up(state, cancel)
@@ -215,10 +224,22 @@ class PartyActor:
         lora = self.inputs.federation.lora
         adapters = lora.model_dump(mode="json") if lora is not None else None
         digest = self._store.save(state.round, apart, adapters, self.inputs.trainings)
+        self._whole = last and not state.absent
         # Everybody may have to go back to the oldest checkpoint that is still here, or, while the first one is not
         # published, to the split model.
         self.exchange.saved(state.round, min((saved.round for saved in self.held()), default=0))
         return digest
+
+    def write_model(self, round_no: int) -> Path | None:
+        """Write the model that this party ends with; None where its exchange or a lost party leaves it without one.
+
+        Raises:
+            CheckpointError: the disk is full or broken.
+        """
+        layer = self.exchange.layers()
+        if not self._whole or layer is None:
+            return None
+        return save_whole(self.inputs, self._store.trunk_file(round_no), layer)
 
     def cancel(self) -> None:
         self.exchange.cancel()

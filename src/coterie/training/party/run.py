@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class PartyResult:
         privacy: what the party revealed, to whom, at what epsilon and delta; None without privacy.
         statement: what is promised about the party's records, for people, or what others can read of them.
         wire: bytes per peer: ``sent``, ``received`` (payload), ``tensors_sent``, ``tensors_received``.
+        model: folder of the whole model (of the adapters, where those were trained); empty where there is none.
     """
 
     party: str
@@ -63,6 +64,7 @@ class PartyResult:
     wire: Mapping[str, Mapping[str, int]]
     privacy: Mapping[str, Any] | None = None
     statement: str = ""
+    model: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), **software()}
@@ -164,6 +166,7 @@ class PartyRun:
             state = self._follower.run(self._heartbeat)
             result = self._result(state)
             if result.finished:
+                result = replace(result, model=str(self.actor.write_model(state.committed) or ""))
                 write_json(private_folder(self._inputs.run_dir) / "result.json", result.as_json())
                 if result.statement:
                     write_statement(self._for_statement(), result.statement)

@@ -144,6 +144,10 @@ class PartyStore:
         """
         self._stale = {later for later in self._store().rounds() if later > round_no} if self.run else set()
 
+    def trunk_file(self, round_no: int) -> Path:
+        """The trunk in the checkpoint of a round."""
+        return self._store().get(round_no).path / "trunk.safetensors"
+
     def load(self, source: Saved, stems: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
         """The named files of a checkpoint, every byte verified.
 

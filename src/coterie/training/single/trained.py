@@ -1,4 +1,4 @@
-"""A run of `coterie train` as its newest checkpoint left it: measured, or asked for text."""
+"""A run as its newest checkpoint, or a federation as its last round, left it: measured, or asked for text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.checkpoints import load_model_tensors
-from coterie.config import TrainConfig
+from coterie.config import FederationConfig, ModelSpec, PartyConfig, TrainConfig, TrainSpec, load_yaml
 from coterie.errors import CheckpointError, DataError
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import private_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
+from coterie.training.party.whole_model import model_folder
 from coterie.training.single.prepared import checkpoints_of, read_run
 from coterie.training.single.setup import build_for
 
@@ -30,11 +32,15 @@ class TrainedRun:
 
 
 def load_trained(run_dir: Path) -> TrainedRun:
-    """A run's model with the weights of its newest checkpoint. Its text is not needed.
+    """A run's model with the weights of its newest checkpoint, or the model that a party of a federation ended with.
+
+    Its text is not needed.
 
     Raises:
-        CheckpointError: no run is here, or it has no checkpoint yet.
+        CheckpointError: no run is here, or it has no checkpoint, or no model, yet.
     """
+    if (run_dir / PARTY_FILE).is_file():
+        return _of_party(run_dir)
     config, marker = read_run(run_dir)
     tokenizer = load_tokenizer_from(private_folder(run_dir) / "tokenizer")
     store = checkpoints_of(run_dir, str(marker["run"]))
@@ -48,6 +54,30 @@ def load_trained(run_dir: Path) -> TrainedRun:
     model = build_for(config, tokenizer)
     load_model_tensors(model, newest.load("weights"))
     return TrainedRun(config, tokenizer, model.eval(), newest.round)
+
+
+def _of_party(run_dir: Path) -> TrainedRun:
+    party = load_yaml(run_dir / PARTY_FILE, PartyConfig)
+    federation = load_yaml(run_dir / FEDERATION_FILE, FederationConfig)
+    folder = model_folder(run_dir)
+    if folder is None:
+        raise CheckpointError(
+            f"{run_dir} holds no whole model.",
+            code="run-no-model",
+            why="a model is written after the last round; in `tokens` experts stay with their hosts, and a run with "
+            "`lora` ends with adapters",
+            fix="go on with `coterie resume`, or join everybody's parts with `coterie export`",
+        )
+    spec = federation.train
+    config = TrainConfig(
+        model=ModelSpec(path=folder, dtype=federation.model.dtype),
+        data=party.data,
+        train=TrainSpec(rounds=spec.rounds, batch_size=spec.batch_size, micro_batch=spec.micro_batch),
+        run_dir=run_dir,
+        device=party.device,
+    )
+    tokenizer = load_tokenizer_from(folder)
+    return TrainedRun(config, tokenizer, build_for(config, tokenizer).eval(), spec.rounds)
 
 
 def evaluate_run(trained: TrainedRun, files: Sequence[Path] | None = None) -> Evaluation:

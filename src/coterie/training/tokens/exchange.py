@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -17,6 +17,7 @@ from coterie.federation.wire.transport import Address, Lane, Message, Transport
 from coterie.models.cut.cut_model import Cut
 from coterie.models.cut.device_lock import DeviceLock
 from coterie.models.seam import check_selected
+from coterie.models.streaming.cache import LayerWeights
 from coterie.training.data.packing import Batch
 from coterie.training.evaluate import batches_of
 from coterie.training.party.agreed_limits import tokens_limits
@@ -126,6 +127,10 @@ class TokensExchange:
 
     def catch_up(self, state: State, cancel: CancelToken) -> None:
         """No host steps the trunk."""
+
+    def layers(self) -> Callable[[int], LayerWeights] | None:
+        """Experts stay with their hosts."""
+        return None
 
     def saved(self, round_no: int, oldest: int) -> None:
         """Nothing is kept for going back."""

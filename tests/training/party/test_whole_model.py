@@ -1,0 +1,89 @@
+"""Every party of an `experts` federation ends with the whole model, and can measure it and ask it for text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from coterie.cli.app import main
+from coterie.config import FederationConfig, PartyConfig, dump_yaml, load_yaml
+from coterie.models.split.exporter import export
+from coterie.models.split.placement import Placement
+from coterie.models.split.splitter import split
+from coterie.models.zoo.build import build_model
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.party.in_process import run_in_process
+from coterie.training.party.process import keep_settings, prepare_party
+from coterie.training.party.run import PartyResult
+from helpers.federations import PARTIES, settings
+
+
+def trained(folder: Path, **changes: object) -> tuple[FederationConfig, dict[str, PartyResult]]:
+    tiny_model("olmoe", vocab_size=300).save_pretrained(folder / "base")
+    config = settings(**{
+        "exchange": "experts", "privacy": "none", "weights_dtype": "float32", "trunk": "shared",
+        "model": {"path": str(folder / "base"), "provenance": "public"},
+        "train__rounds": 2, "train__checkpoint_every": 0, **changes,
+    })  # fmt: skip
+    model = build_model(config.model, meta=True)
+    split(config.model, Placement.of_spec(config.placement, list(PARTIES), model), folder / "split")
+    (folder / "text.txt").write_text("the river and the stone, wind and rain\n" * 30)
+    dump_yaml(folder / "federation.yaml", config)
+    parts = []
+    for name in PARTIES:
+        party = {
+            "party": name, "federation": "federation.yaml", "kit": "kit", "run_dir": name,
+            "data": {
+                "train": "text.txt", "test": "text.txt", "split_text": "line", "sequence_length": 16,
+                "tokenizer": {"train": {"files": ["text.txt"], "vocab_size": 260}},
+            },
+            "trunk": "split/trunk.safetensors", "shard": f"split/experts-{name}.safetensors",
+            "privacy": None if config.privacy == "none" else {"ledger": f"ledger-{name}"},
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(party))
+        own = load_yaml(folder / f"{name}.yaml", PartyConfig)
+        parts.append(prepare_party(own, config))
+        keep_settings(own, config)
+    return config, run_in_process(config, parts, folder / "coordinator")[1]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, PartyResult]]:
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, trained(folder)[1]
+
+
+def test_the_model_of_a_party_is_what_everybodys_parts_make(
+    done: tuple[Path, dict[str, PartyResult]], tmp_path: Path
+) -> None:
+    folder, results = done
+    newest = Path("private/checkpoints/round-00000002")
+    shards = [folder / name / newest / "experts.safetensors" for name in PARTIES]
+    export(
+        folder / "split", tmp_path / "joined", trunk=folder / "birch" / newest / "trunk.safetensors", shards=shards
+    )
+    joined = AutoModelForCausalLM.from_pretrained(tmp_path / "joined").state_dict()
+    base = load_file(folder / "base" / "model.safetensors")
+    assert results["birch"].model == str(folder / "birch" / "private" / "model")
+    own = AutoModelForCausalLM.from_pretrained(results["birch"].model).state_dict()
+    assert own.keys() == joined.keys()
+    assert all(torch.equal(own[name], value) for name, value in joined.items())
+    assert any(not torch.equal(own[name], value) for name, value in base.items() if name in own)
+
+
+def test_eval_and_generate_work_on_a_partys_run_folder(
+    done: tuple[Path, dict[str, PartyResult]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, results = done
+    for arguments in (["eval"], ["generate", "--prompt", "the river", "--tokens", "3"]):
+        with pytest.raises(SystemExit) as ended:
+            main([arguments[0], str(folder / "alder"), *arguments[1:]])
+        assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert f"{results['alder'].loss:.4g}" in shown
+    assert "the river" in shown
