@@ -120,7 +120,8 @@ def cli_page() -> str:
         HEAD,
         "# Commands",
         "",
-        "Exit codes: 0 done, 1 an error (explained on standard error), 2 wrong usage.",
+        "Exit codes: 0 done, 1 an error (explained on standard error), 2 wrong usage, 5 a run was stopped cleanly",
+        "before its last round (`coterie resume` goes on), 130 interrupted. `coterie audit` has two of its own.",
         "",
     ]
     lines += ["```", help_of(None), "```", ""]

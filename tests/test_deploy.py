@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from coterie.cli.app import app
+from coterie.cli.output import EXIT_STOPPED
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 
 DEPLOY = Path(__file__).parents[1] / "examples" / "deploy"
@@ -86,6 +87,15 @@ def test_everything_runs_as_the_user_of_the_image_with_a_closed_root() -> None:
         closed = container["securityContext"]
         assert (closed["readOnlyRootFilesystem"], closed["allowPrivilegeEscalation"]) == (True, False)
         assert closed["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_what_was_stopped_is_not_taken_for_a_failure() -> None:
+    assert f"SuccessExitStatus={EXIT_STOPPED}\n" in UNIT
+    (rule,) = MANIFESTS["Job"]["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, EXIT_STOPPED])
+    assert rule["onExitCodes"]["containerName"] == POD["containers"][0]["name"]
+    assert POD["restartPolicy"] == "Never"  # a policy for failures needs it
+    assert f'"$ended" -ne {EXIT_STOPPED} ] || scontrol requeue' in BATCH
 
 
 def test_ledgers_outlive_the_runs() -> None:

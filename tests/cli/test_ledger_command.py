@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from pathlib import Path
 
+import dp_accounting
 import pytest
+from dp_accounting.pld import PLDAccountant
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
 from coterie.dp.accounting.accountant import Mechanism
+from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import open_ledger
 from coterie.dp.accounting.spool import Spool
+from coterie.dp.accounting.texts import Keyring
 from coterie.federation.rounds.run_folder import is_running
 from coterie.training.purging import purge
 from helpers.spending import TEXTS, composed, spend
@@ -51,6 +56,28 @@ def test_list_show_and_merge_add_up_what_two_folders_spent(
     assert f"lifetime   epsilon {composed(2):.3f} at delta 1e-05" in shown
     assert "counted    1 run hashed with another key, so assumed to be on the same text" in shown
     assert not any(text in shown for text in TEXTS)
+
+
+def test_from_an_export_anybody_can_compute_epsilon_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spend(tmp_path / "ledger", "own", TEXTS, rounds=7)
+    assert run("ledger", "export", tmp_path / "spent.json", "--ledger", tmp_path / "ledger") == 0
+    written = (tmp_path / "spent.json").read_text()
+    (own,) = json.loads(written)["runs"]
+    mechanism = own["mechanism"]
+    gaussian = dp_accounting.GaussianDpEvent(mechanism["noise_multiplier"])
+    accountant = PLDAccountant()
+    accountant.compose(
+        dp_accounting.PoissonSampledDpEvent(mechanism["sampling_rate"], gaussian), len(own["released"])
+    )
+    assert own["epsilon"] == pytest.approx(accountant.get_epsilon(own["delta"]), rel=1e-3)
+    assert (own["planned"], own["rounds"], own["units"]) == (7, 7, len(TEXTS))
+    secret = [Keyring(tmp_path / "ledger").own.hex(), dataset_digest(TEXTS), *TEXTS]
+    assert not [each for each in secret if each in written]
+    assert run("ledger", "show", "own", "--ledger", tmp_path / "ledger") == 0
+    shown = capsys.readouterr().out
+    assert "joins with chance 0.05" in shown
+    assert "noise of 2.000 clip norms" in shown
+    assert f"at most {math.exp(own['epsilon']):,.4g}-fold" in shown
 
 
 def test_what_is_not_there_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

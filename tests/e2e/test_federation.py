@@ -38,7 +38,7 @@ def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(proc
 
     processes.signal(signal.SIGINT)  # as Ctrl-C in the terminal that they all share
     codes = processes.wait()
-    assert set(codes.values()) == {0}, {name: processes.log(name) for name in codes}
+    assert set(codes.values()) == {5}, {name: processes.log(name) for name in codes}
     stopped = processes.status()
     assert stopped["ending"] == "stopped"
     assert stopped["checkpoint"] == stopped["committed"] < 24

@@ -124,7 +124,7 @@ def help_of(name: str | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 an error, 2 wrong usage, 5 stopped, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # accepted anywhere: people add it to the end of the line that failed
     try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.output import say, write_json
+from coterie.cli.output import EXIT_STOPPED, say, write_json
 
 
 def command(
@@ -58,5 +58,5 @@ def command(
         write_json(json_file, status_of(state))
     if state.ending == "stopped":
         say(f"stopped after round {state.committed} ({state.note}); start everybody again to go on")
-    else:
-        say(f"finished: {state.committed} rounds")
+        raise typer.Exit(EXIT_STOPPED)
+    say(f"finished: {state.committed} rounds")

@@ -17,18 +17,22 @@ if TYPE_CHECKING:
     from coterie.dp.accounting.overlap import RecordedRun
 
 _DELTA = 1e-5
+_MEANINGLESS = 30.0
+_EXPORTED = {"mechanism": "mechanism", "budget": "budget", "rounds": "planned", "record": "record"}
+"""Of what was fixed when a run started: public numbers and words."""
 
 
 class Action(StrEnum):
     LIST = "list"
     SHOW = "show"
     MERGE = "merge"
+    EXPORT = "export"
 
 
 def command(
     action: Annotated[Action, typer.Argument(help="What to do.")],
     target: Annotated[
-        str | None, typer.Argument(help="show: a run. merge: the other machine's folder of ledgers, or a copy of it.")
+        str | None, typer.Argument(help="show: a run. merge: the other machine's folder of ledgers. export: a file.")
     ] = None,
     ledger: Annotated[
         Path | None,
@@ -38,15 +42,18 @@ def command(
         Path | None, typer.Option("--json", metavar="FILE", help="list, show: write the figures to this file.")
     ] = None,
 ) -> None:
-    """Show privacy ledgers, and put those of two machines of one owner together.
+    """Show privacy ledgers, explain them, and put those of two machines of one owner together.
 
-    list shows every run with its own epsilon and that of all runs on some of the same text. show says how the second
-    figure of one run comes about. merge copies another folder's ledgers, hashes and keys beside these: what was spent
-    on the same text there is counted here from then on. No text is in any of them; the keys are secret.
+    list shows every run with its own epsilon and that of all runs on some of the same text. show explains one run:
+    its mechanism, what its epsilon means, and how the second figure comes about. export writes all runs into a file
+    for whoever has to check them: everything that epsilon is computed from, and no key or hash of a text. merge
+    copies another folder's ledgers, hashes and keys beside these: what was spent on the same text there is counted
+    here from then on. No text is in any of them; the keys are secret.
 
     Example:
         coterie ledger list
         coterie ledger show 3f9c2a7be410
+        coterie ledger export spent.json
         coterie ledger merge /media/laptop/coterie/ledger
     """
     from coterie.dp.accounting.ledger import default_root
@@ -62,6 +69,8 @@ def command(
         figures: Any = {"runs": rows}
     elif action is Action.SHOW:
         figures = _show(root, _needed(target, "show", "a run"))
+    elif action is Action.EXPORT:
+        figures = _export(root, Path(_needed(target, "export", "a file to write")))
     else:
         figures = _merge(Path(_needed(target, "merge", "the other folder of ledgers")), root)
     if json_file is not None:
@@ -127,7 +136,8 @@ def _show(root: Path, run: str) -> dict[str, Any]:
     words = {name: "no bound" if row[name] is None else f"{row[name]:.3f}" for name in ("epsilon", "lifetime")}
     say(f"run {run}, ledger {row['ledger']} ({found[0][0].folder})")
     say(f"  unit       one {row['unit']} of {row['units']}; {row['rounds']} rounds released")
-    say(f"  this run   epsilon {words['epsilon']} at delta {row['delta']:.3g}")
+    say(f"  each round {_mechanism(found[0][1], row['unit'])}")
+    say(f"  this run   epsilon {words['epsilon']} at delta {row['delta']:.3g}{_odds(row)}")
     say(f"  lifetime   epsilon {words['lifetime']} at delta {row['delta']:.3g}")
     for line in row["counted"]:
         say(f"  counted    {line}")
@@ -135,6 +145,44 @@ def _show(root: Path, run: str) -> dict[str, Any]:
         if row[name]:
             say(f"  {name:<10} {', '.join(row[name])}")
     return row
+
+
+def _mechanism(run: RecordedRun, unit: str) -> str:
+    from coterie.dp.accounting.accountant import Mechanism
+
+    mechanism = Mechanism.from_json(run.facts["mechanism"])
+    most = f", at most {mechanism.limit} in all" if mechanism.limit is not None else ""
+    return (
+        f"each {unit} joins with chance {mechanism.sampling_rate:.4g}{most}; what it adds is at most one clip norm, "
+        f"and noise of {mechanism.noise_multiplier:.3f} clip norms hides it"
+    )
+
+
+def _odds(row: dict[str, Any]) -> str:
+    """What an epsilon means: a bound on what others can learn of one unit."""
+    epsilon = row["epsilon"]
+    if row["seeded"] and row["run"] in row["seeded"]:
+        return ", had its noise been secret: it came from a seed"
+    if epsilon is None or epsilon > _MEANINGLESS:
+        return ""
+    return (
+        f": whoever holds all that it released, and knows every other {row['unit']}, can raise the odds that one "
+        f"{row['unit']} was in it at most {math.exp(epsilon):,.4g}-fold, but for a chance of delta"
+    )
+
+
+def _export(root: Path, file: Path) -> dict[str, Any]:
+    from coterie.revision import software
+
+    runs = []
+    for ledger, run in _runs(root):
+        facts = {name: run.facts.get(stored) for stored, name in _EXPORTED.items()}
+        released = [{"round": at, "draw": draw, "digest": digest} for at, draw, digest in sorted(run.releases)]
+        runs.append({**_figures(ledger, run), **facts, "released": released})
+    content = {"format": 1, **software(), "relation": "one unit added or removed", "runs": runs}
+    write_json(file, content)
+    say(f"{len(runs)} runs written to {file}: no text, key or hash of a text is in it")
+    return content
 
 
 def _merge(other: Path, root: Path) -> dict[str, Any]:

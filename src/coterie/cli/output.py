@@ -20,6 +20,8 @@ from coterie.errors import CoterieError
 from coterie.storage import write_whole
 
 EXIT_ERROR = 1
+EXIT_STOPPED = 5
+"""A run was stopped cleanly before its last round: started again it goes on. (3 and 4 are an audit's.)"""
 
 
 def console() -> Console:

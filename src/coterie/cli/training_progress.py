@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from transformers.utils.logging import disable_progress_bar
 
-from coterie.cli.output import progress, say, table, write_json
+from coterie.cli.output import EXIT_STOPPED, progress, say, table, write_json
 from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.training.evaluate import Evaluation
@@ -101,6 +102,8 @@ def report(result: RunResult, json_file: Path | None) -> None:
     if result.statement:
         say()
         say(result.statement)
+    if not result.finished:
+        raise typer.Exit(EXIT_STOPPED)
 
 
 def _plain_end(result: RunResult) -> tuple[dict[str, object], str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coterie.cli.output import say, table, write_json
+from coterie.cli.output import EXIT_STOPPED, say, table, write_json
 from coterie.cli.privacy_lines import opening_lines, revealed_so_far, spent_note, stopped_contributing
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def report(result: PartyResult, json_file: Path | None) -> None:
         write_json(json_file, result.as_json())
     if not result.finished:
         say(f"stopped after round {result.rounds}; go on with: coterie resume {result.run_dir}")
-        return
+        raise typer.Exit(EXIT_STOPPED)
     mib = 1024**2
     sent = sum(counts["sent"] for counts in result.wire.values())
     received = sum(counts["received"] for counts in result.wire.values())

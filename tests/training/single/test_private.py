@@ -81,6 +81,7 @@ def test_private_run_stays_in_budget_and_says_what_it_promises(make_config: Make
     for part in ("one record", "adding or removing one record", "lifetime", "poisson", "not covered"):
         assert part in result.statement
     assert "provenance was not declared" not in result.statement
+    assert "  a document " not in result.statement, "each is one record"
     assert (tmp_path / "run/public/statement.txt").read_text().strip() == result.statement
     assert json.loads((tmp_path / "run/private/result.json").read_text())["privacy"]["noise_multiplier"] > 0
     names = set().union(*read_metrics(tmp_path / "run" / "private"))
@@ -169,8 +170,17 @@ def test_a_statement_on_pieces_says_what_longer_documents_are_promised(make_conf
     copies = dict(result.privacy["copies"])
     assert f"of up to 16 tokens epsilon {copies[2]:.3f}" in line
     assert result.statement.index("a document") < result.statement.index("this run")
-    whole = start(make_config("whole", train={"rounds": 1})).statement
-    assert not any(line.startswith("  a document") for line in whole.splitlines())
+
+
+def test_a_private_run_cannot_be_made_longer(make_config: MakeConfig) -> None:
+    config = make_config()
+    config.run_dir.mkdir()
+    dump_yaml(config.run_dir / "config.yaml", config)
+    (config.run_dir / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="more rounds would spend more") as refused:
+        resume(config.run_dir, rounds=9)
+    assert refused.value.code == "run-longer"
+    assert "ledger adds up" in str(refused.value.fix)
 
 
 def test_runs_on_the_same_text_add_up_however_it_is_cut(make_config: MakeConfig) -> None:

@@ -193,6 +193,21 @@ def test_the_loss_before_the_first_round_is_the_starting_models(make_config: Mak
     assert result.loss != result.loss_before
 
 
+def test_a_run_is_made_longer_as_if_it_had_been_planned_so(make_config: MakeConfig) -> None:
+    constant = {"lr": 1e-2, "schedule": "constant"}
+    short, long = (
+        make_config(name, optim=constant, train={"rounds": rounds}) for name, rounds in (("a", 2), ("b", 4))
+    )
+    first = start(short)
+    result = resume(short.run_dir, rounds=4)
+    assert (first.rounds, result.rounds, result.finished) == (2, 4, True)
+    assert result.loss == start(long).loss != first.loss
+    assert resume(short.run_dir).rounds == 4, "it stays so long"
+    with pytest.raises(ConfigError, match="has 4 rounds already") as refused:
+        resume(short.run_dir, rounds=3)
+    assert refused.value.code == "run-longer"
+
+
 def test_generation_repeats_with_the_seed(make_config: MakeConfig) -> None:
     config = make_config(train={"rounds": 3})
     start(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.checkpoints import CheckpointStore
 from coterie.config import TrainConfig, content_hash, load_yaml
-from coterie.errors import CheckpointError
-from coterie.storage import json_object
+from coterie.errors import CheckpointError, ConfigError
+from coterie.storage import json_object, write_json
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
@@ -21,21 +22,20 @@ from coterie.training.single.setup import build_for
 MARKER = "run.json"
 """Names a run folder's run: the hash of its settings, and what else a resumed one is held to."""
 
+ROUNDS = "rounds"
+"""In the marker of a run that was made longer: how many it has now."""
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """Settings, tokenizer, model and sequences of a run."""
+    """Settings, tokenizer, model and sequences of a run, and its identity: see `run_id`."""
 
     config: TrainConfig
+    run_id: str
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     train: Sequences
     test: Sequences | None
-
-    @property
-    def run_id(self) -> str:
-        """Hash of the settings that decide the result; the folder and the devices do not."""
-        return content_hash(self.config, without={"run_dir", "device", "devices"})
 
     @property
     def store(self) -> CheckpointStore:
@@ -43,12 +43,20 @@ class Prepared:
         return checkpoints_of(self.config.run_dir, self.run_id)
 
 
-def prepare(config: TrainConfig, *, tokenizer_dir: Path | None = None) -> tuple[Prepared, Documents]:
+def run_id(config: TrainConfig) -> str:
+    """Hash of the settings that decide the result; the folder and the devices do not."""
+    return content_hash(config, without={"run_dir", "device", "devices"})
+
+
+def prepare(
+    config: TrainConfig, *, tokenizer_dir: Path | None = None, run: str | None = None
+) -> tuple[Prepared, Documents]:
     """Read the text, make the tokenizer, build the model, and check that they fit. Writes nothing.
 
     Args:
         config: the settings of train.yaml.
         tokenizer_dir: the tokenizer of an earlier start of this run, which wins over the settings.
+        run: identity of an earlier start; default: that of these settings.
 
     Returns:
         What the run works with, and the documents that its training sequences were made from.
@@ -64,6 +72,7 @@ def prepare(config: TrainConfig, *, tokenizer_dir: Path | None = None) -> tuple[
     )
     prepared = Prepared(
         config,
+        run or run_id(config),
         tokenizer,
         build_for(config, tokenizer),
         tokenize(documents, data, tokenizer),
@@ -78,16 +87,16 @@ def checkpoints_of(run_dir: Path, run: str) -> CheckpointStore:
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The settings of a run.
+    """The settings of a run, with the rounds that it was made longer by.
 
     Raises:
         CheckpointError: no run is here.
     """
-    return read_run(run_dir)[0]
+    return lengthened(*read_run(run_dir))
 
 
 def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings of a run and its marker.
+    """The settings with which a run was started, and its marker.
 
     Raises:
         CheckpointError: no run is here.
@@ -102,3 +111,32 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         ) from None
     config = load_yaml(run_dir / "config.yaml", TrainConfig)
     return config.model_copy(update={"run_dir": run_dir}), marker
+
+
+def lengthened(config: TrainConfig, marker: Mapping[str, Any]) -> TrainConfig:
+    """A run's settings with the number of rounds that its marker names, if it was made longer."""
+    rounds = marker.get(ROUNDS, config.train.rounds)
+    return config.model_copy(update={"train": config.train.model_copy(update={"rounds": rounds})})
+
+
+def make_longer(run_dir: Path, rounds: int) -> None:
+    """Let a run go on to more rounds than it was started for. Its folder must be held.
+
+    Raises:
+        CheckpointError: no run is here.
+        ConfigError: it has a budget, or is as long already.
+    """
+    config, marker = read_run(run_dir)
+    planned = lengthened(config, marker).train.rounds
+    if config.privacy is not None:
+        raise ConfigError(
+            f"{run_dir} is a private run of {planned} rounds; it cannot be made longer.",
+            code="run-longer",
+            why="its noise was chosen for that many; more rounds would spend more than the budget",
+            fix="start a new run from its model; the ledger adds up what both spend",
+        )
+    if rounds <= planned:
+        raise ConfigError(
+            f"{run_dir} has {planned} rounds already.", code="run-longer", fix=f"name more than {planned}"
+        )
+    write_json(run_dir / MARKER, {**marker, ROUNDS: rounds})

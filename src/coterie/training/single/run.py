@@ -35,7 +35,7 @@ from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.planning.measured import model_state_bytes, peak_rss_bytes
 from coterie.training.provenance import starting_trainings
 from coterie.training.single.forecast import Announce
-from coterie.training.single.prepared import MARKER, Prepared, prepare, read_run
+from coterie.training.single.prepared import MARKER, Prepared, lengthened, make_longer, prepare, read_run, run_id
 from coterie.training.single.private_stepper import PrivateStepper
 from coterie.training.single.stepper import PlainStepper, Step, Stepper
 
@@ -120,7 +120,12 @@ def start(
 
 
 def resume(
-    run_dir: Path, *, stop: StopFlag | None = None, watch: Watch | None = None, ranks: Ranks | None = None
+    run_dir: Path,
+    *,
+    stop: StopFlag | None = None,
+    watch: Watch | None = None,
+    ranks: Ranks | None = None,
+    rounds: int | None = None,
 ) -> RunResult:
     """Go on from a run's newest checkpoint. The result is that of a run that was never stopped.
 
@@ -131,12 +136,16 @@ def resume(
         stop: looked at between rounds.
         watch: hears of every round.
         ranks: as for `start`, of any number.
+        rounds: make the run this long; None: as long as it is. From here on the learning rate is that of so many.
 
     Raises:
+        ConfigError: it cannot be made so long.
         CheckpointError: no run is here, its checkpoint is damaged, or settings or text changed since it started.
         LedgerError: the ledger is damaged or behind.
     """
     with RunFolder(run_dir, ranks):
+        if rounds is not None:
+            make_longer(run_dir, rounds)
         prepared, stepper = _resumed(run_dir, ranks)
         with closing(stepper), kept_private(run_dir):
             return Run(prepared, stepper, stop or StopFlag(), watch, ranks).go_on()
@@ -182,8 +191,9 @@ def _begun(config: TrainConfig, ranks: Ranks | None, announce: Announce | None =
 
 
 def _resumed(run_dir: Path, ranks: Ranks | None) -> tuple[Prepared, Stepper]:
-    config, marker = read_run(run_dir)
-    prepared, documents = prepare(config, tokenizer_dir=private_folder(run_dir) / "tokenizer")
+    started, marker = read_run(run_dir)
+    run, config = run_id(started), lengthened(started, marker)
+    prepared, documents = prepare(config, tokenizer_dir=private_folder(run_dir) / "tokenizer", run=run)
     _check_unchanged(prepared, marker, run_dir)
     if config.privacy is None:
         return prepared, PlainStepper(prepared, prepared.store.newest())
