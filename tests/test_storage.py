@@ -7,14 +7,17 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from coterie import storage
 from coterie.errors import CheckpointError, CoterieError, LedgerError
@@ -365,3 +368,40 @@ def test_a_file_system_without_locks_is_refused(
         with pytest.raises(kind, match="lock cannot be locked: No locks available") as caught:
             storage.lock(tmp_path / "lock", wait=wait, error=kind)
         assert caught.value.code == "no-locks"
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file of this process can grow beyond a kilobyte."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def by_bytes(path: Path) -> None:
+    storage.write_whole(path, bytes(5000))
+
+
+def by_tensors(path: Path) -> None:
+    with storage.replacing(path) as aside:
+        save_file({"w": torch.zeros(5000)}, aside)
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("write", [by_bytes, by_tensors])
+def test_what_a_disk_refuses_is_told_by_the_name_that_was_meant(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "kept"
+    path.write_bytes(b"before")
+    with pytest.raises(OSError, match="File too large") as refused:
+        write(path)
+    assert (refused.value.errno, refused.value.filename) == (errno.EFBIG, str(path))
+    assert [path.read_bytes(), *tmp_path.iterdir()] == [b"before", path]
+
+
+def test_an_error_in_the_block_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as other, storage.replacing(tmp_path / "kept"):
+        (tmp_path / "another").read_bytes()
+    assert other.value.filename == str(tmp_path / "another")

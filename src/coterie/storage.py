@@ -7,10 +7,12 @@ What ends in ``.part`` is nobody's.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sqlite3
@@ -25,6 +27,8 @@ from coterie.errors import CheckpointError, CoterieError
 
 PRIVATE = 0o600
 PUBLIC = 0o644
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Refused in the middle of a write, without a name."""
 _ASIDE, _BEFORE = ".part", ".old"
 
 # -- files -------------------------------------------------------------------------------------------------------
@@ -38,6 +42,9 @@ def replacing(path: Path, mode: int | None = None, *, synced: bool = True) -> It
         path: whatever else happens, it stays as it was.
         mode: of the file from its first byte on, so that a key is never readable by others; None: as the umask says.
         synced: durable afterwards. Without it a power cut may leave the file empty.
+
+    Raises:
+        OSError: what the system refused, by the name of ``path``.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_ASIDE}")
     try:
@@ -47,11 +54,24 @@ def replacing(path: Path, mode: int | None = None, *, synced: bool = True) -> It
         if synced:
             sync_file(aside)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
-        raise
+        refused = _refused(error, aside)
+        if refused is None:
+            raise
+        raise OSError(refused, os.strerror(refused), str(path)) from error
     if synced:
         sync_folder(path.parent)
+
+
+def _refused(error: BaseException, aside: Path) -> int | None:
+    """The system's number for what it refused while this file was written; None where it was something else."""
+    if isinstance(error, SafetensorError):  # it has the number in its words alone
+        number = re.search(r"os error (\d+)", str(error))
+        return int(number[1]) if number else None
+    if isinstance(error, OSError) and (error.filename == str(aside) or error.errno in _OF_DISKS):
+        return error.errno
+    return None
 
 
 def _create(path: Path, mode: int) -> None:

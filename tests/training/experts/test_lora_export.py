@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from coterie.cli.app import main
 from coterie.config import FederationConfig, LoraSpec, PartyConfig
+from coterie.dp.accounting import statement
 from coterie.errors import ModelError
 from coterie.models.lora import attach_adapters
 from coterie.models.seam import expert_layers
@@ -27,6 +29,7 @@ from coterie.models.zoo.tiny import tiny_model
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.process import prepare_party
 from helpers.federations import PARTIES, settings
+from helpers.private_federation import skip_comparison
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
@@ -62,18 +65,19 @@ class Trained:
         return model.eval()
 
 
-def trained(family: str, folder: Path, **changes: object) -> Trained:
+def trained(family: str, folder: Path, private: bool) -> Trained:
     base = folder / "base"
     tiny_model(family, vocab_size=300).save_pretrained(base)
     lora = LoraSpec(rank=2, alpha=4.0, modules=("q_proj", "o_proj"))
+    budget = {"epsilon": 8.0, "delta": 1e-3, "lot_size": 5}
     config = settings(
-        exchange="experts", privacy="none", model={"path": str(base)}, lora=lora.model_dump(),
-        train__rounds=2, train__checkpoint_every=1, optim__lr=0.05, **changes,
+        exchange="experts", privacy=budget if private else "none", model={"path": str(base), "provenance": "public"},
+        lora=lora.model_dump(), trunk="shared", train__rounds=2, train__checkpoint_every=1, optim__lr=0.05,
     )  # fmt: skip
     model = build_model(config.model, meta=True)
     split(config.model, Placement.of_spec(config.placement, list(PARTIES), model), folder / "split")
     (folder / "text.txt").write_text("the river and the stone, wind and rain\n" * 30)
-    tokenizer = {"train": {"files": [str(folder / "text.txt")], "vocab_size": 260}}
+    tokenizer = {"train": {"files": [str(folder / "text.txt")], "vocab_size": 260}, "provenance": "public"}
     parts = []
     for name in PARTIES:
         party = PartyConfig.model_validate(
@@ -82,6 +86,7 @@ def trained(family: str, folder: Path, **changes: object) -> Trained:
                 "data": {"train": str(folder / "text.txt"), "sequence_length": 16, "tokenizer": tokenizer},
                 "trunk": str(folder / "split" / "trunk.safetensors"),
                 "shard": str(folder / "split" / f"experts-{name}.safetensors"),
+                "privacy": {"ledger": str(folder / f"ledger-{name}")} if private else None,
             }
         )  # fmt: skip
         parts.append(prepare_party(party, config))
@@ -91,8 +96,11 @@ def trained(family: str, folder: Path, **changes: object) -> Trained:
 
 @pytest.fixture(scope="module", params=["olmoe", "gpt_oss"])
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Experts stored one way (olmoe) and transposed, with biases (gpt_oss)."""
-    return trained(request.param, tmp_path_factory.mktemp(request.param))
+    """Experts stored one way, within a budget (olmoe), and transposed, with biases, without one (gpt_oss)."""
+    with pytest.MonkeyPatch.context() as patch:
+        skip_comparison(patch)
+        patch.setattr(statement, "group_epsilon", lambda *_: 0.0)  # of copies; it takes longer than all else
+        return trained(request.param, tmp_path_factory.mktemp(request.param), private=request.param == "olmoe")
 
 
 @torch.inference_mode()
@@ -119,8 +127,23 @@ def test_the_adapter_loads_in_plain_peft(done: Trained, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(done.base)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert torch.allclose(logits(loaded), logits(done.reference()), atol=1e-5)
+    assert str(done.folder) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     size = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
     assert size < 0.5 * done.part("alder", "trunk").stat().st_size + 200_000
+
+
+def test_every_party_ends_with_the_adapters(done: Trained) -> None:
+    """In `public` after a budget, else in `private`; with what everybody's rounds were made under."""
+    private = done.config.privacy != "none"
+    for name in PARTIES:
+        folder = done.folder / name / ("public" if private else "private") / "adapter"
+        loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(done.base), folder).eval()
+        assert torch.allclose(logits(loaded), logits(done.reference()), atol=1e-5)
+        behind = {training.run.split("-")[-1]: training.privacy for training in read_trainings(folder)}
+        assert behind == dict.fromkeys(PARTIES, "budget" if private else "none")
+        result = json.loads((done.folder / name / "private" / "result.json").read_text())
+        assert (result["finished"], result["model"]) == (True, str(folder))
+        assert not private or 0 < result["privacy"]["epsilon"] <= 8
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -131,7 +154,9 @@ def test_parts_that_were_taken_away_still_say_what_they_were_trained_under(
     trunk = Path(shutil.copy(done.part("alder", "trunk"), tmp_path / "trunk.safetensors"))
     export(done.split, tmp_path / "out", trunk=trunk, shards=away, adapter=adapter)
     behind = {training.run.split("-")[-1]: training.privacy for training in read_trainings(tmp_path / "out")}
-    assert behind == dict.fromkeys(["alder"] if adapter else PARTIES, "none")
+    assert behind == dict.fromkeys(
+        ["alder"] if adapter else PARTIES, "none" if done.config.privacy == "none" else "budget"
+    )
 
 
 def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, tmp_path: Path) -> None:
