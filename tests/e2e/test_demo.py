@@ -17,7 +17,7 @@ from coterie.config import FederationConfig, PartyConfig, TrainConfig, load_yaml
 from coterie.demonstration.folder import MADE
 from coterie.demonstration.plan import ARMS
 from coterie.federation.identity.certificates import Role
-from coterie.federation.rounds.coordinator_process import identify
+from coterie.federation.identity.identify import identify
 from helpers.waiting import until
 
 DEMO = (sys.executable, "-m", "coterie.cli.app", "demo", "--quick", "--parties", "2")

@@ -15,7 +15,7 @@ from coterie.errors import CoterieError
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.identity.provision import local_kits
 from coterie.federation.identity.roster import load_roster
-from coterie.federation.rounds.coordinator_process import transport_settings
+from coterie.federation.rounds.settings import transport_settings
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.training.party.in_process import InProcessFederation

@@ -34,7 +34,8 @@ def command(
     from coterie.cli.rounds_progress import RoundLines, log_file
     from coterie.cli.stopping import stop_signals
     from coterie.config import FederationConfig, load_yaml
-    from coterie.federation.rounds.coordinator_process import CoordinatorProcess, status_of
+    from coterie.federation.rounds.coordinator_process import CoordinatorProcess
+    from coterie.federation.rounds.run_folder import status_of
 
     config = load_yaml(settings, FederationConfig)
     base = settings.parent

@@ -1,6 +1,7 @@
 """A round is a transaction.
 
-`coterie.federation.rounds.state` is what a round is made of, `coterie.federation.rounds.attempt` which try of it a
+`coterie.federation.rounds.settings` is what federation.yaml says of it,
+`coterie.federation.rounds.state` what a round is made of, `coterie.federation.rounds.attempt` which try of it a
 number belongs to; `coterie.federation.rounds.coordinator_rules` is what the coordinator decides and
 `coterie.federation.rounds.party_rules` what a party does about it, as plain functions. Around them
 `coterie.federation.rounds.coordinator`, `coterie.federation.rounds.journal` and

@@ -151,19 +151,20 @@ class Follower:
         heartbeat.update(done=state.seq, live=self._memory.live, held=self._actor.held(), saved=saved)
 
     def _do(self, act: Act, state: State, heartbeat: Heartbeat) -> str:
-        match act:
-            case Act.STEP | Act.DROP:
-                assert self._memory.prepared is not None
-                (self._actor.step if act is Act.STEP else self._actor.drop)(*self._memory.prepared)
-            case Act.LOAD:
+        match act, self._memory.prepared:
+            case Act.STEP, (round_no, attempt):
+                self._actor.step(round_no, attempt)
+            case Act.DROP, (round_no, attempt):
+                self._actor.drop(round_no, attempt)
+            case Act.LOAD, _:
                 self._actor.load(state.sources[self._party], state)
-            case Act.COMPUTE:
+            case Act.COMPUTE, _:
                 self._actor.compute(state, _token(state, heartbeat))
-            case Act.EVALUATE:
+            case Act.EVALUATE, _:
                 self._actor.evaluate(state, _token(state, heartbeat))
-            case Act.SAVE:
+            case Act.SAVE, _:
                 return self._actor.save(state, _token(state, heartbeat))
-            case Act.REFUSE:
+            case _:
                 raise RoundError(
                     f"asked for {state.phase} of round {state.round}, but memory holds round {self._memory.live}.",
                     code="round-out-of-step",

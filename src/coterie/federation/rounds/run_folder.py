@@ -7,10 +7,12 @@ import os
 import socket
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from coterie.errors import CheckpointError, RoundError
+from coterie.federation.rounds.state import State
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.storage import is_locked, json_object, lock, write_whole, writing
 
@@ -131,3 +133,10 @@ def read_status(path: Path) -> dict[str, Any]:
             fix="name a party.yaml, or the run folder of `coterie up` or `coterie coordinator`",
         ) from error
     return status
+
+
+def status_of(state: State) -> dict[str, object]:
+    """The part of a status file that tells where the rounds are."""
+    fields = asdict(state)
+    names = ("phase", "round", "attempt", "committed", "absent", "failures", "ending", "note")
+    return {name: fields[name] for name in names}

@@ -19,15 +19,20 @@ _ROUNDING = 1.05
 """Over the bounds below for everything that the mechanism adds for rounding (eta, the noise's grid)."""
 
 
-def largest_noise(rules: PrivacyRules, rounds: int) -> float:
+def largest_noise(federation: FederationConfig) -> float:
     """Largest noise multiplier that a party may use: what the agreed budget needs if every round uses every record.
+
+    Infinite where no budget was agreed on.
 
     Sampling only ever lowers what is needed. By zero-concentrated DP (Bun and Steinke 2016, arXiv:1605.02065):
     T rounds cost rho = T / (2 sigma^2), and epsilon = rho + 2 sqrt(rho ln(1 / delta)).
     """
+    rules = federation.privacy
+    if not isinstance(rules, PrivacyRules):
+        return math.inf
     tail = math.log(1 / rules.delta)
     root_rho = math.sqrt(tail + rules.epsilon) - math.sqrt(tail)
-    return math.sqrt(rounds / 2) / root_rho
+    return math.sqrt(federation.train.rounds / 2) / root_rho
 
 
 def noised_limits(
@@ -37,7 +42,7 @@ def noised_limits(
     deviations of the largest noise. An honest value lies beyond it less than once in 10^30."""
     expected = rules.lot_size or federation.train.batch_size
     lot = rules.max_lot or expected + _DEVIATIONS * (math.sqrt(expected) + 1)
-    noise_multiplier = largest_noise(rules, federation.train.rounds)
+    noise_multiplier = largest_noise(federation)
     share = rules.load_share if rules.balance in ("private_load", "bias") else 0.0
     load_bound = math.sqrt(len(seam.expert_layers(model)))
     gradients = _ROUNDING * rules.clip_norm * (lot + _DEVIATIONS * noise_multiplier / math.sqrt(1 - share**2))

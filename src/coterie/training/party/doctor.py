@@ -19,9 +19,9 @@ from coterie.config.federation import party_privacy
 from coterie.dp.accounting.ledger import default_root
 from coterie.errors import CoterieError, IdentityError, LedgerError
 from coterie.federation.identity.certificates import COORDINATOR, Role
+from coterie.federation.identity.identify import identify
 from coterie.federation.identity.kit import Kit, load_kit
 from coterie.federation.identity.roster import Roster, verify
-from coterie.federation.rounds.coordinator_process import identify
 from coterie.federation.rounds.run_folder import is_running
 from coterie.federation.wire import newcomers, unreachable
 from coterie.federation.wire.base_transport import ALL_LANES

@@ -14,8 +14,8 @@ from pathlib import Path
 from coterie.config import FederationConfig
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.coordinator import Coordinator, CoordinatorStatus
-from coterie.federation.rounds.coordinator_process import plan_of
 from coterie.federation.rounds.journal import Journal
+from coterie.federation.rounds.settings import plan_of
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.in_process import InProcessHub
 from coterie.training.party.inputs import PartyInputs

@@ -13,7 +13,6 @@ from coterie.config import (
     ModelSpec,
     PartyConfig,
     PartyPrivacy,
-    PrivacyRules,
     PrivacySpec,
     dump_yaml,
     load_yaml,
@@ -24,8 +23,9 @@ from coterie.dp.accounting.ledger import default_root
 from coterie.dp.accounting.texts import Keyring
 from coterie.errors import CheckpointError, ModelError, PlacementError, RosterError
 from coterie.federation.identity.certificates import Role
+from coterie.federation.identity.identify import identify
 from coterie.federation.identity.roster import Roster
-from coterie.federation.rounds.coordinator_process import identify, transport_settings
+from coterie.federation.rounds.settings import transport_settings
 from coterie.federation.wire import unreachable
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.models.lora import attach_adapters
@@ -153,7 +153,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
             trunk = trunk_tensors(_with_adapters(anew, federation))
         return Weights(trunk, load_experts(config.shard, federation.model))
 
-    privacy = _privacy_inputs(config, federation, spec, documents, train) if spec else None
+    privacy = None if spec is None else _privacy_inputs(config, federation, spec, documents, train)
     return PartyInputs(
         party=config.party,
         federation=federation,
@@ -192,7 +192,6 @@ def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
 def _privacy_inputs(
     config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, documents: Documents, train: Sequences
 ) -> PrivacyInputs:
-    assert isinstance(federation.privacy, PrivacyRules), "a party has a budget only where rules were agreed on"
     return PrivacyInputs(
         spec,
         federation.train.rounds,
@@ -203,7 +202,7 @@ def _privacy_inputs(
         sequence_length=config.data.sequence_length,
         record=record_facts(config.data),
         originals=originals(documents, train),
-        largest_noise=largest_noise(federation.privacy, federation.train.rounds),
+        largest_noise=largest_noise(federation),
     )
 
 

@@ -11,11 +11,11 @@ from coterie.errors import CoterieError
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.attempt import RecentAttempts
 from coterie.federation.rounds.coordinator import refusals_allowed
-from coterie.federation.rounds.coordinator_process import heartbeat_s, plan_of, status_of
 from coterie.federation.rounds.directives import Directive
 from coterie.federation.rounds.follower import Follower
 from coterie.federation.rounds.heartbeat import Heartbeat
-from coterie.federation.rounds.run_folder import RunFolder
+from coterie.federation.rounds.run_folder import RunFolder, status_of
+from coterie.federation.rounds.settings import heartbeat_s, plan_of
 from coterie.federation.rounds.state import Ending, State
 from coterie.federation.wire.gate import Gate
 from coterie.federation.wire.messages import unfit
