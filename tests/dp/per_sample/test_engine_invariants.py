@@ -521,7 +521,7 @@ def test_invariant_2_norms_are_taken_again_until_the_slack_is_small_and_no_furth
 
         monkeypatch.setattr(combine_uses, "sq_norms", taken)
         found = {f"{name}.weight": SqNorms(whole, slack * whole) for name, slack in slacks.items()}
-        engine._refine(found, {name: (name, []) for name in found}, 2)  # type: ignore[misc]
+        engine._book_keeping.refine(found, {name: (name, []) for name in found}, 2)  # type: ignore[misc]
         assert bool(engine.gradient_groups.added_up(found, 2).trusted_rows().all())
         return [name.removesuffix(".weight") for name in again]
 

@@ -26,8 +26,9 @@ from coterie.dp.isolation.lone_experts import LoneExperts
 from coterie.dp.isolation.model_state import ModelState
 from coterie.dp.losses import Batch, batch_size, checked
 from coterie.dp.noise.discrete_gaussian import GRID_SIGMA
-from coterie.dp.per_sample.engine import Engine, Sums
+from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.gradient_groups import Diagnostics
+from coterie.dp.per_sample.gradient_sums import Sums
 from coterie.dp.per_sample.gram import SqNorms
 from coterie.dp.per_sample.probe import synthetic_batch
 from coterie.dp.refusals import check_batch

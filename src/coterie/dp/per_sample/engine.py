@@ -1,17 +1,15 @@
 """Clipped sums of per-sample gradients of any model, in one backward or two.
 
-Book-keeping (Bu et al. 2023, arXiv:2210.00038): one backward captures, per use of a parameter, the rows that entered
-and the gradient at the output; norms come from these, then the clipped sum from the same tensors. Ghost clipping
-(Li et al. 2022, arXiv:2110.05679): a first backward yields norms only and keeps nothing, a second one yields the
-clipped sum. Both give the same sums.
+A backward captures, per use of a parameter, the rows that entered and the gradient at the output; norms come from
+these. `coterie.dp.per_sample.book_keeping` takes the clipped sum from the same tensors, and
+`coterie.dp.per_sample.ghost_clipping` from a second backward. Both give the same sums.
 
 Shape letters: B records of a physical batch, G gradient groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +18,12 @@ from coterie.dp.checks.batches_of_one import Look, compare_once
 from coterie.dp.clipping import Clipping, Flat
 from coterie.dp.losses import Batch, LossFunction, batch_size, default_loss
 from coterie.dp.per_sample import combine_uses
+from coterie.dp.per_sample.book_keeping import BookKeeping
 from coterie.dp.per_sample.captured_pass import CapturedPass, Ready
+from coterie.dp.per_sample.ghost_clipping import GhostClipping
 from coterie.dp.per_sample.gradient_groups import Diagnostics, GradientGroups
+from coterie.dp.per_sample.gradient_sums import GradientSums, Sums
 from coterie.dp.per_sample.gram import LONGEST, UNIT, SqNorms, worst_excess
-from coterie.dp.per_sample.gram_kernel import take_all
 from coterie.dp.per_sample.memory_choice import MemoryChoice, Method
 from coterie.dp.per_sample.probe import learn_sites
 from coterie.dp.per_sample.scaling import single
@@ -33,8 +33,6 @@ from coterie.dp.per_sample.weight_expressions import Root
 from coterie.dp.refusals import check_batch, check_types
 from coterie.errors import PrivacyError
 from coterie.models.streaming.streamer import WeightSource
-
-Sums = dict[str, Tensor]
 
 
 class Engine:
@@ -94,7 +92,9 @@ class Engine:
         self._accumulate_on = accumulate_on
         self._passes = CapturedPass(model, self.loss_fn, self.parameters, self.lent_shapes, expert_weights)
         self._memory = MemoryChoice(method, self._devices())
-        self._sums: Sums = {}
+        self._sums = GradientSums(self.shapes, self._device_of)
+        self._book_keeping = BookKeeping(self._run, self.gradient_groups, self._sums)
+        self._ghost = GhostClipping(self._run, self.gradient_groups, self._sums, self._devices, self._memory.measured)
         self._sites: dict[bool, Sites] = {}
         self._looks: set[Look] = set()
 
@@ -159,9 +159,8 @@ class Engine:
         """
         check_batch(batch, self.model)
         self.prepare(batch)
-        if self.next_method(batch) == "ghost":
-            return self._ghost(batch, counted)
-        return self._book_keeping(batch, counted)
+        summing = self._ghost if self.next_method(batch) == "ghost" else self._book_keeping
+        return summing.accumulate(batch, counted)
 
     def accumulate_user(self, batches: Iterable[Batch]) -> Diagnostics:
         """Add one user's gradient, summed over all records of all ``batches`` and clipped once.
@@ -176,7 +175,7 @@ class Engine:
             self.prepare(batch)
             records = batch_size(batch)
             ones = torch.ones(len(self.groups), records)
-            losses = self._second_pass(batch, ones, total)
+            losses = self._ghost.add(batch, ones, total)
             loss += losses.detach().sum().cpu()
         groups = self.gradient_groups
         norms = {name: Dense(gradient.unsqueeze(0)).sq_norms() for name, gradient in total.items()}
@@ -184,15 +183,13 @@ class Engine:
         for name, gradient in total.items():
             factor = float(single(factors[self.gradient_groups.index(name), 0]))
             if factor > 0.0:
-                self._sum_of(name).add_(gradient.to(self._sum_of(name).device), alpha=factor)
+                out = self._sums.of(name)
+                out.add_(gradient.to(out.device), alpha=factor)
         return diagnostics
 
     def take(self) -> Sums:
         """The sums so far, a float32 tensor for every trained parameter, and start anew."""
-        for name in self.shapes:
-            self._sum_of(name)
-        sums, self._sums = self._sums, {}
-        return sums
+        return self._sums.take()
 
     def norms(self, batch: Batch) -> Tensor:
         """[B] float64 norm of each record's whole gradient; nothing is added to the sums."""
@@ -210,7 +207,7 @@ class Engine:
         self.prepare(batch)
         factors_B = torch.ones(batch_size(batch)) if factors_B is None else factors_B
         total: Sums = {}
-        self._second_pass(batch, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
+        self._ghost.add(batch, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
         return total
 
     def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:
@@ -228,129 +225,14 @@ class Engine:
         names = list(self.shapes)
         return torch.stack([squares[name].value.cpu() for name in names]), names
 
-    def _book_keeping(self, batch: Batch, counted: int | None) -> Diagnostics:
-        records, groups = batch_size(batch), self.gradient_groups
-        kept: dict[str, tuple[Root, list[combine_uses.Use]]] = {}
-
-        def ready(root: Root) -> None:
-            uses = combine_uses.simplify(root, records)
-            root.captured = []
-            kept[root.name] = (root, combine_uses.condensed(uses))
-
-        losses = self._run(batch, ready)
-        # All together, so that threads are started once.
-        take_all(combine_uses.segment_norms(uses for _, uses in kept.values()))
-        kept = {name: (root, combine_uses.bounded(uses)) for name, (root, uses) in kept.items()}
-        squares = {name: combine_uses.sq_norms(root, uses, records) for name, (root, uses) in kept.items()}
-        self._refine(squares, kept, records)
-        factors, diagnostics = groups.factors(groups.added_up(squares, records), losses, counted)
-        keep = ~diagnostics.masked
-        masked = bool(diagnostics.masked.any())
-        for name in list(kept):
-            root, uses = kept.pop(name)
-            if masked:
-                uses = [(node, term.masked(keep.to(losses.device))) for node, term in uses]
-            self._add(root, uses, factors[self.gradient_groups.index(name)].to(losses.device), self._sums)
-        return diagnostics
-
-    def _refine(
-        self, squares: dict[str, SqNorms], kept: dict[str, tuple[Root, list[combine_uses.Use]]], records: int
-    ) -> None:
-        """Take norms again, more carefully, while the slack is a notable part of a group's whole norm.
-
-        The parameter that adds most of it comes first: a careful norm costs several times a plain one, and one or two
-        are usually enough.
-        """
-        left = {name for name in kept if not squares[name].trusted()}
-        while left:
-            whole = self.gradient_groups.added_up(squares, records)
-            doubtful = ~whole.trusted_rows()
-            adds = {
-                name: float((squares[name].slack.cpu() / whole.value[index]).nan_to_num(0.0).max())
-                for name in left
-                if doubtful[index := self.gradient_groups.index(name)]
-            }
-            if not adds:
-                return
-            worst = max(sorted(adds), key=adds.__getitem__)
-            left.remove(worst)
-            root, uses = kept[worst]
-            uses, squares[worst] = combine_uses.precise_sq_norms(root, uses, records)
-            kept[worst] = root, uses
-
-    def _ghost(self, batch: Batch, counted: int | None) -> Diagnostics:
-        records, groups = batch_size(batch), self.gradient_groups
-        squares: dict[str, SqNorms] = {}
-        apart: set[str] = set()
-        captured_bytes = 0
-
-        def ready(root: Root) -> None:
-            nonlocal captured_bytes
-            uses = combine_uses.bounded(combine_uses.simplify(root, records))
-            root.captured = []
-            captured_bytes += sum(term.nbytes() for _, term in uses)
-            careful, squares[root.name] = combine_uses.precise_sq_norms(root, uses, records)
-            if careful is not uses:
-                apart.add(root.name)
-
-        with _replayable_randomness(self._devices()):
-            losses = self._run(batch, ready)
-        self._memory.measured(batch, captured_bytes)
-        factors, diagnostics = groups.factors(groups.added_up(squares, records), losses, counted)
-        again = self._second_pass(batch, factors, self._sums, ~diagnostics.masked, apart)
-        if not torch.equal(losses.nan_to_num(), again.nan_to_num()):
-            raise PrivacyError(
-                "The second backward of ghost clipping did not repeat the first one.",
-                code="dp-not-repeatable",
-                why="factors computed for one set of gradients would be applied to another",
-                fix="use method: book_keeping, or torch.use_deterministic_algorithms(True)",
-            )
-        return diagnostics
-
-    def _second_pass(
-        self, batch: Batch, factors_GB: Tensor, into: Sums, keep_B: Tensor | None = None, apart: Collection[str] = ()
-    ) -> Tensor:
-        """Add gradients times known factors to ``into``; returns the losses.
-
-        ``apart``: parameters whose gradients are formed one record at a time, as they were for their norms.
-        """
-        records = batch_size(batch)
-        masked = keep_B is not None and not bool(keep_B.all())
-
-        def ready(root: Root) -> None:
-            uses = combine_uses.bounded(combine_uses.simplify(root, records))
-            root.captured = []
-            if root.name in apart:
-                uses = combine_uses.apart(root, uses, records)
-            if masked and keep_B is not None:
-                uses = [(node, term.masked(keep_B.to(term_device))) for node, term in uses]
-            self._add(root, uses, factors_GB[self.gradient_groups.index(root.name)].to(term_device), into)
-
-        term_device = next(iter(self._devices()), torch.device("cpu"))
-        return self._run(batch, ready)
-
-    def _add(self, root: Root, uses: list[combine_uses.Use], factors_B: Tensor, into: Sums) -> None:
-        if not uses:
-            return
-        fresh = root.name not in into
-        out = self._sum_of(root.name, into, torch.empty)
-        if out.device == factors_B.device:
-            combine_uses.add_sum(root, uses, out, factors_B, fresh)
-        else:
-            here = torch.empty(out.shape, device=factors_B.device)
-            combine_uses.add_sum(root, uses, here, factors_B, fresh=True)
-            out.copy_(here) if fresh else out.add_(here.to(out.device))
-
     def _run(self, batch: Batch, ready: Ready) -> Tensor:
         """One captured forward and backward; returns the losses, detached."""
         return self._passes.run(batch, ready, self._sites[self.model.training])
 
-    def _sum_of(self, name: str, into: Sums | None = None, make: Callable[..., Tensor] = torch.zeros) -> Tensor:
-        sums = self._sums if into is None else into
-        if name not in sums:
-            own = self.parameters[name].device if name in self.parameters else torch.device("cpu")
-            sums[name] = make(self.shapes[name], dtype=torch.float32, device=self._accumulate_on or own)
-        return sums[name]
+    def _device_of(self, name: str) -> torch.device:
+        """Where a parameter's sum lies."""
+        own = self.parameters[name].device if name in self.parameters else torch.device("cpu")
+        return self._accumulate_on or own
 
     def _devices(self) -> list[torch.device]:
         return list(dict.fromkeys(p.device for p in self.parameters.values()))
@@ -358,11 +240,3 @@ class Engine:
     def next_method(self, batch: Batch) -> Method:
         """The way in which a batch would be summed; see `MemoryChoice`."""
         return self._memory.next(batch)
-
-
-@contextmanager
-def _replayable_randomness(devices: list[torch.device]) -> Iterator[None]:
-    """Put the random state back at the end, so that what comes next draws the same dropout masks."""
-    cuda = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda):
-        yield

@@ -1,0 +1,86 @@
+"""Book-keeping (Bu et al. 2023, arXiv:2210.00038): norms and clipped sums from what one backward captured.
+
+Shape letters: B records of a physical batch, G gradient groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from coterie.dp.losses import Batch, batch_size
+from coterie.dp.per_sample import combine_uses
+from coterie.dp.per_sample.captured_pass import Ready
+from coterie.dp.per_sample.gradient_groups import Diagnostics, GradientGroups
+from coterie.dp.per_sample.gradient_sums import GradientSums
+from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.gram_kernel import take_all
+from coterie.dp.per_sample.weight_expressions import Root
+
+Run = Callable[[Batch, Ready], Tensor]
+"""One captured forward and backward: calls ``ready`` with each parameter, and returns the losses, [B], detached."""
+
+
+class BookKeeping:
+    """The rows and gradients of all parameters are kept until every record's norm is known.
+
+    Args:
+        run: one pass.
+        groups: turn norms into factors.
+        sums: take the clipped gradients.
+    """
+
+    def __init__(self, run: Run, groups: GradientGroups, sums: GradientSums) -> None:
+        self._run, self._groups, self._sums = run, groups, sums
+
+    def accumulate(self, batch: Batch, counted: int | None) -> Diagnostics:
+        """Add a batch's clipped gradients; see `coterie.dp.per_sample.engine.Engine.accumulate`."""
+        records, groups = batch_size(batch), self._groups
+        kept: dict[str, tuple[Root, list[combine_uses.Use]]] = {}
+
+        def ready(root: Root) -> None:
+            uses = combine_uses.simplify(root, records)
+            root.captured = []
+            kept[root.name] = (root, combine_uses.condensed(uses))
+
+        losses = self._run(batch, ready)
+        # All together, so that threads are started once.
+        take_all(combine_uses.segment_norms(uses for _, uses in kept.values()))
+        kept = {name: (root, combine_uses.bounded(uses)) for name, (root, uses) in kept.items()}
+        squares = {name: combine_uses.sq_norms(root, uses, records) for name, (root, uses) in kept.items()}
+        self.refine(squares, kept, records)
+        factors, diagnostics = groups.factors(groups.added_up(squares, records), losses, counted)
+        keep = ~diagnostics.masked
+        masked = bool(diagnostics.masked.any())
+        for name in list(kept):
+            root, uses = kept.pop(name)
+            if masked:
+                uses = [(node, term.masked(keep.to(losses.device))) for node, term in uses]
+            self._sums.add(root, uses, factors[groups.index(name)].to(losses.device))
+        return diagnostics
+
+    def refine(
+        self, squares: dict[str, SqNorms], kept: dict[str, tuple[Root, list[combine_uses.Use]]], records: int
+    ) -> None:
+        """Take norms again, more carefully, while the slack is a notable part of a group's whole norm.
+
+        The parameter that adds most of it comes first: a careful norm costs several times a plain one, and one or two
+        are usually enough.
+        """
+        left = {name for name in kept if not squares[name].trusted()}
+        while left:
+            whole = self._groups.added_up(squares, records)
+            doubtful = ~whole.trusted_rows()
+            adds = {
+                name: float((squares[name].slack.cpu() / whole.value[index]).nan_to_num(0.0).max())
+                for name in left
+                if doubtful[index := self._groups.index(name)]
+            }
+            if not adds:
+                return
+            worst = max(sorted(adds), key=adds.__getitem__)
+            left.remove(worst)
+            root, uses = kept[worst]
+            uses, squares[worst] = combine_uses.precise_sq_norms(root, uses, records)
+            kept[worst] = root, uses
