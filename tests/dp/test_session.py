@@ -362,14 +362,14 @@ def test_invariant_8_resume_from_an_older_checkpoint_counts_what_was_lost(
 def test_invariant_8_a_failed_step_uses_the_same_lot_again(start: Callable[..., PrivateSession]) -> None:
     session = start()
     broken = True
-    plain = session.lot_sums.data.collate
+    plain = session.lot_sums.batches.data.collate
 
     def failing(items: list[Any]) -> Any:
         if broken:
             raise RuntimeError("out of memory")
         return plain(items)
 
-    session.lot_sums.data = replace(session.lot_sums.data, collate=failing)
+    session.lot_sums.batches.data = replace(session.lot_sums.batches.data, collate=failing)
     lot = next(lot for lot in [session.next_lot()] if len(lot))
     before = weights(session)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -415,7 +415,7 @@ def test_invariant_8_what_an_interrupted_step_left_is_not_added_to_the_retry(
             model, seed=6, lot_size=40, rounds=1, run=f"interrupted {interrupted}",
             optimizer=torch.optim.SGD(model.parameters(), 1.0),
         )  # fmt: skip
-        plain, calls = session.lot_sums.data.collate, 0
+        plain, calls = session.lot_sums.batches.data.collate, 0
 
         def failing(items: list[Any], plain: Any = plain) -> Any:
             nonlocal calls
@@ -426,7 +426,7 @@ def test_invariant_8_what_an_interrupted_step_left_is_not_added_to_the_retry(
 
         lot = session.next_lot()
         if interrupted:
-            session.lot_sums.data = replace(session.lot_sums.data, collate=failing)
+            session.lot_sums.batches.data = replace(session.lot_sums.batches.data, collate=failing)
             with pytest.raises(KeyboardInterrupt):
                 session.step(lot)
         session.step(lot)
@@ -736,7 +736,7 @@ def test_invariant_9_thresholds_of_other_groups_are_refused(
     session = start()
     for thresholds in (torch.tensor([1.0, 1.0]), torch.tensor([2.0]), torch.tensor([math.nan])):
         with pytest.raises(CheckpointError, match="clip norms"):
-            session.lot_sums.restore({"thresholds": thresholds.double()})
+            session.lot_sums.released.restore({"thresholds": thresholds.double()})
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ class SlowEngine:
         self.thresholds = clipping.thresholds(self.groups)
         self.eta = eta
         self.sums: dict[str, Tensor] = {}
+        self.on_grid = None
 
     def group_of(self, name: str) -> str:
         return self.clipping.group_of(name)

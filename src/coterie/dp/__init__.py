@@ -10,10 +10,12 @@ records; `coterie.dp.saved_plan` keeps a plan in checkpoints (`coterie.dp.checkp
 begins or resumes a session's run, and `coterie.dp.open_run` opens it, a party's too. Where several ranks share it,
 `coterie.dp.shared_releases` keeps them together.
 
-One round: `coterie.dp.lot_sums` runs a lot's physical batches on a `coterie.dp.sum_engine`, `coterie.dp.clipping`
-says how much of each record counts, and `coterie.dp.stepping` hands the noised result to the optimizer.
-`coterie.dp.balance` says what becomes of released loads, which `coterie.dp.router_watch` sees. Around it:
-`coterie.dp.losses`, `coterie.dp.heads`, `coterie.dp.threads`, `coterie.dp.refusals`.
+One round: `coterie.dp.lot_sums` adds up a lot, whose physical batches `coterie.dp.lot_batches` runs on a
+`coterie.dp.sum_engine`; `coterie.dp.clipping` says how much of each record counts, `coterie.dp.lot_figures` what the
+owner sees of it, and `coterie.dp.stepping` gives the noised result to the optimizer. `coterie.dp.released_state`
+keeps what later rounds know from it: thresholds, and loads, of which `coterie.dp.balance` says what they do and which
+`coterie.dp.router_watch` sees. Around it: `coterie.dp.losses`, `coterie.dp.heads`, `coterie.dp.threads`,
+`coterie.dp.refusals`.
 
 The folders, in the order of a record's way: `coterie.dp.checks` (before the first lot, and while a run goes),
 `coterie.dp.per_sample` (norms and sums of every record's gradient), `coterie.dp.isolation` (each record alone, for

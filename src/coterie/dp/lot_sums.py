@@ -2,87 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.balance import Balancer
 from coterie.dp.checks.watched import Watched
-from coterie.dp.clipping import quantile_update
+from coterie.dp.lot_batches import LotBatches
+from coterie.dp.lot_figures import LotFigures, RoundFigures, joined
 from coterie.dp.noise.joint_noise import LOAD, WITHIN, RoundNoise
 from coterie.dp.noise.lot_noise import LotNoise
 from coterie.dp.noise.randomness import RandomSource
-from coterie.dp.per_sample.gradient_groups import Diagnostics
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import value_changed
+from coterie.dp.released_state import ReleasedState
 from coterie.dp.sum_engine import ConstantShape, OnGrid, SumEngine
-from coterie.errors import CheckpointError, PrivacyError
+from coterie.errors import PrivacyError
 from coterie.ranks.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class RoundFigures:
-    """What a round looked like. For the owner's eyes: NOT private, and never to leave the party.
-
-    Attributes:
-        round: its number.
-        drawn: records drawn into the lot; not the public `lot_size` that sums are divided by.
-        loss: mean loss of the records that were finite; NaN where there is none, see `nothing_learnt`.
-        clipped: share of units whose gradient was clipped.
-        masked: records that were not finite and contributed zero.
-    """
-
-    round: int
-    drawn: int
-    loss: float
-    clipped: float
-    masked: int
-
-    @property
-    def nothing_learnt(self) -> str | None:
-        """Why the round's gradient was noise alone, for the owner's eyes; None where it was not."""
-        if self.drawn == 0:
-            return "the lot was empty"
-        if math.isnan(self.loss):
-            return f"none of the lot's {self.drawn} records gave a finite loss and gradient"
-        return None
-
-
-class _Figures:
-    """Adds up what the physical batches of one lot looked like."""
-
-    def __init__(self) -> None:
-        self.within: list[Tensor] = []
-        self._losses: list[float] = []
-        self._masked = self._clipped = 0
-
-    def add(self, diagnostics: Diagnostics) -> None:
-        usable = ~diagnostics.masked
-        self._losses += diagnostics.losses[usable].tolist()
-        self.within.append(torch.where(usable, diagnostics.within.double() - 0.5, 0.0).T)
-        self._clipped += int((usable & ~diagnostics.within.all(0)).sum())
-        self._masked += int(diagnostics.masked.sum())
-
-    def to_json(self) -> dict[str, Any]:
-        """What figures of several ranks are made from."""
-        count, loss = len(self._losses), math.fsum(self._losses)
-        return {"count": count, "loss": loss, "clipped": self._clipped, "masked": self._masked}
-
-
-def _joined(lot: Lot, ranks: Sequence[Mapping[str, Any]]) -> RoundFigures:
-    """The figures of a whole lot, from those of its parts."""
-    count, clipped, masked = (sum(each[name] for each in ranks) for name in ("count", "clipped", "masked"))
-    mean = math.fsum(each["loss"] for each in ranks) / count if count else math.nan
-    return RoundFigures(lot.round, len(lot), mean, clipped / max(count, 1), masked)
 
 
 class LotSums:
@@ -101,7 +42,9 @@ class LotSums:
         shape: fills every batch up to one shape; None: batches are as the collator makes them.
 
     Attributes:
-        data, engine, balancer: as given.
+        batches: run the physical batches of a lot.
+        engine, balancer: as given.
+        released: what later rounds know from earlier releases.
         last: figures of the last lot, owner-only; None before the first.
     """
 
@@ -118,7 +61,6 @@ class LotSums:
         ranks: Ranks,
         shape: ConstantShape | None = None,
     ) -> None:
-        self.data = data
         self.engine = engine
         self.balancer = balancer
         self.last: RoundFigures | None = None
@@ -126,10 +68,11 @@ class LotSums:
         self._plan = plan
         self._source = source
         self._ranks = ranks
-        self._shape = shape
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._exact = plan.isolation == "exact"
-        self._at_once = 1 if self._exact else options.physical_batch
+        self._grid = _grid(engine, plan)
+        at_once = options.physical_batch if self._grid is None else 1
+        self.batches = LotBatches(data, engine, balancer, at_once, self._grid is not None, shape)
+        self.released = ReleasedState(engine, balancer, plan.adaptive_quantile)
         self._noise = LotNoise(plan, noise_multiplier, engine, balancer)
         self._on_grid: RoundNoise | None = None
 
@@ -152,14 +95,14 @@ class LotSums:
         sums: dict[str, Tensor] = {}
 
         def own() -> dict[str, Any]:
-            self.data.check_length()
+            self.batches.data.check_length()
             self._model.train()
             with _unchanged(self._model), self._secret_torch_randomness(name) as key:
                 found, figures = self._compute(lot.share(self._ranks.rank, self._ranks.world), key)
             sums.update(found)
             return figures.to_json()
 
-        self.last = _joined(lot, self._ranks.together(f"lot {name}", own))
+        self.last = joined(lot, self._ranks.together(f"lot {name}", own))
         return sums
 
     def noise(self, sums: Mapping[str, Tensor]) -> RoundNoise:
@@ -168,14 +111,14 @@ class LotSums:
             return self._on_grid
         return self._noise.of({name: tensor.numel() for name, tensor in sums.items()})
 
-    def _compute(self, lot: Lot, key: int) -> tuple[dict[str, Tensor], _Figures]:
+    def _compute(self, lot: Lot, key: int) -> tuple[dict[str, Tensor], LotFigures]:
         self.engine.take()  # what an interrupted step left
-        if self._exact:
+        if self._grid is not None:
             self._on_grid = self._noise.of({})
-            assert isinstance(self.engine, OnGrid)
-            self.engine.use_grid(self._on_grid.step)
-        figures, loads = _Figures(), list[Tensor]()
-        for diagnostics in self._accumulate(lot, loads, key):
+            self._grid.use_grid(self._on_grid.step)
+        figures, loads = LotFigures(), list[Tensor]()
+        device = next(iter(self._trained.values())).device
+        for diagnostics in self.batches.run(lot, device, key, loads):
             figures.add(diagnostics)
         sums = self.engine.take()
         if self.balancer is not None and self.balancer.balance.releases_loads:
@@ -195,7 +138,7 @@ class LotSums:
     def _unit_loads(self, balancer: Balancer, loads: list[Tensor], units_R: Tensor) -> Tensor:
         """[U, S] loads of the lot's units; with `isolation: exact` each unit's are computed without the others."""
         loads_RS = torch.cat([torch.zeros(0, sum(balancer.sizes), dtype=torch.float64), *loads])
-        if not self._exact:
+        if self._grid is None:
             return balancer.unit_loads(loads_RS, units_R)
         each = [loads_RS[units_R == unit] for unit in torch.unique(units_R)]
         alone = [balancer.unit_loads(own, torch.zeros(own.shape[0], dtype=torch.int64)) for own in each]
@@ -207,95 +150,12 @@ class LotSums:
             return units_UN.double().sum(0)
         return (units_UN.double() / self._on_grid.step(name)).to(torch.int64).sum(0)
 
-    # -- physical batches --------------------------------------------------------------------------------------------
-
-    def _accumulate(self, lot: Lot, loads: list[Tensor], key: int) -> Iterator[Diagnostics]:
-        """Run the physical batches of a lot, one unit at a time where units are users."""
-        if self.data.units.starts is None:
-            for records, _ in lot.physical_batches(self._at_once):
-                self._own_randomness(key, records)
-                diagnostics = self._batch_sums(self._batch(records), len(records))
-                loads += self._loads(~diagnostics.masked)
-                yield diagnostics
-            return
-        for unit in range(lot.num_units):
-            own = lot.records[lot.units == unit]
-            self._own_randomness(key, own)
-            yield self.engine.accumulate_user(self._user_batches(own, loads))
-
-    def _batch_sums(self, batch: dict[str, Any], records: int) -> Diagnostics:
-        """Figures of a batch's records, whatever else it was filled up with."""
-        if self._shape is None:
-            return self.engine.accumulate(batch)
-        return self.engine.accumulate(self._shape.fill(batch), counted=records).first(records)
-
-    def _batch(self, records: np.ndarray) -> dict[str, Any]:
-        return self.data.batch(records, next(iter(self._trained.values())).device)
-
-    def _own_randomness(self, key: int, records: np.ndarray) -> None:
-        """With `isolation: exact`, let torch draw next what this unit draws in whatever company."""
-        if self._exact:
-            digest = hashlib.sha256(f"{key}|{records.min()}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:7], "little"))
-
-    def _user_batches(self, records: np.ndarray, loads: list[Tensor]) -> Iterator[Mapping[str, Any]]:
-        for start in range(0, len(records), self._at_once):
-            yield self._batch(records[start : start + self._at_once])
-            loads += self._loads(None)
-
-    def _loads(self, keep: Tensor | None) -> list[Tensor]:
-        if self.balancer is None or self.balancer.latest is None:
-            return []
-        latest = self.balancer.latest
-        if keep is None:
-            return [latest]
-        # In constant-work mode the model saw rows behind the records that only filled up the batch.
-        return [torch.where(keep[:, None], latest[: keep.shape[0]], 0.0)]
-
-    # -- after a release ---------------------------------------------------------------------------------------------
-
-    def take_released(self, means: Mapping[str, Tensor]) -> None:
-        """Post-processing of the extra parts of a release: routing loads and clip thresholds of later rounds.
-
-        Args:
-            means: a release's tensors, over the expected units in a lot.
-        """
-        if self.balancer is not None and LOAD in means:
-            self.balancer.take_released(means[LOAD])
-        if WITHIN in means and self._plan.adaptive_quantile is not None:
-            fraction = (means[WITHIN].double() + 0.5).clamp(0, 1)
-            self.engine.thresholds = quantile_update(self.engine.thresholds, fraction, self._plan.adaptive_quantile)
-
     def shaped(self, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A release's tensors in the shapes of the parameters; several ranks put them on disk as plain values."""
         return {
             name: value.view(self._trained[name].shape) if name in self._trained else value
             for name, value in released.items()
         }
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: made from releases alone."""
-        return {"thresholds": self.engine.thresholds} | (self.balancer.state() if self.balancer else {})
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state`.
-
-        Raises:
-            CheckpointError: its thresholds are of other gradient groups, or moved although they are fixed.
-        """
-        saved, own = state["thresholds"], self.engine.thresholds
-        fits = saved.shape == own.shape and bool((torch.isfinite(saved) & (saved > 0)).all())
-        if not fits or (self._plan.adaptive_quantile is None and not torch.allclose(saved, own, 1e-12, 0.0)):
-            raise CheckpointError(
-                f"the checkpoint has clip norms for {saved.numel()} gradient groups that are not those of the "
-                f"{own.numel()} groups here.",
-                code="dp-resume-clipping",
-                why="noise is calibrated to the clip norms, so a record would contribute more than it covers",
-                fix="resume with the clipping policy that the run was started with",
-            )
-        self.engine.thresholds = saved
-        if self.balancer is not None:
-            self.balancer.restore(state)
 
     @contextmanager
     def _secret_torch_randomness(self, name: str) -> Iterator[int]:
@@ -305,6 +165,22 @@ class LotSums:
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(key + self._ranks.rank)  # a seeded source has one key for all ranks
             yield key
+
+
+def _grid(engine: SumEngine, plan: PrivacyPlan) -> OnGrid | None:
+    """What sums integers, where the plan says so.
+
+    Raises:
+        PrivacyError: the engine does the other.
+    """
+    if (engine.on_grid is not None) is not (plan.isolation == "exact"):
+        raise PrivacyError(
+            f"the plan says `isolation: {plan.isolation}`, and the engine that was given does not do that.",
+            code="dp-isolation-engine",
+            why="the statement would promise what is not computed",
+            fix="pass dp.ExactEngine for exact and dp.Engine for fast",
+        )
+    return engine.on_grid
 
 
 @contextmanager

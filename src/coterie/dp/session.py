@@ -23,7 +23,7 @@ from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
 from coterie.dp.accounting.statement import Statement
 from coterie.dp.losses import LossFunction
-from coterie.dp.lot_sums import RoundFigures
+from coterie.dp.lot_figures import RoundFigures
 from coterie.dp.open_run import OpenRun, weights_digest
 from coterie.dp.private_data import Collate
 from coterie.dp.refusals import check_hooks
@@ -242,7 +242,7 @@ class PrivateSession:
         for name, parameter in self._parameters.items():
             mean = means[name]
             put_gradient(self.optimizer, parameter, mean)
-        self.lot_sums.take_released(means)
+        self.lot_sums.released.take(means)
         self._pending = None
         self._parent = release.digest
         self.round = release.round
@@ -307,7 +307,7 @@ class PrivateSession:
         """`save` without model and optimizer, for loops that save these themselves, before this call."""
 
         def write() -> None:
-            content, state = {checkpoint.SESSION: self.lot_sums.state()}, {checkpoint.SESSION: self._facts()}
+            content, state = {checkpoint.SESSION: self.lot_sums.released.state()}, {checkpoint.SESSION: self._facts()}
             checkpoint.save(Path(path), content, state)
 
         self._opened.ranks.tell("saving", write)
@@ -315,7 +315,7 @@ class PrivateSession:
 
     def content(self) -> tuple[Content, dict[str, Any]]:
         """What `save` writes, tensors and JSON values, for whoever keeps checkpoints in a store and calls `saved`."""
-        return checkpoint.pack(self.model, self.optimizer, self.lot_sums.state(), self._facts())
+        return checkpoint.pack(self.model, self.optimizer, self.lot_sums.released.state(), self._facts())
 
     def saved(self, folder: Path) -> None:
         """Everything up to now is durable in ``folder``: the results it includes leave the spool.
@@ -375,7 +375,7 @@ class PrivateSession:
                 fix="resume with the dataset that the run was started with",
             )
         self._opened.ranks.tell("the checkpoint", lambda: self._check_counted(facts))
-        self.lot_sums.restore(saved.extra())
+        self.lot_sums.released.restore(saved.extra())
         self.round, self._parent, self._saved = int(facts["round"]), str(facts["parent"]), folder
 
     def _check_counted(self, facts: Mapping[str, Any]) -> None:

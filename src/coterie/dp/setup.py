@@ -15,7 +15,7 @@ from coterie.dp.accounting.provenance import Artefact
 from coterie.dp.accounting.texts import Originals
 from coterie.dp.balance import Balance
 from coterie.dp.clipping import Clipping
-from coterie.dp.isolation.exact_engine import ExactEngine, Isolation, chosen, computes_in_half
+from coterie.dp.isolation.exact_engine import Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
 from coterie.dp.numbers import checked_number
 from coterie.dp.per_sample.memory_choice import Method
@@ -201,7 +201,7 @@ def _rounds(rounds: int | None, epochs: float, lots: LotPlan) -> int:
 
 def _isolation_of(engine: SumEngine, asked: Isolation | None) -> Isolation:
     """What a ready engine does."""
-    own: Isolation = "exact" if isinstance(engine, ExactEngine) else "fast"
+    own: Isolation = "fast" if engine.on_grid is None else "exact"
     if asked not in (None, own):
         raise PrivacyError(
             f"isolation {asked} was asked for, and the engine that was given does not do that.",

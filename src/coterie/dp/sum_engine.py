@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -11,10 +11,21 @@ from coterie.dp.clipping import Clipping
 from coterie.dp.per_sample.gradient_groups import Diagnostics
 
 
+class OnGrid(Protocol):
+    """Sums integers, in steps that the noise sets; `isolation: exact` needs it."""
+
+    def use_grid(self, step_of: Callable[[str], float]) -> None: ...
+
+
 class SumEngine(Protocol):
     """Adds up clipped gradients of batches, or of users whose records span several."""
 
     thresholds: Tensor
+
+    @property
+    def on_grid(self) -> OnGrid | None:
+        """The engine itself where its sums are integers; None where they are float32."""
+        ...
 
     @property
     def groups(self) -> list[str]: ...
@@ -35,13 +46,6 @@ class SumEngine(Protocol):
     def accumulate_user(self, batches: Iterable[Mapping[str, Any]]) -> Diagnostics: ...
 
     def take(self) -> dict[str, Tensor]: ...
-
-
-@runtime_checkable
-class OnGrid(Protocol):
-    """A `SumEngine` that sums integers, which `isolation: exact` needs."""
-
-    def use_grid(self, step_of: Callable[[str], float]) -> None: ...
 
 
 class ConstantShape(Protocol):

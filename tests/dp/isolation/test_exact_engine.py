@@ -563,3 +563,17 @@ def test_an_engine_that_does_not_do_what_is_asked_is_refused(tmp_path: Path) -> 
     with pytest.raises(PrivacyError, match="isolation exact was asked for") as error:
         session(tmp_path, model, engine=Engine(model), isolation="exact")
     assert error.value.code == "dp-isolation-engine"
+
+
+def test_a_run_is_not_taken_up_again_with_an_engine_of_the_other_isolation(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    made = session(tmp_path, model, isolation="exact", run="one")
+    made.step(made.next_lot())
+    made.save(tmp_path / "saved")
+    made.close()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(PrivacyError, match="isolation: exact") as error:
+        PrivateSession.resume(
+            tmp_path / "saved", model, optimizer, Text(), collate, ledger=tmp_path / "ledger", engine=Engine(model)
+        )
+    assert error.value.code == "dp-isolation-engine"

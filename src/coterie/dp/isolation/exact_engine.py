@@ -88,6 +88,11 @@ class ExactEngine(Engine):
         """The slack that is added to a norm covers all that follows; see `_squares`."""
         return 0.0
 
+    @property
+    def on_grid(self) -> ExactEngine:
+        """Itself: sums are integers."""
+        return self
+
     def use_grid(self, step_of: Callable[[str], float]) -> None:
         """Count in other steps from the next sum on.
 

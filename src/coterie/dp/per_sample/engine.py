@@ -31,6 +31,7 @@ from coterie.dp.per_sample.sites import Sites
 from coterie.dp.per_sample.terms import Dense
 from coterie.dp.per_sample.weight_expressions import Root
 from coterie.dp.refusals import check_batch, check_types
+from coterie.dp.sum_engine import OnGrid
 from coterie.errors import PrivacyError
 from coterie.models.streaming.streamer import WeightSource
 
@@ -102,6 +103,11 @@ class Engine:
         """Rounding that the slack of the norms does not cover (see docs/concepts/dp-engine.md)."""
         longest = max((size for shape in self.shapes.values() for size in shape), default=1)
         return worst_excess(max(2 * longest, LONGEST)) + 64 * UNIT  # a record's rows are added up as well
+
+    @property
+    def on_grid(self) -> OnGrid | None:
+        """None: sums are float32."""
+        return None
 
     @property
     def groups(self) -> list[str]:
