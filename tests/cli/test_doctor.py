@@ -19,17 +19,17 @@ import yaml
 from coterie.federation.identity.certificates import cert_pem, key_pem, new_authority
 from coterie.federation.identity.kit import load_kit
 from coterie.federation.wire import unreachable
-from coterie.training.party.doctor import Finding, diagnose
+from coterie.training.party.doctor import Diagnosis, diagnose
 from helpers.federation_commands import edit, run
 from helpers.federation_commands import folder as folder
 from helpers.federation_commands import made as made
 
 
-def found(path: Path, **options: object) -> dict[str, Finding]:
+def found(path: Path, **options: object) -> dict[str, Diagnosis]:
     return {each.check: each for each in diagnose(path, **options)}  # type: ignore[arg-type]
 
 
-def bad(findings: dict[str, Finding]) -> dict[str, str]:
+def bad(findings: dict[str, Diagnosis]) -> dict[str, str]:
     return {name: each.code for name, each in findings.items() if each.state == "bad"}
 
 

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from coterie.training.data.check import DataReport
 
 
-class Action(StrEnum):
+class DataAction(StrEnum):
     CHECK = "check"
 
 
 def command(
-    action: Annotated[Action, typer.Argument(help="What to do.")],
+    action: Annotated[DataAction, typer.Argument(help="What to do.")],
     settings: Annotated[Path, typer.Argument(help="train.yaml.")],
     shown: Annotated[int, typer.Option("--show", min=0, help="How many records to write out.")] = 2,
     json_file: Annotated[

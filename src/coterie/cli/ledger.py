@@ -22,7 +22,7 @@ _EXPORTED = {"mechanism": "mechanism", "budget": "budget", "rounds": "planned", 
 """Of what was fixed when a run started: public numbers and words."""
 
 
-class Action(StrEnum):
+class LedgerAction(StrEnum):
     LIST = "list"
     SHOW = "show"
     MERGE = "merge"
@@ -30,7 +30,7 @@ class Action(StrEnum):
 
 
 def command(
-    action: Annotated[Action, typer.Argument(help="What to do.")],
+    action: Annotated[LedgerAction, typer.Argument(help="What to do.")],
     target: Annotated[
         str | None, typer.Argument(help="show: a run. merge: the other machine's folder of ledgers. export: a file.")
     ] = None,
@@ -63,11 +63,11 @@ def command(
         raise LedgerError(
             f"{root} is no folder of ledgers.", code="dp-ledger-none", fix="name the folder of `privacy: ledger:`"
         )
-    if action is Action.LIST:
+    if action is LedgerAction.LIST:
         rows = [_figures(ledger, run) for ledger, run in _runs(root)]
         _list(rows)
         figures: Any = {"runs": rows}
-    elif action is Action.SHOW:
+    elif action is LedgerAction.SHOW:
         figures = _show(root, _needed(target, "show", "a run"))
     elif action is Action.EXPORT:
         figures = _export(root, Path(_needed(target, "export", "a file to write")))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from coterie.federation.identity.roster import Roster
 
 
-class Action(StrEnum):
+class RosterAction(StrEnum):
     MAKE = "make"
     SIGN = "sign"
     JOIN = "join"
@@ -24,7 +24,7 @@ class Action(StrEnum):
 
 
 def command(
-    action: Annotated[Action, typer.Argument(help="What to do.")],
+    action: Annotated[RosterAction, typer.Argument(help="What to do.")],
     files: Annotated[
         list[Path], typer.Argument(help="make: federation.yaml; otherwise roster files or kit folders.")
     ],
@@ -65,18 +65,18 @@ def command(
     from coterie.federation.identity import roster as rosters
     from coterie.federation.identity.kit import ROSTER_FILE, load_kit
 
-    if action is not Action.JOIN and len(files) != 1:
+    if action is not RosterAction.JOIN and len(files) != 1:
         raise RosterError(
             f"`coterie roster {action}` takes one file, not {len(files)}.",
             code="roster-usage",
             fix="name one file; only `coterie roster join` takes several",
         )
     first = files[0] / ROSTER_FILE if files[0].is_dir() else files[0]
-    if action is Action.MAKE:
+    if action is RosterAction.MAKE:
         _save(_make(first, certificates, epoch, weights), out or Path(ROSTER_FILE))
-    elif action is Action.JOIN:
+    elif action is RosterAction.JOIN:
         _save(rosters.join([rosters.read_roster(file) for file in files]), out or Path(ROSTER_FILE))
-    elif action is Action.SIGN:
+    elif action is RosterAction.SIGN:
         mine = load_kit(_needed(kit, action))
         given = rosters.read_roster(first)
         if federation is not None:
@@ -85,7 +85,7 @@ def command(
             _check_weights(given, weights)
         _save(rosters.sign(given, mine.key, mine.certificate), out or first)
         say(f"signed as {mine.name}")
-    elif action is Action.VERIFY:
+    elif action is RosterAction.VERIFY:
         mine = load_kit(_needed(kit or (files[0] if files[0].is_dir() else None), action))
         given = rosters.read_roster(first)
         rosters.verify(given, mine.authority)
@@ -100,7 +100,7 @@ def command(
             )
 
 
-def _needed(kit: Path | None, action: Action) -> Path:
+def _needed(kit: Path | None, action: RosterAction) -> Path:
     if kit is None:
         raise RosterError(
             f"`coterie roster {action}` needs --kit.",

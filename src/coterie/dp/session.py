@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from coterie.checkpoints import Content
 from coterie.dp import checkpoint
 from coterie.dp.accounting.budget import Spent
-from coterie.dp.accounting.ledger import Head, Ledger
+from coterie.dp.accounting.ledger import Ledger, LedgerHead
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
@@ -380,7 +380,7 @@ class PrivateSession:
 
     def _check_counted(self, facts: Mapping[str, Any]) -> None:
         """Make sure that the ledger holds what it held when a checkpoint was made."""
-        self.ledger.check_contains(Head(**facts["head"]))
+        self.ledger.check_contains(LedgerHead(**facts["head"]))
         if self.releases.last_round() < facts["round"]:
             raise LedgerError(
                 f"the checkpoint is at round {facts['round']}, the ledger at {self.releases.last_round()}.",

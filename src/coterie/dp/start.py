@@ -63,7 +63,7 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
     with ranks.all_well("the checks before the first lot"):
         lots = plan.lots(data.units.count)
         artefacts = as_loaded(declared(provenance), model)
-        parts = _Parts.of(model, data, plan, options, loss_fn, engine)
+        parts = _RunParts.of(model, data, plan, options, loss_fn, engine)
         check_optimizer(model, optimizer)
         plan.mechanism(lots)  # kept: a budget out of reach is said before anything is computed
         report = parts.check()
@@ -118,7 +118,7 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
             fix="pass the same users: PrivateSession.resume(..., users=...)",
         )
     plan, options = plan_from_json(facts, clipping, method)
-    parts = _Parts.of(model, data, plan, options, loss_fn, engine)
+    parts = _RunParts.of(model, data, plan, options, loss_fn, engine)
     entry = RunEntry(ledger or facts["ledger_root"], facts["run"], gaps=facts["not_covered"], resumed=True)
     opened = open_run(plan, options, data, model, parts.engine, parts.balancer, entry, ranks=ranks)
     try:
@@ -131,7 +131,7 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
     return opened
 
 
-class _Parts(NamedTuple):
+class _RunParts(NamedTuple):
     """What computes a run, before its ledger is opened."""
 
     model: nn.Module
@@ -150,7 +150,7 @@ class _Parts(NamedTuple):
         options: ComputeOptions,
         loss_fn: LossFunction | None,
         engine: SumEngine | None,
-    ) -> _Parts:
+    ) -> _RunParts:
         """A ready engine, or the one of the plan."""
         plan.policy()  # a ready engine has to clip to the plan's norm, too
         if seam.expert_layers(model):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from coterie.dp.accounting.accountant import Mechanism, epsilon
-from coterie.dp.accounting.ledger import FILE, Head, Ledger, default_root, open_ledger
+from coterie.dp.accounting.ledger import FILE, Ledger, LedgerHead, default_root, open_ledger
 from coterie.errors import LedgerError
 
 DATASET = "d" * 64
@@ -165,7 +165,7 @@ def test_invariant_8_rollback_is_noticed_by_hosts_and_by_checkpoints(tmp_path: P
     release(rolled_back, 9)
     with pytest.raises(LedgerError, match="does not hold entry 3"):
         rolled_back.check_contains(ledger.head())
-    rolled_back.check_contains(Head(1, ledger.entries()[1].hash))
+    rolled_back.check_contains(LedgerHead(1, ledger.entries()[1].hash))
 
 
 def test_ledger_of_another_dataset_is_refused(tmp_path: Path) -> None:

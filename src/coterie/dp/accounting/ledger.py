@@ -169,7 +169,7 @@ def _entry_hash(seq: int, stamp: str, kind: str, data: Mapping[str, Any], prev: 
 
 
 @dataclass(frozen=True)
-class Head:
+class LedgerHead:
     """The newest entry at some moment: lets a checkpoint notice that a ledger was put back to an older copy."""
 
     seq: int
@@ -444,12 +444,12 @@ class Ledger:
 
     # -- rollback ---------------------------------------------------------------------------------------------------
 
-    def head(self) -> Head:
+    def head(self) -> LedgerHead:
         """The newest entry, to be kept elsewhere (a checkpoint, a host)."""
         last = self.entries()[-1]
-        return Head(last.seq, last.hash)
+        return LedgerHead(last.seq, last.hash)
 
-    def check_contains(self, head: Head) -> None:
+    def check_contains(self, head: LedgerHead) -> None:
         """Make sure that this ledger still holds what it held when ``head`` was taken.
 
         Raises:

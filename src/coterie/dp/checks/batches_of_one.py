@@ -139,7 +139,7 @@ class BatchesOfOne:
         )
 
 
-class Alone:
+class RecordsAlone:
     """Gradients of several records alone: the norms that are right, and a sum in which each has its own factor."""
 
     def __init__(self, names: Sequence[str], records: int) -> None:
@@ -198,7 +198,7 @@ def compare_once(engine: Compared, like: Batch, look: Look, lowered: bool) -> No
         with torch.no_grad():
             beside = checked(engine.loss_fn(engine.model, batch), count).double().tolist()
         squares_PB, names = engine.norms_by_parameter(batch)
-        alone = Alone(names, count)
+        alone = RecordsAlone(names, count)
         sums = engine.summed(batch, torch.tensor(alone.factors))
     for record, (_, gradient) in enumerate(singles):
         alone.add(record, gradient)

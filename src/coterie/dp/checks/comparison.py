@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coterie.dp.checks.batches_of_one import FLOOR, Alone, BatchesOfOne, Gradient
+from coterie.dp.checks.batches_of_one import FLOOR, BatchesOfOne, Gradient, RecordsAlone
 from coterie.dp.checks.draws import OneDraw, Rounding, generators, repeated
 from coterie.dp.checks.made_up import EXTREME, ONE_LABEL, PLAIN, SHORT, Source, SyntheticRecord, config_numbers
 from coterie.dp.checks.watched import Watched
@@ -233,7 +233,7 @@ class Comparison:
         losses = self._losses(together, len(records))
         with self._draws():
             squares_PB, names = self._engine.norms_by_parameter(together)
-        reference = Alone(names, len(rows))
+        reference = RecordsAlone(names, len(rows))
         for column, (row, one) in enumerate(zip(rows, alone, strict=True)):
             assert one is not None
             loss, gradient = self._alone(one)

@@ -47,7 +47,7 @@ def supposed(shape: Sequence[int], records: int) -> Meaning:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _ModuleCall:
     """One use: the meaning of every tensor, and the sizes that were the same in all probe passes."""
 
     meanings: tuple[Meaning, ...]
@@ -71,7 +71,7 @@ class _Site:
     """
 
     always: tuple[Meaning, ...] | None
-    calls: tuple[_Call, ...]
+    calls: tuple[_ModuleCall, ...]
 
 
 class Sites:
@@ -131,14 +131,14 @@ class Sites:
         fitting = {each.meanings for each in site.calls if each.fits(shapes)}
         return fitting.pop() if len(fitting) == 1 else None
 
-    def _call(self, column: tuple[Shapes, ...]) -> _Call:
+    def _call(self, column: tuple[Shapes, ...]) -> _ModuleCall:
         if len({tuple(len(shape) for shape in shapes) for shapes in column}) != 1:
-            return _Call(tuple(UNKNOWN for _ in column[0]), tuple((None,) * len(shape) for shape in column[0]))
+            return _ModuleCall(tuple(UNKNOWN for _ in column[0]), tuple((None,) * len(shape) for shape in column[0]))
         tensors = list(zip(*column, strict=True))
         fixed = [
             tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*each, strict=True)) for each in tensors
         ]
-        return _Call(tuple(self._meaning(each) for each in tensors), tuple(fixed))
+        return _ModuleCall(tuple(self._meaning(each) for each in tensors), tuple(fixed))
 
     def _meaning(self, shapes: tuple[tuple[int, ...], ...]) -> Meaning:
         (first, _), (second, _), _ = self.sizes
@@ -151,7 +151,7 @@ class Sites:
             meaning = Meaning(dim, (a, b, c) == (first, second, second))
         return meaning
 
-    def _misled(self, column: tuple[Shapes, ...], call: _Call) -> bool:
+    def _misled(self, column: tuple[Shapes, ...], call: _ModuleCall) -> bool:
         return any(
             meaning != UNKNOWN and supposed(shape, records) != meaning
             for (records, _), shapes in zip(self.sizes, column, strict=True)

@@ -43,7 +43,7 @@ class LayerReader(Protocol):
     def get(self, layer: int) -> LayerWeights: ...
 
 
-class GradientSink(Protocol):
+class ExpertGradients(Protocol):
     """Takes one layer's summed expert gradients off the device."""
 
     def add(self, layer: int, gradients: LayerWeights) -> None: ...
@@ -193,7 +193,7 @@ class LayerStreamer:
 
 
 class HostGradients:
-    """A `GradientSink` that sums in float32 in host memory.
+    """A `ExpertGradients` that sums in float32 in host memory.
 
     Attributes:
         sums: layer to parameter name to [E, ...] float32.
@@ -212,7 +212,7 @@ class HostGradients:
 
 
 class StreamedExperts:
-    """Computes experts whose weights are lent by a `WeightSource`; their gradients go to a `GradientSink`.
+    """Computes experts whose weights are lent by a `WeightSource`; their gradients go to a `ExpertGradients`.
 
     Args:
         source: lends weights.
@@ -222,7 +222,7 @@ class StreamedExperts:
     Guarantee: forward and every gradient equal training with the weights in the module.
     """
 
-    def __init__(self, source: WeightSource, sink: GradientSink, adapters: Adapters | None = None) -> None:
+    def __init__(self, source: WeightSource, sink: ExpertGradients, adapters: Adapters | None = None) -> None:
         self._source = source
         self._sink = sink
         self._adapters = adapters or {}
@@ -245,9 +245,9 @@ class StreamedExperts:
             out_RD = layer.module.post_expert_norm(out_RD)  # type: ignore[operator]
         return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
-    def _factors(self, layer: ExpertLayer) -> list[_LowRank]:
+    def _factors(self, layer: ExpertLayer) -> list[_LentFactors]:
         return [
-            _LowRank(name, adapter.scaling, adapter.down_ErI, adapter.up_EOr)
+            _LentFactors(name, adapter.scaling, adapter.down_ErI, adapter.up_EOr)
             for name in (layer.layout.up_name, "down_proj")
             for adapter in self._adapters.get((layer.module, name), ())
         ]
@@ -261,7 +261,7 @@ class StreamedExperts:
         return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
 
-class _LowRank(NamedTuple):
+class _LentFactors(NamedTuple):
     """One adapter of one expert matrix."""
 
     name: str
@@ -270,7 +270,7 @@ class _LowRank(NamedTuple):
     up_EOr: Tensor
 
 
-def _adapted_linear(layer: ExpertLayer, weights: LayerWeights, factors: Sequence[_LowRank]) -> Linear:
+def _adapted_linear(layer: ExpertLayer, weights: LayerWeights, factors: Sequence[_LentFactors]) -> Linear:
     """A lent matrix and its adapters, one after the other: ``W + B A`` never exists. Gradients reach the factors."""
 
     def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ def _adapted_linear(layer: ExpertLayer, weights: LayerWeights, factors: Sequence
 
 
 def _adapted_rows(
-    layer: ExpertLayer, weights: LayerWeights, factors: Sequence[_LowRank], x_RD: Tensor, ends_E: Tensor
+    layer: ExpertLayer, weights: LayerWeights, factors: Sequence[_LentFactors], x_RD: Tensor, ends_E: Tensor
 ) -> Tensor:
     """Expert outputs before a post-expert norm."""
     linear = _adapted_linear(layer, weights, factors)
@@ -309,7 +309,7 @@ class _AdaptedRows(torch.autograd.Function):
         ends_E: Tensor,
         layer: ExpertLayer,
         source: WeightSource,
-        factors: Sequence[_LowRank],
+        factors: Sequence[_LentFactors],
         *flat: Tensor,
     ) -> Tensor:
         with source.layer(layer.index) as weights:
@@ -323,7 +323,7 @@ class _AdaptedRows(torch.autograd.Function):
         x_RD, ends_E, *flat = ctx.saved_tensors
         x_RD, *flat = [tensor.detach().requires_grad_() for tensor in (x_RD, *flat)]
         pairs = zip(ctx.kinds, flat[::2], flat[1::2], strict=True)
-        factors = [_LowRank(name, scaling, down, up) for (name, scaling), down, up in pairs]
+        factors = [_LentFactors(name, scaling, down, up) for (name, scaling), down, up in pairs]
         with ctx.source.layer(ctx.layer.index) as weights, torch.enable_grad():
             out_RD = _adapted_rows(ctx.layer, weights, factors, x_RD, ends_E)
             grad_x_RD, *gradients = torch.autograd.grad(out_RD, [x_RD, *flat], grad_out_RD)
@@ -339,7 +339,7 @@ class _StreamedRows(torch.autograd.Function):
         anchor: Tensor,
         layer: ExpertLayer,
         source: WeightSource,
-        sink: GradientSink,
+        sink: ExpertGradients,
     ) -> Tensor:
         with source.layer(layer.index) as weights:
             out_RD, pre_RG = expert_math.forward_rows(layer, weights, x_RD, ends_E)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.ledger import LedgerHead
 from coterie.dp.balance import Balancer
 from coterie.dp.losses import default_loss
 from coterie.dp.party_session import Contributor
@@ -92,11 +92,11 @@ class Contribution(Protocol):
         computed in this process; None where there is no ledger."""
         ...
 
-    def ledger_head(self) -> Head | None:
+    def ledger_head(self) -> LedgerHead | None:
         """The newest entry of the ledger, for a checkpoint; None before it is open, or where there is none."""
         ...
 
-    def expect(self, head: Head | None) -> None:
+    def expect(self, head: LedgerHead | None) -> None:
         """A checkpoint was loaded; before every attempt from now on, the ledger has to hold what it held then."""
         ...
 
@@ -131,7 +131,7 @@ class WithoutLedger:
     def ledger_head(self) -> None:
         """There is none."""
 
-    def expect(self, head: Head | None) -> None:
+    def expect(self, head: LedgerHead | None) -> None:
         """Nothing can be missing."""
 
     def privacy(self) -> None:

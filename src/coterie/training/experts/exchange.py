@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coterie.config import PrivacyRules
-from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.ledger import LedgerHead
 from coterie.dp.accounting.lots import Lot
 from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.attempt import Attempt
@@ -144,7 +144,7 @@ class ExpertsExchange:
 
     def load_hosted(self, state: Mapping[str, Tensor]) -> None:
         heads = [
-            Head(int(name.removeprefix(_LEDGER)), bytes(value.tolist()).hex())
+            LedgerHead(int(name.removeprefix(_LEDGER)), bytes(value.tolist()).hex())
             for name, value in state.items()
             if name.startswith(_LEDGER)
         ]

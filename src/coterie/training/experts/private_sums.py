@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.accounting.budget import PrivacyWarning
-from coterie.dp.accounting.ledger import Head
+from coterie.dp.accounting.ledger import LedgerHead
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.spool import Release
 from coterie.dp.checks import self_check
@@ -95,7 +95,7 @@ class PrivateSums:
         self.exhausted = False
         self._compared = False
         self._gaps: tuple[str, ...] = ()
-        self._expected: Head | None = None
+        self._expected: LedgerHead | None = None
         self._constant: ConstantWork | None = None
         self._engine: Engine | None = None
         self._cancel = NEVER
@@ -133,11 +133,11 @@ class PrivateSums:
             run = self.contributor.run
             run.ledger.check_not_behind(run.name, received)
 
-    def ledger_head(self) -> Head | None:
+    def ledger_head(self) -> LedgerHead | None:
         """The newest entry of the ledger, for a checkpoint."""
         return None if self.contributor is None else self.contributor.run.ledger.head()
 
-    def expect(self, head: Head | None) -> None:
+    def expect(self, head: LedgerHead | None) -> None:
         """A checkpoint was loaded; before every attempt from now on, the ledger has to hold what it held then."""
         self._expected = head
 

@@ -36,7 +36,7 @@ _CLOCK_SLACK = dt.timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """What one check found.
 
     Attributes:
@@ -57,7 +57,7 @@ class Finding:
         return asdict(self)
 
 
-def diagnose(settings: Path, *, listen: str | None = None, now: dt.datetime | None = None) -> list[Finding]:
+def diagnose(settings: Path, *, listen: str | None = None, now: dt.datetime | None = None) -> list[Diagnosis]:
     """All findings about the party of a party.yaml.
 
     Args:
@@ -79,7 +79,7 @@ class _Examination:
     ) -> None:
         self._config, self._federation, self._listen, self._now = config, federation, listen, now
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> Iterator[Diagnosis]:
         yield self._look("settings", self._settings)
         yield self._look("certificate", self._certificate)
         yield self._look("clock", self._clock)
@@ -98,12 +98,12 @@ class _Examination:
             if name != self._config.party:
                 yield self._look(f"reach {name}", lambda name=name: self._reach(name))  # type: ignore[misc]
 
-    def _look(self, check: str, look: Callable[[], Finding | str]) -> Finding:
+    def _look(self, check: str, look: Callable[[], Diagnosis | str]) -> Diagnosis:
         try:
             found = look()
         except CoterieError as error:
-            return Finding(check, "bad", error.message, error.fix or "", error.code)
-        return found if isinstance(found, Finding) else Finding(check, "ok", found)
+            return Diagnosis(check, "bad", error.message, error.fix or "", error.code)
+        return found if isinstance(found, Diagnosis) else Diagnosis(check, "ok", found)
 
     def _settings(self) -> str:
         party_privacy(self._federation, self._config)
@@ -112,12 +112,12 @@ class _Examination:
     def _kit(self) -> Kit:
         return load_kit(self._config.kit, now=self._now)
 
-    def _certificate(self) -> Finding | str:
+    def _certificate(self) -> Diagnosis | str:
         kit = self._kit()
         soon = kit.ends_soon(now=self._now)
         if soon:
             fix = "renew it (docs/how-to/identity.md, Renewing) and sign a new roster"
-            return Finding("certificate", "note", soon, fix, "identity-expires-soon")
+            return Diagnosis("certificate", "note", soon, fix, "identity-expires-soon")
         end, what = kit.first_to_end()
         return f"of this federation's CA; first to end is {what}, in {(end - self._now).days} days"
 
@@ -167,17 +167,19 @@ class _Examination:
         hosted = sum(len(experts) for experts in placement.hosted(self._config.party).values())
         return f"{self._config.shard.name} holds this party's {hosted} experts"
 
-    def _weights(self) -> Finding | str:
+    def _weights(self) -> Diagnosis | str:
         roster = self._identified()[1]
         found = check_starting_weights(self._config, roster)
         if roster.weights:
             return found
         fix = "make the next roster with --weights DIR, the folder that `coterie split` wrote"
-        return Finding("starting weights", "note", f"{found}; the roster does not name them", fix, "weights-unsigned")
+        return Diagnosis(
+            "starting weights", "note", f"{found}; the roster does not name them", fix, "weights-unsigned"
+        )
 
-    def _text(self, files: tuple[Path, ...]) -> Finding | str:
+    def _text(self, files: tuple[Path, ...]) -> Diagnosis | str:
         if not files:
-            return Finding("held-out text", "note", "none is named, so nothing is evaluated", "set `data.test`")
+            return Diagnosis("held-out text", "note", "none is named, so nothing is evaluated", "set `data.test`")
         documents = read_documents(files, self._config.data)
         return f"{len(documents)} documents in {len(files)} file{'s' if len(files) > 1 else ''}"
 
@@ -212,12 +214,12 @@ class _Examination:
         unreachable.check_free(self._config.party, endpoint)
         return f"{endpoint} is free"
 
-    def _proxy(self) -> Finding | str:
+    def _proxy(self) -> Diagnosis | str:
         named = unreachable.proxies_named()
         if not named:
             return "the environment names none"
         found = f"{', '.join(named)} named in the environment; `coterie up` and this check dial members past it"
-        return Finding("proxy", "note", found, "if only the proxy leads to a member, have a direct route opened")
+        return Diagnosis("proxy", "note", found, "if only the proxy leads to a member, have a direct route opened")
 
     def _descriptors(self) -> str:
         others = len(self._federation.parties) - 1
@@ -230,7 +232,7 @@ class _Examination:
             f"can take {2 * newcomers.NEWCOMERS} at most"
         )
 
-    def _reach(self, name: str) -> Finding | str:
+    def _reach(self, name: str) -> Diagnosis | str:
         kit, roster = self._identified()
         error = unreachable.look_at(name, roster, kit.authority)
         endpoint = roster.entry(name).endpoint
@@ -238,5 +240,5 @@ class _Examination:
             return f"{endpoint} answers with the certificate that the roster lists"
         order = [COORDINATOR, *self._federation.parties]
         if error.code == "unreachable" and order.index(name) > order.index(self._config.party):
-            return Finding(f"reach {name}", "note", f"{endpoint} does not answer; it dials us, so it need not")
+            return Diagnosis(f"reach {name}", "note", f"{endpoint} does not answer; it dials us, so it need not")
         raise error
