@@ -42,8 +42,8 @@ class Address:
     """What a message is about. A number that its kind does not use is 0; `messages.TABLE` says which it uses.
 
     Attributes:
-        round: a round's number, from 1: the one ``attempt`` is a try at; where that is 0 the last one done, 0 before the
-            first (u64).
+        round: a round's number, from 1: the one ``attempt`` is a try at; where that is 0 the last one done, 0 before
+            the first (u64).
         attempt: one try at that round, from 1 and never used again; 0: the round is done, and its model is evaluated
             or saved (u32).
         micro_batch: unit in flight within the round, from 0 (u32).
