@@ -69,7 +69,7 @@ def command(
         figures: Any = {"runs": rows}
     elif action is LedgerAction.SHOW:
         figures = _show(root, _needed(target, "show", "a run"))
-    elif action is Action.EXPORT:
+    elif action is LedgerAction.EXPORT:
         figures = _export(root, Path(_needed(target, "export", "a file to write")))
     else:
         figures = _merge(Path(_needed(target, "merge", "the other folder of ledgers")), root)
