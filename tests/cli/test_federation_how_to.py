@@ -24,7 +24,9 @@ from coterie.federation.identity.provision import free_endpoints
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.tokenizer import train_tokenizer
 from coterie.training.party.in_process import run_in_process
-from coterie.training.party.process import keep_settings, prepare_party
+from coterie.training.party.process import keep_settings, party_forecast, prepare_party
+from coterie.training.planning import forecast
+from coterie.training.planning.forecast import Forecast
 from helpers.private_federation import already_compared as already_compared
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "federation.md"
@@ -94,14 +96,18 @@ def copy(words: list[str], folder: Path, home: Path) -> None:
             shutil.copy(source, at)
 
 
-def train(folder: Path) -> None:
-    """What the four processes do between `coordinator` and the end."""
+def train(folder: Path) -> Forecast:
+    """What the four processes do between `coordinator` and the end; gives what alder says before it joins."""
     configs = {name: load_yaml(folder / name / "party.yaml", PartyConfig) for name in PARTIES}
     federation = load_yaml(folder / "alder" / "federation.yaml", FederationConfig)
     parts = [prepare_party(config, federation) for config in configs.values()]
     for config in configs.values():
         keep_settings(config, load_yaml(config.federation, FederationConfig))
+    alder = parts[0]
+    assert alder.privacy is not None
+    told = party_forecast(alder, alder.privacy)
     run_in_process(federation, parts, folder / "coordinator")
+    return told
 
 
 @pytest.mark.slow
@@ -109,10 +115,11 @@ def train(folder: Path) -> None:
 def test_every_command_of_the_page_works_in_its_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(statement, "group_epsilon", lambda *_: 0.0)  # of copies; it takes longer than all else
+    for module in (statement, forecast):  # of copies and whole documents; it takes longer than all else
+        monkeypatch.setattr(module, "group_epsilon", lambda *_: 0.0)
     settings(tmp_path)
     starting_model(tmp_path / "alder" / "olmoe")
-    fingerprint, trained, done = "", False, []
+    fingerprint, told, done = "", None, []
     for who, line in commands():
         words = shlex.split(line.replace("9F:2C:...", fingerprint).replace("round-00000200", "round-00000002"))
         monkeypatch.chdir(tmp_path / who)
@@ -123,9 +130,7 @@ def test_every_command_of_the_page_works_in_its_order(
         if words[1] in ("doctor", "status", "dashboard"):  # of processes that run; tests/e2e has them
             continue
         if words[1] in ("coordinator", "up"):
-            if not trained:
-                train(tmp_path)
-                trained = True
+            told = told or train(tmp_path)
             continue
         with pytest.raises(SystemExit) as ended:
             main(words[1:])
@@ -134,7 +139,12 @@ def test_every_command_of_the_page_works_in_its_order(
         done.append(words[1])
         if found := re.search(r"fingerprint (\S+)", shown.out):
             fingerprint = fingerprint or found[1]
-    assert trained
+    assert told is not None
+    (ledger,) = (tmp_path / "alder" / "ledger").rglob("ledger.jsonl")
+    (run,) = (entry for entry in map(json.loads, ledger.read_text().splitlines()) if entry["kind"] == "run")
+    counted = run["data"]["mechanism"]
+    assert (told.noise_multiplier, told.rate) == (counted["noise_multiplier"], counted["sampling_rate"])
+    assert told.rounds == run["data"]["rounds"]
     assert {"split", "request", "approve", "install", "roster", "eval", "generate", "export"} <= set(done)
     ends = [tmp_path / "cedar" / "joined", *(tmp_path / name / "run" / "public" / "model" for name in PARTIES)]
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ends]

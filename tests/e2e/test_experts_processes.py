@@ -58,6 +58,7 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
         result = json.loads((folder / f"{name}.json").read_text())
         privacy, log = result["privacy"], processes.log(name)
         assert result["finished"]
+        assert "for one record when all rounds are done" in log
         assert result["rounds"] == ROUNDS
         budget = 3.0 if name == "alder" else RULES["epsilon"]
         assert 0 < privacy["epsilon"] <= budget

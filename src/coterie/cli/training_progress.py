@@ -14,8 +14,9 @@ from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
-from coterie.training.single.forecast import Forecast, preview
+from coterie.training.planning.forecast import Forecast
 from coterie.training.single.prepared import prepare
+from coterie.training.single.previewed import preview
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
 

@@ -14,6 +14,7 @@ from coterie.cli.privacy_lines import opening_lines, revealed_so_far, spent_note
 if TYPE_CHECKING:
     from coterie.config import PartyConfig
     from coterie.training.party.run import PartyResult
+    from coterie.training.planning.forecast import Forecast
 
 
 def command(
@@ -55,12 +56,18 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
     def revealed(privacy: Mapping[str, Any] | None) -> None:
         shown.update(spent=spent_note(privacy), remark=stopped_contributing(privacy))
 
+    def announce(figures: Forecast) -> None:
+        for line in figures.lines():
+            say(f"{config.party}: {line}")
+
     def tell(error: CoterieError) -> None:
         error_console().print(f"{config.party}: {error.code}: {error}", markup=False)
         log.error("%s: %s", error.code, error)
 
     shown = {"spent": "", "remark": ""}
-    process = PartyProcess(config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s)), listen)
+    process = PartyProcess(
+        config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s), announce), listen
+    )
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)
     say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")

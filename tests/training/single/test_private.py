@@ -29,8 +29,9 @@ from coterie.training.data.tokenizer import get_tokenizer
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import read_metrics
 from coterie.training.optim import make_optimizer
-from coterie.training.single.forecast import Forecast, preview
+from coterie.training.planning.forecast import Forecast
 from coterie.training.single.prepared import prepare
+from coterie.training.single.previewed import preview
 from coterie.training.single.run import resume, start
 from coterie.training.single.trained import evaluate_run, load_trained
 

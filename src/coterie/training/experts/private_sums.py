@@ -20,7 +20,7 @@ from coterie.dp.checks.made_up import FromCollator
 from coterie.dp.open_run import RunEntry, open_run
 from coterie.dp.party_session import Contributor
 from coterie.dp.per_sample.engine import Engine
-from coterie.dp.plan import ComputeOptions, PrivacyPlan
+from coterie.dp.plan import ComputeOptions
 from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.errors import BudgetError, PrivacyError
@@ -33,7 +33,7 @@ from coterie.models.streaming.streamer import HostGradients, LayerStreamer, Stre
 from coterie.training.data.packing import Batch, Sequences
 from coterie.training.experts.constant_work import ConstantWork, no_whole_users
 from coterie.training.experts.contribution import Sums
-from coterie.training.party.inputs import PrivacyInputs
+from coterie.training.party.inputs import PrivacyInputs, party_plan
 
 
 class PrivateSums:
@@ -81,14 +81,7 @@ class PrivateSums:
         }
         check_model(model)
         self._check_covered()
-        self._plan = PrivacyPlan.of_settings(
-            inputs.spec,
-            model,
-            inputs.rounds,
-            seed=inputs.seed,
-            against_hosts=True,
-            noise_multiplier=inputs.noise_multiplier,
-        )
+        self._plan = party_plan(inputs, model)
         self._options = ComputeOptions.of_settings(inputs.spec, accumulate_on=torch.device("cpu"))
         self.balancer = self._plan.balancer(model)
         self.contributor: Contributor | None = None

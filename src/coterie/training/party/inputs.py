@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from coterie.config import FederationConfig, PrivacySpec
 from coterie.dp.accounting.provenance import Artefact
 from coterie.dp.accounting.texts import Originals
+from coterie.dp.plan import PrivacyPlan
 from coterie.models.split.placement import Placement
 from coterie.models.split.trainings import Training
 from coterie.training.data.packing import Sequences
@@ -94,6 +95,14 @@ class PartyInputs:
     def active(self, absent: Collection[str]) -> tuple[str, ...]:
         """The parties that take part, in roster order."""
         return tuple(name for name in self.federation.parties if name not in absent)
+
+
+def party_plan(privacy: PrivacyInputs, model: nn.Module) -> PrivacyPlan:
+    """What bounds a party's releases: its settings, against hosts that choose the weights."""
+    return PrivacyPlan.of_settings(
+        privacy.spec, model, privacy.rounds, seed=privacy.seed, against_hosts=True,
+        noise_multiplier=privacy.noise_multiplier,
+    )  # fmt: skip
 
 
 def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -43,9 +43,10 @@ from coterie.training.folders import kept_private, private_folder
 from coterie.training.loop import use_checkpointing
 from coterie.training.party.after_private import check_after_private
 from coterie.training.party.agreed_limits import largest_noise
-from coterie.training.party.inputs import PartyInputs, PrivacyInputs, Weights, trunk_tensors
+from coterie.training.party.inputs import PartyInputs, PrivacyInputs, Weights, party_plan, trunk_tensors
 from coterie.training.party.run import PartyResult, PartyRun, Watch
 from coterie.training.party.store import PartyStore
+from coterie.training.planning.forecast import Forecast, forecast
 from coterie.training.provenance import artefacts, originals, record_facts, starting_trainings
 from coterie.training.single.setup import check_fit, pick_device
 
@@ -102,6 +103,8 @@ class PartyProcess:
         unreachable.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir):
             inputs = prepare_party(config, federation, self._roster)
+            if self._watch is not None and self._watch.announce is not None and inputs.privacy is not None:
+                self._watch.announce(party_forecast(inputs, inputs.privacy))
             self._run = PartyRun(inputs, transport, federation.content_hash(), self._watch, self.certificate_warning)
             keep_settings(config, federation)
             return self._run.run()
@@ -172,6 +175,17 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
             _training(config, federation, privacy),
         ),
     )
+
+
+def party_forecast(inputs: PartyInputs, privacy: PrivacyInputs) -> Forecast:
+    """What a party's run will spend, before it joins.
+
+    Raises:
+        BudgetError: no noise reaches the budget, or lots are larger than the data.
+    """
+    pieces = privacy.originals.pieces if privacy.originals is not None else 1
+    plan, parties = party_plan(privacy, inputs.model), len(inputs.federation.parties)
+    return forecast(privacy.spec, plan, inputs.train, pieces, tested=inputs.test is not None, parties=parties)
 
 
 def _training(config: PartyConfig, federation: FederationConfig, privacy: PrivacyInputs | None) -> Training:

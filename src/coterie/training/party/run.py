@@ -31,6 +31,8 @@ from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.own_trunk import OwnTrunk
 from coterie.training.party.recordings import Recordings
 from coterie.training.party.store import PartyStore
+from coterie.training.party.whole_model import model_folder
+from coterie.training.planning.forecast import Announce
 from coterie.training.planning.measured import peak_rss_bytes
 from coterie.training.tokens.exchange import TokensExchange
 
@@ -79,12 +81,14 @@ class Watch:
         failed: called with each error that was reported to the coordinator; its text stays here.
         silent: called after every heartbeat with the seconds that the coordinator has not been heard of.
         privacy: called before ``directive`` with what was revealed so far; see `Exchange.privacy`.
+        announce: called with what the run will cost, before anything is spent; None: nobody wants to know.
     """
 
     directive: Callable[[Directive], None] = lambda directive: None
     failed: Callable[[CoterieError], None] = lambda error: None
     privacy: Callable[[Mapping[str, Any] | None], None] = lambda privacy: None
     silent: Callable[[float], None] = lambda silent_s: None
+    announce: Announce | None = None
 
 
 class PartyRun:
@@ -166,7 +170,8 @@ class PartyRun:
             state = self._follower.run(self._heartbeat)
             result = self._result(state)
             if result.finished:
-                result = replace(result, model=str(self.actor.write_model(state.committed) or ""))
+                written = self.actor.write_model(state.committed) or model_folder(self._inputs.run_dir)
+                result = replace(result, model=str(written or ""))
                 write_json(private_folder(self._inputs.run_dir) / "result.json", result.as_json())
                 if result.statement:
                     write_statement(self._for_statement(), result.statement)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def ending_place(inputs: PartyInputs) -> Path:
     return private if tainted else public
 
 
-def model_folder(run_dir: Path) -> Path | None:
-    """Where `save_whole` put a model; None where there is none."""
-    places = (public_folder(run_dir) / MODEL, private_folder(run_dir) / MODEL)
+def model_folder(run_dir: Path, names: Sequence[str] = (MODEL, ADAPTER)) -> Path | None:
+    """Where `save_whole` put what a party ended with; None where there is nothing of these names."""
+    places = (folder / name for folder in (public_folder(run_dir), private_folder(run_dir)) for name in names)
     return next((place for place in places if place.is_dir()), None)

@@ -1,6 +1,7 @@
-"""What a federation will need, before it starts: `coterie plan`.
+"""What a run will need and cost, before it starts: `coterie plan`.
 
 `coterie.training.planning.plan` puts it together, from `coterie.training.planning.closed_form` (memory by formula)
-and `coterie.training.planning.measured` (memory as it was). `coterie.training.planning.exposure` says what others can
-read where nothing is promised, and up to which sizes.
+and `coterie.training.planning.measured` (memory as it was). `coterie.training.planning.forecast` says what a private
+run will spend, `coterie.training.planning.exposure` what others can read where nothing is promised, and up to which
+sizes.
 """

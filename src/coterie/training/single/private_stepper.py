@@ -19,9 +19,10 @@ from coterie.models.split.trainings import Training
 from coterie.ranks.ranks import Ranks
 from coterie.training.data.documents import Documents
 from coterie.training.optim import AdamW, lr_at, make_optimizer
+from coterie.training.planning.forecast import Announce
 from coterie.training.provenance import artefacts, originals, record_facts
-from coterie.training.single.forecast import Announce, forecast, plan_of
 from coterie.training.single.prepared import Prepared
+from coterie.training.single.previewed import forecast_of, plan_of
 from coterie.training.single.stepper import Step
 
 _SPENT_SHOWN = 40
@@ -58,7 +59,7 @@ class PrivateStepper:
         if saved is None:
             plan = plan_of(config, privacy, prepared.model)
             if announce is not None:
-                announce(forecast(config, privacy, plan, documents, prepared.train))
+                announce(forecast_of(config, privacy, plan, documents, prepared.train))
             self._session = _begun(prepared, documents, self.optimizer, plan, ranks)
         else:
             self._session = _resumed(prepared, documents, self.optimizer, saved, ranks)

@@ -32,9 +32,9 @@ from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import MetricsWriter, read_metrics
+from coterie.training.planning.forecast import Announce
 from coterie.training.planning.measured import model_state_bytes, peak_rss_bytes
 from coterie.training.provenance import starting_trainings
-from coterie.training.single.forecast import Announce
 from coterie.training.single.prepared import MARKER, Prepared, lengthened, make_longer, prepare, read_run, run_id
 from coterie.training.single.private_stepper import PrivateStepper
 from coterie.training.single.stepper import PlainStepper, Step, Stepper

@@ -16,7 +16,7 @@ from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import private_folder
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
-from coterie.training.party.whole_model import model_folder
+from coterie.training.party.whole_model import MODEL, model_folder
 from coterie.training.single.prepared import checkpoints_of, read_run
 from coterie.training.single.setup import build_for
 
@@ -59,7 +59,7 @@ def load_trained(run_dir: Path) -> TrainedRun:
 def _of_party(run_dir: Path) -> TrainedRun:
     party = load_yaml(run_dir / PARTY_FILE, PartyConfig)
     federation = load_yaml(run_dir / FEDERATION_FILE, FederationConfig)
-    folder = model_folder(run_dir)
+    folder = model_folder(run_dir, [MODEL])
     if folder is None:
         raise CheckpointError(
             f"{run_dir} holds no whole model.",

@@ -7,19 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
-
-from coterie.config import PrivacySpec, TrainConfig
+from coterie.config import PrivacySpec
 from coterie.dp.accounting.accountant import epsilon
 from coterie.dp.accounting.groups import group_epsilon
 from coterie.dp.plan import PrivacyPlan
 from coterie.dp.private_data import PrivateData
-from coterie.models.zoo.build import build_model
-from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
-from coterie.training.data.tokenizer import get_tokenizer, tokenize
-from coterie.training.provenance import originals
-from coterie.training.single.setup import check_fit, with_vocabulary
 
 _DROWNED = 1.0
 _NOISY = 0.1
@@ -81,16 +74,17 @@ Announce = Callable[[Forecast], None]
 
 
 def forecast(
-    config: TrainConfig, spec: PrivacySpec, plan: PrivacyPlan, documents: Documents, records: Sequences
+    spec: PrivacySpec, plan: PrivacyPlan, records: Sequences, pieces: int, *, tested: bool, parties: int = 1
 ) -> Forecast:
-    """What ``coterie train`` will spend on these records; nothing is drawn, written or counted.
+    """What a run will spend on these records; nothing is drawn, written or counted.
 
     Args:
-        config: the settings.
-        spec: their `privacy` block.
-        plan: see `plan_of`.
-        documents: the text.
-        records: what became of it.
+        spec: its `privacy` block.
+        plan: made of it.
+        records: its text as it is trained on.
+        pieces: most records that one document became.
+        tested: there is held-out text.
+        parties: that train together, each with noise of its own.
 
     Raises:
         BudgetError: no noise reaches the budget, or lots are larger than the data.
@@ -99,44 +93,23 @@ def forecast(
     lots = plan.lots(data.units.count)
     mechanism = plan.mechanism(lots)
     spent = epsilon([(mechanism, plan.rounds)], spec.delta)
-    pieces = originals(documents, records).pieces if spec.unit == "record" else 1
+    pieces = pieces if spec.unit == "record" else 1
     whole = group_epsilon([(mechanism, plan.rounds)], spec.delta, pieces) if pieces > 1 else spent
     figures = Forecast(
         spec.unit, lots.units, lots.lot_size, lots.rate, plan.rounds, mechanism.noise_multiplier, spent, spec.delta,
         pieces, whole, (),
     )  # fmt: skip
-    return replace(figures, remarks=tuple(_remarks(figures, config)))
+    return replace(figures, remarks=tuple(_remarks(figures, tested, parties)))
 
 
-def preview(config: TrainConfig, spec: PrivacySpec) -> Forecast:
-    """`forecast` of a settings file. Reads the text and the model's config; no weight, and nothing is written.
-
-    Raises:
-        ConfigError, DataError, ModelError, BudgetError: as a run would.
-    """
-    data = config.data
-    documents = read_documents(data.train, data, user_column=spec.user_column)
-    tokenizer = get_tokenizer(data.tokenizer, config.model, data)
-    model = build_model(with_vocabulary(config.model, tokenizer), meta=True)
-    check_fit(model, tokenizer, data)
-    return forecast(config, spec, plan_of(config, spec, model), documents, tokenize(documents, data, tokenizer))
-
-
-def plan_of(config: TrainConfig, spec: PrivacySpec, model: nn.Module) -> PrivacyPlan:
-    """The plan of a run's settings with this `privacy` block."""
-    return PrivacyPlan.of_settings(
-        spec, model, config.train.rounds, lot_size=config.train.batch_size,
-        seed=config.train.seed if spec.seeded else None,
-    )  # fmt: skip
-
-
-def _remarks(figures: Forecast, config: TrainConfig) -> list[str]:
-    found, relative = [], figures.noise_multiplier / figures.lot_size
-    what = f"noise of {figures.noise_multiplier:.3g} clip norms on a sum of about {figures.lot_size} records"
+def _remarks(figures: Forecast, tested: bool, parties: int) -> list[str]:
+    found, relative = [], figures.noise_multiplier / figures.lot_size / math.sqrt(parties)
+    what = f"noise of {figures.noise_multiplier:.3g} clip norms on a sum of about {figures.lot_size} {figures.unit}s"
+    what += f", at each of {parties} parties," if parties > 1 else ""
     if relative >= _DROWNED:
         found.append(
             f"{what} is larger than the sum itself even along one direction: nothing can be learnt. "
-            "More records and larger lots, a larger epsilon or fewer rounds"
+            "Larger lots of more records, a larger epsilon or fewer rounds"
         )
     elif relative >= _NOISY:
         found.append(f"{what} leaves little to learn from: larger lots, or fewer rounds, help most")
@@ -148,6 +121,6 @@ def _remarks(figures: Forecast, config: TrainConfig) -> list[str]:
         found.append("`data.packing: records` makes a document one record, and cuts off what is longer")
     if figures.rate > 0.5:
         found.append("every record is in most rounds, so sampling hides little: smaller lots cost less noise")
-    if not config.data.test:
+    if not tested:
         found.append("without `data.test` nobody sees whether it learns")
     return found
