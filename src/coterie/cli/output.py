@@ -144,3 +144,21 @@ def show_error(error: CoterieError) -> None:
     for name, text in error.details():
         if text:
             shown.print(f"  [dim]{name:<6}[/] {escape(text)}")
+
+
+def size(amount: int) -> str:
+    """Bytes, to three digits."""
+    value = float(amount)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def big(count: int) -> str:
+    """A number of parameters, to three digits."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return str(count)

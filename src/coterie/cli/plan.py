@@ -25,7 +25,8 @@ def command(
     """Say what a federation will need: device and host memory of every party, bytes, and the cheaper exchange.
 
     Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
-    activations, which come on top in every arrangement. For a train.yaml: what `coterie train --dry-run` says.
+    activations, which come on top in every arrangement. For a train.yaml: what `coterie train --dry-run` says, and
+    what other lots and budgets would mean.
 
     Example:
         coterie plan federation.yaml
@@ -33,7 +34,7 @@ def command(
         coterie plan --preset Qwen3-30B-A3B --parties 4
         coterie plan train.yaml
     """
-    from coterie.cli.output import say, table, write_json
+    from coterie.cli.output import big, say, size, table, write_json
     from coterie.config import FederationConfig, TrainConfig, load_yaml
     from coterie.config.load import names_setting
     from coterie.errors import ConfigError
@@ -48,19 +49,19 @@ def command(
     if settings is not None and names_setting(settings, "data"):  # one party's training; a federation names no text
         from coterie.cli.training_progress import show_plan
 
-        show_plan(load_yaml(settings, TrainConfig), json_file)
+        show_plan(load_yaml(settings, TrainConfig), json_file, others=True)
         return
     federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
     plan = make_plan(federation)
     if json_file is not None:
         write_json(json_file, plan.as_json())
     say(
-        f"{federation.name}: {_big(plan.trunk + plan.experts)} parameters, {plan.expert_share:.1%} in the experts of "
-        f"{plan.layers} layers; one place would hold {_size(plan.centralised_bytes)}"
+        f"{federation.name}: {big(plan.trunk + plan.experts)} parameters, {plan.expert_share:.1%} in the experts of "
+        f"{plan.layers} layers; one place would hold {size(plan.centralised_bytes)}"
     )
 
     def moved(amount: int | None) -> str | None:
-        return None if amount is None else f"{_size(amount)} ({8 * amount / gbit / 1e9:.3g} s)"
+        return None if amount is None else f"{size(amount)} ({8 * amount / gbit / 1e9:.3g} s)"
 
     table(
         ("party", "exchange", "hosts", "device", "less than one place", "host memory", "down a round", "up a round"),
@@ -68,10 +69,10 @@ def command(
             (
                 each.party,
                 each.exchange,
-                _big(each.hosted),
-                _size(each.need.device),
+                big(each.hosted),
+                size(each.need.device),
                 f"{each.saving:.1%}",
-                _size(each.need.host),
+                size(each.need.host),
                 moved(each.down),
                 moved(each.up),
             )
@@ -80,7 +81,7 @@ def command(
     )
     say("memory is state; activations come on top, and rows kept for clipping where `method` is book_keeping")
     say(
-        f"tokens: {_size(round(plan.bytes_per_token))} for each token; from {plan.break_even_tokens:,} tokens in a "
+        f"tokens: {size(round(plan.bytes_per_token))} for each token; from {plan.break_even_tokens:,} tokens in a "
         "party's round on, experts moves less"
     )
     if federation.evaluate:
@@ -93,19 +94,3 @@ def command(
     for lines in plan.warnings.values():
         for line in lines:
             say(line)
-
-
-def _size(amount: int) -> str:
-    value, units = float(amount), ("B", "kB", "MB", "GB", "TB")
-    for unit in units:
-        if value < 1000 or unit == units[-1]:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    raise AssertionError
-
-
-def _big(count: int) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.3g}{unit}"
-    return str(count)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from coterie.cli.output import EXIT_STOPPED, progress, say, table, write_json
+from coterie.cli.output import EXIT_STOPPED, big, progress, say, size, table, write_json
 from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
 from coterie.training.planning.forecast import Forecast
-from coterie.training.single.prepared import prepare
 from coterie.training.single.previewed import preview
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
@@ -43,22 +43,29 @@ def announce(figures: Forecast) -> None:
         say(line)
 
 
-def show_plan(config: TrainConfig, json_file: Path | None) -> None:
-    """What a run of these settings will do and cost; reads the text and the model's config."""
-    rounds, data = config.train.rounds, config.data
-    figures: dict[str, object] = {"rounds": rounds}
-    if config.privacy is None:
-        prepared = prepare(config)[0].train
-        figures |= {"sequences": len(prepared), "tokens": prepared.predicted_tokens}
-        say(f"{len(prepared)} sequences of at most {data.sequence_length} tokens, {rounds} rounds; no privacy budget")
-    else:
+def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = False) -> None:
+    """What a run of these settings is and will cost; with other lots and budgets, where these are asked for."""
+    found = preview(config, others=others)
+    say(
+        f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts; weights, gradients and "
+        f"AdamW {size(found.state_bytes)} on the device, activations on top"
+    )
+    say(
+        f"text: {found.sequences} sequences of at most {config.data.sequence_length} tokens, {found.tokens} of them "
+        f"predicted; {found.rounds} rounds"
+    )
+    if config.privacy is not None and found.privacy is not None:
         _open(config.privacy)
-        forecast = preview(config, config.privacy)
-        figures = forecast.as_json()
-        announce(forecast)
+        announce(found.privacy)
+    else:
+        say("no privacy budget: what is trained may give its text away")
+    if found.choices:
+        say("other lots that use each record as often, and other budgets (noise in clip norms, over the lot):")
+        columns = ("epsilon", "lot", "rounds", "noise multiplier", "noise of a round", "of their average")
+        table(columns, [astuple(each) for each in found.choices])
     say("nothing was trained or spent")
     if json_file is not None:
-        write_json(json_file, figures)
+        write_json(json_file, found.as_json())
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def test_before_anything_is_spent_a_run_says_what_it_will_cost(make_config: Make
     assert not (tmp_path / "ledger").exists()
     assert not (tmp_path / "run" / "run.json").exists()
     (figures,) = told
-    assert preview(config, config.privacy) == figures
+    assert preview(config).privacy == figures
     ids = [len(get_tokenizer(config.data.tokenizer, config.model, config.data)(text).input_ids) + 1 for text in ALL]
     pieces = [-(-length // 8) for length in ids]
     assert figures.pieces == max(pieces)
@@ -154,7 +154,9 @@ def test_a_hopeless_budget_gets_a_remark(make_config: MakeConfig) -> None:
 
     def told(epsilon: float) -> Forecast:
         config = make_config(privacy={"epsilon": epsilon})
-        return preview(config, config.privacy)
+        told = preview(config).privacy
+        assert told is not None
+        return told
 
     poor = told(0.01)
     assert poor.noise_multiplier > poor.lot_size

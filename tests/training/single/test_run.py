@@ -22,6 +22,7 @@ from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.purging import purge
 from coterie.training.single.generate import generate
 from coterie.training.single.prepared import prepare
+from coterie.training.single.previewed import preview
 from coterie.training.single.run import resume, start
 from coterie.training.single.trained import evaluate_run, load_trained
 
@@ -88,6 +89,7 @@ def test_a_run_learns_and_leaves_its_folder_complete(make_config: MakeConfig) ->
     result = start(config, watch=lambda done, outcome, evaluation: seen.append((done, evaluation is not None)))
     assert result.finished
     assert seen == [(done, done in (10, 20)) for done in range(1, 21)]
+    assert preview(config).state_bytes == pytest.approx(result.model_state_bytes, rel=1e-3)
     rows = read_metrics(config.run_dir / "private")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] is not None

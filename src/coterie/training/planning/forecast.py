@@ -17,6 +17,8 @@ from coterie.training.data.packing import Sequences
 _DROWNED = 1.0
 _NOISY = 0.1
 _WEAK = 20.0
+_LOTS = (0.25, 0.5, 1, 2, 4)
+_BUDGETS = (1.0, 3.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,49 @@ class Forecast:
 
 
 Announce = Callable[[Forecast], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Another budget, or another lot with as many rounds as use each unit as often.
+
+    Attributes:
+        epsilon: at the plan's delta.
+        lot_size, rounds: of it.
+        noise_multiplier: that the budget needs then.
+        round_noise: standard deviation of a round's noise in clip norms, over the lot: what each unit must outweigh.
+        run_noise: the same for the average of all rounds.
+    """
+
+    epsilon: float
+    lot_size: int
+    rounds: int
+    noise_multiplier: float
+    round_noise: float
+    run_noise: float
+
+
+def choices(plan: PrivacyPlan, units: int) -> list[Choice]:
+    """What other lots and budgets would mean for the same text, used as often; the plan's own among them.
+
+    Args:
+        plan: of the run.
+        units: records or users in the text.
+    """
+    lots = [round(plan.lot_size * factor) for factor in _LOTS]
+    own = plan.budget.epsilon
+    asked = [(own, lot) for lot in lots if 1 <= lot <= units]
+    asked += [(other, plan.lot_size) for other in _BUDGETS if other != own]
+    found = []
+    for budget, lot in asked:
+        rounds = max(1, round(plan.rounds * plan.lot_size / lot))
+        other = replace(
+            plan, budget=replace(plan.budget, epsilon=budget), lot_size=lot, rounds=rounds, max_lot=None,
+            noise_multiplier=None,
+        )  # fmt: skip
+        noise = other.mechanism(other.lots(units)).noise_multiplier
+        found.append(Choice(budget, lot, rounds, noise, noise / lot, noise / lot / math.sqrt(rounds)))
+    return sorted(found, key=lambda each: (each.epsilon, each.lot_size))
 
 
 def forecast(

@@ -1,32 +1,83 @@
-"""What a run of `coterie train` will cost, from its settings."""
+"""What a run of `coterie train` is and will cost, from its settings."""
 
 from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
-from coterie.models.zoo.build import build_model
+from coterie.models.seam import expert_layers
+from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
-from coterie.training.planning.forecast import Forecast, forecast
+from coterie.training.planning.closed_form import Shape
+from coterie.training.planning.forecast import Choice, Forecast, choices, forecast
 from coterie.training.provenance import originals
 from coterie.training.single.setup import check_fit, with_vocabulary
 
 
-def preview(config: TrainConfig, spec: PrivacySpec) -> Forecast:
-    """The forecast of a settings file. Reads the text and the model's config; no weight, and nothing is written.
+@dataclass(frozen=True)
+class Preview:
+    """What a run is, from its settings, its text and its model's config.
+
+    Attributes:
+        parameters: of the model, all of them trained; expert_share: those in experts.
+        state_bytes: weights, gradients and AdamW's moments, on the device; activations come on top.
+        sequences, tokens: prepared, and predicted in them.
+        rounds: planned.
+        privacy: what it will spend; None without a budget.
+        choices: what other lots and budgets would mean.
+    """
+
+    parameters: int
+    expert_share: float
+    state_bytes: int
+    sequences: int
+    tokens: int
+    rounds: int
+    privacy: Forecast | None
+    choices: tuple[Choice, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain figures."""
+        spent = self.privacy.as_json() if self.privacy is not None else None
+        return {**asdict(self), "privacy": spent}
+
+
+def preview(config: TrainConfig, *, others: bool = False) -> Preview:
+    """Look at a run's settings. Reads the text and the model's config; no weight, and nothing is written.
+
+    Args:
+        config: the settings.
+        others: with `Preview.choices`, which take some seconds.
 
     Raises:
         ConfigError, DataError, ModelError, BudgetError: as a run would.
     """
-    data = config.data
-    documents = read_documents(data.train, data, user_column=spec.user_column)
+    data, spec = config.data, config.privacy
+    documents = read_documents(data.train, data, user_column=spec.user_column if spec is not None else None)
     tokenizer = get_tokenizer(data.tokenizer, config.model, data)
     model = build_model(with_vocabulary(config.model, tokenizer), meta=True)
     check_fit(model, tokenizer, data)
-    return forecast_of(config, spec, plan_of(config, spec, model), documents, tokenize(documents, data, tokenizer))
+    records = tokenize(documents, data, tokenizer)
+    if data.test:
+        tokenize(read_documents(data.test, data), data, tokenizer)
+    experts = sum(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
+    whole = sum(param.numel() for param in model.parameters())
+    shape = Shape(whole - experts, experts, 1, 1, compute_bytes=torch_dtype(config.model).itemsize)
+    told, other = None, []
+    if spec is not None:
+        plan = plan_of(config, spec, model)
+        told = forecast_of(config, spec, plan, documents, records)
+        other = choices(plan, told.units) if others else []
+    return Preview(
+        whole, shape.expert_share, whole * shape.trained_bytes, len(records), records.predicted_tokens,
+        config.train.rounds, told, tuple(other),
+    )  # fmt: skip
 
 
 def forecast_of(
