@@ -55,7 +55,7 @@ def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = Fal
         f"predicted; {found.rounds} rounds"
     )
     if config.privacy is not None and found.privacy is not None:
-        _open(config.privacy)
+        _warn(config.privacy)
         announce(found.privacy)
     else:
         say("no privacy budget: what is trained may give its text away")
@@ -91,9 +91,13 @@ def watched(config: TrainConfig) -> Iterator[tuple[StopFlag, Watch]]:
         yield stop, watch
 
 
-def _open(privacy: PrivacySpec) -> None:
+def _warn(privacy: PrivacySpec) -> None:
     if privacy.seeded:
         say("NOT PRIVATE: `seeded` draws lots and noise from the seed; nothing this run makes may be released")
+
+
+def _open(privacy: PrivacySpec) -> None:
+    _warn(privacy)
     say(f"budget: epsilon {privacy.epsilon:g} at delta {privacy.delta:g}; losses shown below are not private")
 
 

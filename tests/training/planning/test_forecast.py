@@ -26,11 +26,15 @@ def spent(choice: Choice) -> float:
 def test_other_lots_use_the_text_as_often_and_every_choice_stays_in_its_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forecast, "_LOTS", (0.5, 1, 2, 4))
+    monkeypatch.setattr(forecast, "_LOTS", (1, 2, 4))
     monkeypatch.setattr(forecast, "_BUDGETS", (3.0, 6.0))
     found = forecast.choices(PrivacyPlan(Budget(6.0, DELTA), rounds=8, lot_size=40), UNITS)
     chosen = [(each.epsilon, each.lot_size, each.rounds) for each in found]
-    assert chosen == [(3.0, 40, 8), (6.0, 20, 16), (6.0, 40, 8), (6.0, 80, 4)], "no lot is larger than the text"
+    assert chosen == [(3.0, 40, 8), (6.0, 40, 8), (6.0, 80, 4)], "no lot is larger than the text"
+    monkeypatch.setattr(forecast, "_LOTS", (1, 2))
+    monkeypatch.setattr(forecast, "_BUDGETS", ())
+    few = forecast.choices(PrivacyPlan(Budget(6.0, DELTA), rounds=1, lot_size=40), UNITS)
+    assert [each.lot_size for each in few] == [40], "half a round is none"
     for each in found:
         assert spent(each) == pytest.approx(each.epsilon, rel=0.01)
         assert each.round_noise == each.noise_multiplier / each.lot_size

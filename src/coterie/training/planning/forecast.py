@@ -102,13 +102,14 @@ def choices(plan: PrivacyPlan, units: int) -> list[Choice]:
         plan: of the run.
         units: records or users in the text.
     """
-    lots = [round(plan.lot_size * factor) for factor in _LOTS]
-    own = plan.budget.epsilon
-    asked = [(own, lot) for lot in lots if 1 <= lot <= units]
-    asked += [(other, plan.lot_size) for other in _BUDGETS if other != own]
+    own, used = plan.budget.epsilon, plan.rounds * plan.lot_size
+    lots = {
+        lot: round(used / lot) for lot in (round(plan.lot_size * factor) for factor in _LOTS) if 1 <= lot <= units
+    }
+    asked = [(own, lot, rounds) for lot, rounds in lots.items() if abs(lot * rounds - used) <= used / 8]
+    asked += [(other, plan.lot_size, plan.rounds) for other in _BUDGETS if other != own]
     found = []
-    for budget, lot in asked:
-        rounds = max(1, round(plan.rounds * plan.lot_size / lot))
+    for budget, lot, rounds in asked:
         other = replace(
             plan, budget=replace(plan.budget, epsilon=budget), lot_size=lot, rounds=rounds, max_lot=None,
             noise_multiplier=None,

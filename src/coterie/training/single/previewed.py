@@ -69,14 +69,14 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     experts = sum(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
     whole = sum(param.numel() for param in model.parameters())
     shape = Shape(whole - experts, experts, 1, 1, compute_bytes=torch_dtype(config.model).itemsize)
-    told, other = None, []
+    spending, other = None, []
     if spec is not None:
         plan = plan_of(config, spec, model)
-        told = forecast_of(config, spec, plan, documents, records)
-        other = choices(plan, told.units) if others else []
+        spending = forecast_of(config, spec, plan, documents, records)
+        other = choices(plan, spending.units) if others else []
     return Preview(
         whole, shape.expert_share, whole * shape.trained_bytes, len(records), records.predicted_tokens,
-        config.train.rounds, told, tuple(other),
+        config.train.rounds, spending, tuple(other),
     )  # fmt: skip
 
 
