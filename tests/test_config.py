@@ -461,3 +461,56 @@ def test_keys_that_came_later_leave_the_hash_of_earlier_settings_as_it_was() -> 
     other = content_hash(earlier_settings(form="messages"), without=without)
     assert other != content_hash(earlier_settings(), without=without)
     assert other != content_hash(earlier_settings(packing="records"), without=without)
+
+
+SHARED = "privacy: {epsilon: 8}\nnoise_multiplier: 1\nnoise: shared"
+
+
+def masked(folder: Path, more: str, *, parties: int = 3) -> FederationConfig:
+    names = "".join(f"  party{i}: {{endpoint: 'localhost:{7500 + i}'}}\n" for i in range(parties))
+    text = (
+        f"name: grove\nmodel: {{family: olmoe}}\nparties:\n{names}"
+        "coordinator: {endpoint: 'localhost:7400'}\n"
+        f"train: {{rounds: 2, batch_size: 4}}\naggregation: masked\n{more}\n"
+    )
+    return load(folder, text, FederationConfig)
+
+
+def test_masked_pushes_are_agreed_on_with_the_number_that_their_grid_needs(tmp_path: Path) -> None:
+    found = masked(tmp_path, "privacy: {epsilon: 8}\nnoise_multiplier: 1.25")
+    assert (found.aggregation, found.noise_multiplier) == ("masked", 1.25)
+    assert masked(tmp_path, "privacy: none\npush_limit: 7").push_limit == 7.0
+
+
+@pytest.mark.parametrize(
+    ("more", "parties", "words"),
+    [
+        ("privacy: {epsilon: 8}\nnoise_multiplier: 1", 2, "each subtracts its own sum"),
+        ("privacy: {epsilon: 8}", 3, "needs `noise_multiplier` exactly where"),
+        ("privacy: none\nnoise_multiplier: 1", 3, "needs `noise_multiplier` exactly where"),
+        ("privacy: {epsilon: 8}\nnoise_multiplier: 1\nlost_party: continue", 3, "needs `lost_party: pause`"),
+        ("privacy: {epsilon: 8}\nnoise_multiplier: 1\npush_dtype: bfloat16", 3, "leave out `push_dtype`"),
+        ("privacy: {epsilon: 8}\nnoise_multiplier: 1\nmixed_privacy: true", 3, "excludes `mixed_privacy`"),
+        ("privacy: none\ntranscript: {rounds: 1}", 3, "excludes `transcript`"),
+        ("exchange: tokens", 3, "needs `exchange: experts`"),
+        (SHARED, 3, "belong together"),
+        (f"{SHARED}\ncolluding: 3\ntrunk: shared", 3, "leaves nobody of 3 parties"),
+        (f"{SHARED}\ncolluding: 1", 3, "needs `trunk: shared`"),
+        (f"{SHARED}\ncolluding: 1\ntrunk: shared\nlost_party: continue", 3, "its share of the noise is missing"),
+        ("privacy: none\nnoise: shared\ncolluding: 1", 3, "a share alone is too little"),
+        ("privacy: none\ncolluding: 1", 3, "belong together"),
+    ],
+)
+def test_masked_pushes_with_what_they_exclude_are_refused_in_one_sentence(
+    tmp_path: Path, more: str, parties: int, words: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        masked(tmp_path, more, parties=parties)
+    assert words in str(refused.value)
+
+
+def test_a_party_whose_noise_comes_from_a_seed_is_refused_where_others_rely_on_it(tmp_path: Path) -> None:
+    federation = masked(tmp_path, f"{SHARED}\ncolluding: 1\ntrunk: shared")
+    party = load(tmp_path, PARTY.replace("party: alder", "party: party0") + "privacy: {seeded: true}\n", PartyConfig)
+    with pytest.raises(ConfigError, match="the others rely on secret noise"):
+        party_privacy(federation, party)

@@ -363,3 +363,18 @@ def test_public_text_that_is_not_there_is_said_at_once(tmp_path: Path, capsys: p
         main(["audit", str(tmp_path), "--public", str(tmp_path / "none")])
     assert end.value.code == 1
     assert "audit-public-none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("claim", "left"), [(None, "exact"), (Claim(8.0, 1e-5), "noised")])
+def test_under_masks_the_audit_says_what_each_adversary_could_open_and_that_it_was_not_tried(
+    claim: Claim | None, left: str
+) -> None:
+    part = Part.EXPERTS if claim is None else Part.EXPERTS_DP
+    (found,) = pieces.on_exchange(evidence("experts", claim, received=0, masked=True), part, 1, 1.0)
+    assert found.value is None
+    assert found.reason is not None
+    assert (
+        f"all others together (T4) subtract all of theirs and are left with this party's sums, {left}" in found.reason
+    )
+    assert "(T1, T2, T3) holds the sums of all parties" in found.reason
+    assert found.reason.endswith("Neither was attacked")

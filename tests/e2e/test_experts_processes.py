@@ -87,10 +87,11 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
 
 
 @pytest.mark.slow
-def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes_are_sent_again(processes: Processes):
-    """Rounds 3 to 6 are in the owners' spools when cedar's disk goes back to round 2: nothing is paid twice."""
+def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_sums_are_sent_again(processes: Processes):
+    """Rounds 3 to 6 are in the owners' spools when cedar's disk goes back to round 2: nothing is paid twice, under
+    masks either, which are new at every try."""
     folder, rounds = processes.folder, 8
-    make_private(folder, rounds)
+    make_private(folder, rounds, aggregation="masked", noise_multiplier=2.5)
     lose_cedar(processes, checkpoint=6)
     spools = {name: spooled(folder, name) for name in PARTIES}
     held = sorted((folder / "cedar" / "run" / "private" / "checkpoints").iterdir())
@@ -107,6 +108,8 @@ def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_bytes
         now = spooled(folder, name)
         assert all(now[file] == spools[name][file] for file in now.keys() & spools[name].keys())
         assert "from round 2" in processes.log("coordinator")
+        assert result["privacy"]["noise_multiplier"] == 2.5
+        assert "holds the noise of 2 parties that it does not know" in processes.log(name)
 
 
 def spooled(folder: Path, name: str) -> dict[str, bytes]:

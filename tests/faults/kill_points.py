@@ -44,6 +44,21 @@ PARTY = {
     "after a checkpoint has its name": ("coterie.checkpoints", "CheckpointStore", "write", "after", ""),
     "while an old checkpoint goes": ("shutil", "", "rmtree", "before", ".old.part"),
 }
+MASKED = {
+    "before it says what it holds of the round": (
+        "coterie.federation.experts.masking.board", "MaskAgreement", "agree", "before", "",
+    ),
+    "after keys were agreed on, before the lot": (
+        "coterie.federation.experts.masking.board", "MaskAgreement", "agree", "after", "",
+    ),
+    "after the digests of masked pushes, before their values": (
+        "coterie.federation.experts.masking.board", "MaskAgreement", "commit", "after", "",
+    ),
+    "after masked values left, before the sum is looked at": (
+        "coterie.federation.experts.host", "ExpertsHost", "check_masked", "before", "",
+    ),
+    "after the sum was looked at": ("coterie.federation.experts.host", "ExpertsHost", "check_masked", "after", ""),
+}  # fmt: skip
 COORDINATOR = {
     "before a decision is written": ("coterie.federation.rounds.journal", "Journal", "_write", "before", ""),
     "after a decision is written, before anybody is told": (
@@ -51,7 +66,7 @@ COORDINATOR = {
     ),
     "before everybody is told": ("coterie.federation.rounds.coordinator", "Coordinator", "_broadcast", "before", ""),
 }  # fmt: skip
-POINTS = {**PARTY, **COORDINATOR}
+POINTS = {**PARTY, **MASKED, **COORDINATOR}
 
 
 def arm(point: str, nth: int) -> None:

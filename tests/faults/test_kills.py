@@ -93,6 +93,19 @@ def test_killed_at_every_named_point_the_run_goes_on_and_no_published_checkpoint
 
 
 @pytest.mark.faults
+def test_killed_at_every_stage_of_a_masked_push_the_run_goes_on(processes: ForkedProcesses):
+    trial = Trial(processes, exchange="experts", privacy="none", aggregation="masked", trunk="shared")
+    trial.kill("cedar")
+    for point in kill_points.MASKED:
+        trial.up_to("cedar", point, 5)
+        RECORD.tried(PART, f"a party killed {point} (masked push)", "all go on, under new masks")
+    before = trial.committed()
+    trial.again("cedar")
+    trial.goes_on(before)
+    trial.no_traceback()
+
+
+@pytest.mark.faults
 def test_killed_at_random_moments_the_run_goes_on(processes: ForkedProcesses):
     draw, trial = random.Random(4), Trial(processes, lost_party="pause")
     for _ in range(12):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.config import FederationConfig, PrivacySpec
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs
 from helpers.federations import experts_of, settings
@@ -42,7 +43,12 @@ def with_privacy(
         assert rules is not None
         own = PrivacySpec(**{**rules.model_dump(), "ledger": folder / f"ledger-{name}", "physical_batch": 2, **spec})
         planned = rounds or each.federation.train.rounds
-        privacy = PrivacyInputs(own, planned, seed=number if seeded else None, noise_multiplier=sigma)
+        shared = each.federation.aggregation == "masked" and each.federation.trunk == "shared"
+        pooled = PooledNoise(len(parts), each.federation.colluding) if shared else None
+        agreed = each.federation.noise_multiplier
+        privacy = PrivacyInputs(
+            own, planned, seed=number if seeded else None, noise_multiplier=sigma, agreed_noise=agreed, pooled=pooled
+        )
         found[name] = replace(each, privacy=privacy)
     return found
 

@@ -44,6 +44,7 @@ class Evidence:
         received: what each other party received from the owner.
         answers: the owner's key; None where it was not kept.
         run_folder: the owner's.
+        masked: pushes were masked, so nobody keeps a transcript.
     """
 
     owner: str
@@ -55,6 +56,7 @@ class Evidence:
     received: Mapping[str, Transcript]
     answers: Answers | None
     run_folder: Path
+    masked: bool = False
 
     @classmethod
     def read(
@@ -119,6 +121,7 @@ class Evidence:
             received=transcripts,
             answers=answers,
             run_folder=run_folder,
+            masked=federation.aggregation == "masked",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coterie.audit.adversaries import DEFAULT
+from coterie.audit.adversaries import DEFAULT, Adversary
 from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Channel, Controls, Finding, Part, Unit
 from coterie.audit.verdicts import controls
@@ -25,6 +25,8 @@ def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> l
     from coterie.audit.tokens.attack import attack as on_tokens
 
     name = f"attacks on `{evidence.exchange}`"
+    if evidence.masked:
+        return [nothing(name, part, _under_masks(evidence))]
     if not evidence.received:
         return [nothing(name, part, "no transcript was given: name the other parties' run folders with --received")]
     if evidence.answers is None:
@@ -34,6 +36,18 @@ def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> l
         return attack(evidence, seed=seed, budget_s=budget_s)
     except CoterieError as error:
         return [nothing(name, part, error.message)]
+
+
+def _under_masks(evidence: Evidence) -> str:
+    """What each adversary holds where pushes were masked, none of which is attacked here."""
+    left = "exact" if evidence.privacy is None else "noised"
+    one = ", ".join(each.label for each in (Adversary.HOST, Adversary.HOST_PUBLIC, Adversary.HOST_DOMAIN))
+    return (
+        f"pushes were masked, and nobody keeps random numbers. One other party ({one}) holds the sums of all parties "
+        "on what it hosts, and can subtract its own; all others together "
+        f"({Adversary.ALL_HOSTS.label}) subtract all of theirs and are left with this party's sums, {left}. Neither "
+        "was attacked"
+    )
 
 
 def on_model(

@@ -91,6 +91,30 @@ def command(
         f"experts: one layer comes in {seconds:.3g} s at {gbit:g} Gbit/s; fetching hides where the forward of the "
         "first physical batch takes longer than that for each layer"
     )
+    if plan.noise:
+        parties = len(federation.parties)
+        table(
+            (
+                "noise of each party",
+                "holds against",
+                "noise in the sum",
+                "epsilon",
+                "against one",
+                "against all others",
+            ),
+            [
+                (
+                    "whole" if row.colluding is None else f"shared, colluding: {row.colluding}",
+                    f"{row.colluding or parties - 1} of {parties - 1}",
+                    f"{row.factor:.2f}",
+                    f"{row.epsilon:.3g}",
+                    f"{row.epsilon_one:.3g}",
+                    "unbounded" if row.epsilon_all is None else f"{row.epsilon_all:.3g}",
+                )
+                for row in plan.noise
+            ],
+        )
+        say("noise in the sum: over that of one party alone; epsilon: for the largest lot that the noise allows")
     for lines in plan.warnings.values():
         for line in lines:
             say(line)

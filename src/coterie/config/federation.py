@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec
 from coterie.config.model import LoraSpec, ModelSpec
-from coterie.config.numbers import Count
+from coterie.config.numbers import Count, Positive
 from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.train import Device, OptimSpec, TrainSpec
 from coterie.errors import ConfigError
@@ -63,6 +63,8 @@ class TranscriptSpec(Spec):
 class FederationConfig(Spec):
     """federation.yaml: what all parties agree on. Its hash is in the roster that every party signs."""
 
+    later_keys = frozenset({"aggregation", "noise", "colluding", "noise_multiplier", "push_limit"})
+
     name: PartyName = Field(description="Short name of the federation.")
     model: ModelSpec = Field(description="The model whose experts are shared.")
     parties: dict[PartyName, MemberAddress] = Field(min_length=1, description="Every party by name.")
@@ -99,6 +101,31 @@ class FederationConfig(Spec):
     )
     push_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="For `experts`: what sums travel as; bfloat16 is rounded stochastically."
+    )
+    aggregation: Literal["plain", "masked"] = Field(
+        default="plain",
+        description="For `experts`: `masked` hides each party's sum from hosts, which read only what all parties' "
+        "sums add up to. Needs three parties, all of them in every round.",
+    )
+    noise: Literal["whole", "shared"] = Field(
+        default="whole",
+        description="For `aggregation: masked`: whether each party adds all the noise that its promise needs, or "
+        "with `trunk: shared` only its share, so that all shares together are that noise.",
+    )
+    colluding: Count | None = Field(
+        default=None,
+        description="For `noise: shared`: t, how many of the other parties may pool what they know, or lack their "
+        "noise, under the promise; each adds 1 / sqrt(parties - t) of the noise.",
+    )
+    noise_multiplier: Positive | None = Field(
+        default=None,
+        description="For `aggregation: masked` with a budget: sigma of every party's noise, so that all lie on one "
+        "grid; the largest that a party's budget needs (`coterie up` names it where this is too small).",
+    )
+    push_limit: Positive = Field(
+        default=1e4,
+        description="For `aggregation: masked` with `privacy: none`: largest size of a value in one party's sum; the "
+        "grid follows from it.",
     )
     push_after_s: float | None = Field(
         default=None,
@@ -165,6 +192,7 @@ class FederationConfig(Spec):
                 f"`privacy.balance: {self.privacy.balance}` needs every party to release its expert loads: leave out "
                 "`mixed_privacy`, or use `balance: per_sequence`"
             )
+        self._check_masked()
         if self.lora is not None and self.exchange != "experts":
             raise ValueError("`lora` needs `exchange: experts`")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]
@@ -178,6 +206,61 @@ class FederationConfig(Spec):
             if unknown:
                 raise ValueError(f"placement names {', '.join(unknown)}: no such party")
         return self
+
+    def _check_masked(self) -> None:
+        with_budget = isinstance(self.privacy, PrivacyRules)
+        self._check_shared_noise(with_budget)
+        if self.aggregation == "plain":
+            if self.noise_multiplier is not None:
+                raise ValueError("`noise_multiplier` is for `aggregation: masked`; else each party finds its own")
+            return
+        if self.exchange != "experts":
+            raise ValueError("`aggregation: masked` needs `exchange: experts`: only sums can be masked")
+        if len(self.parties) < 3:
+            raise ValueError(
+                "`aggregation: masked` needs three parties: of two, each subtracts its own sum and has the other's"
+            )
+        if self.lost_party == "continue":
+            raise ValueError(
+                "`aggregation: masked` needs `lost_party: pause`: without one party's masks no sum can be read, and "
+                "one over fewer parties hides less"
+            )
+        if self.push_dtype != "float32":
+            raise ValueError("`aggregation: masked` sends integers of a grid: leave out `push_dtype`")
+        if self.transcript is not None:
+            raise ValueError("`aggregation: masked` excludes `transcript`: what it would record is random numbers")
+        if self.mixed_privacy:
+            raise ValueError("`aggregation: masked` excludes `mixed_privacy`: all sums lie on the noise's one grid")
+        if with_budget != (self.noise_multiplier is not None):
+            raise ValueError(
+                "`aggregation: masked` needs `noise_multiplier` exactly where `privacy` is a budget: all parties add "
+                "the same noise, on one grid"
+            )
+
+    def _check_shared_noise(self, with_budget: bool) -> None:
+        if (self.noise == "shared") != (self.colluding is not None):
+            raise ValueError("`noise: shared` and `colluding` belong together: set both or neither")
+        if self.colluding is None:
+            return
+        if self.aggregation != "masked" or not with_budget:
+            raise ValueError(
+                "`noise: shared` needs `aggregation: masked` and a budget: a share alone is too little for a push "
+                "that somebody can read"
+            )
+        if self.lost_party == "continue":
+            raise ValueError(
+                "`noise: shared` excludes `lost_party: continue`: without a party its share of the noise is missing"
+            )
+        if self.trunk != "shared":
+            raise ValueError(
+                "`noise: shared` needs `trunk: shared`: what a party applies to its own trunk shows in its later "
+                "pushes, with its own share of the noise alone"
+            )
+        if self.colluding >= len(self.parties):
+            raise ValueError(
+                f"`colluding: {self.colluding}` leaves nobody of {len(self.parties)} parties whose noise would hide "
+                "a record: it is at most one less"
+            )
 
     def content_hash(self) -> str:
         """Hex SHA-256 of the settings: the same on every party's machine. Paths count by their last component."""
@@ -238,6 +321,8 @@ def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySp
             raise _misfit(party, f"asks for {name} {local[name]}, above the agreed {getattr(rules, name)}")
     if (rules.unit == "user") != ("user_column" in local):
         raise _misfit(party, "must name `privacy.user_column` exactly when the federation's `unit` is `user`")
+    if federation.noise == "shared" and local.get("seeded"):
+        raise _misfit(party, "says `seeded`, but with `noise: shared` the others rely on secret noise")
     undeclared = undeclared_artefacts(federation.model, party.data)
     if undeclared:
         raise _misfit(party, "; ".join(undeclared))

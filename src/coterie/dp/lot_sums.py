@@ -36,7 +36,7 @@ class LotSums:
         balancer: None without balance.
         plan: what bounds a unit's contribution.
         options: how to compute.
-        noise_multiplier: as accounted.
+        noise_multiplier: of this party's own noise: as accounted, or its share of that.
         source: of dropout's randomness.
         ranks: share a lot's units.
         shape: fills every batch up to one shape; None: batches are as the collator makes them.
@@ -110,6 +110,15 @@ class LotSums:
         if self._on_grid is not None:
             return self._on_grid
         return self._noise.of({name: tensor.numel() for name, tensor in sums.items()})
+
+    def fixed_noise(self) -> RoundNoise:
+        """The noise of every round, known before the first lot, where no threshold moves."""
+        if self._grid is not None:
+            return self._noise.of({})
+        rounded = {name: param.numel() for name, param in self._trained.items()}
+        if self.balancer is not None and self.balancer.balance.releases_loads:
+            rounded[LOAD] = sum(self.balancer.sizes)
+        return self._noise.of(rounded)
 
     def _compute(self, lot: Lot, key: int) -> tuple[dict[str, Tensor], LotFigures]:
         self.engine.take()  # what an interrupted step left

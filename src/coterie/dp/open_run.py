@@ -124,7 +124,9 @@ class OpenRun:
             round_no, pins, lambda draw: draw_lot(round_no, self.lots, self.data.units, self.source, draw)
         )
 
-    def publish(self, pending: Pending, divisor: float = 1.0) -> tuple[dict[str, Tensor], Release]:
+    def publish(
+        self, pending: Pending, divisor: float = 1.0, *, as_integers: bool = False
+    ) -> tuple[dict[str, Tensor], Release]:
         """Compute a pending lot, noise it, spool and count the result; the model is not changed.
 
         Each rank computes its part of the lot. Then every value has one owner, who gets all ranks' sums of it, adds
@@ -133,16 +135,17 @@ class OpenRun:
         Args:
             pending: of `begin`.
             divisor: public; what is released is the noised sums over it.
+            as_integers: release them as they lie on the grid; see `coterie.dp.noise.discrete_gaussian.add_noise`.
 
         Returns:
-            Float32 tensors on the CPU by parameter name, and the release that holds them.
+            Float32 (or int64) tensors on the CPU by parameter name, and the release that holds them.
         """
         earlier = self.shared.spooled(pending)
         if earlier is not None:
             return self.tensors(earlier), earlier
         ranks, began = self.ranks, time.monotonic()
         sums = self.lot_sums.compute(pending.lot, pending.name)
-        slabs = self.lot_sums.noise(sums).cut(sums)
+        slabs = self.lot_sums.noise(sums).cut(sums, as_integers=as_integers)
         del sums  # with isolation: exact they take twice the memory of what is spooled
         owned = [slabs.owned(rank, ranks.world) for rank in range(ranks.world)]
         for owner, numbers in enumerate(owned):
@@ -219,7 +222,8 @@ def open_run(
     mechanism = plan.mechanism(lots)
     dataset, start, source = data.digest(), RunStart(plan, mechanism, data.units, engine), random_source(plan.seed)
     ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
-    sums = LotSums(model, data, engine, balancer, plan, options, mechanism.noise_multiplier, source, ranks, shape)
+    own_noise = mechanism.noise_multiplier * (1.0 if plan.pooled is None else plan.pooled.share)
+    sums = LotSums(model, data, engine, balancer, plan, options, own_noise, source, ranks, shape)
     kept: list[Releases] = []
 
     def start_ledger() -> str:

@@ -22,13 +22,16 @@ class Contributor:
     Args:
         run: opened for the party.
         drawn: given every lot before it is computed; for the owner alone, since a lot is secret.
+        as_integers: releases are int64 on the noise's grid; see `OpenRun.publish`.
 
     Attributes:
         run: its plan, ledger, releases and statement.
     """
 
-    def __init__(self, run: OpenRun, drawn: Callable[[Lot], None] = lambda lot: None) -> None:
-        self.run, self._drawn = run, drawn
+    def __init__(
+        self, run: OpenRun, drawn: Callable[[Lot], None] = lambda lot: None, *, as_integers: bool = False
+    ) -> None:
+        self.run, self._drawn, self._as_integers = run, drawn, as_integers
 
     def release(self, round_no: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
         """The noised sums of a round; the same bytes again for the same pins, until `forget`.
@@ -39,7 +42,7 @@ class Contributor:
                 try, that one is burned: its cost stays in the ledger, lot and noise are drawn anew.
 
         Returns:
-            Float32 sums by parameter name, spooled and counted; None when the budget allows no further round.
+            Sums by parameter name, spooled and counted; None when the budget allows no further round.
         """
         try:
             begun = self.run.begin(round_no, pins)
@@ -50,7 +53,19 @@ class Contributor:
         if isinstance(begun, Release):
             return begun.tensors(), begun
         self._drawn(begun.lot)
-        return self.run.publish(begun)
+        return self.run.publish(begun, as_integers=self._as_integers)
+
+    def held(self, round_no: int, pins: Mapping[str, str], name: str) -> str | None:
+        """The value of pin ``name`` of what is kept for a round, a release or its lot alone, whose other pins are
+        these; None where nothing is. `release` with that value and these pins draws nothing new."""
+        spool, stored = self.run.releases.spool, self.run.releases.spool.stored_lot()
+        kept = [release.pins for release in spool.releases_of(round_no)]
+        if stored is not None and stored.lot.round == round_no:
+            kept.append(stored.pins)
+        for each in kept:
+            if name in each and {key: value for key, value in each.items() if key != name} == dict(pins):
+                return each[name]
+        return None
 
     def forget(self, up_to_round: int, beyond_limit: int) -> None:
         """Drop spooled results that nobody will need again.

@@ -6,6 +6,7 @@ session of one party and for a party of a federation alike.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from coterie.dp.balance import Balance, Balancer
 from coterie.dp.clipping import Clipping, policy
 from coterie.dp.isolation.exact_engine import Isolation, chosen, computes_in_half, make_engine
 from coterie.dp.losses import LossFunction, default_loss
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.dp.numbers import check_fields
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.memory_choice import Method
@@ -47,6 +49,8 @@ class PrivacyPlan:
         seed: for tests; lots, dropout and noise come from it, and the run is then not private.
         noise_multiplier: sigma; None: calibrated to the budget. Another value is for seeded tests, and for a run that
             goes on with the one it was started with.
+        agreed_noise: sigma that several parties agreed on; a budget that needs more is refused.
+        pooled: whose noise lies in everything that others see of this run; None: its own alone, whole.
 
     Raises:
         BudgetError: a number outside its range.
@@ -68,6 +72,8 @@ class PrivacyPlan:
     half_precision: bool = False
     seed: int | None = None
     noise_multiplier: float | None = None
+    agreed_noise: float | None = None
+    pooled: PooledNoise | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -87,6 +93,8 @@ class PrivacyPlan:
         seed: int | None = None,
         against_hosts: bool = False,
         noise_multiplier: float | None = None,
+        agreed_noise: float | None = None,
+        pooled: PooledNoise | None = None,
     ) -> PrivacyPlan:
         """What a settings file asks for.
 
@@ -98,6 +106,8 @@ class PrivacyPlan:
             seed: for tests.
             against_hosts: others choose the weights; see `coterie.dp.isolation.exact_engine.chosen`.
             noise_multiplier: for seeded tests.
+            agreed_noise: see the attribute.
+            pooled: see the attribute.
         """
         half = computes_in_half(model)
         return cls(
@@ -115,6 +125,8 @@ class PrivacyPlan:
             half_precision=half,
             seed=seed,
             noise_multiplier=noise_multiplier,
+            agreed_noise=agreed_noise,
+            pooled=pooled,
         )
 
     def lots(self, units: int) -> LotPlan:
@@ -136,9 +148,19 @@ class PrivacyPlan:
         if self.noise_multiplier is not None:
             return lots.mechanism(self.noise_multiplier)
         least = lots.mechanism(1.0)
-        return lots.mechanism(
-            noise_multiplier(self.budget, lots.rate, self.rounds, lots.sampler, least.units, least.limit)
-        )
+        needed = noise_multiplier(self.budget, lots.rate, self.rounds, lots.sampler, least.units, least.limit)
+        if self.agreed_noise is None:
+            return lots.mechanism(needed)
+        if needed > self.agreed_noise:
+            raise BudgetError(
+                f"this budget needs a noise multiplier of {needed:.6g}; {self.agreed_noise:g} was agreed.",
+                code="dp-noise-below-needed",
+                where="set-up; nothing has left this party",
+                why="where pushes are masked all parties add the same noise, on one grid",
+                fix=f"agree on `noise_multiplier: {_rounded_up(needed)}` in federation.yaml and sign again, or "
+                "ask for a larger budget or a smaller lot",
+            )
+        return lots.mechanism(self.agreed_noise)
 
     def policy(self) -> Clipping:
         """How norms become factors.
@@ -225,6 +247,10 @@ class ComputeOptions:
             plan.isolation, model, loss_fn, plan.policy(), self.method, expert_weights, expert_shapes,
             self.accumulate_on,
         )  # fmt: skip
+
+
+def _rounded_up(needed: float) -> float:
+    return math.ceil(needed * 1000) / 1000
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

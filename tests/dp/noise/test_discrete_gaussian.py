@@ -454,3 +454,26 @@ def test_rounding_moves_two_neighbouring_sums_apart_by_at_most_what_is_paid() ->
         together = x.double() + record.double()
         moved = torch.round(together / step) - torch.round(x.double() / step)
         assert moved.norm() * step <= scale + math.sqrt(size) * step
+
+
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=NEEDS_NUMBA), False])
+@pytest.mark.parametrize("counted", [False, True])
+def test_noised_integers_are_the_exact_numbers_that_the_float32_ones_round(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, counted: bool
+) -> None:
+    """Twice the grid's number, whole: from the same bits, and with nothing lost where float32 would lose it."""
+    monkeypatch.setattr(discrete_gaussian, "_WORTH_COMPILING", 0)
+    if not compiled:
+        monkeypatch.setattr(discrete_gaussian, "kernel", lambda: None)
+    std, step = {"a": 0.7, "b": 3.0}, {name: value / 2**24 for name, value in (("a", 0.7), ("b", 3.0))}
+    values = {"a": torch.linspace(-900, 900, 5000), "b": torch.linspace(-2, 2, 700).view(7, 100)}
+    if counted:
+        values = {name: torch.round(each.double() / step[name]).long() for name, each in values.items()}
+    plain = discrete_gaussian.add_noise(values, std, SOURCE, "same")
+    whole = discrete_gaussian.add_noise(values, std, SOURCE, "same", as_integers=True)
+    for name, each in whole.items():
+        assert each.dtype == torch.int64
+        assert each.shape == values[name].shape
+        assert bool((each % 2 == 1).all())  # the noise lies halfway between the grid's numbers
+        assert torch.equal((0.5 * each.double() * step[name]).float(), plain[name])
+    assert int(whole["a"].abs().max()) > 2**34  # float32 keeps 24 bits of them

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from coterie.errors import CoterieError, MessageError
 from coterie.federation.experts.host import ExpertsHost, ExpertsHostLimits
-from coterie.federation.experts.parts import digest_of, expert_parts
+from coterie.federation.experts.masking.board import parts_digest
+from coterie.federation.experts.masking.grid import MaskGrid, Scale
+from coterie.federation.experts.parts import Part, digest_of, expert_parts
 from coterie.federation.experts.shared_trunk import TrunkHost
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.identity.provision import local_kits
@@ -63,7 +65,7 @@ class Tokens:
 class Experts:
     """A pool in an open round, with one message of each kind that its peer may send."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, masked: bool = False) -> None:
         model = tiny_model("olmoe")
         layers = expert_layers(model)
         placement = Placement.round_robin(PARTIES, [layer.num_experts for layer in layers])
@@ -77,10 +79,13 @@ class Experts:
             [[placement.host_name(layer.index, e) for e in range(layer.num_experts)] for layer in layers],
             PARTIES,
         )
+        self.parts = parts
         make = lambda params: make_optimizer(params, OptimSpec())  # noqa: E731
         shard = Shard(layers, shard_of(model, placement, "alder"), make)
         home = TrunkHost({}, make)
-        self.pool = ExpertsHost("alder", PARTIES, parts, shard, home, lend=lambda part: {}, limits=LIMITS, ahead=2)
+        self.pool = ExpertsHost(
+            "alder", PARTIES, parts, shard, home, lend=lambda part: {}, limits=LIMITS, ahead=2, masked=masked
+        )
         self.pool.begin(NOW)
         self.handle: Handler = lambda peer, lane, message: self.pool.handle(peer, lane, message, wait_s=0.05)
         self.part = next(part for part in parts if part.host == "alder")
@@ -98,12 +103,23 @@ class Experts:
             "push-chunk": Message("push-chunk", at, tensors=(self.blob,)),
             "push-end": Message("push-end", at),
         }
+        if masked:
+            self.messages = {
+                "mask-opening": Message(
+                    "mask-opening",
+                    NOW.address(),
+                    {"nonce": "1" * 64, "serial": 1, "grid": "2" * 64, "can_draw": True, "draw": "0" * 64},
+                ),
+                "mask-key": Message("mask-key", NOW.address(), {"key": "3" * 64, "signature": "45" * 70}),
+                "mask-digest": Message("mask-digest", NOW.address(), {"session": "6" * 64, "digest": "7" * 64}),
+            }
         assert self.blob.numel() <= 1 << 20
-        self.lanes = {"declare": Lane.CONTROL, "weights-offer": Lane.FORWARD, "weights-chunk": Lane.FORWARD}
+        self.lanes = {"weights-offer": Lane.FORWARD, "weights-chunk": Lane.FORWARD}
+        self.lanes |= dict.fromkeys(("declare", "mask-opening", "mask-key", "mask-digest"), Lane.CONTROL)
 
-    def push(self, blob: Tensor, weight: float = 6.0) -> None:
+    def push(self, blob: Tensor, weight: float = 6.0, part: Part | None = None) -> None:
         """A whole push of birch."""
-        number, size = self.part.number, blob.numel()
+        number, size = (part or self.part).number, blob.numel()
         at = NOW.address(part=number)
         body = {"digest": digest_of(blob), "size": size, "weights": self.pool.frozen(number, NOW)[1]}
         for message in (
@@ -128,12 +144,19 @@ def refusal(action: Callable[[], object]) -> Exception | None:
 
 
 WORLDS: dict[str, Callable[[], Tokens | Experts]] = {"tokens": Tokens, "experts": Experts}
+
+
+def world_of(part: str, kind: str) -> Tokens | Experts:
+    """Where a message of that kind is taken."""
+    return Experts(masked=True) if kind.startswith("mask-") else WORLDS[part]()
+
+
 KINDS = [(row.topic, row.request.kind) for row in TABLE if row.topic in WORLDS]
 
 
 @pytest.mark.parametrize(("part", "kind"), KINDS)
 def test_a_message_changed_in_any_field_is_refused_by_a_code_or_does_no_harm(part: str, kind: str) -> None:
-    world = WORLDS[part]()
+    world = world_of(part, kind)
     before, tried, refused = world.state(), 0, 0
     lane = world.lanes.get(kind, Lane.BACKWARD)
     for words, message in mutations(world.messages[kind]):
@@ -151,7 +174,7 @@ def test_a_message_changed_in_any_field_is_refused_by_a_code_or_does_no_harm(par
 def test_a_message_on_another_lane_or_from_the_coordinator_is_refused_and_its_sender_named(
     part: str, kind: str
 ) -> None:
-    world = WORLDS[part]()
+    world = world_of(part, kind)
     right = world.lanes.get(kind, Lane.BACKWARD)
     for lane in set(Lane) - {right}:
         with pytest.raises(MessageError) as caught:
@@ -178,6 +201,32 @@ def test_steps_of_a_push_out_of_order_or_twice_leave_what_was_staged(kind: str) 
         world.push(world.blob ^ 1)
     found = world.pool._pushes.sums(world.part.number, ("birch",))
     assert all(bool((value == 0.5).all()) for value in found.values())
+
+
+@pytest.mark.parametrize("contributes", [True, False])
+def test_who_announced_a_masked_push_and_does_not_bring_it_is_named(contributes: bool) -> None:
+    world = Experts(masked=True)
+    body = {"contributes": contributes, "weight": 6.0}
+    world.handle("birch", Lane.CONTROL, Message("declare", NOW.address(), body))
+    with pytest.raises(MessageError) as caught:
+        world.pool.check_masked({"birch": "7" * 64})
+    assert (caught.value.code, caught.value.peer) == ("mask-digest", "birch")
+
+
+def test_who_brings_another_masked_push_than_it_announced_is_named() -> None:
+    world = Experts(masked=True)
+    world.pool.begin(NOW, active=("alder", "birch"))
+    world.pool.use_grid(MaskGrid(2, Scale(1.0, 2**29)))
+    theirs = [part for part in world.parts if part.host == "alder"]
+    blobs = {part.number: torch.zeros(4 * part.num_values, dtype=torch.uint8) for part in theirs}
+    for part in theirs:
+        world.push(blobs[part.number], part=part)
+        world.pool.stage_own(part, NOW, blobs[part.number], world.pool.frozen(part.number, NOW)[1])
+    told = parts_digest([digest_of(blobs[part.number]) for part in theirs])
+    world.pool.check_masked({"birch": told, "alder": told})
+    with pytest.raises(MessageError) as caught:
+        world.pool.check_masked({"birch": "7" * 64, "alder": told})
+    assert (caught.value.code, caught.value.peer) == ("mask-digest", "birch")
 
 
 @pytest.mark.parametrize("value", POISON)
@@ -251,7 +300,7 @@ class Answers:
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row.topic in WORLDS], ids=lambda row: row.request.kind)
 def test_a_reply_changed_in_any_field_is_an_error_with_its_senders_name_and_nothing_else(row) -> None:  # type: ignore[no-untyped-def]
-    world = WORLDS[row.topic]()
+    world = world_of(row.topic, row.request.kind)
     request = world.messages[row.request.kind]
     if row.request.kind == "push-chunk":
         world.handle("birch", Lane.CONTROL, world.messages["declare"])

@@ -29,6 +29,10 @@ UNCHECKED = (
 )
 
 
+_BEFORE = {"pooled": None}
+"""What holds of runs whose entries were written before the ledger spoke of it."""
+
+
 class RunStart(NamedTuple):
     """The parts of a run that its ledger entry is made from."""
 
@@ -52,6 +56,7 @@ class RunStart(NamedTuple):
             "seeded": plan.seed is not None,
             "isolation": plan.isolation,
             "half_precision": plan.half_precision,
+            "pooled": None if plan.pooled is None else plan.pooled.to_json(),
         }
 
     def open(
@@ -93,10 +98,11 @@ class RunStart(NamedTuple):
             **self.facts(),
         }
         # `eta` follows from the model's shapes and may be stated more tightly by a later version.
-        other = [name for name, value in now.items() if name != "eta" and name in fixed and fixed[name] != value]
+        before = {name: fixed.get(name, _BEFORE.get(name, value)) for name, value in now.items()}
+        other = [name for name, value in now.items() if name != "eta" and before[name] != value]
         if other:
             raise LedgerError(
-                f"the {other[0]} of run {run} is {now[other[0]]}, the ledger says {fixed[other[0]]}.",
+                f"the {other[0]} of run {run} is {now[other[0]]}, the ledger says {before[other[0]]}.",
                 code="dp-ledger-run",
                 where=str(ledger.folder),
                 why="noise, sampling, clipping and units are fixed in advance, and the statement speaks of these",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from coterie.dp.accounting.accountant import Mechanism, epsilon
@@ -13,6 +13,7 @@ from coterie.dp.accounting.groups import group_epsilon
 from coterie.dp.accounting.ledger import Ledger
 from coterie.dp.accounting.lifetime import lifetime
 from coterie.dp.accounting.run_entry import UNCHECKED
+from coterie.dp.noise.pooled import PooledNoise
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Statement:
         copies: for groups of records, (size, epsilon) at the same delta.
         not_covered: what no number above speaks about.
         private: False for a seeded run: then none of the numbers is a promise.
+        pooled: whose noise lies in all that others see of this party; None: its own alone, whole.
+        against: where it is several parties', (k, spent) against any k of the others who pool what they know.
     """
 
     unit: str
@@ -70,12 +73,15 @@ class Statement:
     ledger: str
     run: str
     revealed: tuple[str, ...] = ()
+    pooled: PooledNoise | None = None
+    against: tuple[tuple[int, Spent], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; infinite epsilons become None."""
         data = asdict(self)
-        for spent in (data["spent"], data["lifetime"]):
+        for spent in (data["spent"], data["lifetime"], *(spent for _, spent in data["against"])):
             spent["epsilon"] = _finite(spent["epsilon"])
+        data["against"] = [list(pair) for pair in data["against"]]
         data["copies"] = [[size, _finite(eps)] for size, eps in self.copies]
         return data
 
@@ -94,6 +100,7 @@ class Statement:
             *self._documents(),
             f"  this run         {self.spent} ({self.rounds} of {self.planned} rounds; budget "
             f"epsilon {self.budget.epsilon:g} at delta {self.budget.delta:.3g})",
+            *self._pooled(),
             f"  lifetime         {self.lifetime}, for this unit by all runs on some of this text, failed ones too",
             *(f"  counted          {line}" for line in self.counted),
             f"  accountant       privacy loss distribution (dp-accounting){self._beside()}",
@@ -127,6 +134,28 @@ class Statement:
         longer = [f"of up to {size * length} tokens epsilon {_shown(eps)}" for size, eps in self.copies]
         figures = f": {', '.join(longer)} (same delta); longer ones more" if longer else ""
         return [f"  a document       of more than {length} tokens is several records, and protected less{figures}"]
+
+    def _pooled(self) -> list[str]:
+        """What the noise of several parties changes; nothing where others see this party's alone."""
+        pooled = self.pooled
+        if pooled is None:
+            return []
+        if pooled.colluding is None:
+            ((_, spent),) = self.against
+            return [
+                f"  one other party  {spent}, against any one of the others alone, and outsiders: pushes are masked, "
+                f"and each sum holds the noise of {pooled.parties - 1} parties that it does not know. Against all "
+                "others together, or parties whose noise is known to others, the line above holds"
+            ]
+        lines = [
+            f"  holds against    any {pooled.colluding} of the {pooled.parties - 1} other parties together, and "
+            "outsiders: pushes are masked, and the noise is the sum of all parties' shares. Parties whose noise is "
+            "missing or known to others count among them; the lifetime counts this run so, too",
+        ]
+        for others, spent in self.against:
+            who = "all others" if others == pooled.parties - 1 else f"any {others} of them"
+            lines.append(f"  if more collude  {spent}, if {who} pool what they know")
+        return lines
 
     def _record(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in sorted(self.record.items()))
@@ -173,6 +202,7 @@ def make_statement(
     rounds = len(ledger.releases(run))
     private = not facts.get("seeded")
     events = [(mechanism, rounds)]
+    pooled = PooledNoise.from_json(facts.get("pooled"))
     unit = facts.get("unit", "record")
     unchecked = () if facts.get("self_check") else (UNCHECKED,)
     overall = lifetime(ledger, run, budget.delta)
@@ -204,9 +234,22 @@ def make_statement(
             dict.fromkeys((*_always_outside(unit), *_between_records(facts), *not_covered, *unchecked))
         ),
         private=private,
+        pooled=pooled,
+        against=tuple(_against(mechanism, pooled, rounds, budget.delta)),
         ledger=ledger.public_name(),
         run=run,
     )
+
+
+def _against(mechanism: Mechanism, pooled: PooledNoise | None, rounds: int, delta: float) -> list[tuple[int, Spent]]:
+    """What others learn who add up all parties' noise and know some of it: (how many pool it, spent)."""
+    if pooled is None:
+        return []
+    found = []
+    for others in pooled.worth_saying:
+        unknown = replace(mechanism, noise_multiplier=mechanism.noise_multiplier * pooled.unknown(others))
+        found.append((others, Spent(epsilon([(unknown, rounds)], delta), delta)))
+    return found
 
 
 def _always_outside(unit: str) -> tuple[str, ...]:

@@ -50,6 +50,9 @@ BUCKET = 1 << 15
 GRID_SIGMA = 2.0**24
 """Standard deviation of the noise in grid steps."""
 
+LARGEST_NOISE = float(1 << (COLUMN_BITS + 15))
+"""No sample is larger in size, in grid steps: 16 standard deviations."""
+
 _COLUMNS = 1 << COLUMN_BITS
 _REST = _COLUMNS - 1
 """The column that stands for a draw from the rest; no bucket has its number."""
@@ -304,6 +307,7 @@ def add_noise(
     purpose: str = "noise",
     in_place: bool = False,
     divisor: float = 1.0,
+    as_integers: bool = False,
 ) -> dict[str, Tensor]:
     """Each clipped sum rounded to the grid, plus discrete Gaussian noise of standard deviation ``std``.
 
@@ -315,16 +319,18 @@ def add_noise(
         in_place: write the result over sums that are contiguous float32 on the CPU, which saves their size in
             memory; after an error they are spoilt. Otherwise they are not changed.
         divisor: a public number that the noised sum is divided by, in the same pass.
+        as_integers: leave the result on the grid, exact, in place of rounding it to float32; ``divisor`` is not used.
 
     Returns:
-        float32 CPU tensors of the same names and shapes.
+        float32 CPU tensors of the same names and shapes; with ``as_integers`` int64 ones in half steps of the grid,
+        ``std / GRID_SIGMA / 2`` each, as the noise lies between whole ones.
 
     Raises:
         PrivacyError: a sum is not finite or std is not positive (code dp-noise).
 
     Cost of a value: with numba 2.3 ns on one thread and 1.6 on two, without 10 on either; buffers of 1 MB a thread.
     """
-    slabs = Slabs(sums, std, in_place)
+    slabs = Slabs(sums, std, in_place, as_integers)
     slabs.add_noise(range(len(slabs)), source, purpose, divisor)
     return slabs.noised
 
@@ -336,16 +342,24 @@ class Slabs:
     slabs out, and with a seeded source the noise is that of one process.
 
     Args:
-        sums, std, in_place: as for `add_noise`.
+        sums, std, in_place, as_integers: as for `add_noise`.
 
     Attributes:
-        noised: where noised sums go, float32 on the CPU, by name.
+        noised: where noised sums go, float32 or int64 on the CPU, by name.
 
     Raises:
         PrivacyError: std is not positive (code dp-noise).
     """
 
-    def __init__(self, sums: Mapping[str, Tensor], std: float | Mapping[str, float], in_place: bool = False) -> None:
+    def __init__(
+        self,
+        sums: Mapping[str, Tensor],
+        std: float | Mapping[str, float],
+        in_place: bool = False,
+        as_integers: bool = False,
+    ) -> None:
+        self._as_integers = as_integers
+        written = torch.int64 if as_integers else torch.float32
         self.noised: dict[str, Tensor] = {}
         slices: list[_Slice] = []
         for name in sorted(sums):
@@ -359,8 +373,8 @@ class Slabs:
                 )
             counted = sums[name].dtype == torch.int64
             plain = sums[name].detach().to("cpu", torch.int64 if counted else torch.float32).contiguous()
-            owned = not counted and (in_place or plain.data_ptr() != sums[name].data_ptr())
-            self.noised[name] = plain if owned else torch.empty_like(plain, dtype=torch.float32)
+            owned = not counted and not as_integers and (in_place or plain.data_ptr() != sums[name].data_ptr())
+            self.noised[name] = plain if owned else torch.empty_like(plain, dtype=written)
             value, target = plain.view(-1).numpy(), self.noised[name].view(-1).numpy()
             step = scale / GRID_SIGMA
             slices += [
@@ -407,14 +421,15 @@ class Slabs:
         """Round and noise some slabs; see `add_noise` for the arguments and what is raised."""
         compiled = kernel() if self._values >= _WORTH_COMPILING else None
         jobs = [(self._slabs[number], source.stream(f"{purpose}|{number}")) for number in numbers]
-        run_in_threads(lambda job: _noise_slab(job[0], divisor, job[1], compiled), jobs)
+        over = None if self._as_integers else divisor
+        run_in_threads(lambda job: _noise_slab(job[0], over, job[1], compiled), jobs)
 
     def keep_noised(self, numbers: range) -> None:
         """Let go of everything but the noised sums of some slabs; those of the others are not a number until set."""
         self._slabs = [[each._replace(value=each.target) for each in slab] for slab in self._slabs]
         for number in set(range(len(self))) - set(numbers):
             for target in self.targets(range(number, number + 1)):
-                target.fill_(math.nan)
+                target.fill_(-(2**62) if self._as_integers else math.nan)
 
 
 class _Slice(NamedTuple):
@@ -443,13 +458,15 @@ def _slabs(slices: list[_Slice]) -> list[list[_Slice]]:
     return slabs
 
 
-def _noise_slab(slab: list[_Slice], divisor: float, stream: Keystream, compiled: Kernel | None) -> None:
+def _noise_slab(slab: list[_Slice], divisor: float | None, stream: Keystream, compiled: Kernel | None) -> None:
+    """Noise values that are drawn together; without a divisor, write them as whole numbers of half steps."""
     step = slab[0].step
+    unit = 2.0 if divisor is None else slab[0].unit / divisor
     value, target = slab[0].value, slab[0].target
     if len(slab) > 1:
         value = np.concatenate([each.value for each in slab])
-        target = np.empty(value.shape[0], np.float32)
-    if not _pass(value, target, step, slab[0].unit / divisor, stream, compiled):
+        target = np.empty(value.shape[0], target.dtype)
+    if not _pass(value, target, step, unit, stream, compiled):
         name = next(each.name for each in slab if not _sound(each.value, step))
         raise PrivacyError(
             f"the clipped sum of `{name}` is not finite or far above its clip norm.",

@@ -67,6 +67,7 @@ class RoundNoise:
         """The step of the grid that a released tensor lies on."""
         return self.std[self.part_of(name)] / GRID_SIGMA
 
-    def cut(self, sums: Mapping[str, Tensor]) -> Slabs:
-        """The sums in slabs, to be noised by `Slabs.add_noise`, over ``sums`` where possible."""
-        return Slabs(sums, {name: self.std[self.part_of(name)] for name in sums}, in_place=True)
+    def cut(self, sums: Mapping[str, Tensor], *, as_integers: bool = False) -> Slabs:
+        """The sums in slabs, to be noised by `Slabs.add_noise`, over ``sums`` where possible; or as integers."""
+        std = {name: self.std[self.part_of(name)] for name in sums}
+        return Slabs(sums, std, in_place=True, as_integers=as_integers)

@@ -32,11 +32,11 @@ def compile_kernel(packed: np.ndarray, fraction_bits: int) -> Kernel | None:
 
     Returns:
         ``kernel(words, fine, value, target, step, unit, start, places, open_words, open_values, found)``: [n] uint32
-        and [n] uint16 random bits; value and target [n] float32, which may be the same; the steps of the grid that is
-        rounded to and of the one that is written; [k] int32, [k] uint32 and [k] float32 that take, from entry
-        ``found`` on, what these bits do not decide: places, plus ``start``, words and values. Their targets mean
-        nothing. It returns the new ``found``, or -1 where a value is not finite, its grid number is not exact in a
-        double, or more than k are open.
+        and [n] uint16 random bits; value [n], and target [n] float32 or int64, which may be the same; the steps of
+        the grid that is rounded to and of the one that is written; [k] int32, [k] uint32 and [k] float32 that take,
+        from entry ``found`` on, what these bits do not decide: places, plus ``start``, words and values. Their
+        targets mean nothing. It returns the new ``found``, or -1 where a value is not finite, its grid number is not
+        exact in a double, or more than k are open.
     """
     if find_spec("numba") is None:
         return None
@@ -72,7 +72,7 @@ def compile_kernel(packed: np.ndarray, fraction_bits: int) -> Kernel | None:
         for i in range(value.shape[0]):
             number = np.rint(np.float64(value[i]) * inverse)
             unsound = i4(unsound + i4(not (abs(number) < EXACT)))  # NaN too
-            target[i] = np.float32((number + 0.5 * np.float64(doubled[i])) * unit)
+            target[i] = (number + 0.5 * np.float64(doubled[i])) * unit
         return unsound
 
     compiled_drawn, compiled_added = jit(drawn), jit(added)
@@ -82,7 +82,7 @@ def compile_kernel(packed: np.ndarray, fraction_bits: int) -> Kernel | None:
         start: int, places: np.ndarray, open_words: np.ndarray, open_values: np.ndarray, found: int,
     ) -> int:  # fmt: skip
         # Not straight into the target, which may be the value: a loop that writes what it reads stays scalar.
-        aside, doubled = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
+        aside, doubled = np.empty(_BLOCK, target.dtype), np.empty(_BLOCK, np.int32)
         is_open = np.zeros(_BLOCK, np.bool_)
         eight_open = is_open.view(np.uint64)
         for begin in range(0, value.shape[0], _BLOCK):

@@ -4,5 +4,5 @@
 `coterie.federation.experts.serve_weights` (down), `coterie.federation.experts.take_sums` (up) and
 `coterie.federation.experts.shared_trunk` (a trunk's place among the parties); the owner is
 `coterie.federation.experts.owner`, with `coterie.federation.experts.fetch_weights` and
-`coterie.federation.experts.push_sums`.
+`coterie.federation.experts.push_sums`. With `coterie.federation.experts.masking` hosts see only the sum of all.
 """

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.errors import RoundError
+from coterie.errors import MessageError, RoundError
 from coterie.federation.experts import serve_weights, take_sums
+from coterie.federation.experts.masking import board
+from coterie.federation.experts.masking.board import MaskBoard, parts_digest
+from coterie.federation.experts.masking.grid import MaskGrid
 from coterie.federation.experts.parts import Part
 from coterie.federation.experts.serve_weights import WeightService
 from coterie.federation.experts.shared_trunk import TrunkHost
@@ -73,15 +76,17 @@ class ExpertsHost:
         push_dtype: of what comes up.
         ahead: a message for this many rounds ahead, or more, is refused at once.
         limits: bounds on what a party can send.
+        masked: pushes are masked; see `coterie.federation.experts.masking`.
 
     Attributes:
         version: commits applied since this object was made.
         received: by party, the newest round of which all its sums are here; part of a checkpoint.
+        board: what parties tell each other before a masked push; None where none is masked.
     """
 
     KINDS = kinds("experts")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what was agreed, each by its name
         self,
         me: str,
         parties: Sequence[str],
@@ -94,6 +99,7 @@ class ExpertsHost:
         push_dtype: torch.dtype = torch.float32,
         ahead: int | None = None,
         limits: ExpertsHostLimits = ExpertsHostLimits(),
+        masked: bool = False,
     ) -> None:
         self.me, self.shard, self.trunk = me, shard, trunk
         self.version = 0
@@ -103,7 +109,8 @@ class ExpertsHost:
         self._limits = limits
         self._most = {"round": limits.rounds, "part": max((part.number for part in parts), default=0)}
         self._weights = WeightService(self._mine, self._read, weights_dtype, limits.value)
-        self._pushes = PushService(self._mine, push_dtype, self._parties, self.push_limit)
+        self.board = MaskBoard(me) if masked else None
+        self._pushes = PushService(self._mine, push_dtype, self._parties, self.push_limit, masked=masked)
         self._lend = lend
         self._open: Attempt | None = None
         self._after, self._ahead = 0, ahead
@@ -133,6 +140,8 @@ class ExpertsHost:
             self._weights.frozen(part.number, attempt)
         digests = {part.number: self._weights.frozen(part.number, attempt)[1] for part in self._mine}
         self._pushes.begin(attempt, digests, release)
+        if self.board is not None:
+            self.board.begin(attempt, self._parties if active is None else active)
         with self._changed:
             if attempt != self._open:
                 self._declared.clear()
@@ -147,6 +156,8 @@ class ExpertsHost:
             self._declared.clear()
         self._weights.begin(None)
         self._pushes.begin(None, {})
+        if self.board is not None:
+            self.board.begin(None, ())
 
     def go_on_after(self, round_no: int) -> None:
         """Say where the run stands after a checkpoint was loaded: what was asked for a state that was given up fails
@@ -187,6 +198,10 @@ class ExpertsHost:
         if message.kind == DECLARE:
             self._declare(peer, message)
             return message.reply(DECLARE)
+        if message.kind in board.KINDS:
+            if self.board is None:
+                raise unfit(peer, message.kind, "kind", "is for masked pushes, which were not agreed on")
+            return self.board.take(peer, message)
         if message.kind in (serve_weights.OFFER, serve_weights.CHUNK):
             return self._weights.handle(peer, message, self.received.get(peer, 0))
         reply = self._pushes.handle(peer, message)
@@ -208,6 +223,36 @@ class ExpertsHost:
     def stage_own(self, part: Part, attempt: Attempt, blob: Tensor, weights: str) -> None:
         """Take this party's own sum of a part, by the same checks as everybody's."""
         self._pushes.stage(self.me, part.number, attempt, blob, weights)
+
+    def use_grid(self, grid: MaskGrid) -> None:
+        """What masked pushes lie on; called before any of an attempt can arrive."""
+        self._pushes.grid = grid
+
+    def check_masked(self, said: Mapping[str, str]) -> None:
+        """Look at the sums of an attempt's masked pushes, all of which are here.
+
+        Args:
+            said: by party, the digest that it gave this host before anybody's values left.
+
+        Raises:
+            MessageError: ``mask-digest``: a party pushed something else.
+            RoundError: ``sum-wild``: nothing that honest parties' pushes add up to.
+        """
+        if not self._mine:
+            return
+        for party, digest in said.items():
+            if not self._pushes.complete(party) or parts_digest(self._pushes.digests(party)) != digest:
+                raise MessageError(
+                    f"{party} pushed other masked values to {self.me} than it had announced.",
+                    code="mask-digest",
+                    why="a push that is chosen after the others' could be aimed at them",
+                    fix="nothing was applied; the attempt is given up and tried again",
+                    field="digest",
+                    peer=party,
+                )
+        for part in self._mine:
+            if part.trained:
+                self._pushes.sums(part.number, self._active)
 
     def missing(self) -> tuple[str, ...]:
         """Active parties that have not declared their part, or declared sums that did not all arrive.
@@ -235,6 +280,10 @@ class ExpertsHost:
                 code="round-incomplete",
             )
         contributing = tuple(party for party in self._active if self._mine and self._declared[party].contributes)
+        if self.board is not None and 0 < len(contributing) < len(self._active):
+            raise RoundError(
+                f"{attempt} cannot commit at {self.me}: masked sums of some parties alone.", code="round-incomplete"
+            )
         divisor = math.fsum(self._declared[party].weight for party in contributing)
         if contributing and divisor > 0:
             trained = [part for part in self._mine if part.trained]

@@ -61,6 +61,14 @@ class Part:
         Raises:
             FrameError: a tensor is missing or has another shape.
         """
+        return self.joined(tensors, dtype).view(torch.uint8)
+
+    def joined(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """All values of the part in ``dtype``, in the order of ``shapes``.
+
+        Raises:
+            FrameError: as `encode`.
+        """
         out = torch.empty(self.num_values, dtype=dtype)
         start = 0
         for name, shape in self.shapes:
@@ -71,7 +79,7 @@ class Part:
             end = start + tensor.numel()
             out[start:end] = tensor.detach().reshape(-1)
             start = end
-        return out.view(torch.uint8)
+        return out
 
     def decode(self, blob: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors inside a blob, as views of it.
@@ -84,7 +92,10 @@ class Part:
                 f"part {self.number} of {self.host} has {blob.numel()} bytes, not {self.num_bytes(dtype)}.",
                 code="part-size",
             )
-        values = blob.view(dtype)
+        return self.split(blob.view(dtype))
+
+    def split(self, values: Tensor) -> dict[str, Tensor]:
+        """The tensors that all values of a part are, in the order of ``shapes``, as views."""
         out, start = {}, 0
         for name, shape in self.shapes:
             end = start + math.prod(shape)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from coterie.errors import RoundError
+from coterie.federation.experts.masking.grid import MaskGrid
+from coterie.federation.experts.masking.streams import unmasked_sum
 from coterie.federation.experts.parts import Part, chunks_in, digest_of, span
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.wire.messages import unfit
@@ -47,6 +49,10 @@ class PushService:
         dtype: what crosses, float32 or bfloat16.
         parties: who may push, in the order in which sums are added up.
         limit: see `Limit`; asked when a push is whole.
+        masked: pushes are integers under masks: one party's cannot be looked at, only the sum of all.
+
+    Attributes:
+        grid: of masked pushes; None before the first attempt knows it, and where nothing is masked.
     """
 
     def __init__(
@@ -55,8 +61,13 @@ class PushService:
         dtype: torch.dtype,
         parties: tuple[str, ...],
         limit: Limit = lambda party, name: math.inf,
+        *,
+        masked: bool = False,
     ) -> None:
         self._limit = limit
+        self._masked = masked
+        self.grid: MaskGrid | None = None
+        self._sums: dict[int, dict[str, Tensor]] = {}
         self._parts = {part.number: part for part in parts}
         self._dtype = dtype
         self._parties = parties
@@ -81,6 +92,7 @@ class PushService:
             if (release, weights) != (self._release, self._weights):
                 self._incoming.clear()
                 self._staged.clear()
+                self._sums.clear()
             self._open, self._release, self._weights = attempt, release, dict(weights)
 
     def handle(self, peer: str, message: Message) -> Message:
@@ -118,25 +130,50 @@ class PushService:
         """The staged sums of one part added up in roster order, float32.
 
         Raises:
-            RoundError: a contributing party's push is not complete.
+            RoundError: a contributing party's push is not complete; or masked ones add up to nothing that honest
+                parties push (``sum-wild``).
         """
         with self._lock:
             part, total = self._parts[number], None
-            for party in self._parties:
-                if party not in contributing:
-                    continue
+            in_order = [party for party in self._parties if party in contributing]
+            for party in in_order:
                 if (party, number) not in self._staged:
                     raise RoundError(f"the push of {party} for part {number} is not complete.", code="push-missing")
+            if self._masked and in_order:
+                if number not in self._sums:
+                    self._sums[number] = self._unmasked(part, in_order)
+                return {name: values.clone() for name, values in self._sums[number].items()}
+            for party in in_order:
                 values = self._staged[party, number][1].view(self._dtype).to(torch.float32)
                 total = values.clone() if total is None else total.add_(values)
             if total is None:
                 total = torch.zeros(part.num_values)
             return part.decode(total.view(torch.uint8), torch.float32)
 
+    def digests(self, party: str) -> list[str]:
+        """Of the staged pushes of a party, in the order of the parts."""
+        with self._lock:
+            return [self._staged[party, number][0] for number, part in self._parts.items() if part.trained]
+
     def complete(self, party: str) -> bool:
         """Whether every part of this party's push is staged."""
         with self._lock:
             return all((party, number) in self._staged for number, part in self._parts.items() if part.trained)
+
+    def _unmasked(self, part: Part, parties: list[str]) -> dict[str, Tensor]:
+        grid, where = self._agreed_grid(), f"{part}, {self._open}"
+        total = unmasked_sum({party: self._staged[party, part.number][1] for party in parties}, grid.width)
+        return {name: grid.values(name, values, where) for name, values in part.split(total).items()}
+
+    def _agreed_grid(self) -> MaskGrid:
+        if self.grid is None:
+            raise RoundError("no masked push was agreed on here.", code="push-round")
+        return self.grid
+
+    def _num_bytes(self, part: Part) -> int:
+        if not self._masked:
+            return part.num_bytes(self._dtype)
+        return part.num_values * self._agreed_grid().width
 
     def _check(self, peer: str, message: Message) -> Part:
         if peer not in self._parties:
@@ -154,7 +191,7 @@ class PushService:
         return part
 
     def _begin(self, key: tuple[str, int], part: Part, message: Message) -> list[int]:
-        digest, size, due = message.body["digest"], message.body["size"], part.num_bytes(self._dtype)
+        digest, size, due = message.body["digest"], message.body["size"], self._num_bytes(part)
         if size != due:
             raise unfit(key[0], BEGIN, "size", f"of part {part.number} is {size} bytes, not {due}")
         if message.body["weights"] != self._weights.get(part.number):
@@ -203,7 +240,8 @@ class PushService:
         del self._incoming[key]
         if digest_of(incoming.blob) != incoming.digest:
             raise unfit(key[0], END, "digest", f"of part {part.number} is another than was announced")
-        for name, values in part.decode(incoming.blob, self._dtype).items():
-            where = f"part {part.number}, {self._open}"
-            check_received(key[0], END, f"sum of {name}", values, self._limit(key[0], name), where=where)
+        if not self._masked:
+            for name, values in part.decode(incoming.blob, self._dtype).items():
+                where = f"part {part.number}, {self._open}"
+                check_received(key[0], END, f"sum of {name}", values, self._limit(key[0], name), where=where)
         self._staged[key] = (incoming.digest, incoming.blob)

@@ -3,6 +3,7 @@
 `coterie.federation.identity.certificates` makes keys and the private CA, `coterie.federation.identity.kit` is a
 member's folder, `coterie.federation.identity.roster` the signed list, `coterie.federation.identity.provision` all of
 it at one administrator's; `coterie.federation.identity.identify` compares them when a process starts.
+`coterie.federation.identity.signing` is a party's word on the wire.
 """
 
 from importlib import import_module

@@ -199,7 +199,7 @@ class _Scene:
         here = (state.round, _ORDER[state.phase])
         if here <= state.furthest:
             return state
-        return replace(state, furthest=here, failures=0, interruptions=0)
+        return replace(state, furthest=here, failures=0, interruptions=0, wild_sums=0)
 
     @property
     def activity(self) -> str:
@@ -212,7 +212,15 @@ class _Scene:
         note = f"{_names(self.failed)} failed in {self.activity} ({', '.join(codes)})"
         if culprits := sorted({report.culprit for report in reports if report.culprit is not None}):
             note += f" by what {_names(culprits)} sent"
-        return self.again(codes[0], note)
+        return self.wild_sum(note) if WILD_SUM in codes else self.again(codes[0], note)
+
+    def wild_sum(self, note: str) -> Move:
+        """Masks hide who spoilt a sum, so nobody can be dropped for it: the second time, people have to look."""
+        times = self.state.wild_sums + 1
+        if times > 1:
+            return self.fail(WILD_SUM, f"{note}, for the {_ordinal(times)} time since round {self.state.furthest[0]}")
+        move = self.again(WILD_SUM, note)
+        return replace(move, state=replace(move.state, wild_sums=times))
 
     def trouble(self, *allowed: int | None) -> Move | None:
         """The way back to gather, when something is wrong with the present phase."""
@@ -399,6 +407,8 @@ def _pairs(cut: Sequence[tuple[str, str]]) -> str:
 
 _TALKING = (Phase.COMPUTE, Phase.EVALUATE, Phase.CHECKPOINT)
 """Phases in which parties need each other."""
+
+WILD_SUM = "sum-wild"
 
 _ORDER = {Phase.STEP: 1, Phase.EVALUATE: 2, Phase.CHECKPOINT: 3}
 """In which order a round's lasting phases are done."""

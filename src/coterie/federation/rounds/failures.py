@@ -51,6 +51,15 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
                 fix="see in the log of the party that is named why it ends or cannot be reached; a smaller "
                 f"`checkpoint_every` loses fewer rounds each time; {_AGAIN}",
             )
+        case "sum-wild":
+            return RoundError(
+                f"the run ended at round {round_no}: {note}.",
+                code="sum-wild",
+                where=where,
+                why="somebody pushed what does not belong into a masked sum, and masks hide who",
+                fix="all parties look at their machines, versions and logs, or agree on `aggregation: plain`, under "
+                f"which a host sees whose sum is wrong; {_AGAIN}",
+            )
         case "checkpoint-none-common":
             return CheckpointError(
                 f"the run ended at round {round_no}: {note}.",

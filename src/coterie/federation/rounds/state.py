@@ -135,6 +135,7 @@ class State(Strict):
         furthest: the round and phase of it that all got done, over the whole run, going back included.
         failures, interruptions: since then, what a party or a deadline failed at, and how often one was lost or came
             back as a new process.
+        wild_sums: of those failures, how often masked sums of all were nothing that honest parties add up to.
         begun: everybody was there once.
         evaluated: rounds behind the newest evaluation.
         absent: parties the others go on without. rejoining: absent ones on their way back.
@@ -152,6 +153,7 @@ class State(Strict):
     furthest: tuple[Count, Count] = (0, 0)
     failures: Count = 0
     interruptions: Count = 0
+    wild_sums: Count = 0
     begun: bool = False
     evaluated: Count = 0
     absent: tuple[Name, ...] = ()

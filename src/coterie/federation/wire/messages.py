@@ -49,6 +49,10 @@ def _is_hash(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
+def _is_hex(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"([0-9a-f]{2}){1,128}", value) is not None
+
+
 def _are_indices(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_whole, value)) and len(set(value)) == len(value)
 
@@ -57,6 +61,7 @@ FLAG = Value("true or false", lambda value: type(value) is bool)
 WHOLE = Value("whole number, at most 2^53", _is_whole)
 WEIGHT = Value("number, at most 2^53", _is_weight)
 HASH = Value("64 of 0-9 a-f", _is_hash)
+HEX = Value("at most 256 of 0-9 a-f", _is_hex)
 INDICES = Value("list of different whole numbers", _are_indices)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -166,6 +171,27 @@ TABLE = (
         _ATTEMPT,
         Form("declare", {"contributes": FLAG, "weight": WEIGHT}),
         Form("declare", {}),
+    ),
+    _between_parties(
+        "experts",
+        Lane.CONTROL,
+        _ATTEMPT,
+        Form("mask-opening", {"nonce": HASH, "serial": WHOLE, "grid": HASH, "can_draw": FLAG, "draw": HASH}),
+        Form("mask-opening", {}),
+    ),
+    _between_parties(
+        "experts",
+        Lane.CONTROL,
+        _ATTEMPT,
+        Form("mask-key", {"key": HASH, "signature": HEX}),
+        Form("mask-key", {}),
+    ),
+    _between_parties(
+        "experts",
+        Lane.CONTROL,
+        _ATTEMPT,
+        Form("mask-digest", {"session": HASH, "digest": HASH}),
+        Form("mask-digest", {}),
     ),
     _between_parties(
         "experts",

@@ -31,9 +31,13 @@ class AdapterSums(WithoutLedger):
         model: partial model with adapters.
         batches: the micro-batches of a round, from 1.
         seed: repeats dropout on a second attempt; of the whole run.
+        push_limit: largest size of a value in a masked sum.
     """
 
-    def __init__(self, model: nn.Module, batches: Callable[[int], Sequence[Batch]], seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Callable[[int], Sequence[Batch]], seed: int, *, push_limit: float = 1e4
+    ) -> None:
+        super().__init__(push_limit)
         self._model, self._batches, self._seed = model, batches, seed
         self._engine: Engine | None = None
 

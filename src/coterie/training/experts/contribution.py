@@ -18,12 +18,22 @@ from coterie.dp.balance import Balancer
 from coterie.dp.losses import default_loss
 from coterie.dp.party_session import Contributor
 from coterie.federation.cancel import CancelToken
+from coterie.federation.experts.masking.grid import MaskGrid
+from coterie.federation.experts.masking.session import NO_DRAW
 from coterie.models import seam
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.training.data.packing import Batch
+from coterie.training.experts.push_grid import plain_grid
 from coterie.training.loop import to_device
 from coterie.training.seeds import derived_seed
+
+DRAW = "draw"
+"""The pin that names the set of all parties' draws, where pushes are masked."""
+
+
+ExpertSums = Mapping[int, Mapping[str, Tensor]]
+"""Layer to stacked sums by parameter name, [E, ...]."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +41,27 @@ class Sums:
     """What a party adds to a round.
 
     Attributes:
-        experts: layer to stacked sums by parameter name, [E, ...]; None when it does not contribute.
+        experts: sums of the experts' parameters; None when it does not contribute.
         trunk: sums of the trained trunk parameters by name, and of the expert loads where these are released.
         weight: what everybody's sums together are divided by adds up from these.
         metrics: for the owner's eyes; never sent.
         digest: of the spooled release that they come from; empty without privacy.
+        grid: where pushes are masked, what they are integers of: noised sums are int64 then.
     """
 
-    experts: Mapping[int, Mapping[str, Tensor]] | None
+    experts: ExpertSums | None
     trunk: Mapping[str, Tensor]
     weight: float
     metrics: Mapping[str, float]
     digest: str = ""
+    grid: MaskGrid | None = None
+
+    def trunk_values(self, name: str) -> Tensor:
+        """The sum of a trunk parameter in floating point, for a party that steps it by itself."""
+        values = self.trunk[name]
+        if self.grid is None or values.dtype != torch.int64:
+            return values
+        return (values.to(torch.float64) * self.grid.scale(name).step).to(torch.float32)
 
 
 class Contribution(Protocol):
@@ -68,6 +87,19 @@ class Contribution(Protocol):
             streamer: lends expert weights to the device.
             cancel: asked before every micro-batch.
         """
+        ...
+
+    def nothing(self) -> Sums:
+        """In place of sums: this party, or with masked pushes some other, contributes to no round any more."""
+        ...
+
+    def grid(self, parties: int) -> MaskGrid:
+        """Where pushes are masked: what the sums of so many parties are integers of. Called after `open`."""
+        ...
+
+    def outlook(self, round_no: int, pins: Mapping[str, str]) -> tuple[bool, str]:
+        """Whether a lot can be drawn for a round, and the set of draws that is held for it; see
+        `coterie.federation.experts.masking.session.Opening`. Called after `open`."""
         ...
 
     def applied(self, round_no: int, newest: int) -> None:
@@ -112,9 +144,26 @@ class Contribution(Protocol):
 
 
 class WithoutLedger:
-    """The answers of a `Contribution` that nothing bounds."""
+    """The answers of a `Contribution` that nothing bounds.
+
+    Args:
+        push_limit: largest size of a value in a masked sum.
+    """
 
     balancer = None
+
+    def __init__(self, push_limit: float = 1e4) -> None:
+        self._push_limit = push_limit
+
+    def nothing(self) -> Sums:
+        return Sums(None, {}, 0.0, {})
+
+    def grid(self, parties: int) -> MaskGrid:
+        return plain_grid(parties, self._push_limit)
+
+    def outlook(self, round_no: int, pins: Mapping[str, str]) -> tuple[bool, str]:
+        """Nothing runs out, and no sums are kept for another attempt."""
+        return True, NO_DRAW
 
     def open(self, streamer: LayerStreamer) -> None:
         """There is nothing to refuse."""
@@ -154,6 +203,7 @@ class PlainSums(WithoutLedger):
         loss: summed loss and tokens of a micro-batch.
         seed: repeats dropout on a second attempt; of the whole run.
         per_record: sum each record's mean loss and count records, as private parties of the same federation do.
+        push_limit: largest size of a value in a masked sum.
     """
 
     def __init__(
@@ -165,7 +215,9 @@ class PlainSums(WithoutLedger):
         seed: int,
         *,
         per_record: bool = False,
+        push_limit: float = 1e4,
     ) -> None:
+        super().__init__(push_limit)
         self._model, self._layers, self._batches, self._seed = model, layers, batches, seed
         self._loss = self._record_loss if per_record else loss
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from coterie.config import PrivacyRules
 from coterie.dp.accounting.ledger import LedgerHead
 from coterie.dp.accounting.lots import Lot
+from coterie.errors import IdentityError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.state import State
@@ -19,6 +20,7 @@ from coterie.models.streaming.cache import LayerWeights
 from coterie.training.experts.adapter_sums import AdapterSums
 from coterie.training.experts.contribution import Contribution, PlainSums, Sums
 from coterie.training.experts.host import make_host, model_parts
+from coterie.training.experts.masked_push import MaskedPush
 from coterie.training.experts.owner import ExpertsOwner
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.experts.public_loads import releases_loads
@@ -101,19 +103,43 @@ class ExpertsExchange:
             cache_dir=private_folder(inputs.run_dir) / "cache" if inputs.cache == "disk" else None,
             device=inputs.device,
             roster=inputs.roster,
+            masked=self._masked_push(),
         )
 
     def _make_contribution(self) -> Contribution:
         inputs, trunk = self._inputs, self._trunk
         seed = inputs.federation.train.seed
         if inputs.privacy is not None:
+            masked = inputs.federation.aggregation == "masked"
             return PrivateSums(
-                inputs.model, trunk.layers, inputs.train, inputs.privacy, self._ledger_run, self._drawn
+                inputs.model, trunk.layers, inputs.train, inputs.privacy, self._ledger_run, self._drawn, masked=masked
             )
+        limit = inputs.federation.push_limit
         if inputs.federation.lora is not None:
-            return AdapterSums(inputs.model, trunk.batches, seed)
+            return AdapterSums(inputs.model, trunk.batches, seed, push_limit=limit)
         per_record = isinstance(inputs.federation.privacy, PrivacyRules)
-        return PlainSums(inputs.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record)
+        return PlainSums(
+            inputs.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record, push_limit=limit
+        )
+
+    def _masked_push(self) -> MaskedPush | None:
+        inputs = self._inputs
+        if self.host.board is None:
+            return None
+        if inputs.signer is None:
+            raise IdentityError(
+                "masked pushes need this party's kit: without a key nobody knows whose masks they are."
+            )
+        return MaskedPush(
+            inputs.federation,
+            self.parts,
+            self.host,
+            self.host.board,
+            self._transport,
+            inputs.signer,
+            self._run,
+            inputs.roster,
+        )
 
     def _drawn(self, lot: Lot) -> None:
         if self._key is not None:
@@ -190,7 +216,7 @@ class ExpertsExchange:
         self.host.commit(Attempt(round_no, attempt), rate)
         own = self._trunk.parameters
         if own and sums.experts is not None and sums.weight > 0:
-            self._trunk.step({param: sums.trunk[name] for name, param in own.items()}, sums.weight, rate)
+            self._trunk.step({param: sums.trunk_values(name) for name, param in own.items()}, sums.weight, rate)
         return {**sums.metrics, **self.owner.seconds}
 
     @contextmanager

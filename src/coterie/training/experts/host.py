@@ -77,4 +77,5 @@ def make_host(
         lend=copy.lend,
         ahead=_AHEAD,
         limits=experts_limits(federation, model),
+        masked=federation.aggregation == "masked",
     )

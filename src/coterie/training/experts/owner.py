@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,8 @@ from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.streaming.cache import FileStore, LayerWeights, MemoryStore, WeightCache
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
-from coterie.training.experts.contribution import Contribution, Sums
+from coterie.training.experts.contribution import DRAW, Contribution, Sums
+from coterie.training.experts.masked_push import MaskedPush
 from coterie.training.experts.shared_trunk import TrunkCopy
 from coterie.training.experts.sum_bytes import SumEncoder
 
@@ -52,6 +53,7 @@ class ExpertsOwner:
         cache_dir: where fetched layers lie on disk; None keeps them in host memory.
         device: where experts compute.
         roster: hash of the signed roster; a release made under another one is burned.
+        masked: brings masked sums; None where hosts read each party's.
 
     Attributes:
         streamer: lends layers to the device.
@@ -61,7 +63,7 @@ class ExpertsOwner:
             sent.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what was agreed and what is needed, each by its name
         self,
         federation: FederationConfig,
         model: nn.Module,
@@ -74,12 +76,15 @@ class ExpertsOwner:
         cache_dir: Path | None,
         device: torch.device,
         roster: str = "",
+        masked: MaskedPush | None = None,
     ) -> None:
         self._federation, self._model, self._parts, self._host = federation, model, tuple(parts), host
-        self._contribution, self._roster = contribution, roster
+        self._contribution, self._roster, self._masked = contribution, roster, masked
         # Where everybody sends spooled bytes, a second attempt at a round brings the same ones and hosts keep what
         # they have.
-        self._repeatable = isinstance(federation.privacy, PrivacyRules) and not federation.mixed_privacy
+        self._repeatable = (
+            isinstance(federation.privacy, PrivacyRules) and not federation.mixed_privacy and masked is None
+        )
         weights_dtype, push_dtype = getattr(torch, federation.weights_dtype), getattr(torch, federation.push_dtype)
         self._encoder = SumEncoder(parts, push_dtype)
         layers = seam.expert_layers(model)
@@ -120,13 +125,28 @@ class ExpertsOwner:
         }
 
         both = CancelToken(lambda: cancel.cancelled or self._cancelled)
+        session = None
+        if self._masked is not None:
+            session = self._masked.agree(self._contribution, state, pins, both)
+            pins |= {} if session is None else {DRAW: session.draw}
         agreed = time.monotonic()
         self.streamer.watch()
-        sums = self._contribution.sums(state.round, pins, self.streamer, both)
+        if self._masked is not None and session is None:
+            sums = self._contribution.nothing()
+        else:
+            sums = self._contribution.sums(state.round, pins, self.streamer, both)
         self.streamer.drop_all()
         self._mirror.join()
         computed = time.monotonic()
         both.check()
+        if self._masked is not None and session is not None:
+            self._masked.push(sums, session, self.sender, attempt, versions, both)
+        else:
+            self._push_plain(sums, attempt, versions)
+        self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
+        return sums
+
+    def _push_plain(self, sums: Sums, attempt: Attempt, versions: Mapping[int, str]) -> None:
         blobs = None
         if sums.experts is not None:
             blobs = self._encoder.encode(sums.experts, sums.trunk, sums.digest or _name_of(attempt))
@@ -134,8 +154,6 @@ class ExpertsOwner:
         if blobs is not None:
             self._encoder.check(blobs, lambda name: self._host.push_limit(self._host.me, name), str(attempt))
             self.sender.push(attempt, blobs, versions)
-        self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
-        return sums
 
     def _split_time(self, agree_s: float, lot_s: float, push_s: float) -> dict[str, float]:
         waited = self.streamer.waited

@@ -17,6 +17,7 @@ from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.spool import Release
 from coterie.dp.checks import self_check
 from coterie.dp.checks.made_up import FromCollator
+from coterie.dp.noise.joint_noise import LOAD
 from coterie.dp.open_run import RunEntry, open_run
 from coterie.dp.party_session import Contributor
 from coterie.dp.per_sample.engine import Engine
@@ -25,6 +26,8 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.errors import BudgetError, PrivacyError
 from coterie.federation.cancel import NEVER, CancelToken
+from coterie.federation.experts.masking.grid import MaskGrid, Scale
+from coterie.federation.experts.masking.session import NO_DRAW
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
@@ -32,7 +35,8 @@ from coterie.models.streaming.cache import digest_layer
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.training.data.packing import Batch, Sequences
 from coterie.training.experts.constant_work import ConstantWork, no_whole_users
-from coterie.training.experts.contribution import Sums
+from coterie.training.experts.contribution import DRAW, Sums
+from coterie.training.experts.push_grid import noised_scale
 from coterie.training.party.inputs import PrivacyInputs, party_plan
 
 
@@ -46,6 +50,7 @@ class PrivateSums:
         inputs: see `PrivacyInputs`.
         run: name of this party's run in its ledger, known once it has joined.
         drawn: see `coterie.dp.party_session.Contributor`.
+        masked: releases stay integers on the noise's grid.
 
     Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
     one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
@@ -68,11 +73,13 @@ class PrivateSums:
         inputs: PrivacyInputs,
         run: Callable[[], str],
         drawn: Callable[[Lot], None] = lambda lot: None,
+        *,
+        masked: bool = False,
     ) -> None:
         if inputs.push_after_s is not None and records.users is not None:
             raise no_whole_users()
         self._model, self._layers, self._records, self._inputs, self._run = model, layers, records, inputs, run
-        self._drawn = drawn
+        self._drawn, self._masked = drawn, masked
         self._names = {
             f"{layer.name}.{name}": (layer.index, name)
             for layer in layers
@@ -92,6 +99,7 @@ class PrivateSums:
         self._constant: ConstantWork | None = None
         self._engine: Engine | None = None
         self._cancel = NEVER
+        self._grid: MaskGrid | None = None
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         began = time.monotonic()
@@ -99,19 +107,51 @@ class PrivateSums:
         contributor = self.open_ledger(streamer)
         if self._constant is not None:
             self._constant.batches = 0
-        trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
-        released = contributor.release(round_no, {**pins, "trunk": digest_layer(trunk)})
+        released = contributor.release(round_no, self._with_trunk(pins))
         self._finish_work(began)
-        self.exhausted = released is None
         if released is None:
-            return Sums(None, {}, 0.0, {"epsilon": contributor.run.spent().epsilon})
+            return self.nothing()
+        self.exhausted = False
         noised, release = released
         experts: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in self._layers}
         for full, (layer, name) in self._names.items():
             experts[layer][name] = noised[full]
         rest = {name: value for name, value in noised.items() if name not in self._names}
         metrics = self._metrics(contributor, round_no, release)
-        return Sums(experts, rest, float(self._plan.lot_size), metrics, release.digest)
+        grid = self._grid if self._masked else None
+        return Sums(experts, rest, float(self._plan.lot_size), metrics, release.digest, grid)
+
+    def nothing(self) -> Sums:
+        self.exhausted = True
+        spent = {} if self.contributor is None else {"epsilon": self.contributor.run.spent().epsilon}
+        return Sums(None, {}, 0.0, spent)
+
+    def grid(self, parties: int) -> MaskGrid:
+        sums, plan, balancer = self._opened().run.lot_sums, self._plan, self.balancer
+        noise = sums.fixed_noise()
+
+        def scale(name: str, bound: float) -> Scale:
+            return noised_scale(noise.step(name), bound, plan.lot_size, plan.max_lot)
+
+        released = balancer is not None and balancer.balance.releases_loads
+        loads = {LOAD: scale(LOAD, balancer.load_bound)} if released and balancer is not None else {}
+        gradients = scale("gradients", sums.engine.sensitivity)
+        self._grid = MaskGrid(parties, gradients, loads, secret=plan.seed is None)
+        return self._grid
+
+    def outlook(self, round_no: int, pins: Mapping[str, str]) -> tuple[bool, str]:
+        contributor = self._opened()
+        held = contributor.held(round_no, self._with_trunk(pins), DRAW)
+        return contributor.run.releases.remaining > 0, held or NO_DRAW
+
+    def _opened(self) -> Contributor:
+        if self.contributor is None:
+            raise RuntimeError("masked pushes are agreed on before `open` was called")
+        return self.contributor
+
+    def _with_trunk(self, pins: Mapping[str, str]) -> dict[str, str]:
+        trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
+        return {**pins, "trunk": digest_layer(trunk)}
 
     def applied(self, round_no: int, newest: int) -> None:
         """Nobody asks for spooled results up to ``round_no`` again; those up to ``newest`` go if room is short."""
@@ -197,6 +237,7 @@ class PrivateSums:
             self.contributor = Contributor(
                 open_run(self._plan, self._options, data, self._model, engine, self.balancer, entry, self._constant),
                 self._drawn,
+                as_integers=self._masked,
             )
             self._check_noise(self.contributor, inputs.largest_noise)
         return self.contributor

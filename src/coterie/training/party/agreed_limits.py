@@ -35,6 +35,11 @@ def largest_noise(federation: FederationConfig) -> float:
     return math.sqrt(federation.train.rounds / 2) / root_rho
 
 
+def party_noise_limit(federation: FederationConfig) -> float:
+    """Noise multiplier beyond which a party's sums are nonsense to others; none where all signed the number."""
+    return math.inf if federation.noise_multiplier is not None else largest_noise(federation)
+
+
 def noised_limits(
     federation: FederationConfig, rules: PrivacyRules, model: PreTrainedModel
 ) -> Callable[[str], float]:

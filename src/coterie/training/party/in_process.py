@@ -1,18 +1,19 @@
 """A whole federation in one process: the same coordinator, rounds, exchange and checkpoints, parties as threads.
 
-For tests and small comparisons: no network, no keys. Random numbers that the model itself draws (dropout) come from
-the process's generator, which the parties share here.
+For tests and small comparisons: no network; keys are made anew in every process. Random numbers that the model itself
+draws (dropout) come from the process's generator, which the parties share here.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coterie.config import FederationConfig
-from coterie.federation.identity.certificates import COORDINATOR
+from coterie.federation.identity.certificates import COORDINATOR, new_key
+from coterie.federation.identity.signing import KeySigner
 from coterie.federation.rounds.coordinator import Coordinator, CoordinatorStatus
 from coterie.federation.rounds.journal import Journal
 from coterie.federation.rounds.settings import plan_of
@@ -44,6 +45,7 @@ class InProcessFederation:
 
     def __post_init__(self) -> None:
         self._agreement = self.config.content_hash()
+        self._keys = {name: new_key() for name in self.config.parties}
         self.hub = InProcessHub(self.config.parties, coordinator=COORDINATOR)
         self._threads: dict[str, threading.Thread] = {}
         self._kill: dict[str, Callable[[], None]] = {}
@@ -68,7 +70,8 @@ class InProcessFederation:
     def up(self, inputs: PartyInputs) -> PartyRun:
         """Start a party."""
         transport = self.hub.transport(inputs.party)
-        run = PartyRun(inputs, transport, self._agreement)
+        signer = KeySigner(self._keys[inputs.party], lambda party: self._keys[party].public_key())
+        run = PartyRun(replace(inputs, signer=signer), transport, self._agreement)
         self.runs[inputs.party] = run
         self._kill[inputs.party] = transport.close
         self._start(inputs.party, run.run)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from coterie.config import FederationConfig, PrivacySpec
 from coterie.dp.accounting.provenance import Artefact
 from coterie.dp.accounting.texts import Originals
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.dp.plan import PrivacyPlan
+from coterie.federation.experts.masking.session import Signer
 from coterie.models.split.placement import Placement
 from coterie.models.split.trainings import Training
 from coterie.training.data.packing import Sequences
@@ -41,6 +43,8 @@ class PrivacyInputs:
         push_after_s: constant-work mode: the sum leaves this long after the round began, not earlier.
         sequence_length: rows are padded to it in constant-work mode.
         noise_multiplier: in place of the calibrated one; for seeded tests.
+        agreed_noise: sigma of all parties, where pushes are masked; a budget that needs more is refused.
+        pooled: whose noise lies in all that others see of this party, where pushes are masked.
         largest_noise: noise multiplier beyond which hosts take this party's sums for nonsense.
         record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
         originals: the documents behind the records; None: the records themselves.
@@ -54,6 +58,8 @@ class PrivacyInputs:
     push_after_s: float | None = None
     sequence_length: int | None = None
     noise_multiplier: float | None = None
+    agreed_noise: float | None = None
+    pooled: PooledNoise | None = None
     largest_noise: float = math.inf
     record: Mapping[str, Any] = field(default_factory=dict)
     originals: Originals | None = None
@@ -76,6 +82,7 @@ class PartyInputs:
         privacy: what this party trains under; None without privacy.
         roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
         trainings: what is behind the weights of this run's checkpoints, this run included.
+        signer: this party's identity; needed where pushes are masked.
     """
 
     party: str
@@ -91,6 +98,7 @@ class PartyInputs:
     privacy: PrivacyInputs | None = None
     roster: str = ""
     trainings: tuple[Training, ...] = ()
+    signer: Signer | None = None
 
     def active(self, absent: Collection[str]) -> tuple[str, ...]:
         """The parties that take part, in roster order."""
@@ -101,7 +109,7 @@ def party_plan(privacy: PrivacyInputs, model: nn.Module) -> PrivacyPlan:
     """What bounds a party's releases: its settings, against hosts that choose the weights."""
     return PrivacyPlan.of_settings(
         privacy.spec, model, privacy.rounds, seed=privacy.seed, against_hosts=True,
-        noise_multiplier=privacy.noise_multiplier,
+        noise_multiplier=privacy.noise_multiplier, agreed_noise=privacy.agreed_noise, pooled=privacy.pooled,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,12 @@ from coterie.config.federation import party_privacy
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import default_root
 from coterie.dp.accounting.texts import Keyring
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.errors import CheckpointError, ModelError, PlacementError, RosterError
 from coterie.federation.identity.certificates import Role
 from coterie.federation.identity.identify import identify
 from coterie.federation.identity.roster import Roster
+from coterie.federation.identity.signing import KeySigner
 from coterie.federation.rounds.settings import transport_settings
 from coterie.federation.wire import unreachable
 from coterie.federation.wire.grpc_transport import GrpcTransport
@@ -42,7 +45,7 @@ from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, 
 from coterie.training.folders import kept_private, private_folder
 from coterie.training.loop import use_checkpointing
 from coterie.training.party.after_private import check_after_private
-from coterie.training.party.agreed_limits import largest_noise
+from coterie.training.party.agreed_limits import party_noise_limit
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs, Weights, party_plan, trunk_tensors
 from coterie.training.party.run import PartyResult, PartyRun, Watch
 from coterie.training.party.store import PartyStore
@@ -102,7 +105,8 @@ class PartyProcess:
         )
         unreachable.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir):
-            inputs = prepare_party(config, federation, self._roster)
+            signer = KeySigner.of_kit(self._kit, self._roster)
+            inputs = replace(prepare_party(config, federation, self._roster), signer=signer)
             if self._watch is not None and self._watch.announce is not None and inputs.privacy is not None:
                 self._watch.announce(party_forecast(inputs, inputs.privacy))
             self._run = PartyRun(inputs, transport, federation.content_hash(), self._watch, self.certificate_warning)
@@ -206,6 +210,7 @@ def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
 def _privacy_inputs(
     config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, documents: Documents, train: Sequences
 ) -> PrivacyInputs:
+    summed = federation.aggregation == "masked" and federation.trunk == "shared"
     return PrivacyInputs(
         spec,
         federation.train.rounds,
@@ -216,7 +221,10 @@ def _privacy_inputs(
         sequence_length=config.data.sequence_length,
         record=record_facts(config.data),
         originals=originals(documents, train),
-        largest_noise=largest_noise(federation),
+        agreed_noise=federation.noise_multiplier,
+        # What a private trunk makes of a party's own noise shows in its later pushes.
+        pooled=PooledNoise(len(federation.parties), federation.colluding) if summed else None,
+        largest_noise=party_noise_limit(federation),
     )
 
 

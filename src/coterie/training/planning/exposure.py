@@ -83,6 +83,15 @@ def of_pushes(federation: FederationConfig, reach: Reach, round_tokens: int | No
     when = "in every round, since all parties are served the whole model"
     if federation.trunk == "private":
         when = "in the first rounds, and less once the private trunk has moved away from the public start"
+    if federation.aggregation == "masked":
+        parties = len(federation.parties)
+        return [
+            "`privacy: none`, pushes masked. A host reads the sum of all parties' pushes, of none alone. That is no "
+            f"promise: while the {parties} parties' pushes hold about {reach.tokens:,} tokens together, or fewer, "
+            f"records can be rebuilt from their sum {when}; and a party that subtracts its own push is left with the "
+            "others'",
+            "the way out is a budget: `privacy:` with epsilon and delta in federation.yaml",
+        ]
     return [
         "`privacy: none`. A push without noise gives whole records back: an expert's sum holds the hidden vectors of "
         "just the tokens that chose it, and a host that knows the starting model rebuilds the text from them, "
@@ -90,7 +99,8 @@ def of_pushes(federation: FederationConfig, reach: Reach, round_tokens: int | No
         f"how large a push can be read: about {reach.tokens:,} tokens (width {reach.width:,} x {reach.experts} "
         f"experts / {reach.chosen} a token); what rare experts saw, beyond that as well"
         + _compared(reach, round_tokens),
-        "the way out is a budget: `privacy:` with epsilon and delta in federation.yaml",
+        "the way out is a budget: `privacy:` with epsilon and delta in federation.yaml. With three parties or more, "
+        "`aggregation: masked` shows hosts only what all parties' sums add up to; that is less, and no promise",
     ]
 
 

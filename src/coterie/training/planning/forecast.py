@@ -145,7 +145,17 @@ def forecast(
         spec.unit, lots.units, lots.lot_size, lots.rate, plan.rounds, mechanism.noise_multiplier, spent, spec.delta,
         pieces, whole, (),
     )  # fmt: skip
-    return replace(figures, remarks=tuple(_remarks(figures, tested, parties)))
+    return replace(figures, remarks=(*_against(plan), *_remarks(figures, tested, parties)))
+
+
+def _against(plan: PrivacyPlan) -> list[str]:
+    """Against whom the epsilon holds, where that is not everybody."""
+    if plan.pooled is None or plan.pooled.colluding is None:
+        return []
+    return [
+        f"this epsilon holds against any {plan.pooled.colluding} of the {plan.pooled.parties - 1} other parties "
+        "together, as each adds only its share of the noise; `coterie plan` says what holds against more"
+    ]
 
 
 def _remarks(figures: Forecast, tested: bool, parties: int) -> list[str]:

@@ -20,8 +20,10 @@ from coterie.models.split.placement import Placement
 from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.models.zoo.families import experts_per_token
 from coterie.models.zoo.presets import preset
+from coterie.training.experts.push_grid import masked_width
 from coterie.training.planning.closed_form import Need, Shape, predict
 from coterie.training.planning.exposure import Reach, of_pushes, of_tokens
+from coterie.training.planning.pooled_noise import NoiseRow, noise_table
 
 Exchange = Literal["tokens", "experts"]
 EXCHANGES: tuple[Exchange, ...] = ("tokens", "experts")
@@ -64,6 +66,7 @@ class FederationPlan:
         largest_layer_down: bytes of one layer that a party fetches at most; computing on it hides the next one's.
         readable_tokens: about so many tokens in a push without noise can be read; see `exposure.Reach`.
         warnings: what others can read, for each exchange without a budget.
+        noise: what pooled noise is worth; empty where each party's own is seen.
     """
 
     trunk: int
@@ -77,6 +80,7 @@ class FederationPlan:
     largest_layer_down: int
     readable_tokens: int
     warnings: dict[Exchange, list[str]]
+    noise: tuple[NoiseRow, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -149,7 +153,7 @@ def make_plan(federation: FederationConfig) -> FederationPlan:
     return FederationPlan(
         first.trunk, first.experts, first.expert_share, len(layers), whole, tuple(plans), per_token,
         math.ceil(max(rounds) / per_token) if per_token else 0, largest, reach.tokens,
-        {"tokens": of_tokens(federation), "experts": of_pushes(federation, reach)},
+        {"tokens": of_tokens(federation), "experts": of_pushes(federation, reach)}, tuple(noise_table(federation)),
     )  # fmt: skip
 
 
@@ -176,9 +180,16 @@ def _shape(federation: FederationConfig, model: nn.Module, layers: list[seam.Exp
         own=own,
         compute_bytes=torch_dtype(federation.model).itemsize,
         wire_bytes=getattr(torch, federation.weights_dtype).itemsize,
-        push_bytes=getattr(torch, federation.push_dtype).itemsize,
+        push_bytes=_push_bytes(federation),
         shared_trunk=federation.trunk == "shared",
     )
+
+
+def _push_bytes(federation: FederationConfig) -> int:
+    """Of one value of a sum."""
+    if federation.aggregation == "plain":
+        return int(getattr(torch, federation.push_dtype).itemsize)
+    return masked_width(federation)
 
 
 def _experts_bytes(shape: Shape) -> tuple[int, int]:

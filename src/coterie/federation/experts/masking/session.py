@@ -1,0 +1,235 @@
+"""How the parties agree on the keys of one push.
+
+Every attempt at a round makes its own X25519 key, which touches no disk and is forgotten with the push: nothing that
+is taken from a process later opens what it masked, and a new agreement costs a round trip and burns nothing.
+
+1. Every party tells every other its `Opening`: a fresh nonce, the serial it would use, its grid's digest, whether it
+   could draw anew, and which set of draws it holds for this round.
+2. It signs all openings, run, roster, membership epoch and attempt, with its new public key, by its identity. So no
+   party can have told two others different things, and no key of another push can be put in this one's place.
+3. The digest of all openings and keys is the session, which all keys are derived with. It stands beside the digest of
+   every masked push: parties that disagree notice before any value leaves.
+
+**Draws.** The first session of a round names the set of the parties' draws (their lots and noise). A retry sends the
+same noised integers under new masks only if every party still holds its own draw of the same set. If one does not,
+all draw anew, and all count both: a sum with old noise and one with new noise of the same party could be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from coterie.errors import MessageError, RoundError
+from coterie.federation.experts.masking.streams import Masks, derive
+from coterie.federation.rounds.attempt import Attempt
+
+NO_DRAW = "0" * 64
+"""In place of a set of draws: this party holds none for the round."""
+
+_MOST_AHEAD = 1 << 32
+"""Serials that another process may be ahead; numbers run out after 2^21 leaps."""
+
+_PURPOSE = b"coterie mask key\n"
+"""Begins what is signed; roster signatures and TLS begin otherwise."""
+
+
+class Signer(Protocol):
+    """A party's identity."""
+
+    def sign(self, text: bytes) -> str:
+        """Hexadecimal signature."""
+        ...
+
+    def check(self, party: str, text: bytes, signature: str) -> bool:
+        """Whether a signature is that party's, by what the roster says of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What one party says before keys are made.
+
+    Attributes:
+        nonce: 256 fresh random bits, hex.
+        serial: lowest push serial that this party has not used.
+        grid: digest of its `MaskGrid`.
+        can_draw: it can draw for this round. If one party cannot, sums come only where all still hold a draw of
+            the same set.
+        draw: set of draws that it holds for this round and these weights; `NO_DRAW` where there is none.
+    """
+
+    nonce: str
+    serial: int
+    grid: str
+    can_draw: bool
+    draw: str
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a session is for; the same at every party.
+
+    Attributes:
+        run: name of the run.
+        roster: hash of the signed roster.
+        epoch: grows when a party leaves or comes back.
+        attempt: at which round.
+    """
+
+    run: str
+    roster: str
+    epoch: int
+    attempt: Attempt
+
+
+@dataclass
+class KeyMaker:
+    """One party's half of an agreement; for one push, then forgotten.
+
+    Args:
+        me: this party.
+        scope: see `Scope`.
+        opening: what this party said.
+        signer: its identity.
+    """
+
+    me: str
+    scope: Scope
+    opening: Opening
+    signer: Signer
+    _key: X25519PrivateKey | None = field(default_factory=X25519PrivateKey.generate, repr=False)
+
+    def sign(self, openings: Mapping[str, Opening]) -> tuple[str, str]:
+        """This party's public key and the signature over it and everything that was said, both hex."""
+        public = self._own_key().public_key().public_bytes_raw()
+        return public.hex(), self.signer.sign(_signed_text(self.scope, openings, public.hex()))
+
+    def agree(self, openings: Mapping[str, Opening], keys: Mapping[str, tuple[str, str]]) -> MaskSession:
+        """The session of everybody's openings and signed keys, this party's own included.
+
+        Raises:
+            RoundError: ``mask-signature``: a party's key is not signed over what was said here; who told different
+                parties different things is not known from that. ``mask-grid`` where a party's grid is another one,
+                ``mask-key`` for a key that is none.
+            MessageError: ``mask-serial``: a leap beyond what honest processes are apart.
+        """
+        for party, opening in openings.items():
+            if opening.grid != self.opening.grid:
+                raise RoundError(
+                    f"{party} masks on another grid than {self.me}.",
+                    code="mask-grid",
+                    why="integers of different steps do not add up: clip norm, noise or model differ, or the "
+                    "noise of some parties comes from a seed",
+                    fix="all parties run the same version with the same signed settings",
+                )
+            if opening.serial > self.opening.serial + _MOST_AHEAD:
+                raise MessageError(
+                    f"{party} would number a masked push {opening.serial}; {self.me} is at {self.opening.serial}.",
+                    code="mask-serial",
+                    why="no honest process has pushed so often, and all would have to go on from there",
+                    fix="that party starts again",
+                    field="serial",
+                    peer=party,
+                )
+            public, signature = keys[party]
+            if not self.signer.check(party, _signed_text(self.scope, openings, public), signature):
+                raise RoundError(
+                    f"{party} signed other openings of a masked push than {self.me} was told.",
+                    code="mask-signature",
+                    why="somebody told different parties different things, or speaks for another",
+                    fix="the attempt is given up; if it comes again, compare the rosters and the logs",
+                )
+        said = {party: [asdict(openings[party]), keys[party][0]] for party in sorted(openings)}
+        session = hashlib.sha256(b"coterie mask session\n" + _scope_text(self.scope) + _canonical(said)).digest()
+        serial = max(opening.serial for opening in openings.values())
+        shared = {party: self._shared(party, key, session) for party, (key, _) in keys.items() if party != self.me}
+        self._key = None
+        return MaskSession(
+            session.hex(), serial, draw_of(openings) or session.hex(), Masks(self.me, shared, session, serial)
+        )
+
+    def _own_key(self) -> X25519PrivateKey:
+        if self._key is None:
+            raise RoundError("the key of this push was used and is forgotten.", code="mask-used")
+        return self._key
+
+    def _shared(self, party: str, public: str, session: bytes) -> bytes:
+        try:
+            secret = self._own_key().exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
+        except ValueError:  # all zeros: the other side chose a point that gives everybody the same secret
+            raise RoundError(f"the key of {party} for a masked push is none.", code="mask-key") from None
+        return derive(secret, session, info=f"pair {' and '.join(sorted((self.me, party)))}")
+
+
+@dataclass(frozen=True)
+class MaskSession:
+    """What was agreed on for one push.
+
+    Attributes:
+        digest: names the session, hex.
+        serial: of the push; never used before in any of the processes.
+        draw: the set of draws that is to be pushed.
+        masks: this party's.
+    """
+
+    digest: str
+    serial: int
+    draw: str
+    masks: Masks
+
+
+class Serials:
+    """Push serials of one process: they only grow."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    @property
+    def next(self) -> int:
+        """The lowest that was not used."""
+        return self._last + 1
+
+    def use(self, serial: int) -> None:
+        """Take a serial for a push.
+
+        Raises:
+            RoundError: ``mask-serial``: it was used, or passed over.
+        """
+        if serial <= self._last:
+            raise RoundError(
+                f"push serial {serial} was used; the next is {self.next}.",
+                code="mask-serial",
+                why="one stream must never mask two values",
+            )
+        self._last = serial
+
+
+def new_opening(serials: Serials, grid: str, *, can_draw: bool, draw: str) -> Opening:
+    """What a party says in a new attempt."""
+    return Opening(secrets.token_hex(32), serials.next, grid, can_draw, draw)
+
+
+def draw_of(openings: Mapping[str, Opening]) -> str | None:
+    """The set of draws that every party still holds; None where one lacks its own, and all draw anew."""
+    held = {opening.draw for opening in openings.values()}
+    return held.pop() if len(held) == 1 and NO_DRAW not in held else None
+
+
+def _signed_text(scope: Scope, openings: Mapping[str, Opening], public: str) -> bytes:
+    said = {party: asdict(openings[party]) for party in sorted(openings)}
+    return _PURPOSE + _scope_text(scope) + _canonical(said) + public.encode()
+
+
+def _scope_text(scope: Scope) -> bytes:
+    return _canonical([scope.run, scope.roster, scope.epoch, scope.attempt.round, scope.attempt.number])
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,106 @@
+"""Masks: for every pair of parties one stream that one of them adds and the other subtracts.
+
+A push of one party is its integers plus and minus a stream for every other party, modulo 2^(8 width). Added up over
+all parties every stream is there once with each sign, and only the sum of the integers is left. Without one of the
+parties, the streams that it shares with the others stay, which nobody but the two of a pair can compute.
+
+Streams are AES-256-CTR from a key that HKDF-SHA256 derives for (session, pair, part). A session is one push of all
+parties (`coterie.federation.experts.masking.session`), and a key is used once, so no stream ever masks two values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor
+
+from coterie.errors import RoundError
+from coterie.federation.experts.masking.grid import narrow, signed, widen
+
+_KEY_BYTES = 32
+_CHUNK = 1 << 17
+"""Values that are masked together: a megabyte of 64-bit integers."""
+
+
+def derive(secret: bytes, session: bytes, *, info: str) -> bytes:
+    """A 256-bit key bound to a session and to what it is for."""
+    return HKDF(hashes.SHA256(), _KEY_BYTES, salt=session, info=f"coterie mask: {info}".encode()).derive(secret)
+
+
+class Masks:
+    """One party's masks for one push.
+
+    Args:
+        me: this party.
+        secrets: what it shares with every other party, by name; forgotten with `erase`.
+        session: digest of the agreement, which every key is bound to.
+        serial: number of this push in this process; bound into every key.
+    """
+
+    def __init__(self, me: str, secrets: Mapping[str, bytes], session: bytes, serial: int) -> None:
+        self._me, self._secrets, self._session, self._serial = me, dict(secrets), session, serial
+        self._used: set[int] = set()
+        self._erased = False
+
+    def mask(self, part: int, integers: Tensor, width: int) -> Tensor:
+        """The masked bytes of one part, uint8 [V * width]: uniformly random to whoever lacks one of the secrets.
+
+        Args:
+            part: its number; each is masked once.
+            integers: int64 [V].
+            width: bytes of one integer.
+
+        Raises:
+            RoundError: the part was masked already, or the secrets are gone.
+        """
+        if part in self._used or self._erased:
+            raise RoundError(
+                f"part {part} of push {self._serial} cannot be masked again.",
+                code="mask-used",
+                why="two values under one stream would show their difference",
+            )
+        self._used.add(part)
+        signs_streams = [
+            (1 if self._me < other else -1, self._stream(other, secret, part))
+            for other, secret in sorted(self._secrets.items())
+        ]
+        values, out = integers.contiguous().view(-1).numpy(), torch.empty(integers.numel() * width, dtype=torch.uint8)
+        target = out.numpy()
+        for start in range(0, values.shape[0], _CHUNK):
+            total = values[start : start + _CHUNK].view(np.uint64).copy()
+            size = total.shape[0] * width
+            for sign, stream in signs_streams:
+                read = widen(np.frombuffer(stream.update(bytes(size)), np.uint8), width)
+                if sign > 0:
+                    total += read
+                else:
+                    total -= read
+            target[start * width : start * width + size] = narrow(total, width)
+        return out
+
+    def erase(self) -> None:
+        """Forget the secrets: with what this object still holds no part can be masked, and none unmasked."""
+        self._secrets.clear()
+        self._erased = True
+
+    def _stream(self, other: str, secret: bytes, part: int) -> CipherContext:
+        first, second = sorted((self._me, other))
+        key = derive(secret, self._session, info=f"push {self._serial}, part {part}, {first} and {second}")
+        return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+
+def unmasked_sum(pushes: Mapping[str, Tensor], width: int) -> Tensor:
+    """The sum of all parties' integers of one part, int64 [V].
+
+    Args:
+        pushes: masked bytes by party, one at least; with one party missing the result is as random as a push.
+        width: bytes of one integer.
+    """
+    total: np.ndarray = reduce(np.add, (widen(blob.numpy(), width) for blob in pushes.values()))
+    return torch.from_numpy(signed(total, width))

@@ -1,0 +1,145 @@
+"""A party's push under masks: agree on keys before the lot is drawn, mask what was noised, look at the sum of all."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from coterie.config import FederationConfig
+from coterie.errors import RoundError
+from coterie.federation.cancel import CancelToken
+from coterie.federation.experts.host import ExpertsHost
+from coterie.federation.experts.masking.board import MaskAgreement, MaskBoard, parts_digest
+from coterie.federation.experts.masking.grid import MaskGrid
+from coterie.federation.experts.masking.session import MaskSession, Scope, Signer
+from coterie.federation.experts.owner import SumSender
+from coterie.federation.experts.parts import Part, digest_of
+from coterie.federation.rounds.attempt import Attempt
+from coterie.federation.rounds.state import State
+from coterie.federation.wire.transport import Transport
+from coterie.training.experts.contribution import Contribution, ExpertSums, Sums
+
+_LOOK_S = 0.05
+
+
+class MaskedPush:
+    """One party's masked pushes.
+
+    Args:
+        federation: shared settings.
+        parts: every part of the model.
+        host: this party's host side.
+        board: the host's.
+        transport: to the others.
+        signer: this party's identity.
+        run: name of the run, once this party has joined.
+        roster: hash of the signed roster.
+    """
+
+    def __init__(
+        self,
+        federation: FederationConfig,
+        parts: Sequence[Part],
+        host: ExpertsHost,
+        board: MaskBoard,
+        transport: Transport,
+        signer: Signer,
+        run: Callable[[], str],
+        roster: str,
+    ) -> None:
+        self._parties, self._host, self._run, self._roster = tuple(federation.parties), host, run, roster
+        self._grid: MaskGrid | None = None
+        self._parts = tuple(part for part in parts if part.trained)
+        self._agreement = MaskAgreement(board, host.me, transport, signer, deadline_s=federation.deadline_s)
+
+    def agree(
+        self, contribution: Contribution, state: State, pins: Mapping[str, str], cancel: CancelToken
+    ) -> MaskSession | None:
+        """Make keys for this attempt's push.
+
+        Args:
+            contribution: opened; says whether it can draw, and what is held of an earlier attempt.
+            state: names the attempt.
+            pins: digests of what is computed on.
+            cancel: ends a wait.
+
+        Returns:
+            The session; None where a budget is spent and what all drew is not there: nobody's sums come.
+
+        Raises:
+            RoundError: ``mask-parties``: the coordinator leaves a party out.
+            CoterieError: see `MaskAgreement.agree`.
+        """
+        self._check_all_take_part(state)
+        grid = self._grid = contribution.grid(len(self._parties))
+        self._host.use_grid(grid)
+        can_draw, draw = contribution.outlook(state.round, pins)
+        scope = Scope(self._run(), self._roster, state.epoch, Attempt(state.round, state.attempt))
+        return self._agreement.agree(scope, grid.digest(), can_draw=can_draw, draw=draw, cancel=cancel)
+
+    def _check_all_take_part(self, state: State) -> None:
+        """A coordinator could otherwise leave out everybody but those that pool what they know."""
+        if state.absent:
+            raise RoundError(
+                f"the coordinator leaves out {', '.join(state.absent)}; masked pushes need all parties.",
+                code="mask-parties",
+                why="a sum over fewer parties hides each of them less than was agreed",
+                fix="nothing was pushed; see why the coordinator counts that party as gone",
+            )
+
+    def push(
+        self,
+        sums: Sums,
+        session: MaskSession,
+        sender: SumSender,
+        attempt: Attempt,
+        versions: Mapping[int, str],
+        cancel: CancelToken,
+    ) -> None:
+        """Mask and bring what was noised, when everybody has said what it will bring; look at the sums stored here.
+
+        Raises:
+            RoundError: ``run-diverged`` for values beyond what was agreed, of which nothing leaves; ``sum-wild``.
+            CoterieError: a party cannot be reached, refused, or pushed something else than it had announced.
+        """
+        if sums.experts is None or self._grid is None:
+            raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
+        sender.declare(attempt, contributes=True, weight=sums.weight)
+        blobs = self._masked(sums, sums.experts, self._grid, session, str(attempt))
+        said = self._agreement.commit(attempt, session, self._digests(blobs), cancel)
+        sender.push(attempt, blobs, versions)
+        while self._host.missing():
+            cancel.check()
+            time.sleep(_LOOK_S)
+        self._host.check_masked(said)
+
+    def _masked(
+        self, sums: Sums, experts: ExpertSums, grid: MaskGrid, session: MaskSession, where: str
+    ) -> dict[int, Tensor]:
+        """uint8 bytes by part number; every part is checked before the first is masked."""
+        integers: dict[int, Tensor] = {}
+        for part in self._parts:
+            tensors = dict(sums.trunk)
+            if part.layer >= 0:
+                stacked = experts[part.layer]
+                tensors = {name: stacked[name][list(part.experts)] for name, _ in part.shapes}
+            for name, _ in part.shapes:
+                if tensors[name].dtype != torch.int64:  # without a budget; noised sums are on their grid already
+                    tensors[name] = grid.round(name, tensors[name])
+                grid.check_own(name, tensors[name], where)
+            integers[part.number] = part.joined(tensors, torch.int64)
+        try:
+            return {number: session.masks.mask(number, each, grid.width) for number, each in integers.items()}
+        finally:
+            session.masks.erase()
+
+    def _digests(self, blobs: Mapping[int, Tensor]) -> dict[str, str]:
+        """By party, over what it will be pushed."""
+        own: dict[str, list[str]] = defaultdict(list)
+        for part in self._parts:
+            own[part.host].append(digest_of(blobs[part.number]))
+        return {party: parts_digest(own[party]) for party in self._parties}

@@ -1,0 +1,44 @@
+"""The grid that masked pushes lie on, from public numbers: the noise's own where there is noise, else the finest."""
+
+from __future__ import annotations
+
+import math
+
+from coterie.config import FederationConfig, PrivacyRules
+from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, LARGEST_NOISE
+from coterie.dp.noise.pooled import PooledNoise
+from coterie.federation.experts.masking.grid import MaskGrid, Scale
+
+_BITS_WITHOUT_NOISE = 40
+
+
+def plain_grid(parties: int, push_limit: float) -> MaskGrid:
+    """As fine as five bytes a value allow, for sums up to ``push_limit`` in size."""
+    largest = (2 ** (_BITS_WITHOUT_NOISE - 1) - 1) // parties
+    return MaskGrid(parties, Scale(push_limit / largest, largest))
+
+
+def noised_scale(noise_step: float, bound: float, lot_size: int, max_lot: int | None) -> Scale:
+    """Half steps of the noise's grid; largest is a lot that pulls one way, twelve deviations above its mean, and the
+    largest noise that is ever drawn.
+
+    Args:
+        noise_step: of the noise's grid.
+        bound: of what one unit adds.
+        lot_size: expected units in a lot.
+        max_lot: most of them, where there is such a limit.
+    """
+    step = noise_step / 2
+    units = max_lot or lot_size + 12 * (math.sqrt(lot_size) + 1)
+    return Scale(step, math.ceil(units * bound / step) + math.ceil(2 * LARGEST_NOISE))
+
+
+def masked_width(federation: FederationConfig) -> int:
+    """Bytes of one value of a masked push."""
+    rules, sigma, parties = federation.privacy, federation.noise_multiplier, len(federation.parties)
+    if not isinstance(rules, PrivacyRules) or sigma is None:
+        return plain_grid(parties, federation.push_limit).width
+    share = PooledNoise(parties, federation.colluding).share
+    step = sigma * share * rules.clip_norm / GRID_SIGMA
+    lot_size = rules.lot_size or federation.train.batch_size
+    return MaskGrid(parties, noised_scale(step, rules.clip_norm, lot_size, rules.max_lot)).width

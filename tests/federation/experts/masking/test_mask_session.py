@@ -1,0 +1,170 @@
+"""The agreement on keys: what it is bound to, and that a lie to one party is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coterie.errors import MessageError, RoundError
+from coterie.federation.experts.masking.session import NO_DRAW, KeyMaker, Opening, Scope, Serials, draw_of
+from coterie.federation.experts.masking.streams import unmasked_sum
+from coterie.federation.rounds.attempt import Attempt
+from helpers.masking import GRID, SCOPE, Identities, agreed, opening
+
+NAMES = ("alder", "birch", "cedar")
+
+
+def makers(scopes: dict[str, Scope] | None = None, **openings: Opening) -> dict[str, KeyMaker]:
+    """One for each party; its scope and opening can be another than everybody's."""
+    return {
+        name: KeyMaker(
+            name, (scopes or {}).get(name, SCOPE), openings.get(name, opening(i)), Identities(NAMES).of(name)
+        )
+        for i, name in enumerate(NAMES)
+    }
+
+
+def test_all_parties_agree_on_one_session_whose_masks_cancel():
+    sessions = agreed(makers(birch=opening(1, serial=7)))
+    assert len({session.digest for session in sessions.values()}) == 1
+    assert {session.serial for session in sessions.values()} == {7}
+    pushes = {
+        name: session.masks.mask(2, torch.tensor([i, -5]), 5) for i, (name, session) in enumerate(sessions.items())
+    }
+    assert unmasked_sum(pushes, 5).tolist() == [3, -15]
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        replace(SCOPE, run="other"),
+        replace(SCOPE, roster="other"),
+        replace(SCOPE, epoch=1),
+        replace(SCOPE, attempt=Attempt(1, 2)),
+        replace(SCOPE, attempt=Attempt(2, 1)),
+    ],
+)
+def test_keys_of_another_run_roster_epoch_or_attempt_are_refused(scope: Scope):
+    with pytest.raises(RoundError) as refused:
+        agreed(makers({"cedar": scope}))
+    assert refused.value.code == "mask-signature"
+    assert "cedar" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "lie", [{"nonce": "f" * 64}, {"serial": 2}, {"can_draw": False}, {"draw": "1" * 64}, {"grid": GRID}]
+)
+def test_a_party_that_told_two_others_different_things_is_noticed(lie: dict):
+    each = makers()
+    told = {name: maker.opening for name, maker in each.items()}
+    keys = {name: maker.sign(told) for name, maker in each.items()}
+    heard = {**told, "cedar": replace(told["cedar"], **lie)}
+    keys["alder"] = each["alder"].sign(heard)
+    if heard == told:
+        each["alder"].agree(heard, keys)
+        return
+    with pytest.raises(RoundError) as refused:
+        each["alder"].agree(heard, keys)
+    assert refused.value.code == "mask-signature"
+
+
+def test_a_key_that_its_party_did_not_sign_is_refused():
+    each = makers()
+    told = {name: maker.opening for name, maker in each.items()}
+    keys = {name: maker.sign(told) for name, maker in each.items()}
+    keys["birch"] = (makers()["birch"].sign(told)[0], keys["birch"][1])
+    with pytest.raises(RoundError) as refused:
+        each["alder"].agree(told, keys)
+    assert refused.value.code == "mask-signature"
+    assert "birch" in refused.value.message
+
+
+def test_a_key_that_gives_everybody_the_same_secret_is_refused():
+    each = makers()
+    told = {name: maker.opening for name, maker in each.items()}
+    keys = {name: maker.sign(told) for name, maker in each.items()}
+    zero = KeyMaker("birch", SCOPE, told["birch"], Identities(NAMES).of("birch"))
+
+    class Zero:
+        def public_key(self) -> Zero:
+            return self
+
+        def public_bytes_raw(self) -> bytes:
+            return bytes(32)
+
+    zero._key = Zero()  # type: ignore[assignment]  # noqa: SLF001
+    keys["birch"] = zero.sign(told)
+    with pytest.raises(RoundError) as refused:
+        each["alder"].agree(told, keys)
+    assert refused.value.code == "mask-key"
+
+
+def test_two_keys_of_one_party_give_two_sessions():
+    """What the digests beside the pushes then show."""
+    each, again = makers(), makers()
+    told = {name: maker.opening for name, maker in each.items()}
+    keys = {name: maker.sign(told) for name, maker in each.items()}
+    other = {**keys, "cedar": again["cedar"].sign(told)}
+    assert each["alder"].agree(told, keys).digest != each["birch"].agree(told, other).digest
+
+
+def test_another_grid_is_refused():
+    with pytest.raises(RoundError) as refused:
+        agreed(makers(birch=opening(1, grid="8" * 64)))
+    assert refused.value.code == "mask-grid"
+
+
+def test_a_new_agreement_on_the_same_words_has_other_masks():
+    """A retry after a restart, with the same serial again: the keys are new, so the streams are."""
+    nothing = torch.zeros(64, dtype=torch.int64)
+    first, second = (agreed(makers())["alder"].masks.mask(0, nothing, 5) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("held", "kept"),
+    [
+        (("1", "1", "1"), True),
+        (("1", "1", "2"), False),
+        (("1", "1", "0"), False),
+        (("0", "0", "0"), False),
+    ],
+)
+def test_draws_are_pushed_again_only_if_everybody_holds_one_of_the_same_set(held: tuple[str, ...], kept: bool):
+    openings = {name: opening(i, draw=64 * letter) for i, (name, letter) in enumerate(zip(NAMES, held, strict=True))}
+    assert (draw_of(openings) == 64 * "1") is kept
+    sessions = agreed(makers(**openings))
+    draws = {session.draw for session in sessions.values()}
+    assert draws == ({64 * "1"} if kept else {sessions["alder"].digest})
+    assert NO_DRAW not in draws
+
+
+def test_a_party_that_leaps_to_where_serials_run_out_is_named():
+    leap = (1 << 53) - 1
+    with pytest.raises(MessageError) as refused:
+        agreed(makers(cedar=opening(2, serial=leap)))
+    assert (refused.value.code, refused.value.peer) == ("mask-serial", "cedar")
+    ahead = agreed(makers(cedar=opening(2, serial=1 << 20)))  # the others are new processes
+    assert {session.serial for session in ahead.values()} == {1 << 20}
+
+
+def test_a_maker_forgets_its_key_with_the_push():
+    each = makers()
+    agreed(each)
+    told = {name: maker.opening for name, maker in each.items()}
+    with pytest.raises(RoundError) as refused:
+        each["alder"].sign(told)
+    assert refused.value.code == "mask-used"
+
+
+def test_a_serial_is_used_once_and_only_grows():
+    serials = Serials()
+    serials.use(1)
+    serials.use(5)
+    assert serials.next == 6
+    for used in (1, 3, 5):
+        with pytest.raises(RoundError) as refused:
+            serials.use(used)
+        assert refused.value.code == "mask-serial"

@@ -1,0 +1,261 @@
+"""Masked pushes through the whole exchange: as much is learnt, and hosts see nothing but a sum."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from coterie.config import FederationConfig
+from coterie.dp import plan
+from coterie.dp.accounting.accountant import noise_multiplier
+from coterie.dp.checks import self_check
+from coterie.errors import CoterieError, RoundError
+from coterie.federation.cancel import CancelToken
+from coterie.federation.experts.host import ExpertsHost
+from coterie.federation.experts.masking.streams import Masks, unmasked_sum
+from coterie.federation.rounds.state import State
+from coterie.training.party.actor import PartyActor
+from coterie.training.party.in_process import InProcessFederation, run_in_process
+from coterie.training.party.inputs import PartyInputs
+from helpers.comparing import relative
+from helpers.federations import PARTIES, experts_settings, full_models, make_parts
+from helpers.private_settings import CLIP, exchange_of, private_settings, with_privacy
+
+SIGMA = 40.0
+"""The noise that is agreed on; more than any of these budgets needs."""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes most of a short run is no subject here: the engine's comparison with batches of one, and finding
+    the noise of a budget, which is the agreed number anyway."""
+    monkeypatch.setattr(self_check, "check", lambda *arguments: SimpleNamespace(unused=()))
+    monkeypatch.setattr(plan, "noise_multiplier", lambda *arguments: SIGMA / 2)
+
+
+def masked_settings(privacy: str = "budget", **changes: object) -> FederationConfig:
+    plain = {"aggregation": "masked", "train__rounds": 2, "deadline_s": 60.0, "round_deadline_s": 600.0}
+    if privacy == "none":
+        return experts_settings(**{**plain, **changes})
+    return private_settings(**{**plain, "noise_multiplier": SIGMA, **changes})
+
+
+def parts_of(config: FederationConfig, folder: Path, **privacy: object) -> dict[str, PartyInputs]:
+    folder.mkdir(parents=True, exist_ok=True)
+    one = full_models()[PARTIES[0]]
+    parts = make_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder)
+    return parts if config.privacy == "none" else with_privacy(parts, folder, **privacy)  # type: ignore[arg-type]
+
+
+def run(config: FederationConfig, folder: Path, **privacy: object) -> InProcessFederation:
+    parts = parts_of(config, folder, **privacy)
+    return run_in_process(config, list(parts.values()), folder / "coordinator")[0]
+
+
+def trained(federation: InProcessFederation) -> dict[str, Tensor]:
+    """Everything that the parties trained."""
+    found = {}
+    for name in PARTIES:
+        actor = federation.runs[name].actor
+        hosted = {key: value.clone() for key, value in actor.exchange.hosted_state().items() if "ledger:" not in key}
+        own = {key: p.detach().clone() for key, p in actor.inputs.model.named_parameters() if not p.is_meta}
+        found |= {f"{name}/{key}": value for key, value in (hosted | own).items() if value.is_floating_point()}
+    return found
+
+
+@pytest.mark.parametrize(("privacy", "trunk"), [("none", "private"), ("budget", "shared"), ("budget", "private")])
+def test_masked_and_plain_federations_train_the_same_model(tmp_path: Path, privacy: str, trunk: str):
+    """With the same lots and the same noise: what differs is the float32 rounding of sums before they add up."""
+    sigma = {} if privacy == "none" else {"sigma": 0.5}
+    masked = masked_settings(privacy, trunk=trunk)
+    plain = masked.model_copy(update={"aggregation": "plain", "noise_multiplier": None})
+    found = {each.aggregation: trained(run(each, tmp_path / each.aggregation, **sigma)) for each in (masked, plain)}
+    start = trained_at_start(plain)
+    assert max(relative(found["plain"][key], value) for key, value in start.items()) > 1e-2  # it trained at all
+    assert found["plain"].keys() == found["masked"].keys()
+    for key, value in found["plain"].items():
+        if value.norm() > 0:
+            assert relative(found["masked"][key], value) < 2e-5, key
+
+
+def trained_at_start(config: FederationConfig) -> dict[str, Tensor]:
+    model = full_models()[PARTIES[0]]
+    return {f"{name}/{key}": p for name in PARTIES for key, p in model.named_parameters() if "experts" not in key}
+
+
+# ---- what leaves a party, and what is drawn again ----
+
+
+class Pushes:
+    """Every masked push: what went in and what came out, by (party, part), attempt by attempt."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clear: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+        self.masked: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+        mask = Masks.mask
+
+        def seen(masks: Masks, part: int, integers: Tensor, width: int) -> Tensor:
+            out = mask(masks, part, self.change(masks._me, integers, width), width)  # noqa: SLF001
+            self.clear[masks._me, part].append(integers.clone())  # noqa: SLF001
+            self.masked[masks._me, part].append(out.clone())  # noqa: SLF001
+            self.width = width
+            return out
+
+        monkeypatch.setattr(Masks, "mask", seen)
+        self.change: Callable[[str, Tensor, int], Tensor] = lambda party, integers, width: integers
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object] = lambda: None) -> None:
+    """One host gives up the first attempt of all, when everybody's masked values are there."""
+    check, calls = ExpertsHost.check_masked, []
+
+    def failing(host: ExpertsHost, told: Mapping[str, str]) -> None:
+        check(host, told)
+        if host.me == "birch" and not calls:
+            calls.append(then())
+            raise RoundError("made to fail", code="made-up")
+
+    monkeypatch.setattr(ExpertsHost, "check_masked", failing)
+
+
+def released(folder: Path, name: str) -> list[tuple[int, int]]:
+    (ledger,) = (folder / f"ledger-{name}").glob("*/ledger.jsonl")
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    return [(e["data"]["round"], e["data"]["draw"]) for e in entries if e["kind"] == "release"]
+
+
+def test_a_retry_sends_the_same_noised_integers_under_new_masks_and_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pushes = Pushes(monkeypatch)
+    fail_once(monkeypatch)
+    run(masked_settings(), tmp_path, sigma=None, seeded=False)
+    for (party, part), (first, again, second) in pushes.clear.items():
+        assert torch.equal(first, again)
+        assert not torch.equal(first, second)
+        bytes_each = pushes.masked[party, part]
+        equal = (bytes_each[0] == bytes_each[1]).double().mean()
+        assert float(equal) < 0.05, (party, part)  # 1 of 256 by chance
+    for part in {part for _, part in pushes.clear}:
+        blobs = {name: pushes.masked[name, part][1] for name in PARTIES}
+        expected = sum(pushes.clear[name, part][1] for name in PARTIES)
+        assert torch.equal(unmasked_sum(blobs, pushes.width), expected)
+    for name in PARTIES:
+        assert released(tmp_path, name) == [(1, 0), (2, 0)]
+
+
+def lose_draw(folder: Path, name: str) -> None:
+    """A party's spooled result of round 1 is gone."""
+    for path in (folder / f"ledger-{name}").glob("*/spool/*/release-00000001-*"):
+        path.unlink()
+
+
+def test_where_one_party_lost_its_draw_all_draw_anew_and_all_count_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A sum with old noise and one with new noise of one party must never both be seen."""
+    pushes = Pushes(monkeypatch)
+    fail_once(monkeypatch, then=lambda: lose_draw(tmp_path, "birch"))
+    config = masked_settings()
+    parts = parts_of(config, tmp_path, sigma=None, seeded=False, rounds=3)
+    run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    for first, again, _ in pushes.clear.values():
+        assert not torch.equal(first, again)
+    for name in PARTIES:
+        assert released(tmp_path, name) == [(1, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(("lost", "pushed"), [(False, 2), (True, 1)])
+def test_where_one_budget_is_spent_nobody_draws_and_what_all_hold_is_still_pushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool, pushed: int
+):
+    """Cedar pays for one draw, whose first attempt fails: where it is not pushed again, nobody pays for another."""
+    pushes, config = Pushes(monkeypatch), masked_settings()
+    fail_once(monkeypatch, then=lambda: lose_draw(tmp_path, "birch") if lost else None)
+    parts = parts_of(config, tmp_path, sigma=None, seeded=False)
+    spare = replace(parts["cedar"].privacy, rounds=1)  # type: ignore[type-var]
+    parts["cedar"] = replace(parts["cedar"], privacy=spare)
+    federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    assert all(result.finished for result in results.values())
+    assert {len(each) for each in pushes.clear.values()} == {pushed}
+    for name in PARTIES:
+        assert released(tmp_path, name) == [(1, 0)]
+    assert {exchange_of(federation, name).host.version for name in PARTIES} == {2}
+
+
+def test_a_wild_sum_is_refused_by_all_and_the_second_ends_the_run_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pushes = Pushes(monkeypatch)
+    pushes.change = lambda party, integers, width: integers + (party == "cedar") * int(1.9 * 2 ** (8 * width - 2))
+    config = masked_settings(max_attempts=5)
+    parts = parts_of(config, tmp_path, sigma=None, seeded=False)
+    with pytest.raises(CoterieError) as ended:
+        run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    assert ended.value.code == "sum-wild"
+    assert "2nd time" in ended.value.message
+    assert {len(each) for each in pushes.clear.values()} == {2}
+    for name in PARTIES:
+        assert released(tmp_path, name) == [(1, 0)]
+
+
+def test_values_beyond_the_signed_limit_stay_at_their_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pushes = Pushes(monkeypatch)
+    with pytest.raises(CoterieError) as ended:
+        run(masked_settings("none", push_limit=1e-6, max_attempts=1), tmp_path)
+    assert ended.value.code == "run-diverged"
+    assert not pushes.masked
+
+
+def test_a_budget_that_needs_more_noise_than_was_agreed_is_refused_before_anything_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "noise_multiplier", noise_multiplier)
+    pushes, config = Pushes(monkeypatch), masked_settings(noise_multiplier=0.3, max_attempts=1)
+    parts = parts_of(config, tmp_path, sigma=None, seeded=False)
+    with pytest.raises(CoterieError) as ended:
+        run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    assert ended.value.code == "dp-noise-below-needed"
+    assert not pushes.masked
+
+
+def test_a_coordinator_that_leaves_parties_out_gets_no_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It could otherwise have one party's sum masked against its accomplice alone."""
+    pushes, config = Pushes(monkeypatch), masked_settings("none", max_attempts=1)
+    compute = PartyActor.compute
+
+    def without(actor: PartyActor, state: State, cancel: CancelToken) -> None:
+        compute(actor, replace(state, absent=("birch",)), cancel)
+
+    monkeypatch.setattr(PartyActor, "compute", without)
+    with pytest.raises(CoterieError) as ended:
+        run(config, tmp_path)
+    assert ended.value.code == "mask-parties"
+    assert not pushes.masked
+
+
+@pytest.mark.parametrize(("colluding", "share"), [(1, 2**-0.5), (2, 1.0)])
+def test_shared_noise_adds_up_to_what_was_promised_against_t(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colluding: int, share: float
+):
+    """Of three parties each adds sigma C / sqrt(3 - t), so that what t of them do not know is sigma C at least."""
+    pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=colluding, train__rounds=1)
+    parts = parts_of(config, tmp_path, sigma=None, seeded=False)
+    federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    step = exchange_of(federation, PARTIES[0]).contribution._grid.rest.step  # noqa: SLF001
+    for name, result in results.items():
+        values = torch.cat([each[0] for (party, _), each in pushes.clear.items() if party == name])
+        assert float(values.double().std() * step) == pytest.approx(SIGMA * CLIP * share, rel=0.05)
+        assert f"any {colluding} of the 2 other parties together" in result.statement
+        assert ("if all others pool what they know" in result.statement) is (colluding == 1)
+        assert result.privacy is not None
+        assert result.privacy["noise_multiplier"] == SIGMA  # what the budget counts
