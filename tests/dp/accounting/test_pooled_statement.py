@@ -95,15 +95,17 @@ def test_where_others_see_one_partys_noise_alone_there_is_no_further_line(tmp_pa
 
 @pytest.mark.parametrize("written", [{}, {"pooled": None}, {"pooled": PooledNoise(3, 2).to_json()}])
 def test_a_run_does_not_go_on_with_another_share_of_the_noise_than_its_entry_says(tmp_path: Path, written: dict):
-    """What an entry of an earlier version does not speak of was whole noise: the statement takes it for that."""
+    """What an entry does not speak of is whole noise: the statement takes it for that."""
     engine = SimpleNamespace(clipping=Flat(1.0), groups=(), eta=0.0)
     plan = PrivacyPlan(BUDGET, lot_size=10, rounds=ROUNDS, noise_multiplier=SIGMA)
     start = RunStart(plan, plan.mechanism(plan.lots(100)), Units(100, 100), engine)  # type: ignore[arg-type]
     ledger = open_ledger("a" * 64, tmp_path)
-    known = {name: value for name, value in start.facts().items() if name != "pooled"}
-    ledger.start_run("run", start.mechanism, ROUNDS, **known, **written)
+    ledger.start_run("run", start.mechanism, ROUNDS, **start.facts(), **written)
     shared = start._replace(plan=replace(plan, pooled=PooledNoise(3, 1)))
     with pytest.raises(LedgerError, match="the pooled of run"):
         shared.check(ledger, "run")
     as_written = PooledNoise.from_json(written.get("pooled"))
     start._replace(plan=replace(plan, pooled=as_written)).check(ledger, "run")
+    if as_written is not None:
+        with pytest.raises(LedgerError, match="the pooled of run"):
+            start.check(ledger, "run")

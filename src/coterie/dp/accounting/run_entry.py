@@ -29,8 +29,8 @@ UNCHECKED = (
 )
 
 
-_BEFORE = {"pooled": None}
-"""What holds of runs whose entries were written before the ledger spoke of it."""
+_UNSAID = {"pooled": None}
+"""What an entry does not speak of where it is so."""
 
 
 class RunStart(NamedTuple):
@@ -56,7 +56,7 @@ class RunStart(NamedTuple):
             "seeded": plan.seed is not None,
             "isolation": plan.isolation,
             "half_precision": plan.half_precision,
-            "pooled": None if plan.pooled is None else plan.pooled.to_json(),
+            **({} if plan.pooled is None else {"pooled": plan.pooled.to_json()}),
         }
 
     def open(
@@ -95,10 +95,11 @@ class RunStart(NamedTuple):
         now = {
             "mechanism": self.mechanism.to_json(),
             "rounds": self.plan.rounds,
+            **_UNSAID,
             **self.facts(),
         }
         # `eta` follows from the model's shapes and may be stated more tightly by a later version.
-        before = {name: fixed.get(name, _BEFORE.get(name, value)) for name, value in now.items()}
+        before = {name: fixed.get(name, _UNSAID.get(name, value)) for name, value in now.items()}
         other = [name for name, value in now.items() if name != "eta" and before[name] != value]
         if other:
             raise LedgerError(
