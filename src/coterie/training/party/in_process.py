@@ -46,6 +46,7 @@ class InProcessFederation:
     def __post_init__(self) -> None:
         self._agreement = self.config.content_hash()
         self._keys = {name: new_key() for name in self.config.parties}
+        self._public = {name: key.public_key() for name, key in self._keys.items()}
         self.hub = InProcessHub(self.config.parties, coordinator=COORDINATOR)
         self._threads: dict[str, threading.Thread] = {}
         self._kill: dict[str, Callable[[], None]] = {}
@@ -70,7 +71,7 @@ class InProcessFederation:
     def up(self, inputs: PartyInputs) -> PartyRun:
         """Start a party."""
         transport = self.hub.transport(inputs.party)
-        signer = KeySigner(self._keys[inputs.party], lambda party: self._keys[party].public_key())
+        signer = KeySigner(self._keys[inputs.party], self._public.__getitem__)
         run = PartyRun(replace(inputs, signer=signer), transport, self._agreement)
         self.runs[inputs.party] = run
         self._kill[inputs.party] = transport.close
