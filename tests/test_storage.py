@@ -401,6 +401,12 @@ def test_what_a_disk_refuses_is_told_by_the_name_that_was_meant(
     assert [path.read_bytes(), *tmp_path.iterdir()] == [b"before", path]
 
 
+def test_a_folder_that_is_not_there_is_told_by_the_name_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        storage.write_whole(tmp_path / "gone" / "file", b"content")
+    assert missing.value.filename == str(tmp_path / "gone" / "file")
+
+
 def test_an_error_in_the_block_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as other, storage.replacing(tmp_path / "kept"):
         (tmp_path / "another").read_bytes()

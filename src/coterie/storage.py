@@ -69,7 +69,7 @@ def _refused(error: BaseException, aside: Path) -> int | None:
     if isinstance(error, SafetensorError):  # it has the number in its words alone
         number = re.search(r"os error (\d+)", str(error))
         return int(number[1]) if number else None
-    if isinstance(error, OSError) and (error.filename == str(aside) or error.errno in _OF_DISKS):
+    if isinstance(error, OSError) and (str(error.filename) == str(aside) or error.errno in _OF_DISKS):
         return error.errno
     return None
 

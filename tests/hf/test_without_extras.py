@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+import coterie.hf
 from coterie.errors import ModelError
-from coterie.hf import extras
 
 
-def test_private_trainer_without_accelerate_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    extras.check_installed()
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "accelerate" else object())
+@pytest.mark.parametrize("name", coterie.hf.__all__)
+def test_without_accelerate_the_extra_is_named_before_anything_else_misses_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ModelError, match="accelerate") as missing:
-        extras.check_installed()
+        getattr(coterie.hf, name)
     assert missing.value.code == "hf-no-accelerate"
     assert "pip install 'coterie[hf]'" in str(missing.value.fix)

@@ -22,4 +22,5 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.extras").check_installed()
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -33,11 +33,8 @@ from coterie.dp.setup import start_session
 from coterie.errors import CheckpointError, PrivacyError
 from coterie.hf.arguments import PrivacyArguments, check_accelerator, check_arguments, check_callbacks
 from coterie.hf.choices import WatchedCallbacks, check_scheduler, refusal
-from coterie.hf.extras import check_installed
 from coterie.models.split.trainings import trainings_of, write_trainings
 from coterie.training.folders import close_to_others, kept_private, public_folder
-
-check_installed()
 
 _STATE = "private_session"
 

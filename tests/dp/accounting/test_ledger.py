@@ -14,6 +14,7 @@ import pytest
 
 from coterie.dp.accounting.accountant import Mechanism, epsilon
 from coterie.dp.accounting.ledger import FILE, Ledger, LedgerHead, default_root, open_ledger
+from coterie.dp.accounting.lifetime import ledgers_under
 from coterie.errors import LedgerError
 
 DATASET = "d" * 64
@@ -188,6 +189,23 @@ def test_full_disk_stops_before_anything_is_released(tmp_path: Path, monkeypatch
     monkeypatch.undo()
     release(ledger, 2)
     assert [r.round for r in open_ledger(DATASET, tmp_path).releases("run-a")] == [2]
+
+
+def test_a_ledger_whose_first_entry_found_no_room_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(tmp_path)
+
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(LedgerError, match="could not be extended: No space left on device"):
+        open_ledger("e" * 64, tmp_path)
+    monkeypatch.undo()
+    assert [ledger.dataset for ledger in ledgers_under(tmp_path)] == [DATASET]
+    open_ledger("e" * 64, tmp_path)
+    assert len(list(ledgers_under(tmp_path))) == 2
 
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -542,6 +542,8 @@ class Ledger:
             finally:
                 os.close(handle)
         except OSError as error:
+            if not self._entries:  # nothing was ever counted here, and a file without a line would stop other ledgers
+                self._path.unlink(missing_ok=True)
             raise LedgerError(
                 f"the ledger could not be extended: {error.strerror}.",
                 code="dp-ledger-write",
