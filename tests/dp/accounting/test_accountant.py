@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from dp_accounting import pld
@@ -17,6 +20,7 @@ from coterie.dp.accounting.accountant import (
     noise_multiplier,
 )
 from coterie.dp.accounting.budget import Budget, PrivacyWarning, Spent
+from coterie.dp.accounting.kept import kept
 from coterie.dp.accounting.lots import LotPlan
 from coterie.errors import BudgetError, PrivacyError
 
@@ -176,3 +180,22 @@ def test_noise_of_a_huge_epsilon_is_within_it_and_close() -> None:
     sigma = noise_multiplier(Budget(1000.0, 1e-5), 1.0, 3)
     assert gaussian_delta(1000.0, sigma / math.sqrt(3)) <= 1e-5
     assert gaussian_delta(1000.0, sigma / math.sqrt(3) * 0.99) > 1e-5
+
+
+def test_threads_that_ask_for_the_same_at_once_let_one_of_them_compute_it() -> None:
+    computed: list[int] = []
+    together = threading.Barrier(3)
+
+    @kept(4)
+    def figure(number: int) -> int:
+        computed.append(number)
+        time.sleep(0.05)
+        return 2 * number
+
+    def asked(_: int) -> int:
+        together.wait()
+        return figure(7)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(asked, range(3))) == [14, 14, 14]
+    assert computed == [7]

@@ -9,7 +9,6 @@ Renyi bound for truncated Poisson sampling, so that is PLD only, and unbounded b
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from dp_accounting import rdp
 from dp_accounting.pld import privacy_loss_distribution as distribution
 
 from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.kept import kept
 from coterie.errors import BudgetError, LedgerError, PrivacyError
 from coterie.storage import check_keys, check_known
 
@@ -116,7 +116,7 @@ def epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, accountant: Ac
     return _epsilon(key, delta, accountant) if key else 0.0
 
 
-@functools.lru_cache(maxsize=4096)
+@kept(4096)
 def _epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, accountant: Accountant) -> float:
     if any(mechanism.noise_multiplier < _SMALLEST_MULTIPLIER / 2 for mechanism, _ in spent):
         return math.inf  # it would be tens of thousands, on a grid that no memory holds
@@ -176,7 +176,7 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(before)
 
 
-@functools.lru_cache(maxsize=4096)
+@kept(4096)
 def _pld_epsilon(spent: tuple[tuple[Mechanism, int], ...], delta: float, interval: float) -> float:
     interval = max(interval, *(0.5 / mechanism.noise_multiplier**2 / _GRID for mechanism, _ in map(_merged, spent)))
     total = distribution.identity(value_discretization_interval=interval)
@@ -193,7 +193,7 @@ def _merged(spent: tuple[Mechanism, int]) -> tuple[Mechanism, int]:
     return replace(mechanism, noise_multiplier=mechanism.noise_multiplier / math.sqrt(count)), 1
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLossDistribution:
     """What dp-accounting's PLD accountant builds for `Mechanism.event`; kept, because building it is slow."""
     if mechanism.sampler == "truncated_poisson":
@@ -213,7 +213,7 @@ def one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLoss
     )
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def noise_multiplier(
     budget: Budget,
     sampling_rate: float,

@@ -7,7 +7,6 @@ adds up.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dp_accounting.pld import privacy_loss_distribution as distribution
 from scipy.special import ndtr
 
 from coterie.dp.accounting.accountant import PLD_FLOOR, Accountant, Mechanism, epsilon, one_round
+from coterie.dp.accounting.kept import kept
 
 LARGEST_GROUP = 64
 """Beyond this many units the bound counts as infinite: it would be useless, and slow to compute."""
@@ -90,7 +90,7 @@ def _move(share: Share) -> float:
     return share.size * (2 if share.replaced else 1) / noise_multiplier if noise_multiplier > 0 else math.inf
 
 
-@functools.lru_cache(maxsize=1024)
+@kept(1024)
 def _composed(shares: tuple[Share, ...], delta: float) -> float:
     total = distribution.identity(value_discretization_interval=_INTERVAL)
     for share in shares:
@@ -103,7 +103,7 @@ def _composed(shares: tuple[Share, ...], delta: float) -> float:
     return float(total.get_epsilon_for_delta(delta))
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _group_round(mechanism: Mechanism, size: int) -> distribution.PrivacyLossDistribution:
     rate = mechanism.sampling_rate
     return distribution.from_mixture_gaussian_mechanism(
@@ -114,7 +114,7 @@ def _group_round(mechanism: Mechanism, size: int) -> distribution.PrivacyLossDis
     )
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64)
 def _replaced_round(mechanism: Mechanism, size: int) -> distribution.PrivacyLossDistribution:
     """One round in which ``size`` units contribute something else, each of norm at most one before and after.
 
