@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import coterie.federation  # noqa: F401 - before anything imports gRPC, as in every command
 from coterie.models import seam
 from coterie.models.zoo.tiny import tiny_model
+from helpers.forked import ForkedProcesses, Starter
 
 settings.register_profile("coterie", deadline=None)  # a busy machine is no failure
 settings.load_profile("coterie")
@@ -49,3 +50,19 @@ def real_text_dir() -> Path:
             f"no real text in {folder}; set COTERIE_TEST_DATA to a folder that holds tiny_shakespeare/ and others"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    """What `processes` are forked from."""
+    made = Starter()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def processes(starter: Starter, tmp_path: Path) -> Iterator[ForkedProcesses]:
+    """Commands of a federation as processes; none outlives the test."""
+    made = ForkedProcesses(starter, tmp_path / "grove")
+    yield made
+    made.end()

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from coterie.federation.rounds.run_folder import read_status
-from helpers.federation_processes import PARTIES, Processes, make_folder
+from helpers.federation_processes import PARTIES, make_folder
+from helpers.forked import ForkedProcesses
 
 ROUNDS = 4
 RULES = {"epsilon": 6.0, "delta": 1e-3, "lot_size": 8}
@@ -29,7 +30,7 @@ def make_private(folder: Path, rounds: int = ROUNDS, **settings: object) -> None
         path.write_text(yaml.safe_dump(party))
 
 
-def lose_cedar(processes: Processes, *, checkpoint: int) -> None:
+def lose_cedar(processes: ForkedProcesses, *, checkpoint: int) -> None:
     """Start everybody, and kill cedar once a checkpoint of that round, or of a later one, is published."""
     processes.coordinate()
     for name in PARTIES:
@@ -47,7 +48,7 @@ def released(folder: Path, name: str) -> list[tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_private_parties_finish_within_their_budgets_and_say_so(processes: Processes):
+def test_private_parties_finish_within_their_budgets_and_say_so(processes: ForkedProcesses):
     folder = processes.folder
     make_private(folder)
     lose_cedar(processes, checkpoint=1)
@@ -87,7 +88,9 @@ def test_private_parties_finish_within_their_budgets_and_say_so(processes: Proce
 
 
 @pytest.mark.slow
-def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_sums_are_sent_again(processes: Processes):
+def test_a_host_with_an_older_checkpoint_takes_everybody_back_and_the_same_sums_are_sent_again(
+    processes: ForkedProcesses,
+):
     """Rounds 3 to 6 are in the owners' spools when cedar's disk goes back to round 2: nothing is paid twice, under
     masks either, which are new at every try."""
     folder, rounds = processes.folder, 8
@@ -118,7 +121,7 @@ def spooled(folder: Path, name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_others_go_on_without_a_party_that_is_gone_for_good_and_count_what_they_release(processes: Processes):
+def test_others_go_on_without_a_party_that_is_gone_for_good_and_count_what_they_release(processes: ForkedProcesses):
     """All agreed beforehand (`lost_party: continue`): its experts are masked, its share of the trunk stands still."""
     folder, rounds, left = processes.folder, 6, ("alder", "birch")
     make_private(folder, rounds, lost_party="continue")

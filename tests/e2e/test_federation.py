@@ -17,11 +17,14 @@ from coterie.models.zoo.build import build_model
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.process import prepare_party
 from helpers.comparing import relative
-from helpers.federation_processes import PARTIES, Processes, make_folder, run_here
+from helpers.federation_processes import PARTIES, make_folder, run_here
+from helpers.forked import ForkedProcesses
 
 
 @pytest.mark.slow
-def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(processes: Processes, tmp_path: Path):
+def test_killed_stopped_and_resumed_federation_ends_as_an_uninterrupted_one(
+    processes: ForkedProcesses, tmp_path: Path
+):
     folder = processes.folder
     make_folder(folder)
     processes.coordinate()
@@ -131,7 +134,7 @@ def resident(pid: int, start: int, end: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_no_process_ever_has_another_partys_expert_in_its_memory(processes: Processes):
+def test_no_process_ever_has_another_partys_expert_in_its_memory(processes: ForkedProcesses):
     """Reads the memory of the running parties. Their own experts are the positive control."""
     folder = processes.folder
     # Steps too small to change a float32, so that what to look for is known.

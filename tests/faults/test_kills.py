@@ -6,15 +6,15 @@ import random
 import signal
 import time
 
-import kill_points
 import psutil
 import pytest
-from forked import ForkedProcesses
 from record import RECORD
 from trial import BACK_S, ENDLESS, NAMED_S, SLACK, Trial
 
 from coterie.federation.identity.certificates import COORDINATOR
+from helpers import kill_points
 from helpers.federation_processes import PARTIES, make_folder
+from helpers.forked import ForkedProcesses
 
 PART = "Processes"
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from forked import ForkedProcesses
 from record import RECORD
 from trial import ENDLESS, Trial
 
 from coterie.federation.identity.certificates import COORDINATOR
 from helpers.federation_processes import PARTIES, make_folder
+from helpers.forked import ForkedProcesses
 
 PART = "Machine"
 pytestmark = pytest.mark.faults

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import ForkedProcesses, Starter
 from network import Network, possible
 from record import RECORD
 from trial import BACK_S, NAMED_S, SLACK, Trial
 
 from coterie.federation.identity.certificates import COORDINATOR
 from helpers.federation_processes import PARTIES
+from helpers.forked import ForkedProcesses, Starter
 
 PART = "Network"
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(possible()), reason=possible())]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import time
 
-from forked import ForkedProcesses
-
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.run_folder import read_status
 from helpers.federation_processes import PARTIES, make_folder
+from helpers.forked import ForkedProcesses
 
 ENDLESS = {"rounds": 1_000_000, "batch_size": 4, "micro_batch": 2, "eval_every": 0, "checkpoint_every": 2}
 

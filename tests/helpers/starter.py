@@ -9,46 +9,42 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+from helpers import kill_points
 
 _NEW_NET = 0x40000000
 
 
 def preload() -> None:
-    import kill_points  # noqa: F401
+    """Import what the commands of a federation import."""
+    import transformers.models.olmoe.modeling_olmoe
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    for family in ("olmoe",):
-        __import__(f"transformers.models.{family}.modeling_{family}")
     gc.freeze()
 
 
-def become(asked: dict[str, Any]) -> None:
-    """The rest of a child's life."""
+def become(
+    arguments: Sequence[str], *, folder: str, log: str, prepare: Callable[[], object] = lambda: None
+) -> NoReturn:
+    """The rest of a fork's life: a command, in a folder, its output in a log."""
     code = 1
     try:
-        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for number in (1, 2):
-            os.dup2(log, number)
+            os.dup2(file, number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(asked["cwd"])
-        if asked["space"]:
-            space = os.open(f"/run/netns/{asked['space']}", os.O_RDONLY)
-            if ctypes.CDLL(None, use_errno=True).setns(space, _NEW_NET):
-                raise OSError(ctypes.get_errno(), "setns")
-        for name, (soft, hard) in asked["limits"].items():
-            import resource
-
-            resource.setrlimit(getattr(resource, name), (soft, hard))
-        import kill_points
-
+        os.chdir(folder)
+        prepare()
         from coterie.cli.app import main
 
-        if asked["point"]:
-            kill_points.prepare(asked["point"], asked["nth"])
-        main(asked["arguments"])
+        main(arguments)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -58,6 +54,19 @@ def become(asked: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _prepare(asked: dict[str, Any]) -> None:
+    """Network, limits and point of death of a process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked["space"]:
+        space = os.open(f"/run/netns/{asked['space']}", os.O_RDONLY)
+        if ctypes.CDLL(None, use_errno=True).setns(space, _NEW_NET):
+            raise OSError(ctypes.get_errno(), "setns")
+    for name, (soft, hard) in asked["limits"].items():
+        resource.setrlimit(getattr(resource, name), (soft, hard))
+    if asked["point"]:
+        kill_points.prepare(asked["point"], asked["nth"])
 
 
 def main() -> None:
@@ -76,8 +85,7 @@ def main() -> None:
             continue
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            become(asked)
+            become(asked["arguments"], folder=asked["cwd"], log=asked["log"], prepare=partial(_prepare, asked))
         print(json.dumps(pid), flush=True)
 
 

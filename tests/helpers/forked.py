@@ -14,12 +14,17 @@ from typing import Any
 from helpers.federation_processes import Processes
 
 
+def search_path() -> str:
+    """PYTHONPATH of a process that finds the helpers."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+
+
 class Starter:
     """One starter process; see there."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("starter.py"))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path()}
+        command = [sys.executable, "-m", "helpers.starter"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self._answer() == "ready"
 
