@@ -84,23 +84,37 @@ class ShardExperts:
         return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=list(DTYPES.values()))
-@pytest.mark.parametrize("family", list(causal_lm_types()))
-def test_split_and_export_give_the_original_back_bit_by_bit(family, dtype, tmp_path):
-    _, spec, parts = split_tiny(family, tmp_path, dtype)
-    export(parts, tmp_path / "joined")
-    whole = build_model(spec).state_dict()
-    joined = build_model(ModelSpec(path=tmp_path / "joined", dtype=spec.dtype)).state_dict()
-    assert joined.keys() == whole.keys()
-    for name, tensor in whole.items():
+@pytest.fixture(scope="module", params=causal_lm_types())
+def in_float32(request, tmp_path_factory):
+    """Of a family: the whole model, the folder of its parts, and a folder for more."""
+    folder = tmp_path_factory.mktemp("float32")
+    _, spec, parts = split_tiny(request.param, folder)
+    yield build_model(spec).eval(), parts, folder
+    shutil.rmtree(folder)
+
+
+def assert_export_gives_back(whole, parts, folder, dtype):
+    export(parts, folder / "joined")
+    joined = build_model(ModelSpec(path=folder / "joined", dtype=dtype)).state_dict()
+    assert joined.keys() == whole.state_dict().keys()
+    for name, tensor in whole.state_dict().items():
         assert joined[name].dtype == tensor.dtype, name
         assert torch.equal(joined[name], tensor), name
 
 
+def test_split_and_export_give_the_original_back_bit_by_bit(in_float32):
+    whole, parts, folder = in_float32
+    assert_export_gives_back(whole, parts, folder, "float32")
+
+
 @pytest.mark.parametrize("family", list(causal_lm_types()))
-def test_a_partial_model_with_experts_from_shards_gives_the_whole_models_outputs(family, tmp_path):
-    _, spec, parts = split_tiny(family, tmp_path)
-    whole = build_model(spec).eval()
+def test_split_and_export_of_bfloat16_give_the_original_back_bit_by_bit(family, tmp_path):
+    _, spec, parts = split_tiny(family, tmp_path, torch.bfloat16)
+    assert_export_gives_back(build_model(spec), parts, tmp_path, "bfloat16")
+
+
+def test_a_partial_model_with_experts_from_shards_gives_the_whole_models_outputs(in_float32):
+    whole, parts, _ = in_float32
     partial = build_partial(split_spec(parts), parts / "trunk.safetensors").eval()
     assert all(p.is_meta for layer in expert_layers(partial) for p in layer.parameters().values())
     held = [name for name, p in partial.named_parameters() if not p.is_meta]
