@@ -171,7 +171,7 @@ def messages_tables() -> str:
 
     from coterie.federation.rounds.directives import Call, Directive, Refusal
     from coterie.federation.rounds.state import Complaint, PartyReport, Saved, State
-    from coterie.federation.wire.messages import TABLE, Form
+    from coterie.federation.wire.messages import TABLE, TRANSPORT, Form
 
     bodies = {"report": Call, "directive": Directive, "refused": Refusal}
 
@@ -197,7 +197,9 @@ def messages_tables() -> str:
                 lines.append(line(role, row.request, ", ".join(row.numbers) or "-"))
                 lines += [line("reply:", reply, "the same" if row.numbers else "-") for reply in row.replies]
         lines.append("")
-    lines += ["### Bodies of the rounds", "", "| name | fields |", "|---|---|"]
+    lines += ["### Between transports", "", "| kind | what it is |", "|---|---|"]
+    lines += [f"| `{kind}` | {words} |" for kind, words in TRANSPORT.items()]
+    lines += ["", "### Bodies of the rounds", "", "| name | fields |", "|---|---|"]
     for kind in (Call, PartyReport, Complaint, Saved, Directive, State, Refusal):
         lines.append(f"| {kind.__name__} | {', '.join(f'`{f.name}`' for f in dataclasses.fields(kind))} |")
     return "\n".join(lines)

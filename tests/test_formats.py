@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import default_data_collator
 
+from coterie import dp
 from coterie.checkpoints import CheckpointStore
 from coterie.dp import checkpoint
 from coterie.dp.accounting import texts
@@ -32,6 +34,7 @@ from coterie.models.split.origins import Origin, check_content, origin_of, save_
 from coterie.models.split.shards import check_digests
 from coterie.models.split.trainings import Training, read_trainings
 from coterie.training.party.store import PartyStore
+from coterie.training.single.prepared import read_run
 from helpers.first_formats import FIRST, first_spool, tensor_file
 
 DATASET, AGREEMENT, RUN = "d" * 64, "a" * 64, "f" * 64
@@ -310,6 +313,41 @@ def test_a_checkpoint_whose_manifest_says_more_is_refused(
         store.newest()
 
 
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [((), "run"), (("settings",), "clip_norm"), (("settings", "budget"), "epsilon"), (("plan",), "sampler"),
+     (("options",), "method"), (("options", "balance"), "mode")],
+)  # fmt: skip
+def test_a_private_session_that_says_more_is_refused(tmp_path: Path, path: tuple[str, ...], known: str) -> None:
+    model = torch.nn.Linear(2, 2)
+    session = dp.make_private(
+        model, torch.optim.SGD(model.parameters(), 0.1), [{"x": torch.ones(2)}] * 50, default_data_collator,
+        lambda model, batch: model(batch["x"]).square().sum(1), dp.Budget(8.0, 1e-3), lot_size=10, rounds=2,
+        ledger=tmp_path / "ledger", self_check=False,
+    )  # fmt: skip
+    session.save(tmp_path / "saved")
+    session.close()
+    saved = tmp_path / "saved"
+    assert checkpoint.read(saved).facts["round"] == 0
+
+    def more(content: Any) -> None:
+        block = content["state"]["session"]
+        for name in path:
+            block = block[name]
+        assert known in block
+        block["share"] = 2
+
+    edited(saved / "manifest.json", more)
+    with refused(CheckpointError, saved, "`share`"):
+        checkpoint.read(saved)
+
+
+def test_a_run_that_says_more_is_not_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"run": "r", "coterie": "0.1", "data": "d", "ranks": 2}))
+    with refused(CheckpointError, tmp_path / "run.json", "`ranks`"):
+        read_run(tmp_path)
+
+
 def test_a_party_does_not_pass_over_a_checkpoint_of_a_later_version(tmp_path: Path) -> None:
     """It would go on from an older one, or begin anew, and say nothing."""
     marker = {"kind": "federation", "run": "r", "party": "alder", "agreement": AGREEMENT, "data": ""}
@@ -409,8 +447,6 @@ def test_a_journal_of_another_format_is_refused_as_it_is(tmp_path: Path, stateme
     "statement",
     [
         """UPDATE state SET state = replace(state, '"checkpoint"', '"audit"')""",
-        """UPDATE state SET state = replace(state, '"seq"', '"leader":"alder","seq"')""",
-        """UPDATE records SET record = replace(record, '"round":1,"files"', '"round":1,"kept":2,"files"')""",
         "DROP TABLE meta",
         "DELETE FROM meta WHERE name = 'federation'",
     ],
@@ -431,6 +467,8 @@ def test_a_journal_with_values_that_nobody_knows_is_one_sentence(tmp_path: Path,
     ("statement", "word"),
     [
         ("INSERT INTO meta VALUES ('leader', 'alder')", "`leader`"),
+        ("""UPDATE state SET state = replace(state, '"seq"', '"guide":"alder","seq"')""", "`guide`"),
+        ("""UPDATE records SET record = replace(record, '"files"', '"kept":2,"files"')""", "`kept`"),
         ("UPDATE meta SET name = 'grove' WHERE name = 'federation'", "`grove`"),
         ("CREATE TABLE votes (round INTEGER PRIMARY KEY)", "`votes`"),
         ("CREATE VIEW latest AS SELECT max(round) FROM commits", "`latest`"),

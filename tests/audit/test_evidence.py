@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from coterie.audit.answers import Answers
 from coterie.audit.evidence import Claim, Evidence
 from coterie.audit.findings import Part
 from coterie.audit.identified import federation_run
+from coterie.audit.transcript import Transcript
 from coterie.config import PartyConfig, dump_yaml
 from coterie.errors import CheckpointError, CoterieError
 from coterie.federation.wire.frame import FrameType
@@ -155,3 +157,23 @@ def test_a_run_of_one_party_alone_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         Evidence.read(own, [])
     assert caught.value.code == "run-dir-none"
+
+
+def test_what_a_later_version_recorded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="more") as caught:
+        Transcript.read(recorded(tmp_path / "birch", "transcript", "birch", more=1))
+    assert caught.value.code == "transcript-damaged"
+    with pytest.raises(CheckpointError, match="`more`") as caught:
+        Answers.read(recorded(tmp_path / "alder", "transcript-answers", "alder", more=1))
+    assert caught.value.code == "format-unknown"
+
+
+def test_a_key_with_entries_of_another_kind_is_refused(tmp_path: Path) -> None:
+    folder = recorded(tmp_path, "transcript-answers", "alder")
+    head = {**FACTS, "kind": "transcript-answers", "party": "alder", "run": "r1", "agreement": "a1"}
+    log = FrameLog(folder / "private" / "transcript-answers", head, [*PARTIES, "own"], 1 << 20)
+    log.append("own", FrameType.ONE_WAY, Lane.CONTROL, Message("masked-lot", Address(round=1)))
+    log.close()
+    with pytest.raises(CheckpointError, match="`masked-lot`") as caught:
+        Answers.read(folder)
+    assert caught.value.code == "format-unknown"

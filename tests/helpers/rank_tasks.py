@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie import dp
+from coterie.dp.accounting.budget import PrivacyWarning
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.noise import discrete_gaussian
 from coterie.dp.noise.discrete_gaussian import Slabs
@@ -31,7 +32,7 @@ BUDGET = 8.0, 1e-3
 def quiet() -> None:
     """One thread, and no warnings about budgets of toys."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore", PrivacyWarning)
     setattr(discrete_gaussian, "_SLAB", SLAB)  # noqa: B010 - fixed in the product
 
 

@@ -10,12 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from coterie.audit.fitting import OF_THE_LOG, Head
 from coterie.audit.transcript import Dispatch, Entry, Push
 from coterie.errors import CheckpointError
 from coterie.federation.wire.frame_log import files_in, read_entries, read_head
 from coterie.federation.wire.recording import ANSWERS
+from coterie.storage import check_keys, check_known
 from coterie.training.folders import private_folder
 from coterie.training.party.answer_key import ATTEMPT, BATCH, LOT, SENT
+
+_KINDS = (ATTEMPT, BATCH, LOT, SENT)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Answers:
                 fix="agree on `transcript:` in federation.yaml and run again; the owner's run folder then holds it",
             )
         first = found[0][1]
+        check_keys(found[0][0], "key", first, (*OF_THE_LOG, *Head.model_fields), CheckpointError)
         if any(head != first for _, head in found):
             raise CheckpointError(
                 f"{place} holds keys of several runs or settings.",
@@ -119,6 +124,7 @@ class Answers:
         for path, _ in found:
             for logged in read_entries(path):
                 message = logged.frame.message
+                check_known(path, "kind of entry", message.kind, _KINDS, CheckpointError)
                 at, tensors = message.address, message.tensors
                 if message.kind == BATCH:
                     batches[at.round, at.attempt, at.micro_batch, at.call] = _Batch(*tensors)

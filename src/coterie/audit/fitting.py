@@ -42,10 +42,14 @@ class _Part(BaseModel):
     trained: bool
 
 
+OF_THE_LOG = ("format", "names", "kind")
+"""Of the head of every log of frames, and checked there."""
+
+
 class Head(BaseModel):
     """The head of a transcript; see `coterie.audit.transcript.Transcript`."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     party: str
     run: str
@@ -99,7 +103,7 @@ def head_of(place: Path, saved: Mapping[str, Any]) -> tuple[Head, tuple[tuple[st
         CheckpointError: ``transcript-damaged``.
     """
     try:
-        head = Head.model_validate(saved)
+        head = Head.model_validate({name: value for name, value in saved.items() if name not in OF_THE_LOG})
         owners, pieces = head.owners(), head.pieces()
         if head.party not in head.parties or len(set(head.parties)) != len(head.parties):
             raise ValueError("parties")

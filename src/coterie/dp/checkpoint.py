@@ -25,11 +25,16 @@ from coterie.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from coterie.dp.saved_plan import check_saved
 from coterie.errors import CheckpointError
-from coterie.storage import check_known, json_object, restore
+from coterie.storage import check_keys, check_known, json_object, restore
 
 SESSION = "session"
 _EARLIER = "session.json"
+_FACTS = (
+    "settings", "plan", "options", "run", "round", "parent", "dataset", "ledger_root", "head", "user_cap",
+    "not_covered", "private",
+)  # fmt: skip
 
 
 def pack(
@@ -115,7 +120,10 @@ def read(folder: Path) -> SavedSession:
             fix="name the folder that session.save(path) was given",
         )
     found = read_checkpoint(folder)
-    return SavedSession(folder, found.state[SESSION], found.state.get("optimizer"), found)
+    facts = found.state[SESSION]
+    check_saved(folder, facts)
+    check_keys(folder, "key of the session", facts, _FACTS, CheckpointError)
+    return SavedSession(folder, facts, found.state.get("optimizer"), found)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.shared_releases import SharedReleases
 from coterie.dp.sum_engine import ConstantShape, SumEngine
 from coterie.errors import RankError
+from coterie.models.tensors import raw_bytes
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.revision import software
 
@@ -288,5 +289,5 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{tensor.requires_grad}".encode())
         if not tensor.is_meta:
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(raw_bytes(tensor))
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from coterie.dp.accounting.budget import Budget
@@ -12,7 +12,20 @@ from coterie.dp.balance import Balance
 from coterie.dp.clipping import Clipping
 from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
-from coterie.errors import PrivacyError
+from coterie.errors import CheckpointError, PrivacyError
+from coterie.storage import check_keys
+
+_KNOWN: Mapping[str, tuple[str, ...]] = {
+    "settings": (
+        "budget", "noise_multiplier", "clip_norm", "rounds", "physical_batch", "adaptive_quantile", "adaptive_share",
+        "seed", "isolation", "half_precision", "user_column",
+    ),
+    "settings.budget": tuple(field.name for field in fields(Budget)),
+    "plan": ("units", "expected_size", "sampler", "limit"),
+    "options": ("clipping", "method", "balance", "records_per_user", "self_check"),
+    "options.balance": tuple(field.name for field in fields(Balance)),
+}  # fmt: skip
+"""Names in a saved plan, by the block they stand in."""
 
 
 def plan_to_json(
@@ -46,6 +59,23 @@ def plan_to_json(
             "self_check": options.self_check,
         },
     }
+
+
+def check_saved(where: object, facts: Mapping[str, Any]) -> None:
+    """Refuse a plan that says more than this version would keep to.
+
+    Args:
+        where: the checkpoint.
+        facts: see `plan_from_json`.
+
+    Raises:
+        CheckpointError: ``format-unknown``.
+    """
+    for path, known in _KNOWN.items():
+        block: Any = facts
+        for name in path.split("."):
+            block = block[name]
+        check_keys(where, f"key of `{path}`", block, known, CheckpointError)
 
 
 def plan_from_json(

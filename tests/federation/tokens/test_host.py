@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coterie.errors import CheckpointError, CoterieError, MessageError, ModelError, RoundError
 from coterie.federation.shard import Shard
-from coterie.federation.tokens.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, TokensHost, TokensHostLimits
+from coterie.federation.tokens.host import DISPATCH, GRADIENT, TOKENS, CallId, TokensHost, TokensHostLimits
 from coterie.federation.tokens.host_math import Rows
 from coterie.federation.tokens.staging import PartyStage
 from coterie.federation.wire.transport import Address, Lane, Message
@@ -30,8 +30,8 @@ from helpers.tokens_world import PARTIES, SPEC, Recording
 
 def exchange(
     micro_batch: int = 0, layer: int = 0, party: str = "birch", attempt: int = 0, number: int = 0
-) -> ExchangeId:
-    return ExchangeId(party, Address(attempt=attempt, micro_batch=micro_batch, layer=layer, call=number))
+) -> CallId:
+    return CallId(party, Address(attempt=attempt, micro_batch=micro_batch, layer=layer, call=number))
 
 
 def code_of(action: Callable[[], Any]) -> str:
@@ -368,7 +368,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped() -> None:
     for one in (host, resumed):
         one.begin(1, 0)
         for layer in (0, 1):
-            where = ExchangeId("birch", Address(round=1, layer=layer))
+            where = CallId("birch", Address(round=1, layer=layer))
             one.backward(where, torch.ones_like(one.forward(where, rows(8), keep=True)))
         for party in PARTIES:
             one.tokens(party, 1, 0, 3)

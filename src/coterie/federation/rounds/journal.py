@@ -10,14 +10,15 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.errors import CheckpointError
 from coterie.federation.rounds.state import History, Move, Phase, PublishedCheckpoint, State
-from coterie.storage import check_keys, check_known, writing
+from coterie.storage import check_keys, check_known, json_object, writing
 
 FILE = "coordinator.sqlite"
 _FORMAT = "1"
@@ -96,7 +97,11 @@ class Journal:
             check_keys(self.path, "field", meta, _META, CheckpointError)
         with closing(sqlite3.connect(":memory:")) as own:
             own.executescript(_SCHEMA)
-            check_keys(self.path, "table or column", _names(self._db), _names(own), CheckpointError)
+            there = _names(self._db)
+            check_keys(self.path, "table or column", there, _names(own), CheckpointError)
+        for table, column, kind in (("state", "state", State), ("records", "record", PublishedCheckpoint)):
+            for (text,) in self._db.execute(f"SELECT {column} FROM {table}") if f"{table}.{column}" in there else ():
+                self._check_fields(table, text, kind)
 
     def _meta(self) -> dict[str, str]:
         return dict(self._db.execute("SELECT name, value FROM meta").fetchall())
@@ -126,6 +131,11 @@ class Journal:
         attempts = self._db.execute("SELECT round, highest FROM attempts").fetchall()
         self._attempts: dict[int, int] = dict(attempts)
         return History(tuple(_RECORD.validate_json(row[0]) for row in rows), self._attempts)
+
+    def _check_fields(self, table: str, text: str, kind: type[State | PublishedCheckpoint]) -> None:
+        with suppress(ValueError):  # what is no JSON is refused where it is read
+            known = [field.name for field in fields(kind)]
+            check_keys(self.path, f"field of `{table}`", json_object(text.encode()), known, CheckpointError)
 
     def write(self, move: Move) -> None:
         """Make a move durable, then remember it. After a crash it happened wholly or not at all.

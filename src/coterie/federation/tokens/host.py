@@ -54,7 +54,7 @@ class TokensHostLimits:
 
 
 @dataclass(frozen=True)
-class ExchangeId:
+class CallId:
     """One experts call of one party."""
 
     party: str
@@ -100,7 +100,7 @@ class TokensHost:
         self._last_over: RoundId = (-1, 0)
         self._committed: RoundId | None = None
         self._stages: dict[str, PartyStage] = {}
-        self._kept: dict[ExchangeId, Kept] = {}
+        self._kept: dict[CallId, Kept] = {}
         self._reserved: Counter[str] = Counter()
         self._computing = 0
         self._stepping = False
@@ -229,11 +229,11 @@ class TokensHost:
 
     # ---- exchanges ----
 
-    def forward(self, exchange: ExchangeId, rows: Rows, keep: bool) -> Tensor:
+    def forward(self, call_id: CallId, rows: Rows, keep: bool) -> Tensor:
         """Outputs of the hosted experts for some tokens; see `host_forward`.
 
         Args:
-            exchange: names the micro-batch and the layer; used once.
+            call_id: names the micro-batch and the layer; used once.
             rows: any device; ids are global.
             keep: whether `backward` will follow.
 
@@ -244,46 +244,46 @@ class TokensHost:
             RoundError: the attempt is over or never began here, or the exchange was made before.
             FrameError: shapes, dtypes or ids do not fit, or it is too much.
         """
-        layer = self._layer(exchange)
-        rows = self._checked(exchange, layer, rows)
+        layer = self._layer(call_id)
+        rows = self._checked(call_id, layer, rows)
         if keep:
-            stage = self._stage(exchange.party, exchange.round_id)
-            self._reserve(exchange, self._size(layer, rows))
-            stage.begin(layer.index, exchange.address.micro_batch)
+            stage = self._stage(call_id.party, call_id.round_id)
+            self._reserve(call_id, self._size(layer, rows))
+            stage.begin(layer.index, call_id.address.micro_batch)
         with self._weights(layer) as weights:
             out, kept = host_forward(layer, weights, rows, recompute=self._recompute)
         if keep:
             with self._changed:
-                self._check_open(exchange)
-                self._kept[exchange] = kept
+                self._check_open(call_id)
+                self._kept[call_id] = kept
         return out
 
-    def backward(self, exchange: ExchangeId, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(self, call_id: CallId, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients at the tokens [M, D] and routing weights [P]; those of the experts are staged here.
 
         Args:
-            exchange: that of the `forward` it belongs to.
+            call_id: that of the `forward` it belongs to.
             grad: gradient at what `forward` returned, same shape.
 
         Raises:
             RoundError: the attempt is over, or there was no such forward.
             FrameError: another shape.
         """
-        layer = self._layer(exchange)
-        stage = self._stage(exchange.party, exchange.round_id)
+        layer = self._layer(call_id)
+        stage = self._stage(call_id.party, call_id.round_id)
         with self._changed:
-            kept = self._kept.get(exchange)
+            kept = self._kept.get(call_id)
             if kept is None:
                 raise RoundError(
-                    f"{exchange.party} asks for the backward of an exchange that {self.me} does not know.",
+                    f"{call_id.party} asks for the backward of an exchange that {self.me} does not know.",
                     code="exchange-unknown",
-                    where=_where(exchange),
+                    where=_where(call_id),
                     why="each forward has one backward",
                 )
             tokens = kept.rows.counts_M if kept.rows.routing_weights_P is not None else kept.rows.ids_P
             if grad.shape != (tokens.shape[0], kept.rows.x_MD.shape[1]) or not grad.is_floating_point():
-                raise _unfit(exchange, "gradient", f"has shape {tuple(grad.shape)}")
-            del self._kept[exchange]
+                raise _unfit(call_id, "gradient", f"has shape {tuple(grad.shape)}")
+            del self._kept[call_id]
         with self._weights(layer) as weights:
             grad = grad.to(kept.rows.x_MD.device)
             grad_x_MD, grad_routing_weights_P, gradients = host_backward(layer, weights, kept, grad)
@@ -292,12 +292,12 @@ class TokensHost:
             "gradients of hosted experts",
             staged.values(),
             self._limits.value * max(1, kept.rows.ids_P.shape[0]),
-            where=_where(exchange),
+            where=_where(call_id),
         )
         with self._changed:
-            self._check_open(exchange)
-            self._reserved[exchange.party] -= kept.num_bytes
-        stage.finish(layer.index, exchange.address.micro_batch, staged)
+            self._check_open(call_id)
+            self._reserved[call_id.party] -= kept.num_bytes
+        stage.finish(layer.index, call_id.address.micro_batch, staged)
         return grad_x_MD, grad_routing_weights_P
 
     def handle(self, peer: str, lane: Lane, message: Message) -> Message:
@@ -317,64 +317,62 @@ class TokensHost:
         for rule, tensor in zip(row.request.tensors, message.tensors, strict=False):
             if tensor.is_floating_point():
                 check_received(peer, message.kind, rule.name, tensor, limits.value)
-        exchange = ExchangeId(peer, message.address)
+        call_id = CallId(peer, message.address)
         if message.kind == DISPATCH:
             x_MD, counts_M, ids_P, *weights = message.tensors
             rows = Rows(x_MD, counts_M.long(), ids_P.long(), weights[0] if weights else None)
-            out = self.forward(exchange, rows, message.body["keep"])
-            check_own("outputs of hosted experts", [out], limits.value, where=_where(exchange))
+            out = self.forward(call_id, rows, message.body["keep"])
+            check_own("outputs of hosted experts", [out], limits.value, where=_where(call_id))
             return message.reply("outputs", tensors=(out,))
         if message.kind == GRADIENT:
-            grad_x_MD, grad_routing_weights_P = self.backward(exchange, message.tensors[0])
+            grad_x_MD, grad_routing_weights_P = self.backward(call_id, message.tensors[0])
             grads = (grad_x_MD,) if grad_routing_weights_P is None else (grad_x_MD, grad_routing_weights_P)
-            check_own("gradients behind hosted experts", grads, limits.value, where=_where(exchange))
+            check_own("gradients behind hosted experts", grads, limits.value, where=_where(call_id))
             return message.reply("gradients", tensors=grads)
         self.tokens(peer, message.address.round, message.address.attempt, message.body["count"])
         return message.reply("counted")
 
-    def _layer(self, exchange: ExchangeId) -> ExpertLayer:
-        layer = exchange.address.layer
+    def _layer(self, call_id: CallId) -> ExpertLayer:
+        layer = call_id.address.layer
         if layer not in self.shard.hosted:
-            raise _unfit(exchange, "layer", f"{layer} has no expert hosted by {self.me}")
+            raise _unfit(call_id, "layer", f"{layer} has no expert hosted by {self.me}")
         return self._layers[layer]
 
-    def _checked(self, exchange: ExchangeId, layer: ExpertLayer, rows: Rows) -> Rows:
+    def _checked(self, call_id: CallId, layer: ExpertLayer, rows: Rows) -> Rows:
         """The rows on the computing device, with ids that count the hosted experts. Nothing is trusted."""
         weights, hosted = self.shard.weights(layer.index), self.shard.hosted[layer.index]
         device = weights["down_proj"].device
         width = _input_width(layer, weights)
         x_MD, counts_M, ids_P, routing_weights_P = rows.x_MD, rows.counts_M, rows.ids_P, rows.routing_weights_P
         if x_MD.ndim != 2 or x_MD.shape[1] != width or not x_MD.is_floating_point():
-            raise _unfit(
-                exchange, "hidden", f"has shape {tuple(x_MD.shape)} and dtype {x_MD.dtype}, width is {width}"
-            )
+            raise _unfit(call_id, "hidden", f"has shape {tuple(x_MD.shape)} and dtype {x_MD.dtype}, width is {width}")
         if counts_M.shape != x_MD.shape[:1] or ids_P.ndim != 1:
-            raise _unfit(exchange, "counts", "is not one number for each token")
+            raise _unfit(call_id, "counts", "is not one number for each token")
         if bool(((counts_M < 1) | (counts_M > len(hosted))).any()) or int(counts_M.sum()) != ids_P.shape[0]:
-            raise _unfit(exchange, "counts", "does not add up to the number of ids")
+            raise _unfit(call_id, "counts", "does not add up to the number of ids")
         if routing_weights_P is not None and (
             routing_weights_P.shape != ids_P.shape or not routing_weights_P.is_floating_point()
         ):
             raise _unfit(
-                exchange, "weights", f"has shape {tuple(routing_weights_P.shape)} and dtype {routing_weights_P.dtype}"
+                call_id, "weights", f"has shape {tuple(routing_weights_P.shape)} and dtype {routing_weights_P.dtype}"
             )
         if bool(((ids_P < 0) | (ids_P >= layer.num_experts)).any()):
-            raise _unfit(exchange, "ids", f"leave the range of {layer.num_experts} experts")
+            raise _unfit(call_id, "ids", f"leave the range of {layer.num_experts} experts")
         local_E = torch.full((layer.num_experts,), -1, device=ids_P.device)
         local_E[list(hosted)] = torch.arange(len(hosted), device=ids_P.device)
         local_P = local_E[ids_P]
         if bool((local_P < 0).any()):
             raise MessageError(
-                f"{exchange.party} sends tokens to an expert that {self.me} does not host.",
+                f"{call_id.party} sends tokens to an expert that {self.me} does not host.",
                 code="expert-not-hosted",
-                where=_where(exchange),
+                where=_where(call_id),
                 why="the two sides disagree on who hosts which expert",
                 fix="compare the roster hash on both sides: coterie roster show",
                 field="ids",
-                peer=exchange.party,
+                peer=call_id.party,
             )
         if self._size(layer, rows) > self._limits.kept_bytes:
-            raise _too_much(exchange, self._limits.kept_bytes)
+            raise _too_much(call_id, self._limits.kept_bytes)
         return Rows(x_MD, counts_M, local_P, routing_weights_P).to(device)
 
     def _size(self, layer: ExpertLayer, rows: Rows) -> int:
@@ -386,16 +384,16 @@ class TokensHost:
         width = up.shape[-1] if layer.layout.is_transposed else up.shape[-2]
         return rows.num_bytes + rows.ids_P.shape[0] * width * up.element_size()
 
-    def _reserve(self, exchange: ExchangeId, size: int) -> None:
+    def _reserve(self, call_id: CallId, size: int) -> None:
         with self._changed:
-            self._check_open(exchange)
-            if exchange in self._kept:
+            self._check_open(call_id)
+            if call_id in self._kept:
                 raise RoundError(
-                    f"{exchange.party} makes the same exchange twice.", code="exchange-twice", where=_where(exchange)
+                    f"{call_id.party} makes the same exchange twice.", code="exchange-twice", where=_where(call_id)
                 )
-            if self._reserved[exchange.party] + size > self._limits.kept_bytes:
-                raise _too_much(exchange, self._limits.kept_bytes)
-            self._reserved[exchange.party] += size
+            if self._reserved[call_id.party] + size > self._limits.kept_bytes:
+                raise _too_much(call_id, self._limits.kept_bytes)
+            self._reserved[call_id.party] += size
 
     def _stage(self, party: str, wanted: RoundId) -> PartyStage:
         """The party's stage, when this host has begun the attempt; a faster party waits for it here."""
@@ -425,9 +423,9 @@ class TokensHost:
                 raise RoundError(f"{party} does not take part in round {round_no}.", code="party-not-in-round")
             return self._stages[party]
 
-    def _check_open(self, exchange: ExchangeId) -> None:
-        if self._open != exchange.round_id:
-            raise _attempt_over(*exchange.round_id)
+    def _check_open(self, call_id: CallId) -> None:
+        if self._open != call_id.round_id:
+            raise _attempt_over(*call_id.round_id)
 
     @contextmanager
     def _weights(self, layer: ExpertLayer) -> Iterator[dict[str, Tensor]]:
@@ -448,9 +446,9 @@ def _input_width(layer: ExpertLayer, weights: dict[str, Tensor]) -> int:
     return up.shape[-2] if layer.layout.is_transposed else up.shape[-1]
 
 
-def _where(exchange: ExchangeId) -> str:
-    at = exchange.address
-    return f"{exchange.party}, round {at.round}, attempt {at.attempt}, micro-batch {at.micro_batch}, layer {at.layer}"
+def _where(call_id: CallId) -> str:
+    at = call_id.address
+    return f"{call_id.party}, round {at.round}, attempt {at.attempt}, micro-batch {at.micro_batch}, layer {at.layer}"
 
 
 def _attempt_over(round_no: int, attempt: int) -> RoundError:
@@ -461,22 +459,22 @@ def _attempt_over(round_no: int, attempt: int) -> RoundError:
     )
 
 
-def _unfit(exchange: ExchangeId, field: str, problem: str) -> MessageError:
+def _unfit(call_id: CallId, field: str, problem: str) -> MessageError:
     return MessageError(
-        f"{exchange.party} sent something that does not fit: {field} {problem}.",
+        f"{call_id.party} sent something that does not fit: {field} {problem}.",
         code="exchange-unfit",
-        where=_where(exchange),
+        where=_where(call_id),
         why="both sides must run the same model, placement and version",
         field=field,
-        peer=exchange.party,
+        peer=call_id.party,
     )
 
 
-def _too_much(exchange: ExchangeId, limit: int) -> FrameError:
+def _too_much(call_id: CallId, limit: int) -> FrameError:
     return FrameError(
-        f"{exchange.party} asks for more than {limit / 2**30:.3g} GiB at once.",
+        f"{call_id.party} asks for more than {limit / 2**30:.3g} GiB at once.",
         code="exchange-too-large",
-        where=_where(exchange),
+        where=_where(call_id),
         why="a peer must not be able to use up this host's memory",
         fix="smaller micro-batches or fewer in flight",
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import MessageError, PlacementError
-from coterie.federation.tokens.host import DISPATCH, GRADIENT, TOKENS, ExchangeId, TokensHost
+from coterie.federation.tokens.host import DISPATCH, GRADIENT, TOKENS, CallId, TokensHost
 from coterie.federation.tokens.host_math import Rows
 from coterie.federation.wire.replies import gather
 from coterie.federation.wire.transport import Address, Lane, Message, Transport
@@ -152,7 +152,7 @@ class _Ticket:
 
     hidden_ND: Tensor
     routing_weights_NK: Tensor
-    exchange: ExchangeId
+    call_id: CallId
     shares: dict[str, _Share]
     row_P: Tensor | None
     dtype: torch.dtype
@@ -162,22 +162,22 @@ class TokenMicroBatch:
     """The `Exchange` of one micro-batch; see `TokensOwner.training`."""
 
     def __init__(
-        self, exchange: TokensOwner, round_no: int, attempt: int, number: int, cancelled: Future[None] | None
+        self, owner: TokensOwner, round_no: int, attempt: int, number: int, cancelled: Future[None] | None
     ) -> None:
-        self._exchange, self._cancelled = exchange, cancelled
+        self._owner, self._cancelled = owner, cancelled
         self._address = Address(round=round_no, attempt=attempt, micro_batch=number)
         self._calls: Counter[int] = Counter()
 
     def answers_rows(self, layer: ExpertLayer) -> bool:
         """See `Exchange.answers_rows`."""
-        return self._exchange.combine == "owner" or layer.layout.has_post_expert_norm
+        return self._owner.combine == "owner" or layer.layout.has_post_expert_norm
 
     @torch.no_grad()
     def forward(self, call: ExpertsCall, keep: bool) -> tuple[Tensor, _Ticket]:
         """See `Exchange.forward`."""
         layer, hidden_ND = call.layer, call.hidden_ND.to(_wire_dtype(call.hidden_ND))
         crossing = (hidden_ND, call.routing_weights_NK)
-        check_own("hidden vectors", crossing, self._exchange.value_limit, where=f"MoE layer {layer.index}")
+        check_own("hidden vectors", crossing, self._owner.value_limit, where=f"MoE layer {layer.index}")
         row_P = _rows_of_pairs(call) if self.answers_rows(layer) else None
         shares = self._share_out(call)
         if not keep:  # a backward wants every host to know of every micro-batch; an inference does not
@@ -192,17 +192,17 @@ class TokenMicroBatch:
             )
             for name, share in shares.items()
         }
-        exchange = self._next_exchange(layer)
+        call_id = self._next_call_id(layer)
         ids_dtype = torch.uint8 if layer.num_experts <= 256 else torch.int32
         messages = {
-            name: Message(DISPATCH, exchange.address, {"keep": keep}, _dispatched(part, ids_dtype))
+            name: Message(DISPATCH, call_id.address, {"keep": keep}, _dispatched(part, ids_dtype))
             for name, part in rows.items()
         }
-        host = self._exchange.host
-        if self._exchange.sent is not None:
+        host = self._owner.host
+        if self._owner.sent is not None:
             for name in messages.keys() - {host.me}:
-                self._exchange.sent(name, exchange.address, shares[name].token_M)
-        replies = self._ask(Lane.FORWARD, messages, lambda: (host.forward(exchange, rows[host.me], keep),))
+                self._owner.sent(name, call_id.address, shares[name].token_M)
+        replies = self._ask(Lane.FORWARD, messages, lambda: (host.forward(call_id, rows[host.me], keep),))
         width = _output_width(layer)
         if row_P is None:
             out = hidden_ND.new_zeros(len(hidden_ND), width, dtype=_sum_dtype(hidden_ND.dtype))
@@ -210,28 +210,28 @@ class TokenMicroBatch:
             out = hidden_ND.new_zeros(int((row_P >= 0).sum()), width)
         for name, share in shares.items():
             places = share.token_M if row_P is None else row_P[share.pair_P]
-            (part,) = self._checked(replies[name], [(len(places), width)], hidden_ND, name, exchange)
+            (part,) = self._checked(replies[name], [(len(places), width)], hidden_ND, name, call_id)
             # A token has one row per host (and a pair has one host), so the order of the sums is that of the hosts.
             out.index_add_(0, places, part.to(out.dtype))
         return out.to(call.hidden_ND.dtype), _Ticket(
-            call.hidden_ND.to("meta"), call.routing_weights_NK.to("meta"), exchange, shares, row_P, hidden_ND.dtype
+            call.hidden_ND.to("meta"), call.routing_weights_NK.to("meta"), call_id, shares, row_P, hidden_ND.dtype
         )
 
     @torch.no_grad()
     def backward(self, ticket: _Ticket, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `Exchange.backward`."""
         row_P = ticket.row_P
-        where = f"MoE layer {ticket.exchange.address.layer}"
-        check_own("gradients behind experts", [grad], self._exchange.value_limit, where=where)
+        where = f"MoE layer {ticket.call_id.address.layer}"
+        check_own("gradients behind experts", [grad], self._owner.value_limit, where=where)
         grads = {
             name: grad[share.token_M if row_P is None else row_P[share.pair_P]].to(ticket.dtype)
             for name, share in ticket.shares.items()
         }
-        messages = {name: Message(GRADIENT, ticket.exchange.address, tensors=(part,)) for name, part in grads.items()}
-        host = self._exchange.host
+        messages = {name: Message(GRADIENT, ticket.call_id.address, tensors=(part,)) for name, part in grads.items()}
+        host = self._owner.host
 
         def compute_own() -> tuple[Tensor, ...]:
-            grad_x_MD, grad_routing_weights_P = host.backward(ticket.exchange, grads[host.me])
+            grad_x_MD, grad_routing_weights_P = host.backward(ticket.call_id, grads[host.me])
             return (grad_x_MD,) if grad_routing_weights_P is None else (grad_x_MD, grad_routing_weights_P)
 
         replies = self._ask(Lane.BACKWARD, messages, compute_own)
@@ -242,28 +242,28 @@ class TokenMicroBatch:
             shapes: list[tuple[int, ...]] = [(len(share.token_M), like_ND.shape[1])]
             if row_P is None:
                 shapes.append((len(share.pair_P),))
-            row_grads = self._checked(replies[name], shapes, grad, name, ticket.exchange)
+            row_grads = self._checked(replies[name], shapes, grad, name, ticket.call_id)
             grad_hidden.index_add_(0, share.token_M, row_grads[0].to(grad_hidden.dtype))
             if row_P is None:
                 grad_weights.view(-1)[share.pair_P] = row_grads[1].to(grad_weights.dtype)
         return grad_hidden.to(like_ND.dtype), grad_weights if row_P is None else None
 
-    def _next_exchange(self, layer: ExpertLayer) -> ExchangeId:
+    def _next_call_id(self, layer: ExpertLayer) -> CallId:
         number = self._calls[layer.index]
         self._calls[layer.index] += 1
         address = replace(self._address, layer=layer.index, call=number)
-        return ExchangeId(self._exchange.transport.me, address)
+        return CallId(self._owner.transport.me, address)
 
     def _share_out(self, call: ExpertsCall) -> dict[str, _Share]:
         """Who gets which tokens. Those that leave this party do so in a fresh random order."""
         ids_NK = call.expert_ids_NK
         num_experts, device = call.layer.num_experts, ids_NK.device
         shares = {}
-        for name, experts_E in self._exchange.hosts(call.layer.index).items():
+        for name, experts_E in self._owner.hosts(call.layer.index).items():
             there_NK = experts_E.to(device)[ids_NK.clamp(0, num_experts - 1)]
             there_NK &= (ids_NK >= 0) & (ids_NK < num_experts)
             token_M = there_NK.any(1).nonzero().squeeze(1)
-            if name != self._exchange.host.me:
+            if name != self._owner.host.me:
                 token_M = token_M[self._random_order(len(token_M)).to(device)]
             there_MK = there_NK[token_M]
             place, choice = there_MK.nonzero(as_tuple=True)
@@ -274,13 +274,13 @@ class TokenMicroBatch:
         """A uniformly random permutation: the order of ``length`` random 64-bit numbers."""
         if length == 0:
             return torch.empty(0, dtype=torch.int64)
-        return torch.frombuffer(bytearray(self._exchange.random_bytes(8 * length)), dtype=torch.int64).argsort()
+        return torch.frombuffer(bytearray(self._owner.random_bytes(8 * length)), dtype=torch.int64).argsort()
 
     def _ask(
         self, lane: Lane, messages: Mapping[str, Message], compute_own: Callable[[], tuple[Tensor, ...]]
     ) -> dict[str, tuple[Tensor, ...]]:
         """Ask all hosts at once, compute the own part meanwhile, and wait for all together."""
-        transport, deadline_s = self._exchange.transport, self._exchange.deadline_s
+        transport, deadline_s = self._owner.transport, self._owner.deadline_s
         futures = {}
         for name, message in messages.items():
             if name != transport.me:
@@ -298,10 +298,10 @@ class TokenMicroBatch:
         shapes: Sequence[tuple[int, ...]],
         like: Tensor,
         name: str,
-        exchange: ExchangeId,
+        call_id: CallId,
     ) -> tuple[Tensor, ...]:
         """A host's answer on this device, if it has the promised shapes and can be computed with."""
-        where = _where(exchange.address)
+        where = _where(call_id.address)
         if [tuple(t.shape) for t in tensors] != list(shapes) or not all(t.is_floating_point() for t in tensors):
             raise MessageError(
                 f"{name} answered with shapes {[tuple(t.shape) for t in tensors]}, not {list(shapes)}.",
@@ -310,9 +310,9 @@ class TokenMicroBatch:
                 why="both sides must run the same model, placement and version",
                 peer=name,
             )
-        if name != self._exchange.host.me:
+        if name != self._owner.host.me:
             for tensor in tensors:
-                check_received(name, "reply", "rows", tensor, self._exchange.value_limit, where=where)
+                check_received(name, "reply", "rows", tensor, self._owner.value_limit, where=where)
         return tuple(tensor.to(like.device) for tensor in tensors)
 
 

@@ -25,6 +25,9 @@ from coterie.federation.wire.frame import Encoded, Frame, FrameScope, FrameType,
 from coterie.federation.wire.peer_lane import Connection, PeerLane
 from coterie.federation.wire.seldom import Seldom
 from coterie.federation.wire.transport import (
+    ACK,
+    HEARTBEAT,
+    TWIN,
     Counters,
     Handler,
     Lane,
@@ -35,9 +38,6 @@ from coterie.federation.wire.transport import (
 )
 
 log = logging.getLogger(__name__)
-
-TWIN = "same-kit"
-"""One-way: a second process with the receiver's kit was turned away. Between transports; no handler sees it."""
 
 _ENDED = "the run has ended here; `coterie resume` takes part again"
 ALL_LANES = (Lane.CONTROL, Lane.FORWARD, Lane.BACKWARD)
@@ -296,7 +296,7 @@ class BaseTransport(ABC):
             self._ensure_worker(peer_lane, connection)
 
     def _heartbeat(self, lane: Lane) -> Encoded:
-        return encode(self._scope, FrameType.HEARTBEAT, lane, 0, Message("heartbeat"))
+        return encode(self._scope, FrameType.HEARTBEAT, lane, 0, Message(HEARTBEAT))
 
     def _count_heartbeat(self, peer: str, lane: Lane, encoded: Encoded) -> None:
         self._lanes[peer, lane].count_sent(encoded, messages=0)
@@ -386,7 +386,7 @@ class BaseTransport(ABC):
             self._seldom.log((connection.peer, type(error)), logging.ERROR, text, trace=True)
             frame_type, reply = FrameType.ERROR, error_message(error, request)
         if reply is None or (frame_type is FrameType.REPLY and frame.type is FrameType.ONE_WAY):
-            reply = Message("ack")
+            reply = request.reply(ACK)
         try:
             self._answer(peer_lane, connection, frame_type, frame.correlation, reply)
         except FrameError as error:

@@ -30,7 +30,7 @@ from coterie.federation.identity.certificates import Role
 from coterie.federation.identity.kit import Kit
 from coterie.federation.identity.roster import Roster, RosterEntry, verify
 from coterie.federation.wire import newcomers, unreachable
-from coterie.federation.wire.base_transport import ALL_LANES, TWIN, BaseTransport, Settings
+from coterie.federation.wire.base_transport import ALL_LANES, BaseTransport, Settings
 from coterie.federation.wire.frame import CHUNK_BYTES, Encoded, FrameReader, FrameScope
 from coterie.federation.wire.grpc_connection import GrpcConnection
 from coterie.federation.wire.handshake import Hello, compare, decode_hello, twin
@@ -38,7 +38,7 @@ from coterie.federation.wire.newcomers import Newcomers
 from coterie.federation.wire.own_time import OwnTime
 from coterie.federation.wire.pace import Pace
 from coterie.federation.wire.seldom import EVERY_S
-from coterie.federation.wire.transport import Lane, Message
+from coterie.federation.wire.transport import TWIN, Lane, Message
 
 log = logging.getLogger(__name__)
 

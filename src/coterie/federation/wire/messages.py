@@ -16,7 +16,7 @@ import torch
 from coterie.errors import MessageError
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.wire.frame import ADDRESS
-from coterie.federation.wire.transport import Lane, Message
+from coterie.federation.wire.transport import ACK, ERROR, HEARTBEAT, TWIN, Lane, Message
 
 LARGEST = 2**53
 """Of any whole number in a body."""
@@ -109,6 +109,14 @@ class Row:
     replies: tuple[Form, ...]
     numbers: tuple[str, ...] = ()
 
+
+TRANSPORT: Mapping[str, str] = {
+    ACK: "the reply where a handler has nothing to say, and to a message that is one-way",
+    ERROR: "the reply of a handler that failed: `error` (its class), `code`, `step` (what was asked), `field`",
+    HEARTBEAT: "an empty frame of type heartbeat, where nothing else was sent for a while",
+    TWIN: "one-way: a second process with the receiver's kit tried to connect and was turned away",
+}
+"""Kinds between transports, which no handler sees."""
 
 _ATTEMPT = ("round", "attempt")
 _CALL = (*_ATTEMPT, "micro_batch", "layer", "call")

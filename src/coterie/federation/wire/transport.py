@@ -37,6 +37,10 @@ class Lane(IntEnum):
     BACKWARD = 2
 
 
+ACK, ERROR, HEARTBEAT, TWIN = "ack", "error", "heartbeat", "same-kit"
+"""Kinds between transports; see `coterie.federation.wire.messages`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Address:
     """What a message is about. A number that its kind does not use is 0; `messages.TABLE` says which it uses.
@@ -48,7 +52,8 @@ class Address:
             or saved (u32).
         micro_batch: unit in flight within the round, from 0 (u32).
         layer: ordinal of the MoE layer, from 0 (u32).
-        call: which experts call of that layer in the micro-batch, from 0 (u64).
+        call: which experts call of that layer in the micro-batch, from 0; in an evaluation
+            it counts on over all batches (u64).
         part: number of a host's share of a layer, see `parts.Part` (u32).
         chunk: which piece of a part's bytes, from 0 (u32).
     """
@@ -220,7 +225,7 @@ def error_message(error: BaseException, request: Message) -> Message:
         code = error.code if _CODE.fullmatch(error.code) else known.code
         part = error.field if error.field is not None and _FIELD.fullmatch(error.field) else None
     body = {"error": name, "code": code, "step": request.kind, "field": part}
-    return request.reply("error", body)
+    return request.reply(ERROR, body)
 
 
 def remote_error(peer: str, lane: Lane, reply: Message) -> CoterieError:

@@ -47,7 +47,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_KEY = re.compile(r"layer\.(0|[1-9]\d*)\.expert\.(0|[1-9]\d*)\.(\w+)")
+EXPERT_KEY = re.compile(r"layer\.(0|[1-9]\d*)\.expert\.(0|[1-9]\d*)\.(\w+)")
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """What a file is going to hold: {name: (dtype, shape)}."""
@@ -69,7 +69,7 @@ def parse_expert_key(key: str) -> tuple[int, int, str]:
     Raises:
         ModelError: it is not such a key.
     """
-    match = _KEY.fullmatch(key)
+    match = EXPERT_KEY.fullmatch(key)
     if match is None:
         raise ModelError(
             f"`{key}` is not the name of an expert's parameter.",

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.errors import CheckpointError, RoundError
+from coterie.models.tensors import raw_bytes
 from coterie.storage import clear_leftovers, replacing
 
 LayerWeights = Mapping[str, Tensor]
@@ -88,9 +88,9 @@ def digest_layer(weights: LayerWeights) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of one layer's tensors, in name order."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].detach().contiguous().cpu()
+        tensor = weights[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -6,7 +6,6 @@ The two exchanges differ in how an attempt is computed and committed, and in wha
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.state import Saved, State
 from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.federation.wire.values import check_own
+from coterie.models.split.shards import EXPERT_KEY
 from coterie.models.streaming.cache import LayerWeights
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import private_folder
@@ -33,7 +33,6 @@ from coterie.training.party.whole_model import save_whole
 _EVALUATION = "evaluation.safetensors"
 _STEMS = ("trunk", "trunk-optimizer", "experts", "hosted")
 """``trunk`` and ``experts`` hold parameters alone, in the form that `coterie export` reads; ``hosted`` the rest."""
-_EXPERT = re.compile(r"layer\.\d+\.expert\.\d+\.\w+")
 
 
 class Exchange(Protocol):
@@ -215,8 +214,8 @@ class PartyActor:
         tensors = {
             "trunk": self._trunk.tensors(),
             "trunk-optimizer": self._trunk.optimizer_tensors(),
-            "experts": {name: value for name, value in hosted.items() if _EXPERT.fullmatch(name)},
-            "hosted": {name: value for name, value in hosted.items() if not _EXPERT.fullmatch(name)},
+            "experts": {name: value for name, value in hosted.items() if EXPERT_KEY.fullmatch(name)},
+            "hosted": {name: value for name, value in hosted.items() if not EXPERT_KEY.fullmatch(name)},
         }
         for stem, named in tensors.items():
             check_own(f"`{stem}`", named.values(), where=f"checkpoint of round {state.round}; nothing was written")

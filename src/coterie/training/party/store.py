@@ -18,10 +18,11 @@ from coterie.errors import CheckpointError
 from coterie.federation.rounds.state import Saved
 from coterie.models.split.trainings import Training
 from coterie.revision import software
-from coterie.storage import check_known, json_object, write_json
+from coterie.storage import check_keys, check_known, json_object, write_json
 from coterie.training.folders import private_folder
 
 _MARKER = "run.json"
+_MARKED = ("kind", "run", "party", "agreement", "data", "coterie", "revision")
 _KEPT = 3
 """Published checkpoints that stay; the older ones in case newer ones are torn or lost somewhere."""
 
@@ -190,6 +191,7 @@ class PartyStore:
         if kind is None:
             raise self._foreign("`coterie train`")
         check_known(path, "kind", kind, {"federation"}, CheckpointError)
+        check_keys(path, "key", marker, _MARKED, CheckpointError)
         if party != self._party:
             raise self._foreign(f"party {party}, not of {self._party}")
         if agreement != self._agreement:

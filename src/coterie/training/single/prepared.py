@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coterie.checkpoints import CheckpointStore
 from coterie.config import TrainConfig, content_hash, load_yaml
 from coterie.errors import CheckpointError, ConfigError
-from coterie.storage import json_object, write_json
+from coterie.storage import check_keys, json_object, write_json
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
@@ -23,6 +23,7 @@ MARKER = "run.json"
 """Names a run folder's run: the hash of its settings, and what else a resumed one is held to."""
 
 ROUNDS = "rounds"
+_MARKED = ("run", "coterie", "revision", "data", "privacy_run", ROUNDS)
 """In the marker of a run that was made longer: how many it has now."""
 
 
@@ -109,6 +110,7 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
             code="run-dir-none",
             fix="give the run_dir of a run that was started; it contains run.json",
         ) from None
+    check_keys(run_dir / MARKER, "key", marker, _MARKED, CheckpointError)
     config = load_yaml(run_dir / "config.yaml", TrainConfig)
     return config.model_copy(update={"run_dir": run_dir}), marker
 
