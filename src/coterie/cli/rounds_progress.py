@@ -21,7 +21,7 @@ SILENT_S = 3.5
 
 
 class Progressing(Protocol):
-    """The fields of `federation.round_state.State` that are shown."""
+    """The fields of `federation.rounds.state.State` that are shown."""
 
     @property
     def phase(self) -> str: ...

@@ -262,6 +262,12 @@ class FederationConfig(Spec):
                 "a record: it is at most one less"
             )
 
+    @property
+    def lot_size(self) -> int:
+        """Expected units of a private party's round, where its party.yaml names no other number."""
+        agreed = self.privacy.lot_size if isinstance(self.privacy, PrivacyRules) else None
+        return agreed or self.train.batch_size
+
     def content_hash(self) -> str:
         """Hex SHA-256 of the settings: the same on every party's machine. Paths count by their last component."""
         return content_hash(self)
@@ -326,7 +332,7 @@ def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySp
     undeclared = undeclared_artefacts(federation.model, party.data)
     if undeclared:
         raise _misfit(party, "; ".join(undeclared))
-    return PrivacySpec(**{**rules.model_dump(), "lot_size": rules.lot_size or federation.train.batch_size, **local})
+    return PrivacySpec(**{**rules.model_dump(), "lot_size": federation.lot_size, **local})
 
 
 def _misfit(party: PartyConfig, problem: str) -> ConfigError:

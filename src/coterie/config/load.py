@@ -83,7 +83,7 @@ def dump_yaml(path: str | Path, spec: Spec) -> None:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: ``off`` and ``no`` are words, ``1e-5`` is a number; PyYAML's own rules say otherwise."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML reads a class attribute
         first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

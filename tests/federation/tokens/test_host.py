@@ -28,9 +28,7 @@ from helpers.tokens_host import HOSTED, dispatch, make_host, rows, shard_weights
 from helpers.tokens_world import PARTIES, SPEC, Recording
 
 
-def exchange(
-    micro_batch: int = 0, layer: int = 0, party: str = "birch", attempt: int = 0, number: int = 0
-) -> CallId:
+def exchange(micro_batch: int = 0, layer: int = 0, party: str = "birch", attempt: int = 0, number: int = 0) -> CallId:
     return CallId(party, Address(attempt=attempt, micro_batch=micro_batch, layer=layer, call=number))
 
 

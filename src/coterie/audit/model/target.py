@@ -224,10 +224,9 @@ def _put_together(run: _Run, references: Sequence[Path], public: Sequence[Path])
         )  # fmt: skip
     texts = set(inside.texts)
     others = tuple(text for text in (test.texts if test is not None else ()) if text not in texts)
-    plain: Callable[[str], str] = lambda text: text  # noqa: E731
     return Target(
-        **common, members=_distinct(inside.texts), others=_distinct(others), member_ids=_ids(plain, inside.texts),
-        other_ids=_ids(plain, others), design=Design.REFERENCE if loaded else Design.SPLIT, population=made_public,
+        **common, members=_distinct(inside.texts), others=_distinct(others), member_ids=_ids(str, inside.texts),
+        other_ids=_ids(str, others), design=Design.REFERENCE if loaded else Design.SPLIT, population=made_public,
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class Release:
                 fix="burn the round (resume with other weights or start a new run); the ledger keeps its cost",
             )
         with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def load(path: Path) -> Fingerprints:
             fix="put the ledger's folder back as it was",
         )
     with safe_open(path, framework="np") as file:
-        users = file.get_tensor("users") if "users" in file.keys() else None  # noqa: SIM118
+        users = file.get_tensor("users") if "users" in file.keys() else None  # noqa: SIM118 - no mapping
         facts = file.metadata()
         forms = frozenset(facts.get("forms", "").split())
         check_keys(path, "field", facts, ("pieces", "forms"), LedgerError)

@@ -1,6 +1,6 @@
 """The narrow interface between coterie and the wire: messages, lanes, counters, remote errors.
 
-Two implementations, `inprocess.InProcessHub` and `grpc_transport.GrpcTransport`, pass the same tests
+Two implementations, `in_process.InProcessHub` and `grpc_transport.GrpcTransport`, pass the same tests
 (``tests/contracts/test_transport.py``). Callers use nothing but what stands here.
 
 Rules every implementation keeps:

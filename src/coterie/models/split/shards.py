@@ -153,7 +153,7 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
 

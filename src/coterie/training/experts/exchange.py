@@ -1,4 +1,4 @@
-"""A party's part in the `experts` exchange: `experts_host` stores, `experts_owner` computes and brings sums back."""
+"""A party's part in the `experts` exchange: `host` stores, `owner` computes and brings sums back."""
 
 from __future__ import annotations
 

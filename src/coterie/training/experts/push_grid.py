@@ -40,5 +40,5 @@ def masked_width(federation: FederationConfig) -> int:
         return plain_grid(parties, federation.push_limit).width
     share = PooledNoise(parties, federation.colluding).share
     step = sigma * share * rules.clip_norm / GRID_SIGMA
-    lot_size = rules.lot_size or federation.train.batch_size
+    lot_size = federation.lot_size
     return MaskGrid(parties, noised_scale(step, rules.clip_norm, lot_size, rules.max_lot)).width
