@@ -1,8 +1,8 @@
 """What happens to an operation on a trainable parameter: the table, and what is done with operations not in it.
 
 In order: an operation on parameters alone, which is only remembered; a rule of its own (`rules_matrix`,
-`rules_elementwise`, `rules_convolution`); an operation whose parameters were all repeated over the records before; running
-it again one record at a time, where the parameter is small; refusal.
+`rules_elementwise`, `rules_convolution`); an operation whose parameters were all repeated over the records before;
+running it again one record at a time, where the parameter is small; refusal.
 """
 
 from __future__ import annotations
