@@ -23,8 +23,12 @@ from coterie.training.party.in_process import InProcessFederation, run_in_proces
 from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.run import PartyResult
 from helpers.federations import PARTIES, assert_same, full_models, make_parts
+from helpers.private_federation import already_compared as already_compared
 from helpers.private_settings import CLIP, LOT, clipped_gradient, exchange_of, private_settings, with_privacy
 from helpers.recorded import recorded_of
+
+compared_elsewhere = pytest.mark.usefixtures("already_compared")
+"""On tests that do not look at what the comparison leads to; the others here go through it."""
 
 
 def centralised(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs], sigma: float) -> None:
@@ -63,6 +67,7 @@ def run(
     return federation, parts, one
 
 
+@compared_elsewhere
 @pytest.mark.parametrize(("sigma", "tolerance"), [(1e-7, 1e-5), (0.8, 1e-4)])
 def test_three_private_parties_equal_centralised_clipped_sgd_with_the_same_summed_noise(
     tmp_path: Path, sigma: float, tolerance: float
@@ -90,6 +95,7 @@ def test_each_party_spends_by_its_own_ledger_what_the_accountant_says(tmp_path: 
         assert f'"units":{count}' in text
 
 
+@compared_elsewhere
 def test_a_party_whose_budget_is_spent_stops_contributing_and_the_others_go_on(tmp_path: Path):
     config = private_settings(train__rounds=4)
     one = full_models()[PARTIES[0]]
@@ -131,6 +137,7 @@ def test_an_unnoised_private_trunk_cannot_be_configured(tmp_path: Path):
                     assert opened.get_tensor(key).abs().sum() > 0, "every trunk parameter gets noise"
 
 
+@compared_elsewhere
 def test_a_party_that_starts_again_after_the_end_still_says_what_it_revealed(tmp_path: Path):
     config = private_settings(train__rounds=2)
     one = full_models()[PARTIES[0]]
@@ -152,6 +159,7 @@ def test_a_party_that_starts_again_after_the_end_still_says_what_it_revealed(tmp
         assert after.statement == before.statement
 
 
+@compared_elsewhere
 def test_what_leaves_an_owner_has_the_same_sizes_and_order_whatever_the_size_of_its_lot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
