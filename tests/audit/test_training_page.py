@@ -21,7 +21,7 @@ def run_folder(tmp_path: Path, rounds: int = 3, *, private: bool = True, finishe
     (folder / "private").mkdir(parents=True)
     rows: list[dict[str, float]] = []
     for at in range(rounds):
-        own = {"loss_not_private": 4.5 - at / 10, "lot_size_not_private": 250 + at, "epsilon": 4.0 + at}
+        own = {"loss_not_private": 4.5 - at / 10, "drawn_not_private": 250 + at, "epsilon": 4.0 + at}
         plain = {"loss": 4.5 - at / 10, "tokens": 960.0 + at}
         rows.append({"round": at + 1, **(own if private else plain), "seconds": 2.0, "noise_seconds": 0.5})
     rows.append({"round": rounds, "test_loss": 4.234})

@@ -240,7 +240,7 @@ def test_a_private_run_records_the_noised_sums_and_the_owners_key_the_lots(tmp_p
     assert {push.round for push in pushes} == {1, 2}
     lots = {push.round: [record.row for record in answers.records(push)] for push in pushes}
     figures = read_metrics(parts["alder"].run_dir / "private")
-    sizes = {int(row["round"] or 0): row["lot_size_not_private"] for row in figures if "lot_size_not_private" in row}
+    sizes = {int(row["round"] or 0): row["drawn_not_private"] for row in figures if "drawn_not_private" in row}
     assert {number: len(rows) for number, rows in lots.items()} == sizes
     assert all(rows == sorted(set(rows)) for rows in lots.values())
     names = {path.name for path in (parts["alder"].run_dir / "private").iterdir()}

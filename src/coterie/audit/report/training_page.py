@@ -21,7 +21,8 @@ from coterie.training.metrics import read_metrics
 _LOSSES = {"loss": "training", "loss_not_private": "training", "test_loss": "held-out"}
 _LOADS = {
     "tokens": "tokens in a round",
-    "lot_size_not_private": "records in the lot",
+    "drawn_not_private": "records in the lot",
+    "lot_size_not_private": "records in the lot",  # of the versions before this one
 }
 _RELEASED = {
     "load_most": "the most used expert",

@@ -311,7 +311,7 @@ class PrivateSums:
         if last is not None and last.round == round_no:
             metrics |= {
                 "loss_not_private": last.loss,
-                "lot_size_not_private": last.drawn,
+                "drawn_not_private": last.drawn,
                 "clipped_not_private": last.clipped,
                 "not_finite_not_private": last.masked,
             }

@@ -82,7 +82,7 @@ class PrivateStepper:
         spent = session.spent() if due else None
         metrics = {
             "loss_not_private": last.loss,
-            "lot_size_not_private": last.drawn,
+            "drawn_not_private": last.drawn,
             "not_finite_not_private": last.masked,
         }
         if session.lot_sums.balancer is not None:
