@@ -18,9 +18,11 @@ from coterie.demonstration.folder import MADE
 from coterie.demonstration.plan import ARMS
 from coterie.federation.identity.certificates import Role
 from coterie.federation.identity.identify import identify
+from helpers.forked import search_path
 from helpers.waiting import until
 
-DEMO = (sys.executable, "-m", "coterie.cli.app", "demo", "--quick", "--parties", "2")
+QUICK = ("--quick", "--parties", "2")
+DEMO = (sys.executable, "-m", "coterie.cli.app", "demo", *QUICK)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -39,7 +41,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     """A whole quick demo of two parties and two rounds; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     arguments = ("--rounds", "2", "--dir", str(folder / "run"), "--json", str(folder / "demo.json"))
-    done = subprocess.run([*DEMO, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    command = (sys.executable, "-m", "helpers.forking_demo", *QUICK, *arguments)
+    environment = {**ENVIRONMENT, "PYTHONPATH": search_path()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done
 
