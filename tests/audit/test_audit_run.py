@@ -133,8 +133,11 @@ def test_a_budget_s_figures_join_attacks_and_bounds() -> None:
     found = private_figures(noised(), bounds, (7.99, 1e-5))
     assert (found.recovery, found.prior, found.advantage) == (0.171, 0.17, 0.001)
     assert (found.epsilon_claimed, found.epsilon_lower, found.epsilon_ceiling) == (7.99, 0.5, 3.6)
-    assert found.auc == 0.58
+    assert (found.auc, found.auc_limit, found.auc_allowed) == (0.58, 0.741, 0.74), "each test has its own limit"
     assert found.reasons == {}
+    unpromised = private_figures((member(0.6, 1.4),), bounds, (7.99, 1e-5))
+    assert unpromised.auc_limit is None
+    assert unpromised.reasons["auc_limit"] == "nothing is promised of this test"
     endless = private_figures(
         noised(), {**bounds, "epsilon_lower": math.inf, "epsilon_ceiling": math.inf}, (7.99, 1e-5)
     )

@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from coterie.audit.findings import Findings, Over, PrivateFigures, TokensFigures
+from coterie.audit.findings import Finding, Findings, Over, PrivateFigures, TokensFigures, Unit, carried
 from coterie.audit.report.shareable import shareable
 from helpers.synthetic_findings import estimate, finding, findings, private
 
@@ -45,6 +45,17 @@ def test_a_finding_has_a_value_or_the_reason_why_there_is_none() -> None:
         finding(None, reason="")
     with pytest.raises(ValidationError, match="a value or the reason"):
         finding(0.5, reason="why")
+
+
+def test_a_finding_that_could_have_been_anything_has_no_value() -> None:
+    told = finding(0.9, 1.0, sentence="90 % of tokens", gain=estimate(0.5), roc=((0.0, 1.0),))
+    found = carried(told)
+    assert (found.value, found.prior, found.gain, found.roc) == (None, None, None, ())
+    assert "too few documents" in found.reason
+    assert "90" not in found.sentence
+    assert Finding.model_validate(found.model_dump()) == found
+    for kept in (finding(0.9, 0.899), finding(0.9, 1.0, unit=Unit.BITS), finding(None)):
+        assert carried(kept) is kept
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

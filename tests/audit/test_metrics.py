@@ -60,7 +60,27 @@ def test_a_rate_on_too_few_documents_says_nothing_of_others(documents: int, says
     gain = metrics.advantage(right_P, prior_P, document_P)
     assert found.value == gain.value == 0.1
     assert ((found.low, found.high) != (0.0, 1.0)) is ((gain.low, gain.high) != (-1.0, 1.0)) is says
-    assert bool(metrics.few_documents(document_P)) is not says
+
+
+@pytest.mark.parametrize(("documents", "says"), [(1, False), (3, False), (4, True)])
+def test_scores_of_too_few_documents_say_nothing_of_others(documents: int, says: bool) -> None:
+    member, other = torch.arange(40.0) + 100, torch.arange(40.0)
+    scores = Scores.of(member, other, torch.arange(40) % documents, torch.arange(40))
+    found, rate = metrics.auc(scores), metrics.tpr_at(0.1, scores)
+    assert rate is not None
+    assert found.value == rate.value == 1.0
+    assert (found.low > 0.5) is (rate.low > 0.5) is says
+    assert metrics.auc(Scores.of(member[:3], other)).low > 0, "each score stands for itself"
+
+
+def test_the_mean_of_a_few_measurements_has_student_s_interval() -> None:
+    found = metrics.mean([0.2, 0.4, 0.4, 0.6, 0.9])
+    # Mean 0.5, deviation sqrt(0.28 / 4), t(4) at 97.5 % = 2.776.
+    assert found.value == pytest.approx(0.5)
+    assert found.high - found.value == pytest.approx(2.776 * math.sqrt(0.28 / 4 / 5), rel=1e-3)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+    assert metrics.mean([0.9, 0.9, 0.9]) == Estimate(pytest.approx(0.9), 0.0, 1.0, 3)  # type: ignore[arg-type]
+    assert metrics.mean([0.0, 1.0, 0.0, 1.0]).low == 0.0
 
 
 def test_documents_count_by_their_places() -> None:

@@ -124,7 +124,7 @@ def test_no_fact_about_the_text_is_anywhere_in_the_edition_to_pass_on() -> None:
             "next_settings": (told,),
             "tokens": TokensFigures(recovery=None, layers={"0": COUNT}, prior=COUNT, reasons={"recovery": told}),
             "experts_dp": private(epsilon_lower=None).model_copy(update={"reasons": {"epsilon_lower": told}}),
-            "controls": controls(None, None, None, dict.fromkeys(("positive", "negative", "prior"), told)),
+            "controls": controls(*[None] * 4, dict.fromkeys(("positive", "negative", "prior", "gap"), told)),
         }
     )
     assert SECRET in json.dumps(whole.as_json())

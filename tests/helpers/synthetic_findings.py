@@ -42,8 +42,10 @@ def finding(value: float | None = 0.9, half: float = 0.01, prior: float | None =
     return Finding(value=found, prior=None if prior is None else estimate(prior), **(values | more))
 
 
-def working(positive: float = 0.997, negative: float = 0.171, prior: float = 0.168) -> Controls:
-    return controls(estimate(positive), estimate(negative), estimate(prior), {})
+def working(positive: float = 0.997, negative: float = 0.171, prior: float = 0.168, half: float = 0.005) -> Controls:
+    """Controls whose paired difference reaches ``half`` to both sides."""
+    gap = Estimate(negative - prior, negative - prior - half, negative - prior + half, 1000)
+    return controls(estimate(positive), estimate(negative), estimate(prior), gap, {})
 
 
 def private(**given: Any) -> PrivateFigures:
@@ -52,6 +54,7 @@ def private(**given: Any) -> PrivateFigures:
         "prior": 0.17,
         "advantage": 0.001,
         "auc": 0.58,
+        "auc_limit": 0.86,
         "auc_allowed": 0.741,
         "epsilon_claimed": 8.0,
         "epsilon_lower": 0.5,

@@ -13,6 +13,7 @@ from coterie.audit.verdicts import best
 
 NOT_AUDITED = "no such run was audited"
 _UNMEASURED = "no attack measured it"
+_UNPROMISED = "nothing is promised of this test"
 _ENDLESS = "it has no bound: no finite epsilon covers what was measured or could have been"
 _BOUNDS = ("auc_allowed", "epsilon_claimed", "epsilon_lower", "epsilon_ceiling")
 
@@ -66,6 +67,9 @@ def private_figures(
     gain = None if read is None else read.gain
     values = {"recovery": _value(read), "prior": _prior(some, read), "advantage": gain, "auc": _value(auc)}
     filled = _filled(values, findings)
+    filled["auc_limit"] = None if auc is None else auc.allowed
+    if filled["auc_limit"] is None:
+        filled["reasons"]["auc_limit"] = filled["reasons"].get("auc", _UNPROMISED)
     if read is not None and gain is None and read.value is not None and read.prior is not None:
         filled["advantage"] = read.value.value - read.prior.value
         del filled["reasons"]["advantage"]

@@ -39,6 +39,7 @@ class Unit(StrEnum):
     NEXT = "share of next tokens"
     PLACES = "share of places ranked first"
     PAIRS = "share of adjacent pairs"
+    LOADS = "share of loads told exactly"
     RECORDS = "share of whole records"
     SECRETS = "share of whole secrets"
     BAG = "F1 of the bag of tokens"
@@ -126,6 +127,21 @@ class Finding(_Model):
         return self
 
 
+_UNBOUNDED = (Unit.BITS, Unit.EPSILON)
+_NOT_CARRIED = "too few documents or pushes: by its interval it could have been anything"
+
+
+def carried(finding: Finding) -> Finding:
+    """The finding; without its value, and with the reason, where the interval is all that the value could be."""
+    value = finding.value
+    if value is None or finding.unit in _UNBOUNDED or value.low > 0 or value.high < 1:
+        return finding
+    nothing = {"value": None, "prior": None, "gain": None, "roc": ()}
+    return finding.model_copy(
+        update=nothing | {"reason": _NOT_CARRIED, "sentence": f"It could not be measured: {_NOT_CARRIED}."}
+    )
+
+
 class _Figures(_Model):
     """Figures of which each is a number or null with its reason under ``reasons``."""
 
@@ -175,7 +191,8 @@ class PrivateFigures(_Figures):
 
     Attributes:
         advantage: recovery minus prior.
-        auc: of membership in a lot, or of what the trained model tells; its own `Finding.allowed` stands beside it.
+        auc: of membership in a lot, or of what the trained model tells.
+        auc_limit: the largest AUC that the claim allows the very test which ``auc`` is of.
         auc_allowed: the largest AUC that the claim allows a test of one record by the whole run.
         roc_allowed: (false positives, most true positives) that it allows.
         epsilon_lower: audited lower bound.
@@ -186,6 +203,7 @@ class PrivateFigures(_Figures):
     prior: float | None
     advantage: float | None
     auc: float | None
+    auc_limit: float | None
     auc_allowed: float | None
     roc_allowed: tuple[tuple[float, float], ...] = ()
     epsilon_claimed: float | None
@@ -200,12 +218,14 @@ class Controls(_Figures):
         positive: share of tokens read from undefended hidden vectors of the first MoE layer.
         negative: share of tokens that an instrument reads which can know nothing of them.
         prior: share of the same tokens that is guessed without an instrument.
+        gap: ``negative`` less ``prior``, paired over the same tokens.
         passed: positive and negative are where they must be, and the prior is measured.
     """
 
     positive: float | None
     negative: float | None
     prior: float | None
+    gap: float | None
     passed: bool
 
 
@@ -245,6 +265,7 @@ class Identification(_Model):
     Attributes:
         commit: that coterie was built from; None where nobody knows.
         seconds, cpu_s: of the whole audit, by the clock and of the processor.
+        pieces: seconds by the clock of each attack on an exchange, on a model, on epsilon, and of the controls.
     """
 
     version: str
@@ -253,6 +274,7 @@ class Identification(_Model):
     seed: int
     seconds: float
     cpu_s: float
+    pieces: dict[str, float] = Field(default_factory=dict)
     machine: str
     at: str
     runs: tuple[Audited, ...]

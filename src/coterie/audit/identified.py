@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from coterie.training.single.prepared import read_config
 _PACKAGES = ("torch", "transformers", "dp-accounting", "numpy")
 
 
-def identification(runs: list[Audited], seed: int, seconds: float, cpu_s: float) -> Identification:
+def identification(
+    runs: list[Audited], seed: int, seconds: float, cpu_s: float, pieces: Mapping[str, float]
+) -> Identification:
     """Of a whole audit that took so long."""
     return Identification(
         version=__version__,
@@ -33,6 +36,7 @@ def identification(runs: list[Audited], seed: int, seconds: float, cpu_s: float)
         seed=seed,
         seconds=round(seconds, 1),
         cpu_s=round(cpu_s, 1),
+        pieces=dict(pieces),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         runs=tuple(runs),

@@ -3,7 +3,7 @@
 Every rate comes as an `Estimate` with a 95 % interval. Places of one document are alike, so intervals resample whole
 documents. Where all documents agree that would give an interval of no width: none is narrower than the exact one, or
 the score interval, of independent places. Fewer than `FEWEST_DOCUMENTS` documents say nothing of others: then the
-interval is all that the figure could have been.
+interval is all that the figure could have been, and no finding shows it (`coterie.audit.findings.carried`).
 
 Shape letters: P places (tokens of the attacked text), D documents, M members, N others (non-members), V vocabulary, U
 distinct scores, R resamples.
@@ -76,10 +76,23 @@ def proportion(hits: int, total: int) -> Estimate:
     return Estimate(hits / total, float(interval.low), float(interval.high), total)
 
 
-def few_documents(document_P: Tensor) -> str:
-    """Why places carry no interval over documents; empty when they do."""
-    count = len(torch.unique(document_P))
-    return f"it rests on {count} documents, not {FEWEST_DOCUMENTS}" if count < FEWEST_DOCUMENTS else ""
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of independent measurements of a share, with Student's interval.
+
+    Raises:
+        AuditError: there is none.
+    """
+    _need(len(values), "measurement")
+    found = torch.tensor(values, dtype=torch.float64)
+    value, count = float(found.mean()), len(values)
+    if count < FEWEST_DOCUMENTS:
+        return Estimate(value, 0.0, 1.0, count)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * found.std() / math.sqrt(count))
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), count)
+
+
+def _few(document_P: Tensor) -> bool:
+    return len(torch.unique(document_P)) < FEWEST_DOCUMENTS
 
 
 def rate(right_P: Tensor, document_P: Tensor | None = None, *, seed: int = 0) -> Estimate:
@@ -98,7 +111,7 @@ def rate(right_P: Tensor, document_P: Tensor | None = None, *, seed: int = 0) ->
     if document_P is None:
         return exact
     _same(len(right_P), len(document_P))
-    if few_documents(document_P):
+    if _few(document_P):
         return exact.wider((0.0, 1.0))
     return exact.wider(_resampled_mean(right_P.double(), document_P, seed))
 
@@ -126,7 +139,7 @@ def advantage(right_P: Tensor, prior_P: Tensor, document_P: Tensor | None = None
     if document_P is None:
         return paired
     _same(len(right_P), len(document_P))
-    if few_documents(document_P):
+    if _few(document_P):
         return paired.wider((-1.0, 1.0))
     return paired.wider(_resampled_mean(right_P.double() - prior_P.double(), document_P, seed))
 
@@ -188,6 +201,12 @@ class Scores:
     member_documents_M: Tensor
     other_documents_N: Tensor
 
+    @property
+    def of_few(self) -> bool:
+        """Whether a side has several scores of one document, and too few documents to resample."""
+        sides = self.member_documents_M, self.other_documents_N
+        return any(_few(documents) and len(torch.unique(documents)) < len(documents) for documents in sides)
+
     @classmethod
     def of(
         cls,
@@ -242,15 +261,21 @@ class Scores:
         return cls.of([scores[k] for k in inside], [scores[k] for k in outside], *(groups or (None, None)))
 
 
+def area(scores: Scores) -> float:
+    """The chance that a member scores above another, ties counted half, without an interval."""
+    return float(_area(*_counts(scores))[0])
+
+
 def auc(scores: Scores, *, seed: int = 0) -> Estimate:
     """The chance that a member scores above another; ties count half.
 
-    The interval resamples documents on both sides, and is no narrower than the score interval of Newcombe (2006).
+    The interval resamples documents on both sides, and is no narrower than the score interval of Newcombe (2006). Too
+    few documents on a side that has several scores of one leave it at [0, 1].
     """
     members, others = len(scores.member_M), len(scores.other_N)
-    value = float(_area(*_counts(scores))[0])
+    value = area(scores)
     found = Estimate(value, *_resampled(scores, seed, _area), members + others)
-    return found.wider(_newcombe(value, members, others))
+    return found.wider((0.0, 1.0) if scores.of_few else _newcombe(value, members, others))
 
 
 def fewest_others(fpr: float) -> int:
@@ -275,7 +300,8 @@ def tpr_at(fpr: float, scores: Scores, *, seed: int = 0) -> Estimate | None:
 
     value = float(found(*_counts(scores))[0])
     exact = proportion(round(value * members), members)
-    return Estimate(value, *_resampled(scores, seed, found), members).wider((exact.low, exact.high))
+    spread = (0.0, 1.0) if scores.of_few else (exact.low, exact.high)
+    return Estimate(value, *_resampled(scores, seed, found), members).wider(spread)
 
 
 def roc(scores: Scores) -> tuple[Tensor, Tensor]:

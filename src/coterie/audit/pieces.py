@@ -9,7 +9,7 @@ from typing import Any
 
 from coterie.audit.adversaries import DEFAULT, Adversary
 from coterie.audit.evidence import Evidence
-from coterie.audit.findings import Channel, Controls, Finding, Part, Unit
+from coterie.audit.findings import Channel, Controls, Finding, Part, Unit, carried
 from coterie.audit.verdicts import controls
 from coterie.config import ModelSpec
 from coterie.errors import CoterieError
@@ -33,7 +33,7 @@ def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> l
         return [nothing(name, part, "the owner kept no key to score with")]
     try:
         attack = on_tokens if part is Part.TOKENS else on_experts
-        return attack(evidence, seed=seed, budget_s=budget_s)
+        return [carried(found) for found in attack(evidence, seed=seed, budget_s=budget_s)]
     except CoterieError as error:
         return [nothing(name, part, error.message)]
 
@@ -66,7 +66,7 @@ def on_model(
 
     try:
         target = Target.of_run(run, model=whole, parties=parties, references=references, public=public)
-        return attack(target, seed=seed, budget_s=budget_s)
+        return [carried(found) for found in attack(target, seed=seed, budget_s=budget_s)]
     except CoterieError as error:
         return error.message
 
@@ -99,7 +99,7 @@ def instruments(evidence: Evidence | None, seed: int) -> Controls:
         negative = negative_control(model, evidence.public, seed=seed)
     except CoterieError as error:
         return _untried(error.message.rstrip("."))
-    return controls(positive.value, negative.value, negative.prior, {})
+    return controls(positive.value, negative.value, negative.prior, negative.gap, {})
 
 
 def nothing(name: str, part: Part, why: str) -> Finding:
@@ -112,4 +112,4 @@ def nothing(name: str, part: Part, why: str) -> Finding:
 
 
 def _untried(why: str) -> Controls:
-    return controls(None, None, None, dict.fromkeys(("positive", "negative", "prior"), why))
+    return controls(None, None, None, None, dict.fromkeys(("positive", "negative", "prior", "gap"), why))

@@ -7,7 +7,8 @@ what could not be concluded is told, and the rest goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ class _Gathered:
     untested: list[str] = field(default_factory=list)
     why_no_epsilon: str = ""
     evidence: Evidence | None = None
+    pieces: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, piece: str) -> Iterator[None]:
+        """Note how long a piece takes."""
+        began = time.monotonic()
+        yield
+        self.pieces[piece] = self.pieces.get(piece, 0.0) + round(time.monotonic() - began, 1)
 
 
 def public_files(folders: Sequence[Path]) -> tuple[Path, ...]:
@@ -96,7 +105,8 @@ def audit(asked: Sequence[Asked], *, seed: int, budget_s: float, progress: Progr
         left = (until - time.monotonic()) / (len(asked) - place)
         _one(one, gathered, seed, max(1.0, left * (1 - _CONTROLS)), progress)
     progress("trying the instruments on public text")
-    measured = pieces.instruments(gathered.evidence, seed)
+    with gathered.timed("controls"):
+        measured = pieces.instruments(gathered.evidence, seed)
     return _concluded(gathered, measured, seed, time.monotonic() - began, time.process_time() - cpu)
 
 
@@ -111,18 +121,20 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, progress
     if part is not Part.ALONE and gathered.evidence is not None:
         progress(f"attacking what others received of {gathered.evidence.owner} ({LABELS[part].replace('`', '')})")
         share = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if part is Part.EXPERTS_DP else 0.0)
-        some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * share)
+        with gathered.timed(f"{part.value}: exchange"):
+            some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * share)
     if asked.model:
         progress("attacking the trained model")
-        found = pieces.on_model(
-            asked.run,
-            seed,
-            max(1.0, min(until - time.monotonic(), budget_s * _MODEL)),
-            whole=asked.whole,
-            parties=[folder for folder in asked.received if (folder / PARTY_FILE).is_file()],
-            references=asked.references,
-            public=asked.public,
-        )
+        with gathered.timed(f"{part.value}: trained model"):
+            found = pieces.on_model(
+                asked.run,
+                seed,
+                max(1.0, min(until - time.monotonic(), budget_s * _MODEL)),
+                whole=asked.whole,
+                parties=[folder for folder in asked.received if (folder / PARTY_FILE).is_file()],
+                references=asked.references,
+                public=asked.public,
+            )
         if isinstance(found, str):
             gathered.untested.append(f"The trained model: {found}")
         else:
@@ -132,7 +144,8 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, progress
     if part is Part.EXPERTS_DP or claimed:
         progress("epsilon from below")
         left = max(1.0, until - time.monotonic())
-        epsilon = pieces.on_epsilon(asked.run, asked.start, seed, left, asked.canaries)
+        with gathered.timed(f"{part.value}: epsilon"):
+            epsilon = pieces.on_epsilon(asked.run, asked.start, seed, left, asked.canaries)
         if isinstance(epsilon, str):
             gathered.why_no_epsilon = epsilon
             gathered.untested.append(f"Epsilon from below: {epsilon}")
@@ -209,7 +222,7 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
         tested=tuple(_tested(found, gathered)),
         untested=(*_untested(found, gathered), *ALWAYS_UNTESTED),
         next_settings=tuple(next_settings(judged, private, measured, found)),
-        identification=identification(gathered.runs, seed, seconds, cpu_s),
+        identification=identification(gathered.runs, seed, seconds, cpu_s, gathered.pieces),
     )
 
 
@@ -259,8 +272,9 @@ def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> li
 def played_instead(found: Container[Part]) -> list[str]:
     """Which adversaries a stronger one stood in for, in sentences."""
     return [
-        f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts: {DEFAULT.label}, who also "
-        "has the public checkpoint, was played in its place."
+        f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts, on tokens: without the "
+        f"embedding it has no vector to look for in a sum. {DEFAULT.label}, who also has the public checkpoint, was "
+        "played in its place."
         for part in (Part.EXPERTS, Part.EXPERTS_DP)
         if part in found
     ]

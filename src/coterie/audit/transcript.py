@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coterie.audit.fitting import Fitting, head_of, unfit
 from coterie.errors import CheckpointError
@@ -19,6 +19,7 @@ from coterie.federation.wire.frame_log import Logged, files_in, read_entries, re
 from coterie.federation.wire.messages import TABLE, TensorRule
 from coterie.federation.wire.recording import STOPPED, TRANSCRIPT
 from coterie.federation.wire.values import largest
+from coterie.models.seam import expert_layers
 from coterie.training.folders import private_folder
 
 Phase = Literal["train", "evaluation"]
@@ -207,6 +208,23 @@ class Transcript:
         """
         for _ in self.dispatches() if self.exchange == "tokens" else self.pushes():
             pass
+
+    def check_start(self, model: nn.Module) -> None:
+        """Make sure that the head speaks of a model like the one that all started from.
+
+        Raises:
+            CheckpointError: ``transcript-damaged``.
+        """
+        layers, own = expert_layers(model), dict(model.named_parameters())
+        told = f"The head of the transcript of {self.party}"
+        if [len(hosts) for hosts in self.placement] != [layer.num_experts for layer in layers]:
+            raise unfit(told, "the starting checkpoint has other MoE layers or other numbers of experts")
+        for part in self.parts:
+            held = layers[part.layer].parameters() if part.layer >= 0 else own
+            hosted = (len(part.experts),) if part.layer >= 0 else ()
+            for name, shape in part.shapes:
+                if name not in held or shape != (*hosted, *held[name].shape[len(hosted) :]):
+                    raise unfit(told, f"the starting checkpoint has no such {part}")
 
     def holds(self, part: Part, dtype: torch.dtype) -> bool:
         """Whether the files are large enough for a whole part: a head may name any size, and nobody makes room."""

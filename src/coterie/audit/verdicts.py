@@ -2,7 +2,7 @@
 
 Nothing counts as held unless the instruments work: the positive control reads at least `POSITIVE` of the tokens of
 undefended hidden vectors by the lower end of its interval, a prior was measured, and the negative control, an
-instrument that can know nothing, stays within `NEAR` of its prior.
+instrument that can know nothing, stays within `NEAR` of its prior with the whole interval of the paired difference.
 """
 
 from __future__ import annotations
@@ -37,12 +37,22 @@ _WEAKER = {
     Adversary.ALL_HOSTS: (Adversary.NETWORK, Adversary.HOST, Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS),
 }
 """Whose attacks each can play, too."""
+_CONTROLS = {
+    "positive": "the positive control",
+    "negative": "the negative control",
+    "prior": "the prior",
+    "gap": "the negative control less its prior",
+}
 READS = (Unit.TOKENS, Unit.PLACES, Unit.NEXT, Unit.SEEN, Unit.RECORDS, Unit.SECRETS)
 """Units that say text was read, the one that says most first."""
 
 
 def controls(
-    positive: Estimate | None, negative: Estimate | None, prior: Estimate | None, reasons: dict[str, str]
+    positive: Estimate | None,
+    negative: Estimate | None,
+    prior: Estimate | None,
+    gap: Estimate | None,
+    reasons: dict[str, str],
 ) -> Controls:
     """Join the controls and judge them.
 
@@ -50,15 +60,17 @@ def controls(
         positive: share of tokens read where nothing defends them.
         negative: share of tokens that an instrument reads which can know nothing of them.
         prior: share of the same tokens that is guessed without an instrument.
+        gap: ``negative`` less ``prior``, paired over those tokens.
         reasons: why one is missing, by its name.
     """
-    values = {"positive": positive, "negative": negative, "prior": prior}
+    values = {"positive": positive, "negative": negative, "prior": prior, "gap": gap}
     passed = (
         positive is not None
         and negative is not None
         and prior is not None
+        and gap is not None
         and positive.low >= POSITIVE
-        and abs(negative.value - prior.value) <= NEAR
+        and _farthest(gap) <= NEAR
     )
     return Controls(
         **{name: None if found is None else found.value for name, found in values.items()},
@@ -68,30 +80,28 @@ def controls(
     )
 
 
+def _farthest(gap: Estimate) -> float:
+    """How far from its prior the negative control may be, by the interval."""
+    return max(-gap.low, gap.high)
+
+
 def failed(measured: Controls) -> str:
     """Why the controls let nothing count as held, in one sentence; empty when they do."""
     if measured.passed:
         return ""
-    why = [
-        f"the {name} control: {measured.reasons[name]}"
-        for name in ("positive", "negative")
-        if name in measured.reasons
-    ]
-    if "prior" in measured.reasons:
-        why.append(f"the prior: {measured.reasons['prior']}")
+    why = [f"{what}: {measured.reasons[name]}" for name, what in _CONTROLS.items() if name in measured.reasons]
     positive = measured.intervals.get("positive")
     if positive is not None and positive.low < POSITIVE:
         why.append(
             f"the positive control read {percent(positive.value)} of tokens, by its interval as few as "
             f"{percent(positive.low)} instead of {percent(POSITIVE)}"
         )
-    if (
-        measured.negative is not None
-        and measured.prior is not None
-        and abs(measured.negative - measured.prior) > NEAR
-    ):
-        gap = 100 * abs(measured.negative - measured.prior)
-        why.append(f"the negative control is {gap:.1f} points from the prior, not within {100 * NEAR:.0f}")
+    gap = measured.intervals.get("gap")
+    if gap is not None and _farthest(gap) > NEAR:
+        why.append(
+            f"the negative control is {100 * abs(gap.value):.1f} points from the prior, by its interval as many as "
+            f"{100 * _farthest(gap):.1f}, not within {100 * NEAR:.0f}"
+        )
     return "; ".join(why)
 
 

@@ -23,15 +23,16 @@ from coterie.audit.experts.bag import table_names, table_sums
 from coterie.audit.experts.case import Case, Clock, Owned
 from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.drift import drifted
+from coterie.audit.experts.loads import choices, loads
 from coterie.audit.experts.membership import Scored
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.plain import without
 from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.simulate import rows_of, summed
-from coterie.audit.findings import Unit
+from coterie.audit.findings import Unit, carried
 from coterie.audit.transcript import Transcript
 from coterie.config import FederationConfig, LoraSpec, OptimSpec, dump_yaml, load_yaml
-from coterie.errors import AuditError
+from coterie.errors import AuditError, CheckpointError
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.training.party.in_process import InProcessFederation
 from helpers.federations import full_models, make_parts, settings, text
@@ -162,16 +163,56 @@ def test_small_pushes_are_of_several_documents_and_one_document_carries_no_rate(
     alike = [Owned(row, 7, record.ids) for row, record in enumerate(case.lot(1))]
     case.__dict__["lot"] = lambda _: alike
     found = plain.next_tokens(case, Adversary.ALL_HOSTS, 1, Clock(60.0), places=8)
-    assert found.value is None
-    assert "1 documents" in found.reason
+    assert carried(found).value is None
+    assert "too few documents" in carried(found).reason
 
 
-def test_one_push_gives_its_tokens_no_interval(evidence: Evidence) -> None:
-    f1, presence = plain.bag(case_of(evidence), Adversary.ALL_HOSTS, Clock(60.0))
+def test_the_tokens_of_several_pushes_have_an_interval_and_those_of_one_have_none(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    f1, presence = plain.bag(case, Adversary.ALL_HOSTS, Clock(60.0))
     assert presence.unit is Unit.PRESENCE
     for each in (f1, presence):
         assert each.value is not None
-        assert (each.value.low, each.value.high, each.value.count) == (0.0, 1.0, 1)
+        assert each.prior is not None
+        assert each.value.count == len(case.train) // LOT, "each record is in one push at most"
+        assert each.value.low > each.prior.high
+    case.__dict__["train"] = case.lot(1)
+    assert all(carried(each).value is None for each in plain.bag(case, Adversary.ALL_HOSTS, Clock(60.0)))
+
+
+def test_a_host_that_knows_nothing_counts_the_tokens_of_its_experts_by_rank(evidence: Evidence) -> None:
+    case = case_of(evidence)
+    found = loads(case, 1, Clock(60.0))
+    assert (found.adversary, found.unit, found.lot) == (Adversary.HOST, Unit.LOADS, 1)
+    assert found.value is not None
+    assert found.prior is not None
+    assert found.value.value > 0.9 > found.prior.value
+    record = case.lot(1)[0]
+    (rows,) = rows_of(case.reader, [record.ids])
+    of, last = rows.layers[0], len(record.ids) - 1  # nothing is predicted from it
+    chose = [expert for token, expert in zip(of.token_R.tolist(), of.expert_R.tolist(), strict=True) if token != last]
+    assert {key: count for key, count in choices(case, [record]).items() if key[0] == 0} == {
+        (0, expert): chose.count(expert) for expert in set(chose)
+    }
+
+
+@pytest.mark.parametrize("wrong", ["layers", "experts", "shapes", "names"])
+def test_a_head_that_the_starting_checkpoint_does_not_fit_is_refused(evidence: Evidence, wrong: str) -> None:
+    right = evidence.received["birch"]
+    right.check_start(tiny_model("olmoe"))
+    part = next(each for each in right.parts if each.layer >= 0)
+    (name, shape), *rest = part.shapes
+    shapes = {"shapes": (name, (*shape[:-1], shape[-1] + 1)), "names": ("of_nothing", shape)}
+    other = replace(part, shapes=(shapes.get(wrong, (name, shape)), *rest))
+    placement = {"layers": right.placement[:-1], "experts": (right.placement[0][:-1], *right.placement[1:])}
+    bent = replace(
+        right,
+        placement=placement.get(wrong, right.placement),
+        parts=tuple(other if each is part else each for each in right.parts),
+    )
+    with pytest.raises(CheckpointError, match="starting checkpoint") as caught:
+        case_of(replace(evidence, received={"birch": bent}))
+    assert caught.value.code == "transcript-damaged"
 
 
 def test_known_records_are_taken_out_of_a_push(evidence: Evidence) -> None:

@@ -9,6 +9,7 @@ from coterie.audit.adversaries import Adversary
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts import noised, plain
 from coterie.audit.experts.case import Case, Clock
+from coterie.audit.experts.loads import loads
 from coterie.audit.findings import Channel, Finding, Unit
 
 Attack = Callable[[Clock], list[Finding]]
@@ -17,6 +18,8 @@ Attack = Callable[[Clock], list[Finding]]
 _SHORTEST_S = 5.0
 """Less is not begun with."""
 _FOR_RECORDS_S = 120.0
+_OF_LOADS = 4
+"""Records in a push whose loads are told."""
 
 
 def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
@@ -67,6 +70,7 @@ def _plain(case: Case, budget_s: float) -> list[_Job]:
     jobs = [_next(case, each, lot) for each in both for lot in lots]
     jobs += [_member(case, each, recorded) for each in both]
     jobs += [_bag(case, each) for each in both]
+    jobs.append(_loads(case, min(_OF_LOADS, recorded)))
     if case.evidence.trunk == "private" and len(case.rounds()) > 1:
         jobs += [_next(case, each, recorded, round_index=case.rounds()[-1]) for each in both]
     if recorded > 1:
@@ -97,6 +101,16 @@ def _member(case: Case, adversary: Adversary, lot: int) -> _Job:
 
 def _bag(case: Case, adversary: Adversary) -> _Job:
     return _Job("bag of tokens", adversary, Unit.BAG, 1.0, lambda clock: plain.bag(case, adversary, clock))
+
+
+def _loads(case: Case, lot: int) -> _Job:
+    return _Job(
+        "number of an expert's tokens by rank",
+        Adversary.HOST,
+        Unit.LOADS,
+        0.5,
+        lambda clock: [loads(case, lot, clock)],
+    )
 
 
 def _search(case: Case, lot: int) -> _Job:

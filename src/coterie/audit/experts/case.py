@@ -72,7 +72,7 @@ class Case:
 
     Raises:
         AuditError: nothing was received, or there is no public text to learn on.
-        CheckpointError: the owner's key does not fit.
+        CheckpointError: the owner's key, or a transcript's head and the starting checkpoint, do not fit.
     """
 
     def __init__(self, evidence: Evidence, seed: int) -> None:
@@ -94,6 +94,8 @@ class Case:
         transcript = next(iter(evidence.received.values()))
         self.transcript = transcript
         model = build_model(ModelSpec(path=evidence.start)).float()
+        for each in evidence.received.values():
+            each.check_start(model)
         round_as_served(model, transcript.weights_dtype, evidence.trunk == "shared")
         self.reader = Reader(model)
         self.rounding = rounding_of(transcript)

@@ -10,7 +10,7 @@ from torch import Tensor
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
 from coterie.audit.epsilon.allowed import by_mechanism
-from coterie.audit.experts.bayes import Blank, filled
+from coterie.audit.experts.bayes import CANDIDATES, Blank, filled
 from coterie.audit.experts.case import Case, Clock, Owned
 from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.membership import Metric, Scored, score
@@ -87,7 +87,8 @@ def tokens(case: Case, adversary: Adversary, clock: Clock, *, places: int = 1000
         prior=guessed,
         gain=gain,
         sentence=f"Of {len(right_P)} places the truth came out first at {value.value:.1%}, by the language model "
-        f"alone at {guessed.value:.1%}: {gain.value:+.1%} [{gain.low:+.1%}, {gain.high:+.1%}].",
+        f"alone at {guessed.value:.1%}: {gain.value:+.1%} [{gain.low:+.1%}, {gain.high:+.1%}]. Both choose among "
+        f"{CANDIDATES} candidates of which the truth always is one.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
-from coterie.audit.experts.bag import BagReader, table_names
+from coterie.audit.experts.bag import Bag, BagReader, table_names, table_sums
 from coterie.audit.experts.case import Case, Clock, Owned, documents_of
 from coterie.audit.experts.drift import drifted
 from coterie.audit.experts.membership import score
@@ -30,7 +30,8 @@ _AT_ONCE = 8
 _ADDING_UP = 3e-7
 """Of values of sums in float32, over their size: what another order of adding up changes."""
 _SCORED = 400
-_ALL = (0.0, 1.0)
+_BAGS = 8
+"""Pushes whose tokens are read: the recorded one, and others of the same size."""
 _FEWEST_OTHERS = 40
 
 
@@ -110,9 +111,6 @@ def next_tokens(
             prior.append(other)
             documents.append(document_P[some])
     right_P, prior_P, document_P = torch.cat(right), torch.cat(prior), torch.cat(documents)
-    name = "next token by spans"
-    if few := metrics.few_documents(document_P):
-        return _few(name, adversary, Unit.PLACES, lot, few)
     value = metrics.rate(right_P, document_P, seed=case.seed)
     guessed = metrics.rate(prior_P, document_P, seed=case.seed)
     sentence = (
@@ -124,7 +122,7 @@ def next_tokens(
     if known:
         sentence += f" {known} of the records were known and taken out of the sum."
     return Finding(
-        name=name,
+        name="next token by spans",
         adversary=adversary,
         channel=Channel.PUSHES,
         unit=Unit.PLACES,
@@ -137,33 +135,28 @@ def next_tokens(
 
 
 def simulated(
-    case: Case, records: Sequence[Owned], lot: int, visible: Sequence[tuple[int, int]]
+    case: Case, records: Sequence[Owned], lot: int, visible: Sequence[tuple[int, int]], most: int | None = None
 ) -> list[tuple[list[Owned], Opened]]:
-    """Pushes of a few of the records each, as many as an interval needs documents, and what is opened of each."""
+    """Pushes of a few of the records each, and what is opened of each.
+
+    Args:
+        case: the run.
+        records: what they are made of.
+        lot: records in each.
+        visible: (layer, expert) that are opened.
+        most: pushes, as far as there are records; default: as many as an interval needs documents.
+    """
     draw, cut, order = case.random(), Counter[int](), []
     for record in draw.sample(list(records), len(records)):
         order.append((cut[record.document], record))
         cut[record.document] += 1
     scattered = [record for _, record in sorted(order, key=lambda each: each[0])]
-    count = max(1, min(-(-metrics.FEWEST_DOCUMENTS // lot), len(scattered) // lot))
+    count = max(1, min(most or -(-metrics.FEWEST_DOCUMENTS // lot), len(scattered) // lot))
     dealt = [scattered[number::count][:lot] for number in range(count)]
     return [
         (some, summed(rows_of(case.reader, [record.ids for record in some]), visible, rounding=case.rounding))
         for some in dealt
     ]
-
-
-def _few(name: str, adversary: Adversary, unit: Unit, lot: int, reason: str) -> Finding:
-    return Finding(
-        name=name,
-        adversary=adversary,
-        channel=Channel.PUSHES,
-        unit=unit,
-        lot=lot,
-        value=None,
-        reason=reason,
-        sentence=f"It could not be measured: {reason}.",
-    )
 
 
 def without(opened: Opened, known: Opened) -> Opened:
@@ -201,13 +194,10 @@ def whole_records(case: Case, adversary: Adversary, lot: int, clock: Clock) -> F
         in_place += matched([record.ids for record in some], [guess.ids for guess in guesses])
         records += some
     right_P, document_P = places_in(in_place, [len(record.ids) for record in records], documents_of(records))
-    name = "whole records by search"
-    if few := metrics.few_documents(document_P):
-        return _few(name, adversary, Unit.TOKENS, lot, few)
     exact = sum(count == len(record.ids) for count, record in zip(in_place, records, strict=True))
     value = metrics.rate(right_P, document_P, seed=case.seed)
     return Finding(
-        name=name,
+        name="whole records by search",
         adversary=adversary,
         channel=Channel.PUSHES,
         unit=Unit.TOKENS,
@@ -315,54 +305,78 @@ def rates(
 
 
 def bag(case: Case, adversary: Adversary, clock: Clock) -> list[Finding]:
-    """Which tokens the recorded push holds, from the sums of embedding and head; nothing where they do not cross."""
+    """Which tokens a push holds, from the sums of embedding and head; nothing where they do not cross.
+
+    What is read of one push says nothing of others: beside the recorded one as many are made of the owner's other
+    records as they give, up to `_BAGS` in all.
+    """
     round_index = case.rounds()[0]
     opened, records = case.opened(adversary, round_index), case.lot(round_index)
     names = [name for name in table_names(case.reader.model) if name in opened.trunk]
     if not names:
         return []
-    reader = BagReader(
-        case.reader, case.public, len(records), names, pushes=max(6, min(24, 256 // len(records))), seed=case.seed
-    )
-    read, usual = reader.read({name: opened.trunk[name] for name in names}), reader.usual()
-    truth = torch.bincount(
-        torch.tensor([token for record in records for token in record.ids]), minlength=case.reader.vocabulary
-    )
-    value, prior = (_of_one_push(_f_measure(truth, guess.counts_V)) for guess in (read, usual))
-    here = truth > 0
-    areas = [
-        _of_one_push(metrics.auc(Scores.of(each.log_odds_V[here], each.log_odds_V[~here]), seed=case.seed).value)
-        for each in (read, usual)
-    ]
+    lot = len(records)
+    reader = BagReader(case.reader, case.public, lot, names, pushes=max(6, min(24, 256 // lot)), seed=case.seed)
+    pushes = [(records, {name: opened.trunk[name] for name in names}), *_other_bags(case, records, names)]
+    found: list[tuple[Tensor, Bag]] = []
+    for some, sums in pushes:
+        if found and not clock.left:
+            break
+        found.append((_truth(some, case.reader.vocabulary), reader.read(sums)))
+    usual = reader.usual()
+    f1 = metrics.mean([_f_measure(truth_V, each.counts_V) for truth_V, each in found])
+    f1_prior = metrics.mean([_f_measure(truth_V, usual.counts_V) for truth_V, _ in found])
+    area = metrics.mean([_presence(truth_V, each.log_odds_V) for truth_V, each in found])
+    area_prior = metrics.mean([_presence(truth_V, usual.log_odds_V) for truth_V, _ in found])
+    of = f"{len(found)} pushes of {lot} records" if len(found) > 1 else f"a push of {lot} records"
     return [
         Finding(
             name="bag of tokens",
             adversary=adversary,
             channel=Channel.EMBEDDING,
             unit=Unit.BAG,
-            lot=len(records),
-            value=value,
-            prior=prior,
-            sentence=f"Which tokens a push of {len(records)} records holds, and how often, was read with F1 "
-            f"{value.value:.2f}; without the push {prior.value:.2f}. One push has no interval.",
+            lot=lot,
+            value=f1,
+            prior=f1_prior,
+            sentence=f"Which tokens {of} hold, and how often, was read with F1 {f1.value:.2f} "
+            f"[{f1.low:.2f}, {f1.high:.2f}]; without the push {f1_prior.value:.2f}.",
         ),
         Finding(
             name="presence of a token",
             adversary=adversary,
             channel=Channel.EMBEDDING,
             unit=Unit.PRESENCE,
-            lot=len(records),
-            value=areas[0],
-            prior=areas[1],
-            sentence=f"A token that occurs in the push is told from one that does not with AUC {areas[0].value:.3f}; "
-            f"without the push {areas[1].value:.3f}. One push has no interval.",
+            lot=lot,
+            value=area,
+            prior=area_prior,
+            sentence=f"In {of} a token that occurs is told from one that does not with AUC {area.value:.3f} "
+            f"[{area.low:.3f}, {area.high:.3f}]; without the push {area_prior.value:.3f}.",
         ),
     ]
 
 
-def _of_one_push(value: float) -> Estimate:
-    """Tokens of one push are no sample of pushes: all that it could have been."""
-    return Estimate(value, *_ALL, 1)
+def _other_bags(
+    case: Case, recorded: Sequence[Owned], names: Sequence[str]
+) -> Iterator[tuple[list[Owned], dict[str, Tensor]]]:
+    """Pushes like the recorded one, of the owner's other records, each of which is in one of them at most."""
+    lot, rows = len(recorded), {record.row for record in recorded}
+    others = [record for record in case.train if record.row not in rows]
+    order = case.random().sample(others, len(others))
+    for start in range(0, min(len(order) // lot, _BAGS - 1) * lot, lot):
+        some = order[start : start + lot]
+        sums = table_sums(case.reader, [record.ids for record in some])
+        yield some, {name: sums[name].bfloat16().float() if case.rounding else sums[name] for name in names}
+
+
+def _truth(records: Sequence[Owned], vocabulary: int) -> Tensor:
+    """How often each id occurs. int64 [V]"""
+    return torch.bincount(torch.tensor([token for record in records for token in record.ids]), minlength=vocabulary)
+
+
+def _presence(truth_V: Tensor, log_odds_V: Tensor) -> float:
+    """AUC of an id that occurs against one that does not."""
+    here_V = truth_V > 0
+    return metrics.area(Scores.of(log_odds_V[here_V], log_odds_V[~here_V]))
 
 
 def _f_measure(truth_V: Tensor, guess_V: Tensor) -> float:

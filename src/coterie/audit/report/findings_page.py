@@ -39,6 +39,7 @@ _SHARES = (
     Unit.NEXT,
     Unit.PLACES,
     Unit.PAIRS,
+    Unit.LOADS,
     Unit.RECORDS,
     Unit.SECRETS,
     Unit.TPR,
@@ -130,6 +131,12 @@ def _controls(findings: Findings) -> str:
         if measured.passed
         else f"No verdict counts as held: {why}."
     )
+    gap = measured.intervals.get("gap")
+    if gap is not None:
+        judged += (
+            f" The negative control less its prior, paired over the same tokens: {100 * gap.value:+.1f} points "
+            f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]."
+        )
     shown = {
         "positive, undefended vectors of the first layer": measured.intervals.get("positive"),
         "negative, an instrument that can know nothing": measured.intervals.get("negative"),
@@ -309,12 +316,13 @@ def attack_tables(findings: Findings) -> Sequence[Table]:
                 "-" if finding.lot is None else f"{finding.lot}",
                 _shown(finding.value, finding.unit) if finding.value is not None else finding.reason,
                 _shown(finding.prior, finding.unit),
+                "-" if finding.allowed is None else f"{finding.allowed:.3f}",
                 "-" if finding.value is None else f"{finding.value.count}",
                 finding.unit.value,
             )
             for finding in some
         )
-        columns = ("attack", "adversary", "layer", "lot", "reached", "prior", "count", "of what")
+        columns = ("attack", "adversary", "layer", "lot", "reached", "prior", "allowed", "count", "of what")
         found.append(Table(named(part, findings.experts_dp), columns, rows))
     return found
 
@@ -336,6 +344,7 @@ def _identification(findings: Findings) -> str:
         "with": versions,
         "seed": f"{known.seed}",
         "compute": f"{known.seconds:.0f} s, {known.cpu_s:.0f} s of processor time, {known.machine}",
+        "of them": ", ".join(f"{piece} {seconds:.0f} s" for piece, seconds in known.pieces.items()) or "-",
         "made": known.at,
     }
     parts = [pages.pairs(tool)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from coterie.audit.adversaries import Adversary, most_received
 from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Channel, Finding, Unit
+from coterie.audit.fitting import unfit
 from coterie.audit.metrics import rate
 from coterie.audit.tokens.decoders import guesses
 from coterie.audit.tokens.known import Known
@@ -36,6 +37,7 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
     Raises:
         AuditError: ``audit-nothing``: nothing was received; ``audit-answers``: there is no key;
             ``audit-public``: too little public text.
+        CheckpointError: ``transcript-damaged``: a transcript does not fit the starting checkpoint.
     """
     if evidence.answers is None:
         raise AuditError(
@@ -45,6 +47,8 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
             fix="agree on `transcript:` in federation.yaml before the run; the owner's run folder then holds it",
         )
     model = build_model(ModelSpec(path=evidence.start, provenance="public"))
+    for each in evidence.received.values():
+        each.check_start(model)
     experts = [layer.num_experts for layer in expert_layers(model)]
     received = {host: list(found.of(evidence.owner).dispatches()) for host, found in evidence.received.items()}
     received = {host: sent for host, sent in received.items() if sent}
@@ -57,6 +61,10 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
         )
     key = KeyOf(evidence.answers.rows, evidence.answers.whole)
     known = Known.of(model, evidence.public, seed=seed, budget_s=budget_s)
+    for name, sent in received.items():
+        for dispatch in sent:
+            if dispatch.hidden_MD.shape[1] != known.views[dispatch.layer].hidden_PD.shape[1]:
+                raise unfit(f"What {name} received", "the starting checkpoint's vectors have another width")
     host = most_received({name: sum(len(each.hidden_MD) for each in sent) for name, sent in received.items()})
     rows = table({host: received[host]}, experts, key)
     alone = Scored(known, rows, _hosted(evidence, (host,)), Adversary.HOST_PUBLIC)
@@ -68,8 +76,9 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
         *taught(alone),
     ]
     if len(received) > 1:
-        together = table(received, experts, key)
-        found += Scored(known, together, _hosted(evidence, tuple(received)), Adversary.ALL_HOSTS).findings()
+        joined = table(received, experts, key)
+        together = Scored(known, joined, _hosted(evidence, tuple(received)), Adversary.ALL_HOSTS)
+        found += [*together.findings(), *together.rebuilt()]
     return found
 
 

@@ -15,8 +15,6 @@ from coterie.audit.tokens.decoders import Gaussian, guesses
 from coterie.audit.tokens.views import View, cover, views
 from coterie.errors import AuditError
 
-LEAST_POSITIVE = 0.95
-WIDEST_NEGATIVE = 0.02
 LEAST_TOKENS = 200
 """Fewer could not show two points: without any disagreement an interval is z^2 / (n + z^2) wide."""
 _FEWEST = 20
@@ -24,39 +22,32 @@ _FEWEST = 20
 
 @dataclass(frozen=True)
 class Control:
-    """An attack on public text whose outcome is known beforehand.
+    """An attack on public text whose outcome is known beforehand; `coterie.audit.verdicts.controls` judges it.
 
     Attributes:
         value: share of tokens that were read.
         prior: share that the commonest token guesses, on the same places.
         gap: ``value`` minus ``prior``, paired over the same places.
-        passed: the outcome is as it must be, with the whole of its interval.
     """
 
     value: Estimate
     prior: Estimate
     gap: Estimate
-    passed: bool
 
 
 def positive_control(model: PreTrainedModel, public: Sequence[Sequence[int]], *, seed: int = 0) -> Control:
     """Read public text from undefended rows of the first MoE layer, with a decoder fitted on other public text.
-
-    Passed if at least `LEAST_POSITIVE` of the tokens are read, by the lower end of the interval.
 
     Raises:
         AuditError: ``audit-public``: too little public text.
     """
     fitted, other, unigram = halves(model, public, seed)
     decoder = Gaussian.fit(fitted.hidden_PD, fitted.token_P, unigram.log_V)
-    value, prior, gap = _read(decoder, other, unigram, seed)
-    return Control(value, prior, gap, value.low >= LEAST_POSITIVE)
+    return _read(decoder, other, unigram, seed)
 
 
 def negative_control(model: PreTrainedModel, public: Sequence[Sequence[int]], *, seed: int = 0) -> Control:
     """The same attack with a decoder fitted on rows that were dealt out among all texts: it can know nothing.
-
-    Passed if what it reads lies within `WIDEST_NEGATIVE` of the commonest token's share, with the whole interval.
 
     Raises:
         AuditError: ``audit-public``: too little public text.
@@ -64,8 +55,7 @@ def negative_control(model: PreTrainedModel, public: Sequence[Sequence[int]], *,
     fitted, other, unigram = halves(model, public, seed)
     generator = torch.Generator().manual_seed(seed)
     unrelated_P = fitted.token_P[torch.randperm(len(fitted.token_P), generator=generator)]
-    value, prior, gap = _read(Gaussian.fit(fitted.hidden_PD, unrelated_P, unigram.log_V), other, unigram, seed)
-    return Control(value, prior, gap, gap.low >= -WIDEST_NEGATIVE and gap.high <= WIDEST_NEGATIVE)
+    return _read(Gaussian.fit(fitted.hidden_PD, unrelated_P, unigram.log_V), other, unigram, seed)
 
 
 def halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) -> tuple[View, View, Unigram]:
@@ -101,10 +91,10 @@ def split(public: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], Seq
     return public[:kept], public[kept:]
 
 
-def _read(decoder: Gaussian, other: View, unigram: Unigram, seed: int) -> tuple[Estimate, Estimate, Estimate]:
+def _read(decoder: Gaussian, other: View, unigram: Unigram, seed: int) -> Control:
     right_P = guesses(decoder, other.hidden_PD)[0] == other.token_P
     common_P = other.token_P == unigram.commonest
-    return (
+    return Control(
         metrics.rate(right_P, other.text_P, seed=seed),
         metrics.rate(common_P, other.text_P, seed=seed),
         metrics.advantage(right_P, common_P, other.text_P, seed=seed),
