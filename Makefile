@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast site wheel dist release faults test-lowest test-newest lint format clean
+.PHONY: demo test test-fast site wheel dist release faults test-lowest test-newest compare-audits lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -66,6 +66,15 @@ test-newest:
 	$(call versions,$(NEWEST))
 	PYTHONPATH=src $(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(ARGS)
 
+# The one-run bounds of the audit of epsilon beside jax-privacy's, in an environment of their own: it brings JAX.
+BESIDE := .venv-audits
+
+compare-audits:
+	test -x $(BESIDE)/bin/python || $(PYTHON) -m venv $(BESIDE)
+	$(BESIDE)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(BESIDE)/bin/python -m pip install --quiet -c constraints.txt -e ".[audits]"
+	PYTHONPATH=benchmarks $(BESIDE)/bin/python benchmarks/audit_bounds.py $(ARGS)
+
 # What docs/reference/versions.md says of a run.
 versions = @$(1)/bin/python -m pip list --format=freeze | grep -E "^(torch|transformers|tokenizers|safetensors|peft|numpy|scipy|grpcio|pydantic|pyarrow)="
 
@@ -86,4 +95,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) coterie-demo build dist .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(BESIDE) coterie-demo build dist .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

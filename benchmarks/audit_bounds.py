@@ -5,8 +5,8 @@ environment for it).
 
     python benchmarks/audit_bounds.py [--json bounds.json]
 
-Both laws of both packages, for scores of simulated canaries from hopeless to perfect, told apart at one threshold that
-is fixed beforehand, so that numbers of guesses are the same.
+Both laws of both packages, for scores of simulated canaries from hopeless to perfect, told apart at one threshold
+that is fixed beforehand, so that numbers of guesses are the same.
 """
 
 from __future__ import annotations
