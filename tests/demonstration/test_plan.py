@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from coterie.audit.pieces import CANARIES
 from coterie.config import FederationConfig, PartyConfig, PartyPrivacy, PrivacyRules, TrainConfig, load_yaml
 from coterie.demonstration.folder import (
     LOCK,
@@ -217,3 +218,8 @@ def test_an_empty_or_locked_folder_may_be_used(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     check_folder(tmp_path)
     check_folder(tmp_path / "new")
+
+
+def test_the_audit_has_as_many_canaries_as_the_command_makes_unless_quick() -> None:
+    assert make_plan(3).canaries == CANARIES == 200
+    assert make_plan(3, quick=True).canaries < CANARIES

@@ -179,8 +179,8 @@ class DemoPlan:
     size: Size = DEFAULT_SIZE
     at_once: int = 2
     recorded: int = 2
-    audit_s: float = 45.0
-    canaries: int = 60
+    audit_s: float = 40.0
+    canaries: int = 200
     quick: bool = False
 
     def of_kind(self, *kinds: str) -> list[Arm]:
