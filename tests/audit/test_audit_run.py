@@ -229,6 +229,7 @@ def test_an_attack_that_cannot_be_made_says_why(folder: Path, monkeypatch: pytes
     attacks(monkeypatch, AuditError("Nothing was pushed.", code="audit-no-pushes"))
     found = audited(folder)
     assert "Nothing was pushed" in found.experts.reasons["recovery"]
+    assert "played in its place" not in " ".join(found.untested), "nothing was played"
 
 
 def test_what_no_attack_here_reads_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,13 +360,16 @@ def test_prepare_and_audit_do_not_share_arguments(arguments: list[str]) -> None:
     assert end.value.code == 2
 
 
-def test_public_text_that_is_not_there_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("option", "code"), [("--public", "audit-public-none"), ("--start", "audit-model-none")])
+def test_what_is_named_and_not_there_is_said_at_once(
+    option: str, code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from coterie.cli.app import main
 
     with pytest.raises(SystemExit) as end:
-        main(["audit", str(tmp_path), "--public", str(tmp_path / "none")])
+        main(["audit", str(tmp_path), option, str(tmp_path / "none")])
     assert end.value.code == 1
-    assert "audit-public-none" in capsys.readouterr().err
+    assert code in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("claim", "left"), [(None, "exact"), (Claim(8.0, 1e-5), "noised")])

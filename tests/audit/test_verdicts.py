@@ -188,6 +188,17 @@ def test_an_attack_without_a_figure_says_why() -> None:
     assert judged(Part.EXPERTS_DP, nothing) == (Outcome.UNKNOWN, "Nothing can be concluded: too few places.")
 
 
+@pytest.mark.parametrize("part", [Part.EXPERTS, Part.EXPERTS_DP])
+def test_what_was_not_attacked_is_not_said_to_have_withstood(part: Part) -> None:
+    missing = controls(None, None, None, None, dict.fromkeys(("positive", "negative", "prior", "gap"), "no text"))
+    nothing = finding(None, sentence="no transcript", prior=None)
+    assert judged(part, nothing, measured=missing) == (
+        Outcome.UNKNOWN,
+        "Nothing can be concluded: too few places.",
+    )
+    assert failed(missing).count("no text") == 1
+
+
 def test_a_stronger_adversary_plays_the_attacks_of_weaker_ones_and_not_the_other_way() -> None:
     host, everybody = finding(0.5, name="host"), finding(0.9, name="all", adversary=Adversary.ALL_HOSTS)
     domain = finding(0.7, name="domain", adversary=Adversary.HOST_DOMAIN)

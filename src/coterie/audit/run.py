@@ -7,7 +7,7 @@ what could not be concluded is told, and the rest goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,14 +269,14 @@ def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> li
     return list(dict.fromkeys([*gathered.untested, *reasons, *played_instead(found)]))
 
 
-def played_instead(found: Container[Part]) -> list[str]:
+def played_instead(found: Mapping[Part, Sequence[Finding]]) -> list[str]:
     """Which adversaries a stronger one stood in for, in sentences."""
     return [
         f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts, on tokens: without the "
         f"embedding it has no vector to look for in a sum. {DEFAULT.label}, who also has the public checkpoint, was "
         "played in its place."
         for part in (Part.EXPERTS, Part.EXPERTS_DP)
-        if part in found
+        if any(finding.adversary is DEFAULT and finding.value is not None for finding in found.get(part, ()))
     ]
 
 

@@ -89,7 +89,10 @@ def failed(measured: Controls) -> str:
     """Why the controls let nothing count as held, in one sentence; empty when they do."""
     if measured.passed:
         return ""
-    why = [f"{what}: {measured.reasons[name]}" for name, what in _CONTROLS.items() if name in measured.reasons]
+    missing: dict[str, list[str]] = {}
+    for name, reason in measured.reasons.items():
+        missing.setdefault(reason, []).append(_CONTROLS[name])
+    why = [f"{', '.join(names)}: {reason}" for reason, names in missing.items()]
     positive = measured.intervals.get("positive")
     if positive is not None and positive.low < POSITIVE:
         why.append(
@@ -168,11 +171,11 @@ def _without_a_claim(
     told = _told_apart(findings, adversary)
     if told is not None:
         return Outcome.OPEN, f"Whether a known record was used can be told: {told.sentence}"
+    if not _played(findings, adversary):
+        return Outcome.UNKNOWN, _unmeasured(findings, adversary)
     why = failed(measured)
     if why:
         return Outcome.UNKNOWN, f"Nothing was read, but the instruments were not shown to work: {why}."
-    if not any(able(f, adversary) and f.value is not None for f in findings):
-        return Outcome.UNKNOWN, _unmeasured(findings, adversary)
     return (
         Outcome.UNKNOWN,
         "No attack here was shown to read more than a language model guesses; nothing promises that none can.",
@@ -191,6 +194,8 @@ def _under_a_claim(
     alarms = [*notes, *_contradictions(findings, adversary)]
     if alarms:
         return Outcome.ALARM, " ".join(alarms)
+    if not _played(findings, adversary):
+        return Outcome.UNKNOWN, _unmeasured(findings, adversary)
     why = failed(measured)
     if why:
         return Outcome.UNKNOWN, f"Nothing contradicts the claim, but the instruments were not shown to work: {why}."
@@ -321,6 +326,11 @@ def _told(read: Sequence[Finding]) -> str:
 def _foremost(read: Sequence[Finding]) -> Finding:
     """What stands for several attacks: the run's own push before smaller ones, then the most that was read."""
     return min(read, key=lambda f: (-(f.lot or 0), READS.index(f.unit), -_value(f)))
+
+
+def _played(findings: Sequence[Finding], adversary: Adversary) -> bool:
+    """Whether any attack that the adversary can play was measured."""
+    return any(able(finding, adversary) and finding.value is not None for finding in findings)
 
 
 def _unmeasured(findings: Sequence[Finding], adversary: Adversary) -> str:

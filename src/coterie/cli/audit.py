@@ -78,7 +78,7 @@ def command(  # noqa: PLR0913 - one for each option
     if len(target) > 1 or out is not None:
         raise typer.BadParameter("a second argument and --out belong to `coterie audit prepare`")
     run, models = Path(target[0]), tuple(reference or ())
-    _check_there(public or [], [*models, *filter(None, [model])])
+    _check_there(public or [], [*models, *filter(None, [model, start])])
 
     from coterie.audit.run import Asked, public_files
 
