@@ -23,7 +23,7 @@ from coterie.audit.tokens.search import beginnings, rebuild
 _DICTIONARY = 6000
 _PAIRED_CALLS, _TAUGHT_CALLS = 4, 4
 _SURE = 0.99
-_REBUILT, _WORDS = 4, 24
+_REBUILT, _WORDS = 4, 16
 
 
 @dataclass
@@ -119,7 +119,8 @@ class Scored:
             value = rate(right, self.places.document_P[truth.place_R[told]])
             yield self._finding(
                 "next token from the returned gradient", Channel.GRADIENTS, Unit.NEXT, value, layer,
-                f"{self._who} reads the next token of {percent(value)} of the rows whose gradient came back",
+                f"{self._who} {self._does('read')} the next token of {percent(value)} of the rows whose gradient "
+                "came back",
             )  # fmt: skip
 
     def _seen(self, name: str, channel: Channel, layer: int, right_R: Tensor, truth: Truth) -> Finding:
@@ -129,7 +130,7 @@ class Scored:
         value = rate(right, document)
         return self._finding(
             name, channel, Unit.SEEN, value, layer,
-            f"{self._who} reads {percent(value)} of the tokens that reach it",
+            f"{self._who} {self._does('read')} {percent(value)} of the tokens that reach it",
             rate(prior, document), advantage(right, prior, document),
         )  # fmt: skip
 
@@ -158,7 +159,7 @@ class Scored:
         right_P = guess_P == places.token_P
         yield self._finding(
             "tokens by the surest layer", Channel.TOKENS, Unit.TOKENS, found.all, None,
-            f"{self._who} reads {percent(found.all)} of all tokens in some layer",
+            f"{self._who} {self._does('read')} {percent(found.all)} of all tokens in some layer",
             rate(self.prior_P, places.document_P), advantage(right_P, self.prior_P, places.document_P),
         )  # fmt: skip
         yield self._finding(
@@ -168,7 +169,7 @@ class Scored:
         if found.content is not None:
             yield self._finding(
                 "content tokens by the surest layer", Channel.TOKENS, Unit.CONTENT, found.content, None,
-                f"{self._who} reads {percent(found.content)} of the tokens that carry meaning",
+                f"{self._who} {self._does('read')} {percent(found.content)} of the tokens that carry meaning",
             )  # fmt: skip
         spans = _spans(places)
         first_S = torch.tensor([first for first, _ in spans])
@@ -176,7 +177,7 @@ class Scored:
         whole = rate(whole_S, places.document_P[first_S])
         yield self._finding(
             "whole records by the surest layer", Channel.TOKENS, Unit.RECORDS, whole, None,
-            f"in {percent(whole)} of the records {self._who_low} reads every token",
+            f"in {percent(whole)} of the records {self._who_low} {self._does('read')} every token",
         )  # fmt: skip
 
     def _held_out(self) -> Iterator[Finding]:
@@ -191,7 +192,7 @@ class Scored:
         yield self._finding(
             "tokens of held-out text", Channel.ROWS, Unit.TOKENS, value, None,
             f"{share:.0%} of the tokens that crossed in the recorded rounds are of held-out text, which every "
-            f"evaluation sends; {self._who_low} reads {percent(value)} of them",
+            f"evaluation sends; {self._who_low} {self._does('read')} {percent(value)} of them",
             rate(self.prior_P[inside], places.document_P[inside]),
         )  # fmt: skip
 
@@ -300,8 +301,8 @@ class Scored:
         value = rate((before_P == places.previous_P)[inside], places.document_P[inside])
         yield self._finding(
             "order rebuilt", Channel.TOKENS, Unit.PAIRS, value, layer,
-            f"{self._who} puts {percent(value)} of all neighbouring tokens of training text beside each other again, "
-            "although rows were shuffled",
+            f"{self._who} {self._does('put')} {percent(value)} of all neighbouring tokens of training text beside "
+            "each other again, although rows were shuffled",
         )  # fmt: skip
 
     def _trained_calls(self) -> list[int]:
@@ -331,18 +332,21 @@ class Scored:
         ]
         chosen = pairs(texts, told)
         if chosen:
-            lengths = [min(len(told[guess]), len(texts[record])) for _, record, guess in chosen]
+            lengths = [min(_WORDS, len(texts[record])) for _, record, _ in chosen]
             of = torch.tensor([documents[record] for _, record, _ in chosen])
             value = rate(*places_in([count for count, _, _ in chosen], lengths, of))
             yield self._finding(
                 "records rebuilt word by word", Channel.ROWS, Unit.PLACES, value, None,
-                f"in the first round, with nothing given, {self._who_low} puts {percent(value)} of the first "
-                f"{_WORDS} tokens of records in their places",
+                f"in the first round, with nothing given, {self._who_low} {self._does('put')} {percent(value)} of "
+                f"the first {_WORDS} tokens of {len(chosen)} records in their places",
             )  # fmt: skip
 
     @property
     def _who(self) -> str:
         return self._who_low[0].upper() + self._who_low[1:]
+
+    def _does(self, verb: str) -> str:
+        return verb if self.adversary is Adversary.ALL_HOSTS else f"{verb}s"
 
     @property
     def _who_low(self) -> str:

@@ -52,7 +52,7 @@ def rebuild(
         start: first words; one is enough, see `beginnings`.
         words: longest record to rebuild.
         among_V: bool, which tokens are in the forward at all, if other attacks tell; None: any.
-        candidates: likeliest next words by the public model that are tried.
+        candidates: next words that are tried at once, the likeliest by the public model first.
         beam: records that are followed at once, while no row decides between them.
 
     Returns:
@@ -65,8 +65,10 @@ def rebuild(
     alive = [_Prefix(tuple(start), tuple(used), 0.0)]
     while len(alive[0].ids) < words:
         tried: list[_Prefix] = []
+        shown = False  # once a record goes on, others that do not are not searched to the end
         for prefix in alive:
-            tried += _longer(model, rows, hosted, prefix, candidates, among_V)
+            longer, goes_on = _longer(model, rows, hosted, prefix, candidates, among_V, further=not shown)
+            tried, shown = tried + longer, shown or goes_on
         if not tried:
             break
         tried.sort(key=lambda one: (-len(one.used), one.unlikely))
@@ -89,18 +91,28 @@ def _longer(
     prefix: _Prefix,
     candidates: int,
     among_V: Tensor | None,
-) -> list[_Prefix]:
-    """The prefix with each next word that no layer rules out."""
+    *,
+    further: bool,
+) -> tuple[list[_Prefix], bool]:
+    """The prefix with each next word that no layer rules out, and whether some layer shows one.
+
+    The likeliest words are tried first; the others too where ``further``, until one is shown.
+    """
     _, log_V = last_rows(model, [list(prefix.ids)])
     wanted_V = log_V[0] if among_V is None else log_V[0].masked_fill(~among_V, -torch.inf)
-    best = wanted_V.topk(min(candidates, int(wanted_V.isfinite().sum())))
-    shown, _ = last_rows(model, [[*prefix.ids, token] for token in best.indices.tolist()])
-    found = []
-    for token, log, fits in zip(best.indices.tolist(), best.values.tolist(), _fits(shown, rows, hosted), strict=True):
-        if fits is not None and all(prefix.used.count((layer, row)) < times for layer, row, times in fits):
-            used = (*prefix.used, *((layer, row) for layer, row, _ in fits))
-            found.append(_Prefix((*prefix.ids, token), used, prefix.unlikely - log))
-    return found
+    best = wanted_V.topk(int(wanted_V.isfinite().sum()))
+    found: list[_Prefix] = []
+    goes_on = False
+    for some, logs in zip(best.indices.split(candidates), best.values.split(candidates), strict=True):
+        shown, _ = last_rows(model, [[*prefix.ids, token] for token in some.tolist()])
+        for token, log, fits in zip(some.tolist(), logs.tolist(), _fits(shown, rows, hosted), strict=True):
+            if fits is not None and all(prefix.used.count((layer, row)) < times for layer, row, times in fits):
+                used = (*prefix.used, *((layer, row) for layer, row, _ in fits))
+                found.append(_Prefix((*prefix.ids, token), used, prefix.unlikely - log))
+        goes_on = any(len(each.used) > len(prefix.used) for each in found)
+        if goes_on or not further:
+            break
+    return found, goes_on
 
 
 def _fits(
