@@ -65,7 +65,7 @@ def test_rare_tokens_are_put_into_copies_of_public_text() -> None:
     assert cover(texts, VOCAB, 0, torch.Generator()) == []
 
 
-def test_controls_are_tried_on_texts_drawn_by_the_seed_and_on_enough_tokens() -> None:
+def test_controls_are_tried_on_texts_drawn_by_the_seed_and_on_enough_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [[number] * 10 for number in range(80)]
     apart, rest = split(texts)
     assert (len(apart), len(rest)) == (20, 60)  # 200 tokens, not an eighth of the texts
@@ -77,6 +77,11 @@ def test_controls_are_tried_on_texts_drawn_by_the_seed_and_on_enough_tokens() ->
     drawn = [set(halves(model, [[3 + n] * 10 for n in range(60)], seed)[1].token_P.tolist()) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert max(drawn[0]) > 3 + len(drawn[0]), "not the first ones in the file"
+    monkeypatch.setattr("coterie.audit.tokens.controls.MOST_TOKENS", 505)
+    monkeypatch.setattr("coterie.audit.tokens.controls._FEWEST", 4)
+    monkeypatch.setattr("coterie.audit.tokens.controls.LEAST_TOKENS", 10)
+    few = halves(model, [[3 + n] * 10 for n in range(80)], 0)[1]
+    assert len(few.token_P) == 60, "an eighth of the 50 texts that are enough, not of 80"
 
 
 def test_controls_read_what_is_there_and_nothing_else() -> None:

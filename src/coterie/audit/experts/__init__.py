@@ -14,5 +14,6 @@ With and without: `coterie.audit.experts.membership` holds a known record agains
 gradient is scaled down.
 
 `coterie.audit.experts.case` is what one run gives to all of them; `coterie.audit.experts.plain` and
-`coterie.audit.experts.noised` measure them on it, and `coterie.audit.experts.attack` does so in the time allowed.
+`coterie.audit.experts.noised` measure them on it, `coterie.audit.experts.loads` what a host learns without the model,
+and `coterie.audit.experts.attack` does so in the time allowed.
 """

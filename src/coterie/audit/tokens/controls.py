@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,8 @@ from coterie.audit.tokens.decoders import Gaussian, guesses
 from coterie.audit.tokens.views import View, cover, views
 from coterie.errors import AuditError
 
+MOST_TOKENS = 50_000
+"""Of public text that the controls are tried on; more would say the same to a smaller part of a point."""
 LEAST_TOKENS = 200
 """Fewer could not show two points: without any disagreement an interval is z^2 / (n + z^2) wide."""
 _FEWEST = 20
@@ -59,7 +62,7 @@ def negative_control(model: PreTrainedModel, public: Sequence[Sequence[int]], *,
 
 
 def halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) -> tuple[View, View, Unigram]:
-    """Rows of most of the text, and of some that was drawn and kept apart: files have an order."""
+    """Rows of most of some text, and of a part that was kept apart; both drawn, since files have an order."""
     if len(public) < _FEWEST:
         raise AuditError(
             f"There are {len(public)} public texts; the controls need {_FEWEST}.",
@@ -69,7 +72,9 @@ def halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) -
         )
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(seed)
-    apart, rest = split([public[n] for n in torch.randperm(len(public), generator=generator).tolist()])
+    drawn = [public[n] for n in torch.randperm(len(public), generator=generator).tolist()]
+    enough = sum(tokens <= MOST_TOKENS for tokens in accumulate(map(len, drawn)))
+    apart, rest = split(drawn[: max(_FEWEST, enough)])
     unigram = Unigram.of(torch.cat([torch.tensor(text) for text in rest]), vocabulary)
     fitted = views(model, [*rest, *cover(rest, vocabulary, 4, generator)], gradients=False)[0]
     return fitted, views(model, apart, gradients=False)[0], unigram
