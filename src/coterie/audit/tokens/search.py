@@ -103,7 +103,7 @@ def _longer(
     best = wanted_V.topk(int(wanted_V.isfinite().sum()))
     found: list[_Prefix] = []
     goes_on = False
-    for some, logs in zip(best.indices.split(candidates), best.values.split(candidates), strict=True):
+    for some, logs in zip(torch.split(best.indices, candidates), torch.split(best.values, candidates), strict=True):
         shown, _ = last_rows(model, [[*prefix.ids, token] for token in some.tolist()])
         for token, log, fits in zip(some.tolist(), logs.tolist(), _fits(shown, rows, hosted), strict=True):
             if fits is not None and all(prefix.used.count((layer, row)) < times for layer, row, times in fits):
