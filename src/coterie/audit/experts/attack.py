@@ -17,6 +17,8 @@ Attack = Callable[[Clock], list[Finding]]
 
 _SHORTEST_S = 5.0
 """Less is not begun with."""
+_ALWAYS = 2
+"""Attacks under a budget that are made in whatever time: text and membership, by the default adversary."""
 _FOR_RECORDS_S = 120.0
 _OF_LOADS = 4
 """Records in a push whose loads are told."""
@@ -36,10 +38,10 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
     """
     case = Case(evidence, seed)
     clock = Clock(budget_s)
-    jobs = _plain(case, budget_s) if evidence.privacy is None else _noised(case)
+    jobs, always = (_plain(case, budget_s), 1) if evidence.privacy is None else (_noised(case), _ALWAYS)
     found: list[Finding] = []
     for number, job in enumerate(jobs):
-        if number and clock.left < _SHORTEST_S:
+        if number >= always and clock.left < _SHORTEST_S:
             found.append(_not_reached(job))
         else:
             found += job.run(clock.share(job.weight / sum(each.weight for each in jobs[number:])))
@@ -83,7 +85,7 @@ def _plain(case: Case, budget_s: float) -> list[_Job]:
 
 def _noised(case: Case) -> list[_Job]:
     both = Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS
-    return [_run(case, each) for each in both] + [_token(case, each) for each in both]
+    return [job(case, each) for each in both for job in (_token, _run)]
 
 
 def _next(case: Case, adversary: Adversary, lot: int, known: int = 0, round_index: int | None = None) -> _Job:

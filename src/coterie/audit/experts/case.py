@@ -14,12 +14,13 @@ from torch import Tensor
 
 from coterie.audit.adversaries import Adversary, most_received
 from coterie.audit.evidence import Evidence
+from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.membership import Metric
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.pushes import by_round, open_pushes, put, round_as_served, rounding_of, served
 from coterie.audit.experts.reader import Reader
 from coterie.audit.transcript import Push, Transcript
-from coterie.config import FederationConfig, ModelSpec, PartyConfig, load_yaml
+from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacyRules, load_yaml
 from coterie.errors import AuditError
 from coterie.models import seam
 from coterie.models.zoo.build import build_model
@@ -158,6 +159,22 @@ class Case:
     def metric(self) -> Metric:
         """How single records' gradients scatter, learned on `shown`."""
         return Metric(self.reader, self.shown, 1.0)
+
+    @cached_property
+    def clip_norm(self) -> float:
+        """C, which the federation agreed on; 1 without a budget."""
+        rules = self.federation.privacy
+        return rules.clip_norm if isinstance(rules, PrivacyRules) else 1.0
+
+    @cached_property
+    def shown_factors(self) -> Tensor:
+        """What clipping scales the gradient of each record of `shown` by. [shown]"""
+        return factors(self.reader.model, self.shown, self.clip_norm)
+
+    @cached_property
+    def clipped_metric(self) -> Metric:
+        """How single records' clipped gradients scatter in the first round's model."""
+        return Metric(self.reader, self.shown, 1.0, factors=self.shown_factors)
 
     @cached_property
     def shown(self) -> list[tuple[int, ...]]:

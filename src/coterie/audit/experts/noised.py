@@ -25,6 +25,8 @@ from coterie.dp.accounting.accountant import Mechanism
 
 _SCORED = 200
 _FEWEST = 20
+_AT_ONCE = 8
+"""Places between two looks at the clock."""
 
 
 def rate_of(case: Case) -> float:
@@ -34,10 +36,12 @@ def rate_of(case: Case) -> float:
     return min(1.0, (lot or case.federation.train.batch_size) / max(len(case.train), 1))
 
 
-def clip_norm_of(case: Case) -> float:
-    """C, which the federation agreed on."""
-    rules = case.federation.privacy
-    return rules.clip_norm if isinstance(rules, PrivacyRules) else 1.0
+def metric_of(case: Case, reader: Reader, opened: Opened) -> Metric:
+    """How one round's sums scatter over lots."""
+    lot = rate_of(case) * len(case.train)
+    if reader is case.reader:
+        return case.clipped_metric.sized(lot, opened.noise)
+    return Metric(reader, case.shown, lot, opened.noise, case.shown_factors)
 
 
 def releases(case: Case, adversary: Adversary) -> Iterator[tuple[Reader, Opened]]:
@@ -60,20 +64,19 @@ def tokens(case: Case, adversary: Adversary, clock: Clock, *, places: int = 1000
     """
     reader, opened = next(releases(case, adversary))
     records = [record for record in case.lot(case.rounds()[0]) if len(record.ids) > 1]
-    blanks, documents = blanks_of(case, records, places)
-    public = case.shown
     lot = rate_of(case) * len(case.train)
-    metric = Metric(reader, public, lot, opened.noise, factors(reader.model, public, clip_norm_of(case)))
+    metric = metric_of(case, reader, opened)
     right: list[Tensor] = []
     prior: list[Tensor] = []
-    for blank in blanks:
+    documents: list[int] = []
+    for blanks, own in blanks_of(case, records, places):
         if right and not clock.left:
             break
-        one, other = filled(reader, [blank], [opened], metric, 1.0)
+        one, other = filled(reader, blanks, [opened], metric, 1.0)
         right.append(one)
         prior.append(other)
-    right_P, prior_P = torch.cat(right), torch.cat(prior)
-    document_P = documents[: len(right_P)]
+        documents += own
+    right_P, prior_P, document_P = torch.cat(right), torch.cat(prior), torch.tensor(documents)
     value = metrics.rate(right_P, document_P, seed=case.seed)
     guessed = metrics.rate(prior_P, document_P, seed=case.seed)
     gain = metrics.advantage(right_P, prior_P, document_P, seed=case.seed)
@@ -92,16 +95,18 @@ def tokens(case: Case, adversary: Adversary, clock: Clock, *, places: int = 1000
     )
 
 
-def blanks_of(case: Case, records: Sequence[Owned], count: int) -> tuple[list[Blank], Tensor]:
-    """Places to be filled, drawn over the records in turn, with their documents."""
+def blanks_of(case: Case, records: Sequence[Owned], count: int) -> Iterator[tuple[list[Blank], list[int]]]:
+    """Places to be filled with their documents, a few at once, drawn over the records in turn."""
     draw = case.random()
     order = draw.sample(list(records), len(records))
-    chosen = [order[number % len(order)] for number in range(count)]
-    distinct = {record.row: record for record in chosen}
-    scale = factors(case.reader.model, [record.ids for record in distinct.values()], clip_norm_of(case))
-    factor_of = dict(zip(distinct, scale.tolist(), strict=True))
-    blanks = [Blank(r.ids, draw.randrange(1, len(r.ids)), factor_of[r.row]) for r in chosen]
-    return blanks, torch.tensor([record.document for record in chosen])
+    for start in range(0, count, _AT_ONCE):
+        some = [order[number % len(order)] for number in range(start, min(start + _AT_ONCE, count))]
+        scale = factors(case.reader.model, [record.ids for record in some], case.clip_norm).tolist()
+        blanks = [
+            Blank(record.ids, draw.randrange(1, len(record.ids)), factor)
+            for record, factor in zip(some, scale, strict=True)
+        ]
+        yield blanks, [record.document for record in some]
 
 
 def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: int = _SCORED) -> list[Finding]:
@@ -119,17 +124,15 @@ def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: in
     members = [record for record in case.train if len(record.ids) > 1]
     members = case.random().sample(members, min(candidates, len(members)))
     ids = [record.ids for record in members]
-    public = case.shown
     lot = rate_of(case) * len(case.train)
-    scale = factors(case.reader.model, [*public, *ids], clip_norm_of(case))
+    scale = factors(case.reader.model, ids, case.clip_norm)
     seen: list[Scored] = []
     sigma = 0.0
     for reader, opened in releases(case, adversary):
         if seen and not clock.left:
             break
-        sigma = opened.noise / clip_norm_of(case)
-        metric = Metric(reader, public, lot, opened.noise, scale[: len(public)])
-        seen.append(score(reader, ids, [opened], metric, scale[len(public) :]))
+        sigma = opened.noise / case.clip_norm
+        seen.append(score(reader, ids, [opened], metric_of(case, reader, opened), scale))
     name, sides = "membership in a lot", in_lots(case, members, seen)
     if min(len(values) for values, _ in sides.values()) < _FEWEST:
         return [too_few(name, adversary, Channel.RELEASES, round(lot), _FEWEST), _not_by_coins(adversary)]
