@@ -18,7 +18,8 @@ Attack = Callable[[Clock], list[Finding]]
 _SHORTEST_S = 5.0
 """Less is not begun with."""
 _ALWAYS = 2
-"""Attacks under a budget that are made in whatever time: text and membership, by the default adversary."""
+"""Attacks of the default adversary that are made in whatever time: under a budget text and membership, without one
+the run's own push and one of a single record."""
 _FOR_RECORDS_S = 120.0
 _OF_LOADS = 4
 """Records in a push whose loads are told."""
@@ -38,10 +39,10 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
     """
     case = Case(evidence, seed)
     clock = Clock(budget_s)
-    jobs, always = (_plain(case, budget_s), 1) if evidence.privacy is None else (_noised(case), _ALWAYS)
+    jobs = _plain(case, budget_s) if evidence.privacy is None else _noised(case)
     found: list[Finding] = []
     for number, job in enumerate(jobs):
-        if number >= always and clock.left < _SHORTEST_S:
+        if number >= _ALWAYS and clock.left < _SHORTEST_S:
             found.append(_not_reached(job))
         else:
             found += job.run(clock.share(job.weight / sum(each.weight for each in jobs[number:])))
