@@ -19,6 +19,7 @@ from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import open_ledger
 from coterie.dp.accounting.spool import Spool
 from coterie.dp.accounting.texts import Keyring
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.federation.rounds.run_folder import is_running
 from coterie.training.purging import purge
 from helpers.spending import TEXTS, composed, spend
@@ -78,6 +79,22 @@ def test_from_an_export_anybody_can_compute_epsilon_again(tmp_path: Path, capsys
     assert "joins with chance 0.05" in shown
     assert "noise of 2.000 clip norms" in shown
     assert f"at most {math.exp(own['epsilon']):,.4g}-fold" in shown
+
+
+@pytest.mark.parametrize(("colluding", "said"), [(1, True), (None, False)])
+def test_where_noise_was_shared_the_ledger_says_against_whom_alone_its_figures_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], colluding: int | None, said: bool
+) -> None:
+    book = open_ledger("a" * 64, tmp_path)
+    book.start_run("r", Mechanism(2.0, 1.0), 1, unit="record", units=9, pooled=PooledNoise(3, colluding).to_json())
+    book.record_release("r", 1, 0, "d" * 64, {})
+    assert run("ledger", "show", "r", "--ledger", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert ("against any 1 of the 2 others together, not against all" in shown) is said
+    assert ("whoever holds all that it released" in shown) is not said
+    assert run("ledger", "export", tmp_path / "spent.json", "--ledger", tmp_path) == 0
+    (written,) = json.loads((tmp_path / "spent.json").read_text())["runs"]
+    assert written["pooled"] == {"parties": 3, "colluding": colluding}
 
 
 def test_what_is_not_there_is_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

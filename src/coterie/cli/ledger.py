@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 _DELTA = 1e-5
 _MEANINGLESS = 30.0
-_EXPORTED = {"mechanism": "mechanism", "budget": "budget", "rounds": "planned", "record": "record"}
+_EXPORTED = {
+    "mechanism": "mechanism",
+    "budget": "budget",
+    "rounds": "planned",
+    "record": "record",
+    "pooled": "pooled",
+}
 """Of what was fixed when a run started: public numbers and words."""
 
 
@@ -91,6 +97,7 @@ def _runs(root: Path) -> list[tuple[Ledger, RecordedRun]]:
 
 def _figures(ledger: Ledger, run: RecordedRun) -> dict[str, Any]:
     from coterie.dp.accounting.lifetime import lifetime
+    from coterie.dp.noise.pooled import restriction
 
     delta = float((run.facts.get("budget") or {}).get("delta", _DELTA))
     overall = lifetime(ledger, run.run, delta)
@@ -104,6 +111,7 @@ def _figures(ledger: Ledger, run: RecordedRun) -> dict[str, Any]:
         "epsilon": _finite(ledger.spent(run.run, delta).epsilon),
         "lifetime": _finite(overall.spent.epsilon),
         "merged": run.merged,
+        "holds": restriction(run.facts),
         "counted": list(overall.lines),
         "revealed": list(overall.revealed),
         "seeded": list(overall.seeded),
@@ -137,6 +145,8 @@ def _show(root: Path, run: str) -> dict[str, Any]:
     say(f"run {run}, ledger {row['ledger']} ({found[0][0].folder})")
     say(f"  unit       one {row['unit']} of {row['units']}; {row['rounds']} rounds released")
     say(f"  each round {_mechanism(found[0][1], row['unit'])}")
+    if row["holds"]:
+        say(f"  holds      {row['holds']}")
     say(f"  this run   epsilon {words['epsilon']} at delta {row['delta']:.3g}{_odds(row)}")
     say(f"  lifetime   epsilon {words['lifetime']} at delta {row['delta']:.3g}")
     for line in row["counted"]:
@@ -165,8 +175,9 @@ def _odds(row: dict[str, Any]) -> str:
         return ", had its noise been secret: it came from a seed"
     if epsilon is None or epsilon > _MEANINGLESS:
         return ""
+    who = "whoever it holds against" if row["holds"] else "whoever holds all that it released"
     return (
-        f": whoever holds all that it released, and knows every other {row['unit']}, can raise the odds that one "
+        f": {who}, and knows every other {row['unit']}, can raise the odds that one "
         f"{row['unit']} was in it at most {math.exp(epsilon):,.4g}-fold, but for a chance of delta"
     )
 

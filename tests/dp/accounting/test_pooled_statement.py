@@ -82,6 +82,8 @@ def test_with_shared_noise_the_statement_says_what_holds_against_t_and_against_m
     assert "holds against    any 1 of the 3 other parties together" in shown
     assert f"{made.against[0][1]}, if any 2 of them pool what they know" in shown
     assert f"{made.against[1][1]}, if all others pool what they know" in shown
+    alone = "with noise shared by 4 parties: against any 1 of the 3 others together, not against all"
+    assert made.counted == (f"1 run {alone}",)  # every statement that counts this run says so
 
 
 @pytest.mark.parametrize("facts", [{}, {"pooled": None}])

@@ -13,6 +13,7 @@ from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.groups import Share, joint_epsilon
 from coterie.dp.accounting.overlap import RecordedRun, compare, counted, overlap
 from coterie.dp.accounting.texts import Fingerprints, Keyring, Originals, fingerprints, load
+from coterie.dp.noise.pooled import restriction
 from coterie.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def lifetime(ledger: Ledger, run: str, delta: float, accountant: Accountant = "p
         else:
             counted_as = counted(own, other, found)
             shares.append(other.share(counted_as.size, counted_as.replaced))
-            rules["; ".join(filter(None, (counted_as.rule, found.how if other is not own else "")))] += 1
+            how = found.how if other is not own else ""
+            rules["; ".join(filter(None, (counted_as.rule, how, restriction(other.facts))))] += 1
     spent = float("inf") if revealed or (own.seeded and own.releases) else joint_epsilon(shares, delta, accountant)
     lines = tuple(f"{count} run{'s' * (count > 1)} {rule or 'for the same unit'}" for rule, count in rules.items())
     return Lifetime(Spent(spent, delta), lines, tuple(seeded), tuple(revealed))

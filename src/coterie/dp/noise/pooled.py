@@ -52,3 +52,14 @@ class PooledNoise:
     def from_json(cls, facts: Mapping[str, Any] | None) -> PooledNoise | None:
         """What `to_json` gave; None where a run's noise is its own."""
         return None if facts is None else cls(int(facts["parties"]), facts["colluding"])
+
+
+def restriction(facts: Mapping[str, Any]) -> str:
+    """Against whom alone a run's promise holds, by its ledger entry, in words; empty where it is everybody."""
+    pooled = PooledNoise.from_json(facts.get("pooled"))
+    if pooled is None or pooled.colluding is None:
+        return ""
+    return (
+        f"with noise shared by {pooled.parties} parties: against any {pooled.colluding} of the {pooled.parties - 1} "
+        "others together, not against all"
+    )
