@@ -186,6 +186,9 @@ def test_where_one_budget_is_spent_nobody_draws_and_what_all_hold_is_still_pushe
     parts["cedar"] = replace(parts["cedar"], privacy=spare)
     federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     assert all(result.finished for result in results.values())
+    notes = " ".join(status.state.note for status in federation.statuses)
+    assert "made-up" in notes
+    assert "push-withdrawn" not in notes  # nobody said that it could draw and then could not
     assert {len(each) for each in pushes.clear.values()} == {pushed}
     for name in PARTIES:
         assert released(tmp_path, name) == [(1, 0)]
