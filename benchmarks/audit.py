@@ -23,7 +23,7 @@ from coterie.audit import pieces
 from coterie.audit.adversaries import Adversary
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts import noised, plain
-from coterie.audit.experts.case import Case, Clock
+from coterie.audit.experts.case import Case, TimeBudget
 from coterie.audit.findings import Finding
 from coterie.demonstration.corpus import PUBLIC
 from coterie.demonstration.plan import NAMES
@@ -75,20 +75,22 @@ def parts(demo: Path, places: int, runs: int, seed: int) -> Mapping[str, Part]:
 
 def _open(demo: Path, adversary: Adversary, lot: int, places: int, seed: int) -> Part:
     return lambda: told(
-        plain.next_tokens(case_of(demo, "experts", seed), adversary, lot, Clock(_ENOUGH_S), places=places)
+        plain.next_tokens(case_of(demo, "experts", seed), adversary, lot, TimeBudget(_ENOUGH_S), places=places)
     )
 
 
 def _open_member(demo: Path, adversary: Adversary, lot: int, seed: int) -> Part:
-    return lambda: told(plain.membership(case_of(demo, "experts", seed), adversary, lot, Clock(_ENOUGH_S)))
+    return lambda: told(plain.membership(case_of(demo, "experts", seed), adversary, lot, TimeBudget(_ENOUGH_S)))
 
 
 def _noised(demo: Path, adversary: Adversary, places: int, seed: int) -> Part:
-    return lambda: told(noised.tokens(case_of(demo, "experts_dp", seed), adversary, Clock(_ENOUGH_S), places=places))
+    return lambda: told(
+        noised.tokens(case_of(demo, "experts_dp", seed), adversary, TimeBudget(_ENOUGH_S), places=places)
+    )
 
 
 def _member(demo: Path, adversary: Adversary, seed: int) -> Part:
-    return lambda: told(noised.membership(case_of(demo, "experts_dp", seed), adversary, Clock(_ENOUGH_S)))
+    return lambda: told(noised.membership(case_of(demo, "experts_dp", seed), adversary, TimeBudget(_ENOUGH_S)))
 
 
 def _epsilon(demo: Path, seed: int) -> Part:

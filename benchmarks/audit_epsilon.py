@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coterie.audit.epsilon.findings import EpsilonFindings, Verdict
+from coterie.audit.epsilon.findings import ClaimVerdict, EpsilonFindings
 from coterie.audit.epsilon.run import audit_epsilon
 from coterie.audit.epsilon.subject import Subject
 from coterie.config import (
@@ -159,7 +159,7 @@ def row(fault: str, seed: int, found: EpsilonFindings) -> dict[str, Any]:
         "fault": fault,
         "seed": seed,
         "verdict": found.verdict.value,
-        "premises": [each.name for each in found.premises if each.verdict is Verdict.ALARM],
+        "premises": [each.name for each in found.premises if each.verdict is ClaimVerdict.ALARM],
         "one_run": {each.score: each.verdict.value for each in found.one_run},
         "auc": {each.score: each.auc for each in found.one_run},
         "bounds": {each.score: [each.lower, each.gaussian_lower, each.alarm_lower] for each in found.one_run},
@@ -173,8 +173,8 @@ def row(fault: str, seed: int, found: EpsilonFindings) -> dict[str, Any]:
 
 def told(rows: Sequence[Mapping[str, Any]]) -> str:
     """One fault's audits in a line."""
-    alarms = sum(each["verdict"] == Verdict.ALARM for each in rows)
-    seen = sum(Verdict.ALARM in each["one_run"].values() for each in rows)
+    alarms = sum(each["verdict"] == ClaimVerdict.ALARM for each in rows)
+    seen = sum(ClaimVerdict.ALARM in each["one_run"].values() for each in rows)
     above = sum(float(each["epsilon_lower"] or 0) > each["epsilon_claimed"] for each in rows)
     noise, reach = ([each[name] for each in rows] for name in ("noise", "contribution"))
     return (

@@ -14,9 +14,9 @@ import pytest
 
 from coterie.audit import pieces, run
 from coterie.audit.adversaries import DEFAULT
-from coterie.audit.evidence import Claim, Evidence
+from coterie.audit.evidence import Evidence, LedgerClaim
 from coterie.audit.figures import NOT_AUDITED, experts_figures, private_figures, tokens_figures
-from coterie.audit.findings import Audited, Finding, Outcome, Part, Unit
+from coterie.audit.findings import Audited, Finding, Outcome, RunKind, Unit
 from coterie.audit.run import Asked, audit, concluded, contradicted, part_of, public_files
 from coterie.audit.verdicts import verdicts
 from coterie.cli import audit as command
@@ -27,7 +27,7 @@ from helpers.synthetic_findings import experts, finding, findings, member, noise
 Read = Callable[..., Evidence]
 
 
-def evidence(exchange: str = "tokens", claim: Claim | None = None, received: int = 2, **more: Any) -> Evidence:
+def evidence(exchange: str = "tokens", claim: LedgerClaim | None = None, received: int = 2, **more: Any) -> Evidence:
     transcripts = {f"party{number}": SimpleNamespace(rounds=2, stopped=None) for number in range(received)}
     values: dict[str, Any] = {
         "owner": "alder",
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A party's run folder, every piece of the audit standing still."""
     (tmp_path / "party.yaml").write_text("", "utf-8")
     identified = Audited(
-        part=Part.TOKENS,
+        part=RunKind.TOKENS,
         owner="alder",
         parties=("alder", "birch"),
         config_hash="5f",
@@ -116,7 +116,7 @@ def test_membership_is_that_of_known_records_in_pushes_that_were_made() -> None:
     alone = experts_figures(others)
     assert alone.auc is None
     assert "auc" in alone.reasons
-    (told,) = [v for v in verdicts(Part.EXPERTS, others, working(), private()) if v.adversary is DEFAULT]
+    (told,) = [v for v in verdicts(RunKind.EXPERTS, others, working(), private()) if v.adversary is DEFAULT]
     assert told.outcome is Outcome.UNKNOWN
     assert "can be told" not in told.sentence
 
@@ -150,7 +150,7 @@ def test_a_budget_s_figures_join_attacks_and_bounds() -> None:
 
 
 def test_nothing_measured_is_null_with_the_attacks_own_reasons() -> None:
-    found = tokens_figures([pieces.nothing("attacks", Part.TOKENS, "no key")])
+    found = tokens_figures([pieces.nothing("attacks", RunKind.TOKENS, "no key")])
     assert found.recovery is None
     assert found.reasons["recovery"] == "no key"
 
@@ -242,21 +242,21 @@ def test_what_no_attack_here_reads_is_named(folder: Path, monkeypatch: pytest.Mo
 
 def test_several_runs_fill_several_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"tokens": tokens(), "experts": experts(), "dp": noised()}
-    reading(monkeypatch, evidence(), evidence("experts"), evidence("experts", Claim(7.99, 1e-5)))
+    reading(monkeypatch, evidence(), evidence("experts"), evidence("experts", LedgerClaim(7.99, 1e-5)))
     monkeypatch.setattr(pieces, "on_exchange", lambda e, *_: list(found["dp" if e.privacy else e.exchange]))
     whole = audit([Asked(folder)] * 3, seed=0, budget_s=10)
-    assert set(whole.findings) == {Part.TOKENS, Part.EXPERTS, Part.EXPERTS_DP}
+    assert set(whole.findings) == {RunKind.TOKENS, RunKind.EXPERTS, RunKind.EXPERTS_DP}
     assert (whole.tokens.recovery, whole.experts.recovery, whole.experts_dp.recovery) == (0.981, 0.28, 0.171)
     assert whole.experts_dp.epsilon_claimed == 7.99
-    assert [one.part for one in whole.identification.runs] == [Part.TOKENS, Part.EXPERTS, Part.EXPERTS_DP]
+    assert [one.part for one in whole.identification.runs] == [RunKind.TOKENS, RunKind.EXPERTS, RunKind.EXPERTS_DP]
     assert len(whole.headline) == 3
 
 
 def test_a_run_under_a_budget_is_one_before_anything_was_spent() -> None:
     agreed: Any = SimpleNamespace(privacy=PrivacyRules.model_construct())
-    assert part_of(evidence("experts"), agreed) is Part.EXPERTS_DP
-    assert part_of(evidence("experts"), SimpleNamespace(privacy="none")) is Part.EXPERTS  # type: ignore[arg-type]
-    assert part_of(evidence(), agreed) is Part.TOKENS
+    assert part_of(evidence("experts"), agreed) is RunKind.EXPERTS_DP
+    assert part_of(evidence("experts"), SimpleNamespace(privacy="none")) is RunKind.EXPERTS  # type: ignore[arg-type]
+    assert part_of(evidence(), agreed) is RunKind.TOKENS
 
 
 def test_alarms_of_the_audit_of_epsilon_are_told_one_by_one() -> None:
@@ -285,7 +285,7 @@ def test_an_alarm_of_the_audit_of_epsilon_is_one_of_the_whole(folder: Path, monk
     told = {"auc_allowed": 0.74, "epsilon_claimed": 8.0, "epsilon_lower": 0.5, "epsilon_ceiling": 3.6}
     epsilon = {**told, "verdict": "ALARM", "premises": [premise], "one_run": [], "sentences": []}
     monkeypatch.setattr(pieces, "on_epsilon", lambda *_: epsilon)
-    reading(monkeypatch, evidence("experts", Claim(7.99, 1e-5)))
+    reading(monkeypatch, evidence("experts", LedgerClaim(7.99, 1e-5)))
     attacks(monkeypatch, noised())
     found = audited(folder)
     assert found.outcome is Outcome.ALARM
@@ -372,11 +372,11 @@ def test_what_is_named_and_not_there_is_said_at_once(
     assert code in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("claim", "left"), [(None, "exact"), (Claim(8.0, 1e-5), "noised")])
+@pytest.mark.parametrize(("claim", "left"), [(None, "exact"), (LedgerClaim(8.0, 1e-5), "noised")])
 def test_under_masks_the_audit_says_what_each_adversary_could_open_and_that_it_was_not_tried(
-    claim: Claim | None, left: str
+    claim: LedgerClaim | None, left: str
 ) -> None:
-    part = Part.EXPERTS if claim is None else Part.EXPERTS_DP
+    part = RunKind.EXPERTS if claim is None else RunKind.EXPERTS_DP
     (found,) = pieces.on_exchange(evidence("experts", claim, received=0, masked=True), part, 1, 1.0)
     assert found.value is None
     assert found.reason is not None

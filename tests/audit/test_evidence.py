@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from coterie.audit.answers import Answers
-from coterie.audit.evidence import Claim, Evidence
-from coterie.audit.findings import Part
+from coterie.audit.evidence import Evidence, LedgerClaim
+from coterie.audit.findings import RunKind
 from coterie.audit.identified import federation_run
 from coterie.audit.transcript import Transcript
 from coterie.config import PartyConfig, dump_yaml
@@ -82,7 +82,7 @@ def test_the_claim_is_the_ledgers(tmp_path: Path) -> None:
     result = {"privacy": {"epsilon": 7.9, "delta": 1e-5}}
     (own / "private" / "result.json").write_text(json.dumps(result))
     found = Evidence.read(own, [])
-    assert found.privacy == Claim(7.9, 1e-5)
+    assert found.privacy == LedgerClaim(7.9, 1e-5)
     assert (found.answers, found.public, dict(found.received)) == (None, [], {})
 
 
@@ -126,15 +126,15 @@ def test_of_several_transcripts_the_good_ones_stay_and_the_others_are_named(tmp_
 def test_a_transcript_that_was_cut_counts_the_rounds_before_alone(tmp_path: Path) -> None:
     own = owners_folder(tmp_path / "alder")
     found = Evidence.read(own, [recorded(tmp_path / "birch", "transcript", "birch")])
-    rounds = federation_run(found, Part.TOKENS).rounds
-    assert federation_run(found, Part.TOKENS).recorded == rounds
+    rounds = federation_run(found, RunKind.TOKENS).rounds
+    assert federation_run(found, RunKind.TOKENS).recorded == rounds
     head = {**FACTS, "kind": "transcript", "party": "cedar", "run": "r1", "agreement": "a1"}
     log = FrameLog(tmp_path / "cedar" / "private" / "transcript", head, [*PARTIES, STOPPED], 1 << 20)
     log.append(STOPPED, FrameType.ONE_WAY, Lane.CONTROL, Message(STOPPED, Address(round=2)))
     log.close()
     cut = Evidence.read(own, [tmp_path / "birch", tmp_path / "cedar"])
     assert rounds > 1
-    assert federation_run(cut, Part.TOKENS).recorded == 1
+    assert federation_run(cut, RunKind.TOKENS).recorded == 1
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.audit.findings import Over, Part, TokensFigures
+from coterie.audit.findings import Over, RunKind, TokensFigures
 from coterie.audit.metrics import Estimate
 from coterie.audit.report.findings_page import audit_page, save_report
 from coterie.audit.report.shareable import shareable
@@ -67,7 +67,7 @@ def test_every_section_is_there() -> None:
 
 
 def test_an_alarm_stands_in_a_red_box_before_everything() -> None:
-    some = {Part.EXPERTS_DP: (*noised(), member(0.9, 2.0, allowed=0.741))}
+    some = {RunKind.EXPERTS_DP: (*noised(), member(0.9, 2.0, allowed=0.741))}
     page = audit_page(findings(some))
     assert page.index("A promise is contradicted") < page.index("What each adversary could do")
     assert "Membership is told better than the claim allows (AUC 0.74)" in page
@@ -79,12 +79,12 @@ def test_instruments_that_fail_are_said_beside_the_controls() -> None:
 
 
 def test_a_missing_value_shows_its_reason_and_no_number() -> None:
-    page = words(audit_page(findings({Part.TOKENS: (*tokens(), finding(None, name="too short"))})))
+    page = words(audit_page(findings({RunKind.TOKENS: (*tokens(), finding(None, name="too short"))})))
     assert re.search(r"too short T2 - - too few places", page)
 
 
 def test_what_is_shown_is_escaped() -> None:
-    page = audit_page(findings({Part.TOKENS: (finding(name="<script>alert(1)</script>"),)}))
+    page = audit_page(findings({RunKind.TOKENS: (finding(name="<script>alert(1)</script>"),)}))
     assert "<script>" not in page
 
 
@@ -113,8 +113,8 @@ def test_no_fact_about_the_text_is_anywhere_in_the_edition_to_pass_on() -> None:
     rate = Estimate(COUNT, COUNT, COUNT, int(COUNT))
     members = finding(name="reads", lot=int(COUNT), sentence=told).model_copy(update={"value": rate, "prior": rate})
     whole = findings({
-        Part.EXPERTS_DP: (members, finding(None, reason=told, sentence=told, over=Over.PUBLIC)),
-        Part.TOKENS: (finding(name="planted", over=Over.PUBLIC, sentence=told), finding(None, reason=told)),
+        RunKind.EXPERTS_DP: (members, finding(None, reason=told, sentence=told, over=Over.PUBLIC)),
+        RunKind.TOKENS: (finding(name="planted", over=Over.PUBLIC, sentence=told), finding(None, reason=told)),
     })  # fmt: skip
     whole = whole.model_copy(
         update={

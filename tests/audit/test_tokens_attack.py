@@ -15,7 +15,7 @@ from coterie.audit.evidence import Evidence
 from coterie.audit.findings import Channel, Unit
 from coterie.audit.tokens.attack import attack, taught
 from coterie.audit.tokens.rows import Truth
-from coterie.audit.tokens.scored import Scored
+from coterie.audit.tokens.scored import ScoredRows
 from coterie.audit.tokens.search import beginnings, rebuild
 from coterie.audit.tokens.views import views
 from coterie.audit.transcript import Transcript
@@ -83,7 +83,7 @@ def test_whoever_knows_some_documents_is_asked_about_the_others() -> None:
 
 def test_of_two_layers_that_were_received_the_lower_one_speaks() -> None:
     places = torch.tensor([3, 5, 7])
-    scored = Scored.__new__(Scored)
+    scored = ScoredRows.__new__(ScoredRows)
     vars(scored).update(
         table=SimpleNamespace(truth={0: Truth(places[:2], places[:2], torch.tensor([0, 1])),
                                      1: Truth(places[1:], places[1:], torch.tensor([1, 2]))}),

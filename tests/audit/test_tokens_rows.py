@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.audit.answers import Rows
+from coterie.audit.answers import KnownRows
 from coterie.audit.tokens.rows import KeyOf, table
 from coterie.audit.tokens.sizes import row_bytes, rows_by_size, size
 from coterie.audit.transcript import Dispatch
@@ -27,11 +27,11 @@ def sent(rows: list[int], experts: list[list[int]], *, attempt: int = 1, gradien
 
 
 def key(sent_rows: dict[str, list[int]]) -> KeyOf:
-    def rows(token_M: Tensor) -> Rows:
+    def rows(token_M: Tensor) -> KnownRows:
         record, position = token_M // 4, token_M % 4
         after = torch.cat([TEXT[:, 1:], torch.full((2, 1), -1)], 1)
         real = TEXT[record, position] >= 0
-        return Rows(
+        return KnownRows(
             TEXT[record, position],
             after[record, position],
             torch.where(real, record, -1),

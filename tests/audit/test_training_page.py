@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.audit.report.training_page import Training, training_page
+from coterie.audit.report.training_page import TrainingRecord, training_page
 from coterie.cli.app import main
 from coterie.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def run_folder(tmp_path: Path, rounds: int = 3, *, private: bool = True, finishe
 
 
 def page_of(folder: Path) -> str:
-    return training_page(Training.read(folder)).replace("\xa0", " ")
+    return training_page(TrainingRecord.read(folder)).replace("\xa0", " ")
 
 
 def test_a_private_run_shows_budget_losses_and_where_they_may_go(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_run_without_a_budget_says_that_nothing_bounds_it(tmp_path: Path) -> N
 def test_loads_that_a_budget_released_are_shown_and_no_others(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     assert "Expert load" not in page_of(folder)
-    assert Training.read(folder).as_json()["expert_load"] == {}
+    assert TrainingRecord.read(folder).as_json()["expert_load"] == {}
     path = folder / "private" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     loads = [{"load_most": 1.8, "load_least": -0.1}, {"load_most": 1.4, "load_least": 0.3}]
@@ -88,7 +88,7 @@ def test_loads_that_a_budget_released_are_shown_and_no_others(tmp_path: Path) ->
     page = page_of(folder)
     assert "Expert load, released within the budget" in page
     assert "the most used expert 1.40, the least used expert 0.30" in page
-    figures = Training.read(folder).as_json()
+    figures = TrainingRecord.read(folder).as_json()
     assert figures["expert_load"] == {"load_most": [(1.0, 1.8), (2.0, 1.4)], "load_least": [(1.0, -0.1), (2.0, 0.3)]}
 
 
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_has_a_page_too(tmp_path: Path) -> None:
 
 
 def test_the_figures_keep_what_is_private_apart(tmp_path: Path) -> None:
-    figures = Training.read(run_folder(tmp_path)).as_json()
+    figures = TrainingRecord.read(run_folder(tmp_path)).as_json()
     assert figures["not_private"]["loss_not_private"] == [(1.0, 4.5), (2.0, 4.4), (3.0, 4.3)]
     assert figures["not_private"]["test_loss"] == [(3.0, 4.234)]
     assert figures["epsilon"] == [(1.0, 4.0), (2.0, 5.0), (3.0, 6.0)]
@@ -106,11 +106,11 @@ def test_the_figures_keep_what_is_private_apart(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_and_a_run_without_a_round_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
-        Training.read(tmp_path)
+        TrainingRecord.read(tmp_path)
     assert error.value.code == "run-dir-none"
     (tmp_path / "run.json").write_text('{"run": "a"}', "utf-8")
     with pytest.raises(CheckpointError) as error:
-        Training.read(tmp_path)
+        TrainingRecord.read(tmp_path)
     assert error.value.code == "run-no-round"
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from coterie.audit.adversaries import Adversary
-from coterie.audit.findings import Channel, Finding, Outcome, Part, Unit
+from coterie.audit.findings import Channel, Finding, Outcome, RunKind, Unit
 from coterie.audit.metrics import Estimate, Scores, auc
 from coterie.audit.verdicts import best, controls, failed, headline, overall, verdicts
 from helpers.synthetic_findings import estimate, finding, findings, member, noised, private, tokens, working
 
 
-def judged(part: Part, *some: Finding, measured: object = None, **budget: float | None) -> tuple[Outcome, str]:
+def judged(part: RunKind, *some: Finding, measured: object = None, **budget: float | None) -> tuple[Outcome, str]:
     found = verdicts(part, some, measured or working(), private(**budget), premises=True)  # type: ignore[arg-type]
     default = next(verdict for verdict in found if verdict.adversary is Adversary.HOST_PUBLIC)
     return default.outcome, default.sentence
@@ -43,7 +43,7 @@ def test_a_negative_control_on_too_few_tokens_carries_nothing() -> None:
     few = working(negative=0.15, prior=0.15, half=0.03)
     assert not few.passed
     assert "0.0 points from the prior, by its interval as many as 3.0" in failed(few)
-    assert judged(Part.EXPERTS_DP, *noised(), measured=few)[0] is Outcome.UNKNOWN
+    assert judged(RunKind.EXPERTS_DP, *noised(), measured=few)[0] is Outcome.UNKNOWN
 
 
 @pytest.mark.parametrize("absent", ["positive", "negative", "prior", "gap"])
@@ -62,21 +62,21 @@ def test_a_control_that_was_not_measured_fails_with_its_reason(absent: str) -> N
 
 
 def test_a_budget_holds_when_every_gain_is_within_two_points() -> None:
-    outcome, words = judged(Part.EXPERTS_DP, *noised(0.015))
+    outcome, words = judged(RunKind.EXPERTS_DP, *noised(0.015))
     assert outcome is Outcome.HELD
     assert "within 2 points" in words
     assert "epsilon 8 stands" in words
 
 
 def test_too_few_places_are_no_verdict() -> None:
-    outcome, words = judged(Part.EXPERTS_DP, *noised(0.05))
+    outcome, words = judged(RunKind.EXPERTS_DP, *noised(0.05))
     assert outcome is Outcome.UNKNOWN
     assert '"within 5 points of it", not "within 2"' in words
 
 
 @pytest.mark.parametrize("measured", [working(positive=0.6), working(negative=0.4)])
 def test_without_working_instruments_nothing_holds(measured: object) -> None:
-    outcome, words = judged(Part.EXPERTS_DP, *noised(0.015), measured=measured)
+    outcome, words = judged(RunKind.EXPERTS_DP, *noised(0.015), measured=measured)
     assert outcome is Outcome.UNKNOWN
     assert "not shown to work" in words
 
@@ -84,7 +84,7 @@ def test_without_working_instruments_nothing_holds(measured: object) -> None:
 def test_text_read_from_noised_sums_is_an_alarm_even_when_the_instruments_fail() -> None:
     told = {"unit": Unit.PLACES, "channel": Channel.RELEASES, "sentence": "40 % of places"}
     read = finding(0.4, 0.05, 0.17, gain=Estimate(0.23, 0.2, 0.26, 900), **told)
-    assert judged(Part.EXPERTS_DP, read, measured=working(positive=0.1)) == (
+    assert judged(RunKind.EXPERTS_DP, read, measured=working(positive=0.1)) == (
         Outcome.ALARM,
         "Text was read from noised sums: 40 % of places",
     )
@@ -93,38 +93,40 @@ def test_text_read_from_noised_sums_is_an_alarm_even_when_the_instruments_fail()
 def test_a_reading_within_two_points_by_its_interval_is_no_alarm() -> None:
     told = {"unit": Unit.PLACES, "channel": Channel.RELEASES}
     read = finding(0.2, 0.02, 0.17, gain=Estimate(0.03, 0.005, 0.055, 900), **told)  # low end within two points
-    assert judged(Part.EXPERTS_DP, read)[0] is Outcome.UNKNOWN
+    assert judged(RunKind.EXPERTS_DP, read)[0] is Outcome.UNKNOWN
 
 
 def test_a_bound_on_epsilon_at_95_percent_raises_no_alarm() -> None:
-    assert judged(Part.EXPERTS_DP, *noised(), epsilon_lower=8.01)[0] is Outcome.HELD
+    assert judged(RunKind.EXPERTS_DP, *noised(), epsilon_lower=8.01)[0] is Outcome.HELD
 
 
 def test_a_claim_stands_only_where_premises_and_membership_were_measured() -> None:
     reading, in_lot = noised()
     for some, premises in (((reading, in_lot), False), ((reading,), True)):
-        found = verdicts(Part.EXPERTS_DP, some, working(), private(), premises=premises)
+        found = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=premises)
         assert found[0].outcome is Outcome.HELD
         assert "stands" not in found[0].sentence
         assert "no verdict on epsilon 8" in found[0].sentence
     wide = in_lot.model_copy(update={"value": Estimate(0.58, 0.4, 0.76, 40)})
-    assert "stands" not in judged(Part.EXPERTS_DP, reading, wide)[1]
-    assert "stands" in judged(Part.EXPERTS_DP, reading, in_lot)[1]
+    assert "stands" not in judged(RunKind.EXPERTS_DP, reading, wide)[1]
+    assert "stands" in judged(RunKind.EXPERTS_DP, reading, in_lot)[1]
 
 
 def test_membership_is_measured_against_what_the_claim_allows_not_against_a_half() -> None:
-    assert judged(Part.EXPERTS_DP, *noised(), member(0.76, 2.0, allowed=0.741))[0] is Outcome.HELD  # 0.73 to 0.79
-    outcome, words = judged(Part.EXPERTS_DP, *noised(), member(0.85, 2.0, allowed=0.741))
+    assert judged(RunKind.EXPERTS_DP, *noised(), member(0.76, 2.0, allowed=0.741))[0] is Outcome.HELD  # 0.73 to 0.79
+    outcome, words = judged(RunKind.EXPERTS_DP, *noised(), member(0.85, 2.0, allowed=0.741))
     assert outcome is Outcome.ALARM
     assert "than the claim allows (AUC 0.74)" in words
 
 
 def test_every_test_of_membership_has_its_own_limit() -> None:
     """A lot without the draw allows more than the run with it; a document of several records is promised nothing."""
-    assert judged(Part.EXPERTS_DP, *noised(), member(0.85, 2.0, allowed=0.86))[0] is Outcome.HELD
-    assert judged(Part.EXPERTS_DP, *noised(), member(0.95, 2.0))[0] is Outcome.HELD
+    assert judged(RunKind.EXPERTS_DP, *noised(), member(0.85, 2.0, allowed=0.86))[0] is Outcome.HELD
+    assert judged(RunKind.EXPERTS_DP, *noised(), member(0.95, 2.0))[0] is Outcome.HELD
     small, large = member(0.7, 2.0, allowed=0.6), member(0.85, 2.0, allowed=0.86)
-    assert judged(Part.EXPERTS_DP, *noised(), small, large)[0] is Outcome.ALARM, "not only the largest is looked at"
+    assert judged(RunKind.EXPERTS_DP, *noised(), small, large)[0] is Outcome.ALARM, (
+        "not only the largest is looked at"
+    )
 
 
 def test_honest_runs_raise_an_alarm_once_in_a_thousand_however_many_looks() -> None:
@@ -140,56 +142,56 @@ def test_honest_runs_raise_an_alarm_once_in_a_thousand_however_many_looks() -> N
         ]
         above += any(value.low > allowed for value in values)
         some = [member(0.5, 1.0, allowed=allowed).model_copy(update={"value": value}) for value in values]
-        assert judged(Part.EXPERTS_DP, *some)[0] is not Outcome.ALARM
+        assert judged(RunKind.EXPERTS_DP, *some)[0] is not Outcome.ALARM
     assert above > 2, "else nothing was tried"
 
 
 def test_what_is_far_above_the_allowed_is_an_alarm_from_perfect_scores_too() -> None:
     perfect = auc(Scores.of(torch.arange(60.0) + 100, torch.arange(60.0)))
     some = [member(0.5, 1.0, allowed=0.76).model_copy(update={"value": perfect})]
-    assert judged(Part.EXPERTS_DP, *some)[0] is Outcome.ALARM
+    assert judged(RunKind.EXPERTS_DP, *some)[0] is Outcome.ALARM
 
 
 def test_without_a_promise_several_attacks_share_the_error_of_one() -> None:
     once = member(0.533, 1.0)  # 0.503 to 0.563
-    assert judged(Part.EXPERTS, once)[0] is Outcome.OPEN
-    assert judged(Part.EXPERTS, *[once] * 6)[0] is Outcome.UNKNOWN
-    assert judged(Part.EXPERTS, *[once] * 6, member(0.56, 1.0))[0] is Outcome.OPEN
+    assert judged(RunKind.EXPERTS, once)[0] is Outcome.OPEN
+    assert judged(RunKind.EXPERTS, *[once] * 6)[0] is Outcome.UNKNOWN
+    assert judged(RunKind.EXPERTS, *[once] * 6, member(0.56, 1.0))[0] is Outcome.OPEN
 
 
 def test_membership_alone_holds_only_where_its_whole_interval_is_allowed() -> None:
-    assert judged(Part.ALONE, member(0.7, 1.5, allowed=0.741))[0] is Outcome.HELD  # up to 0.73
-    outcome, words = judged(Part.ALONE, member(0.72, 1.5, allowed=0.741))  # up to 0.75
+    assert judged(RunKind.ALONE, member(0.7, 1.5, allowed=0.741))[0] is Outcome.HELD  # up to 0.73
+    outcome, words = judged(RunKind.ALONE, member(0.72, 1.5, allowed=0.741))  # up to 0.75
     assert outcome is Outcome.UNKNOWN
     assert "Too few records" in words
-    assert judged(Part.ALONE, member(0.6, 1.5))[0] is Outcome.UNKNOWN, "of a group nothing is promised"
+    assert judged(RunKind.ALONE, member(0.6, 1.5))[0] is Outcome.UNKNOWN, "of a group nothing is promised"
 
 
 def test_an_alarm_of_the_epsilon_audit_counts_against_every_adversary() -> None:
     some = (*noised(), member(0.58, 1.4, adversary=Adversary.ALL_HOSTS))
-    found = verdicts(Part.EXPERTS_DP, some, working(), private(), ["Noise is half of what is claimed."])
+    found = verdicts(RunKind.EXPERTS_DP, some, working(), private(), ["Noise is half of what is claimed."])
     assert {verdict.outcome for verdict in found} == {Outcome.ALARM}
     assert {verdict.sentence for verdict in found} == {"Noise is half of what is claimed."}
 
 
 def test_reading_what_nothing_defends_is_a_leak_and_no_alarm() -> None:
-    assert judged(Part.TOKENS, *tokens()) == (Outcome.OPEN, "98.1 % of all tokens were read")
-    assert judged(Part.EXPERTS, member(0.9, 3.0))[0] is Outcome.OPEN
+    assert judged(RunKind.TOKENS, *tokens()) == (Outcome.OPEN, "98.1 % of all tokens were read")
+    assert judged(RunKind.EXPERTS, member(0.9, 3.0))[0] is Outcome.OPEN
 
 
 def test_without_a_promise_nothing_read_is_not_called_held() -> None:
-    outcome, words = judged(Part.TOKENS, finding(0.17, prior=0.17))
+    outcome, words = judged(RunKind.TOKENS, finding(0.17, prior=0.17))
     assert outcome is Outcome.UNKNOWN
     assert "nothing promises" in words
 
 
 def test_an_attack_without_a_figure_says_why() -> None:
     nothing = finding(None, sentence="too few places", prior=None)
-    assert judged(Part.EXPERTS_DP, nothing) == (Outcome.UNKNOWN, "Nothing can be concluded: too few places.")
+    assert judged(RunKind.EXPERTS_DP, nothing) == (Outcome.UNKNOWN, "Nothing can be concluded: too few places.")
 
 
-@pytest.mark.parametrize("part", [Part.EXPERTS, Part.EXPERTS_DP])
-def test_what_was_not_attacked_is_not_said_to_have_withstood(part: Part) -> None:
+@pytest.mark.parametrize("part", [RunKind.EXPERTS, RunKind.EXPERTS_DP])
+def test_what_was_not_attacked_is_not_said_to_have_withstood(part: RunKind) -> None:
     missing = controls(None, None, None, None, dict.fromkeys(("positive", "negative", "prior", "gap"), "no text"))
     nothing = finding(None, sentence="no transcript", prior=None)
     assert judged(part, nothing, measured=missing) == (
@@ -214,9 +216,9 @@ def test_a_stronger_adversary_plays_the_attacks_of_weaker_ones_and_not_the_other
 
 
 def test_an_alarm_wins_and_silence_is_inconclusive() -> None:
-    open_ = verdicts(Part.TOKENS, tokens(), working(), private())
-    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), private(), ["Noise is half of what is claimed."])
-    unknown = verdicts(Part.EXPERTS_DP, noised(0.1), working(), private())
+    open_ = verdicts(RunKind.TOKENS, tokens(), working(), private())
+    alarm = verdicts(RunKind.EXPERTS_DP, noised(), working(), private(), ["Noise is half of what is claimed."])
+    unknown = verdicts(RunKind.EXPERTS_DP, noised(0.1), working(), private())
     assert overall([*open_, *alarm, *unknown]) is Outcome.ALARM
     assert overall([*unknown, *open_]) is Outcome.OPEN
     assert overall(unknown) is Outcome.UNKNOWN
@@ -231,7 +233,7 @@ def test_the_headline_has_the_worst_of_every_part() -> None:
         "Training alone: whether a known record was used is told no better than claimed.",
     )
     budget = private()
-    alarm = verdicts(Part.EXPERTS_DP, noised(), working(), budget, ["Noise is half of what is claimed."])
-    assert headline(alarm, {Part.EXPERTS_DP: noised()}, budget) == (
+    alarm = verdicts(RunKind.EXPERTS_DP, noised(), working(), budget, ["Noise is half of what is claimed."])
+    assert headline(alarm, {RunKind.EXPERTS_DP: noised()}, budget) == (
         "`experts` within epsilon 8: ALARM: something promised is contradicted.",
     )

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from coterie.audit.epsilon import premises
-from coterie.audit.epsilon.findings import Verdict
+from coterie.audit.epsilon.findings import ClaimVerdict
 from coterie.audit.epsilon.subject import Subject
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -29,5 +29,5 @@ def subject(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Subj
     return Subject.of_settings(bench.small(tmp_path_factory.mktemp("settings")))
 
 
-def alarms(measured: premises.Measured) -> set[str]:
-    return {each.name for each in measured.premises if each.verdict is Verdict.ALARM}
+def alarms(measured: premises.MeasuredPremises) -> set[str]:
+    return {each.name for each in measured.premises if each.verdict is ClaimVerdict.ALARM}

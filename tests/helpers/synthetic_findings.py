@@ -14,8 +14,8 @@ from coterie.audit.findings import (
     Findings,
     Identification,
     Over,
-    Part,
     PrivateFigures,
+    RunKind,
     TokensFigures,
     Unit,
 )
@@ -118,12 +118,17 @@ def model() -> tuple[Finding, ...]:
 
 
 def findings(
-    parts: dict[Part, tuple[Finding, ...]] | None = None,
+    parts: dict[RunKind, tuple[Finding, ...]] | None = None,
     measured: Controls | None = None,
     budget: PrivateFigures | None = None,
 ) -> Findings:
     """A whole audit around given parts."""
-    whole = {Part.TOKENS: tokens(), Part.EXPERTS: experts(), Part.EXPERTS_DP: noised(), Part.ALONE: model()}
+    whole = {
+        RunKind.TOKENS: tokens(),
+        RunKind.EXPERTS: experts(),
+        RunKind.EXPERTS_DP: noised(),
+        RunKind.ALONE: model(),
+    }
     some = whole if parts is None else parts
     measured = measured or working()
     budget = budget or private()
@@ -158,7 +163,7 @@ def findings(
             at="2026-01-02T03:04:05Z",
             runs=(
                 Audited(
-                    part=Part.TOKENS,
+                    part=RunKind.TOKENS,
                     owner="alder",
                     parties=("alder", "birch", "cedar"),
                     config_hash="5f" * 32,
@@ -168,7 +173,7 @@ def findings(
                     recorded=2,
                 ),
                 Audited(
-                    part=Part.EXPERTS_DP,
+                    part=RunKind.EXPERTS_DP,
                     owner="alder",
                     parties=("alder", "birch", "cedar"),
                     config_hash="6e" * 32,

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.audit.fitting import OF_THE_LOG, Head
-from coterie.audit.transcript import Dispatch, Entry, Push
+from coterie.audit.fitting import OF_THE_LOG, TranscriptHead
+from coterie.audit.transcript import Dispatch, ReceivedMessage, ReceivedPush
 from coterie.errors import CheckpointError
 from coterie.federation.wire.frame_log import files_in, read_entries, read_head
 from coterie.federation.wire.recording import ANSWERS
@@ -23,7 +23,7 @@ _KINDS = (ATTEMPT, BATCH, LOT, SENT)
 
 
 @dataclass(frozen=True)
-class Rows:
+class KnownRows:
     """What the rows of one dispatch are, in their order; -1 where a row is padding.
 
     Attributes:
@@ -57,13 +57,13 @@ class _Batch:
     ids_BT: Tensor
     mask_BT: Tensor
 
-    def rows(self, token_M: Tensor) -> Rows:
+    def rows(self, token_M: Tensor) -> KnownRows:
         width = self.ids_BT.shape[1]
         row_M, position_M = token_M // width, token_M % width
         ids_BT = torch.where(self.mask_BT, self.ids_BT.long(), -1)
         after_BT = torch.cat([ids_BT[:, 1:], torch.full_like(ids_BT[:, :1], -1)], 1)
         real_M = self.mask_BT[row_M, position_M]
-        return Rows(
+        return KnownRows(
             ids_BT[row_M, position_M],
             after_BT[row_M, position_M],
             *(torch.where(real_M, of_M, -1) for of_M in (self.rows_B[row_M], self.document_B[row_M], position_M)),
@@ -109,7 +109,7 @@ class Answers:
                 fix="agree on `transcript:` in federation.yaml and run again; the owner's run folder then holds it",
             )
         first = found[0][1]
-        check_keys(found[0][0], "key", first, (*OF_THE_LOG, *Head.model_fields), CheckpointError)
+        check_keys(found[0][0], "key", first, (*OF_THE_LOG, *TranscriptHead.model_fields), CheckpointError)
         if any(head != first for _, head in found):
             raise CheckpointError(
                 f"{place} holds keys of several runs or settings.",
@@ -140,7 +140,7 @@ class Answers:
                     newest[at.round] = lots[at.round, begun[at.round]] = _records(*tensors)
         return cls(first["party"], first["run"], first["agreement"], batches, sent, lots)
 
-    def rows(self, host: str, dispatch: Dispatch | Entry) -> Rows:
+    def rows(self, host: str, dispatch: Dispatch | ReceivedMessage) -> KnownRows:
         """What the rows of a dispatch are that ``host`` received.
 
         Raises:
@@ -154,7 +154,7 @@ class Answers:
             raise _missing(f"a dispatch of round {at.round} to {host}, layer {at.layer}")
         return batch.rows(token_M)
 
-    def whole(self, dispatch: Dispatch | Entry) -> Rows:
+    def whole(self, dispatch: Dispatch | ReceivedMessage) -> KnownRows:
         """All rows of the forward behind a dispatch in the text's order, whoever received them.
 
         Raises:
@@ -166,7 +166,7 @@ class Answers:
             raise _missing(f"a forward of round {at.round}")
         return batch.rows(torch.arange(batch.ids_BT.numel()))
 
-    def records(self, push: Push) -> tuple[Record, ...]:
+    def records(self, push: ReceivedPush) -> tuple[Record, ...]:
         """The records whose gradients are in a sum.
 
         Raises:

@@ -24,7 +24,7 @@ Document = list[int]
 
 
 @dataclass(frozen=True)
-class Claim:
+class LedgerClaim:
     """What the owner's ledger says of the run."""
 
     epsilon: float
@@ -50,7 +50,7 @@ class Evidence:
     owner: str
     exchange: Literal["tokens", "experts"]
     trunk: Literal["private", "shared"]
-    privacy: Claim | None
+    privacy: LedgerClaim | None
     start: Path
     public: Sequence[Document]
     received: Mapping[str, Transcript]
@@ -187,7 +187,7 @@ def _check_agreed(
     (found if found.exchange == "tokens" else replace(found, sender=None)).check()
 
 
-def claim_of(run_folder: Path) -> Claim | None:
+def claim_of(run_folder: Path) -> LedgerClaim | None:
     """What a run says that it spent; None without a budget."""
     for path in (private_folder(run_folder) / "result.json", run_folder / "status.json"):
         try:
@@ -195,7 +195,7 @@ def claim_of(run_folder: Path) -> Claim | None:
         except (OSError, ValueError):
             continue
         if privacy and privacy.get("epsilon") is not None:
-            return Claim(float(privacy["epsilon"]), float(privacy["delta"]))
+            return LedgerClaim(float(privacy["epsilon"]), float(privacy["delta"]))
         return None
     return None
 

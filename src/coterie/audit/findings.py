@@ -75,7 +75,7 @@ class Outcome(StrEnum):
     """Nothing can be concluded; the sentence says why."""
 
 
-class Part(StrEnum):
+class RunKind(StrEnum):
     """What was audited: a federation by its exchange and promise, or a party's run alone."""
 
     TOKENS = "tokens"
@@ -232,7 +232,7 @@ class Controls(_Figures):
 class Verdict(_Model):
     """What one adversary could do, in words."""
 
-    part: Part
+    part: RunKind
     adversary: Adversary
     outcome: Outcome
     sentence: str
@@ -248,7 +248,7 @@ class Audited(_Model):
         claimed: (epsilon, delta) of the owner's ledger, or None.
     """
 
-    part: Part
+    part: RunKind
     owner: str
     parties: tuple[str, ...]
     config_hash: str
@@ -300,14 +300,14 @@ class Findings(_Model):
     epsilon: dict[str, Any] | None = None
     controls: Controls
     verdicts: tuple[Verdict, ...]
-    findings: dict[Part, tuple[Finding, ...]]
+    findings: dict[RunKind, tuple[Finding, ...]]
     tested: tuple[str, ...]
     untested: tuple[str, ...]
     next_settings: tuple[str, ...]
     identification: Identification
     left_out: tuple[str, ...] = ()
 
-    def every(self) -> Iterator[tuple[Part, Finding]]:
+    def every(self) -> Iterator[tuple[RunKind, Finding]]:
         """All findings with the part they belong to."""
         for part, some in self.findings.items():
             yield from ((part, finding) for finding in some)

@@ -46,7 +46,7 @@ OF_THE_LOG = ("format", "names", "kind")
 """Of the head of every log of frames, and checked there."""
 
 
-class Head(BaseModel):
+class TranscriptHead(BaseModel):
     """The head of a transcript; see `coterie.audit.transcript.Transcript`."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -96,14 +96,16 @@ class Head(BaseModel):
         return part
 
 
-def head_of(place: Path, saved: Mapping[str, Any]) -> tuple[Head, tuple[tuple[str, ...], ...], tuple[Part, ...]]:
+def head_of(
+    place: Path, saved: Mapping[str, Any]
+) -> tuple[TranscriptHead, tuple[tuple[str, ...], ...], tuple[Part, ...]]:
     """The head of a transcript with its placement and parts.
 
     Raises:
         CheckpointError: ``transcript-damaged``.
     """
     try:
-        head = Head.model_validate({name: value for name, value in saved.items() if name not in OF_THE_LOG})
+        head = TranscriptHead.model_validate({name: value for name, value in saved.items() if name not in OF_THE_LOG})
         owners, pieces = head.owners(), head.pieces()
         if head.party not in head.parties or len(set(head.parties)) != len(head.parties):
             raise ValueError("parties")

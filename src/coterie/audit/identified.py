@@ -14,7 +14,7 @@ from typing import Any
 
 from coterie import __version__
 from coterie.audit.evidence import Evidence
-from coterie.audit.findings import Audited, Identification, Part
+from coterie.audit.findings import Audited, Identification, RunKind
 from coterie.audit.transcript import Transcript
 from coterie.config import FederationConfig, content_hash, load_yaml
 from coterie.revision import revision
@@ -43,7 +43,7 @@ def identification(
     )
 
 
-def federation_run(evidence: Evidence, part: Part) -> Audited:
+def federation_run(evidence: Evidence, part: RunKind) -> Audited:
     """One owner's part in a federation."""
     federation = load_yaml(evidence.run_folder / FEDERATION_FILE, FederationConfig)
     rounds = federation.train.rounds
@@ -73,7 +73,7 @@ def lone_run(run_folder: Path, claimed: tuple[float, float] | None) -> Audited:
     config = read_config(run_folder)
     start = config.model.path
     return Audited(
-        part=Part.ALONE,
+        part=RunKind.ALONE,
         owner="the party that trained alone",
         parties=(),
         config_hash=content_hash(config, without={"run_dir", "device"}),

@@ -9,7 +9,7 @@ from typing import Any
 
 from coterie.audit.adversaries import DEFAULT, Adversary
 from coterie.audit.evidence import Evidence
-from coterie.audit.findings import Channel, Controls, Finding, Part, Unit, carried
+from coterie.audit.findings import Channel, Controls, Finding, RunKind, Unit, carried
 from coterie.audit.verdicts import controls
 from coterie.config import ModelSpec
 from coterie.errors import CoterieError
@@ -19,7 +19,7 @@ CANARIES = 200
 """As many as have power at the small claim of the audit's own."""
 
 
-def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> list[Finding]:
+def on_exchange(evidence: Evidence, part: RunKind, seed: int, budget_s: float) -> list[Finding]:
     """Attacks on what other parties received."""
     from coterie.audit.experts.attack import attack as on_experts
     from coterie.audit.tokens.attack import attack as on_tokens
@@ -32,7 +32,7 @@ def on_exchange(evidence: Evidence, part: Part, seed: int, budget_s: float) -> l
     if evidence.answers is None:
         return [nothing(name, part, "the owner kept no key to score with")]
     try:
-        attack = on_tokens if part is Part.TOKENS else on_experts
+        attack = on_tokens if part is RunKind.TOKENS else on_experts
         return [carried(found) for found in attack(evidence, seed=seed, budget_s=budget_s)]
     except CoterieError as error:
         return [nothing(name, part, error.message)]
@@ -102,9 +102,9 @@ def instruments(evidence: Evidence | None, seed: int) -> Controls:
     return controls(positive.value, negative.value, negative.prior, negative.gap, {})
 
 
-def nothing(name: str, part: Part, why: str) -> Finding:
+def nothing(name: str, part: RunKind, why: str) -> Finding:
     """An attack that could not be made."""
-    channel, unit = (Channel.TOKENS, Unit.TOKENS) if part is Part.TOKENS else (Channel.PUSHES, Unit.PLACES)
+    channel, unit = (Channel.TOKENS, Unit.TOKENS) if part is RunKind.TOKENS else (Channel.PUSHES, Unit.PLACES)
     reason = why.rstrip(".")
     return Finding(
         name=name, adversary=DEFAULT, channel=channel, unit=unit, value=None, reason=reason, sentence=f"{reason}."

@@ -17,7 +17,7 @@ from coterie.audit import pieces
 from coterie.audit.adversaries import DEFAULT, Adversary
 from coterie.audit.evidence import Evidence, claim_of
 from coterie.audit.figures import experts_figures, private_figures, tokens_figures
-from coterie.audit.findings import Audited, Controls, Finding, Findings, Outcome, Part, PrivateFigures, Verdict
+from coterie.audit.findings import Audited, Controls, Finding, Findings, Outcome, PrivateFigures, RunKind, Verdict
 from coterie.audit.identified import federation_run, identification, lone_run
 from coterie.audit.verdicts import LABELS, headline, overall, verdicts
 from coterie.config import FederationConfig, PrivacyRules, load_yaml
@@ -61,10 +61,10 @@ class Asked:
 class _Gathered:
     """What has come out so far."""
 
-    findings: dict[Part, list[Finding]] = field(default_factory=dict)
+    findings: dict[RunKind, list[Finding]] = field(default_factory=dict)
     runs: list[Audited] = field(default_factory=list)
-    epsilon: dict[Part, dict[str, Any]] = field(default_factory=dict)
-    claimed: dict[Part, tuple[float, float]] = field(default_factory=dict)
+    epsilon: dict[RunKind, dict[str, Any]] = field(default_factory=dict)
+    claimed: dict[RunKind, tuple[float, float]] = field(default_factory=dict)
     untested: list[str] = field(default_factory=list)
     why_no_epsilon: str = ""
     evidence: Evidence | None = None
@@ -118,9 +118,9 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, progress
     part = _identify(asked, gathered)
     claimed = part in gathered.claimed
     some = gathered.findings.setdefault(part, [])
-    if part is not Part.ALONE and gathered.evidence is not None:
+    if part is not RunKind.ALONE and gathered.evidence is not None:
         progress(f"attacking what others received of {gathered.evidence.owner} ({LABELS[part].replace('`', '')})")
-        share = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if part is Part.EXPERTS_DP else 0.0)
+        share = 1.0 - (_MODEL if asked.model else 0.0) - (_EPSILON if part is RunKind.EXPERTS_DP else 0.0)
         with gathered.timed(f"{part.value}: exchange"):
             some += pieces.on_exchange(gathered.evidence, part, seed, budget_s * share)
     if asked.model:
@@ -141,7 +141,7 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, progress
             some += found
     else:
         gathered.untested.append(f"The trained model ({LABELS[part]}): it was left out.")
-    if part is Part.EXPERTS_DP or claimed:
+    if part is RunKind.EXPERTS_DP or claimed:
         progress("epsilon from below")
         left = max(1.0, until - time.monotonic())
         with gathered.timed(f"{part.value}: epsilon"):
@@ -153,13 +153,13 @@ def _one(asked: Asked, gathered: _Gathered, seed: int, budget_s: float, progress
             gathered.epsilon[part] = epsilon
 
 
-def _identify(asked: Asked, gathered: _Gathered) -> Part:
+def _identify(asked: Asked, gathered: _Gathered) -> RunKind:
     """Read what the run left, and note what it is."""
     if not (asked.run / PARTY_FILE).is_file():
         claim = claim_of(asked.run)
         told = None if claim is None else (claim.epsilon, claim.delta)
         gathered.runs.append(lone_run(asked.run, told))
-        part = Part.ALONE
+        part = RunKind.ALONE
     else:
         gathered.evidence = evidence = _evidence(asked, gathered)
         claim = evidence.privacy
@@ -170,12 +170,12 @@ def _identify(asked: Asked, gathered: _Gathered) -> Part:
     return part
 
 
-def part_of(evidence: Evidence, federation: FederationConfig) -> Part:
+def part_of(evidence: Evidence, federation: FederationConfig) -> RunKind:
     """By what was agreed: a run under a budget that has not spent yet claims one all the same."""
     if evidence.exchange == "tokens":
-        return Part.TOKENS
+        return RunKind.TOKENS
     bounded = evidence.privacy is not None or isinstance(federation.privacy, PrivacyRules)
-    return Part.EXPERTS_DP if bounded else Part.EXPERTS
+    return RunKind.EXPERTS_DP if bounded else RunKind.EXPERTS
 
 
 def _evidence(asked: Asked, gathered: _Gathered) -> Evidence:
@@ -198,9 +198,9 @@ def _evidence(asked: Asked, gathered: _Gathered) -> Evidence:
 
 def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: float, cpu_s: float) -> Findings:
     found = {part: tuple(some) for part, some in gathered.findings.items()}
-    bounded = Part.EXPERTS_DP if Part.EXPERTS_DP in found else Part.ALONE
+    bounded = RunKind.EXPERTS_DP if RunKind.EXPERTS_DP in found else RunKind.ALONE
     private = private_figures(
-        found.get(bounded) if bounded is Part.EXPERTS_DP or bounded in gathered.claimed else None,
+        found.get(bounded) if bounded is RunKind.EXPERTS_DP or bounded in gathered.claimed else None,
         gathered.epsilon.get(bounded),
         gathered.claimed.get(bounded),
         gathered.why_no_epsilon,
@@ -212,8 +212,8 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
     return Findings(
         outcome=overall(judged),
         headline=headline(judged, found, private),
-        tokens=tokens_figures(found.get(Part.TOKENS)),
-        experts=experts_figures(found.get(Part.EXPERTS)),
+        tokens=tokens_figures(found.get(RunKind.TOKENS)),
+        experts=experts_figures(found.get(RunKind.EXPERTS)),
         experts_dp=private,
         epsilon=gathered.epsilon.get(bounded),
         controls=measured,
@@ -245,7 +245,7 @@ def contradicted(epsilon: dict[str, Any] | None) -> list[str]:
     return told or list(epsilon["sentences"])
 
 
-def _tested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> list[str]:
+def _tested(found: dict[RunKind, tuple[Finding, ...]], gathered: _Gathered) -> list[str]:
     told = []
     for part, some in found.items():
         for finding in some:
@@ -259,7 +259,7 @@ def _tested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> list
     return list(dict.fromkeys(told))
 
 
-def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> list[str]:
+def _untested(found: dict[RunKind, tuple[Finding, ...]], gathered: _Gathered) -> list[str]:
     reasons = [
         f"{LABELS[part]}: {finding.name}: {finding.reason}."
         for part, some in found.items()
@@ -269,13 +269,13 @@ def _untested(found: dict[Part, tuple[Finding, ...]], gathered: _Gathered) -> li
     return list(dict.fromkeys([*gathered.untested, *reasons, *played_instead(found)]))
 
 
-def played_instead(found: Mapping[Part, Sequence[Finding]]) -> list[str]:
+def played_instead(found: Mapping[RunKind, Sequence[Finding]]) -> list[str]:
     """Which adversaries a stronger one stood in for, in sentences."""
     return [
         f"{LABELS[part]}: {Adversary.HOST.label}, who knows nothing but its own experts, on tokens: without the "
         f"embedding it has no vector to look for in a sum. {DEFAULT.label}, who also has the public checkpoint, was "
         "played in its place."
-        for part in (Part.EXPERTS, Part.EXPERTS_DP)
+        for part in (RunKind.EXPERTS, RunKind.EXPERTS_DP)
         if any(finding.adversary is DEFAULT and finding.value is not None for finding in found.get(part, ()))
     ]
 
@@ -293,21 +293,21 @@ def next_settings(
     judged: Sequence[Verdict],
     private: PrivateFigures,
     measured: Controls,
-    found: dict[Part, tuple[Finding, ...]],
+    found: dict[RunKind, tuple[Finding, ...]],
 ) -> list[str]:
     """What to try next, by what came out."""
-    outcomes = {part: {v.outcome for v in judged if v.part is part} for part in Part}
+    outcomes = {part: {v.outcome for v in judged if v.part is part} for part in RunKind}
     told = []
     if Outcome.ALARM in {v.outcome for v in judged}:
         told.append("Stop: do not pass on this model, keep run folders and ledger as they are, and report the alarm.")
-    if Outcome.OPEN in outcomes[Part.TOKENS]:
+    if Outcome.OPEN in outcomes[RunKind.TOKENS]:
         told.append(
             "`exchange: experts` with a `privacy` budget, if other parties may not read the text. Nothing makes "
             "`tokens` private."
         )
-    if Outcome.OPEN in outcomes[Part.EXPERTS]:
+    if Outcome.OPEN in outcomes[RunKind.EXPERTS]:
         told.append("A `privacy` budget. Larger batches make a push harder to read whole and give no promise.")
-    if Outcome.UNKNOWN in outcomes[Part.EXPERTS_DP]:
+    if Outcome.UNKNOWN in outcomes[RunKind.EXPERTS_DP]:
         told.append("More `--minutes`: two points need about 1,000 places, and records with a transcript.")
     ceiling, claimed = private.epsilon_ceiling, private.epsilon_claimed
     if ceiling is not None and claimed is not None and ceiling < claimed:

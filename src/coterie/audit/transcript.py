@@ -26,7 +26,7 @@ Phase = Literal["train", "evaluation"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReceivedMessage:
     """One message that arrived.
 
     Attributes:
@@ -87,7 +87,7 @@ class Dispatch:
 
 
 @dataclass(frozen=True)
-class Push:
+class ReceivedPush:
     """One part of a party's sum in the `experts` exchange, whole.
 
     Attributes:
@@ -188,7 +188,7 @@ class Transcript:
         """The same transcript, with what one party sent alone."""
         return replace(self, sender=sender)
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[ReceivedMessage]:
         """Every message in the order of arrival.
 
         Raises:
@@ -245,7 +245,7 @@ class Transcript:
 
         An evaluation's come at once; a training micro-batch's when its gradient has come, or the round has gone.
         """
-        waiting: dict[tuple[object, ...], Entry] = {}
+        waiting: dict[tuple[object, ...], ReceivedMessage] = {}
         for entry in self:
             key = (entry.peer, entry.round, entry.attempt, entry.micro_batch, entry.layer, entry.call)
             if entry.kind == "dispatch" and not entry.reply and len(entry.tensors["hidden"]):
@@ -262,7 +262,7 @@ class Transcript:
         for entry in waiting.values():
             yield _dispatch(entry, None)
 
-    def pushes(self) -> Iterator[Push]:
+    def pushes(self) -> Iterator[ReceivedPush]:
         """Sums that came to this host in `experts`, each part when it was whole."""
         begun: dict[tuple[str, int], tuple[Mapping[str, Any], Tensor, set[int]]] = {}
         for entry in self:
@@ -286,7 +286,7 @@ class Transcript:
                     sums = {name: values.float() for name, values in part.decode(blob, self.push_dtype).items()}
                     if not all(largest(values) < torch.inf for values in sums.values()):
                         raise unfit(f"A sum of {entry.peer} in round {entry.round}", "it holds NaN or infinity")
-                    yield Push(entry.peer, entry.round, entry.attempt, part, body["weights"], sums)
+                    yield ReceivedPush(entry.peer, entry.round, entry.attempt, part, body["weights"], sums)
 
     def weights(self, round_no: int, attempt: int) -> dict[int, Mapping[str, Tensor]]:
         """Parts of the model that other hosts served this party for an attempt, by part number, in `weights_dtype`.
@@ -330,14 +330,14 @@ _RULES: Mapping[tuple[str, bool], tuple[TensorRule, ...]] = {
 }
 
 
-def _entry(number: int, logged: Logged) -> Entry:
+def _entry(number: int, logged: Logged) -> ReceivedMessage:
     frame, message = logged.frame, logged.frame.message
     reply = frame.type is FrameType.REPLY
     rules = _RULES.get((message.kind, reply), ())
     names = [rule.name.replace(" ", "_") for rule in rules]
     names += [f"tensor_{place}" for place in range(len(names), len(message.tensors))]
     at = message.address
-    return Entry(
+    return ReceivedMessage(
         number=number,
         peer=logged.name,
         kind=message.kind,
@@ -350,7 +350,7 @@ def _entry(number: int, logged: Logged) -> Entry:
     )
 
 
-def _dispatch(entry: Entry, gradient: Tensor | None) -> Dispatch:
+def _dispatch(entry: ReceivedMessage, gradient: Tensor | None) -> Dispatch:
     found = entry.tensors
     return Dispatch(
         entry.peer,

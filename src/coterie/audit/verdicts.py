@@ -18,8 +18,8 @@ from coterie.audit.findings import (
     Controls,
     Finding,
     Outcome,
-    Part,
     PrivateFigures,
+    RunKind,
     Unit,
     Verdict,
 )
@@ -129,7 +129,7 @@ def _value(finding: Finding) -> float:
 
 
 def verdicts(
-    part: Part,
+    part: RunKind,
     findings: Sequence[Finding],
     measured: Controls,
     private: PrivateFigures,
@@ -148,7 +148,7 @@ def verdicts(
         premises: of the claimed epsilon were measured, and its audit concluded; else no claim is said to stand.
     """
     played = [adversary for adversary in Adversary if any(f.adversary is adversary for f in findings)]
-    claimed = part is Part.EXPERTS_DP or (part is Part.ALONE and private.epsilon_claimed is not None)
+    claimed = part is RunKind.EXPERTS_DP or (part is RunKind.ALONE and private.epsilon_claimed is not None)
     found = []
     for adversary in played:
         if claimed:
@@ -354,10 +354,10 @@ def percent(share: float) -> str:
 
 
 LABELS = {
-    Part.TOKENS: "`tokens`",
-    Part.EXPERTS: "`experts` without a budget",
-    Part.EXPERTS_DP: "`experts` with a budget",
-    Part.ALONE: "training alone",
+    RunKind.TOKENS: "`tokens`",
+    RunKind.EXPERTS: "`experts` without a budget",
+    RunKind.EXPERTS_DP: "`experts` with a budget",
+    RunKind.ALONE: "training alone",
 }
 _SHORT = {
     Outcome.ALARM: "ALARM: something promised is contradicted.",
@@ -375,19 +375,19 @@ _READ = {
 }
 
 
-def named(part: Part, private: PrivateFigures) -> str:
+def named(part: RunKind, private: PrivateFigures) -> str:
     """A part in words, with its claim."""
-    if part is Part.EXPERTS_DP and private.epsilon_claimed is not None:
+    if part is RunKind.EXPERTS_DP and private.epsilon_claimed is not None:
         return f"`experts` within epsilon {private.epsilon_claimed:.3g}"
     return LABELS[part]
 
 
 def headline(
-    some: Sequence[Verdict], findings: Mapping[Part, Sequence[Finding]], private: PrivateFigures
+    some: Sequence[Verdict], findings: Mapping[RunKind, Sequence[Finding]], private: PrivateFigures
 ) -> tuple[str, ...]:
     """The audit in one sentence for each part: the worst that an adversary did."""
     told = []
-    for part in Part:
+    for part in RunKind:
         outcomes = [verdict.outcome for verdict in some if verdict.part is part]
         if outcomes:
             worst = min(outcomes, key=list(Outcome).index)

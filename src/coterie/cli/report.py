@@ -25,11 +25,11 @@ def command(
     Example:
         coterie report runs/first
     """
-    from coterie.audit.report.training_page import Training, training_page
+    from coterie.audit.report.training_page import TrainingRecord, training_page
     from coterie.storage import write_whole
     from coterie.training.folders import private_folder
 
-    run = Training.read(run_dir)
+    run = TrainingRecord.read(run_dir)
     path = report or private_folder(run_dir) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path.resolve(), training_page(run).encode())

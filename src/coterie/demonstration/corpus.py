@@ -49,15 +49,15 @@ LEFT_OUT = _words(
 
 
 @dataclass(frozen=True)
-class Subject:
+class Topic:
     """A field of knowledge: its name, and the top-level modules whose documentation belongs to it."""
 
     name: str
     modules: frozenset[str]
 
 
-SUBJECTS: tuple[Subject, ...] = tuple(
-    Subject(name, _words(modules))
+SUBJECTS: tuple[Topic, ...] = tuple(
+    Topic(name, _words(modules))
     for name, modules in (
         (
             "networking",

@@ -12,7 +12,7 @@ import torch
 
 from coterie.audit.epsilon import bounds, one_run, premises
 from coterie.audit.epsilon.canaries import Alternating, RandomIds
-from coterie.audit.epsilon.findings import OneRun, Premise, Verdict
+from coterie.audit.epsilon.findings import ClaimVerdict, OneRun, Premise
 from coterie.audit.epsilon.laws import independent
 from coterie.audit.epsilon.rehearsal import Rehearsal
 from coterie.audit.epsilon.run import audit_epsilon
@@ -56,9 +56,9 @@ def test_the_law_written_down_a_second_time_is_the_engines(
 
 def test_canaries_of_an_honest_run_prove_little(subject: Subject) -> None:
     runs, outside = one_run.audit(subject, canaries=100, seed=0)
-    assert outside.verdict is Verdict.CONSISTENT
+    assert outside.verdict is ClaimVerdict.CONSISTENT
     for each in runs:
-        assert each.verdict is Verdict.CONSISTENT
+        assert each.verdict is ClaimVerdict.CONSISTENT
         assert max(each.lower, each.gaussian_lower) <= each.claimed < each.gaussian_ceiling
         # The larger of the scores' bounds is shown: each has its share of the five in a hundred.
         most = bounds.ceilings(100, each.delta, 0.05 / len(runs))
@@ -68,14 +68,14 @@ def test_canaries_of_an_honest_run_prove_little(subject: Subject) -> None:
 def test_canaries_see_records_that_are_not_clipped(bench: ModuleType, subject: Subject) -> None:
     with bench.FAULTS["clipping off"]():
         runs, outside = one_run.audit(subject, canaries=100, families=(Alternating(),), seed=0)
-    assert outside.verdict is Verdict.CONSISTENT
-    assert runs[0].verdict is Verdict.ALARM
+    assert outside.verdict is ClaimVerdict.CONSISTENT
+    assert runs[0].verdict is ClaimVerdict.ALARM
     assert runs[0].alarm_lower > runs[0].claimed
 
 
 def test_few_canaries_conclude_nothing(subject: Subject) -> None:
     runs, _ = one_run.audit(subject, canaries=8, seed=0)
-    assert {each.verdict for each in runs} == {Verdict.OPEN}
+    assert {each.verdict for each in runs} == {ClaimVerdict.OPEN}
 
 
 def test_what_changes_the_model_beside_the_release_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_what_changes_the_model_beside_the_release_is_seen(subject: Subject, mon
     monkeypatch.setattr(PrivateSession, "step", also)
     before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
     _, outside = one_run.audit(subject, canaries=8, seed=0)
-    assert outside.verdict is Verdict.ALARM
+    assert outside.verdict is ClaimVerdict.ALARM
     assert all(torch.equal(before[name], p) for name, p in subject.model.named_parameters())
 
 
@@ -109,7 +109,7 @@ def test_an_audit_leaves_run_ledger_and_spool_byte_for_byte(bench: ModuleType, t
     assert digests(tmp_path) == before
     assert any("ledger.jsonl" in path.name for path in before)
     assert "The run's entry in the ledger" in found.premises[0].sentence
-    assert found.verdict is not Verdict.ALARM
+    assert found.verdict is not ClaimVerdict.ALARM
     assert found.epsilon_claimed == 8.0
     assert 0.5 < found.auc_allowed < found.auc_by_claim
 
@@ -117,12 +117,12 @@ def test_an_audit_leaves_run_ledger_and_spool_byte_for_byte(bench: ModuleType, t
 def test_an_alarm_of_the_canaries_alone_is_one_of_the_audit(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet = Premise("noise", 1.0, 1.0, 0.001, 0.5, Verdict.CONSISTENT, "It is as claimed.")
-    canaries = OneRun(200, 2.0, 1e-5, "shares", 0.9, 3.0, 3.6, 4.0, 6.4, 3.5, 2.0, 3.0, Verdict.ALARM)
-    monkeypatch.setattr(premises, "measure", lambda *_, **__: premises.Measured((quiet, quiet), 1.0, 1.0))
+    quiet = Premise("noise", 1.0, 1.0, 0.001, 0.5, ClaimVerdict.CONSISTENT, "It is as claimed.")
+    canaries = OneRun(200, 2.0, 1e-5, "shares", 0.9, 3.0, 3.6, 4.0, 6.4, 3.5, 2.0, 3.0, ClaimVerdict.ALARM)
+    monkeypatch.setattr(premises, "measure", lambda *_, **__: premises.MeasuredPremises((quiet, quiet), 1.0, 1.0))
     monkeypatch.setattr(one_run, "audit", lambda *_, **__: ((canaries,), quiet))
     found = audit_epsilon(subject)
-    assert found.verdict is Verdict.ALARM
+    assert found.verdict is ClaimVerdict.ALARM
     assert found.epsilon_lower is not None
     assert found.epsilon_lower > subject.claim.epsilon, "twice the claimed ratio"
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from coterie.audit.experts import bayes
 from coterie.audit.experts.bayes import Blank, candidates_of, filled, weights
 from coterie.audit.experts.clipped import factors
-from coterie.audit.experts.membership import Metric, Scored, products, score
+from coterie.audit.experts.membership import Metric, RecordScores, products, score
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.reader import Reader
 from coterie.audit.experts.simulate import rows_of, summed
@@ -131,7 +131,7 @@ def test_a_record_in_gaussian_noise_is_found_as_often_as_the_trade_off_of_two_ga
 
 
 def test_a_lot_that_may_hold_the_record_is_a_mixture() -> None:
-    scored = Scored(torch.tensor([[3.0, -1.0]], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64))
+    scored = RecordScores(torch.tensor([[3.0, -1.0]], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64))
     assert float(scored.log_ratio()) == pytest.approx(3.0 - 1.0 - 1.0 - 1.0)
     mixed = math.log(0.75 + 0.25 * math.exp(2.0)) + math.log(0.75 + 0.25 * math.exp(-2.0))
     assert float(scored.log_ratio(0.25)) == pytest.approx(mixed)

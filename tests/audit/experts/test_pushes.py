@@ -20,11 +20,11 @@ from coterie.audit.experts import noised as noised_attacks
 from coterie.audit.experts import plain
 from coterie.audit.experts.attack import attack
 from coterie.audit.experts.bag import table_names, table_sums
-from coterie.audit.experts.case import Case, Clock, Owned
+from coterie.audit.experts.case import Case, Owned, TimeBudget
 from coterie.audit.experts.clipped import factors
 from coterie.audit.experts.drift import drifted
 from coterie.audit.experts.loads import choices, loads
-from coterie.audit.experts.membership import Scored
+from coterie.audit.experts.membership import RecordScores
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.experts.plain import without
 from coterie.audit.experts.pushes import noised, standard_deviation
@@ -162,14 +162,14 @@ def test_small_pushes_are_of_several_documents_and_one_document_carries_no_rate(
         assert {record.document for some, _ in pushes for record in some} == {0, 1, 2, 3}
     alike = [Owned(row, 7, record.ids) for row, record in enumerate(case.lot(1))]
     case.__dict__["lot"] = lambda _: alike
-    found = plain.next_tokens(case, Adversary.ALL_HOSTS, 1, Clock(60.0), places=8)
+    found = plain.next_tokens(case, Adversary.ALL_HOSTS, 1, TimeBudget(60.0), places=8)
     assert carried(found).value is None
     assert "too few documents" in carried(found).reason
 
 
 def test_the_tokens_of_several_pushes_have_an_interval_and_those_of_one_have_none(evidence: Evidence) -> None:
     case = case_of(evidence)
-    f1, presence = plain.bag(case, Adversary.ALL_HOSTS, Clock(60.0))
+    f1, presence = plain.bag(case, Adversary.ALL_HOSTS, TimeBudget(60.0))
     assert presence.unit is Unit.PRESENCE
     for each in (f1, presence):
         assert each.value is not None
@@ -177,12 +177,12 @@ def test_the_tokens_of_several_pushes_have_an_interval_and_those_of_one_have_non
         assert each.value.count == len(case.train) // LOT, "each record is in one push at most"
         assert each.value.low > each.prior.high
     case.__dict__["train"] = case.lot(1)
-    assert all(carried(each).value is None for each in plain.bag(case, Adversary.ALL_HOSTS, Clock(60.0)))
+    assert all(carried(each).value is None for each in plain.bag(case, Adversary.ALL_HOSTS, TimeBudget(60.0)))
 
 
 def test_a_host_that_knows_nothing_counts_the_tokens_of_its_experts_by_rank(evidence: Evidence) -> None:
     case = case_of(evidence)
-    found = loads(case, 1, Clock(60.0))
+    found = loads(case, 1, TimeBudget(60.0))
     assert (found.adversary, found.unit, found.lot) == (Adversary.HOST, Unit.LOADS, 1)
     assert found.value is not None
     assert found.prior is not None
@@ -237,13 +237,13 @@ def test_noise_is_measured_in_the_sums_themselves() -> None:
 
 def test_attacks_say_what_they_read_beside_what_could_be_guessed(evidence: Evidence) -> None:
     case = case_of(evidence)
-    found = plain.next_tokens(case, Adversary.ALL_HOSTS, 1, Clock(60.0), places=16)
+    found = plain.next_tokens(case, Adversary.ALL_HOSTS, 1, TimeBudget(60.0), places=16)
     assert found.unit is Unit.PLACES
     assert found.value is not None
     assert found.prior is not None
     assert found.value.value > found.prior.value + 0.4
     assert found.lot == 1
-    (area,) = plain.membership(case, Adversary.ALL_HOSTS, LOT, Clock(60.0))
+    (area,) = plain.membership(case, Adversary.ALL_HOSTS, LOT, TimeBudget(60.0))
     assert area.unit is Unit.AUC
     assert area.value is None  # too few of the owner's records were left out of the push
     assert "fewer than 40" in area.reason
@@ -252,7 +252,7 @@ def test_attacks_say_what_they_read_beside_what_could_be_guessed(evidence: Evide
 def test_members_of_a_small_push_are_told_from_all_other_records(evidence: Evidence) -> None:
     case = case_of(evidence)
     case.__dict__["train"] = [Owned(row, row, record) for row, record in enumerate(texts(60, 10, VOCAB, 51))]
-    (area, *_) = plain.membership(case, Adversary.ALL_HOSTS, 4, Clock(60.0))
+    (area, *_) = plain.membership(case, Adversary.ALL_HOSTS, 4, TimeBudget(60.0))
     assert area.value is not None
     assert area.value.value > 0.95
     assert area.value.count == 60
@@ -264,7 +264,9 @@ def test_a_record_counts_in_the_rounds_whose_lot_it_was_in() -> None:
     lots = {1: members[:1], 4: members[1:]}
     case: Any = SimpleNamespace(rounds=lambda: [1, 4], lot=lots.__getitem__)
     seen = [
-        Scored(torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) * times, torch.zeros(3, dtype=torch.float64))
+        RecordScores(
+            torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) * times, torch.zeros(3, dtype=torch.float64)
+        )
         for times in (1, 10)
     ]
     assert noised_attacks.in_lots(case, members, seen) == {
@@ -285,7 +287,7 @@ def test_a_trunk_drifts_and_experts_stay(evidence: Evidence) -> None:
 def test_known_records_leave_the_rest_of_a_push_open(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(evidence)
     monkeypatch.setattr(metrics, "FEWEST_DOCUMENTS", 1)  # one record is left, which is read best
-    clock = Clock(60.0)
+    clock = TimeBudget(60.0)
     found = plain.next_tokens(case, Adversary.HOST_DOMAIN, LOT, clock, places=8, known=LOT - 1)
     assert found.value is not None
     assert found.prior is not None
@@ -297,7 +299,7 @@ def test_a_private_trunk_that_drifted_is_attacked_with_the_drift_learned(tmp_pat
     folder = trained(tmp_path, trunk="private", optim__lr=1e-3)
     case = case_of(evidence_of(folder, "private"))
     assert case.rounds() == [1, 2]
-    found = plain.next_tokens(case, Adversary.ALL_HOSTS, LOT, Clock(60.0), places=8, round_index=2)
+    found = plain.next_tokens(case, Adversary.ALL_HOSTS, LOT, TimeBudget(60.0), places=8, round_index=2)
     assert found.value is not None
     assert found.prior is not None
     assert found.value.value > found.prior.value + 0.2
@@ -315,7 +317,7 @@ def test_under_a_budget_every_figure_has_the_guess_or_the_allowed_one_beside_it(
     opened = summed(rows_of(case.reader, records), visible, scale, 0.7, generator=generator)
     monkeypatch.setattr(noised_attacks, "releases", lambda *_: iter([(case.reader, opened)]))
     monkeypatch.setattr(noised_attacks, "_FEWEST", 2)  # a small lot
-    found = noised_attacks.membership(case, Adversary.ALL_HOSTS, Clock(60.0))
+    found = noised_attacks.membership(case, Adversary.ALL_HOSTS, TimeBudget(60.0))
     in_lot, over_rounds = (
         next(f for f in found if f.name == n) for n in ("membership in a lot", "membership over rounds")
     )
@@ -324,7 +326,7 @@ def test_under_a_budget_every_figure_has_the_guess_or_the_allowed_one_beside_it(
     assert f"allows no test more than {in_lot.allowed:.3f}" in in_lot.sentence
     assert over_rounds.value is None, "held-out text was set aside by a person"
     assert "coins" in over_rounds.reason
-    tokens = noised_attacks.tokens(case, Adversary.ALL_HOSTS, Clock(60.0), places=4)
+    tokens = noised_attacks.tokens(case, Adversary.ALL_HOSTS, TimeBudget(60.0), places=4)
     assert tokens.value is not None
     assert tokens.prior is not None
     assert tokens.value.count == tokens.prior.count == 4

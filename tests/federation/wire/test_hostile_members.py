@@ -16,7 +16,7 @@ from torch import Tensor
 from coterie.errors import CoterieError, MessageError
 from coterie.federation.experts.host import ExpertsHost, ExpertsHostLimits
 from coterie.federation.experts.masking.board import parts_digest
-from coterie.federation.experts.masking.grid import MaskGrid, Scale
+from coterie.federation.experts.masking.grid import GridScale, MaskGrid
 from coterie.federation.experts.parts import Part, digest_of, expert_parts
 from coterie.federation.experts.shared_trunk import TrunkHost
 from coterie.federation.identity.certificates import COORDINATOR
@@ -216,7 +216,7 @@ def test_who_announced_a_masked_push_and_does_not_bring_it_is_named(contributes:
 def test_who_brings_another_masked_push_than_it_announced_is_named() -> None:
     world = Experts(masked=True)
     world.pool.begin(NOW, active=("alder", "birch"))
-    world.pool.use_grid(MaskGrid(2, Scale(1.0, 2**29)))
+    world.pool.use_grid(MaskGrid(2, GridScale(1.0, 2**29)))
     theirs = [part for part in world.parts if part.host == "alder"]
     blobs = {part.number: torch.zeros(4 * part.num_values, dtype=torch.uint8) for part in theirs}
     for part in theirs:

@@ -13,7 +13,7 @@ SHOWN = 0.95
 tight one once in twenty."""
 
 
-class Verdict(StrEnum):
+class ClaimVerdict(StrEnum):
     """How a claim stands."""
 
     CONSISTENT = "consistent"
@@ -21,9 +21,11 @@ class Verdict(StrEnum):
     OPEN = "cannot conclude"
 
 
-def worst(verdicts: list[Verdict]) -> Verdict:
+def worst(verdicts: list[ClaimVerdict]) -> ClaimVerdict:
     """An alarm wins over everything, and something left open over what is consistent."""
-    return next((each for each in (Verdict.ALARM, Verdict.OPEN) if each in verdicts), Verdict.CONSISTENT)
+    return next(
+        (each for each in (ClaimVerdict.ALARM, ClaimVerdict.OPEN) if each in verdicts), ClaimVerdict.CONSISTENT
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Premise:
     expected: float
     error: float
     chance: float | None
-    verdict: Verdict
+    verdict: ClaimVerdict
     sentence: str
 
 
@@ -78,7 +80,7 @@ class OneRun:
     alarm_lower: float
     ratio: float
     ratio_ceiling: float
-    verdict: Verdict
+    verdict: ClaimVerdict
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,6 @@ class EpsilonFindings:
     auc_allowed: float
     tpr_allowed: float
     auc_by_claim: float
-    verdict: Verdict
+    verdict: ClaimVerdict
     sentences: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coterie.audit.epsilon import bounds
 from coterie.audit.epsilon.canaries import FAMILIES, CanaryFamily, Ids, sequences
-from coterie.audit.epsilon.findings import CONFIDENCE, SHOWN, OneRun, Premise, Verdict
+from coterie.audit.epsilon.findings import CONFIDENCE, SHOWN, ClaimVerdict, OneRun, Premise
 from coterie.audit.epsilon.rehearsal import Rehearsal
 from coterie.audit.epsilon.shares import Directions
 from coterie.audit.epsilon.subject import Subject
@@ -172,7 +172,7 @@ def _step(rehearsal: Rehearsal, divisor: float) -> _Moved:
     )
     outside = Premise(
         "nothing outside the sums", float(len(unexplained)), 0.0, 0.0, None,
-        Verdict.ALARM if unexplained else Verdict.CONSISTENT, sentence,
+        ClaimVerdict.ALARM if unexplained else ClaimVerdict.CONSISTENT, sentence,
     )  # fmt: skip
     return _Moved({name: -value * divisor for name, value in direction.items()}, direction, outside)
 
@@ -225,7 +225,7 @@ def _judged(name: str, scores_M: Tensor, heads_M: Tensor, budget: Budget, sigma:
     alarm_lower = max(sure.epsilon, sure.gaussian(delta))
     wrong = sure.epsilon > budget.epsilon or sure.mu > 1 / sigma
     blind = max(able.epsilon, able.gaussian(delta)) <= budget.epsilon
-    verdict = Verdict.ALARM if wrong else Verdict.OPEN if blind else Verdict.CONSISTENT
+    verdict = ClaimVerdict.ALARM if wrong else ClaimVerdict.OPEN if blind else ClaimVerdict.CONSISTENT
     area = auc(Scores.of(scores_M[heads_M], scores_M[~heads_M])).value
     return OneRun(
         count, budget.epsilon, delta, name, area, shown.epsilon, most.epsilon, shown.gaussian(delta),

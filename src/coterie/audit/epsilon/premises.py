@@ -19,7 +19,7 @@ from scipy import stats
 from coterie.audit.epsilon import checks
 from coterie.audit.epsilon.canaries import Alternating, CanaryFamily, Ids, RandomIds, Repeated, ids_of, sequences
 from coterie.audit.epsilon.checks import Seen
-from coterie.audit.epsilon.findings import CONFIDENCE, Premise, Verdict
+from coterie.audit.epsilon.findings import CONFIDENCE, ClaimVerdict, Premise
 from coterie.audit.epsilon.laws import NoiseLaw, independent
 from coterie.audit.epsilon.rehearsal import Rehearsal
 from coterie.audit.epsilon.subject import Subject
@@ -45,7 +45,7 @@ _EACH_KIND, _SHORT, _COMPANY = 4, 16, 3
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPremises:
     """What the premises say of the run's epsilon.
 
     Attributes:
@@ -65,7 +65,7 @@ class Measured:
         return epsilon([(replace(claim.mechanism, noise_multiplier=sigma), claim.rounds)], claim.delta)
 
 
-def measure(subject: Subject, *, seed: int | None = None, budget_s: float = 12.0) -> Measured:
+def measure(subject: Subject, *, seed: int | None = None, budget_s: float = 12.0) -> MeasuredPremises:
     """Measure every premise.
 
     Args:
@@ -85,7 +85,7 @@ def measure(subject: Subject, *, seed: int | None = None, budget_s: float = 12.0
     noise = _noise(rehearsal, law, most)
     level = (1 - CONFIDENCE) / len([*looks, *noise])
     upper = 1 + float(stats.norm.isf(1 - CONFIDENCE)) * noise[0].seen.error / max(noise[0].seen.value, 1e-9)
-    return Measured(
+    return MeasuredPremises(
         (_named(subject), *(look.judged(level) for look in (*noise, *looks)), *contributions),
         max(each.value for each in contributions),
         noise[0].seen.value * upper,
@@ -101,7 +101,7 @@ class _Look(NamedTuple):
     sentence: str
 
     def judged(self, level: float) -> Premise:
-        verdict = Verdict.ALARM if self.seen.chance < level else Verdict.CONSISTENT
+        verdict = ClaimVerdict.ALARM if self.seen.chance < level else ClaimVerdict.CONSISTENT
         return Premise(
             self.name, self.seen.value, self.expected, self.seen.error, self.seen.chance, verdict, self.sentence
         )
@@ -119,7 +119,7 @@ def _named(subject: Subject) -> Premise:
     )
     if claim.seeded:
         sentence += " It took its randomness from a seed, and is not private."
-    verdict = Verdict.ALARM if wrong else Verdict.CONSISTENT
+    verdict = ClaimVerdict.ALARM if wrong else ClaimVerdict.CONSISTENT
     return Premise("epsilon of the mechanism", spends, claim.epsilon, 0.0, None, verdict, sentence)
 
 
@@ -258,5 +258,5 @@ def _contribution(kind: str, alone: list[float], together: float, law: NoiseLaw)
         f"The furthest of {len(alone)} added {max(alone):.5f} times the clip norm alone and {together:.5f} times "
         f"beside others."
     )
-    verdict = Verdict.ALARM if wrong or not math.isfinite(value) else Verdict.CONSISTENT
+    verdict = ClaimVerdict.ALARM if wrong or not math.isfinite(value) else ClaimVerdict.CONSISTENT
     return Premise(f"contribution: {kind}", value, 1.0, 0.0, None, verdict, sentence)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from coterie.audit.epsilon import one_run, premises
 from coterie.audit.epsilon.allowed import by_claim, by_mechanism
 from coterie.audit.epsilon.canaries import FAMILIES, CanaryFamily
-from coterie.audit.epsilon.findings import EpsilonFindings, OneRun, Premise, Verdict, worst
-from coterie.audit.epsilon.premises import Measured
+from coterie.audit.epsilon.findings import ClaimVerdict, EpsilonFindings, OneRun, Premise, worst
+from coterie.audit.epsilon.premises import MeasuredPremises
 from coterie.audit.epsilon.subject import Claim, Subject
 from coterie.audit.evidence import Evidence
 from coterie.config import TrainConfig
@@ -96,10 +96,10 @@ def _carried(claim: Claim, runs: tuple[OneRun, ...], what: str) -> float | None:
 
 
 def _sentences(
-    claim: Claim, found: tuple[Premise, ...], runs: tuple[OneRun, ...], measured: Measured, spent: float,
+    claim: Claim, found: tuple[Premise, ...], runs: tuple[OneRun, ...], measured: MeasuredPremises, spent: float,
     lower: float | None, ceiling: float | None, auc: float,
 ) -> tuple[str, ...]:  # fmt: skip
-    wrong = [each for each in found if each.verdict is Verdict.ALARM]
+    wrong = [each for each in found if each.verdict is ClaimVerdict.ALARM]
     told = []
     if wrong:
         told.append(f"ALARM: the claim of epsilon {claim.epsilon:g} does not hold.")
@@ -115,7 +115,7 @@ def _sentences(
     for each in runs:
         alarm = f"ALARM: above its claim, at 99.9 % confidence ({each.alarm_lower:.2f}). "
         open_ = "That many canaries cannot contradict the claim. "
-        first = {Verdict.ALARM: alarm, Verdict.OPEN: open_, Verdict.CONSISTENT: ""}[each.verdict]
+        first = {ClaimVerdict.ALARM: alarm, ClaimVerdict.OPEN: open_, ClaimVerdict.CONSISTENT: ""}[each.verdict]
         told.append(
             f"{first}{each.canaries} canaries in one round at epsilon {each.claimed:g}, by the {each.score}: AUC "
             f"{each.auc:.2f}, at least {each.lower:.2f} (at most {each.ceiling:.1f} could be shown) by the "

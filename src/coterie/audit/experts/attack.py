@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from coterie.audit.adversaries import Adversary
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts import noised, plain
-from coterie.audit.experts.case import Case, Clock
+from coterie.audit.experts.case import Case, TimeBudget
 from coterie.audit.experts.loads import loads
 from coterie.audit.findings import Channel, Finding, Unit
 
-Attack = Callable[[Clock], list[Finding]]
+Attack = Callable[[TimeBudget], list[Finding]]
 """Takes the time it may use."""
 
 _SHORTEST_S = 5.0
@@ -38,7 +38,7 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
         CheckpointError: transcript and key do not fit.
     """
     case = Case(evidence, seed)
-    clock = Clock(budget_s)
+    clock = TimeBudget(budget_s)
     jobs = _plain(case, budget_s) if evidence.privacy is None else _noised(case)
     found: list[Finding] = []
     for number, job in enumerate(jobs):
@@ -90,7 +90,7 @@ def _noised(case: Case) -> list[_Job]:
 
 
 def _next(case: Case, adversary: Adversary, lot: int, known: int = 0, round_index: int | None = None) -> _Job:
-    def run(clock: Clock) -> list[Finding]:
+    def run(clock: TimeBudget) -> list[Finding]:
         return [plain.next_tokens(case, adversary, lot, clock, known=known, round_index=round_index)]
 
     return _Job("next token by spans", adversary, Unit.PLACES, 1.0, run)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.audit.experts.membership import Metric, Scored, products, score
+from coterie.audit.experts.membership import Metric, RecordScores, products, score
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.reader import Reader
 
@@ -82,7 +82,7 @@ def _likeliest(
     """
     variants = [tuple(row) for row in _variants(blank, tokens_V).tolist()]
     product_VP = products(reader, variants, pushes, metric, torch.full((len(variants),), blank.factor))
-    most_V = before_V + Scored(product_VP, torch.zeros(len(variants), dtype=torch.float64)).log_ratio(rate)
+    most_V = before_V + RecordScores(product_VP, torch.zeros(len(variants), dtype=torch.float64)).log_ratio(rate)
     best, token = -torch.inf, -1
     for some in torch.split(most_V.argsort(descending=True), _AT_ONCE):
         if float(most_V[some[0]]) < best:

@@ -19,7 +19,7 @@ from coterie.audit.experts.membership import Metric
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.pushes import by_round, open_pushes, put, round_as_served, rounding_of, served
 from coterie.audit.experts.reader import Reader
-from coterie.audit.transcript import Push, Transcript
+from coterie.audit.transcript import ReceivedPush, Transcript
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacyRules, load_yaml
 from coterie.errors import AuditError
 from coterie.models import seam
@@ -45,7 +45,7 @@ class Owned:
     ids: tuple[int, ...]
 
 
-class Clock:
+class TimeBudget:
     """Divides the time that is left.
 
     Args:
@@ -59,9 +59,9 @@ class Clock:
     def left(self) -> float:
         return max(0.0, self._until - time.monotonic())
 
-    def share(self, of: float) -> Clock:
+    def share(self, of: float) -> TimeBudget:
         """A part of what is left."""
-        return Clock(self.left * of)
+        return TimeBudget(self.left * of)
 
 
 class Case:
@@ -104,7 +104,7 @@ class Case:
             raise _nothing("the transcripts hold no whole sum of the owner's", "record at least one whole round")
 
     @cached_property
-    def _parts(self) -> Mapping[Adversary, dict[int, list[Push]]]:
+    def _parts(self) -> Mapping[Adversary, dict[int, list[ReceivedPush]]]:
         hosts = list(self.evidence.received.values())
         sizes = {name: _values(found) for name, found in self.evidence.received.items()}
         alone = by_round([self.evidence.received[most_received(sizes)]])

@@ -13,7 +13,7 @@ import torch
 
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
-from coterie.audit.experts.case import Case, Clock, Owned
+from coterie.audit.experts.case import Case, Owned, TimeBudget
 from coterie.audit.experts.plain import simulated
 from coterie.audit.experts.simulate import rows_of
 from coterie.audit.findings import Channel, Finding, Unit
@@ -21,7 +21,7 @@ from coterie.audit.findings import Channel, Finding, Unit
 _PUSHES = 8
 
 
-def loads(case: Case, lot: int, clock: Clock) -> Finding:
+def loads(case: Case, lot: int, clock: TimeBudget) -> Finding:
     """How often the rank of an expert's sum is just the number of tokens that chose the expert.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.reader import Reader
-from coterie.audit.experts.simulate import Rows, rows_of
+from coterie.audit.experts.simulate import SimulatedRows, rows_of
 
 _SHRINK = 0.02
 """Share of the mean eigenvalue that is added to every one: public text does not show every direction."""
@@ -31,7 +31,7 @@ Side = tuple[int, int, int]
 """Layer, expert, projection (0 or 1)."""
 
 
-def _sides(rows: Rows) -> Iterator[tuple[Side, Tensor, Tensor, Tensor]]:
+def _sides(rows: SimulatedRows) -> Iterator[tuple[Side, Tensor, Tensor, Tensor]]:
     """For each projection of each expert: the records of its rows, what entered and the gradients at the output."""
     for layer, each in enumerate(rows.layers):
         record_R = each.token_R // rows.length
@@ -202,7 +202,7 @@ def _spread(moment: Tensor) -> _Spread:
 
 
 @dataclass(frozen=True)
-class Scored:
+class RecordScores:
     """How records and pushes meet.
 
     Attributes:
@@ -252,7 +252,7 @@ def score(
     pushes: Sequence[Opened],
     metric: Metric,
     factors: Tensor | None = None,
-) -> Scored:
+) -> RecordScores:
     """Hold records against pushes that were made with one model.
 
     Args:
@@ -279,4 +279,4 @@ def score(
                     product_SP[:, push].index_add_(0, numbers[present], product_B.double())
     if factors is not None:
         product_SP, size_S = product_SP * factors.double().unsqueeze(1), size_S * factors.double().square()
-    return Scored(product_SP, size_S)
+    return RecordScores(product_SP, size_S)

@@ -11,9 +11,9 @@ from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
 from coterie.audit.epsilon.allowed import by_mechanism
 from coterie.audit.experts.bayes import CANDIDATES, Blank, filled
-from coterie.audit.experts.case import Case, Clock, Owned
+from coterie.audit.experts.case import Case, Owned, TimeBudget
 from coterie.audit.experts.clipped import factors
-from coterie.audit.experts.membership import Metric, Scored, score
+from coterie.audit.experts.membership import Metric, RecordScores, score
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.plain import rates, too_few
 from coterie.audit.experts.pushes import noised, standard_deviation
@@ -51,7 +51,7 @@ def releases(case: Case, adversary: Adversary) -> Iterator[tuple[Reader, Opened]
         yield case.reader_at(round_index), noised(opened, standard_deviation(opened))
 
 
-def tokens(case: Case, adversary: Adversary, clock: Clock, *, places: int = 1000) -> Finding:
+def tokens(case: Case, adversary: Adversary, clock: TimeBudget, *, places: int = 1000) -> Finding:
     """One token of a record of which all others are known, by Bayes weight, in records of the first round's lot.
 
     The adversary is told that the record is in the lot.
@@ -109,7 +109,7 @@ def blanks_of(case: Case, records: Sequence[Owned], count: int) -> Iterator[tupl
         yield blanks, [record.document for record in some]
 
 
-def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: int = _SCORED) -> list[Finding]:
+def membership(case: Case, adversary: Adversary, clock: TimeBudget, *, candidates: int = _SCORED) -> list[Finding]:
     """Whether a known record was in one given lot: records of the owner's own, of which lots were drawn at random.
 
     Whether a record is in the owner's data at all is not measured here: held-out text was set aside by a person, and
@@ -126,7 +126,7 @@ def membership(case: Case, adversary: Adversary, clock: Clock, *, candidates: in
     ids = [record.ids for record in members]
     lot = rate_of(case) * len(case.train)
     scale = factors(case.reader.model, ids, case.clip_norm)
-    seen: list[Scored] = []
+    seen: list[RecordScores] = []
     sigma = 0.0
     for reader, opened in releases(case, adversary):
         if seen and not clock.left:
@@ -161,7 +161,7 @@ _Sides = dict[bool, tuple[list[float], list[int]]]
 """Scores and documents of members, and of others."""
 
 
-def in_lots(case: Case, members: Sequence[Owned], seen: Sequence[Scored]) -> _Sides:
+def in_lots(case: Case, members: Sequence[Owned], seen: Sequence[RecordScores]) -> _Sides:
     """Scores of every record with every round, and its document: drawn into the round's lot (True), or not."""
     found: _Sides = {True: ([], []), False: ([], [])}
     for number, scored in zip(case.rounds(), seen, strict=False):

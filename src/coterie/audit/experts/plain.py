@@ -12,7 +12,7 @@ from torch import Tensor
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
 from coterie.audit.experts.bag import Bag, BagReader, table_names, table_sums
-from coterie.audit.experts.case import Case, Clock, Owned, documents_of
+from coterie.audit.experts.case import Case, Owned, TimeBudget, documents_of
 from coterie.audit.experts.drift import drifted
 from coterie.audit.experts.membership import score
 from coterie.audit.experts.opened import ExpertSum, Opened
@@ -54,7 +54,7 @@ def next_tokens(
     case: Case,
     adversary: Adversary,
     lot: int,
-    clock: Clock,
+    clock: TimeBudget,
     *,
     places: int = 1000,
     known: int = 0,
@@ -178,7 +178,7 @@ def _difference(each: ExpertSum, known: ExpertSum) -> ExpertSum:
     return ExpertSum(sides[0], sides[1], noise, each.rounding)
 
 
-def whole_records(case: Case, adversary: Adversary, lot: int, clock: Clock) -> Finding:
+def whole_records(case: Case, adversary: Adversary, lot: int, clock: TimeBudget) -> Finding:
     """Records read with nothing given, from pushes of a few of the owner's records."""
     round_index = case.rounds()[0]
     visible = list(case.opened(adversary, round_index).experts)
@@ -221,7 +221,7 @@ class Split:
         return Scores.of(value_S[inside], value_S[~inside], document_S[inside], document_S[~inside])
 
 
-def membership(case: Case, adversary: Adversary, lot: int, clock: Clock) -> list[Finding]:
+def membership(case: Case, adversary: Adversary, lot: int, clock: TimeBudget) -> list[Finding]:
     """Whether a known record is in a push without noise: the recorded one, or one of that many of the records."""
     round_index = case.rounds()[0]
     recorded, whole = case.opened(adversary, round_index), case.lot(round_index)
@@ -304,7 +304,7 @@ def rates(
     return found
 
 
-def bag(case: Case, adversary: Adversary, clock: Clock) -> list[Finding]:
+def bag(case: Case, adversary: Adversary, clock: TimeBudget) -> list[Finding]:
     """Which tokens a push holds, from the sums of embedding and head; nothing where they do not cross.
 
     What is read of one push says nothing of others: beside the recorded one as many are made of the owner's other

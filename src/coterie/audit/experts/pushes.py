@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.audit.experts.opened import ExpertSum, Opened
-from coterie.audit.transcript import Push, Transcript
+from coterie.audit.transcript import ReceivedPush, Transcript
 from coterie.federation.experts.parts import Part, span
 from coterie.federation.experts.serve_weights import CHUNK
 from coterie.models import seam
@@ -20,7 +20,7 @@ BFLOAT16_ROUNDING = 2.0**-7 / 6**0.5
 """Largest standard deviation of a value's rounding over the value, to one of two neighbours by coin."""
 
 
-def open_pushes(pushes: Iterable[Push], layers: Sequence[ExpertLayer], rounding: float = 0.0) -> Opened:
+def open_pushes(pushes: Iterable[ReceivedPush], layers: Sequence[ExpertLayer], rounding: float = 0.0) -> Opened:
     """All that some parts of one push say together.
 
     Args:
@@ -48,13 +48,13 @@ def rounding_of(transcript: Transcript) -> float:
     return BFLOAT16_ROUNDING if transcript.push_dtype == torch.bfloat16 else 0.0
 
 
-def by_round(transcripts: Iterable[Transcript]) -> dict[int, list[Push]]:
+def by_round(transcripts: Iterable[Transcript]) -> dict[int, list[ReceivedPush]]:
     """The parts of the owner's sum of every round, of its last attempt that anybody received whole.
 
     Parts of earlier attempts are left out, though an adversary has them: without a budget they may be of the same
     records, and under one they are the same bytes.
     """
-    found: dict[int, dict[tuple[int, str], Push]] = {}
+    found: dict[int, dict[tuple[int, str], ReceivedPush]] = {}
     for transcript in transcripts:
         for push in transcript.pushes():
             held = found.setdefault(push.round, {})

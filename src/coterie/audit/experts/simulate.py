@@ -19,7 +19,7 @@ _AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Rows:
+class SimulatedRows:
     """Rows of some records of one length, layer by layer.
 
     Attributes:
@@ -45,15 +45,15 @@ def by_length(records: Sequence[Sequence[int]], at_once: int = _AT_ONCE) -> Iter
             yield some, torch.tensor([list(records[number]) for number in some])
 
 
-def rows_of(reader: Reader, records: Sequence[Sequence[int]]) -> Iterator[Rows]:
+def rows_of(reader: Reader, records: Sequence[Sequence[int]]) -> Iterator[SimulatedRows]:
     """The rows of every record of at least two tokens."""
     for numbers, ids_BT in by_length(records):
         if ids_BT.shape[1] > 1:
-            yield Rows(numbers, ids_BT.shape[1], reader.rows(ids_BT))
+            yield SimulatedRows(numbers, ids_BT.shape[1], reader.rows(ids_BT))
 
 
 def summed(
-    rows: Iterable[Rows],
+    rows: Iterable[SimulatedRows],
     visible: Collection[tuple[int, int]],
     factors: Tensor | None = None,
     noise: float = 0.0,

@@ -13,7 +13,7 @@ from coterie.audit.adversaries import Adversary
 from coterie.audit.findings import Channel, Finding, Unit
 from coterie.audit.metrics import Scores, auc, fewest_others, proportion, tpr_at
 from coterie.audit.model import membership
-from coterie.audit.model.membership import Candidates, Measured, corrected, loaded, measure, signals
+from coterie.audit.model.membership import Candidates, ModelScores, corrected, loaded, measure, signals
 from coterie.audit.model.planted import secret_findings, text_findings
 from coterie.audit.model.scoring import TokenScores, score_tokens
 from coterie.audit.model.target import Design, Target
@@ -119,7 +119,7 @@ def _auc_finding(
     name: str,
     score_S: Tensor,
     controls: Sequence[Scores],
-    attacked: Measured,
+    attacked: ModelScores,
     seed: int,
 ) -> Finding:
     scores = candidates.scores(score_S)

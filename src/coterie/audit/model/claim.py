@@ -14,7 +14,7 @@ from coterie.errors import AuditError
 
 
 @dataclass(frozen=True)
-class Claim:
+class UnitEpsilon:
     """Epsilon at delta for one unit, by what a run released.
 
     Attributes:
@@ -28,7 +28,7 @@ class Claim:
     spent: tuple[tuple[Mechanism, int], ...]
 
     @classmethod
-    def of_run(cls, run: str, ledger: Path | None, run_dir: Path) -> Claim | None:
+    def of_run(cls, run: str, ledger: Path | None, run_dir: Path) -> UnitEpsilon | None:
         """From the ledger. None for a seeded run, which promises nothing.
 
         Args:

@@ -108,7 +108,7 @@ def records_of(target: Target, documents: Documents) -> dict[int, list[list[int]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelScores:
     """What one model, its start and its references say of the candidates.
 
     Attributes:
@@ -123,7 +123,7 @@ class Measured:
     population: Population | None
 
 
-def measure(target: Target, candidates: Candidates, *, most_population: int, seed: int) -> tuple[Measured, ...]:
+def measure(target: Target, candidates: Candidates, *, most_population: int, seed: int) -> tuple[ModelScores, ...]:
     """Score candidates and population under all models, each loaded once and let go.
 
     Returns:
@@ -143,10 +143,10 @@ def measure(target: Target, candidates: Candidates, *, most_population: int, see
     return tuple(_measured(model, start, [], len(candidates.sequences)) for model in (attacked, *references))
 
 
-def _measured(attacked: TokenScores, start: TokenScores, references: Sequence[TokenScores], size: int) -> Measured:
+def _measured(attacked: TokenScores, start: TokenScores, references: Sequence[TokenScores], size: int) -> ModelScores:
     loss_S, others_RS = mean_loss(attacked), torch.stack([mean_loss(scores) for scores in (start, *references)])
     population = Population(loss_S[size:], others_RS[:, size:]) if len(loss_S) > size else None
-    return Measured(attacked.front(size), others_RS[0, :size], others_RS[1:, :size], population)
+    return ModelScores(attacked.front(size), others_RS[0, :size], others_RS[1:, :size], population)
 
 
 def loaded(load: Load) -> PreTrainedModel:
@@ -160,7 +160,7 @@ def loaded(load: Load) -> PreTrainedModel:
     return model
 
 
-def signals(measured: Measured, texts: Sequence[bytes]) -> dict[str, Tensor]:
+def signals(measured: ModelScores, texts: Sequence[bytes]) -> dict[str, Tensor]:
     """Scores of every record by every attack, [S] each; larger means member."""
     own = measured.own
     loss_S = mean_loss(own)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.audit.model.canaries import Canary
-from coterie.audit.model.claim import Claim
+from coterie.audit.model.claim import UnitEpsilon
 from coterie.audit.model.key import HELD_OUT, KEY, TRAIN, Key, check_piles
 from coterie.checkpoints import CheckpointStore
 from coterie.config import DataSpec, FederationConfig, ModelSpec, PartyConfig, load_yaml, party_privacy
@@ -72,7 +72,7 @@ class Target:
     references: tuple[Load, ...] = ()
     population: Documents | None = None
     canaries: tuple[Canary, ...] = ()
-    claim: Claim | None = None
+    claim: UnitEpsilon | None = None
 
     @classmethod
     def of_run(
@@ -111,14 +111,14 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     user_column: str | None
     text: str | None
-    claim: Claim | None
+    claim: UnitEpsilon | None
 
 
 def _alone(run_dir: Path) -> _Run:
     config, marker = read_run(run_dir)
     tokenizer = load_tokenizer_from(private_folder(run_dir) / "tokenizer")
     privacy = config.privacy
-    claim = Claim.of_run(str(marker["privacy_run"]), privacy.ledger, run_dir) if privacy is not None else None
+    claim = UnitEpsilon.of_run(str(marker["privacy_run"]), privacy.ledger, run_dir) if privacy is not None else None
     return _Run(
         run_dir, config.data, lambda: load_trained(run_dir).model, lambda: build_for(config, tokenizer), tokenizer,
         privacy.user_column if privacy is not None else None, marker.get("data"), claim,
@@ -132,7 +132,7 @@ def _party(run_dir: Path, model: Path | None, parties: Sequence[Path]) -> _Run:
     marker = json_object((run_dir / MARKER).read_bytes())
     privacy = party_privacy(federation, config)
     name = f"{marker['run']}-{config.party}"
-    claim = Claim.of_run(name, privacy.ledger, run_dir) if privacy is not None else None
+    claim = UnitEpsilon.of_run(name, privacy.ledger, run_dir) if privacy is not None else None
     if model is None:
         _check_parties(config, federation, str(marker["run"]), parties)
 

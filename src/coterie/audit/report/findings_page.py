@@ -8,7 +8,7 @@ from typing import Any
 
 from coterie import pages
 from coterie.audit.adversaries import Adversary
-from coterie.audit.findings import Channel, Finding, Findings, Outcome, Part, Unit, Verdict
+from coterie.audit.findings import Channel, Finding, Findings, Outcome, RunKind, Unit, Verdict
 from coterie.audit.metrics import Estimate
 from coterie.audit.verdicts import READS, best, failed, named, percent
 from coterie.pages import Series, Table
@@ -97,7 +97,7 @@ def _alarms(findings: Findings) -> str:
 
 def _by_adversary(findings: Findings) -> str:
     parts = []
-    for part in Part:
+    for part in RunKind:
         some = [verdict for verdict in findings.verdicts if verdict.part is part]
         if some:
             parts += [f"<h3>{pages.text(named(part, findings.experts_dp))}</h3>", pages.cards(map(_card, some))]
@@ -187,7 +187,7 @@ def channel_table(findings: Findings) -> Table:
 
 
 def _tokens(findings: Findings) -> str:
-    some = findings.findings.get(Part.TOKENS, ())
+    some = findings.findings.get(RunKind.TOKENS, ())
     drawn = []
     for unit, caption in (
         (Unit.SEEN, "tokens read, as a share of those that crossed there"),
@@ -211,7 +211,7 @@ def _by_layer(some: Iterable[Finding], unit: Unit) -> Mapping[str, Mapping[int, 
 
 def _experts(findings: Findings) -> str:
     drawn = []
-    for part in (Part.EXPERTS, Part.EXPERTS_DP):
+    for part in (RunKind.EXPERTS, RunKind.EXPERTS_DP):
         some = [f for f in findings.findings.get(part, ()) if f.unit is Unit.PLACES and f.value is not None]
         if not some:
             continue
@@ -234,7 +234,7 @@ def _membership(findings: Findings) -> str:
         if not curves:
             continue
         series = [Series(f"{f.name}, {f.adversary.label}", f.roc) for f in curves]
-        if part is Part.EXPERTS_DP and findings.experts_dp.roc_allowed:
+        if part is RunKind.EXPERTS_DP and findings.experts_dp.roc_allowed:
             series.append(Series("the most that the claim allows", findings.experts_dp.roc_allowed, faint=True))
         low = max(1e-4, min(point[0] for f in curves for point in f.roc if point[0] > 0))
         series.append(Series("guessing", [(low, low), (1.0, 1.0)], faint=True))

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from coterie import pages
-from coterie.audit.report.training_page import Training, load_charts, training_charts
+from coterie.audit.report.training_page import TrainingRecord, load_charts, training_charts
 from coterie.config import TrainConfig, load_yaml
 from coterie.errors import CheckpointError, CoterieError
 from coterie.federation.rounds.run_folder import is_running, read_status
@@ -43,7 +43,7 @@ class LiveRun:
 
     folder: Path
     status: Mapping[str, Any]
-    training: Training | None
+    training: TrainingRecord | None
     planned: int | None
     running: bool
 
@@ -56,7 +56,7 @@ class LiveRun:
         """
         status = _status(folder)
         try:
-            training: Training | None = Training.read(folder)
+            training: TrainingRecord | None = TrainingRecord.read(folder)
         except CheckpointError as error:
             if error.code == "run-dir-none" and not status and not is_running(folder):
                 raise

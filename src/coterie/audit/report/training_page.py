@@ -49,7 +49,7 @@ Row = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingRecord:
     """What a run left, as far as it came.
 
     Attributes:
@@ -65,7 +65,7 @@ class Training:
     status: Mapping[str, Any]
 
     @classmethod
-    def read(cls, run_folder: Path) -> Training:
+    def read(cls, run_folder: Path) -> TrainingRecord:
         """What lies in a run folder.
 
         Raises:
@@ -131,7 +131,7 @@ class Training:
         }
 
 
-def training_page(run: Training) -> str:
+def training_page(run: TrainingRecord) -> str:
     """The page as one HTML file."""
     whose = f"{run.party}'s part in a federation" if run.party else "a run of one party alone"
     return pages.page(
@@ -157,18 +157,18 @@ def training_page(run: Training) -> str:
     )
 
 
-def training_charts(run: Training) -> str:
+def training_charts(run: TrainingRecord) -> str:
     """Losses and budget over the rounds; empty while there is neither."""
     drawn = [part for part in (_losses(run), _budget(run)) if part]
     return pages.beside(*drawn) if drawn else ""
 
 
-def load_charts(run: Training) -> str:
+def load_charts(run: TrainingRecord) -> str:
     """Tokens and lot sizes over the rounds, marked as the owner's, and expert loads where a budget releases them."""
     return pages.section("Load, private to the owner", *_charts(run, _LOADS)) + _expert_load(run)
 
 
-def _headline(run: Training) -> str:
+def _headline(run: TrainingRecord) -> str:
     ended = "finished" if run.result.get("finished") else "not finished"
     told = f"{run.rounds} rounds, {ended}"
     spent = run.privacy.get("epsilon")
@@ -177,7 +177,7 @@ def _headline(run: Training) -> str:
     return f"{told}; no privacy budget: nothing bounds what the result reveals."
 
 
-def _losses(run: Training) -> str:
+def _losses(run: TrainingRecord) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for name, words in _LOSSES.items():
         if run.course(name):
@@ -192,7 +192,7 @@ def _losses(run: Training) -> str:
     )
 
 
-def _budget(run: Training) -> str:
+def _budget(run: TrainingRecord) -> str:
     points = run.course("epsilon")
     if not points:
         return ""
@@ -206,7 +206,7 @@ def _budget(run: Training) -> str:
     return pages.section("Budget over the rounds", pages.figure(f"epsilon {points[-1][1]:.3f} in the end", drawn))
 
 
-def _charts(run: Training, names: Mapping[str, str]) -> list[str]:
+def _charts(run: TrainingRecord, names: Mapping[str, str]) -> list[str]:
     drawn = []
     for name, words in names.items():
         points = run.course(name)
@@ -217,7 +217,7 @@ def _charts(run: Training, names: Mapping[str, str]) -> list[str]:
     return drawn
 
 
-def _expert_load(run: Training) -> str:
+def _expert_load(run: TrainingRecord) -> str:
     series = [Series(words, run.course(name)) for name, words in _RELEASED.items() if run.course(name)]
     if not series:
         return ""
@@ -231,7 +231,7 @@ def _expert_load(run: Training) -> str:
     )
 
 
-def _time(run: Training) -> str:
+def _time(run: TrainingRecord) -> str:
     whole = run.course("seconds")
     if not whole:
         return ""
@@ -250,7 +250,7 @@ def _time(run: Training) -> str:
     )
 
 
-def _memory(run: Training) -> str:
+def _memory(run: TrainingRecord) -> str:
     named = {
         "model_state_bytes": "model, gradients, optimiser state",
         "peak_rss_bytes": "largest size of the process",
@@ -259,7 +259,7 @@ def _memory(run: Training) -> str:
     return pages.section("Memory", pages.pairs(shown)) if shown else ""
 
 
-def _bytes(run: Training) -> str:
+def _bytes(run: TrainingRecord) -> str:
     wire: Mapping[str, Mapping[str, int]] = run.result.get("wire") or run.status.get("wire") or {}
     rows = [
         (peer, *(data_size(float(counts[name])) for name in ("sent", "tensors_sent", "received", "tensors_received")))
@@ -272,7 +272,7 @@ def _bytes(run: Training) -> str:
     return pages.section("Bytes", pages.table(Table(f"over mutual TLS{ratio}", columns, tuple(rows)))) if rows else ""
 
 
-def _known(run: Training) -> dict[str, str]:
+def _known(run: TrainingRecord) -> dict[str, str]:
     known = {
         "run": run.marker.get("run"),
         "party": run.party,
@@ -294,7 +294,7 @@ def _made_by(marker: Mapping[str, Any]) -> str:
     return f"{version}, commit {built}" if built else str(version or "")
 
 
-def _statement(run: Training) -> str:
+def _statement(run: TrainingRecord) -> str:
     statement = str(run.result.get("statement") or "")
     return pages.section("Statement", pages.preformatted(statement)) if statement else ""
 

@@ -15,7 +15,7 @@ from coterie.audit.metrics import rate
 from coterie.audit.tokens.decoders import guesses
 from coterie.audit.tokens.known import Known
 from coterie.audit.tokens.rows import KeyOf, table
-from coterie.audit.tokens.scored import Scored, percent
+from coterie.audit.tokens.scored import ScoredRows, percent
 from coterie.audit.tokens.sizes import row_bytes, rows_by_size, size
 from coterie.audit.transcript import Dispatch
 from coterie.config import ModelSpec
@@ -69,7 +69,7 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
                 raise unfit(f"What {name} received", "the starting checkpoint's vectors have another width")
     host = most_received({name: sum(len(each.hidden_MD) for each in sent) for name, sent in received.items()})
     rows = table({host: received[host]}, experts, key)
-    alone = Scored(known, rows, _hosted(evidence, (host,)), Adversary.HOST_PUBLIC)
+    alone = ScoredRows(known, rows, _hosted(evidence, (host,)), Adversary.HOST_PUBLIC)
     found = [
         network(alone, received[host], experts),
         host_alone(alone),
@@ -79,7 +79,7 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
     ]
     if len(received) > 1:
         joined = table(received, experts, key)
-        together = Scored(known, joined, _hosted(evidence, tuple(received)), Adversary.ALL_HOSTS)
+        together = ScoredRows(known, joined, _hosted(evidence, tuple(received)), Adversary.ALL_HOSTS)
         found += together.findings()
         if budget_s >= _FOR_RECORDS_S:
             found += together.rebuilt()
@@ -91,7 +91,7 @@ def _hosted(evidence: Evidence, hosts: tuple[str, ...]) -> dict[int, Tensor]:
     return {layer: torch.tensor([by in hosts for by in owners]) for layer, owners in enumerate(placement)}
 
 
-def network(scored: Scored, sent: Sequence[Dispatch], experts: Sequence[int]) -> Finding:
+def network(scored: ScoredRows, sent: Sequence[Dispatch], experts: Sequence[int]) -> Finding:
     """What sizes alone say: how many tokens a forward sends to a host, and never which."""
     told = 0
     for each in sent:
@@ -113,7 +113,7 @@ def network(scored: Scored, sent: Sequence[Dispatch], experts: Sequence[int]) ->
     )
 
 
-def host_alone(scored: Scored) -> Finding:
+def host_alone(scored: ScoredRows) -> Finding:
     """Without the model: which rows are of one token, by the nearest other row. Enough to count words."""
     layer = min(scored.table.layers)
     rows, truth = scored.table.layers[layer], scored.table.truth[layer]
@@ -137,7 +137,7 @@ def host_alone(scored: Scored) -> Finding:
     )
 
 
-def taught(scored: Scored) -> Iterator[Finding]:
+def taught(scored: ScoredRows) -> Iterator[Finding]:
     """A host that knows the text of half of the owner's documents, and reads the rest in the last round recorded."""
     for layer, rows in scored.table.layers.items():
         truth, number = scored.table.truth[layer], int(rows.round_R.max())

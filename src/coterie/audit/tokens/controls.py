@@ -13,7 +13,7 @@ from coterie.audit import metrics
 from coterie.audit.metrics import Estimate
 from coterie.audit.prior import Unigram
 from coterie.audit.tokens.decoders import Gaussian, guesses
-from coterie.audit.tokens.views import View, cover, views
+from coterie.audit.tokens.views import TextRows, cover, views
 from coterie.errors import AuditError
 
 MOST_TOKENS = 50_000
@@ -61,7 +61,7 @@ def negative_control(model: PreTrainedModel, public: Sequence[Sequence[int]], *,
     return _read(Gaussian.fit(fitted.hidden_PD, unrelated_P, unigram.log_V), other, unigram, seed)
 
 
-def halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) -> tuple[View, View, Unigram]:
+def halves(model: PreTrainedModel, public: Sequence[Sequence[int]], seed: int) -> tuple[TextRows, TextRows, Unigram]:
     """Rows of most of some text, and of a part that was kept apart; both drawn, since files have an order."""
     if len(public) < _FEWEST:
         raise AuditError(
@@ -96,7 +96,7 @@ def split(public: Sequence[Sequence[int]]) -> tuple[Sequence[Sequence[int]], Seq
     return public[:kept], public[kept:]
 
 
-def _read(decoder: Gaussian, other: View, unigram: Unigram, seed: int) -> Control:
+def _read(decoder: Gaussian, other: TextRows, unigram: Unigram, seed: int) -> Control:
     right_P = guesses(decoder, other.hidden_PD)[0] == other.token_P
     common_P = other.token_P == unigram.commonest
     return Control(

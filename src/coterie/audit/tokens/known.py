@@ -15,7 +15,7 @@ from coterie.audit.metrics import content_ids
 from coterie.audit.prior import Unigram
 from coterie.audit.tokens.decoders import Gaussian, Nearest, Softmax, directions
 from coterie.audit.tokens.link import Linker
-from coterie.audit.tokens.views import View, cover, views
+from coterie.audit.tokens.views import TextRows, cover, views
 from coterie.errors import AuditError
 
 _WORK_PER_S = 3e9
@@ -40,7 +40,7 @@ class Known:
     """
 
     model: PreTrainedModel
-    views: list[View]
+    views: list[TextRows]
     unigram: Unigram
     content_V: Tensor
     seed: int

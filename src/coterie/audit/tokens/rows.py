@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from coterie.audit.answers import Rows
+from coterie.audit.answers import KnownRows
 from coterie.audit.transcript import Dispatch
 
 Call = tuple[int, int, int, int]
@@ -90,7 +90,7 @@ class Places:
 
 
 @dataclass
-class Table:
+class ReceivedRows:
     """Everything that some hosts received of one owner, and the key to it.
 
     Attributes:
@@ -107,13 +107,13 @@ class Table:
 class KeyOf:
     """Where the truth comes from: the rows of a dispatch, and the whole text behind it."""
 
-    def __init__(self, rows: Callable[[str, Dispatch], Rows], whole: Callable[[Dispatch], Rows]) -> None:
+    def __init__(self, rows: Callable[[str, Dispatch], KnownRows], whole: Callable[[Dispatch], KnownRows]) -> None:
         self.rows, self.whole = rows, whole
 
 
 def table(
     received: Mapping[str, Iterable[Dispatch]], experts: Sequence[int], key: KeyOf | None, *, most: int = 15_000
-) -> Table:
+) -> ReceivedRows:
     """Join what hosts received; rows of one token at several hosts are equal bytes, and become one.
 
     Args:
@@ -135,7 +135,7 @@ def table(
                 firsts.append(each)
             rows = None if key is None else key.rows(host, each)
             _join(joined[each.layer], call, each, rows)
-    found = Table()
+    found = ReceivedRows()
     places = _Places()
     if key is not None:
         for number, first in enumerate(firsts):
@@ -159,7 +159,7 @@ class _Row:
     at: tuple[int, int] | None = None
 
 
-def _join(into: dict[tuple[Call, bytes, int], _Row], call: Call, sent: Dispatch, rows: Rows | None) -> None:
+def _join(into: dict[tuple[Call, bytes, int], _Row], call: Call, sent: Dispatch, rows: KnownRows | None) -> None:
     """The n-th row of some bytes at one host is the n-th of the same bytes at another: it is the same token."""
     times: dict[bytes, int] = defaultdict(int)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), sent.counts_M.cumsum(0)]).tolist()
@@ -208,7 +208,7 @@ class _Places:
         self._number: dict[tuple[int, int, int], int] = {}
         self._values: list[tuple[int, int, int, int, bool, int]] = []
 
-    def add(self, call: int, sent: Dispatch, whole: Rows) -> None:
+    def add(self, call: int, sent: Dispatch, whole: KnownRows) -> None:
         evaluated = sent.phase == "evaluation"
         columns = (whole.ids_M, whole.document_M, whole.record_M, whole.position_M)
         for token, document, record, position in zip(*(column.tolist() for column in columns), strict=True):

@@ -17,7 +17,7 @@ from coterie.audit.tokens.decoders import Gaussian, directions, guesses
 from coterie.audit.tokens.known import Known
 from coterie.audit.tokens.link import pair_up, same_token
 from coterie.audit.tokens.routes import Choices, Network, routed
-from coterie.audit.tokens.rows import Places, Table, Truth
+from coterie.audit.tokens.rows import Places, ReceivedRows, Truth
 from coterie.audit.tokens.search import beginnings, rebuild
 
 _DICTIONARY = 6000
@@ -27,7 +27,7 @@ _REBUILT, _WORDS = 4, 16
 
 
 @dataclass
-class Scored:
+class ScoredRows:
     """One adversary's rows, what it reads in them, and how much of that is right.
 
     Attributes:
@@ -38,7 +38,7 @@ class Scored:
     """
 
     known: Known
-    table: Table
+    table: ReceivedRows
     hosted: Mapping[int, Tensor]
     adversary: Adversary
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coterie.audit.tokens.views import View, last_rows
+from coterie.audit.tokens.views import TextRows, last_rows
 
 _SAME = 1e-3
 """Rows are one and the same up to this share of their length: sums of another order differ by less."""
@@ -116,7 +116,7 @@ def _longer(
 
 
 def _fits(
-    shown: Sequence[View], rows: Mapping[int, Tensor], hosted: Mapping[int, Tensor]
+    shown: Sequence[TextRows], rows: Mapping[int, Tensor], hosted: Mapping[int, Tensor]
 ) -> list[tuple[tuple[int, int, int], ...] | None]:
     """For each candidate the received rows that are its own, as (layer, first of them, how many are equal).
 

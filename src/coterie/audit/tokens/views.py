@@ -22,7 +22,7 @@ NOTHING = -1
 
 
 @dataclass(frozen=True)
-class View:
+class TextRows:
     """One MoE layer's rows for known text.
 
     Attributes:
@@ -48,7 +48,7 @@ class View:
         return self.text_P[1:] == self.text_P[:-1]
 
 
-def views(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, gradients: bool = True) -> list[View]:
+def views(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, gradients: bool = True) -> list[TextRows]:
     """Run texts through a model and keep what each MoE layer is given, and the gradients at its output.
 
     Args:
@@ -68,7 +68,7 @@ def views(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, gradients: 
 
 
 @torch.no_grad()
-def last_rows(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> tuple[list[View], Tensor]:
+def last_rows(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> tuple[list[TextRows], Tensor]:
     """What each layer is given at the last place of texts of one length, and what the model expects behind it.
 
     Args:
@@ -142,8 +142,8 @@ class _Kept:
             )
         )
 
-    def view(self) -> View:
-        return View(*(torch.cat(each) for each in zip(*self.parts, strict=True)))
+    def view(self) -> TextRows:
+        return TextRows(*(torch.cat(each) for each in zip(*self.parts, strict=True)))
 
 
 class _Watching:

@@ -26,7 +26,7 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import check_model, unused_warning
 from coterie.errors import BudgetError, PrivacyError
 from coterie.federation.cancel import NEVER, CancelToken
-from coterie.federation.experts.masking.grid import MaskGrid, Scale
+from coterie.federation.experts.masking.grid import GridScale, MaskGrid
 from coterie.federation.experts.masking.session import NO_DRAW
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
@@ -130,7 +130,7 @@ class PrivateSums:
         sums, plan, balancer = self._opened().run.lot_sums, self._plan, self.balancer
         noise = sums.fixed_noise()
 
-        def scale(name: str, bound: float) -> Scale:
+        def scale(name: str, bound: float) -> GridScale:
             return noised_scale(noise.step(name), bound, plan.lot_size, plan.max_lot)
 
         released = balancer is not None and balancer.balance.releases_loads

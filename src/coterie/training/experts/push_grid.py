@@ -7,7 +7,7 @@ import math
 from coterie.config import FederationConfig, PrivacyRules
 from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, LARGEST_NOISE
 from coterie.dp.noise.pooled import PooledNoise
-from coterie.federation.experts.masking.grid import MaskGrid, Scale
+from coterie.federation.experts.masking.grid import GridScale, MaskGrid
 
 _BITS_WITHOUT_NOISE = 40
 
@@ -15,10 +15,10 @@ _BITS_WITHOUT_NOISE = 40
 def plain_grid(parties: int, push_limit: float) -> MaskGrid:
     """As fine as five bytes a value allow, for sums up to ``push_limit`` in size."""
     largest = (2 ** (_BITS_WITHOUT_NOISE - 1) - 1) // parties
-    return MaskGrid(parties, Scale(push_limit / largest, largest))
+    return MaskGrid(parties, GridScale(push_limit / largest, largest))
 
 
-def noised_scale(noise_step: float, bound: float, lot_size: int, max_lot: int | None) -> Scale:
+def noised_scale(noise_step: float, bound: float, lot_size: int, max_lot: int | None) -> GridScale:
     """Half steps of the noise's grid; largest is a lot that pulls one way, twelve deviations above its mean, and the
     largest noise that is ever drawn.
 
@@ -30,7 +30,7 @@ def noised_scale(noise_step: float, bound: float, lot_size: int, max_lot: int | 
     """
     step = noise_step / 2
     units = max_lot or lot_size + 12 * (math.sqrt(lot_size) + 1)
-    return Scale(step, math.ceil(units * bound / step) + math.ceil(2 * LARGEST_NOISE))
+    return GridScale(step, math.ceil(units * bound / step) + math.ceil(2 * LARGEST_NOISE))
 
 
 def masked_width(federation: FederationConfig) -> int:

@@ -25,7 +25,7 @@ _BEYOND = 2.0**62
 
 
 @dataclass(frozen=True)
-class Scale:
+class GridScale:
     """The grid of some tensors.
 
     Attributes:
@@ -52,8 +52,8 @@ class MaskGrid:
     """
 
     parties: int
-    rest: Scale
-    named: Mapping[str, Scale] = field(default_factory=dict)
+    rest: GridScale
+    named: Mapping[str, GridScale] = field(default_factory=dict)
     secret: bool = True
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class MaskGrid:
         largest = max(scale.largest for scale in (self.rest, *self.named.values()))
         return -(-(1 + (self.parties * largest).bit_length()) // 8)
 
-    def scale(self, name: str) -> Scale:
+    def scale(self, name: str) -> GridScale:
         return self.named.get(name, self.rest)
 
     def digest(self) -> str:
