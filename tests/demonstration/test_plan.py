@@ -123,8 +123,8 @@ def test_private_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -
     shared = ("epsilon", "delta", "clip_norm", "clipping", "sampler", "unit")
     for name in shared:
         assert getattr(alone.privacy, name) == getattr(pooled.privacy, name) == getattr(together.privacy, name)
-    assert together.privacy.lot_size == alone.privacy.lot_size == plan.private.lot
-    assert pooled.privacy.lot_size == len(plan.parties) * plan.private.lot
+    assert together.privacy.lot_size == alone.privacy.lot_size == plan.private.lot_size
+    assert pooled.privacy.lot_size == len(plan.parties) * plan.private.lot_size
     ledgers = {path.resolve() for path in (alone.privacy.ledger, pooled.privacy.ledger, own.privacy.ledger) if path}
     assert ledgers == {tmp_path / "ledger"}
     assert not any(spec.seeded for spec in (alone.privacy, pooled.privacy, own.privacy))

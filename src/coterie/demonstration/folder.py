@@ -258,7 +258,7 @@ class Folder:
             return "none" if arm.exchange == "experts" else None
         private = self._plan.private
         return PrivacyRules(
-            epsilon=private.epsilon, delta=private.delta, clip_norm=private.clip_norm, lot_size=private.lot
+            epsilon=private.epsilon, delta=private.delta, clip_norm=private.clip_norm, lot_size=private.lot_size
         )
 
     def _local(self, where: Path) -> dict[str, Any]:
@@ -276,7 +276,7 @@ class Folder:
         rounds = plan.rounds_of(arm)
         return TrainSpec(
             rounds=rounds,
-            batch_size=shares * (plan.private.lot if arm.private else plan.batch),
+            batch_size=shares * (plan.private.lot_size if arm.private else plan.batch),
             micro_batch=plan.micro_batch if arm.kind == "federation" else 2 * plan.micro_batch,
             seed=plan.seed,
             eval_every=plan.private.eval_every if arm.private else plan.eval_every,

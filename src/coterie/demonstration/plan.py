@@ -128,13 +128,13 @@ class PrivatePlan:
     """The settings of the private arms.
 
     Attributes:
-        lot: expected records per party and round; the pooled arm takes that many times the parties.
+        lot_size: expected records per party and round; the pooled arm takes that many times the parties.
         epsilon, delta: what each party may spend in one arm. Noise is calibrated to it.
         physical_batch: records computed at once.
     """
 
     rounds: int = 10
-    lot: int = 256
+    lot_size: int = 256
     epsilon: float = 8.0
     delta: float = 1e-5
     clip_norm: float = 1.0
@@ -235,7 +235,7 @@ def make_plan(
             rounds=8,
             eval_every=4,
             public_rounds=24,
-            private=PrivatePlan(rounds=3, lot=16, eval_every=1),
+            private=PrivatePlan(rounds=3, lot_size=16, eval_every=1),
             size=Size(public_train=60_000, public_test=4_000, party_train=12_000, party_test=6_000, party_all=24_000),
         )
     return plan if rounds is None else _shortened(plan, rounds)

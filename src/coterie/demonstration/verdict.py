@@ -51,7 +51,7 @@ def meaning(results: Results) -> list[str]:
     if any(ARMS[arm].private for arm in results.curves):
         private = plan.private
         sentences.append(
-            f"Private arms took {private.rounds} rounds of about {private.lot} records per party from the same "
+            f"Private arms took {private.rounds} rounds of about {private.lot_size} records per party from the same "
             "model, and all text that the party has, because a record hides among many. So compare them with each "
             "other, not with the arms above. A party adds the same noise alone and together; together it also learns "
             "from the others' sums."

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from coterie.config.privacy import RELEASED_LOADS
 from coterie.dp.losses import Batch, LossFunction, batch_size
 from coterie.dp.numbers import check_fields
 from coterie.dp.router_watch import RouterWatch, SeenRouting
@@ -65,7 +66,7 @@ class Balance:
 
     @property
     def releases_loads(self) -> bool:
-        return self.mode in ("private_load", "bias")
+        return self.mode in RELEASED_LOADS
 
     @property
     def strength(self) -> float:

@@ -43,7 +43,7 @@ class PrivateSession:
         model: as the run was opened with.
         optimizer: of its trained parameters.
         opened: the run.
-        schedule: learning rate of a round, counted from 0; None: the optimizer's own.
+        schedule: learning rate by the number of steps taken, from 0; None: the optimizer's own.
 
     Attributes:
         round: rounds that the model has taken.

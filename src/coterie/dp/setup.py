@@ -79,8 +79,8 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
         epochs: expected times each unit is used; with ``lot_size`` it fixes the number of rounds.
         physical_batch: records computed at once; never changes the result.
         rounds: number of rounds, instead of ``epochs``.
-        schedule: learning rate of a round, counted from 0; set before every optimizer step, also where a resumed run
-            repeats released rounds. Default: the optimizer's own rate.
+        schedule: learning rate by the number of steps taken, from 0; set before every optimizer step, also where a
+            resumed run repeats released rounds. Default: the optimizer's own rate.
         clipping: ``flat``, ``per_layer``, ``per_group``, ``automatic``, or a policy of `coterie.dp.clipping`.
         method: how the engine computes clipped sums; never changes the result.
         isolation: ``exact``: each record is computed alone and added in integers, so that no record moves what

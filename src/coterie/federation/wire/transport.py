@@ -218,13 +218,13 @@ def error_message(error: BaseException, request: Message) -> Message:
     Anything that is not a `CoterieError` is a bug of ours and becomes ``remote-failure`` without its class name: the
     text of a Python exception may quote the data it choked on.
     """
-    name, code, part = "TransportError", _UNKNOWN_FAILURE, None
+    name, code, field = "TransportError", _UNKNOWN_FAILURE, None
     if isinstance(error, CoterieError):
         known = next((c for c in type(error).__mro__ if _CLASSES.get(c.__name__) is c), TransportError)
         name = known.__name__
         code = error.code if _CODE.fullmatch(error.code) else known.code
-        part = error.field if error.field is not None and _FIELD.fullmatch(error.field) else None
-    body = {"error": name, "code": code, "step": request.kind, "field": part}
+        field = error.field if error.field is not None and _FIELD.fullmatch(error.field) else None
+    body = {"error": name, "code": code, "step": request.kind, "field": field}
     return request.reply(ERROR, body)
 
 
@@ -238,12 +238,12 @@ def remote_error(peer: str, lane: Lane, reply: Message) -> CoterieError:
     kind = _CLASSES.get(str(reply.body.get("error")), TransportError)
     code = text("code", _CODE) or _UNKNOWN_FAILURE
     step = text("step", re.compile(r"[a-z0-9_.-]{1,24}")) or "a request"
-    part = text("field", _FIELD)
-    about = f", field `{part}`" if part else ""
+    named = text("field", _FIELD)
+    about = f", field `{named}`" if named else ""
     return kind(
         f"{peer} answered `{step}` with error `{code}`{about}.",
         code=code,
         where=f"{peer}, lane {lane.name.lower()}, {reply.address}",
         fix=f"the full reason is in {peer}'s own log; only the code may cross between parties",
-        field=part,
+        field=named,
     )

@@ -213,7 +213,7 @@ class PrivateSums:
             ):
                 first, collate = self._records[0], self._records.collate
                 source = FromCollator(self._model, collate, first, int(self._records.lengths.max()))
-                report = self_check.check(engine, collate([first]), source, self._inputs.spec.physical_batch)
+                report = self_check.check(engine, collate([first]), source, self._options.physical_batch)
             self._compared = True
             unused = unused_warning(self._model, report.unused)
             if unused is not None:
@@ -277,13 +277,13 @@ class PrivateSums:
         return self._options.engine(self._plan, self._model, self.balancer, streamer, shapes)
 
     def _one_shape(self) -> ConstantWork:
-        spec, length = self._inputs.spec, self._inputs.sequence_length
+        length = self._inputs.sequence_length
         longest = length or max(len(self._records[row]["input_ids"]) for row in range(len(self._records)))
         device = next(p for p in self._model.parameters() if not p.is_meta).device
         return ConstantWork(
-            1 if self._plan.isolation == "exact" else spec.physical_batch,
+            1 if self._plan.isolation == "exact" else self._options.physical_batch,
             longest,
-            spec.max_lot or len(self._records),
+            self._plan.max_lot or len(self._records),
             self._records.pad_id,
             device,
         )

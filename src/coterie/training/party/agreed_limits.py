@@ -8,6 +8,7 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, PrivacyRules
+from coterie.config.privacy import RELEASED_LOADS
 from coterie.dp.noise.joint_noise import LOAD
 from coterie.federation.experts.host import ExpertsHostLimits
 from coterie.federation.tokens.host import TokensHostLimits
@@ -48,7 +49,7 @@ def noised_limits(
     expected = federation.lot_size
     lot = rules.max_lot or expected + _DEVIATIONS * (math.sqrt(expected) + 1)
     noise_multiplier = largest_noise(federation)
-    share = rules.load_share if rules.balance in ("private_load", "bias") else 0.0
+    share = rules.load_share if rules.balance in RELEASED_LOADS else 0.0
     load_bound = math.sqrt(len(seam.expert_layers(model)))
     gradients = _ROUNDING * rules.clip_norm * (lot + _DEVIATIONS * noise_multiplier / math.sqrt(1 - share**2))
     loads = _ROUNDING * load_bound * (lot + _DEVIATIONS * noise_multiplier / share) if share else 0.0
