@@ -106,6 +106,7 @@ def test_every_page_that_is_not_run_has_python() -> None:
     assert NOT_RUN.keys() <= {place.split(":")[0] for place, _ in blocks("python")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "text"), runnable())
 def test_python_runs_as_printed(
     place: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -148,6 +149,7 @@ def test_python_runs_as_printed(
     exec(compile(smaller, place, "exec"), known)
 
 
+@pytest.mark.slow
 def test_the_classification_page_trains_measures_and_predicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -456,6 +456,7 @@ def test_rounding_moves_two_neighbouring_sums_apart_by_at_most_what_is_paid() ->
         assert moved.norm() * step <= scale + math.sqrt(size) * step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=NEEDS_NUMBA), False])
 @pytest.mark.parametrize("counted", [False, True])
 def test_noised_integers_are_the_exact_numbers_that_the_float32_ones_round(
