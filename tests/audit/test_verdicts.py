@@ -74,6 +74,30 @@ def test_too_few_places_are_no_verdict() -> None:
     assert '"within 5 points of it", not "within 2"' in words
 
 
+def test_too_few_places_for_text_hide_no_verdict_on_membership() -> None:
+    reading, in_lot = noised(0.05)
+    words = judged(RunKind.EXPERTS_DP, reading, in_lot)[1]
+    assert "told no better than claimed" in words
+    assert in_lot.sentence in words
+    wide = in_lot.model_copy(update={"value": Estimate(0.58, 0.4, 0.76, 40)})
+    assert "than claimed" not in judged(RunKind.EXPERTS_DP, reading, wide)[1]
+    for some, said in (((reading, in_lot), True), ((reading, wide), False)):
+        found = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=True)
+        (line,) = headline(found, {RunKind.EXPERTS_DP: list(some)}, private())
+        assert "no attack read more than a language model guesses, on too few places for a verdict" in line
+        assert ("told no better than claimed" in line) is said
+
+
+def test_reading_a_little_is_not_called_reading_nothing() -> None:
+    told = {"unit": Unit.PLACES, "channel": Channel.RELEASES}
+    read = finding(0.2, 0.02, 0.17, gain=Estimate(0.03, 0.005, 0.055, 900), **told).model_copy(
+        update={"prior": Estimate(0.17, 0.165, 0.175, 900)}
+    )
+    found = verdicts(RunKind.EXPERTS_DP, [read], working(), private(), premises=True)
+    assert "read a little more" in found[0].sentence
+    assert "no attack read" not in headline(found, {RunKind.EXPERTS_DP: [read]}, private())[0]
+
+
 @pytest.mark.parametrize("measured", [working(positive=0.6), working(negative=0.4)])
 def test_without_working_instruments_nothing_holds(measured: object) -> None:
     outcome, words = judged(RunKind.EXPERTS_DP, *noised(0.015), measured=measured)

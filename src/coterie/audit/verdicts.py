@@ -123,6 +123,11 @@ def best(findings: Iterable[Finding], adversary: Adversary, units: Sequence[Unit
     return None
 
 
+_NOTHING_READ = "No attack read more than the language model's guess"
+_A_LITTLE = "Some attack read a little more than the language model's guess"
+_AS_CLAIMED = "whether a known record was used is told no better than claimed"
+
+
 def _value(finding: Finding) -> float:
     assert finding.value is not None
     return finding.value.value
@@ -205,11 +210,14 @@ def _under_a_claim(
     widest = max(_gain_at_most(f) for f in readings)
     if widest > NEAR:
         places = min(f.value.count for f in readings if f.value is not None)
-        return (
-            Outcome.UNKNOWN,
-            f"No attack read more than the language model's guess, but {places} places carry only "
-            f'"within {100 * widest:.0f} points of it", not "within {100 * NEAR:.0f}".',
+        words = (
+            f"{_A_LITTLE if any(map(_above_prior, readings)) else _NOTHING_READ}; {places} places carry only "
+            f'"within {100 * widest:.0f} points of it", not "within {100 * NEAR:.0f}".'
         )
+        promised = _promised(findings, adversary)
+        if _within(promised):
+            words += f" Whether a known record was used is told no better than claimed: {_widest(promised).sentence}"
+        return Outcome.UNKNOWN, words
     words = f"Every attack stays within {100 * NEAR:.0f} points of the language model's guess."
     return Outcome.HELD, words + _standing(findings, adversary, private, premises=premises)
 
@@ -233,7 +241,7 @@ def _membership_alone(findings: Sequence[Finding], adversary: Adversary) -> tupl
     promised = _promised(findings, adversary)
     if not promised:
         return Outcome.UNKNOWN, _unmeasured(findings, adversary)
-    widest = max(promised, key=_reach)
+    widest = _widest(promised)
     allowed = f"the claim allows an AUC of {widest.allowed:.2f}"
     if _within(promised):
         words = f"Whether a known record was used is told no better than claimed; {allowed}: {widest.sentence}"
@@ -265,6 +273,11 @@ def _reach(finding: Finding) -> float:
     assert finding.value is not None
     assert finding.allowed is not None
     return finding.value.high - finding.allowed
+
+
+def _widest(promised: Sequence[Finding]) -> Finding:
+    """The test whose interval reaches furthest towards what is allowed, or beyond."""
+    return max(promised, key=_reach)
 
 
 def _within(promised: Sequence[Finding]) -> bool:
@@ -394,10 +407,19 @@ def headline(
             some_found = findings.get(part, ())
             read = _read_at_most(some_found) if worst is Outcome.OPEN else ""
             if worst is Outcome.HELD and not any(list(_readings(some_found, adversary)) for adversary in Adversary):
-                read = "whether a known record was used is told no better than claimed."
+                read = f"{_AS_CLAIMED}."
+            if all(verdict.sentence.startswith(_NOTHING_READ) for verdict in some if verdict.part is part):
+                read = _on_few_places(some_found)
             words = f"{named(part, private)}: {read or _SHORT[worst]}"
             told.append(words[0].upper() + words[1:])
     return tuple(told) or ("Nothing was audited.",)
+
+
+def _on_few_places(findings: Sequence[Finding]) -> str:
+    """What too few places show: nothing was read, and what records told beside it."""
+    promised = [finding for adversary in Adversary for finding in _promised(findings, adversary)]
+    more = f"; {_AS_CLAIMED}" if _within(promised) else ""
+    return f"no attack read more than a language model guesses, on too few places for a verdict{more}."
 
 
 def _read_at_most(findings: Sequence[Finding]) -> str:
