@@ -17,7 +17,7 @@ test: $(STAMP)
 
 # Under two minutes on two idle cores; tests/fast.txt says what.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not faults" $$(grep -v '^#' tests/fast.txt) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults" $$(grep -v '^#' tests/fast.txt) $(ARGS)
 
 # The documentation, in build/site: a broken link or anchor stops it, and tests/docs see what Zensical does not.
 site: $(STAMP)
