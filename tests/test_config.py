@@ -491,7 +491,6 @@ def test_masked_pushes_are_agreed_on_with_the_number_that_their_grid_needs(tmp_p
         ("privacy: {epsilon: 8}\nnoise_multiplier: 1\nlost_party: continue", 3, "needs `lost_party: pause`"),
         ("privacy: {epsilon: 8}\nnoise_multiplier: 1\npush_dtype: bfloat16", 3, "leave out `push_dtype`"),
         ("privacy: {epsilon: 8}\nnoise_multiplier: 1\nmixed_privacy: true", 3, "excludes `mixed_privacy`"),
-        ("privacy: none\ntranscript: {rounds: 1}", 3, "excludes `transcript`"),
         ("exchange: tokens", 3, "needs `exchange: experts`"),
         (SHARED, 3, "belong together"),
         (f"{SHARED}\ncolluding: 3\ntrunk: shared", 3, "leaves nobody of 3 parties"),

@@ -44,7 +44,7 @@ class Evidence:
         received: what each other party received from the owner.
         answers: the owner's key; None where it was not kept.
         run_folder: the owner's.
-        masked: pushes were masked, so nobody keeps a transcript.
+        masked: pushes were masked: what others received opens as sums of several parties.
     """
 
     owner: str
@@ -175,10 +175,16 @@ def _check_agreed(
             why="one of the two would count, and nobody could say which",
             fix="give one folder for each party",
         )
-    agreed = (tuple(federation.parties), federation.exchange, federation.push_dtype, federation.weights_dtype)
+    agreed = (
+        tuple(federation.parties),
+        federation.exchange,
+        federation.aggregation == "masked",
+        federation.push_dtype,
+        federation.weights_dtype,
+    )
     dtypes = (str(dtype).removeprefix("torch.") for dtype in (found.push_dtype, found.weights_dtype))
     first = next(iter(others.values()), found)
-    if (found.parties, found.exchange, *dtypes) != agreed or (found.placement, found.parts) != (
+    if (found.parties, found.exchange, found.masked, *dtypes) != agreed or (found.placement, found.parts) != (
         first.placement,
         first.parts,
     ):

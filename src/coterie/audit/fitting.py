@@ -14,11 +14,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor
 
-from coterie.errors import CheckpointError, MessageError
+from coterie.errors import CheckpointError, ConfigError, MessageError
+from coterie.federation.experts.masking.grid import MOST_BYTES, MaskGrid
 from coterie.federation.experts.parts import Part, chunks_in, span
 from coterie.federation.wire.frame import FrameType
 from coterie.federation.wire.frame_log import Logged
 from coterie.federation.wire.messages import LARGEST, TABLE, Form, check_form
+from coterie.federation.wire.recording import OWN_MASKS
+from coterie.federation.wire.transport import Message
 from coterie.federation.wire.values import largest
 
 _MOST_AXES = 8
@@ -61,6 +64,7 @@ class TranscriptHead(BaseModel):
     parts: list[dict[str, Any]]
     rounds: PositiveInt | None
     push_dtype: Literal["float32", "bfloat16"]
+    aggregation: Literal["plain", "masked"] = "plain"
     weights_dtype: Literal["float32", "bfloat16"]
 
     def owners(self) -> tuple[tuple[str, ...], ...]:
@@ -124,7 +128,9 @@ class Fitting:
         exchange: as agreed.
         placement: for each MoE layer the host of each expert.
         parts: the pieces of the model that cross.
+        parties: how many there are.
         push_dtype, weights_dtype: as agreed.
+        masked: pushes are integers under masks.
     """
 
     def __init__(
@@ -133,15 +139,18 @@ class Fitting:
         exchange: str,
         placement: Sequence[Sequence[str]],
         parts: Sequence[Part],
+        parties: int,
         push_dtype: torch.dtype,
         weights_dtype: torch.dtype,
+        masked: bool,
     ) -> None:
+        self._parties, self._masked, self._grid = parties, masked, ""
         self._party, self._exchange, self._placement, self._parts = party, exchange, placement, parts
         self._push_dtype, self._weights_dtype = push_dtype, weights_dtype
         self._extents: dict[str, int] = {}
 
     def check(self, logged: Logged) -> None:
-        """Make sure that an entry is what the agreed exchange sends.
+        """Make sure that an entry is what the agreed exchange sends, or what the party itself kept of it.
 
         Raises:
             CheckpointError: ``transcript-damaged``.
@@ -150,6 +159,9 @@ class Fitting:
         key = (self._exchange, message.kind, reply)
         form, at, peer = _FORMS.get(key), message.address, logged.name
         told = f"What {peer} sent to {self._party} in round {at.round}, `{message.kind}`,"
+        if self._masked and message.kind == OWN_MASKS and peer == self._party:
+            self._own_masks(f"What {peer} kept of its masks in round {at.round}", message)
+            return
         if form is None:
             raise unfit(told, "its kind")
         if form.body is None or at.round > LARGEST or at.call > LARGEST:
@@ -187,13 +199,44 @@ class Fitting:
         self, told: str, kind: str, reply: bool, part: Part, chunk: int, body: Mapping[str, Any],
         found: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        size = part.num_bytes(self._weights_dtype if kind.startswith("weights") else self._push_dtype)
+        if kind.startswith("weights") or not self._masked:
+            size = part.num_bytes(self._weights_dtype if kind.startswith("weights") else self._push_dtype)
+        else:
+            size = self._masked_size(told, part, body)
         if "size" in body and body["size"] != size:
             raise unfit(told, f"it is of another size than {part}")
         if "bytes" in found:
             here = span(size, chunk)
             if chunk >= chunks_in(size) or found["bytes"].numel() != here.stop - here.start:
                 raise unfit(told, f"it is no chunk of {part}")
+
+    def _masked_size(self, told: str, part: Part, body: Mapping[str, Any]) -> int:
+        """Bytes of a masked part, by what the first message named; every later one names the same."""
+        extent = f"bytes of {part}"
+        if "size" in body:
+            width, odd = divmod(body["size"], part.num_values)
+            if odd or not 1 <= width <= MOST_BYTES:
+                raise unfit(told, f"it is of another size than {part}")
+            self._same_extent(told, extent, body["size"])
+            self._same_extent(told, "bytes of an integer", width)
+        return self._extents.get(extent, 0)
+
+    def _own_masks(self, told: str, message: Message) -> None:
+        at = message.address
+        try:
+            grid = MaskGrid.from_json(message.body["grid"])
+        except (ValueError, TypeError, KeyError, ConfigError):
+            raise unfit(told, "its grid") from None
+        if grid.parties != self._parties or self._grid not in ("", grid.digest()):
+            raise unfit(told, "its grid changed")
+        self._grid = grid.digest()
+        if at.part >= len(self._parts) or at.round > LARGEST or at.attempt > LARGEST:
+            raise unfit(told, "its numbers")
+        (masks,) = message.tensors if len(message.tensors) == 1 else (None,)
+        size = self._parts[at.part].num_values * grid.width
+        if masks is None or masks.dtype != torch.uint8 or masks.dim() != 1 or masks.numel() != size:
+            raise unfit(told, f"it is of another size than {self._parts[at.part]}")
+        self._same_extent(told, "bytes of an integer", grid.width)
 
     def _same_extent(self, told: str, what: str, extent: int) -> None:
         if extent < 1 or self._extents.setdefault(what, extent) != extent:

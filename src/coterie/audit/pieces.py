@@ -25,7 +25,7 @@ def on_exchange(evidence: Evidence, part: RunKind, seed: int, budget_s: float) -
     from coterie.audit.tokens.attack import attack as on_tokens
 
     name = f"attacks on `{evidence.exchange}`"
-    if evidence.masked:
+    if evidence.masked and not evidence.received:
         return [nothing(name, part, _under_masks(evidence))]
     if not evidence.received:
         return [nothing(name, part, "no transcript was given: name the other parties' run folders with --received")]
@@ -39,14 +39,14 @@ def on_exchange(evidence: Evidence, part: RunKind, seed: int, budget_s: float) -
 
 
 def _under_masks(evidence: Evidence) -> str:
-    """What each adversary holds where pushes were masked, none of which is attacked here."""
+    """What each adversary holds where pushes were masked and no transcript was given."""
     left = "exact" if evidence.privacy is None else "noised"
     one = ", ".join(each.label for each in (Adversary.HOST, Adversary.HOST_PUBLIC, Adversary.HOST_DOMAIN))
     return (
-        f"pushes were masked, and nobody keeps random numbers. One other party ({one}) holds the sums of all parties "
-        "on what it hosts, and can subtract its own; all others together "
-        f"({Adversary.ALL_HOSTS.label}) subtract all of theirs and are left with this party's sums, {left}. Neither "
-        "was attacked"
+        "no transcript was given: name the other parties' run folders with --received. Pushes were masked: one "
+        f"other party ({one}) holds the sums of all parties on what it hosts, and can subtract its own; all "
+        f"others together ({Adversary.ALL_HOSTS.label}) subtract all of theirs and are left with this party's "
+        f"sums, {left}. Neither was attacked"
     )
 
 

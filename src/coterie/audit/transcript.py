@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from coterie.audit.fitting import Fitting, head_of, unfit
 from coterie.errors import CheckpointError
+from coterie.federation.experts.masking.grid import MaskGrid
 from coterie.federation.experts.parts import Part, chunks_in, span
 from coterie.federation.wire.frame import FrameType
 from coterie.federation.wire.frame_log import Logged, files_in, read_entries, read_head
 from coterie.federation.wire.messages import TABLE, TensorRule
-from coterie.federation.wire.recording import STOPPED, TRANSCRIPT
+from coterie.federation.wire.recording import OWN_MASKS, STOPPED, TRANSCRIPT
 from coterie.federation.wire.values import largest
 from coterie.models.seam import expert_layers
 from coterie.training.folders import private_folder
@@ -106,6 +107,27 @@ class ReceivedPush:
 
 
 @dataclass(frozen=True)
+class MaskedPart:
+    """One part of a party's masked push, whole; or what the recording party added to its own.
+
+    Attributes:
+        peer: whose push it is.
+        part: which piece of the model.
+        weights: digest of the weights that it was computed on; empty for the party's own masks.
+        masked: uint8 [V * width]: integers under masks, or masks alone.
+        grid: that the integers lie on; None where it is somebody else's push.
+    """
+
+    peer: str
+    round: int
+    attempt: int
+    part: Part
+    weights: str
+    masked: Tensor
+    grid: MaskGrid | None = None
+
+
+@dataclass(frozen=True)
 class Transcript:
     """What ``party`` recorded; iterating reads it from the disk, one entry in memory at a time.
 
@@ -122,6 +144,7 @@ class Transcript:
         stopped: first round that is not here, or not whole, because the recording grew too large; None: nothing is
             missing.
         sender: only what this party sent; None: everybody.
+        masked: pushes were masked.
     """
 
     party: str
@@ -137,6 +160,7 @@ class Transcript:
     push_dtype: torch.dtype = torch.float32
     weights_dtype: torch.dtype = torch.bfloat16
     sender: str | None = None
+    masked: bool = False
 
     @classmethod
     def read(cls, folder: Path, sender: str | None = None) -> Transcript:
@@ -182,6 +206,7 @@ class Transcript:
             push_dtype=getattr(torch, agreed.push_dtype),
             weights_dtype=getattr(torch, agreed.weights_dtype),
             sender=sender,
+            masked=agreed.aggregation == "masked",
         )
 
     def of(self, sender: str) -> Transcript:
@@ -194,7 +219,16 @@ class Transcript:
         Raises:
             CheckpointError: ``transcript-damaged`` at the first entry that was changed, or does not fit.
         """
-        fitting = Fitting(self.party, self.exchange, self.placement, self.parts, self.push_dtype, self.weights_dtype)
+        fitting = Fitting(
+            self.party,
+            self.exchange,
+            self.placement,
+            self.parts,
+            len(self.parties),
+            self.push_dtype,
+            self.weights_dtype,
+            self.masked,
+        )
         for number, logged in enumerate(self._logged()):
             if logged.name in self.parties and self.sender in (None, logged.name):
                 fitting.check(logged)
@@ -206,7 +240,11 @@ class Transcript:
         Raises:
             CheckpointError: ``transcript-damaged``, ``transcript-read``.
         """
-        for _ in self.dispatches() if self.exchange == "tokens" else self.pushes():
+        if self.exchange == "tokens":
+            found: Iterator[object] = self.dispatches()
+        else:
+            found = self.masked_parts() if self.masked else self.pushes()
+        for _ in found:
             pass
 
     def check_start(self, model: nn.Module) -> None:
@@ -263,15 +301,33 @@ class Transcript:
             yield _dispatch(entry, None)
 
     def pushes(self) -> Iterator[ReceivedPush]:
-        """Sums that came to this host in `experts`, each part when it was whole."""
+        """Sums that came to this host in `experts`, each part when it was whole; where they were not masked."""
+        for entry, part, weights, blob in self._whole_parts():
+            sums = {name: values.float() for name, values in part.decode(blob, self.push_dtype).items()}
+            if not all(largest(values) < torch.inf for values in sums.values()):
+                raise unfit(f"A sum of {entry.peer} in round {entry.round}", "it holds NaN or infinity")
+            yield ReceivedPush(entry.peer, entry.round, entry.attempt, part, weights, sums)
+
+    def masked_parts(self) -> Iterator[MaskedPart]:
+        """Masked pushes that came to this host, each part when it was whole, and this party's own masks."""
+        for entry, part, weights, blob in self._whole_parts():
+            yield MaskedPart(entry.peer, entry.round, entry.attempt, part, weights, blob)
+        for entry in replace(self, sender=self.party):
+            if entry.kind == OWN_MASKS:
+                grid, part = MaskGrid.from_json(entry.body["grid"]), self.parts[entry.part]
+                (masks,) = entry.tensors.values()
+                yield MaskedPart(self.party, entry.round, entry.attempt, part, "", masks, grid)
+
+    def _whole_parts(self) -> Iterator[tuple[ReceivedMessage, Part, str, Tensor]]:
+        """What ended a part, the part, the digest of its weights, its bytes."""
         begun: dict[tuple[str, int], tuple[Mapping[str, Any], Tensor, set[int]]] = {}
         for entry in self:
             key = (entry.peer, entry.part)
             if entry.reply or not entry.kind.startswith("push-"):
                 continue
-            if not self.holds(self.parts[entry.part], self.push_dtype):
-                continue
             if entry.kind == "push-begin":
+                if entry.body["size"] > self._bytes:  # a head may name any size, and nobody makes room
+                    continue
                 held = begun.get(key)
                 if held is None or held[0]["digest"] != entry.body["digest"]:
                     begun[key] = (entry.body, torch.empty(entry.body["size"], dtype=torch.uint8), set())
@@ -281,12 +337,8 @@ class Transcript:
                 seen.add(entry.chunk)
             elif entry.kind == "push-end" and key in begun:
                 body, blob, seen = begun[key]
-                part = self.parts[entry.part]
                 if len(seen) == chunks_in(blob.numel()):
-                    sums = {name: values.float() for name, values in part.decode(blob, self.push_dtype).items()}
-                    if not all(largest(values) < torch.inf for values in sums.values()):
-                        raise unfit(f"A sum of {entry.peer} in round {entry.round}", "it holds NaN or infinity")
-                    yield ReceivedPush(entry.peer, entry.round, entry.attempt, part, body["weights"], sums)
+                    yield entry, self.parts[entry.part], str(body["weights"]), blob
 
     def weights(self, round_no: int, attempt: int) -> dict[int, Mapping[str, Tensor]]:
         """Parts of the model that other hosts served this party for an attempt, by part number, in `weights_dtype`.

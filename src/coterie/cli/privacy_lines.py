@@ -46,10 +46,16 @@ def _recorded(federation: FederationConfig) -> list[str]:
     if spec is None:
         return []
     rounds = "all rounds" if spec.rounds == "all" else f"the first {spec.rounds} rounds"
-    return [
+    lines = [
         f"recorded for an audit, as all parties agreed: every party keeps what others send it in {rounds}, and this "
         "one keeps token ids of its own text beside it; `coterie purge` removes both"
     ]
+    if federation.aggregation == "masked":
+        lines.append(
+            "masks of recorded rounds are kept, too: the recordings of all other parties together open this party's "
+            "sums"
+        )
+    return lines
 
 
 def spent_note(privacy: Mapping[str, Any] | None) -> str:

@@ -227,8 +227,6 @@ class FederationConfig(Spec):
             )
         if self.push_dtype != "float32":
             raise ValueError("`aggregation: masked` sends integers of a grid: leave out `push_dtype`")
-        if self.transcript is not None:
-            raise ValueError("`aggregation: masked` excludes `transcript`: what it would record is random numbers")
         if self.mixed_privacy:
             raise ValueError("`aggregation: masked` excludes `mixed_privacy`: all sums lie on the noise's one grid")
         if with_budget != (self.noise_multiplier is not None):

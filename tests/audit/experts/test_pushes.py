@@ -6,15 +6,15 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from push_world import texts
+from recorded_runs import LOT, evidence_of, own_records, trained
 
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary, most_received
-from coterie.audit.answers import Answers
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts import noised as noised_attacks
 from coterie.audit.experts import plain
@@ -30,14 +30,9 @@ from coterie.audit.experts.plain import without
 from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.simulate import rows_of, summed
 from coterie.audit.findings import Unit, carried
-from coterie.audit.transcript import Transcript
 from coterie.config import FederationConfig, LoraSpec, OptimSpec, dump_yaml, load_yaml
 from coterie.errors import AuditError, CheckpointError
 from coterie.models.zoo.tiny import VOCAB, tiny_model
-from coterie.training.party.in_process import InProcessFederation
-from helpers.federations import full_models, make_parts, settings, text
-
-LOT = 6
 
 
 @pytest.fixture(scope="module")
@@ -45,67 +40,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("federation"), trunk="shared")
 
 
-def trained(folder: Path, **more: object) -> Path:
-    """Two rounds of three parties, recorded whole; every party starts from one public model."""
-    start = folder / "start"
-    model = tiny_model("olmoe")
-    model.save_pretrained(start)
-    config = settings(
-        exchange="experts",
-        privacy="none",
-        model={"path": start},
-        train__rounds=2,
-        train__batch_size=LOT,
-        transcript={"rounds": "all", "max_gib": 1.0},
-        **more,
-    )
-    same = full_models()
-    for each in same.values():
-        each.load_state_dict(model.state_dict())
-    parts = make_parts(config, same, folder)
-    federation = InProcessFederation(config, folder / "coordinator")
-    federation.coordinate()
-    for part in parts.values():
-        federation.up(part)
-    federation.join()
-    for end in federation.ends.values():
-        if isinstance(end, BaseException):
-            raise end
-    dump_yaml(folder / "alder" / "federation.yaml", config)
-    return folder
-
-
-def transcripts(run: Path, *hosts: str) -> dict[str, Transcript]:
-    return {name: Transcript.read(run / name, "alder") for name in hosts}
-
-
 @pytest.fixture
 def evidence(run: Path) -> Evidence:
     return evidence_of(run, "shared")
 
 
-def evidence_of(run: Path, trunk: Literal["private", "shared"]) -> Evidence:
-    public = [tuple(row["input_ids"].tolist()) for row in map(text(77, 200).__getitem__, range(200))]
-    return Evidence(
-        owner="alder",
-        exchange="experts",
-        trunk=trunk,
-        privacy=None,
-        start=run / "start",
-        public=[list(record) for record in public],
-        received=transcripts(run, "birch", "cedar"),
-        answers=Answers.read(run / "alder"),
-        run_folder=run / "alder",
-    )
-
-
 def case_of(evidence: Evidence) -> Case:
-    """With the owner's records, which a real run reads from the files that its settings name."""
     case = Case(evidence, 0)
-    own = text(10)
-    case.__dict__["train"] = [
-        Owned(row, int(own.document_S[row]), tuple(own[row]["input_ids"].tolist())) for row in range(len(own))
-    ]
+    case.__dict__["train"] = own_records()
     return case
 
 

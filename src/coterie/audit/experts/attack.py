@@ -42,11 +42,27 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
     jobs = _plain(case, budget_s) if evidence.privacy is None else _noised(case)
     found: list[Finding] = []
     for number, job in enumerate(jobs):
-        if number >= _ALWAYS and clock.left < _SHORTEST_S:
-            found.append(_not_reached(job))
+        if job.adversary is Adversary.ALL_HOSTS and case.parties_in(job.adversary) > 1:
+            found.append(_unmeasured(job, "masks of the parties whose recordings are not here hide what it opens"))
+        elif number >= _ALWAYS and clock.left < _SHORTEST_S:
+            found.append(_unmeasured(job, "the time that the audit was given did not reach so far"))
         else:
-            found += job.run(clock.share(job.weight / sum(each.weight for each in jobs[number:])))
+            share = clock.share(job.weight / sum(each.weight for each in jobs[number:]))
+            found += [_of_several(case, each) for each in job.run(share)]
     return found
+
+
+def _of_several(case: Case, finding: Finding) -> Finding:
+    """Where pushes were masked, what is in the sum beside the owner's records."""
+    parties = case.parties_in(finding.adversary)
+    if parties == 1 or finding.value is None:
+        return finding
+    return finding.model_copy(
+        update={
+            "sentence": f"{finding.sentence} Pushes were masked: what this adversary opens is the sum over {parties} "
+            "parties, of which one is attacked."
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -66,22 +82,31 @@ class _Job:
 
 def _plain(case: Case, budget_s: float) -> list[_Job]:
     """What matters most comes first: time may not reach to the end."""
-    recorded = len(case.lot(case.rounds()[0]))
-    lots = [recorded, *(lot for lot in plain.LOTS if lot < recorded)]
-    sizes = [lot for lot in plain.MEMBER_LOTS if recorded < lot <= len(case.train) // 2]
     both = Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS
-    jobs = [_next(case, each, lot) for each in both for lot in lots]
-    jobs += [_member(case, each, recorded) for each in both]
+    recorded = len(case.lot(case.rounds()[0]))
+    whole = {each: recorded * case.parties_in(each) for each in both}
+    jobs = [
+        _next(case, each, lot)
+        for each in both
+        for lot in (whole[each], *_simulated(case.parties_in(each), recorded, whole[each]))
+    ]
+    jobs += [_member(case, each, whole[each]) for each in both]
     jobs += [_bag(case, each) for each in both]
-    jobs.append(_loads(case, min(_OF_LOADS, recorded)))
+    jobs.append(_loads(case, min(_OF_LOADS * case.parties_in(Adversary.HOST_PUBLIC), recorded)))
     if case.evidence.trunk == "private" and len(case.rounds()) > 1:
-        jobs += [_next(case, each, recorded, round_index=case.rounds()[-1]) for each in both]
+        jobs += [_next(case, each, whole[each], round_index=case.rounds()[-1]) for each in both]
     if recorded > 1:
-        jobs.append(_next(case, Adversary.HOST_DOMAIN, recorded, known=recorded // 2))
-    jobs += [_member(case, each, lot) for lot in sizes for each in both]
+        jobs.append(_next(case, Adversary.HOST_DOMAIN, whole[Adversary.HOST_PUBLIC], known=recorded // 2))
+    sizes = [lot for lot in plain.MEMBER_LOTS if lot <= len(case.train) // 2]
+    jobs += [_member(case, each, lot) for lot in sizes for each in both if lot > whole[each]]
     if budget_s >= _FOR_RECORDS_S:
         jobs += [_search(case, lot) for lot in plain.LOTS if lot <= recorded]
     return jobs
+
+
+def _simulated(parties: int, recorded: int, whole: int) -> list[int]:
+    """Records in simulated sums that so many parties push to; the owner's own stand for all."""
+    return [lot * parties for lot in plain.LOTS if lot * parties <= recorded and lot * parties < whole]
 
 
 def _noised(case: Case) -> list[_Job]:
@@ -143,13 +168,13 @@ def _run(case: Case, adversary: Adversary) -> _Job:
     )
 
 
-def _not_reached(job: _Job) -> Finding:
+def _unmeasured(job: _Job, reason: str) -> Finding:
     return Finding(
         name=job.name,
         adversary=job.adversary,
         channel=Channel.PUSHES,
         unit=job.unit,
         value=None,
-        reason="the time that the audit was given did not reach so far",
+        reason=reason,
         sentence="Not measured.",
     )

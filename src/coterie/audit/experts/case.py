@@ -15,6 +15,7 @@ from torch import Tensor
 from coterie.audit.adversaries import Adversary, most_received
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts.clipped import factors
+from coterie.audit.experts.masked import summed_parties
 from coterie.audit.experts.membership import Metric
 from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.pushes import by_round, open_pushes, put, round_as_served, rounding_of, served
@@ -106,13 +107,27 @@ class Case:
     @cached_property
     def _parts(self) -> Mapping[Adversary, dict[int, list[ReceivedPush]]]:
         hosts = list(self.evidence.received.values())
-        sizes = {name: _values(found) for name, found in self.evidence.received.items()}
-        alone = by_round([self.evidence.received[most_received(sizes)]])
+        alone = by_round(self._together(Adversary.HOST_PUBLIC))
         return {Adversary.HOST_PUBLIC: alone, Adversary.ALL_HOSTS: by_round(hosts) if len(hosts) > 1 else alone}
 
+    def _together(self, adversary: Adversary) -> list[Transcript]:
+        """The transcripts that an adversary has."""
+        received = self.evidence.received
+        if adversary is Adversary.ALL_HOSTS:
+            return list(received.values())
+        return [received[most_received({name: _values(found) for name, found in received.items()})]]
+
+    def parties_in(self, adversary: Adversary) -> int:
+        """How many parties' records are in every sum that an adversary opens: one, where pushes are not masked."""
+        return summed_parties(self._together(adversary))
+
     def rounds(self) -> list[int]:
-        """Rounds of which sums were received."""
-        return sorted(self._parts[Adversary.ALL_HOSTS])
+        """Rounds of which every adversary opens sums."""
+        return sorted(set.intersection(*(set(found) for found in self._parts.values())))
+
+    def records_in(self, adversary: Adversary, round_index: int) -> int:
+        """Records in the sum that an adversary opens of a round, by the owner's: batches are of one size."""
+        return len(self.lot(round_index)) * self.parties_in(adversary)
 
     def opened(self, adversary: Adversary, round_index: int) -> Opened:
         """What an adversary opens of a round."""
@@ -198,6 +213,8 @@ _SHOWN = 128
 
 def _values(transcript: Transcript) -> int:
     """How many values of the owner's sums a host received."""
+    if transcript.masked:
+        return sum(each.part.num_values for each in transcript.masked_parts() if each.peer == transcript.sender)
     return sum(value.numel() for push in transcript.pushes() for value in push.sums.values())
 
 

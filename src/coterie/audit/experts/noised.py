@@ -36,9 +36,9 @@ def rate_of(case: Case) -> float:
     return min(1.0, (lot or case.federation.train.batch_size) / max(len(case.train), 1))
 
 
-def metric_of(case: Case, reader: Reader, opened: Opened) -> Metric:
-    """How one round's sums scatter over lots."""
-    lot = rate_of(case) * len(case.train)
+def metric_of(case: Case, adversary: Adversary, reader: Reader, opened: Opened) -> Metric:
+    """How one round's sums scatter over lots, of all parties that are in what the adversary opens."""
+    lot = rate_of(case) * len(case.train) * case.parties_in(adversary)
     if reader is case.reader:
         return case.clipped_metric.sized(lot, opened.noise)
     return Metric(reader, case.shown, lot, opened.noise, case.shown_factors)
@@ -65,7 +65,7 @@ def tokens(case: Case, adversary: Adversary, clock: TimeBudget, *, places: int =
     reader, opened = next(releases(case, adversary))
     records = [record for record in case.lot(case.rounds()[0]) if len(record.ids) > 1]
     lot = rate_of(case) * len(case.train)
-    metric = metric_of(case, reader, opened)
+    metric = metric_of(case, adversary, reader, opened)
     right: list[Tensor] = []
     prior: list[Tensor] = []
     documents: list[int] = []
@@ -132,7 +132,7 @@ def membership(case: Case, adversary: Adversary, clock: TimeBudget, *, candidate
         if seen and not clock.left:
             break
         sigma = opened.noise / case.clip_norm
-        seen.append(score(reader, ids, [opened], metric_of(case, reader, opened), scale))
+        seen.append(score(reader, ids, [opened], metric_of(case, adversary, reader, opened), scale))
     name, sides = "membership in a lot", in_lots(case, members, seen)
     if min(len(values) for values, _ in sides.values()) < _FEWEST:
         return [too_few(name, adversary, Channel.RELEASES, round(lot), _FEWEST), _not_by_coins(adversary)]

@@ -65,7 +65,7 @@ def next_tokens(
     Args:
         case: the run.
         adversary: whose sums are opened.
-        lot: records in the push: the recorded one's, or fewer of its records.
+        lot: records in the sum that is opened: as many as in the recorded one, or fewer of the owner's.
         clock: when to stop.
         places: most places.
         known: records of the push that the adversary has, and takes out of it.
@@ -79,7 +79,8 @@ def next_tokens(
         train = case.federation.train
         victim = drifted(reader, case.public, case.federation.optim, round_index - first, train.batch_size, case.seed)
     recorded, whole = case.opened(adversary, round_index), case.lot(round_index)
-    pushes = [(whole, recorded)] if lot == len(whole) else simulated(case, whole, lot, list(recorded.experts))
+    own = lot == case.records_in(adversary, round_index)
+    pushes = [(whole, recorded)] if own else simulated(case, whole, lot, list(recorded.experts))
     if known:
         pushes = [
             (
@@ -100,10 +101,10 @@ def next_tokens(
     )
     right, prior, documents = [], [], []
     for number, (records, opened) in enumerate(pushes):
-        own = clock.share(1 / (len(pushes) - number))
+        share = clock.share(1 / (len(pushes) - number))
         found, document_P = places_of(case, records, -(-places // len(pushes)))
         for start in range(0, len(found), _AT_ONCE):
-            if start and not own.left:
+            if start and not share.left:
                 break
             some = slice(start, start + _AT_ONCE)
             one, other = ranked_first(attack, opened, found[some])
@@ -226,7 +227,8 @@ def membership(case: Case, adversary: Adversary, lot: int, clock: TimeBudget) ->
     round_index = case.rounds()[0]
     recorded, whole = case.opened(adversary, round_index), case.lot(round_index)
     draw = case.random()
-    if lot == len(whole):
+    own = lot == case.records_in(adversary, round_index)
+    if own:
         members, opened = whole, recorded
         rows = {record.row for record in whole}
         others = [record for record in case.train if record.row not in rows]
@@ -240,11 +242,11 @@ def membership(case: Case, adversary: Adversary, lot: int, clock: TimeBudget) ->
         return [too_few("membership in a push", adversary, Channel.PUSHES, lot, _FEWEST_OTHERS)]
     metric = case.metric.sized(lot)
     split = _balanced(
-        members, draw.sample(others, min(_SCORED, len(others))), draw.sample(members, min(_SCORED // 2, lot))
+        members, draw.sample(others, min(_SCORED, len(others))), draw.sample(members, min(_SCORED // 2, len(members)))
     )
     scored = score(case.reader, [record.ids for record in split.records], [opened], metric)
     found = rates("membership in a push", case, adversary, Channel.PUSHES, split.scores(scored.log_ratio()), lot)
-    if lot == len(whole):
+    if own:
         return found
     return [each.model_copy(update={"unit": Unit.SIMULATED}) if each.unit is Unit.AUC else each for each in found]
 
@@ -315,9 +317,9 @@ def bag(case: Case, adversary: Adversary, clock: TimeBudget) -> list[Finding]:
     names = [name for name in table_names(case.reader.model) if name in opened.trunk]
     if not names:
         return []
-    lot = len(records)
+    lot = case.records_in(adversary, round_index)
     reader = BagReader(case.reader, case.public, lot, names, pushes=max(6, min(24, 256 // lot)), seed=case.seed)
-    pushes = [(records, {name: opened.trunk[name] for name in names}), *_other_bags(case, records, names)]
+    pushes = [(records, {name: opened.trunk[name] for name in names}), *_other_bags(case, records, lot, names)]
     found: list[tuple[Tensor, Bag]] = []
     for some, sums in pushes:
         if found and not clock.left:
@@ -356,16 +358,20 @@ def bag(case: Case, adversary: Adversary, clock: TimeBudget) -> list[Finding]:
 
 
 def _other_bags(
-    case: Case, recorded: Sequence[Owned], names: Sequence[str]
+    case: Case, recorded: Sequence[Owned], lot: int, names: Sequence[str]
 ) -> Iterator[tuple[list[Owned], dict[str, Tensor]]]:
-    """Pushes like the recorded one, of the owner's other records, each of which is in one of them at most."""
-    lot, rows = len(recorded), {record.row for record in recorded}
+    """Sums like the recorded one, of the owner's other records, each of which is in one of them at most; as many as
+    in the recorded one count as the owner's, and the rest stand for other parties'."""
+    rows = {record.row for record in recorded}
     others = [record for record in case.train if record.row not in rows]
     order = case.random().sample(others, len(others))
     for start in range(0, min(len(order) // lot, _BAGS - 1) * lot, lot):
         some = order[start : start + lot]
         sums = table_sums(case.reader, [record.ids for record in some])
-        yield some, {name: sums[name].bfloat16().float() if case.rounding else sums[name] for name in names}
+        yield (
+            some[: len(recorded)],
+            {name: sums[name].bfloat16().float() if case.rounding else sums[name] for name in names},
+        )
 
 
 def _truth(records: Sequence[Owned], vocabulary: int) -> Tensor:

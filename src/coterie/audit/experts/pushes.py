@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from coterie.audit.experts.masked import open_together
 from coterie.audit.experts.opened import ExpertSum, Opened
 from coterie.audit.transcript import ReceivedPush, Transcript
 from coterie.federation.experts.parts import Part, span
@@ -49,20 +50,29 @@ def rounding_of(transcript: Transcript) -> float:
 
 
 def by_round(transcripts: Iterable[Transcript]) -> dict[int, list[ReceivedPush]]:
-    """The parts of the owner's sum of every round, of its last attempt that anybody received whole.
+    """The parts of the owner's sum of every round, of its last attempt that anybody received whole; where pushes were
+    masked, of the sum that those who recorded these open together.
 
     Parts of earlier attempts are left out, though an adversary has them: without a budget they may be of the same
     records, and under one they are the same bytes.
     """
     found: dict[int, dict[tuple[int, str], ReceivedPush]] = {}
-    for transcript in transcripts:
-        for push in transcript.pushes():
-            held = found.setdefault(push.round, {})
-            if push.attempt >= max((other.attempt for other in held.values()), default=0):
-                held = {key: other for key, other in held.items() if other.attempt == push.attempt}
-                held[push.part.number, push.part.host] = push
-                found[push.round] = held
+    for push in _opened_by(list(transcripts)):
+        held = found.setdefault(push.round, {})
+        if push.attempt >= max((other.attempt for other in held.values()), default=0):
+            held = {key: other for key, other in held.items() if other.attempt == push.attempt}
+            held[push.part.number, push.part.host] = push
+            found[push.round] = held
     return {number: [held[key] for key in sorted(held)] for number, held in sorted(found.items())}
+
+
+def _opened_by(transcripts: Sequence[Transcript]) -> Iterator[ReceivedPush]:
+    owner = transcripts[0].sender if transcripts else None
+    if owner is not None and transcripts[0].masked:
+        yield from open_together(transcripts, owner)
+    else:
+        for transcript in transcripts:
+            yield from transcript.pushes()
 
 
 def standard_deviation(opened: Opened) -> float:

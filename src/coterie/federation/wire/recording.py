@@ -3,7 +3,7 @@
 What other parties send to this one is recorded in the gate (`coterie.federation.wire.gate`), where every message of
 theirs
 arrives: each as it came, before anybody looks at it. So a transcript holds what this party received and nothing it
-could not know.
+could not know: beside it only what the party added to its own masked pushes (`coterie.training.party.own_masks`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from coterie.federation.wire.transport import Address, Lane, Message
 
 TRANSCRIPT, ANSWERS = "transcript", "transcript-answers"
 """Folders in the private part of a party's run folder: what others sent, and the owner's own key to what it sent."""
+OWN_MASKS = "own-masks"
+"""Kind of entry in a transcript that the party did not receive: what it added to its own masked push."""
 STOPPED = "stopped"
 """Name and kind of the entry that says in which round a recording stopped."""
 

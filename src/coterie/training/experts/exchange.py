@@ -28,6 +28,7 @@ from coterie.training.experts.shared_trunk import TrunkCopy, shared_names
 from coterie.training.folders import private_folder
 from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
+from coterie.training.party.own_masks import OwnMasks
 from coterie.training.party.own_trunk import OwnTrunk
 from coterie.training.planning import exposure
 
@@ -47,6 +48,7 @@ class ExpertsExchange:
         run: name of this party's run, once it has joined.
         weights: of the split model.
         key: told what each sum is made of, where the agreement records transcripts.
+        masks: keeps those of masked pushes, where it does.
 
     Attributes:
         parts: every part of the model.
@@ -62,9 +64,10 @@ class ExpertsExchange:
         run: Callable[[], str],
         weights: Weights,
         key: AnswerKey | None = None,
+        masks: OwnMasks | None = None,
     ) -> None:
         self._trunk, self._inputs, self._transport, self._run = trunk, trunk.inputs, transport, run
-        self._key = key
+        self._key, self._masks = key, masks
         federation, model = trunk.inputs.federation, trunk.inputs.model
         self.parts = model_parts(federation, model, trunk.inputs.placement)
         self.shares_trunk = bool(shared_names(federation, model))
@@ -139,6 +142,7 @@ class ExpertsExchange:
             inputs.signer,
             self._run,
             inputs.roster,
+            self._masks,
         )
 
     def _drawn(self, lot: Lot) -> None:

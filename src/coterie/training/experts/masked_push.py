@@ -16,12 +16,14 @@ from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.masking.board import MaskAgreement, MaskBoard, parts_digest
 from coterie.federation.experts.masking.grid import MaskGrid
 from coterie.federation.experts.masking.session import MaskSession, Scope, Signer
+from coterie.federation.experts.masking.streams import masks_of
 from coterie.federation.experts.owner import SumSender
 from coterie.federation.experts.parts import Part, digest_of
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Transport
 from coterie.training.experts.contribution import Contribution, ExpertSums, Sums
+from coterie.training.party.own_masks import OwnMasks
 
 _LOOK_S = 0.05
 
@@ -38,6 +40,7 @@ class MaskedPush:
         signer: this party's identity.
         run: name of the run, once this party has joined.
         roster: hash of the signed roster.
+        recorded: keeps the masks, where the agreement records transcripts.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class MaskedPush:
         signer: Signer,
         run: Callable[[], str],
         roster: str,
+        recorded: OwnMasks | None = None,
     ) -> None:
         self._parties, self._host, self._run, self._roster = tuple(federation.parties), host, run, roster
+        self._recorded = recorded
         self._grid: MaskGrid | None = None
         self._parts = tuple(part for part in parts if part.trained)
         self._agreement = MaskAgreement(board, host.me, transport, signer, deadline_s=federation.deadline_s)
@@ -109,7 +114,7 @@ class MaskedPush:
         if sums.experts is None or self._grid is None:
             raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
         sender.declare(attempt, contributes=True, weight=sums.weight)
-        blobs = self._masked(sums, sums.experts, self._grid, session, str(attempt))
+        blobs = self._masked(sums, sums.experts, self._grid, session, attempt)
         said = self._agreement.commit(attempt, session, self._digests(blobs), cancel)
         sender.push(attempt, blobs, versions)
         while self._host.missing():
@@ -118,7 +123,7 @@ class MaskedPush:
         self._host.check_masked(said)
 
     def _masked(
-        self, sums: Sums, experts: ExpertSums, grid: MaskGrid, session: MaskSession, where: str
+        self, sums: Sums, experts: ExpertSums, grid: MaskGrid, session: MaskSession, attempt: Attempt
     ) -> dict[int, Tensor]:
         """uint8 bytes by part number; every part is checked before the first is masked."""
         integers: dict[int, Tensor] = {}
@@ -130,12 +135,16 @@ class MaskedPush:
             for name, _ in part.shapes:
                 if tensors[name].dtype != torch.int64:  # without a budget; noised sums are on their grid already
                     tensors[name] = grid.round(name, tensors[name])
-                grid.check_own(name, tensors[name], where)
+                grid.check_own(name, tensors[name], str(attempt))
             integers[part.number] = part.joined(tensors, torch.int64)
         try:
-            return {number: session.masks.mask(number, each, grid.width) for number, each in integers.items()}
+            blobs = {number: session.masks.mask(number, each, grid.width) for number, each in integers.items()}
         finally:
             session.masks.erase()
+        if self._recorded is not None:
+            for number, each in integers.items():
+                self._recorded.keep(attempt, number, grid, masks_of(blobs[number], each, grid.width))
+        return blobs
 
     def _digests(self, blobs: Mapping[int, Tensor]) -> dict[str, str]:
         """By party, over what it will be pushed."""

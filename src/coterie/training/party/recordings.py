@@ -9,6 +9,7 @@ from coterie.training.experts.host import model_parts
 from coterie.training.folders import private_folder
 from coterie.training.party.answer_key import OWN, AnswerKey
 from coterie.training.party.inputs import PartyInputs
+from coterie.training.party.own_masks import OwnMasks
 
 _GIB = 1 << 30
 
@@ -23,10 +24,12 @@ class Recordings:
     Attributes:
         received: keeps what other parties send.
         key: keeps what this party's own messages were made of.
+        masks: keeps its masks, where pushes are masked.
     """
 
     received: Recorder | None = None
     key: AnswerKey | None = None
+    masks: OwnMasks | None = None
 
     def __init__(self, inputs: PartyInputs, agreement: str) -> None:
         self._inputs, self._agreement = inputs, agreement
@@ -40,6 +43,8 @@ class Recordings:
             self._recorders[kind] = Recorder(folder, names, rounds, int(spec.max_gib * _GIB))
         self.received = self._recorders[TRANSCRIPT]
         self.key = AnswerKey(self._recorders[ANSWERS], inputs.train)
+        if inputs.federation.aggregation == "masked":
+            self.masks = OwnMasks(self._recorders[TRANSCRIPT], inputs.party)
 
     def open(self, run: str) -> None:
         """The run has a name: begin to write. Can be repeated.
@@ -69,5 +74,6 @@ class Recordings:
             "placement": [list(layer) for layer in inputs.placement.hosts],
             "parts": [vars(piece) for piece in pieces],
             "push_dtype": federation.push_dtype,
+            "aggregation": federation.aggregation,
             "weights_dtype": federation.weights_dtype,
         }

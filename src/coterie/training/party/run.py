@@ -26,7 +26,6 @@ from coterie.training.experts.exchange import ExpertsExchange
 from coterie.training.experts.shared_trunk import shared_names
 from coterie.training.folders import private_folder, public_folder, write_statement
 from coterie.training.party.actor import PartyActor
-from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.own_trunk import OwnTrunk
 from coterie.training.party.recordings import Recordings
@@ -132,7 +131,7 @@ class PartyRun:
             self._recordings = Recordings(inputs, agreement)
             limit, recorder = refusals_allowed(plan_of(inputs.federation)), self._recordings.received
             self._gate = Gate(transport, limit, self._period, self._complain, recorder)
-            self.actor = make_actor(inputs, self._gate, self._store, self._recordings.key)
+            self.actor = make_actor(inputs, self._gate, self._store, self._recordings)
         except BaseException:
             self._folder.close()
             raise
@@ -286,7 +285,7 @@ class PartyRun:
 
 
 def make_actor(
-    inputs: PartyInputs, transport: Transport, store: PartyStore, key: AnswerKey | None = None
+    inputs: PartyInputs, transport: Transport, store: PartyStore, recordings: Recordings | None = None
 ) -> PartyActor:
     """A party as it is before the first round, with the exchange that was agreed on.
 
@@ -294,12 +293,13 @@ def make_actor(
         inputs: what the party brings.
         transport: to the others; not started.
         store: the party's checkpoints.
-        key: told what leaves; None where nothing is recorded.
+        recordings: told what leaves; None where nothing is recorded.
     """
     weights = inputs.weights()
+    key, masks = (None, None) if recordings is None else (recordings.key, recordings.masks)
     if inputs.federation.exchange == "tokens":
         trunk = OwnTrunk(inputs, weights)
         return PartyActor(trunk, TokensExchange(trunk, transport, weights, key), transport, store)
     trunk = OwnTrunk(inputs, weights, shared_names(inputs.federation, inputs.model), on_host=True)
-    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights, key)
+    exchange = ExpertsExchange(trunk, transport, lambda: store.run, weights, key, masks)
     return PartyActor(trunk, exchange, transport, store)

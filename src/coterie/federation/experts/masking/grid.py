@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,9 +78,28 @@ class MaskGrid:
 
     def digest(self) -> str:
         """Hex SHA-256; the same at parties that can add up."""
-        scales = {"": self.rest, **self.named}
-        content = {name: (scale.step.hex(), scale.largest) for name, scale in scales.items()}
+        content = {name: (step, largest) for name, step, largest in self._scales()}
         return hashlib.sha256(json.dumps([self.parties, content, self.secret], sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """With every step exact."""
+        return {"parties": self.parties, "scales": self._scales(), "secret": self.secret}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> MaskGrid:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is something else.
+            ConfigError: see `MaskGrid`.
+        """
+        scales = {name: GridScale(float.fromhex(step), int(largest)) for name, step, largest in saved["scales"]}
+        if not all(scale.largest > 0 and 0 < scale.step < math.inf for scale in scales.values()):
+            raise ValueError("a step or a largest integer that is none")
+        return cls(int(saved["parties"]), scales.pop(""), scales, bool(saved["secret"]))
+
+    def _scales(self) -> list[list[Any]]:
+        return [[name, each.step.hex(), each.largest] for name, each in {"": self.rest, **self.named}.items()]
 
     def check_own(self, name: str, integers: Tensor, where: str) -> None:
         """What no honest push holds does not leave.

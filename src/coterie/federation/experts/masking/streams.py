@@ -95,6 +95,21 @@ class Masks:
         return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
 
+def masks_of(masked: Tensor, integers: Tensor, width: int) -> Tensor:
+    """What was added to a party's integers, uint8 [V * width].
+
+    Added to the sum of all other parties' pushes in place of this party's own, it cancels their masks, and what is
+    left is the sum of their integers.
+
+    Args:
+        masked: uint8 [V * width], as `Masks.mask` gave it.
+        integers: int64 [V], of which it was made.
+        width: bytes of one integer.
+    """
+    added = widen(masked.numpy(), width) - integers.contiguous().view(-1).numpy().view(np.uint64)
+    return torch.from_numpy(narrow(added, width))
+
+
 def unmasked_sum(pushes: Mapping[str, Tensor], width: int) -> Tensor:
     """The sum of all parties' integers of one part, int64 [V].
 
