@@ -8,5 +8,5 @@ a round by the exchange that it is given, `coterie.training.party.own_trunk` wha
 `coterie.training.party.doctor` looks before anybody starts, `coterie.training.party.agreed_limits` says what a member
 may send, and `coterie.training.party.after_private` keeps private text out of `tokens`. Where all agreed to a
 transcript, `coterie.training.party.recordings` keeps it and `coterie.training.party.answer_key` notes which text was
-sent.
+sent, `coterie.training.party.own_masks` what was added to a masked push.
 """
