@@ -1,9 +1,10 @@
 """What can be read from the sums that an owner pushes in the exchange `experts`.
 
 In reading order. `coterie.audit.experts.pushes` puts a transcript's messages together into the sums that an adversary
-opens (`coterie.audit.experts.masked`: where pushes were masked, of everybody who is not among those that
-work together), `coterie.audit.experts.opened` says what the spectrum of one holds. `coterie.audit.experts.reader` is the model
-as the adversary has it, looked at through the seam; `coterie.audit.experts.simulate` makes pushes of public text.
+opens (`coterie.audit.experts.masked`: where pushes were masked, of everybody who is not among those that work
+together), `coterie.audit.experts.opened` says what the spectrum of one holds. `coterie.audit.experts.reader` is the
+model as the adversary has it, looked at through the seam; `coterie.audit.experts.simulate` makes pushes of public
+text.
 
 Without a budget: `coterie.audit.experts.judge` learns how far spectra speak for a token,
 `coterie.audit.experts.span` ranks next tokens by it (`coterie.audit.experts.drift`: where a private trunk has moved),
