@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ ENDPOINTS = [f"127.0.0.1:{port}" for port in range(5001, 5008)]
 
 def written(folder: Path, parties: int = 3) -> tuple[Folder, DemoPlan]:
     plan = make_plan(parties)
+    units = {party: 1000 + 100 * number for number, party in enumerate(plan.parties)}
+    plan = replace(plan, units=units, noise_multiplier=0.8)
     made = Folder(folder, plan)
     made.public()
     for party in plan.parties:
@@ -123,7 +126,8 @@ def test_private_arms_differ_in_nothing_but_who_trains_on_what(tmp_path: Path) -
     shared = ("epsilon", "delta", "clip_norm", "clipping", "sampler", "unit")
     for name in shared:
         assert getattr(alone.privacy, name) == getattr(pooled.privacy, name) == getattr(together.privacy, name)
-    assert together.privacy.lot_size == alone.privacy.lot_size == plan.private.lot_size
+    assert together.lot_sizes == {"alder": 233, "birch": 256, "cedar": 279}  # of 1000, 1100 and 1200
+    assert together.lot_sizes["birch"] == alone.privacy.lot_size
     assert pooled.privacy.lot_size == len(plan.parties) * plan.private.lot_size
     ledgers = {path.resolve() for path in (alone.privacy.ledger, pooled.privacy.ledger, own.privacy.ledger) if path}
     assert ledgers == {tmp_path / "ledger"}
@@ -149,6 +153,30 @@ def test_every_federation_records_rounds_for_its_audit(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_shared_noise_is_agreed_on_and_nothing_of_it_is_recorded(tmp_path: Path) -> None:
+    made, plan = written(tmp_path)
+    shared = load_yaml(tmp_path / "experts_dp_shared" / "federation.yaml", FederationConfig)
+    assert (shared.aggregation, shared.noise, shared.colluding) == ("masked", "shared", 1)
+    assert (shared.noise_multiplier, shared.transcript) == (0.8, None)
+    whole = load_yaml(tmp_path / "experts_dp" / "federation.yaml", FederationConfig)
+    assert (shared.lot_sizes, shared.privacy, shared.optim) == (whole.lot_sizes, whole.privacy, whole.optim)
+    undecided = Folder(tmp_path, replace(plan, noise_multiplier=None))
+    draft = undecided.federation(ARMS["experts_dp_shared"], ENDPOINTS[:4])
+    assert draft.aggregation == "plain"  # what `coterie plan` finds the noise for
+    assert made.noise(ARMS["experts_dp_shared"]).shown == (
+        "coterie plan experts_dp_shared/federation.yaml --records alder=1000 --records birch=1100 "
+        "--records cedar=1200 --json experts_dp_shared/plan.json"
+    )
+
+
+def test_two_parties_have_no_masked_arm() -> None:
+    assert "experts_dp_shared" not in make_plan(2).arms
+    assert make_plan(3).arms == tuple(ARMS)
+    with pytest.raises(ConfigError, match="experts_dp_shared") as caught:
+        make_plan(2, arms=["isolated_dp", "experts_dp_shared"])
+    assert caught.value.code == "demo-arms"
+
+
 def test_settings_name_no_path_outside_the_folder(tmp_path: Path) -> None:
     written(tmp_path)
     for path in tmp_path.rglob("*.yaml"):
@@ -164,7 +192,8 @@ def test_the_readme_has_every_command(tmp_path: Path) -> None:
     made, plan = written(tmp_path)
     save_readme(plan, made, tmp_path / "README.txt")
     text = (tmp_path / "README.txt").read_text("utf-8")
-    commands = [made.public()]
+    commands = [made.public(), made.noise(ARMS["experts_dp_shared"])]
+    commands += [made.count(party) for party in plan.parties]
     for arm in plan.of_kind("federation"):
         commands += [made.split(arm), made.provision(arm), made.coordinator(arm)]
         commands += [made.up(arm, party) for party in plan.parties]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from coterie.demonstration.report import save_report
 from coterie.demonstration.results import Figures, Promise, Results, Wire, _mean, _shares
 from coterie.demonstration.tables import tables
 from coterie.demonstration.verdict import headline, meaning, not_protected
+from coterie.dp.accounting.accountant import Mechanism, epsilon
 from coterie.training.evaluate import Evaluation
 from helpers.synthetic_findings import findings
 
@@ -69,18 +72,28 @@ def promised(loss: float, seed: int) -> Figures:
 def private_results(together: tuple[float, ...] = (4.2, 4.2, 4.2)) -> Results:
     """All arms of the demo; the private federation's losses are given."""
     base = results()
-    losses = {"isolated_dp": (4.3, 4.3, 4.3), "experts_dp": together, "centralised_dp": (4.15, 4.15, 4.15)}
+    losses = {
+        "isolated_dp": (4.3, 4.3, 4.3),
+        "experts_dp": together,
+        "experts_dp_shared": (4.18, 4.18, 4.18),
+        "centralised_dp": (4.15, 4.15, 4.15),
+    }
     private = {
         arm: {party: promised(each[seed], seed) for seed, party in enumerate(PARTIES)} for arm, each in losses.items()
     }
     arms = {**base.arms, "experts": base.arms["tokens"], **private}
     return Results(
-        plan=base.plan,
+        plan=replace(base.plan, units=dict.fromkeys(PARTIES, 1280)),
         subjects=base.subjects,
         arms={arm: arms[arm] for arm in ARMS},
         curves={**base.curves, **{arm: [(4, 4.3), (12, 4.2)] for arm in ("experts", *private)}},
-        best={**base.best, **{arm: dict.fromkeys(PARTIES, (12, 4.2)) for arm in ("isolated_dp", "experts_dp")}},
-        wire={**base.wire, "experts": Wire(303, 300), "experts_dp": Wire(204, 200)},
+        best={**base.best, **{arm: dict.fromkeys(PARTIES, (12, 4.2)) for arm in private if arm != "centralised_dp"}},
+        wire={
+            **base.wire,
+            "experts": Wire(303, 300),
+            "experts_dp": Wire(204, 200),
+            "experts_dp_shared": Wire(255, 250),
+        },
     )
 
 
@@ -95,8 +108,8 @@ def test_better_for_all_is_said_in_one_sentence() -> None:
 def test_private_arms_are_compared_with_private_arms_only() -> None:
     found = private_results()
     assert headline(found) == (
-        "Together against alone. `tokens`, `experts` and `experts` within epsilon 8: all 3 parties got a better "
-        "model, within 3 % of pooling all text."
+        "Together against alone. `tokens`, `experts`, `experts` within epsilon 8 and `experts` within epsilon 8, "
+        "noise shared: all 3 parties got a better model, within 3 % of pooling all text."
     )
     figures = found.as_json()["arms"]["experts_dp"]
     assert figures["minus_isolated"]["alder"]["mean"] == pytest.approx(-0.1, abs=1e-6)  # 4.2 against 4.3
@@ -110,6 +123,7 @@ def test_private_arms_tell_what_they_spent() -> None:
     assert {arm for arm, figures in arms.items() if "privacy" in figures} == {
         "isolated_dp",
         "experts_dp",
+        "experts_dp_shared",
         "centralised_dp",
     }
     spent = {"epsilon": 7.99, "delta": 1e-5, "noise_multiplier": 0.8, "rounds": 12}
@@ -126,9 +140,23 @@ def test_losses_of_private_arms_are_labelled_as_not_private() -> None:
     assert "losses above" not in " ".join(not_protected(results()))
 
 
+def test_shared_noise_is_explained_and_what_is_left_against_all_others_said() -> None:
+    found = private_results()
+    told = " ".join(meaning(found))
+    # Of three parties, t = 1: shares of 1 / sqrt(2), which add up to sqrt(3 / 2).
+    assert "a party adds 0.71 of its noise" in told
+    assert "holds 1.22 times the noise of one place, in place of 1.73 times" in told
+    assert "compared with whole noise at every party: alder -0.020, birch -0.020, cedar -0.020 nats" in told
+    warned = " ".join(not_protected(found))
+    assert "holds against any 1 of the 2 other parties together, and outsiders" in warned
+    mechanism = Mechanism(0.8 / math.sqrt(2), 256 / 1280)
+    assert f"it is epsilon {epsilon([(mechanism, 12)], 1e-5):.1f}" in warned
+    assert "noise shared" not in " ".join(not_protected(results()))
+
+
 def test_wire_adds_up_all_federations() -> None:
     wire = private_results().as_json()["wire"]
-    assert wire["payload_bytes"] == 102_000_000 + 303 + 204
+    assert wire["payload_bytes"] == 102_000_000 + 303 + 204 + 255
     assert wire["arms"]["experts_dp"] == {"payload_bytes": 204, "tensor_bytes": 200, "ratio": 1.02}
 
 
@@ -214,7 +242,7 @@ def test_tables_have_every_arm_and_party() -> None:
     losses, differences, privacy, memory, wire = tables(private_results())
     assert losses.columns == differences.columns == privacy.columns == ("", *PARTIES)
     assert [row[0] for row in losses.rows] == [row[0] for row in memory.rows] == [a.title for a in ARMS.values()]
-    assert len(differences.rows) == 2 * 3
+    assert len(differences.rows) == 2 * 4
     assert re.fullmatch(r"\d\.\d{3} \(\d+\.\d\)", losses.rows[0][1])
     assert "370 MB" in memory.title
     assert wire.rows[0] == ("together, tokens", "102 MB", "100 MB", "1.020")

@@ -18,10 +18,9 @@ from coterie.demonstration.folder import MADE
 from coterie.demonstration.plan import ARMS
 from coterie.federation.identity.certificates import Role
 from coterie.federation.identity.identify import identify
-from helpers.forked import search_path
 from helpers.waiting import until
 
-QUICK = ("--quick", "--parties", "2")
+QUICK = ("--quick", "--parties", "3")
 DEMO = (sys.executable, "-m", "coterie.cli.app", "demo", *QUICK)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -38,12 +37,10 @@ def running_in(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A whole quick demo of two parties and two rounds; its folder and what it printed."""
+    """A whole quick demo of three parties and two rounds; its folder and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     arguments = ("--rounds", "2", "--dir", str(folder / "run"), "--json", str(folder / "demo.json"))
-    command = (sys.executable, "-m", "helpers.forking_demo", *QUICK, *arguments)
-    environment = {**ENVIRONMENT, "PYTHONPATH": search_path()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*DEMO, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -53,14 +50,14 @@ def test_the_figures_have_the_agreed_shape(finished: tuple[Path, subprocess.Comp
     folder, _ = finished
     figures = json.loads((folder / "demo.json").read_text("utf-8"))
     assert figures == json.loads((folder / "run" / "results.json").read_text("utf-8"))
-    assert (figures["parties"], figures["rounds"]) == (["alder", "birch"], 2)
-    together = {"tokens", "experts", "experts_dp"}
+    assert (figures["parties"], figures["rounds"]) == (["alder", "birch", "cedar"], 2)
+    together = {"tokens", "experts", "experts_dp", "experts_dp_shared"}
     assert set(figures["arms"]) == {"public", "isolated", "centralised", "isolated_dp", "centralised_dp", *together}
     for arm in figures["arms"].values():
         assert all(2.0 < arm["loss"][party] < 8.0 for party in figures["parties"])
     assert set(figures["wire"]["arms"]) == together
     assert all(1.0 < moved["ratio"] <= 1.03 for moved in figures["wire"]["arms"].values())
-    for arm in ("isolated_dp", "experts_dp", "centralised_dp"):
+    for arm in ("isolated_dp", "experts_dp", "experts_dp_shared", "centralised_dp"):
         for spent in figures["arms"][arm]["privacy"].values():
             assert 0 < spent["epsilon"] <= 8.0
             assert (spent["delta"], spent["rounds"]) == (1e-5, 2)
@@ -70,7 +67,7 @@ def test_the_figures_have_the_agreed_shape(finished: tuple[Path, subprocess.Comp
     assert {"recovery", "prior", "advantage", "auc", "epsilon_lower", "epsilon_ceiling"} <= set(audit["experts_dp"])
     assert 0 < audit["experts_dp"]["epsilon_claimed"] <= 8.0
     assert audit["outcome"] != "alarm"
-    assert set(audit["findings"]) == together
+    assert set(audit["findings"]) == together - {"experts_dp_shared"}  # what others receive there is random numbers
     memory = {arm: figures["memory"][arm]["alder"]["model_state_bytes"] for arm in figures["arms"]}
     assert memory["tokens"] < 0.7 * memory["isolated"]
     assert memory["centralised"] == memory["isolated"]
@@ -95,21 +92,23 @@ def test_the_screen_ends_with_tables_meaning_and_warning(
 def test_the_folder_is_complete(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     root = finished[0] / "run"
     assert {path.name for path in root.iterdir()} == MADE
-    for arm in ("tokens", "experts", "experts_dp"):
+    private = ("experts_dp", "experts_dp_shared")
+    for arm in ("tokens", "experts", *private):
         federation = load_yaml(root / arm / "federation.yaml", FederationConfig)
         for party in federation.parties:
             own = load_yaml(root / arm / party / "party.yaml", PartyConfig)
             identify(federation, own.kit, party, Role.PARTY)  # kit and signed roster fit what is written
             assert own.trunk.is_file()
             assert own.shard.is_file()
-            alone = "isolated_dp" if arm == "experts_dp" else "isolated"
+            alone = "isolated_dp" if arm in private else "isolated"
             for run in (own.run_dir, root / alone / party / "run"):
                 assert (run / "private" / "metrics.jsonl").read_text("utf-8")
                 assert list((run / "private" / "checkpoints").glob("round-*/manifest.json"))
             assert load_yaml(root / alone / party / "train.yaml", TrainConfig)
     assert (root / "public" / "run" / "model" / "config.json").is_file()
-    alone_and_pooled, federations = 2 * (2 + 1), 3 * (2 + 1 + 2)
-    assert len(list((root / "logs").glob("*.log"))) == 1 + alone_and_pooled + federations
+    names = {path.stem for path in (root / "logs").glob("*.log")}
+    counted, alone_and_pooled, federations = 3, 2 * (3 + 1), 4 * (3 + 2)
+    assert len(names) == len({"preloaded", "public", "split", "noise"}) + counted + alone_and_pooled + federations
     assert (root / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -120,7 +119,9 @@ def test_the_ledger_adds_up_what_a_partys_text_spent_alone_and_together(
     root = finished[0] / "run"
     texts = [path.read_text("utf-8") for path in (root / "ledger").glob("*/ledger.jsonl")]
     ledgers = [json.loads(line) for text in texts for line in text.splitlines()]
-    assert sum(entry["kind"] == "release" for entry in ledgers) == (2 + 2 + 1) * 2  # alone, together, in one place
+    assert (
+        sum(entry["kind"] == "release" for entry in ledgers) == (3 + 3 + 3 + 1) * 2
+    )  # alone, together twice, in one place
     log = (root / "logs" / "experts_dp-alder.log").read_text("utf-8")
     own, lifetime = (
         float(re.search(rf"{words} +epsilon ([0-9.]+)", log)[1])  # type: ignore[index]

@@ -20,8 +20,13 @@ def command(
         "coterie-demo"
     ),
     arms: Annotated[
-        str, typer.Option(help="What to compare, separated by commas.")
-    ] = "public,isolated,tokens,experts,centralised,isolated_dp,experts_dp,centralised_dp",
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="What to compare, separated by commas: public, isolated, tokens, experts, centralised, isolated_dp, "
+            "experts_dp, experts_dp_shared, centralised_dp; default: all (the last but one from 3 parties on).",
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny demo of every step, in a minute; its losses show nothing.")
     ] = False,
@@ -38,7 +43,8 @@ def command(
     from coterie.demonstration.demo import AUDIT, REPORT, run_demo
     from coterie.demonstration.plan import make_plan
 
-    plan = make_plan(parties, rounds, [name.strip() for name in arms.split(",") if name.strip()], quick=quick)
+    chosen = None if arms is None else [name.strip() for name in arms.split(",") if name.strip()]
+    plan = make_plan(parties, rounds, chosen, quick=quick)
     screen = TimedScreen()
     screen.line(f"coterie demo: {parties} parties, this machine only")
     results = run_demo(plan, folder, screen)

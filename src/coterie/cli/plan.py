@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from coterie.config import FederationConfig
+    from coterie.training.planning.equal_rates import EqualRates
 
 
 def command(
@@ -18,6 +23,14 @@ def command(
     gbit: Annotated[
         float, typer.Option(min=0.001, help="Rate of a party's line, in Gbit/s, for the seconds of a round.")
     ] = 1.0,
+    records: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--records",
+            metavar="NAME=N",
+            help="Of a federation with a budget: a party's number of records, once a party; proposes lots.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
     ] = None,
@@ -25,12 +38,14 @@ def command(
     """Say what a federation will need: device and host memory of every party, bytes, and the cheaper exchange.
 
     Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
-    activations, which come on top in every arrangement. For a train.yaml: what `coterie train --dry-run` says, and
+    activations, which come on top in every arrangement. With --records: lots at which every party draws each of its
+    records equally often, so that all need the same noise. For a train.yaml: what `coterie train --dry-run` says, and
     what other lots and budgets would mean.
 
     Example:
         coterie plan federation.yaml
         coterie plan federation.yaml --gbit 10 --json plan.json
+        coterie plan federation.yaml --records alder=1583 --records birch=1100 --records cedar=1155
         coterie plan --preset Qwen3-30B-A3B --parties 4
         coterie plan train.yaml
     """
@@ -52,7 +67,7 @@ def command(
         show_plan(load_yaml(settings, TrainConfig), json_file, others=True)
         return
     federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
-    plan = make_plan(federation)
+    plan = make_plan(federation, numbers_of(records or ()))
     if json_file is not None:
         write_json(json_file, plan.as_json())
     say(
@@ -115,6 +130,58 @@ def command(
             ],
         )
         say("noise in the sum: over that of one party alone; epsilon: for the largest lot that the noise allows")
+    if plan.equal_rates is not None:
+        show_lots(federation, plan.equal_rates)
     for lines in plan.warnings.values():
         for line in lines:
             say(line)
+
+
+def numbers_of(given: Sequence[str]) -> dict[str, int]:
+    """What ``NAME=N`` options say.
+
+    Raises:
+        ConfigError: one of them says something else (code ``plan-records``).
+    """
+    from coterie.errors import ConfigError
+
+    found: dict[str, int] = {}
+    for each in given:
+        name, _, number = each.partition("=")
+        if not number.isdecimal() or name in found:
+            raise ConfigError(
+                f"--records {each} is not a party's name and its number of records, once a party.",
+                code="plan-records",
+                fix="for example --records alder=1583 --records birch=1100",
+            )
+        found[name] = int(number)
+    return found
+
+
+def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:
+    """Lots at one rate, and the noise that goes with them."""
+    from coterie.cli.output import say, table
+
+    table(
+        ("party", "records", "lot now", "rate now", "lot at one rate", "rate", "epsilon"),
+        [
+            (
+                each.party,
+                each.units,
+                federation.lot_of(each.party),
+                f"{federation.lot_of(each.party) / each.units:.4f}",
+                each.lot_size,
+                f"{each.rate:.4f}",
+                f"{each.epsilon:.3f}",
+            )
+            for each in proposed.lots
+        ],
+    )
+    say(
+        f"at one rate all parties need noise multiplier {proposed.noise_multiplier:g}; with the lots of now the one "
+        f"that needs most needs {proposed.noise_now:g}. As many records are computed in both"
+    )
+    lots = ", ".join(f"{each.party}: {each.lot_size}" for each in proposed.lots)
+    say(f"in federation.yaml: lot_sizes: {{{lots}}}")
+    if federation.aggregation == "masked":
+        say(f"                    noise_multiplier: {proposed.noise_multiplier:g}")

@@ -63,7 +63,7 @@ class TranscriptSpec(Spec):
 class FederationConfig(Spec):
     """federation.yaml: what all parties agree on. Its hash is in the roster that every party signs."""
 
-    later_keys = frozenset({"aggregation", "noise", "colluding", "noise_multiplier", "push_limit"})
+    later_keys = frozenset({"aggregation", "noise", "colluding", "noise_multiplier", "push_limit", "lot_sizes"})
 
     name: PartyName = Field(description="Short name of the federation.")
     model: ModelSpec = Field(description="The model whose experts are shared.")
@@ -78,6 +78,11 @@ class FederationConfig(Spec):
     )
     privacy: PrivacyRules | Literal["none"] | None = Field(
         default=None, description="For `experts`: a budget, or the word `none`. Each party keeps its own ledger."
+    )
+    lot_sizes: dict[PartyName, Count] | None = Field(
+        default=None,
+        description="With a budget: every party's own `privacy.lot_size`, by name. Where each is the same share of "
+        "the party's records, all need the same noise; `coterie plan --records` proposes such lots.",
     )
     mixed_privacy: bool = Field(
         default=False, description="Allow parties that write `privacy: none` beside private ones."
@@ -193,6 +198,7 @@ class FederationConfig(Spec):
                 "`mixed_privacy`, or use `balance: per_sequence`"
             )
         self._check_masked()
+        self._check_lots()
         if self.lora is not None and self.exchange != "experts":
             raise ValueError("`lora` needs `exchange: experts`")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]
@@ -235,6 +241,19 @@ class FederationConfig(Spec):
                 "the same noise, on one grid"
             )
 
+    def _check_lots(self) -> None:
+        if self.lot_sizes is None:
+            return
+        if not isinstance(self.privacy, PrivacyRules):
+            raise ValueError("`lot_sizes` is for a budget: without one, `train.batch_size` is every party's")
+        if self.privacy.lot_size is not None:
+            raise ValueError("`lot_sizes` and `privacy.lot_size` say the same thing twice: leave out one")
+        different = sorted(set(self.lot_sizes) ^ set(self.parties))
+        if different:
+            raise ValueError(f"`lot_sizes` names every party once, and differs from `parties` in {different[0]}")
+        if self.privacy.max_lot is not None and self.privacy.max_lot < self.largest_lot:
+            raise ValueError(f"`privacy.max_lot` {self.privacy.max_lot} is below a lot of {self.largest_lot}")
+
     def _check_shared_noise(self, with_budget: bool) -> None:
         if (self.noise == "shared") != (self.colluding is not None):
             raise ValueError("`noise: shared` and `colluding` belong together: set both or neither")
@@ -260,11 +279,17 @@ class FederationConfig(Spec):
                 "a record: it is at most one less"
             )
 
-    @property
-    def lot_size(self) -> int:
-        """Expected units of a private party's round, where its party.yaml names no other number."""
+    def lot_of(self, party: str) -> int:
+        """Expected units of a private party's round."""
+        if self.lot_sizes is not None:
+            return self.lot_sizes[party]
         agreed = self.privacy.lot_size if isinstance(self.privacy, PrivacyRules) else None
         return agreed or self.train.batch_size
+
+    @property
+    def largest_lot(self) -> int:
+        """Of all parties; bounds and grids follow from it."""
+        return max(self.lot_of(party) for party in self.parties)
 
     def content_hash(self) -> str:
         """Hex SHA-256 of the settings: the same on every party's machine. Paths count by their last component."""
@@ -330,7 +355,7 @@ def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySp
     undeclared = undeclared_artefacts(federation.model, party.data)
     if undeclared:
         raise _misfit(party, "; ".join(undeclared))
-    return PrivacySpec(**{**rules.model_dump(), "lot_size": federation.lot_size, **local})
+    return PrivacySpec(**{**rules.model_dump(), "lot_size": federation.lot_of(party.party), **local})
 
 
 def _misfit(party: PartyConfig, problem: str) -> ConfigError:

@@ -16,7 +16,8 @@ from coterie.demonstration.screen import Screen
 def audited(plan: DemoPlan, root: Path, screen: Screen, page: Path) -> Findings | None:
     """Attack the first party's text in every federation of the demo, and write the page; None without a federation.
 
-    Trained models are left out: who is in their text was not decided by coins, so that they would tell nothing.
+    Trained models are left out: who is in their text was not decided by coins, so that they would tell nothing. So
+    are masked federations, where what others receive of one party is random numbers.
     """
     folder = Folder(root, plan)
     owner, *others = plan.parties
@@ -30,6 +31,7 @@ def audited(plan: DemoPlan, root: Path, screen: Screen, page: Path) -> Findings 
             canaries=plan.canaries,
         )
         for arm in plan.of_kind("federation")
+        if not arm.shared_noise
     ]
     if not asked:
         return None

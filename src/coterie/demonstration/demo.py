@@ -45,6 +45,7 @@ def run_demo(plan: DemoPlan, folder: Path, screen: Screen) -> Results:
             remark = "; the earlier demo there was replaced" if replaced else ""
             screen.line(f"files go to {folder}{remark}; nothing keeps running afterwards")
             finished = run(plan, root, screen)
+            plan = finished.plan
             screen.phase(PHASES - 1, PHASES, "attack")
             # torch from here on: all processes have ended
             from coterie.demonstration.audited import audited

@@ -7,8 +7,9 @@
     public/             train.yaml and run/ of the public checkpoint (run/model is a Hugging Face folder)
     isolated/PARTY/     train.yaml and run/; isolated_dp/ likewise
     centralised/        train.yaml and run/; centralised_dp/ likewise
-    tokens/             federation.yaml, kits/, weights/ (trunks and shards), PARTY/party.yaml and PARTY/run/,
-                        coordinator/; experts/ and experts_dp/ likewise
+    weights/            the public checkpoint as a trunk and a shard for each party
+    tokens/             federation.yaml, kits/, PARTY/party.yaml and PARTY/run/, coordinator/; experts/, experts_dp/
+                        and experts_dp_shared/ likewise
     ledger/             what the private arms spent, by dataset
     logs/               what each process printed
     results.json, losses.png, report.html, audit.html
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +41,9 @@ from coterie.config import (
     TranscriptSpec,
     dump_yaml,
 )
+from coterie.demonstration.commands import Command
 from coterie.demonstration.corpus import PUBLIC
 from coterie.demonstration.plan import ARMS, Arm, DemoPlan
-from coterie.demonstration.processes import Command
 from coterie.errors import ConfigError
 
 # The names `coterie split` gives its files (coterie.models.split.shards imports torch, which this process does
@@ -50,8 +51,10 @@ from coterie.errors import ConfigError
 TRUNK = "trunk.safetensors"
 SHARD = "experts-{party}.safetensors"
 MARKER = "demo.json"
+_COUNTED, _NOISE = "records.json", "plan.json"
 LOCK = ".lock"
 LEDGER = "ledger"
+WEIGHTS = "weights"
 MADE = frozenset(
     {
         MARKER,
@@ -61,6 +64,7 @@ MADE = frozenset(
         PUBLIC,
         *ARMS,
         LEDGER,
+        WEIGHTS,
         "logs",
         "results.json",
         "losses.png",
@@ -187,13 +191,14 @@ class Folder:
             parties=dict(zip(plan.parties, addresses, strict=True)),
             coordinator=coordinator,
             optim=self._optim(arm),
-            train=FederationTrainSpec(**self._length(arm, 1).model_dump(), in_flight=2),
+            train=FederationTrainSpec(**self._length(arm, plan.parties[:1]).model_dump(), in_flight=2),
             exchange=arm.exchange,
             privacy=self._rules(arm),
+            lot_sizes={party: plan.lot_of(party) for party in plan.parties} if arm.private else None,
             trunk="shared" if arm.exchange == "experts" else "private",
             join_deadline_s=120.0,
             max_attempts=2,
-            transcript=TranscriptSpec(rounds="all" if arm.private else plan.recorded),
+            **self._aggregation(arm),
         )
         self._write(where / "federation.yaml", config)
         for party in plan.parties:
@@ -203,8 +208,8 @@ class Folder:
                 federation=Path("../federation.yaml"),
                 kit=Path("../kits") / party,
                 data=self._data(own, (party,), TokenizerSpec(), arm),
-                trunk=Path("../weights") / TRUNK,
-                shard=Path("../weights") / SHARD.format(party=party),
+                trunk=self._up(own) / WEIGHTS / TRUNK,
+                shard=self._up(own) / WEIGHTS / SHARD.format(party=party),
                 run_dir=Path("run"),
                 device="cpu",
                 privacy=PartyPrivacy(**self._local(own)) if arm.private else None,
@@ -213,13 +218,35 @@ class Folder:
         return config
 
     def split(self, arm: Arm) -> Command:
-        """Cut the public checkpoint into a trunk and shards."""
-        arguments = ("split", "--federation", f"{arm.name}/federation.yaml", "--out", f"{arm.name}/weights")
-        return self._command("split", *arguments, log=f"{arm.name}-split")
+        """Cut the public checkpoint into a trunk and shards, which all federations start from."""
+        return self._command("split", "split", "--federation", f"{arm.name}/federation.yaml", "--out", WEIGHTS)
+
+    def count(self, party: str) -> Command:
+        """Count the records that a party has for private training; writes settings that say no lot yet."""
+        where = Path("isolated_dp", party)
+        settings = self.alone(ARMS["isolated_dp"], party).arguments[-1]
+        arguments = ("data", "check", settings, "--show", "0", "--json", f"{where}/{_COUNTED}")
+        return self._command(f"{party}'s records", *arguments, log=f"{party}-records")
+
+    def counted(self, party: str) -> int:
+        """What `count` found."""
+        found = json.loads((self.root / "isolated_dp" / party / _COUNTED).read_text("utf-8"))
+        return int(found["records"])
+
+    def noise(self, arm: Arm) -> Command:
+        """Find the noise multiplier that all parties add alike, from their public numbers of records."""
+        records = [word for party, count in self._plan.units.items() for word in ("--records", f"{party}={count}")]
+        arguments = ("plan", f"{arm.name}/federation.yaml", *records, "--json", f"{arm.name}/{_NOISE}")
+        return self._command("plan", *arguments, log=f"{arm.name}-plan")
+
+    def noise_multiplier(self, arm: Arm) -> float:
+        """What `noise` found."""
+        found = json.loads((self.root / arm.name / _NOISE).read_text("utf-8"))
+        return float(found["equal_rates"]["noise_multiplier"])
 
     def provision(self, arm: Arm) -> Command:
         """Make keys, certificates and the signed roster."""
-        weights = ("--weights", f"{arm.name}/weights")
+        weights = ("--weights", WEIGHTS)
         arguments = ("provision", f"{arm.name}/federation.yaml", *weights, "--out", f"{arm.name}/kits")
         return self._command("provision", *arguments, log=f"{arm.name}-provision")
 
@@ -235,7 +262,7 @@ class Folder:
     # ----
 
     def _from_public(self, arm: Arm, where: Path, parties: tuple[str, ...]) -> TrainConfig:
-        train, rules = self._length(arm, len(parties)), self._rules(arm)
+        train, rules = self._length(arm, parties), self._rules(arm)
         privacy = None
         if isinstance(rules, PrivacyRules):
             privacy = PrivacySpec(**{**rules.model_dump(), "lot_size": train.batch_size}, **self._local(where))
@@ -257,26 +284,34 @@ class Folder:
         if not arm.private:
             return "none" if arm.exchange == "experts" else None
         private = self._plan.private
-        return PrivacyRules(
-            epsilon=private.epsilon, delta=private.delta, clip_norm=private.clip_norm, lot_size=private.lot_size
-        )
+        return PrivacyRules(epsilon=private.epsilon, delta=private.delta, clip_norm=private.clip_norm)
 
     def _local(self, where: Path) -> dict[str, Any]:
         """One ledger for the whole demo: it adds up what all arms spend on the same text."""
         return {"physical_batch": self._plan.private.physical_batch, "ledger": self._up(where) / LEDGER}
 
-    def _length(self, arm: Arm, shares: int) -> TrainSpec:
+    def _aggregation(self, arm: Arm) -> dict[str, Any]:
+        """How pushes are added up. What hosts receive of masked ones is random numbers: nothing to record."""
+        plan = self._plan
+        if not arm.shared_noise:
+            return {"transcript": TranscriptSpec(rounds="all" if arm.private else plan.recorded)}
+        if plan.noise_multiplier is None:
+            return {}  # what `coterie plan` reads to find it
+        noise = {"noise": "shared", "colluding": plan.colluding, "noise_multiplier": plan.noise_multiplier}
+        return {"aggregation": "masked", **noise}
+
+    def _length(self, arm: Arm, parties: Sequence[str]) -> TrainSpec:
         """How much is trained; the size of a micro-batch changes the speed only.
 
         Args:
             arm: which way of training.
-            shares: parties whose sequences one process takes in a round.
+            parties: whose sequences one process takes in a round.
         """
         plan = self._plan
         rounds = plan.rounds_of(arm)
         return TrainSpec(
             rounds=rounds,
-            batch_size=shares * (plan.private.lot_size if arm.private else plan.batch),
+            batch_size=sum(plan.lot_of(party) if arm.private else plan.batch for party in parties),
             micro_batch=plan.micro_batch if arm.kind == "federation" else 2 * plan.micro_batch,
             seed=plan.seed,
             eval_every=plan.private.eval_every if arm.private else plan.eval_every,

@@ -19,6 +19,8 @@ from coterie.errors import ConfigError
 
 NAMES = ("alder", "birch", "cedar", "dogwood", "elm", "fir")
 """The parties, in the order in which they join."""
+_FEWEST_MASKED = 3
+"""Parties whose sums can be masked."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Arm:
         sees: what it trains on in a round.
         exchange: of a federation.
         private: under a privacy budget for each party.
+        shared_noise: hosts read only the sum of all parties, and each party adds its share of the noise.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Arm:
     sees: str
     exchange: Literal["tokens", "experts"] | None = None
     private: bool = False
+    shared_noise: bool = False
 
     @property
     def alone(self) -> str:
@@ -88,6 +92,15 @@ ARMS: dict[str, Arm] = {
             private=True,
         ),
         Arm(
+            "experts_dp_shared",
+            "federation",
+            "private: together, shared noise",
+            "the same, masked: hosts read only the sum of all parties, and a party adds its share of the noise",
+            exchange="experts",
+            private=True,
+            shared_noise=True,
+        ),
+        Arm(
             "centralised_dp",
             "pooled",
             "private: in one place",
@@ -128,7 +141,8 @@ class PrivatePlan:
     """The settings of the private arms.
 
     Attributes:
-        lot_size: expected records per party and round; the pooled arm takes that many times the parties.
+        lot_size: expected records per party and round, on the mean: every party draws each of its records equally
+            often. The pooled arm takes all their lots together.
         epsilon, delta: what each party may spend in one arm. Noise is calibrated to it.
         physical_batch: records computed at once.
     """
@@ -153,6 +167,9 @@ class DemoPlan:
         at_once: how many baseline runs go on together, one processor core each. (Two cores for one run of a model
             this small gain nothing: 0.11 s a round on one, 0.22 s of processor time on two.)
         private: of the arms under a privacy budget.
+        colluding: parties that shared noise holds against, together.
+        units: records of each party for private training; counted when there is text.
+        noise_multiplier: that all parties add under shared noise; found when the units are known.
         recorded: rounds that each federation's parties record of what others send them, for the audit; private
             federations record all.
         audit_s: seconds that attacks may take; canaries and the least that each attack needs come on top.
@@ -176,6 +193,9 @@ class DemoPlan:
     public_batch: int = 16
     public_optim: OptimSpec = _PUBLIC_OPTIM
     private: PrivatePlan = PrivatePlan()
+    colluding: int = 1
+    units: dict[str, int] = field(default_factory=dict)
+    noise_multiplier: float | None = None
     size: Size = DEFAULT_SIZE
     at_once: int = 2
     recorded: int = 2
@@ -187,6 +207,13 @@ class DemoPlan:
         """The chosen arms of some kinds, in the order of the table."""
         return [arm for arm in ARMS.values() if arm.name in self.arms and arm.kind in kinds]
 
+    def lot_of(self, party: str) -> int:
+        """Expected records of a party in a private round."""
+        if not self.units:
+            return self.private.lot_size
+        lots = self.private.lot_size * len(self.parties)
+        return max(1, round(lots * self.units[party] / sum(self.units.values())))
+
     def rounds_of(self, arm: Arm) -> int:
         return self.private.rounds if arm.private else self.rounds
 
@@ -194,7 +221,7 @@ class DemoPlan:
 def make_plan(
     parties: int,
     rounds: int | None = None,
-    arms: Sequence[str] = tuple(ARMS),
+    arms: Sequence[str] | None = None,
     *,
     quick: bool = False,
 ) -> DemoPlan:
@@ -203,7 +230,7 @@ def make_plan(
     Args:
         parties: members of the federation.
         rounds: of every arm; default: by the demo's size.
-        arms: names out of `ARMS`.
+        arms: names out of `ARMS`; default: all that so many parties can have.
         quick: a much smaller demo that shows every step and proves nothing.
 
     Raises:
@@ -218,12 +245,21 @@ def make_plan(
         )
     if rounds is not None and rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; at least one is needed.", code="demo-rounds", fix="--rounds 48")
+    possible = [name for name in ARMS if parties >= _FEWEST_MASKED or not ARMS[name].shared_noise]
+    arms = possible if arms is None else arms
     unknown = [name for name in arms if name not in ARMS]
     if unknown or not arms:
         raise ConfigError(
             f"--arms names {', '.join(unknown) or 'nothing'}, which is no arm of the demo.",
             code="demo-arms",
             fix=f"choose from: {', '.join(ARMS)}",
+        )
+    if impossible := [name for name in arms if name not in possible]:
+        raise ConfigError(
+            f"--arms names {impossible[0]}, and --parties is {parties}.",
+            code="demo-arms",
+            why="of two parties, each subtracts its own sum and has the other's",
+            fix=f"leave it out, or let {_FEWEST_MASKED} parties take part",
         )
     plan = DemoPlan(NAMES[:parties], tuple(name for name in ARMS if name in arms))
     if quick:

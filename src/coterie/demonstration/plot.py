@@ -22,6 +22,7 @@ COLOURS = {
     "centralised": "#3c3c3c",
     "isolated_dp": "#d1495b",
     "experts_dp": "#3a9d6b",
+    "experts_dp_shared": "#2e6f95",
     "centralised_dp": "#3c3c3c",
 }
 """Told apart also in grey and by people who do not see red and green alike; markers differ too."""
@@ -33,6 +34,7 @@ MARKERS = {
     "centralised": "^",
     "isolated_dp": "o",
     "experts_dp": "v",
+    "experts_dp_shared": "D",
     "centralised_dp": "^",
 }
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from coterie.demonstration.commands import SIGNALS, Child, Command, Fresh, Preloaded, Starter, Usage
 from coterie.errors import CoterieError
 
 POLL_S = 0.1
 GRACE_S = 4.0
 """How long a process may take to end after it was asked."""
 LAST_LINES = 6
+_COTERIE = "coterie.cli.app"
 LIFELINE = "COTERIE_LIFELINE"
 """Environment variable: the descriptor of a pipe that this process holds open while it lives. The system closes it
 also after ``kill -9``, and then what was started here ends itself."""
@@ -46,52 +46,30 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class Command:
-    """One `coterie` command.
-
-    Attributes:
-        name: what it is called on the screen and in errors.
-        arguments: what follows `coterie`.
-        log: file that gets everything it prints.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    log: Path
-
-    @property
-    def shown(self) -> str:
-        """The line a person would type."""
-        return shlex.join(("coterie", *self.arguments))
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a process used: processor seconds (user and system), and its largest resident size."""
-
-    cpu_s: float = 0.0
-    peak_rss_bytes: int = 0
-
-
 @dataclass
 class Running:
     """A process that was started. ``code`` is None until it has ended; negative when a signal ended it."""
 
     command: Command
-    process: subprocess.Popen[bytes]
+    process: Child
     code: int | None = None
     usage: Usage = field(default_factory=Usage)
 
     def poll(self) -> bool:
-        """Whether it has ended. Waits by `os.wait4`, because only that tells what this one process used."""
-        if self.code is None:
-            pid, status, used = os.wait4(self.process.pid, os.WNOHANG)
-            if pid:
-                self.code = self.process.returncode = os.waitstatus_to_exitcode(status)
-                scale = 1 if sys.platform == "darwin" else 1024
-                self.usage = Usage(used.ru_utime + used.ru_stime, used.ru_maxrss * scale)
+        """Whether it has ended."""
+        if self.code is None and (ended := self.process.ended()) is not None:
+            self.code, self.usage = ended
         return self.code is not None
+
+    def over(self) -> bool:
+        """Whether it has ended, also where what forked it is gone and nobody can say how."""
+        with contextlib.suppress(CoterieError):
+            return self.poll()
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
     def signal_group(self, number: int) -> None:
         """Signal the process and whatever it started, if they are still there."""
@@ -104,16 +82,22 @@ class Processes:
 
     Args:
         folder: working directory of the commands.
-        command: how `coterie` is called; tests put something smaller here.
+        command: how `coterie` is called; tests put something smaller here. None: it is itself, which on Linux is
+            imported once for all (`coterie.demonstration.preloaded`).
     """
 
-    def __init__(
-        self, folder: Path, command: tuple[str, ...] = (sys.executable, "-P", "-m", "coterie.cli.app")
-    ) -> None:
-        self._folder = folder
-        self._command = command
+    def __init__(self, folder: Path, command: tuple[str, ...] | None = None) -> None:
         self._running: list[Running] = []
         self._lifeline, self._held = os.pipe()
+        environment = {**os.environ, **_ENVIRONMENT, LIFELINE: str(self._lifeline)}
+        self._starter: Starter
+        if command is None and sys.platform == "linux":
+            self._starter = Preloaded(
+                _COTERIE, folder, environment, self._lifeline, folder / "logs" / "preloaded.log"
+            )
+        else:
+            fresh = command or (sys.executable, "-P", "-m", _COTERIE)
+            self._starter = Fresh(fresh, folder, environment, self._lifeline)
         self.cpu_s = 0.0
 
     def __enter__(self) -> Processes:
@@ -123,6 +107,7 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         self.stop()
+        self.cpu_s += self._starter.close()
         os.close(self._held)
         os.close(self._lifeline)
 
@@ -131,18 +116,7 @@ class Processes:
         command.log.parent.mkdir(parents=True, exist_ok=True)
         with command.log.open("ab") as log:
             log.write(f"$ {command.shown}\n".encode())
-            log.flush()
-            process = subprocess.Popen(
-                [*self._command, *command.arguments],
-                cwd=self._folder,
-                env={**os.environ, **_ENVIRONMENT, LIFELINE: str(self._lifeline)},
-                pass_fds=(self._lifeline,),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        running = Running(command, process)
+        running = Running(command, self._starter.start(command))
         self._running.append(running)
         return running
 
@@ -175,7 +149,7 @@ class Processes:
     def stop(self) -> None:
         """End everything that still runs, with whatever it started itself."""
         for running in self._running:
-            if not running.poll():
+            if not running.over():
                 running.signal_group(signal.SIGTERM)
         self._wait(self._running, GRACE_S)
         for running in self._running:
@@ -189,7 +163,7 @@ class Processes:
 
     def _wait(self, some: list[Running], seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and [running for running in some if not running.poll()]:
+        while time.monotonic() < until and [running for running in some if not running.over()]:
             time.sleep(POLL_S)
 
     def _failure(self, started: list[Running]) -> CoterieError:
@@ -224,7 +198,7 @@ def interrupt_on_signals() -> Iterator[None]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         yield
     finally:

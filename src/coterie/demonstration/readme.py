@@ -7,6 +7,8 @@ from pathlib import Path
 from coterie.demonstration.folder import Folder
 from coterie.demonstration.plan import DemoPlan
 
+_NOISE = "The noise that all parties add alike under shared noise, before federation.yaml names it:"
+
 
 def save_readme(plan: DemoPlan, folder: Folder, path: Path) -> None:
     """Write what is where and which commands made it."""
@@ -31,6 +33,9 @@ def _text(plan: DemoPlan, folder: Folder) -> str:
         "",
     ]
     lines += ["The public checkpoint:", "", *_commands(folder.public().shown)]
+    if plan.units:
+        lines += ["How many records each party has for private training, from which lots follow:", ""]
+        lines += _commands(*(folder.count(party).shown for party in plan.parties))
     for arm in plan.of_kind("alone"):
         lines += ["Each party alone:", "", *_commands(*(folder.alone(arm, party).shown for party in plan.parties))]
     for arm in plan.of_kind("pooled"):
@@ -39,7 +44,8 @@ def _text(plan: DemoPlan, folder: Folder) -> str:
         where = arm.name
         first = plan.parties[0]
         lines += [
-            f"Together ({where}): model split, keys made, then one process each, in as many terminals:",
+            *([_NOISE, "", *_commands(folder.noise(arm).shown)] if arm.shared_noise else []),
+            f"Together ({where}): model split (once), keys made, then one process each, in as many terminals:",
             "",
             *_commands(folder.split(arm).shown, folder.provision(arm).shown, folder.coordinator(arm).shown),
             *_commands(*(folder.up(arm, party).shown for party in plan.parties)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class Results:
     best: Mapping[str, Mapping[str, tuple[int, float]]]
     wire: Mapping[str, Wire]
     audit: Findings | None = None
+    _compared: dict[tuple[str, str, str], Difference] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def parties(self) -> tuple[str, ...]:
@@ -101,7 +102,11 @@ class Results:
         """How much lower ``arm`` is than ``other`` on a party's text, with its interval; None if one was not run."""
         if arm not in self.arms or other not in self.arms:
             return None
-        return paired_bootstrap(self.arms[arm][party].evaluation, self.arms[other][party].evaluation)
+        key = (arm, other, party)
+        if key not in self._compared:
+            ours, theirs = self.arms[arm][party].evaluation, self.arms[other][party].evaluation
+            self._compared[key] = paired_bootstrap(ours, theirs)
+        return self._compared[key]
 
     def as_json(self) -> dict[str, Any]:
         """The figures for `--json`."""

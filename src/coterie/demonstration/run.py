@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coterie.demonstration.corpus import PUBLIC, Corpus, build
 from coterie.demonstration.folder import Folder
-from coterie.demonstration.plan import Arm, DemoPlan
+from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.processes import Processes, Running
 from coterie.demonstration.screen import Follow, Screen, megabytes
+from coterie.federation.identity.provision import free_endpoints
 
 PHASES = 6
 
@@ -25,10 +26,12 @@ class Finished:
     """What the processes cost together.
 
     Attributes:
+        plan: with what was found on the way.
         seconds: from the first to the last.
         cpu_s: processor seconds of all of them.
     """
 
+    plan: DemoPlan
     corpus: Corpus
     seconds: float
     cpu_s: float
@@ -42,20 +45,24 @@ def run(plan: DemoPlan, root: Path, screen: Screen) -> Finished:
         CoterieError: a command failed; all others are ended.
     """
     began = time.monotonic()
-    folder = Folder(root, plan)
-    screen.phase(1, PHASES, "text")
-    corpus = build(plan.parties, plan.size)
-    corpus.write(root / "data")
-    _tell_text(corpus, screen)
-    with Processes(root) as processes:
+    processes = Processes(root)
+    with processes:
+        screen.phase(1, PHASES, "text")
+        corpus = build(plan.parties, plan.size)
+        corpus.write(root / "data")
+        _tell_text(corpus, screen)
         screen.phase(2, PHASES, "public")
-        _public(plan, folder, processes, screen)
+        _public(plan, Folder(root, plan), processes, screen)
         screen.phase(3, PHASES, "alone and pooled")
-        _baselines(plan, folder, processes, screen)
+        plan = _counted(plan, Folder(root, plan), processes, screen)
+        _baselines(plan, Folder(root, plan), processes, screen)
         screen.phase(4, PHASES, "together")
-        for arm in plan.of_kind("federation"):
-            _federation(arm, plan, folder, processes, screen)
-        return Finished(corpus, time.monotonic() - began, processes.cpu_s)
+        federations = plan.of_kind("federation")
+        for arm in federations:
+            if arm.shared_noise:
+                plan = _common_noise(arm, plan, Folder(root, plan), processes, screen)
+            _federation(arm, plan, Folder(root, plan), processes, screen, first=arm is federations[0])
+    return Finished(plan, corpus, time.monotonic() - began, processes.cpu_s)
 
 
 def _tell_text(corpus: Corpus, screen: Screen) -> None:
@@ -77,6 +84,25 @@ def _public(plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen
     )
 
 
+def _counted(plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen) -> DemoPlan:
+    """The plan with every party's number of records, where an arm is private; lots follow from it."""
+    if not any(ARMS[arm].private for arm in plan.arms):
+        return plan
+    commands = [folder.count(party) for party in plan.parties]
+    processes.run_all(commands, plan.at_once, lambda: screen.progress("counting records"))
+    counted = replace(plan, units={party: folder.counted(party) for party in plan.parties})
+    lots = ", ".join(f"{counted.lot_of(party)} of {party}'s {count:,}" for party, count in counted.units.items())
+    screen.line(f"private lots draw every record equally often: {lots}")
+    return counted
+
+
+def _common_noise(arm: Arm, plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen) -> DemoPlan:
+    """The plan with the noise that every party's budget allows, which all of them sign."""
+    folder.federation(arm, free_endpoints(len(plan.parties) + 1))
+    processes.run_all([folder.noise(arm)], 1, lambda: screen.progress(f"{arm.title}: the noise that all agree on"))
+    return replace(plan, noise_multiplier=folder.noise_multiplier(arm))
+
+
 def _baselines(plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen) -> None:
     """First without privacy, then with. Longest first: the pooled run takes as long as all parties alone together."""
     for private in (False, True):
@@ -92,13 +118,16 @@ def _baselines(plan: DemoPlan, folder: Folder, processes: Processes, screen: Scr
         processes.run_all(commands, plan.at_once, lambda f=follow, w=what: screen.progress(f"{w}: {f.text()}"))  # type: ignore[misc]
         budget = f", each within epsilon {plan.private.epsilon:g}" if private else ""
         screen.line(f"{', '.join(c.name for c in commands)}: {rounds} rounds each{budget}")
+        losses = [f"{where.parent.name} {_result(where)['loss']:.2f}" for where in run_dirs]
+        screen.line(f"held-out loss: {', '.join(losses)}")
 
 
-def _federation(arm: Arm, plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen) -> None:
-    from coterie.federation.identity.provision import free_endpoints  # loads cryptography; only this phase needs it
-
+def _federation(
+    arm: Arm, plan: DemoPlan, folder: Folder, processes: Processes, screen: Screen, *, first: bool
+) -> None:
     config = folder.federation(arm, free_endpoints(len(plan.parties) + 1))
-    ready = [folder.split(arm), folder.provision(arm)]  # in this order: the roster holds the digests of the split
+    # In this order: the roster holds the digests of the split.
+    ready = [*([folder.split(arm)] if first else []), folder.provision(arm)]
     processes.run_all(ready, 1, lambda: screen.progress(f"{arm.title}: splitting the model, making keys"))
     names = ", ".join(plan.parties)
     screen.line(f"{len(plan.parties) + 1} keys made here; roster signed by all; {names}: TLS both ways")

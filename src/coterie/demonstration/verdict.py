@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from coterie.audit.findings import Findings
@@ -9,6 +10,8 @@ from coterie.audit.verdicts import percent
 from coterie.demonstration.plan import ARMS, Arm, DemoPlan
 from coterie.demonstration.results import Results
 from coterie.demonstration.screen import megabytes
+from coterie.dp.accounting.accountant import Mechanism, epsilon
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.training.planning.exposure import Reach
 
 NEAR = 0.03
@@ -39,6 +42,7 @@ def meaning(results: Results) -> list[str]:
     for arm in (ARMS[name] for name in results.wire):
         if not plan.quick:
             sentences += [*_against_alone(results, arm), *_against_pooled(results, arm)]
+            sentences += _against_whole(results, arm)
         sentences += _state(results, arm)
     if plan.quick:
         return [*sentences, "This was a quick demo: it shows every step, and its losses show nothing."]
@@ -56,6 +60,7 @@ def meaning(results: Results) -> list[str]:
             "other, not with the arms above. A party adds the same noise alone and together; together it also learns "
             "from the others' sums."
         )
+        sentences += [_shares(plan) for arm in results.wire if ARMS[arm].shared_noise]
     sentences.append(
         "A model this small shows the direction, not the size, of what a large one would gain. Lots and noise are "
         "secret and drawn anew, so private losses differ by some hundredths from run to run; an interval covers the "
@@ -135,6 +140,36 @@ def _withstood(audit: Findings | None) -> Iterator[str]:
         )
 
 
+def _shares(plan: DemoPlan) -> str:
+    """What shared noise changes."""
+    parties, pooled = len(plan.parties), PooledNoise(len(plan.parties), plan.colluding)
+    return (
+        f"With shared noise a party adds {pooled.share:.2f} of its noise, and hosts read the sum of all alone: "
+        f"that sum holds {math.sqrt(parties) * pooled.share:.2f} times the noise of one place, in place of "
+        f"{math.sqrt(parties):.2f} times."
+    )
+
+
+def _if_more_collude(results: Results) -> Iterator[str]:
+    """Against whom shared noise protects, and what is left against all others."""
+    plan = results.plan
+    parties, pooled = len(plan.parties), PooledNoise(len(plan.parties), plan.colluding)
+    for arm in (name for name in results.wire if ARMS[name].shared_noise):
+        left = []
+        for party, figures in results.arms[arm].items():
+            if figures.promise is None or party not in plan.units:
+                continue
+            noise = figures.promise.noise_multiplier * pooled.unknown(parties - 1)
+            rate = min(1.0, plan.lot_of(party) / plan.units[party])
+            left.append(epsilon([(Mechanism(noise, rate), figures.promise.rounds)], figures.promise.delta))
+        if left:
+            yield (
+                f"With noise shared, that holds against any {plan.colluding} of the {parties - 1} other parties "
+                f"together, and outsiders. If all others pool what they know, or leave their noise out, it is "
+                f"epsilon {max(left):.1f}: a party's own share of the noise is all that is left."
+            )
+
+
 def _promised(results: Results) -> Iterator[str]:
     private = results.plan.private
     yield (
@@ -143,6 +178,7 @@ def _promised(results: Results) -> Iterator[str]:
         "does not hide a document that makes many records, what a person's records at several parties tell together, "
         "or how long a round takes."
     )
+    yield from _if_more_collude(results)
     yield (
         "The losses above are NOT private. Each party measured its own, and the demo, which controls all parties, "
         "read them from their folders; in a real federation they stay where they are."
@@ -164,7 +200,8 @@ def _outcome(results: Results, arm: Arm) -> str:
 
 
 def _called(results: Results, arm: Arm) -> str:
-    return f"`{arm.exchange}`" + (f" within epsilon {results.plan.private.epsilon:g}" if arm.private else "")
+    within = f" within epsilon {results.plan.private.epsilon:g}" if arm.private else ""
+    return f"`{arm.exchange}`{within}{', noise shared' if arm.shared_noise else ''}"
 
 
 def _against_alone(results: Results, arm: Arm) -> Iterator[str]:
@@ -203,6 +240,16 @@ def _against_pooled(results: Results, arm: Arm) -> Iterator[str]:
     far = "" if len(near) == len(excess) else f", so {len(excess) - len(near)} of {len(excess)} did not get there"
     under = "under one budget" if arm.private else "with all text"
     yield f"Against one process {under}: {phrase} (within {100 * NEAR:.0f} % counts as near{far})."
+
+
+def _against_whole(results: Results, arm: Arm) -> Iterator[str]:
+    """What sharing the noise changed at each party."""
+    whole = [name for name in results.wire if ARMS[name].private and not ARMS[name].shared_noise]
+    if not arm.shared_noise or not whole:
+        return
+    found = {party: results.difference(arm.name, whole[0], party) for party in results.parties}
+    phrase = ", ".join(f"{party} {each.mean:+.3f}" for party, each in found.items() if each is not None)
+    yield f"{arm.title.capitalize()}, compared with whole noise at every party: {phrase} nats per token."
 
 
 def _state(results: Results, arm: Arm) -> Iterator[str]:

@@ -20,7 +20,6 @@ from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.reader import Reader
 from coterie.audit.findings import Channel, Finding, Unit
 from coterie.audit.metrics import Scores
-from coterie.config import PrivacyRules
 from coterie.dp.accounting.accountant import Mechanism
 
 _SCORED = 200
@@ -31,9 +30,7 @@ _AT_ONCE = 8
 
 def rate_of(case: Case) -> float:
     """The chance that a record is in a lot."""
-    rules = case.federation.privacy
-    lot = rules.lot_size if isinstance(rules, PrivacyRules) else None
-    return min(1.0, (lot or case.federation.train.batch_size) / max(len(case.train), 1))
+    return min(1.0, case.federation.lot_of(case.evidence.owner) / max(len(case.train), 1))
 
 
 def metric_of(case: Case, adversary: Adversary, reader: Reader, opened: Opened) -> Metric:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,6 +31,7 @@ _WORTH_COMPILING = 1 << 20
 """Values of a contribution from which on compiling (1 s, once in a process) is worth it."""
 
 Kernel = Callable[[np.ndarray, np.ndarray, float], None]
+Job = tuple[np.ndarray, np.ndarray, float]
 
 
 def squares(gradient: Tensor) -> list[float]:
@@ -70,7 +72,7 @@ class GridSums:
             squared: what `squares` said of each; chunks of zeros are left out.
             scale: by name, grid steps in one unit of the gradient.
         """
-        jobs: list[tuple[np.ndarray, np.ndarray, float]] = []
+        jobs: list[Job] = []
         for name, gradient in gradients.items():
             into = self._of(name).view(-1)
             flat = _flat(gradient).to(into.device)
@@ -83,7 +85,7 @@ class GridSums:
         if jobs:
             values = sum(job[0].shape[0] for job in jobs)
             kernel = compiled() if values >= _WORTH_COMPILING else None
-            run_in_threads(lambda job: (kernel or _in_numpy)(*job), jobs)
+            run_in_threads(partial(_do_all, kernel or _in_numpy), _shares(jobs))
 
     def take(self) -> dict[str, Tensor]:
         """int64 sums in grid steps, zeros for what nothing was added to; begins anew."""
@@ -119,6 +121,24 @@ def _runs(squared: list[float], chunk: int, length: int) -> list[tuple[int, int]
         else:
             found.append((start, end))
     return found
+
+
+def _shares(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that a thread does together, of about a slab: handing one over costs as much as adding 100,000 values."""
+    found: list[list[Job]] = []
+    room = 0
+    for job in jobs:
+        if job[0].shape[0] > room:
+            found.append([])
+            room = _SLAB
+        found[-1].append(job)
+        room -= job[0].shape[0]
+    return found
+
+
+def _do_all(kernel: Kernel, jobs: list[Job]) -> None:
+    for job in jobs:
+        kernel(*job)
 
 
 def _in_numpy(values: np.ndarray, into: np.ndarray, scale: float) -> None:

@@ -131,7 +131,7 @@ class PrivateSums:
         noise = sums.fixed_noise()
 
         def scale(name: str, bound: float) -> GridScale:
-            return noised_scale(noise.step(name), bound, plan.lot_size, plan.max_lot)
+            return noised_scale(noise.step(name), bound, self._inputs.largest_lot or plan.lot_size, plan.max_lot)
 
         released = balancer is not None and balancer.balance.releases_loads
         loads = {LOAD: scale(LOAD, balancer.load_bound)} if released and balancer is not None else {}

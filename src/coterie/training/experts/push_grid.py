@@ -25,7 +25,7 @@ def noised_scale(noise_step: float, bound: float, lot_size: int, max_lot: int | 
     Args:
         noise_step: of the noise's grid.
         bound: of what one unit adds.
-        lot_size: expected units in a lot.
+        lot_size: expected units in the largest lot of all parties.
         max_lot: most of them, where there is such a limit.
     """
     step = noise_step / 2
@@ -40,5 +40,5 @@ def masked_width(federation: FederationConfig) -> int:
         return plain_grid(parties, federation.push_limit).width
     share = PooledNoise(parties, federation.colluding).share
     step = sigma * share * rules.clip_norm / GRID_SIGMA
-    lot_size = federation.lot_size
-    return MaskGrid(parties, noised_scale(step, rules.clip_norm, lot_size, rules.max_lot)).width
+    scale = noised_scale(step, rules.clip_norm, federation.largest_lot, rules.max_lot)
+    return MaskGrid(parties, scale).width

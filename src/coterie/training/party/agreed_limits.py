@@ -46,7 +46,7 @@ def noised_limits(
 ) -> Callable[[str], float]:
     """Largest size of a value in one party's noised sum, by tensor name: a whole lot pulling one way, and 16 standard
     deviations of the largest noise. An honest value lies beyond it less than once in 10^30."""
-    expected = federation.lot_size
+    expected = federation.largest_lot
     lot = rules.max_lot or expected + _DEVIATIONS * (math.sqrt(expected) + 1)
     noise_multiplier = largest_noise(federation)
     share = rules.load_share if rules.balance in RELEASED_LOADS else 0.0
@@ -67,7 +67,7 @@ def experts_limits(federation: FederationConfig, model: PreTrainedModel) -> Expe
     rules, rounds = federation.privacy, federation.train.rounds
     if not isinstance(rules, PrivacyRules):
         return ExpertsHostLimits(rounds, _most_tokens(federation, model), federation.value_limit)
-    weight = max(federation.lot_size, federation.train.batch_size)
+    weight = max(federation.largest_lot, federation.train.batch_size)
     return ExpertsHostLimits(rounds, weight, federation.value_limit, noised_limits(federation, rules, model))
 
 

@@ -45,6 +45,7 @@ class PrivacyInputs:
         noise_multiplier: in place of the calibrated one; for seeded tests.
         agreed_noise: sigma of all parties, where pushes are masked; a budget that needs more is refused.
         pooled: whose noise lies in all that others see of this party, where pushes are masked.
+        largest_lot: expected units in the largest lot of all parties; None: this party's.
         largest_noise: noise multiplier beyond which hosts take this party's sums for nonsense.
         record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
         originals: the documents behind the records; None: the records themselves.
@@ -60,6 +61,7 @@ class PrivacyInputs:
     noise_multiplier: float | None = None
     agreed_noise: float | None = None
     pooled: PooledNoise | None = None
+    largest_lot: int | None = None
     largest_noise: float = math.inf
     record: Mapping[str, Any] = field(default_factory=dict)
     originals: Originals | None = None

@@ -224,6 +224,7 @@ def _privacy_inputs(
         agreed_noise=federation.noise_multiplier,
         # What a private trunk makes of a party's own noise shows in its later pushes.
         pooled=PooledNoise(len(federation.parties), federation.colluding) if summed else None,
+        largest_lot=federation.largest_lot,
         largest_noise=party_noise_limit(federation),
     )
 

@@ -7,6 +7,7 @@ Everything follows from federation.yaml and the model's config; no weight is rea
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from coterie.models.zoo.families import experts_per_token
 from coterie.models.zoo.presets import preset
 from coterie.training.experts.push_grid import masked_width
 from coterie.training.planning.closed_form import Need, Shape, predict
+from coterie.training.planning.equal_rates import EqualRates, equal_rates
 from coterie.training.planning.exposure import Reach, of_pushes, of_tokens
 from coterie.training.planning.pooled_noise import NoiseRow, noise_table
 
@@ -67,6 +69,8 @@ class FederationPlan:
         readable_tokens: about so many tokens in a push without noise can be read; see `exposure.Reach`.
         warnings: what others can read, for each exchange without a budget.
         noise: what pooled noise is worth; empty where each party's own is seen.
+        equal_rates: lots at which every party draws each of its records equally often; None where nobody said how
+            many these are.
     """
 
     trunk: int
@@ -81,6 +85,7 @@ class FederationPlan:
     readable_tokens: int
     warnings: dict[Exchange, list[str]]
     noise: tuple[NoiseRow, ...] = ()
+    equal_rates: EqualRates | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -116,11 +121,16 @@ def preset_federation(name: str, parties: int) -> FederationConfig:
     )
 
 
-def make_plan(federation: FederationConfig) -> FederationPlan:
+def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = None) -> FederationPlan:
     """Plan a federation.
 
+    Args:
+        federation: its settings.
+        units: every party's number of records, or users where these are the unit; lots are proposed for them.
+
     Raises:
-        ConfigError: it trains adapters only, which this arithmetic does not cover.
+        ConfigError: it trains adapters only, which this arithmetic does not cover; see also `equal_rates`.
+        BudgetError: see `equal_rates`.
         ModelError, PlacementError: model or placement do not exist.
     """
     if federation.lora is not None:
@@ -154,6 +164,7 @@ def make_plan(federation: FederationConfig) -> FederationPlan:
         first.trunk, first.experts, first.expert_share, len(layers), whole, tuple(plans), per_token,
         math.ceil(max(rounds) / per_token) if per_token else 0, largest, reach.tokens,
         {"tokens": of_tokens(federation), "experts": of_pushes(federation, reach)}, tuple(noise_table(federation)),
+        equal_rates(federation, units) if units else None,
     )  # fmt: skip
 
 
