@@ -41,14 +41,24 @@ def with_privacy(
         rules = each.federation.privacy
         assert not isinstance(rules, str)
         assert rules is not None
-        own = PrivacySpec(**{**rules.model_dump(), "ledger": folder / f"ledger-{name}", "physical_batch": 2, **spec})
+        lot = each.federation.lot_of(name)
+        own = PrivacySpec(
+            **{
+                **rules.model_dump(),
+                "lot_size": lot,
+                "ledger": folder / f"ledger-{name}",
+                "physical_batch": 2,
+                **spec,
+            }
+        )
         planned = rounds or each.federation.train.rounds
         shared = each.federation.aggregation == "masked" and each.federation.trunk == "shared"
         pooled = PooledNoise(len(parts), each.federation.colluding) if shared else None
         agreed = each.federation.noise_multiplier
         privacy = PrivacyInputs(
-            own, planned, seed=number if seeded else None, noise_multiplier=sigma, agreed_noise=agreed, pooled=pooled
-        )
+            own, planned, seed=number if seeded else None, noise_multiplier=sigma, agreed_noise=agreed, pooled=pooled,
+            largest_lot=each.federation.largest_lot,
+        )  # fmt: skip
         found[name] = replace(each, privacy=privacy)
     return found
 

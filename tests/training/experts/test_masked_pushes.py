@@ -72,11 +72,17 @@ def trained(federation: InProcessFederation) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("privacy", "trunk"), [("none", "private"), ("budget", "shared"), ("budget", "private")])
-def test_masked_and_plain_federations_train_the_same_model(tmp_path: Path, privacy: str, trunk: str):
+LOTS = {"privacy__lot_size": None, "lot_sizes": {"alder": 4, "birch": 5, "cedar": 6}}
+
+
+@pytest.mark.parametrize(
+    ("privacy", "trunk", "lots"),
+    [("none", "private", {}), ("budget", "shared", {}), ("budget", "private", {}), ("budget", "shared", LOTS)],
+)
+def test_masked_and_plain_federations_train_the_same_model(tmp_path: Path, privacy: str, trunk: str, lots: dict):
     """With the same lots and the same noise: what differs is the float32 rounding of sums before they add up."""
     sigma = {} if privacy == "none" else {"sigma": 0.5}
-    masked = masked_settings(privacy, trunk=trunk)
+    masked = masked_settings(privacy, trunk=trunk, **lots)
     plain = masked.model_copy(update={"aggregation": "plain", "noise_multiplier": None})
     found = {each.aggregation: trained(run(each, tmp_path / each.aggregation, **sigma)) for each in (masked, plain)}
     start = trained_at_start(plain)
