@@ -1,9 +1,9 @@
 """A process that has imported what commands need, and forks itself for each: seconds become a fraction of one.
 
 ``python -m coterie.demonstration.preloaded MODULE [bare]`` reads one JSON object a line and answers each with one,
-under its number; ``bare``: it imports nothing. A fork runs MODULE as ``python -m`` would. No thread and no gRPC object
-exists here, so forking is safe; every secret draw of a run reads the operating system's randomness in the process that
-makes it.
+under its number; ``bare``: it imports nothing. A fork runs MODULE as ``python -m`` would. No thread and no gRPC
+object exists here, so forking is safe; every secret draw of a run reads the operating system's randomness in the
+process that makes it.
 """
 
 from __future__ import annotations
