@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coterie.dp.checks.batches_of_one import coarsest
 from coterie.dp.clipping import Flat
 from coterie.dp.per_sample.engine import Engine
 from coterie.errors import ModelError, NoRuleError
@@ -113,3 +114,24 @@ def test_merged_adapters_are_refused() -> None:
     model.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
         Engine(model).norms(token_batch(2, 5))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mellum"])
+def test_adapters_in_float32_on_weights_in_half_precision_are_no_more_exact_than_these(family: str) -> None:
+    """What is compared with batches of one rounds as the frozen weights do, whatever is trained."""
+    model = adapted(family, target_parameters=EXPERTS)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert coarsest(model) is torch.bfloat16
+    batch = token_batch(3, 7)
+    for method in ("book_keeping", "ghost"):
+        engine = Engine(model, clipping=Flat(0.5), method=method)  # type: ignore[arg-type]
+        engine.prepare(batch)
+        for record in range(3):
+            engine.accumulate({name: value[record : record + 1] for name, value in batch.items()})
+            contribution = (
+                torch.stack([value.double().square().sum() for value in engine.take().values()]).sum().sqrt()
+            )
+            assert 0.4 <= float(contribution) <= 0.5 * (1 + engine.eta)
+    assert coarsest(adapted(family, target_parameters=EXPERTS)) is torch.float32

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coterie.dp.checks.batches_of_one import FLOOR, BatchesOfOne, Gradient, RecordsAlone
+from coterie.dp.checks.batches_of_one import FLOOR, BatchesOfOne, Gradient, RecordsAlone, coarsest, tolerance
 from coterie.dp.checks.draws import OneDraw, Rounding, generators, repeated
 from coterie.dp.checks.made_up import EXTREME, ONE_LABEL, PLAIN, SHORT, Source, SyntheticRecord, config_numbers
 from coterie.dp.checks.watched import Watched
@@ -48,11 +48,6 @@ class ComparisonReport(NamedTuple):
     unused: list[str]
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative error of a parameter's norm that counts as agreement."""
-    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
-
-
 class _Disagreement(Exception):
     """A comparison failed, for these records; it counts unless rounding alone moves one of them."""
 
@@ -81,7 +76,7 @@ class Comparison:
         self._engine = engine
         self._source = source
         self._values = values
-        self._dtype = next((p.dtype for p in engine.parameters.values()), torch.float32)
+        self._dtype = coarsest(engine.model)
         self._devices = list({p.device for p in engine.parameters.values()}) or [torch.device("cpu")]
         self._allowed = tolerance(self._dtype)
         self._singles = BatchesOfOne(engine, self._allowed, _WHERE)
