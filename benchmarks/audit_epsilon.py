@@ -31,6 +31,7 @@ from coterie.audit.epsilon.subject import Subject
 from coterie.config import (
     DataSpec,
     ModelSpec,
+    OptimSpec,
     PrivacySpec,
     TokenizerSpec,
     TokenizerTraining,
@@ -80,6 +81,7 @@ def small(folder: Path, **privacy: Any) -> TrainConfig:
             provenance="private",
             packing="records",
         ),
+        optim=OptimSpec(kind="sgd" if "noise_bands" in settings else "adamw"),
         train=TrainSpec(rounds=3, batch_size=15, seed=1),
         privacy=PrivacySpec(**settings),
         run_dir=folder / "run",

@@ -508,6 +508,47 @@ def test_masked_pushes_with_what_they_exclude_are_refused_in_one_sentence(
     assert words in str(refused.value)
 
 
+BANDS = "privacy: {epsilon: 8, noise_bands: 4"
+
+
+def test_noise_in_bands_is_agreed_on_with_an_optimiser_that_adds_up(tmp_path: Path) -> None:
+    found = load(tmp_path, TRAIN + BANDS + "}\noptim: {kind: sgd, momentum: 0.8}\n", TrainConfig)
+    assert (found.privacy.noise_bands, found.optim.added_momentum) == (4, 0.8)
+    dump_yaml(tmp_path / "again.yaml", found)
+    assert load_yaml(tmp_path / "again.yaml", TrainConfig) == found
+    federation = load(tmp_path, FEDERATION + BANDS + "}\noptim: {kind: sgd}\n", FederationConfig)
+    assert federation.privacy.noise_bands == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("}\n", "needs `optim.kind: sgd`"),
+        ("}\noptim: {kind: adamw}\n", "needs `optim.kind: sgd`"),
+        (", sampler: truncated_poisson, max_lot: 50}\noptim: {kind: sgd}\n", "excludes `sampler: truncated_poisson`"),
+        (", adaptive_quantile: 0.5}\noptim: {kind: sgd}\n", "excludes `adaptive_quantile`"),
+        ("}\noptim: {momentum: 0.5}\n", "`momentum` is for `kind: sgd`"),
+    ],
+)
+def test_noise_in_bands_with_what_it_excludes_is_refused_in_one_sentence(
+    tmp_path: Path, more: str, words: str
+) -> None:
+    assert words in str(refusal(tmp_path, TRAIN + BANDS + more))
+
+
+def test_a_federation_in_bands_excludes_masks_and_adamw(tmp_path: Path) -> None:
+    assert "needs `optim.kind: sgd`" in str(refusal(tmp_path, FEDERATION + BANDS + "}\n", FederationConfig))
+    with pytest.raises(ConfigError, match=r"excludes `privacy\.noise_bands`"):
+        masked(tmp_path, BANDS + "}\noptim: {kind: sgd}\nnoise_multiplier: 1")
+
+
+def test_an_older_federation_keeps_the_hash_that_its_parties_signed(tmp_path: Path) -> None:
+    text = FEDERATION + "privacy: {epsilon: 8}\n"
+    plain = load(tmp_path, text, FederationConfig).content_hash()
+    assert load(tmp_path, text + "optim: {kind: adamw}\n", FederationConfig).content_hash() == plain
+    assert load(tmp_path, text + "optim: {kind: sgd}\n", FederationConfig).content_hash() != plain
+
+
 def test_a_party_whose_noise_comes_from_a_seed_is_refused_where_others_rely_on_it(tmp_path: Path) -> None:
     federation = masked(tmp_path, f"{SHARED}\ncolluding: 1\ntrunk: shared")
     party = load(tmp_path, PARTY.replace("party: alder", "party: party0") + "privacy: {seeded: true}\n", PartyConfig)

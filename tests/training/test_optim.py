@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from coterie.config import OptimSpec
 from coterie.errors import CheckpointError
-from coterie.training.optim import lr_at, make_optimizer, set_lr
+from coterie.training.optim import CorrectedAdamW, lr_at, make_optimizer, set_lr
 
 SPEC = OptimSpec(lr=0.01, weight_decay=0.1)
 
@@ -145,3 +146,81 @@ def test_a_straight_line_to_zero_moves_in_every_round_and_would_reach_zero_in_th
     alone = OptimSpec(lr=2.0, schedule="linear")
     assert [lr_at(round_no, alone, 4) for round_no in range(1, 5)] == [2.0, 1.5, 1.0, 0.5]
     assert [lr_at(round_no, linear, 1) for round_no in (1, 2)] == [2.0, 2.0]
+
+
+def test_sgd_steps_equal_torch_sgd_with_decoupled_decay() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3), torch.randn(5)]
+    ours, theirs = [param(x) for x in start], [param(x) for x in start]
+    optimizer = make_optimizer(ours, OptimSpec(kind="sgd", lr=0.1, momentum=0.8, weight_decay=0.2))
+    reference = torch.optim.SGD(theirs, lr=0.1, momentum=0.8)
+    for step in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for chosen in (optimizer, reference):
+            set_lr(chosen, 0.1 / (step + 1))
+        optimizer.step()
+        with torch.no_grad():
+            for other in theirs:
+                other.mul_(1 - 0.2 * 0.1 / (step + 1))
+        reference.step()
+        optimizer.zero_grad()
+        reference.zero_grad()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sgd_goes_on_from_its_saved_state(dtype: torch.dtype) -> None:
+    spec = OptimSpec(kind="sgd", lr=0.01)
+    weights = {"a": param(torch.ones(3, dtype=dtype))}
+    optimizer = make_optimizer(weights.values(), spec)
+    optimizer.gradient(weights["a"]).add_(torch.tensor([1.0, 2.0, -1.0]))
+    optimizer.step()
+    optimizer.zero_grad()
+    again = {"a": param(weights["a"].detach())}
+    other = make_optimizer(again.values(), spec)
+    other.load_tensors(again, optimizer.tensors(weights))
+    for chosen, held in ((optimizer, weights), (other, again)):
+        chosen.gradient(held["a"]).add_(1.0)
+        chosen.step()
+    assert torch.equal(weights["a"], again["a"])
+    fresh = make_optimizer([param(weights["a"].detach())], spec)
+    assert fresh.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_corrected_step_is_adam_without_the_noise_in_its_second_moment() -> None:
+    torch.manual_seed(0)
+    spec = OptimSpec(kind="adamw_corrected", lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, noise_floor=0.5)
+    start, std = torch.randn(6, dtype=torch.float64), 0.3
+    weights = param(start.float())
+    optimizer = make_optimizer([weights], spec)
+    assert isinstance(optimizer, CorrectedAdamW)
+    optimizer.expect_noise({weights: std})
+    expected, mean, square = start.numpy().copy(), np.zeros(6), np.zeros(6)
+    for step in range(1, 6):
+        gradient = std * torch.randn(6) + 0.5 * torch.arange(6)
+        optimizer.gradient(weights).copy_(gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        g = gradient.double().numpy()
+        mean, square = 0.9 * mean + 0.1 * g, 0.99 * square + 0.01 * g**2
+        divisor = np.sqrt(np.maximum(square / (1 - 0.99**step) - std**2, 0.5 * std**2)) + spec.eps
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * (mean / (1 - 0.9**step)) / divisor
+    np.testing.assert_allclose(weights.detach().numpy(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_without_noise_a_corrected_step_is_adamws() -> None:
+    torch.manual_seed(0)
+    ours, theirs = param(torch.ones(4)), param(torch.ones(4))
+    corrected, plain = (
+        make_optimizer([p], OptimSpec(kind=k)) for p, k in ((ours, "adamw_corrected"), (theirs, "adamw"))
+    )
+    for _ in range(4):
+        gradient = torch.randn(4)
+        for optimizer, weights in ((corrected, ours), (plain, theirs)):
+            optimizer.gradient(weights).copy_(gradient)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)

@@ -161,10 +161,11 @@ def _mechanism(run: RecordedRun, unit: str) -> str:
     from coterie.dp.accounting.accountant import Mechanism
 
     mechanism = Mechanism.from_json(run.facts["mechanism"])
+    every = f" in every {mechanism.bands}th round" if mechanism.bands > 1 else ""
     most = f", at most {mechanism.limit} in all" if mechanism.limit is not None else ""
     return (
-        f"each {unit} joins with chance {mechanism.sampling_rate:.4g}{most}; what it adds is at most one clip norm, "
-        f"and noise of {mechanism.noise_multiplier:.3f} clip norms hides it"
+        f"each {unit} joins with chance {mechanism.sampling_rate:.4g}{every}{most}; what it adds is at most one "
+        f"clip norm, and noise of {mechanism.noise_multiplier:.3f} clip norms hides it"
     )
 
 

@@ -16,6 +16,7 @@ from coterie.config import PrivacySpec, TrainConfig
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
 from coterie.training.planning.forecast import Forecast
+from coterie.training.planning.noise_bands import advice
 from coterie.training.single.previewed import preview
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
@@ -48,7 +49,7 @@ def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = Fal
     found = preview(config, others=others)
     say(
         f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts; weights, gradients and "
-        f"AdamW {size(found.state_bytes)} on the device, activations on top"
+        f"optimiser {size(found.state_bytes)} on the device, activations on top"
     )
     say(
         f"text: {found.sequences} sequences of at most {config.data.sequence_length} tokens, {found.tokens} of them "
@@ -63,6 +64,13 @@ def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = Fal
         say("other lots that use each record as often, and other budgets (noise in clip norms, over the lot):")
         columns = ("epsilon", "lot", "rounds", "noise multiplier", "noise of a round", "of their average")
         table(columns, [astuple(each) for each in found.choices])
+    if found.bands:
+        say("noise in bands (noise in clip norms; in the weights: over that of independent noise, on average):")
+        table(
+            ("noise_bands", "noise multiplier", "noise of a round", "in the weights"),
+            [astuple(each) for each in found.bands],
+        )
+        say(advice(found.bands))
     say("nothing was trained or spent")
     if json_file is not None:
         write_json(json_file, found.as_json())

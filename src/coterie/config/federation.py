@@ -12,7 +12,7 @@ from coterie.config.data import DataSpec
 from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, Positive
 from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
-from coterie.config.train import Device, OptimSpec, TrainSpec
+from coterie.config.train import Device, OptimSpec, TrainSpec, check_adds_up
 from coterie.errors import ConfigError
 
 
@@ -199,6 +199,13 @@ class FederationConfig(Spec):
             )
         self._check_masked()
         self._check_lots()
+        if self.optim.kind == "adamw_corrected":
+            raise ValueError(
+                "`optim.kind: adamw_corrected` is for one party's training: hosts step with the sum of all parties' "
+                "noise, whose size each party's own budget decides; use `adamw`"
+            )
+        if isinstance(self.privacy, PrivacyRules):
+            check_adds_up(self.optim, self.privacy)
         if self.lora is not None and self.exchange != "experts":
             raise ValueError("`lora` needs `exchange: experts`")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]
@@ -222,6 +229,11 @@ class FederationConfig(Spec):
             return
         if self.exchange != "experts":
             raise ValueError("`aggregation: masked` needs `exchange: experts`: only sums can be masked")
+        if isinstance(self.privacy, PrivacyRules) and self.privacy.noise_bands > 1:
+            raise ValueError(
+                "`aggregation: masked` excludes `privacy.noise_bands`: masked sums stay on the noise's grid, and "
+                "what takes back earlier noise does not"
+            )
         if len(self.parties) < 3:
             raise ValueError(
                 "`aggregation: masked` needs three parties: of two, each subtracts its own sum and has the other's"

@@ -41,6 +41,7 @@ def _real(value: Any) -> float:
 
 
 Count = Annotated[int, Field(gt=0), BeforeValidator(_whole)]
+Bands = Annotated[int, Field(ge=1, le=64), BeforeValidator(_whole)]
 NotNegative = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 Epsilon = Annotated[float, Field(gt=0, le=LARGEST_EPSILON), BeforeValidator(_real)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_real)]

@@ -9,15 +9,30 @@ from pydantic import Field, model_validator
 from coterie.config.base import LocalPath, Spec
 from coterie.config.data import DataSpec
 from coterie.config.model import ModelSpec
-from coterie.config.numbers import Count, NotNegative
-from coterie.config.privacy import PrivacySpec, undeclared_artefacts
+from coterie.config.numbers import Count, NotNegative, Positive, Smoothing
+from coterie.config.privacy import PrivacyRules, PrivacySpec, undeclared_artefacts
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 class OptimSpec(Spec):
-    """AdamW. The learning rate is a function of the round alone, so all parties agree on it without talking."""
+    """The learning rate is a function of the round alone, so all parties agree on it without talking."""
 
+    later_keys = frozenset({"kind", "momentum", "noise_floor"})
+
+    kind: Literal["adamw", "adamw_corrected", "sgd"] = Field(
+        default="adamw",
+        description="`adamw_corrected`, for private training of one party: what the privacy noise adds to AdamW's "
+        "second moment is taken off (DP-AdamBC); needs a smaller `lr`. `sgd` adds up gradients with `momentum`; it "
+        "needs a much larger one.",
+    )
+    noise_floor: Positive = Field(
+        default=1.0,
+        description="Of `adamw_corrected`: least second moment that is divided by, over the variance of the noise.",
+    )
+    momentum: Smoothing = Field(
+        default=0.9, description="Of `sgd`: share of the last step that is added to the next."
+    )
     lr: float = Field(default=3e-4, gt=0, description="Highest learning rate.")
     betas: tuple[float, float] = Field(
         default=(0.9, 0.95), description="Decay of the two running averages, each in [0, 1)."
@@ -30,11 +45,33 @@ class OptimSpec(Spec):
     warmup_rounds: int = Field(default=0, ge=0, description="Rounds over which the rate rises linearly from zero.")
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Where `cosine` ends, as a share of `lr`.")
 
+    @property
+    def added_momentum(self) -> float:
+        """Share of the last step that is added to the next, where steps are sums of gradients; else 0."""
+        return self.momentum if self.kind == "sgd" else 0.0
+
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimSpec:
+        if self.kind != "adamw_corrected" and self.noise_floor != OptimSpec.model_fields["noise_floor"].default:
+            raise ValueError("`noise_floor` is for `kind: adamw_corrected`")
+        if self.kind != "sgd" and self.momentum != OptimSpec.model_fields["momentum"].default:
+            raise ValueError("`momentum` is for `kind: sgd`; AdamW has `betas`")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"each of `betas` must be in [0, 1), got {list(self.betas)}")
         return self
+
+
+def check_adds_up(optim: OptimSpec, privacy: PrivacyRules) -> None:
+    """Hold noise in bands to an optimiser that gains by it.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if privacy.noise_bands > 1 and optim.kind != "sgd":
+        raise ValueError(
+            f"`privacy.noise_bands` needs `optim.kind: sgd`: `{optim.kind}` divides by the size of single rounds' "
+            "gradients, which hold more noise so that their sum holds less"
+        )
 
 
 class TrainSpec(Spec):
@@ -70,9 +107,12 @@ class TrainConfig(Spec):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
+        if self.optim.kind == "adamw_corrected" and self.privacy is None:
+            raise ValueError("`optim.kind: adamw_corrected` takes off privacy noise: add `privacy`, or use `adamw`")
         if self.devices > 1 and self.privacy is None:
             raise ValueError("`devices` above 1 is for private training: add `privacy`, or leave it out")
         if self.privacy is not None:
+            check_adds_up(self.optim, self.privacy)
             problems = undeclared_artefacts(self.model, self.data)
             if self.data.packing == "documents":
                 problems.append("packing `documents` mixes records in a sequence; use `chunks` or `records`")

@@ -112,8 +112,8 @@ class LotSums:
         return self._noise.of({name: tensor.numel() for name, tensor in sums.items()})
 
     def fixed_noise(self) -> RoundNoise:
-        """The noise of every round, known before the first lot, where no threshold moves."""
-        if self._grid is not None:
+        """The noise of a round as thresholds are now, known before its lot; where none moves, of every round."""
+        if self._grid is not None and self._plan.bands is None:
             return self._noise.of({})
         rounded = {name: param.numel() for name, param in self._trained.items()}
         if self.balancer is not None and self.balancer.balance.releases_loads:
@@ -123,7 +123,7 @@ class LotSums:
     def _compute(self, lot: Lot, key: int) -> tuple[dict[str, Tensor], LotFigures]:
         self.engine.take()  # what an interrupted step left
         if self._grid is not None:
-            self._on_grid = self._noise.of({})
+            self._on_grid = self._noise.of({}) if self._plan.bands is None else self.fixed_noise()
             self._grid.use_grid(self._on_grid.step)
         figures, loads = LotFigures(), list[Tensor]()
         device = next(iter(self._trained.values())).device

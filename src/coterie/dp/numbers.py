@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from coterie.config.numbers import Count, Epsilon, Fraction, NotNegative, Positive, Smoothing
+from coterie.config.numbers import Bands, Count, Epsilon, Fraction, NotNegative, Positive, Smoothing
 from coterie.errors import BudgetError
 
 
@@ -68,6 +68,10 @@ _RULES = {
     "coefficient": _Rule(
         Positive, code="dp-balance", why="it is the weight of the balance loss, or the step of the bias",
         fix="leave it out",
+    ),
+    "noise_bands": _Rule(
+        Bands, code="dp-bands", why="it is the number of rounds over which noise hangs together",
+        fix="choose 1 for independent noise, or 4 to 16; `coterie plan` compares them",
     ),
     "seed": _Rule(
         NotNegative, code="dp-seed", why="streams are named by it", fix="leave it out; a seeded run is not private"

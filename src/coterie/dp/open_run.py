@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from coterie.dp.accounting.spool import Release, Spool, shard_folder
 from coterie.dp.accounting.statement import Statement, make_statement
 from coterie.dp.balance import Balancer
 from coterie.dp.lot_sums import LotSums
+from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.noise.past_noise import PastNoise
 from coterie.dp.noise.randomness import RandomSource, random_source
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
@@ -78,6 +80,7 @@ class OpenRun:
         source: of everything random.
         dataset: digest of the records.
         not_covered: lines of the statement about this run's own gaps.
+        past_noise: of this rank's values, where noise is in bands.
         seconds: how long the parts of the last round took in this process; owner-only.
     """
 
@@ -93,6 +96,7 @@ class OpenRun:
     source: RandomSource
     dataset: str
     not_covered: Sequence[str]
+    past_noise: PastNoise | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -122,8 +126,9 @@ class OpenRun:
         """
         self.seconds = {}
         return self.shared.begin(
-            round_no, pins, lambda draw: draw_lot(round_no, self.lots, self.data.units, self.source, draw)
-        )
+            round_no, pins,
+            lambda draw: draw_lot(round_no, self.lots, self.data.units, self.source, draw, self.releases.used),
+        )  # fmt: skip
 
     def publish(
         self, pending: Pending, divisor: float = 1.0, *, as_integers: bool = False
@@ -153,16 +158,29 @@ class OpenRun:
             for some in _bucketed(numbers):
                 ranks.add_up(slabs.sums(some), owner)
         summed = time.monotonic()
+        own = owned[ranks.rank]
         with ranks.all_well(f"noise {pending.name}"):
-            slabs.add_noise(owned[ranks.rank], self.source, f"noise|{pending.name}", divisor)
-            slabs.keep_noised(owned[ranks.rank])
+            keep = self._add_noise(slabs, own, f"noise|{pending.name}", divisor)
+            slabs.keep_noised(own)
         drawn = time.monotonic()
-        release = self.shared.publish(pending, slabs.parts(owned[ranks.rank]))
+        release = self.shared.publish(pending, slabs.parts(own))
+        keep()
         for owner, numbers in enumerate(owned):
             for some in _bucketed(numbers):
                 ranks.hand_out(slabs.targets(some), owner)
         self.seconds = {"sums": summed - began, "noise": drawn - summed, "spool": time.monotonic() - drawn}
         return slabs.noised, release
+
+    def _add_noise(self, slabs: Slabs, own: range, purpose: str, divisor: float) -> Callable[[], None]:
+        """Noise a rank's own slabs; what is returned is to be called when they are released."""
+        past = self.past_noise
+        if past is None:
+            slabs.add_noise(own, self.source, purpose, divisor)
+            return lambda: None
+        slot = self.shared.slot
+        sums = past.mix(slabs, own, slot)
+        slabs.add_noise(own, self.source, purpose, divisor * past.main)
+        return lambda: past.keep(sums, slabs, own, slot, divisor)
 
     def tensors(self, release: Release) -> dict[str, Tensor]:
         """What a release holds, by parameter name, at every rank."""
@@ -240,7 +258,8 @@ def open_run(
     with ranks.all_well("the spools"):
         spool = None if kept else Spool(shard_folder(folder, ranks.rank))
     shared = SharedReleases(ranks, kept[0] if kept else None, spool)
-    return OpenRun(entry.run, plan, options, data, lots, mechanism, ranks, shared, sums, source, dataset, gaps)
+    past = None if plan.bands is None else PastNoise(plan.bands)
+    return OpenRun(entry.run, plan, options, data, lots, mechanism, ranks, shared, sums, source, dataset, gaps, past)
 
 
 _BUCKET = 16

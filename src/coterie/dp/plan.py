@@ -21,6 +21,7 @@ from coterie.dp.balance import Balance, Balancer
 from coterie.dp.clipping import Clipping, policy
 from coterie.dp.isolation.exact_engine import Isolation, chosen, computes_in_half, make_engine
 from coterie.dp.losses import LossFunction, default_loss
+from coterie.dp.noise.bands import NoiseBands
 from coterie.dp.noise.pooled import PooledNoise
 from coterie.dp.numbers import check_fields
 from coterie.dp.per_sample.engine import Engine
@@ -51,10 +52,11 @@ class PrivacyPlan:
             goes on with the one it was started with.
         agreed_noise: sigma that several parties agreed on; a budget that needs more is refused.
         pooled: whose noise lies in everything that others see of this run; None: its own alone, whole.
+        bands: how the noise of rounds hangs together; None: it is independent.
 
     Raises:
         BudgetError: a number outside its range.
-        PrivacyError: a word that is none of the choices.
+        PrivacyError: a word that is none of the choices; bands of noise with what breaks them.
     """
 
     budget: Budget
@@ -74,6 +76,7 @@ class PrivacyPlan:
     noise_multiplier: float | None = None
     agreed_noise: float | None = None
     pooled: PooledNoise | None = None
+    bands: NoiseBands | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -81,6 +84,25 @@ class PrivacyPlan:
         )
         _check_choice("sampler", self.sampler, get_args(Sampler))
         _check_choice("isolation", self.isolation, get_args(Isolation))
+        if self.bands is not None:
+            self._check_bands()
+
+    def _check_bands(self) -> None:
+        """Refuse what the proof for noise in bands does not cover."""
+        for what, there, why in (
+            ("`sampler: truncated_poisson`", self.sampler != "poisson",
+             "each lot has to be drawn by coins from one fixed block of units, and a cut lot keeps units out by who "
+             "else was drawn"),
+            ("`adaptive_quantile`", self.adaptive_quantile is not None,
+             "what a unit adds to a round stands in later rounds, too, whose noise would have another size"),
+            ("`aggregation: masked`", self.pooled is not None,
+             "masked sums stay on the noise's grid, and what takes back earlier noise does not"),
+        ):  # fmt: skip
+            if there:
+                raise PrivacyError(
+                    f"noise in bands (`noise_bands`) excludes {what}.", code="dp-bands", why=why,
+                    fix="leave out one of the two",
+                )  # fmt: skip
 
     @classmethod
     def of_settings(
@@ -95,6 +117,7 @@ class PrivacyPlan:
         noise_multiplier: float | None = None,
         agreed_noise: float | None = None,
         pooled: PooledNoise | None = None,
+        momentum: float = 0.0,
     ) -> PrivacyPlan:
         """What a settings file asks for.
 
@@ -108,6 +131,7 @@ class PrivacyPlan:
             noise_multiplier: for seeded tests.
             agreed_noise: see the attribute.
             pooled: see the attribute.
+            momentum: of the optimizer, for the coefficients of noise in bands.
         """
         half = computes_in_half(model)
         return cls(
@@ -127,6 +151,7 @@ class PrivacyPlan:
             noise_multiplier=noise_multiplier,
             agreed_noise=agreed_noise,
             pooled=pooled,
+            bands=NoiseBands.of(spec.noise_bands, rounds, momentum),
         )
 
     def lots(self, units: int) -> LotPlan:
@@ -135,7 +160,9 @@ class PrivacyPlan:
         Raises:
             BudgetError: lots larger than the data, or truncated below their own size.
         """
-        return LotPlan.of(units, self.lot_size, self.sampler, self.max_lot)
+        return LotPlan.of(
+            units, self.lot_size, self.sampler, self.max_lot, 1 if self.bands is None else self.bands.count
+        )
 
     def mechanism(self, lots: LotPlan) -> Mechanism:
         """What the accountant composes for one round, with the noise that the budget needs.
@@ -148,7 +175,8 @@ class PrivacyPlan:
         if self.noise_multiplier is not None:
             return lots.mechanism(self.noise_multiplier)
         least = lots.mechanism(1.0)
-        needed = noise_multiplier(self.budget, lots.rate, self.rounds, lots.sampler, least.units, least.limit)
+        turns = least.for_one_unit(self.rounds)[1]
+        needed = noise_multiplier(self.budget, lots.rate, turns, lots.sampler, least.units, least.limit)
         if self.agreed_noise is None:
             return lots.mechanism(needed)
         if needed > self.agreed_noise:

@@ -10,6 +10,7 @@ from coterie.dp.accounting.budget import Budget
 from coterie.dp.accounting.lots import LotPlan
 from coterie.dp.balance import Balance
 from coterie.dp.clipping import Clipping
+from coterie.dp.noise.bands import NoiseBands
 from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.errors import CheckpointError, PrivacyError
@@ -18,7 +19,7 @@ from coterie.storage import check_keys
 _KNOWN: Mapping[str, tuple[str, ...]] = {
     "settings": (
         "budget", "noise_multiplier", "clip_norm", "rounds", "physical_batch", "adaptive_quantile", "adaptive_share",
-        "seed", "isolation", "half_precision", "user_column",
+        "seed", "isolation", "half_precision", "user_column", "bands",
     ),
     "settings.budget": tuple(field.name for field in fields(Budget)),
     "plan": ("units", "expected_size", "sampler", "limit"),
@@ -44,6 +45,7 @@ def plan_to_json(
             "seed": plan.seed,
             "isolation": plan.isolation,
             "half_precision": plan.half_precision,
+            **({} if plan.bands is None else {"bands": plan.bands.to_json()}),
         },
         "plan": {
             "units": lots.units,
@@ -116,6 +118,7 @@ def plan_from_json(
         half_precision=settings["half_precision"],
         seed=settings["seed"],
         noise_multiplier=settings["noise_multiplier"],
+        bands=NoiseBands.from_json(settings.get("bands")),
     )
     how = ComputeOptions(
         method or options["method"], settings["physical_batch"], self_check=options.get("self_check", True)

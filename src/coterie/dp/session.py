@@ -29,7 +29,7 @@ from coterie.dp.private_data import Collate
 from coterie.dp.refusals import check_hooks
 from coterie.dp.saved_plan import plan_to_json
 from coterie.dp.start import resume_run
-from coterie.dp.stepping import put_gradient
+from coterie.dp.stepping import ExpectsNoise, put_gradient
 from coterie.errors import CheckpointError, LedgerError, PrivacyError
 from coterie.models.split.trainings import Training
 
@@ -242,6 +242,9 @@ class PrivateSession:
         for name, parameter in self._parameters.items():
             mean = means[name]
             put_gradient(self.optimizer, parameter, mean)
+        if isinstance(self.optimizer, ExpectsNoise):
+            noise, size = self.lot_sums.fixed_noise(), self.privacy_plan.lot_size
+            self.optimizer.expect_noise({p: noise.std_of(name) / size for name, p in self._parameters.items()})
         self.lot_sums.released.take(means)
         self._pending = None
         self._parent = release.digest

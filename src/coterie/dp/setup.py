@@ -17,12 +17,14 @@ from coterie.dp.balance import Balance
 from coterie.dp.clipping import Clipping
 from coterie.dp.isolation.exact_engine import Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
+from coterie.dp.noise.bands import NoiseBands
 from coterie.dp.numbers import checked_number
 from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import Collate, PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.dp.start import start_run
+from coterie.dp.stepping import momentum_of
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import BudgetError, PrivacyError
 from coterie.ranks.ranks import Ranks
@@ -53,6 +55,7 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
     users: Sequence[Hashable] | None = None,
     records_per_user: int = 16,
     balance: Balance | None = None,
+    noise_bands: int = 1,
     provenance: Mapping[str, str] | Iterable[Artefact] | None = None,
     ledger: str | Path | None = None,
     digest: str | None = None,
@@ -96,6 +99,9 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
         users: the user of each record, instead of ``user_column``.
         records_per_user: most records of one user in a lot.
         balance: how experts are kept evenly used.
+        noise_bands: over how many rounds noise hangs together, each taking back part of earlier ones' noise: 4 to 16
+            leave less noise in the weights where the budget is large (epsilon 8), more where it is small; 1: none.
+            For optimizers that add up what they are given (``torch.optim.SGD``, with momentum or without).
         provenance: what weights, tokenizer, ... were made from: ``public``, ``dp:LEDGER_ID`` or ``private`` by kind,
             or `Artefact` objects. What is not declared is listed as not covered.
         ledger: folder of the privacy ledgers; default: the user's data folder. Keep it outside run folders.
@@ -141,10 +147,11 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
         originals=originals,
     )  # fmt: skip
     lots = LotPlan.of(data.units.count, lot_size, sampler, max_lot)  # type: ignore[arg-type]
+    planned = _rounds(rounds, epochs, lots)
     half = computes_in_half(model) if half_precision is None else half_precision
     plan = PrivacyPlan(
         budget,
-        _rounds(rounds, epochs, lots),
+        planned,
         lots.lot_size,
         clip_norm=clip_norm,
         clipping=clipping,
@@ -156,6 +163,7 @@ def make_private(  # noqa: PLR0913 - one call is a run's whole choice; most have
         isolation=chosen(isolation if engine is None else _isolation_of(engine, isolation), half),
         half_precision=half,
         seed=seed,
+        bands=NoiseBands.of(noise_bands, planned, momentum_of(optimizer)),
     )
     options = ComputeOptions(method, physical_batch, self_check=self_check).repeatable(plan.seed)
     return start_session(

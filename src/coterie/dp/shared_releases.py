@@ -35,10 +35,11 @@ class SharedReleases:
 
     Attributes:
         remaining: releases that the plan still allows, as rank 0 said last.
+        slot: releases there were before this one, burned ones included, as rank 0 said last.
     """
 
     def __init__(self, ranks: Ranks, own: Releases | None, spool: Spool | None = None) -> None:
-        self.remaining = 0
+        self.remaining = self.slot = 0
         self._ranks, self._own, self._spool = ranks, own, spool
         if own is not None:
             self._folder = own.spool.folder
@@ -145,7 +146,10 @@ class SharedReleases:
         return self.own.spool if self._spool is None else self._spool
 
     def _tell(self, step: str, make: Callable[[], Any]) -> Any:
-        values, self.remaining = self._ranks.tell(step, lambda: [make(), self.own.remaining])
+        values, self.remaining, planned = self._ranks.tell(
+            step, lambda: [make(), self.own.remaining, self.own.planned]
+        )
+        self.slot = planned - self.remaining
         return values
 
     def _whole(self, values: Mapping[str, Any] | None) -> Release | None:

@@ -33,7 +33,7 @@ from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import Collate, PrivateData
 from coterie.dp.refusals import check_rows, unused_warning
 from coterie.dp.saved_plan import plan_from_json
-from coterie.dp.stepping import check_optimizer
+from coterie.dp.stepping import check_adds_up, check_optimizer
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import PrivacyError
 from coterie.models import seam
@@ -65,6 +65,7 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
         artefacts = as_loaded(declared(provenance), model)
         parts = _RunParts.of(model, data, plan, options, loss_fn, engine)
         check_optimizer(model, optimizer)
+        check_adds_up(optimizer, plan.bands)
         plan.mechanism(lots)  # kept: a budget out of reach is said before anything is computed
         report = parts.check()
     unused = unused_warning(model, report.unused) if report is not None else None
@@ -124,6 +125,7 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
     try:
         with ranks.all_well("the checks before the next lot"):
             check_optimizer(model, optimizer)
+            check_adds_up(optimizer, plan.bands)
             parts.check()
     except BaseException:
         opened.close()

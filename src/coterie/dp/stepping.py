@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from coterie.dp.checks.dry_step import check_optimizer_step
+from coterie.dp.noise.bands import NoiseBands
 from coterie.dp.refusals import check_hooks
 from coterie.errors import PrivacyError
 
@@ -18,6 +20,48 @@ class KeepsFloat32(Protocol):
 
     def gradient(self, param: Tensor) -> Tensor:
         """The float32 gradient of a parameter, to be changed in place."""
+
+
+@runtime_checkable
+class ExpectsNoise(Protocol):
+    """An optimizer that uses how much noise is in what it is given, as `coterie.training.optim.CorrectedAdamW`."""
+
+    def expect_noise(self, std: Mapping[Tensor, float]) -> None:
+        """Standard deviation of the noise in each parameter's gradient, from the next step on."""
+
+
+@runtime_checkable
+class AddsUp(Protocol):
+    """An optimizer whose weights are a sum of what it was given, as those of `coterie.training.optim.SGD`."""
+
+    @property
+    def momentum(self) -> float:
+        """Share of the last step that is added to the next."""
+
+
+def momentum_of(optimizer: Any) -> float:
+    """With which an optimizer adds up what it is given; 0 where it does something else."""
+    if isinstance(optimizer, AddsUp):
+        return float(optimizer.momentum)
+    inside = _innermost(optimizer)
+    return float(inside.param_groups[0]["momentum"]) if isinstance(inside, torch.optim.SGD) else 0.0
+
+
+def check_adds_up(optimizer: Any, bands: NoiseBands | None) -> None:
+    """Hold noise in bands to an optimizer that gains by it.
+
+    Raises:
+        PrivacyError: it divides by the size of single steps, in which there is more noise.
+    """
+    if bands is None or isinstance(optimizer, AddsUp) or isinstance(_innermost(optimizer), torch.optim.SGD):
+        return
+    raise PrivacyError(
+        f"noise in bands (`noise_bands`) does not fit {type(_innermost(optimizer)).__name__}.",
+        code="dp-bands-optimizer",
+        why="it divides by the size of single rounds' gradients, which hold more noise so that their sum holds less",
+        fix="use SGD with momentum (`optim: {kind: sgd}` in a settings file, torch.optim.SGD in Python), or leave "
+        "out `noise_bands`",
+    )
 
 
 def put_gradient(optimizer: Any, parameter: Tensor, mean: Tensor) -> None:
@@ -55,6 +99,12 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     check_hooks(model)
     if not any(parameter.is_meta for parameter in stepped):
         check_optimizer_step(model, _unwrapped(optimizer), put_gradient)
+
+
+def _innermost(optimizer: Any) -> Any:
+    while hasattr(optimizer, "gradient_state") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -19,6 +19,7 @@ from coterie.dp.balance import Balance
 from coterie.dp.clipping import Clipping
 from coterie.dp.isolation.exact_engine import Isolation, chosen, computes_in_half
 from coterie.dp.losses import LossFunction
+from coterie.dp.noise.bands import NoiseBands
 from coterie.dp.numbers import check_fields
 from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.plan import PrivacyPlan
@@ -62,6 +63,7 @@ class PrivacyArguments:
     users: Sequence[Hashable] | None = None
     records_per_user: int = 16
     balance: Balance | None = None
+    noise_bands: int = 1
     provenance: Mapping[str, str] | Iterable[Artefact] | None = None
     ledger: str | Path | None = None
     digest: str | None = None
@@ -79,17 +81,19 @@ class PrivacyArguments:
             "adaptive_quantile",
             "max_lot",
             "records_per_user",
+            "noise_bands",
             "seed",
         )
         check_one_naming(self.user_column, self.users)
 
-    def plan(self, model: nn.Module, rounds: int, half_precision: bool) -> PrivacyPlan:
+    def plan(self, model: nn.Module, rounds: int, half_precision: bool, momentum: float = 0.0) -> PrivacyPlan:
         """What these settings bound.
 
         Args:
             model: tells whether it computes in half precision.
             rounds: optimizer steps planned.
             half_precision: it does under autocast, which the model itself does not show.
+            momentum: of the optimizer, for noise in bands.
         """
         half = half_precision or computes_in_half(model)
         return PrivacyPlan(
@@ -106,6 +110,7 @@ class PrivacyArguments:
             isolation=chosen(self.isolation, half),
             half_precision=half,
             seed=self.seed,
+            bands=NoiseBands.of(self.noise_bands, rounds, momentum),
         )
 
     @classmethod

@@ -30,6 +30,7 @@ from coterie.dp.plan import ComputeOptions
 from coterie.dp.private_data import Collate, PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import start_session
+from coterie.dp.stepping import momentum_of
 from coterie.errors import CheckpointError, PrivacyError
 from coterie.hf.arguments import PrivacyArguments, check_accelerator, check_arguments, check_callbacks
 from coterie.hf.choices import WatchedCallbacks, check_scheduler, refusal
@@ -436,7 +437,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         collate = self._collator()
         digest = privacy.digest or dataset_digest(self.train_dataset)
         if checkpoint is None:
-            plan = privacy.plan(self.model, self._rounds(), self._in_half())
+            plan = privacy.plan(self.model, self._rounds(), self._in_half(), momentum_of(self.optimizer))
             data = PrivateData.of(
                 records, collate, users=self._users(), records_per_user=plan.records_per_user, digest=digest
             )

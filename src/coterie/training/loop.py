@@ -19,7 +19,7 @@ from coterie.dp.losses import next_tokens, summed_token_losses
 from coterie.errors import ModelError
 from coterie.models.seam import check_selected
 from coterie.training.data.packing import Batch
-from coterie.training.optim import AdamW, set_lr
+from coterie.training.optim import Float32Optimizer, set_lr
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def train_round(model: nn.Module, optimizer: AdamW, micro_batches: Iterable[Batch], *, lr: float) -> RoundResult:
+def train_round(
+    model: nn.Module, optimizer: Float32Optimizer, micro_batches: Iterable[Batch], *, lr: float
+) -> RoundResult:
     """One optimiser step from the micro-batches of a round.
 
     Raises:
@@ -81,7 +83,7 @@ def train_round(model: nn.Module, optimizer: AdamW, micro_batches: Iterable[Batc
 
 
 @torch.no_grad()
-def finish_round(optimizer: AdamW, tokens: float, *, lr: float) -> None:
+def finish_round(optimizer: Float32Optimizer, tokens: float, *, lr: float) -> None:
     """Divide the summed gradients by the round's tokens and step every parameter, also those without a gradient."""
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate: one piece of code for trunk, experts and single-process training.
+"""AdamW, SGD and their learning rate: one piece of code for trunk, experts and single-process training.
 
 Parameters in bfloat16 keep a float32 master copy, float32 moments and a float32 gradient sum in the optimiser: a
 bfloat16 weight alone would lose every update smaller than about 1/256 of it.
@@ -18,16 +18,15 @@ from coterie.config import OptimSpec
 from coterie.errors import CheckpointError
 
 
-class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), computed in float32.
+class Float32Optimizer(torch.optim.Optimizer):
+    """What optimisers here have in common: everything is computed in float32.
 
-    A parameter without a gradient is stepped with gradient zero: its moments fade and its decay applies, as for an
+    A parameter without a gradient is stepped with gradient zero: its averages fade and its decay applies, as for an
     expert that no token chose. So a parameter's course does not depend on which process holds it.
     """
 
-    def __init__(self, params: Iterable[Tensor], spec: OptimSpec) -> None:
-        defaults = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay}
-        super().__init__(params, defaults)
+    averages: tuple[str, ...] = ()
+    """Names of the running averages in a parameter's state."""
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -55,34 +54,22 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move every parameter once, by its group's ``lr``."""
-        assert closure is None
+        if closure is not None:
+            raise TypeError("gradients are handed over by `gradient`, not computed by a closure")
         self.gather()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.requires_grad]
             if not params:
                 continue
             states = [self._state(param) for param in params]
-            masters = [state.get("master", param) for state, param in zip(states, params, strict=True)]
-            adamw(
-                masters,
-                [self.gradient(param) for param in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-                # Torch's choice on a GPU, all parameters at once, holds a temporary as large as all of them.
-                foreach=False,
-            )
-            for param, master in zip(params, masters, strict=True):
-                if master is not param:
-                    param.copy_(master)
+            self._step_group(group, params, states)
+            for param, state in zip(params, states, strict=True):
+                if "master" in state:
+                    param.copy_(state["master"])
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Change the float32 weights of a group in place: masters in the states, else the parameters."""
+        raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -130,10 +117,10 @@ class AdamW(torch.optim.Optimizer):
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if "exp_avg" not in state:
+        if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+            for name in self.averages:
+                state[name] = torch.zeros_like(param, dtype=torch.float32)
             if param.dtype != torch.float32:
                 state["master"] = param.detach().to(torch.float32)
         return {part: value for part, value in state.items() if part != "gradient"}
@@ -143,9 +130,95 @@ class AdamW(torch.optim.Optimizer):
             yield from group["params"]
 
 
-def make_optimizer(params: Iterable[Tensor], spec: OptimSpec) -> AdamW:
+class AdamW(Float32Optimizer):
+    """Decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), computed in float32."""
+
+    averages = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, params: Iterable[Tensor], spec: OptimSpec) -> None:
+        defaults = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay}
+        super().__init__(params, defaults)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        adamw(
+            [state.get("master", param) for state, param in zip(states, params, strict=True)],
+            [self.gradient(param) for param in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            # Torch's choice on a GPU, all parameters at once, holds a temporary as large as all of them.
+            foreach=False,
+        )
+
+
+class CorrectedAdamW(Float32Optimizer):
+    """AdamW whose second moment is freed of the privacy noise's share (DP-AdamBC, arXiv:2312.14334).
+
+    Noise of variance s^2 on a gradient adds s^2 to the expectation of its square, which drowns what Adam is to tell
+    coordinates apart by. The divisor is ``sqrt(max(v - s^2, floor s^2)) + eps``. The noise's size is public, and what
+    is divided was released: it costs no privacy. Without noise, before `expect_noise`, it is AdamW.
+    """
+
+    averages = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, params: Iterable[Tensor], spec: OptimSpec) -> None:
+        defaults = {
+            "lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay,
+            "noise_floor": spec.noise_floor,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        self._noise: dict[Tensor, float] = {}
+
+    def expect_noise(self, std: Mapping[Tensor, float]) -> None:
+        """Standard deviation of the noise in each parameter's gradient, from the next step on."""
+        self._noise = dict(std)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        first, second = group["betas"]
+        for param, state in zip(params, states, strict=True):
+            gradient, master = self.gradient(param), state.get("master", param)
+            state["step"] += 1
+            count, variance = float(state["step"]), self._noise.get(param, 0.0) ** 2
+            mean = state["exp_avg"].lerp_(gradient, 1 - first)
+            square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            divisor = square.div(1 - second**count).sub_(variance).clamp_(min=group["noise_floor"] * variance)
+            master.mul_(1 - group["lr"] * group["weight_decay"])
+            master.addcdiv_(mean, divisor.sqrt_().add_(group["eps"]), value=-group["lr"] / (1 - first**count))
+
+
+class SGD(Float32Optimizer):
+    """Gradients added up with momentum, and decoupled weight decay: weights are a sum of what it was given."""
+
+    averages = ("momentum_buffer",)
+
+    def __init__(self, params: Iterable[Tensor], spec: OptimSpec) -> None:
+        super().__init__(params, {"lr": spec.lr, "momentum": spec.momentum, "weight_decay": spec.weight_decay})
+
+    @property
+    def momentum(self) -> float:
+        """Share of the last step that is added to the next."""
+        return float(self.param_groups[0]["momentum"])
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        for param, state in zip(params, states, strict=True):
+            state["step"] += 1
+            master = state.get("master", param)
+            buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(self.gradient(param))
+            master.mul_(1 - group["lr"] * group["weight_decay"]).sub_(buffer, alpha=group["lr"])
+
+
+def make_optimizer(params: Iterable[Tensor], spec: OptimSpec) -> Float32Optimizer:
     """The optimiser of a set of parameters. Set its rate each round with `set_lr`."""
-    return AdamW(params, spec)
+    kinds = {"adamw": AdamW, "adamw_corrected": CorrectedAdamW, "sgd": SGD}
+    return kinds[spec.kind](params, spec)
 
 
 def lr_at(round_no: int, spec: OptimSpec, rounds: int) -> float:

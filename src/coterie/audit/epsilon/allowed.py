@@ -91,7 +91,7 @@ def by_mechanism(spent: Iterable[tuple[Mechanism, int]]) -> Allowed:
     Args:
         spent: mechanisms, and how often each ran.
     """
-    runs: Sequence[tuple[Mechanism, int]] = [(mechanism, count) for mechanism, count in spent if count]
+    runs: Sequence[tuple[Mechanism, int]] = [each.for_one_unit(rounds) for each, rounds in spent if rounds]
     if any(mechanism.noise_multiplier <= 0 for mechanism, _ in runs):
         return Allowed(((0.0, 1.0),))
     total = distribution.identity(value_discretization_interval=_INTERVAL)

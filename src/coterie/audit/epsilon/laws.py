@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from coterie.audit.epsilon.rehearsal import Rehearsal
@@ -73,8 +74,56 @@ class Independent:
         return self.sigma * math.sqrt(math.fsum(squares)) * (1 + self.slack)
 
 
+@dataclass(frozen=True)
+class Banded:
+    """Noise of which every round takes back part of earlier rounds' noise (BandMF, arXiv:2306.08153).
+
+    What rounds are learnt from holds C^-1 Z: Z is fresh noise as in `Independent`, C the banded matrix of the
+    coefficients. C times the noise of rounds in a row, from the first on, has to be independent again.
+
+    Attributes:
+        fresh: the law of Z, whose standard deviations pay for rounding in every row of a column.
+        coefficients: the diagonals of C, from the main one down.
+    """
+
+    fresh: Independent
+    coefficients: tuple[float, ...]
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"Gaussian noise of {self.fresh.sigma:.4g} times what one record may add, of which each round takes back "
+            f"part of up to {len(self.coefficients) - 1} rounds before it"
+        )
+
+    @property
+    def slack(self) -> float:
+        return self.fresh.slack
+
+    def residuals(self, noises: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        mixed: list[dict[str, Tensor]] = []
+        for row in range(len(noises)):
+            past = [noises[row - back] for back in range(min(row + 1, len(self.coefficients)))]
+            weighed = list(zip(self.coefficients, past, strict=False))
+            mixed.append(
+                {name: torch.stack([c * noise[name].double() for c, noise in weighed]).sum(0) for name in noises[row]}
+            )
+        return self.fresh.residuals(mixed)
+
+    def contribution(self, difference: Mapping[str, Tensor]) -> float:
+        column = math.sqrt(math.fsum(each**2 for each in self.coefficients))
+        return column * self.fresh.contribution(difference)
+
+
+def law_of(claim: Claim, rehearsal: Rehearsal) -> NoiseLaw:
+    """The law that a claim names; of noise in bands by what the ledger says of them."""
+    if claim.mechanism.bands == 1:
+        return independent(claim, rehearsal)
+    return Banded(independent(claim, rehearsal), claim.bands)
+
+
 def independent(claim: Claim, rehearsal: Rehearsal) -> Independent:
-    """The law that a claim names: sum over released parts of (bound / standard deviation)^2 is 1 / sigma^2.
+    """Fresh noise of a claim: sum over released parts of (bound / standard deviation)^2 is 1 / sigma^2.
 
     Args:
         claim: its sigma and C.
@@ -83,14 +132,15 @@ def independent(claim: Claim, rehearsal: Rehearsal) -> Independent:
     engine, plan = rehearsal.engine, rehearsal.opened.plan
     sigma, values = claim.mechanism.noise_multiplier, {n: math.prod(shape) for n, shape in engine.shapes.items()}
     slack = engine.eta if claim.eta is None else claim.eta
-    on_grid = plan.isolation == "exact"
+    bands = claim.mechanism.bands
+    on_grid = plan.isolation == "exact" and bands == 1
     shares = {LOAD: plan.balance.load_share**2 if rehearsal.balance_bound else 0.0}
     shares[WITHIN] = plan.adaptive_share**2 if plan.adaptive_quantile is not None else 0.0
     rest = 1 - sum(shares.values())
 
     def std(bound: float, share: float, count: int) -> float:
         multiplier = sigma / math.sqrt(share)
-        rounding = 0.0 if on_grid else multiplier * math.sqrt(count) * (1 + 2**-10) / _GRID
+        rounding = 0.0 if on_grid else multiplier * math.sqrt(count * bands) * (1 + 2**-10) / _GRID
         return multiplier * bound / (1 - rounding)
 
     found: dict[str, float] = {}

@@ -20,11 +20,12 @@ from coterie.audit.epsilon import checks
 from coterie.audit.epsilon.canaries import Alternating, CanaryFamily, Ids, RandomIds, Repeated, ids_of, sequences
 from coterie.audit.epsilon.checks import Seen
 from coterie.audit.epsilon.findings import CONFIDENCE, ClaimVerdict, Premise
-from coterie.audit.epsilon.laws import NoiseLaw, independent
+from coterie.audit.epsilon.laws import NoiseLaw, law_of
 from coterie.audit.epsilon.rehearsal import Rehearsal
 from coterie.audit.epsilon.subject import Subject
 from coterie.dp.accounting.accountant import epsilon
 from coterie.dp.accounting.lots import Lot
+from coterie.dp.noise.bands import block_of
 from coterie.dp.plan import PrivacyPlan
 
 ROUNDS = 3
@@ -76,7 +77,7 @@ def measure(subject: Subject, *, seed: int | None = None, budget_s: float = 12.0
     began = time.monotonic()
     plan = replace(subject.plan, seed=seed)
     rehearsal = Rehearsal(subject.model, subject.data(), plan, subject.options)
-    law = independent(subject.claim, rehearsal)
+    law = law_of(subject.claim, rehearsal)
     chance = np.random.default_rng(rehearsal.opened.source.stream("probes").integer(64))
     contributions = list(_contributions(subject, plan, law, chance, began + 0.6 * budget_s))
     seconds = (time.monotonic() - began) / (len(contributions) * 2 * _EACH_KIND)
@@ -117,6 +118,8 @@ def _named(subject: Subject) -> Premise:
         f"{source[0].upper()}{source[1:]}: noise multiplier {claim.mechanism.noise_multiplier:.4g}, sampling rate "
         f"{claim.mechanism.sampling_rate:.4g}, {claim.rounds} rounds; that costs epsilon {spends:.4g}."
     )
+    if claim.mechanism.bands > 1:
+        sentence += f" Noise hangs together over {claim.mechanism.bands} rounds, and each record has every so many."
     if claim.seeded:
         sentence += " It took its randomness from a seed, and is not private."
     verdict = ClaimVerdict.ALARM if wrong else ClaimVerdict.CONSISTENT
@@ -130,9 +133,10 @@ def _noise(rehearsal: Rehearsal, law: NoiseLaw, most: int) -> list[_Look]:
     """Rounds with lots of at most so many records, the first with none."""
     noises = []
     computed = []
-    for number in range(1, ROUNDS + 1):
+    bands = rehearsal.opened.lots.bands
+    for number in range(1, max(ROUNDS, bands + 1) + 1):  # in bands, until every coefficient was used
         lot = rehearsal.draw(DRAWS + number)
-        count = 0 if number == 1 else min(most, len(lot))
+        count = min(most, len(lot)) if 1 < number <= ROUNDS else 0
         noises.append(rehearsal.round(number, Lot(number, lot.records[:count], lot.units[:count])).noise())
         computed.append(count)
     residuals = law.residuals(noises)
@@ -167,13 +171,17 @@ def _small(seen: Seen) -> str:
 def _lots(rehearsal: Rehearsal) -> list[_Look]:
     """Draw many lots, and compute none of them."""
     units, lots = rehearsal.data.units, rehearsal.opened.lots
-    draws = max(2, min(DRAWS, _MOST_DRAWN // units.count))
+    bands = lots.bands
+    draws = max(2, min(DRAWS, _MOST_DRAWN // units.count) // bands)  # of each block
     unit_of = np.arange(units.records)
     if units.order is not None and units.starts is not None:
         unit_of[units.order] = np.repeat(np.arange(units.count), np.diff(units.starts))
+    block, out_of_turn = block_of(units.count, bands), 0
     included = np.zeros((draws, units.count), bool)
-    for number in range(draws):
-        included[number, unit_of[rehearsal.draw(number + 1).records]] = True
+    for turn in range(draws * bands):
+        drawn = np.unique(unit_of[rehearsal.draw(turn + 1).records])
+        included[turn // bands, drawn] = True
+        out_of_turn += int(np.count_nonzero(block[drawn] != turn % bands))
     sentences = {
         "rate": ("a record's inclusion in lots", lots.rate, "Of {draws} lots, a record was in {value:.4f} of them; "
                  "claimed: {expected:.4f}."),
@@ -186,6 +194,10 @@ def _lots(rehearsal: Rehearsal) -> list[_Look]:
         name, expected, sentence = sentences[key]
         told = sentence.format(draws=draws, value=seen.value, expected=expected)
         looks.append(_Look(name, expected, seen, told))
+    if bands > 1:
+        seen = Seen(float(out_of_turn), 0.0, 0.0 if out_of_turn else 1.0)
+        told = f"Of {draws * bands} lots, {out_of_turn} records were drawn when it was not their block's turn."
+        looks.append(_Look("turns of blocks", 0.0, seen, told))
     return looks
 
 
@@ -206,7 +218,12 @@ def _contributions(
         [f"probe {number}" for number in range(len(probes) + _COMPANY) for _ in range(each)] if own else None,
     )  # fmt: skip
     alone = replace(
-        plan, lot_size=1, sampler="poisson", max_lot=None, noise_multiplier=subject.claim.mechanism.noise_multiplier
+        plan,
+        lot_size=1,
+        sampler="poisson",
+        max_lot=None,
+        bands=None,
+        noise_multiplier=subject.claim.mechanism.noise_multiplier,
     )
     rehearsal = Rehearsal(subject.model, subject.data(records), alone, subject.options)
     others = _lot(range(len(probes), len(probes) + _COMPANY), each)

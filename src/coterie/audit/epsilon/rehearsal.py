@@ -19,6 +19,7 @@ from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.accounting.spool import Release, Spool
 from coterie.dp.lot_sums import LotSums
+from coterie.dp.noise.past_noise import PastNoise
 from coterie.dp.noise.randomness import random_source
 from coterie.dp.open_run import OpenRun
 from coterie.dp.per_sample.engine import Engine
@@ -79,7 +80,7 @@ class Rehearsal:
         self._releases = _Kept()
         self.opened = OpenRun(
             "rehearsal", plan, options, data, lots, mechanism, ranks, SharedReleases(ranks, self._releases),
-            self._sums, source, "", (),
+            self._sums, source, "", (), None if plan.bands is None else PastNoise(plan.bands),
         )  # fmt: skip
 
     @property
@@ -141,18 +142,22 @@ class _Kept(Releases):
     def __init__(self) -> None:
         self.noised: Mapping[str, Tensor] = {}
         self.planned = 1 << 62
+        self._used = 0
         self.ledger = cast(Ledger, _Nowhere())
         self.run = "rehearsal"
         self.spool = cast(Spool, _NoSpool())
 
     @property
     def used(self) -> int:
-        return 0
+        """As in a run none of whose rounds was burned."""
+        return self._used
 
     def begin(self, round_number: int, pins: Mapping[str, str], draw: Callable[[int], Lot]) -> Pending | Release:
+        self._used = round_number - 1
         return Pending(round_number, 0, dict(pins), draw(0))
 
     def spooled(self, pending: Pending) -> Release | None:
+        self._used = pending.round - 1
         return None
 
     def published(self, round_number: int) -> Release | None:

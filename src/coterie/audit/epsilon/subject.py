@@ -14,6 +14,7 @@ from coterie.config.federation import party_privacy
 from coterie.dp.accounting.accountant import Mechanism, epsilon
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import FILE, Entry, default_root, ledger_folder
+from coterie.dp.noise.bands import bands_of
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.errors import AuditError, LedgerError
@@ -41,6 +42,7 @@ class Claim:
         eta: what a record's contribution may exceed C by, as a share of it, noise being calibrated to the sum.
         recorded: these numbers are those of the run's entry in the ledger; else its settings' alone.
         seeded: the run took its randomness from a seed, and is not private whatever its numbers are.
+        bands: coefficients of noise in bands; empty where rounds' noise is independent.
     """
 
     epsilon: float
@@ -51,6 +53,7 @@ class Claim:
     eta: float | None = None
     recorded: bool = False
     seeded: bool = False
+    bands: tuple[float, ...] = ()
 
     def spends(self) -> float:
         """Epsilon of the mechanism by the accountant, at the claim's delta."""
@@ -104,7 +107,7 @@ class Subject:
         privacy = config.privacy
         plan = PrivacyPlan.of_settings(
             privacy, prepared.model, config.train.rounds, lot_size=config.train.batch_size,
-            seed=config.train.seed if privacy.seeded else None,
+            seed=config.train.seed if privacy.seeded else None, momentum=config.optim.added_momentum,
         )  # fmt: skip
         root = privacy.ledger or default_root(config.run_dir)
         return cls._of(
@@ -175,13 +178,16 @@ class Subject:
         if entry is None:
             mechanism = plan.mechanism(plan.lots(units.units.count))
             claim = Claim(
-                budget.epsilon, budget.delta, mechanism, plan.rounds, plan.clip_norm, seeded=plan.seed is not None
-            )
+                budget.epsilon, budget.delta, mechanism, plan.rounds, plan.clip_norm, seeded=plan.seed is not None,
+                bands=() if plan.bands is None else plan.bands.coefficients,
+            )  # fmt: skip
         else:
             told = entry.get("budget", {"epsilon": budget.epsilon, "delta": budget.delta})
+            plan = replace(plan, bands=bands_of(entry))
             claim = Claim(
                 float(told["epsilon"]), float(told["delta"]), Mechanism.from_json(entry["mechanism"]),
                 int(entry["rounds"]), float(entry["clip_norm"]), float(entry["eta"]), True, bool(entry.get("seeded")),
+                tuple(entry.get("bands", ())),
             )  # fmt: skip
         # Randomness is the audit's own, so noise is found for the budget, as it is for a run that is private.
         own = claim.mechanism.noise_multiplier if claim.seeded else None

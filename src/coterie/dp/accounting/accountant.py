@@ -57,6 +57,8 @@ class Mechanism:
         sampler: how lots are drawn.
         units: N, records or users of the dataset.
         limit: largest lot of truncated Poisson sampling, in units.
+        bands: every unit is in one of so many blocks, which take turns, and joins with the sampling rate when it is
+            its block's turn (`coterie.dp.noise.bands`); 1: in every round.
     """
 
     noise_multiplier: float
@@ -64,6 +66,11 @@ class Mechanism:
     sampler: Sampler = "poisson"
     units: int | None = None
     limit: int | None = None
+    bands: int = 1
+
+    def for_one_unit(self, rounds: int) -> tuple[Mechanism, int]:
+        """What so many rounds of one run are for one unit: this mechanism without blocks, and its block's turns."""
+        return replace(self, bands=1), -(-rounds // self.bands)
 
     def event(self) -> dp_accounting.DpEvent:
         """The event that dp-accounting composes."""
@@ -77,7 +84,11 @@ class Mechanism:
         return dp_accounting.PoissonSampledDpEvent(self.sampling_rate, gaussian)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON values. Of blocks only where there are some: what came before them would refuse the word."""
+        values = asdict(self)
+        if self.bands == 1:
+            del values["bands"]
+        return values
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Mechanism:
@@ -96,7 +107,7 @@ def check_mechanism(data: Mapping[str, Any], where: str) -> None:
 
 
 def epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, accountant: Accountant = "pld") -> float:
-    """Epsilon at ``delta`` of everything in ``spent`` together: pairs of a mechanism and how often it ran.
+    """Epsilon at ``delta`` of everything in ``spent`` together: pairs of a mechanism and how often a run ran it.
 
     Below a delta of `PLD_FLOOR` the answer is the Renyi one, whichever was asked for.
 
@@ -110,7 +121,7 @@ def epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, accountant: Ac
     Cost: 0.1 s to a few seconds; results are kept, so asking again is free.
     """
     counts: dict[Mechanism, int] = {}
-    for mechanism, count in spent:
+    for mechanism, count in (each.for_one_unit(rounds) for each, rounds in spent):
         counts[mechanism] = counts.get(mechanism, 0) + count
     key = tuple(sorted(((m, c) for m, c in counts.items() if c), key=repr))
     return _epsilon(key, delta, accountant) if key else 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from dp_accounting.pld import pld_pmf
@@ -40,12 +40,25 @@ class Share:
         size: how many of the run's own units go when that unit goes; above `LARGEST_GROUP`: no bound.
         replaced: they do not go, other contributions take their place: a record that is taken out of its user's text
             moves the sum by up to two clip norms.
+        apart: the group's units may be in different blocks (`Mechanism.bands`), so that what they move overlaps.
     """
 
     mechanism: Mechanism
     count: int
     size: float = 1
     replaced: bool = False
+    apart: bool = False
+
+    def of_one_unit(self) -> Share:
+        """The same in turns that one unit has; see `Mechanism.for_one_unit`."""
+        mechanism, turns = self.mechanism.for_one_unit(self.count)
+        apart = self.apart or (self.mechanism.bands > 1 and self.size > 1)
+        return replace(self, mechanism=mechanism, count=turns, apart=apart)
+
+    @property
+    def loose(self) -> bool:
+        """Whether only the general bound of group privacy is known."""
+        return self.size > 1 and (self.apart or self.mechanism.sampler != "poisson")
 
 
 def group_epsilon(spent: Iterable[tuple[Mechanism, int]], delta: float, size: int) -> float:
@@ -64,13 +77,13 @@ def joint_epsilon(shares: Iterable[Share], delta: float, accountant: Accountant 
 
     How many members of a group join a lot is binomial, so a round is a mixture of Gaussians whose means are that
     number of clip norms (Ganesh 2024, arXiv:2401.10294): for Poisson sampling this is tight, and composes. For what
-    is replaced see `_replaced_round`. Where neither applies (truncated sampling, Renyi, a delta below `PLD_FLOOR`)
-    the general bounds of group privacy stand in, which are loose.
+    is replaced see `_replaced_round`. Where neither applies (truncated sampling, groups over several blocks, Renyi, a
+    delta below `PLD_FLOOR`) the general bounds of group privacy stand in, which are loose.
 
     Returns:
         Infinity where the bound says nothing.
     """
-    held = [share for share in shares if share.count]
+    held = [share.of_one_unit() for share in shares if share.count]
     if any(share.size > LARGEST_GROUP for share in held):
         return math.inf
     plain = all(share.size == 1 and not share.replaced for share in held)
@@ -78,8 +91,8 @@ def joint_epsilon(shares: Iterable[Share], delta: float, accountant: Accountant 
         return epsilon([(share.mechanism, share.count) for share in held], delta, accountant)
     if any(_move(share) > (_LARGEST_REPLACED if share.replaced else _LARGEST_MOVE) for share in held):
         return math.inf  # it would be above a thousand, on a grid that takes long
-    truncated = any(share.mechanism.sampler != "poisson" and (share.size > 1 or share.replaced) for share in held)
-    if truncated or accountant == "rdp" or delta < PLD_FLOOR:
+    general = any(share.loose or (share.mechanism.sampler != "poisson" and share.replaced) for share in held)
+    if general or accountant == "rdp" or delta < PLD_FLOOR:
         return _by_steps(held, delta, accountant)
     return _composed(tuple(sorted(held, key=repr)), delta)
 
@@ -179,7 +192,7 @@ def _by_steps(shares: Sequence[Share], delta: float, accountant: Accountant) -> 
 
 def _leaving(shares: Sequence[Share], delta: float, accountant: Accountant) -> float:
     """Epsilon where every share's units go."""
-    loose = [share for share in shares if share.size > 1 and share.mechanism.sampler != "poisson"]
+    loose = [share for share in shares if share.loose]
     rest = [share for share in shares if share not in loose]
     part = delta / (len(loose) + bool(rest))
     total = sum(_general([(s.mechanism, s.count)], part, int(s.size)) for s in loose)

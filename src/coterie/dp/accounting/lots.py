@@ -17,6 +17,7 @@ import numpy as np
 
 from coterie.dp.accounting.accountant import Mechanism, Sampler
 from coterie.dp.accounting.users import user_ids
+from coterie.dp.noise.bands import block_of
 from coterie.dp.noise.randomness import RandomSource
 from coterie.dp.numbers import checked_number
 from coterie.errors import BudgetError, DataError, PrivacyError
@@ -86,15 +87,19 @@ class LotPlan:
         lot_size: N q, the lot size that noisy sums are divided by.
         sampler: poisson, or truncated_poisson with ``max_lot``.
         max_lot: largest lot in units.
+        bands: blocks of units, which take turns (`coterie.dp.noise.bands`); 1: every lot is drawn from all units.
     """
 
     units: int
     lot_size: int
     sampler: Sampler = "poisson"
     max_lot: int | None = None
+    bands: int = 1
 
     @classmethod
-    def of(cls, units: int, lot_size: int, sampler: Sampler = "poisson", max_lot: int | None = None) -> LotPlan:
+    def of(
+        cls, units: int, lot_size: int, sampler: Sampler = "poisson", max_lot: int | None = None, bands: int = 1
+    ) -> LotPlan:
         """Check the numbers, and choose the limit of truncated sampling where none is given.
 
         Raises:
@@ -108,6 +113,13 @@ class LotPlan:
                 code="dp-lot-size",
                 why="each unit joins a lot with probability lot size / N, which cannot exceed 1",
                 fix=f"choose a lot size of at most {units}",
+            )
+        if lot_size * bands > units:
+            raise BudgetError(
+                f"a lot of {lot_size} is larger than one of {bands} blocks of the data ({units} in all).",
+                code="dp-lot-size",
+                why="with noise in bands each lot comes from one block, whose units join with a chance of at most 1",
+                fix=f"choose `noise_bands` of at most {units // lot_size}, or a lot of at most {units // bands}",
             )
         if sampler == "truncated_poisson":
             if max_lot is None:
@@ -126,17 +138,18 @@ class LotPlan:
                 why="a cut lot is another mechanism with another privacy cost",
                 fix="set the sampler to truncated_poisson",
             )
-        return cls(units, lot_size, sampler, max_lot)
+        return cls(units, lot_size, sampler, max_lot, bands)
 
     @property
     def rate(self) -> float:
-        return self.lot_size / self.units
+        """The chance with which a unit joins a lot; where there are blocks, one of its own block."""
+        return self.lot_size / self.units if self.bands == 1 else self.lot_size * self.bands / self.units
 
     def mechanism(self, noise_multiplier: float) -> Mechanism:
         """What the accountant composes for one round. N enters it for truncated sampling only."""
         if self.sampler == "truncated_poisson":
             return Mechanism(noise_multiplier, self.rate, self.sampler, self.units, self.max_lot)
-        return Mechanism(noise_multiplier, self.rate)
+        return Mechanism(noise_multiplier, self.rate, bands=self.bands)
 
 
 @dataclass(frozen=True)
@@ -204,7 +217,7 @@ def _need_records(records: int) -> None:
         )
 
 
-def draw_lot(round_no: int, lots: LotPlan, units: Units, source: RandomSource, draw: int = 0) -> Lot:
+def draw_lot(round_no: int, lots: LotPlan, units: Units, source: RandomSource, draw: int = 0, slot: int = 0) -> Lot:
     """Draw the lot of one round.
 
     Each unit joins with probability floor(q 2^64) / 2^64, never above q. A truncated lot is a uniformly random subset
@@ -216,6 +229,7 @@ def draw_lot(round_no: int, lots: LotPlan, units: Units, source: RandomSource, d
         units: which records belong together.
         source: secret for private runs.
         draw: how many lots were drawn for this round before (see `coterie.dp.accounting.releases`).
+        slot: releases of the run before this one, burned ones included: it says which block's turn it is.
 
     Cost: 8 random bytes for each unit of the dataset, about 2 ns.
     """
@@ -231,6 +245,8 @@ def draw_lot(round_no: int, lots: LotPlan, units: Units, source: RandomSource, d
         chosen = np.arange(units.count)
     else:
         chosen = np.flatnonzero(stream.uint64(units.count) < np.uint64(math.floor(lots.rate * 2**64)))
+    if lots.bands > 1:
+        chosen = chosen[block_of(units.count, lots.bands)[chosen] == slot % lots.bands]
     if lots.max_lot is not None and chosen.shape[0] > lots.max_lot:
         keys = stream.uint64(chosen.shape[0])
         chosen = np.sort(chosen[np.argsort(keys)[: lots.max_lot]])

@@ -29,7 +29,7 @@ UNCHECKED = (
 )
 
 
-_UNSAID = {"pooled": None}
+_UNSAID = {"pooled": None, "bands": None}
 """What an entry does not speak of where it is so."""
 
 
@@ -57,6 +57,7 @@ class RunStart(NamedTuple):
             "isolation": plan.isolation,
             "half_precision": plan.half_precision,
             **({} if plan.pooled is None else {"pooled": plan.pooled.to_json()}),
+            **({} if plan.bands is None else {"bands": plan.bands.to_json()}),
         }
 
     def open(

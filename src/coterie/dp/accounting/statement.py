@@ -45,6 +45,8 @@ class Statement:
         private: False for a seeded run: then none of the numbers is a promise.
         pooled: whose noise lies in all that others see of this party; None: its own alone, whole.
         against: where it is several parties', (k, spent) against any k of the others who pool what they know.
+        bands: over how many rounds noise hangs together (`coterie.dp.noise.bands`); the sampling rate is then that of
+            a unit in its block's turn. 1: noise is independent.
     """
 
     unit: str
@@ -75,6 +77,7 @@ class Statement:
     revealed: tuple[str, ...] = ()
     pooled: PooledNoise | None = None
     against: tuple[tuple[int, Spent], ...] = ()
+    bands: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; infinite epsilons become None."""
@@ -89,6 +92,8 @@ class Statement:
         sampling = f"{self.sampler.replace('_', ' ')} sampling at rate {self.sampling_rate:.5g}"
         if self.limit is not None:
             sampling += f", lots of at most {self.limit}"
+        if self.bands > 1:
+            sampling += f" in every {self.bands}th round, the turn of the unit's block"
         lines = ["PRIVACY STATEMENT"]
         if not self.private:
             lines += [
@@ -107,6 +112,7 @@ class Statement:
             f"  mechanism        discrete Gaussian, noise multiplier {self.noise_multiplier:.4f}, clip norm "
             f"{self.clip_norm:g}{self._clipping()}, isolation {self.isolation}; {sampling}; "
             f"N = {self.units} {self.unit}s, which is public",
+            *self._bands(),
         ]
         grown = [f"{size} copies epsilon {_shown(eps)}" for size, eps in self.copies]
         if grown:
@@ -156,6 +162,16 @@ class Statement:
             who = "all others" if others == pooled.parties - 1 else f"any {others} of them"
             lines.append(f"  if more collude  {spent}, if {who} pool what they know")
         return lines
+
+    def _bands(self) -> list[str]:
+        """How noise hangs together, where it does."""
+        if self.bands == 1:
+            return []
+        return [
+            f"  noise in bands   each round's noise takes back part of the noise of up to {self.bands - 1} rounds "
+            f"before it (BandMF, columns of norm 1). {self.unit.capitalize()}s are in {self.bands} blocks, by their "
+            "numbers alone, and each block has its turn; groups may be in several, so their figures are looser"
+        ]
 
     def _record(self) -> str:
         facts = ", ".join(f"{name} {value}" for name, value in sorted(self.record.items()))
@@ -236,6 +252,7 @@ def make_statement(
         private=private,
         pooled=pooled,
         against=tuple(_against(mechanism, pooled, rounds, budget.delta)),
+        bands=mechanism.bands,
         ledger=ledger.public_name(),
         run=run,
     )

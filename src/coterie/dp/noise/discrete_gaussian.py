@@ -400,6 +400,22 @@ class Slabs:
         """The sums in some slabs, before noise, as views, one for each piece of a tensor."""
         return [torch.from_numpy(each.value) for number in numbers for each in self._slabs[number]]
 
+    def in_steps(self, numbers: range) -> list[np.ndarray]:
+        """The sums in some slabs, before noise, as float64 copies in steps of the grid, one for each piece."""
+        pieces = (each for number in numbers for each in self._slabs[number])
+        return [each.value.astype(np.float64) / each.step for each in pieces]
+
+    def replace(self, numbers: range, steps: list[np.ndarray]) -> None:
+        """Other sums in place of those of some slabs: float64, in steps of the grid, in the order of `in_steps`."""
+        values = iter(steps)
+        for number in numbers:
+            self._slabs[number] = [each._replace(value=next(values), step=1.0) for each in self._slabs[number]]
+
+    def released_steps(self, numbers: range, divisor: float) -> list[np.ndarray]:
+        """What stands in the targets of some slabs, times what it was divided by, as `in_steps`."""
+        pieces = (each for number in numbers for each in self._slabs[number])
+        return [each.target.astype(np.float64) * (divisor / each.unit) for each in pieces]
+
     def targets(self, numbers: range) -> list[Tensor]:
         """Where the noised sums of some slabs go, as views, in the same order."""
         return [torch.from_numpy(each.target) for number in numbers for each in self._slabs[number]]

@@ -63,9 +63,13 @@ class RoundNoise:
         check_joint(noise_multiplier, {name: (part.bound, std[name]) for name, part in parts.items()})
         return cls(std, part_of)
 
+    def std_of(self, name: str) -> float:
+        """The noise standard deviation of a released tensor."""
+        return self.std[self.part_of(name)]
+
     def step(self, name: str) -> float:
         """The step of the grid that a released tensor lies on."""
-        return self.std[self.part_of(name)] / GRID_SIGMA
+        return self.std_of(name) / GRID_SIGMA
 
     def cut(self, sums: Mapping[str, Tensor], *, as_integers: bool = False) -> Slabs:
         """The sums in slabs, to be noised by `Slabs.add_noise`, over ``sums`` where possible; or as integers."""

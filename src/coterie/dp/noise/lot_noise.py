@@ -36,6 +36,8 @@ class LotNoise:
             rounded: how many values of each sum are rounded to the grid after they were added up.
         """
         engine, group_of = self._engine, self._engine.group_of
+        if self._plan.bands is not None:  # a unit's part is rounded in every round that it stands in
+            rounded = {name: count * self._plan.bands.count for name, count in rounded.items()}
         extra = self._extra(rounded)
         rest = 1 - sum(part.share for part in extra.values())
         gradients = {name: count for name, count in rounded.items() if name not in extra}

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, PrivacyRules
 from coterie.config.privacy import RELEASED_LOADS
+from coterie.dp.noise.bands import NoiseBands
 from coterie.dp.noise.joint_noise import LOAD
 from coterie.federation.experts.host import ExpertsHostLimits
 from coterie.federation.tokens.host import TokensHostLimits
@@ -48,7 +49,11 @@ def noised_limits(
     deviations of the largest noise. An honest value lies beyond it less than once in 10^30."""
     expected = federation.largest_lot
     lot = rules.max_lot or expected + _DEVIATIONS * (math.sqrt(expected) + 1)
-    noise_multiplier = largest_noise(federation)
+    bands = NoiseBands.of(rules.noise_bands, federation.train.rounds, federation.optim.added_momentum)
+    # Noise that takes back earlier noise is larger in every single round.
+    noise_multiplier = largest_noise(federation) * (
+        1.0 if bands is None else bands.step_noise(federation.train.rounds)
+    )
     share = rules.load_share if rules.balance in RELEASED_LOADS else 0.0
     load_bound = math.sqrt(len(seam.expert_layers(model)))
     gradients = _ROUNDING * rules.clip_norm * (lot + _DEVIATIONS * noise_multiplier / math.sqrt(1 - share**2))

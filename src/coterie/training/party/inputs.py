@@ -49,6 +49,7 @@ class PrivacyInputs:
         largest_noise: noise multiplier beyond which hosts take this party's sums for nonsense.
         record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
         originals: the documents behind the records; None: the records themselves.
+        momentum: with which optimisers add up rounds, for noise in bands.
     """
 
     spec: PrivacySpec
@@ -65,6 +66,7 @@ class PrivacyInputs:
     largest_noise: float = math.inf
     record: Mapping[str, Any] = field(default_factory=dict)
     originals: Originals | None = None
+    momentum: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def party_plan(privacy: PrivacyInputs, model: nn.Module) -> PrivacyPlan:
     return PrivacyPlan.of_settings(
         privacy.spec, model, privacy.rounds, seed=privacy.seed, against_hosts=True,
         noise_multiplier=privacy.noise_multiplier, agreed_noise=privacy.agreed_noise, pooled=privacy.pooled,
+        momentum=privacy.momentum,
     )  # fmt: skip
 
 

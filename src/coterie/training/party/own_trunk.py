@@ -11,7 +11,7 @@ from coterie.errors import CheckpointError
 from coterie.models import seam
 from coterie.training.data.packing import Batch, RoundOrder
 from coterie.training.loop import finish_round, loss_sum, to_device
-from coterie.training.optim import AdamW, make_optimizer
+from coterie.training.optim import Float32Optimizer, make_optimizer
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_parameters, trunk_tensors
 from coterie.training.planning.measured import model_state_bytes
 
@@ -31,7 +31,7 @@ class OwnTrunk:
     """
 
     parameters: dict[str, nn.Parameter]
-    optimizer: AdamW
+    optimizer: Float32Optimizer
 
     def __init__(
         self, inputs: PartyInputs, weights: Weights, shared: Collection[str] = (), *, on_host: bool = False
@@ -51,7 +51,7 @@ class OwnTrunk:
         self.optimizer = self.make_optimizer((self.parameters or trunk_parameters(self.inputs.model)).values())
         self.inputs.model.train()
 
-    def make_optimizer(self, params: Collection[Tensor]) -> AdamW:
+    def make_optimizer(self, params: Collection[Tensor]) -> Float32Optimizer:
         """Of any parameters of this federation."""
         return make_optimizer(params, self.inputs.federation.optim)
 

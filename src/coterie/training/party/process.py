@@ -226,6 +226,7 @@ def _privacy_inputs(
         pooled=PooledNoise(len(federation.parties), federation.colluding) if summed else None,
         largest_lot=federation.largest_lot,
         largest_noise=party_noise_limit(federation),
+        momentum=federation.optim.added_momentum,
     )
 
 

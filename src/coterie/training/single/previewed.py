@@ -16,6 +16,7 @@ from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.planning.closed_form import Shape
 from coterie.training.planning.forecast import Choice, Forecast, choices, forecast
+from coterie.training.planning.noise_bands import BandsChoice, bands_choices
 from coterie.training.provenance import originals
 from coterie.training.single.setup import check_fit, with_vocabulary
 
@@ -31,6 +32,7 @@ class Preview:
         rounds: planned.
         privacy: what it will spend; None without a budget.
         choices: what other lots and budgets would mean.
+        bands: what noise in bands would.
     """
 
     parameters: int
@@ -41,6 +43,7 @@ class Preview:
     rounds: int
     privacy: Forecast | None
     choices: tuple[Choice, ...] = ()
+    bands: tuple[BandsChoice, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -53,7 +56,7 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
 
     Args:
         config: the settings.
-        others: with `Preview.choices`, which take some seconds.
+        others: with `Preview.choices` and `Preview.bands`, which take some seconds.
 
     Raises:
         ConfigError, DataError, ModelError, BudgetError: as a run would.
@@ -69,14 +72,16 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     experts = sum(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
     whole = sum(param.numel() for param in model.parameters())
     shape = Shape(whole - experts, experts, 1, 1, compute_bytes=torch_dtype(config.model).itemsize)
-    spending, other = None, []
+    spending, other, bands = None, list[Choice](), list[BandsChoice]()
     if spec is not None:
         plan = plan_of(config, spec, model)
         spending = forecast_of(config, spec, plan, documents, records)
-        other = choices(plan, spending.units) if others else []
+        if others:
+            other = choices(plan, spending.units)
+            bands = bands_choices(plan, spending.units, config.optim.momentum)
     return Preview(
         whole, shape.expert_share, whole * shape.trained_bytes, len(records), records.predicted_tokens,
-        config.train.rounds, spending, tuple(other),
+        config.train.rounds, spending, tuple(other), tuple(bands),
     )  # fmt: skip
 
 
@@ -96,5 +101,5 @@ def plan_of(config: TrainConfig, spec: PrivacySpec, model: nn.Module) -> Privacy
     """The plan of a run's settings with this `privacy` block."""
     return PrivacyPlan.of_settings(
         spec, model, config.train.rounds, lot_size=config.train.batch_size,
-        seed=config.train.seed if spec.seeded else None,
+        seed=config.train.seed if spec.seeded else None, momentum=config.optim.added_momentum,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from coterie.dp.setup import start_session
 from coterie.models.split.trainings import Training
 from coterie.ranks.ranks import Ranks
 from coterie.training.data.documents import Documents
-from coterie.training.optim import AdamW, lr_at, make_optimizer
+from coterie.training.optim import Float32Optimizer, lr_at, make_optimizer
 from coterie.training.planning.forecast import Announce
 from coterie.training.provenance import artefacts, originals, record_facts
 from coterie.training.single.prepared import Prepared
@@ -111,7 +111,7 @@ class PrivateStepper:
 
 
 def _begun(
-    prepared: Prepared, documents: Documents, optimizer: AdamW, plan: PrivacyPlan, ranks: Ranks | None
+    prepared: Prepared, documents: Documents, optimizer: Float32Optimizer, plan: PrivacyPlan, ranks: Ranks | None
 ) -> PrivateSession:
     config, privacy = prepared.config, _privacy(prepared.config)
     data = PrivateData.of(
@@ -126,7 +126,7 @@ def _begun(
 
 
 def _resumed(
-    prepared: Prepared, documents: Documents, optimizer: AdamW, saved: Path, ranks: Ranks | None
+    prepared: Prepared, documents: Documents, optimizer: Float32Optimizer, saved: Path, ranks: Ranks | None
 ) -> PrivateSession:
     config = prepared.config
     return PrivateSession.resume(

@@ -16,7 +16,7 @@ from coterie.dp.accounting.statement import Statement
 from coterie.models.split.trainings import Training
 from coterie.training.data.packing import RoundOrder
 from coterie.training.loop import train_round
-from coterie.training.optim import AdamW, lr_at, make_optimizer
+from coterie.training.optim import Float32Optimizer, lr_at, make_optimizer
 from coterie.training.seeds import derived_seed
 from coterie.training.single.prepared import Prepared
 
@@ -43,7 +43,7 @@ class Stepper(Protocol):
     """The rounds of one run: plain, or within a privacy budget."""
 
     @property
-    def optimizer(self) -> AdamW: ...
+    def optimizer(self) -> Float32Optimizer: ...
 
     @property
     def round(self) -> int:
