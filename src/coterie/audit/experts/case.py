@@ -119,7 +119,13 @@ class Case:
 
     def parties_in(self, adversary: Adversary) -> int:
         """How many parties' records are in every sum that an adversary opens: one, where pushes are not masked."""
-        return summed_parties(self._together(adversary))
+        return len(summed_parties(self._together(adversary), self.evidence.owner))
+
+    def expected_records(self, adversary: Adversary) -> float:
+        """Expected records in a private sum that an adversary opens, of all parties that are in it."""
+        others = summed_parties(self._together(adversary), self.evidence.owner)
+        own = min(self.federation.lot_of(self.evidence.owner), max(len(self.train), 1))
+        return own + sum(self.federation.lot_of(party) for party in others if party != self.evidence.owner)
 
     def rounds(self) -> list[int]:
         """Rounds of which every adversary opens sums."""

@@ -23,10 +23,13 @@ _Place = tuple[int, int, int]
 """Round, attempt, number of a part."""
 
 
-def summed_parties(transcripts: Iterable[Transcript]) -> int:
-    """How many parties' pushes are in every sum that those who recorded these open together."""
+def summed_parties(transcripts: Iterable[Transcript], owner: str) -> tuple[str, ...]:
+    """Whose pushes are in every sum of ``owner``'s that those who recorded these open together."""
     some = list(transcripts)
-    return len(some[0].parties) - len(some) if some and some[0].masked else 1
+    if not some or not some[0].masked:
+        return (owner,)
+    together = {transcript.party for transcript in some}
+    return tuple(party for party in some[0].parties if party not in together)
 
 
 def open_together(transcripts: Iterable[Transcript], owner: str) -> Iterator[ReceivedPush]:

@@ -35,7 +35,7 @@ def rate_of(case: Case) -> float:
 
 def metric_of(case: Case, adversary: Adversary, reader: Reader, opened: Opened) -> Metric:
     """How one round's sums scatter over lots, of all parties that are in what the adversary opens."""
-    lot = rate_of(case) * len(case.train) * case.parties_in(adversary)
+    lot = case.expected_records(adversary)
     if reader is case.reader:
         return case.clipped_metric.sized(lot, opened.noise)
     return Metric(reader, case.shown, lot, opened.noise, case.shown_factors)
