@@ -62,9 +62,9 @@ def command(
             fix="coterie plan federation.yaml, or coterie plan --preset OLMoE-1B-7B --parties 3",
         )
     if settings is not None and names_setting(settings, "data"):  # one party's training; a federation names no text
-        from coterie.cli.training_progress import show_plan
+        from coterie.cli.training_progress import settled_lot, show_plan
 
-        show_plan(load_yaml(settings, TrainConfig), json_file, others=True)
+        show_plan(settled_lot(load_yaml(settings, TrainConfig)), json_file, others=True)
         return
     federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
     plan = make_plan(federation, numbers_of(records or ()))

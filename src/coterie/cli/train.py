@@ -36,7 +36,10 @@ def command(
     from coterie.config import TrainConfig, load_yaml
 
     config = load_yaml(settings, TrainConfig)
-    from coterie.cli.training_progress import announce, shared, show_plan, shown
+    from coterie.cli.training_progress import announce, settled_lot, shared, show_plan, shown
+
+    if has_terminal():
+        config = settled_lot(config)
 
     if dry_run:
         if has_terminal():

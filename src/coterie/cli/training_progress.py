@@ -17,6 +17,7 @@ from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
 from coterie.training.planning.forecast import Forecast
 from coterie.training.planning.noise_bands import advice
+from coterie.training.single import auto_lot
 from coterie.training.single.previewed import preview
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
@@ -42,6 +43,18 @@ def announce(figures: Forecast) -> None:
     """Say what a private run will cost."""
     for line in figures.lines():
         say(line)
+
+
+def settled_lot(config: TrainConfig) -> TrainConfig:
+    """The settings with numbers in place of `lot_size: auto`; says which and why."""
+    if not auto_lot.asked(config):
+        return config
+    found, why = auto_lot.settled(config)
+    columns = ("lot", "rounds", "noise multiplier", "noise of their average", "hours")
+    table(columns, [astuple(each) for each in why.tried], title="within the time, and the budget:")
+    for line in why.lines():
+        say(line)
+    return found
 
 
 def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = False) -> None:

@@ -254,6 +254,11 @@ class FederationConfig(Spec):
             )
 
     def _check_lots(self) -> None:
+        if isinstance(self.privacy, PrivacyRules) and self.privacy.lot_size == "auto":
+            raise ValueError(
+                "`privacy.lot_size: auto` is for train.yaml: in a federation all divide by numbers that were agreed "
+                "on, so let `coterie plan --records` propose them"
+            )
         if self.lot_sizes is None:
             return
         if not isinstance(self.privacy, PrivacyRules):
@@ -296,7 +301,7 @@ class FederationConfig(Spec):
         if self.lot_sizes is not None:
             return self.lot_sizes[party]
         agreed = self.privacy.lot_size if isinstance(self.privacy, PrivacyRules) else None
-        return agreed or self.train.batch_size
+        return agreed if isinstance(agreed, int) else self.train.batch_size
 
     @property
     def largest_lot(self) -> int:

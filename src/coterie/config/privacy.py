@@ -32,9 +32,10 @@ class PrivacyRules(Spec):
         "another adds, whatever weights are served. `fast`: up to rounding. Absent: `exact` in a federation and for "
         "models in half precision, else `fast`.",
     )
-    lot_size: Count | None = Field(
+    lot_size: Count | Literal["auto"] | None = Field(
         default=None,
-        description="Expected records per round; absent: `train.batch_size`. Real lots vary around it.",
+        description="Expected records per round; absent: `train.batch_size`. Real lots vary around it. `auto`, in "
+        "train.yaml: lot and rounds are chosen for the budget, up to `train.rounds` and within `compute_hours`.",
     )
     sampler: Literal["poisson", "truncated_poisson"] = Field(
         default="poisson", description="How a round's records are drawn; truncated never draws more than `max_lot`."
@@ -77,7 +78,9 @@ class PrivacyRules(Spec):
     def _lot_fits_sampler(self) -> PrivacyRules:
         if (self.sampler == "truncated_poisson") != (self.max_lot is not None):
             raise ValueError("`max_lot` and `sampler: truncated_poisson` belong together: set both or neither")
-        if self.max_lot is not None and self.lot_size is not None and self.max_lot < self.lot_size:
+        if self.lot_size == "auto" and self.max_lot is not None:
+            raise ValueError("`max_lot` needs a number in `lot_size`: with `auto` it is not known yet")
+        if self.max_lot is not None and isinstance(self.lot_size, int) and self.max_lot < self.lot_size:
             raise ValueError(f"`max_lot` {self.max_lot} is below `lot_size` {self.lot_size}")
         return self
 
@@ -104,6 +107,9 @@ class LocalPrivacy(Spec):
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
 
+    compute_hours: Positive = Field(
+        default=1.0, description="For `lot_size: auto`: hours that all rounds together may compute on this machine."
+    )
     adaptive_quantile: Fraction | None = Field(
         default=None, description="Adapt the clip norms so that this share of units stays unclipped."
     )

@@ -133,6 +133,13 @@ class PrivacyPlan:
             pooled: see the attribute.
             momentum: of the optimizer, for the coefficients of noise in bands.
         """
+        if spec.lot_size == "auto":
+            raise BudgetError(
+                "`lot_size: auto` is still to be chosen.",
+                code="dp-lot-auto",
+                why="lots and noise follow from a number",
+                fix="start from train.yaml with `coterie train`, or write what `coterie plan train.yaml` chooses",
+            )
         half = computes_in_half(model)
         return cls(
             Budget(spec.epsilon, spec.delta),
