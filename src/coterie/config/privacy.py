@@ -107,6 +107,8 @@ class LocalPrivacy(Spec):
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
 
+    later_keys = frozenset({"compute_hours"})
+
     compute_hours: Positive = Field(
         default=1.0, description="For `lot_size: auto`: hours that all rounds together may compute on this machine."
     )
