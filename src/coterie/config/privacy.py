@@ -80,6 +80,8 @@ class PrivacyRules(Spec):
             raise ValueError("`max_lot` and `sampler: truncated_poisson` belong together: set both or neither")
         if self.lot_size == "auto" and self.max_lot is not None:
             raise ValueError("`max_lot` needs a number in `lot_size`: with `auto` it is not known yet")
+        if self.lot_size == "auto" and self.noise_bands > 1:
+            raise ValueError("`noise_bands` needs a number in `lot_size`: `auto` compares lots without bands")
         if self.max_lot is not None and isinstance(self.lot_size, int) and self.max_lot < self.lot_size:
             raise ValueError(f"`max_lot` {self.max_lot} is below `lot_size` {self.lot_size}")
         return self
@@ -107,7 +109,7 @@ class LocalPrivacy(Spec):
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
 
-    later_keys = frozenset({"compute_hours"})
+    later_keys = PrivacyRules.later_keys | {"compute_hours"}
 
     compute_hours: Positive = Field(
         default=1.0, description="For `lot_size: auto`: hours that all rounds together may compute on this machine."

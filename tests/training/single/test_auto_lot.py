@@ -146,3 +146,5 @@ def test_where_auto_cannot_be_it_says_so(tmp_path: Path) -> None:
         private_settings(privacy__lot_size="auto")
     with pytest.raises(ValueError, match="`max_lot` needs a number"):
         config(tmp_path, sampler="truncated_poisson", max_lot=20)
+    with pytest.raises(ValueError, match="`noise_bands` needs a number"):
+        config(tmp_path, noise_bands=4)
