@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coterie.checkpoints import load_model_tensors
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, TrainConfig, TrainSpec, load_yaml
 from coterie.errors import CheckpointError, DataError
+from coterie.models.zoo.build import build_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.evaluate import Evaluation, evaluate
@@ -18,7 +19,7 @@ from coterie.training.folders import private_folder
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 from coterie.training.party.whole_model import MODEL, model_folder
 from coterie.training.single.prepared import checkpoints_of, read_run
-from coterie.training.single.setup import build_for
+from coterie.training.single.setup import build_for, pick_device
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,20 @@ def load_trained(run_dir: Path) -> TrainedRun:
     model = build_for(config, tokenizer)
     load_model_tensors(model, newest.load("weights"))
     return TrainedRun(config, tokenizer, model.eval(), newest.round)
+
+
+def load_model_of(place: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a run, or of an exported checkpoint, in eval mode; on the GPU where there is one.
+
+    Raises:
+        CheckpointError: no run and no checkpoint is here, or the run has no model yet.
+        DataError: the checkpoint has no tokenizer.
+    """
+    if not (place / "config.json").is_file():
+        trained = load_trained(place)
+        return trained.model, trained.tokenizer
+    tokenizer = load_tokenizer_from(place)
+    return build_model(ModelSpec(path=place), device=pick_device("auto")).eval(), tokenizer
 
 
 def _of_party(run_dir: Path) -> TrainedRun:

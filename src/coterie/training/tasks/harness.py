@@ -1,0 +1,152 @@
+"""Ask a model the questions of some tasks through lm-eval, and say whether it answers better than guessing.
+
+lm-eval is an extra; it is imported where a task is asked. Nothing is downloaded and nothing is sent: questions come
+from files, the model is in this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from coterie.errors import ConfigError
+from coterie.training.tasks.questions import SETS, Question, read_questions
+
+_WIDTH = 1.96
+"""Standard deviations to either side that hold 95 % of what guessing gives."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How a model did in one task.
+
+    Attributes:
+        questions: how many were asked.
+        accuracy: share of questions whose right choice got the largest log-likelihood.
+        normalised: the same by log-likelihood for each byte of a choice; None where choices are single words.
+        guessing: what the better of two guessers gets who never read a question: one at random, one that always takes
+            the position that is right most often.
+    """
+
+    task: str
+    questions: int
+    accuracy: float
+    normalised: float | None
+    guessing: float
+
+    @property
+    def luck(self) -> float:
+        """How far from `guessing` a guesser may come with so many questions, 95 % of the time."""
+        return _WIDTH * math.sqrt(self.guessing * (1 - self.guessing) / self.questions)
+
+    @property
+    def better(self) -> bool:
+        """Whether the better of the two shares is more than luck."""
+        return max(self.accuracy, self.normalised or 0.0) > self.guessing + self.luck
+
+    @property
+    def verdict(self) -> str:
+        """The same in words."""
+        return f"{'better' if self.better else 'no better'} than guessing ({self.guessing:.3f} ± {self.luck:.3f})"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "luck": self.luck, "better_than_guessing": self.better}
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    folder: Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> list[Answers]:
+    """Ask the questions of some tasks.
+
+    Args:
+        model: in eval mode, on its device.
+        tokenizer: its own.
+        tasks: out of `coterie.training.tasks.questions.SETS`.
+        folder: holds the sets' files.
+        limit: the first so many questions of each task; None: all.
+        batch_size: choices scored at once.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a task is not known.
+        DataError: a file is missing or damaged.
+    """
+    check_tasks(tasks)
+    asked = {task: read_questions(folder, task) for task in tasks}
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(
+        include_path=str(Path(__file__).parent), include_defaults=False, metadata={"folder": str(folder)}
+    )
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    loaded = manager.load(list(tasks))
+    results = evaluate(wrapped, loaded, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
+    return [_answers(task, results[task], questions, limit) for task, questions in asked.items()]
+
+
+def dataset(task: str, folder: str, **_: Any) -> dict[str, Any]:
+    """What lm-eval loads in place of a data set of a hub; the YAML files name this function.
+
+    Args:
+        task: whose questions.
+        folder: holds the sets' files.
+    """
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list([question.as_doc() for question in read_questions(Path(folder), task)])}
+
+
+def _answers(task: str, result: dict[str, Any], questions: Sequence[Question], limit: int | None) -> Answers:
+    normalised = result.get("acc_norm,none")
+    return Answers(
+        task=task,
+        questions=len(questions[:limit]),
+        accuracy=float(result["acc,none"]),
+        normalised=float(normalised) if normalised is not None else None,
+        guessing=guessing(questions),
+    )
+
+
+def guessing(questions: Sequence[Question]) -> float:
+    """What the better of two guessers gets; see `Answers`."""
+    at_random = sum(1 / len(question.choices) for question in questions) / len(questions)
+    most = Counter(question.gold for question in questions).most_common(1)[0][1]
+    return max(at_random, most / len(questions))
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Make sure that all tasks are known and that lm-eval is there.
+
+    Raises:
+        ConfigError: they are not, or it is not.
+    """
+    unknown = [task for task in tasks if task not in SETS]
+    if unknown or not tasks:
+        raise ConfigError(
+            f"There is no task {', '.join(unknown) or 'named'}.",
+            code="eval-unknown-task",
+            fix=f"choose from: {', '.join(SETS)}",
+        )
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "Tasks need the package lm-eval, which is not installed.",
+            code="eval-no-lm-eval",
+            why="EleutherAI's harness asks the questions, so that figures mean what they mean elsewhere",
+            fix="install it with: pip install 'coterie[eval]'",
+        )
