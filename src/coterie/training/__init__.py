@@ -9,6 +9,6 @@ removes text.
 
 Then, in reading order: `coterie.training.data` (text becomes sequences), `coterie.training.single` (one party alone),
 `coterie.training.party` (one party in a federation), `coterie.training.tokens` and `coterie.training.experts` (its
-side of the two exchanges), `coterie.training.tasks` (questions to what was trained), `coterie.training.planning` (what
-it will need).
+side of the two exchanges), `coterie.training.tasks` (questions to what was trained), `coterie.training.planning`
+(what it will need).
 """
