@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("data", "What would be trained: counts, lengths, duplicates, the first records."),
     "resume": ("resume", "Go on with a run that was stopped."),
     "eval": ("eval", "Held-out loss of a trained run."),
+    "predict": ("predict", "Classes of texts, by a run that learnt label words."),
     "generate": ("generate", "Continue a prompt with a trained run's model."),
     "provision": ("provision", "The CA and a kit for every member, from one hand."),
     "request": ("request", "Make a party's own key and ask for its certificate."),

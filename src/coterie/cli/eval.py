@@ -55,6 +55,7 @@ def command(
         "perplexity": evaluation.perplexity,
         "tokens": evaluation.tokens,
         "sequences": len(evaluation.loss_S),
+        **({} if evaluation.accuracy is None else {"accuracy": evaluation.accuracy}),
     }
     table(tuple(figures), [tuple(figures.values())])
     if json_file is not None:

@@ -41,6 +41,43 @@ class TokenizerSpec(Spec):
         return self
 
 
+class LabelWordsSpec(Spec):
+    """How classes are asked of the language-model head."""
+
+    column: str = Field(default="label", description="Column that holds the class.")
+    prompt: str = Field(
+        description="How a text is written, with `{text}`, and `{word}` where the class's word stands: at the end "
+        "for causal models, anywhere for masked ones.",
+    )
+    words: dict[str, str] = Field(
+        min_length=2, description="The word of every class, a single token each, with the space before it if any."
+    )
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _classes_as_text(cls, value: Any) -> Any:
+        return {_class_text(name): word for name, word in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> LabelWordsSpec:
+        for place in ("{text}", "{word}"):
+            if self.prompt.count(place) != 1:
+                raise ValueError(f"`prompt` needs {place} once, it has it {self.prompt.count(place)} times")
+        if len(set(self.words.values())) < len(self.words):
+            raise ValueError("two classes have the same word: nothing would tell them apart")
+        return self
+
+    def class_of(self, value: Any) -> str | None:
+        """The class that a value of the column names; None if it is none."""
+        name = _class_text(value)
+        return name if name in self.words else None
+
+
+def _class_text(value: Any) -> str:
+    """A class's name as text: YAML and JSON may hold numbers and truth values."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 class DataSpec(Spec):
     """Text to train and test on. Format by file suffix: .jsonl/.json, .txt, .csv/.tsv, .parquet.
 
@@ -48,7 +85,7 @@ class DataSpec(Spec):
     of a txt file ends at LF or CR LF.
     """
 
-    later_keys = frozenset({"form", "template"})
+    later_keys = frozenset({"form", "template", "task", "label_words"})
 
     train: tuple[LocalPath, ...] = Field(
         min_length=1, description="Files to train on; also a folder that `datasets` saved to disk."
@@ -63,6 +100,12 @@ class DataSpec(Spec):
         description="What a row is: text; or a conversation by columns `messages`, `prompt` and `completion`, or "
         "`instruction`, `input` and `output`, written by the tokenizer's chat template; answers alone are trained.",
     )
+    task: Literal["text", "label_words"] = Field(
+        default="text",
+        description="`text`: every token is predicted. `label_words`: only the word of each text's class, among the "
+        "words of all classes; see `label_words`.",
+    )
+    label_words: LabelWordsSpec | None = Field(default=None, description="For `task: label_words`.")
     template: LocalPath | None = Field(
         default=None, description="File with a chat template (Jinja), in place of the tokenizer's."
     )
@@ -96,6 +139,19 @@ class DataSpec(Spec):
     @classmethod
     def _one_file(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _a_text_has_one_class(self) -> DataSpec:
+        if (self.task == "label_words") != (self.label_words is not None):
+            raise ValueError("`task: label_words` and the block `label_words` belong together: set both or neither")
+        if self.label_words is not None:
+            if self.form != "text":
+                raise ValueError("`task: label_words` writes texts by its own prompt: leave out `form`")
+            if "packing" not in self.model_fields_set:
+                object.__setattr__(self, "packing", "records")
+            elif self.packing != "records":
+                raise ValueError("with `task: label_words` a text is a record: use `packing: records`")
+        return self
 
     @model_validator(mode="after")
     def _a_conversation_is_a_record(self) -> DataSpec:

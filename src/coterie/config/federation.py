@@ -342,6 +342,22 @@ class PartyConfig(Spec):
     )
 
 
+def check_task(party: PartyConfig) -> None:
+    """Refuse what only `coterie train` does.
+
+    Raises:
+        ConfigError: the party's text is to be learnt by label words.
+    """
+    if party.data.task != "text":
+        raise ConfigError(
+            f"party {party.party}: `data.task: {party.data.task}` is for `coterie train`.",
+            code="config-task",
+            why="in a federation all parties train one loss, that of the next token",
+            fix="leave it out; with `form: prompt_completion` and a class's word as completion a federation learns "
+            "classes, too",
+        )
+
+
 def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySpec | None:
     """The privacy settings one party trains under: the shared mechanism with its own choices. None: without privacy.
 

@@ -64,12 +64,12 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
         )
     inputs = {name: value for name, value in batch.items() if name not in TARGETS}
     if head.kind == "span":
-        return _span_loss(_outputs(model, inputs), batch)
+        return _span_loss(outputs_of(model, inputs), batch)
     labels = targets["labels"]
     assert isinstance(labels, Tensor)
     if head.kind == "decoder" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _decoder_inputs(model, labels)
-    logits: Tensor = _outputs(model, inputs).logits
+    logits: Tensor = outputs_of(model, inputs).logits
     if head.kind == "classes" or (head.kind == "next" and head.by_shape and logits.ndim == 2):
         return classification_loss(logits, labels, problem_type(model, logits, labels))
     if head.kind == "choice":
@@ -81,7 +81,8 @@ def default_loss(model: nn.Module, batch: Batch) -> Tensor:
     return token_loss(logits[:, :-1], next_tokens(labels, inputs.get("attention_mask")))
 
 
-def _outputs(model: nn.Module, inputs: dict[str, Any]) -> Any:
+def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """What a model makes of inputs, without a cache of keys and values."""
     if getattr(getattr(model, "config", None), "use_cache", False) and accepts(model, "use_cache"):
         inputs = {**inputs, "use_cache": False}
     return model(**inputs)

@@ -23,10 +23,17 @@ class Evaluation:
     Attributes:
         loss_S: summed cross-entropy of each sequence in nats, float64.
         tokens_S: predicted tokens of each sequence.
+        right_S: bool, whether the likeliest class is the sequence's, where classes are learnt by label words.
     """
 
     loss_S: Tensor
     tokens_S: Tensor
+    right_S: Tensor | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of sequences whose class is found; None where there are no classes."""
+        return None if self.right_S is None else float(self.right_S.double().mean())
 
     @property
     def loss(self) -> float:
@@ -48,7 +55,8 @@ class Evaluation:
             CheckpointError: the disk is full or broken.
         """
         with writing(path), replacing(path) as aside:
-            save_file({"loss": self.loss_S, "tokens": self.tokens_S}, aside)
+            right = {} if self.right_S is None else {"right": self.right_S}
+            save_file({"loss": self.loss_S, "tokens": self.tokens_S, **right}, aside)
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
@@ -64,7 +72,7 @@ class Evaluation:
                 fix="the run has not finished, or has no data.test: see `coterie eval`",
             )
         saved = load_file(path)
-        return cls(saved["loss"], saved["tokens"])
+        return cls(saved["loss"], saved["tokens"], saved.get("right"))
 
 
 @torch.no_grad()
@@ -73,15 +81,19 @@ def evaluate(model: nn.Module, sequences: Sequences, *, batch_size: int = 8) -> 
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    losses, tokens = [], []
+    words = sequences.words
+    losses, tokens, right = [], [], []
     try:
         for rows in batches_of(len(sequences), batch_size):
-            loss_B, tokens_B = sequence_losses(model, to_device(sequences.batch(rows), device))
+            batch = to_device(sequences.batch(rows), device)
+            loss_B, tokens_B = sequence_losses(model, batch, words)
+            if words is not None:
+                right.append((words.scores(model, batch).argmax(1) == words.classes(batch)).cpu())
             losses.append(loss_B.double().cpu())
             tokens.append(tokens_B.cpu())
     finally:
         model.train(was_training)
-    return Evaluation(torch.cat(losses), torch.cat(tokens))
+    return Evaluation(torch.cat(losses), torch.cat(tokens), torch.cat(right) if right else None)
 
 
 def batches_of(sequences: int, batch_size: int) -> list[range]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from coterie.dp.label_words import LabelWords
 from coterie.dp.losses import next_tokens, summed_token_losses
 from coterie.errors import ModelError
 from coterie.models.seam import check_selected
@@ -40,18 +41,23 @@ class RoundResult:
         return self.loss_sum / self.tokens
 
 
-def sequence_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def sequence_losses(model: nn.Module, batch: Batch, words: LabelWords | None = None) -> tuple[Tensor, Tensor]:
     """Summed next-token cross-entropy of each sequence and its number of predicted tokens: [B] float32, [B] int64.
+
+    With ``words`` the cross-entropy of each sequence's class among the words of all classes, one token each.
 
     Entry b depends on sequence b alone (up to rounding), and positions labelled -100 count nowhere.
     """
+    if words is not None:
+        losses_B = words.loss(model, batch)
+        return losses_B, torch.ones_like(losses_B, dtype=torch.int64)
     outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return summed_token_losses(outputs.logits[:, :-1], next_tokens(batch["labels"], batch["attention_mask"]))
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+def loss_sum(model: nn.Module, batch: Batch, words: LabelWords | None = None) -> tuple[Tensor, int]:
     """Summed next-token cross-entropy of a micro-batch (scalar, nats) and the tokens it counts."""
-    losses_B, tokens_B = sequence_losses(model, batch)
+    losses_B, tokens_B = sequence_losses(model, batch, words)
     return losses_B.sum(), int(tokens_B.sum())
 
 
@@ -61,7 +67,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def train_round(
-    model: nn.Module, optimizer: Float32Optimizer, micro_batches: Iterable[Batch], *, lr: float
+    model: nn.Module,
+    optimizer: Float32Optimizer,
+    micro_batches: Iterable[Batch],
+    *,
+    lr: float,
+    words: LabelWords | None = None,
 ) -> RoundResult:
     """One optimiser step from the micro-batches of a round.
 
@@ -73,7 +84,7 @@ def train_round(
     device = next(model.parameters()).device
     optimizer.zero_grad()
     for batch in micro_batches:
-        loss, counted = loss_sum(model, to_device(batch, device))
+        loss, counted = loss_sum(model, to_device(batch, device), words)
         torch.autograd.backward(loss)
         optimizer.gather()
         total += loss.item()

@@ -13,10 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig, initialization
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    initialization,
+)
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
-from transformers.models.bert.modeling_bert import BertForSequenceClassification, BertModel, BertPreTrainedModel
+from transformers.models.bert.modeling_bert import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    BertOnlyMLMHead,
+    BertPreTrainedModel,
+)
 
 
 class BertMoeConfig(BertConfig):  # type: ignore[misc]
@@ -158,6 +171,17 @@ class BertMoeForSequenceClassification(BertMoePreTrainedModel, BertForSequenceCl
         self.post_init()
 
 
+class BertMoeForMaskedLM(BertMoePreTrainedModel, BertForMaskedLM):  # type: ignore[misc]
+    """`BertForMaskedLM` over `BertMoeModel`."""
+
+    def __init__(self, config: BertMoeConfig) -> None:
+        super(BertForMaskedLM, self).__init__(config)  # as above
+        self.bert: Any = BertMoeModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+
 AutoConfig.register(BertMoeConfig.model_type, BertMoeConfig, exist_ok=True)
 AutoModel.register(BertMoeConfig, BertMoeModel, exist_ok=True)
+AutoModelForMaskedLM.register(BertMoeConfig, BertMoeForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(BertMoeConfig, BertMoeForSequenceClassification, exist_ok=True)

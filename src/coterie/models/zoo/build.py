@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models import seam
+from coterie.models.zoo.bert_moe import BertMoeConfig, BertMoeForMaskedLM
 from coterie.models.zoo.catalogue import causal_lm_class, causal_lm_types, family_source, own_config
 from coterie.models.zoo.families import why_excluded
 
@@ -80,7 +81,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         ModelError: as `build_model`.
     """
     if spec.family is not None:
-        if spec.family not in CONFIG_MAPPING_NAMES:
+        if spec.family not in (*CONFIG_MAPPING_NAMES, BertMoeConfig.model_type):
             raise _unknown_family(spec.family)
         return _with_settings(CONFIG_MAPPING[spec.family], {}, spec.config)
     source = _source(spec)
@@ -94,12 +95,14 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 
 
 def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The causal LM class for a config.
+    """The language-model class for a config: causal, or masked for a BERT with experts.
 
     Raises:
         ModelError: the family is dense, stays out, or is unknown to the installed transformers.
     """
     model_type = config.model_type
+    if model_type == BertMoeConfig.model_type:
+        return BertMoeForMaskedLM
     if model_type in causal_lm_types():
         return causal_lm_class(model_type)
     reason = why_excluded(config)

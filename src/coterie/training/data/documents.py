@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coterie.config import DataSpec
 from coterie.dp.accounting.users import user_text
@@ -33,18 +33,28 @@ class Documents:
         texts: one string per document.
         users: whose text each is, when a user column was asked for.
         conversations: what the texts stand for, where rows are conversations.
+        classes: of each text, where they are learnt by label words; empty where none was read.
     """
 
     texts: tuple[str, ...]
     users: tuple[str, ...] | None = None
     conversations: tuple[Conversation, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
 
-def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | None = None) -> Documents:
+def read_documents(
+    files: Sequence[Path], spec: DataSpec, *, user_column: str | None = None, classes_needed: bool = True
+) -> Documents:
     """Read all documents of some files; format, column and splitting as ``spec`` says.
+
+    Args:
+        files: to read.
+        spec: how.
+        user_column: names whose text each is.
+        classes_needed: where texts are learnt by label words, every row has to name its class; else none is read.
 
     Raises:
         DataError: a file is missing, empty or unreadable, lacks the column, or the column is not text. The message
@@ -53,17 +63,25 @@ def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | 
     texts: list[str] = []
     users: list[str] = []
     talks: list[Conversation] = []
+    classes: list[str] = []
     _check_different(files)
     for path in files:
         before = len(texts)
-        for made, user in _documents_of(path, spec, user_column):
-            if isinstance(made, Conversation):
+        for made, user in _documents_of(path, spec, user_column, classes_needed):
+            if isinstance(made, Classified):
+                if made.text.strip():
+                    _check_class(made, path)
+                    texts.append(made.text)
+                    classes.append(made.of or "")
+                    users.append(user)
+            elif isinstance(made, Conversation):
                 if not made.blank:
                     texts.append(made.text())
                     talks.append(made)
                     users.append(user)
             elif made.strip():
                 texts.append(made)
+                classes.append("")
                 users.append(user)
         if len(texts) == before:
             raise DataError(
@@ -73,7 +91,28 @@ def read_documents(files: Sequence[Path], spec: DataSpec, *, user_column: str | 
                 fix="remove the file from the config, or check that it was written completely",
             )
     owners = tuple(users) if user_column is not None else None
-    return Documents(tuple(texts), owners, tuple(talks) if spec.form != "text" else None)
+    return Documents(
+        tuple(texts), owners, tuple(talks) if spec.form != "text" else None,
+        tuple(classes) if spec.label_words is not None else None,
+    )  # fmt: skip
+
+
+class Classified(NamedTuple):
+    """A text and its class; None where the row names none that is known."""
+
+    where: str
+    text: str
+    of: str | None
+
+
+def _check_class(made: Classified, path: Path) -> None:
+    if made.of is None:
+        raise DataError(
+            f"{path}, {made.where}, names no class of `data.label_words.words`.",
+            code="data-no-class",
+            why="a text without a class has no word to learn",
+            fix="name the word of every class under data.label_words.words, by the values of the column",
+        )
 
 
 def _check_different(files: Sequence[Path]) -> None:
@@ -94,7 +133,9 @@ def _check_different(files: Sequence[Path]) -> None:
         seen[place] = path
 
 
-def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterator[tuple[str | Conversation, str]]:
+def _documents_of(
+    path: Path, spec: DataSpec, user_column: str | None, classes_needed: bool
+) -> Iterator[tuple[str | Conversation | Classified, str]]:
     if not path.exists():
         raise DataError(
             f"There is no data file {path}.",
@@ -109,11 +150,12 @@ def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterat
             code="data-format",
             fix=f"set data.format, or use one of {', '.join(_SUFFIXES)}",
         )
-    if kind == "txt" and spec.form != "text":
+    asked = f"form: {spec.form}" if spec.form != "text" else f"task: {spec.task}"
+    if kind == "txt" and (spec.form, spec.task) != ("text", "text"):
         raise DataError(
-            f"{path} is plain text and holds no columns for `form: {spec.form}`.",
+            f"{path} is plain text and holds no columns for `{asked}`.",
             code="data-not-chat",
-            fix="use jsonl or parquet, or leave `form` out",
+            fix="use jsonl or parquet, or leave that setting out",
         )
     if kind == "txt":
         if user_column is not None:
@@ -129,14 +171,16 @@ def _documents_of(path: Path, spec: DataSpec, user_column: str | None) -> Iterat
         yield from _conversations_of(path, kind, spec.form, user_column)
         return
     columns = (spec.text,) if user_column is None else (spec.text, user_column)
-    for where, (text, *user) in _rows(path, kind, columns):
+    words = spec.label_words if classes_needed else None
+    for where, (text, *user) in _rows(path, kind, columns if words is None else (*columns, words.column)):
         if text is not None and (not isinstance(text, str) or isinstance(text, IntegerText)):
             raise DataError(
                 f"Column `{spec.text}` of {path} holds {kind_of(text)}, not text ({where}).",
                 code="data-not-text",
                 fix="choose the column that holds text",
             )
-        yield text or "", _user(path, where, user_column, user[0]) if user_column is not None else ""
+        owner = _user(path, where, user_column, user[0]) if user_column is not None else ""
+        yield (text or "" if words is None else Classified(where, text or "", words.class_of(user[-1]))), owner
 
 
 def _conversations_of(

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from coterie.dp.label_words import LabelWords
 from coterie.dp.losses import IGNORED
 from coterie.errors import DataError
 from coterie.training.seeds import derived_seed
@@ -43,6 +44,8 @@ class Sequences:
         pad_id: filler of short rows; masked everywhere.
         users: whose text each sequence is, when known.
         trained: which tokens are predicted, bool; None: all.
+        words: the tokens of the classes, where only these are predicted; see `coterie.dp.label_words`.
+        mask_id: what a masked model reads in place of a token that is predicted.
     """
 
     tokens: Tensor
@@ -51,6 +54,8 @@ class Sequences:
     pad_id: int = 0
     users: tuple[str, ...] | None = None
     trained: Tensor | None = None
+    words: LabelWords | None = None
+    mask_id: int | None = None
 
     def __len__(self) -> int:
         return self.starts.shape[0] - 1
@@ -61,7 +66,8 @@ class Sequences:
         place = slice(int(self.starts[row]), int(self.starts[row + 1]))
         ids_T = self.tokens[place].long()
         labels_T = ids_T.clone() if self.trained is None else ids_T.where(self.trained[place], IGNORED)
-        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": labels_T}
+        read_T = ids_T if self.mask_id is None else ids_T.where(labels_T == IGNORED, self.mask_id)
+        return {"input_ids": read_T, "attention_mask": torch.ones_like(ids_T), "labels": labels_T}
 
     @property
     def lengths(self) -> Tensor:

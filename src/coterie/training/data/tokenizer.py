@@ -12,6 +12,7 @@ from coterie.config import DataSpec, ModelSpec, TokenizerSpec
 from coterie.errors import ConfigError, DataError
 from coterie.training.data.chat import encoded, read_template
 from coterie.training.data.documents import Documents, read_documents
+from coterie.training.data.label_words import classified
 from coterie.training.data.packing import Sequences, pack, pack_answers
 
 END = "<|endoftext|>"
@@ -100,6 +101,9 @@ def tokenize(documents: Documents, spec: DataSpec, tokenizer: PreTrainedTokenize
         template = read_template(spec.template)
         talks = [encoded(talk, tokenizer, template) for talk in documents.conversations]
         sequences = pack_answers(talks, sequence_length=spec.sequence_length, pad_id=pad_id)
+        return sequences if documents.users is None else sequences.with_users(documents.users)
+    if documents.classes is not None:
+        sequences = classified(documents.texts, documents.classes, spec, tokenizer, pad_id)
         return sequences if documents.users is None else sequences.with_users(documents.users)
     sequences = pack(
         encode(tokenizer, documents.texts),

@@ -18,7 +18,7 @@ from coterie.config import (
     dump_yaml,
     load_yaml,
 )
-from coterie.config.federation import party_privacy
+from coterie.config.federation import check_task, party_privacy
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import default_root
 from coterie.dp.accounting.texts import Keyring
@@ -131,6 +131,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
     spec = party_privacy(federation, config)
     if spec is not None and spec.ledger is None:
         spec = spec.model_copy(update={"ledger": default_root(config.run_dir)})
+    check_task(config)
     documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
     check_after_private(config, federation, documents)
     train = tokenize(documents, data, tokenizer)

@@ -11,6 +11,7 @@ from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import default_root
 from coterie.dp.accounting.statement import Statement
+from coterie.dp.losses import LossFunction
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
@@ -121,7 +122,7 @@ def _begun(
     return start_session(
         prepared.model, optimizer, data, plan, ComputeOptions.of_settings(privacy).repeatable(plan.seed),
         provenance=artefacts(config.model, config.data), ledger=_ledger(config), record=record_facts(config.data),
-        schedule=_schedule(config), ranks=ranks,
+        schedule=_schedule(config), ranks=ranks, loss_fn=_loss(prepared),
     )  # fmt: skip
 
 
@@ -130,10 +131,15 @@ def _resumed(
 ) -> PrivateSession:
     config = prepared.config
     return PrivateSession.resume(
-        saved, prepared.model, optimizer, prepared.train, prepared.train.collate,
+        saved, prepared.model, optimizer, prepared.train, prepared.train.collate, _loss(prepared),
         schedule=_schedule(config), users=prepared.train.users, ledger=_ledger(config),
         digest=dataset_digest(documents.texts), ranks=ranks,
     )  # fmt: skip
+
+
+def _loss(prepared: Prepared) -> LossFunction | None:
+    words = prepared.train.words
+    return None if words is None else words.loss
 
 
 def _privacy(config: TrainConfig) -> PrivacySpec:

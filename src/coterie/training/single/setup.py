@@ -59,6 +59,13 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: 
             why="a token without a row would stop training in the middle",
             fix="use the tokenizer made for the model, or a smaller data.tokenizer.train.vocab_size",
         )
+    if type(model).__name__.endswith("ForMaskedLM") and data.task != "label_words":
+        raise ConfigError(
+            f"{type(model).__name__} predicts masked tokens, and `coterie train` trains the next one.",
+            code="config-masked-model",
+            why="a masked model sees the token that it would have to predict",
+            fix="use `data.task: label_words`, or a causal model",
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and data.sequence_length > positions:
         raise ConfigError(

@@ -103,7 +103,7 @@ class PlainStepper:
         torch.manual_seed(derived_seed(config.train.seed, self.round))
         rate = lr_at(self.round + 1, config.optim, config.train.rounds)
         batches = (train.batch(rows) for rows in self._order.micro_batches(self.round + 1, config.train.micro_batch))
-        result = train_round(model, self.optimizer, batches, lr=rate)
+        result = train_round(model, self.optimizer, batches, lr=rate, words=train.words)
         self.round += 1
         seconds = time.monotonic() - began
         metrics = {"loss": result.loss, "lr": rate, "tokens": result.tokens, "seconds": seconds}
