@@ -4,7 +4,7 @@
 Only bodies of commands import what is heavy. In reading order.
 
 One party: `coterie.cli.data`, `coterie.cli.train`, `coterie.cli.report`, `coterie.cli.resume`, `coterie.cli.eval`,
-`coterie.cli.generate`, `coterie.cli.purge`; on several devices by `coterie.cli.ranks`.
+`coterie.cli.predict`, `coterie.cli.generate`, `coterie.cli.purge`; on several devices by `coterie.cli.ranks`.
 
 Models: `coterie.cli.models`, `coterie.cli.upcycle`, `coterie.cli.split`, `coterie.cli.export`.
 

@@ -14,8 +14,8 @@ One round: `coterie.dp.lot_sums` adds up a lot, whose physical batches `coterie.
 `coterie.dp.sum_engine`; `coterie.dp.clipping` says how much of each record counts, `coterie.dp.lot_figures` what the
 owner sees of it, and `coterie.dp.stepping` gives the noised result to the optimizer. `coterie.dp.released_state`
 keeps what later rounds know from it: thresholds, and loads, of which `coterie.dp.balance` says what they do and which
-`coterie.dp.router_watch` sees. Around it: `coterie.dp.losses`, `coterie.dp.heads`, `coterie.dp.label_words`, `coterie.dp.threads`,
-`coterie.dp.refusals`.
+`coterie.dp.router_watch` sees. Around it: `coterie.dp.losses`, `coterie.dp.heads`,
+`coterie.dp.label_words`, `coterie.dp.threads`, `coterie.dp.refusals`.
 
 The folders, in the order of a record's way: `coterie.dp.checks` (before the first lot, and while a run goes),
 `coterie.dp.per_sample` (norms and sums of every record's gradient), `coterie.dp.isolation` (each record alone, for

@@ -28,9 +28,11 @@ from transformers import (
 )
 
 from coterie.cli.app import main
+from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models import seam
 from coterie.models.zoo.bert_moe import BertMoeForSequenceClassification, BertMoeModel
+from coterie.models.zoo.build import build_model
 from coterie.models.zoo.upcycle import upcycle, upcycle_checkpoint
 
 SIZES = {
@@ -185,6 +187,17 @@ def test_impossible_numbers_are_refused(change: dict[str, Any], sentence: str) -
         upcycle(dense_model("llama"), **{"experts": 4, "top_k": 2, **change})
 
 
+def test_a_masked_language_model_keeps_its_head(tmp_path: Path) -> None:
+    dense = transformers.BertForMaskedLM(BertConfig(**SIZES)).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    upcycle_checkpoint(tmp_path / "dense", tmp_path / "moe", 4, 2)
+    moe = build_model(ModelSpec(path=tmp_path / "moe")).eval()
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(ids).logits, dense(ids).logits, rtol=1e-5, atol=1e-6)
+    assert moe.cls.predictions.decoder.weight is moe.bert.embeddings.word_embeddings.weight
+
+
 def test_checkpoints_that_cannot_be_turned_are_refused(tmp_path: Path) -> None:
     small = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(ModelError, match="`gpt2` checkpoint cannot be upcycled"):
@@ -192,7 +205,7 @@ def test_checkpoints_that_cannot_be_turned_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has biases"):
         upcycle(transformers.LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)), 4, 2)
     with pytest.raises(ModelError, match="has a head that the MoE type lacks"):
-        upcycle(transformers.BertForMaskedLM(BertConfig(**SIZES)), 4, 2)
+        upcycle(transformers.BertForTokenClassification(BertConfig(**SIZES)), 4, 2)
     with pytest.raises(ModelError, match="nowhere is no folder here"):
         upcycle_checkpoint(tmp_path / "nowhere", tmp_path / "out", 4, 2)
     upcycle(dense_model("bert"), 4, 2).save_pretrained(tmp_path / "moe")
