@@ -248,7 +248,7 @@ def evaluations(
             group.train()
             sigma = group.noise_multiplier
             for name in measured:
-                found[name] = evaluate(group.model, parties[name].test, micro_batch=64)
+                found[name] = evaluate(group.model, parties[name].test, batch_size=64)
     return found, sigma
 
 
@@ -275,7 +275,7 @@ def figures(work: Path, recipe: Recipe, source: Path | None, seeds: Sequence[int
     for name in recipe.names:
         start, parties[name] = read(work, text, name)
     start = cast("nn.Module", start)
-    public = {name: evaluate(start, party.test, micro_batch=64) for name, party in parties.items()}
+    public = {name: evaluate(start, party.test, batch_size=64) for name, party in parties.items()}
     for seed in seeds:
         alone: dict[str, Evaluation] = {}
         kept = file.with_suffix(f".alone-{recipe.data}-{recipe.parties}-{seed}.pt")

@@ -177,3 +177,27 @@ def test_missing_kit_spoils_what_needs_it_and_nothing_else(folder: Path):
         "reach coordinator",
         "reach birch",
     }
+
+
+def private(folder: Path, sigma: float | None, lot: int = 1) -> Path:
+    """alder's settings in a federation of three with a budget; the roster knows nothing of it."""
+    federation = yaml.safe_load((folder / "federation.yaml").read_text())
+    third = {"cedar": {"endpoint": "127.0.0.1:1"}}
+    agreed = {} if sigma is None else {"aggregation": "masked", "noise_multiplier": sigma}
+    edit(
+        folder / "federation.yaml", exchange="experts", parties=federation["parties"] | third,
+        privacy={"epsilon": 2.0, "delta": 1e-3, "lot_size": lot}, **agreed,
+    )  # fmt: skip
+    return folder / "alder.yaml"
+
+
+def test_noise_that_was_agreed_on_and_is_too_little_for_this_partys_text(folder: Path):
+    party = private(folder, 0.05)
+    assert bad(found(party))["lot and noise"] == "dp-noise-below-needed"
+    needed = found(private(folder, 30.0))["lot and noise"]
+    assert needed.state == "ok"
+    assert "noise multiplier 30, as agreed, which keeps epsilon 2" in needed.found
+
+
+def test_a_lot_that_is_larger_than_this_partys_text(folder: Path):
+    assert bad(found(private(folder, None, lot=5000)))["lot and noise"] == "dp-lot-size"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 from coterie.config.federation import party_privacy
 from coterie.dp.accounting.ledger import default_root
+from coterie.dp.private_data import PrivateData
 from coterie.errors import CoterieError, IdentityError, LedgerError
 from coterie.federation.identity.certificates import COORDINATOR, Role
 from coterie.federation.identity.identify import identify
@@ -30,6 +31,8 @@ from coterie.models.split.shards import stored_shapes
 from coterie.models.split.splitter import trunk_shapes
 from coterie.models.zoo.build import build_model, check_keys
 from coterie.training.data.documents import read_documents
+from coterie.training.data.tokenizer import get_tokenizer, tokenize
+from coterie.training.party.inputs import PrivacyInputs, party_plan
 from coterie.training.party.process import check_placement_signed, check_shard, check_starting_weights
 
 _CLOCK_SLACK = dt.timedelta(minutes=5)
@@ -90,6 +93,7 @@ class _Examination:
         yield self._look("starting weights", self._weights)
         yield self._look("training text", lambda: self._text(self._config.data.train))
         yield self._look("held-out text", lambda: self._text(self._config.data.test))
+        yield self._look("lot and noise", self._noise)
         yield self._look("ledger folder", self._ledger)
         yield self._look("own endpoint", self._own_endpoint)
         yield self._look("proxy", self._proxy)
@@ -182,6 +186,29 @@ class _Examination:
             return Diagnosis("held-out text", "note", "none is named, so nothing is evaluated", "set `data.test`")
         documents = read_documents(files, self._config.data)
         return f"{len(documents)} documents in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+    def _noise(self) -> str:
+        """What the set-up of a private party would refuse: a lot that is too large, agreed noise too small."""
+        federation, data = self._federation, self._config.data
+        spec = party_privacy(federation, self._config)
+        if spec is None:
+            return "not needed: this party trains without a budget"
+        documents = read_documents(data.train, data, user_column=spec.user_column)
+        records = tokenize(documents, data, get_tokenizer(data.tokenizer, federation.model, data))
+        plan = party_plan(
+            PrivacyInputs(
+                spec, federation.train.rounds, agreed_noise=federation.noise_multiplier,
+                momentum=federation.optim.added_momentum,
+            ),
+            self._model(),
+        )  # fmt: skip
+        units = PrivateData.of(records, users=documents.users, records_per_user=plan.records_per_user).units.count
+        mechanism = plan.mechanism(plan.lots(units))
+        agreed = ", as agreed" if federation.noise_multiplier is not None else ""
+        return (
+            f"{units} {spec.unit}s, about {plan.lot_size} in a round; noise multiplier "
+            f"{mechanism.noise_multiplier:.4g}{agreed}, which keeps epsilon {spec.epsilon:g}"
+        )
 
     def _ledger(self) -> str:
         spec = party_privacy(self._federation, self._config)
