@@ -4,6 +4,7 @@
 `coterie.training.single.setup` puts model and tokenizer together, `coterie.training.single.previewed` says
 what a private one will cost, `coterie.training.single.auto_lot` chooses its lot; `coterie.training.single.stepper`
 does the rounds, `coterie.training.single.private_stepper` those within a privacy budget.
-`coterie.training.single.trained` is a run's model afterwards, `coterie.training.single.generate` lets it continue a
-prompt, and `coterie.training.single.predict` say the class of texts.
+`coterie.training.single.tune` tries settings within one budget. `coterie.training.single.trained` is a run's model
+afterwards, `coterie.training.single.generate` lets it continue a prompt, and `coterie.training.single.predict` says
+the class of texts.
 """

@@ -1,0 +1,241 @@
+"""Private tuning: a few settings are tried, and the best goes on to a whole run, all within one budget.
+
+Every trial is a private run of its own, counted in the ledger like any other. All of them and the last run take the
+same noise multiplier, the one at which their rounds together cost the budget; so what the ledger adds up in the end
+is the budget, and not one epsilon a trial. The choice looks at public text, since a loss on private text would tell
+of it without noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coterie.config import TrainConfig
+from coterie.config.base import content_hash
+from coterie.dp.accounting.accountant import epsilon, noise_multiplier
+from coterie.dp.accounting.budget import Budget
+from coterie.dp.private_data import PrivateData
+from coterie.errors import ConfigError
+from coterie.models.zoo.build import build_model
+from coterie.storage import json_object, write_json
+from coterie.training.data.documents import read_documents
+from coterie.training.data.tokenizer import get_tokenizer, tokenize
+from coterie.training.single.previewed import plan_of
+from coterie.training.single.run import RunResult
+from coterie.training.single.setup import with_vocabulary
+from coterie.training.single.trained import evaluate_run, load_trained
+
+MAY_DIFFER = ("optim.", "privacy.clip_norm", "privacy.clipping")
+"""Settings that trials may differ in: what a round costs follows from none of them."""
+PLAN = "tune.json"
+_MARGIN = 1.0003
+"""More noise than the budget needs, so that rounding of each run's own noise never adds up beyond it."""
+
+Run = Callable[[TrainConfig], RunResult]
+"""Does a run, or goes on with it; one that is done tells its result again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What tuning costs, in public numbers; written down before anything is spent.
+
+    Attributes:
+        budget: epsilon and delta of everything together.
+        noise_multiplier: of every round.
+        rate: q of every lot.
+        trial_rounds, rounds: of a trial and of the last run.
+        trial_epsilon, epsilon: that each spends by itself.
+        tried: the trials' settings, in order.
+        settings: digest of all other settings.
+    """
+
+    budget: tuple[float, float]
+    noise_multiplier: float
+    rate: float
+    trial_rounds: int
+    rounds: int
+    trial_epsilon: float
+    epsilon: float
+    tried: tuple[str, ...]
+    settings: str
+
+    def lines(self) -> list[str]:
+        """In sentences."""
+        count = len(self.tried)
+        return [
+            f"epsilon {self.budget[0]:g} at delta {self.budget[1]:g} for everything together: {count} trials of "
+            f"{self.trial_rounds} rounds and a run of {self.rounds}, all with noise multiplier "
+            f"{self.noise_multiplier:.3f}",
+            f"a trial spends epsilon {self.trial_epsilon:.3f} by itself, the last run {self.epsilon:.3f}; the ledger "
+            "adds all of them up",
+        ]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial's settings and its loss on the public text."""
+
+    settings: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How tuning ended. ``result`` is the last run's; None where a trial was stopped."""
+
+    plan: Plan
+    trials: tuple[Trial, ...]
+    chosen: str | None
+    result: RunResult | None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "plan": asdict(self.plan),
+            "trials": [asdict(trial) for trial in self.trials],
+            "chosen": self.chosen,
+            "result": None if self.result is None else self.result.as_json(),
+        }
+
+
+def changed(config: TrainConfig, settings: str) -> TrainConfig:
+    """The settings with those of a trial, ``optim.lr=1e-3,privacy.clip_norm=0.5``.
+
+    Raises:
+        ConfigError: a trial names a setting that it may not change, or gives it no value (code ``tune-setting``); a
+            value that does not fit.
+    """
+    values = config.model_dump()
+    for each in settings.split(","):
+        name, equals, text = each.strip().partition("=")
+        section, _, key = name.partition(".")
+        if not equals or not name.startswith(MAY_DIFFER) or key not in (values.get(section) or {}):
+            raise ConfigError(
+                f"a trial says `{each.strip()}`.",
+                code="tune-setting",
+                why="what a round costs has to be the same in all trials, so they may differ in the optimiser and in "
+                "how records are clipped",
+                fix="for example --try optim.lr=1e-3,privacy.clip_norm=0.5",
+            )
+        values[section][key] = _value(text)
+    return TrainConfig.model_validate(values)
+
+
+def _value(text: str) -> Any:
+    """As in a settings file; YAML 1.1 takes 1e-3 for a word."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def plan_tuning(config: TrainConfig, tried: Sequence[str], trial_rounds: int) -> Plan:
+    """Count what all trials and the last run cost together. Reads the text, trains nothing.
+
+    Raises:
+        ConfigError: fewer than two trials, no budget, a mechanism that this cannot count, see also `changed`.
+        BudgetError: no noise reaches the budget.
+    """
+    spec = config.privacy
+    problem = _problem(config, tried, trial_rounds)
+    if spec is None or problem:
+        raise ConfigError(
+            f"`coterie tune` cannot do this: {problem}.",
+            code="tune-what",
+            fix="give train.yaml a budget and a lot_size, and two settings or more with --try",
+        )
+    data = config.data
+    documents = read_documents(data.train, data, user_column=spec.user_column)
+    tokenizer = get_tokenizer(data.tokenizer, config.model, data)
+    records = tokenize(documents, data, tokenizer)
+    plan = plan_of(config, spec, build_model(with_vocabulary(config.model, tokenizer), meta=True))
+    units = PrivateData.of(records, users=records.users, records_per_user=plan.records_per_user).units.count
+    least = plan.lots(units).mechanism(1.0)
+    rounds = config.train.rounds
+    together = len(tried) * trial_rounds + rounds
+    budget = Budget(spec.epsilon, spec.delta)
+    sigma = _MARGIN * noise_multiplier(budget, least.sampling_rate, together, least.sampler, least.units, least.limit)
+
+    def spent(count: int) -> float:
+        return epsilon([(replace(least, noise_multiplier=sigma), count)], spec.delta)
+
+    return Plan(
+        (spec.epsilon, spec.delta), sigma, least.sampling_rate, trial_rounds, rounds, spent(trial_rounds),
+        spent(rounds), tuple(tried), content_hash(config, without={"run_dir", "device"}),
+    )  # fmt: skip
+
+
+def _problem(config: TrainConfig, tried: Sequence[str], trial_rounds: int) -> str:
+    spec = config.privacy
+    if spec is None:
+        return "train.yaml has no `privacy` block, and without a budget there is nothing to share out"
+    if spec.seeded:
+        return "`seeded` runs are not private"
+    if spec.lot_size == "auto" or spec.noise_bands > 1 or spec.adaptive_quantile is not None:
+        return "`lot_size: auto`, `noise_bands` and `adaptive_quantile` change what a round costs from run to run"
+    if len(set(tried)) < 2 or len(set(tried)) < len(tried):
+        return "it takes two different settings or more to choose"
+    if not 1 <= trial_rounds <= config.train.rounds:
+        return f"a trial of {trial_rounds} rounds, in a run of {config.train.rounds}"
+    for settings in tried:
+        changed(config, settings)
+    return ""
+
+
+def tune(config: TrainConfig, plan: Plan, public: Sequence[Path], run: Run) -> Tuned:
+    """Try every setting, choose by the loss on public text, and train with it. Goes on where it was stopped.
+
+    Args:
+        config: the settings of the last run, in whose run_dir it is; trials are beside it, in ``RUN_DIR-trials``.
+        plan: of `plan_tuning`.
+        public: text to choose by; nobody's secret.
+        run: does a run.
+
+    Raises:
+        ConfigError: other trials were begun there (code ``tune-other``).
+    """
+    folder = config.run_dir.with_name(f"{config.run_dir.name}-trials")
+    _begin(folder / PLAN, plan)
+    found: list[Trial] = []
+    for number, settings in enumerate(plan.tried, start=1):
+        own = _limited(changed(config, settings), folder / str(number), plan.trial_rounds, plan.trial_epsilon)
+        if not run(own).finished:
+            return Tuned(plan, tuple(found), None, None)
+        found.append(Trial(settings, evaluate_run(load_trained(own.run_dir), public).loss))
+    best = min(found, key=lambda trial: trial.loss)
+    last = _limited(changed(config, best.settings), config.run_dir, plan.rounds, plan.epsilon)
+    return Tuned(plan, tuple(found), best.settings, run(last))
+
+
+def _begin(path: Path, plan: Plan) -> None:
+    """Write the plan down, or hold it to what was written."""
+    if path.exists():
+        kept: Mapping[str, Any] = json_object(path.read_bytes())
+        if kept != _plain(plan):
+            raise ConfigError(
+                f"{path.parent} holds trials of other settings.",
+                code="tune-other",
+                why="they were counted with their own numbers, and more trials would cost more than the budget",
+                fix="go on with the same settings and --try, or choose another run_dir and a budget for it",
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, _plain(plan))
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    values = asdict(plan)
+    return {**values, "budget": list(plan.budget), "tried": list(plan.tried)}
+
+
+def _limited(config: TrainConfig, run_dir: Path, rounds: int, budget: float) -> TrainConfig:
+    """A run of so many rounds that spends so much."""
+    assert config.privacy is not None
+    privacy = config.privacy.model_copy(update={"epsilon": budget})
+    train = config.train.model_copy(update={"rounds": rounds})
+    return config.model_copy(update={"privacy": privacy, "train": train, "run_dir": run_dir})
