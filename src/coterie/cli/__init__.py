@@ -3,8 +3,9 @@
 `coterie.cli.app` is the table of commands; each is loaded when it is used, so that `--help` answers without torch.
 Only bodies of commands import what is heavy. In reading order.
 
-One party: `coterie.cli.data`, `coterie.cli.train`, `coterie.cli.report`, `coterie.cli.resume`, `coterie.cli.eval`,
-`coterie.cli.predict`, `coterie.cli.generate`, `coterie.cli.purge`; on several devices by `coterie.cli.ranks`.
+One party: `coterie.cli.data`, `coterie.cli.train`, `coterie.cli.tune`, `coterie.cli.report`, `coterie.cli.resume`,
+`coterie.cli.eval`, `coterie.cli.predict`, `coterie.cli.generate`, `coterie.cli.purge`; on several devices by
+`coterie.cli.ranks`.
 
 Models: `coterie.cli.models`, `coterie.cli.upcycle`, `coterie.cli.split`, `coterie.cli.export`.
 
