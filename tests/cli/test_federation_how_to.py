@@ -1,6 +1,8 @@
-"""docs/how-to/federation.md from its first line to its last, in a folder for every organisation.
+"""A federation by hand, and from its start to its end, in a folder for every organisation.
 
-Commands run in this process, `scp` copies between the folders, and the rounds themselves go without a network.
+Commands of docs/how-to/federation-by-hand.md, then those of docs/how-to/federation.md from its start on, run in this
+process, `scp` copies between the folders, and the rounds themselves go without a network. How parties join by a code
+is in tests/e2e/test_three_machines.py.
 """
 
 from __future__ import annotations
@@ -29,19 +31,22 @@ from coterie.training.planning import forecast
 from coterie.training.planning.forecast import Forecast
 from helpers.private_federation import already_compared as already_compared
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "federation.md"
+HOW_TO = Path(__file__).parents[2] / "docs" / "how-to"
+PAGE = (HOW_TO / "federation.md").read_text("utf-8")
+BY_HAND = (HOW_TO / "federation-by-hand.md").read_text("utf-8")
 PARTIES = ("alder", "birch", "cedar")
 LINES = ["the river and the stone", "wind and rain and leaf", "The patient has a cough"] * 10
 
 
-def blocks(kind: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+def blocks(kind: str, text: str = PAGE) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
     return [text for language, text in fenced if language == kind]
 
 
 def commands() -> Iterator[tuple[str, str]]:
     """(who, command); what is shown of birch holds for cedar, too, also where alder sends something to birch."""
-    for block in blocks(""):
+    started = PAGE.index("## 4. Start")
+    for block in blocks("", BY_HAND + PAGE[started:]):
         for line in block.splitlines():
             if match := re.fullmatch(r"(alder|birch|cedar)\$ (.*)", line):
                 yield match[1], match[2]

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from network import Network, possible
 from record import RECORD
 from trial import BACK_S, NAMED_S, SLACK, Trial
 
 from coterie.federation.identity.certificates import COORDINATOR
 from helpers.federation_processes import PARTIES
 from helpers.forked import ForkedProcesses, Starter
+from helpers.network import Network, possible
 
 PART = "Network"
 pytestmark = [pytest.mark.faults, pytest.mark.skipif(bool(possible()), reason=possible())]

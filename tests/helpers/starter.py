@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 from helpers import kill_points
 
-_NEW_NET = 0x40000000
+_NEW_NET, _NEW_MOUNTS = 0x40000000, 0x00020000
+_BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 
 
 def preload() -> None:
@@ -61,12 +62,28 @@ def _prepare(asked: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked["space"]:
         space = os.open(f"/run/netns/{asked['space']}", os.O_RDONLY)
-        if ctypes.CDLL(None, use_errno=True).setns(space, _NEW_NET):
+        if _libc().setns(space, _NEW_NET):
             raise OSError(ctypes.get_errno(), "setns")
+    if asked.get("etc"):
+        _see_files(asked["etc"])
     for name, (soft, hard) in asked["limits"].items():
         resource.setrlimit(getattr(resource, name), (soft, hard))
     if asked["point"]:
         kill_points.prepare(asked["point"], asked["nth"])
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _see_files(folder: str) -> None:
+    """The files of a folder in the place of those in /etc, for this process alone."""
+    libc = _libc()
+    if libc.unshare(_NEW_MOUNTS) or libc.mount(None, b"/", None, _RECURSIVE | _PRIVATE, None):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name in os.listdir(folder):
+        if libc.mount(os.fsencode(f"{folder}/{name}"), os.fsencode(f"/etc/{name}"), None, _BIND, None):
+            raise OSError(ctypes.get_errno(), name)
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ One party: `coterie.cli.data`, `coterie.cli.train`, `coterie.cli.tune`, `coterie
 
 Models: `coterie.cli.models`, `coterie.cli.upcycle`, `coterie.cli.split`, `coterie.cli.export`.
 
-Keys and the roster: `coterie.cli.provision`, or `coterie.cli.request`, `coterie.cli.approve`,
-`coterie.cli.install`; `coterie.cli.roster`, `coterie.cli.members`.
+Keys and the roster: `coterie.cli.invite` and `coterie.cli.join`, with
+`coterie.cli.party_file`; by hand `coterie.cli.provision`, or
+`coterie.cli.request`, `coterie.cli.approve`, `coterie.cli.install`; `coterie.cli.roster`.
 
 A federation: `coterie.cli.plan`, `coterie.cli.doctor`, `coterie.cli.coordinator`, `coterie.cli.up`,
 `coterie.cli.status`, `coterie.cli.dashboard`.

@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "request": ("request", "Make a party's own key and ask for its certificate."),
     "approve": ("approve", "Certify a party's key (keeper of the CA)."),
     "install": ("install", "Put certificate, CA and roster into a party's kit."),
+    "invite": ("invite", "Codes by which the other members come in; certify them and hand out parts."),
+    "join": ("join", "Come into a federation by a code: key, certificate, parts, roster."),
     "roster": ("roster", "Make, sign, join, verify and show the list of members."),
     "doctor": ("doctor", "Whether a party could start: keys, files, text, who can be reached."),
     "coordinator": ("coordinator", "Keep the rounds of a federation."),

@@ -28,10 +28,10 @@ def command(
     Example:
         coterie approve request.csr federation.yaml --ca ca --out approved
     """
-    from coterie.cli.members import members
     from coterie.config import FederationConfig, load_yaml
     from coterie.errors import IdentityError
     from coterie.federation.identity import kit as kits
+    from coterie.federation.identity.agreed import members
     from coterie.federation.identity.certificates import cert_pem, fingerprint
     from coterie.storage import PUBLIC, write_whole
 

@@ -39,8 +39,9 @@ def command(
 
     Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
     activations, which come on top in every arrangement. With --records: lots at which every party draws each of its
-    records equally often, so that all need the same noise. For a train.yaml: what `coterie train --dry-run` says, and
-    what other lots and budgets would mean.
+    records equally often, so that all need the same noise. For a train.yaml: what `coterie train --dry-run` says,
+    what other lots and budgets would mean, and what a round takes on this machine and holds at its peak, activations
+    included, from a short calibration with models of few layers on synthetic records.
 
     Example:
         coterie plan federation.yaml

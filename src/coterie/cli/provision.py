@@ -39,8 +39,8 @@ def command(
         coterie split --federation federation.yaml --out weights
         coterie provision federation.yaml --weights weights --out kits
     """
-    from coterie.cli.members import members, placement_hash, weights_of
     from coterie.config import FederationConfig, load_yaml
+    from coterie.federation.identity.agreed import members, placement_hash, weights_of
     from coterie.federation.identity.certificates import fingerprint, new_authority
     from coterie.federation.identity.kit import CA_FOLDER, load_authority, save_authority
     from coterie.federation.identity.provision import provision

@@ -20,10 +20,10 @@ def command(
     Example:
         coterie request alder federation.yaml --kit kit
     """
-    from coterie.cli.members import members
     from coterie.config import FederationConfig, load_yaml
     from coterie.errors import IdentityError
     from coterie.federation.identity import kit as kits
+    from coterie.federation.identity.agreed import members
 
     config = load_yaml(settings, FederationConfig)
     listed = {member.name: member for member in members(config)}

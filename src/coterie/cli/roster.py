@@ -62,7 +62,9 @@ def command(
         coterie roster verify roster.json --kit kit
         coterie roster show kit
     """
+    from coterie.config import FederationConfig, load_yaml
     from coterie.federation.identity import roster as rosters
+    from coterie.federation.identity.agreed import check_agreed, check_weights
     from coterie.federation.identity.kit import ROSTER_FILE, load_kit
 
     if action is not RosterAction.JOIN and len(files) != 1:
@@ -80,9 +82,9 @@ def command(
         mine = load_kit(_needed(kit, action))
         given = rosters.read_roster(first)
         if federation is not None:
-            _check_agreed(given, federation)
+            check_agreed(given, load_yaml(federation, FederationConfig), federation)
         if weights is not None:
-            _check_weights(given, weights)
+            check_weights(given, weights)
         _save(rosters.sign(given, mine.key, mine.certificate), out or first)
         say(f"signed as {mine.name}")
     elif action is RosterAction.VERIFY:
@@ -111,63 +113,16 @@ def _needed(kit: Path | None, action: RosterAction) -> Path:
 
 
 def _make(settings: Path, certificates: Path, epoch: int, weights: Path | None) -> Roster:
-    from coterie.cli.members import members, placement_hash, weights_of
     from coterie.config import FederationConfig, load_yaml
+    from coterie.federation.identity.agreed import draft_agreed, members
     from coterie.federation.identity.kit import load_certificate
-    from coterie.federation.identity.roster import draft
 
     config = load_yaml(settings, FederationConfig)
     found = {
         member.name: load_certificate(certificates / f"{member.name}.pem", f"The certificate of {member.name}")
         for member in members(config)
     }
-    return draft(
-        *(config.name, epoch, members(config), found),
-        config_hash=config.content_hash(),
-        placement_hash=placement_hash(config),
-        weights=weights_of(weights),
-    )
-
-
-def _check_weights(given: Roster, folder: Path) -> None:
-    from coterie.cli.members import weights_of
-
-    if weights_of(folder) != dict(given.weights):
-        raise RosterError(
-            f"The roster is not for the split model in {folder}; it was not signed.",
-            code="roster-other-weights",
-            why="your signature says that the run starts from exactly those files",
-            fix="ask who made the roster for the files and the manifest.json that it was made from",
-        )
-
-
-def _check_agreed(given: Roster, settings: Path) -> None:
-    from coterie.cli.members import members, placement_hash
-    from coterie.config import FederationConfig, load_yaml
-
-    config = load_yaml(settings, FederationConfig)
-    listed = [(entry.name, entry.role, entry.endpoint) for entry in given.parties]
-    agreed = [(member.name, member.role, member.endpoint) for member in members(config)]
-    differs = next(
-        (
-            what
-            for what, same in (
-                ("the federation's name", given.federation == config.name),
-                ("the members or their endpoints", listed == agreed),
-                ("the settings", given.config_hash == config.content_hash()),
-                ("who hosts which expert", given.placement_hash == placement_hash(config)),
-            )
-            if not same
-        ),
-        None,
-    )
-    if differs is not None:
-        raise RosterError(
-            f"The roster and {settings} differ in {differs}; it was not signed.",
-            code="roster-other-config",
-            why="your signature says that you agree to all of it",
-            fix="ask who made the roster for the federation.yaml it was made from",
-        )
+    return draft_agreed(config, found, weights, epoch=epoch)
 
 
 def _save(roster: Roster, path: Path) -> None:

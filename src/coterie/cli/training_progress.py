@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from coterie.cli.output import EXIT_STOPPED, big, progress, say, size, table, write_json
 from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
+from coterie.pages.amounts import duration
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
 from coterie.training.planning.forecast import Forecast
@@ -68,6 +69,16 @@ def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = Fal
         f"text: {found.sequences} sequences of at most {config.data.sequence_length} tokens, {found.tokens} of them "
         f"predicted; {found.rounds} rounds"
     )
+    if found.calibration is not None:
+        here, rounds = found.calibration, found.rounds
+        whole = duration(here.round_seconds * rounds)
+        say(
+            f"on this machine: about {here.round_seconds:.3g} s a round, {whole} for all {rounds} evaluation aside; "
+            f"{size(here.peak_bytes)} at the peak, activations included"
+        )
+        say(
+            f"(calibrated on synthetic records with {here.layers[0]} and {here.layers[1]} of {here.layers[2]} layers)"
+        )
     if config.privacy is not None and found.privacy is not None:
         _warn(config.privacy)
         announce(found.privacy)

@@ -3,9 +3,10 @@
 gRPC reads its environment once, when it is first imported; so it is set here.
 
 In reading order: `coterie.federation.identity` (who is who), `coterie.federation.wire` (messages),
-`coterie.federation.rounds` (a round as a transaction), then the two exchanges `coterie.federation.tokens` and
-`coterie.federation.experts`. `coterie.federation.shard` is what a party hosts for all: weights, their optimiser,
-their part of a checkpoint; `coterie.federation.cancel` tells whoever computes or waits that it counts no more.
+`coterie.federation.enrolment` (how members come in), `coterie.federation.rounds` (a round as a transaction), then the
+two exchanges `coterie.federation.tokens` and `coterie.federation.experts`. `coterie.federation.shard` is what a party
+hosts for all: weights, their optimiser, their part of a checkpoint; `coterie.federation.cancel` tells whoever
+computes or waits that it counts no more.
 """
 
 import os

@@ -243,37 +243,8 @@ def verify(roster: Roster, authority: x509.Certificate) -> None:
             code="roster-duplicate",
             fix="make it again from federation.yaml: `coterie roster make`",
         )
-    content_hash = roster.content_hash()
     for entry in roster.parties:
-        certificate = roster.certificate_of(entry.name)
-        signature = roster.signatures[entry.name]
-        check_issued(certificate, authority, f"The certificate of {entry.name}")
-        if signature.signed_hash != content_hash:
-            raise RosterError(
-                f"The roster was changed after {entry.name} signed it.",
-                code="roster-changed",
-                where=f"it has hash {content_hash[:8]}.., {entry.name} signed {signature.signed_hash[:8]}..",
-                why="members would disagree on who takes part, where, or who hosts which expert",
-                fix="use the roster as it was signed, or let every member sign the new one",
-            )
-        listed = roster.admit(certificate)
-        if listed != entry:
-            raise RosterError(
-                f"{entry.name} signed with the certificate of {listed.name}.",
-                code="roster-not-listed",
-                fix="have everybody sign with the own kit",
-            )
-        try:
-            raw = base64.b64decode(signature.signature, validate=True)
-            p256_key(certificate, f"The certificate of {entry.name}").verify(
-                raw, _digest(content_hash), ec.ECDSA(hashes.SHA256())
-            )
-        except (InvalidSignature, binascii.Error):
-            raise RosterError(
-                f"The signature of {entry.name} under the roster is false.",
-                code="roster-signature",
-                fix="have that member sign the roster anew with its own kit",
-            ) from (None)
+        check_signed(roster, entry, authority)
     strangers = sorted(set(roster.signatures) - set(names))
     if strangers:
         raise RosterError(
@@ -281,6 +252,40 @@ def verify(roster: Roster, authority: x509.Certificate) -> None:
             code="roster-not-listed",
             fix="make the roster again with all members in federation.yaml, and have everybody sign it",
         )
+
+
+def check_signed(roster: Roster, entry: RosterEntry, authority: x509.Certificate) -> None:
+    """Check that one member signed exactly this roster with the certificate it lists; raises as `verify` does."""
+    content_hash = roster.content_hash()
+    certificate = roster.certificate_of(entry.name)
+    signature = roster.signatures[entry.name]
+    check_issued(certificate, authority, f"The certificate of {entry.name}")
+    if signature.signed_hash != content_hash:
+        raise RosterError(
+            f"The roster was changed after {entry.name} signed it.",
+            code="roster-changed",
+            where=f"it has hash {content_hash[:8]}.., {entry.name} signed {signature.signed_hash[:8]}..",
+            why="members would disagree on who takes part, where, or who hosts which expert",
+            fix="use the roster as it was signed, or let every member sign the new one",
+        )
+    listed = roster.admit(certificate)
+    if listed != entry:
+        raise RosterError(
+            f"{entry.name} signed with the certificate of {listed.name}.",
+            code="roster-not-listed",
+            fix="have everybody sign with the own kit",
+        )
+    try:
+        raw = base64.b64decode(signature.signature, validate=True)
+        p256_key(certificate, f"The certificate of {entry.name}").verify(
+            raw, _digest(content_hash), ec.ECDSA(hashes.SHA256())
+        )
+    except (InvalidSignature, binascii.Error):
+        raise RosterError(
+            f"The signature of {entry.name} under the roster is false.",
+            code="roster-signature",
+            fix="have that member sign the roster anew with its own kit",
+        ) from (None)
 
 
 def join(rosters: Iterable[Roster]) -> Roster:

@@ -47,6 +47,14 @@ _SPARE_WORKERS = 4
 _LOOK_S = 0.1
 
 
+DIRECT: tuple[tuple[str, int | str], ...] = (
+    ("grpc.so_reuseport", 0),  # else a second process would silently share the port
+    ("grpc.enable_http_proxy", 0),  # members dial each other past any proxy in the environment, as `doctor` does
+    ("grpc.address_http_proxy", ""),  # the same for the proxy by address, which the line above leaves on
+)
+"""gRPC channel arguments of everything that listens or dials here."""
+
+
 def _options(settings: Settings, *, bulk: bool) -> list[tuple[str, int | str]]:
     """gRPC channel arguments of both sides.
 
@@ -68,9 +76,7 @@ def _options(settings: Settings, *, bulk: bool) -> list[tuple[str, int | str]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", ping_ms // 2),
         ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.so_reuseport", 0),  # else a second process would silently share the port
-        ("grpc.enable_http_proxy", 0),  # members dial each other past any proxy in the environment, as `doctor` does
-        ("grpc.address_http_proxy", ""),  # the same for the proxy by address, which the line above leaves on
+        *DIRECT,
         ("grpc.use_local_subchannel_pool", 1),  # a connection of its own for every lane
         ("grpc.initial_reconnect_backoff_ms", int(settings.redial_s * 1000)),
         ("grpc.min_reconnect_backoff_ms", int(settings.dial_s * 1000)),  # how long one try to connect may take
@@ -248,7 +254,7 @@ class GrpcTransport(BaseTransport):
     ) -> Iterator[bytes]:
         """One incoming stream; runs in a worker of gRPC's pool, which then sends."""
         try:
-            entry = self._roster.admit(_peer_certificate(context))
+            entry = self._roster.admit(peer_certificate(context))
         except CoterieError as error:
             self._seldom.log(("refused", error.message), logging.WARNING, f"refused a connection: {error}")
             context.abort(grpc.StatusCode.UNAUTHENTICATED, error.code)
@@ -568,7 +574,8 @@ def _lanes_between(one: Role, other: Role) -> tuple[Lane, ...]:
     return (Lane.CONTROL,) if Role.COORDINATOR in (one, other) else ALL_LANES
 
 
-def _peer_certificate(context: grpc.ServicerContext) -> x509.Certificate:
+def peer_certificate(context: grpc.ServicerContext) -> x509.Certificate:
+    """What the other end of an incoming call showed, once TLS has checked it; IdentityError below TLS 1.3."""
     facts = context.auth_context()
     if facts.get("ssl_tls_version") != [b"TLSv1.3"]:
         raise IdentityError(

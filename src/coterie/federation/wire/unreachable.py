@@ -159,7 +159,7 @@ def _other_certificate(peer: str, roster: Roster, authority: x509.Certificate) -
     entry = roster.entry(peer)
     where = f"{peer} at {entry.endpoint}; no data was sent"
     why = "whoever answers there is not the member that signed the roster"
-    shown = _presented(entry.endpoint)
+    shown = presented(entry.endpoint)
     if shown is None:
         return IdentityError(
             f"The certificate shown at {entry.endpoint} is not {peer}'s.",
@@ -195,13 +195,14 @@ def look_at(peer: str, roster: Roster, authority: x509.Certificate) -> CoterieEr
             fix=f"start {peer}; if it runs, open the port in its firewall, or correct the endpoint in a new roster"
             + past_proxies(),
         )
-    shown = _presented(endpoint)
+    shown = presented(endpoint)
     if shown is not None and certificates.fingerprint(shown) == roster.entry(peer).cert_fingerprint:
         return None
     return _other_certificate(peer, roster, authority)
 
 
-def _presented(endpoint: str) -> x509.Certificate | None:
+def presented(endpoint: str) -> x509.Certificate | None:
+    """The certificate that an endpoint shows, trusted by nobody yet; None where it shows none."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # only looked at; nothing is sent

@@ -53,12 +53,23 @@ def build_model(
     if meta:
         return structure_of(config, torch_dtype(spec))
     if spec.family is not None:
-        with _seeded(seed):
-            model = model_class._from_config(config, dtype=torch_dtype(spec))
-    else:
-        model = _load(model_class, config, spec)
+        return random_model(config, torch_dtype(spec), seed=seed).to(device)
+    model = _load(model_class, config, spec)
     seam.select(model)
     return model.to(device)
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, *, seed: int | None) -> PreTrainedModel:
+    """A model of a config with random weights, on the CPU.
+
+    Raises:
+        ModelError: the family is dense, stays out, or is unknown to the installed transformers.
+    """
+    model_class = class_of(config)
+    with _seeded(seed):
+        model = model_class._from_config(own_config(model_class, config), dtype=dtype)
+    seam.select(model)
+    return model
 
 
 def structure_of(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

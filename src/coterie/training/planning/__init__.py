@@ -1,7 +1,8 @@
 """What a run will need and cost, before it starts: `coterie plan`.
 
 `coterie.training.planning.plan` puts it together, from `coterie.training.planning.closed_form` (memory by formula)
-and `coterie.training.planning.measured` (memory as it was). `coterie.training.planning.forecast` says what a private
+and `coterie.training.planning.measured` (memory as it was; `coterie.training.planning.allocations` at its peak).
+`coterie.training.planning.forecast` says what a private
 run will spend, `coterie.training.planning.exposure` what others can read where nothing is promised, and up to which
 sizes, `coterie.training.planning.pooled_noise` what noise of several parties is worth,
 `coterie.training.planning.equal_rates` proposes lots that need the same noise at every party, and

@@ -20,8 +20,7 @@ from coterie.errors import BudgetError, ConfigError
 from coterie.training.data.documents import read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
-from coterie.training.single.previewed import plan_of
-from coterie.training.single.setup import build_for
+from coterie.training.single.setup import build_for, plan_of
 
 FEWEST_ROUNDS = 40
 """Steps that an optimiser is left with, where `train.rounds` allows as many: with fewer it does not get far."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
 from coterie.models.seam import expert_layers
@@ -18,7 +16,8 @@ from coterie.training.planning.closed_form import Shape
 from coterie.training.planning.forecast import Choice, Forecast, choices, forecast
 from coterie.training.planning.noise_bands import BandsChoice, bands_choices
 from coterie.training.provenance import originals
-from coterie.training.single.setup import check_fit, with_vocabulary
+from coterie.training.single.calibrated import Calibration, calibrate
+from coterie.training.single.setup import check_fit, plan_of, with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Preview:
         privacy: what it will spend; None without a budget.
         choices: what other lots and budgets would mean.
         bands: what noise in bands would.
+        calibration: what a round takes on this machine; None where that was not asked for.
     """
 
     parameters: int
@@ -44,6 +44,7 @@ class Preview:
     privacy: Forecast | None
     choices: tuple[Choice, ...] = ()
     bands: tuple[BandsChoice, ...] = ()
+    calibration: Calibration | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -56,7 +57,7 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
 
     Args:
         config: the settings.
-        others: with `Preview.choices` and `Preview.bands`, which take some seconds.
+        others: with `Preview.choices`, `Preview.bands` and `Preview.calibration`, which take some seconds.
 
     Raises:
         ConfigError, DataError, ModelError, BudgetError: as a run would.
@@ -82,6 +83,7 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     return Preview(
         whole, shape.expert_share, whole * shape.trained_bytes, len(records), records.predicted_tokens,
         config.train.rounds, spending, tuple(other), tuple(bands),
+        calibrate(config, tokenizer, records) if others else None,
     )  # fmt: skip
 
 
@@ -95,11 +97,3 @@ def forecast_of(
     """
     pieces = originals(documents, records).pieces
     return forecast(spec, plan, records, pieces, tested=bool(config.data.test))
-
-
-def plan_of(config: TrainConfig, spec: PrivacySpec, model: nn.Module) -> PrivacyPlan:
-    """The plan of a run's settings with this `privacy` block."""
-    return PrivacyPlan.of_settings(
-        spec, model, config.train.rounds, lot_size=config.train.batch_size,
-        seed=config.train.seed if spec.seeded else None, momentum=config.optim.added_momentum,
-    )  # fmt: skip

@@ -23,7 +23,8 @@ from coterie.training.optim import Float32Optimizer, lr_at, make_optimizer
 from coterie.training.planning.forecast import Announce
 from coterie.training.provenance import artefacts, originals, record_facts
 from coterie.training.single.prepared import Prepared
-from coterie.training.single.previewed import forecast_of, plan_of
+from coterie.training.single.previewed import forecast_of
+from coterie.training.single.setup import plan_of
 from coterie.training.single.stepper import Step
 
 _SPENT_SHOWN = 40

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coterie.config import DataSpec, ModelSpec, TrainConfig
+from coterie.config import DataSpec, ModelSpec, PrivacySpec, TrainConfig
+from coterie.dp.plan import PrivacyPlan
 from coterie.errors import ConfigError
 from coterie.models.zoo.build import build_model
 from coterie.training.loop import use_checkpointing
@@ -84,3 +85,11 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is `cuda`, but torch finds no GPU.", code="config-no-gpu", fix="use `device: auto`")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def plan_of(config: TrainConfig, spec: PrivacySpec, model: nn.Module) -> PrivacyPlan:
+    """The plan of a run's settings with this `privacy` block."""
+    return PrivacyPlan.of_settings(
+        spec, model, config.train.rounds, lot_size=config.train.batch_size,
+        seed=config.train.seed if spec.seeded else None, momentum=config.optim.added_momentum,
+    )  # fmt: skip

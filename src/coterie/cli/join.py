@@ -1,0 +1,83 @@
+"""`coterie join`: come into a federation by the code that its inviter read out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.cli.output import say, size
+from coterie.cli.party_file import offer_settings
+
+if TYPE_CHECKING:
+    from coterie.config import FederationConfig
+
+
+def command(
+    code: Annotated[str, typer.Argument(help="As it was read out, CODE@HOST:PORT; case and hyphens do not matter.")],
+    kit: Annotated[Path, typer.Option(help="Folder to make; your private key is made there and stays.")] = Path(
+        "kit"
+    ),
+    train: Annotated[
+        list[Path] | None, typer.Option("--train", metavar="FILE", help="Write a party.yaml with this text; repeat.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option("--test", metavar="FILE", help="Held-out text for that file.")] = None,
+    agree: Annotated[
+        bool, typer.Option("--agree", help="Sign for the federation.yaml that comes, without being asked.")
+    ] = False,
+) -> None:
+    """Make your own key, have it certified, fetch your parts of the model, and sign the roster.
+
+    The other side has to prove that it gave out the code before anything is made here. A federation.yaml in this
+    folder is what you agreed to, and has to be the inviter's; without one you are shown theirs and asked. If the
+    line breaks, run the same command again: it goes on where it was.
+
+    Example:
+        coterie join K7Q2M-9FDXA-3T0ZR-8WQ4E-VVB2K@alder.example:7400 --train notes.jsonl
+    """
+    from coterie.federation.enrolment.codes import parse
+
+    given = parse(code)
+
+    from coterie.cli.output import error_console
+    from coterie.federation.enrolment.joining import Watch, join_federation
+
+    def fetched(name: str, done: int, whole: int) -> None:
+        part = 100 * done // max(whole, 1)
+        if shown.get(name, -10) + 10 <= part or done == whole:
+            shown[name] = part
+            error_console().print(f"{name} {size(done)} of {size(whole)}", markup=False)
+
+    shown: dict[str, int] = {}
+    watch = Watch(
+        agrees=lambda config: agree or _asked(config),
+        step=say,
+        fetched=fetched,
+        waits=lambda names: say(f"waiting for {names}"),
+    )
+    joined = join_federation(given, Path(), kit, watch)
+    if joined.parts is None:
+        say(f"next: coterie coordinator federation.yaml --kit {kit}")
+        return
+    offer_settings(joined.member, Path("federation.yaml"), kit, joined.parts, train or [], test)
+    say("next: coterie doctor party.yaml, then coterie up party.yaml")
+
+
+def _asked(config: FederationConfig) -> bool:
+    """Show the agreement and have a person decide."""
+    import sys
+
+    import yaml
+
+    from coterie.errors import RosterError
+
+    say(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).rstrip())
+    if not sys.stdin.isatty():
+        raise RosterError(
+            "Nobody is here to agree to this federation.yaml; nothing was signed, and the code was not used.",
+            code="join-not-agreed",
+            why="it says what others may see of your text",
+            fix="put the federation.yaml that you agreed on into this folder, or add --agree",
+        )
+    return typer.confirm(f"Sign for this (hash {config.content_hash()[:16]})?", err=True)

@@ -1,0 +1,246 @@
+"""How long a round takes here and what it holds at its peak, from a short calibration before any weight is loaded.
+
+Two models of the run's own widths, with few of its decoder layers and random weights, do a few rounds on synthetic
+records of the text's lengths. A round's time is a part for the weights (optimizer step, noise) and a part for every
+micro-batch or record, and both parts, as the peak, are straight lines in the number of layers: that is what a model
+with more of the same layers adds. So the whole model's figures follow from four points, for a fraction of its memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from coterie.config import TrainConfig
+from coterie.dp.accounting.dataset import dataset_digest
+from coterie.dp.accounting.lots import Lot
+from coterie.dp.plan import ComputeOptions
+from coterie.dp.private_data import PrivateData
+from coterie.dp.setup import start_session
+from coterie.models.seam import expert_layers
+from coterie.models.zoo.build import load_config, random_model, structure_of, torch_dtype
+from coterie.training.data.packing import Sequences
+from coterie.training.loop import train_round, use_checkpointing
+from coterie.training.optim import make_optimizer
+from coterie.training.planning.allocations import peak_bytes
+from coterie.training.single.setup import pick_device, plan_of, with_vocabulary
+
+_FEW, _MORE = 1, 3
+"""Micro-batches, or physical batches of records, at which a round is timed."""
+_TIMES = 3
+"""Of so many the median counts: a machine that others use is as slow for the run as for this."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What rounds of a run are expected to take on this machine.
+
+    Attributes:
+        round_seconds: of one round, evaluation and checkpoints aside.
+        peak_bytes: on the device during a round: weights, gradients, optimiser, activations.
+        layers: decoder layers of the two models that were measured, and of the run's own.
+        took_seconds: the calibration itself.
+    """
+
+    round_seconds: float
+    peak_bytes: int
+    layers: tuple[int, int, int]
+    took_seconds: float
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One model's figures: seconds of a round with no text, and of every unit of work; bytes at the peak."""
+
+    fixed: float
+    each: float
+    peak: float
+
+    def towards(self, other: _Point, steps: float) -> _Point:
+        """On the line from this point to the other, so many times as far as the other is."""
+
+        def on_line(one: float, two: float) -> float:
+            return max(0.0, one + (two - one) * steps)
+
+        return _Point(
+            on_line(self.fixed, other.fixed), on_line(self.each, other.each), on_line(self.peak, other.peak)
+        )
+
+
+def calibrate(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, records: Sequences) -> Calibration:
+    """Measure small versions of a run's model on this machine.
+
+    Args:
+        config: the run's settings.
+        tokenizer: of it.
+        records: its text; lengths alone are used.
+    """
+    began = time.monotonic()
+    whole = load_config(with_vocabulary(config.model, tokenizer))
+    few, more, layers = _depths(whole, torch_dtype(config.model))
+    measure = _plain if config.privacy is None else _private
+    points = [measure(config, _shortened(whole, depth), records) for depth in (few, more)]
+    steps = (layers - few) / (more - few) if more > few else 0.0
+    point = points[0].towards(points[1], steps)
+    work = _work(config, len(records))
+    return Calibration(
+        point.fixed + point.each * work, round(point.peak), (few, more, layers), time.monotonic() - began
+    )
+
+
+def _work(config: TrainConfig, units: int) -> float:
+    """Micro-batches of a plain round; expected records of a private one."""
+    if config.privacy is None:
+        return math.ceil(config.train.batch_size / (config.train.micro_batch or config.train.batch_size))
+    return min(units, config.privacy.lot_size or config.train.batch_size)
+
+
+# -- models with fewer layers ---------------------------------------------------------------------------------------
+
+
+def _depths(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Decoder layers of the two models to measure, and of the whole.
+
+    The second has one period more than the first: the least number of layers after which kinds of attention and MoE
+    layers come again. Layers before the first MoE layer are in both.
+    """
+    text = config.get_text_config()
+    layers = int(text.num_hidden_layers)
+    names = [layer.name for layer in expert_layers(structure_of(copy.deepcopy(config), dtype))]
+    moe = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
+    kinds = list(getattr(text, "layer_types", None) or [""] * layers)
+    shape = [(kind, at in moe) for at, kind in enumerate(kinds)]
+    lead = moe[0]
+    period = next(
+        step
+        for step in range(1, layers + 1)
+        if all(shape[at] == shape[at + step] for at in range(lead, layers - step))
+    )
+    few = lead + period
+    return (few, few + period, layers) if few + period < layers else (layers, layers, layers)
+
+
+def _shortened(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """The config with its first layers alone; lists with an entry a layer are cut, too."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    layers = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+    return short
+
+
+def _model(config: TrainConfig, short: PretrainedConfig, device: torch.device) -> PreTrainedModel:
+    model = random_model(short, torch_dtype(config.model), seed=0).to(device)
+    if config.model.gradient_checkpointing:
+        use_checkpointing(model)
+    return model.train()
+
+
+def _synthetic(records: Sequences, vocabulary: int) -> Sequences:
+    """Random tokens in records of the same lengths."""
+    tokens = torch.randint(0, vocabulary, records.tokens.shape, generator=torch.Generator().manual_seed(0))
+    return replace(records, tokens=tokens.to(torch.int32), trained=None)
+
+
+def _held(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _usual(compute: Callable[[int], object], amount: int, device: torch.device) -> float:
+    """Seconds that so much work takes, in the median of some tries."""
+    found = []
+    for _ in range(_TIMES):
+        began = time.monotonic()
+        compute(amount)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.monotonic() - began)
+    return statistics.median(found)
+
+
+def _line(seconds: dict[int, float]) -> tuple[float, float]:
+    """What no work takes, and what every unit of it does, from two amounts."""
+    (few, one), (more, two) = sorted(seconds.items())
+    each = max(0.0, (two - one) / (more - few))
+    return max(0.0, one - each * few), each
+
+
+def _plain(config: TrainConfig, short: PretrainedConfig, records: Sequences) -> _Point:
+    device = pick_device(config.device)
+    model = _model(config, short, device)
+    optimizer = make_optimizer(model.parameters(), config.optim)
+    text = _synthetic(records, int(model.config.get_text_config().vocab_size))
+    size = config.train.micro_batch or config.train.batch_size
+    spread = torch.linspace(0, len(text) - 1, _MORE * size).round().long().tolist()
+
+    def one_round(count: int) -> None:
+        batches = (text.batch(spread[at::_MORE][:size]) for at in range(count))
+        train_round(model, optimizer, batches, lr=1e-6)
+
+    peak = peak_bytes(lambda: one_round(_MORE), device)  # and the first, in which the optimiser makes its state
+    seconds = {count: _usual(one_round, count, device) for count in (_FEW, _MORE)}
+    return _Point(*_line(seconds), _held(model) + peak)
+
+
+def _private(config: TrainConfig, short: PretrainedConfig, records: Sequences) -> _Point:
+    spec = config.privacy
+    if spec is None:
+        raise ValueError("a run without a budget")
+    device = pick_device(config.device)
+    model = _model(config, short, device)
+    optimizer = make_optimizer(model.parameters(), config.optim)
+    text = _synthetic(records, int(model.config.get_text_config().vocab_size))
+    planned = plan_of(config, spec, model)
+    plan = replace(planned, rounds=max(planned.rounds, _TIMES + 1))
+    options = ComputeOptions.of_settings(spec)
+    data = PrivateData.of(
+        text, text.collate, users=text.users, records_per_user=plan.records_per_user,
+        digest=dataset_digest(("calibration",)),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        session = start_session(
+            model, optimizer, data, plan, options, ledger=Path(folder) / "ledger", schedule=lambda _: 1e-6
+        )
+        try:
+            spread = np.linspace(0, len(text) - 1, _MORE * options.physical_batch).round().astype(np.int64)
+
+            def sums(count: int) -> None:
+                session.lot_sums.compute(Lot(1, np.unique(spread)[:count], np.arange(count)), "calibration")
+
+            most = len(np.unique(spread))
+            counts = (max(1, most // _MORE), most)
+            seconds = {count: _usual(sums, count, device) for count in counts}
+            _, each = _line(seconds)
+
+            def one_round() -> None:
+                lot = session.next_lot()
+                began = time.monotonic()
+                session.step(lot)
+                beside.append(time.monotonic() - began - each * len(lot))
+
+            beside: list[float] = []
+            peak = peak_bytes(one_round, device)
+            beside.clear()
+            for _ in range(_TIMES):
+                one_round()
+            per_unit = len(text) / data.units.count
+            return _Point(max(0.0, statistics.median(beside)), each * per_unit, _held(model) + peak)
+        finally:
+            session.close()
