@@ -93,17 +93,17 @@ def calibrate(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, records: 
     points = [measure(config, _shortened(whole, depth), records) for depth in (few, more)]
     steps = (layers - few) / (more - few) if more > few else 0.0
     point = points[0].towards(points[1], steps)
-    work = _work(config, len(records))
+    work = _work(config, structure_of(copy.deepcopy(whole), torch_dtype(config.model)))
     return Calibration(
         point.fixed + point.each * work, round(point.peak), (few, more, layers), time.monotonic() - began
     )
 
 
-def _work(config: TrainConfig, units: int) -> float:
-    """Micro-batches of a plain round; expected records of a private one."""
+def _work(config: TrainConfig, structure: PreTrainedModel) -> float:
+    """Micro-batches of a plain round; expected units of a private one."""
     if config.privacy is None:
         return math.ceil(config.train.batch_size / (config.train.micro_batch or config.train.batch_size))
-    return min(units, config.privacy.lot_size or config.train.batch_size)
+    return plan_of(config, config.privacy, structure).lot_size
 
 
 # -- models with fewer layers ---------------------------------------------------------------------------------------
