@@ -25,9 +25,8 @@ from coterie.models.zoo.build import build_model
 from coterie.storage import json_object, write_json
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
-from coterie.training.single.previewed import plan_of
 from coterie.training.single.run import RunResult
-from coterie.training.single.setup import with_vocabulary
+from coterie.training.single.setup import plan_of, with_vocabulary
 from coterie.training.single.trained import evaluate_run, load_trained
 
 MAY_DIFFER = ("optim.", "privacy.clip_norm", "privacy.clipping")
