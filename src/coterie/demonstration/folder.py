@@ -312,11 +312,17 @@ class Folder:
         return TrainSpec(
             rounds=rounds,
             batch_size=sum(plan.lot_of(party) if arm.private else plan.batch for party in parties),
-            micro_batch=plan.micro_batch if arm.kind == "federation" else 2 * plan.micro_batch,
+            micro_batch=self._at_once(arm),
             seed=plan.seed,
             eval_every=plan.private.eval_every if arm.private else plan.eval_every,
             checkpoint_every=max(1, rounds // 2),
         )
+
+    def _at_once(self, arm: Arm) -> int:
+        """Sequences of a micro-batch; a private run computes by its physical batch, and evaluates so many at once."""
+        if arm.private:
+            return self._plan.private.physical_batch
+        return self._plan.micro_batch * (1 if arm.kind == "federation" else 2)
 
     def _data(
         self, where: Path, names: tuple[str, ...], tokenizer: TokenizerSpec, arm: Arm | None = None

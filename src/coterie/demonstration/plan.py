@@ -133,7 +133,7 @@ _OPTIM = OptimSpec(lr=1.5e-3, betas=(0.9, 0.99), schedule="cosine", warmup_round
 _PUBLIC_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=28)
 
 
-_PRIVATE_OPTIM = OptimSpec(lr=2.5e-3, betas=(0.9, 0.99), schedule="constant")
+_PRIVATE_OPTIM = OptimSpec(lr=4e-3, betas=(0.9, 0.99), schedule="linear")
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,16 @@ class PrivatePlan:
         lot_size: expected records per party and round, on the mean: every party draws each of its records equally
             often. The pooled arm takes all their lots together.
         epsilon, delta: what each party may spend in one arm. Noise is calibrated to it.
-        physical_batch: records computed at once.
+        physical_batch: records computed at once, where they are not computed alone; evaluated at once.
     """
 
-    rounds: int = 10
-    lot_size: int = 256
+    rounds: int = 5
+    lot_size: int = 160
     epsilon: float = 8.0
     delta: float = 1e-5
     clip_norm: float = 1.0
     physical_batch: int = 128
-    eval_every: int = 5
+    eval_every: int = 3
     optim: OptimSpec = _PRIVATE_OPTIM
 
 
@@ -182,7 +182,7 @@ class DemoPlan:
     rounds: int = 48
     batch: int = 16
     micro_batch: int = 8
-    eval_every: int = 16
+    eval_every: int = 24
     seed: int = 0
     sequence_length: int = 64
     vocab_size: int = 1024

@@ -65,7 +65,7 @@ class ModelState:
                 now.clear()
                 now.update(before)
         for container, before in self._contents:
-            if not _same(container, before):
+            if (container or before) and not _same(container, before):  # most are empty, and stay so
                 container.clear()
                 container.extend(before) if isinstance(container, list) else container.update(before)
         for number, seen in enumerate(self._tensors):
