@@ -14,7 +14,7 @@ from coterie.cli.output import console, say, table, write_json
 
 def command(
     parties: Annotated[int, typer.Option(help="Organisations that take part, 2 to 6.")] = 3,
-    rounds: Annotated[int | None, typer.Option(help="Rounds; default 48, of private arms 5.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds; default 48, of private arms 6.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Run folder; an earlier demo in it is replaced.")] = Path(
         "coterie-demo"

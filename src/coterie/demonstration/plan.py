@@ -133,7 +133,7 @@ _OPTIM = OptimSpec(lr=1.5e-3, betas=(0.9, 0.99), schedule="cosine", warmup_round
 _PUBLIC_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=28)
 
 
-_PRIVATE_OPTIM = OptimSpec(lr=4e-3, betas=(0.9, 0.99), schedule="linear")
+_PRIVATE_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="linear")
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ class PrivatePlan:
         physical_batch: records computed at once, where they are not computed alone; evaluated at once.
     """
 
-    rounds: int = 5
-    lot_size: int = 160
+    rounds: int = 6
+    lot_size: int = 144
     epsilon: float = 8.0
     delta: float = 1e-5
     clip_norm: float = 1.0
