@@ -84,8 +84,14 @@ def test_a_dry_run_and_a_plan_say_the_same_and_write_nothing(
     settings = write_settings(folder, "run", 5)
     coterie("train", settings, "--dry-run", "--json", folder / "figures.json")
     said = capsys.readouterr().out
-    coterie("plan", settings)
-    assert capsys.readouterr().out == said
+    coterie("plan", settings, "--json", folder / "plan.json")
+    planned = capsys.readouterr().out.splitlines()
+    here = [line for line in planned if line.startswith(("on this machine: ", "(measured on synthetic records"))]
+    assert len(here) == 2
+    assert [line for line in planned if line not in here] == said.splitlines()
+    measured = json.loads((folder / "plan.json").read_text())["calibration"]
+    assert measured["round_seconds"] > 0
+    assert f"{measured['round_seconds']:.3g} s a round" in here[0]
     assert "nothing was trained or spent" in said
     assert json.loads((folder / "figures.json").read_text())["rounds"] == 5
     assert not (folder / "run").exists()

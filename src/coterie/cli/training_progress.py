@@ -71,14 +71,13 @@ def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = Fal
     )
     if found.calibration is not None:
         here, rounds = found.calibration, found.rounds
-        whole = duration(here.round_seconds * rounds)
+        whole, (few, more, layers) = duration(here.round_seconds * rounds), here.layers
         say(
-            f"on this machine: about {here.round_seconds:.3g} s a round, {whole} for all {rounds} evaluation aside; "
-            f"{size(here.peak_bytes)} at the peak, activations included"
+            f"on this machine: {here.round_seconds:.3g} s a round and {whole} for all {rounds}, evaluation aside, "
+            f"and {size(here.peak_bytes)} at the peak, activations included"
         )
-        say(
-            f"(calibrated on synthetic records with {here.layers[0]} and {here.layers[1]} of {here.layers[2]} layers)"
-        )
+        models = f"{few} and {more} of {layers} layers" if few < layers else "random weights"
+        say(f"(measured on synthetic records with {models})")
     if config.privacy is not None and found.privacy is not None:
         _warn(config.privacy)
         announce(found.privacy)
