@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from coterie.errors import CheckpointError
 from coterie.models.split.origins import save_tensors
 from coterie.models.split.trainings import Training
+from coterie.models.spread.holdings import Holdings
 from coterie.storage import (
     check_keys,
     check_known,
@@ -36,6 +37,7 @@ from coterie.storage import (
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"round-(\d{8})")
+_FIELDS = ("format", "run", "round", "files", "state", "parts")
 
 Content = Mapping[str, Mapping[str, Tensor]]
 """File stem (``weights``, ``optimizer``) to named tensors; written as ``{stem}.safetensors``."""
@@ -52,6 +54,7 @@ class Checkpoint:
         digest: SHA-256 of the manifest, and so of everything in it.
         state: the JSON values that were saved with it.
         files: name of each tensor file to its bytes and their SHA-256.
+        parts: digests of what ranks 1 and on wrote beside it, where a model's experts are spread over ranks.
     """
 
     run: str
@@ -60,6 +63,20 @@ class Checkpoint:
     digest: str
     state: Mapping[str, Any]
     files: Mapping[str, tuple[int, str]]
+    parts: tuple[str, ...] = ()
+
+    def pieces(self, stem: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one file, its own and then those of every part, by their names there.
+
+        Raises:
+            CheckpointError: as `load`; a part is missing, or is not what was written.
+        """
+        yield from self.load(stem).items()
+        for rank, digest in enumerate(self.parts, 1):
+            part = read_checkpoint(part_folder(self.path, rank, self.round))
+            if part.digest != digest:
+                raise _torn(part.path, "it is of another try to write this checkpoint")
+            yield from part.load(stem).items()
 
     def load(self, stem: str, device: str = "cpu") -> dict[str, Tensor]:
         """The tensors of one file, after its digest was compared.
@@ -89,6 +106,7 @@ def write_checkpoint(
     named: str | None = None,
     lora: Mapping[str, Any] | None = None,
     trainings: tuple[Training, ...] = (),
+    parts: Sequence[str] = (),
 ) -> Checkpoint:
     """Save after ``round_no`` finished rounds, in the place of an older checkpoint in ``folder``.
 
@@ -101,6 +119,7 @@ def write_checkpoint(
         named: the run that each file says it is of, where several members write parts of one; default: ``run``.
         lora: settings of the adapters among the tensors.
         trainings: what is behind the weights, for whoever exports them.
+        parts: digests of what other ranks have written to their `part_folder`.
 
     Raises:
         CheckpointError: the disk is full or broken; what was there before is kept.
@@ -112,8 +131,17 @@ def write_checkpoint(
             save_tensors(path, tensors, run if named is None else named, round_no, lora, trainings)
             files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
         manifest = {"format": FORMAT, "run": run, "round": round_no, "files": files, "state": dict(state)}
+        manifest |= {"parts": list(parts)} if parts else {}
         write_json(aside / MANIFEST, manifest)
     return read_checkpoint(folder)
+
+
+def part_folder(folder: Path, rank: int, round_no: int) -> Path:
+    """Where another rank than the first puts what it alone holds of a checkpoint.
+
+    A folder a round: an older checkpoint in ``folder`` stays whole until the new one is in its place.
+    """
+    return folder.with_name(f"{folder.name}.rank-{rank}") / f"round-{round_no:08d}"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -127,11 +155,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raw = path.read_bytes()
         manifest = json_object(raw)
         check_known(folder, "format", manifest["format"], {FORMAT}, CheckpointError)
-        check_keys(folder, "field", manifest, ("format", "run", "round", "files", "state"), CheckpointError)
+        check_keys(folder, "field", manifest, _FIELDS, CheckpointError)
         for entry in manifest["files"].values():
             check_keys(folder, "field of a file", entry.keys(), ("bytes", "sha256"), CheckpointError)
         run, number, state = (manifest[key] for key in ("run", "round", "state"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        parts = tuple(str(digest) for digest in manifest.get("parts", ()))
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError):
         raise _torn(folder, f"{MANIFEST} cannot be read") from None
     except OSError as error:  # the checkpoint may be whole: nothing follows from a disk that cannot be read now
@@ -141,7 +170,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             why="a checkpoint that counts would be taken for one that is lost",
             fix="mend that disk or its permissions, or allow more open files, then start again",
         ) from error
-    return Checkpoint(run, number, folder, hashlib.sha256(raw).hexdigest(), state, files)
+    return Checkpoint(run, number, folder, hashlib.sha256(raw).hexdigest(), state, files, parts)
 
 
 class CheckpointStore:
@@ -165,10 +194,13 @@ class CheckpointStore:
         named: str | None = None,
         lora: Mapping[str, Any] | None = None,
         trainings: tuple[Training, ...] = (),
+        parts: Sequence[str] = (),
     ) -> Checkpoint:
         """Save after ``round_no`` finished rounds; see `write_checkpoint`."""
-        path = self._path(round_no)
-        return write_checkpoint(path, self.run, round_no, content, state, named=named, lora=lora, trainings=trainings)
+        return write_checkpoint(
+            self.path(round_no), self.run, round_no, content, state,
+            named=named, lora=lora, trainings=trainings, parts=parts,
+        )  # fmt: skip
 
     def rounds(self) -> list[int]:
         """Rounds of which a complete checkpoint is here, ascending."""
@@ -185,7 +217,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is not there, torn, of another run or of another format.
         """
-        checkpoint = read_checkpoint(self._path(round_no))
+        checkpoint = read_checkpoint(self.path(round_no))
         if (checkpoint.run, checkpoint.round) != (self.run, round_no):
             raise CheckpointError(
                 f"{checkpoint.path} belongs to another run ({str(checkpoint.run)[:12]}, round {checkpoint.round}), "
@@ -203,9 +235,13 @@ class CheckpointStore:
 
     def remove(self, round_no: int) -> None:
         """Delete the checkpoint of one round, if there is one. A crash meanwhile leaves no half of it to be found."""
-        put_away(self._path(round_no))
+        path = self.path(round_no)
+        put_away(path)
+        for part in path.parent.glob(f"{path.name}.rank-*"):
+            put_away(part)
 
-    def _path(self, round_no: int) -> Path:
+    def path(self, round_no: int) -> Path:
+        """The folder of the checkpoint of a round, whether it is there or not."""
         return self.folder / f"round-{round_no:08d}"
 
 
@@ -242,6 +278,15 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(place)
             kept[name] = tensor
     return kept
+
+
+def saved_weights(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
+    """What a model holds of a checkpoint's weights, whoever wrote them, by its own names.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    return Holdings(model).joined(checkpoint.pieces("weights"))
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

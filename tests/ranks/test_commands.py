@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from coterie.cli.ranks import joined, started_again
 from coterie.config import TrainConfig, dump_yaml
 from coterie.errors import ConfigError
 from coterie.training.single.run import start
+from coterie.training.single.trained import load_trained
 from helpers.comparing import relative
 
 NOTES = ["a cough and a fever", "a swollen knee", "no pain in the chest", "the cough is gone", "the fever too"]
@@ -90,3 +93,24 @@ def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(tmp_
     assert max(relative(found[name], value) for name, value in expected.items()) <= 1e-6
     lines = [len(list(tmp_path.glob(f"ledger-{name}/*/ledger.jsonl"))) for name in ("alone", "both")]
     assert lines == [1, 1]
+
+
+@pytest.mark.slow
+def test_experts_over_two_ranks_train_evaluate_resume_and_export_what_one_process_does(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("the cough and the knee\n" * 9)
+    data = settings(tmp_path).data.model_copy(update={"test": (tmp_path / "test.txt",)})
+    alone = settings(tmp_path, "alone", data=data)
+    dump_yaml(tmp_path / "both.yaml", settings(tmp_path, "both", data=data, experts_over=2))
+    ended = subprocess.run(
+        [sys.executable, "-m", "coterie", "train", "both.yaml", "--json", "both.json"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    result = start(alone)
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert found["privacy"]["epsilon"] == result.privacy["epsilon"]
+    assert found["loss"] == pytest.approx(result.loss, rel=1e-6)
+    expected, written = (load_trained(tmp_path / name).model.state_dict() for name in ("alone", "both"))
+    assert max(relative(written[name], value) for name, value in expected.items()) <= 1e-6
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "both/private/model").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in written.items())

@@ -63,11 +63,12 @@ def joined(config: TrainConfig) -> AbstractContextManager[Ranks | None]:
     count = started_ranks()
     if config.privacy is None or count == 1:
         return nullcontext()
-    if config.devices not in (1, count):
+    if config.ranks not in (1, count):
+        name = "devices" if config.devices > 1 else "experts_over"
         raise ConfigError(
-            f"`devices` is {config.devices}, and {count} processes were started.",
+            f"`{name}` is {config.ranks}, and {count} processes were started.",
             code="ranks-count",
-            fix="start as many as `devices` says, or leave it out and let the launcher say it",
+            fix=f"start as many as `{name}` says",
         )
     from coterie.ranks.processes import join_ranks
 
@@ -75,7 +76,7 @@ def joined(config: TrainConfig) -> AbstractContextManager[Ranks | None]:
 
 
 def start_if_asked(config: TrainConfig, command: str, target: Path, json_file: Path | None) -> None:
-    """Start a command once for each of the settings' `devices`, and end as they do; else come back.
+    """Start a command once for each rank that the settings ask for, and end as they do; else come back.
 
     Args:
         config: the settings.
@@ -83,9 +84,9 @@ def start_if_asked(config: TrainConfig, command: str, target: Path, json_file: P
         target: its argument.
         json_file: its option.
     """
-    if config.devices > 1 and started_ranks() == 1:
+    if config.ranks > 1 and started_ranks() == 1:
         option = [] if json_file is None else ["--json", str(json_file)]
-        raise typer.Exit(_run(config.devices, [command, str(target), *option]))
+        raise typer.Exit(_run(config.ranks, [command, str(target), *option]))
 
 
 def _run(count: int, arguments: Sequence[str]) -> int:

@@ -104,13 +104,29 @@ class TrainConfig(Spec):
         description="Processes that share every round, each with the whole model; so far on CPUs, and only with "
         "`privacy`.",
     )
+    experts_over: Count = Field(
+        default=1,
+        description="Processes that the experts of every layer are spread over; tokens travel to them. As many as "
+        "`devices`, or `devices` is left out; only with `privacy`.",
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share every round."""
+        return max(self.devices, self.experts_over)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
         if self.optim.kind == "adamw_corrected" and self.privacy is None:
             raise ValueError("`optim.kind: adamw_corrected` takes off privacy noise: add `privacy`, or use `adamw`")
-        if self.devices > 1 and self.privacy is None:
-            raise ValueError("`devices` above 1 is for private training: add `privacy`, or leave it out")
+        if self.ranks > 1 and self.privacy is None:
+            name = "devices" if self.devices > 1 else "experts_over"
+            raise ValueError(f"`{name}` above 1 is for private training: add `privacy`, or leave it out")
+        if self.experts_over > 1 and self.devices not in (1, self.experts_over):
+            raise ValueError(
+                f"`experts_over` is {self.experts_over} and `devices` {self.devices}: experts are spread over all "
+                "devices; give both the same number, or leave out `devices`"
+            )
         if self.privacy is not None:
             check_adds_up(self.optim, self.privacy)
             problems = undeclared_artefacts(self.model, self.data)

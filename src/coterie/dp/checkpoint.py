@@ -8,6 +8,7 @@ checkpoint learns what the noised results already told.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from torch import Tensor, nn
 from coterie.checkpoints import (
     MANIFEST,
     Checkpoint,
+    CheckpointStore,
     Content,
     load_model_tensors,
     model_tensors,
+    part_folder,
     read_checkpoint,
+    saved_weights,
     write_checkpoint,
 )
 from coterie.dp.saved_plan import check_saved
 from coterie.errors import CheckpointError
+from coterie.models.spread.holdings import Holdings
 from coterie.storage import check_keys, check_known, json_object, restore
 
 SESSION = "session"
@@ -49,16 +54,31 @@ def pack(
         facts: JSON values.
     """
     tensors, structure = _flatten(optimizer, model)
+    parts = Holdings(model)
     return (
-        {"weights": model_tensors(model), "optimizer": tensors, SESSION: extra},
+        {"weights": parts.stored(model_tensors(model)), "optimizer": parts.stored(tensors), SESSION: extra},
         {SESSION: facts, "optimizer": structure},
     )
 
 
-def save(folder: Path, content: Content, state: dict[str, Any]) -> None:
-    """Write a checkpoint in the place of an older one."""
+def save(folder: Path, content: Content, state: dict[str, Any], parts: Sequence[str] = ()) -> None:
+    """Write a checkpoint in the place of an older one; ``parts`` as for `coterie.checkpoints.write_checkpoint`."""
     facts = state[SESSION]
-    write_checkpoint(folder, facts["run"], facts["round"], content, state)
+    write_checkpoint(folder, facts["run"], facts["round"], content, state, parts=parts)
+
+
+def save_part(
+    folder: Path, rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: str, round_no: int
+) -> str:
+    """Write what this rank alone holds of a checkpoint that rank 0 writes to ``folder`` next; returns its digest."""
+    parts = Holdings(model)
+    content = {"weights": parts.own(model_tensors(model)), "optimizer": parts.own(_flatten(optimizer, model)[0])}
+    return write_checkpoint(part_folder(folder, rank, round_no), run, round_no, content, {}).digest
+
+
+def keep_newest_part(folder: Path, rank: int) -> None:
+    """Delete what this rank wrote beside earlier checkpoints in ``folder``."""
+    CheckpointStore(part_folder(folder, rank, 0).parent, "").keep_last(1)
 
 
 @dataclass(frozen=True)
@@ -97,8 +117,8 @@ class SavedSession:
             _load_earlier(self.folder, model)
             tensors = _renamed(load_file(self.folder / "optimizer.safetensors"), _names(optimizer, model))
         else:
-            load_model_tensors(model, self._checkpoint.load("weights"))
-            tensors = self._checkpoint.load("optimizer")
+            load_model_tensors(model, saved_weights(self._checkpoint, model))
+            tensors = Holdings(model).joined(self._checkpoint.pieces("optimizer"))
         _unflatten(optimizer, model, tensors, self._optimizer, self.folder)
 
 

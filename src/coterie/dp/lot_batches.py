@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.balance import Balancer
 from coterie.dp.per_sample.gradient_groups import Diagnostics
+from coterie.dp.per_sample.probe import synthetic_batch
 from coterie.dp.private_data import PrivateData
 from coterie.dp.sum_engine import ConstantShape, SumEngine
 
@@ -21,6 +22,7 @@ class LotBatches:
     """Runs lots through an engine, batch by batch.
 
     Args:
+        model: what is trained.
         data: the records.
         engine: adds up clipped gradients.
         balancer: sees the loads of each record; None without balance.
@@ -31,6 +33,7 @@ class LotBatches:
 
     def __init__(
         self,
+        model: nn.Module,
         data: PrivateData,
         engine: SumEngine,
         balancer: Balancer | None,
@@ -39,10 +42,17 @@ class LotBatches:
         shape: ConstantShape | None,
     ) -> None:
         self.data = data
+        self._model = model
         self._engine, self._balancer, self._shape = engine, balancer, shape
         self._at_once, self._alone = at_once, alone
 
-    def run(self, lot: Lot, device: torch.device, key: int, loads: list[Tensor]) -> Iterator[Diagnostics]:
+    def count(self, lot: Lot) -> int:
+        """How many physical batches a lot has, where units are no users."""
+        return -(-lot.num_units // self._at_once)
+
+    def run(
+        self, lot: Lot, device: torch.device, key: int, loads: list[Tensor], at_least: int = 0
+    ) -> Iterator[Diagnostics]:
         """Run the physical batches of a lot, one unit at a time where units are users.
 
         Args:
@@ -50,6 +60,7 @@ class LotBatches:
             device: of the model.
             key: of the lot's randomness.
             loads: takes the loads of each batch's records, [B, S], where there is a balancer.
+            at_least: so many batches are run, the last ones without a record, because other ranks run as many.
         """
         if self.data.units.starts is None:
             for records, _ in lot.physical_batches(self._at_once):
@@ -57,11 +68,20 @@ class LotBatches:
                 diagnostics = self._batch_sums(self.data.batch(records, device), len(records))
                 loads += self._loads(~diagnostics.masked)
                 yield diagnostics
+            for _ in range(self.count(lot), at_least):
+                self._engine.accumulate(self._made_up(device), counted=0)
             return
         for unit in range(lot.num_units):
             own = lot.records[lot.units == unit]
             self._own_randomness(key, own)
             yield self._engine.accumulate_user(self._user_batches(own, device, loads))
+
+    def _made_up(self, device: torch.device) -> dict[str, Any]:
+        """A batch of one record that nobody has; keys, shapes and types are those of the first one's."""
+        like = self.data.batch(np.zeros(1, np.int64), device)
+        ids = like.get("input_ids")
+        tokens = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim > 1 else 1
+        return synthetic_batch(self._model, like, 1, tokens)
 
     def _batch_sums(self, batch: dict[str, Any], records: int) -> Diagnostics:
         """Figures of a batch's records, whatever else it was filled up with."""

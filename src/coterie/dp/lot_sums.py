@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from coterie.dp.refusals import value_changed
 from coterie.dp.released_state import ReleasedState
 from coterie.dp.sum_engine import ConstantShape, OnGrid, SumEngine
 from coterie.errors import PrivacyError
+from coterie.models.spread.holdings import Holdings
 from coterie.ranks.ranks import Ranks
 
 
@@ -44,6 +45,7 @@ class LotSums:
     Attributes:
         batches: run the physical batches of a lot.
         engine, balancer: as given.
+        holdings: which of the released values are this rank's.
         released: what later rounds know from earlier releases.
         last: figures of the last lot, owner-only; None before the first.
     """
@@ -64,6 +66,7 @@ class LotSums:
         self.engine = engine
         self.balancer = balancer
         self.last: RoundFigures | None = None
+        self.holdings = Holdings(model)
         self._model = model
         self._plan = plan
         self._source = source
@@ -71,7 +74,7 @@ class LotSums:
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._grid = _grid(engine, plan)
         at_once = options.physical_batch if self._grid is None else 1
-        self.batches = LotBatches(data, engine, balancer, at_once, self._grid is not None, shape)
+        self.batches = LotBatches(model, data, engine, balancer, at_once, self._grid is not None, shape)
         self.released = ReleasedState(engine, balancer, plan.adaptive_quantile)
         self._noise = LotNoise(plan, noise_multiplier, engine, balancer)
         self._on_grid: RoundNoise | None = None
@@ -98,7 +101,8 @@ class LotSums:
             self.batches.data.check_length()
             self._model.train()
             with _unchanged(self._model), self._secret_torch_randomness(name) as key:
-                found, figures = self._compute(lot.share(self._ranks.rank, self._ranks.world), key)
+                shares = [lot.share(rank, self._ranks.world) for rank in range(self._ranks.world)]
+                found, figures = self._compute(shares[self._ranks.rank], self._batches_of(shares), key)
             sums.update(found)
             return figures.to_json()
 
@@ -109,25 +113,29 @@ class LotSums:
         """The noise of the lot that was computed last: one Gaussian over gradient groups, loads and indicators."""
         if self._on_grid is not None:
             return self._on_grid
-        return self._noise.of({name: tensor.numel() for name, tensor in sums.items()})
+        return self._noise.of({name: self.holdings.size(name, tensor) for name, tensor in sums.items()})
 
     def fixed_noise(self) -> RoundNoise:
         """The noise of a round as thresholds are now, known before its lot; where none moves, of every round."""
         if self._grid is not None and self._plan.bands is None:
             return self._noise.of({})
-        rounded = {name: param.numel() for name, param in self._trained.items()}
+        rounded = {name: self.holdings.size(name, param) for name, param in self._trained.items()}
         if self.balancer is not None and self.balancer.balance.releases_loads:
             rounded[LOAD] = sum(self.balancer.sizes)
         return self._noise.of(rounded)
 
-    def _compute(self, lot: Lot, key: int) -> tuple[dict[str, Tensor], LotFigures]:
+    def _batches_of(self, shares: Sequence[Lot]) -> int:
+        """How many physical batches every rank runs: one whose experts others need runs as many as they do."""
+        return max(self.batches.count(share) for share in shares) if self.holdings.spread else 0
+
+    def _compute(self, lot: Lot, batches: int, key: int) -> tuple[dict[str, Tensor], LotFigures]:
         self.engine.take()  # what an interrupted step left
         if self._grid is not None:
             self._on_grid = self._noise.of({}) if self._plan.bands is None else self.fixed_noise()
             self._grid.use_grid(self._on_grid.step)
         figures, loads = LotFigures(), list[Tensor]()
         device = next(iter(self._trained.values())).device
-        for diagnostics in self.batches.run(lot, device, key, loads):
+        for diagnostics in self.batches.run(lot, device, key, loads, batches):
             figures.add(diagnostics)
         sums = self.engine.take()
         if self.balancer is not None and self.balancer.balance.releases_loads:

@@ -32,11 +32,14 @@ from coterie.dp.lot_sums import LotSums
 from coterie.dp.noise.discrete_gaussian import Slabs
 from coterie.dp.noise.past_noise import PastNoise
 from coterie.dp.noise.randomness import RandomSource, random_source
+from coterie.dp.per_sample.shared_batch import users_refused
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.shared_releases import SharedReleases
 from coterie.dp.sum_engine import ConstantShape, SumEngine
 from coterie.errors import RankError
+from coterie.models.spread.holdings import Holdings
+from coterie.models.spread.spread import spread_of
 from coterie.models.tensors import raw_bytes
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.revision import software
@@ -151,12 +154,13 @@ class OpenRun:
             return self.tensors(earlier), earlier
         ranks, began = self.ranks, time.monotonic()
         sums = self.lot_sums.compute(pending.lot, pending.name)
-        slabs = self.lot_sums.noise(sums).cut(sums, as_integers=as_integers)
+        slabs = self.lot_sums.noise(sums).cut(sums, self.lot_sums.holdings.parts(), as_integers=as_integers)
         del sums  # with isolation: exact they take twice the memory of what is spooled
         owned = [slabs.owned(rank, ranks.world) for rank in range(ranks.world)]
         for owner, numbers in enumerate(owned):
             for some in _bucketed(numbers):
-                ranks.add_up(slabs.sums(some), owner)
+                if pieces := slabs.sums(some):  # what one rank holds alone has nothing to be added to it
+                    ranks.add_up(pieces, owner)
         summed = time.monotonic()
         own = owned[ranks.rank]
         with ranks.all_well(f"noise {pending.name}"):
@@ -167,7 +171,8 @@ class OpenRun:
         keep()
         for owner, numbers in enumerate(owned):
             for some in _bucketed(numbers):
-                ranks.hand_out(slabs.targets(some), owner)
+                if pieces := slabs.targets(some):
+                    ranks.hand_out(pieces, owner)
         self.seconds = {"sums": summed - began, "noise": drawn - summed, "spool": time.monotonic() - drawn}
         return slabs.noised, release
 
@@ -184,7 +189,7 @@ class OpenRun:
 
     def tensors(self, release: Release) -> dict[str, Tensor]:
         """What a release holds, by parameter name, at every rank."""
-        return self.lot_sums.shaped(self.shared.tensors(release))
+        return self.lot_sums.shaped(self.lot_sums.holdings.joined(self.shared.pieces(release)))
 
     def spent(self) -> Spent:
         """What this run has spent so far, at the budget's delta; infinite for a seeded run."""
@@ -240,6 +245,7 @@ def open_run(
         plan.budget.warn_for(data.units.count, "record" if data.units.starts is None else "user")
     mechanism = plan.mechanism(lots)
     dataset, start, source = data.digest(), RunStart(plan, mechanism, data.units, engine), random_source(plan.seed)
+    _check_spread(ranks, model, data)
     ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
     own_noise = mechanism.noise_multiplier * (1.0 if plan.pooled is None else plan.pooled.share)
     sums = LotSums(model, data, engine, balancer, plan, options, own_noise, source, ranks, shape)
@@ -287,6 +293,27 @@ def _check_devices(ranks: Ranks, model: nn.Module) -> None:
         )
 
 
+def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData) -> None:
+    """Make sure that the ranks that hold a model's experts are those that share the run.
+
+    Raises:
+        RankError: they are others.
+        PrivacyError: units are users.
+    """
+    spread = spread_of(model)
+    if spread is None:
+        return
+    if (spread.ranks.rank, spread.ranks.world) != (ranks.rank, ranks.world):
+        raise RankError(
+            f"the experts are spread over {spread.ranks.world} ranks, and {ranks.world} share the run.",
+            code="ranks-spread",
+            why="tokens would travel to ranks that do not wait for them",
+            fix="give make_private the ranks that the experts were spread over",
+        )
+    if data.units.starts is not None:
+        raise users_refused()
+
+
 def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry) -> dict[str, Any]:
     """What has to be the same at all ranks of a run."""
     return {
@@ -303,9 +330,14 @@ def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers with their names; of those elsewhere the shapes alone."""
-    digest = hashlib.sha256()
+    """SHA-256 of a model's parameters and buffers with their names; of those elsewhere the shapes alone.
+
+    Of experts that are spread over ranks it says nothing: what is hashed is the same at all of them.
+    """
+    digest, parts = hashlib.sha256(), Holdings(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if parts.is_part(name):
+            continue
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{tensor.requires_grad}".encode())
         if not tensor.is_meta:
             digest.update(raw_bytes(tensor))

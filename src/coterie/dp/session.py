@@ -303,8 +303,26 @@ class PrivateSession:
 
         Nothing secret is in it: no lot, no random state, no noise. Results it includes leave the spool.
         """
-        self._opened.ranks.tell("saving", lambda: checkpoint.save(Path(path), *self.content()))
+        parts = self.parts(Path(path))
+        self._opened.ranks.tell("saving", lambda: checkpoint.save(Path(path), *self.content(), parts))
         self.saved(Path(path))
+
+    def parts(self, path: Path) -> tuple[str, ...]:
+        """Let the other ranks put down what they alone hold, beside what rank 0 writes to ``path`` next.
+
+        Returns:
+            Digests that the checkpoint names; none where every rank holds all.
+        """
+        ranks = self._opened.ranks
+        if not self.lot_sums.holdings.spread:
+            return ()
+
+        def put_down() -> str | None:
+            if ranks.rank == 0:
+                return None
+            return checkpoint.save_part(path, ranks.rank, self.model, self.optimizer, self.run, self.round)
+
+        return tuple(ranks.together(f"parts after round {self.round}", put_down)[1:])
 
     def save_state(self, path: str | Path) -> None:
         """`save` without model and optimizer, for loops that save these themselves, before this call."""
@@ -330,6 +348,8 @@ class PrivateSession:
         ranks.agree(f"saved after round {self.round}", lambda: {"the weights": weights_digest(self.model)})
         self._saved = folder
         self._opened.shared.drop(self.round)
+        if ranks.rank and self.lot_sums.holdings.spread:
+            checkpoint.keep_newest_part(folder, ranks.rank)
 
     def _facts(self) -> dict[str, Any]:
         opened = self._opened

@@ -9,7 +9,7 @@ drawn anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,8 @@ class SharedReleases:
         if self._spool is not None:
             remove(self._spool.path_of(release.round, release.draw))
 
-    def tensors(self, release: Release) -> dict[str, Tensor]:
-        """The noised sums of a release at every rank, [values] each where several ranks made it.
+    def pieces(self, release: Release) -> Iterator[tuple[str, Tensor]]:
+        """The noised sums of a release at every rank, part by part: the names they have on disk, and values.
 
         Raises:
             LedgerError: a file is not what was counted.
@@ -113,15 +113,9 @@ class SharedReleases:
         holders = self._holders(release)
         if None in holders:
             raise _incomplete(release)
-        pieces: dict[str, list[Tensor]] = {}
         for number, holder in enumerate(holders):
             assert holder is not None
-            for name, piece in self._handed_out(release, number, holder).items():
-                pieces.setdefault(name, []).append(piece)
-        return {
-            name: own[0] if len(own) == 1 else torch.cat([piece.reshape(-1) for piece in own])
-            for name, own in pieces.items()
-        }
+            yield from self._handed_out(release, number, holder).items()
 
     def drop(self, up_to_round: int) -> None:
         """Remove results that every checkpoint to go back to includes; for each rank its own."""

@@ -37,6 +37,7 @@ from coterie.dp.stepping import check_adds_up, check_optimizer
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import PrivacyError
 from coterie.models import seam
+from coterie.models.spread.spread import at_home
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 
 
@@ -67,7 +68,8 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
         check_optimizer(model, optimizer)
         check_adds_up(optimizer, plan.bands)
         plan.mechanism(lots)  # kept: a budget out of reach is said before anything is computed
-        report = parts.check()
+        with at_home(model):
+            report = parts.check()
     unused = unused_warning(model, report.unused) if report is not None else None
     if unused is not None:
         warnings.warn(unused, PrivacyWarning, stacklevel=4)
@@ -126,7 +128,8 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
         with ranks.all_well("the checks before the next lot"):
             check_optimizer(model, optimizer)
             check_adds_up(optimizer, plan.bands)
-            parts.check()
+            with at_home(model):
+                parts.check()
     except BaseException:
         opened.close()
         raise

@@ -27,6 +27,7 @@ from coterie.models.tensors import compute_dtype
 NAME = "coterie"
 _BINDING = "coterie_binding"
 _MASKED = "coterie_masked"
+_OWN = "coterie_own"
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,9 @@ def check_not_shared_out(module: nn.Module, name: str) -> None:
 
 
 def select(model: nn.Module, implementation: ExpertsImplementation | None = None) -> list[ExpertLayer]:
-    """Route every MoE layer of ``model`` through coterie, computed by ``implementation`` (default: local weights).
+    """Route every MoE layer of ``model`` through coterie, computed by ``implementation``.
+
+    Default: what `computes_itself` says of the layer, else with the weights in the module.
 
     Call it again after every load: Hugging Face resets the choice to its own.
 
@@ -261,11 +264,16 @@ def select(model: nn.Module, implementation: ExpertsImplementation | None = None
             why="its experts are not behind the transformers experts interface, or it is a dense model",
             fix="choose a family from docs/models.md, or turn a dense model into one with `coterie upcycle`",
         )
-    implementation = implementation or LocalExperts()
     for layer in layers:
         layer.module.config._experts_implementation = NAME  # type: ignore[union-attr]
-        setattr(layer.module, _BINDING, (implementation, layer))
+        own = implementation or getattr(layer.module, _OWN, LocalExperts())
+        setattr(layer.module, _BINDING, (own, layer))
     return layers
+
+
+def computes_itself(module: nn.Module, implementation: ExpertsImplementation) -> None:
+    """Say what computes an experts module wherever `select` names nothing else: one with weights at several ranks."""
+    setattr(module, _OWN, implementation)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from coterie.errors import ConfigError, RankError
 from coterie.ranks.pulse import Pulse
-from coterie.ranks.ranks import Ranks, last_words, outcome, ranks_or_alone, read_outcomes
+from coterie.ranks.ranks import Ranks, check_failed, last_words, outcome, ranks_or_alone, read_outcomes
 
 LONGEST = timedelta(hours=2)
 """A rank that is alive may be waited for so long: the longest evaluation, or the longest step of one rank alone."""
@@ -75,6 +75,19 @@ class ProcessRanks(Ranks):
         if self.rank != owner:
             _put_back(flat, pieces)
 
+    def gather(self, own: Tensor) -> list[Tensor]:
+        own = own.contiguous()
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        self._wait_for_work("gathering", lambda: distributed.all_gather(found, own, group=self._group, async_op=True))
+        return found
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        arrived = rows.new_empty(sum(receive), *rows.shape[1:])
+        self._wait_for_work("exchanging rows", lambda: distributed.all_to_all_single(
+            arrived, rows.contiguous(), list(receive), list(send), group=self._group, async_op=True
+        ))  # fmt: skip
+        return arrived
+
     def close(self, failure: BaseException | None = None) -> None:
         if self._left:
             return
@@ -117,9 +130,10 @@ class ProcessRanks(Ranks):
     def _wait_for_work(self, step: str, begin: Callable[[], Any]) -> None:
         try:
             work = begin()
-            self._wait(step, work.is_completed)
+            self._wait(step, work.is_completed, look_ahead=True)
             work.wait()
         except RuntimeError as error:
+            self._check_failed()
             raise RankError(
                 f"tensors could not be exchanged with another rank: {str(error).splitlines()[0]}",
                 code="ranks-exchange",
@@ -128,15 +142,31 @@ class ProcessRanks(Ranks):
                 fix="look at the other ranks' messages, then resume the run",
             ) from error
 
-    def _wait(self, step: str, arrived: Callable[[], bool], here: Callable[[int], bool] = lambda rank: False) -> None:
-        """Wait until something has arrived, as long as those who are not ``here`` are alive."""
+    def _check_failed(self) -> None:
+        """Raise what a rank failed with that has gone ahead, and so takes no part in what this one waits for."""
+        for rank in range(self.world):
+            if rank != self.rank and self._store.check([self._key(rank)]):
+                check_failed(rank, self._store.get(self._key(rank)))
+
+    def _wait(
+        self,
+        step: str,
+        arrived: Callable[[], bool],
+        here: Callable[[int], bool] = lambda rank: False,
+        look_ahead: bool = False,
+    ) -> None:
+        """Wait until something has arrived, as long as those who are not ``here`` are alive.
+
+        With ``look_ahead`` also only as long as none of them has failed.
+        """
         pause, until = 0.0002, time.monotonic() + LONGEST.total_seconds()
         self._pulse.looked_away()
         while not arrived():
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
             others = (rank for rank in range(self.world) if rank != self.rank and not here(rank))
-            self._pulse.check(self._store, others, step)
+            if self._pulse.check(self._store, others, step) and look_ahead:
+                self._check_failed()
             if time.monotonic() > until:
                 raise RankError(
                     f"another rank did not get to `{step}` within {LONGEST}.",

@@ -44,15 +44,18 @@ class Pulse:
                 self._store.set(f"pulse/{rank}", str(count))
                 self._ended.wait(self._every_s)
 
-    def check(self, store: Store, waiting_for: Iterable[int], step: str) -> None:
+    def check(self, store: Store, waiting_for: Iterable[int], step: str) -> bool:
         """Look at the counts of some ranks, from time to time only, however often this is called.
+
+        Returns:
+            Whether this was such a time.
 
         Raises:
             RankError: one stands still.
         """
         now = time.monotonic()
         if now < self._next:
-            return
+            return False
         self._next = now + self._every_s
         for rank in waiting_for:
             key = f"pulse/{rank}"
@@ -68,6 +71,7 @@ class Pulse:
                     why="it is frozen or dead, and a round needs every rank's part of the lot",
                     fix="end all ranks, look at that one's messages and machine, then resume the run",
                 )
+        return True
 
     def looked_away(self) -> None:
         """Forget what was seen: the counts went on while nobody looked."""

@@ -60,6 +60,32 @@ class Ranks(ABC):
         """
 
     @abstractmethod
+    def gather(self, own: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in rank order; same shapes and types everywhere.
+
+        Raises:
+            RankError: a rank is gone or silent.
+            CoterieError: what another rank failed with meanwhile.
+        """
+
+    @abstractmethod
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Send rows to all ranks and take theirs, the rows from rank 0 first.
+
+        Args:
+            rows: [sum of ``send``, ...], those for rank 0 first.
+            send: how many rows go to each rank.
+            receive: how many come from each.
+
+        Returns:
+            [sum of ``receive``, ...].
+
+        Raises:
+            RankError: a rank is gone or silent.
+            CoterieError: what another rank failed with meanwhile.
+        """
+
+    @abstractmethod
     def close(self, failure: BaseException | None = None) -> None:
         """Leave the other ranks; they raise what this one failed with."""
 
@@ -121,6 +147,12 @@ class Alone(Ranks):
 
     def hand_out(self, pieces: Sequence[Tensor], owner: int) -> None: ...
 
+    def gather(self, own: Tensor) -> list[Tensor]:
+        return [own]
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return rows
+
     def close(self, failure: BaseException | None = None) -> None: ...
 
 
@@ -148,7 +180,7 @@ def outcome(step: str, make: Callable[[], Any]) -> tuple[str, Exception | None]:
 
 def last_words(step: str, failure: BaseException) -> str:
     """What a rank sends that takes no further part."""
-    return _packed(step, error=_words(failure), last=True)
+    return _packed(step, error=_words(failure))
 
 
 def read_outcomes(step: str, packed: Sequence[bytes], own: int, failure: Exception | None) -> list[Any]:
@@ -166,17 +198,28 @@ def read_outcomes(step: str, packed: Sequence[bytes], own: int, failure: Excepti
     """
     outcomes = [json.loads(each) for each in packed]
     for rank, words in enumerate(outcomes):
-        if words["step"] != step and not words.get("last"):
+        if "error" in words:  # at whatever step: a rank that failed in the middle of one does not get to its end
+            raise failure if failure is not None and rank == own else _error(rank, words["error"])
+    for rank, words in enumerate(outcomes):
+        if words["step"] != step:
             raise RankError(
                 f"rank {rank} is at `{words['step']}`, rank {own} at `{step}`.",
                 code="ranks-out-of-step",
                 why="each would wait for the other, or take its values for something else",
                 fix="call the session's methods at every rank, in the same order",
             )
-    for rank, words in enumerate(outcomes):
-        if "error" in words:
-            raise failure if failure is not None and rank == own else _error(rank, words["error"])
     return [words["value"] for words in outcomes]
+
+
+def check_failed(rank: int, packed: bytes) -> None:
+    """Raise what another rank failed with, if that is what it has put down.
+
+    Raises:
+        CoterieError: it did.
+    """
+    words = json.loads(packed)
+    if "error" in words:
+        raise _error(rank, words["error"])
 
 
 def _packed(step: str, **content: Any) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coterie.errors import DataError
+from coterie.ranks.ranks import Alone, Ranks
 from coterie.storage import replacing, writing
 from coterie.training.data.packing import Sequences
 from coterie.training.loop import sequence_losses, to_device
@@ -76,24 +77,49 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, sequences: Sequences, *, batch_size: int = 8) -> Evaluation:
-    """Loss of every sequence, with dropout off. The model is put back into the mode it was in."""
+def evaluate(
+    model: nn.Module, sequences: Sequences, *, batch_size: int = 8, ranks: Ranks | None = None
+) -> Evaluation:
+    """Loss of every sequence, with dropout off. The model is put back into the mode it was in.
+
+    Args:
+        model: computes them.
+        sequences: all of them.
+        batch_size: sequences that are computed together.
+        ranks: share the batches, and all call this; None: this process alone.
+
+    Raises:
+        RankError: a rank is gone.
+    """
+    ranks = ranks or Alone()
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
     words = sequences.words
-    losses, tokens, right = [], [], []
-    try:
-        for rows in batches_of(len(sequences), batch_size):
+    batches = batches_of(len(sequences), batch_size)
+
+    def own() -> list[tuple[list[float], list[int], list[bool]]]:
+        found = []
+        for turn in range(0, len(batches), ranks.world):
+            # Experts may be spread over ranks: whoever has no batch left computes the last one, for the others' sake.
+            rows = batches[min(turn + ranks.rank, len(batches) - 1)]
             batch = to_device(sequences.batch(rows), device)
             loss_B, tokens_B = sequence_losses(model, batch, words)
-            if words is not None:
-                right.append((words.scores(model, batch).argmax(1) == words.classes(batch)).cpu())
-            losses.append(loss_B.double().cpu())
-            tokens.append(tokens_B.cpu())
+            right = [] if words is None else (words.scores(model, batch).argmax(1) == words.classes(batch)).tolist()
+            found.append((loss_B.double().cpu().tolist(), tokens_B.cpu().tolist(), right))
+        return found
+
+    model.eval()
+    try:
+        told = ranks.together("evaluation", own)
     finally:
         model.train(was_training)
-    return Evaluation(torch.cat(losses), torch.cat(tokens), torch.cat(right) if right else None)
+    in_order = [told[number % ranks.world][number // ranks.world] for number in range(len(batches))]
+    losses, tokens, right = ([value for batch in in_order for value in batch[part]] for part in (0, 1, 2))
+    return Evaluation(
+        torch.tensor(losses, dtype=torch.float64),
+        torch.tensor(tokens, dtype=torch.int64),
+        None if words is None else torch.tensor(right, dtype=torch.bool),
+    )
 
 
 def batches_of(sequences: int, batch_size: int) -> list[range]:

@@ -324,6 +324,8 @@ def test_small_sums_share_a_slab_and_large_ones_are_split() -> None:
             a[start : start + discrete_gaussian._SLAB],
             steps[name],
             steps[name],
+            min(discrete_gaussian._SLAB, a.shape[0] - start),
+            None,
         )
         for name, a in arrays.items()
         for start in range(0, a.shape[0], discrete_gaussian._SLAB)

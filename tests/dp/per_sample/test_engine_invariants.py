@@ -21,6 +21,7 @@ from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.functional import clipped_sum, per_sample_norms
 from coterie.dp.per_sample.gram import SqNorms
 from coterie.dp.per_sample.precision import full_float32
+from coterie.dp.per_sample.shared_batch import Sharing
 from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.zoo.tiny import tiny_model
@@ -521,8 +522,9 @@ def test_invariant_2_norms_are_taken_again_until_the_slack_is_small_and_no_furth
 
         monkeypatch.setattr(combine_uses, "sq_norms", taken)
         found = {f"{name}.weight": SqNorms(whole, slack * whole) for name, slack in slacks.items()}
-        engine._book_keeping.refine(found, {name: (name, []) for name in found}, 2)  # type: ignore[misc]
-        assert bool(engine.gradient_groups.added_up(found, 2).trusted_rows().all())
+        shared = Sharing(model).at_home(2)
+        engine._book_keeping.refine(found, {name: (name, []) for name in found}, shared)  # type: ignore[misc]
+        assert bool(shared.own_squares(engine.gradient_groups, found).trusted_rows().all())
         return [name.removesuffix(".weight") for name in again]
 
     assert refined(one, {"a": 2e-5, "b": 2e-4, "c": 1.2e-4}) == ["b"]

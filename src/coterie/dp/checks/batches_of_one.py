@@ -19,6 +19,7 @@ from coterie.dp.checks.made_up import ONE_LABEL, PLAIN, FromExample, SyntheticRe
 from coterie.dp.losses import IGNORED, Batch, LossFunction, checked
 from coterie.dp.per_sample.probe import probe_sizes, synthetic_batch
 from coterie.errors import NoRuleError
+from coterie.models.spread.spread import at_home
 
 Gradient = dict[str, Tensor]
 
@@ -193,7 +194,7 @@ def compare_once(engine: Compared, like: Batch, look: Look, lowered: bool) -> No
     batch, count = _records(engine, like, look), len(_LENGTHS)
     where = "a comparison with a few synthetic records, before the first batch"
     check = BatchesOfOne(engine, _allowed(engine, lowered), where)
-    with in_mode(engine.model, training=False), torch.random.fork_rng(devices=[]):
+    with in_mode(engine.model, training=False), torch.random.fork_rng(devices=[]), at_home(engine.model):
         singles = [check.alone(_only(batch, record)) for record in range(count)]
         with torch.no_grad():
             beside = checked(engine.loss_fn(engine.model, batch), count).double().tolist()

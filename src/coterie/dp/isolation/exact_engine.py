@@ -73,6 +73,13 @@ class ExactEngine(Engine):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        if self._sharing.spread:
+            raise PrivacyError(
+                "isolation: exact is not possible where experts are spread over ranks.",
+                code="dp-spread-exact",
+                why="an owner of experts sees rows of several records at once, whose products round together",
+                fix="train with whole models at each rank (devices without experts_over), or set isolation: fast",
+            )
         own = {name: self._accumulate_on or parameter.device for name, parameter in self.parameters.items()}
         self._elsewhere = self._accumulate_on or torch.device("cpu")
         devices = {name: own.get(name, self._elsewhere) for name in self.shapes}

@@ -32,8 +32,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal, localcontext
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ from coterie.dp.noise.noise_kernel import EXACT, Kernel, compile_kernel
 from coterie.dp.noise.randomness import Keystream, RandomSource
 from coterie.dp.threads import run_in_threads
 from coterie.errors import PrivacyError
+from coterie.models.spread.holdings import HeldPart
 
 COLUMN_BITS = 13
 BUCKET = 1 << 15
@@ -330,7 +332,7 @@ def add_noise(
 
     Cost of a value: with numba 2.3 ns on one thread and 1.6 on two, without 10 on either; buffers of 1 MB a thread.
     """
-    slabs = Slabs(sums, std, in_place, as_integers)
+    slabs = Slabs(sums, std, in_place=in_place, as_integers=as_integers)
     slabs.add_noise(range(len(slabs)), source, purpose, divisor)
     return slabs.noised
 
@@ -339,10 +341,12 @@ class Slabs:
     """A lot's sums, cut into pieces that each get noise from a stream of its own, numbered.
 
     Which value lies in which slab follows from names, sizes and standard deviations alone. So ranks can share the
-    slabs out, and with a seeded source the noise is that of one process.
+    slabs out, and with a seeded source the noise is that of one process. Where a slab has values that several ranks
+    hold, each draws its stream and takes the noise of its own values: every value has one rank that noises it.
 
     Args:
         sums, std, in_place, as_integers: as for `add_noise`.
+        held: the sums of which ``sums`` has a part, by name.
 
     Attributes:
         noised: where noised sums go, float32 or int64 on the CPU, by name.
@@ -355,10 +359,12 @@ class Slabs:
         self,
         sums: Mapping[str, Tensor],
         std: float | Mapping[str, float],
+        held: Mapping[str, HeldPart] = MappingProxyType({}),
+        *,
         in_place: bool = False,
         as_integers: bool = False,
     ) -> None:
-        self._as_integers = as_integers
+        self._as_integers, self._held = as_integers, held
         written = torch.int64 if as_integers else torch.float32
         self.noised: dict[str, Tensor] = {}
         slices: list[_Slice] = []
@@ -377,28 +383,28 @@ class Slabs:
             self.noised[name] = plain if owned else torch.empty_like(plain, dtype=written)
             value, target = plain.view(-1).numpy(), self.noised[name].view(-1).numpy()
             step = scale / GRID_SIGMA
-            slices += [
-                _Slice(
-                    name, value[start : start + _SLAB], target[start : start + _SLAB], 1.0 if counted else step, step
-                )
-                for start in range(0, value.shape[0], _SLAB)
-            ]
+            unit = 1.0 if counted else step
+            part = held.get(name)
+            for start in range(0, value.shape[0] if part is None else part.total, _SLAB):
+                stop = min(start + _SLAB, value.shape[0] if part is None else part.total)
+                places, own = (None, slice(start, stop)) if part is None else _within(part.places, start, stop)
+                slices.append(_Slice(name, value[own], target[own], unit, step, stop - start, places))
         self._slabs = _slabs(slices)
-        self._values = sum(each.value.shape[0] for each in slices)
+        self._values = sum(each.size for each in slices)
 
     def __len__(self) -> int:
         return len(self._slabs)
 
     def owned(self, rank: int, world: int) -> range:
-        """The slabs of one rank: every slab has one owner, and owners have about as many values."""
-        counts = [sum(each.value.shape[0] for each in slab) for slab in self._slabs]
+        """The slabs of one rank: each has one owner, who gets what all ranks have of the sums that all have."""
+        counts = [sum(each.size for each in slab if each.places is None) for slab in self._slabs]
         ends = np.cumsum(counts, dtype=np.int64)
-        owner = ((ends - np.array(counts) // 2) * world // max(self._values, 1)).clip(0, world - 1)
+        owner = ((ends - np.array(counts) // 2) * world // max(sum(counts), 1)).clip(0, world - 1)
         return range(*np.searchsorted(owner, [rank, rank + 1]).tolist())
 
     def sums(self, numbers: range) -> list[Tensor]:
-        """The sums in some slabs, before noise, as views, one for each piece of a tensor."""
-        return [torch.from_numpy(each.value) for number in numbers for each in self._slabs[number]]
+        """The sums in some slabs that all ranks have, before noise, as views, one for each piece of a tensor."""
+        return [torch.from_numpy(each.value) for each in self._shared(numbers)]
 
     def in_steps(self, numbers: range) -> list[np.ndarray]:
         """The sums in some slabs, before noise, as float64 copies in steps of the grid, one for each piece."""
@@ -418,40 +424,52 @@ class Slabs:
 
     def targets(self, numbers: range) -> list[Tensor]:
         """Where the noised sums of some slabs go, as views, in the same order."""
-        return [torch.from_numpy(each.target) for number in numbers for each in self._slabs[number]]
+        return [torch.from_numpy(each.target) for each in self._shared(numbers)]
 
     def parts(self, numbers: range) -> dict[str, Tensor]:
-        """The noised sums of some slabs by name, [values] each; all of them in their shapes.
+        """What a rank that owns some slabs puts on disk: [values] each by name; all of them in their shapes.
 
-        The parts of consecutive ranges, one behind the other, are the whole tensors.
+        The parts of consecutive ranges, one behind the other, are the whole tensors; held parts are under their keys.
         """
         if len(numbers) == len(self):
             return self.noised
         found: dict[str, list[Tensor]] = {}
-        for number in numbers:
-            for each in self._slabs[number]:
-                found.setdefault(each.name, []).append(torch.from_numpy(each.target))
-        return {name: torch.cat(pieces) for name, pieces in found.items()}
+        for each in self._shared(numbers):
+            found.setdefault(each.name, []).append(torch.from_numpy(each.target))
+        own = {part.key: self.noised[name].reshape(-1) for name, part in self._held.items() if name in self.noised}
+        return {name: torch.cat(pieces) for name, pieces in found.items()} | own
 
     def add_noise(self, numbers: range, source: RandomSource, purpose: str, divisor: float = 1.0) -> None:
-        """Round and noise some slabs; see `add_noise` for the arguments and what is raised."""
+        """Round and noise some slabs, and what of the others this rank alone holds.
+
+        See `add_noise` for the arguments and what is raised.
+        """
         compiled = kernel() if self._values >= _WORTH_COMPILING else None
-        jobs = [(self._slabs[number], source.stream(f"{purpose}|{number}")) for number in numbers]
+        jobs = []
+        for number, slab in enumerate(self._slabs):
+            own = [_own(each, number in numbers) for each in slab]
+            if any(each.value.shape[0] for each in own):
+                jobs.append((own, source.stream(f"{purpose}|{number}")))
         over = None if self._as_integers else divisor
         run_in_threads(lambda job: _noise_slab(job[0], over, job[1], compiled), jobs)
 
     def keep_noised(self, numbers: range) -> None:
-        """Let go of everything but the noised sums of some slabs; those of the others are not a number until set."""
+        """Let go of everything but the noised sums of this rank; those that others own are not a number until set."""
         self._slabs = [[each._replace(value=each.target) for each in slab] for slab in self._slabs]
         for number in set(range(len(self))) - set(numbers):
             for target in self.targets(range(number, number + 1)):
                 target.fill_(-(2**62) if self._as_integers else math.nan)
+
+    def _shared(self, numbers: range) -> Iterator[_Slice]:
+        return (each for number in numbers for each in self._slabs[number] if each.places is None)
 
 
 class _Slice(NamedTuple):
     """Values of one sum, at most `_SLAB`, and where their noised ones go.
 
     ``unit`` is the step of the grid, ``step`` the same in the unit of the values: 1 where these are integers.
+    ``size`` is how many values there are at all ranks, and ``places`` where among them these are; None: every rank
+    has all.
     """
 
     name: str
@@ -459,6 +477,26 @@ class _Slice(NamedTuple):
     target: np.ndarray
     step: float
     unit: float
+    size: int
+    places: slice | np.ndarray | None
+
+
+def _within(places: range | Tensor, start: int, stop: int) -> tuple[slice | np.ndarray, slice]:
+    """The held ones of the values from ``start`` to ``stop``: their places there, their numbers among all held."""
+    if isinstance(places, range):
+        first, last = max(places.start, start), min(places.stop, stop)
+        last = max(first, last)
+        return slice(first - start, last - start), slice(first - places.start, last - places.start)
+    numbers = np.searchsorted(places.numpy(), [start, stop]).tolist()
+    return places.numpy()[slice(*numbers)] - start, slice(*numbers)
+
+
+def _own(each: _Slice, owned: bool) -> _Slice:
+    """What of a slice this rank noises, with the places: those that all have where it owns the slab."""
+    if each.places is not None:
+        return each
+    nothing = slice(0, each.size if owned else 0)
+    return each._replace(value=each.value[nothing], target=each.target[nothing], places=nothing)
 
 
 def _slabs(slices: list[_Slice]) -> list[list[_Slice]]:
@@ -467,7 +505,7 @@ def _slabs(slices: list[_Slice]) -> list[list[_Slice]]:
     last: dict[tuple[float, float], list[_Slice]] = {}
     for each in slices:
         slab = last.get((each.step, each.unit))
-        if slab is None or sum(other.value.shape[0] for other in slab) + each.value.shape[0] > _SLAB:
+        if slab is None or sum(other.size for other in slab) + each.size > _SLAB:
             slab = last[each.step, each.unit] = []
             slabs.append(slab)
         slab.append(each)
@@ -479,9 +517,12 @@ def _noise_slab(slab: list[_Slice], divisor: float | None, stream: Keystream, co
     step = slab[0].step
     unit = 2.0 if divisor is None else slab[0].unit / divisor
     value, target = slab[0].value, slab[0].target
-    if len(slab) > 1:
-        value = np.concatenate([each.value for each in slab])
+    whole = len(slab) == 1 and value.shape[0] == slab[0].size
+    if not whole:
+        value = np.zeros(sum(each.size for each in slab), value.dtype)
         target = np.empty(value.shape[0], target.dtype)
+        for each, part in zip(slab, _split(value, slab), strict=True):
+            part[each.places] = each.value
     if not _pass(value, target, step, unit, stream, compiled):
         name = next(each.name for each in slab if not _sound(each.value, step))
         raise PrivacyError(
@@ -490,10 +531,14 @@ def _noise_slab(slab: list[_Slice], divisor: float | None, stream: Keystream, co
             why="noise cannot hide a value without bound",
             fix="this is a fault of the clipping; report it with the model's family",
         )
-    if len(slab) > 1:
-        ends = np.cumsum([each.value.shape[0] for each in slab])
-        for each, part in zip(slab, np.split(target, ends[:-1]), strict=True):
-            each.target[:] = part
+    if not whole:
+        for each, part in zip(slab, _split(target, slab), strict=True):
+            each.target[:] = part[each.places]
+
+
+def _split(values: np.ndarray, slab: list[_Slice]) -> list[np.ndarray]:
+    """The pieces of a slab, as views."""
+    return np.split(values, np.cumsum([each.size for each in slab])[:-1])
 
 
 def _sound(value: np.ndarray, step: float) -> bool:

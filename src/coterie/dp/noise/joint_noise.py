@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coterie.dp.accounting.accountant import check_joint, joint_noise
 from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, Slabs, calibrate
+from coterie.models.spread.holdings import HeldPart
 
 LOAD = "coterie.load"
 WITHIN = "coterie.within"
@@ -71,7 +72,7 @@ class RoundNoise:
         """The step of the grid that a released tensor lies on."""
         return self.std_of(name) / GRID_SIGMA
 
-    def cut(self, sums: Mapping[str, Tensor], *, as_integers: bool = False) -> Slabs:
+    def cut(self, sums: Mapping[str, Tensor], held: Mapping[str, HeldPart], *, as_integers: bool = False) -> Slabs:
         """The sums in slabs, to be noised by `Slabs.add_noise`, over ``sums`` where possible; or as integers."""
         std = {name: self.std[self.part_of(name)] for name in sums}
-        return Slabs(sums, std, in_place=True, as_integers=as_integers)
+        return Slabs(sums, std, held, in_place=True, as_integers=as_integers)

@@ -12,12 +12,14 @@ from coterie.dp.losses import Batch, LossFunction, batch_size, checked
 from coterie.dp.per_sample.capture import Capture
 from coterie.dp.per_sample.private_experts import PrivateExperts
 from coterie.dp.per_sample.rules import apply_rule
+from coterie.dp.per_sample.shared_batch import SharedBatch
 from coterie.dp.per_sample.sites import Sites, Size
 from coterie.dp.per_sample.switch_experts import rows_of_single_experts
 from coterie.dp.per_sample.weight_expressions import Root
 from coterie.errors import CoterieError, NoRuleError
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
+from coterie.models.spread.spread import at_home
 from coterie.models.streaming.streamer import WeightSource
 
 Ready = Callable[[Root], None]
@@ -49,8 +51,10 @@ class CapturedPass:
         self._lent_shapes = dict(lent_shapes)
         self._source = source
 
-    def run(self, batch: Batch, ready: Ready, sites: Sites, probing: Size | None = None) -> Tensor:
-        """One pass; ``probing`` as in `Capture`.
+    def run(
+        self, batch: Batch, ready: Ready, sites: Sites, shared: SharedBatch, probing: Size | None = None
+    ) -> Tensor:
+        """One pass; ``probing`` as in `Capture`, ``shared`` says whose records the experts see.
 
         Returns:
             [B] float32 losses, detached.
@@ -60,7 +64,7 @@ class CapturedPass:
         """
         records = batch_size(batch)
         try:
-            with self._capturing(records, ready, sites, probing) as capture:
+            with self._capturing(records, ready, sites, shared, probing) as capture:
                 losses = checked(self._loss_fn(self.model, batch), records)
                 capture.backward(losses.float().sum())
         except (CoterieError, torch.OutOfMemoryError):
@@ -79,7 +83,7 @@ class CapturedPass:
     def _fails_plainly(self, batch: Batch) -> bool:
         """Whether forward or backward fail without a capture too: then the fault is the model's own."""
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), at_home(self.model):
                 loss = self._loss_fn(self.model, batch).sum()
                 torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
         except Exception:
@@ -87,7 +91,9 @@ class CapturedPass:
         return False
 
     @contextmanager
-    def _capturing(self, records: int, ready: Ready, sites: Sites, probing: Size | None) -> Iterator[Capture]:
+    def _capturing(
+        self, records: int, ready: Ready, sites: Sites, shared: SharedBatch, probing: Size | None
+    ) -> Iterator[Capture]:
         capture = Capture(self._parameters, records, apply_rule, ready, sites, probing)
         for name, shape in self._lent_shapes.items():
             capture.roots[name] = Root(torch.empty(shape, device="meta"), name=name)
@@ -95,7 +101,8 @@ class CapturedPass:
             if seam.expert_layers(self.model):
                 adapters = expert_adapters(self.model)
                 stack.enter_context(factors_stay_apart(self.model))
-                stack.enter_context(seam.computed_by(self.model, PrivateExperts(capture, adapters, self._source)))
+                experts = PrivateExperts(capture, adapters, self._source)
+                stack.enter_context(seam.computed_by(self.model, shared.computed(experts)))
             stack.enter_context(rows_of_single_experts(self.model, capture))
             stack.enter_context(capture)
             yield capture

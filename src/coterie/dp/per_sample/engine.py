@@ -27,6 +27,7 @@ from coterie.dp.per_sample.gram import LONGEST, UNIT, SqNorms, worst_excess
 from coterie.dp.per_sample.memory_choice import MemoryChoice, Method
 from coterie.dp.per_sample.probe import learn_sites
 from coterie.dp.per_sample.scaling import single
+from coterie.dp.per_sample.shared_batch import SharedBatch, Sharing, users_refused
 from coterie.dp.per_sample.sites import Sites
 from coterie.dp.per_sample.terms import Dense
 from coterie.dp.per_sample.weight_expressions import Root
@@ -87,6 +88,7 @@ class Engine:
             )
         check_types(self.parameters)
         self.gradient_groups = GradientGroups(self.shapes, self.clipping)
+        self._sharing = Sharing(model)
         self.eta = self._eta()
         self.compared = expert_weights is not None
         self._source = expert_weights
@@ -101,7 +103,8 @@ class Engine:
 
     def _eta(self) -> float:
         """Rounding that the slack of the norms does not cover (see docs/concepts/dp-engine.md)."""
-        longest = max((size for shape in self.shapes.values() for size in shape), default=1)
+        whole = [self._sharing.size(name, shape) for name, shape in self.shapes.items()]  # the same at all ranks
+        longest = max((size for shape in whole for size in shape), default=1)
         return worst_excess(max(2 * longest, LONGEST)) + 64 * UNIT  # a record's rows are added up as well
 
     @property
@@ -142,7 +145,7 @@ class Engine:
         """
         mode = self.model.training
         if mode not in self._sites:
-            self._sites[mode] = learn_sites(self._passes, batch)
+            self._sites[mode] = learn_sites(self._passes, batch, self._sharing.at_home)
         if self.compared or (look := Look.of(batch)) in self._looks:
             return
         self._looks.add(look)
@@ -165,15 +168,21 @@ class Engine:
         """
         check_batch(batch, self.model)
         self.prepare(batch)
-        summing = self._ghost if self.next_method(batch) == "ghost" else self._book_keeping
-        return summing.accumulate(batch, counted)
+        shared, method = self._sharing.with_all(batch_size(batch), counted, self.next_method(batch))
+        summing = self._ghost if method == "ghost" else self._book_keeping
+        return summing.accumulate(batch, shared)
 
     def accumulate_user(self, batches: Iterable[Batch]) -> Diagnostics:
         """Add one user's gradient, summed over all records of all ``batches`` and clipped once.
 
         Returns:
             Figures with B = 1: the user's summed loss and the norm of the summed gradient.
+
+        Raises:
+            PrivacyError: experts are spread over ranks.
         """
+        if self._sharing.spread:
+            raise users_refused()
         total: Sums = {}
         loss = torch.zeros(1)
         for batch in batches:
@@ -181,11 +190,10 @@ class Engine:
             self.prepare(batch)
             records = batch_size(batch)
             ones = torch.ones(len(self.groups), records)
-            losses = self._ghost.add(batch, ones, total)
+            losses = self._ghost.add(batch, self._sharing.at_home(records), ones, total)
             loss += losses.detach().sum().cpu()
-        groups = self.gradient_groups
         norms = {name: Dense(gradient.unsqueeze(0)).sq_norms() for name, gradient in total.items()}
-        factors, diagnostics = groups.factors(groups.added_up(norms, 1), loss)
+        factors, _, diagnostics = self._sharing.at_home(1).factors(self.gradient_groups, norms, loss)
         for name, gradient in total.items():
             factor = float(single(factors[self.gradient_groups.index(name), 0]))
             if factor > 0.0:
@@ -199,41 +207,54 @@ class Engine:
 
     def norms(self, batch: Batch) -> Tensor:
         """[B] float64 norm of each record's whole gradient; nothing is added to the sums."""
-        return self.norms_by_parameter(batch)[0].sum(0).sqrt()
+        self.prepare(batch)
+        shared, _ = self._sharing.with_all(batch_size(batch), None, "ghost")
+        squares = shared.own_squares(self.gradient_groups, self._careful_squares(batch, shared))
+        return torch.stack([part.value.sum(0) for part in shared.exchanged(squares)]).sum(0)[shared.own].sqrt()
 
     def summed(self, batch: Batch, factors_B: Tensor | None = None) -> Sums:
         """The records' gradients added up by the path that adds clipped ones, with factors of the caller's.
 
-        For the self-check alone; nothing is added to the engine's sums.
+        For the self-check alone: nothing is added to the engine's sums; of spread experts only those here compute.
 
         Args:
             batch: as for `accumulate`.
             factors_B: [B]; a record of factor zero is left out, whatever its numbers are. Default: one each.
         """
         self.prepare(batch)
-        factors_B = torch.ones(batch_size(batch)) if factors_B is None else factors_B
+        records = batch_size(batch)
+        factors_B = torch.ones(records) if factors_B is None else factors_B
         total: Sums = {}
-        self._ghost.add(batch, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
+        home = self._sharing.at_home(records)
+        self._ghost.add(batch, home, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
         return total
 
     def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:
-        """Squared norm of every record's gradient of every parameter, [parameters, B], and the parameters' names."""
+        """Squared norm of every record's gradient of every parameter, [parameters, B], and the parameters' names.
+
+        For the self-check alone: of spread experts only those here compute.
+        """
         self.prepare(batch)
+        squares = self._careful_squares(batch, self._sharing.at_home(batch_size(batch)))
+        names = list(self.shapes)
+        return torch.stack([squares[name].value.cpu() for name in names]), names
+
+    def _careful_squares(self, batch: Batch, shared: SharedBatch) -> dict[str, SqNorms]:
+        """The most careful squared norms by parameter, of the records that each sees."""
         squares: dict[str, SqNorms] = {}
-        records = batch_size(batch)
 
         def ready(root: Root) -> None:
+            records = shared.records(root.name)
             uses = combine_uses.bounded(combine_uses.simplify(root, records))
             squares[root.name] = combine_uses.precise_sq_norms(root, uses, records)[1]
             root.captured = []
 
-        self._run(batch, ready)
-        names = list(self.shapes)
-        return torch.stack([squares[name].value.cpu() for name in names]), names
+        self._run(batch, ready, shared)
+        return squares
 
-    def _run(self, batch: Batch, ready: Ready) -> Tensor:
+    def _run(self, batch: Batch, ready: Ready, shared: SharedBatch) -> Tensor:
         """One captured forward and backward; returns the losses, detached."""
-        return self._passes.run(batch, ready, self._sites[self.model.training])
+        return self._passes.run(batch, ready, self._sites[self.model.training], shared)
 
     def _device_of(self, name: str) -> torch.device:
         """Where a parameter's sum lies."""

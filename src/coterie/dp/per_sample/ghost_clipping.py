@@ -11,12 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from coterie.dp.losses import Batch, batch_size
+from coterie.dp.losses import Batch
 from coterie.dp.per_sample import combine_uses
 from coterie.dp.per_sample.book_keeping import Run
 from coterie.dp.per_sample.gradient_groups import Diagnostics, GradientGroups
 from coterie.dp.per_sample.gradient_sums import GradientSums, Sums
 from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.shared_batch import SharedBatch
 from coterie.dp.per_sample.weight_expressions import Root
 from coterie.errors import PrivacyError
 
@@ -42,15 +43,15 @@ class GhostClipping:
     ) -> None:
         self._run, self._groups, self._sums, self._devices, self._captured = run, groups, sums, devices, captured
 
-    def accumulate(self, batch: Batch, counted: int | None) -> Diagnostics:
+    def accumulate(self, batch: Batch, shared: SharedBatch) -> Diagnostics:
         """Add a batch's clipped gradients; see `coterie.dp.per_sample.engine.Engine.accumulate`."""
-        records, groups = batch_size(batch), self._groups
         squares: dict[str, SqNorms] = {}
         apart: set[str] = set()
         captured_bytes = 0
 
         def ready(root: Root) -> None:
             nonlocal captured_bytes
+            records = shared.records(root.name)
             uses = combine_uses.bounded(combine_uses.simplify(root, records))
             root.captured = []
             captured_bytes += sum(term.nbytes() for _, term in uses)
@@ -59,10 +60,10 @@ class GhostClipping:
                 apart.add(root.name)
 
         with _replayable_randomness(self._devices()):
-            losses = self._run(batch, ready)
+            losses = self._run(batch, ready, shared)
         self._captured(batch, captured_bytes)
-        factors, diagnostics = groups.factors(groups.added_up(squares, records), losses, counted)
-        again = self.add(batch, factors, None, ~diagnostics.masked, apart)
+        factors, masked, diagnostics = shared.factors(self._groups, squares, losses)
+        again = self.add(batch, shared, factors, None, ~masked, apart)
         if not torch.equal(losses.nan_to_num(), again.nan_to_num()):
             raise PrivacyError(
                 "The second backward of ghost clipping did not repeat the first one.",
@@ -75,6 +76,7 @@ class GhostClipping:
     def add(
         self,
         batch: Batch,
+        shared: SharedBatch,
         factors_GB: Tensor,
         into: Sums | None,
         keep_B: Tensor | None = None,
@@ -84,6 +86,7 @@ class GhostClipping:
 
         Args:
             batch: as for the first pass.
+            shared: whose records it has.
             factors_GB: [G, B].
             into: takes them; None: the sums that the round releases.
             keep_B: [B] records that count; the others add nothing, whatever their numbers are. Default: all.
@@ -92,20 +95,20 @@ class GhostClipping:
         Returns:
             The losses, [B].
         """
-        records = batch_size(batch)
-        masked = keep_B is not None and not bool(keep_B.all())
 
         def ready(root: Root) -> None:
+            records, columns = shared.records(root.name), shared.columns(root.name)
             uses = combine_uses.bounded(combine_uses.simplify(root, records))
             root.captured = []
             if root.name in apart:
                 uses = combine_uses.apart(root, uses, records)
-            if masked and keep_B is not None:
-                uses = [(node, term.masked(keep_B.to(term_device))) for node, term in uses]
-            self._sums.add(root, uses, factors_GB[self._groups.index(root.name)].to(term_device), into)
+            if keep_B is not None and not bool(keep_B[columns].all()):
+                uses = [(node, term.masked(keep_B[columns].to(term_device))) for node, term in uses]
+            factors_B = factors_GB[self._groups.index(root.name), columns].to(term_device)
+            self._sums.add(root, uses, factors_B, into)
 
         term_device = next(iter(self._devices()), torch.device("cpu"))
-        return self._run(batch, ready)
+        return self._run(batch, ready, shared)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Shape letters: B records of a physical batch, G gradient groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +36,16 @@ class Diagnostics:
 
     def first(self, records: int) -> Diagnostics:
         """Those of the first records: later rows only filled up the batch."""
+        return self.part(slice(0, records))
+
+    def part(self, columns: slice) -> Diagnostics:
+        """Those of some records."""
         return Diagnostics(
-            self.losses[:records],
-            self.norms[:records],
-            self.group_norms[:, :records],
-            self.within[:, :records],
-            self.masked[:records],
+            self.losses[columns],
+            self.norms[columns],
+            self.group_norms[:, columns],
+            self.within[:, columns],
+            self.masked[columns],
         )
 
 
@@ -83,24 +87,17 @@ class GradientGroups:
         """The norm that no record's clipped gradient exceeds, rounding aside."""
         return float(self.thresholds.square().sum().sqrt())
 
-    def added_up(self, squares: Mapping[str, SqNorms], records: int) -> SqNorms:
-        """[G, B] squared norms of the groups from those of their parameters."""
-        value = torch.zeros(len(self.names), records, dtype=torch.float64)
-        slack = torch.zeros_like(value)
-        for name, norms in squares.items():
-            value[self.index(name)] += norms.value.cpu()
-            slack[self.index(name)] += norms.slack.cpu()
-        return SqNorms(value, slack)
-
-    def factors(self, squares: SqNorms, losses: Tensor, counted: int | None = None) -> tuple[Tensor, Diagnostics]:
-        """[G, B] float64 factors: zero for records that are not finite, and from row ``counted`` on."""
+    def factors(
+        self, squares: SqNorms, losses: Tensor, counted_B: Tensor | None = None
+    ) -> tuple[Tensor, Diagnostics]:
+        """[G, B] float64 factors: zero for records that are not finite, and for rows that do not count."""
         upper = (squares.upper + UNSEEN * len(self._group_of)).sqrt()
         finite = (SMALLEST * upper <= self.thresholds[:, None]).all(0) & torch.isfinite(losses.cpu())
         norms = squares.value.sqrt()
         factors = bounded_factors(self._clipping, torch.where(finite, upper, 1.0), self.thresholds)
         factors = torch.where(finite, factors, 0.0)
-        if counted is not None:
-            factors[:, counted:] = 0.0
+        if counted_B is not None:
+            factors[:, ~counted_B] = 0.0
         within = (norms <= self.thresholds[:, None]) & finite
         total = squares.value.sum(0).sqrt()
         return factors, Diagnostics(losses.cpu(), total, norms, within, ~finite)

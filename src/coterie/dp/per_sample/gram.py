@@ -48,14 +48,23 @@ class SqNorms(NamedTuple):
         """Whether every finite slack is small beside its value; a record that is not finite is masked later."""
         return _small(self.slack, self.value)
 
-    def trusted_rows(self) -> Tensor:
-        """[G] bool, for [G, B] norms: no record's slack matters in the group."""
-        return ~(self.slack > TRUSTED * self.value).any(1)
+    def trusted_rows(self, share: float = 1.0) -> Tensor:
+        """[G] bool, for [G, B] norms: no record's slack matters in the group.
+
+        Args:
+            share: of the slack that does not matter.
+        """
+        return ~(self.slack > share * TRUSTED * self.value).any(1)
 
     @property
     def upper(self) -> Tensor:
         """[B] upper bound of the squared norm."""
         return self.value + self.slack
+
+    @classmethod
+    def zeros_like(cls, other: SqNorms) -> SqNorms:
+        """Zeros in the shape of other norms."""
+        return cls(torch.zeros_like(other.value), torch.zeros_like(other.slack))
 
     @classmethod
     def zeros(cls, count: int, device: torch.device) -> SqNorms:

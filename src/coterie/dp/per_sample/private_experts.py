@@ -124,9 +124,34 @@ class PrivateExperts:
         self._source = source
 
     def __call__(self, call: ExpertsCall) -> Tensor:
+        return self.compute(call, self.record_of(call), self.capture.batch)
+
+    def record_of(self, call: ExpertsCall) -> Tensor:
+        """[N] whose each token is, where a batch has every record at the same padded length.
+
+        Raises:
+            NoRuleError: it has not.
+        """
+        tokens, records = call.hidden_ND.shape[0], self.capture.batch
+        if tokens % records:
+            raise NoRuleError(
+                f"The experts of `{call.layer.name}` got {tokens} tokens, which do not split over {records} records.",
+                why="without knowing whose each token is, no expert gradient can be clipped per record",
+                fix="give every record of the batch the same padded length",
+            )
+        return torch.arange(tokens, device=call.hidden_ND.device) // max(tokens // records, 1)
+
+    def compute(self, call: ExpertsCall, record_N: Tensor, records: int) -> Tensor:
+        """The layer's output, [N, D].
+
+        Args:
+            call: of tokens whose records ascend.
+            record_N: whose each token is.
+            records: how many there are, also of those without a token here.
+        """
         capture = self.capture
         rows = RoutedRows.of(call.expert_ids_NK, call.layer.num_experts)
-        experts_pass = _ExpertsPass(self, call, rows)
+        experts_pass = _ExpertsPass(self, call, rows, Segments(record_N[rows.token_R], rows.ends_E, records))
         if torch.is_grad_enabled():
             for node in (*experts_pass.up.nodes(), *experts_pass.down.nodes()):
                 capture.expect(node)
@@ -163,18 +188,11 @@ class PrivateExperts:
 class _ExpertsPass:
     """What the forward decided and the backward needs again; holds no expert weight."""
 
-    def __init__(self, experts: PrivateExperts, call: ExpertsCall, rows: RoutedRows) -> None:
-        tokens, records = call.hidden_ND.shape[0], experts.capture.batch
-        if tokens % records:
-            raise NoRuleError(
-                f"The experts of `{call.layer.name}` got {tokens} tokens, which do not split over {records} records.",
-                why="without knowing whose each token is, no expert gradient can be clipped per record",
-                fix="give every record of the batch the same padded length",
-            )
+    def __init__(self, experts: PrivateExperts, call: ExpertsCall, rows: RoutedRows, segments: Segments) -> None:
         self.layer = call.layer
         self.experts = experts
         self.rows = rows
-        self.segments = Segments(rows.token_R // max(tokens // records, 1), rows.ends_E, records)
+        self.segments = segments
         own, up = call.layer.all_parameters(), call.layer.layout.up_name  # on meta where weights are lent
         for name, weight in own.items():
             node = node_of(weight)

@@ -8,6 +8,7 @@ Shape letters: B records, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from coterie.dp.heads import TARGETS, head_of, num_classes
 from coterie.dp.losses import Batch
 from coterie.dp.per_sample.captured_pass import CapturedPass
+from coterie.dp.per_sample.shared_batch import SharedBatch
 from coterie.dp.per_sample.sites import Sites, Size
 from coterie.dp.per_sample.weight_expressions import Pullback, Root
 from coterie.errors import NoRuleError, PrivacyError
@@ -26,8 +28,13 @@ _ATTEMPTS = 3
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
-def learn_sites(passes: CapturedPass, batch: Batch) -> Sites:
+def learn_sites(passes: CapturedPass, batch: Batch, shared: Callable[[int], SharedBatch]) -> Sites:
     """Run the probes on the passes' model; with other numbers if one of the model happens to be a multiple of theirs.
+
+    Args:
+        passes: of the model.
+        batch: see `synthetic_batch`.
+        shared: a batch of so many records of this process alone.
 
     Raises:
         NoRuleError: see the module text.
@@ -39,7 +46,7 @@ def learn_sites(passes: CapturedPass, batch: Batch) -> Sites:
             for seed, (records, tokens) in enumerate(sites.sizes):
                 trial = synthetic_batch(passes.model, batch, records, tokens, seed)
                 with torch.random.fork_rng(devices=[]):
-                    passes.run(trial, _forget, sites, (records, tokens))
+                    passes.run(trial, _forget, sites, shared(records), (records, tokens))
         except NoRuleError as error:
             failure = error
             continue

@@ -11,6 +11,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from coterie.errors import ModelError
 from coterie.models.split.read_checkpoint import stream_checkpoint
 from coterie.models.split.trainings import Training, write_trainings
+from coterie.models.spread.gathered import write_gathered
+from coterie.models.spread.spread import spread_of
 from coterie.models.zoo.build import check_keys
 from coterie.storage import new_folder
 
@@ -29,16 +31,23 @@ def save_model(
         tokenizer: written beside the weights.
         origin: the trainings behind the model, for whoever starts from it.
 
+    Where experts are spread over ranks, rank 0 calls this while the others
+    `coterie.models.spread.gathered.give_experts`; a layer's experts are gathered at a time.
+
     Raises:
         ModelError: what was written does not read back as this model.
         OSError: the disk is full or broken.
     """
+    spread = spread_of(model)
     with new_folder(folder) as aside:
-        model.save_pretrained(str(aside))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))
         write_trainings(aside, origin)
-        check_saved(model, aside)
+        if spread is None:
+            model.save_pretrained(str(aside))
+            check_saved(model, aside)
+        else:
+            write_gathered(aside, model, spread)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import start_session
 from coterie.models.split.trainings import Training
-from coterie.ranks.ranks import Ranks
+from coterie.models.spread.spread import spread_experts
+from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.training.data.documents import Documents
 from coterie.training.optim import Float32Optimizer, lr_at, make_optimizer
 from coterie.training.planning.forecast import Announce
@@ -57,11 +58,13 @@ class PrivateStepper:
     ) -> None:
         config, privacy = prepared.config, _privacy(prepared.config)
         self._keeps_ledger = ranks is None or ranks.rank == 0
+        plan = plan_of(config, privacy, prepared.model)
+        if saved is None and announce is not None:
+            announce(forecast_of(config, privacy, plan, documents, prepared.train))
+        if config.experts_over > 1:
+            spread_experts(prepared.model, ranks_or_alone(ranks))
         self.optimizer = make_optimizer(prepared.model.parameters(), config.optim)
         if saved is None:
-            plan = plan_of(config, privacy, prepared.model)
-            if announce is not None:
-                announce(forecast_of(config, privacy, plan, documents, prepared.train))
             self._session = _begun(prepared, documents, self.optimizer, plan, ranks)
         else:
             self._session = _resumed(prepared, documents, self.optimizer, saved, ranks)
@@ -95,6 +98,9 @@ class PrivateStepper:
 
     def content(self) -> tuple[Content, Mapping[str, Any]]:
         return self._session.content()
+
+    def parts(self, folder: Path) -> tuple[str, ...]:
+        return self._session.parts(folder)
 
     def saved(self, folder: Path) -> None:
         self._session.saved(folder)

@@ -25,6 +25,8 @@ from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.wire.values import check_own
 from coterie.models.split.saved import save_model
+from coterie.models.spread.gathered import give_experts
+from coterie.models.spread.spread import spread_of
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.revision import software
 from coterie.storage import put_away, write_json, writing
@@ -162,25 +164,46 @@ def follow(config: TrainConfig, ranks: Ranks, *, resumed: bool = False) -> None:
     Raises:
         CoterieError: what any rank raises.
     """
-    stepper = (_resumed(config.run_dir, ranks) if resumed else _begun(config, ranks))[1]
+    prepared, stepper = _resumed(config.run_dir, ranks) if resumed else _begun(config, ranks)
     with closing(stepper):
-        while True:
-            saved = _agreed(ranks, None)
-            if saved == _END:
-                return
-            if saved is None:
+        while (next_step := _agreed(ranks, "", "")) != [_END, ""]:
+            what, where = next_step
+            if what == _ROUND:
                 stepper.step()
-            else:
-                stepper.saved(Path(saved))
+                _check_finite(prepared, stepper)
+            elif what == _SAVE:
+                stepper.parts(Path(where))
+                stepper.saved(Path(where))
+            elif what == _EVALUATE:
+                _evaluated(prepared, ranks)
+            elif what == _GIVE:
+                _give_experts(prepared)
 
 
-_END = ""
+_ROUND, _SAVE, _EVALUATE, _GIVE, _END = "a round", "a checkpoint", "an evaluation", "the experts", "the end"
 
 
-def _agreed(ranks: Ranks | None, saved: str | None) -> str | None:
-    """What comes next, as rank 0 says: None for a round, the folder of a checkpoint that it wrote, or the end."""
-    step: str | None = ranks_or_alone(ranks).tell("what comes next", lambda: saved)
+def _agreed(ranks: Ranks | None, what: str, where: str = "") -> list[str]:
+    """What comes next, as rank 0 says, and the folder of a checkpoint."""
+    step: list[str] = ranks_or_alone(ranks).tell("what comes next", lambda: [what, where])
     return step
+
+
+def _evaluated(prepared: Prepared, ranks: Ranks | None) -> Evaluation | None:
+    """The loss of the held-out text, as all ranks compute it together; None where there is none."""
+    if prepared.test is None:
+        return None
+    return evaluate(prepared.model, prepared.test, batch_size=prepared.config.train.micro_batch, ranks=ranks)
+
+
+def _give_experts(prepared: Prepared) -> None:
+    spread = spread_of(prepared.model)
+    if spread is not None:
+        give_experts(prepared.model, spread)
+
+
+def _check_finite(prepared: Prepared, stepper: Stepper) -> None:
+    check_own("the parameters", prepared.model.parameters(), where=f"after round {stepper.round}; it was not saved")
 
 
 def _begun(config: TrainConfig, ranks: Ranks | None, announce: Announce | None = None) -> tuple[Prepared, Stepper]:
@@ -274,11 +297,10 @@ class Run:
 
     def _round(self, metrics: MetricsWriter) -> None:
         stepper, spec = self._stepper, self._prepared.config.train
-        _agreed(self._ranks, None)
+        _agreed(self._ranks, _ROUND)
         step = stepper.step()
         done = stepper.round
-        parameters = self._prepared.model.parameters()
-        check_own("the parameters", parameters, where=f"after round {done}; it was not saved")
+        _check_finite(self._prepared, stepper)
         metrics.log(done, **step.metrics)
         self._evaluation = self._evaluate() if stepper.finished or due(done, spec.eval_every) else None
         if self._evaluation is not None:
@@ -294,16 +316,18 @@ class Run:
         Raises:
             CheckpointError: the disk is full or broken.
         """
-        written = self._prepared.store.write(self._stepper.round, *self._stepper.content())
-        _agreed(self._ranks, str(written.path))
-        self._stepper.saved(written.path)
-        self._prepared.store.keep_last(KEPT_CHECKPOINTS)
+        store, stepper = self._prepared.store, self._stepper
+        path = store.path(stepper.round)
+        _agreed(self._ranks, _SAVE, str(path))
+        parts = stepper.parts(path)
+        store.write(stepper.round, *stepper.content(), parts=parts)
+        stepper.saved(path)
+        store.keep_last(KEPT_CHECKPOINTS)
         put_away(_earlier_session(self._prepared.config))
 
     def _evaluate(self) -> Evaluation | None:
-        model, test = self._prepared.model, self._prepared.test
-        size = self._prepared.config.train.micro_batch
-        return evaluate(model, test, batch_size=size) if test is not None else None
+        _agreed(self._ranks, _EVALUATE)
+        return _evaluated(self._prepared, self._ranks)
 
     def _outcome(self) -> RunResult:
         stepper, statement = self._stepper, self._stepper.statement()
@@ -333,6 +357,7 @@ class Run:
             self._evaluation.save(self._private / "evaluation.safetensors")
         place = self._place(stepper.statement())
         with writing(place / "model"):
+            _agreed(self._ranks, _GIVE)
             trainings = (*starting_trainings(prepared.config.model), stepper.training())
             save_model(prepared.model, place / "model", prepared.tokenizer, trainings)
         if outcome.statement:

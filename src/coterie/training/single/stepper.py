@@ -59,6 +59,9 @@ class Stepper(Protocol):
     def content(self) -> tuple[Content, Mapping[str, Any]]:
         """Tensors and JSON values of a checkpoint from which a resumed run goes on."""
 
+    def parts(self, folder: Path) -> tuple[str, ...]:
+        """Let other ranks write what they alone hold of the checkpoint that comes to ``folder`` next; its digests."""
+
     def saved(self, folder: Path) -> None:
         """Everything up to now is durable in ``folder``."""
 
@@ -115,6 +118,9 @@ class PlainStepper:
             "weights": model_tensors(model),
             "optimizer": self.optimizer.tensors(dict(model.named_parameters())),
         }, {}
+
+    def parts(self, folder: Path) -> tuple[str, ...]:
+        return ()
 
     def saved(self, folder: Path) -> None: ...
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coterie.checkpoints import load_model_tensors
+from coterie.checkpoints import load_model_tensors, saved_weights
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, TrainConfig, TrainSpec, load_yaml
 from coterie.errors import CheckpointError, DataError
 from coterie.models.zoo.build import build_model
@@ -53,7 +53,7 @@ def load_trained(run_dir: Path) -> TrainedRun:
             fix=f"`coterie resume {run_dir}` goes on with the run",
         )
     model = build_for(config, tokenizer)
-    load_model_tensors(model, newest.load("weights"))
+    load_model_tensors(model, saved_weights(newest, model))
     return TrainedRun(config, tokenizer, model.eval(), newest.round)
 
 

@@ -1,0 +1,192 @@
+"""A physical batch whose records lie at several ranks, because experts do: which parameter sees whose records.
+
+What holds no expert (the trunk) is whole at every rank and sees the rank's own records. An expert is at one rank and
+sees the rows of all ranks' records. So squared norms of a record come about at several ranks; they are exchanged and
+added up in the order of ranks, the same bits everywhere, before any factor is known. To clip rank by rank would let a
+record add up to sqrt(W) clip norms.
+
+A batch of a model that is whole is shared with nobody, and takes the same way.
+
+Shape letters: G gradient groups, B records of all ranks, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from coterie.dp.per_sample.gradient_groups import Diagnostics, GradientGroups
+from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.memory_choice import Method
+from coterie.dp.per_sample.private_experts import PrivateExperts
+from coterie.errors import PrivacyError
+from coterie.models.seam import ExpertsCall, ExpertsImplementation
+from coterie.models.spread.spread import MakeTrip, spread_of
+from coterie.models.spread.travel import there_and_back
+from coterie.ranks.ranks import Alone, Ranks
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """Whose records a physical batch has.
+
+    Attributes:
+        ranks: that share it.
+        rows_W: rows of each rank.
+        counted_W: how many of these, from the first, are records; later ones add zero.
+        everybody: parameters that see the records of all ranks.
+        trip: begins the way of a layer's rows; None where the model is whole.
+    """
+
+    ranks: Ranks
+    rows_W: Sequence[int]
+    counted_W: Sequence[int]
+    everybody: frozenset[str]
+    trip: MakeTrip | None
+
+    @property
+    def total(self) -> int:
+        """B."""
+        return sum(self.rows_W)
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's records are among all."""
+        start = sum(self.rows_W[: self.ranks.rank])
+        return slice(start, start + self.rows_W[self.ranks.rank])
+
+    def columns(self, name: str) -> slice:
+        """The records that a parameter sees."""
+        return slice(0, self.total) if name in self.everybody else self.own
+
+    def records(self, name: str) -> int:
+        """How many records a parameter sees."""
+        columns = self.columns(name)
+        return columns.stop - columns.start
+
+    def computed(self, experts: PrivateExperts) -> ExpertsImplementation:
+        """What computes a model's experts in this batch."""
+        trip = self.trip
+        if trip is None:
+            return experts
+
+        def travelling(call: ExpertsCall) -> Tensor:
+            way = trip(call.layer, call.expert_ids_NK, experts.record_of(call) + self.own.start)
+            return there_and_back(
+                experts.capture.anchor, call, way, lambda here: experts.compute(here, way.record_A, self.total)
+            )
+
+        return travelling
+
+    # -- norms -------------------------------------------------------------------------------------------------------
+
+    def own_squares(self, groups: GradientGroups, squares: Mapping[str, SqNorms]) -> SqNorms:
+        """[G, B] what this rank's parameters have of every record's squared norms."""
+        value = torch.zeros(len(groups.names), self.total, dtype=torch.float64)
+        slack = torch.zeros_like(value)
+        for name, norms in squares.items():
+            value[groups.index(name), self.columns(name)] += norms.value.cpu()
+            slack[groups.index(name), self.columns(name)] += norms.slack.cpu()
+        return SqNorms(value, slack)
+
+    def exchanged(self, own: SqNorms) -> list[SqNorms]:
+        """[G, B] what the parameters of each rank have of them; every rank takes part."""
+        return [SqNorms(*both) for both in self.ranks.gather(torch.stack([own.value, own.slack]))]
+
+    def others(self, parts: Sequence[SqNorms]) -> SqNorms:
+        """[G, B] what the others' parameters have of them."""
+        return _added_up([SqNorms.zeros_like(parts[0]), *(p for r, p in enumerate(parts) if r != self.ranks.rank)])
+
+    def factors(
+        self, groups: GradientGroups, squares: Mapping[str, SqNorms], losses: Tensor
+    ) -> tuple[Tensor, Tensor, Diagnostics]:
+        """What every record's gradient is multiplied by, the same bits at every rank.
+
+        Args:
+            groups: clip.
+            squares: of this rank's parameters.
+            losses: of this rank's records; one that is not finite masks its record everywhere.
+
+        Returns:
+            [G, B] float64 factors, [B] bool records that count nowhere, and the figures of this rank's records.
+        """
+        own = self.own_squares(groups, squares)
+        own.slack[:, self.own] += torch.where(torch.isfinite(losses.cpu()), 0.0, torch.nan)
+        whole = _added_up(self.exchanged(own))
+        all_losses = torch.zeros(self.total)
+        all_losses[self.own] = losses.cpu()
+        factors, figures = groups.factors(whole, all_losses, self._counts())
+        return factors, figures.masked, figures.part(self.own)
+
+    def _counts(self) -> Tensor:
+        """[B] bool: rows that are records."""
+        pairs = zip(self.rows_W, self.counted_W, strict=True)
+        return torch.cat([torch.arange(rows) < counted for rows, counted in pairs])
+
+
+def _added_up(parts: Sequence[SqNorms]) -> SqNorms:
+    *_, total = accumulate(parts, lambda a, b: SqNorms(a.value + b.value, a.slack + b.slack))
+    return total
+
+
+class Sharing:
+    """How an engine's batches are shared.
+
+    Args:
+        model: whole or spread.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._spread = spread_of(model)
+        self._everybody = frozenset() if self._spread is None else frozenset(self._spread.cuts)
+        self._ranks = Alone() if self._spread is None else self._spread.ranks
+        self._batches = 0
+
+    @property
+    def spread(self) -> bool:
+        """Whether the model's experts are spread over ranks."""
+        return self._spread is not None
+
+    def size(self, name: str, shape: torch.Size) -> torch.Size:
+        """The shape of a parameter whose part here has ``shape``, whole."""
+        return self._spread.cuts[name].shape() if self._spread is not None and name in self._everybody else shape
+
+    def at_home(self, records: int) -> SharedBatch:
+        """A batch of this rank alone, with its own experts alone: what is compared, and what is learnt, before."""
+        trip = None if self._spread is None else self._spread.trip_at_home
+        return SharedBatch(Alone(), (records,), (records,), frozenset(), trip)
+
+    def with_all(self, records: int, counted: int | None, method: Method) -> tuple[SharedBatch, Method]:
+        """A batch of all ranks, each of which calls this; ghost clipping where one of them needs it.
+
+        Args:
+            records: of this rank, at least one row.
+            counted: how many of them count; None: all.
+            method: that this rank would take.
+
+        Raises:
+            RankError: the ranks are at different batches.
+        """
+        self._batches += 1
+        told = self._ranks.together(
+            f"batch {self._batches}",
+            lambda: [records, records if counted is None else counted, method],
+        )
+        rows_W, counted_W = ([int(each[place]) for each in told] for place in (0, 1))
+        trip = None if self._spread is None else self._spread.trip
+        shared = SharedBatch(self._ranks, rows_W, counted_W, self._everybody, trip)
+        return shared, "ghost" if any(each[2] == "ghost" for each in told) else method
+
+
+def users_refused() -> PrivacyError:
+    """The refusal of users as units where experts are spread."""
+    return PrivacyError(
+        "users are not clipped as one where experts are spread over ranks.",
+        code="dp-spread-users",
+        why="every owner of experts would have to keep the whole summed gradient of each user of each rank",
+        fix="train with whole models at each rank (devices without experts_over), which clips users, too",
+    )

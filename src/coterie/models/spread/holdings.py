@@ -1,0 +1,123 @@
+"""Which values of a model a rank has alone, and the names that such parts have in files.
+
+A part's name says which experts it is of, so any number of ranks can read what another number wrote: a release, a
+checkpoint's weights, or the state of an optimizer beside them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coterie.models.spread.cuts import Cut, cuts_of
+from coterie.models.spread.spread import spread_of
+from coterie.ranks.ranks import Alone, Ranks
+
+_SOME = re.compile(r"(?P<name>.*)\[(?P<start>\d+):(?P<stop>\d+)\]")
+
+
+class HeldPart(NamedTuple):
+    """Values of a whole tensor that one rank has, and nobody else.
+
+    Attributes:
+        key: names them in files.
+        total: values of the whole tensor.
+        places: where in it, flattened, these values lie; ascending.
+    """
+
+    key: str
+    total: int
+    places: range | Tensor
+
+
+class Holdings:
+    """The values of one model's parameters at this rank.
+
+    Args:
+        model: whole or spread.
+
+    Attributes:
+        spread: the experts are at several ranks, of which this is one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        spread = spread_of(model)
+        ranks: Ranks = Alone() if spread is None else spread.ranks
+        self.spread = spread is not None
+        self._cuts = cuts_of(model)
+        self._held = {name: cut.held(ranks.rank, ranks.world) for name, cut in self._cuts.items()}
+
+    def is_part(self, name: str) -> bool:
+        """Whether other ranks have other values of a parameter."""
+        return self.spread and name in self._cuts
+
+    def size(self, name: str, own: Tensor) -> int:
+        """How many values something of a parameter's shape has at all ranks together."""
+        return self._cuts[name].shape().numel() if self.is_part(name) else own.numel()
+
+    def parts(self) -> dict[str, HeldPart]:
+        """The parts that this rank has of parameters, by their names."""
+        return {
+            name: HeldPart(self._key(name), cut.shape().numel(), cut.places(self._held[name]))
+            for name, cut in self._cuts.items()
+            if self.spread
+        }
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the names that they have in files.
+
+        Args:
+            tensors: a parameter's by its name, or by ``{parameter}/{what}``; of its shape, or something else.
+        """
+        return {self._key(name) if self._cut(name, own) else name: own for name, own in tensors.items()}
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of tensors as for `stored` those that no other rank has, under their names in files."""
+        return self.stored({name: own for name, own in tensors.items() if self._cut(name, own)})
+
+    def joined(self, pieces: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """What this rank has, from everything that any number of ranks wrote; of as many values as its shapes.
+
+        Args:
+            pieces: names in files and values; several under one name are one behind the other.
+        """
+        rows: dict[str, list[Tensor]] = {}
+        found: dict[str, Tensor] = {}
+        for stored, piece in pieces:
+            match = _SOME.fullmatch(stored)
+            cut = None if match is None else self._cuts.get(_parameter(match["name"]))
+            if match is None or cut is None:
+                rows.setdefault(stored, []).append(piece)
+                continue
+            held, of = self._held[_parameter(match["name"])], range(int(match["start"]), int(match["stop"]))
+            both = range(max(held.start, of.start), min(held.stop, of.stop))
+            if both:
+                empty = torch.empty(cut.shape(held), dtype=piece.dtype)
+                cut.put(cut.part(piece, both, of), both, found.setdefault(match["name"], empty), held)
+        for name, own in rows.items():
+            whole = own[0] if len(own) == 1 else torch.cat([piece.reshape(-1) for piece in own])
+            parameter = _parameter(name)
+            if self.is_part(parameter) and whole.numel() == self._cuts[parameter].shape().numel():
+                whole = self._cuts[parameter].part(whole, self._held[parameter])
+            found[name] = whole
+        return found
+
+    def _cut(self, name: str, own: Tensor) -> Cut | None:
+        """How a tensor is cut; None where it is the same at every rank."""
+        parameter = _parameter(name)
+        if not self.is_part(parameter):
+            return None
+        cut = self._cuts[parameter]
+        return cut if own.numel() == cut.shape(self._held[parameter]).numel() else None
+
+    def _key(self, name: str) -> str:
+        held = self._held[_parameter(name)]
+        return f"{name}[{held.start}:{held.stop}]"
+
+
+def _parameter(name: str) -> str:
+    return name.partition("/")[0]
