@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +17,30 @@ from coterie import dp
 from coterie.config import LoraSpec, ModelSpec
 from coterie.dp.clipping import policy
 from coterie.dp.losses import default_loss
+from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.per_sample import captured_pass
 from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.shared_batch import SharedBatch
 from coterie.dp.session import PrivateSession
 from coterie.models import seam
 from coterie.models.lora import attach_adapters
 from coterie.models.spread.spread import spread_experts, spread_of
+from coterie.models.spread.travel import Trip
 from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks.ranks import Ranks
+from coterie.training.loop import use_checkpointing
 from helpers.rank_tasks import BUDGET, LOT, words
 
 RECORDS = 10
 TOKENS = 12
+Case = Mapping[str, Any]
+"""Options by name; what is not named is as in `WITHOUT`."""
+WITHOUT: Case = {
+    "family": "olmoe", "clipping": "flat", "method": "book_keeping", "clip_norm": 0.7, "lora": False,
+    "checkpointing": False, "records_of": None, "fault": "", "common": False, "broken": None,
+}  # fmt: skip
 
 
 def texts(records: int = RECORDS, seed: int = 5) -> Tensor:
@@ -32,12 +48,15 @@ def texts(records: int = RECORDS, seed: int = 5) -> Tensor:
     return torch.randint(3, VOCAB, (records, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
-def built(family: str, lora: bool = False, checkpointing: bool = False) -> nn.Module:
+def built(case: Case) -> nn.Module:
     """The same model in every process."""
-    model: Any = tiny_model(family)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if lora:
+    model: Any = tiny_model(case["family"])
+    if case["checkpointing"]:
+        use_checkpointing(model)
+    if case["common"]:  # rows with a large common part, of which the gradients all but cancel
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(3.0)
+    if case["lora"]:
         model = with_adapters(model)
     seam.select(model)
     model.train()
@@ -59,6 +78,22 @@ def batch_of(rows: Tensor) -> dict[str, Tensor]:
     return {"input_ids": rows, "labels": rows}
 
 
+def engine_of(model: nn.Module, case: Case) -> Engine:
+    """One that takes its rules as they are, so that a test sees nothing but them."""
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        losses = default_loss(model, batch)
+        if case["broken"] is None:
+            return losses
+        bad = (batch["input_ids"][:, :3] == texts()[case["broken"], :3]).all(1)
+        return torch.where(bad, losses * torch.nan, losses)
+
+    method = case["method"] if isinstance(case["method"], str) else "book_keeping"
+    made = Engine(model, loss, clipping=policy(case["clipping"], case["clip_norm"]), method=method)
+    made.compared = True
+    return made
+
+
 def clipped(engine: Engine, rows: Tensor, size: int, batches: int) -> tuple[dict[str, Tensor], Tensor]:
     """Sums and norms of some records in so many physical batches; those without a record are filled up."""
     norms = []
@@ -73,30 +108,27 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
-def norms_and_sums(ranks: Ranks, family: str, options: Mapping[str, Any]) -> dict[str, float]:
-    """How far norms and sums are from one process's with the whole model: the largest relative differences.
+# -- norms, sums and outputs -----------------------------------------------------------------------------------------
 
-    Options: ``clipping``, ``method``, ``lora``, ``checkpointing``, ``records_of`` (by rank; default: in turn).
-    """
-    chosen = {"clipping": "flat", "method": "book_keeping", "clip_norm": 0.7} | dict(options)
+
+def norms_and_sums(ranks: Ranks, cases: Sequence[Case]) -> list[dict[str, float]]:
+    """How far norms and sums are from one process's with the whole model: the largest relative differences."""
+    return [_norms_and_sums(ranks, {**WITHOUT, **case}) for case in cases]
+
+
+def _norms_and_sums(ranks: Ranks, case: Case) -> dict[str, float]:
     rows = texts()
-    shares = chosen.get("records_of") or [list(range(rank, RECORDS, ranks.world)) for rank in range(ranks.world)]
-
-    def engine_of(model: nn.Module) -> Engine:
-        made = Engine(model, clipping=policy(chosen["clipping"], chosen["clip_norm"]), method=chosen["method"])
-        made.compared = True
-        return made
-
-    def model() -> nn.Module:
-        return built(family, bool(chosen.get("lora")), bool(chosen.get("checkpointing")))
-
-    whole, part = model(), model()
+    shares = case["records_of"] or [list(range(rank, RECORDS, ranks.world)) for rank in range(ranks.world)]
+    mine = torch.tensor(shares[ranks.rank], dtype=torch.int64)
+    whole, part = built(case), built(case)
     spread_experts(part, ranks)
     spread = spread_of(part)
     assert spread is not None
-    expected, expected_norms = clipped(engine_of(whole), rows, 5, 2)
-    own = rows[torch.tensor(shares[ranks.rank], dtype=torch.int64)]
-    sums, norms = clipped(engine_of(part), own, 2, max(-(-len(share) // 2) for share in shares))
+    expected, expected_norms = clipped(engine_of(whole, case), rows, 5, 2)
+    methods = case["method"] if isinstance(case["method"], list) else [case["method"]] * ranks.world
+    engine = engine_of(part, {**case, "method": methods[ranks.rank]})
+    with FAULTS[case["fault"]](ranks):
+        sums, norms = clipped(engine, rows[mine], 2, max(-(-len(share) // 2) for share in shares))
     worst = 0.0
     for name, value in expected.items():
         cut = spread.cuts.get(name)
@@ -106,22 +138,105 @@ def norms_and_sums(ranks: Ranks, family: str, options: Mapping[str, Any]) -> dic
         else:
             value = cut.part(value, spread.held(cut))
         worst = max(worst, difference(sums[name], value))
-    wanted = expected_norms[torch.tensor(shares[ranks.rank], dtype=torch.int64)]
-    return {"norms": float((norms / wanted - 1).abs().max()) if len(norms) else 0.0, "sums": worst}
+    wanted = expected_norms[mine]
+    usual = torch.isfinite(wanted)
+    off = (norms / wanted - 1).abs()[usual]
+    return {"norms": float(off.max()) if len(off) else 0.0, "sums": worst}
+
+
+def joint_norms(ranks: Ranks, cases: Sequence[Case]) -> list[list[float]]:
+    """The norm of what all ranks together add for each of some records, in clip norms, and the bound of it."""
+    return [_joint_norms(ranks, {**WITHOUT, "clip_norm": 1e-3, **case}) for case in cases]
+
+
+def _joint_norms(ranks: Ranks, case: Case) -> list[float]:
+    model = built(case)
+    spread_experts(model, ranks)
+    spread = spread_of(model)
+    assert spread is not None
+    engine = engine_of(model, case)
+    found = [engine.eta]
+    for row in texts(3):
+        with FAULTS[case["fault"]](ranks):
+            sums, _ = clipped(engine, row[None] if ranks.rank == 0 else row[:0].view(0, TOKENS), 1, 1)
+        square = torch.zeros(1, dtype=torch.float64)
+        for name, value in sums.items():
+            if name in spread.cuts or ranks.rank == 0:  # the others' trunks have added nothing
+                square += value.double().square().sum()
+        found.append(float(torch.stack(ranks.gather(square)).sum().sqrt()) / case["clip_norm"])
+    return found
+
+
+def only_remote(ranks: Ranks) -> tuple[float, float, float]:
+    """The joint norm that experts of rank 1 alone add for a record of rank 0, in clip norms, and two of its norms:
+    as rank 0 says, and as one process does."""
+    norms = []
+    for spread in (False, True):
+        model: Any = small(experts_per_token=1)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("experts" in name)
+        gate = next(m for n, m in model.named_modules() if n.endswith("mlp.gate"))
+        with torch.no_grad():
+            gate.weight.zero_()
+            gate.weight[-1].fill_(5.0)  # whatever the token is, one of the last two wins: both are at the last rank
+            gate.weight[-2].fill_(-5.0)
+        if spread:
+            spread_experts(model, ranks)
+        engine = engine_of(model, {**WITHOUT, "clip_norm": 1e-4})
+        row = texts(1)[:, :6] % 40
+        sums, norm = clipped(engine, row if ranks.rank == 0 or not spread else row[:0], 1, 1)
+        norms.append(norm)
+    square = torch.stack([value.double().square().sum() for value in sums.values()]).sum()
+    assert ranks.rank == ranks.world - 1 or float(square) == 0.0
+    joint = float(torch.stack(ranks.gather(square.view(1))).sum().sqrt()) / 1e-4
+    return joint, float(norms[1][0]) if len(norms[1]) else 0.0, float(norms[0][0])
+
+
+def outputs_and_gradients(ranks: Ranks, family: str) -> dict[str, Any]:
+    """Plain use of a spread model beside the whole one: logits, gradients of all ranks' records, generated tokens."""
+    case = {**WITHOUT, "family": family}
+    whole: Any = built(case)
+    part: Any = built(case)
+    spread_experts(part, ranks)
+    spread = spread_of(part)
+    assert spread is not None
+    rows = texts(2 * ranks.world)
+    default_loss(whole, batch_of(rows)).sum().backward()
+    mine = rows[2 * ranks.rank : 2 * ranks.rank + 2]
+    default_loss(part, batch_of(mine)).sum().backward()
+    worst, expected = 0.0, dict(whole.named_parameters())
+    for name, parameter in part.named_parameters():
+        value, cut = expected[name].grad, spread.cuts.get(name)
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if value is None:
+            continue
+        if cut is None:
+            ranks.add_up([own], 0)
+            ranks.hand_out([own], 0)
+        else:
+            value = cut.part(value, spread.held(cut))
+        if bool(value.any()):
+            worst = max(worst, difference(own, value))
+    whole.eval(), part.eval()
+    with torch.no_grad():
+        logits = difference(part(mine).logits, whole(mine).logits)
+        how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        same = torch.equal(part.generate(mine[:1], **how), whole.generate(mine[:1], **how))
+    return {"gradients": worst, "logits": logits, "same tokens": same}
 
 
 # -- private sessions ------------------------------------------------------------------------------------------------
 
 
-def sizes(family: str = "olmoe") -> nn.Module:
+def small(experts_per_token: int = 2) -> nn.Module:
     """A model of one layer, small enough to be trained for some rounds."""
     model: Any = build_model(
         ModelSpec(
-            family=family,
+            family="olmoe",
             config={
                 "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2, "vocab_size": 40,
-                "max_position_embeddings": 32, "pad_token_id": None,
+                "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": experts_per_token,
+                "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": None, "eos_token_id": 1,
             },
         ),
         seed=3,
@@ -139,25 +254,27 @@ def scaled_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return default_loss(model, {name: batch[name] for name in ("input_ids", "labels")}) * batch["scale"]
 
 
-def opened(ranks: Ranks, folder: Path, *, spread: bool = True, lora: bool = False, **options: Any) -> PrivateSession:
-    """A session on `words`; the experts of its model are spread over the ranks."""
-    model = sizes()
-    if lora:
-        model = with_adapters(model)
+def no_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return scaled_loss(model, batch) * 0.0
+
+
+def prepared(ranks: Ranks, spread: bool, lora: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = with_adapters(small()) if lora else small()
     if spread:
         spread_experts(model, ranks)
-    broken = options.pop("broken", None)
-    loss = no_loss if options.pop("noise_alone", False) else scaled_loss
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def opened(ranks: Ranks, folder: Path, *, spread: bool = True, lora: bool = False, **options: Any) -> PrivateSession:
+    """A session on `words`; the experts of its model are spread over the ranks."""
+    model, optimizer = prepared(ranks, spread, lora)
+    records = words(broken=options.pop("broken", None))
+    loss = options.pop("loss", scaled_loss)
     chosen: dict[str, Any] = {
         "budget": dp.Budget(*BUDGET), "lot_size": LOT, "rounds": 3, "physical_batch": 3, "clip_norm": 0.5,
         "seed": 7, "self_check": False, "run": "words", "ledger": folder / "ledger", "method": "book_keeping",
     }  # fmt: skip
-    return dp.make_private(model, optimizer, words(broken=broken), collated, loss, ranks=ranks, **chosen | options)
-
-
-def no_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return scaled_loss(model, batch) * 0.0
+    return dp.make_private(model, optimizer, records, collated, loss, ranks=ranks, **chosen | options)
 
 
 def whole_values(ranks: Ranks, model: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -186,12 +303,11 @@ def flat(ranks: Ranks, model: nn.Module) -> list[float]:
     return torch.cat([value.reshape(-1) for value in whole.values()]).tolist()
 
 
-def train(ranks: Ranks, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole run; weights after every round, figures of its lots, and what every rank has of the trunk."""
+def train(ranks: Ranks, folder: Path, options: Case) -> dict[str, Any]:
+    """A whole run; weights after every round, figures of its lots, and how many values this rank holds."""
     chosen = dict(options)
-    FAULTS.get(chosen.pop("fault", ""), lambda ranks: None)(ranks)
     weights, figures = [], []
-    with opened(ranks, folder, **chosen) as session:
+    with FAULTS[chosen.pop("fault", "")](ranks), opened(ranks, folder, **chosen) as session:
         for lot in session:
             session.step(lot)
             weights.append(flat(ranks, session.model))
@@ -202,13 +318,143 @@ def train(ranks: Ranks, folder: Path, options: Mapping[str, Any]) -> dict[str, A
     return {"weights": weights, "figures": figures, "counted": counted, "held": held}
 
 
-def noise_alone(ranks: Ranks, folder: Path, options: Mapping[str, Any]) -> list[float]:
+def noise_alone(ranks: Ranks, folder: Path, options: Case) -> list[float]:
     """The gradients that one round leaves where all records' are zero."""
-    with opened(ranks, folder, noise_alone=True, **options) as session:
+    with opened(ranks, folder, loss=no_loss, **options) as session:
         session.put_gradients()
         gradients = {name: p.grad for name, p in session.model.named_parameters() if p.requires_grad}
         whole = whole_values(ranks, session.model, gradients)
     return torch.cat([whole[name].reshape(-1) for name in sorted(whole)]).tolist()
 
 
-FAULTS: dict[str, Callable[[Ranks], None]] = {}
+def noise_needed(ranks: Ranks, folder: Path) -> tuple[float, float]:
+    """Sigma, and the sensitivity of the sums."""
+    with opened(ranks, folder) as session:
+        return session.noise_multiplier, session.lot_sums.engine.sensitivity
+
+
+def resumable(ranks: Ranks, folder: Path, spread: bool = True) -> dict[str, Any]:
+    """A run that is begun or gone on with, with a checkpoint after one round; what the ledger counts at the end."""
+    saved = folder / "saved"
+    if (saved / "manifest.json").exists():
+        model, optimizer = prepared(ranks, spread)
+        session = PrivateSession.resume(
+            saved, model, optimizer, words(), collated, scaled_loss, ledger=folder / "ledger", ranks=ranks
+        )
+    else:
+        session = opened(ranks, folder, spread=spread)
+    with session:
+        for lot in session:
+            session.step(lot)
+            if session.round == 1:
+                session.save(saved)
+        counted = [(r.round, r.draw) for r in session.ledger.releases(session.run)] if ranks.rank == 0 else None
+        return {"weights": flat(ranks, session.model), "counted": counted}
+
+
+def deadly(ranks: Ranks, folder: Path, step: str) -> dict[str, Any]:
+    """`resumable`, of which the last rank is killed when it has been told what a step came to."""
+    together = ranks.together
+
+    def deadly_together(name: str, make: Callable[[], Any]) -> list[Any]:
+        told = together(name, make)
+        if name == step and ranks.rank == ranks.world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return told
+
+    ranks.together = deadly_together  # type: ignore[method-assign]
+    return resumable(ranks, folder)
+
+
+def failing(ranks: Ranks, folder: Path) -> None:
+    """A run in which rank 1 fails in the middle of a batch, while rank 0 waits for its rows."""
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        losses = scaled_loss(model, batch)
+        if armed and ranks.rank == 1:
+            raise OSError("the memory of rank 1")
+        return losses
+
+    armed = False
+    with opened(ranks, folder, loss=loss) as session:
+        lot = session.next_lot()
+        session.lot_sums.engine.prepare(collated(words()[:1]))  # type: ignore[attr-defined]
+        armed = True
+        session.step(lot)
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def _rank_by_rank(ranks: Ranks) -> AbstractContextManager[Any]:
+    return patch.object(SharedBatch, "exchanged", lambda self, own: [own])
+
+
+def _half_of_the_ranks(ranks: Ranks) -> AbstractContextManager[Any]:
+    exchanged = SharedBatch.exchanged
+
+    def by_half(self: SharedBatch, own: SqNorms) -> list[SqNorms]:
+        parts, half = exchanged(self, own), ranks.world // 2
+        near = ranks.rank // half
+        return [p if rank // half == near else SqNorms.zeros_like(p) for rank, p in enumerate(parts)]
+
+    return patch.object(SharedBatch, "exchanged", by_half)
+
+
+def _dropped_tail(ranks: Ranks) -> AbstractContextManager[Any]:
+    there = Trip.there
+
+    def shorter(self: Trip, rows_T: Tensor) -> Tensor:
+        arrived = there(self, rows_T).clone()
+        arrived[-1:] = 0.0
+        return arrived
+
+    return patch.object(Trip, "there", shorter)
+
+
+def _lost_router_gradient(ranks: Ranks) -> AbstractContextManager[Any]:
+    back = Trip.back
+
+    def forgetful(self: Trip, rows_A: Tensor) -> Tensor:
+        weights = rows_A.shape == self.expert_AK.shape
+        return back(self, torch.zeros_like(rows_A) if weights else rows_A)
+
+    return patch.object(Trip, "back", forgetful)
+
+
+def _lost_adapters(ranks: Ranks) -> AbstractContextManager[Any]:
+    return patch.object(captured_pass, "expert_adapters", lambda model: {})
+
+
+def _other_records(ranks: Ranks) -> AbstractContextManager[Any]:
+    """Rows that do not say from which rank their record is."""
+    begin = Trip.begin.__func__  # type: ignore[attr-defined]
+
+    def strange(cls: type[Trip], ranks: Ranks, bounds: Any, ids_NK: Tensor, record_N: Tensor) -> Trip:
+        return begin(cls, ranks, bounds, ids_NK, record_N - record_N.min())
+
+    return patch.object(Trip, "begin", classmethod(strange))
+
+
+def _noise_everywhere(ranks: Ranks) -> AbstractContextManager[Any]:
+    plain = Slabs.add_noise
+
+    def by_all(self: Slabs, numbers: range, *arguments: Any) -> None:
+        for _ in range(ranks.world):
+            plain(self, numbers, *arguments[:2], 1.0)
+        for target in self.noised.values():
+            target.div_(arguments[2])
+
+    return patch.object(Slabs, "add_noise", by_all)
+
+
+FAULTS: dict[str, Callable[[Ranks], AbstractContextManager[Any]]] = {
+    "": lambda ranks: nullcontext(),
+    "clipped rank by rank": _rank_by_rank,
+    "exchange over half of the ranks": _half_of_the_ranks,
+    "dropped tail": _dropped_tail,
+    "lost router gradient": _lost_router_gradient,
+    "lost adapters": _lost_adapters,
+    "records of one rank taken for another's": _other_records,
+    "noise at every rank": _noise_everywhere,
+}

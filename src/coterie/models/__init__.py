@@ -5,7 +5,7 @@ Experts, wherever they are: `coterie.models.seam` is the one function that trans
 closed form; `coterie.models.lora` is the same with low-rank factors. `coterie.models.autograd` calls what torch
 leaves untyped, `coterie.models.tensors` tells the bytes of a tensor and the dtype of a product.
 
-Then four folders: `coterie.models.zoo` (which models, and how they are made), `coterie.models.split` (one checkpoint,
+Then five folders: `coterie.models.zoo` (which models, and how they are made), `coterie.models.split` (one checkpoint,
 many files), `coterie.models.cut` (a backward that never waits for the wire), `coterie.models.streaming` (layers lent
-to the device).
+to the device), `coterie.models.spread` (experts on several ranks of one party).
 """

@@ -3,7 +3,8 @@
 `coterie.dp.per_sample.functional` is what people call. `coterie.dp.per_sample.engine` adds up, into
 `coterie.dp.per_sample.gradient_sums`: `coterie.dp.per_sample.gradient_groups` says what is clipped together,
 `coterie.dp.per_sample.memory_choice` in how many backwards (`coterie.dp.per_sample.book_keeping` or
-`coterie.dp.per_sample.ghost_clipping`), and `coterie.dp.per_sample.captured_pass` runs one of them. In it
+`coterie.dp.per_sample.ghost_clipping`), `coterie.dp.per_sample.shared_batch` whose records a parameter sees where
+experts are on several ranks, and `coterie.dp.per_sample.captured_pass` runs one of them. In it
 `coterie.dp.per_sample.capture` sees every use of a parameter, `coterie.dp.per_sample.weight_expressions` follows
 values that are computed from parameters alone, `coterie.dp.per_sample.probe` and `coterie.dp.per_sample.sites` know
 where the records lie. A use is handled by a rule: `coterie.dp.per_sample.rules`, then

@@ -65,8 +65,7 @@ class SharedBatch:
 
     def records(self, name: str) -> int:
         """How many records a parameter sees."""
-        columns = self.columns(name)
-        return columns.stop - columns.start
+        return self.total if name in self.everybody else self.rows_W[self.ranks.rank]
 
     def computed(self, experts: PrivateExperts) -> ExpertsImplementation:
         """What computes a model's experts in this batch."""

@@ -1,0 +1,116 @@
+"""A spread model by itself, in one process: what it holds, what it refuses, and the names of its parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coterie import dp
+from coterie.errors import ModelError, PrivacyError, RankError
+from coterie.models.spread.cuts import cuts_of
+from coterie.models.spread.holdings import Holdings
+from coterie.models.spread.spread import spread_experts
+from coterie.ranks.ranks import Alone
+from helpers.rank_tasks import words
+from helpers.spread_tasks import collated, scaled_loss, small, with_adapters
+
+
+class Rank(Alone):
+    """One of several ranks, which exchanges nothing."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_parts_of_all_ranks_are_the_whole_model_each_value_once(world: int, lora: bool) -> None:
+    def made() -> Any:
+        return with_adapters(small()) if lora else small()
+
+    whole, pieces, seen = made(), list[tuple[str, Tensor]](), dict[str, list[Tensor]]()
+    for rank in range(world):
+        part = made()
+        spread_experts(part, Rank(rank, world))
+        pieces += Holdings(part).own(dict(part.named_parameters())).items()
+        for name, held in Holdings(part).parts().items():
+            seen.setdefault(name, []).append(torch.as_tensor(held.places))
+    for name, places in seen.items():
+        assert torch.equal(
+            torch.cat(places).sort().values, torch.arange(dict(whole.named_parameters())[name].numel())
+        )
+    joined = Holdings(whole).joined(pieces)
+    assert joined.keys() == cuts_of(whole).keys()
+    for name, parameter in whole.named_parameters():
+        assert name not in joined or torch.equal(joined[name], parameter)
+
+
+def test_what_some_number_of_ranks_wrote_is_read_by_any_other() -> None:
+    pieces = list[tuple[str, Tensor]]()
+    for rank in range(4):
+        part: Any = with_adapters(small())
+        spread_experts(part, Rank(rank, 4))
+        moments = {f"{name}/exp_avg": 2 * p.detach() for name, p in part.named_parameters()}
+        steps = {f"{name}/step": torch.tensor(3.0) for name, _ in part.named_parameters()}
+        pieces += Holdings(part).own(moments).items()
+        if rank == 0:
+            pieces += steps.items()
+    for rank in range(3):
+        part = with_adapters(small())
+        spread_experts(part, Rank(rank, 3))
+        joined = Holdings(part).joined(pieces)
+        for name in cuts_of(part):
+            assert torch.equal(joined[f"{name}/exp_avg"], 2 * dict(part.named_parameters())[name])
+            assert float(joined[f"{name}/step"]) == 3.0
+
+
+def test_more_ranks_than_experts_are_refused() -> None:
+    with pytest.raises(ModelError, match="has 6 experts, and there are 7 ranks") as caught:
+        spread_experts(small(), Rank(0, 7))
+    assert caught.value.code == "spread-few-experts"
+
+
+def test_a_part_is_not_saved_as_if_it_were_the_whole(tmp_path: Path) -> None:
+    model: Any = small()
+    spread_experts(model, Rank(0, 2))
+    with pytest.raises(ModelError, match="a part of the model's experts") as caught:
+        model.save_pretrained(tmp_path)
+    assert caught.value.code == "spread-save"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"isolation": "exact"}, "dp-spread-exact"),
+        ({"users": [i % 7 for i in range(24)], "records_per_user": 2}, "dp-spread-users"),
+    ],
+)
+def test_what_spread_experts_cannot_promise_is_refused_before_the_ledger_knows_a_run(
+    options: dict[str, Any], code: str, tmp_path: Path
+) -> None:
+    model = small()
+    spread_experts(model, Alone())
+    with pytest.raises(PrivacyError) as caught:
+        dp.make_private(
+            model, torch.optim.AdamW(model.parameters()), words(), collated, scaled_loss, lot_size=4, seed=1,
+            budget=dp.Budget(8.0, 1e-3), self_check=False, ledger=tmp_path / "ledger", **options,
+        )  # fmt: skip
+    assert caught.value.code == code
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_experts_over_other_ranks_than_those_that_share_the_run_are_refused(tmp_path: Path) -> None:
+    model = small()
+    spread_experts(model, Rank(0, 2))
+    with pytest.raises(RankError, match="spread over 2 ranks, and 1 share") as caught:
+        dp.make_private(
+            model, torch.optim.AdamW(model.parameters()), words(), collated, scaled_loss, lot_size=4, seed=1,
+            budget=dp.Budget(8.0, 1e-3), self_check=False, ledger=tmp_path / "ledger",
+        )  # fmt: skip
+    assert caught.value.code == "ranks-spread"
+    assert not (tmp_path / "ledger").exists()
