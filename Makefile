@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast site wheel dist release faults test-lowest test-newest compare-audits lint format clean
+.PHONY: demo test test-fast site wheel dist release faults ranks test-lowest test-newest compare-audits lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -41,6 +41,10 @@ release:
 faults: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[faults]"
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults" $(ARGS)
+
+# Every family by every method with experts over two ranks, beside one process: about half an hour on two idle cores.
+ranks: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks -m "ranks or not ranks" $(ARGS)
 
 # The models' tests on the lowest transformers that pyproject.toml names, in an environment of their own.
 LOWEST := .venv-lowest

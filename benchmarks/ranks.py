@@ -3,8 +3,8 @@
     python benchmarks/ranks.py --json ranks.json
     python benchmarks/ranks.py --model small --shape 4x16 --rounds 2 --tries 1    # seconds
 
-Arms: ``alone``, one process; ``data-2``, whole models at 2 ranks; ``experts-2`` and ``experts-4``, experts spread over
-2 and 4 ranks. A step is a whole round of a private session: clipping, what crosses between ranks, noise, spool,
+Arms: ``alone``, one process; ``data-2``, whole models at 2 ranks; ``experts-2`` and ``experts-4``, experts spread
+over 2 and 4 ranks. A step is a whole round of a private session: clipping, what crosses between ranks, noise, spool,
 ledger, AdamW. Ranks are processes of this machine with one thread each, and every arm has the same seeded lots. Arms
 take turns ``--tries`` times; figures are medians over all rounds but the first of each.
 

@@ -40,6 +40,7 @@ Case = Mapping[str, Any]
 WITHOUT: Case = {
     "family": "olmoe", "clipping": "flat", "method": "book_keeping", "clip_norm": 0.7, "lora": False,
     "checkpointing": False, "records_of": None, "fault": "", "common": False, "broken": None,
+    "train": True, "batchings": False,
 }  # fmt: skip
 
 
@@ -59,8 +60,7 @@ def built(case: Case) -> nn.Module:
     if case["lora"]:
         model = with_adapters(model)
     seam.select(model)
-    model.train()
-    return model
+    return model.train(case["train"])
 
 
 def with_adapters(model: nn.Module) -> nn.Module:
@@ -141,7 +141,16 @@ def _norms_and_sums(ranks: Ranks, case: Case) -> dict[str, float]:
     wanted = expected_norms[mine]
     usual = torch.isfinite(wanted)
     off = (norms / wanted - 1).abs()[usual]
-    return {"norms": float(off.max()) if len(off) else 0.0, "sums": worst}
+    if not case["batchings"]:
+        return {"norms": float(off.max()) if len(off) else 0.0, "sums": worst}
+    other, other_norms = clipped(engine_of(whole, case), rows, 2, 5)
+    by_batch = (other_norms / expected_norms - 1).abs()[torch.isfinite(expected_norms)]
+    return {
+        "norms": float(off.max()) if len(off) else 0.0,
+        "sums": worst,
+        "norms by batch": float(by_batch.max()),
+        "sums by batch": max(difference(other[name], value) for name, value in expected.items()),
+    }
 
 
 def joint_norms(ranks: Ranks, cases: Sequence[Case]) -> list[list[float]]:

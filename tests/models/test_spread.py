@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from coterie import dp
+from coterie.config import ModelSpec
 from coterie.errors import ModelError, PrivacyError, RankError
 from coterie.models.spread.cuts import cuts_of
 from coterie.models.spread.holdings import Holdings
+from coterie.models.spread.loaded import build_spread
 from coterie.models.spread.spread import spread_experts
 from coterie.ranks.ranks import Alone
 from helpers.rank_tasks import words
@@ -114,3 +116,25 @@ def test_experts_over_other_ranks_than_those_that_share_the_run_are_refused(tmp_
         )  # fmt: skip
     assert caught.value.code == "ranks-spread"
     assert not (tmp_path / "ledger").exists()
+
+
+def test_a_checkpoint_is_read_layer_by_layer_and_only_what_a_rank_holds_is_kept(tmp_path: Path) -> None:
+    whole: Any = small()
+    whole.save_pretrained(tmp_path)
+    pieces, spec = list[tuple[str, Tensor]](), ModelSpec(path=tmp_path)
+    for rank in range(3):
+        part = build_spread(spec, Rank(rank, 3))
+        own = dict(part.named_parameters())
+        assert not any(tensor.is_meta for tensor in (*own.values(), *part.buffers()))
+        assert sum(p.numel() for p in own.values()) < sum(p.numel() for p in whole.parameters())
+        pieces += Holdings(part).own(own).items()
+        for name, parameter in whole.named_parameters():
+            assert name in cuts_of(whole) or torch.equal(own[name], parameter)
+            assert own[name].requires_grad
+    joined = Holdings(whole).joined(pieces)
+    assert all(torch.equal(value, dict(whole.named_parameters())[name]) for name, value in joined.items())
+    assert joined.keys() == cuts_of(whole).keys()
+    ids = torch.arange(3, 9)[None]
+    whole.eval()
+    alone = build_spread(spec, Alone()).eval()
+    assert torch.equal(alone(ids).logits, whole(ids).logits)

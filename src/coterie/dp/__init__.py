@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # for type checkers and the reference pages
     from coterie.dp.per_sample.functional import per_sample_norms as per_sample_norms
     from coterie.dp.session import PrivateSession as PrivateSession
     from coterie.dp.setup import make_private as make_private
+    from coterie.models.spread.spread import spread_experts as spread_experts
     from coterie.ranks.processes import join_ranks as join_ranks
     from coterie.ranks.ranks import Ranks as Ranks
 
@@ -76,6 +77,7 @@ _MODULES = {
     "Automatic": "clipping",
     "Ranks": "coterie.ranks.ranks",
     "join_ranks": "coterie.ranks.processes",
+    "spread_experts": "coterie.models.spread.spread",
 }
 
 __all__ = sorted(_MODULES)

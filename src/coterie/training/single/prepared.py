@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coterie.checkpoints import CheckpointStore
 from coterie.config import TrainConfig, content_hash, load_yaml
 from coterie.errors import CheckpointError, ConfigError
+from coterie.ranks.ranks import Ranks
 from coterie.storage import check_keys, json_object, write_json
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
@@ -50,7 +51,11 @@ def run_id(config: TrainConfig) -> str:
 
 
 def prepare(
-    config: TrainConfig, *, tokenizer_dir: Path | None = None, run: str | None = None
+    config: TrainConfig,
+    *,
+    tokenizer_dir: Path | None = None,
+    run: str | None = None,
+    spread_over: Ranks | None = None,
 ) -> tuple[Prepared, Documents]:
     """Read the text, make the tokenizer, build the model, and check that they fit. Writes nothing.
 
@@ -58,6 +63,7 @@ def prepare(
         config: the settings of train.yaml.
         tokenizer_dir: the tokenizer of an earlier start of this run, which wins over the settings.
         run: identity of an earlier start; default: that of these settings.
+        spread_over: ranks that the model's experts are spread over; None: the whole model.
 
     Returns:
         What the run works with, and the documents that its training sequences were made from.
@@ -75,7 +81,7 @@ def prepare(
         config,
         run or run_id(config),
         tokenizer,
-        build_for(config, tokenizer),
+        build_for(config, tokenizer, spread_over),
         tokenize(documents, data, tokenizer),
         tokenize(test, data, tokenizer) if test else None,
     )

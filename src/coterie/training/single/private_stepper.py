@@ -17,8 +17,7 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.session import PrivateSession
 from coterie.dp.setup import start_session
 from coterie.models.split.trainings import Training
-from coterie.models.spread.spread import spread_experts
-from coterie.ranks.ranks import Ranks, ranks_or_alone
+from coterie.ranks.ranks import Ranks
 from coterie.training.data.documents import Documents
 from coterie.training.optim import Float32Optimizer, lr_at, make_optimizer
 from coterie.training.planning.forecast import Announce
@@ -61,8 +60,6 @@ class PrivateStepper:
         plan = plan_of(config, privacy, prepared.model)
         if saved is None and announce is not None:
             announce(forecast_of(config, privacy, plan, documents, prepared.train))
-        if config.experts_over > 1:
-            spread_experts(prepared.model, ranks_or_alone(ranks))
         self.optimizer = make_optimizer(prepared.model.parameters(), config.optim)
         if saved is None:
             self._session = _begun(prepared, documents, self.optimizer, plan, ranks)

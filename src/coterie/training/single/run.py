@@ -207,16 +207,22 @@ def _check_finite(prepared: Prepared, stepper: Stepper) -> None:
 
 
 def _begun(config: TrainConfig, ranks: Ranks | None, announce: Announce | None = None) -> tuple[Prepared, Stepper]:
-    prepared, documents = prepare(config)
+    prepared, documents = prepare(config, spread_over=_spread_over(config, ranks))
     if config.privacy is None:
         return prepared, PlainStepper(prepared)
     return prepared, PrivateStepper(prepared, documents, ranks=ranks, announce=announce)
 
 
+def _spread_over(config: TrainConfig, ranks: Ranks | None) -> Ranks | None:
+    return ranks_or_alone(ranks) if config.experts_over > 1 else None
+
+
 def _resumed(run_dir: Path, ranks: Ranks | None) -> tuple[Prepared, Stepper]:
     started, marker = read_run(run_dir)
     run, config = run_id(started), lengthened(started, marker)
-    prepared, documents = prepare(config, tokenizer_dir=private_folder(run_dir) / "tokenizer", run=run)
+    prepared, documents = prepare(
+        config, tokenizer_dir=private_folder(run_dir) / "tokenizer", run=run, spread_over=_spread_over(config, ranks)
+    )
     _check_unchanged(prepared, marker, run_dir)
     if config.privacy is None:
         return prepared, PlainStepper(prepared, prepared.store.newest())

@@ -9,19 +9,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coterie.config import DataSpec, ModelSpec, PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
 from coterie.errors import ConfigError
+from coterie.models.spread.loaded import build_spread
 from coterie.models.zoo.build import build_model
+from coterie.ranks.ranks import Ranks
 from coterie.training.loop import use_checkpointing
 
 
-def build_for(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_for(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, spread_over: Ranks | None = None
+) -> PreTrainedModel:
     """The model of a config on its device; random weights come from the config's seed.
+
+    Args:
+        config: the settings.
+        tokenizer: the model has to fit.
+        spread_over: ranks that its experts are spread over; None: the whole model.
 
     Raises:
         ConfigError: the model does not fit the tokenizer, the sequence length or the machine.
         ModelError: it cannot be built.
     """
     device = pick_device(config.device)
-    model = build_model(with_vocabulary(config.model, tokenizer), device=device, seed=config.train.seed)
+    spec, seed = with_vocabulary(config.model, tokenizer), config.train.seed
+    if spread_over is None:
+        model = build_model(spec, device=device, seed=seed)
+    else:
+        model = build_spread(spec, spread_over, device=device, seed=seed)
     if config.model.gradient_checkpointing:
         use_checkpointing(model)
     check_fit(model, tokenizer, config.data)
