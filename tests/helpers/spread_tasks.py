@@ -229,7 +229,7 @@ def outputs_and_gradients(ranks: Ranks, family: str) -> dict[str, Any]:
     whole.eval(), part.eval()
     with torch.no_grad():
         logits = difference(part(mine).logits, whole(mine).logits)
-        how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         same = torch.equal(part.generate(mine[:1], **how), whole.generate(mine[:1], **how))
     return {"gradients": worst, "logits": logits, "same tokens": same}
 
@@ -390,6 +390,18 @@ def failing(ranks: Ranks, folder: Path) -> None:
         session.lot_sums.engine.prepare(collated(words()[:1]))  # type: ignore[attr-defined]
         armed = True
         session.step(lot)
+
+
+def uneven(ranks: Ranks) -> None:
+    """Rank 1 runs a spread model once less than rank 0, and goes on to another step."""
+    model: Any = small().eval()
+    spread_experts(model, ranks)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        model(ids)
+        if ranks.rank == 0:
+            model(ids)
+    ranks.tell("a step", lambda: 1)
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------

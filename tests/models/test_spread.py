@@ -89,6 +89,7 @@ def test_a_part_is_not_saved_as_if_it_were_the_whole(tmp_path: Path) -> None:
     ("options", "code"),
     [
         ({"isolation": "exact"}, "dp-spread-exact"),
+        ({"noise_bands": 2}, "dp-spread-bands"),
         ({"users": [i % 7 for i in range(24)], "records_per_user": 2}, "dp-spread-users"),
     ],
 )
@@ -99,7 +100,7 @@ def test_what_spread_experts_cannot_promise_is_refused_before_the_ledger_knows_a
     spread_experts(model, Alone())
     with pytest.raises(PrivacyError) as caught:
         dp.make_private(
-            model, torch.optim.AdamW(model.parameters()), words(), collated, scaled_loss, lot_size=4, seed=1,
+            model, torch.optim.SGD(model.parameters(), 0.1), words(), collated, scaled_loss, lot_size=4, seed=1,
             budget=dp.Budget(8.0, 1e-3), self_check=False, ledger=tmp_path / "ledger", **options,
         )  # fmt: skip
     assert caught.value.code == code

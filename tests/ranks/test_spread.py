@@ -167,3 +167,10 @@ def test_a_rank_that_fails_in_the_middle_of_a_batch_lets_all_raise_the_same(tmp_
     for each in run_ranks(2, spread_tasks.failing, tmp_path):
         assert each.error is not None
         assert "the memory of rank 1" in each.error
+
+
+def test_a_rank_that_runs_the_model_less_often_is_named_instead_of_waited_for() -> None:
+    first, second = run_ranks(2, spread_tasks.uneven, patience_s=2.0)
+    assert first.error is not None
+    assert second.error is not None
+    assert first.error.startswith("ranks-out-of-step: rank 1 has gone on, and rank 0 waits for it")

@@ -37,7 +37,7 @@ from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.shared_releases import SharedReleases
 from coterie.dp.sum_engine import ConstantShape, SumEngine
-from coterie.errors import RankError
+from coterie.errors import PrivacyError, RankError
 from coterie.models.spread.holdings import Holdings
 from coterie.models.spread.spread import spread_of
 from coterie.models.tensors import raw_bytes
@@ -245,7 +245,7 @@ def open_run(
         plan.budget.warn_for(data.units.count, "record" if data.units.starts is None else "user")
     mechanism = plan.mechanism(lots)
     dataset, start, source = data.digest(), RunStart(plan, mechanism, data.units, engine), random_source(plan.seed)
-    _check_spread(ranks, model, data)
+    _check_spread(ranks, model, data, plan)
     ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
     own_noise = mechanism.noise_multiplier * (1.0 if plan.pooled is None else plan.pooled.share)
     sums = LotSums(model, data, engine, balancer, plan, options, own_noise, source, ranks, shape)
@@ -293,12 +293,12 @@ def _check_devices(ranks: Ranks, model: nn.Module) -> None:
         )
 
 
-def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData) -> None:
-    """Make sure that the ranks that hold a model's experts are those that share the run.
+def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData, plan: PrivacyPlan) -> None:
+    """Make sure that the ranks that hold a model's experts are those that share the run, and can do as it plans.
 
     Raises:
         RankError: they are others.
-        PrivacyError: units are users.
+        PrivacyError: units are users, or noise is in bands.
     """
     spread = spread_of(model)
     if spread is None:
@@ -312,6 +312,13 @@ def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData) -> None:
         )
     if data.units.starts is not None:
         raise users_refused()
+    if plan.bands is not None:
+        raise PrivacyError(
+            "noise in bands is not possible where experts are spread over ranks.",
+            code="dp-spread-bands",
+            why="past noise is mixed in by whole slabs, of which an owner of experts has a part alone",
+            fix="train with whole models at each rank (devices without experts_over), or leave out noise_bands",
+        )
 
 
 def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry) -> dict[str, Any]:

@@ -78,14 +78,16 @@ class ProcessRanks(Ranks):
     def gather(self, own: Tensor) -> list[Tensor]:
         own = own.contiguous()
         found = [torch.empty_like(own) for _ in range(self.world)]
-        self._wait_for_work("gathering", lambda: distributed.all_gather(found, own, group=self._group, async_op=True))
+        self._wait_for_work(
+            "gathering", lambda: distributed.all_gather(found, own, group=self._group, async_op=True), joint=True
+        )
         return found
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         arrived = rows.new_empty(sum(receive), *rows.shape[1:])
         self._wait_for_work("exchanging rows", lambda: distributed.all_to_all_single(
             arrived, rows.contiguous(), list(receive), list(send), group=self._group, async_op=True
-        ))  # fmt: skip
+        ), joint=True)  # fmt: skip
         return arrived
 
     def close(self, failure: BaseException | None = None) -> None:
@@ -115,7 +117,7 @@ class ProcessRanks(Ranks):
         keys = [self._key(rank) for rank in range(self.world)]
         with _store_stays(step):
             self._store.set(keys[self.rank], own)
-            self._wait(step, lambda: self._store.check(keys), lambda rank: self._store.check([keys[rank]]))
+            self._wait(step, lambda: self._store.check(keys), here=lambda rank: self._store.check([keys[rank]]))
             found = [self._store.get(key) for key in keys]
             if self._step:  # every rank has put down this step, so none reads the one before it any more
                 self._store.delete_key(f"step/{self._step - 1}/{self.rank}")
@@ -127,13 +129,14 @@ class ProcessRanks(Ranks):
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
-    def _wait_for_work(self, step: str, begin: Callable[[], Any]) -> None:
+    def _wait_for_work(self, step: str, begin: Callable[[], Any], joint: bool = False) -> None:
+        """Begin a collective and wait for it; a ``joint`` one ends at no rank before all have begun it."""
         try:
             work = begin()
-            self._wait(step, work.is_completed, look_ahead=True)
+            self._wait(step, work.is_completed, self._looking_ahead(step, joint))
             work.wait()
         except RuntimeError as error:
-            self._check_failed()
+            self._ahead()
             raise RankError(
                 f"tensors could not be exchanged with another rank: {str(error).splitlines()[0]}",
                 code="ranks-exchange",
@@ -142,31 +145,53 @@ class ProcessRanks(Ranks):
                 fix="look at the other ranks' messages, then resume the run",
             ) from error
 
-    def _check_failed(self) -> None:
-        """Raise what a rank failed with that has gone ahead, and so takes no part in what this one waits for."""
+    def _ahead(self) -> int | None:
+        """A rank that is at the next step already; raises what it failed with, if it did."""
         for rank in range(self.world):
             if rank != self.rank and self._store.check([self._key(rank)]):
                 check_failed(rank, self._store.get(self._key(rank)))
+                return rank
+        return None
+
+    def _looking_ahead(self, step: str, joint: bool) -> Callable[[], None]:
+        """To be called now and then while a collective lasts.
+
+        A rank that has failed takes no part in it. Neither does one that has long been behind a joint one: it ran
+        the model less often.
+        """
+        since: float | None = None
+
+        def look() -> None:
+            nonlocal since
+            ahead = self._ahead()
+            since = None if ahead is None else since or time.monotonic()
+            if joint and since is not None and time.monotonic() - since > self._pulse.patience_s:
+                raise RankError(
+                    f"rank {ahead} has gone on, and rank {self.rank} waits for it.",
+                    code="ranks-out-of-step",
+                    where=step,
+                    why="where experts are spread over ranks, all have to run the model equally often",
+                    fix="call the model and the session's methods at every rank, in the same order",
+                )
+
+        return look
 
     def _wait(
         self,
         step: str,
         arrived: Callable[[], bool],
+        look: Callable[[], None] = lambda: None,
         here: Callable[[int], bool] = lambda rank: False,
-        look_ahead: bool = False,
     ) -> None:
-        """Wait until something has arrived, as long as those who are not ``here`` are alive.
-
-        With ``look_ahead`` also only as long as none of them has failed.
-        """
+        """Wait until something has arrived, while those who are not ``here`` are alive; ``look`` now and then."""
         pause, until = 0.0002, time.monotonic() + LONGEST.total_seconds()
         self._pulse.looked_away()
         while not arrived():
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
             others = (rank for rank in range(self.world) if rank != self.rank and not here(rank))
-            if self._pulse.check(self._store, others, step) and look_ahead:
-                self._check_failed()
+            if self._pulse.check(self._store, others, step):
+                look()
             if time.monotonic() > until:
                 raise RankError(
                     f"another rank did not get to `{step}` within {LONGEST}.",
