@@ -85,7 +85,7 @@ def cuts_of(model: nn.Module) -> dict[str, Cut]:
     layers = {id(layer.module): layer for layer in expert_layers(model)}
     cuts: dict[str, Cut] = {}
     for layer in layers.values():
-        for parameter in layer.parameters().values():
+        for parameter in (each for each in layer.parameters().values() if id(each) in names):
             view = (layer.num_experts, *parameter.shape[1:])
             cuts[names[id(parameter)]] = Cut(layer.index, view, 0, (1,) * len(view))
     for wrapper in expert_wrappers(model):
