@@ -313,7 +313,7 @@ def flat(ranks: Ranks, model: nn.Module) -> list[float]:
 
 
 def train(ranks: Ranks, folder: Path, options: Case) -> dict[str, Any]:
-    """A whole run; weights after every round, figures of its lots, and how many values this rank holds."""
+    """A whole run; weights after its last two rounds, figures of its lots, and how many values this rank holds."""
     chosen = dict(options)
     weights, figures = [], []
     with FAULTS[chosen.pop("fault", "")](ranks), opened(ranks, folder, **chosen) as session:
@@ -324,7 +324,8 @@ def train(ranks: Ranks, folder: Path, options: Case) -> dict[str, Any]:
             figures.append((session.last.drawn, session.last.loss, session.last.clipped, session.last.masked))
         counted = len(session.ledger.releases(session.run)) if ranks.rank == 0 else None
         held = sum(p.numel() for p in session.model.parameters())
-    return {"weights": weights, "figures": figures, "counted": counted, "held": held}
+    # The last two: more would not fit into the pipe that ranks answer by, and they end together.
+    return {"weights": weights[-2:], "figures": figures, "counted": counted, "held": held}
 
 
 def noise_alone(ranks: Ranks, folder: Path, options: Case) -> list[float]:
