@@ -66,8 +66,8 @@ def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = Fal
         f"optimiser {size(found.state_bytes)} on the device, activations on top"
     )
     if config.experts_over > 1:
-        here = found.state_bytes * (1 - found.expert_share + found.expert_share / config.experts_over)
-        say(f"experts over {config.experts_over} ranks: {size(round(here))} on the device of each")
+        of_rank = found.state_bytes * (1 - found.expert_share + found.expert_share / config.experts_over)
+        say(f"experts over {config.experts_over} ranks: {size(round(of_rank))} on the device of each")
     say(
         f"text: {found.sequences} sequences of at most {config.data.sequence_length} tokens, {found.tokens} of them "
         f"predicted; {found.rounds} rounds"
