@@ -44,12 +44,19 @@ LENGTH, WIDTH, EXPERTS, TOP, INNER = 32, 32, 8, 2, 32
 RECORDS, HELD_OUT, LOT, ROUNDS, DELTA, BANDS = 3000, 1000, 128, 40, 1e-5, 8
 LOAD_SHARE = 0.1
 
+_ADAMW = (2e-3, 4e-3, 8e-3, 1.6e-2)
 RATES = {
-    "adamw": (2e-3, 4e-3, 8e-3), "adamw_corrected": (2e-4, 5e-4, 1e-3), "sgd": (0.1, 0.2, 0.4),
-    "sgd_bands": (0.1, 0.2, 0.4), "shrunk": (2e-3, 4e-3, 8e-3), "shrunk_mean": (2e-3, 4e-3, 8e-3),
-    "lora": (4e-3, 8e-3, 1.6e-2), "lora_shrunk": (4e-3, 8e-3, 1.6e-2), "groups": (2e-3, 4e-3, 8e-3),
-    "by_load": (2e-3, 4e-3, 8e-3),
-}  # fmt: skip
+    "adamw": _ADAMW,
+    "adamw_corrected": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "sgd": (0.1, 0.2, 0.4, 0.8),
+    "sgd_bands": (0.1, 0.2, 0.4, 0.8),
+    "shrunk": (2e-3, 4e-3, 8e-3),
+    "shrunk_mean": (2e-3, 4e-3, 8e-3),
+    "lora": (8e-3, 1.6e-2, 3.2e-2),
+    "lora_shrunk": (8e-3, 1.6e-2, 3.2e-2),
+    "groups": _ADAMW,
+    "by_load": _ADAMW,
+}
 
 Weights = dict[str, Tensor]
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from coterie.cli.app import main
 from coterie.config import DataSpec, TrainConfig
 from coterie.errors import CoterieError
 from coterie.training.data.documents import read_documents
@@ -104,6 +105,9 @@ def test_classes_are_learnt_measured_and_predicted(tmp_path: Path, masked: bool)
     assert found.accuracy > 0.9
     new = tmp_path / "new.jsonl"
     new.write_text("\n".join(json.dumps({"text": row["text"]}) for row in rows(10, 3)))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["predict", str(tmp_path / "run"), "--data", str(new), "--json", str(tmp_path / "out.json")])
+    assert len(json.loads((tmp_path / "out.json").read_text())["texts"]) == 10
     predicted = predict(trained, [new])
     assert predicted.classes == ("0", "1")
     assert [row["class"] for row in predicted.rows()].count("0") == 5
