@@ -1,7 +1,7 @@
 """Imports go one way.
 
 errors < revision < storage < ranks < pages < config < models < checkpoints < {dp, federation} < training < hf
-< audit < demonstration < cli
+< audit < demonstration < flare < cli
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ ORDER = (
     "hf",
     "audit",
     "demonstration",
+    "flare",
     "cli",
     "__main__",
 )

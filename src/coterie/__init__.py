@@ -5,8 +5,8 @@ Importing this package does not load torch: submodules do, when they are importe
 From the bottom: `coterie.errors`, `coterie.revision`, `coterie.storage`, `coterie.ranks`, `coterie.pages`,
 `coterie.config`, `coterie.models`, `coterie.checkpoints`, then `coterie.dp` (privacy) and `coterie.federation`
 (several organisations) side by side, `coterie.training` which joins them, `coterie.hf`, `coterie.audit`,
-`coterie.demonstration`, `coterie.cli`, which `coterie.__main__` starts. Each package's docstring names its
-modules in reading order.
+`coterie.demonstration`, `coterie.flare`, `coterie.cli`, which `coterie.__main__` starts. Each package's docstring
+names its modules in reading order.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Memory of every party and bytes of a round, before anybody starts."),
     "split": ("split", "Turn a checkpoint into a trunk and shards of experts."),
     "export": ("export", "Join a trunk and shards into a checkpoint again."),
+    "export-nvflare": ("export_nvflare", "Write a federation as a job of NVIDIA FLARE."),
     "upcycle": ("upcycle", "Turn a dense checkpoint into a Mixture-of-Experts one."),
     "models": ("models", "Families of models that can be trained, and why others cannot."),
     "explain": ("explain", "What an error code means and what to do."),

@@ -21,6 +21,10 @@ def command(
     listen: Annotated[
         str | None, typer.Option(help="Address to listen on, where it differs from the agreed endpoint.")
     ] = None,
+    dial: Annotated[
+        list[str] | None,
+        typer.Option("--dial", metavar="NAME=HOST:PORT", help="Dial a party there, not at its endpoint; repeat."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write how it ended to this file.")] = None,
 ) -> None:
     """Keep the rounds of a federation: who is there, what is committed, which checkpoint counts.
@@ -33,6 +37,7 @@ def command(
     """
     from coterie.cli.rounds_progress import RoundLines, log_file
     from coterie.cli.stopping import stop_signals
+    from coterie.cli.up import dialled
     from coterie.config import FederationConfig, load_yaml
     from coterie.federation.rounds.coordinator_process import CoordinatorProcess
     from coterie.federation.rounds.run_folder import status_of
@@ -49,6 +54,7 @@ def command(
             status.state, status.missing, status.left_s, status.refused, cut=status.cut, busy=status.busy
         ),
         listen,
+        dialled(dial),
     )
     say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")
     if process.certificate_warning():

@@ -22,6 +22,10 @@ def command(
     listen: Annotated[
         str | None, typer.Option(help="Address to listen on, where it differs from the agreed endpoint.")
     ] = None,
+    dial: Annotated[
+        list[str] | None,
+        typer.Option("--dial", metavar="NAME=HOST:PORT", help="Dial a member there, not at its endpoint; repeat."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Take part in a federation: train the own trunk on the own text, and host a share of the experts.
@@ -34,10 +38,18 @@ def command(
     """
     from coterie.config import PartyConfig, load_yaml
 
-    take_part(load_yaml(settings, PartyConfig), listen, json_file)
+    take_part(load_yaml(settings, PartyConfig), listen, json_file, dialled(dial))
 
 
-def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -> None:
+def dialled(given: list[str] | None) -> dict[str, str]:
+    """What `--dial` says, by member."""
+    pairs = [text.partition("=") for text in given or []]
+    return {name: address for name, _, address in pairs}
+
+
+def take_part(
+    config: PartyConfig, listen: str | None, json_file: Path | None, dial: Mapping[str, str] | None = None
+) -> None:
     """Run a party and show how it goes; `coterie resume` ends here, too."""
     say(f"{config.party}: loading")
 
@@ -66,7 +78,7 @@ def take_part(config: PartyConfig, listen: str | None, json_file: Path | None) -
 
     shown = {"spent": "", "remark": ""}
     process = PartyProcess(
-        config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s), announce), listen
+        config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s), announce), listen, dial
     )
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from coterie.config import FederationConfig
@@ -25,6 +25,7 @@ class CoordinatorProcess:
         run_dir: its folder: journal and status.
         on_change: called after every change.
         listen: address to listen on, where it differs from the agreed endpoint.
+        dial: addresses of parties to dial in place of their endpoints.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class CoordinatorProcess:
         run_dir: Path,
         on_change: Callable[[CoordinatorStatus], None] = lambda status: None,
         listen: str | None = None,
+        dial: Mapping[str, str] | None = None,
     ) -> None:
         self._config, self._run_dir, self._on_change, self._listen = config, run_dir, on_change, listen
+        self._dial = dial
         self._kit, self._roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
 
@@ -56,8 +59,9 @@ class CoordinatorProcess:
         folder = RunFolder(self._run_dir)
         try:
             journal = Journal(self._run_dir, config.name, config.content_hash())
+            settings = transport_settings(config, carried=bool(self._dial))
             transport = GrpcTransport(
-                COORDINATOR, self._roster, self._kit, listen=self._listen, settings=transport_settings(config)
+                COORDINATOR, self._roster, self._kit, listen=self._listen, dial=self._dial, settings=settings
             )
 
             def on_change(status: CoordinatorStatus) -> None:

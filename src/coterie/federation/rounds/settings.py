@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coterie.config import FederationConfig
 from coterie.federation.rounds.state import RoundPlan
 from coterie.federation.wire.base_transport import Settings
@@ -37,7 +39,16 @@ def heartbeat_s(config: FederationConfig) -> float:
     return min(0.5, lease_s(config) / 5)
 
 
-def transport_settings(config: FederationConfig) -> Settings:
-    """Transport times that fit the federation's deadline: a frozen peer is noticed within it."""
+def transport_settings(config: FederationConfig, *, carried: bool = False) -> Settings:
+    """Transport times that fit the federation's deadline: a frozen peer is noticed within it.
+
+    Args:
+        config: what all agreed on.
+        carried: something else carries the connections, and may take seconds for a message.
+    """
     silence = lease_s(config)
-    return Settings(send_deadline_s=config.deadline_s, heartbeat_s=silence / 5, silence_s=silence)
+    settings = Settings(send_deadline_s=config.deadline_s, heartbeat_s=silence / 5, silence_s=silence)
+    return replace(settings, dial_s=_CARRIED_S, handshake_s=_CARRIED_S, ping_s=_CARRIED_S) if carried else settings
+
+
+_CARRIED_S = 60.0

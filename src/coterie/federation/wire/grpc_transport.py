@@ -17,7 +17,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -97,6 +97,8 @@ class GrpcTransport(BaseTransport):
         kit: key, certificate and CA certificate.
         run: name of the run; both sides of every connection must have the same. Default: from the roster's hash.
         listen: ``host:port`` to listen on when it differs from the roster's endpoint (behind a port forwarding).
+        dial: ``host:port`` to dial in place of a peer's endpoint (where something carries the connection there); who
+            answers is held to the roster's certificate all the same.
         settings: times and bounds.
 
     Raises:
@@ -111,6 +113,7 @@ class GrpcTransport(BaseTransport):
         *,
         run: str | None = None,
         listen: str | None = None,
+        dial: Mapping[str, str] | None = None,
         settings: Settings | None = None,
     ) -> None:
         if kit.name != me:
@@ -135,6 +138,7 @@ class GrpcTransport(BaseTransport):
         order = [entry.name for entry in roster.parties]
         self._dialled = tuple(name for name in self.peers if order.index(name) < order.index(me))
         self._listen = listen or self._entry.endpoint
+        self._endpoints = {**{e.name: e.endpoint for e in others}, **unreachable.known(dial or {}, others)}
         self._newcomers: Newcomers | None = None
         self._looked = 0.0
         self._time = OwnTime()
@@ -411,7 +415,7 @@ class GrpcTransport(BaseTransport):
             certificate_chain=certificates.cert_pem(self._kit.certificate),
         )
         options = [*_options(self._settings, bulk=lane is not Lane.CONTROL), ("grpc.ssl_target_name_override", peer)]
-        channel = grpc.secure_channel(self._roster.entry(peer).endpoint, credentials, options=options)
+        channel = grpc.secure_channel(self._endpoints[peer], credentials, options=options)
         with self._guard:
             if not self._stopped.is_set():
                 self._channels.append(channel)
@@ -426,7 +430,7 @@ class GrpcTransport(BaseTransport):
         try:
             return decode_hello(next(call), peer)
         except grpc.RpcError as error:
-            raise unreachable.why_refused(peer, self._roster, self._kit, error) from None
+            raise unreachable.why_refused(peer, self._endpoints[peer], self._roster, self._kit, error) from None
         except StopIteration:
             raise TransportError(
                 f"{peer} hung up during the handshake.",

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import ssl
+from collections.abc import Mapping, Sequence
 
 import grpc
 from cryptography import x509
@@ -15,7 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from coterie.errors import CoterieError, IdentityError, TransportError
 from coterie.federation.identity import certificates
 from coterie.federation.identity.kit import Kit
-from coterie.federation.identity.roster import Roster
+from coterie.federation.identity.roster import Roster, RosterEntry
 
 _PROBE_S = 2.0
 _NAME_SERVICE = (socket.EAI_AGAIN, socket.EAI_FAIL)
@@ -96,7 +97,30 @@ def _unnamed(endpoint: str) -> TransportError:
     )
 
 
-def why_refused(peer: str, roster: Roster, kit: Kit, error: grpc.RpcError) -> CoterieError:
+def known(dial: Mapping[str, str], members: Sequence[RosterEntry]) -> Mapping[str, str]:
+    """Addresses to dial in place of endpoints, if all are of other members and can be dialled.
+
+    Raises:
+        TransportError: a name is no other member's, or an address is not ``host:port``.
+    """
+    names = {entry.name for entry in members}
+    for name, address in dial.items():
+        if name not in names:
+            raise TransportError(
+                f"{name} is to be dialled at {address}, and is no other member.",
+                code="dial-unknown-member",
+                fix=f"the others are: {', '.join(sorted(names))}",
+            )
+        if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", address):
+            raise TransportError(
+                f"{name} is to be dialled at {address!r}, which is not `host:port`.",
+                code="dial-address",
+                fix=f"write {name}=127.0.0.1:7001, for example",
+            )
+    return dial
+
+
+def why_refused(peer: str, endpoint: str, roster: Roster, kit: Kit, error: grpc.RpcError) -> CoterieError:
     """What a failed call to ``peer`` means for a person.
 
     A certificate of ours that ended meanwhile comes first: the other side drops the connection without a word then.
@@ -107,7 +131,6 @@ def why_refused(peer: str, roster: Roster, kit: Kit, error: grpc.RpcError) -> Co
         kit.check_dates()
     except IdentityError as expired:
         return expired
-    endpoint = roster.entry(peer).endpoint
     details = error.details() or "" if isinstance(error, grpc.Call) else ""
     status = error.code() if isinstance(error, grpc.Call) else None
     if status in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

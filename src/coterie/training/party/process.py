@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -63,13 +64,20 @@ class PartyProcess:
         config: party.yaml.
         watch: see `Watch`.
         listen: address to listen on, where it differs from the agreed endpoint.
+        dial: addresses of members to dial in place of their endpoints.
 
     Raises:
         ConfigError, IdentityError, RosterError: settings, kit and roster do not fit each other.
     """
 
-    def __init__(self, config: PartyConfig, watch: Watch | None = None, listen: str | None = None) -> None:
-        self.config, self._watch, self._listen = config, watch, listen
+    def __init__(
+        self,
+        config: PartyConfig,
+        watch: Watch | None = None,
+        listen: str | None = None,
+        dial: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config, self._watch, self._listen, self._dial = config, watch, listen, dial
         self.federation = load_yaml(config.federation, FederationConfig)
         if config.party not in self.federation.parties:
             raise RosterError(
@@ -100,8 +108,9 @@ class PartyProcess:
             CoterieError: of any kind; see `PartyRun.run` and `prepare_party`.
         """
         config, federation = self.config, self.federation
+        settings = transport_settings(federation, carried=bool(self._dial))
         transport = GrpcTransport(
-            config.party, self._roster, self._kit, listen=self._listen, settings=transport_settings(federation)
+            config.party, self._roster, self._kit, listen=self._listen, dial=self._dial, settings=settings
         )
         unreachable.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir):

@@ -1,0 +1,104 @@
+"""What a site runs, in the site's own words: ``local/coterie.json`` in its FLARE workspace, which no job can write.
+
+::
+
+    {"members": {"alder": {"settings": "/srv/alder/party.yaml"},
+                 "coordinator": {"settings": "/srv/alder/federation.yaml", "kit": "/srv/alder/kits/coordinator",
+                                 "run_dir": "/srv/alder/coordinator"}}}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from coterie.config import FederationConfig, PartyConfig, load_yaml
+from coterie.errors import ConfigError
+from coterie.federation.identity.certificates import COORDINATOR
+
+FILE = "coterie.json"
+
+
+@dataclass(frozen=True)
+class LocalMember:
+    """A member that this site is willing to run.
+
+    Attributes:
+        settings: party.yaml, or for the coordinator federation.yaml.
+        kit, run_dir: of the coordinator; a party's party.yaml names its own.
+    """
+
+    name: str
+    settings: Path
+    kit: Path | None = None
+    run_dir: Path | None = None
+
+    @property
+    def federation(self) -> FederationConfig:
+        """What this site itself agreed to."""
+        if self.name == COORDINATOR:
+            return load_yaml(self.settings, FederationConfig)
+        return load_yaml(load_yaml(self.settings, PartyConfig).federation, FederationConfig)
+
+    def command(self, listen: str, dial: Mapping[str, str]) -> list[str]:
+        """The process that is started: an ordinary `coterie` command with this site's settings."""
+        words = [sys.executable, "-P", "-m", "coterie", "coordinator" if self.name == COORDINATOR else "up"]
+        words += [str(self.settings), "--listen", listen]
+        for name, address in dial.items():
+            words += ["--dial", f"{name}={address}"]
+        if self.kit is not None:
+            words += ["--kit", str(self.kit)]
+        if self.run_dir is not None:
+            words += ["--run-dir", str(self.run_dir)]
+        return words
+
+
+def members_here(folder: Path, wanted: Iterable[str], agreement: str) -> list[LocalMember]:
+    """The members that a job wants this site to run, as the site's own file describes them.
+
+    Args:
+        folder: the ``local`` folder of the site's FLARE workspace.
+        wanted: names.
+        agreement: hash of the federation.yaml that the job was made from.
+
+    Raises:
+        ConfigError: there is no such file, it lacks a member, or the site agreed to another federation.yaml.
+    """
+    path = folder / FILE
+    try:
+        found = json.loads(path.read_text("utf-8"))["members"]
+        members = {name: _member(name, entry) for name, entry in found.items()}
+    except FileNotFoundError:
+        raise _unwilling(path, "is not there") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unwilling(path, "is not of the form that is needed") from error
+    chosen = []
+    for name in wanted:
+        if name not in members:
+            raise _unwilling(path, f"does not name {name}")
+        if members[name].federation.content_hash() != agreement:
+            raise ConfigError(
+                f"The job was made from another federation.yaml than the one that {name} agreed to.",
+                code="flare-agreement",
+                why="what a site agreed to is in its own files, and no job changes it",
+                fix="compare the files of both sides, and export the job again from the agreed one",
+            )
+        chosen.append(members[name])
+    return chosen
+
+
+def _member(name: str, entry: Mapping[str, str]) -> LocalMember:
+    paths = {key: Path(entry[key]) for key in ("settings", "kit", "run_dir") if key in entry}
+    return LocalMember(name, **paths)
+
+
+def _unwilling(path: Path, how: str) -> ConfigError:
+    return ConfigError(
+        f"{path} {how}.",
+        code="flare-local",
+        why="a site runs what it names in a file of its own; a job cannot name settings, text or a budget",
+        fix='write {"members": {"NAME": {"settings": "/path/to/party.yaml"}}} there',
+    )

@@ -1,0 +1,122 @@
+"""A job says who runs where; everything else is the site's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from coterie.config import FederationConfig, PartyConfig, dump_yaml
+from coterie.errors import ConfigError
+from coterie.flare.job import sites_of, write_job
+from coterie.flare.local import members_here
+
+
+def federation(**changes: object) -> FederationConfig:
+    values = {
+        "name": "grove",
+        "model": {"family": "olmoe"},
+        "parties": {"alder": {"endpoint": "alder.example:7001"}, "birch": {"endpoint": "birch.example:7001"}},
+        "coordinator": {"endpoint": "alder.example:7000"},
+        "privacy": {"epsilon": 3.0},
+        "train": {"rounds": 2},
+    }
+    return FederationConfig.model_validate({**values, **changes})
+
+
+SITES = {"alder": "alder", "birch": "clinic-2", "coordinator": "alder"}
+
+
+def site(folder: Path, agreed: FederationConfig) -> Path:
+    """The local folder of alder's site."""
+    dump_yaml(folder / "federation.yaml", agreed)
+    party = {
+        "party": "alder",
+        "federation": folder / "federation.yaml",
+        "kit": folder / "kit",
+        "data": {"train": (folder / "own.txt",)},
+        "trunk": folder / "trunk.safetensors",
+        "shard": folder / "experts.safetensors",
+        "run_dir": folder / "run",
+    }
+    dump_yaml(folder / "party.yaml", PartyConfig.model_validate(party))
+    local = folder / "local"
+    local.mkdir()
+    members = {
+        "alder": {"settings": str(folder / "party.yaml")},
+        "coordinator": {"settings": str(folder / "federation.yaml"), "kit": "kits/c", "run_dir": "c"},
+    }
+    (local / "coterie.json").write_text(json.dumps({"members": members}), encoding="utf-8")
+    return local
+
+
+def test_a_party_runs_at_the_site_of_its_name_unless_another_is_named() -> None:
+    assert sites_of(federation(), {"coordinator": "alder", "birch": "clinic-2"}) == SITES
+
+
+@pytest.mark.parametrize(
+    ("named", "code"), [({}, "flare-no-coordinator"), ({"coordinator": "x", "elm": "y"}, "flare-unknown-member")]
+)
+def test_sites_that_do_not_fit_are_refused(named: dict[str, str], code: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sites_of(federation(), named)
+    assert caught.value.code == code
+
+
+def test_a_job_holds_places_and_a_hash_and_no_code_text_endpoint_or_budget(tmp_path: Path) -> None:
+    config = federation()
+    write_job(config, SITES, tmp_path / "job")
+    files = {
+        str(path.relative_to(tmp_path / "job")): path for path in (tmp_path / "job").rglob("*") if path.is_file()
+    }
+    assert set(files) == {"meta.json", "hub/config/config_fed_server.json", "site/config/config_fed_client.json"}
+    meta = json.loads(files["meta.json"].read_text("utf-8"))
+    assert meta["deploy_map"] == {"hub": ["server"], "site": ["alder", "clinic-2"]}
+    assert meta["min_clients"] == 2
+    (workflow,) = json.loads(files["hub/config/config_fed_server.json"].read_text("utf-8"))["workflows"]
+    assert workflow["args"] == {"sites": SITES, "agreement": config.content_hash()}
+    (executor,) = json.loads(files["site/config/config_fed_client.json"].read_text("utf-8"))["executors"]
+    assert executor["executor"] == {"path": "coterie.flare.site.CoterieExecutor", "args": {}}
+    text = " ".join(path.read_text("utf-8") for path in files.values())
+    assert not [word for word in ("epsilon", "example:7001", "party.yaml", "data") if f'"{word}"' in text]
+
+
+def test_a_job_is_not_written_over_anything(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "mine").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        write_job(federation(), SITES, tmp_path / "job")
+
+
+def test_a_site_starts_ordinary_commands_with_its_own_settings(tmp_path: Path) -> None:
+    local = site(tmp_path, federation())
+    alder, coordinator = members_here(local, ["alder", "coordinator"], federation().content_hash())
+    start = [sys.executable, "-P", "-m", "coterie"]
+    dial = ["--listen", "127.0.0.1:1", "--dial", "birch=127.0.0.1:2"]
+    command = alder.command("127.0.0.1:1", {"birch": "127.0.0.1:2"})
+    assert command == [*start, "up", str(tmp_path / "party.yaml"), *dial]
+    command = coordinator.command("127.0.0.1:1", {"birch": "127.0.0.1:2"})
+    own = ["--kit", "kits/c", "--run-dir", "c"]
+    assert command == [*start, "coordinator", str(tmp_path / "federation.yaml"), *dial, *own]
+
+
+def test_a_job_of_another_agreement_starts_nothing(tmp_path: Path) -> None:
+    local = site(tmp_path, federation())
+    other = federation(privacy={"epsilon": 300.0})
+    for member in ("alder", "coordinator"):
+        with pytest.raises(ConfigError) as caught:
+            members_here(local, [member], other.content_hash())
+        assert caught.value.code == "flare-agreement"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"members": 3}', '{"members": {"alder": 3}}', '{"members": {}}']
+)
+def test_a_site_that_names_nothing_of_its_own_runs_nothing(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "coterie.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match="a job cannot name settings") as caught:
+        members_here(tmp_path, ["alder"], "x")
+    assert caught.value.code == "flare-local"

@@ -1,0 +1,175 @@
+"""Connections carried by messages: every byte arrives, and only at members that the site itself named."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from coterie.flare.tunnel import STREAMS, Tunnel
+
+
+class Echo:
+    """A process of a member: answers everything with itself, until the other side ends."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.ended = threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                end, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(end,), daemon=True).start()
+
+    def _answer(self, end: socket.socket) -> None:
+        with end:
+            while data := end.recv(1 << 16):
+                end.sendall(data)
+        self.ended.set()
+
+
+class Carrier:
+    """What FLARE is in a federation: hands messages over, and says truly who sent them."""
+
+    def __init__(self, here: Mapping[str, Mapping[str, str]]) -> None:
+        self.seen: list[tuple[str, str, Mapping[str, Any]]] = []
+        self.cut = False
+        sites = {member: site for site, members in here.items() for member in members}
+        self.tunnels = {
+            site: Tunnel(
+                members,
+                {member: other for member, other in sites.items() if other != site},
+                lambda other, body, site=site: self.deliver(site, other, body),  # type: ignore[misc]
+            )
+            for site, members in here.items()
+        }
+
+    def deliver(self, source: str, target: str, body: Mapping[str, Any]) -> None:
+        if self.cut:
+            raise OSError("the hub is gone")
+        self.seen.append((source, target, body))
+        self.tunnels[target].handle(source, body)
+
+
+@pytest.fixture
+def carrier() -> Iterator[tuple[Carrier, Echo]]:
+    with ExitStack() as stack:
+        birch = Echo()
+        stack.callback(birch.listener.close)
+        made = Carrier({"north": {"alder": "127.0.0.1:1"}, "south": {"birch": birch.address}, "east": {}})
+        for tunnel in made.tunnels.values():
+            stack.callback(tunnel.close)
+        yield made, birch
+
+
+def dialled(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    end = socket.create_connection((host, int(port)), timeout=10)
+    end.settimeout(10)
+    return end
+
+
+def received(end: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count and (data := end.recv(1 << 16)):
+        found += data
+    return found
+
+
+def test_bytes_arrive_whole_and_in_order_both_ways(carrier: tuple[Carrier, Echo]) -> None:
+    made, birch = carrier
+    sent = bytes(range(256)) * 12_000  # 3 MB: several messages
+    with dialled(made.tunnels["north"].start()["birch"]) as end:
+        threading.Thread(target=end.sendall, args=(sent,), daemon=True).start()
+        assert received(end, len(sent)) == sent
+    assert birch.ended.wait(10)
+    assert {(source, target) for source, target, _ in made.seen} == {("north", "south"), ("south", "north")}
+
+
+def test_connections_at_the_same_time_do_not_mix(carrier: tuple[Carrier, Echo]) -> None:
+    made, _ = carrier
+    address = made.tunnels["north"].start()["birch"]
+    with dialled(address) as one, dialled(address) as two:
+        one.sendall(b"one" * 1000)
+        two.sendall(b"two" * 1000)
+        assert received(two, 3000) == b"two" * 1000
+        assert received(one, 3000) == b"one" * 1000
+
+
+def test_a_message_opens_nothing_but_what_the_site_named(carrier: tuple[Carrier, Echo]) -> None:
+    made, birch = carrier
+    south = made.tunnels["south"]
+    for member in ("alder", birch.address, "127.0.0.1:22", ""):
+        with pytest.raises(OSError, match="no such member"):
+            south.handle("north", {"op": "open", "stream": "s", "member": member})
+
+
+def test_a_site_reaches_no_connection_of_another(carrier: tuple[Carrier, Echo]) -> None:
+    made, _ = carrier
+    south = made.tunnels["south"]
+    with dialled(made.tunnels["north"].start()["birch"]) as end:
+        end.sendall(b"hello")
+        assert received(end, 5) == b"hello"
+        stream = made.seen[0][2]["stream"]
+        with pytest.raises(OSError, match="no such connection"):
+            south.handle("east", {"op": "data", "stream": stream, "data": b"forged"})
+        south.handle("east", {"op": "close", "stream": stream})
+        end.sendall(b"again")
+        assert received(end, 5) == b"again"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"op": "open"},
+        {"op": "data", "stream": "x", "data": b""},
+        {"op": "data", "stream": 3},
+        {"stream": "x" * 65},
+    ],
+)
+def test_a_message_of_another_form_is_refused(carrier: tuple[Carrier, Echo], body: dict[str, Any]) -> None:
+    with pytest.raises(OSError, match=r"."):
+        carrier[0].tunnels["south"].handle("north", body)
+
+
+def test_a_site_opens_only_so_many_connections(carrier: tuple[Carrier, Echo]) -> None:
+    made, _ = carrier
+    south = made.tunnels["south"]
+    for number in range(STREAMS):
+        south.handle("north", {"op": "open", "stream": str(number), "member": "birch"})
+    with pytest.raises(OSError, match="no room"):
+        south.handle("north", {"op": "open", "stream": "more", "member": "birch"})
+    south.handle("east", {"op": "open", "stream": "other", "member": "birch"})
+
+
+def test_when_messages_fail_both_ends_close(carrier: tuple[Carrier, Echo]) -> None:
+    made, _ = carrier
+    with dialled(made.tunnels["north"].start()["birch"]) as end:
+        end.sendall(b"hello")
+        assert received(end, 5) == b"hello"
+        made.cut = True
+        end.sendall(b"lost")
+        assert end.recv(1) == b""
+
+
+def test_a_closed_tunnel_carries_nothing(carrier: tuple[Carrier, Echo]) -> None:
+    made, _ = carrier
+    address = made.tunnels["north"].start()["birch"]
+    with dialled(address) as end:
+        end.sendall(b"hello")
+        assert received(end, 5) == b"hello"
+        made.tunnels["north"].close()
+        assert end.recv(1) == b""
+    made.tunnels["south"].close()
+    with pytest.raises(OSError, match="no room"):
+        made.tunnels["south"].handle("north", {"op": "open", "stream": "s", "member": "birch"})
