@@ -39,8 +39,8 @@ def exists(dotted: str) -> bool:
         else:
             try:
                 found = import_module(".".join(["coterie", *names[:at]]))
-            except ModuleNotFoundError:
-                return False
+            except ModuleNotFoundError as missing:  # the module itself, or what an extra would bring
+                return not (missing.name or "").startswith("coterie")
     return True
 
 

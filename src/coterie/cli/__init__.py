@@ -14,7 +14,7 @@ Keys and the roster: `coterie.cli.invite` and `coterie.cli.join`, with
 `coterie.cli.request`, `coterie.cli.approve`, `coterie.cli.install`; `coterie.cli.roster`.
 
 A federation: `coterie.cli.plan`, `coterie.cli.doctor`, `coterie.cli.coordinator`, `coterie.cli.up`,
-`coterie.cli.status`, `coterie.cli.dashboard`.
+`coterie.cli.status`, `coterie.cli.dashboard`; inside FLARE, `coterie.cli.export_nvflare`.
 
 What was spent, what leaked, and what an error means: `coterie.cli.ledger`, `coterie.cli.audit`,
 `coterie.cli.explain`. All of it at once:
