@@ -31,6 +31,12 @@ def command(
             help="Of a federation with a budget: a party's number of records, once a party; proposes lots.",
         ),
     ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="With --records: also what the proposed lots take, by made-up records of so many tokens."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
     ] = None,
@@ -39,9 +45,10 @@ def command(
 
     Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
     activations, which come on top in every arrangement. With --records: lots at which every party draws each of its
-    records equally often, so that all need the same noise. For a train.yaml: what `coterie train --dry-run` says,
-    what other lots and budgets would mean, and what a round takes on this machine and holds at its peak, activations
-    included, from a short calibration with models of few layers on synthetic records.
+    records equally often, so that all need the same noise; with --sequence-length what that takes
+    here. For a train.yaml: what `coterie train --dry-run` says, what other lots and budgets would mean, and what
+    a round takes on this machine and holds at its peak, activations included, from a short calibration with
+    models of few layers on synthetic records.
 
     Example:
         coterie plan federation.yaml
@@ -133,6 +140,8 @@ def command(
         say("noise in the sum: over that of one party alone; epsilon: for the largest lot that the noise allows")
     if plan.equal_rates is not None:
         show_lots(federation, plan.equal_rates)
+        if sequence_length is not None:
+            show_time(federation, plan.equal_rates, sequence_length)
     for lines in plan.warnings.values():
         for line in lines:
             say(line)
@@ -186,3 +195,19 @@ def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:
     say(f"in federation.yaml: lot_sizes: {{{lots}}}")
     if federation.aggregation == "masked":
         say(f"                    noise_multiplier: {proposed.noise_multiplier:g}")
+
+
+def show_time(federation: FederationConfig, proposed: EqualRates, length: int) -> None:
+    """What the proposed lots take, where a party has a machine like this one; twice the lot takes twice as long."""
+    from coterie.cli.output import say, table
+    from coterie.training.planning.record_time import party_seconds
+
+    seconds, rounds = party_seconds(federation, length), federation.train.rounds
+    table(
+        ("party", "records computed", "processor hours"),
+        [
+            (each.party, each.lot_size * rounds, f"{each.lot_size * rounds * seconds / 3600:.3g}")
+            for each in proposed.lots
+        ],
+    )
+    say(f"{1000 * seconds:.3g} ms a record of {length} tokens, measured here on made-up ones, one core or device")

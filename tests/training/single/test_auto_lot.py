@@ -15,6 +15,7 @@ from coterie.dp import plan as plans
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.plan import PrivacyPlan
 from coterie.errors import BudgetError, ConfigError
+from coterie.training.planning import record_time
 from coterie.training.single import auto_lot, run
 from coterie.training.single.run import RunResult
 from helpers.private_settings import private_settings
@@ -95,16 +96,16 @@ def test_time_for_less_than_a_record_a_round_is_refused() -> None:
 def test_the_choice_does_not_know_how_long_the_text_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is measured on made-up records of full length, and only the number of records is counted."""
     shapes = []
-    batch = auto_lot.synthetic_batch
+    batch = record_time.synthetic_batch
 
     def seen(model: object, like: Any, rows: int, length: int) -> Any:
         made = batch(model, like, rows, length)
         shapes.append(tuple(made["input_ids"].shape))
         return made
 
-    monkeypatch.setattr(auto_lot, "synthetic_batch", seen)
+    monkeypatch.setattr(record_time, "synthetic_batch", seen)
     monkeypatch.setattr(plans, "noise_multiplier", lambda *numbers: 0.7)
-    monkeypatch.setattr(auto_lot.time, "monotonic", iter(range(100)).__next__)
+    monkeypatch.setattr(record_time.time, "monotonic", iter(range(100)).__next__)
     short, first = auto_lot.settled(config(tmp_path / "short", words=1))
     long, second = auto_lot.settled(config(tmp_path / "long", words=12))
     assert shapes == [(16, 32)] * 2  # physical_batch records of sequence_length

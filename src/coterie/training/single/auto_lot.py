@@ -7,19 +7,15 @@ on this machine. No token of the text is counted: how long documents are may not
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 
-from torch import nn
-
-from coterie.config import PrivacySpec, TrainConfig
-from coterie.dp.per_sample.probe import synthetic_batch
+from coterie.config import TrainConfig
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.errors import BudgetError, ConfigError
 from coterie.training.data.documents import read_documents
-from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
+from coterie.training.planning.record_time import seconds_per_record
 from coterie.training.single.setup import build_for, plan_of
 
 FEWEST_ROUNDS = 40
@@ -112,31 +108,12 @@ def settled(config: TrainConfig) -> tuple[TrainConfig, AutoLot]:
     plan = plan_of(numbers, spec.model_copy(update={"lot_size": 1}), model)
     units = PrivateData.of(records, users=records.users, records_per_user=plan.records_per_user).units.count
     each = plan.records_per_user if spec.unit == "user" else 1
-    seconds = each * seconds_per_record(model, records, plan, spec, data.sequence_length)
+    like, options = records.collate([records[0]]), ComputeOptions.of_settings(spec)
+    seconds = each * seconds_per_record(model, like, plan, options, data.sequence_length)
     found = choose(plan, units, config.train.rounds, seconds, spec.compute_hours)
     privacy = spec.model_copy(update={"lot_size": found.chosen.lot_size})
     train = config.train.model_copy(update={"rounds": found.chosen.rounds})
     return config.model_copy(update={"privacy": privacy, "train": train}), found
-
-
-def seconds_per_record(
-    model: nn.Module, records: Sequences, plan: PrivacyPlan, spec: PrivacySpec, length: int
-) -> float:
-    """How long a made-up record of full length takes, clipped sum included: the second of two batches."""
-    options = ComputeOptions.of_settings(spec)
-    engine = options.engine(plan, model, None)
-    rows = 1 if plan.isolation == "exact" else options.physical_batch
-    like = records.collate([records[0]])
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in synthetic_batch(model, like, rows, length).items()}
-    model.train()
-    engine.prepare(batch)
-    began = 0.0
-    for _ in range(2):
-        began = time.monotonic()
-        engine.accumulate(batch)
-        engine.take()
-    return (time.monotonic() - began) / rows
 
 
 def choose(plan: PrivacyPlan, units: int, rounds: int, seconds: float, hours: float) -> AutoLot:
