@@ -99,9 +99,9 @@ def evaluate(
 
     def own() -> list[tuple[list[float], list[int], list[bool]]]:
         found = []
-        for turn in range(0, len(batches), ranks.world):
+        for first in range(0, len(batches), ranks.world):
             # Experts may be spread over ranks: whoever has no batch left computes the last one, for the others' sake.
-            rows = batches[min(turn + ranks.rank, len(batches) - 1)]
+            rows = batches[min(first + ranks.rank, len(batches) - 1)]
             batch = to_device(sequences.batch(rows), device)
             loss_B, tokens_B = sequence_losses(model, batch, words)
             right = [] if words is None else (words.scores(model, batch).argmax(1) == words.classes(batch)).tolist()
@@ -110,10 +110,10 @@ def evaluate(
 
     model.eval()
     try:
-        told = ranks.together("evaluation", own)
+        by_rank = ranks.together("evaluation", own)
     finally:
         model.train(was_training)
-    in_order = [told[number % ranks.world][number // ranks.world] for number in range(len(batches))]
+    in_order = [by_rank[number % ranks.world][number // ranks.world] for number in range(len(batches))]
     losses, tokens, right = ([value for batch in in_order for value in batch[part]] for part in (0, 1, 2))
     return Evaluation(
         torch.tensor(losses, dtype=torch.float64),

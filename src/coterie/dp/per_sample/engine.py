@@ -225,8 +225,8 @@ class Engine:
         records = batch_size(batch)
         factors_B = torch.ones(records) if factors_B is None else factors_B
         total: Sums = {}
-        home = self._sharing.at_home(records)
-        self._ghost.add(batch, home, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
+        shared = self._sharing.at_home(records)
+        self._ghost.add(batch, shared, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
         return total
 
     def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:

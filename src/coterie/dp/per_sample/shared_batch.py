@@ -171,14 +171,14 @@ class Sharing:
             RankError: the ranks are at different batches.
         """
         self._batches += 1
-        told = self._ranks.together(
+        by_rank = self._ranks.together(
             f"batch {self._batches}",
             lambda: [records, records if counted is None else counted, method],
         )
-        rows_W, counted_W = ([int(each[place]) for each in told] for place in (0, 1))
+        rows_W, counted_W = ([int(each[place]) for each in by_rank] for place in (0, 1))
         trip = None if self._spread is None else self._spread.trip
         shared = SharedBatch(self._ranks, rows_W, counted_W, self._everybody, trip)
-        return shared, "ghost" if any(each[2] == "ghost" for each in told) else method
+        return shared, "ghost" if any(each[2] == "ghost" for each in by_rank) else method
 
 
 def users_refused() -> PrivacyError:
