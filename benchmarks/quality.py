@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from coterie.demonstration.plan import DemoPlan, make_plan
+from coterie.demonstration.processes import interrupt_on_signals
 from coterie.revision import software
 from harness import machine
 from quality_jobs import Job, Sizes, Worker, jobs_of, prepare
@@ -138,7 +139,8 @@ def main() -> None:
         json.dumps({**about, "machine": machine(), **software()}, indent=2) + "\n", encoding="utf-8"
     )
     prepare(arguments.out, data_folder(arguments.data), sizes)
-    run_all(jobs_of(sizes), arguments)
+    with interrupt_on_signals():
+        run_all(jobs_of(sizes), arguments)
 
 
 if __name__ == "__main__":
