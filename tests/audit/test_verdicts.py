@@ -252,7 +252,7 @@ def test_an_alarm_wins_and_silence_is_inconclusive() -> None:
 def test_the_headline_has_the_worst_of_every_part() -> None:
     assert findings().headline == (
         "`tokens`: one other party reads 98.1 % of all tokens.",
-        "`experts` without a budget: one other party ranks 28.0 % of next tokens first.",
+        "`experts` without a budget: one other party ranks 28.0 % of next tokens first in a sum of 16 records.",
         "`experts` within epsilon 8: nothing was read beyond a language model's guess.",
         "Training alone: whether a known record was used is told no better than claimed.",
     )
@@ -261,3 +261,38 @@ def test_the_headline_has_the_worst_of_every_part() -> None:
     assert headline(alarm, {RunKind.EXPERTS_DP: noised()}, budget) == (
         "`experts` within epsilon 8: ALARM: something promised is contradicted.",
     )
+
+
+def test_an_adversarys_own_attack_stands_before_one_that_it_can_play_on_larger_sums() -> None:
+    """Under masks one host opens larger sums than all of them together."""
+    one = finding(0.22, prior=0.1, lot=32, sentence="Of two parties.")
+    every = finding(0.43, prior=0.1, lot=16, sentence="Of one.", adversary=Adversary.ALL_HOSTS)
+    found = verdicts(RunKind.EXPERTS, [one, every], working(), private())
+    assert {v.adversary: v.sentence for v in found} == {
+        Adversary.HOST_PUBLIC: "Of two parties.",
+        Adversary.ALL_HOSTS: "Of one.",
+    }
+
+
+@pytest.mark.parametrize(("read", "outcome"), [(0.6, Outcome.OPEN), (0.1, Outcome.UNKNOWN)])
+def test_whom_the_claim_does_not_cover_contradicts_nothing_and_lets_no_claim_stand(
+    read: float, outcome: Outcome
+) -> None:
+    beyond = {Adversary.ALL_HOSTS: "Noise is shared: the claim is against any 1."}
+    gain = Estimate(read - 0.1, read - 0.11, read - 0.09, 4000)
+    some = [finding(read, 0.001, 0.1, gain=gain, adversary=Adversary.ALL_HOSTS)]
+    (found,) = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=True, unpromised=beyond)
+    assert found.outcome is outcome
+    assert "the claim is against any 1" in found.sentence
+    (covered,) = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=True)
+    assert covered.outcome is (Outcome.ALARM if outcome is Outcome.OPEN else Outcome.HELD)
+
+
+@pytest.mark.parametrize(("share", "alarm"), [(0.5, True), (0.97, True), (1.0, False), (1.4, False)])
+def test_recorded_sums_with_less_noise_than_claimed_are_an_alarm(share: float, alarm: bool) -> None:
+    seen = finding(share, prior=None, unit=Unit.NOISE, channel=Channel.RELEASES).model_copy(
+        update={"value": Estimate(share, 0.999 * share, 1.001 * share, 10**6)}
+    )
+    outcome, sentence = judged(RunKind.EXPERTS_DP, *noised(), seen)
+    assert (outcome is Outcome.ALARM) is alarm
+    assert ("Less noise than claimed" in sentence) is alarm

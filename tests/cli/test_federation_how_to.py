@@ -19,6 +19,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from coterie.audit.epsilon.subject import Subject
 from coterie.cli.app import main
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 from coterie.dp.accounting import statement
@@ -150,6 +151,9 @@ def test_every_command_of_the_page_works_in_its_order(
     counted = run["data"]["mechanism"]
     assert (told.noise_multiplier, told.rate) == (counted["noise_multiplier"], counted["sampling_rate"])
     assert told.rounds == run["data"]["rounds"]
+    claim = Subject.of_run(tmp_path / "alder" / "run").claim
+    assert claim.recorded, "an audit goes by what the ledger says"
+    assert claim.mechanism.noise_multiplier == counted["noise_multiplier"]
     assert {"split", "request", "approve", "install", "roster", "eval", "generate", "export"} <= set(done)
     ends = [tmp_path / "cedar" / "joined", *(tmp_path / name / "run" / "public" / "model" for name in PARTIES)]
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ends]

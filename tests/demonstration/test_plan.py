@@ -9,6 +9,7 @@ import pytest
 
 from coterie.audit.pieces import CANARIES
 from coterie.config import FederationConfig, PartyConfig, PartyPrivacy, PrivacyRules, TrainConfig, load_yaml
+from coterie.config.federation import TranscriptSpec
 from coterie.demonstration.folder import (
     LOCK,
     MADE,
@@ -153,11 +154,11 @@ def test_every_federation_records_rounds_for_its_audit(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_shared_noise_is_agreed_on_and_nothing_of_it_is_recorded(tmp_path: Path) -> None:
+def test_shared_noise_is_agreed_on_and_recorded_as_other_federations_are(tmp_path: Path) -> None:
     made, plan = written(tmp_path)
     shared = load_yaml(tmp_path / "experts_dp_shared" / "federation.yaml", FederationConfig)
     assert (shared.aggregation, shared.noise, shared.colluding) == ("masked", "shared", 1)
-    assert (shared.noise_multiplier, shared.transcript) == (0.8, None)
+    assert (shared.noise_multiplier, shared.transcript) == (0.8, TranscriptSpec(rounds=plan.recorded))
     whole = load_yaml(tmp_path / "experts_dp" / "federation.yaml", FederationConfig)
     assert (shared.lot_sizes, shared.privacy, shared.optim) == (whole.lot_sizes, whole.privacy, whole.optim)
     undecided = Folder(tmp_path, replace(plan, noise_multiplier=None))

@@ -10,14 +10,15 @@ from typing import Any, Literal
 from coterie.audit.answers import Answers
 from coterie.audit.fitting import unfit
 from coterie.audit.transcript import Transcript
-from coterie.config import FederationConfig, PartyConfig, load_yaml
+from coterie.config import FederationConfig, PartyConfig, PrivacyRules, load_yaml
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.federation.wire.recording import ANSWERS
 from coterie.storage import json_object
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.folders import private_folder
-from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER, pooled_noise
 
 Document = list[int]
 """Token ids."""
@@ -29,6 +30,7 @@ class LedgerClaim:
 
     epsilon: float
     delta: float
+    noise_multiplier: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Evidence:
         answers: the owner's key; None where it was not kept.
         run_folder: the owner's.
         masked: pushes were masked: what others received opens as sums of several parties.
+        pooled: whose noise lies in every sum that others see; None: the owner's alone.
     """
 
     owner: str
@@ -57,6 +60,7 @@ class Evidence:
     answers: Answers | None
     run_folder: Path
     masked: bool = False
+    pooled: PooledNoise | None = None
 
     @classmethod
     def read(
@@ -122,6 +126,7 @@ class Evidence:
             answers=answers,
             run_folder=run_folder,
             masked=federation.aggregation == "masked",
+            pooled=pooled_noise(federation) if isinstance(federation.privacy, PrivacyRules) else None,
         )
 
 
@@ -201,7 +206,10 @@ def claim_of(run_folder: Path) -> LedgerClaim | None:
         except (OSError, ValueError):
             continue
         if privacy and privacy.get("epsilon") is not None:
-            return LedgerClaim(float(privacy["epsilon"]), float(privacy["delta"]))
+            sigma = privacy.get("noise_multiplier")
+            return LedgerClaim(
+                float(privacy["epsilon"]), float(privacy["delta"]), None if sigma is None else float(sigma)
+            )
         return None
     return None
 

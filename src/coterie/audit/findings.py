@@ -49,6 +49,7 @@ class Unit(StrEnum):
     """Of membership, in a push of another size than any that was made."""
     PRESENCE = "AUC of a token's presence"
     TPR = "true positives at fixed false positives"
+    NOISE = "noise over what was claimed"
     BITS = "exposure in bits"
     EPSILON = "epsilon"
 
@@ -127,7 +128,7 @@ class Finding(_Model):
         return self
 
 
-_UNBOUNDED = (Unit.BITS, Unit.EPSILON)
+_UNBOUNDED = (Unit.BITS, Unit.EPSILON, Unit.NOISE)
 _NOT_CARRIED = "too few documents or pushes: by its interval it could have been anything"
 
 

@@ -148,6 +148,7 @@ class Fitting:
         self._party, self._exchange, self._placement, self._parts = party, exchange, placement, parts
         self._push_dtype, self._weights_dtype = push_dtype, weights_dtype
         self._extents: dict[str, int] = {}
+        self._kept: set[tuple[int, int, int]] = set()
 
     def check(self, logged: Logged) -> None:
         """Make sure that an entry is what the agreed exchange sends, or what the party itself kept of it.
@@ -225,11 +226,15 @@ class Fitting:
         at = message.address
         try:
             grid = MaskGrid.from_json(message.body["grid"])
-        except (ValueError, TypeError, KeyError, ConfigError):
+            digest = grid.digest()
+        except (ValueError, TypeError, KeyError, OverflowError, ConfigError):
             raise unfit(told, "its grid") from None
-        if grid.parties != self._parties or self._grid not in ("", grid.digest()):
+        if grid.parties != self._parties or self._grid not in ("", digest):
             raise unfit(told, "its grid changed")
-        self._grid = grid.digest()
+        self._grid = digest
+        if (place := (at.round, at.attempt, at.part)) in self._kept:
+            raise unfit(told, "they are there twice")
+        self._kept.add(place)
         if at.part >= len(self._parts) or at.round > LARGEST or at.attempt > LARGEST:
             raise unfit(told, "its numbers")
         (masks,) = message.tensors if len(message.tensors) == 1 else (None,)

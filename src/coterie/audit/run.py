@@ -65,6 +65,7 @@ class _Gathered:
     runs: list[Audited] = field(default_factory=list)
     epsilon: dict[RunKind, dict[str, Any]] = field(default_factory=dict)
     claimed: dict[RunKind, tuple[float, float]] = field(default_factory=dict)
+    unpromised: dict[RunKind, dict[Adversary, str]] = field(default_factory=dict)
     untested: list[str] = field(default_factory=list)
     why_no_epsilon: str = ""
     evidence: Evidence | None = None
@@ -165,9 +166,21 @@ def _identify(asked: Asked, gathered: _Gathered) -> RunKind:
         claim = evidence.privacy
         part = part_of(evidence, load_yaml(asked.run / FEDERATION_FILE, FederationConfig))
         gathered.runs.append(federation_run(evidence, part))
+        gathered.unpromised[part] = unpromised(evidence)
     if claim is not None:
         gathered.claimed[part] = (claim.epsilon, claim.delta)
     return part
+
+
+def unpromised(evidence: Evidence) -> dict[Adversary, str]:
+    """Adversaries whom a run's claim does not cover: more others together than it speaks of."""
+    pooled = evidence.pooled
+    if pooled is None or pooled.colluding is None or pooled.parties - 1 <= pooled.colluding:
+        return {}
+    return {
+        Adversary.ALL_HOSTS: f"Noise is shared: the claim is against any {pooled.colluding} of the "
+        f"{pooled.parties - 1} other parties together, and not against all; the statement says what holds there."
+    }
 
 
 def part_of(evidence: Evidence, federation: FederationConfig) -> RunKind:
@@ -208,7 +221,15 @@ def _concluded(gathered: _Gathered, measured: Controls, seed: int, seconds: floa
     judged: list[Verdict] = []
     for part, some in found.items():
         epsilon = gathered.epsilon.get(part)
-        judged += verdicts(part, some, measured, private, contradicted(epsilon), premises=concluded(epsilon))
+        judged += verdicts(
+            part,
+            some,
+            measured,
+            private,
+            contradicted(epsilon),
+            premises=concluded(epsilon),
+            unpromised=gathered.unpromised.get(part, {}),
+        )
     return Findings(
         outcome=overall(judged),
         headline=headline(judged, found, private),

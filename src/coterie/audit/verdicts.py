@@ -43,6 +43,8 @@ _CONTROLS = {
     "prior": "the prior",
     "gap": "the negative control less its prior",
 }
+_NOISE_OFF = 0.02
+"""How far below the claim a measured share of the noise may be: the estimate's own error is far less."""
 READS = (Unit.TOKENS, Unit.PLACES, Unit.NEXT, Unit.SEEN, Unit.RECORDS, Unit.SECRETS)
 """Units that say text was read, the one that says most first."""
 
@@ -141,6 +143,7 @@ def verdicts(
     notes: Sequence[str] = (),
     *,
     premises: bool = False,
+    unpromised: Mapping[Adversary, str] = {},
 ) -> list[Verdict]:
     """One verdict per adversary that was played.
 
@@ -151,13 +154,17 @@ def verdicts(
         private: figures of the part under a budget; used where there is one.
         notes: alarms that no finding carries, in sentences; they count against every adversary.
         premises: of the claimed epsilon were measured, and its audit concluded; else no claim is said to stand.
+        unpromised: adversaries whom the claim does not cover, with what it covers in a sentence.
     """
     played = [adversary for adversary in Adversary if any(f.adversary is adversary for f in findings)]
     claimed = part is RunKind.EXPERTS_DP or (part is RunKind.ALONE and private.epsilon_claimed is not None)
     found = []
     for adversary in played:
         if claimed:
-            outcome, sentence = _under_a_claim(findings, adversary, measured, private, notes, premises=premises)
+            beyond = unpromised.get(adversary, "")
+            outcome, sentence = _under_a_claim(
+                findings, adversary, measured, private, notes, premises=premises, beyond=beyond
+            )
         else:
             outcome, sentence = _without_a_claim(findings, adversary, measured, notes)
         found.append(Verdict(part=part, adversary=adversary, outcome=outcome, sentence=sentence))
@@ -172,7 +179,7 @@ def _without_a_claim(
         return Outcome.ALARM, " ".join(notes)
     read = [f for f in _readings(findings, adversary) if _above_prior(f)]
     if read:
-        return Outcome.OPEN, _told(read)
+        return Outcome.OPEN, _foremost(read, adversary).sentence
     told = _told_apart(findings, adversary)
     if told is not None:
         return Outcome.OPEN, f"Whether a known record was used can be told: {told.sentence}"
@@ -195,10 +202,14 @@ def _under_a_claim(
     notes: Sequence[str],
     *,
     premises: bool,
+    beyond: str,
 ) -> tuple[Outcome, str]:
-    alarms = [*notes, *_contradictions(findings, adversary)]
-    if alarms:
-        return Outcome.ALARM, " ".join(alarms)
+    alarms = [*notes, *_less_noise(findings, adversary), *_membership_beyond(findings, adversary)]
+    read = list(_read_beyond(findings, adversary))
+    if alarms or (read and not beyond):
+        return Outcome.ALARM, " ".join([*alarms, *read])
+    if read:
+        return Outcome.OPEN, " ".join([*read, beyond])
     if not _played(findings, adversary):
         return Outcome.UNKNOWN, _unmeasured(findings, adversary)
     why = failed(measured)
@@ -219,6 +230,8 @@ def _under_a_claim(
             words += f" Whether a known record was used is told no better than claimed: {_widest(promised).sentence}"
         return Outcome.UNKNOWN, words
     words = f"Every attack stays within {100 * NEAR:.0f} points of the language model's guess."
+    if beyond:
+        return Outcome.UNKNOWN, f"{words} {beyond}"
     return Outcome.HELD, words + _standing(findings, adversary, private, premises=premises)
 
 
@@ -249,10 +262,21 @@ def _membership_alone(findings: Sequence[Finding], adversary: Adversary) -> tupl
     return Outcome.UNKNOWN, f"Too few records carry a verdict on membership; {allowed}: {widest.sentence}"
 
 
-def _contradictions(findings: Sequence[Finding], adversary: Adversary) -> Iterator[str]:
+def _read_beyond(findings: Sequence[Finding], adversary: Adversary) -> Iterator[str]:
     for finding in _readings(findings, adversary):
         if finding.value is not None and finding.prior is not None and finding.value.low > finding.prior.high + NEAR:
             yield f"Text was read from noised sums: {finding.sentence}"
+
+
+def _less_noise(findings: Sequence[Finding], adversary: Adversary) -> Iterator[str]:
+    """Recorded sums with less noise than was claimed, by more than the estimate could be off."""
+    for finding in findings:
+        value = finding.value if finding.unit is Unit.NOISE and able(finding, adversary) else None
+        if value is not None and value.high < 1 - _NOISE_OFF:
+            yield f"Less noise than claimed: {finding.sentence}"
+
+
+def _membership_beyond(findings: Sequence[Finding], adversary: Adversary) -> Iterator[str]:
     looks = sum(finding.value is not None for finding in findings if finding.allowed is not None)
     for finding in _promised(findings, adversary):
         value, allowed = finding.value, finding.allowed
@@ -320,6 +344,8 @@ def _readings(findings: Sequence[Finding], adversary: Adversary) -> Iterator[Fin
 def _above_prior(finding: Finding) -> bool:
     assert finding.value is not None
     assert finding.prior is not None
+    if finding.gain is not None:  # the same places, paired
+        return finding.gain.low > 0
     return finding.value.low > finding.prior.high
 
 
@@ -331,14 +357,10 @@ def _gain_at_most(finding: Finding) -> float:
     return gain.high if gain is not None else finding.value.high - finding.prior.value
 
 
-def _told(read: Sequence[Finding]) -> str:
-    """The most that was read, in the words of the attack."""
-    return _foremost(read).sentence
-
-
-def _foremost(read: Sequence[Finding]) -> Finding:
-    """What stands for several attacks: the run's own push before smaller ones, then the most that was read."""
-    return min(read, key=lambda f: (-(f.lot or 0), READS.index(f.unit), -_value(f)))
+def _foremost(read: Sequence[Finding], adversary: Adversary) -> Finding:
+    """What stands for several attacks: the adversary's own before those that it can play, too; the run's own push
+    before smaller ones; then the most that was read."""
+    return min(read, key=lambda f: (f.adversary is not adversary, -(f.lot or 0), READS.index(f.unit), -_value(f)))
 
 
 def _played(findings: Sequence[Finding], adversary: Adversary) -> bool:
@@ -424,13 +446,18 @@ def _on_few_places(findings: Sequence[Finding]) -> str:
 
 def _read_at_most(findings: Sequence[Finding]) -> str:
     read = [finding for finding in findings if _above(finding)]
-    for adversary, who in ((DEFAULT, "one other party"), (Adversary.ALL_HOSTS, "all others together")):
+    for adversary, who in ((DEFAULT, "one other party"), (Adversary.ALL_HOSTS, "the coalition of all others")):
         possible = [finding for finding in read if finding.unit in READS and able(finding, adversary)]
         if possible:
-            found = _foremost(possible)
-            return f"{who} {_READ[found.unit].format(percent(_value(found)))}."
+            found = _foremost(possible, adversary)
+            return f"{who} {_READ[found.unit].format(percent(_value(found)))}{_of_what(found)}."
     told = any(finding.unit is Unit.AUC and finding.value is not None for finding in findings)
     return "whether a known record was used can be told." if told else ""
+
+
+def _of_what(finding: Finding) -> str:
+    """Of sums: how many records were in it."""
+    return "" if finding.lot is None else f" in a sum of {finding.lot} record{'' if finding.lot == 1 else 's'}"
 
 
 def _above(finding: Finding) -> bool:

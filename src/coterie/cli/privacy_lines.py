@@ -52,8 +52,8 @@ def _recorded(federation: FederationConfig) -> list[str]:
     ]
     if federation.aggregation == "masked":
         lines.append(
-            "masks of recorded rounds are kept, too: the recordings of all other parties together open this party's "
-            "sums"
+            "masks of recorded rounds are kept, too: this party's own recording with one host's opens its sums on "
+            "what that host stores, and so do the recordings of all other parties together"
         )
     return lines
 

@@ -48,7 +48,8 @@ class FederationTrainSpec(TrainSpec):
 
 
 class TranscriptSpec(Spec):
-    """What every party keeps of what others send to it, and a key to what it sends itself, for an audit to attack."""
+    """What every party keeps of what others send to it, and a key to what it sends itself, for an audit to attack.
+    Of masked pushes its own masks, too."""
 
     rounds: Count | Literal["all"] = Field(
         description="How many rounds are recorded, from the first; with their evaluations."

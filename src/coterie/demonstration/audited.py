@@ -17,7 +17,7 @@ def audited(plan: DemoPlan, root: Path, screen: Screen, page: Path) -> Findings 
     """Attack the first party's text in every federation of the demo, and write the page; None without a federation.
 
     Trained models are left out: who is in their text was not decided by coins, so that they would tell nothing. So
-    are masked federations, where what others receive of one party is random numbers.
+    are masked federations, for time alone: `coterie audit` attacks what they recorded, as the demo's folder says.
     """
     folder = Folder(root, plan)
     owner, *others = plan.parties

@@ -291,14 +291,14 @@ class Folder:
         return {"physical_batch": self._plan.private.physical_batch, "ledger": self._up(where) / LEDGER}
 
     def _aggregation(self, arm: Arm) -> dict[str, Any]:
-        """How pushes are added up. What hosts receive of masked ones is random numbers: nothing to record."""
+        """How pushes are added up."""
         plan = self._plan
         if not arm.shared_noise:
             return {"transcript": TranscriptSpec(rounds="all" if arm.private else plan.recorded)}
         if plan.noise_multiplier is None:
             return {}  # what `coterie plan` reads to find it
         noise = {"noise": "shared", "colluding": plan.colluding, "noise_multiplier": plan.noise_multiplier}
-        return {"aggregation": "masked", **noise}
+        return {"aggregation": "masked", "transcript": TranscriptSpec(rounds=plan.recorded), **noise}
 
     def _length(self, arm: Arm, parties: Sequence[str]) -> TrainSpec:
         """How much is trained; the size of a micro-batch changes the speed only.

@@ -247,8 +247,7 @@ def open_run(
     dataset, start, source = data.digest(), RunStart(plan, mechanism, data.units, engine), random_source(plan.seed)
     _check_spread(ranks, model, data, plan)
     ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
-    own_noise = mechanism.noise_multiplier * (1.0 if plan.pooled is None else plan.pooled.share)
-    sums = LotSums(model, data, engine, balancer, plan, options, own_noise, source, ranks, shape)
+    sums = LotSums(model, data, engine, balancer, plan, options, plan.own_noise(mechanism), source, ranks, shape)
     kept: list[Releases] = []
 
     def start_ledger() -> str:

@@ -171,6 +171,10 @@ class PrivacyPlan:
             units, self.lot_size, self.sampler, self.max_lot, 1 if self.bands is None else self.bands.count
         )
 
+    def own_noise(self, mechanism: Mechanism) -> float:
+        """The noise multiplier of what this run itself adds, where others' noise lies in its sums, too."""
+        return mechanism.noise_multiplier * (1.0 if self.pooled is None else self.pooled.share)
+
     def mechanism(self, lots: LotPlan) -> Mechanism:
         """What the accountant composes for one round, with the noise that the budget needs.
 

@@ -34,6 +34,11 @@ not:
 _OWNERS = 0o700
 
 
+def ledger_run(run: str, party: str) -> str:
+    """What a party's run of a federation is called in the party's ledger, the same after a restart."""
+    return f"{run}-{party}"
+
+
 def public_folder(run_dir: Path) -> Path:
     """The run's folder for what may be given away."""
     return run_dir / PUBLIC

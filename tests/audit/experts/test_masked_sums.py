@@ -33,7 +33,7 @@ from coterie.dp import plan
 from coterie.dp.checks import self_check
 from coterie.errors import CheckpointError
 from coterie.federation.experts.host import ExpertsHost
-from coterie.federation.experts.masking.grid import GridScale, MaskGrid
+from coterie.federation.experts.masking.grid import signed, widen
 from coterie.training.party.in_process import run_in_process
 from helpers.federations import PARTIES, full_models, make_parts
 from helpers.private_settings import CLIP, private_settings, with_privacy
@@ -144,7 +144,7 @@ def test_every_adversary_is_played_on_sums_of_its_size_and_the_finding_says_whos
         (all_of_them, LOT),
         (all_of_them, 1),
         (all_of_them, 4),
-        (Adversary.HOST, LOT),
+        (Adversary.HOST, 1),
         (Adversary.HOST_DOMAIN, 2 * LOT),
     ]
     told = {each.adversary: each.sentence for each in found}
@@ -208,7 +208,22 @@ def opened(folder: Path) -> Iterator[object]:
     return open_together([Transcript.read(folder / name, "alder") for name in ("birch", "cedar")], "alder")
 
 
-@pytest.mark.parametrize("bent", ["grid", "size", "other"])
+BENT = {
+    "other parties": {"parties": 2},
+    "no parties": {"parties": 1e400},
+    "a step beyond numbers": {"scales": [["", "0x1p+5000", 10]]},
+    "a step beyond float32": {"scales": [["", "0x1p+1000", 10]]},
+    "no step": {"scales": [["", "0x0p+0", 10]]},
+    "endless": {"scales": [["", "0x1p-20", 1e400]]},
+    "a name that is none": {"scales": [["", "0x1p-20", 10], [3, "0x1p-20", 10]]},
+    "nothing for the rest": {"scales": [["lm_head.weight", "0x1p-20", 10]]},
+    "size": {},
+    "of another": {},
+    "twice": {},
+}
+
+
+@pytest.mark.parametrize("bent", BENT)
 def test_masks_that_do_not_fit_are_refused(run: Path, bent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Transcript._logged  # noqa: SLF001
 
@@ -216,13 +231,12 @@ def test_masks_that_do_not_fit_are_refused(run: Path, bent: str, monkeypatch: py
         for logged in read(transcript):
             message = logged.frame.message
             if message.kind == "own-masks":
-                body, tensors = dict(message.body), message.tensors
-                if bent == "grid":
-                    body["grid"] = {**body["grid"], "parties": 2}
-                elif bent == "size":
-                    tensors = (tensors[0][:-1],)
+                if bent == "twice":
+                    yield logged
+                tensors = (message.tensors[0][:-1],) if bent == "size" else message.tensors
+                body = {"grid": {**message.body["grid"], **BENT[bent]}}
                 message = replace(message, body=body, tensors=tensors)
-                name = "cedar" if bent == "other" else logged.name
+                name = "cedar" if bent == "of another" else logged.name
                 logged = replace(logged, name=name, frame=replace(logged.frame, message=message))
             yield logged
 
@@ -232,21 +246,32 @@ def test_masks_that_do_not_fit_are_refused(run: Path, bent: str, monkeypatch: py
     assert caught.value.code == "transcript-damaged"
 
 
-def test_sums_that_do_not_add_up_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [Transcript.read(run / name, "alder") for name in ("birch", "cedar")]
+def test_masks_that_are_not_those_of_the_push_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the right ones a sum is random numbers, in which nothing would be read."""
     parts = Transcript.masked_parts
 
     def changed(transcript: Transcript) -> Iterator[object]:
-        """Nobody's push may be larger than ten steps."""
         for each in parts(transcript):
-            tight = None if each.grid is None else replace(each.grid, rest=GridScale(each.grid.rest.step, 10))
-            yield replace(each, grid=tight)
+            yield replace(each, masked=each.masked.flip(0)) if each.grid is not None else each
 
     monkeypatch.setattr(Transcript, "masked_parts", changed)
-    monkeypatch.setattr(MaskGrid, "width", 5)
     with pytest.raises(CheckpointError, match="larger than what parties may push") as caught:
-        list(open_together(found, "alder"))
+        list(opened(run))
     assert caught.value.code == "transcript-damaged"
+
+
+def test_a_party_whose_recording_is_there_is_opened_to_its_hosts_too(run: Path) -> None:
+    """As the threat model says of recordings that are collected: its own masks with one host's recording suffice."""
+    host = Transcript.read(run / "cedar", "birch")
+    own = {(m.round, m.attempt, m.part.number): m for m in Transcript.read(run / "birch").masked_parts() if m.grid}
+    seen = [m for m in host.masked_parts() if m.peer == "birch"]
+    assert seen
+    for each in seen:
+        masks = own[each.round, each.attempt, each.part.number]
+        assert masks.grid is not None
+        width = masks.grid.width
+        left = signed(widen(each.masked.numpy(), width) - widen(masks.masked.numpy(), width), width)
+        assert abs(left).max() <= masks.grid.rest.largest
 
 
 def test_under_a_budget_one_host_faces_the_noise_of_two_parties_and_all_hosts_that_of_one(

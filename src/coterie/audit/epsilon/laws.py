@@ -52,17 +52,22 @@ class Independent:
 
     Attributes:
         std: of a released tensor, by its name.
-        sigma: noise multiplier of the whole round.
+        sigma: noise multiplier of what the party itself adds in a round.
         slack: see `NoiseLaw`.
+        shared: the noise that several parties' shares add up to, in words; empty where this party adds it whole.
     """
 
     std: Callable[[str], float]
     sigma: float
     slack: float
+    shared: str = ""
 
     @property
     def sentence(self) -> str:
-        return f"independent Gaussian noise of {self.sigma:.4g} times what one record may add, anew in every round"
+        own = f", this party's share of {self.shared}" if self.shared else ""
+        return (
+            f"independent Gaussian noise of {self.sigma:.4g} times what one record may add{own}, anew in every round"
+        )
 
     def residuals(self, noises: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         return [{name: value / self.std(name) for name, value in noise.items()} for noise in noises]
@@ -130,7 +135,7 @@ def independent(claim: Claim, rehearsal: Rehearsal) -> Independent:
         rehearsal: says what is released and how many values.
     """
     engine, plan = rehearsal.engine, rehearsal.opened.plan
-    sigma, values = claim.mechanism.noise_multiplier, {n: math.prod(shape) for n, shape in engine.shapes.items()}
+    sigma, values = claim.own_noise, {n: math.prod(shape) for n, shape in engine.shapes.items()}
     slack = engine.eta if claim.eta is None else claim.eta
     bands = claim.mechanism.bands
     on_grid = plan.isolation == "exact" and bands == 1
@@ -155,4 +160,5 @@ def independent(claim: Claim, rehearsal: Rehearsal) -> Independent:
             found |= dict.fromkeys(inside, each)
     else:
         found |= dict.fromkeys(values, std(claim.clip_norm * (1 + slack), rest, sum(values.values())))
-    return Independent(found.__getitem__, sigma, slack)
+    whole = claim.mechanism.noise_multiplier
+    return Independent(found.__getitem__, sigma, slack, f"{whole:.4g}" if sigma < whole else "")

@@ -113,13 +113,20 @@ def _named(subject: Subject) -> Premise:
     claim = subject.claim
     spends = claim.spends()
     wrong = claim.seeded or not spends <= claim.epsilon * _OTHER_ACCOUNTANT
-    source = "the run's entry in the ledger" if claim.recorded else "the settings"
+    source = (
+        "the run's entry in the ledger" if claim.recorded else "the settings (the ledger has no entry of such a run)"
+    )
     sentence = (
         f"{source[0].upper()}{source[1:]}: noise multiplier {claim.mechanism.noise_multiplier:.4g}, sampling rate "
         f"{claim.mechanism.sampling_rate:.4g}, {claim.rounds} rounds; that costs epsilon {spends:.4g}."
     )
     if claim.mechanism.bands > 1:
         sentence += f" Noise hangs together over {claim.mechanism.bands} rounds, and each record has every so many."
+    if claim.pooled is not None and claim.pooled.colluding is not None:
+        sentence += (
+            f" This party adds {claim.own_noise:.4g} of it: the rest comes from others, of whom any "
+            f"{claim.pooled.colluding} may know theirs."
+        )
     if claim.seeded:
         sentence += " It took its randomness from a seed, and is not private."
     verdict = ClaimVerdict.ALARM if wrong else ClaimVerdict.CONSISTENT

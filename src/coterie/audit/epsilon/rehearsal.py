@@ -75,7 +75,7 @@ class Rehearsal:
         source = random_source(plan.seed)
         ranks = Alone()
         self._sums = _Noted(
-            model, data, self.engine, balancer, plan, options, mechanism.noise_multiplier, source, ranks
+            model, data, self.engine, balancer, plan, options, plan.own_noise(mechanism), source, ranks
         )
         self._releases = _Kept()
         self.opened = OpenRun(

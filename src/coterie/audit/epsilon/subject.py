@@ -15,6 +15,7 @@ from coterie.dp.accounting.accountant import Mechanism, epsilon
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import FILE, Entry, default_root, ledger_folder
 from coterie.dp.noise.bands import bands_of
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.errors import AuditError, LedgerError
@@ -24,8 +25,8 @@ from coterie.storage import json_object
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
-from coterie.training.folders import private_folder
-from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
+from coterie.training.folders import ledger_run, private_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER, pooled_noise
 from coterie.training.single.prepared import MARKER, prepare, read_config
 from coterie.training.single.setup import check_fit, pick_device, with_vocabulary
 
@@ -43,6 +44,7 @@ class Claim:
         recorded: these numbers are those of the run's entry in the ledger; else its settings' alone.
         seeded: the run took its randomness from a seed, and is not private whatever its numbers are.
         bands: coefficients of noise in bands; empty where rounds' noise is independent.
+        pooled: whose noise lies in all that others see; None: this party's own alone, whole.
     """
 
     epsilon: float
@@ -54,6 +56,12 @@ class Claim:
     recorded: bool = False
     seeded: bool = False
     bands: tuple[float, ...] = ()
+    pooled: PooledNoise | None = None
+
+    @property
+    def own_noise(self) -> float:
+        """The noise multiplier of what this party itself adds."""
+        return self.mechanism.noise_multiplier * (1.0 if self.pooled is None else self.pooled.share)
 
     def spends(self) -> float:
         """Epsilon of the mechanism by the accountant, at the claim's delta."""
@@ -146,12 +154,14 @@ class Subject:
         if federation.lora is not None:
             model = attach_adapters(model, federation.lora, seed)
         plan = PrivacyPlan.of_settings(
-            spec, model, federation.train.rounds, seed=seed if spec.seeded else None, against_hosts=True
-        )
-        root = spec.ledger or default_root(config.run_dir)
+            spec, model, federation.train.rounds, seed=seed if spec.seeded else None, against_hosts=True,
+            agreed_noise=federation.noise_multiplier, pooled=pooled_noise(federation),
+            momentum=federation.optim.added_momentum,
+        )  # fmt: skip
+        root, run = spec.ledger or default_root(config.run_dir), _run_name(config.run_dir, "run")
         return cls._of(
-            model, records, documents, plan, ComputeOptions.of_settings(spec), root, _run_name(config.run_dir, "run"),
-            data.sequence_length,
+            model, records, documents, plan, ComputeOptions.of_settings(spec), root,
+            ledger_run(run, config.party) if run else "", data.sequence_length,
         )  # fmt: skip
 
     @classmethod
@@ -179,15 +189,15 @@ class Subject:
             mechanism = plan.mechanism(plan.lots(units.units.count))
             claim = Claim(
                 budget.epsilon, budget.delta, mechanism, plan.rounds, plan.clip_norm, seeded=plan.seed is not None,
-                bands=() if plan.bands is None else plan.bands.coefficients,
+                bands=() if plan.bands is None else plan.bands.coefficients, pooled=plan.pooled,
             )  # fmt: skip
         else:
             told = entry.get("budget", {"epsilon": budget.epsilon, "delta": budget.delta})
-            plan = replace(plan, bands=bands_of(entry))
+            plan = replace(plan, bands=bands_of(entry), pooled=PooledNoise.from_json(entry.get("pooled")))
             claim = Claim(
                 float(told["epsilon"]), float(told["delta"]), Mechanism.from_json(entry["mechanism"]),
                 int(entry["rounds"]), float(entry["clip_norm"]), float(entry["eta"]), True, bool(entry.get("seeded")),
-                tuple(entry.get("bands", ())),
+                tuple(entry.get("bands", ())), plan.pooled,
             )  # fmt: skip
         # Randomness is the audit's own, so noise is found for the budget, as it is for a run that is private.
         own = claim.mechanism.noise_multiplier if claim.seeded else None

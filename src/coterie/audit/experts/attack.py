@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
 from coterie.audit.evidence import Evidence
 from coterie.audit.experts import noised, plain
@@ -92,7 +93,8 @@ def _plain(case: Case, budget_s: float) -> list[_Job]:
     ]
     jobs += [_member(case, each, whole[each]) for each in both]
     jobs += [_bag(case, each) for each in both]
-    jobs.append(_loads(case, min(_OF_LOADS * case.parties_in(Adversary.HOST_PUBLIC), recorded)))
+    several = max(1, recorded // metrics.FEWEST_DOCUMENTS)
+    jobs.append(_loads(case, min(_OF_LOADS * case.parties_in(Adversary.HOST_PUBLIC), several)))
     if case.evidence.trunk == "private" and len(case.rounds()) > 1:
         jobs += [_next(case, each, whole[each], round_index=case.rounds()[-1]) for each in both]
     if recorded > 1:
@@ -111,7 +113,7 @@ def _simulated(parties: int, recorded: int, whole: int) -> list[int]:
 
 def _noised(case: Case) -> list[_Job]:
     both = Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS
-    return [job(case, each) for each in both for job in (_token, _run)]
+    return [*(job(case, each) for each in both for job in (_token, _run)), *(_noise(case, each) for each in both)]
 
 
 def _next(case: Case, adversary: Adversary, lot: int, known: int = 0, round_index: int | None = None) -> _Job:
@@ -166,6 +168,10 @@ def _run(case: Case, adversary: Adversary) -> _Job:
     return _Job(
         "membership over rounds", adversary, Unit.AUC, 2.0, lambda clock: noised.membership(case, adversary, clock)
     )
+
+
+def _noise(case: Case, adversary: Adversary) -> _Job:
+    return _Job("noise in the recorded sums", adversary, Unit.NOISE, 0.2, lambda clock: noised.noise(case, adversary))
 
 
 def _unmeasured(job: _Job, reason: str) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from coterie.audit.experts.pushes import by_round, open_pushes, put, round_as_se
 from coterie.audit.experts.reader import Reader
 from coterie.audit.transcript import ReceivedPush, Transcript
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacyRules, load_yaml
+from coterie.dp.noise.pooled import PooledNoise
 from coterie.errors import AuditError
 from coterie.models import seam
 from coterie.models.zoo.build import build_model
@@ -112,10 +114,12 @@ class Case:
 
     def _together(self, adversary: Adversary) -> list[Transcript]:
         """The transcripts that an adversary has."""
+        return list(self.evidence.received.values()) if adversary is Adversary.ALL_HOSTS else [self._one_host]
+
+    @cached_property
+    def _one_host(self) -> Transcript:
         received = self.evidence.received
-        if adversary is Adversary.ALL_HOSTS:
-            return list(received.values())
-        return [received[most_received({name: _values(found) for name, found in received.items()})]]
+        return received[most_received({name: _values(found) for name, found in received.items()})]
 
     def parties_in(self, adversary: Adversary) -> int:
         """How many parties' records are in every sum that an adversary opens: one, where pushes are not masked."""
@@ -126,6 +130,20 @@ class Case:
         others = summed_parties(self._together(adversary), self.evidence.owner)
         own = min(self.federation.lot_of(self.evidence.owner), max(len(self.train), 1))
         return own + sum(self.federation.lot_of(party) for party in others if party != self.evidence.owner)
+
+    def claimed_noise(self, adversary: Adversary) -> float | None:
+        """The noise multiplier of a sum that an adversary opens, by what the owner's run says; None: it says none.
+
+        With masked pushes every party in the sum adds the owner's sigma, or the same share of it.
+        """
+        claim, rules = self.evidence.privacy, self.federation.privacy
+        if claim is None or claim.noise_multiplier is None or not isinstance(rules, PrivacyRules):
+            return None
+        if rules.adaptive_quantile is not None:  # C moves, and the noise with it
+            return None
+        share = PooledNoise(len(self.federation.parties), self.federation.colluding).share
+        own = claim.noise_multiplier * (share if self.evidence.masked else 1.0)
+        return own * math.sqrt(self.parties_in(adversary))
 
     def rounds(self) -> list[int]:
         """Rounds of which every adversary opens sums."""

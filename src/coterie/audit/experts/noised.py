@@ -19,7 +19,7 @@ from coterie.audit.experts.plain import rates, too_few
 from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.reader import Reader
 from coterie.audit.findings import Channel, Finding, Unit
-from coterie.audit.metrics import Scores
+from coterie.audit.metrics import Estimate, Scores
 from coterie.dp.accounting.accountant import Mechanism
 
 _SCORED = 200
@@ -124,12 +124,14 @@ def membership(case: Case, adversary: Adversary, clock: TimeBudget, *, candidate
     lot = rate_of(case) * len(case.train)
     scale = factors(case.reader.model, ids, case.clip_norm)
     seen: list[RecordScores] = []
-    sigma = 0.0
+    measured: list[float] = []
     for reader, opened in releases(case, adversary):
         if seen and not clock.left:
             break
-        sigma = opened.noise / case.clip_norm
+        measured.append(opened.noise / case.clip_norm)
         seen.append(score(reader, ids, [opened], metric_of(case, adversary, reader, opened), scale))
+    claimed = case.claimed_noise(adversary)
+    sigma = measured[-1] if claimed is None else claimed
     name, sides = "membership in a lot", in_lots(case, members, seen)
     if min(len(values) for values, _ in sides.values()) < _FEWEST:
         return [too_few(name, adversary, Channel.RELEASES, round(lot), _FEWEST), _not_by_coins(adversary)]
@@ -140,6 +142,34 @@ def membership(case: Case, adversary: Adversary, clock: TimeBudget, *, candidate
     found = rates(name, case, adversary, Channel.RELEASES, scores, round(lot), more)
     promised = [each.model_copy(update={"allowed": allowed}) if each.unit is Unit.AUC else each for each in found]
     return [*promised, _not_by_coins(adversary)]
+
+
+def noise(case: Case, adversary: Adversary) -> list[Finding]:
+    """How much noise the recorded sums hold, over what the run claims for them: what is learnt adds to it, so honest
+    sums hold no less."""
+    claimed = case.claimed_noise(adversary)
+    if claimed is None:
+        return []
+    shares = [opened.noise / (case.clip_norm * claimed) for _, opened in releases(case, adversary)]
+    values = sum(value.numel() for value in _values(case.opened(adversary, case.rounds()[0])))
+    least = min(shares)
+    error = 2 * 1.17 / values**0.5  # of a standard deviation that is estimated by the middle of the sizes
+    return [
+        Finding(
+            name="noise in the recorded sums",
+            adversary=adversary,
+            channel=Channel.RELEASES,
+            unit=Unit.NOISE,
+            value=Estimate(least, least * (1 - error), least * (1 + error), values),
+            sentence=f"The sums that this adversary opens hold {least:.3f} times the noise that is claimed for them, "
+            "in the round with least of it.",
+        )
+    ]
+
+
+def _values(opened: Opened) -> Iterator[Tensor]:
+    for each in opened.experts.values():
+        yield from (each.first_DG, each.second_FD)
 
 
 def _not_by_coins(adversary: Adversary) -> Finding:

@@ -115,7 +115,8 @@ def next_tokens(
     value = metrics.rate(right_P, document_P, seed=case.seed)
     guessed = metrics.rate(prior_P, document_P, seed=case.seed)
     sentence = (
-        f"Given what stands before, {_percent(value)} of the next tokens of a push of {lot} records came out first; "
+        f"Given what stands before, {_percent(value)} of the next tokens of {'the' if own else 'a simulated'} push "
+        f"of {counted(lot)} came out first; "
         f"a language model without the push guesses {_percent(guessed)}."
     )
     if victim is not None:
@@ -133,6 +134,11 @@ def next_tokens(
         gain=metrics.advantage(right_P, prior_P, document_P, seed=case.seed),
         sentence=sentence,
     )
+
+
+def counted(records: int) -> str:
+    """For people."""
+    return "1 record" if records == 1 else f"{records} records"
 
 
 def simulated(

@@ -233,7 +233,10 @@ def _membership(findings: Findings) -> str:
         curves = [f for f in some if f.roc]
         if not curves:
             continue
-        series = [Series(f"{f.name}, {f.adversary.label}", f.roc) for f in curves]
+        series = [
+            Series(f"{f.name}, {f.adversary.label}" + (f", {_records(f.lot)}" if f.lot else ""), f.roc)
+            for f in curves
+        ]
         if part is RunKind.EXPERTS_DP and findings.experts_dp.roc_allowed:
             series.append(Series("the most that the claim allows", findings.experts_dp.roc_allowed, faint=True))
         low = max(1e-4, min(point[0] for f in curves for point in f.roc if point[0] > 0))

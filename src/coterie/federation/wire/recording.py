@@ -69,9 +69,13 @@ class Recorder:
             for each in early:
                 self._write(opened, *each)
 
+    def wants(self, round_no: int) -> bool:
+        """Whether messages of a round would be recorded, for what is costly to make."""
+        return not self._over and (self._rounds is None or round_no <= self._rounds)
+
     def keep(self, name: str, frame_type: FrameType, lane: Lane, message: Message) -> None:
         """Record a message."""
-        if self._rounds is not None and message.address.round > self._rounds:
+        if not self.wants(message.address.round):
             return
         with self._lock:
             if self._over:

@@ -25,7 +25,7 @@ from coterie.training.experts.owner import ExpertsOwner
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.experts.public_loads import releases_loads
 from coterie.training.experts.shared_trunk import TrunkCopy, shared_names
-from coterie.training.folders import private_folder
+from coterie.training.folders import ledger_run, private_folder
 from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_masks import OwnMasks
@@ -151,7 +151,7 @@ class ExpertsExchange:
 
     def _ledger_run(self) -> str:
         """One name for this party's run in its ledger, the same after a restart."""
-        return f"{self._run() or 'unnamed'}-{self._inputs.party}"
+        return ledger_run(self._run() or "unnamed", self._inputs.party)
 
     # ---- checkpoints ----
 

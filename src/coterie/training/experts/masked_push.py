@@ -141,7 +141,7 @@ class MaskedPush:
             blobs = {number: session.masks.mask(number, each, grid.width) for number, each in integers.items()}
         finally:
             session.masks.erase()
-        if self._recorded is not None:
+        if self._recorded is not None and self._recorded.wants(attempt):
             for number, each in integers.items():
                 self._recorded.keep(attempt, number, grid, masks_of(blobs[number], each, grid.width))
         return blobs

@@ -9,11 +9,12 @@ from coterie.dp.noise.discrete_gaussian import GRID_SIGMA, LARGEST_NOISE
 from coterie.dp.noise.pooled import PooledNoise
 from coterie.federation.experts.masking.grid import GridScale, MaskGrid
 
-_BITS_WITHOUT_NOISE = 40
+_BITS_WITHOUT_NOISE = 38
+"""Of the forty of five bytes: what is left over shows a sum in which masks are left."""
 
 
 def plain_grid(parties: int, push_limit: float) -> MaskGrid:
-    """As fine as five bytes a value allow, for sums up to ``push_limit`` in size."""
+    """As fine as five bytes a value allow with two bits to spare, for sums up to ``push_limit`` in size."""
     largest = (2 ** (_BITS_WITHOUT_NOISE - 1) - 1) // parties
     return MaskGrid(parties, GridScale(push_limit / largest, largest))
 

@@ -27,6 +27,10 @@ class OwnMasks:
     def __init__(self, recorder: Recorder, party: str) -> None:
         self._recorder, self._party = recorder, party
 
+    def wants(self, attempt: Attempt) -> bool:
+        """Whether the round is recorded at all."""
+        return self._recorder.wants(attempt.round)
+
     def keep(self, attempt: Attempt, part: int, grid: MaskGrid, masks: Tensor) -> None:
         """One part of a push.
 

@@ -220,7 +220,6 @@ def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
 def _privacy_inputs(
     config: PartyConfig, federation: FederationConfig, spec: PrivacySpec, documents: Documents, train: Sequences
 ) -> PrivacyInputs:
-    summed = federation.aggregation == "masked" and federation.trunk == "shared"
     return PrivacyInputs(
         spec,
         federation.train.rounds,
@@ -232,12 +231,18 @@ def _privacy_inputs(
         record=record_facts(config.data),
         originals=originals(documents, train),
         agreed_noise=federation.noise_multiplier,
-        # What a private trunk makes of a party's own noise shows in its later pushes.
-        pooled=PooledNoise(len(federation.parties), federation.colluding) if summed else None,
+        pooled=pooled_noise(federation),
         largest_lot=federation.largest_lot,
         largest_noise=party_noise_limit(federation),
         momentum=federation.optim.added_momentum,
     )
+
+
+def pooled_noise(federation: FederationConfig) -> PooledNoise | None:
+    """Whose noise lies in all that others see of a party; None: its own alone. What a private trunk makes of a
+    party's own noise shows in its later pushes."""
+    summed = federation.aggregation == "masked" and federation.trunk == "shared"
+    return PooledNoise(len(federation.parties), federation.colluding) if summed else None
 
 
 def load_experts(path: Path, model: ModelSpec) -> dict[str, torch.Tensor]:

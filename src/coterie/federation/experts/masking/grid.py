@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,10 @@ from coterie.errors import ConfigError, RoundError
 
 MOST_BYTES = 7
 """Of an integer on the wire; sums in the signed 64 bits of a tensor never wrap then."""
+
+_LARGEST_FLOAT = float(torch.finfo(torch.float32).max)
+_FEWEST = 64
+"""Values of a tensor that show whether masks are left in it; of fewer, chance could look so."""
 
 _BEYOND = 2.0**62
 """No integer of a grid is so large; and a conversion to 64 bits is defined up to here."""
@@ -90,13 +93,18 @@ class MaskGrid:
         """What `to_json` gave.
 
         Raises:
-            ValueError, TypeError, KeyError: it is something else.
+            ValueError, TypeError, KeyError, OverflowError: it is something else.
             ConfigError: see `MaskGrid`.
         """
-        scales = {name: GridScale(float.fromhex(step), int(largest)) for name, step, largest in saved["scales"]}
-        if not all(scale.largest > 0 and 0 < scale.step < math.inf for scale in scales.values()):
-            raise ValueError("a step or a largest integer that is none")
-        return cls(int(saved["parties"]), scales.pop(""), scales, bool(saved["secret"]))
+        scales, parties = {}, saved["parties"]
+        for name, step, largest in saved["scales"]:
+            if not isinstance(name, str) or type(largest) is not int or type(parties) is not int:
+                raise TypeError("a name or number that is none")
+            scales[name] = GridScale(float.fromhex(step), largest)
+        for scale in scales.values():
+            if not (scale.largest > 0 and 0 < scale.step * scale.largest * parties < _LARGEST_FLOAT):
+                raise ValueError("a step or a largest integer that no sum has")
+        return cls(parties, scales.pop(""), scales, bool(saved["secret"]))
 
     def _scales(self) -> list[list[Any]]:
         return [[name, each.step.hex(), each.largest] for name, each in {"": self.rest, **self.named}.items()]
@@ -124,7 +132,7 @@ class MaskGrid:
             RoundError: ``sum-wild``: no honest parties' sum is so large.
         """
         scale = self.scale(name)
-        if _size(total) > self.parties * scale.largest:
+        if _size(total) > self.parties * scale.largest or self._looks_random(total):
             raise RoundError(
                 f"the sum of all parties' masked pushes of {name} is nothing that honest ones add up to.",
                 code="sum-wild",
@@ -133,6 +141,14 @@ class MaskGrid:
                 fix="nothing was applied; all parties check their machines, and that they run the same version",
             )
         return (total.to(torch.float64) * scale.step).to(torch.float32)
+
+    def _looks_random(self, total: Tensor) -> bool:
+        """Whether masks are left in a sum: of random integers three in four lie beyond a quarter of what the bytes
+        hold, and of parties' sums hardly one, whatever bound was agreed."""
+        if total.numel() < _FEWEST:
+            return False
+        beyond = (total.abs() > 1 << (8 * self.width - 3)).sum()
+        return 2 * int(beyond) > total.numel()
 
     def round(self, name: str, values: Tensor) -> Tensor:
         """Floating-point values, without noise, as integers of the grid, int64; what is no number, or far beyond it,
