@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from coterie.audit.pieces import CANARIES
-from coterie.config import FederationConfig, PartyConfig, PartyPrivacy, PrivacyRules, TrainConfig, load_yaml
-from coterie.config.federation import TranscriptSpec
+from coterie.config import (
+    FederationConfig,
+    PartyConfig,
+    PartyPrivacy,
+    PrivacyRules,
+    TrainConfig,
+    TranscriptSpec,
+    load_yaml,
+)
 from coterie.demonstration.folder import (
     LOCK,
     MADE,
