@@ -149,7 +149,7 @@ def test_shared_noise_is_explained_and_what_is_left_against_all_others_said() ->
     assert "compared with whole noise at every party: alder -0.020, birch -0.020, cedar -0.020 nats" in told
     warned = " ".join(not_protected(found))
     assert "holds against any 1 of the 2 other parties together, and outsiders" in warned
-    mechanism = Mechanism(0.8 / math.sqrt(2), 256 / 1280)
+    mechanism = Mechanism(0.8 / math.sqrt(2), found.plan.private.lot_size / 1280)
     assert f"it is epsilon {epsilon([(mechanism, 12)], 1e-5):.1f}" in warned
     assert "noise shared" not in " ".join(not_protected(results()))
 
