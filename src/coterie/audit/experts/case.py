@@ -139,8 +139,6 @@ class Case:
         claim, rules = self.evidence.privacy, self.federation.privacy
         if claim is None or claim.noise_multiplier is None or not isinstance(rules, PrivacyRules):
             return None
-        if rules.adaptive_quantile is not None:  # C moves, and the noise with it
-            return None
         share = PooledNoise(len(self.federation.parties), self.federation.colluding).share
         own = claim.noise_multiplier * (share if self.evidence.masked else 1.0)
         return own * math.sqrt(self.parties_in(adversary))
