@@ -151,7 +151,7 @@ def test_every_command_of_the_page_works_in_its_order(
     counted = run["data"]["mechanism"]
     assert (told.noise_multiplier, told.rate) == (counted["noise_multiplier"], counted["sampling_rate"])
     assert told.rounds == run["data"]["rounds"]
-    claim = Subject.of_run(tmp_path / "alder" / "run").claim
+    claim = Subject.of_run(tmp_path / "alder" / "run", start=tmp_path / "alder" / "olmoe").claim
     assert claim.recorded, "an audit goes by what the ledger says"
     assert claim.mechanism.noise_multiplier == counted["noise_multiplier"]
     assert {"split", "request", "approve", "install", "roster", "eval", "generate", "export"} <= set(done)

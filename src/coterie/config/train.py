@@ -92,6 +92,8 @@ class TrainSpec(Spec):
 class TrainConfig(Spec):
     """train.yaml: one party trains by itself."""
 
+    later_keys = frozenset({"experts_over"})
+
     model: ModelSpec = Field(description="The model.")
     data: DataSpec = Field(description="The text.")
     optim: OptimSpec = Field(default=OptimSpec(), description="The optimiser.")

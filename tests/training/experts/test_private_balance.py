@@ -188,9 +188,9 @@ def test_invariant_9_gradients_and_loads_of_a_party_are_one_gaussian_of_its_budg
     released: list[tuple[dict[str, float], set[str]]] = []
     cut = RoundNoise.cut
 
-    def seen(self, sums, **options):  # type: ignore[no-untyped-def]
+    def seen(self, sums, *more, **options):  # type: ignore[no-untyped-def]
         released.append(({name: self.std[self.part_of(name)] for name in sums}, set(sums)))
-        return cut(self, sums, **options)
+        return cut(self, sums, *more, **options)
 
     monkeypatch.setattr(RoundNoise, "cut", seen)
     config = balanced_settings("private_load", train__rounds=2)

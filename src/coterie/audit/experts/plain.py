@@ -33,6 +33,8 @@ _SCORED = 400
 _BAGS = 8
 """Pushes whose tokens are read: the recorded one, and others of the same size."""
 _FEWEST_OTHERS = 40
+_FEWEST_MEMBERS = 20
+"""Of fewer, a share of members found says nothing."""
 
 
 def places_of(case: Case, records: Sequence[Owned], count: int) -> tuple[list[Place], Tensor]:
@@ -295,7 +297,7 @@ def rates(
             f"[{area.low:.3f}, {area.high:.3f}].{more}",
         )
     ]
-    for level in (0.01, 0.001):
+    for level in (0.01, 0.001) if len(scores.member_M) >= _FEWEST_MEMBERS else ():
         hits = metrics.tpr_at(level, scores, seed=case.seed)
         if hits is not None:
             found.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from coterie.audit.figures import NOT_AUDITED
 from coterie.audit.findings import (
     Controls,
     ExpertsFigures,
@@ -103,6 +104,7 @@ def shareable(findings: Findings) -> Findings:
 def _without(figures: TokensFigures | ExpertsFigures | PrivateFigures, names: tuple[str, ...]) -> dict[str, object]:
     values = figures.model_dump() | dict.fromkeys(names, None)
     missing = {name: _WITHHELD if name in names else _UNMEASURED for name in (*figures.reasons, *names)}
+    missing |= {name: reason for name, reason in figures.reasons.items() if reason == NOT_AUDITED}
     return values | {"reasons": missing, "intervals": {}}
 
 

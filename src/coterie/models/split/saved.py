@@ -42,12 +42,13 @@ def save_model(
     with new_folder(folder) as aside:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(aside))
-        write_trainings(aside, origin)
         if spread is None:
             model.save_pretrained(str(aside))
-            check_saved(model, aside)
         else:
             write_gathered(aside, model, spread)
+        write_trainings(aside, origin)  # into the config that now lies there, too
+        if spread is None:
+            check_saved(model, aside)
 
 
 @torch.no_grad()
