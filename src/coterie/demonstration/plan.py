@@ -199,7 +199,7 @@ class DemoPlan:
     size: Size = DEFAULT_SIZE
     at_once: int = 2
     recorded: int = 2
-    audit_s: float = 45.0
+    audit_s: float = 62.0
     canaries: int = 200
     quick: bool = False
 
