@@ -1,0 +1,74 @@
+"""Runs whose experts are spread over ranks: broken records, noise, kills, checkpoints, ranks out of step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coterie.dp.noise.discrete_gaussian import calibrate
+from helpers import spread_tasks
+from helpers.comparing import relative
+from helpers.rank_processes import run_ranks, values
+
+
+def test_ranks_without_records_empty_lots_and_broken_records(tmp_path: Path) -> None:
+    options = {"lot_size": 1, "rounds": 5, "broken": 14}
+    (alone,) = values(run_ranks(1, spread_tasks.train, tmp_path / "alone", {**options, "spread": False}))
+    assert min(figures[0] for figures in alone["figures"]) == 0
+    assert sum(figures[3] for figures in alone["figures"]) > 0
+    for own in values(run_ranks(3, spread_tasks.train, tmp_path / "ranks", options)):
+        assert relative(torch.tensor(own["weights"][-1]), torch.tensor(alone["weights"][-1])) <= 1e-6
+        assert [f[::3] for f in own["figures"]] == [f[::3] for f in alone["figures"]]
+
+
+def test_noise_at_every_rank_is_seen_by_that_comparison(tmp_path: Path) -> None:
+    (alone,) = values(run_ranks(1, spread_tasks.train, tmp_path / "alone", {"spread": False, "rounds": 1}))
+    options = {"fault": "noise at every rank", "rounds": 1}
+    for own in values(run_ranks(2, spread_tasks.train, tmp_path / "ranks", options)):
+        assert relative(torch.tensor(own["weights"][0]), torch.tensor(alone["weights"][0])) > 1e-6
+
+
+def test_secret_noise_has_the_deviation_of_one_process_and_every_value_has_its_own(tmp_path: Path) -> None:
+    ranks = values(run_ranks(2, spread_tasks.noise_alone, tmp_path, {"seed": None}))
+    assert ranks[0] == ranks[1]
+    noise = torch.tensor(ranks[0], dtype=torch.float64)
+    sigma, sensitivity = values(run_ranks(1, spread_tasks.noise_needed, tmp_path / "alone"))[0]
+    expected = calibrate(sigma, sensitivity, len(noise)) / spread_tasks.LOT
+    assert float(noise.std()) == pytest.approx(expected, rel=0.05)
+    assert len(torch.unique(noise)) > 0.95 * len(noise)
+
+
+@pytest.mark.parametrize(("step", "worlds"), [("count 2|0", (1, 2, 4)), ("spool 2|0", (2,))])
+def test_invariant_8_a_run_goes_on_with_any_number_of_ranks_after_one_was_killed(
+    step: str, worlds: tuple[int, ...], tmp_path: Path
+) -> None:
+    (whole,) = values(run_ranks(1, spread_tasks.resumable, tmp_path / "whole"))
+    for world in worlds:
+        folder = tmp_path / str(world)
+        ended = run_ranks(2, spread_tasks.deadly, folder, step, patience_s=5.0)
+        assert ended[1].exit == -9
+        for own in values(run_ranks(world, spread_tasks.resumable, folder, attempt=1)):
+            assert relative(torch.tensor(own["weights"]), torch.tensor(whole["weights"])) <= 1e-6
+            assert own["counted"] in (None, whole["counted"])
+
+
+def test_a_checkpoint_of_several_ranks_is_read_by_one_with_the_whole_model(tmp_path: Path) -> None:
+    (whole,) = values(run_ranks(1, spread_tasks.resumable, tmp_path / "whole", False))
+    run_ranks(2, spread_tasks.deadly, tmp_path / "ranks", "count 3|0", patience_s=5.0)
+    (own,) = values(run_ranks(1, spread_tasks.resumable, tmp_path / "ranks", False, attempt=1))
+    assert relative(torch.tensor(own["weights"]), torch.tensor(whole["weights"])) <= 1e-6
+
+
+def test_a_rank_that_fails_in_the_middle_of_a_batch_lets_all_raise_the_same(tmp_path: Path) -> None:
+    for each in run_ranks(2, spread_tasks.failing, tmp_path):
+        assert each.error is not None
+        assert "the memory of rank 1" in each.error
+
+
+def test_a_rank_that_runs_the_model_less_often_is_named_instead_of_waited_for() -> None:
+    first, second = run_ranks(2, spread_tasks.uneven, patience_s=2.0)
+    assert first.error is not None
+    assert second.error is not None
+    assert first.error.startswith("ranks-out-of-step: rank 1 has gone on, and rank 0 waits for it")
