@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from coterie.audit.epsilon import premises
+from coterie.audit.epsilon import one_run, premises
 from coterie.audit.epsilon.subject import Subject
 from coterie.dp.noise.pooled import PooledNoise
 from helpers.epsilon_world import alarms
@@ -37,3 +37,11 @@ def test_another_share_than_the_ledger_names_is_seen(
     subject: Subject, plan: PooledNoise | None, claim: PooledNoise | None
 ) -> None:
     assert "noise" in alarms(premises.measure(shared(subject, plan, claim), seed=0, budget_s=1.0))
+
+
+def test_canaries_of_a_party_with_agreed_noise_have_a_claim_and_noise_of_their_own(subject: Subject) -> None:
+    """The audit's own small claim needs more noise than was agreed, and nobody else adds any."""
+    agreed = replace(subject, plan=replace(subject.plan, agreed_noise=0.5, pooled=SHARED))
+    runs, _ = one_run.audit(agreed, canaries=8, seed=0)
+    assert runs
+    assert all(each.claimed <= one_run.CLAIM for each in runs)

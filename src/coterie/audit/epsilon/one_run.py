@@ -96,7 +96,7 @@ def audit(
     inside = [ids for ids, head in zip(coins.canaries, coins.heads_M.tolist(), strict=True) if head]
     plan = replace(
         subject.plan, budget=Budget(min(CLAIM, claim.epsilon), claim.delta), rounds=1, lot_size=len(inside),
-        bands=None, sampler="poisson", max_lot=None, noise_multiplier=None, seed=seed,
+        bands=None, agreed_noise=None, pooled=None, sampler="poisson", max_lot=None, noise_multiplier=None, seed=seed,
     )  # fmt: skip
     rehearsal = Rehearsal(subject.model, subject.data(sequences(inside, subject.records)), plan, subject.options)
     everyone = subject.data(sequences(coins.canaries, subject.records))

@@ -18,9 +18,9 @@ Attack = Callable[[TimeBudget], list[Finding]]
 
 _SHORTEST_S = 5.0
 """Less is not begun with."""
-_ALWAYS = 2
-"""Attacks of the default adversary that are made in whatever time: under a budget text and membership, without one
-the run's own push and one of a single record."""
+_ALWAYS, _ALWAYS_PRIVATE = 2, 4
+"""Attacks that are made in whatever time: without a budget the run's own push and one of a single record, under one
+the noise, text and membership, of the default adversary."""
 _FOR_RECORDS_S = 120.0
 _OF_LOADS = 4
 """Records in a push whose loads are told."""
@@ -40,12 +40,13 @@ def attack(evidence: Evidence, *, seed: int, budget_s: float) -> list[Finding]:
     """
     case = Case(evidence, seed)
     clock = TimeBudget(budget_s)
-    jobs = _plain(case, budget_s) if evidence.privacy is None else _noised(case)
+    plainly = evidence.privacy is None
+    jobs, always = (_plain(case, budget_s), _ALWAYS) if plainly else (_noised(case), _ALWAYS_PRIVATE)
     found: list[Finding] = []
     for number, job in enumerate(jobs):
         if job.adversary is Adversary.ALL_HOSTS and case.parties_in(job.adversary) > 1:
             found.append(_unmeasured(job, "masks of the parties whose recordings are not here hide what it opens"))
-        elif number >= _ALWAYS and clock.left < _SHORTEST_S:
+        elif number >= always and clock.left < _SHORTEST_S:
             found.append(_unmeasured(job, "the time that the audit was given did not reach so far"))
         else:
             share = clock.share(job.weight / sum(each.weight for each in jobs[number:]))
@@ -113,7 +114,8 @@ def _simulated(parties: int, recorded: int, whole: int) -> list[int]:
 
 def _noised(case: Case) -> list[_Job]:
     both = Adversary.HOST_PUBLIC, Adversary.ALL_HOSTS
-    return [*(job(case, each) for each in both for job in (_token, _run)), *(_noise(case, each) for each in both)]
+    # Cheapest first: whether the noise is there at all needs a look at the sums alone.
+    return [*(_noise(case, each) for each in both), *(job(case, each) for each in both for job in (_token, _run))]
 
 
 def _next(case: Case, adversary: Adversary, lot: int, known: int = 0, round_index: int | None = None) -> _Job:
