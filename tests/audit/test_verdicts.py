@@ -284,6 +284,9 @@ def test_whom_the_claim_does_not_cover_contradicts_nothing_and_lets_no_claim_sta
     (found,) = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=True, unpromised=beyond)
     assert found.outcome is outcome
     assert "the claim is against any 1" in found.sentence
+    few = [finding(0.1, 0.001, 0.1, gain=Estimate(0.0, -0.3, 0.3, 8), adversary=Adversary.ALL_HOSTS)]
+    (open_,) = verdicts(RunKind.EXPERTS_DP, few, working(), private(), premises=True, unpromised=beyond)
+    assert "the claim is against any 1" in open_.sentence
     (covered,) = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=True)
     assert covered.outcome is (Outcome.ALARM if outcome is Outcome.OPEN else Outcome.HELD)
 

@@ -228,7 +228,7 @@ def _under_a_claim(
         promised = _promised(findings, adversary)
         if _within(promised):
             words += f" Whether a known record was used is told no better than claimed: {_widest(promised).sentence}"
-        return Outcome.UNKNOWN, words
+        return Outcome.UNKNOWN, f"{words} {beyond}".rstrip()
     words = f"Every attack stays within {100 * NEAR:.0f} points of the language model's guess."
     if beyond:
         return Outcome.UNKNOWN, f"{words} {beyond}"
