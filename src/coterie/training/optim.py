@@ -7,6 +7,7 @@ bfloat16 weight alone would lose every update smaller than about 1/256 of it.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from coterie.config import OptimSpec
 from coterie.errors import CheckpointError
 
 
-class Float32Optimizer(torch.optim.Optimizer):
+class Float32Optimizer(ABC, torch.optim.Optimizer):
     """What optimisers here have in common: everything is computed in float32.
 
     A parameter without a gradient is stepped with gradient zero: its averages fade and its decay applies, as for an
@@ -67,9 +68,9 @@ class Float32Optimizer(torch.optim.Optimizer):
                 if "master" in state:
                     param.copy_(state["master"])
 
+    @abstractmethod
     def _step_group(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> None:
         """Change the float32 weights of a group in place: masters in the states, else the parameters."""
-        raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -217,6 +218,7 @@ class SGD(Float32Optimizer):
 
 def make_optimizer(params: Iterable[Tensor], spec: OptimSpec) -> Float32Optimizer:
     """The optimiser of a set of parameters. Set its rate each round with `set_lr`."""
+    kinds: Mapping[str, Callable[[Iterable[Tensor], OptimSpec], Float32Optimizer]]
     kinds = {"adamw": AdamW, "adamw_corrected": CorrectedAdamW, "sgd": SGD}
     return kinds[spec.kind](params, spec)
 
