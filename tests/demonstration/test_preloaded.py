@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from coterie.demonstration.commands import Command, Fork, Preloaded
@@ -76,3 +79,32 @@ def test_a_process_that_is_gone_is_said(loaded: Preloaded, tmp_path: Path) -> No
     with pytest.raises(CoterieError, match="has ended") as caught:
         loaded.start(command(tmp_path))
     assert caught.value.code == "demo-process"
+
+
+def test_it_ends_with_the_demo_also_while_it_imports(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from coterie.demonstration.commands import Preloaded\n"
+        "reads, held = os.pipe()\n"
+        "print(Preloaded('helpers.told_module', Path.cwd(), os.environ, reads, Path('own.log')).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    demo = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": search_path()},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert demo.stdout is not None
+    with demo.stdout:
+        loading = psutil.Process(int(demo.stdout.readline()))
+    until(lambda: "torch" in "".join(each.path for each in loading.memory_maps()))
+    demo.kill()
+    demo.wait()
+    until(lambda: gone(loading), 2)
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

@@ -3,16 +3,18 @@
 ``python -m coterie.demonstration.preloaded MODULE [bare]`` reads one JSON object a line and answers each with one,
 under its number; ``bare``: it imports nothing. A fork runs MODULE as ``python -m`` would. No thread and no gRPC
 object exists here, so forking is safe; every secret draw of a run reads the operating system's randomness in the
-process that makes it.
+process that makes it. It ends with the process that started it, also while it imports; forks have the lifeline.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 from typing import Any
@@ -26,6 +28,17 @@ _NEEDED = (
     "coterie.training.party.process",
     "coterie.training.experts.contribution",
 )
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process, and none of its forks, when the one that started it is gone (prctl(2)).
+
+    If it was gone before, nobody asks: `serve` ends at once.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def load() -> None:
@@ -92,6 +105,7 @@ def _leave_pipes(log: str) -> None:
 
 def main() -> None:
     """Load, serve, and in a fork run the command."""
+    end_with_parent()
     module = sys.argv[1]
     if "bare" not in sys.argv[2:]:
         load()
