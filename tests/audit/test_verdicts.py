@@ -252,7 +252,7 @@ def test_an_alarm_wins_and_silence_is_inconclusive() -> None:
 def test_the_headline_has_the_worst_of_every_part() -> None:
     assert findings().headline == (
         "`tokens`: one other party reads 98.1 % of all tokens.",
-        "`experts` without a budget: one other party ranks 28.0 % of next tokens first in a sum of 16 records.",
+        "`experts` without a budget: one other party ranks 28.0 % of next tokens first in the sum of 16 records.",
         "`experts` within epsilon 8: nothing was read beyond a language model's guess.",
         "Training alone: whether a known record was used is told no better than claimed.",
     )
@@ -272,6 +272,18 @@ def test_an_adversarys_own_attack_stands_before_one_that_it_can_play_on_larger_s
         Adversary.HOST_PUBLIC: "Of two parties.",
         Adversary.ALL_HOSTS: "Of one.",
     }
+
+
+def test_a_simulated_sum_stands_for_the_run_only_where_nothing_was_read_from_its_own_and_is_called_so() -> None:
+    made_up = finding(0.9, prior=0.1, lot=8, unit=Unit.PLACES, simulated=True)
+    own = finding(0.4, 0.2, 0.25, lot=32, unit=Unit.PLACES, gain=Estimate(0.15, 0.01, 0.3, 100))
+    for some, told in (
+        ([made_up], "ranks 90.0 % of next tokens first in a simulated sum of 8 records"),
+        ([made_up, own], "ranks 40.0 % of next tokens first in the sum of 32 records"),
+    ):
+        judged_ = verdicts(RunKind.EXPERTS, some, working(), private())
+        (line,) = headline(judged_, {RunKind.EXPERTS: some}, private())
+        assert told in line
 
 
 @pytest.mark.parametrize(("read", "outcome"), [(0.6, Outcome.OPEN), (0.1, Outcome.UNKNOWN)])

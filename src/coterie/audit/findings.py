@@ -96,6 +96,7 @@ class Finding(_Model):
         name: the attack.
         layer: of the checkpoint, counted from 0; None where several or none are meant.
         lot: records in the push.
+        simulated: the push is made up of the owner's records, of another size than any that the run made.
         value: None where the sample cannot carry it; then ``reason`` says why.
         prior: what the same guesser reaches without the channel.
         gain: ``value`` minus ``prior``, paired over the same places.
@@ -114,6 +115,7 @@ class Finding(_Model):
     sentence: str
     layer: int | None = None
     lot: int | None = None
+    simulated: bool = False
     prior: Estimate | None = None
     gain: Estimate | None = None
     allowed: float | None = None

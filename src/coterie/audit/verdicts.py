@@ -360,7 +360,10 @@ def _gain_at_most(finding: Finding) -> float:
 def _foremost(read: Sequence[Finding], adversary: Adversary) -> Finding:
     """What stands for several attacks: the adversary's own before those that it can play, too; the run's own push
     before smaller ones; then the most that was read."""
-    return min(read, key=lambda f: (f.adversary is not adversary, -(f.lot or 0), READS.index(f.unit), -_value(f)))
+    return min(
+        read,
+        key=lambda f: (f.adversary is not adversary, f.simulated, -(f.lot or 0), READS.index(f.unit), -_value(f)),
+    )
 
 
 def _played(findings: Sequence[Finding], adversary: Adversary) -> bool:
@@ -457,7 +460,10 @@ def _read_at_most(findings: Sequence[Finding]) -> str:
 
 def _of_what(finding: Finding) -> str:
     """Of sums: how many records were in it."""
-    return "" if finding.lot is None else f" in a sum of {finding.lot} record{'' if finding.lot == 1 else 's'}"
+    if finding.lot is None:
+        return ""
+    made = "a simulated" if finding.simulated else "the"
+    return f" in {made} sum of {finding.lot} record{'' if finding.lot == 1 else 's'}"
 
 
 def _above(finding: Finding) -> bool:

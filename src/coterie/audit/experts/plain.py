@@ -131,6 +131,7 @@ def next_tokens(
         channel=Channel.PUSHES,
         unit=Unit.PLACES,
         lot=lot,
+        simulated=not own,
         value=value,
         prior=guessed,
         gain=metrics.advantage(right_P, prior_P, document_P, seed=case.seed),
@@ -211,9 +212,10 @@ def whole_records(case: Case, adversary: Adversary, lot: int, clock: TimeBudget)
         channel=Channel.PUSHES,
         unit=Unit.TOKENS,
         lot=lot,
+        simulated=True,
         value=value,
-        sentence=f"With nothing given, {sum(in_place)} of the {len(right_P)} tokens of {len(pushes)} pushes of {lot} "
-        f"records were read in their places; {exact} of {len(records)} records to the last token.",
+        sentence=f"With nothing given, {sum(in_place)} of the {len(right_P)} tokens of {len(pushes)} simulated "
+        f"pushes of {counted(lot)} were read in their places; {exact} of {len(records)} records to the last token.",
     )
 
 
