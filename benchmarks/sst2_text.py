@@ -67,6 +67,14 @@ def read_rows(path: Path) -> Rows:
     return Rows(texts, labels, hashlib.sha256(content).hexdigest())
 
 
+def joined(some: Sequence[Rows]) -> Rows:
+    """Files read as one; its digest is theirs, hashed."""
+    if len(some) == 1:
+        return some[0]
+    digest = hashlib.sha256(" ".join(rows.digest for rows in some).encode()).hexdigest()
+    return Rows([text for rows in some for text in rows.texts], [n for rows in some for n in rows.labels], digest)
+
+
 def data_folder(name: str, root: Path | None = None) -> Path:
     """``sst2_phrases`` or ``sst2_sentences``, under ``root``, COTERIE_TEST_DATA or shared/data beside the repository.
 

@@ -64,13 +64,13 @@ def test_the_real_files_hold_what_the_report_says(sst2: ModuleType, real_text_di
             folder = sst2.data_folder(name, real_text_dir)
         except FileNotFoundError as error:
             pytest.skip(str(error))
-        for part in ("train", *sst2.SPLITS[name].values()):
-            rows = sst2.read_rows(folder / (part if part.endswith(".tsv") else f"{part}.tsv"))
+        for part, files in {"train": (f"{folder.name}/train.tsv",), **sst2.SPLITS[name]}.items():
+            rows = sst2.joined([sst2.read_rows(folder.parent / file) for file in files])
             sizes[name, part] = len(rows)
             assert set(rows.labels) == {0, 1}
     assert sizes == {
-        ("phrases", "train"): 60614, ("phrases", "test.tsv"): 872, ("phrases", "dev.tsv"): 6735,
-        ("sentences", "train"): 6920, ("sentences", "test.tsv"): 1821,
+        ("phrases", "train"): 60614, ("phrases", "glue_dev"): 872, ("phrases", "held_out_phrases"): 6735,
+        ("phrases", "sentences"): 2693, ("sentences", "train"): 6920, ("sentences", "test"): 1821,
     }  # fmt: skip
 
 
@@ -84,12 +84,22 @@ def test_rates_rise_then_fall_and_never_reach_zero(sst2: ModuleType) -> None:
 
 
 def test_gaps_pair_the_arms_of_a_seed_and_leave_out_lone_ones(sst2: ModuleType) -> None:
-    rows = [("private", 0, 0.80), ("plain", 0, 0.85), ("plain", 1, 0.86), ("private", 1, 0.84), ("private", 2, 0.1)]
-    results = [{"settings": {}, "arm": arm, "seed": seed, "accuracy": {"test": value}} for arm, seed, value in rows]
-    others = [{"settings": {"lot": 1}, "arm": "plain", "seed": 2, "accuracy": {"test": 1.0}}]
-    found = sst2.gaps({"results": results + others}, {})
-    assert found["test"]["seeds"] == pytest.approx({0: 5.0, 1: 2.0})
-    assert found["test"]["mean"] == pytest.approx(3.5)
+    right = {
+        ("private", 0): "1" * 800 + "0" * 200, ("plain", 0): "1" * 850 + "0" * 150,
+        ("private", 1): "1" * 840 + "0" * 160, ("plain", 1): "1" * 860 + "0" * 140, ("private", 2): "0" * 1000,
+    }  # fmt: skip
+    results = [
+        {"settings": {}, "arm": arm, "seed": seed, "right": {"test": own}} for (arm, seed), own in right.items()
+    ]
+    others = [{"settings": {"lot": 1}, "arm": "plain", "seed": 2, "right": {"test": "1" * 1000}}]
+    found = sst2.gaps({"results": results + others}, {})["test"]
+    assert found["seeds"] == pytest.approx({0: 5.0, 1: 2.0})
+    assert found["mean"] == pytest.approx(3.5)
+    # The normal law's interval of the mean over records.
+    lost = [(800 <= i < 850) / 2 + (840 <= i < 860) / 2 for i in range(1000)]
+    spread = 100 * (sum((x - 0.035) ** 2 for x in lost) / 1000 / 1000) ** 0.5
+    assert found["low"] == pytest.approx(3.5 - 1.96 * spread, abs=0.05)
+    assert found["high"] == pytest.approx(3.5 + 1.96 * spread, abs=0.05)
     assert sst2.gaps({"results": results[4:]}, {}) == {}
 
 
