@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import resource
@@ -181,8 +182,8 @@ class Group:
         self._params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._optimizer = make_optimizer(self._params.values(), self._spec)
         self._runs = [
-            self._open(name, records, seed * 1000 + number, pooled, ledger)
-            for number, (name, records) in enumerate(members.items())
+            self._open(name, records, seed * 1000 + number_of(name, recipe), pooled, ledger)
+            for name, records in members.items()
         ]
         self.noise_multiplier = self._runs[0].noise_multiplier
         self._divisor = sum(run.plan.lot_size for run in self._runs)
@@ -265,7 +266,18 @@ def joined(some: Sequence[Sequences]) -> Sequences:
     return Sequences(torch.cat(tokens), torch.cat(starts), torch.cat(documents), some[0].pad_id)
 
 
+def number_of(name: str, recipe: Recipe) -> int:
+    """Of a party, the same in every arm; all text in one place is nobody's."""
+    return recipe.names.index(name) if name in recipe.names else recipe.parties
+
+
 # ---- figures ----
+
+
+def kept_alone(file: Path, recipe: Recipe, seed: int) -> Path:
+    """Where the losses of parties alone are kept, for the arms that are compared with them."""
+    name = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    return file.with_suffix(f".alone-{name}-{seed}.pt")
 
 
 def figures(work: Path, recipe: Recipe, source: Path | None, seeds: Sequence[int], file: Path) -> None:
@@ -278,7 +290,7 @@ def figures(work: Path, recipe: Recipe, source: Path | None, seeds: Sequence[int
     public = {name: evaluate(start, party.test, batch_size=64) for name, party in parties.items()}
     for seed in seeds:
         alone: dict[str, Evaluation] = {}
-        kept = file.with_suffix(f".alone-{recipe.data}-{recipe.parties}-{seed}.pt")
+        kept = kept_alone(file, recipe, seed)
         for arm in ARMS:
             if any(
                 row["recipe"] == asdict(recipe) and (row["seed"], row["arm"]) == (seed, arm) for row in rows(file)
