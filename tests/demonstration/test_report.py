@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from coterie.demonstration.plan import ARMS, make_plan
-from coterie.demonstration.plot import COLOURS, MARKERS, save_plot
+from coterie.demonstration.plot import COLOURS, MARKERS, draw
 from coterie.demonstration.report import save_report
 from coterie.demonstration.results import Figures, Promise, Results, Wire, _mean, _shares
 from coterie.demonstration.tables import tables
@@ -209,8 +211,7 @@ def test_the_warning_quotes_this_run_s_own_audit() -> None:
 
 
 def test_the_page_leads_to_the_audit_s_page(tmp_path: Path) -> None:
-    (tmp_path / "p.png").write_bytes(b"")
-    save_report(Results(**{**vars(results()), "audit": findings()}), tmp_path / "p.png", tmp_path / "report.html")
+    save_report(Results(**{**vars(results()), "audit": findings()}), b"", b"", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text("utf-8")
     assert '<a href="audit.html">' in page
     assert "one other party reads" in page
@@ -248,13 +249,18 @@ def test_tables_have_every_arm_and_party() -> None:
     assert wire.rows[0] == ("together, tokens", "102 MB", "100 MB", "1.020")
 
 
-def test_the_page_opens_on_its_verdict_and_needs_nothing_else(tmp_path: Path) -> None:
-    save_plot(private_results(), tmp_path / "losses.png")
-    save_report(results(), tmp_path / "losses.png", tmp_path / "report.html")
+def test_the_page_opens_on_its_verdict_and_picture_and_needs_nothing_else(tmp_path: Path) -> None:
+    wide, tall = draw(private_results()), draw(private_results(), tall=True)
+    save_report(results(), wide, tall, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text("utf-8").replace("\xa0", " ")
-    assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"
+    for png, upright in ((wide, False), (tall, True)):
+        assert png.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", png[16:24])
+        assert (height > width) == upright
+        assert base64.b64encode(png).decode() in page
     verdict = headline(results()).replace("`tokens`", "<code>tokens</code>")
     assert page.index(verdict) < page.index("<table")
+    assert page.index(verdict) < page.index("<picture") < page.index("What this does not protect")
     assert page.index("What this does not protect") < page.index("<table")
     assert "data:image/png;base64," in page
     assert not re.findall(r"(?:src|href)=[\"']?(?:https?:)?//", page)
@@ -262,16 +268,14 @@ def test_the_page_opens_on_its_verdict_and_needs_nothing_else(tmp_path: Path) ->
 
 def test_the_page_escapes_what_it_shows(tmp_path: Path) -> None:
     found = Results(**{**vars(results()), "subjects": dict.fromkeys(PARTIES, "<script>alert(1)</script>")})
-    (tmp_path / "p.png").write_bytes(b"")
-    save_report(found, tmp_path / "p.png", tmp_path / "report.html")
+    save_report(found, b"", b"", tmp_path / "report.html")
     assert "<script>" not in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_a_plot_without_the_arm_alone_is_drawn_too(tmp_path: Path) -> None:
+def test_a_plot_without_the_arm_alone_is_drawn_too() -> None:
     base = results()
     few = Results(**{**vars(base), "arms": {"tokens": base.arms["tokens"]}, "curves": {}, "best": {}})
-    save_plot(few, tmp_path / "losses.png")
-    assert (tmp_path / "losses.png").stat().st_size > 1000
+    assert len(draw(few)) > 1000
 
 
 def test_every_arm_has_a_look() -> None:

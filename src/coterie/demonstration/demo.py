@@ -52,15 +52,16 @@ def run_demo(plan: DemoPlan, folder: Path, screen: Screen) -> Results:
 
             findings = audited(plan, root, screen, root / AUDIT)
             screen.phase(PHASES, PHASES, "compare")
-            from coterie.demonstration.plot import save_plot
+            from coterie.demonstration.plot import draw
             from coterie.demonstration.report import save_report
             from coterie.demonstration.results import collect
 
             subjects = {party: part.subject for party, part in finished.corpus.parties.items()}
             results = collect(plan, root, subjects, screen, findings)
             write_json(root / RESULTS, results.as_json())
-            save_plot(results, root / PICTURE)
-            save_report(results, root / PICTURE, root / REPORT)
+            picture = draw(results)
+            (root / PICTURE).write_bytes(picture)
+            save_report(results, picture, draw(results, tall=True), root / REPORT)
             save_readme(plan, Folder(root, plan), root / README)
             screen.line(f"{finished.cpu_s:.0f} s of processor time in {finished.seconds:.0f} s")
             return results

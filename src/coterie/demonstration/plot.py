@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import matplotlib
 
@@ -39,23 +39,31 @@ MARKERS = {
 }
 
 
-def save_plot(results: Results, path: Path) -> None:
-    """Write the picture as PNG: one row of panels for the arms without privacy, one for the private arms."""
+def draw(results: Results, *, tall: bool = False) -> bytes:
+    """The picture as PNG: panels for the arms without privacy, then those for the private arms.
+
+    Args:
+        results: of the demo.
+        tall: panels stand below each other, for a narrow screen; otherwise three beside each other.
+    """
     groups = {False: "without privacy", True: f"each party within epsilon {results.plan.private.epsilon:g}"}
     rows = [p for p in groups if any(ARMS[arm].private == p and arm != "public" for arm in results.arms)] or [False]
-    figure = plt.figure(figsize=(13.8, 0.4 + 4.2 * len(rows)), layout="constrained")
+    size = (5.0, 0.4 + 11.2 * len(rows)) if tall else (13.8, 0.4 + 4.2 * len(rows))
+    figure = plt.figure(figsize=size, layout="constrained")
     strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for strip, private in zip(strips, rows, strict=True):
-        panels = strip.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
+        panels = strip.subplots(3, 1) if tall else strip.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
         arms = [arm for arm in results.arms if arm == "public" or ARMS[arm].private == private]
         _losses(results, arms, panels[0])
         _differences(results, arms, panels[1])
         _over_rounds(results, arms, panels[2])
         handles, labels = panels[0].get_legend_handles_labels()
-        strip.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        strip.legend(handles, labels, loc="outside lower center", ncols=2 if tall else len(labels), frameon=False)
         strip.suptitle(groups[private], fontsize=11, fontweight="bold")
-    figure.savefig(path, dpi=140)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=140)
     plt.close(figure)
+    return drawn.getvalue()
 
 
 def _losses(results: Results, arms: list[str], axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""``report.html``: one page without anything from the network, which opens on its verdict."""
+"""``report.html``: one page without anything from the network, which opens on its verdict and the picture."""
 
 from __future__ import annotations
 
@@ -18,9 +18,19 @@ _FOOTER = (
 )
 
 
-def save_report(results: Results, picture: Path, path: Path) -> None:
-    """Write the page; the picture becomes part of it."""
-    path.write_text(_page(results, picture.read_bytes()), encoding="utf-8")
+def save_report(results: Results, wide: bytes, tall: bytes, path: Path) -> None:
+    """Write the page; the picture becomes part of it, in a form for wide screens and one for narrow ones."""
+    path.write_text(_page(results, _image(wide, tall)), encoding="utf-8")
+
+
+def _image(wide: bytes, tall: bytes) -> str:
+    def inline(png: bytes) -> str:
+        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+    return (
+        f'<picture><source media="(max-width: 40rem)" srcset="{inline(tall)}">'
+        f'<img alt="Held-out loss per party and arm, and its course over the rounds" src="{inline(wide)}"></picture>'
+    )
 
 
 def _audit(results: Results) -> str:
@@ -30,7 +40,7 @@ def _audit(results: Results) -> str:
     return pages.section("What other parties could read", pages.bullets(results.audit.headline), link)
 
 
-def _page(results: Results, picture: bytes) -> str:
+def _page(results: Results, image: str) -> str:
     arms = Table(
         "what each arm trains on in a round",
         ("arm", "trains on"),
@@ -41,17 +51,14 @@ def _page(results: Results, picture: bytes) -> str:
         ("party", "subject"),
         tuple((party, results.subjects[party]) for party in results.parties),
     )
-    image = (
-        '<img alt="Held-out loss per party and arm, and its course over the rounds" '
-        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-    )
     return pages.page(
         f"coterie demo: {len(results.parties)} parties, {results.plan.rounds} rounds",
         [headline(results)],
         [
+            pages.figure("losses of every arm", image),
             pages.warning("What this does not protect", not_protected(results)),
             _audit(results),
-            pages.section("Figures", *map(pages.table, tables(results)), pages.figure("losses of every arm", image)),
+            pages.section("Figures", *map(pages.table, tables(results))),
             pages.section("What they mean", pages.bullets(meaning(results))),
             pages.section("How it was done", pages.table(subjects), pages.table(arms)),
         ],
