@@ -25,6 +25,8 @@ from coterie.ranks.ranks import Ranks
 
 SLAB = 512
 """Small enough for a tiny model to have many slabs, so that ranks share its noise."""
+PRODUCT_SLAB = discrete_gaussian._SLAB  # noqa: SLF001 - what it is outside of tests
+"""All values of a tiny model lie in one slab, of one rank."""
 LOT = 10
 BUDGET = 8.0, 1e-3
 
@@ -33,7 +35,11 @@ def quiet() -> None:
     """One thread, and no warnings about budgets of toys."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", PrivacyWarning)
-    setattr(discrete_gaussian, "_SLAB", SLAB)  # noqa: B010 - fixed in the product
+    use_slabs_of(SLAB)
+
+
+def use_slabs_of(values: int) -> None:
+    setattr(discrete_gaussian, "_SLAB", values)  # noqa: B010 - fixed in the product
 
 
 class Word(nn.Module):

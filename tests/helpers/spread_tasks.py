@@ -31,7 +31,7 @@ from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks.ranks import Ranks
 from coterie.training.loop import use_checkpointing
-from helpers.rank_tasks import BUDGET, LOT, words
+from helpers.rank_tasks import BUDGET, LOT, SLAB, use_slabs_of, words
 
 RECORDS = 10
 TOKENS = 12
@@ -267,16 +267,23 @@ def no_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return scaled_loss(model, batch) * 0.0
 
 
-def prepared(ranks: Ranks, spread: bool, lora: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+def prepared(
+    ranks: Ranks, spread: bool, lora: bool = False, frozen_trunk: bool = False
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = with_adapters(small()) if lora else small()
+    if frozen_trunk:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("experts" in name)
     if spread:
         spread_experts(model, ranks)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
-def opened(ranks: Ranks, folder: Path, *, spread: bool = True, lora: bool = False, **options: Any) -> PrivateSession:
+def opened(
+    ranks: Ranks, folder: Path, *, spread: bool = True, lora: bool = False, frozen_trunk: bool = False, **options: Any
+) -> PrivateSession:
     """A session on `words`; the experts of its model are spread over the ranks."""
-    model, optimizer = prepared(ranks, spread, lora)
+    model, optimizer = prepared(ranks, spread, lora, frozen_trunk)
     records = words(broken=options.pop("broken", None))
     loss = options.pop("loss", scaled_loss)
     chosen: dict[str, Any] = {
@@ -343,16 +350,19 @@ def noise_needed(ranks: Ranks, folder: Path) -> tuple[float, float]:
         return session.noise_multiplier, session.lot_sums.engine.sensitivity
 
 
-def resumable(ranks: Ranks, folder: Path, spread: bool = True) -> dict[str, Any]:
+def resumable(
+    ranks: Ranks, folder: Path, spread: bool = True, slab: int = SLAB, frozen_trunk: bool = False
+) -> dict[str, Any]:
     """A run that is begun or gone on with, with a checkpoint after one round; what the ledger counts at the end."""
+    use_slabs_of(slab)
     saved = folder / "saved"
     if (saved / "manifest.json").exists():
-        model, optimizer = prepared(ranks, spread)
+        model, optimizer = prepared(ranks, spread, frozen_trunk=frozen_trunk)
         session = PrivateSession.resume(
             saved, model, optimizer, words(), collated, scaled_loss, ledger=folder / "ledger", ranks=ranks
         )
     else:
-        session = opened(ranks, folder, spread=spread)
+        session = opened(ranks, folder, spread=spread, frozen_trunk=frozen_trunk)
     with session:
         for lot in session:
             session.step(lot)
@@ -362,7 +372,7 @@ def resumable(ranks: Ranks, folder: Path, spread: bool = True) -> dict[str, Any]
         return {"weights": flat(ranks, session.model), "counted": counted}
 
 
-def deadly(ranks: Ranks, folder: Path, step: str) -> dict[str, Any]:
+def deadly(ranks: Ranks, folder: Path, step: str, slab: int = SLAB, frozen_trunk: bool = False) -> dict[str, Any]:
     """`resumable`, of which the last rank is killed when it has been told what a step came to."""
     together = ranks.together
 
@@ -373,7 +383,7 @@ def deadly(ranks: Ranks, folder: Path, step: str) -> dict[str, Any]:
         return told
 
     ranks.together = deadly_together  # type: ignore[method-assign]
-    return resumable(ranks, folder)
+    return resumable(ranks, folder, slab=slab, frozen_trunk=frozen_trunk)
 
 
 def failing(ranks: Ranks, folder: Path) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from coterie import dp
 from coterie.config import ModelSpec
-from coterie.errors import ModelError, PrivacyError, RankError
+from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.errors import CheckpointError, ModelError, PrivacyError, RankError
 from coterie.models.spread.cuts import cuts_of
 from coterie.models.spread.holdings import Holdings
 from coterie.models.spread.loaded import build_spread
@@ -68,6 +69,55 @@ def test_what_some_number_of_ranks_wrote_is_read_by_any_other() -> None:
         for name in cuts_of(part):
             assert torch.equal(joined[f"{name}/exp_avg"], 2 * dict(part.named_parameters())[name])
             assert float(joined[f"{name}/step"]) == 3.0
+
+
+@pytest.mark.parametrize("trained", ["everything", "experts", "adapters"])
+def test_a_release_whose_shared_values_one_rank_owns_says_of_every_part_whose_it_is(trained: str) -> None:
+    def made() -> Any:
+        model = with_adapters(small()) if trained == "adapters" else small()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and (trained != "experts" or "experts" in name))
+        return model
+
+    whole = {name: p.detach() for name, p in made().named_parameters() if p.requires_grad}
+    pieces, ranks = list[tuple[str, Tensor]](), list[Holdings]()
+    for rank in range(2):
+        part = made()
+        spread_experts(part, Rank(rank, 2))
+        ranks.append(Holdings(part))
+        own = {name: p.detach().clone() for name, p in part.named_parameters() if name in whole}
+        slabs = Slabs(own, 1.0, ranks[-1].parts(), in_place=True)
+        numbers = slabs.owned(rank, 2)
+        slabs.keep_noised(numbers)
+        pieces += slabs.parts(numbers).items()
+    for holdings in (*ranks, Holdings(made())):
+        for order in (pieces, pieces[::-1]):
+            assert_own(holdings.joined(order), holdings, whole)
+
+
+def assert_own(joined: dict[str, Tensor], holdings: Holdings, whole: dict[str, Tensor]) -> None:
+    assert joined.keys() == whole.keys()
+    parts = holdings.parts()
+    for name, value in whole.items():
+        values = value.reshape(-1)
+        expected = values[torch.as_tensor(parts[name].places)] if holdings.is_part(name) else values
+        assert torch.equal(joined[name].reshape(-1), expected), name
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_values_of_some_experts_that_do_not_say_of_which_are_refused(world: int) -> None:
+    """As the first version of spread experts spooled them where one rank owned all shared values."""
+    part = small()
+    spread_experts(part, Rank(1, 2))
+    own = {name: p.detach() for name, p in part.named_parameters()}
+    reader = small()
+    if world > 1:
+        spread_experts(reader, Rank(0, world))
+    some = [*own.items(), *Holdings(part).own(own).items()]
+    for pieces in (some, some[::-1], [*own.items()])[: 2 if world == 1 else 3]:
+        with pytest.raises(CheckpointError, match="does not say of which experts") as caught:
+            Holdings(reader).joined(pieces)
+        assert caught.value.code == "checkpoint-experts"
 
 
 def test_more_ranks_than_experts_are_refused() -> None:

@@ -11,6 +11,7 @@ from coterie.dp.noise.discrete_gaussian import calibrate
 from helpers import spread_tasks
 from helpers.comparing import relative
 from helpers.rank_processes import run_ranks, values
+from helpers.rank_tasks import PRODUCT_SLAB, SLAB
 
 
 def test_ranks_without_records_empty_lots_and_broken_records(tmp_path: Path) -> None:
@@ -40,16 +41,26 @@ def test_secret_noise_has_the_deviation_of_one_process_and_every_value_has_its_o
     assert len(torch.unique(noise)) > 0.95 * len(noise)
 
 
-@pytest.mark.parametrize(("step", "worlds"), [("count 2|0", (1, 2, 4)), ("spool 2|0", (2,))])
+@pytest.mark.parametrize(
+    ("step", "worlds", "slab", "frozen_trunk"),
+    [
+        ("count 2|0", (1, 2, 4), SLAB, False),
+        ("spool 2|0", (2,), SLAB, False),
+        ("count 2|0", (2,), PRODUCT_SLAB, False),
+        ("spool 2|0", (2,), PRODUCT_SLAB, False),
+        ("count 2|0", (1, 2), PRODUCT_SLAB, True),
+    ],
+)
 def test_invariant_8_a_run_goes_on_with_any_number_of_ranks_after_one_was_killed(
-    step: str, worlds: tuple[int, ...], tmp_path: Path
+    step: str, worlds: tuple[int, ...], slab: int, frozen_trunk: bool, tmp_path: Path
 ) -> None:
-    (whole,) = values(run_ranks(1, spread_tasks.resumable, tmp_path / "whole"))
+    (whole,) = values(run_ranks(1, spread_tasks.resumable, tmp_path / "whole", True, slab, frozen_trunk))
     for world in worlds:
         folder = tmp_path / str(world)
-        ended = run_ranks(2, spread_tasks.deadly, folder, step, patience_s=5.0)
+        ended = run_ranks(2, spread_tasks.deadly, folder, step, slab, frozen_trunk, patience_s=5.0)
         assert ended[1].exit == -9
-        for own in values(run_ranks(world, spread_tasks.resumable, folder, attempt=1)):
+        again = run_ranks(world, spread_tasks.resumable, folder, True, slab, frozen_trunk, attempt=1)
+        for own in values(again):
             assert relative(torch.tensor(own["weights"]), torch.tensor(whole["weights"])) <= 1e-6
             assert own["counted"] in (None, whole["counted"])
 

@@ -431,7 +431,7 @@ class Slabs:
 
         The parts of consecutive ranges, one behind the other, are the whole tensors; held parts are under their keys.
         """
-        if len(numbers) == len(self):
+        if len(numbers) == len(self) and not self._held:
             return self.noised
         found: dict[str, list[Tensor]] = {}
         for each in self._shared(numbers):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from coterie.errors import CheckpointError
 from coterie.models.spread.cuts import Cut, cuts_of
 from coterie.models.spread.spread import spread_of
 from coterie.ranks.ranks import Alone, Ranks
@@ -84,15 +85,20 @@ class Holdings:
 
         Args:
             pieces: names in files and values; several under one name are one behind the other.
+
+        Raises:
+            CheckpointError: values of some experts do not say of which.
         """
         rows: dict[str, list[Tensor]] = {}
         found: dict[str, Tensor] = {}
+        in_parts = set[str]()
         for stored, piece in pieces:
             match = _SOME.fullmatch(stored)
             cut = None if match is None else self._cuts.get(_parameter(match["name"]))
             if match is None or cut is None:
                 rows.setdefault(stored, []).append(piece)
                 continue
+            in_parts.add(match["name"])
             held, of = self._held[_parameter(match["name"])], range(int(match["start"]), int(match["stop"]))
             both = range(max(held.start, of.start), min(held.stop, of.stop))
             if both:
@@ -101,9 +107,10 @@ class Holdings:
         for name, own in rows.items():
             whole = own[0] if len(own) == 1 else torch.cat([piece.reshape(-1) for piece in own])
             parameter = _parameter(name)
-            if self.is_part(parameter) and whole.numel() == self._cuts[parameter].shape().numel():
-                whole = self._cuts[parameter].part(whole, self._held[parameter])
-            found[name] = whole
+            of_all = self.is_part(parameter) and whole.numel() == self._cuts[parameter].shape().numel()
+            if name in in_parts or (self.is_part(name) and not of_all):
+                raise _nameless(name)
+            found[name] = self._cuts[parameter].part(whole, self._held[parameter]) if of_all else whole
         return found
 
     def _cut(self, name: str, own: Tensor) -> Cut | None:
@@ -117,6 +124,15 @@ class Holdings:
     def _key(self, name: str) -> str:
         held = self._held[_parameter(name)]
         return f"{name}[{held.start}:{held.stop}]"
+
+
+def _nameless(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"what was saved of `{name}` does not say of which experts it is.",
+        code="checkpoint-experts",
+        why="an earlier version wrote the parts of all ranks under one name, and one would be taken for another",
+        fix="begin the run anew in another run_dir; what it spent stays counted",
+    )
 
 
 def _parameter(name: str) -> str:
