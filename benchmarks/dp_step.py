@@ -3,12 +3,14 @@
     python benchmarks/dp_step.py --json dp_step.json
     python benchmarks/dp_step.py --shapes 4x64 --repeats 3        # short
 
-A step is forward, backward and AdamW (``foreach=False``) for every arm; for the private arms also clipping and the
-noise of every parameter. Arms: ``plain``; ``gaussian_only``, the plain step plus ``torch.randn`` of every parameter
-without clipping (the least that private training costs with ordinary floating-point noise); ours by
-``book_keeping``, by ``ghost`` and by ``auto``, these with ``isolation: fast``; ``exact``, with ``isolation: exact``;
-``loop``, one record at a time by autograd. ``opacus`` and ``opake``, with transformers' own experts and noise of
-their own, change classes of transformers for a whole process, so each is asked for in a run of its own:
+A step is forward, backward and AdamW (``foreach=False``) for every arm; for the private arms also clipping, the
+noise of every parameter, and what a session puts on disk before it steps: the noised values and the ledger's entry,
+both synced (``--no-record`` leaves these out; ``--folder`` names the disk, by default that of temporary files). Arms:
+``plain``; ``gaussian_only``, the plain step plus ``torch.randn`` of every parameter without clipping (the least that
+private training costs with ordinary floating-point noise); ours by ``book_keeping``, by ``ghost`` and by ``auto``,
+these with ``isolation: fast``; ``exact``, with ``isolation: exact``; ``loop``, one record at a time by autograd.
+``opacus`` and ``opake``, with transformers' own experts and noise of their own (neither writes anything), change
+classes of transformers for a whole process, so each is asked for in a run of its own:
 
     pip install --no-deps --target DIR opacus==1.6.0 opt_einsum optree torchopt opake==0.16.1 opake-base==0.16.1 \\
         opake-engine==0.16.1 opake-dpsgd==0.16.1 opake-optimizers==0.16.1 opake-patches==0.16.1
@@ -29,6 +31,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +41,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, Qwen3MoeConfig
 
+from coterie.dp.accounting.accountant import Mechanism
+from coterie.dp.accounting.ledger import open_ledger
+from coterie.dp.accounting.lots import LotPlan, Units, draw_lot
+from coterie.dp.accounting.releases import Pending, Releases
+from coterie.dp.accounting.spool import Spool
 from coterie.dp.clipping import Flat
 from coterie.dp.isolation.exact_engine import ExactEngine
 from coterie.dp.losses import default_loss
@@ -96,8 +104,43 @@ def batch_of(shape: str, labelled: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool = True) -> Step:
-    """One whole step of an arm; raises where the arm does not run on this model."""
+class Record:
+    """A run's ledger and spool, in a folder that is gone afterwards."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = tempfile.TemporaryDirectory(dir=folder)
+        place, run, rounds = Path(self._folder.name), "benchmark", 10**6
+        self._units, self._plan = Units.of_records(1024), LotPlan.of(1024, 32)
+        ledger = open_ledger("0" * 64, place / "ledger")
+        ledger.start_run(run, Mechanism(SIGMA, self._plan.rate), rounds)
+        self._releases, self._round = Releases(ledger, Spool(place / "spool"), run), 0
+
+    def __call__(self, noised: dict[str, Tensor]) -> None:
+        """One round: lot stored, values spooled, counted; the round before it is dropped, as without checkpoints."""
+        self._round += 1
+        pending = self._releases.begin(
+            self._round, {"parent": str(self._round)},
+            lambda _: draw_lot(self._round, self._plan, self._units, random_source(None)),
+        )  # fmt: skip
+        assert isinstance(pending, Pending)
+        self._releases.publish(pending, noised)
+        self._releases.spool.drop_releases(self._round)
+
+
+def make_step(
+    arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool = True, folder: Path | None = None,
+    recorded: bool = True,
+) -> Step:  # fmt: skip
+    """One whole step of an arm; raises where the arm does not run on this model.
+
+    Args:
+        arm: of `ARMS` or `THEIRS`.
+        model: on the device.
+        batch: on the device.
+        noise: add it; without it nothing is released, so nothing is recorded either.
+        folder: where private arms put ledger and spool; None: with the temporary files.
+        recorded: private arms of ours write both.
+    """
     if arm in THEIRS:
         if not _installed(arm):
             raise RuntimeError(f"{arm} is not installed")
@@ -106,11 +149,15 @@ def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     records = len(batch["input_ids"])
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    plain_arm = arm in ("plain", "gaussian_only")
+    record = Record(folder) if noise and recorded and not plain_arm else None
 
     def finish(sums: dict[str, Tensor]) -> None:
         if noise:
             # As a session does it: over the sums, and divided in the same pass.
             sums = add_noise(sums, SIGMA * CLIP, random_source(None), in_place=True, divisor=records)
+        if record is not None:
+            record(sums)
         for name, parameter in parameters.items():
             parameter.grad = sums[name]
         optimizer.step()
@@ -139,7 +186,7 @@ def make_step(arm: str, model: nn.Module, batch: dict[str, Tensor], noise: bool 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    if arm in ("plain", "gaussian_only"):
+    if plain_arm:
         return plain if arm == "plain" else gaussian_only
     if arm == "loop":
         return loop
@@ -223,14 +270,14 @@ def _opake(model: nn.Module, batch: dict[str, Tensor], noise: bool) -> Step:
     return step
 
 
-def measure_times(model_name: str, shape: str, repeats: int, arms: list[str], noise: bool) -> dict[str, Any]:
+def measure_times(model_name: str, shape: str, repeats: int, arms: list[str], **options: Any) -> dict[str, Any]:
     """Median seconds a step of each arm, all arms taking turns; the reason where one does not run."""
     found: dict[str, Any] = {}
     steps: dict[str, Step] = {}
     batch = batch_of(shape, model_name == "classifier")
     for arm in arms:
         try:
-            steps[arm] = make_step(arm, MODELS[model_name](), batch, noise)
+            steps[arm] = make_step(arm, MODELS[model_name](), batch, **options)
             steps[arm]()
         except Exception as error:  # other people's libraries fail in their own ways, and the report says how
             steps.pop(arm, None)
@@ -288,6 +335,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-noise", action="store_true")
+    parser.add_argument("--no-record", action="store_true", help="without spool and ledger")
+    parser.add_argument("--folder", type=Path, help="for spool and ledger")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "SHAPE", "ARM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -302,7 +351,10 @@ def main() -> None:
     }  # fmt: skip
     for model_name in options.models:
         for shape in options.shapes:
-            arms = measure_times(model_name, shape, options.repeats, options.arms, not options.no_noise)
+            arms = measure_times(
+                model_name, shape, options.repeats, options.arms,
+                noise=not options.no_noise, folder=options.folder, recorded=not options.no_record,
+            )  # fmt: skip
             for arm, figures in arms.items():
                 if "seconds" in figures and not options.no_memory:
                     figures["peak_bytes"] = peak_bytes(model_name, shape, arm)

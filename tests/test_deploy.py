@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
+from torch.distributed.run import get_args_parser
 
 from coterie.cli.app import app
 from coterie.cli.output import EXIT_STOPPED
@@ -29,6 +32,11 @@ MANIFESTS = {
 POD = MANIFESTS["Job"]["spec"]["template"]["spec"]
 UNIT = (DEPLOY / "systemd" / "coterie-party.service").read_text("utf-8")
 BATCH = (DEPLOY / "slurm" / "train.sbatch").read_text("utf-8")
+NODES = {
+    found["kind"]: found for found in yaml.safe_load_all((DEPLOY / "kubernetes" / "train.yml").read_text("utf-8"))
+}
+JOB = NODES["Job"]["spec"]
+RANKS = JOB["template"]["spec"]["containers"][0]
 COMMANDS = {
     **{name: service["command"] for name, service in SERVICES.items()},
     "kubernetes": POD["containers"][0]["args"],
@@ -117,3 +125,89 @@ def test_the_policy_of_the_cluster_lets_the_agreed_ports_through() -> None:
     assert MANIFESTS["Service"]["spec"]["ports"][0]["port"] == port
     opened = [entry["port"] for rule in MANIFESTS["NetworkPolicy"]["spec"]["ingress"] for entry in rule["ports"]]
     assert opened == [port]
+
+
+# -- one run over several nodes -------------------------------------------------------------------------------------
+
+
+def rendered(command: list[str], folder: Path, **variables: str) -> list[str]:
+    """What a script hands to torchrun, with programs of the cluster that only say what they are asked."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, content in {
+        "srun": 'while [ "$1" != torchrun ]; do shift; done; exec "$@"',
+        "scontrol": "printf '%s\\n' node-7 node-8",
+        "torchrun": "printf '%s\\n' \"$@\" > asked",
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tools / name).chmod(0o755)
+    subprocess.run(
+        command,
+        cwd=folder,
+        check=True,
+        env={**variables, "PATH": f"{tools}:{os.environ['PATH']}", "HOME": "/home/me"},
+    )
+    return (folder / "asked").read_text().splitlines()
+
+
+def on_slurm(folder: Path) -> list[str]:
+    slurm = {
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node-[7-8]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "16",
+    }
+    script = DEPLOY / "slurm" / "train-nodes.sbatch"
+    return rendered(["bash", str(script), "train.yaml", "runs/first", "4"], folder, **slurm)
+
+
+def on_kubernetes(folder: Path) -> list[str]:
+    return rendered([*RANKS["command"], *RANKS["args"]], folder)
+
+
+@pytest.mark.parametrize("render", [on_slurm, on_kubernetes])
+@pytest.mark.parametrize(("begun", "command"), [(False, ["train", "train.yaml"]), (True, ["resume", "runs/first"])])
+def test_nodes_start_one_run_and_go_on_with_it(render: Any, begun: bool, command: list[str], tmp_path: Path) -> None:
+    if begun:
+        (tmp_path / "runs/first").mkdir(parents=True)
+        (tmp_path / "runs/first/run.json").write_text("{}")
+    asked = get_args_parser().parse_args(render(tmp_path))  # torchrun's own; it raises where an option is wrong
+    assert (asked.module, asked.training_script, asked.training_script_args) == (True, "coterie", command)
+    assert (asked.nnodes, asked.max_restarts, asked.rdzv_backend) == ("2", 0, "c10d")
+    host = (
+        "node-7"
+        if render is on_slurm
+        else f"{NODES['Job']['metadata']['name']}-0.{JOB['template']['spec']['subdomain']}"
+    )
+    assert asked.rdzv_endpoint == f"{host}:29500"
+    test_what_is_started_is_a_command_with_options_that_it_has(asked.training_script_args)
+
+
+def test_pods_of_a_run_are_as_many_as_torchrun_waits_for_and_find_each_other() -> None:
+    (nodes,) = re.findall(r"--nnodes=(\d+)", RANKS["args"][0])
+    assert (JOB["completionMode"], JOB["completions"], JOB["parallelism"]) == ("Indexed", int(nodes), int(nodes))
+    service = NODES["Service"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["metadata"]["name"] == JOB["template"]["spec"]["subdomain"]
+    labels = JOB["template"]["metadata"]["labels"]
+    policy = NODES["NetworkPolicy"]["spec"]
+    assert service["spec"]["selector"] == policy["podSelector"]["matchLabels"] == labels
+    assert policy["ingress"] == [{"from": [{"podSelector": {"matchLabels": labels}}]}]
+
+
+def test_a_run_over_nodes_is_as_closed_as_a_party_and_its_folders_are_seen_by_all() -> None:
+    pod = JOB["template"]["spec"]
+    assert pod["securityContext"] == POD["securityContext"]
+    assert RANKS["securityContext"] == POD["containers"][0]["securityContext"]
+    (home,) = re.findall(r"COTERIE_HOME=(\S+)", IMAGE)
+    mounts = {mount["mountPath"]: mount["name"] for mount in RANKS["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for place in (home, RANKS["workingDir"]):
+        assert "persistentVolumeClaim" in volumes[mounts[place]]
+    claims = [
+        each
+        for each in yaml.safe_load_all((DEPLOY / "kubernetes" / "train.yml").read_text("utf-8"))
+        if each["kind"] == "PersistentVolumeClaim"
+    ]
+    assert {each["metadata"]["name"] for each in claims} == {"coterie-train", "coterie-train-ledger"}
+    assert all(each["spec"]["accessModes"] == ["ReadWriteMany"] for each in claims)

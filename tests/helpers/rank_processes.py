@@ -40,7 +40,13 @@ class Ended:
 
 
 def run_ranks(
-    world: int, task: Task, *arguments: Any, attempt: int = 0, patience_s: float = 30.0, kill_s: float = 60.0
+    world: int,
+    task: Task,
+    *arguments: Any,
+    attempt: int = 0,
+    patience_s: float = 30.0,
+    kill_s: float = 60.0,
+    join: bool = True,
 ) -> list[Ended]:
     """Run a task of `rank_tasks` as so many ranks, and wait for all of them.
 
@@ -51,19 +57,27 @@ def run_ranks(
         attempt: how often the launcher has started them before.
         patience_s: see `join_ranks`.
         kill_s: a rank that has not ended so long after the one before it is killed.
+        join: join the ranks for the task; else it is called with the arguments alone.
     """
     _start_server()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     variables = {
         "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
-        "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        "TORCHELASTIC_RESTART_COUNT": str(attempt), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     started = []
     for rank in range(world):
         here, there = SERVER.Pipe()
         process = SERVER.Process(
-            target=_be_rank, args=(variables | {"RANK": str(rank)}, patience_s, there, task, arguments)
+            target=_be_rank,
+            args=(
+                variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                patience_s if join else None,
+                there,
+                task,
+                arguments,
+            ),
         )
         process.start()
         there.close()
@@ -104,12 +118,15 @@ def values(ended: Sequence[Ended]) -> list[Any]:
 
 
 def _be_rank(
-    variables: dict[str, str], patience_s: float, told: Connection, task: Task, arguments: tuple[Any, ...]
+    variables: dict[str, str], patience_s: float | None, told: Connection, task: Task, arguments: tuple[Any, ...]
 ) -> None:
     os.environ.update(variables)
     rank_tasks.quiet()
     try:
         ranks: Ranks
+        if patience_s is None:
+            told.send((task(*arguments), None))
+            return
         with dp.join_ranks(patience_s=patience_s) as ranks:
             told.send((task(ranks, *arguments), None))
     except Exception as error:

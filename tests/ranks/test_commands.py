@@ -96,16 +96,21 @@ def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(tmp_
 
 
 @pytest.mark.slow
-def test_experts_over_two_ranks_train_evaluate_resume_and_export_what_one_process_does(tmp_path: Path) -> None:
+def test_experts_over_two_ranks_of_torchrun_train_evaluate_and_export_what_one_process_does(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("the cough and the knee\n" * 9)
     data = settings(tmp_path).data.model_copy(update={"test": (tmp_path / "test.txt",)})
     alone = settings(tmp_path, "alone", data=data)
     dump_yaml(tmp_path / "both.yaml", settings(tmp_path, "both", data=data, experts_over=2))
     ended = subprocess.run(
-        [sys.executable, "-m", "coterie", "train", "both.yaml", "--json", "both.json"],
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "127.0.0.1:0", "-m", "coterie", "train", "both.yaml", "--json", "both.json",
+        ],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("PRIVACY STATEMENT") == 1
+    assert len(list(tmp_path.glob("ledger-both/*/ledger.jsonl"))) == 1
     result = start(alone)
     found = json.loads((tmp_path / "both.json").read_text())
     assert found["privacy"]["epsilon"] == result.privacy["epsilon"]

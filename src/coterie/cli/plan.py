@@ -37,6 +37,10 @@ def command(
             min=2, help="With --records: also what the proposed lots take, by made-up records of so many tokens."
         ),
     ] = None,
+    device_gib: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="With a train.yaml: memory of a device, in GiB; default: of this machine's."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
     ] = None,
@@ -48,7 +52,8 @@ def command(
     records equally often, so that all need the same noise; with --sequence-length what that takes
     here. For a train.yaml: what `coterie train --dry-run` says, what other lots and budgets would mean, and what
     a round takes on this machine and holds at its peak, activations included, from a short calibration with
-    models of few layers on synthetic records.
+    models of few layers on synthetic records; and whether one device, records over several, or experts over several
+    suits it.
 
     Example:
         coterie plan federation.yaml
@@ -56,6 +61,7 @@ def command(
         coterie plan federation.yaml --records alder=1583 --records birch=1100 --records cedar=1155
         coterie plan --preset Qwen3-30B-A3B --parties 4
         coterie plan train.yaml
+        coterie plan train.yaml --device-gib 80
     """
     from coterie.cli.output import big, say, size, table, write_json
     from coterie.config import FederationConfig, TrainConfig, load_yaml
@@ -72,7 +78,8 @@ def command(
     if settings is not None and names_setting(settings, "data"):  # one party's training; a federation names no text
         from coterie.cli.training_progress import settled_lot, show_plan
 
-        show_plan(settled_lot(load_yaml(settings, TrainConfig)), json_file, others=True)
+        given = None if device_gib is None else round(device_gib * 2**30)
+        show_plan(settled_lot(load_yaml(settings, TrainConfig)), json_file, others=True, device_bytes=given)
         return
     federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
     plan = make_plan(federation, numbers_of(records or ()))

@@ -18,6 +18,7 @@ from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
 from coterie.training.planning.forecast import Forecast
 from coterie.training.planning.noise_bands import advice
+from coterie.training.planning.ways import choose, memory_here
 from coterie.training.single import auto_lot
 from coterie.training.single.previewed import preview
 from coterie.training.single.run import RunResult, Watch
@@ -58,8 +59,17 @@ def settled_lot(config: TrainConfig) -> TrainConfig:
     return found
 
 
-def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = False) -> None:
-    """What a run of these settings is and will cost; with other lots and budgets, where these are asked for."""
+def show_plan(
+    config: TrainConfig, json_file: Path | None, *, others: bool = False, device_bytes: int | None = None
+) -> None:
+    """What a run of these settings is and will cost; with other lots and budgets, where these are asked for.
+
+    Args:
+        config: the settings.
+        json_file: for the figures.
+        others: also say what other settings would mean.
+        device_bytes: memory of a device; None: of this machine's.
+    """
     found = preview(config, others=others)
     say(
         f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts; weights, gradients and "
@@ -81,6 +91,12 @@ def show_plan(config: TrainConfig, json_file: Path | None, *, others: bool = Fal
         )
         models = f"{few} and {more} of {layers} layers" if few < layers else "random weights"
         say(f"(measured on synthetic records with {models})")
+    if config.privacy is not None and found.calibration is not None:
+        activations = max(0, found.calibration.peak_bytes - found.state_bytes)
+        chosen = choose(
+            found.state_bytes, found.expert_share, found.experts, device_bytes or memory_here(), activations
+        )
+        say(f"of devices with {size(chosen.device_bytes)}: {chosen.words()} ({size(chosen.rank_bytes)} at each)")
     if config.privacy is not None and found.privacy is not None:
         _warn(config.privacy)
         announce(found.privacy)

@@ -1,8 +1,8 @@
 """Private training for people who live in `transformers.Trainer`. Names are loaded when they are first used.
 
 `coterie.hf.trainer` is a Trainer whose steps are rounds of a private session; `coterie.hf.arguments` is what it is
-told and what it refuses; `coterie.hf.choices` keeps private figures from deciding anything; `coterie.hf.extras` names
-what is not installed.
+told and what it refuses; `coterie.hf.choices` keeps private figures from deciding anything; `coterie.hf.shared` makes
+one trainer of a launcher's processes; `coterie.hf.extras` names what is not installed.
 """
 
 from __future__ import annotations

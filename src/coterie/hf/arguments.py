@@ -221,11 +221,17 @@ def _check_machine(args: TrainingArguments) -> None:
     for name, why in refused.items():
         if getattr(args, name):
             _refuse(f"{name} is set", why, f"leave {name} off; bf16 and activation checkpointing are fine")
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         _refuse(
-            f"{max(args.world_size, args.n_gpu)} devices would share a batch",
-            "each would sample, clip and noise on its own",
+            f"{args.n_gpu} devices of one process would share a batch",
+            "torch would split each batch among them without saying which record went where",
             "train on one device (CUDA_VISIBLE_DEVICES=0)",
+        )
+    if args.save_on_each_node and args.world_size > 1:
+        _refuse(
+            "save_on_each_node is set",
+            "a checkpoint holds what rank 0 knows of the run, and all ranks go on from the same one",
+            "leave it off, and let output_dir be a folder that all nodes see",
         )
 
 
@@ -233,14 +239,15 @@ def check_accelerator(accelerator: Any) -> None:
     """Refuse what is in effect and was not asked for in the arguments: a launcher's variables, plugins.
 
     Raises:
-        PrivacyError: fp16, several processes, accumulation, compiled or sharded models.
+        PrivacyError: fp16, accumulation, compiled or sharded models.
     """
     state = accelerator.state
+    parallel = getattr(accelerator, "parallelism_config", None)
     found = {
         "fp16 or fp8 (ACCELERATE_MIXED_PRECISION)": state.mixed_precision in ("fp16", "fp8")
         or getattr(accelerator, "scaler", None) is not None,
         "gradient accumulation": accelerator.gradient_accumulation_steps != 1,
-        "several processes": accelerator.num_processes > 1,
+        "a parallelism_config": parallel is not None and parallel.total_size > 1,
         "DeepSpeed": getattr(state, "deepspeed_plugin", None) is not None,
         "FSDP": getattr(state, "fsdp_plugin", None) is not None,
         "Megatron": getattr(state, "megatron_lm_plugin", None) is not None,

@@ -7,9 +7,11 @@ import math
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from copy import copy
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers.trainer
@@ -34,10 +36,19 @@ from coterie.dp.stepping import momentum_of
 from coterie.errors import CheckpointError, PrivacyError
 from coterie.hf.arguments import PrivacyArguments, check_accelerator, check_arguments, check_callbacks
 from coterie.hf.choices import WatchedCallbacks, check_scheduler, refusal
+from coterie.hf.shared import (
+    STATE,
+    Cost,
+    begun_checkpoint,
+    failing_together,
+    hand_out_weights,
+    note_run,
+    was_started_again,
+)
 from coterie.models.split.trainings import trainings_of, write_trainings
+from coterie.ranks.processes import join_ranks
+from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.training.folders import close_to_others, kept_private, public_folder
-
-_STATE = "private_session"
 
 _DRAWN_HERE = (
     "get_train_dataloader", "_get_train_sampler", "_get_dataloader", "get_batch_samples", "_prepare_inputs",
@@ -68,7 +79,7 @@ class _StopWhenSpent(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         session = self._trainer.session
-        if session is not None and session.releases.remaining <= 0 and session.round < session.privacy_plan.rounds:
+        if session is not None and session.remaining <= 0 and session.round < session.privacy_plan.rounds:
             control.should_training_stop = not session.has_release()
         return control
 
@@ -79,6 +90,10 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     Every optimizer step uses one Poisson lot of ``privacy.lot_size`` expected records, each record's gradient
     clipped, and noise from the operating system; the privacy ledger counts it. Evaluation, prediction, saving,
     checkpoints, callbacks and schedules work as in Trainer. Losses in the logs are called ``loss_not_private``.
+
+    Under ``torchrun`` or ``accelerate launch`` all processes share every lot: ``per_device_train_batch_size`` is the
+    physical batch of one, ``lot_size`` is of all together. Processes that the launcher starts again go on from the
+    newest checkpoint.
 
     Args:
         privacy: `PrivacyArguments`, or a mapping of them.
@@ -102,6 +117,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, privacy: PrivacyArguments | Mapping[str, Any], **kwargs: Any) -> None:
         self.privacy = PrivacyArguments.of(privacy)
         self.session: PrivateSession | None = None
+        self._cost: Cost | None = None
         self._logged_losses: list[float] = []
         super().__init__(*args, **kwargs)
         self._check_again()
@@ -176,6 +192,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
     # -- what Trainer calls ----------------------------------------------------------------------------------------
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer; no model is wrapped to add up gradients, as ranks meet in the session."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
     def add_callback(self, callback: Any) -> None:
         check_callbacks([callback], self.privacy)
         super().add_callback(callback)
@@ -185,23 +206,46 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         return DataLoader(_Rounds(self._rounds_per_epoch()), batch_size=1)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train within the budget, or go on from a checkpoint: nothing that was released is computed again."""
-        found: str | None = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
-        if resume_from_checkpoint is True:
-            found = get_last_checkpoint(self.args.output_dir)
-            if found is None:
-                raise CheckpointError(
-                    f"{self.args.output_dir} holds no checkpoint.",
-                    code="hf-no-checkpoint",
-                    fix="start with train(), or name a checkpoint folder",
-                )
+        """Train within the budget, or go on from a checkpoint: nothing that was released is computed again.
+
+        Where a launcher starts the processes again after one has failed, and nothing else is asked for, this goes on
+        with the run that they had begun.
+        """
+        output_dir = Path(self.args.output_dir)
         self._check_again()
-        with kept_private(Path(self.args.output_dir)) as private:
+        ranks: Ranks = join_ranks() if self.args.world_size > 1 else ranks_or_alone(None)
+        with ranks, failing_together(ranks), ExitStack() as opened:
+            with ranks.all_well("the output folder"):
+                private = opened.enter_context(kept_private(output_dir))
+            found = ranks.tell("where to begin", lambda: self._beginning(resume_from_checkpoint, private))
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, TensorBoardCallback) and callback.tb_writer is None:
                     callback.logging_dir = str(private / "tensorboard")
-            with self._open(Path(found) if found else None) as self.session:
-                return super().train(found, *args, **kwargs)
+            self.session = opened.enter_context(self._open(Path(found) if found else None, ranks))
+            self._cost = Cost(ranks, self.session)
+            ranks.tell("the run's note", partial(note_run, private, self.session))
+            result = super().train(found, *args, **kwargs)
+            self._cost.tell_statement()
+            self._cost.tell_spent()
+            return result
+
+    def _beginning(self, asked: str | bool | None, private: Path) -> str | None:
+        """The checkpoint to go on from; None for a new run."""
+        if isinstance(asked, str):
+            return asked
+        if asked is None and was_started_again():
+            return begun_checkpoint(private)
+        if not asked:
+            note_run(private, None)
+            return None
+        found: str | None = get_last_checkpoint(self.args.output_dir)
+        if found is None:
+            raise CheckpointError(
+                f"{self.args.output_dir} holds no checkpoint.",
+                code="hf-no-checkpoint",
+                fix="start with train(), or name a checkpoint folder",
+            )
+        return found
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; a schedule of a subclass's own is looked at too."""
@@ -236,12 +280,13 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             card: as for ``create_model_card``.
 
         Returns:
-            The folder; nothing else is in it.
+            The folder; nothing else is in it. Of several processes the first one writes it.
 
         Raises:
             PrivacyError: nothing was trained, or the run was seeded and is not private.
         """
         statement = self.statement()
+        folder = public_folder(Path(self.args.output_dir))
         if not statement.private:
             raise PrivacyError(
                 "the run was seeded, so its model is not private.",
@@ -249,7 +294,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
                 why="whoever knows the seed can take the noise away",
                 fix="train without a seed before publishing",
             )
-        folder = public_folder(Path(self.args.output_dir))
+        if not self.is_world_process_zero():
+            return folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
         self._save(str(folder))
@@ -287,6 +333,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             PrivacyError: as `publish`.
         """
         folder = self.publish(**kwargs)
+        if not self.is_world_process_zero():
+            return None
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -301,11 +349,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One round: noisy mean gradients are in ``.grad`` afterwards; Trainer steps the optimizer."""
-        assert self.session is not None
+        session = self._opened()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        self.session.put_gradients()
-        figures = self.session.last
+        session.put_gradients()
+        figures = session.last
         loss = figures.loss if figures is not None else math.nan
         self._logged_losses.append(loss)
         return torch.tensor(loss, device=self.args.device)
@@ -324,14 +372,14 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         for name in ("loss", "train_loss"):
             if name in logs:
                 logs[f"{name}_not_private"] = logs.pop(name)
-        if self.session is not None and ("learning_rate" in logs or "train_runtime" in logs):
-            logs["epsilon"] = self.session.spent().epsilon
+        if self.is_in_train and self._cost is not None and ("learning_rate" in logs or "train_runtime" in logs):
+            logs["epsilon"] = self._cost.tell_spent().epsilon
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As in Trainer, with what the model was trained under beside it, for whoever starts from it."""
         super()._save(output_dir, state_dict)
-        if self.session is not None:
+        if self.session is not None and self.args.should_save:
             trainings = (*trainings_of(self.model), self.session.training())
             write_trainings(Path(output_dir or self.args.output_dir), trainings)
 
@@ -339,7 +387,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         if self.session is not None:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            self.session.save_state(folder / _STATE)
+            self.session.save_state(folder / STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in Trainer, except that stacked experts are loaded too.
@@ -374,7 +422,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         Raises:
             PrivacyError: before `train`.
         """
-        return self._opened().spent()
+        return self._cost_so_far().spent()
 
     def statement(self) -> Statement:
         """The privacy statement as of now; ``str()`` of it is for people.
@@ -382,14 +430,13 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         Raises:
             PrivacyError: before `train`.
         """
-        return self._opened().statement()
+        return self._cost_so_far().statement()
+
+    def _cost_so_far(self) -> Cost:
+        return self._cost if self._cost is not None else _untrained()
 
     def _opened(self) -> PrivateSession:
-        if self.session is None:
-            raise PrivacyError(
-                "nothing was trained yet, so nothing was spent.", code="hf-not-trained", fix="call train() first"
-            )
-        return self.session
+        return self.session if self.session is not None else _untrained()
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -427,11 +474,12 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             return collate
         return lambda items: collate([{k: v for k, v in item.items() if k != column} for item in items])
 
-    def _open(self, checkpoint: Path | None) -> PrivateSession:
+    def _open(self, checkpoint: Path | None, ranks: Ranks) -> PrivateSession:
         """The session of this run, new or as a checkpoint left it; makes the optimizer that it watches."""
         privacy, args = self.privacy, self.args
         checked_length(self.train_dataset)
         self._move_model_to_device(self.model, args.device)
+        hand_out_weights(self.model, ranks)
         self.create_optimizer()
         records = self._records()
         collate = self._collator()
@@ -444,11 +492,12 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             options = ComputeOptions(privacy.method, args.per_device_train_batch_size).repeatable(plan.seed)
             return start_session(
                 self.model, self.optimizer, data, plan, options, loss_fn=privacy.loss_fn,
-                provenance=privacy.provenance, ledger=privacy.ledger,
+                provenance=privacy.provenance, ledger=privacy.ledger, ranks=ranks,
             )  # fmt: skip
         session = PrivateSession.resume(
-            checkpoint / _STATE, self.model, self.optimizer, records, collate, privacy.loss_fn, ledger=privacy.ledger,
+            checkpoint / STATE, self.model, self.optimizer, records, collate, privacy.loss_fn, ledger=privacy.ledger,
             digest=digest, users=self._users(), clipping=privacy.clipping, method=privacy.method, state_only=True,
+            ranks=ranks,
         )  # fmt: skip
         if session.privacy_plan.rounds != self._rounds():
             session.close()
@@ -459,3 +508,9 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
                 fix="keep max_steps, num_train_epochs and lot_size as they were, or start a new run",
             )
         return session
+
+
+def _untrained() -> NoReturn:
+    raise PrivacyError(
+        "nothing was trained yet, so nothing was spent.", code="hf-not-trained", fix="call train() first"
+    )

@@ -90,6 +90,10 @@ class ProcessRanks(Ranks):
         ), joint=True)  # fmt: skip
         return arrived
 
+    def check_others(self) -> None:
+        with _store_stays("looking at the others"):
+            self._ahead()
+
     def close(self, failure: BaseException | None = None) -> None:
         if self._left:
             return

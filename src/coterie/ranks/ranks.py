@@ -86,6 +86,14 @@ class Ranks(ABC):
         """
 
     @abstractmethod
+    def check_others(self) -> None:
+        """Look, without waiting, whether another rank has failed; for what ends where a connection was cut.
+
+        Raises:
+            CoterieError: what it failed with.
+        """
+
+    @abstractmethod
     def close(self, failure: BaseException | None = None) -> None:
         """Leave the other ranks; they raise what this one failed with."""
 
@@ -152,6 +160,8 @@ class Alone(Ranks):
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         return rows
+
+    def check_others(self) -> None: ...
 
     def close(self, failure: BaseException | None = None) -> None: ...
 

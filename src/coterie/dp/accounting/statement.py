@@ -88,6 +88,23 @@ class Statement:
         data["copies"] = [[size, _finite(eps)] for size, eps in self.copies]
         return data
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Statement:
+        """What `to_json` gave."""
+        several = ("counted", "seeded_runs", "not_covered", "revealed")
+        return cls(
+            **{
+                **values,
+                **{name: tuple(values[name]) for name in several},
+                "budget": Budget(**values["budget"]),
+                "spent": _spent(values["spent"]),
+                "lifetime": _spent(values["lifetime"]),
+                "copies": tuple((size, _or_infinite(eps)) for size, eps in values["copies"]),
+                "pooled": PooledNoise.from_json(values["pooled"]),
+                "against": tuple((others, _spent(spent)) for others, spent in values["against"]),
+            }
+        )
+
     def __str__(self) -> str:
         sampling = f"{self.sampler.replace('_', ' ')} sampling at rate {self.sampling_rate:.5g}"
         if self.limit is not None:
@@ -189,6 +206,14 @@ class Statement:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _spent(values: Mapping[str, Any]) -> Spent:
+    return Spent(_or_infinite(values["epsilon"]), values["delta"])
 
 
 def _shown(value: float) -> str:

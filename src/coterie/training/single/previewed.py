@@ -29,6 +29,7 @@ class Preview:
         state_bytes: weights, gradients and AdamW's moments, on the device; activations come on top.
         sequences, tokens: prepared, and predicted in them.
         rounds: planned.
+        experts: of each MoE layer.
         privacy: what it will spend; None without a budget.
         choices: what other lots and budgets would mean.
         bands: what noise in bands would.
@@ -42,6 +43,7 @@ class Preview:
     tokens: int
     rounds: int
     privacy: Forecast | None
+    experts: tuple[int, ...] = ()
     choices: tuple[Choice, ...] = ()
     bands: tuple[BandsChoice, ...] = ()
     calibration: Calibration | None = None
@@ -70,7 +72,8 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     records = tokenize(documents, data, tokenizer)
     if data.test:
         tokenize(read_documents(data.test, data), data, tokenizer)
-    experts = sum(param.numel() for layer in expert_layers(model) for param in layer.parameters().values())
+    layers = expert_layers(model)
+    experts = sum(param.numel() for layer in layers for param in layer.parameters().values())
     whole = sum(param.numel() for param in model.parameters())
     shape = Shape(whole - experts, experts, 1, 1, compute_bytes=torch_dtype(config.model).itemsize)
     spending, other, bands = None, list[Choice](), list[BandsChoice]()
@@ -82,7 +85,7 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
             bands = bands_choices(plan, spending.units, config.optim.momentum)
     return Preview(
         whole, shape.expert_share, whole * shape.trained_bytes, len(records), records.predicted_tokens,
-        config.train.rounds, spending, tuple(other), tuple(bands),
+        config.train.rounds, spending, tuple(layer.num_experts for layer in layers), tuple(other), tuple(bands),
         calibrate(config, tokenizer, records) if others else None,
     )  # fmt: skip
 
