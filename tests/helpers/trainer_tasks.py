@@ -24,7 +24,7 @@ def rows(count: int = 24) -> list[dict[str, Tensor]]:
 
 
 class Collating:
-    """Stacks items, and knows the largest number of them."""
+    """Stacks items, and knows the largest number of them since training began."""
 
     def __init__(self) -> None:
         self.most = 0
@@ -34,15 +34,18 @@ class Collating:
         return rank_tasks.stacked(items)
 
 
-class Fails(TrainerCallback):
+class Watches(TrainerCallback):
     """Ends one process in its third step, the first time that the launcher has started it."""
 
-    def __init__(self, rank: int | None) -> None:
-        self.rank = rank
+    def __init__(self, fails: int | None, collating: Collating) -> None:
+        self.fails, self.collating = fails, collating
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collating.most = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if first and state.global_step == 3 and os.environ.get("RANK") == str(self.rank):
+        if first and state.global_step == 3 and os.environ.get("RANK") == str(self.fails):
             raise ValueError("the callback of this rank")
 
 
@@ -57,14 +60,14 @@ def made(folder: Path, fails: int | None = None, seed: int | None = 7, **options
         "report_to": [], "save_strategy": "steps", "save_steps": 2, "use_cpu": True, "disable_tqdm": True,
         "max_grad_norm": 0,
     }  # fmt: skip
-    epsilon, delta = rank_tasks.BUDGET
+    (epsilon, delta), collating = rank_tasks.BUDGET, Collating()
     return PrivateTrainer(
         model,
         TrainingArguments(str(folder / "out"), **arguments | options),
         train_dataset=rows(),
         eval_dataset=rows(5),
-        data_collator=Collating(),
-        callbacks=[Fails(fails)],
+        data_collator=collating,
+        callbacks=[Watches(fails, collating)],
         privacy={
             "epsilon": epsilon, "delta": delta, "lot_size": LOT, "clip_norm": 0.5, "ledger": folder / "ledger",
             "seed": seed, "provenance": {"weights": "public"},
@@ -83,12 +86,12 @@ def train(folder: Path, fails: int | None = None, **options: Any) -> dict[str, A
         "weights": {name: p.tolist() for name, p in trainer.model.named_parameters()},
         "wrapped": trainer.model_wrapped is not trainer.model,
         "most": most,
+        "private": str(folder / "out/private"),
         "evaluated": evaluation["eval_loss"],
         "statement": str(trainer.statement()),
         "spent": trainer.spent().epsilon,
         "losses": [entry["loss_not_private"] for entry in trainer.state.log_history if "loss_not_private" in entry],
         "epsilons": [entry["epsilon"] for entry in trainer.state.log_history if "epsilon" in entry],
-        "run": trainer.session.run,
     }
 
 

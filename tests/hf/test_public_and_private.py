@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.trainer
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback
 
@@ -232,7 +233,7 @@ def test_trials_are_not_chosen_by_a_metric(tmp_path: Path) -> None:
         ("deepspeed_plugin", object(), "DeepSpeed"),
         ("fsdp_plugin", object(), "FSDP"),
         ("scaler", object(), "fp16"),
-        ("num_processes", 2, "several processes"),
+        ("parallelism_config", ParallelismConfig(tp_size=2), "a parallelism_config"),
         ("gradient_accumulation_steps", 4, "gradient accumulation"),
     ],
 )
@@ -244,7 +245,7 @@ def test_what_a_launcher_set_up_is_refused(tmp_path: Path, name: str, value: Any
         mixed_precision, deepspeed_plugin, fsdp_plugin, dynamo_plugin = "no", None, None, Plugin()
 
     class Accelerator:
-        state, scaler, num_processes, gradient_accumulation_steps = State(), None, 1, 1
+        state, scaler, parallelism_config, gradient_accumulation_steps = State(), None, None, 1
 
     check_accelerator(Accelerator())
     setattr(Accelerator.state if hasattr(State, name) else Accelerator, name, value)

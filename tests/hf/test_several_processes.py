@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coterie.hf.shared import begun_checkpoint
 from helpers import trainer_tasks
 from helpers.comparing import relative
 from helpers.rank_processes import Ended, run_ranks, values
@@ -66,14 +67,16 @@ def test_a_process_that_fails_ends_all_with_its_error_and_started_again_they_go_
     assert len(entries(tmp_path, "release")) == trainer_tasks.ROUNDS
 
 
-def test_a_run_that_others_began_in_the_folder_is_not_gone_on_with(tmp_path: Path) -> None:
-    (first,) = values(launched(1, trainer_tasks.train, tmp_path))
-    marker = tmp_path / "out/private/trainer.json"
-    assert json.loads(marker.read_text()) == {"run": first["run"]}
-    marker.write_text(json.dumps({"run": "another"}))
-    (again,) = values(launched(1, trainer_tasks.train, tmp_path, attempt=1))
-    assert again["run"] != first["run"]
-    assert len(entries(tmp_path, "run")) == 2
+def test_only_whole_checkpoints_of_the_run_that_was_begun_are_gone_on_with(alone: dict[str, Any]) -> None:
+    private = Path(alone["private"])
+    newest, earlier = (str(private.parent / f"checkpoint-{step}") for step in (4, 2))
+    assert begun_checkpoint(private) == newest
+    Path(newest, "private_session").rename(private / "aside")  # as a kill leaves it that came before the last file
+    assert begun_checkpoint(private) == earlier
+    (private / "trainer.json").write_text(json.dumps({"run": "another"}))
+    assert begun_checkpoint(private) is None
+    (private / "trainer.json").unlink()
+    assert begun_checkpoint(private) is None
 
 
 def test_only_the_first_process_publishes(tmp_path: Path) -> None:

@@ -43,19 +43,20 @@ class Cost:
 
     def __init__(self, ranks: Ranks, session: PrivateSession) -> None:
         self._ranks, self._session = ranks, session
-        self._spent, self._statement = self.tell_spent(), self.tell_statement()
+        self._statement: Statement
+        self._spent = self.tell_spent()
+        self.tell_statement()
 
     def tell_spent(self) -> Spent:
         """What it spent until now; called by all ranks."""
-        spent = self._ranks.tell("what was spent", lambda: vars(self._session.spent()))
-        self._spent = Spent(**spent)
+        self._spent = Spent(**self._ranks.tell("what was spent", lambda: vars(self._session.spent())))
         return self._spent
 
-    def tell_statement(self) -> Statement:
-        """Its statement as of now; called by all ranks."""
-        values = self._ranks.tell("the statement", lambda: self._session.statement().to_json())
-        self._statement = Statement.from_json(values)
-        return self._statement
+    def tell_statement(self) -> None:
+        """Let the others know its statement as of now; called by all ranks."""
+        if self._ranks.world > 1:
+            values = self._ranks.tell("the statement", lambda: self._session.statement().to_json())
+            self._statement = Statement.from_json(values)
 
     def spent(self) -> Spent:
         """What it spent, as far as this rank knows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from coterie.dp.accounting.accountant import Mechanism
-from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.budget import Budget, Spent
 from coterie.dp.accounting.ledger import open_ledger
 from coterie.dp.accounting.lots import Units
 from coterie.dp.accounting.run_entry import RunStart
@@ -111,3 +112,11 @@ def test_a_run_does_not_go_on_with_another_share_of_the_noise_than_its_entry_say
     if as_written is not None:
         with pytest.raises(LedgerError, match="the pooled of run"):
             start.check(ledger, "run")
+
+
+@pytest.mark.parametrize("facts", [{}, {"pooled": PooledNoise(4, 2).to_json()}, {"pooled": PooledNoise(3).to_json()}])
+def test_a_statement_is_the_same_after_json(tmp_path: Path, facts: dict):
+    made = replace(statement(tmp_path, **facts), lifetime=Spent(math.inf, BUDGET.delta), copies=((2, math.inf),))
+    read = Statement.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
+    assert read == made
+    assert str(read) == str(made)
