@@ -28,11 +28,13 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,8 +110,8 @@ class Record:
     """A run's ledger and spool, in a folder that is gone afterwards."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = tempfile.TemporaryDirectory(dir=folder)
-        place, run, rounds = Path(self._folder.name), "benchmark", 10**6
+        place, run, rounds = Path(tempfile.mkdtemp(dir=folder)), "benchmark", 10**6
+        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
         self._units, self._plan = Units.of_records(1024), LotPlan.of(1024, 32)
         ledger = open_ledger("0" * 64, place / "ledger")
         ledger.start_run(run, Mechanism(SIGMA, self._plan.rate), rounds)
