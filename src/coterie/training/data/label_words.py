@@ -106,15 +106,17 @@ def _written(prompt: str, text: str, most: int, tokenizer: PreTrainedTokenizerBa
         ids: list[int] = tokenizer(prompt.replace("{text}", kept), verbose=False)["input_ids"]
         if tokenizer.mask_token is None and ids[-1:] == [tokenizer.eos_token_id]:
             ids = ids[:-1]  # the word comes before the end of the text
-        if len(ids) <= most:
+        if 0 < len(ids) <= most:
             return ids
         if not kept:
             raise DataError(
-                "`data.label_words.prompt` alone is longer than a sequence.",
+                "`data.label_words.prompt` alone is longer than a sequence, or no token at all.",
                 code="data-prompt-long",
-                fix="set data.sequence_length to more, or write a shorter prompt",
+                why="the text is cut so that the prompt stays whole, and the word is predicted from what is before it",
+                fix="set data.sequence_length to more, or write another prompt",
             )
         places = tokenizer(kept, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [last for _, last in places["offset_mapping"]]
-        left = len(ends) - (len(ids) - most)
-        kept = kept[: ends[left - 1]] if left > 0 else ""
+        fitting = ends[: max(len(ends) - (len(ids) - most), 0)]
+        # A character of several tokens ends with each of them, so an end may be the whole text's.
+        kept = kept[: max((end for end in fitting if end < len(kept)), default=0)]
