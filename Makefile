@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast site wheel dist release faults ranks test-lowest test-newest compare-audits lint format clean
+.PHONY: demo test test-fast test-extras site wheel dist release faults ranks test-lowest test-newest compare-audits lint format clean
 
 demo: $(STAMP)
 	$(BIN)/coterie demo $(ARGS)
@@ -18,6 +18,17 @@ test: $(STAMP)
 # Under two minutes on two idle cores; tests/fast.txt says what.
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults" $$(grep -v '^#' tests/fast.txt) $(ARGS)
+
+# What needs the extras `eval` and `nvflare`, which `make test` skips: lm-eval's figures beside log-likelihoods by hand,
+# and a federation inside FLARE's simulator. An environment of its own; nothing is skipped in it.
+EXTRAS := .venv-extras
+
+test-extras:
+	test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,eval,nvflare]"
+	$(EXTRAS)/bin/python -c "import lm_eval, nvflare"
+	PYTHONPATH=src $(EXTRAS)/bin/python -m pytest tests/training/tasks tests/flare $(ARGS)
 
 # The documentation, in build/site: a broken link or anchor stops it, and tests/docs see what Zensical does not.
 site: $(STAMP)
@@ -99,4 +110,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(BESIDE) coterie-demo build dist .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(BESIDE) $(EXTRAS) coterie-demo build dist .cache *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

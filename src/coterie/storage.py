@@ -213,6 +213,11 @@ def new_folder(folder: Path, mode: int = 0o777) -> Iterator[Path]:
     shutil.rmtree(before, ignore_errors=True)
 
 
+def is_vacant(folder: Path) -> bool:
+    """Whether nothing would be lost if a new folder took this place: nothing is there, or an empty folder."""
+    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def restore(folder: Path) -> None:
     """Give ``folder`` its name back where a crash came while `new_folder` replaced it."""
     before = folder.with_name(folder.name + _BEFORE)

@@ -73,6 +73,8 @@ def test_provision_makes_kits_that_verify(folder: Path, shell: Shell) -> None:
         assert load_roster(load_kit(folder / "kits" / name)).content_hash() == made["roster_hash"]
         assert "signed by all 3 members" in shell(f"roster verify kits/{name}")
     assert made["roster_hash"] in shell("roster show kits/alder")
+    read_out = load_roster(load_kit(Path("kits/birch"))).fingerprint()
+    assert f"roster fingerprint {read_out}" in shell("roster show kits/alder")
 
 
 def test_provision_refuses_a_folder_in_use(folder: Path, shell: Shell) -> None:

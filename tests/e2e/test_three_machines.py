@@ -172,6 +172,9 @@ def test_an_agreed_file_becomes_a_run_without_a_file_being_copied(machines: Mach
     assert max(machines.counted.values()) <= 5, machines.counted
     rosters = {load_roster(load_kit(tmp_path / name / "kit")).content_hash() for name in PARTIES}
     assert len(rosters) == 1
+    said = {name: set(re.findall(r"roster fingerprint (\S+);", machines.log(name))) for name in machines.running}
+    read_out = {load_roster(load_kit(tmp_path / "birch" / "kit")).fingerprint()}
+    assert all(said[name] == read_out for name in ("alder-invite", "birch-join", "cedar-join", *runs)), said
     ends = [sorted((tmp_path / name / "run" / "private" / "model").glob("*.safetensors")) for name in PARTIES]
     assert ends[0]
     assert len({tuple(path.read_bytes() for path in files) for files in ends}) == 1

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 
 import pytest
 
+from coterie.cli.pairs import named_pairs
+from coterie.cli.plan import numbers_of
+from coterie.cli.up import dialled
 from coterie.config import FederationConfig, PartyConfig, dump_yaml
 from coterie.errors import ConfigError
 from coterie.flare.job import sites_of, write_job
-from coterie.flare.local import members_here
+from coterie.flare.local import LocalMember, members_here
 
 
 def federation(**changes: object) -> FederationConfig:
@@ -83,11 +88,63 @@ def test_a_job_holds_places_and_a_hash_and_no_code_text_endpoint_or_budget(tmp_p
     assert not [word for word in ("epsilon", "example:7001", "party.yaml", "data") if f'"{word}"' in text]
 
 
-def test_a_job_is_not_written_over_anything(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_job_is_not_written_over_anything(kind: str, tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    if kind == "folder":
+        job.mkdir()
+        (job / "mine").touch()
+    elif kind == "file":
+        job.write_text("mine")
+    else:
+        job.symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="not an empty folder") as caught:
+        write_job(federation(), SITES, job)
+    assert caught.value.code == "flare-job-folder"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_job_takes_the_place_of_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "mine").touch()
-    with pytest.raises(ConfigError, match="not empty"):
-        write_job(federation(), SITES, tmp_path / "job")
+    write_job(federation(), SITES, tmp_path / "job")
+    assert (tmp_path / "job" / "meta.json").is_file()
+
+
+def test_what_a_member_prints_is_closed_to_other_accounts(tmp_path: Path) -> None:
+    member = LocalMember("alder", tmp_path / "party.yaml")
+    before = os.umask(0)
+    try:
+        with member.open_log() as log:
+            log.write(b"one ")
+        path = tmp_path / "flare-alder.log"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        path.chmod(0o644)  # as an earlier version left it
+        with member.open_log() as log:
+            log.write(b"two")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_text() == "one two"
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        (["coordinator"], "option-pair"),
+        (["coordinator="], "option-pair"),
+        (["=alder"], "option-pair"),
+        (["coordinator= "], "option-pair"),
+        (["alder=a", "alder=a"], "option-twice"),
+    ],
+)
+def test_what_is_said_of_a_member_is_whole_and_said_once(given: list[str], code: str) -> None:
+    for said in (lambda: dialled(given), lambda: named_pairs("--site", given, "..."), lambda: numbers_of(given)):
+        with pytest.raises(ConfigError) as caught:
+            said()
+        assert caught.value.code == code
+    assert dialled(["alder=127.0.0.1:1", "birch=a=b"]) == {"alder": "127.0.0.1:1", "birch": "a=b"}
+    assert dialled(None) == {}
 
 
 def test_a_site_starts_ordinary_commands_with_its_own_settings(tmp_path: Path) -> None:
@@ -112,7 +169,7 @@ def test_a_job_of_another_agreement_starts_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "[]", '{"members": 3}', '{"members": {"alder": 3}}', '{"members": {}}']
+    "content", [None, "{", "[" * 99_999, "[]", '{"members": 3}', '{"members": {"alder": 3}}', '{"members": {}}']
 )
 def test_a_site_that_names_nothing_of_its_own_runs_nothing(content: str | None, tmp_path: Path) -> None:
     if content is not None:

@@ -142,13 +142,24 @@ def test_a_message_of_another_form_is_refused(carrier: tuple[Carrier, Echo], bod
         carrier[0].tunnels["south"].handle("north", body)
 
 
-def test_a_site_opens_only_so_many_connections(carrier: tuple[Carrier, Echo]) -> None:
+def test_there_is_room_for_every_pair_of_members_however_many_a_site_runs() -> None:
+    here = {f"here{number}": "127.0.0.1:1" for number in range(8)}
+    there = {f"there{number}": "south" for number in range(9)} | {"elm": "east"}
+    tunnel = Tunnel(here, there, lambda site, body: None)
+    assert tunnel.room("south") >= 8 * 9 * 3 * 2
+    assert tunnel.room("east") < tunnel.room("south")
+
+
+def test_a_site_opens_only_so_many_connections(
+    carrier: tuple[Carrier, Echo], caplog: pytest.LogCaptureFixture
+) -> None:
     made, _ = carrier
     south = made.tunnels["south"]
-    for number in range(STREAMS):
+    for number in range(STREAMS + 6):  # alder and birch, three lanes, dialled anew
         south.handle("north", {"op": "open", "stream": str(number), "member": "birch"})
     with pytest.raises(OSError, match="no room"):
         south.handle("north", {"op": "open", "stream": "more", "member": "birch"})
+    assert "no room for another connection with north: 70 are open" in caplog.text
     south.handle("east", {"op": "open", "stream": "other", "member": "birch"})
 
 

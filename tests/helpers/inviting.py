@@ -103,7 +103,7 @@ def invites(settings: Path, **how: Any) -> Iterator[Inviter]:
 def watch(**instead: Any) -> Watch:
     """A person who agrees to everything and looks away."""
     usual = {"agrees": lambda _: True, "step": lambda _: None, "fetched": lambda *_: None, "waits": lambda _: None}
-    return Watch(**{**usual, **instead})
+    return Watch(**{**usual, "same": lambda _: True, **instead})
 
 
 class Joiner:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli.output import EXIT_STOPPED, say, write_json
+from coterie.cli.roster import fingerprint_line
 
 
 def command(
@@ -57,6 +58,7 @@ def command(
         dialled(dial),
     )
     say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")
+    say(fingerprint_line(process.roster))
     if process.certificate_warning():
         say(process.certificate_warning())
     with log_file(folder), stop_signals(process.stop), lines:

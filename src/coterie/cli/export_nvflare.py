@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli.output import say
+from coterie.cli.pairs import named_pairs
 
 
 def command(
@@ -33,8 +34,7 @@ def command(
     from coterie.flare.job import sites_of, write_job
 
     config = load_yaml(federation, FederationConfig)
-    named = {member: place for member, _, place in (text.partition("=") for text in site or [])}
-    sites = sites_of(config, named)
+    sites = sites_of(config, named_pairs("--site", site, "--site coordinator=alder --site birch=clinic-2"))
     write_job(config, sites, out)
     for member, place in sites.items():
         say(f"{member} runs at {place}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli.output import say
+from coterie.cli.roster import fingerprint_line
 
 
 def command(
@@ -58,3 +59,4 @@ def command(
         agreed = read_roster(roster)
         install_roster(kits.load_kit(kit), agreed)
         say(f"roster v{agreed.membership_epoch} {agreed.content_hash()}, signed by all {len(agreed.parties)} members")
+        say(fingerprint_line(agreed))

@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli.output import EXIT_STOPPED, say, size
 from coterie.cli.party_file import offer_settings
+from coterie.cli.roster import fingerprint_line
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -47,6 +48,7 @@ def command(
 
     Read each member its own code by telephone: who has it becomes that member, once, by `coterie join CODE`.
     This ends when all have their parts and the roster that all signed. Ctrl-C and the same command again go on.
+    Members then read the roster's fingerprint to each other, which shows that nobody stands between them.
 
     Example:
         coterie split ./olmoe --federation federation.yaml --out parts
@@ -82,6 +84,7 @@ def command(
         say(f"{name}: stopped; the same command goes on, with the same codes")
         raise typer.Exit(EXIT_STOPPED)
     say(f"{name}: everybody is in: roster v{roster.membership_epoch} {roster.content_hash()}")
+    say(fingerprint_line(roster))
     if not elsewhere:
         say(f"next: coterie coordinator {settings} --kit {coordinator_kit}")
     offer_settings(name, settings, kit, inviting.parts, train or [], test)

@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli.output import say, size
 from coterie.cli.party_file import offer_settings
+from coterie.cli.roster import fingerprint_line
 
 if TYPE_CHECKING:
     from coterie.config import FederationConfig
@@ -26,12 +27,21 @@ def command(
     agree: Annotated[
         bool, typer.Option("--agree", help="Sign for the federation.yaml that comes, without being asked.")
     ] = False,
+    roster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FINGERPRINT", help="The roster's fingerprint as other members read it out; no other is signed."
+        ),
+    ] = None,
 ) -> None:
     """Make your own key, have it certified, fetch your parts of the model, and sign the roster.
 
     The other side has to prove that it gave out the code before anything is made here. A federation.yaml in this
     folder is what you agreed to, and has to be the inviter's; without one you are shown theirs and asked. If the
     line breaks, run the same command again: it goes on where it was.
+
+    Before you start, read the roster's fingerprint to the other members by phone: an inviter that stands between you
+    has another for each. Where pushes are masked you are asked for it before you sign; --roster answers for scripts.
 
     Example:
         coterie join K7Q2M-9FDXA-3T0ZR-8WQ4E-VVB2K@alder.example:7400 --train notes.jsonl
@@ -55,8 +65,10 @@ def command(
         step=say,
         fetched=fetched,
         waits=lambda names: say(f"waiting for {names}"),
+        same=_compared,
     )
-    joined = join_federation(given, Path(), kit, watch)
+    joined = join_federation(given, Path(), kit, watch, heard_roster=roster)
+    say(fingerprint_line(joined.roster))
     if joined.parts is None:
         say(f"next: coterie coordinator federation.yaml --kit {kit}")
         return
@@ -81,3 +93,22 @@ def _asked(config: FederationConfig) -> bool:
             fix="put the federation.yaml that you agreed on into this folder, or add --agree",
         )
     return typer.confirm(f"Sign for this (hash {config.content_hash()[:16]})?", err=True)
+
+
+def _compared(fingerprint: str) -> bool:
+    """Have a person compare the roster with the other members'."""
+    import sys
+
+    from coterie.errors import RosterError
+
+    if not sys.stdin.isatty():
+        raise RosterError(
+            f"Nobody is here to compare the roster's fingerprint {fingerprint} with the others'; it was not signed.",
+            code="join-not-compared",
+            why="an inviter that shows each member another roster reads each one's sums, which masks are to hide",
+            fix=f"read it to every other member by phone, then run the same command with --roster {fingerprint}: it "
+            "goes on where it was",
+        )
+    say(f"roster fingerprint {fingerprint}")
+    say("Read it to every other member by phone. One that has another tells you that somebody stands between you.")
+    return typer.confirm("Do all of them have the same?", err=True)

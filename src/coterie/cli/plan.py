@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coterie.cli.pairs import named_pairs
+
 if TYPE_CHECKING:
     from coterie.config import FederationConfig
     from coterie.training.planning.equal_rates import EqualRates
@@ -158,21 +160,20 @@ def numbers_of(given: Sequence[str]) -> dict[str, int]:
     """What ``NAME=N`` options say.
 
     Raises:
-        ConfigError: one of them says something else (code ``plan-records``).
+        ConfigError: one of them says something else (code ``plan-records``), or as `named_pairs`.
     """
     from coterie.errors import ConfigError
 
-    found: dict[str, int] = {}
-    for each in given:
-        name, _, number = each.partition("=")
-        if not number.isdecimal() or name in found:
+    example = "--records alder=1583 --records birch=1100"
+    pairs = named_pairs("--records", given, example)
+    for name, number in pairs.items():
+        if not number.isdecimal():
             raise ConfigError(
-                f"--records {each} is not a party's name and its number of records, once a party.",
+                f"--records {name}={number} is not a party's name and its number of records.",
                 code="plan-records",
-                fix="for example --records alder=1583 --records birch=1100",
+                fix=f"for example {example}",
             )
-        found[name] = int(number)
-    return found
+    return {name: int(number) for name, number in pairs.items()}
 
 
 def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:

@@ -23,6 +23,11 @@ class RosterAction(StrEnum):
     SHOW = "show"
 
 
+def fingerprint_line(roster: Roster) -> str:
+    """What members read out to each other before they start, and why."""
+    return f"roster fingerprint {roster.fingerprint()}; by phone: all members have the same, or do not start"
+
+
 def command(
     action: Annotated[RosterAction, typer.Argument(help="What to do.")],
     files: Annotated[
@@ -52,8 +57,8 @@ def command(
     """Work with the roster: the signed list of members, endpoints, certificates and hosted experts.
 
     make writes an unsigned one from federation.yaml and the approved certificates. Each member signs a copy (sign);
-    join puts the signatures of the copies together; verify checks all of them; show prints the list and the hash that
-    members compare by phone.
+    join puts the signatures of the copies together; verify checks all of them; show prints the list and the
+    fingerprint that members compare by phone.
 
     Example:
         coterie roster make federation.yaml --certificates approved --weights weights --out roster.json
@@ -131,6 +136,7 @@ def _save(roster: Roster, path: Path) -> None:
     save_roster(roster, path)
     missing = [entry.name for entry in roster.parties if entry.name not in roster.signatures]
     say(f"{path}: roster v{roster.membership_epoch} {roster.content_hash()}")
+    say(fingerprint_line(roster))
     say(f"still to sign: {', '.join(missing)}" if missing else "signed by all")
 
 
@@ -145,4 +151,5 @@ def _show(roster: Roster) -> None:
     say(f"placement   {roster.placement_hash}")
     say(f"weights     {len(roster.weights)} files" if roster.weights else "weights     not recorded")
     say(f"roster hash {roster.content_hash()}")
+    say(fingerprint_line(roster))
     say("signatures are only listed here; `coterie roster verify` checks them")

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coterie.cli.output import EXIT_STOPPED, say, table, write_json
+from coterie.cli.pairs import named_pairs
 from coterie.cli.privacy_lines import opening_lines, revealed_so_far, spent_note, stopped_contributing
+from coterie.cli.roster import fingerprint_line
 
 if TYPE_CHECKING:
     from coterie.config import PartyConfig
@@ -43,8 +45,7 @@ def command(
 
 def dialled(given: list[str] | None) -> dict[str, str]:
     """What `--dial` says, by member."""
-    pairs = [text.partition("=") for text in given or []]
-    return {name: address for name, _, address in pairs}
+    return named_pairs("--dial", given, "--dial alder=127.0.0.1:7001 --dial birch=127.0.0.1:7002")
 
 
 def take_part(
@@ -83,7 +84,11 @@ def take_part(
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)
     say(f"{config.party}: joining {process.federation.name}: {rounds} rounds, {process.federation.exchange} exchange")
-    for line in (*opening_lines(config, process.federation), process.certificate_warning()):
+    for line in (
+        fingerprint_line(process.roster),
+        *opening_lines(config, process.federation),
+        process.certificate_warning(),
+    ):
         if line:
             say(f"{config.party}: {line}")
     with log_file(config.run_dir) as log, stop_signals(process.stop), lines:

@@ -22,9 +22,14 @@ def _check_name(name: str) -> str:
     return name
 
 
+def is_endpoint(text: str) -> bool:
+    """Whether it is ``host:port`` or ``[v6]:port``, with a port from 1 to 65535."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", text)
+    return match is not None and 0 < int(match[2]) < 65536
+
+
 def _check_endpoint(endpoint: str) -> str:
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", endpoint)
-    if match is None or not 0 < int(match[2]) < 65536:
+    if not is_endpoint(endpoint):
         raise ValueError(f"{endpoint!r} is not `host:port` with a port from 1 to 65535")
     return endpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 from coterie.config import FederationConfig
 from coterie.errors import ConfigError
 from coterie.federation.identity.certificates import COORDINATOR
-from coterie.storage import new_folder, write_json
+from coterie.storage import is_vacant, new_folder, write_json
 
 
 def sites_of(config: FederationConfig, named: Mapping[str, str]) -> dict[str, str]:
@@ -45,11 +45,14 @@ def write_job(config: FederationConfig, sites: Mapping[str, str], out: Path) -> 
         out: a folder that is not there yet, or is empty.
 
     Raises:
-        ConfigError: the folder holds something.
+        ConfigError: something else is there.
     """
-    if out.is_dir() and any(out.iterdir()):
+    if not is_vacant(out):
         raise ConfigError(
-            f"{out} is not empty.", code="flare-job-folder", fix="name another folder, or remove what is there"
+            f"{out} exists and is not an empty folder.",
+            code="flare-job-folder",
+            why="the job would take its place",
+            fix="name another folder, or remove what is there",
         )
     clients = sorted(set(sites.values()))
     with new_folder(out) as aside:

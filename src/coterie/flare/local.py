@@ -9,15 +9,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 from coterie.errors import ConfigError
 from coterie.federation.identity.certificates import COORDINATOR
+from coterie.storage import PRIVATE, json_object
 
 FILE = "coterie.json"
 
@@ -42,6 +45,16 @@ class LocalMember:
         if self.name == COORDINATOR:
             return load_yaml(self.settings, FederationConfig)
         return load_yaml(load_yaml(self.settings, PartyConfig).federation, FederationConfig)
+
+    def open_log(self) -> BinaryIO:
+        """What the process prints is added here: beside its settings, since a hub may collect FLARE's own logs.
+
+        Closed to other accounts, whatever it was before: a party's figures are in it.
+        """
+        path = self.settings.parent / f"flare-{self.name}.log"
+        log = open(path, "ab", opener=partial(os.open, mode=PRIVATE))  # noqa: SIM115 - for as long as the process runs
+        os.fchmod(log.fileno(), PRIVATE)
+        return log
 
     def command(self, listen: str, dial: Mapping[str, str]) -> list[str]:
         """The process that is started: an ordinary `coterie` command with this site's settings."""
@@ -69,7 +82,7 @@ def members_here(folder: Path, wanted: Iterable[str], agreement: str) -> list[Lo
     """
     path = folder / FILE
     try:
-        found = json.loads(path.read_text("utf-8"))["members"]
+        found = json_object(path.read_bytes())["members"]
         members = {name: _member(name, entry) for name, entry in found.items()}
     except FileNotFoundError:
         raise _unwilling(path, "is not there") from None

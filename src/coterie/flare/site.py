@@ -39,10 +39,10 @@ class Members(Applet):  # type: ignore[misc]  # FLARE has no types
         self._lifeline, self._held = os.pipe()
 
     def start(self, app_ctx: Mapping[str, Any]) -> None:
-        """Start them; what they print goes beside their settings, not into FLARE's logs, which a hub may collect."""
+        """Start them; where what they print goes, `LocalMember.open_log` says."""
         members: list[LocalMember] = app_ctx["members"]
         for member in members:
-            log = (member.settings.parent / f"flare-{member.name}.log").open("ab")
+            log = member.open_log()
             self._logs.append(log)
             others = {name: address for name, address in app_ctx["dial"].items() if name != member.name}
             command = member.command(app_ctx["dial"][member.name], others)

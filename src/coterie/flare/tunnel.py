@@ -15,13 +15,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from coterie.federation.wire.seldom import Seldom
+from coterie.federation.wire.transport import Lane
+
 log = logging.getLogger(__name__)
 
 OPEN, DATA, CLOSE = "open", "data", "close"
 PIECE = 1 << 20
 """Most bytes of one message."""
 STREAMS = 64
-"""Most connections with one other site."""
+"""Connections with one other site that are always allowed: what dials once more, or only looks who is there."""
 LOOPBACK = "127.0.0.1"
 
 Send = Callable[[str, Mapping[str, Any]], None]
@@ -51,7 +54,13 @@ class Tunnel:
         self._streams: dict[tuple[str, str], _Stream] = {}
         self._listeners: dict[str, socket.socket] = {}
         self._guard = threading.Lock()
+        self._seldom = Seldom(log)
         self._closed = False
+
+    def room(self, site: str) -> int:
+        """Most connections with another site: each pair of members may hold every lane twice, when it dials anew."""
+        pairs = len(self._here) * sum(other == site for other in self._elsewhere.values())
+        return STREAMS + 2 * len(Lane) * pairs
 
     def start(self) -> dict[str, str]:
         """Listen on loopback for those who dial members elsewhere.
@@ -144,9 +153,17 @@ class Tunnel:
     def _keep(self, stream: _Stream) -> None:
         with self._guard:
             taken = sum(site == stream.site for site, _ in self._streams)
-            if self._closed or taken >= STREAMS or (stream.site, stream.name) in self._streams:
-                raise OSError("no room for another connection")
-            self._streams[stream.site, stream.name] = stream
+            if (
+                not self._closed
+                and taken < self.room(stream.site)
+                and (stream.site, stream.name) not in self._streams
+            ):
+                self._streams[stream.site, stream.name] = stream
+                return
+        self._seldom.log(
+            stream.site, logging.WARNING, f"no room for another connection with {stream.site}: {taken} are open"
+        )
+        raise OSError("no room for another connection")
 
     def _pump(self, stream: _Stream) -> None:
         """Carry what comes from the process here, until either side ends."""

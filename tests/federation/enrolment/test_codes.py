@@ -7,7 +7,8 @@ import math
 import pytest
 
 from coterie.errors import IdentityError
-from coterie.federation.enrolment.codes import ALPHABET, CodeKeys, JoinCode, new_secret, parse, proof, proves
+from coterie.federation.enrolment.codes import CodeKeys, JoinCode, new_secret, parse, proof, proves
+from coterie.federation.identity.letters import ALPHABET
 
 
 def code_of(text: str) -> str | None:
@@ -55,6 +56,13 @@ def test_slips_are_noticed_before_anybody_is_asked() -> None:
         with pytest.raises(IdentityError, match="slip") as caught:
             parse(f"{short}@{endpoint}")
         assert caught.value.code == "join-code-typo"
+
+
+def test_what_is_no_text_proves_nothing() -> None:
+    keys = CodeKeys.of(CODE.secret)
+    for shown in ("\ud800", "\u00e9" * 64, "", "0" * 64):
+        assert not proves(keys.joining, shown, b"said")
+    assert proves(keys.joining, proof(keys.joining, b"said"), b"said")
 
 
 @pytest.mark.parametrize("end", ["", "@", "@alder.example", "@alder.example:0", "@alder.example:77777", "@:7400 x"])

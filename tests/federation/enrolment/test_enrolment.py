@@ -18,11 +18,14 @@ import grpc
 import pytest
 import yaml
 
-from coterie.errors import CoterieError, IdentityError, RosterError
+from coterie.cli.join import _compared
+from coterie.errors import ConfigError, CoterieError, IdentityError, ModelError, RosterError, TransportError
+from coterie.federation.enrolment import asking, invitations
 from coterie.federation.enrolment import desk as desks
 from coterie.federation.enrolment.asking import Desk, PartsDesk, call, dial
 from coterie.federation.enrolment.codes import JoinCode, new_secret
 from coterie.federation.enrolment.desk import ENROLMENT, TryLimit
+from coterie.federation.enrolment.hand_out import HAND_OUT
 from coterie.federation.enrolment.invitations import INVITATIONS_FILE, Invitations
 from coterie.federation.enrolment.inviting import Listening
 from coterie.federation.enrolment.joining import Joined, join_federation
@@ -48,8 +51,8 @@ def inviter(settings: Path) -> Iterator[Inviter]:
 
 def joins(code: JoinCode, folder: Path, **how: Any) -> Joined:
     folder.mkdir(exist_ok=True)
-    patience = how.pop("patience_s", 20.0)
-    return join_federation(code, folder, folder / "kit", watch(**how), patience_s=patience)
+    own = {"patience_s": 20.0} | {name: how.pop(name) for name in ("patience_s", "heard_roster") if name in how}
+    return join_federation(code, folder, folder / "kit", watch(**how), **own)
 
 
 def refused(code: JoinCode, folder: Path, **how: Any) -> CoterieError:
@@ -162,7 +165,10 @@ def test_guessing_is_slowed_down_by_address(inviter: Inviter, tmp_path: Path) ->
     for number in range(desks.WRONG_TRIES):
         wrong = JoinCode(new_secret(), inviter.inviting.desk)
         assert refused(wrong, tmp_path / f"guess{number}").code == "join-code-unknown"
-    assert refused(inviter.codes["birch"], tmp_path / "birch").code == "join-too-many"
+    wrong = JoinCode(new_secret(), inviter.inviting.desk)
+    assert refused(wrong, tmp_path / "guess").code == "join-too-many"
+    assert len([line for line in inviter.told if "tried a code" in line]) == desks.WRONG_TRIES
+    assert joins(inviter.codes["birch"], tmp_path / "birch").member == "birch"  # who shares the address
 
 
 def test_tries_of_one_address_do_not_count_for_another_and_are_forgotten() -> None:
@@ -320,6 +326,13 @@ def test_a_member_gets_its_own_shard_and_nobody_elses(tmp_path: Path) -> None:
                 list(handing.chunks(name, 0))
             assert caught.value.code == "join-not-yours"
         assert b"".join(handing.chunks("experts-birch.safetensors", 0))
+        (tmp_path / "alder" / "parts" / "trunk.safetensors").rename(tmp_path / "away")
+        with pytest.raises(IdentityError) as caught:
+            list(handing.chunks("trunk.safetensors", 0))
+        assert caught.value.code == "join-file-missing"
+        assert str(tmp_path / "alder") not in str(caught.value)
+        inviter.heard("trunk.safetensors cannot be read")
+        (tmp_path / "away").rename(tmp_path / "alder" / "parts" / "trunk.safetensors")
         handing.close()
         Joiner(inviter.codes["cedar"], tmp_path / "cedar").end()
         birch.end()
@@ -393,6 +406,9 @@ def test_an_inviter_that_was_stopped_goes_on_with_the_same_codes(tmp_path: Path)
         cedar.end()
         again.thread.join(20)
         assert again.roster is not None
+    with invites(settings) as once_more:  # who has all it needs does not come back to say so
+        once_more.thread.join(20)
+        assert once_more.roster is not None
     assert set(load_roster(load_kit(tmp_path / "birch" / "kit")).signatures) == {
         "coordinator",
         "alder",
@@ -427,3 +443,124 @@ def test_who_used_a_code_is_written_down_before_the_answer_leaves(tmp_path: Path
     used = first.use("birch", "1" * 64, "certificate")
     assert Invitations(tmp_path, "a" * 64, **how).all() == (used,)
     assert first.use("birch", "2" * 64, "other") == used
+
+
+@pytest.mark.parametrize("move", ["use", "leave"])
+def test_what_the_disk_did_not_take_counts_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, move: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    moves = {
+        "use": lambda made: made.use("birch", "1" * 64, "certificate"),
+        "leave": lambda made: made.leave("birch"),
+    }
+    how = {"names": ("birch",), "valid": dt.timedelta(hours=1), "now": dt.datetime.now(dt.UTC)}
+    first = Invitations(tmp_path, "a" * 64, **how)
+    before = first.all()
+    with monkeypatch.context() as disk:
+        disk.setattr(invitations, "write_whole", full)
+        with pytest.raises(OSError, match="No space"):
+            moves[move](first)
+    assert first.all() == before
+    moves[move](first)
+    assert Invitations(tmp_path, "a" * 64, **how).all() == first.all() != before
+
+
+# -- whose roster it is ---------------------------------------------------------------------------------------------
+
+
+def test_masked_pushes_need_members_that_compared_the_roster(tmp_path: Path) -> None:
+    """An inviter that shows each another roster is seen by members that read it to each other, and not else."""
+    masked = {"aggregation": "masked", "push_limit": 1.0, "trunk": "shared"}
+    settings = agreed(tmp_path / "alder", ("alder", "birch", "cedar"), **masked)
+    asked: list[str] = []
+
+    def other(fingerprint: str) -> bool:
+        asked.append(fingerprint)
+        return False
+
+    with invites(settings) as inviter:
+        cedar = Joiner(inviter.codes["cedar"], tmp_path / "cedar")
+        for how in ({"same": other}, {"heard_roster": "0" * 40}, {"heard_roster": ""}):
+            with pytest.raises(RosterError, match="it was not signed") as caught:
+                joins(inviter.codes["birch"], tmp_path / "birch", **how)
+            assert caught.value.code == "join-other-roster"
+            assert not (tmp_path / "birch" / "kit" / "roster.json").exists()
+        assert not any("birch has its parts" in line for line in inviter.told)
+        (fingerprint,) = asked
+        inviter.heard(fingerprint)
+        joined = joins(
+            inviter.codes["birch"], tmp_path / "birch", heard_roster=fingerprint.lower().replace("-", " "), same=other
+        )
+        assert {joined.roster.fingerprint(), cedar.end().roster.fingerprint()} == {fingerprint}
+    assert asked == [fingerprint]
+
+
+def test_where_nobody_is_asked_the_command_says_what_to_do_next() -> None:
+    with pytest.raises(RosterError) as caught:
+        _compared("AAAAA-BBBBB")
+    assert caught.value.code == "join-not-compared"
+    assert "--roster AAAAA-BBBBB" in str(caught.value.fix)
+
+
+# -- parts that do not fit ------------------------------------------------------------------------------------------
+
+
+def test_parts_of_other_parties_or_without_a_shard_are_not_invited_to(settings: Path) -> None:
+    shard = settings.parent / "parts" / "experts-birch.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ModelError, match=r"experts-birch\.safetensors") as missing:
+        Inviter(settings)
+    assert missing.value.code == "invite-missing-part"
+    shard.write_bytes(content)
+    federation = yaml.safe_load(settings.read_text())
+    federation["parties"]["cedar"] = {"endpoint": free_endpoints(1)[0]}
+    settings.write_text(yaml.safe_dump(federation, sort_keys=False))
+    with pytest.raises(ModelError, match="other parties") as other:
+        Inviter(settings)
+    assert other.value.code == "invite-other-split"
+
+
+@pytest.mark.parametrize("at", ["", "alder", "alder.example:", "alder.example:0", "http://alder:7400", "a b:7400"])
+def test_codes_carry_an_address_that_can_be_typed(settings: Path, at: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Inviter(settings, at=Listening(desk=at))
+    assert caught.value.code == "invite-at"
+
+
+# -- an inviter of another kind -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [b"", b"[]", b"{", b"\xff", b'{"proof": "\\ud800"}', b'{"proof": 3}', b"[" * 9999])
+def test_an_answer_that_is_none_is_one_sentence(tmp_path: Path, answer: bytes) -> None:
+    enemy = local_kits(tmp_path / "enemy", ("alder", "birch"), federation="grove")["alder"]
+    server, endpoint = enemy_server(enemy, lambda *_: answer)
+    error = refused(JoinCode(new_secret(), endpoint), tmp_path / "birch")
+    server.stop(None)
+    assert error.code == "join-answer"
+
+
+def test_a_stream_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enemy = local_kits(tmp_path / "enemy", ("alder", "birch"), federation="grove")["alder"]
+    over = threading.Event()
+
+    def one_chunk(raw: bytes, context: object) -> Iterator[bytes]:
+        yield b"first"
+        over.wait(60)
+
+    credentials = grpc.ssl_server_credentials([(key_pem(enemy.key), cert_pem(enemy.certificate))])
+    (endpoint,) = free_endpoints(1)
+    handlers = {HAND_OUT: {"File": grpc.unary_stream_rpc_method_handler(one_chunk)}}
+    server, _ = desks.serve("enemy", endpoint, credentials, handlers, workers=2, connections=8, largest=1 << 20)
+    monkeypatch.setattr(asking, "CHUNK_S", 1.0)
+    handing = PartsDesk(endpoint, enemy.certificate, enemy)
+    chunks = handing.chunks("trunk.safetensors", 0)
+    assert next(chunks) == b"first"
+    with pytest.raises(TransportError, match="sent nothing for 1 s"):
+        next(chunks)
+    over.set()
+    handing.close()
+    server.stop(None)

@@ -17,13 +17,15 @@ from coterie.federation.enrolment.fetching import fetch_parts
 from coterie.federation.wire.frame import CHUNK_BYTES
 from coterie.models.split.shards import SPLIT_FORMAT
 
+OWN = "experts-birch.safetensors"
+
 
 class Handing:
     """A `PartsDesk` whose line can break."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        self.files = files
-        self.listed = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
+        self.files = {OWN: b"own", **files}
+        self.listed = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in self.files.items()}
         self.asked: list[tuple[str, int]] = []
         self.breaks_after: list[int] = []
 
@@ -52,9 +54,7 @@ def fetch(handing: Handing, folder: Path, patience_s: float = 0.0) -> dict[str, 
 
 
 def test_an_interrupted_file_goes_on_with_the_next_chunk(tmp_path: Path) -> None:
-    handing = Handing(
-        {"trunk.safetensors": TRUNK, "experts-birch.safetensors": b"own", "experts-cedar.safetensors": b"x"}
-    )
+    handing = Handing({"trunk.safetensors": TRUNK, "experts-cedar.safetensors": b"x"})
     handing.breaks_after = [5, 2, 0]  # the own shard comes whole, of the trunk two chunks, then none
     with pytest.raises(TransportError) as caught:
         fetch(handing, tmp_path)
@@ -76,7 +76,7 @@ def test_half_a_chunk_is_fetched_again_whole(tmp_path: Path) -> None:
     (tmp_path / f".trunk.safetensors.{str(digest)[:16]}.part").write_bytes(TRUNK[: CHUNK_BYTES + 1000])
     fetch(handing, tmp_path)
     assert (tmp_path / "trunk.safetensors").read_bytes() == TRUNK
-    assert handing.asked == [("trunk.safetensors", 1)]
+    assert handing.asked == [(OWN, 0), ("trunk.safetensors", 1)]
 
 
 @pytest.mark.parametrize("change", ["other bytes", "too short", "too long"])
@@ -90,7 +90,7 @@ def test_a_file_that_changed_since_the_split_is_found_and_fetched_anew(tmp_path:
     with pytest.raises(ModelError) as caught:
         fetch(handing, tmp_path)
     assert caught.value.code == "join-changed-file"
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [OWN, "manifest.json"]
     handing.files["trunk.safetensors"] = TRUNK
     fetch(handing, tmp_path)
     assert (tmp_path / "trunk.safetensors").read_bytes() == TRUNK
@@ -112,6 +112,16 @@ def test_names_that_lead_elsewhere_are_refused_before_a_byte_is_written(tmp_path
     assert caught.value.code == "join-manifest"
     assert handing.asked == []
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("lacking", [OWN, "trunk.safetensors"])
+def test_a_model_that_was_split_for_others_is_refused(tmp_path: Path, lacking: str) -> None:
+    handing = Handing({"trunk.safetensors": TRUNK, "experts-cedar.safetensors": b"x"})
+    del handing.listed[lacking]
+    with pytest.raises(ModelError, match=lacking) as caught:
+        fetch(handing, tmp_path)
+    assert caught.value.code == "join-no-part"
+    assert handing.asked == []
 
 
 @pytest.mark.parametrize("entry", [{"bytes": -1}, {"bytes": "7"}, {"sha256": "../x"}, {"sha256": None}])

@@ -69,6 +69,33 @@ def test_the_file_form_comes_back_as_it_was(roster: Roster) -> None:
     assert from_json(to_json(roster)) == roster
 
 
+def test_what_is_read_out_is_the_hash_in_letters(roster: Roster) -> None:
+    letters = roster.fingerprint().replace("-", "")
+    bits = "".join(f"{'0123456789ABCDEFGHJKMNPQRSTVWXYZ'.index(letter):05b}" for letter in letters)
+    assert bits == f"{int(roster.content_hash(), 16):0256b}"[:200]
+    assert [len(group) for group in roster.fingerprint().split("-")] == [5] * 8
+
+
+def test_a_roster_under_keys_of_the_authoritys_own_reads_out_otherwise(
+    kits: dict[str, Kit], roster: Roster, authority: Authority
+) -> None:
+    """The keeper of the CA can certify every name anew, and each of two members then signs a roster of its own."""
+    members = [Member(entry.name, entry.role, entry.endpoint) for entry in roster.parties]
+    seen = []
+    for honest in ("alder", "birch"):
+        false = {member.name: certificates.new_key() for member in members if member.name != honest}
+        issued = {m.name: authority.issue(m, false[m.name].public_key()) for m in members if m.name != honest}
+        issued[honest] = kits[honest].certificate
+        made = draft("demo", 1, members, issued, config_hash=roster.config_hash, placement_hash=roster.placement_hash)
+        for name, key in false.items():
+            made = sign(made, key, issued[name])
+        verify(
+            sign(made, kits[honest].key, kits[honest].certificate), authority.certificate
+        )  # nothing is amiss in it
+        seen.append(made.fingerprint())
+    assert len({*seen, roster.fingerprint()}) == 3
+
+
 def test_the_hash_covers_every_field(roster: Roster) -> None:
     entry = roster.parties[1]
     changed = [

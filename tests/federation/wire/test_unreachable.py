@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from coterie.errors import IdentityError, TransportError
@@ -54,6 +55,53 @@ def test_a_name_service_that_is_away_is_said_wherever_a_name_is_used(
     found = unreachable.look_at("alder", roster, kits["birch"].authority)
     assert found is not None
     assert "cannot be resolved" in found.message
+
+
+class Failed(grpc.RpcError, grpc.Call):  # type: ignore[misc]  # grpcio has no types
+    """A call that ended so."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "Ssl handshake failed: CERTIFICATE_VERIFY_FAILED"
+
+    def is_active(self) -> bool:
+        return False
+
+    def time_remaining(self) -> None: ...
+    def cancel(self) -> bool:
+        return False
+
+    def add_callback(self, callback: object) -> bool:
+        return False
+
+    def initial_metadata(self) -> None: ...
+    def trailing_metadata(self) -> None: ...
+
+
+def test_who_is_dialled_elsewhere_is_looked_at_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kits = local_kits(tmp_path, ("alder", "birch"))
+    roster, looked_at = load_roster(kits["birch"]), []
+    shown = {"127.0.0.1:1": None, "127.0.0.1:2": kits["birch"].certificate}
+
+    def presented(endpoint: str) -> Any:
+        looked_at.append(endpoint)
+        return shown[endpoint]
+
+    monkeypatch.setattr(unreachable, "presented", presented)
+    for endpoint in shown:
+        error = unreachable.why_refused("alder", endpoint, roster, kits["birch"], Failed())
+        assert endpoint in error.message
+        assert roster.entry("alder").endpoint not in str(error)
+    assert looked_at == list(shown)
+
+
+@pytest.mark.parametrize("listen", ["", "alder", "alder:", "alder:x", "alder:0", "alder:70000", "http://alder:7410"])
+def test_an_address_of_no_form_is_one_sentence(listen: str) -> None:
+    with pytest.raises(TransportError, match="is not `host:port`") as caught:
+        unreachable.check_free("alder", listen)
+    assert caught.value.code == "endpoint-form"
 
 
 @contextmanager

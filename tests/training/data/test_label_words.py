@@ -12,7 +12,8 @@ from coterie.training.data.tokenizer import train_tokenizer
 
 TEXTS = (
     "\U0001f600", "so \U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f600\U0001f600",
-    "\u4f60\u597d" * 4, "hello \u4f60\u597d", "\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440", "e\u0301" * 6,
+    "\u4f60\u597d" * 4, "hello \u4f60\u597d", "\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438",
+    "e\u0301" * 6,
     "hello hello hello", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", " ", "\x00\x00\x00\x00\x00",
 )  # fmt: skip
 PROMPT = "{text} so{word}"
@@ -39,9 +40,7 @@ def longest(text: str, room: int, tokenizer: PreTrainedTokenizerFast) -> list[in
 
 
 @pytest.mark.parametrize("length", range(4, 17))
-def test_a_text_is_cut_between_characters_until_it_fits(
-    length: int, byte_level: PreTrainedTokenizerFast
-) -> None:
+def test_a_text_is_cut_between_characters_until_it_fits(length: int, byte_level: PreTrainedTokenizerFast) -> None:
     found = classified(TEXTS, ["1"] * len(TEXTS), spec(PROMPT, length), byte_level, 0)
     word = byte_level("b")["input_ids"]
     for row, text in enumerate(TEXTS):

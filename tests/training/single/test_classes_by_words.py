@@ -104,10 +104,14 @@ def test_classes_are_learnt_measured_and_predicted(tmp_path: Path, masked: bool)
     assert found.accuracy is not None
     assert found.accuracy > 0.9
     new = tmp_path / "new.jsonl"
-    new.write_text("\n".join(json.dumps({"text": row["text"]}) for row in rows(10, 3)))
+    texts = [row["text"] for row in rows(10, 3)]
+    new.write_text("\n".join(json.dumps({"text": text}) for text in [texts[0], " ", *texts[1:]]))
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["predict", str(tmp_path / "run"), "--data", str(new), "--json", str(tmp_path / "out.json")])
-    assert len(json.loads((tmp_path / "out.json").read_text())["texts"]) == 10
+    shown = json.loads((tmp_path / "out.json").read_text())["texts"]
+    assert [(row["file"], row["row"]) for row in shown] == [
+        (str(new), f"line {number}") for number in (1, *range(3, 12))
+    ]
     predicted = predict(trained, [new])
     assert predicted.classes == ("0", "1")
     assert [row["class"] for row in predicted.rows()].count("0") == 5

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from coterie.errors import ConfigError, DataError
+from coterie.training.tasks import harness
 from coterie.training.tasks.harness import Answers, check_tasks, guessing
 from coterie.training.tasks.questions import SETS, Question, read_questions
 
@@ -80,7 +81,15 @@ def test_a_row_of_another_form_is_named_by_its_number_and_not_quoted(change: dic
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', "[1]"])
+def test_a_sentence_without_a_blank_is_no_question_of_a_task_that_fills_blanks(tmp_path: Path) -> None:
+    good = ROWS["winogrande"]
+    whole = good | {"instruction": good["instruction"].replace(" _ ", " secret ")}
+    with pytest.raises(DataError, match="row 3") as caught:
+        read_questions(write(tmp_path, "winogrande", [good, good, whole]), "winogrande")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', "[1]", "[" * 200_000])
 def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"test\.json") as caught:
         read_questions(write(tmp_path, "boolq", content), "boolq")
@@ -91,6 +100,25 @@ def test_a_missing_file_says_where_it_should_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="ARC-Easy") as caught:
         read_questions(tmp_path, "arc_easy")
     assert caught.value.code == "eval-no-questions"
+
+
+def test_a_file_in_the_place_of_the_folder_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text("[]")
+    with pytest.raises(DataError, match="is a file, not a folder") as caught:
+        read_questions(tmp_path / "test.json", "boolq")
+    assert caught.value.code == "eval-no-questions"
+    assert "boolq/test.json" in str(caught.value.fix)
+
+
+def test_guessing_is_measured_in_the_questions_that_were_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, false = ROWS["boolq"], ROWS["boolq"] | {"answer": "false"}
+    folder = write(tmp_path, "boolq", [true, true, true, false, false, false, false, false, false])
+    monkeypatch.setattr(harness, "check_tasks", lambda tasks: None)
+    monkeypatch.setattr(harness, "evaluated", lambda *_: {"boolq": {"acc,none": 1.0}})
+    (found,) = harness.ask(None, None, ["boolq"], folder, limit=4)  # type: ignore[arg-type]  # nobody is asked
+    assert (found.questions, found.guessing) == (4, 0.75)
 
 
 @pytest.mark.parametrize("tasks", [["boolq", "mmlu"], []])

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from cryptography import x509
@@ -32,10 +34,11 @@ from coterie.federation.identity.kit import Kit
 from coterie.federation.wire.frame import CHUNK_BYTES
 from coterie.federation.wire.grpc_transport import DIRECT
 from coterie.federation.wire.unreachable import past_proxies, presented
-from coterie.storage import json_object
 
 _ANSWER_BYTES = 16 << 20
 _CALL_S = 20.0
+CHUNK_S = 60.0
+"""How long one chunk of a file may take; a megabyte comes over 140 kbit/s in that time."""
 _AGAIN_S = 0.5
 
 
@@ -85,7 +88,7 @@ class Desk:
         Raises:
             IdentityError: the code does not count, or the other side cannot prove that it gave it out.
         """
-        answer = self._ask("Invitation", {"key": key})
+        answer = self._ask("Invitation", {"key": key}, ("ca", "agreement", "federation", "parts_endpoint", "member"))
         authority = parse_certificate(answer["ca"].encode(), "The CA certificate", self._endpoint)
         check_issued(self.shown, authority, "The certificate of the inviter")
         offer = Offer(answer["agreement"].encode(), answer["federation"], answer["parts_endpoint"])
@@ -94,16 +97,16 @@ class Desk:
     def enrol(self, signing_request: bytes) -> x509.Certificate:
         """The certificate for a request; the same again for the same request."""
         key = hashlib.sha256(signing_request).hexdigest()
-        answer = self._ask("Enrol", {"key": key, "request": signing_request.decode("ascii")})
+        answer = self._ask("Enrol", {"key": key, "request": signing_request.decode("ascii")}, ("certificate",))
         return parse_certificate(answer["certificate"].encode(), "The certificate", self._endpoint)
 
-    def _ask(self, method: str, values: Mapping[str, str]) -> dict[str, str]:
+    def _ask(self, method: str, values: Mapping[str, str], needed: Collection[str]) -> dict[str, str]:
         asked = {**values, "what": method, "code": self._keys.name, "once": secrets.token_hex(16)}
         shown = fingerprint(self.shown).encode()
         asked["proof"] = proof(self._keys.joining, *said(asked, shown))
         channel = dial(self._endpoint, self.shown)  # a person may think for long between two questions
         try:
-            answer = texts(call(channel, f"/{ENROLMENT}/{method}", asked, self._endpoint))
+            answer = _answered(call(channel, f"/{ENROLMENT}/{method}", asked, self._endpoint), self._endpoint)
         finally:
             channel.close()
         if not proves(self._keys.inviting, answer.get("proof", ""), *said(asked, shown), *said(answer, shown)):
@@ -113,7 +116,7 @@ class Desk:
                 why="somebody else may have taken its place; nothing was made or installed here",
                 fix="compare the address in the code with the inviter, by phone, and ask for a new code",
             )
-        return answer
+        return _holding(answer, needed, self._endpoint)
 
 
 class PartsDesk:
@@ -140,8 +143,8 @@ class PartsDesk:
 
     def roster(self) -> tuple[bytes, str]:
         """The roster with the signatures so far, empty while somebody has no certificate; and whom it waits for."""
-        answer = json_object(self._ask("Roster", {}))
-        return str(answer["roster"]).encode(), str(answer["waiting"])
+        answer = _holding(_answered(self._ask("Roster", {}), self.endpoint), ("roster", "waiting"), self.endpoint)
+        return answer["roster"].encode(), answer["waiting"]
 
     def sign(self, roster: bytes) -> None:
         """Hand over a copy that this member signed."""
@@ -162,16 +165,72 @@ class PartsDesk:
                 time.sleep(_AGAIN_S)
 
     def chunks(self, file: str, first: int) -> Iterator[bytes]:
-        """A file's chunks of `CHUNK_BYTES`, from the number ``first`` on."""
+        """A file's chunks of `CHUNK_BYTES`, from the number ``first`` on.
+
+        Raises:
+            TransportError: nothing came for `CHUNK_S`, or the line broke.
+        """
         stream = self._channel.unary_stream(f"/{HAND_OUT}/File")(
             json.dumps({"file": file, "chunk": str(first)}).encode(), wait_for_ready=False
         )
         try:
-            yield from stream
+            while chunk := self._next(stream):
+                yield chunk
         except grpc.RpcError as error:
             raise why_not(error, self.endpoint) from None
         finally:
             stream.cancel()
+
+    def _next(self, stream: Any) -> bytes:
+        """One chunk; empty at the end. gRPC counts the time of a call, which a large file may need much of."""
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            stream.cancel()
+
+        timer = threading.Timer(CHUNK_S, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return bytes(next(stream, b""))
+        except grpc.RpcError:
+            if late.is_set():
+                raise TransportError(
+                    f"The inviter at {self.endpoint} sent nothing for {CHUNK_S:g} s.",
+                    code="unreachable",
+                    fix="run the same command again, which goes on where it was; if that repeats, ask the inviter",
+                ) from None
+            raise
+        finally:
+            timer.cancel()
+
+
+def _answered(raw: bytes, endpoint: str) -> dict[str, str]:
+    """The texts in an answer of the inviter.
+
+    Raises:
+        IdentityError: it is something else.
+    """
+    try:
+        return texts(raw)
+    except IdentityError:
+        raise _not_understood(endpoint) from None
+
+
+def _holding(answer: dict[str, str], needed: Collection[str], endpoint: str) -> dict[str, str]:
+    """The same, if all that is needed is in it; IdentityError otherwise."""
+    if not answer.keys() >= set(needed):
+        raise _not_understood(endpoint)
+    return answer
+
+
+def _not_understood(endpoint: str) -> IdentityError:
+    return IdentityError(
+        f"What answers at {endpoint} says nothing that an inviter would say.",
+        code="join-answer",
+        fix="compare the address in the code with the inviter, and run the same version of coterie at both ends",
+    )
 
 
 def dial(endpoint: str, shown: x509.Certificate, kit: Kit | None = None) -> grpc.Channel:
@@ -274,5 +333,11 @@ def _refusals(endpoint: str) -> tuple[IdentityError, ...]:
             code="join-not-yours",
             where=where,
             fix="run the same version of coterie at both ends",
+        ),
+        IdentityError(
+            "The inviter cannot read a file that it is to hand out.",
+            code="join-file-missing",
+            where=where,
+            fix="ask the inviter to put the folder back that `coterie split` wrote; the same command then goes on",
         ),
     )

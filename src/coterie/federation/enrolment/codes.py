@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import secrets
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from coterie.config.federation import is_endpoint
 from coterie.errors import IdentityError
+from coterie.federation.identity.letters import ALPHABET, grouped, heard
 
-ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-"""Without I, L, O and U, which are misread; Crockford's base 32."""
-_SECRET, _CHECK, _GROUP = 23, 2, 5
-_MISREAD = str.maketrans("OIL", "011")
+_SECRET, _CHECK = 23, 2
 _PURPOSE = b"coterie enrolment v1\n"
 
 
@@ -48,9 +46,7 @@ class JoinCode:
     endpoint: str
 
     def __str__(self) -> str:
-        letters = self.secret + _checksum(self.secret)
-        groups = [letters[at : at + _GROUP] for at in range(0, len(letters), _GROUP)]
-        return f"{'-'.join(groups)}@{self.endpoint}"
+        return f"{grouped(self.secret + _checksum(self.secret))}@{self.endpoint}"
 
     def __repr__(self) -> str:
         return f"JoinCode(..., {self.endpoint!r})"
@@ -63,8 +59,8 @@ def parse(text: str) -> JoinCode:
         IdentityError: it is no code, or one with a slip in it.
     """
     written, at, endpoint = text.strip().rpartition("@")
-    letters = re.sub(r"[\s-]", "", written).upper().translate(_MISREAD)
-    if not at or not re.fullmatch(r"\S+:\d{1,5}", endpoint) or not 0 < int(endpoint.rpartition(":")[2]) < 65536:
+    letters = heard(written)
+    if not at or not is_endpoint(endpoint):
         raise IdentityError(
             "The code does not end with the address where it counts.",
             code="join-code-address",
@@ -113,4 +109,4 @@ def proof(key: bytes, *parts: bytes) -> str:
 
 def proves(key: bytes, shown: str, *parts: bytes) -> bool:
     """Whether somebody who holds ``key`` proved these parts."""
-    return hmac.compare_digest(proof(key, *parts).encode(), shown.encode())
+    return shown.isascii() and hmac.compare_digest(proof(key, *parts), shown)

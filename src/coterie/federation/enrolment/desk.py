@@ -4,7 +4,7 @@ Two questions, each answered only to somebody who proves to hold a code: what is
 certificate for a key that was made elsewhere (`Enrol`). What a caller sends is looked at no further before its proof
 fits. The proofs cover the certificate that this side shows, so they fit on no connection that somebody else opened.
 
-A code cannot be guessed; the count of wrong tries keeps strangers from filling the log and the processor.
+A code cannot be guessed; the count of wrong tries keeps strangers from filling the log.
 """
 
 from __future__ import annotations
@@ -149,37 +149,43 @@ class EnrolmentDesk:
         raw: bytes,
         context: grpc.ServicerContext,
     ) -> bytes:
-        host = parse_peer(context.peer())[0]
-        if self._tries.reached(host, time.monotonic()):
-            end_call(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "join-too-many")
         try:
             asked = texts(raw)
-            invitation, keys = self._known(asked, host)
+            invitation, keys = self._known(asked, parse_peer(context.peer())[0])
             return json.dumps(method(invitation, keys, asked)).encode()
         except CoterieError as error:
             end_call(context, grpc.StatusCode.PERMISSION_DENIED, error.code)
 
     def _known(self, asked: Mapping[str, str], host: str) -> tuple[Invitation, CodeKeys]:
-        """Whose code the caller holds, once it has proved that; what is wrong is counted."""
+        """Whose code the caller holds, once it has proved that; what is wrong is counted.
+
+        Several may come from one address, so who holds a code gets in however often others there guessed.
+        """
         invitation = self._invitations.by_code(asked.get("code", ""))
-        if invitation is None:
-            self._tries.wrong(host, time.monotonic())
-            self._tell(f"{host} tried a code that is not one of these")
-            raise _refused("join-code-unknown")
-        keys = CodeKeys.of(invitation.secret)
-        if not proves(keys.joining, asked.get("proof", ""), *said(asked, self._shown)):
-            self._tries.wrong(host, time.monotonic())
-            self._tell(
-                f"{host} knows of the code of {invitation.name} and could not prove that it holds it: "
-                "somebody may stand between you; nothing was given"
-            )
-            raise _refused("join-code-proof")
+        keys = CodeKeys.of("" if invitation is None else invitation.secret)
+        if invitation is None or not proves(keys.joining, asked.get("proof", ""), *said(asked, self._shown)):
+            raise self._wrong(invitation, host)
         if invitation.expired(dt.datetime.now(dt.UTC)):
             raise _refused("join-code-expired")
         if invitation.request and invitation.request != asked.get("key", ""):
             self._tell(f"{host} came with the code of {invitation.name}, which was used already")
             raise _refused("join-code-used")
         return invitation, keys
+
+    def _wrong(self, invitation: Invitation | None, host: str) -> IdentityError:
+        """Count a wrong try, and tell of it while there are not too many."""
+        now = time.monotonic()
+        if self._tries.reached(host, now):
+            return _refused("join-too-many")
+        self._tries.wrong(host, now)
+        if invitation is None:
+            self._tell(f"{host} tried a code that is not one of these")
+            return _refused("join-code-unknown")
+        self._tell(
+            f"{host} knows of the code of {invitation.name} and could not prove that it holds it: "
+            "somebody may stand between you; nothing was given"
+        )
+        return _refused("join-code-proof")
 
     def _invitation(self, invitation: Invitation, keys: CodeKeys, asked: Mapping[str, str]) -> dict[str, str]:
         offer = {
@@ -220,10 +226,11 @@ def texts(raw: bytes) -> dict[str, str]:
     """The texts by name that a message holds; IdentityError for anything else."""
     try:
         values: dict[str, Any] = json_object(raw)
+        if not all(isinstance(value, str) for value in values.values()):
+            raise ValueError("not texts")
+        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except ValueError:
         raise _refused("join-request") from None
-    if not all(isinstance(value, str) for value in values.values()):
-        raise _refused("join-request")
     return values
 
 

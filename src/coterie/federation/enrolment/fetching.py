@@ -18,7 +18,7 @@ from coterie.errors import ModelError, TransportError
 from coterie.federation.enrolment.asking import PartsDesk
 from coterie.federation.enrolment.hand_out import parts_of
 from coterie.federation.wire.frame import CHUNK_BYTES
-from coterie.models.split.shards import MANIFEST_FILE, read_manifest
+from coterie.models.split.shards import MANIFEST_FILE, TRUNK_FILE, read_manifest, shard_file
 from coterie.storage import file_digest, sync_file, sync_folder, write_all, write_whole
 
 _NAME = re.compile(r"(model/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,120}")
@@ -42,13 +42,22 @@ def fetch_parts(desk: PartsDesk, member: str, folder: Path, shown: Fetched, *, p
         The manifest.
 
     Raises:
-        ModelError: the manifest is none, the disk has too little room, or a file is not what the manifest says.
+        ModelError: the manifest is none or lacks a part of this member, the disk has too little room, or a file is
+            not what the manifest says.
         TransportError: the other side does not answer any more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / MANIFEST_FILE, desk.manifest())
     manifest = read_manifest(folder)
     wanted = parts_of(member, manifest["files"])
+    missing_parts = sorted({TRUNK_FILE, shard_file(member)} - set(wanted))
+    if missing_parts:
+        raise ModelError(
+            f"The split model that the inviter hands out has no {' and no '.join(missing_parts)}.",
+            code="join-no-part",
+            why="it was split for other parties",
+            fix="ask the inviter for the folder that `coterie split` wrote for this federation.yaml",
+        )
     for name in wanted:
         _check_entry(name, manifest["files"][name])
     missing = {

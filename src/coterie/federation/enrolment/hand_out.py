@@ -16,7 +16,14 @@ import grpc
 
 from coterie.errors import CoterieError, IdentityError, RosterError
 from coterie.federation.enrolment.desk import Tell, end_call, serve, texts
-from coterie.federation.identity.certificates import COORDINATOR, cert_pem, fingerprint, key_pem
+from coterie.federation.enrolment.invitations import Invitations
+from coterie.federation.identity.certificates import (
+    COORDINATOR,
+    cert_pem,
+    fingerprint,
+    key_pem,
+    parse_certificate,
+)
 from coterie.federation.identity.kit import Kit
 from coterie.federation.identity.roster import Roster, check_signed, from_json, join, to_json
 from coterie.federation.wire.frame import CHUNK_BYTES
@@ -85,7 +92,7 @@ class HandOut:
         kit: the inviter's.
         parts: folder of the split model.
         files: names in its manifest.
-        issued: fingerprint of the certificate that a member's invitation got, by name.
+        invitations: with the certificates that they got; who has left is written down there.
         table: the roster.
         tell: shows the inviter what happens.
     """
@@ -96,13 +103,12 @@ class HandOut:
         kit: Kit,
         parts: Path,
         files: Collection[str],
-        issued: Callable[[], Mapping[str, str]],
+        invitations: Invitations,
         table: RosterTable,
         tell: Tell,
     ) -> None:
         self._listen, self._kit, self._parts, self._files = listen, kit, parts, files
-        self._issued, self._table, self._tell = issued, table, tell
-        self._left: set[str] = set()
+        self._invitations, self._table, self._tell = invitations, table, tell
         self._server: grpc.Server | None = None
 
     def open(self, members: int) -> None:
@@ -130,11 +136,6 @@ class HandOut:
         if self._server is not None:
             self._server.stop(grace=1.0).wait()
 
-    @property
-    def left(self) -> frozenset[str]:
-        """Members that have all they need."""
-        return frozenset(self._left)
-
     def _answer(
         self, method: Callable[[str, Mapping[str, str]], bytes], raw: bytes, context: grpc.ServicerContext
     ) -> bytes:
@@ -145,9 +146,9 @@ class HandOut:
 
     def _caller(self, context: grpc.ServicerContext) -> str:
         shown = fingerprint(peer_certificate(context))
-        for name, issued in self._issued().items():
-            if issued == shown:
-                return name
+        for each in self._invitations.all():
+            if each.certificate and _fingerprint(each.certificate) == shown:
+                return each.name
         raise IdentityError(
             "No invitation got this certificate.",
             code="roster-not-listed",
@@ -155,11 +156,19 @@ class HandOut:
         )
 
     def _manifest(self, name: str, asked: Mapping[str, str]) -> bytes:
-        return (self._parts / MANIFEST_FILE).read_bytes()
+        try:
+            return (self._parts / MANIFEST_FILE).read_bytes()
+        except OSError as error:
+            self._tell(f"{MANIFEST_FILE} cannot be read, and {name} needs it: {error.strerror}")
+            raise IdentityError(
+                f"{MANIFEST_FILE} cannot be read.",
+                code="join-file-missing",
+                fix="put the folder back that `coterie split` wrote",
+            ) from None
 
     def _roster(self, name: str, asked: Mapping[str, str]) -> bytes:
         roster = self._table.read()
-        missing = [member for member, issued in self._issued().items() if not issued]
+        missing = [each.name for each in self._invitations.all() if not each.certificate]
         waiting = missing if roster is None else self._table.unsigned()
         drafted = "" if roster is None else to_json(roster).decode("ascii")
         return json.dumps({"roster": drafted, "waiting": ", ".join(waiting)}).encode()
@@ -170,8 +179,7 @@ class HandOut:
         return b"{}"
 
     def _leave(self, name: str, asked: Mapping[str, str]) -> bytes:
-        if name not in self._left:
-            self._left.add(name)
+        if self._invitations.leave(name):
             self._tell(f"{name} has the roster that all signed")
         return b"{}"
 
@@ -190,7 +198,15 @@ class HandOut:
             end_call(context, grpc.StatusCode.PERMISSION_DENIED, error.code)
         except ValueError:
             end_call(context, grpc.StatusCode.INVALID_ARGUMENT, "join-request")
-        with (self._parts / file).open("rb") as source:
-            source.seek(first * CHUNK_BYTES)
-            while chunk := source.read(CHUNK_BYTES):
-                yield chunk
+        try:
+            with (self._parts / file).open("rb") as source:
+                source.seek(first * CHUNK_BYTES)
+                while chunk := source.read(CHUNK_BYTES):
+                    yield chunk
+        except OSError as error:
+            self._tell(f"{file} cannot be read, and {name} needs it: {error.strerror}")
+            end_call(context, grpc.StatusCode.PERMISSION_DENIED, "join-file-missing")
+
+
+def _fingerprint(pem: str) -> str:
+    return fingerprint(parse_certificate(pem.encode(), "A certificate", "invitations"))

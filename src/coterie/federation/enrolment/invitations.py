@@ -1,4 +1,4 @@
-"""What the inviter remembers of its codes: whom each is for, until when, and which key used it.
+"""What the inviter remembers of its codes: whom each is for, until when, which key used it, and who has all it needs.
 
 The file lies beside the CA's key, as closed as that, since a code is worth a certificate. It is written before an
 answer leaves, so that a crash never gives one code to two keys.
@@ -31,6 +31,7 @@ class Invitation:
         expires: seconds since 1970; counts until the code is used.
         request: hex SHA-256 of the signing request that used it; empty: nobody did.
         certificate: PEM of what that got.
+        left: whether the member has the roster that all signed.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Invitation:
     expires: float
     request: str = ""
     certificate: str = ""
+    left: bool = False
 
     def expired(self, now: dt.datetime) -> bool:
         """Whether nobody can use it any more."""
@@ -64,14 +66,14 @@ class Invitations:
         self._path, self._agreement = folder / INVITATIONS_FILE, agreement
         self._lock = threading.Lock()
         known = self._read()
-        self._by_member = {
+        by_member = {
             name: known[name]
             if name in known and not known[name].expired(now)
             else Invitation(name, new_secret(), (now + valid).timestamp())
             for name in names
         }
-        self._names = {CodeKeys.of(each.secret).name: each.name for each in self._by_member.values()}
-        self._write()
+        self._names = {CodeKeys.of(each.secret).name: each.name for each in by_member.values()}
+        self._by_member = self._written(by_member)
 
     def all(self) -> tuple[Invitation, ...]:
         """As they are now, in the order of the names."""
@@ -89,9 +91,16 @@ class Invitations:
             invitation = self._by_member[name]
             if not invitation.request:
                 invitation = replace(invitation, request=request, certificate=certificate)
-                self._by_member[name] = invitation
-                self._write()
+                self._by_member = self._written({**self._by_member, name: invitation})
             return invitation
+
+    def leave(self, name: str) -> bool:
+        """Write down that a member has all it needs; False where that stands there already."""
+        with self._lock:
+            invitation = self._by_member[name]
+            if not invitation.left:
+                self._by_member = self._written({**self._by_member, name: replace(invitation, left=True)})
+            return not invitation.left
 
     def _read(self) -> dict[str, Invitation]:
         if not self._path.exists():
@@ -117,7 +126,9 @@ class Invitations:
             )
         return members
 
-    def _write(self) -> None:
-        members = [asdict(each) for each in self._by_member.values()]
+    def _written(self, by_member: dict[str, Invitation]) -> dict[str, Invitation]:
+        """The same, once the file says so: what the disk did not take counts for nobody."""
+        members = [asdict(each) for each in by_member.values()]
         content = {"format": FORMAT, "agreement": self._agreement, "members": members}
         write_whole(self._path, (json.dumps(content, indent=2) + "\n").encode(), PRIVATE)
+        return by_member

@@ -14,15 +14,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from coterie.config import FederationConfig, load_yaml
-from coterie.errors import ConfigError, IdentityError
+from coterie.config.federation import is_endpoint
+from coterie.errors import ConfigError, IdentityError, ModelError
 from coterie.federation.enrolment.codes import JoinCode
 from coterie.federation.enrolment.desk import EnrolmentDesk, Offer, Tell
 from coterie.federation.enrolment.hand_out import HandOut, RosterTable
 from coterie.federation.enrolment.invitations import Invitations
 from coterie.federation.enrolment.joining import parts_folder
-from coterie.federation.identity.agreed import draft_agreed, members
+from coterie.federation.identity.agreed import draft_agreed, members, placement_hash
 from coterie.federation.identity.certificates import (
     COORDINATOR,
     Authority,
@@ -110,9 +112,9 @@ class Inviting:
             )
         self._me, self._settings, self._places, self._tell = me, settings, places, tell
         self._listening, self._valid = listening, valid
-        self.desk = listening.desk or self._usual_desk()
+        self.desk = self._usual_desk() if listening.desk is None else _named_desk(listening.desk)
         self.parts = parts_folder(self.config, settings)
-        self.files = check_digests(self.parts)["files"]
+        self.files = self._checked_parts()
         self._stopped = threading.Event()
 
     @property
@@ -162,7 +164,7 @@ class Inviting:
                     if not each.request
                 },
             )
-            while not (self._further(kits, invitations, table) and set(self.invited) <= hand_out.left):
+            while not (self._further(kits, invitations, table) and all(each.left for each in invitations.all())):
                 if self._stopped.wait(_LOOK_S):
                     return None
                 desk.look()
@@ -184,7 +186,7 @@ class Inviting:
             for kit in kits:
                 roster = sign(roster, kit.key, kit.certificate)
             table.lay_out(roster)
-            self._tell(f"all have certificates; roster {roster.content_hash()[:16]}.. is there to be signed")
+            self._tell(f"all have certificates; the roster is there to be signed, fingerprint {roster.fingerprint()}")
             return False
         if table.unsigned():
             return False
@@ -208,6 +210,27 @@ class Inviting:
             )
         verify(earlier, kit.authority)
         return earlier
+
+    def _checked_parts(self) -> dict[str, Any]:
+        """The manifest's files, all of them there, split for these parties and this placement."""
+        manifest = check_digests(self.parts)
+        files: dict[str, Any] = manifest["files"]
+        missing = [name for name in files if not (self.parts / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{', '.join(missing)} of the split model is not in {self.parts}.",
+                code="invite-missing-part",
+                why="the inviter hands every party its own part",
+                fix="put the whole folder back that `coterie split` wrote, with the shards of all parties",
+            )
+        if manifest.get("placement_hash") != placement_hash(self.config):
+            raise ModelError(
+                f"The model in {self.parts} was split for other parties, or deals them other experts.",
+                code="invite-other-split",
+                why="members would get certificates, and parts that do not fit the roster",
+                fix=f"split it again: coterie split MODEL --federation {self._settings} --out NEW-FOLDER",
+            )
+        return files
 
     def _usual_desk(self) -> str:
         coordinator, own = self.config.coordinator.endpoint, self.config.parties[self._me].endpoint
@@ -268,11 +291,8 @@ class Inviting:
         return kit
 
     def _hand_out(self, kit: Kit, invitations: Invitations, table: RosterTable) -> HandOut:
-        def issued() -> dict[str, str]:
-            return {each.name: _fingerprint(each.certificate) for each in invitations.all()}
-
         listen = self._listening.parts_here or self.config.parties[self._me].endpoint
-        return HandOut(listen, kit, self.parts, [*self.files, MANIFEST_FILE], issued, table, self._tell)
+        return HandOut(listen, kit, self.parts, [*self.files, MANIFEST_FILE], invitations, table, self._tell)
 
     def _desk(self, kit: Kit, authority: Authority, invitations: Invitations) -> EnrolmentDesk:
         agreement = self._settings.read_bytes()
@@ -287,5 +307,12 @@ class Inviting:
         return EnrolmentDesk(listen, kit, authority, members(self.config), invitations, offer, self._tell)
 
 
-def _fingerprint(pem: str) -> str:
-    return fingerprint(parse_certificate(pem.encode(), "A certificate", "invitations")) if pem else ""
+def _named_desk(address: str) -> str:
+    if not is_endpoint(address):
+        raise ConfigError(
+            f"{address!r} cannot stand in a code: it is not HOST:PORT.",
+            code="invite-at",
+            why="members would type the code, and be told that it ends with no address",
+            fix="write it as in --at alder.example:7400",
+        )
+    return address

@@ -1,8 +1,10 @@
 """How an invited member comes in: from a code to a kit with a signed roster, and the parts it starts from.
 
 Nothing is made before the other side has proved that it gave out the code, and no certificate is asked for before a
-person, or the own copy of federation.yaml, has agreed to what is offered. Every step can be done again: the same
-command goes on where it was.
+person, or the own copy of federation.yaml, has agreed to what is offered. Whoever issues certificates can stand
+between all members with keys of its own, and only members who compare their rosters see it: where the agreement rests
+on who the others are, none is signed that nobody compared. Every step can be done again: the same command goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from coterie.config import FederationConfig, load_yaml
@@ -21,7 +24,8 @@ from coterie.federation.enrolment.fetching import Fetched, fetch_parts
 from coterie.federation.identity.agreed import check_agreed, check_weights, members
 from coterie.federation.identity.certificates import COORDINATOR, fingerprint
 from coterie.federation.identity.kit import CERT_FILE, REQUEST_FILE, Kit, install, load_kit, request
-from coterie.federation.identity.roster import from_json, install_roster, sign, to_json
+from coterie.federation.identity.letters import heard
+from coterie.federation.identity.roster import Roster, from_json, install_roster, sign, to_json
 from coterie.models.split.shards import MODEL_FOLDER
 from coterie.storage import PUBLIC, write_whole
 
@@ -38,12 +42,14 @@ class Watch:
         step: says what was done.
         fetched: how far a file is.
         waits: for whom; called again when that changes.
+        same: whether all other members read the same fingerprint of the roster; asked where pushes are masked.
     """
 
     agrees: Callable[[FederationConfig], bool]
     step: Callable[[str], None]
     fetched: Fetched
     waits: Callable[[str], None]
+    same: Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -54,16 +60,26 @@ class Joined:
         member: this one's name.
         config: what was agreed.
         kit: with the roster.
+        roster: that all signed.
         parts: folder of trunk and shard; None for the coordinator.
     """
 
     member: str
     config: FederationConfig
     kit: Kit
+    roster: Roster
     parts: Path | None
 
 
-def join_federation(code: JoinCode, folder: Path, kit: Path, watch: Watch, *, patience_s: float = 600.0) -> Joined:
+def join_federation(
+    code: JoinCode,
+    folder: Path,
+    kit: Path,
+    watch: Watch,
+    *,
+    heard_roster: str | None = None,
+    patience_s: float = 600.0,
+) -> Joined:
     """Come in by a code.
 
     Args:
@@ -71,11 +87,12 @@ def join_federation(code: JoinCode, folder: Path, kit: Path, watch: Watch, *, pa
         folder: for federation.yaml and the parts; a federation.yaml that lies there already has to be the same.
         kit: folder to make; where an earlier try left one, it is gone on with.
         watch: see there.
+        heard_roster: fingerprint of the roster as other members read it out; no other is signed.
         patience_s: how long the inviter may be silent.
 
     Raises:
         IdentityError: the code does not count, or who answers did not give it out.
-        RosterError: this member did not agree, or the roster is not for what it agreed to.
+        RosterError: this member did not agree, the roster is not for what it agreed to, or not the others'.
         TransportError: the inviter cannot be reached.
         ModelError: parts that are not what was promised, or no room for them.
     """
@@ -93,10 +110,11 @@ def join_federation(code: JoinCode, folder: Path, kit: Path, watch: Watch, *, pa
             parts = parts_folder(config, settings)
             fetch_parts(handing, invited.member, parts, watch.fetched, patience_s=patience_s)
             watch.step(f"parts in {parts}")
-        _sign(handing, mine, config, settings, parts, watch)
+        look = partial(_look, config=config, settings=settings, parts=parts, watch=watch, heard_roster=heard_roster)
+        roster = _sign(handing, mine, look, watch)
     finally:
         handing.close()
-    return Joined(invited.member, config, mine, parts)
+    return Joined(invited.member, config, mine, roster, parts)
 
 
 def parts_folder(config: FederationConfig, settings: Path) -> Path:
@@ -182,23 +200,40 @@ def _enrolled(desk: Desk, invited: Invited, config: FederationConfig, folder: Pa
     return mine
 
 
-def _sign(
-    desk: PartsDesk,
-    kit: Kit,
+def _look(
+    roster: Roster,
     config: FederationConfig,
     settings: Path,
     parts: Path | None,
     watch: Watch,
+    heard_roster: str | None,
 ) -> None:
-    """Sign the roster once it is laid out, and install it once all have."""
+    """Before signing: the roster is for what was agreed, and where that matters it is the others', too."""
+    check_agreed(roster, config, settings)
+    if parts is not None:
+        check_weights(roster, parts)
+    own = roster.fingerprint()
+    if heard_roster is not None:
+        same = heard(heard_roster) == heard(own)
+    else:
+        same = config.aggregation != "masked" or watch.same(own)
+    if not same:
+        raise RosterError(
+            f"The others have another roster than {own}; it was not signed.",
+            code="join-other-roster",
+            why="whoever keeps the CA may stand between you, under keys of its own in the others' names",
+            fix="compare it with each of them once more, letter by letter; if it differs, do not start, and tell all",
+        )
+
+
+def _sign(desk: PartsDesk, kit: Kit, look: Callable[[Roster], None], watch: Watch) -> Roster:
+    """Sign the roster once it is laid out and was looked at, and install it once all have."""
     said, looked_at = "", ""
     while True:
         raw, waiting = desk.roster()
         roster = from_json(raw, "the inviter's roster") if raw else None
         if roster is not None and looked_at != roster.content_hash():
-            check_agreed(roster, config, settings)
-            if parts is not None:
-                check_weights(roster, parts)
+            look(roster)
             looked_at = roster.content_hash()
         if roster is not None and kit.name not in roster.signatures:
             desk.sign(to_json(sign(roster, kit.key, kit.certificate)))
@@ -206,9 +241,9 @@ def _sign(
             continue
         if roster is not None and not waiting:
             install_roster(kit, roster)
-            watch.step(f"roster v{roster.membership_epoch} {roster.content_hash()[:16]}.., signed by all")
+            watch.step(f"roster v{roster.membership_epoch}, signed by all")
             desk.leave()
-            return
+            return roster
         if waiting != said:
             said = waiting
             watch.waits(waiting)

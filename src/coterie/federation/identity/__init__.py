@@ -2,7 +2,8 @@
 
 `coterie.federation.identity.certificates` makes keys and the private CA, `coterie.federation.identity.kit` is a
 member's folder, `coterie.federation.identity.roster` the signed list, `coterie.federation.identity.provision` all of
-it at one administrator's; `coterie.federation.identity.agreed` is what federation.yaml means for a roster;
+it at one administrator's; `coterie.federation.identity.letters` are how a roster or a code is read out by telephone;
+`coterie.federation.identity.agreed` is what federation.yaml means for a roster;
 `coterie.federation.identity.identify` compares them when a process starts.
 `coterie.federation.identity.signing` is a party's word on the wire.
 """

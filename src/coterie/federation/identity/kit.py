@@ -48,7 +48,7 @@ from coterie.federation.identity.certificates import (
     text_of,
     uri_of,
 )
-from coterie.storage import PRIVATE, PUBLIC, new_folder, write_whole
+from coterie.storage import PRIVATE, PUBLIC, is_vacant, new_folder, write_whole
 
 KEY_FILE, CERT_FILE, CA_FILE, ROSTER_FILE = "key.pem", "cert.pem", "ca.pem", "roster.json"
 CA_KEY_FILE, REQUEST_FILE = "ca-key.pem", "request.csr"
@@ -62,7 +62,7 @@ def new_kit(folder: Path) -> Iterator[Path]:
     Raises:
         IdentityError: ``folder`` exists and is not empty; nothing in it is touched.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_vacant(folder):
         raise IdentityError(
             f"{folder} exists already and is not empty.",
             code="identity-exists",

@@ -38,10 +38,12 @@ from coterie.federation.identity.certificates import (
     parse_certificate,
 )
 from coterie.federation.identity.kit import Kit
+from coterie.federation.identity.letters import grouped, of_digest
 from coterie.storage import PUBLIC, write_whole
 
 _PREFIX = b"coterie roster v1\n"
 _MAX_BYTES = 4 << 20
+_READ_OUT = 40
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -102,6 +104,13 @@ class Roster:
         """SHA-256 (hex) of the content as canonical JSON: sorted keys, no blanks, ASCII."""
         canonical = json.dumps(self.content(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    def fingerprint(self) -> str:
+        """The first 200 bits of `content_hash` as eight groups of five letters, to be read out by telephone.
+
+        Whoever issues all certificates chooses what is hashed, at both ends, so twice the bits of a guess are needed.
+        """
+        return grouped(of_digest(self.content_hash(), _READ_OUT))
 
     def entry(self, name: str) -> RosterEntry:
         """The entry of ``name``; RosterError if there is none."""

@@ -39,7 +39,7 @@ class CoordinatorProcess:
     ) -> None:
         self._config, self._run_dir, self._on_change, self._listen = config, run_dir, on_change, listen
         self._dial = dial
-        self._kit, self._roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
+        self._kit, self.roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
 
     def certificate_warning(self) -> str:
@@ -61,7 +61,7 @@ class CoordinatorProcess:
             journal = Journal(self._run_dir, config.name, config.content_hash())
             settings = transport_settings(config, carried=bool(self._dial))
             transport = GrpcTransport(
-                COORDINATOR, self._roster, self._kit, listen=self._listen, dial=self._dial, settings=settings
+                COORDINATOR, self.roster, self._kit, listen=self._listen, dial=self._dial, settings=settings
             )
 
             def on_change(status: CoordinatorStatus) -> None:

@@ -13,6 +13,7 @@ import grpc
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
+from coterie.config.federation import is_endpoint
 from coterie.errors import CoterieError, IdentityError, TransportError
 from coterie.federation.identity import certificates
 from coterie.federation.identity.kit import Kit
@@ -36,7 +37,17 @@ def past_proxies() -> str:
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port of ``host:port`` or ``[v6]:port``."""
+    """Host and port of ``host:port`` or ``[v6]:port``.
+
+    Raises:
+        TransportError: it is neither.
+    """
+    if not is_endpoint(endpoint):
+        raise TransportError(
+            f"{endpoint!r} is not `host:port` with a port from 1 to 65535.",
+            code="endpoint-form",
+            fix="write it as in 0.0.0.0:7410, alder.example:7410 or [::1]:7410",
+        )
     host, _, port = endpoint.rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -111,7 +122,7 @@ def known(dial: Mapping[str, str], members: Sequence[RosterEntry]) -> Mapping[st
                 code="dial-unknown-member",
                 fix=f"the others are: {', '.join(sorted(names))}",
             )
-        if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", address):
+        if not is_endpoint(address):
             raise TransportError(
                 f"{name} is to be dialled at {address!r}, which is not `host:port`.",
                 code="dial-address",
@@ -141,7 +152,7 @@ def why_refused(peer: str, endpoint: str, roster: Roster, kit: Kit, error: grpc.
             fix=f"compare `coterie roster show` here and at {peer}",
         )
     if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
-        return _other_certificate(peer, roster, kit.authority)
+        return _other_certificate(peer, endpoint, roster, kit.authority)
     if "DNS resolution failed" in details or "name resolution" in details:
         return _unnamed(endpoint)
     if "Connection refused" in details:
@@ -177,15 +188,15 @@ _REFUSALS = {
 }
 
 
-def _other_certificate(peer: str, roster: Roster, authority: x509.Certificate) -> IdentityError:
+def _other_certificate(peer: str, endpoint: str, roster: Roster, authority: x509.Certificate) -> IdentityError:
     """Look at the certificate the endpoint shows, without trusting it, and say what is wrong with it."""
     entry = roster.entry(peer)
-    where = f"{peer} at {entry.endpoint}; no data was sent"
+    where = f"{peer} at {endpoint}; no data was sent"
     why = "whoever answers there is not the member that signed the roster"
-    shown = presented(entry.endpoint)
+    shown = presented(endpoint)
     if shown is None:
         return IdentityError(
-            f"The certificate shown at {entry.endpoint} is not {peer}'s.",
+            f"The certificate shown at {endpoint} is not {peer}'s.",
             code="peer-certificate",
             fix="see what listens there: another program, another member, or a proxy that opens TLS",
             where=where,
@@ -196,7 +207,7 @@ def _other_certificate(peer: str, roster: Roster, authority: x509.Certificate) -
     except IdentityError as error:
         return IdentityError(error.message, code=f"peer-{error.code}", where=where, why=why, fix=error.fix)
     return IdentityError(
-        f"The certificate shown at {entry.endpoint} is valid, but it is not the one the roster lists for {peer}.",
+        f"The certificate shown at {endpoint} is valid, but it is not the one the roster lists for {peer}.",
         code="peer-certificate",
         where=f"{where}; shown {certificates.fingerprint(shown)[:11]}.., listed {entry.cert_fingerprint[:11]}..",
         why=why,
@@ -221,7 +232,7 @@ def look_at(peer: str, roster: Roster, authority: x509.Certificate) -> CoterieEr
     shown = presented(endpoint)
     if shown is not None and certificates.fingerprint(shown) == roster.entry(peer).cert_fingerprint:
         return None
-    return _other_certificate(peer, roster, authority)
+    return _other_certificate(peer, endpoint, roster, authority)
 
 
 def presented(endpoint: str) -> x509.Certificate | None:

@@ -36,7 +36,7 @@ from coterie.models.split.shards import (
 from coterie.models.split.trainings import Training, read_trainings, write_trainings
 from coterie.models.tensors import raw_bytes
 from coterie.models.zoo.build import build_model, quantized_error
-from coterie.storage import file_digest, new_folder, write_json
+from coterie.storage import file_digest, is_vacant, new_folder, write_json
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -171,7 +171,7 @@ def _local_folder(spec: ModelSpec) -> Path | None:
 
 
 def check_vacant(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_vacant(out):
         raise ModelError(
             f"{out} exists and is not an empty folder.",
             code="model-out-exists",

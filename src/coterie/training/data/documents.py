@@ -34,12 +34,14 @@ class Documents:
         users: whose text each is, when a user column was asked for.
         conversations: what the texts stand for, where rows are conversations.
         classes: of each text, where they are learnt by label words; empty where none was read.
+        places: file and row of each text, there.
     """
 
     texts: tuple[str, ...]
     users: tuple[str, ...] | None = None
     conversations: tuple[Conversation, ...] | None = None
     classes: tuple[str, ...] | None = None
+    places: tuple[tuple[Path, str], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -64,15 +66,18 @@ def read_documents(
     users: list[str] = []
     talks: list[Conversation] = []
     classes: list[str] = []
+    places: list[tuple[Path, str]] = []
     _check_different(files)
     for path in files:
         before = len(texts)
         for made, user in _documents_of(path, spec, user_column, classes_needed):
             if isinstance(made, Classified):
                 if made.text.strip():
-                    _check_class(made, path)
+                    if classes_needed:
+                        _check_class(made, path)
                     texts.append(made.text)
                     classes.append(made.of or "")
+                    places.append((path, made.where))
                     users.append(user)
             elif isinstance(made, Conversation):
                 if not made.blank:
@@ -81,7 +86,6 @@ def read_documents(
                     users.append(user)
             elif made.strip():
                 texts.append(made)
-                classes.append("")
                 users.append(user)
         if len(texts) == before:
             raise DataError(
@@ -90,11 +94,14 @@ def read_documents(
                 why="every document in it is empty or blank",
                 fix="remove the file from the config, or check that it was written completely",
             )
-    owners = tuple(users) if user_column is not None else None
+    by_words = spec.label_words is not None
     return Documents(
-        tuple(texts), owners, tuple(talks) if spec.form != "text" else None,
-        tuple(classes) if spec.label_words is not None else None,
-    )  # fmt: skip
+        tuple(texts),
+        tuple(users) if user_column is not None else None,
+        tuple(talks) if spec.form != "text" else None,
+        tuple(classes) if by_words else None,
+        tuple(places) if by_words else None,
+    )
 
 
 class Classified(NamedTuple):
@@ -180,7 +187,11 @@ def _documents_of(
                 fix="choose the column that holds text",
             )
         owner = _user(path, where, user_column, user[0]) if user_column is not None else ""
-        yield (text or "" if words is None else Classified(where, text or "", words.class_of(user[-1]))), owner
+        written = text or ""
+        if spec.label_words is None:
+            yield written, owner
+        else:
+            yield Classified(where, written, None if words is None else words.class_of(user[-1])), owner
 
 
 def _conversations_of(

@@ -112,7 +112,7 @@ def _written(prompt: str, text: str, most: int, tokenizer: PreTrainedTokenizerBa
             raise DataError(
                 "`data.label_words.prompt` alone is longer than a sequence, or no token at all.",
                 code="data-prompt-long",
-                why="the text is cut so that the prompt stays whole, and the word is predicted from what is before it",
+                why="a text is cut so that the prompt stays whole; the word is predicted from what precedes it",
                 fix="set data.sequence_length to more, or write another prompt",
             )
         places = tokenizer(kept, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -86,7 +86,7 @@ class PartyProcess:
                 where=str(config.federation),
                 fix=f"parties: {', '.join(self.federation.parties)}",
             )
-        self._kit, self._roster = identify(self.federation, config.kit, config.party, Role.PARTY)
+        self._kit, self.roster = identify(self.federation, config.kit, config.party, Role.PARTY)
         self._run: PartyRun | None = None
 
     def certificate_warning(self) -> str:
@@ -110,12 +110,12 @@ class PartyProcess:
         config, federation = self.config, self.federation
         settings = transport_settings(federation, carried=bool(self._dial))
         transport = GrpcTransport(
-            config.party, self._roster, self._kit, listen=self._listen, dial=self._dial, settings=settings
+            config.party, self.roster, self._kit, listen=self._listen, dial=self._dial, settings=settings
         )
         unreachable.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir):
-            signer = KeySigner.of_kit(self._kit, self._roster)
-            inputs = replace(prepare_party(config, federation, self._roster), signer=signer)
+            signer = KeySigner.of_kit(self._kit, self.roster)
+            inputs = replace(prepare_party(config, federation, self.roster), signer=signer)
             if self._watch is not None and self._watch.announce is not None and inputs.privacy is not None:
                 self._watch.announce(party_forecast(inputs, inputs.privacy))
             self._run = PartyRun(inputs, transport, federation.content_hash(), self._watch, self.certificate_warning)

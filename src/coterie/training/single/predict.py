@@ -23,17 +23,24 @@ class Predictions:
     Attributes:
         classes: names, as the settings have them.
         chances: [texts, classes] float32, a softmax over the words of the classes.
+        places: file and row of each text.
     """
 
     classes: tuple[str, ...]
     chances: torch.Tensor
+    places: tuple[tuple[Path, str], ...]
 
     def rows(self) -> list[dict[str, object]]:
-        """One JSON object a text: its likeliest class, and how likely each is."""
+        """One JSON object a text: where it stands, its likeliest class, and how likely each is."""
         best = self.chances.argmax(1).tolist()
         return [
-            {"class": self.classes[at], "chances": dict(zip(self.classes, map(float, row), strict=True))}
-            for at, row in zip(best, self.chances.tolist(), strict=True)
+            {
+                "file": str(file),
+                "row": row,
+                "class": self.classes[at],
+                "chances": dict(zip(self.classes, map(float, chances), strict=True)),
+            }
+            for (file, row), at, chances in zip(self.places, best, self.chances.tolist(), strict=True)
         ]
 
 
@@ -53,11 +60,12 @@ def predict(trained: TrainedRun, files: Sequence[Path]) -> Predictions:
             why="without `data.task: label_words` nothing says which words stand for which classes",
             fix="train with label words, or use `coterie generate`",
         )
-    sequences = tokenize(read_documents(files, data, classes_needed=False), data, trained.tokenizer)
+    documents = read_documents(files, data, classes_needed=False)
+    sequences = tokenize(documents, data, trained.tokenizer)
     device, found = next(model.parameters()).device, []
     model.eval()
     for rows in batches_of(len(sequences), trained.config.train.micro_batch):
         if sequences.words is not None:
             scores = sequences.words.scores(model, to_device(sequences.batch(rows), device))
             found.append(scores.softmax(1).cpu())
-    return Predictions(tuple(data.label_words.words), torch.cat(found))
+    return Predictions(tuple(data.label_words.words), torch.cat(found), documents.places or ())

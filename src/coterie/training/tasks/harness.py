@@ -85,19 +85,9 @@ def ask(
         DataError: a file is missing or damaged.
     """
     check_tasks(tasks)
-    asked = {task: read_questions(folder, task) for task in tasks}
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(
-        include_path=str(Path(__file__).parent), include_defaults=False, metadata={"folder": str(folder)}
-    )
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-    loaded = manager.load(list(tasks))
-    results = evaluate(wrapped, loaded, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
-    return [_answers(task, results[task], questions, limit) for task, questions in asked.items()]
+    asked = {task: read_questions(folder, task)[:limit] for task in tasks}
+    results = evaluated(model, tokenizer, tasks, folder, limit, batch_size)
+    return [_answers(task, results[task], questions) for task, questions in asked.items()]
 
 
 def dataset(task: str, folder: str, **_: Any) -> dict[str, Any]:
@@ -112,11 +102,37 @@ def dataset(task: str, folder: str, **_: Any) -> dict[str, Any]:
     return {"test": Dataset.from_list([question.as_doc() for question in read_questions(Path(folder), task)])}
 
 
-def _answers(task: str, result: dict[str, Any], questions: Sequence[Question], limit: int | None) -> Answers:
+def evaluated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    folder: Path,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's own figures by task; arguments as of `ask`."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(
+        include_path=str(Path(__file__).parent), include_defaults=False, metadata={"folder": str(folder)}
+    )
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    loaded = manager.load(list(tasks))
+    found: dict[str, dict[str, Any]] = evaluate(wrapped, loaded, limit=limit, bootstrap_iters=0, log_samples=False)[
+        "results"
+    ]
+    return found
+
+
+def _answers(task: str, result: dict[str, Any], questions: Sequence[Question]) -> Answers:
+    """What lm-eval found in the questions that were asked, beside what guessing gets in these same questions."""
     normalised = result.get("acc_norm,none")
     return Answers(
         task=task,
-        questions=len(questions[:limit]),
+        questions=len(questions),
         accuracy=float(result["acc,none"]),
         normalised=float(normalised) if normalised is not None else None,
         guessing=guessing(questions),

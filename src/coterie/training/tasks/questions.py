@@ -27,6 +27,8 @@ SETS: Mapping[str, str] = {
 }
 """Task name to the folder of its file."""
 
+_BLANKS = ("winogrande",)
+"""Tasks whose questions are sentences with a blank."""
 _ASKED = re.compile(r"^Please [^:]*?(?:, question| to the question| the given sentence): (.*)$", re.DOTALL)
 _CHOICE = re.compile(r"\s*(?:Answer|Solution|Option)\d+: ")
 _FORMAT = re.compile(r"\s*Answer format: ([\w/]+)\s*$")
@@ -62,32 +64,41 @@ def read_questions(folder: Path, task: str) -> list[Question]:
     """
     path = folder / SETS[task] / "test.json"
     try:
-        rows = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+        rows = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"There is no {path}.",
+            f"{folder} is a file, not a folder." if folder.is_file() else f"There is no {path}.",
             code="eval-no-questions",
             why=f"`{task}` asks the questions of that file; nothing is downloaded",
-            fix="name the folder that holds it with --task-data",
+            fix=f"name the folder that holds {SETS[task]}/test.json with --task-data",
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}.",
+            code="eval-no-questions",
+            why=f"`{task}` asks the questions of that file; nothing is downloaded",
+            fix="put the set's file there, readable to you",
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, "is not JSON") from error
     if not isinstance(rows, list) or not rows:
         raise _damaged(path, "holds no list of rows")
-    found = [_question(row) for row in rows]
+    found = [_question(row, task) for row in rows]
     wrong = next((number for number, question in enumerate(found, 1) if question is None), None)
     if wrong is not None:
         raise _damaged(path, f"has another form in row {wrong}")
     return [question for question in found if question is not None]
 
 
-def _question(row: Any) -> Question | None:
-    """A row as a question; None where it is none."""
+def _question(row: Any, task: str) -> Question | None:
+    """A row as a question; None where it is none, or lacks the blank that its task scores."""
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "answer")):
         return None
     names = _FORMAT.search(row["instruction"])
     asked = _ASKED.match(row["instruction"][: names.start()] if names else "")
     if names is None or asked is None:
+        return None
+    if task in _BLANKS and "_" not in asked[1]:
         return None
     labels = names[1].split("/")
     question, *choices = _CHOICE.split(asked[1])
