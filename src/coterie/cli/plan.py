@@ -68,6 +68,7 @@ def command(
     from coterie.cli.output import big, say, size, table, write_json
     from coterie.config import FederationConfig, TrainConfig, load_yaml
     from coterie.config.load import names_setting
+    from coterie.dp.noise.pooled import fewest_parties
     from coterie.errors import ConfigError
     from coterie.training.planning.plan import make_plan, preset_federation
 
@@ -147,6 +148,11 @@ def command(
             ],
         )
         say("noise in the sum: over that of one party alone; epsilon: for the largest lot that the noise allows")
+        fewest = fewest_parties(federation.colluding)
+        say(
+            "a party whose budget is spent contributes no more; the others go on, under the same promise, with the "
+            f"shares that fewer parties need, while at least {fewest} contribute"
+        )
     if plan.equal_rates is not None:
         show_lots(federation, plan.equal_rates)
         if sequence_length is not None:

@@ -69,6 +69,11 @@ def stopped_contributing(privacy: Mapping[str, Any] | None) -> str:
     """Why a party adds nothing any more; empty while it does."""
     if privacy is None or privacy["contributing"]:
         return ""
+    if privacy["rounds_left"]:
+        return (
+            "fewer parties than masked pushes need have budget left, so nobody adds anything of its text from here "
+            f"on; {privacy['rounds_left']} rounds of this party's budget are left"
+        )
     return (
         f"the privacy budget is spent: {privacy['rounds']} rounds are released and none is left; from here on this "
         "party adds nothing of its text and goes on hosting"

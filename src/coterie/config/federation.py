@@ -116,7 +116,7 @@ class FederationConfig(Spec):
     aggregation: Literal["plain", "masked"] = Field(
         default="plain",
         description="For `experts`: `masked` hides each party's sum from hosts, which read only what all parties' "
-        "sums add up to. Needs three parties, all of them in every round.",
+        "sums add up to. Needs three parties, all of them in every round; one whose budget is spent hosts on.",
     )
     noise: Literal["whole", "shared"] = Field(
         default="whole",
@@ -126,7 +126,8 @@ class FederationConfig(Spec):
     colluding: Count | None = Field(
         default=None,
         description="For `noise: shared`: t, how many of the other parties may pool what they know, or lack their "
-        "noise, under the promise; each adds 1 / sqrt(parties - t) of the noise.",
+        "noise, under the promise; each adds 1 / sqrt(parties - t) of the noise. Where budgets are spent, parties "
+        "are those that still contribute; with t of them or fewer nobody does.",
     )
     noise_multiplier: Positive | None = Field(
         default=None,
@@ -237,8 +238,8 @@ class FederationConfig(Spec):
             raise ValueError("`aggregation: masked` needs `exchange: experts`: only sums can be masked")
         if isinstance(self.privacy, PrivacyRules) and self.privacy.noise_bands > 1:
             raise ValueError(
-                "`aggregation: masked` excludes `privacy.noise_bands`: masked sums stay on the noise's grid, and "
-                "what takes back earlier noise does not"
+                "`aggregation: masked` excludes `privacy.noise_bands`: a masked sum can be decoded only if all "
+                "parties took back the same earlier rounds, and one that restarts has lost its own"
             )
         if len(self.parties) < 3:
             raise ValueError(

@@ -37,7 +37,7 @@ class LotSums:
         balancer: None without balance.
         plan: what bounds a unit's contribution.
         options: how to compute.
-        noise_multiplier: of this party's own noise: as accounted, or its share of that.
+        noise_multiplier: see the attribute.
         source: of dropout's randomness.
         ranks: share a lot's units.
         shape: fills every batch up to one shape; None: batches are as the collator makes them.
@@ -46,6 +46,7 @@ class LotSums:
         batches: run the physical batches of a lot.
         engine, balancer: as given.
         holdings: which of the released values are this rank's.
+        noise_multiplier: of this party's own noise in the round that is computed: as accounted, or its share of that.
         released: what later rounds know from earlier releases.
         last: figures of the last lot, owner-only; None before the first.
     """
@@ -76,7 +77,8 @@ class LotSums:
         at_once = options.physical_batch if self._grid is None else 1
         self.batches = LotBatches(model, data, engine, balancer, at_once, self._grid is not None, shape)
         self.released = ReleasedState(engine, balancer, plan.adaptive_quantile)
-        self._noise = LotNoise(plan, noise_multiplier, engine, balancer)
+        self.noise_multiplier = noise_multiplier
+        self._noise = LotNoise(plan, engine, balancer)
         self._on_grid: RoundNoise | None = None
 
     def compute(self, lot: Lot, name: str) -> dict[str, Tensor]:
@@ -113,16 +115,22 @@ class LotSums:
         """The noise of the lot that was computed last: one Gaussian over gradient groups, loads and indicators."""
         if self._on_grid is not None:
             return self._on_grid
-        return self._noise.of({name: self.holdings.size(name, tensor) for name, tensor in sums.items()})
+        rounded = {name: self.holdings.size(name, tensor) for name, tensor in sums.items()}
+        return self._noise.of(self.noise_multiplier, rounded)
 
-    def fixed_noise(self) -> RoundNoise:
-        """The noise of a round as thresholds are now, known before its lot; where none moves, of every round."""
+    def fixed_noise(self, noise_multiplier: float | None = None) -> RoundNoise:
+        """The noise of a round as thresholds are now, known before its lot; where none moves, of every round.
+
+        Args:
+            noise_multiplier: of this party's own noise in that round; None: as now.
+        """
+        multiplier = self.noise_multiplier if noise_multiplier is None else noise_multiplier
         if self._grid is not None and self._plan.bands is None:
-            return self._noise.of({})
+            return self._noise.of(multiplier, {})
         rounded = {name: self.holdings.size(name, param) for name, param in self._trained.items()}
         if self.balancer is not None and self.balancer.balance.releases_loads:
             rounded[LOAD] = sum(self.balancer.sizes)
-        return self._noise.of(rounded)
+        return self._noise.of(multiplier, rounded)
 
     def _batches_of(self, shares: Sequence[Lot]) -> int:
         """How many physical batches every rank runs: one whose experts others need runs as many as they do."""
@@ -131,7 +139,7 @@ class LotSums:
     def _compute(self, lot: Lot, batches: int, key: int) -> tuple[dict[str, Tensor], LotFigures]:
         self.engine.take()  # what an interrupted step left
         if self._grid is not None:
-            self._on_grid = self._noise.of({}) if self._plan.bands is None else self.fixed_noise()
+            self._on_grid = self.fixed_noise()
             self._grid.use_grid(self._on_grid.step)
         figures, loads = LotFigures(), list[Tensor]()
         device = next(iter(self._trained.values())).device

@@ -31,6 +31,7 @@ from coterie.dp.balance import Balancer
 from coterie.dp.lot_sums import LotSums
 from coterie.dp.noise.discrete_gaussian import Slabs
 from coterie.dp.noise.past_noise import PastNoise
+from coterie.dp.noise.pooled import contributors_in
 from coterie.dp.noise.randomness import RandomSource, random_source
 from coterie.dp.per_sample.shared_batch import users_refused
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
@@ -153,6 +154,8 @@ class OpenRun:
         if earlier is not None:
             return self.tensors(earlier), earlier
         ranks, began = self.ranks, time.monotonic()
+        # From the pins, which are spooled and counted with the result: what is said of its noise is what it has.
+        self.lot_sums.noise_multiplier = self.plan.own_noise(self.mechanism, len(contributors_in(pending.pins)))
         sums = self.lot_sums.compute(pending.lot, pending.name)
         slabs = self.lot_sums.noise(sums).cut(sums, self.lot_sums.holdings.parts(), as_integers=as_integers)
         del sums  # with isolation: exact they take twice the memory of what is spooled

@@ -55,16 +55,16 @@ class Contributor:
         self._drawn(begun.lot)
         return self.run.publish(begun, as_integers=self._as_integers)
 
-    def held(self, round_no: int, pins: Mapping[str, str], name: str) -> str | None:
-        """The value of pin ``name`` of what is kept for a round, a release or its lot alone, whose other pins are
-        these; None where nothing is. `release` with that value and these pins draws nothing new."""
+    def held(self, round_no: int, pins: Mapping[str, str], name: str) -> dict[str, str] | None:
+        """All pins of what is kept for a round, a release or its lot alone, which has these pins and one of that
+        name; None where nothing is kept. `release` with all of them draws nothing new."""
         spool, stored = self.run.releases.spool, self.run.releases.spool.stored_lot()
         kept = [release.pins for release in spool.releases_of(round_no)]
         if stored is not None and stored.lot.round == round_no:
             kept.append(stored.pins)
         for each in kept:
-            if name in each and {key: value for key, value in each.items() if key != name} == dict(pins):
-                return each[name]
+            if name in each and pins.items() <= each.items():
+                return each
         return None
 
     def forget(self, up_to_round: int, beyond_limit: int) -> None:

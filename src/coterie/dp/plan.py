@@ -96,7 +96,8 @@ class PrivacyPlan:
             ("`adaptive_quantile`", self.adaptive_quantile is not None,
              "what a unit adds to a round stands in later rounds, too, whose noise would have another size"),
             ("`aggregation: masked`", self.pooled is not None,
-             "masked sums stay on the noise's grid, and what takes back earlier noise does not"),
+             "a masked sum can be decoded only if all parties took back the same earlier rounds, and one that "
+             "restarts has lost its own"),
         ):  # fmt: skip
             if there:
                 raise PrivacyError(
@@ -171,9 +172,16 @@ class PrivacyPlan:
             units, self.lot_size, self.sampler, self.max_lot, 1 if self.bands is None else self.bands.count
         )
 
-    def own_noise(self, mechanism: Mechanism) -> float:
-        """The noise multiplier of what this run itself adds, where others' noise lies in its sums, too."""
-        return mechanism.noise_multiplier * (1.0 if self.pooled is None else self.pooled.share)
+    def own_noise(self, mechanism: Mechanism, parties: int = 0) -> float:
+        """The noise multiplier of what this run itself adds, where others' noise lies in its sums, too.
+
+        Args:
+            mechanism: of a round.
+            parties: whose noise that is, this run's included; 0: of all that were agreed on.
+        """
+        if self.pooled is None:
+            return mechanism.noise_multiplier
+        return mechanism.noise_multiplier * self.pooled.among(parties or self.pooled.parties).share
 
     def mechanism(self, lots: LotPlan) -> Mechanism:
         """What the accountant composes for one round, with the noise that the budget needs.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.errors import CoterieError, MessageError
+from coterie.errors import CoterieError, MessageError, RoundError
 from coterie.federation.experts.host import ExpertsHost, ExpertsHostLimits
 from coterie.federation.experts.masking.board import parts_digest
 from coterie.federation.experts.masking.grid import GridScale, MaskGrid
@@ -108,7 +108,14 @@ class Experts:
                 "mask-opening": Message(
                     "mask-opening",
                     NOW.address(),
-                    {"nonce": "1" * 64, "serial": 1, "grid": "2" * 64, "can_draw": True, "draw": "0" * 64},
+                    {
+                        "nonce": "1" * 64,
+                        "serial": 1,
+                        "grid": "2" * 64,
+                        "can_draw": True,
+                        "draw": "3" * 64,
+                        "drawn_by": ["alder", "birch"],
+                    },
                 ),
                 "mask-key": Message("mask-key", NOW.address(), {"key": "3" * 64, "signature": "45" * 70}),
                 "mask-digest": Message("mask-digest", NOW.address(), {"session": "6" * 64, "digest": "7" * 64}),
@@ -208,15 +215,31 @@ def test_who_announced_a_masked_push_and_does_not_bring_it_is_named(contributes:
     world = Experts(masked=True)
     body = {"contributes": contributes, "weight": 6.0}
     world.handle("birch", Lane.CONTROL, Message("declare", NOW.address(), body))
+    world.pool.expect_masked(MaskGrid(2, GridScale(1.0, 2**29)), ("birch",))
     with pytest.raises(MessageError) as caught:
         world.pool.check_masked({"birch": "7" * 64})
     assert (caught.value.code, caught.value.peer) == ("mask-digest", "birch")
 
 
+def test_who_said_that_it_cannot_draw_and_brings_a_masked_push_is_named_and_nothing_commits() -> None:
+    """All others added noise for a sum without it."""
+    world = Experts(masked=True)
+    before = world.state()
+    world.pool.expect_masked(MaskGrid(2, GridScale(1.0, 2**29)), ("alder", "cedar"))
+    blobs = [torch.zeros(4 * part.num_values, dtype=torch.uint8) for part in world.parts if part.host == "alder"]
+    world.push(blobs[0])
+    with pytest.raises(MessageError) as caught:
+        world.pool.check_masked({"alder": "7" * 64, "cedar": "7" * 64})
+    assert (caught.value.code, caught.value.peer) == ("mask-contributor", "birch")
+    with pytest.raises(RoundError):
+        world.pool.commit(NOW, 0.1)
+    assert all(torch.equal(value, before[name]) for name, value in world.state().items())
+
+
 def test_who_brings_another_masked_push_than_it_announced_is_named() -> None:
     world = Experts(masked=True)
     world.pool.begin(NOW, active=("alder", "birch"))
-    world.pool.use_grid(MaskGrid(2, GridScale(1.0, 2**29)))
+    world.pool.expect_masked(MaskGrid(2, GridScale(1.0, 2**29)), ("alder", "birch"))
     theirs = [part for part in world.parts if part.host == "alder"]
     blobs = {part.number: torch.zeros(4 * part.num_values, dtype=torch.uint8) for part in theirs}
     for part in theirs:

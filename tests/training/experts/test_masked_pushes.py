@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from coterie.cli.privacy_lines import stopped_contributing
 from coterie.config import FederationConfig
 from coterie.dp import plan
 from coterie.dp.accounting.accountant import noise_multiplier
@@ -21,8 +22,10 @@ from coterie.dp.checks import self_check
 from coterie.errors import CoterieError, RoundError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.host import ExpertsHost
+from coterie.federation.experts.masking.board import OPENING, MaskBoard
 from coterie.federation.experts.masking.streams import Masks, unmasked_sum
 from coterie.federation.rounds.state import State
+from coterie.federation.wire.transport import Message
 from coterie.training.party.actor import PartyActor
 from coterie.training.party.in_process import InProcessFederation, run_in_process
 from coterie.training.party.inputs import PartyInputs
@@ -76,15 +79,28 @@ LOTS = {"privacy__lot_size": None, "lot_sizes": {"alder": 4, "birch": 5, "cedar"
 
 
 @pytest.mark.parametrize(
-    ("privacy", "trunk", "lots"),
-    [("none", "private", {}), ("budget", "shared", {}), ("budget", "private", {}), ("budget", "shared", LOTS)],
+    ("privacy", "trunk", "lots", "last"),
+    [
+        ("none", "private", {}, 2),
+        ("budget", "shared", {}, 2),
+        ("budget", "private", {}, 2),
+        ("budget", "shared", LOTS, 1),
+    ],
 )
-def test_masked_and_plain_federations_train_the_same_model(tmp_path: Path, privacy: str, trunk: str, lots: dict):
-    """With the same lots and the same noise: what differs is the float32 rounding of sums before they add up."""
+def test_masked_and_plain_federations_train_the_same_model(
+    tmp_path: Path, privacy: str, trunk: str, lots: dict, last: int
+):
+    """With the same lots and the same noise: what differs is the float32 rounding of sums before they add up. In one
+    of them a budget is spent after the first round."""
     sigma = {} if privacy == "none" else {"sigma": 0.5}
     masked = masked_settings(privacy, trunk=trunk, **lots)
     plain = masked.model_copy(update={"aggregation": "plain", "noise_multiplier": None})
-    found = {each.aggregation: trained(run(each, tmp_path / each.aggregation, **sigma)) for each in (masked, plain)}
+    found = {}
+    for each in (masked, plain):
+        folder = tmp_path / each.aggregation
+        parts = parts_of(each, folder, **sigma)
+        parts = with_last_round(parts, "birch", last) if last < 2 else parts
+        found[each.aggregation] = trained(run_in_process(each, list(parts.values()), folder / "coordinator")[0])
     start = trained_at_start(plain)
     assert max(relative(found["plain"][key], value) for key, value in start.items()) > 1e-2  # it trained at all
     assert found["plain"].keys() == found["masked"].keys()
@@ -180,25 +196,118 @@ def test_where_one_party_lost_its_draw_all_draw_anew_and_all_count_both(
         assert released(tmp_path, name) == [(1, 0), (1, 1), (2, 0)]
 
 
-@pytest.mark.parametrize(("lost", "pushed"), [(False, 2), (True, 1)])
-def test_where_one_budget_is_spent_nobody_draws_and_what_all_hold_is_still_pushed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool, pushed: int
+def with_last_round(parts: dict[str, PartyInputs], name: str, rounds: int) -> dict[str, PartyInputs]:
+    """A party whose budget lasts for so many releases."""
+    privacy = parts[name].privacy
+    assert privacy is not None
+    return {**parts, name: replace(parts[name], privacy=replace(privacy, rounds=rounds))}
+
+
+def laws(folder: Path, name: str) -> list[object]:
+    """What each of a party's ledger entries says of whose noise lay in the sum, where it was not everybody's."""
+    (ledger,) = (folder / f"ledger-{name}").glob("*/ledger.jsonl")
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    return [e["data"].get("pooled") for e in entries if e["kind"] == "release"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_where_too_few_budgets_last_nobody_draws_and_what_all_hold_is_still_pushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
 ):
     """Cedar pays for one draw, whose first attempt fails: where it is not pushed again, nobody pays for another."""
-    pushes, config = Pushes(monkeypatch), masked_settings()
+    pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=2)
     fail_once(monkeypatch, then=lambda: lose_draw(tmp_path, "birch") if lost else None)
-    parts = parts_of(config, tmp_path, sigma=None, seeded=False)
-    spare = replace(parts["cedar"].privacy, rounds=1)  # type: ignore[type-var]
-    parts["cedar"] = replace(parts["cedar"], privacy=spare)
+    parts = with_last_round(parts_of(config, tmp_path, sigma=None, seeded=False), "cedar", 1)
     federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     assert all(result.finished for result in results.values())
     notes = " ".join(status.state.note for status in federation.statuses)
     assert "made-up" in notes
     assert "push-withdrawn" not in notes  # nobody said that it could draw and then could not
-    assert {len(each) for each in pushes.clear.values()} == {pushed}
+    assert {len(each) for each in pushes.clear.values()} == {1 if lost else 2}
     for name in PARTIES:
         assert released(tmp_path, name) == [(1, 0)]
+        privacy = results[name].privacy
+        assert privacy is not None
+        words = "fewer parties than masked pushes need" if name != "cedar" else "the privacy budget is spent"
+        assert words in stopped_contributing(privacy)
     assert {exchange_of(federation, name).host.version for name in PARTIES} == {2}
+
+
+@pytest.mark.parametrize("noise", [{}, {"noise": "shared", "colluding": 1}])
+def test_where_one_budget_is_spent_the_others_go_on_with_the_noise_that_fewer_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: dict
+):
+    """Cedar pays for one draw. It lies in the sum of round 1 and of its retry; round 2 is the two others'."""
+    pushes, config = Pushes(monkeypatch), masked_settings(**noise)
+    fail_once(monkeypatch)
+    parts = with_last_round(parts_of(config, tmp_path, sigma=None, seeded=False), "cedar", 1)
+    federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    assert "made-up" in " ".join(status.state.note for status in federation.statuses)
+    contribution = exchange_of(federation, "alder").contribution
+    for name in PARTIES:
+        stops = name == "cedar"
+        assert {len(each) for (party, _), each in pushes.clear.items() if party == name} == {2 if stops else 3}
+        assert released(tmp_path, name) == ([(1, 0)] if stops else [(1, 0), (2, 0)])
+        now = {"parties": 2, "colluding": config.colluding}
+        assert laws(tmp_path, name) == ([None] if stops else [None, now])
+        statement, privacy = results[name].statement, results[name].privacy
+        assert ("of 3 contributed 2 in 1 round, as the others' budgets were spent" in statement) is not stops
+        assert privacy is not None
+        assert privacy["contributing"] is not stops
+        if not stops:
+            for attempt, count in ((0, 3), (2, 2)):
+                step = contribution.grid(count).rest.step
+                share = 1.0 if not noise else (count - 1) ** -0.5  # t = 1
+                values = torch.cat([each[attempt] for (party, _), each in pushes.clear.items() if party == name])
+                assert float(values.double().std() * step) == pytest.approx(SIGMA * CLIP * share, rel=0.05)
+    for part in {part for _, part in pushes.clear}:
+        for attempt, who in ((1, PARTIES), (2, ("alder", "birch"))):
+            blobs = {name: pushes.masked[name, part][attempt] for name in who}
+            expected = sum(pushes.clear[name, part][attempt] for name in who)
+            assert torch.equal(unmasked_sum(blobs, pushes.width), expected)
+    assert {exchange_of(federation, name).host.version for name in PARTIES} == {2}
+
+
+def test_a_draw_that_was_noised_for_a_party_that_stopped_since_is_burned_by_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cedar lost its last draw. The others' noise was a third each; alone they need half each, and count both."""
+    pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=1)
+    fail_once(monkeypatch, then=lambda: lose_draw(tmp_path, "cedar"))
+    parts = with_last_round(parts_of(config, tmp_path, sigma=None, seeded=False, rounds=3), "cedar", 1)
+    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    now = {"parties": 2, "colluding": 1}
+    for name in PARTIES:
+        stops = name == "cedar"
+        assert released(tmp_path, name) == ([(1, 0)] if stops else [(1, 0), (1, 1), (2, 0)])
+        assert laws(tmp_path, name) == ([None] if stops else [None, now, now])
+    assert {len(each) for (party, _), each in pushes.clear.items() if party == "cedar"} == {1}
+    step = exchange_of(federation, "alder").contribution.grid(2).rest.step
+    for name in ("alder", "birch"):
+        values = torch.cat([each[1] for (party, _), each in pushes.clear.items() if party == name])
+        assert float(values.double().std() * step) == pytest.approx(SIGMA * CLIP, rel=0.05)
+
+
+def test_a_party_that_tells_others_different_things_of_its_budget_gets_no_push_out_of_anybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Alder hears that cedar goes on, birch that it stopped: in a sum that both believe in, noise would be missing."""
+    pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=1, max_attempts=1)
+    said = MaskBoard.take
+
+    def two_views(board: MaskBoard, peer: str, message: Message) -> Message:
+        if message.kind == OPENING and peer == "cedar" and board._me == "birch":  # noqa: SLF001
+            message = replace(message, body={**message.body, "can_draw": False})
+        return said(board, peer, message)
+
+    monkeypatch.setattr(MaskBoard, "take", two_views)
+    parts = parts_of(config, tmp_path, sigma=None, seeded=False)
+    with pytest.raises(CoterieError) as ended:
+        run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    assert ended.value.code == "mask-signature"
+    assert not pushes.masked
+    for name in PARTIES:
+        assert released(tmp_path, name) == []
 
 
 def test_a_wild_sum_is_refused_by_all_and_the_second_ends_the_run_without_a_name(
@@ -260,7 +369,7 @@ def test_shared_noise_adds_up_to_what_was_promised_against_t(
     pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=colluding, train__rounds=1)
     parts = parts_of(config, tmp_path, sigma=None, seeded=False)
     federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
-    step = exchange_of(federation, PARTIES[0]).contribution._grid.rest.step  # noqa: SLF001
+    step = exchange_of(federation, PARTIES[0]).contribution.grid(3).rest.step
     for name, result in results.items():
         values = torch.cat([each[0] for (party, _), each in pushes.clear.items() if party == name])
         assert float(values.double().std() * step) == pytest.approx(SIGMA * CLIP * share, rel=0.05)

@@ -32,6 +32,7 @@ from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.lifetime import MERGED, lifetime, units_differ
 from coterie.dp.accounting.overlap import RecordedRun, compare, counted
 from coterie.dp.accounting.texts import FOLDER, Keyring, Originals, fingerprints, store
+from coterie.dp.noise.pooled import PooledNoise, contributors_in
 from coterie.errors import LedgerError
 from coterie.storage import check_keys, check_known, json_object, locked, make_private_folder, sync_folder, write_all
 
@@ -46,6 +47,9 @@ _FIELDS = {
     "revealed": {"run", "how"},
 }
 """What an entry of each kind holds; a run's holds public facts besides."""
+
+_SOMETIMES = {"release": {"pooled"}}
+"""What it can hold, too: of a masked sum, whose noise lay in it where that was not everybody's."""
 
 _UNITS = ("record", "user")
 _OF_THE_PROCESS = ("self_check", "coterie", "revision")
@@ -142,7 +146,11 @@ class Entry:
             check_mechanism(self.data["mechanism"], where)
             check_known(where, "unit", self.data.get("unit", "record"), _UNITS, LedgerError)
         else:
-            check_keys(where, f"field of a `{self.kind}`", found, needed, LedgerError)
+            known = needed | _SOMETIMES.get(self.kind, set())
+            check_keys(where, f"field of a `{self.kind}`", found, known, LedgerError)
+        if self.kind == "release" and "pooled" in self.data:
+            check_keys(where, "field of `pooled`", self.data["pooled"], {"parties", "colluding"}, LedgerError)
+            PooledNoise.from_json(self.data["pooled"])
 
     def line(self) -> bytes:
         return json.dumps(self.__dict__, sort_keys=True, separators=(",", ":")).encode() + b"\n"
@@ -178,13 +186,19 @@ class LedgerHead:
 
 @dataclass(frozen=True)
 class Released:
-    """A release as the ledger knows it. ``draw`` counts the lots drawn for one round, from 0."""
+    """A release as the ledger knows it.
+
+    Attributes:
+        draw: counts the lots drawn for one round, from 0.
+        pooled: whose noise lay in its sum, where that was not all parties' that the run's entry speaks of.
+    """
 
     run: str
     round: int
     draw: int
     digest: str
     pins: dict[str, str]
+    pooled: PooledNoise | None = None
 
 
 class Ledger:
@@ -362,6 +376,9 @@ class Ledger:
                     why="the number of rounds was fixed in advance",
                     fix="start a new run with a new budget",
                 )
+            law, agreed = len(contributors_in(pins)), PooledNoise.from_json(planned.data.get("pooled"))
+            if law and agreed is not None and law != agreed.parties:
+                data["pooled"] = agreed.among(law).to_json()
             self._append("release", data)
 
     def record_burned(self, run: str, round_no: int, draw: int, reason: str) -> None:
@@ -493,7 +510,8 @@ class Ledger:
         if entry.kind == "run":
             self._runs[data["run"]] = entry
         elif entry.kind == "release":
-            released = Released(data["run"], data["round"], data["draw"], data["digest"], data["pins"])
+            pooled = PooledNoise.from_json(data.get("pooled"))
+            released = Released(data["run"], data["round"], data["draw"], data["digest"], data["pins"], pooled)
             self._releases.setdefault(data["run"], {})[(data["round"], data["draw"])] = released
         elif entry.kind == "texts":
             self._texts.setdefault(data["run"], {})[data["key"]] = data["file"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -45,6 +46,7 @@ class Statement:
         private: False for a seeded run: then none of the numbers is a promise.
         pooled: whose noise lies in all that others see of this party; None: its own alone, whole.
         against: where it is several parties', (k, spent) against any k of the others who pool what they know.
+        fewer: where it is several parties', (parties, rounds) of rounds to which not all of them contributed.
         bands: over how many rounds noise hangs together (`coterie.dp.noise.bands`); the sampling rate is then that of
             a unit in its block's turn. 1: noise is independent.
     """
@@ -78,6 +80,7 @@ class Statement:
     pooled: PooledNoise | None = None
     against: tuple[tuple[int, Spent], ...] = ()
     bands: int = 1
+    fewer: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; infinite epsilons become None."""
@@ -85,6 +88,7 @@ class Statement:
         for spent in (data["spent"], data["lifetime"], *(spent for _, spent in data["against"])):
             spent["epsilon"] = _finite(spent["epsilon"])
         data["against"] = [list(pair) for pair in data["against"]]
+        data["fewer"] = [list(pair) for pair in self.fewer]
         data["copies"] = [[size, _finite(eps)] for size, eps in self.copies]
         return data
 
@@ -168,7 +172,8 @@ class Statement:
             return [
                 f"  one other party  {spent}, against any one of the others alone, and outsiders: pushes are masked, "
                 f"and each sum holds the noise of {pooled.parties - 1} parties that it does not know. Against all "
-                "others together, or parties whose noise is known to others, the line above holds"
+                "others together, or parties whose noise is known to others, the line above holds",
+                *self._fewer("that line counts these with the noise that they had"),
             ]
         lines = [
             f"  holds against    any {pooled.colluding} of the {pooled.parties - 1} other parties together, and "
@@ -178,7 +183,17 @@ class Statement:
         for others, spent in self.against:
             who = "all others" if others == pooled.parties - 1 else f"any {others} of them"
             lines.append(f"  if more collude  {spent}, if {who} pool what they know")
-        return lines
+        return lines + self._fewer("each added a larger share, so that the promise is the same")
+
+    def _fewer(self, what_holds: str) -> list[str]:
+        """Rounds to which some parties did not contribute, because their budgets were spent."""
+        if self.pooled is None or not self.fewer:
+            return []
+        rounds = ", ".join(f"{parties} in {count} round{'s' * (count > 1)}" for parties, count in self.fewer)
+        return [
+            f"  fewer parties    of {self.pooled.parties} contributed {rounds}, as the others' budgets were spent; "
+            f"{what_holds}"
+        ]
 
     def _bands(self) -> list[str]:
         """How noise hangs together, where it does."""
@@ -240,10 +255,12 @@ def make_statement(
     """
     facts = ledger.run(run)
     mechanism = Mechanism.from_json(facts["mechanism"])
-    rounds = len(ledger.releases(run))
+    releases = ledger.releases(run)
+    rounds = len(releases)
     private = not facts.get("seeded")
     events = [(mechanism, rounds)]
     pooled = PooledNoise.from_json(facts.get("pooled"))
+    laws = Counter(released.pooled or pooled for released in releases)
     unit = facts.get("unit", "record")
     unchecked = () if facts.get("self_check") else (UNCHECKED,)
     overall = lifetime(ledger, run, budget.delta)
@@ -276,21 +293,35 @@ def make_statement(
         ),
         private=private,
         pooled=pooled,
-        against=tuple(_against(mechanism, pooled, rounds, budget.delta)),
+        against=tuple(_against(mechanism, pooled, laws, budget.delta)),
+        fewer=tuple((law.parties, count) for law, count in laws.items() if law is not None and law != pooled),
         bands=mechanism.bands,
         ledger=ledger.public_name(),
         run=run,
     )
 
 
-def _against(mechanism: Mechanism, pooled: PooledNoise | None, rounds: int, delta: float) -> list[tuple[int, Spent]]:
-    """What others learn who add up all parties' noise and know some of it: (how many pool it, spent)."""
+def _against(
+    mechanism: Mechanism, pooled: PooledNoise | None, laws: Mapping[PooledNoise | None, int], delta: float
+) -> list[tuple[int, Spent]]:
+    """What others learn who add up all parties' noise and know some of it: (how many pool it, spent).
+
+    Args:
+        mechanism: of a round.
+        pooled: whose noise was agreed on.
+        laws: in how many rounds whose noise it was.
+        delta: of the budget.
+    """
     if pooled is None:
         return []
+
+    def unknown(law: PooledNoise, others: int) -> Mechanism:
+        return replace(mechanism, noise_multiplier=mechanism.noise_multiplier * law.unknown(others))
+
     found = []
     for others in pooled.worth_saying:
-        unknown = replace(mechanism, noise_multiplier=mechanism.noise_multiplier * pooled.unknown(others))
-        found.append((others, Spent(epsilon([(unknown, rounds)], delta), delta)))
+        events = [(unknown(law, others), count) for law, count in laws.items() if law is not None]
+        found.append((others, Spent(epsilon(events, delta), delta)))
     return found
 
 

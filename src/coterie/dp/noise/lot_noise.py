@@ -16,23 +16,20 @@ class LotNoise:
 
     Args:
         plan: says what is released beside the gradients.
-        noise_multiplier: as accounted.
         engine: its groups, thresholds and sensitivity.
         balancer: None without balance.
     """
 
-    def __init__(
-        self, plan: PrivacyPlan, noise_multiplier: float, engine: SumEngine, balancer: Balancer | None
-    ) -> None:
+    def __init__(self, plan: PrivacyPlan, engine: SumEngine, balancer: Balancer | None) -> None:
         self._plan = plan
-        self._noise_multiplier = noise_multiplier
         self._engine = engine
         self._balancer = balancer
 
-    def of(self, rounded: Mapping[str, int]) -> RoundNoise:
+    def of(self, noise_multiplier: float, rounded: Mapping[str, int]) -> RoundNoise:
         """This round's noise.
 
         Args:
+            noise_multiplier: of what this party adds.
             rounded: how many values of each sum are rounded to the grid after they were added up.
         """
         engine, group_of = self._engine, self._engine.group_of
@@ -43,9 +40,7 @@ class LotNoise:
         gradients = {name: count for name, count in rounded.items() if name not in extra}
         if self._plan.adaptive_quantile is None:
             parts = {"gradients": ReleasePart(engine.sensitivity, rest, sum(gradients.values()))}
-            return RoundNoise.of(
-                self._noise_multiplier, parts | extra, lambda name: name if name in extra else "gradients"
-            )
+            return RoundNoise.of(noise_multiplier, parts | extra, lambda name: name if name in extra else "gradients")
         # Adaptive thresholds differ between groups and rounds: each group's noise follows its own threshold.
         values = dict.fromkeys(engine.groups, 0)
         for name, count in gradients.items():
@@ -55,9 +50,7 @@ class LotNoise:
             group: ReleasePart(bounds[group] * (1 + engine.eta), rest / len(values), count)
             for group, count in values.items()
         }
-        return RoundNoise.of(
-            self._noise_multiplier, parts | extra, lambda name: name if name in extra else group_of(name)
-        )
+        return RoundNoise.of(noise_multiplier, parts | extra, lambda name: name if name in extra else group_of(name))
 
     def _extra(self, rounded: Mapping[str, int]) -> dict[str, ReleasePart]:
         """What is released beside the gradients."""

@@ -116,6 +116,7 @@ class ExpertsHost:
         self._after, self._ahead = 0, ahead
         self._active: tuple[str, ...] = self._parties
         self._declared: dict[str, Declared] = {}
+        self._contributors: tuple[str, ...] = ()
         self._committed: Attempt | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -145,6 +146,7 @@ class ExpertsHost:
         with self._changed:
             if attempt != self._open:
                 self._declared.clear()
+                self._contributors = ()
             self._open, self._after = attempt, attempt.round
             self._active = tuple(active) if active is not None else self._parties
             self._changed.notify_all()
@@ -224,9 +226,11 @@ class ExpertsHost:
         """Take this party's own sum of a part, by the same checks as everybody's."""
         self._pushes.stage(self.me, part.number, attempt, blob, weights)
 
-    def use_grid(self, grid: MaskGrid) -> None:
-        """What masked pushes lie on; called before any of an attempt can arrive."""
+    def expect_masked(self, grid: MaskGrid, contributors: Sequence[str]) -> None:
+        """What the masked pushes of an attempt lie on, and whose add up; called before any of them can arrive."""
         self._pushes.grid = grid
+        with self._changed:
+            self._contributors = tuple(party for party in self._parties if party in contributors)
 
     def check_masked(self, said: Mapping[str, str]) -> None:
         """Look at the sums of an attempt's masked pushes, all of which are here.
@@ -235,12 +239,24 @@ class ExpertsHost:
             said: by party, the digest that it gave this host before anybody's values left.
 
         Raises:
-            MessageError: ``mask-digest``: a party pushed something else.
+            MessageError: ``mask-digest``: a party pushed something else; ``mask-contributor``: it pushed though it
+                had said that it would not.
             RoundError: ``sum-wild``: nothing that honest parties' pushes add up to.
         """
         if not self._mine:
             return
-        for party, digest in said.items():
+        for party in self._contributing():
+            if party not in self._contributors:
+                raise MessageError(
+                    f"{party} brings a masked push to {self.me} though it said that it cannot draw.",
+                    code="mask-contributor",
+                    why="how much noise each party adds follows from how many contribute",
+                    fix="nothing was applied; the attempt is given up and tried again",
+                    field="contributes",
+                    peer=party,
+                )
+        for party in self._contributors:
+            digest = said[party]
             if not self._pushes.complete(party) or parts_digest(self._pushes.digests(party)) != digest:
                 raise MessageError(
                     f"{party} pushed other masked values to {self.me} than it had announced.",
@@ -252,7 +268,11 @@ class ExpertsHost:
                 )
         for part in self._mine:
             if part.trained:
-                self._pushes.sums(part.number, self._active)
+                self._pushes.sums(part.number, self._contributors)
+
+    def _contributing(self) -> tuple[str, ...]:
+        """Active parties that declared sums, in roster order."""
+        return tuple(party for party in self._active if party in self._declared and self._declared[party].contributes)
 
     def missing(self) -> tuple[str, ...]:
         """Active parties that have not declared their part, or declared sums that did not all arrive.
@@ -279,10 +299,11 @@ class ExpertsHost:
                 + (f"no complete sum from {', '.join(missing)}." if missing else f"{self._open or 'none'} is open."),
                 code="round-incomplete",
             )
-        contributing = tuple(party for party in self._active if self._mine and self._declared[party].contributes)
-        if self.board is not None and 0 < len(contributing) < len(self._active):
+        contributing = self._contributing() if self._mine else ()
+        if self.board is not None and self._mine and contributing != self._contributors:
             raise RoundError(
-                f"{attempt} cannot commit at {self.me}: masked sums of some parties alone.", code="round-incomplete"
+                f"{attempt} cannot commit at {self.me}: masked sums of other parties than agreed on theirs.",
+                code="round-incomplete",
             )
         divisor = math.fsum(self._declared[party].weight for party in contributing)
         if contributing and divisor > 0:

@@ -53,6 +53,14 @@ def _is_hex(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"([0-9a-f]{2}){1,128}", value) is not None
 
 
+def _are_names(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and all(isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name) for name in value)
+        and len(set(value)) == len(value)
+    )
+
+
 def _are_indices(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_whole, value)) and len(set(value)) == len(value)
 
@@ -62,6 +70,7 @@ WHOLE = Value("whole number, at most 2^53", _is_whole)
 WEIGHT = Value("number, at most 2^53", _is_weight)
 HASH = Value("64 of 0-9 a-f", _is_hash)
 HEX = Value("at most 256 of 0-9 a-f", _is_hex)
+NAMES = Value("list of different names", _are_names)
 INDICES = Value("list of different whole numbers", _are_indices)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -184,7 +193,10 @@ TABLE = (
         "experts",
         Lane.CONTROL,
         _ATTEMPT,
-        Form("mask-opening", {"nonce": HASH, "serial": WHOLE, "grid": HASH, "can_draw": FLAG, "draw": HASH}),
+        Form(
+            "mask-opening",
+            {"nonce": HASH, "serial": WHOLE, "grid": HASH, "can_draw": FLAG, "draw": HASH, "drawn_by": NAMES},
+        ),
         Form("mask-opening", {}),
     ),
     _between_parties(

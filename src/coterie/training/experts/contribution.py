@@ -19,7 +19,7 @@ from coterie.dp.losses import default_loss
 from coterie.dp.party_session import Contributor
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.masking.grid import MaskGrid
-from coterie.federation.experts.masking.session import NO_DRAW
+from coterie.federation.experts.masking.session import Held
 from coterie.models import seam
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
@@ -90,16 +90,15 @@ class Contribution(Protocol):
         ...
 
     def nothing(self) -> Sums:
-        """In place of sums: this party, or with masked pushes some other, contributes to no round any more."""
+        """In place of sums: this party contributes to no round any more, or with masked pushes too few parties do."""
         ...
 
     def grid(self, parties: int) -> MaskGrid:
         """Where pushes are masked: what the sums of so many parties are integers of. Called after `open`."""
         ...
 
-    def outlook(self, round_no: int, pins: Mapping[str, str]) -> tuple[bool, str]:
-        """Whether a lot can be drawn for a round, and the set of draws that is held for it; see
-        `coterie.federation.experts.masking.session.Opening`. Called after `open`."""
+    def outlook(self, round_no: int, pins: Mapping[str, str]) -> Held:
+        """Whether a lot can be drawn for a round, and the set of draws that is held for it. Called after `open`."""
         ...
 
     def applied(self, round_no: int, newest: int) -> None:
@@ -161,9 +160,9 @@ class WithoutLedger:
     def grid(self, parties: int) -> MaskGrid:
         return plain_grid(parties, self._push_limit)
 
-    def outlook(self, round_no: int, pins: Mapping[str, str]) -> tuple[bool, str]:
+    def outlook(self, round_no: int, pins: Mapping[str, str]) -> Held:
         """Nothing runs out, and no sums are kept for another attempt."""
-        return True, NO_DRAW
+        return Held(can_draw=True)
 
     def open(self, streamer: LayerStreamer) -> None:
         """There is nothing to refuse."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from coterie.config import FederationConfig
+from coterie.dp.noise.pooled import fewest_parties
 from coterie.errors import RoundError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.masking.board import MaskAgreement, MaskBoard, parts_digest
-from coterie.federation.experts.masking.grid import MaskGrid
+from coterie.federation.experts.masking.grid import MaskGrid, grids_digest
 from coterie.federation.experts.masking.session import MaskSession, Scope, Signer
 from coterie.federation.experts.masking.streams import masks_of
 from coterie.federation.experts.owner import SumSender
@@ -56,6 +57,7 @@ class MaskedPush:
         recorded: OwnMasks | None = None,
     ) -> None:
         self._parties, self._host, self._run, self._roster = tuple(federation.parties), host, run, roster
+        self._fewest = fewest_parties(federation.colluding)
         self._recorded = recorded
         self._grid: MaskGrid | None = None
         self._parts = tuple(part for part in parts if part.trained)
@@ -73,18 +75,21 @@ class MaskedPush:
             cancel: ends a wait.
 
         Returns:
-            The session; None where a budget is spent and what all drew is not there: nobody's sums come.
+            The session; None where too few parties' budgets last and what all drew is not there: nobody's sums come.
 
         Raises:
             RoundError: ``mask-parties``: the coordinator leaves a party out.
             CoterieError: see `MaskAgreement.agree`.
         """
         self._check_all_take_part(state)
-        grid = self._grid = contribution.grid(len(self._parties))
-        self._host.use_grid(grid)
-        can_draw, draw = contribution.outlook(state.round, pins)
+        grids = {count: contribution.grid(count) for count in range(self._fewest, len(self._parties) + 1)}
+        held = contribution.outlook(state.round, pins)
         scope = Scope(self._run(), self._roster, state.epoch, Attempt(state.round, state.attempt))
-        return self._agreement.agree(scope, grid.digest(), can_draw=can_draw, draw=draw, cancel=cancel)
+        session = self._agreement.agree(scope, grids_digest(grids.values()), held, self._fewest, cancel)
+        if session is not None:
+            self._grid = grids[len(session.contributors)]
+            self._host.expect_masked(self._grid, session.contributors)
+        return session
 
     def _check_all_take_part(self, state: State) -> None:
         """A coordinator could otherwise leave out everybody but those that pool what they know."""
@@ -107,16 +112,21 @@ class MaskedPush:
     ) -> None:
         """Mask and bring what was noised, when everybody has said what it will bring; look at the sums stored here.
 
+        A party that does not contribute says so, and looks at the sums as everybody does.
+
         Raises:
             RoundError: ``run-diverged`` for values beyond what was agreed, of which nothing leaves; ``sum-wild``.
             CoterieError: a party cannot be reached, refused, or pushed something else than it had announced.
         """
-        if sums.experts is None or self._grid is None:
+        contributes, blobs = self._host.me in session.contributors, dict[int, Tensor]()
+        if contributes and (sums.experts is None or self._grid is None):
             raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
-        sender.declare(attempt, contributes=True, weight=sums.weight)
-        blobs = self._masked(sums, sums.experts, self._grid, session, attempt)
+        sender.declare(attempt, contributes=contributes, weight=sums.weight)
+        if contributes:
+            blobs = self._masked(sums, sums.experts, self._grid, session, attempt)
         said = self._agreement.commit(attempt, session, self._digests(blobs), cancel)
-        sender.push(attempt, blobs, versions)
+        if contributes:
+            sender.push(attempt, blobs, versions)
         while self._host.missing():
             cancel.check()
             time.sleep(_LOOK_S)
@@ -149,6 +159,6 @@ class MaskedPush:
     def _digests(self, blobs: Mapping[int, Tensor]) -> dict[str, str]:
         """By party, over what it will be pushed."""
         own: dict[str, list[str]] = defaultdict(list)
-        for part in self._parts:
+        for part in self._parts if blobs else ():
             own[part.host].append(digest_of(blobs[part.number]))
         return {party: parts_digest(own[party]) for party in self._parties}

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from coterie.config import FederationConfig, PrivacyRules
+from coterie.dp.noise.pooled import CONTRIBUTORS
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.fetch_weights import WeightFetcher
 from coterie.federation.experts.host import ExpertsHost
@@ -128,10 +129,11 @@ class ExpertsOwner:
         session = None
         if self._masked is not None:
             session = self._masked.agree(self._contribution, state, pins, both)
-            pins |= {} if session is None else {DRAW: session.draw}
+            if session is not None:
+                pins |= {DRAW: session.draw, CONTRIBUTORS: ",".join(session.contributors)}
         agreed = time.monotonic()
         self.streamer.watch()
-        if self._masked is not None and session is None:
+        if self._masked is not None and (session is None or self._host.me not in session.contributors):
             sums = self._contribution.nothing()
         else:
             sums = self._contribution.sums(state.round, pins, self.streamer, both)

@@ -18,6 +18,7 @@ from coterie.dp.accounting.spool import Release
 from coterie.dp.checks import self_check
 from coterie.dp.checks.made_up import FromCollator
 from coterie.dp.noise.joint_noise import LOAD
+from coterie.dp.noise.pooled import contributors_in
 from coterie.dp.open_run import RunEntry, open_run
 from coterie.dp.party_session import Contributor
 from coterie.dp.per_sample.engine import Engine
@@ -27,7 +28,7 @@ from coterie.dp.refusals import check_model, unused_warning
 from coterie.errors import BudgetError, PrivacyError
 from coterie.federation.cancel import NEVER, CancelToken
 from coterie.federation.experts.masking.grid import GridScale, MaskGrid
-from coterie.federation.experts.masking.session import NO_DRAW
+from coterie.federation.experts.masking.session import Held
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
@@ -99,7 +100,6 @@ class PrivateSums:
         self._constant: ConstantWork | None = None
         self._engine: Engine | None = None
         self._cancel = NEVER
-        self._grid: MaskGrid | None = None
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         began = time.monotonic()
@@ -118,7 +118,7 @@ class PrivateSums:
             experts[layer][name] = noised[full]
         rest = {name: value for name, value in noised.items() if name not in self._names}
         metrics = self._metrics(contributor, round_no, release)
-        grid = self._grid if self._masked else None
+        grid = self.grid(len(contributors_in(pins))) if self._masked else None
         return Sums(experts, rest, float(self._plan.lot_size), metrics, release.digest, grid)
 
     def nothing(self) -> Sums:
@@ -127,22 +127,22 @@ class PrivateSums:
         return Sums(None, {}, 0.0, spent)
 
     def grid(self, parties: int) -> MaskGrid:
-        sums, plan, balancer = self._opened().run.lot_sums, self._plan, self.balancer
-        noise = sums.fixed_noise()
+        run, plan, balancer = self._opened().run, self._plan, self.balancer
+        noise = run.lot_sums.fixed_noise(plan.own_noise(run.mechanism, parties))
 
         def scale(name: str, bound: float) -> GridScale:
             return noised_scale(noise.step(name), bound, self._inputs.largest_lot or plan.lot_size, plan.max_lot)
 
         released = balancer is not None and balancer.balance.releases_loads
         loads = {LOAD: scale(LOAD, balancer.load_bound)} if released and balancer is not None else {}
-        gradients = scale("gradients", sums.engine.sensitivity)
-        self._grid = MaskGrid(parties, gradients, loads, secret=plan.seed is None)
-        return self._grid
+        gradients = scale("gradients", run.lot_sums.engine.sensitivity)
+        return MaskGrid(parties, gradients, loads, secret=plan.seed is None)
 
-    def outlook(self, round_no: int, pins: Mapping[str, str]) -> tuple[bool, str]:
+    def outlook(self, round_no: int, pins: Mapping[str, str]) -> Held:
         contributor = self._opened()
+        can_draw = contributor.run.releases.remaining > 0
         held = contributor.held(round_no, self._with_trunk(pins), DRAW)
-        return contributor.run.releases.remaining > 0, held or NO_DRAW
+        return Held(can_draw) if held is None else Held(can_draw, held[DRAW], contributors_in(held))
 
     def _opened(self) -> Contributor:
         if self.contributor is None:

@@ -6,9 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coterie.errors import MessageError, RoundError
-from coterie.federation.experts.masking.session import NO_DRAW, KeyMaker, Opening, Scope, Serials, draw_of
+from coterie.federation.experts.masking.session import (
+    NO_DRAW,
+    Draws,
+    KeyMaker,
+    Opening,
+    Scope,
+    Serials,
+    draws_of,
+)
 from coterie.federation.experts.masking.streams import unmasked_sum
 from coterie.federation.rounds.attempt import Attempt
 from helpers.masking import GRID, SCOPE, Identities, agreed, opening
@@ -54,7 +64,15 @@ def test_keys_of_another_run_roster_epoch_or_attempt_are_refused(scope: Scope):
 
 
 @pytest.mark.parametrize(
-    "lie", [{"nonce": "f" * 64}, {"serial": 2}, {"can_draw": False}, {"draw": "1" * 64}, {"grid": GRID}]
+    "lie",
+    [
+        {"nonce": "f" * 64},
+        {"serial": 2},
+        {"can_draw": False},
+        {"draw": "1" * 64},
+        {"drawn_by": ("alder",)},
+        {"grid": GRID},
+    ],
 )
 def test_a_party_that_told_two_others_different_things_is_noticed(lie: dict):
     each = makers()
@@ -133,12 +151,86 @@ def test_a_new_agreement_on_the_same_words_has_other_masks():
     ],
 )
 def test_draws_are_pushed_again_only_if_everybody_holds_one_of_the_same_set(held: tuple[str, ...], kept: bool):
-    openings = {name: opening(i, draw=64 * letter) for i, (name, letter) in enumerate(zip(NAMES, held, strict=True))}
-    assert (draw_of(openings) == 64 * "1") is kept
+    openings = {
+        name: opening(i, draw=64 * letter, drawn_by=NAMES)
+        for i, (name, letter) in enumerate(zip(NAMES, held, strict=True))
+    }
+    assert (draws_of(openings).name == 64 * "1") is kept
+    assert draws_of(openings).parties == NAMES
     sessions = agreed(makers(**openings))
     draws = {session.draw for session in sessions.values()}
     assert draws == ({64 * "1"} if kept else {sessions["alder"].digest})
     assert NO_DRAW not in draws
+
+
+WITHOUT = ("alder", "birch")
+OLD, NEW = "1" * 64, "2" * 64
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "parties"),
+    [
+        # (can draw, draw, made by) of alder, birch, cedar
+        ([(True, NO_DRAW, ()), (True, NO_DRAW, ()), (False, NO_DRAW, ())], None, WITHOUT),
+        # The last draw of a budget is pushed again, as long as all hold theirs ...
+        ([(True, OLD, NAMES), (True, OLD, NAMES), (False, OLD, NAMES)], OLD, NAMES),
+        # ... and not without one of them, by however many it was lost.
+        ([(True, OLD, NAMES), (True, OLD, NAMES), (False, NO_DRAW, ())], None, WITHOUT),
+        ([(True, OLD, NAMES), (True, NO_DRAW, ()), (False, OLD, NAMES)], None, WITHOUT),
+        # What a party that stopped still has does not keep the others' draws from being pushed.
+        ([(True, NEW, WITHOUT), (True, NEW, WITHOUT), (False, OLD, NAMES)], NEW, WITHOUT),
+        ([(False, NEW, WITHOUT), (False, NEW, WITHOUT), (False, NO_DRAW, ())], NEW, WITHOUT),
+        # A party that comes back after all is one more: the others' noise was for fewer.
+        ([(True, NEW, WITHOUT), (True, NEW, WITHOUT), (True, NO_DRAW, ())], None, NAMES),
+        # Whoever made a draw is told apart from who says so.
+        ([(True, OLD, NAMES), (True, OLD, WITHOUT), (True, OLD, NAMES)], None, NAMES),
+        ([(True, OLD, WITHOUT), (True, OLD, WITHOUT), (True, OLD, WITHOUT)], None, NAMES),
+        ([(False, OLD, NAMES), (False, NO_DRAW, ()), (False, OLD, NAMES)], None, ()),
+    ],
+)
+def test_who_contributes_follows_from_what_all_said(said: list, name: str | None, parties: tuple[str, ...]):
+    openings = {
+        party: opening(i, can_draw=able, draw=draw, drawn_by=by)
+        for i, (party, (able, draw, by)) in enumerate(zip(NAMES, said, strict=True))
+    }
+    assert draws_of(openings) == Draws(name, parties)
+
+
+def test_masks_of_those_who_contribute_cancel_and_the_others_have_none():
+    sessions = agreed(makers(cedar=opening(2, can_draw=False)))
+    assert {session.digest for session in sessions.values()} == {sessions["alder"].digest}
+    assert {session.contributors for session in sessions.values()} == {WITHOUT}
+    pushes = {name: sessions[name].masks.mask(0, torch.tensor([2, 3]), 5) for name in WITHOUT}
+    assert unmasked_sum(pushes, 5).tolist() == [4, 6]
+    with pytest.raises(RoundError) as refused:  # unmasked values would leave
+        sessions["cedar"].masks.mask(0, torch.tensor([2, 3]), 5)
+    assert refused.value.code == "mask-used"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_nobody_pushes_what_it_noised_for_other_parties_than_contribute(data: st.DataObject):
+    """However many lie: a party's own word about its own draw is one of those that have to fit."""
+    names = (*NAMES, "dogwood")
+    groups = st.sampled_from([NAMES, WITHOUT, names, ("birch", "dogwood"), ()])
+    openings = {
+        party: opening(
+            i,
+            can_draw=data.draw(st.booleans()),
+            draw=data.draw(st.sampled_from([NO_DRAW, OLD, NEW])),
+            drawn_by=data.draw(groups),
+        )
+        for i, party in enumerate(names)
+    }
+    draws = draws_of(openings)
+    for party in draws.parties:
+        said = openings[party]
+        if draws.name is None:
+            assert said.can_draw
+        else:
+            assert (said.draw, said.drawn_by) == (draws.name, draws.parties)
+    if draws.name is not None:
+        assert {party for party in names if openings[party].can_draw} <= set(draws.parties)
 
 
 def test_a_party_that_leaps_to_where_serials_run_out_is_named():

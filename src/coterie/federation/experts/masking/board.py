@@ -15,13 +15,14 @@ from typing import Any
 from coterie.errors import RoundError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.masking.session import (
+    Held,
     KeyMaker,
     MaskSession,
     Opening,
     Scope,
     Serials,
     Signer,
-    draw_of,
+    draws_of,
     new_opening,
 )
 from coterie.federation.rounds.attempt import Attempt
@@ -107,27 +108,27 @@ class MaskAgreement:
         self._deadline_s = deadline_s
         self._serials = Serials()
 
-    def agree(self, scope: Scope, grid: str, *, can_draw: bool, draw: str, cancel: CancelToken) -> MaskSession | None:
+    def agree(self, scope: Scope, grid: str, held: Held, fewest: int, cancel: CancelToken) -> MaskSession | None:
         """Make keys for one push with all active parties.
 
         Args:
             scope: what for.
-            grid: digest of the `MaskGrid`.
-            can_draw: whether this party can draw for the round.
-            draw: the set of draws it holds; see `Opening`.
+            grid: digest of the grids; see `Opening`.
+            held: what this party has for the round.
+            fewest: parties that have to contribute.
             cancel: ends a wait.
 
         Returns:
-            The session; None where draws are missing that some party cannot make, and nobody contributes.
+            The session; None where fewer parties can contribute than that, and so nobody does.
 
         Raises:
             RoundError, TransportError: see `KeyMaker.agree`; or a party cannot be reached.
         """
-        opening = new_opening(self._serials, grid, can_draw=can_draw, draw=draw)
+        opening = new_opening(self._serials, grid, held)
         maker = KeyMaker(self._me, scope, opening, self._signer)
-        said = self._tell(OPENING, scope.attempt, asdict(opening), cancel)
-        openings = {party: Opening(**body) for party, body in said.items()}
-        if draw_of(openings) is None and not all(each.can_draw for each in openings.values()):
+        said = self._tell(OPENING, scope.attempt, {**asdict(opening), "drawn_by": list(opening.drawn_by)}, cancel)
+        openings = {party: Opening(**{**body, "drawn_by": tuple(body["drawn_by"])}) for party, body in said.items()}
+        if len(draws_of(openings).parties) < fewest:
             return None
         public, signature = maker.sign(openings)
         keys = self._tell(KEY, scope.attempt, {"key": public, "signature": signature}, cancel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,3 +182,8 @@ def signed(wrapped: np.ndarray, width: int) -> np.ndarray:
     unused = np.uint64(64 - 8 * width)
     shifted: np.ndarray = (wrapped << unused).view(np.int64) >> np.int64(unused)
     return shifted
+
+
+def grids_digest(grids: Iterable[MaskGrid]) -> str:
+    """One digest for the grids of every number of parties that may contribute."""
+    return hashlib.sha256("|".join(["grids", *(grid.digest() for grid in grids)]).encode()).hexdigest()

@@ -3,8 +3,8 @@
 Every attempt at a round makes its own X25519 key, which touches no disk and is forgotten with the push: nothing that
 is taken from a process later opens what it masked, and a new agreement costs a round trip and burns nothing.
 
-1. Every party tells every other its `Opening`: a fresh nonce, the serial it would use, its grid's digest, whether it
-   could draw anew, and which set of draws it holds for this round.
+1. Every party tells every other its `Opening`: a fresh nonce, the serial it would use, its grids' digest, whether it
+   could draw anew, and which set of draws, made by whom, it holds for this round.
 2. It signs all openings, run, roster, membership epoch and attempt, with its new public key, by its identity. So no
    party can have told two others different things, and no key of another push can be put in this one's place.
 3. The digest of all openings and keys is the session, which all keys are derived with. It stands beside the digest of
@@ -13,6 +13,10 @@ is taken from a process later opens what it masked, and a new agreement costs a 
 **Draws.** The first session of a round names the set of the parties' draws (their lots and noise). A retry sends the
 same noised integers under new masks only if every party still holds its own draw of the same set. If one does not,
 all draw anew, and all count both: a sum with old noise and one with new noise of the same party could be compared.
+
+**Who contributes.** A party whose budget is spent says that it cannot draw, and masks are the others' alone. How many
+these are decides how much noise each adds, so a set of draws is for the parties that made it and for no others:
+where one of them has stopped since, the others draw anew.
 """
 
 from __future__ import annotations
@@ -59,10 +63,10 @@ class Opening:
     Attributes:
         nonce: 256 fresh random bits, hex.
         serial: lowest push serial that this party has not used.
-        grid: digest of its `MaskGrid`.
-        can_draw: it can draw for this round. If one party cannot, sums come only where all still hold a draw of
-            the same set.
+        grid: digest of its `MaskGrid` for every number of contributing parties.
+        can_draw: it can draw for this round. One that cannot contributes nothing but draws that it still holds.
         draw: set of draws that it holds for this round and these weights; `NO_DRAW` where there is none.
+        drawn_by: the parties whose draws are in that set, by name in order.
     """
 
     nonce: str
@@ -70,6 +74,7 @@ class Opening:
     grid: str
     can_draw: bool
     draw: str
+    drawn_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,11 +154,12 @@ class KeyMaker:
         said = {party: [asdict(openings[party]), keys[party][0]] for party in sorted(openings)}
         session = hashlib.sha256(b"coterie mask session\n" + _scope_text(self.scope) + _canonical(said)).digest()
         serial = max(opening.serial for opening in openings.values())
-        shared = {party: self._shared(party, key, session) for party, (key, _) in keys.items() if party != self.me}
+        draws = draws_of(openings)
+        others = [party for party in draws.parties if party != self.me] if self.me in draws.parties else []
+        shared = {party: self._shared(party, keys[party][0], session) for party in others}
         self._key = None
-        return MaskSession(
-            session.hex(), serial, draw_of(openings) or session.hex(), Masks(self.me, shared, session, serial)
-        )
+        masks = Masks(self.me, shared, session, serial)
+        return MaskSession(session.hex(), serial, draws.name or session.hex(), draws.parties, masks)
 
     def _own_key(self) -> X25519PrivateKey:
         if self._key is None:
@@ -176,12 +182,14 @@ class MaskSession:
         digest: names the session, hex.
         serial: of the push; never used before in any of the processes.
         draw: the set of draws that is to be pushed.
-        masks: this party's.
+        contributors: whose draws these are; only they push, and their masks cancel.
+        masks: this party's; none where it does not contribute.
     """
 
     digest: str
     serial: int
     draw: str
+    contributors: tuple[str, ...]
     masks: Masks
 
 
@@ -211,15 +219,45 @@ class Serials:
         self._last = serial
 
 
-def new_opening(serials: Serials, grid: str, *, can_draw: bool, draw: str) -> Opening:
+@dataclass(frozen=True)
+class Held:
+    """What one party has for a round before an attempt at it: see `Opening`."""
+
+    can_draw: bool
+    draw: str = NO_DRAW
+    drawn_by: tuple[str, ...] = ()
+
+
+def new_opening(serials: Serials, grid: str, held: Held) -> Opening:
     """What a party says in a new attempt."""
-    return Opening(secrets.token_hex(32), serials.next, grid, can_draw, draw)
+    return Opening(secrets.token_hex(32), serials.next, grid, held.can_draw, held.draw, held.drawn_by)
 
 
-def draw_of(openings: Mapping[str, Opening]) -> str | None:
-    """The set of draws that every party still holds; None where one lacks its own, and all draw anew."""
-    held = {opening.draw for opening in openings.values()}
-    return held.pop() if len(held) == 1 and NO_DRAW not in held else None
+@dataclass(frozen=True)
+class Draws:
+    """What an attempt is to push.
+
+    Attributes:
+        name: of the set of draws; None: it is drawn anew.
+        parties: who contributes, by name in order.
+    """
+
+    name: str | None
+    parties: tuple[str, ...]
+
+
+def draws_of(openings: Mapping[str, Opening]) -> Draws:
+    """Which draws are pushed: those that all who made them still hold, if nobody else can draw; else new ones.
+
+    A party reads its own draw's makers in its own opening, so it never pushes what it noised for more parties, or
+    fewer, than now contribute.
+    """
+    able = tuple(party for party in sorted(openings) if openings[party].can_draw)
+    for draw in sorted({opening.draw for opening in openings.values()} - {NO_DRAW}):
+        holders = tuple(party for party in sorted(openings) if openings[party].draw == draw)
+        if set(able) <= set(holders) and all(openings[party].drawn_by == holders for party in holders):
+            return Draws(draw, holders)
+    return Draws(None, able)
 
 
 def _signed_text(scope: Scope, openings: Mapping[str, Opening], public: str) -> bytes:

@@ -46,7 +46,6 @@ class Masks:
     def __init__(self, me: str, secrets: Mapping[str, bytes], session: bytes, serial: int) -> None:
         self._me, self._secrets, self._session, self._serial = me, dict(secrets), session, serial
         self._used: set[int] = set()
-        self._erased = False
 
     def mask(self, part: int, integers: Tensor, width: int) -> Tensor:
         """The masked bytes of one part, uint8 [V * width]: uniformly random to whoever lacks one of the secrets.
@@ -57,9 +56,9 @@ class Masks:
             width: bytes of one integer.
 
         Raises:
-            RoundError: the part was masked already, or the secrets are gone.
+            RoundError: the part was masked already, or there are no secrets, or none any more.
         """
-        if part in self._used or self._erased:
+        if part in self._used or not self._secrets:
             raise RoundError(
                 f"part {part} of push {self._serial} cannot be masked again.",
                 code="mask-used",
@@ -87,7 +86,6 @@ class Masks:
     def erase(self) -> None:
         """Forget the secrets: with what this object still holds no part can be masked, and none unmasked."""
         self._secrets.clear()
-        self._erased = True
 
     def _stream(self, other: str, secret: bytes, part: int) -> CipherContext:
         first, second = sorted((self._me, other))
