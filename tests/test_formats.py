@@ -150,6 +150,11 @@ RUN_FACTS = {"run": "run-b", "mechanism": Mechanism(1.0, 0.1).to_json(), "rounds
         ("Release", {"run": "run-a", "round": 3, "draw": 0, "digest": "x", "pins": {}}, "kind `Release`"),
         ("", {}, "kind"),
         ("release", {"run": "run-a", "round": 3, "draw": 0, "digest": "x", "pins": {}, "times": 7}, "`times`"),
+        (
+            "release",
+            {"run": "run-a", "round": 3, "draw": 0, "digest": "x", "pins": {}, "pooled": {"parties": 2, "of": 3}},
+            "`of`",
+        ),
         ("burned", {"run": "run-a", "round": 2, "draw": 0, "reason": "", "refund": True}, "`refund`"),
         ("texts", {"run": "run-a", "key": "k", "file": "f", "part": 2}, "`part`"),
         ("revealed", {"run": "run-q", "how": "tokens", "only": [1]}, "`only`"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -18,26 +19,29 @@ from coterie.dp.accounting.lots import Units
 from coterie.dp.accounting.run_entry import RunStart
 from coterie.dp.accounting.statement import Statement, make_statement
 from coterie.dp.clipping import Flat
-from coterie.dp.noise.pooled import PooledNoise
+from coterie.dp.noise.pooled import CONTRIBUTORS, PooledNoise
 from coterie.dp.plan import PrivacyPlan
-from coterie.errors import LedgerError
+from coterie.errors import LedgerError, PrivacyError
 
 SIGMA, ROUNDS = 4.0, 3
 BUDGET = Budget(20.0, 1e-5)
 
 
-def statement(folder: Path, **facts: object) -> Statement:
+def statement(folder: Path, contributors: Sequence[str] = (), **facts: object) -> Statement:
+    """Of a run whose rounds had these contributors, separated by commas; by default nothing is said of them."""
     ledger = open_ledger("a" * 64, folder)
     mechanism = Mechanism(SIGMA, 1.0)
     ledger.start_run("run", mechanism, ROUNDS, units=100, unit="record", clip_norm=1.0, seeded=False, **facts)
     for round_no in range(1, ROUNDS + 1):
-        ledger.record_release("run", round_no, 0, f"{round_no:064x}", {})
+        pins = {CONTRIBUTORS: contributors[round_no - 1]} if contributors else {}
+        ledger.record_release("run", round_no, 0, f"{round_no:064x}", pins)
     return make_statement(ledger, "run", BUDGET, 1.0, ())
 
 
-def reference(sigma: float) -> float:
+def reference(*sigmas: float) -> float:
     """Of the Gaussian mechanism in closed form (Balle and Wang 2018, arXiv:1805.06530), all rounds being one."""
-    whole = sigma / math.sqrt(ROUNDS)
+    rounds = sigmas if len(sigmas) > 1 else sigmas * ROUNDS
+    whole = 1 / math.sqrt(sum(sigma**-2 for sigma in rounds))
     below = NormalDist().cdf
 
     def delta(eps: float) -> float:
@@ -85,6 +89,42 @@ def test_with_shared_noise_the_statement_says_what_holds_against_t_and_against_m
     assert f"{made.against[1][1]}, if all others pool what they know" in shown
     alone = "with noise shared by 4 parties: against any 1 of the 3 others together, not against all"
     assert made.counted == (f"1 run {alone}",)  # every statement that counts this run says so
+
+
+@pytest.mark.parametrize(("parties", "colluding", "others"), [(4, None, 1), (4, 1, 2), (4, 1, 3), (4, 2, 3)])
+def test_rounds_of_fewer_parties_are_counted_with_the_noise_that_they_had(
+    tmp_path: Path, parties: int, colluding: int | None, others: int
+):
+    """Of four one stops after the first round. The promise stays; what more parties could learn, or one, changes."""
+    made = statement(tmp_path, ["a,b,c,d", "a,b,c", "a,b,c"], pooled=PooledNoise(parties, colluding).to_json())
+    assert made.spent.epsilon == pytest.approx(reference(SIGMA), rel=0.02)
+
+    def unknown(contributing: int) -> float:
+        shares = contributing - colluding if colluding is not None else 1
+        return SIGMA * math.sqrt(max(contributing - others, 1) / shares)
+
+    expected = reference(unknown(4), unknown(3), unknown(3))
+    assert dict(made.against)[others].epsilon == pytest.approx(expected, rel=0.02)
+    assert "of 4 contributed 3 in 2 rounds, as the others' budgets were spent" in str(made)
+    assert made.to_json()["fewer"] == [[3, 2]]
+    (line,) = (entry for entry in open_ledger("a" * 64, tmp_path).entries() if entry.data.get("round") == 3)
+    assert line.data["pooled"] == {"parties": 3, "colluding": colluding}
+    again = open_ledger("a" * 64, tmp_path)  # another process reads what was written
+    assert make_statement(again, "run", BUDGET, 1.0, ()).against == made.against
+
+
+def test_where_all_contribute_an_entry_says_what_it_always_did(tmp_path: Path):
+    made = statement(tmp_path, ["a,b,c"] * ROUNDS, pooled=PooledNoise(3, 1).to_json())
+    assert made.fewer == ()
+    assert not any(
+        "pooled" in entry.data for entry in open_ledger("a" * 64, tmp_path).entries() if entry.kind != "run"
+    )
+
+
+def test_no_noise_is_shared_where_all_others_may_pool_what_they_know():
+    with pytest.raises(PrivacyError) as refused:
+        PooledNoise(3, 1).among(1)
+    assert refused.value.code == "dp-pooled"
 
 
 @pytest.mark.parametrize("facts", [{}, {"pooled": None}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +19,13 @@ from coterie.config import FederationConfig
 from coterie.dp import plan
 from coterie.dp.accounting.accountant import noise_multiplier
 from coterie.dp.checks import self_check
+from coterie.dp.lot_sums import LotSums
+from coterie.dp.noise.joint_noise import RoundNoise
 from coterie.errors import CoterieError, RoundError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.masking.board import OPENING, MaskBoard
+from coterie.federation.experts.masking.grid import MaskGrid
 from coterie.federation.experts.masking.streams import Masks, unmasked_sum
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Message
@@ -118,12 +121,31 @@ def trained_at_start(config: FederationConfig) -> dict[str, Tensor]:
 
 
 class Pushes:
-    """Every masked push: what went in and what came out, by (party, part), attempt by attempt."""
+    """Every masked push: what went in and what came out, by (party, part), attempt by attempt.
+
+    Attributes:
+        grids: that hosts read sums on, by how many contribute.
+        noise: standard deviation that each draw was noised with, in the unit of gradients.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clear: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
         self.masked: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-        mask = Masks.mask
+        self.grids: dict[int, MaskGrid] = {}
+        self.noise: list[float] = []
+        mask, expect, noise = Masks.mask, ExpertsHost.expect_masked, LotSums.noise
+
+        def expected(host: ExpertsHost, grid: MaskGrid, contributors: Sequence[str]) -> None:
+            self.grids[len(contributors)] = grid
+            expect(host, grid, contributors)
+
+        def noised(lot: LotSums, sums: Mapping[str, Tensor]) -> RoundNoise:
+            found = noise(lot, sums)
+            self.noise.append(found.std_of(min(sums)))
+            return found
+
+        monkeypatch.setattr(ExpertsHost, "expect_masked", expected)
+        monkeypatch.setattr(LotSums, "noise", noised)
 
         def seen(masks: Masks, part: int, integers: Tensor, width: int) -> Tensor:
             out = mask(masks, part, self.change(masks._me, integers, width), width)  # noqa: SLF001
@@ -243,7 +265,6 @@ def test_where_one_budget_is_spent_the_others_go_on_with_the_noise_that_fewer_ne
     parts = with_last_round(parts_of(config, tmp_path, sigma=None, seeded=False), "cedar", 1)
     federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     assert "made-up" in " ".join(status.state.note for status in federation.statuses)
-    contribution = exchange_of(federation, "alder").contribution
     for name in PARTIES:
         stops = name == "cedar"
         assert {len(each) for (party, _), each in pushes.clear.items() if party == name} == {2 if stops else 3}
@@ -256,10 +277,12 @@ def test_where_one_budget_is_spent_the_others_go_on_with_the_noise_that_fewer_ne
         assert privacy["contributing"] is not stops
         if not stops:
             for attempt, count in ((0, 3), (2, 2)):
-                step = contribution.grid(count).rest.step
                 share = 1.0 if not noise else (count - 1) ** -0.5  # t = 1
                 values = torch.cat([each[attempt] for (party, _), each in pushes.clear.items() if party == name])
-                assert float(values.double().std() * step) == pytest.approx(SIGMA * CLIP * share, rel=0.05)
+                found = float(values.double().std()) * pushes.grids[count].rest.step
+                assert found == pytest.approx(SIGMA * CLIP * share, rel=0.05)
+    shares = [1.0] * 5 if not noise else [2**-0.5] * 3 + [1.0] * 2
+    assert sorted(pushes.noise) == pytest.approx([SIGMA * CLIP * share for share in shares], rel=1e-3)
     for part in {part for _, part in pushes.clear}:
         for attempt, who in ((1, PARTIES), (2, ("alder", "birch"))):
             blobs = {name: pushes.masked[name, part][attempt] for name in who}
@@ -275,23 +298,24 @@ def test_a_draw_that_was_noised_for_a_party_that_stopped_since_is_burned_by_the_
     pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=1)
     fail_once(monkeypatch, then=lambda: lose_draw(tmp_path, "cedar"))
     parts = with_last_round(parts_of(config, tmp_path, sigma=None, seeded=False, rounds=3), "cedar", 1)
-    federation, _ = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     now = {"parties": 2, "colluding": 1}
     for name in PARTIES:
         stops = name == "cedar"
         assert released(tmp_path, name) == ([(1, 0)] if stops else [(1, 0), (1, 1), (2, 0)])
         assert laws(tmp_path, name) == ([None] if stops else [None, now, now])
     assert {len(each) for (party, _), each in pushes.clear.items() if party == "cedar"} == {1}
-    step = exchange_of(federation, "alder").contribution.grid(2).rest.step
+    shares = [2**-0.5] * 3 + [1.0] * 4
+    assert sorted(pushes.noise) == pytest.approx([SIGMA * CLIP * share for share in shares], rel=1e-3)
     for name in ("alder", "birch"):
         values = torch.cat([each[1] for (party, _), each in pushes.clear.items() if party == name])
-        assert float(values.double().std() * step) == pytest.approx(SIGMA * CLIP, rel=0.05)
+        assert float(values.double().std()) * pushes.grids[2].rest.step == pytest.approx(SIGMA * CLIP, rel=0.05)
 
 
 def test_a_party_that_tells_others_different_things_of_its_budget_gets_no_push_out_of_anybody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Alder hears that cedar goes on, birch that it stopped: in a sum that both believe in, noise would be missing."""
+    """Alder hears that cedar goes on, birch that it stopped: a sum that both believe in would lack noise."""
     pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=1, max_attempts=1)
     said = MaskBoard.take
 
@@ -368,8 +392,9 @@ def test_shared_noise_adds_up_to_what_was_promised_against_t(
     """Of three parties each adds sigma C / sqrt(3 - t), so that what t of them do not know is sigma C at least."""
     pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=colluding, train__rounds=1)
     parts = parts_of(config, tmp_path, sigma=None, seeded=False)
-    federation, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
-    step = exchange_of(federation, PARTIES[0]).contribution.grid(3).rest.step
+    _, results = run_in_process(config, list(parts.values()), tmp_path / "coordinator")
+    assert pushes.noise == pytest.approx([SIGMA * CLIP * share] * 3, rel=1e-3)
+    step = pushes.grids[3].rest.step
     for name, result in results.items():
         values = torch.cat([each[0] for (party, _), each in pushes.clear.items() if party == name])
         assert float(values.double().std() * step) == pytest.approx(SIGMA * CLIP * share, rel=0.05)
