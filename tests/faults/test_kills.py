@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -93,16 +95,46 @@ def test_killed_at_every_named_point_the_run_goes_on_and_no_published_checkpoint
 
 
 @pytest.mark.faults
-def test_killed_at_every_stage_of_a_masked_push_the_run_goes_on(processes: ForkedProcesses):
-    trial = Trial(processes, exchange="experts", privacy="none", aggregation="masked", trunk="shared")
+def test_killed_at_every_stage_of_a_masked_push_the_run_goes_on_and_no_stream_masks_two_values(
+    processes: ForkedProcesses,
+):
+    """Under a budget. Each time all go back to an older checkpoint; in the end the killed party's spool is gone, too,
+    and every party counts the draws that all burn."""
+    rules = {"epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0, "lot_size": 4}
+    trial = Trial(
+        processes, exchange="experts", privacy=rules, aggregation="masked", trunk="shared", noise="shared",
+        colluding=1, noise_multiplier=4.0, train={**ENDLESS, "rounds": 2000},
+    )  # fmt: skip
     trial.kill("cedar")
     for point in kill_points.MASKED:
         trial.up_to("cedar", point, 5)
         RECORD.tried(PART, f"a party killed {point} (masked push)", "all go on, under new masks")
+    for path in ledgers(processes.folder, "cedar"):
+        for spooled in path.parent.glob("spool/*/*"):
+            spooled.unlink()
     before = trial.committed()
     trial.again("cedar")
     trial.goes_on(before)
+    RECORD.tried(
+        PART, "a party killed and its spool lost (masked push)", "its rounds are drawn anew by all, and counted"
+    )
     trial.no_traceback()
+    streams = (processes.folder / "streams.log").read_text().split()
+    assert len(streams) > 2 * len(kill_points.MASKED)
+    assert len(set(streams)) == len(streams)
+    for name in PARTIES:
+        (path,) = ledgers(processes.folder, name)
+        kinds = [json.loads(line) for line in path.read_text().splitlines()]
+        draws = [
+            (e["data"]["round"], e["data"]["draw"], e["data"]["digest"]) for e in kinds if e["kind"] == "release"
+        ]
+        assert len({draw[:2] for draw in draws}) == len({draw[2] for draw in draws}) == len(draws)
+        assert any(draw > 0 for _, draw, _ in draws), name
+
+
+def ledgers(folder: Path, name: str) -> list[Path]:
+    """Of one party; each has its own place here."""
+    return list((folder / name / "ledger").glob("*/ledger.jsonl"))
 
 
 @pytest.mark.faults

@@ -47,7 +47,8 @@ def run_here(*arguments: str) -> None:
 
 
 def make_folder(folder: Path, endpoints: list[str] | None = None, **settings: object) -> None:
-    """Everything a federation needs; each party has its own folder with its own files and nothing else.
+    """Everything a federation needs; each party has its own folder with its own files and nothing else. Under a budget
+    its ledger lies there, too.
 
     Args:
         folder: made here.
@@ -96,6 +97,8 @@ def make_folder(folder: Path, endpoints: list[str] | None = None, **settings: ob
             "shard": f"experts-{name}.safetensors",
             "run_dir": "run",
         }
+        if isinstance(federation.get("privacy"), dict):
+            party["privacy"] = {"ledger": "ledger", "physical_batch": 4}
         (own / "party.yaml").write_text(yaml.safe_dump(party, sort_keys=False))
 
 

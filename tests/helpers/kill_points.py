@@ -7,6 +7,7 @@ The product knows nothing of this: functions are wrapped from outside, so that t
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import signal
 import time
@@ -51,6 +52,12 @@ MASKED = {
     "after keys were agreed on, before the lot": (
         "coterie.federation.experts.masking.board", "MaskAgreement", "agree", "after", "",
     ),
+    "after the noised integers were spooled, before they are counted": (
+        "coterie.dp.accounting.ledger", "Ledger", "record_release", "before", "",
+    ),
+    "after they were counted, before they are masked": (
+        "coterie.dp.accounting.ledger", "Ledger", "record_release", "after", "",
+    ),
     "after the digests of masked pushes, before their values": (
         "coterie.federation.experts.masking.board", "MaskAgreement", "commit", "after", "",
     ),
@@ -89,6 +96,22 @@ def arm(point: str, nth: int) -> None:
         return result
 
     setattr(holder, name, dying)
+
+
+def note_streams() -> None:
+    """Append the hash of every key that a mask's stream is made from to a file of the working folder."""
+    from coterie.federation.experts.masking import streams
+
+    derive = streams.derive
+
+    def noted(secret: bytes, session: bytes, *, info: str) -> bytes:
+        key = derive(secret, session, info=info)
+        file = os.open("streams.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(file, hashlib.sha256(key).hexdigest().encode() + b"\n")
+        os.close(file)
+        return key
+
+    streams.derive = noted
 
 
 def be_busy(nth: int, seconds: int = 10) -> None:
@@ -131,4 +154,6 @@ def prepare(point: str, nth: int) -> None:
     elif point.startswith("clock "):
         jump(nth, int(point.removeprefix("clock ")))
     else:
+        if point in MASKED:
+            note_streams()
         arm(point, nth)

@@ -6,13 +6,15 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from coterie.config import FederationConfig, LoraSpec
+from coterie.dp.checks import self_check
 from coterie.errors import ModelError
 from coterie.federation.cancel import NEVER
 from coterie.federation.experts.parts import span
@@ -25,7 +27,7 @@ from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.packing import RoundOrder
 from coterie.training.evaluate import evaluate
 from coterie.training.experts.private_sums import PrivateSums
-from coterie.training.party.in_process import InProcessFederation
+from coterie.training.party.in_process import InProcessFederation, run_in_process
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
 from helpers.comparing import relative
 from helpers.federations import PARTIES, experts_of, full_models, make_parts, settings
@@ -167,6 +169,34 @@ def test_a_private_party_with_adapters_passes_the_comparison_and_releases_their_
     assert made.trunk.keys() == trained
     assert any("experts" in name for name in trained)
     assert all(bool(value.any()) for value in made.trunk.values()), "each gets noise"
+
+
+def test_adapters_under_a_budget_are_trained_alike_with_and_without_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With the same lots and noise: what differs is the float32 rounding of sums before they add up. Each host's
+    adapters move, and each party counts every round."""
+    monkeypatch.setattr(self_check, "check", lambda *arguments: SimpleNamespace(unused=()))
+    held: dict[str, dict[str, Tensor]] = {}
+    one = full_models()[PARTIES[0]]
+    for aggregation, agreed in (("plain", None), ("masked", 40.0)):
+        config = private_settings(
+            lora=LORA.model_dump(), train__rounds=2, optim__eps=1e-3, aggregation=aggregation, noise_multiplier=agreed
+        )
+        folder = tmp_path / aggregation
+        folder.mkdir()
+        parts = adapted_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder)
+        private = with_privacy(parts, folder, sigma=0.5)
+        federation, results = run_in_process(config, list(private.values()), folder / "coordinator")
+        assert {result.privacy["rounds"] for result in results.values() if result.privacy is not None} == {2}
+        held[aggregation] = {}
+        for name in PARTIES:
+            held[aggregation] |= experts_of(federation.runs[name]).host.trunk.weights()
+    start = dict(attach_adapters(one, LORA, seed=0).named_parameters())
+    assert held["plain"].keys() == held["masked"].keys() == {name for name, p in start.items() if p.requires_grad}
+    assert max(float((value - start[name]).abs().max()) for name, value in held["plain"].items()) > 1e-4
+    for name, value in held["plain"].items():
+        assert relative(held["masked"][name], value) < 2e-5, name
 
 
 def test_an_adapter_for_a_parameter_that_no_expert_has_is_refused_by_name():

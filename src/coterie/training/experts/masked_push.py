@@ -119,11 +119,11 @@ class MaskedPush:
             CoterieError: a party cannot be reached, refused, or pushed something else than it had announced.
         """
         contributes, blobs = self._host.me in session.contributors, dict[int, Tensor]()
-        if contributes and (sums.experts is None or self._grid is None):
-            raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
-        sender.declare(attempt, contributes=contributes, weight=sums.weight)
         if contributes:
+            if sums.experts is None or self._grid is None:
+                raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
             blobs = self._masked(sums, sums.experts, self._grid, session, attempt)
+        sender.declare(attempt, contributes=contributes, weight=sums.weight)
         said = self._agreement.commit(attempt, session, self._digests(blobs), cancel)
         if contributes:
             sender.push(attempt, blobs, versions)
