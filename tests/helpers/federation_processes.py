@@ -47,8 +47,8 @@ def run_here(*arguments: str) -> None:
 
 
 def make_folder(folder: Path, endpoints: list[str] | None = None, **settings: object) -> None:
-    """Everything a federation needs; each party has its own folder with its own files and nothing else. Under a budget
-    its ledger lies there, too.
+    """Everything a federation needs; each party has its own folder with its own files and nothing else; with
+    a budget its ledger, too.
 
     Args:
         folder: made here.
