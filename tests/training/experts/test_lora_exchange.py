@@ -171,6 +171,7 @@ def test_a_private_party_with_adapters_passes_the_comparison_and_releases_their_
     assert all(bool(value.any()) for value in made.trunk.values()), "each gets noise"
 
 
+@pytest.mark.slow
 def test_adapters_under_a_budget_are_trained_alike_with_and_without_masks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
