@@ -39,9 +39,9 @@ def command(
             min=2, help="With --records: also what the proposed lots take, by made-up records of so many tokens."
         ),
     ] = None,
-    device_gib: Annotated[
+    device_gb: Annotated[
         float | None,
-        typer.Option(min=0.001, help="With a train.yaml: memory of a device, in GiB; default: of this machine's."),
+        typer.Option(min=0.001, help="With a train.yaml: memory of a device, in GB; default: of this machine's."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
@@ -63,7 +63,7 @@ def command(
         coterie plan federation.yaml --records alder=1583 --records birch=1100 --records cedar=1155
         coterie plan --preset Qwen3-30B-A3B --parties 4
         coterie plan train.yaml
-        coterie plan train.yaml --device-gib 80
+        coterie plan train.yaml --device-gb 80
     """
     from coterie.cli.output import big, say, size, table, write_json
     from coterie.config import FederationConfig, TrainConfig, load_yaml
@@ -81,7 +81,7 @@ def command(
     if settings is not None and names_setting(settings, "data"):  # one party's training; a federation names no text
         from coterie.cli.training_progress import settled_lot, show_plan
 
-        given = None if device_gib is None else round(device_gib * 2**30)
+        given = None if device_gb is None else round(device_gb * 1e9)
         show_plan(settled_lot(load_yaml(settings, TrainConfig)), json_file, others=True, device_bytes=given)
         return
     federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
