@@ -156,7 +156,8 @@ def test_a_run_does_not_go_on_with_another_share_of_the_noise_than_its_entry_say
 
 @pytest.mark.parametrize("facts", [{}, {"pooled": PooledNoise(4, 2).to_json()}, {"pooled": PooledNoise(3).to_json()}])
 def test_a_statement_is_the_same_after_json(tmp_path: Path, facts: dict):
-    made = replace(statement(tmp_path, **facts), lifetime=Spent(math.inf, BUDGET.delta), copies=((2, math.inf),))
+    infinite = Spent(math.inf, BUDGET.delta)
+    made = replace(statement(tmp_path, **facts), lifetime=infinite, copies=((2, math.inf),), fewer=((2, 1),))
     read = Statement.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False)))
     assert read == made
     assert str(read) == str(made)

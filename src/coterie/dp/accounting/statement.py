@@ -106,6 +106,7 @@ class Statement:
                 "copies": tuple((size, _or_infinite(eps)) for size, eps in values["copies"]),
                 "pooled": PooledNoise.from_json(values["pooled"]),
                 "against": tuple((others, _spent(spent)) for others, spent in values["against"]),
+                "fewer": tuple((parties, rounds) for parties, rounds in values["fewer"]),
             }
         )
 
