@@ -9,9 +9,11 @@ private session; they differ in what they put in. A `CheckpointStore` keeps thos
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from coterie.storage import (
     json_object,
     new_folder,
     put_away,
+    sync_folder,
     write_json,
     writing,
 )
@@ -37,6 +40,7 @@ from coterie.storage import (
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"round-(\d{8})")
+_PART_DIGITS = 16
 _FIELDS = ("format", "run", "round", "files", "state", "parts")
 
 Content = Mapping[str, Mapping[str, Tensor]]
@@ -73,9 +77,9 @@ class Checkpoint:
         """
         yield from self.load(stem).items()
         for rank, digest in enumerate(self.parts, 1):
-            part = read_checkpoint(part_folder(self.path, rank, self.round))
+            part = read_checkpoint(part_folder(self.path, rank, digest))
             if part.digest != digest:
-                raise _torn(part.path, "it is of another try to write this checkpoint")
+                raise _torn(part.path, "it is not what was written")
             yield from part.load(stem).items()
 
     def load(self, stem: str, device: str = "cpu") -> dict[str, Tensor]:
@@ -119,7 +123,7 @@ def write_checkpoint(
         named: the run that each file says it is of, where several members write parts of one; default: ``run``.
         lora: settings of the adapters among the tensors.
         trainings: what is behind the weights, for whoever exports them.
-        parts: digests of what other ranks have written to their `part_folder`.
+        parts: digests of what other ranks have written with `write_part`.
 
     Raises:
         CheckpointError: the disk is full or broken; what was there before is kept.
@@ -136,12 +140,45 @@ def write_checkpoint(
     return read_checkpoint(folder)
 
 
-def part_folder(folder: Path, rank: int, round_no: int) -> Path:
-    """Where another rank than the first puts what it alone holds of a checkpoint.
+def write_part(folder: Path, rank: int, run: str, round_no: int, content: Content, state: Mapping[str, Any]) -> str:
+    """Save what another rank than the first has of a checkpoint that the first writes to ``folder`` next.
 
-    A folder a round: an older checkpoint in ``folder`` stays whole until the new one is in its place.
+    It lies under its digest: an older checkpoint in ``folder`` stays whole until the new one is in its place, of
+    whatever run, round and number of ranks they are.
+
+    Returns:
+        The digest, for ``parts`` of `write_checkpoint`.
+
+    Raises:
+        CheckpointError: as `write_checkpoint`.
     """
-    return folder.with_name(f"{folder.name}.rank-{rank}") / f"round-{round_no:08d}"
+    aside = part_folder(folder, rank, "being-written")
+    digest = write_checkpoint(aside, run, round_no, content, state).digest
+    place = part_folder(folder, rank, digest)
+    with writing(place):
+        if place.exists():
+            put_away(aside)
+        else:
+            os.replace(aside, place)
+            sync_folder(place.parent)
+    return digest
+
+
+def part_folder(folder: Path, rank: int, digest: str) -> Path:
+    """Where another rank than the first puts what it has of a checkpoint in ``folder``."""
+    return folder.with_name(f"{folder.name}.rank-{rank}") / digest[:_PART_DIGITS]
+
+
+def keep_parts(folder: Path, rank: int, world: int) -> None:
+    """Delete what a rank wrote beside earlier checkpoints in ``folder``; as rank 0, also of ranks that are gone."""
+    for parts in folder.parent.glob(f"{escape(folder.name)}.rank-*"):
+        number = parts.name.rpartition("-")[2]
+        if number == str(rank):
+            named = [part_folder(folder, rank, digest) for digest in read_checkpoint(folder).parts[rank - 1 : rank]]
+            for part in set(parts.iterdir()) - set(named):
+                put_away(part)
+        elif rank == 0 and number.isdecimal() and int(number) >= world:
+            put_away(parts)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

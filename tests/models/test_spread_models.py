@@ -120,6 +120,27 @@ def test_values_of_some_experts_that_do_not_say_of_which_are_refused(world: int)
         assert caught.value.code == "checkpoint-experts"
 
 
+@pytest.mark.parametrize("held", [(0,), (1,), (0, 2)])
+def test_experts_that_no_rank_wrote_are_missed_by_those_that_have_them_alone(held: tuple[int, ...]) -> None:
+    pieces = list[tuple[str, Tensor]]()
+    for rank in held:
+        part: Any = small()
+        spread_experts(part, Rank(rank, 3))
+        moments = {f"{name}/exp_avg": p.detach() for name, p in part.named_parameters()}
+        pieces += Holdings(part).own(moments).items()
+    for rank in range(3):
+        reader: Any = small()
+        spread_experts(reader, Rank(rank, 3))
+        if rank in held:
+            assert Holdings(reader).joined(pieces)
+            continue
+        with pytest.raises(CheckpointError, match=f"of expert {2 * rank} in") as caught:
+            Holdings(reader).joined(pieces)
+        assert caught.value.code == "checkpoint-experts"
+    with pytest.raises(CheckpointError):
+        Holdings(small()).joined(pieces)
+
+
 def test_more_ranks_than_experts_are_refused() -> None:
     with pytest.raises(ModelError, match="has 6 experts, and there are 7 ranks") as caught:
         spread_experts(small(), Rank(0, 7))
@@ -171,6 +192,7 @@ def test_experts_over_other_ranks_than_those_that_share_the_run_are_refused(tmp_
 
 def test_a_checkpoint_is_read_layer_by_layer_and_only_what_a_rank_holds_is_kept(tmp_path: Path) -> None:
     whole: Any = small()
+    whole.generation_config.update(do_sample=True, temperature=0.3, eos_token_id=[1, 7])
     whole.save_pretrained(tmp_path)
     pieces, spec = list[tuple[str, Tensor]](), ModelSpec(path=tmp_path)
     for rank in range(3):
@@ -188,4 +210,5 @@ def test_a_checkpoint_is_read_layer_by_layer_and_only_what_a_rank_holds_is_kept(
     ids = torch.arange(3, 9)[None]
     whole.eval()
     alone = build_spread(spec, Alone()).eval()
+    assert alone.generation_config.to_diff_dict() == whole.generation_config.to_diff_dict()
     assert torch.equal(alone(ids).logits, whole(ids).logits)

@@ -6,13 +6,23 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from coterie.checkpoints import CheckpointStore, load_model_tensors, model_tensors
+from coterie.checkpoints import (
+    CheckpointStore,
+    keep_parts,
+    load_model_tensors,
+    model_tensors,
+    part_folder,
+    read_checkpoint,
+    write_checkpoint,
+    write_part,
+)
 from coterie.errors import CheckpointError
 
 TENSORS = {"weights": {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}}
@@ -52,6 +62,45 @@ def test_equal_content_has_an_equal_digest(tmp_path: Path, store: CheckpointStor
     assert store.write(5, TENSORS, {}).digest == elsewhere.write(5, TENSORS, {}).digest
     changed = {"weights": {"w": torch.zeros(1)}}
     assert store.write(6, TENSORS, {}).digest != elsewhere.write(6, changed, {}).digest
+
+
+def part(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"weights": {f"e[{value}]": torch.full((3,), value)}}
+
+
+def written(folder: Path, world: int, run: str = "a", round_no: int = 1) -> list[str]:
+    """What all ranks but the first put down of a checkpoint; rank 0 has not written yet."""
+    return [write_part(folder, rank, run, round_no, part(rank / world), {}) for rank in range(1, world)]
+
+
+@pytest.mark.parametrize("after", [{"world": 3}, {"world": 2, "run": "b"}, {"world": 4, "round_no": 2}, {"world": 2}])
+def test_a_crash_before_the_first_ranks_part_leaves_the_older_checkpoint_whole(
+    after: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever number of ranks the next one is of, and of whatever run and round."""
+    folder = tmp_path / "saved"
+    older = write_checkpoint(folder, "a", 1, part(0.0), {}, parts=written(folder, 2))
+    written(folder, **after)
+    pieces = dict(read_checkpoint(folder).pieces("weights"))
+    assert older.round == 1
+    assert {name: float(own[0]) for name, own in pieces.items()} == {"e[0.0]": 0.0, "e[0.5]": 0.5}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_parts_that_no_checkpoint_names_are_deleted_and_those_of_ranks_that_are_no_more(
+    world: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    write_checkpoint(folder, "a", 1, part(0.0), {}, parts=written(folder, 4))
+    other = tmp_path / "saved-too"
+    write_checkpoint(other, "a", 1, part(0.0), {}, parts=written(other, 2))
+    now = write_checkpoint(folder, "a", 2, part(0.0), {}, parts=written(folder, world, round_no=2))
+    for rank in range(world):
+        keep_parts(folder, rank, world)
+    kept = sorted(path for path in tmp_path.glob("saved.rank-*/*"))
+    assert kept == [part_folder(folder, rank, digest) for rank, digest in enumerate(now.parts, 1)]
+    assert len(list(tmp_path.glob("saved.rank-*"))) == world - 1
+    assert len(list(read_checkpoint(other).pieces("weights"))) == 2
 
 
 class Crash(BaseException):

@@ -38,9 +38,9 @@ def command(
     config = load_yaml(settings, TrainConfig)
     from coterie.cli.training_progress import announce, settled_lot, shared, show_plan, shown
 
-    if has_terminal():
+    again = started_again(config) and not dry_run
+    if not again:  # else its folder has the numbers; where several ranks were started, all of them say no
         config = settled_lot(config)
-
     if dry_run:
         if has_terminal():
             show_plan(config, json_file)
@@ -48,14 +48,18 @@ def command(
     start_if_asked(config, "train", settings, json_file)
     say(f"training {config.model.family or config.model.path or config.model.hub} for {config.train.rounds} rounds")
 
+    from coterie.training.single.prepared import read_config
     from coterie.training.single.run import follow, resume, start
 
-    again = started_again(config)
     with joined(config) as ranks:
         if ranks is not None and ranks.rank > 0:
             shared(lambda: follow(config, ranks, resumed=again))
         elif again:
-            shown(config, lambda stop, watch: resume(config.run_dir, stop=stop, watch=watch, ranks=ranks), json_file)
+            shown(
+                read_config(config.run_dir),
+                lambda stop, watch: resume(config.run_dir, stop=stop, watch=watch, ranks=ranks),
+                json_file,
+            )
         else:
             shown(
                 config,

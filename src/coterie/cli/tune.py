@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,10 @@ def command(
             return start(own, stop=stop, watch=watch)
 
     tuned = tune(config, plan, public, shown)
-    table(("settings", "loss on public text"), [(trial.settings, trial.loss) for trial in tuned.trials])
+    table(
+        ("settings", "loss on public text"),
+        [(trial.settings, trial.loss if math.isfinite(trial.loss) else "diverged") for trial in tuned.trials],
+    )
     if json_file is not None:
         write_json(json_file, tuned.as_json())
     if tuned.result is None:

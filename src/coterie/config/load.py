@@ -53,6 +53,18 @@ def load_yaml(path: str | Path, model: type[SpecT]) -> SpecT:
         raise _report(path, model, data, lines, error) from None
 
 
+def value_of(text: str) -> Any:
+    """A value as it is read from a settings file.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a safe one
+    except (yaml.YAMLError, LookupError, AttributeError) as error:
+        raise ValueError(f"`{text}` is not YAML") from error
+
+
 def names_setting(path: Path, key: str) -> bool:
     """Whether a settings file has this key at its top; False also where it is no settings file at all."""
     try:

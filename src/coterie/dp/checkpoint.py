@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from coterie.checkpoints import (
     MANIFEST,
     Checkpoint,
-    CheckpointStore,
     Content,
     load_model_tensors,
     model_tensors,
-    part_folder,
     read_checkpoint,
     saved_weights,
     write_checkpoint,
+    write_part,
 )
 from coterie.dp.saved_plan import check_saved
 from coterie.errors import CheckpointError
@@ -73,12 +72,7 @@ def save_part(
     """Write what this rank alone holds of a checkpoint that rank 0 writes to ``folder`` next; returns its digest."""
     parts = Holdings(model)
     content = {"weights": parts.own(model_tensors(model)), "optimizer": parts.own(_flatten(optimizer, model)[0])}
-    return write_checkpoint(part_folder(folder, rank, round_no), run, round_no, content, {}).digest
-
-
-def keep_newest_part(folder: Path, rank: int) -> None:
-    """Delete what this rank wrote beside earlier checkpoints in ``folder``."""
-    CheckpointStore(part_folder(folder, rank, 0).parent, "").keep_last(1)
+    return write_part(folder, rank, run, round_no, content, {})
 
 
 @dataclass(frozen=True)

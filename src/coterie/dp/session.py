@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from coterie.checkpoints import Content
+from coterie.checkpoints import Content, keep_parts
 from coterie.dp import checkpoint
 from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.ledger import Ledger, LedgerHead
@@ -348,8 +348,7 @@ class PrivateSession:
         ranks.agree(f"saved after round {self.round}", lambda: {"the weights": weights_digest(self.model)})
         self._saved = folder
         self._opened.shared.drop(self.round)
-        if ranks.rank and self.lot_sums.holdings.spread:
-            checkpoint.keep_newest_part(folder, ranks.rank)
+        keep_parts(folder, ranks.rank, ranks.world)
 
     def _facts(self) -> dict[str, Any]:
         opened = self._opened

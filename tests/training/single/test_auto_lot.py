@@ -139,10 +139,51 @@ def test_a_run_starts_with_numbers_so_that_a_resumed_one_chooses_nothing(
     assert found.train.rounds == 2
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_several_that_a_launcher_started_are_all_refused(
+    rank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump_yaml(tmp_path / "train.yaml", config(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "train.yaml")])
+    assert ended.value.code not in (0, None)
+    assert "this process is one of 2" in capsys.readouterr().err
+
+
+def test_a_run_that_its_launcher_starts_again_measures_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went_on = []
+
+    def resume(run_dir: Path, **how: object) -> RunResult:
+        went_on.append(run_dir)
+        return RunResult(str(run_dir), 2, True, None, None, None, None, 0, 0)
+
+    monkeypatch.setattr(run, "resume", resume)
+    monkeypatch.setattr(auto_lot, "settled", lambda asked: pytest.fail("it was measured again"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    settings = config(tmp_path)
+    assert settings.privacy is not None
+    dump_yaml(tmp_path / "train.yaml", settings)
+    settings.run_dir.mkdir()
+    dump_yaml(
+        settings.run_dir / "config.yaml",
+        settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"lot_size": 7})}),
+    )
+    (settings.run_dir / "run.json").write_text('{"run": "a"}')
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(tmp_path / "train.yaml")])
+    assert ended.value.code == 0
+    assert went_on == [settings.run_dir]
+
+
 def test_where_auto_cannot_be_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        auto_lot.settled(config(tmp_path).model_copy(update={"devices": 2}))
-    assert caught.value.code == "auto-lot-devices"
+    for several in ("devices", "experts_over"):
+        with pytest.raises(ConfigError) as caught:
+            auto_lot.settled(config(tmp_path).model_copy(update={several: 2}))
+        assert caught.value.code == "auto-lot-devices"
     with pytest.raises(ValueError, match="`coterie plan --records`"):
         private_settings(privacy__lot_size="auto")
     with pytest.raises(ValueError, match="`max_lot` needs a number"):

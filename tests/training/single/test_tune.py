@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 
-from coterie.config import TrainConfig
+from coterie.config import TrainConfig, dump_yaml
 from coterie.dp.accounting import statement
 from coterie.dp.checks import self_check
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, RoundError
 from coterie.training.single import run, tune
+from coterie.training.single.prepared import MARKER, run_id
 from coterie.training.single.run import RunResult
 from coterie.training.single.trained import evaluate_run, load_trained
 
@@ -90,6 +92,98 @@ def test_the_ledger_adds_all_up_to_the_budget_and_the_best_on_public_text_is_tra
     assert other.value.code == "tune-other"
 
 
+PLAN = tune.Plan((8.0, 1e-3), 1.0, 0.2, 1, 4, 3.0, 5.0, TRIED, "all others")
+
+
+def diverged(own: TrainConfig) -> RunResult:
+    raise RoundError("training has diverged.", code="run-diverged", fix="a lower rate")
+
+
+def written(own: TrainConfig, run: str) -> None:
+    """The folder of a run."""
+    own.run_dir.mkdir(parents=True, exist_ok=True)
+    dump_yaml(own.run_dir / "config.yaml", own)
+    (own.run_dir / MARKER).write_text(json.dumps({"run": run}))
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Of runs by their folders' names, on public text."""
+    found: dict[str, float] = {}
+    monkeypatch.setattr(tune, "load_trained", lambda run_dir: run_dir)
+    monkeypatch.setattr(tune, "evaluate_run", lambda run_dir, public: SimpleNamespace(loss=found[run_dir.name]))
+    return found
+
+
+def ran(doing: dict[str, Callable[[TrainConfig], Any]], asked: list[str]) -> tune.Run:
+    """Runs that end at once, but for those that are to do something else."""
+
+    def run(own: TrainConfig) -> Any:
+        asked.append(own.run_dir.name)
+        written(own, run_id(own))
+        return doing.get(own.run_dir.name, lambda own: SimpleNamespace(finished=True, as_json=dict))(own)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("first", "doing"), [(math.nan, {}), (math.inf, {}), (0.1, {"1": diverged})], ids=["nan", "inf", "raised"]
+)
+def test_a_trial_that_diverged_is_never_chosen_and_the_others_go_on(
+    first: float, doing: dict[str, Any], tmp_path: Path, losses: dict[str, float]
+) -> None:
+    losses |= {"1": first, "2": 2.0}
+    asked = list[str]()
+    tuned = tune.tune(config(tmp_path), PLAN, [], ran(doing, asked))
+    assert tuned.chosen == TRIED[1]
+    assert asked == ["1", "2", "run"]
+    told = json.loads(json.dumps(tuned.as_json(), allow_nan=False))
+    assert [trial["loss"] for trial in told["trials"]] == [None, 2.0]
+
+
+def test_where_all_trials_diverged_nothing_is_trained(tmp_path: Path, losses: dict[str, float]) -> None:
+    losses |= {"2": math.nan}
+    asked = list[str]()
+    with pytest.raises(RoundError, match="all 2 trials") as caught:
+        tune.tune(config(tmp_path), PLAN, [], ran({"1": diverged}, asked))
+    assert caught.value.code == "tune-diverged"
+    assert asked == ["1", "2"]
+
+
+def test_a_trial_that_failed_otherwise_is_not_a_result(tmp_path: Path, losses: dict[str, float]) -> None:
+    def failed(own: TrainConfig) -> RunResult:
+        raise RoundError("something else.", code="round-lost", fix="-")
+
+    with pytest.raises(RoundError, match="something else"):
+        tune.tune(config(tmp_path), PLAN, [], ran({"1": failed}, []))
+
+
+@pytest.mark.parametrize("taken", ["run", "run-trials/1", "run-trials/2"])
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_spent(taken: str, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    written(settings.model_copy(update={"run_dir": tmp_path / taken}), run_id(settings))
+    with pytest.raises(ConfigError, match=f"{taken} holds a run") as caught:
+        tune.tune(settings, PLAN, [], lambda own: pytest.fail("it began"))
+    assert caught.value.code == "run-dir-taken"
+    assert not (tmp_path / "run-trials" / tune.PLAN).exists()
+
+
+@pytest.mark.parametrize("taken", ["run", "run-trials/2"])
+def test_tuning_that_goes_on_takes_no_other_run_for_its_own(
+    taken: str, tmp_path: Path, losses: dict[str, float]
+) -> None:
+    settings, asked = config(tmp_path), list[str]()
+    losses |= {"1": 1.0, "2": 2.0}
+    stopped = ran({"1": lambda own: SimpleNamespace(finished=False)}, asked)
+    assert tune.tune(settings, PLAN, [], stopped).result is None
+    other = settings.model_copy(update={"run_dir": tmp_path / taken})
+    written(other, run_id(other))
+    with pytest.raises(ConfigError, match=f"{taken} holds a run") as caught:
+        tune.tune(settings, PLAN, [], ran({}, asked))
+    assert caught.value.code == "run-dir-taken"
+    assert asked == ["1", "1", *(["2"] if taken == "run" else [])]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -98,9 +192,21 @@ def test_the_ledger_adds_all_up_to_the_budget_and_the_best_on_public_text_is_tra
         ("privacy.lot_size=20", "privacy.lot_size=20"),
         ("optim.speed=3", "optim.speed=3"),
         ("optim.lr", "optim.lr"),
+        ("optim=3", "optim=3"),
+        ("optim.lr=abc", "optim.lr=abc"),
+        ("optim.lr=[", r"optim.lr=\["),
+        ("optim.lr=!!int x", "optim.lr=!!int x"),
+        ("optim.lr=-1", "optim.lr=-1"),
+        ("optim.lr=.nan", "optim.lr=.nan"),
+        ("optim.lr=1e999", "optim.lr=1e999"),
+        ("optim.lr=1e-3,privacy.clip_norm=", "privacy.clip_norm="),
+        ("optim.betas=[0.9,0.99]", "optim.betas="),
+        ("privacy.clipping=per_lyer", "per_lyer"),
     ],
 )
-def test_a_trial_may_change_nothing_that_a_round_costs(tmp_path: Path, settings: str, named: str) -> None:
+def test_a_trial_may_change_nothing_that_a_round_costs_and_says_values_that_fit(
+    tmp_path: Path, settings: str, named: str
+) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
         tune.changed(config(tmp_path), settings)
     assert caught.value.code == "tune-setting"
@@ -117,6 +223,8 @@ def test_numbers_are_read_as_in_a_settings_file(tmp_path: Path) -> None:
     ("change", "tried", "rounds", "why"),
     [
         (lambda c: c.model_copy(update={"privacy": None}), TRIED, 1, "no `privacy` block"),
+        (lambda c: c.model_copy(update={"devices": 2}), TRIED, 1, "trials are of one process"),
+        (lambda c: c.model_copy(update={"experts_over": 2}), TRIED, 1, "trials are of one process"),
         (lambda c: c, TRIED[:1], 1, "two different settings"),
         (lambda c: c, (TRIED[0], TRIED[0]), 1, "two different settings"),
         (lambda c: c, TRIED, 5, "a trial of 5 rounds, in a run of 4"),

@@ -87,23 +87,26 @@ class Holdings:
             pieces: names in files and values; several under one name are one behind the other.
 
         Raises:
-            CheckpointError: values of some experts do not say of which.
+            CheckpointError: values of some experts do not say of which, or there are none of some that it has.
         """
         rows: dict[str, list[Tensor]] = {}
         found: dict[str, Tensor] = {}
-        in_parts = set[str]()
+        in_parts: dict[str, set[int]] = {}
         for stored, piece in pieces:
             match = _SOME.fullmatch(stored)
             cut = None if match is None else self._cuts.get(_parameter(match["name"]))
             if match is None or cut is None:
                 rows.setdefault(stored, []).append(piece)
                 continue
-            in_parts.add(match["name"])
             held, of = self._held[_parameter(match["name"])], range(int(match["start"]), int(match["stop"]))
             both = range(max(held.start, of.start), min(held.stop, of.stop))
+            in_parts.setdefault(match["name"], set()).update(both)
             if both:
                 empty = torch.empty(cut.shape(held), dtype=piece.dtype)
                 cut.put(cut.part(piece, both, of), both, found.setdefault(match["name"], empty), held)
+        for name, experts in in_parts.items():
+            if lost := set(self._held[_parameter(name)]) - experts:
+                raise _without(name, min(lost))
         for name, own in rows.items():
             whole = own[0] if len(own) == 1 else torch.cat([piece.reshape(-1) for piece in own])
             parameter = _parameter(name)
@@ -132,6 +135,15 @@ def _nameless(name: str) -> CheckpointError:
         code="checkpoint-experts",
         why="an earlier version wrote the parts of all ranks under one name, and one would be taken for another",
         fix="begin the run anew in another run_dir; what it spent stays counted",
+    )
+
+
+def _without(name: str, expert: int) -> CheckpointError:
+    return CheckpointError(
+        f"nothing was saved of expert {expert} in `{name}`.",
+        code="checkpoint-experts",
+        why="it would go on with whatever lies in memory there",
+        fix="bring back the files of all ranks, or go on from an earlier checkpoint",
     )
 
 

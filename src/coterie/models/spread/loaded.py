@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from coterie.config import ModelSpec
 from coterie.models.split.partial import compute_buffers
@@ -48,4 +49,6 @@ def build_spread(
             own[name] = part.to(device, copy=True)
     model.load_state_dict(own, strict=False, assign=True)
     model.tie_weights()
+    if (Path(spec.path) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(spec.path)
     return model

@@ -13,6 +13,7 @@ from coterie.config import TrainConfig
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.errors import BudgetError, ConfigError
+from coterie.ranks.world import check_alone
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.planning.record_time import seconds_per_record
@@ -87,18 +88,20 @@ def settled(config: TrainConfig) -> tuple[TrainConfig, AutoLot]:
     """The settings with numbers in place of ``auto``: `train.rounds` is what was chosen, too.
 
     Raises:
-        ConfigError: several devices share the run (code ``auto-lot-devices``).
+        ConfigError: several processes are to share the run (code ``auto-lot-devices``).
+        PrivacyError: a launcher started several.
         BudgetError: no noise reaches the budget, or the time is too short for one record a round.
     """
     spec = config.privacy
     assert spec is not None
-    if config.devices > 1:
+    if config.ranks > 1:
         raise ConfigError(
-            "`lot_size: auto` is for one device.",
+            "`lot_size: auto` is for one process.",
             code="auto-lot-devices",
             why="every rank would measure, and choose, for itself",
-            fix="run `coterie plan train.yaml` with `devices: 1`, and write its numbers down",
+            fix="run `coterie plan train.yaml` without `devices` and `experts_over`, and write its numbers down",
         )
+    check_alone()
     data = config.data
     documents = read_documents(data.train, data, user_column=spec.user_column)
     tokenizer = get_tokenizer(data.tokenizer, config.model, data)

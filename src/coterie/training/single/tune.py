@@ -8,23 +8,26 @@ of it without noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 
 from coterie.config import TrainConfig
 from coterie.config.base import content_hash
+from coterie.config.load import value_of
 from coterie.dp.accounting.accountant import epsilon, noise_multiplier
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.private_data import PrivateData
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, RoundError
 from coterie.models.zoo.build import build_model
 from coterie.storage import json_object, write_json
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
+from coterie.training.single.prepared import MARKER, read_run, run_id
 from coterie.training.single.run import RunResult
 from coterie.training.single.setup import plan_of, with_vocabulary
 from coterie.training.single.trained import evaluate_run, load_trained
@@ -77,7 +80,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial's settings and its loss on the public text."""
+    """One trial's settings and its loss on the public text; not finite where it diverged."""
 
     settings: str
     loss: float
@@ -96,7 +99,7 @@ class Tuned:
         """JSON values."""
         return {
             "plan": asdict(self.plan),
-            "trials": [asdict(trial) for trial in self.trials],
+            "trials": [asdict(trial) | {"loss": _finite(trial.loss)} for trial in self.trials],
             "chosen": self.chosen,
             "result": None if self.result is None else self.result.as_json(),
         }
@@ -106,31 +109,37 @@ def changed(config: TrainConfig, settings: str) -> TrainConfig:
     """The settings with those of a trial, ``optim.lr=1e-3,privacy.clip_norm=0.5``.
 
     Raises:
-        ConfigError: a trial names a setting that it may not change, or gives it no value (code ``tune-setting``); a
-            value that does not fit.
+        ConfigError: a trial names a setting that it may not change, or gives it a value that does not fit (code
+            ``tune-setting``).
     """
     values = config.model_dump()
-    for each in settings.split(","):
-        name, equals, text = each.strip().partition("=")
-        section, _, key = name.partition(".")
-        if not equals or not name.startswith(MAY_DIFFER) or key not in (values.get(section) or {}):
-            raise ConfigError(
-                f"a trial says `{each.strip()}`.",
-                code="tune-setting",
-                why="what a round costs has to be the same in all trials, so they may differ in the optimiser and in "
-                "how records are clipped",
-                fix="for example --try optim.lr=1e-3,privacy.clip_norm=0.5",
-            )
-        values[section][key] = _value(text)
-    return TrainConfig.model_validate(values)
-
-
-def _value(text: str) -> Any:
-    """As in a settings file; YAML 1.1 takes 1e-3 for a word."""
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
+        for each in settings.split(","):
+            name, equals, text = each.strip().partition("=")
+            section, _, key = name.partition(".")
+            if not equals or not name.startswith(MAY_DIFFER) or key not in (values.get(section) or {}):
+                raise _unfit(
+                    each.strip(),
+                    "what a round costs has to be the same in all trials, so they may differ in the optimiser and in "
+                    "how records are clipped",
+                )
+            values[section][key] = value_of(text)
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        problems = (f"`{'.'.join(map(str, each['loc']))}`: {each['msg']}" for each in found)
+        raise _unfit(settings, "; ".join(problems)) from None
+    except ValueError as error:
+        raise _unfit(settings, str(error)) from None
+
+
+def _unfit(settings: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"a trial says `{settings}`.",
+        code="tune-setting",
+        why=why,
+        fix="for example --try optim.lr=1e-3,privacy.clip_norm=0.5",
+    )
 
 
 def plan_tuning(config: TrainConfig, tried: Sequence[str], trial_rounds: int) -> Plan:
@@ -173,6 +182,8 @@ def _problem(config: TrainConfig, tried: Sequence[str], trial_rounds: int) -> st
     spec = config.privacy
     if spec is None:
         return "train.yaml has no `privacy` block, and without a budget there is nothing to share out"
+    if config.ranks > 1:
+        return "trials are of one process each, and `devices` or `experts_over` asks for several"
     if spec.seeded:
         return "`seeded` runs are not private"
     if spec.lot_size == "auto" or spec.noise_bands > 1 or spec.adaptive_quantile is not None:
@@ -196,22 +207,54 @@ def tune(config: TrainConfig, plan: Plan, public: Sequence[Path], run: Run) -> T
         run: does a run.
 
     Raises:
-        ConfigError: other trials were begun there (code ``tune-other``).
+        ConfigError: other trials were begun there (code ``tune-other``), or a run that is none of these is there
+            (code ``run-dir-taken``).
+        RoundError: all trials diverged (code ``tune-diverged``).
     """
     folder = config.run_dir.with_name(f"{config.run_dir.name}-trials")
-    _begin(folder / PLAN, plan)
+    trials = {
+        settings: _limited(changed(config, settings), folder / str(number), plan.trial_rounds, plan.trial_epsilon)
+        for number, settings in enumerate(plan.tried, start=1)
+    }
+    _begin(folder / PLAN, plan, [*(own.run_dir for own in trials.values()), config.run_dir])
     found: list[Trial] = []
-    for number, settings in enumerate(plan.tried, start=1):
-        own = _limited(changed(config, settings), folder / str(number), plan.trial_rounds, plan.trial_epsilon)
-        if not run(own).finished:
+    for settings, own in trials.items():
+        loss = _tried(own, public, run)
+        if loss is None:
             return Tuned(plan, tuple(found), None, None)
-        found.append(Trial(settings, evaluate_run(load_trained(own.run_dir), public).loss))
-    best = min(found, key=lambda trial: trial.loss)
+        found.append(Trial(settings, loss))
+    best = min(found, key=lambda trial: (not math.isfinite(trial.loss), trial.loss))
+    if not math.isfinite(best.loss):
+        raise RoundError(
+            f"all {len(found)} trials diverged.",
+            code="tune-diverged",
+            why="none of these settings can be trained with",
+            fix="choose another run_dir, lower rates for --try, and a smaller budget: what was spent stays counted",
+        )
     last = _limited(changed(config, best.settings), config.run_dir, plan.rounds, plan.epsilon)
-    return Tuned(plan, tuple(found), best.settings, run(last))
+    return Tuned(plan, tuple(found), best.settings, _run(last, run))
 
 
-def _begin(path: Path, plan: Plan) -> None:
+def _tried(own: TrainConfig, public: Sequence[Path], run: Run) -> float | None:
+    """A trial's loss on public text, infinite where it diverged, as its noised weights say; None: it was stopped."""
+    try:
+        if not _run(own, run).finished:
+            return None
+    except RoundError as error:
+        if error.code != "run-diverged":
+            raise
+        return math.inf
+    return evaluate_run(load_trained(own.run_dir), public).loss
+
+
+def _run(own: TrainConfig, run: Run) -> RunResult:
+    """Do a run, or go on with it if what is in its folder is this one."""
+    if (own.run_dir / MARKER).exists() and read_run(own.run_dir)[1].get("run") != run_id(own):
+        raise _taken(own.run_dir)
+    return run(own)
+
+
+def _begin(path: Path, plan: Plan, run_dirs: Sequence[Path]) -> None:
     """Write the plan down, or hold it to what was written."""
     if path.exists():
         kept: Mapping[str, Any] = json_object(path.read_bytes())
@@ -223,8 +266,24 @@ def _begin(path: Path, plan: Plan) -> None:
                 fix="go on with the same settings and --try, or choose another run_dir and a budget for it",
             )
         return
+    for run_dir in run_dirs:
+        if (run_dir / MARKER).exists():
+            raise _taken(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, _plain(plan))
+
+
+def _taken(run_dir: Path) -> ConfigError:
+    return ConfigError(
+        f"{run_dir} holds a run that is none of these trials, nor what they are for.",
+        code="run-dir-taken",
+        why="going on with it would show it as what was tuned",
+        fix="choose another run_dir",
+    )
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
