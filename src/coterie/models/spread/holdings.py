@@ -104,9 +104,6 @@ class Holdings:
             if both:
                 empty = torch.empty(cut.shape(held), dtype=piece.dtype)
                 cut.put(cut.part(piece, both, of), both, found.setdefault(match["name"], empty), held)
-        for name, experts in in_parts.items():
-            if lost := set(self._held[_parameter(name)]) - experts:
-                raise _without(name, min(lost))
         for name, own in rows.items():
             whole = own[0] if len(own) == 1 else torch.cat([piece.reshape(-1) for piece in own])
             parameter = _parameter(name)
@@ -114,6 +111,9 @@ class Holdings:
             if name in in_parts or (self.is_part(name) and not of_all):
                 raise _nameless(name)
             found[name] = self._cuts[parameter].part(whole, self._held[parameter]) if of_all else whole
+        for name, experts in in_parts.items():
+            if lost := set(self._held[_parameter(name)]) - experts:
+                raise _without(name, min(lost))
         return found
 
     def _cut(self, name: str, own: Tensor) -> Cut | None:
