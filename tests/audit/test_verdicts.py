@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coterie.audit.adversaries import Adversary
-from coterie.audit.findings import Channel, Finding, Outcome, RunKind, Unit
+from coterie.audit.findings import NO_COINS, Channel, Finding, Outcome, RunKind, Unit
 from coterie.audit.metrics import Estimate, Scores, auc
 from coterie.audit.verdicts import best, controls, failed, headline, overall, verdicts
 from helpers.synthetic_findings import estimate, finding, findings, member, noised, private, tokens, working
@@ -286,6 +286,17 @@ def test_a_simulated_sum_stands_for_the_run_only_where_nothing_was_read_from_its
         assert told in line
 
 
+def test_sums_that_the_run_made_stand_before_simulated_ones_of_a_stronger_adversary() -> None:
+    told = {"prior": 0.1, "unit": Unit.PLACES}
+    some = [
+        finding(0.95, lot=1, simulated=True, adversary=Adversary.ALL_HOSTS, sentence="Simulated.", **told),
+        finding(0.105, lot=16, adversary=Adversary.ALL_HOSTS, gain=Estimate(0.005, -0.01, 0.02, 2000), **told),
+        finding(0.5, lot=32, sentence="Made.", **told),
+    ]
+    found = {v.adversary: v.sentence for v in verdicts(RunKind.EXPERTS, some, working(), private())}
+    assert found[Adversary.ALL_HOSTS] == "Made."
+
+
 @pytest.mark.parametrize(("read", "outcome"), [(0.6, Outcome.OPEN), (0.1, Outcome.UNKNOWN)])
 def test_whom_the_claim_does_not_cover_contradicts_nothing_and_lets_no_claim_stand(
     read: float, outcome: Outcome
@@ -301,6 +312,54 @@ def test_whom_the_claim_does_not_cover_contradicts_nothing_and_lets_no_claim_sta
     assert "the claim is against any 1" in open_.sentence
     (covered,) = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=True)
     assert covered.outcome is (Outcome.ALARM if outcome is Outcome.OPEN else Outcome.HELD)
+
+
+MASKED = {"value": None, "prior": None, "adversary": Adversary.ALL_HOSTS, "reason": "masks hide what it opens"}
+
+
+def against_all(*some: Finding) -> tuple[Outcome, str]:
+    found = verdicts(RunKind.EXPERTS_DP, some, working(), private(), premises=True)
+    return next((v.outcome, v.sentence) for v in found if v.adversary is Adversary.ALL_HOSTS)
+
+
+def of_all(*some: Finding) -> list[Finding]:
+    """The same findings, as those of the coalition."""
+    return [each.model_copy(update={"adversary": Adversary.ALL_HOSTS}) for each in some]
+
+
+@pytest.mark.parametrize("reached", [(), (Unit.NOISE,), (Unit.AUC,), (Unit.AUC, Unit.NOISE)])
+def test_what_a_weaker_adversary_could_not_read_says_nothing_of_a_stronger_one_whose_attack_was_not_made(
+    reached: tuple[Unit, ...],
+) -> None:
+    reading, in_lot = noised()
+    share = finding(1.0, prior=None, unit=Unit.NOISE, channel=Channel.RELEASES)
+    own = [
+        of_all(each)[0] if each.unit in reached else each.model_copy(update=MASKED)
+        for each in (reading, in_lot, share)
+    ]
+    outcome, words = against_all(reading, in_lot, share, *own)
+    assert outcome is Outcome.UNKNOWN
+    assert words == "Nothing can be concluded: masks hide what it opens."
+    assert judged(RunKind.EXPERTS_DP, reading, in_lot, share, *own)[0] is Outcome.HELD
+
+
+def test_a_claim_stands_against_all_only_by_what_all_were_measured_to_tell_of_members() -> None:
+    reading, in_lot = noised()
+    words = against_all(reading, in_lot, *of_all(reading), in_lot.model_copy(update=MASKED))[1]
+    assert "membership was not shown to stay within what the claim allows" in words
+    wide = reading.model_copy(update={"gain": Estimate(0.001, -0.05, 0.05, 2000)})
+    few = against_all(reading, in_lot, *of_all(wide), in_lot.model_copy(update=MASKED))[1]
+    assert "than claimed" not in few
+    assert "stands" in against_all(reading, in_lot, *of_all(reading, in_lot))[1]
+    by_person = in_lot.model_copy(update=MASKED | {"reason": NO_COINS})
+    assert "stands" in against_all(reading, in_lot, *of_all(reading), by_person)[1]
+
+
+def test_an_alarm_of_a_weaker_adversary_counts_for_a_stronger_one_whose_attack_was_not_made() -> None:
+    reading, in_lot = noised()
+    beyond = in_lot.model_copy(update={"value": Estimate(0.95, 0.93, 0.97, 900)})
+    own = [each.model_copy(update=MASKED) for each in (reading, in_lot)]
+    assert against_all(reading, beyond, *own)[0] is Outcome.ALARM
 
 
 @pytest.mark.parametrize(("share", "alarm"), [(0.5, True), (0.97, True), (1.0, False), (1.4, False)])

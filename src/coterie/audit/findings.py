@@ -130,6 +130,9 @@ class Finding(_Model):
         return self
 
 
+NO_COINS = "members were not chosen by coins"
+"""How a reason begins why whether a record is in the owner's data was not measured: no attack could have been made."""
+
 _UNBOUNDED = (Unit.BITS, Unit.EPSILON, Unit.NOISE)
 _NOT_CARRIED = "too few documents or pushes: by its interval it could have been anything"
 

@@ -15,6 +15,7 @@ from scipy import stats
 from coterie.audit.adversaries import DEFAULT, Adversary
 from coterie.audit.epsilon.findings import CONFIDENCE as SURE
 from coterie.audit.findings import (
+    NO_COINS,
     Controls,
     Finding,
     Outcome,
@@ -210,12 +211,13 @@ def _under_a_claim(
         return Outcome.ALARM, " ".join([*alarms, *read])
     if read:
         return Outcome.OPEN, " ".join([*read, beyond])
-    if not _played(findings, adversary):
+    readings = list(_readings(findings, adversary))
+    others_alone = bool(readings) and _left_out(findings, adversary, READS)
+    if others_alone or not _played(findings, adversary):
         return Outcome.UNKNOWN, _unmeasured(findings, adversary)
     why = failed(measured)
     if why:
         return Outcome.UNKNOWN, f"Nothing contradicts the claim, but the instruments were not shown to work: {why}."
-    readings = list(_readings(findings, adversary))
     if not readings:
         return _membership_alone(findings, adversary)
     widest = max(_gain_at_most(f) for f in readings)
@@ -225,7 +227,7 @@ def _under_a_claim(
             f"{_A_LITTLE if any(map(_above_prior, readings)) else _NOTHING_READ}; {places} places carry only "
             f'"within {100 * widest:.0f} points of it", not "within {100 * NEAR:.0f}".'
         )
-        promised = _promised(findings, adversary)
+        promised = _shown(findings, adversary)
         if _within(promised):
             words += f" Whether a known record was used is told no better than claimed: {_widest(promised).sentence}"
         return Outcome.UNKNOWN, f"{words} {beyond}".rstrip()
@@ -242,7 +244,7 @@ def _standing(findings: Sequence[Finding], adversary: Adversary, private: Privat
     why = []
     if not premises:
         why.append("the audit of epsilon was not made or concluded nothing")
-    if not _within(_promised(findings, adversary)):
+    if not _within(_shown(findings, adversary)):
         why.append("membership was not shown to stay within what the claim allows")
     if why:
         return f" That is no verdict on epsilon {private.epsilon_claimed:g}: {'; '.join(why)}."
@@ -251,7 +253,7 @@ def _standing(findings: Sequence[Finding], adversary: Adversary, private: Privat
 
 def _membership_alone(findings: Sequence[Finding], adversary: Adversary) -> tuple[Outcome, str]:
     """Where no attack on text was made. Held needs whole intervals within what is allowed."""
-    promised = _promised(findings, adversary)
+    promised = _shown(findings, adversary)
     if not promised:
         return Outcome.UNKNOWN, _unmeasured(findings, adversary)
     widest = _widest(promised)
@@ -290,6 +292,11 @@ def _membership_beyond(findings: Sequence[Finding], adversary: Adversary) -> Ite
 def _promised(findings: Sequence[Finding], adversary: Adversary) -> list[Finding]:
     """Measured tests of single records, each with what the claim allows it."""
     return [f for f in findings if f.allowed is not None and f.value is not None and able(f, adversary)]
+
+
+def _shown(findings: Sequence[Finding], adversary: Adversary) -> list[Finding]:
+    """Those of them that may speak for a claim: none where the adversary's own were not made."""
+    return [] if _left_out(findings, adversary, (Unit.AUC,)) else _promised(findings, adversary)
 
 
 def _reach(finding: Finding) -> float:
@@ -358,11 +365,11 @@ def _gain_at_most(finding: Finding) -> float:
 
 
 def _foremost(read: Sequence[Finding], adversary: Adversary) -> Finding:
-    """What stands for several attacks: the adversary's own before those that it can play, too; the run's own push
-    before smaller ones; then the most that was read."""
+    """What stands for several attacks: those on sums that the run made, before simulated ones; the adversary's own
+    before those that it can play, too; the largest sum; then the most that was read."""
     return min(
         read,
-        key=lambda f: (f.adversary is not adversary, f.simulated, -(f.lot or 0), READS.index(f.unit), -_value(f)),
+        key=lambda f: (f.simulated, f.adversary is not adversary, -(f.lot or 0), READS.index(f.unit), -_value(f)),
     )
 
 
@@ -371,8 +378,17 @@ def _played(findings: Sequence[Finding], adversary: Adversary) -> bool:
     return any(able(finding, adversary) and finding.value is not None for finding in findings)
 
 
+def _left_out(findings: Sequence[Finding], adversary: Adversary, units: Sequence[Unit]) -> bool:
+    """Whether the adversary has attacks of its own that count in these units, and none of them was made. Then what
+    weaker ones found may contradict a claim and cannot speak for it."""
+    own = [f for f in findings if f.adversary is adversary and f.unit in units and not f.reason.startswith(NO_COINS)]
+    return bool(own) and all(finding.value is None for finding in own)
+
+
 def _unmeasured(findings: Sequence[Finding], adversary: Adversary) -> str:
-    reasons = dict.fromkeys(f.reason for f in findings if able(f, adversary) and f.reason)
+    """The adversary's own reasons; where it has none, those of the attacks that it can play, too."""
+    possible = [f for f in findings if able(f, adversary) and f.reason]
+    reasons = dict.fromkeys(f.reason for f in [f for f in possible if f.adversary is adversary] or possible)
     why = "; ".join(reasons) or "no attack of this adversary measured what is promised"
     return f"Nothing can be concluded: {why}."
 

@@ -18,7 +18,7 @@ from coterie.audit.experts.opened import Opened
 from coterie.audit.experts.plain import rates, too_few
 from coterie.audit.experts.pushes import noised, standard_deviation
 from coterie.audit.experts.reader import Reader
-from coterie.audit.findings import Channel, Finding, Unit
+from coterie.audit.findings import NO_COINS, Channel, Finding, Unit
 from coterie.audit.metrics import Estimate, Scores
 from coterie.dp.accounting.accountant import Mechanism
 
@@ -179,7 +179,7 @@ def _not_by_coins(adversary: Adversary) -> Finding:
         channel=Channel.RELEASES,
         unit=Unit.AUC,
         value=None,
-        reason="members were not chosen by coins",
+        reason=NO_COINS,
         sentence="Whether a record is in the owner's data was not measured: a person chose what was held out.",
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from coterie.audit.adversaries import Adversary
-from coterie.audit.findings import Channel, Finding, Unit
+from coterie.audit.findings import NO_COINS, Channel, Finding, Unit
 from coterie.audit.metrics import Scores, auc, fewest_others, proportion, tpr_at
 from coterie.audit.model import membership
 from coterie.audit.model.membership import Candidates, ModelScores, corrected, loaded, measure, signals
@@ -216,7 +216,7 @@ def _naive(scores: Scores, seed: int) -> Finding:
         unit=Unit.AUC,
         value=None,
         sentence=f"Training text and held-out text differ by AUC {shown(figure)}. {NAIVE}",
-        reason="members were not chosen by coins, and no model without them was given",
+        reason=f"{NO_COINS}, and no model without them was given",
     )
 
 
