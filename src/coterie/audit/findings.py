@@ -131,7 +131,7 @@ class Finding(_Model):
 
 
 NO_COINS = "members were not chosen by coins"
-"""How a reason begins why whether a record is in the owner's data was not measured: no attack could have been made."""
+"""How the reason begins where no attack could tell whether a record is in the owner's data."""
 
 _UNBOUNDED = (Unit.BITS, Unit.EPSILON, Unit.NOISE)
 _NOT_CARRIED = "too few documents or pushes: by its interval it could have been anything"

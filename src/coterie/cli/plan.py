@@ -201,10 +201,13 @@ def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:
             for each in proposed.lots
         ],
     )
-    say(
-        f"at one rate all parties need noise multiplier {proposed.noise_multiplier:g}; with the lots of now the one "
-        f"that needs most needs {proposed.noise_now:g}. As many records are computed in both"
+    now = (
+        "the lots of now do not fit: a party has too few records"
+        if proposed.noise_now is None
+        else f"with the lots of now the one that needs most needs {proposed.noise_now:g}. As many records are "
+        "computed in both"
     )
+    say(f"at one rate all parties need noise multiplier {proposed.noise_multiplier:g}; {now}")
     lots = ", ".join(f"{each.party}: {each.lot_size}" for each in proposed.lots)
     say(f"in federation.yaml: lot_sizes: {{{lots}}}")
     if federation.aggregation == "masked":

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from coterie.config import PrivacySpec
-from coterie.dp.accounting.accountant import Mechanism, Sampler, noise_multiplier
+from coterie.dp.accounting.accountant import Mechanism, Sampler, needed_noise
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.accounting.lots import LotPlan
 from coterie.dp.balance import Balance, Balancer
@@ -193,9 +193,7 @@ class PrivacyPlan:
         """
         if self.noise_multiplier is not None:
             return lots.mechanism(self.noise_multiplier)
-        least = lots.mechanism(1.0)
-        turns = least.for_one_unit(self.rounds)[1]
-        needed = noise_multiplier(self.budget, lots.rate, turns, lots.sampler, least.units, least.limit)
+        needed = needed_noise(self.budget, lots.mechanism(1.0), self.rounds)
         if self.agreed_noise is None:
             return lots.mechanism(needed)
         if needed > self.agreed_noise:

@@ -290,6 +290,13 @@ def noise_multiplier(
     return _narrow(cost, budget.epsilon, low, high)[1]
 
 
+def needed_noise(budget: Budget, mechanism: Mechanism, rounds: int) -> float:
+    """The noise multiplier that a run of so many such rounds needs, whatever that of ``mechanism`` is; a unit's turns
+    are counted where it is in a block. See `noise_multiplier`."""
+    own, turns = mechanism.for_one_unit(rounds)
+    return noise_multiplier(budget, own.sampling_rate, turns, own.sampler, own.units, own.limit)
+
+
 def _narrow(cost: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:
     """Shrink a bracket with cost(low) > target >= cost(high) to a relative width of `_TOLERANCE`.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from coterie.config import FederationConfig, PrivacyRules
-from coterie.dp.accounting.accountant import epsilon, noise_multiplier
+from coterie.dp.accounting.accountant import epsilon, needed_noise
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.accounting.lots import LotPlan
 from coterie.errors import ConfigError
@@ -41,12 +41,13 @@ class EqualRates:
     Attributes:
         lots: as proposed.
         noise_multiplier: the largest that one of them needs.
-        noise_now: the largest that a party needs with the lots of federation.yaml.
+        noise_now: the largest that a party needs with the lots of federation.yaml; None where a party has too few
+            records for its lot.
     """
 
     lots: tuple[PartyLot, ...]
     noise_multiplier: float
-    noise_now: float
+    noise_now: float | None
 
 
 def equal_rates(federation: FederationConfig, units: Mapping[str, int]) -> EqualRates:
@@ -58,7 +59,7 @@ def equal_rates(federation: FederationConfig, units: Mapping[str, int]) -> Equal
 
     Raises:
         ConfigError: no budget, or not every party's N (codes ``plan-records-none``, ``plan-records``).
-        BudgetError: a lot is larger than its party's data; no noise reaches the budget.
+        BudgetError: at one rate, too, lots are larger than the data; no noise reaches the budget.
     """
     rules = federation.privacy
     if not isinstance(rules, PrivacyRules):
@@ -79,20 +80,31 @@ def equal_rates(federation: FederationConfig, units: Mapping[str, int]) -> Equal
         )
     wanted = sum(federation.lot_of(party) for party in federation.parties)
     rate = wanted / sum(units.values())
-    now = [_lot_plan(rules, count, federation.lot_of(party)) for party, count in units.items()]
-    proposed = {
-        party: _lot_plan(rules, count, max(1, min(count, round(rate * count)))) for party, count in units.items()
-    }
+    proposed = {party: _lot_plan(rules, count, _nearest(rate, count, rules)) for party, count in units.items()}
     rounds, sigma = federation.train.rounds, _rounded_up(_needed(rules, federation.train.rounds, proposed.values()))
     lots = [
         PartyLot(party, plan.units, plan.lot_size, plan.rate, epsilon([(plan.mechanism(sigma), rounds)], rules.delta))
         for party, plan in proposed.items()
     ]
-    return EqualRates(tuple(lots), sigma, _rounded_up(_needed(rules, rounds, now)))
+    return EqualRates(tuple(lots), sigma, _now(federation, rules, units))
+
+
+def _nearest(rate: float, units: int, rules: PrivacyRules) -> int:
+    """The lot of this rate; rounding makes none larger than a block."""
+    most = units // rules.noise_bands if rate * rules.noise_bands <= 1 else units
+    return max(1, min(most, round(rate * units)))
+
+
+def _now(federation: FederationConfig, rules: PrivacyRules, units: Mapping[str, int]) -> float | None:
+    """See `EqualRates.noise_now`; lots that do not fit are what the proposal mends."""
+    if any(federation.lot_of(party) * rules.noise_bands > count for party, count in units.items()):
+        return None
+    plans = [_lot_plan(rules, count, federation.lot_of(party)) for party, count in units.items()]
+    return _rounded_up(_needed(rules, federation.train.rounds, plans))
 
 
 def _lot_plan(rules: PrivacyRules, units: int, lot_size: int) -> LotPlan:
-    return LotPlan.of(units, lot_size, rules.sampler, rules.max_lot)
+    return LotPlan.of(units, lot_size, rules.sampler, rules.max_lot, rules.noise_bands)
 
 
 def _needed(rules: PrivacyRules, rounds: int, plans: Iterable[LotPlan]) -> float:
@@ -100,8 +112,7 @@ def _needed(rules: PrivacyRules, rounds: int, plans: Iterable[LotPlan]) -> float
     budget = Budget(rules.epsilon, rules.delta)
     if rules.sampler == "poisson":
         plans = [max(plans, key=lambda plan: plan.rate)]
-    least = [plan.mechanism(1.0) for plan in plans]
-    return max(noise_multiplier(budget, m.sampling_rate, rounds, m.sampler, m.units, m.limit) for m in least)
+    return max(needed_noise(budget, plan.mechanism(1.0), rounds) for plan in plans)
 
 
 def _rounded_up(sigma: float) -> float:

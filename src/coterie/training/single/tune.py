@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from coterie.config import TrainConfig
 from coterie.config.base import content_hash
 from coterie.config.load import value_of
-from coterie.dp.accounting.accountant import epsilon, noise_multiplier
+from coterie.dp.accounting.accountant import epsilon, needed_noise
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.private_data import PrivateData
 from coterie.errors import ConfigError, RoundError
@@ -167,7 +167,7 @@ def plan_tuning(config: TrainConfig, tried: Sequence[str], trial_rounds: int) ->
     rounds = config.train.rounds
     together = len(tried) * trial_rounds + rounds
     budget = Budget(spec.epsilon, spec.delta)
-    sigma = _MARGIN * noise_multiplier(budget, least.sampling_rate, together, least.sampler, least.units, least.limit)
+    sigma = _MARGIN * needed_noise(budget, least, together)
 
     def spent(count: int) -> float:
         return epsilon([(replace(least, noise_multiplier=sigma), count)], spec.delta)
