@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from coterie.federation.enrolment import desk as desks
 from coterie.federation.enrolment.asking import Desk, PartsDesk, call, dial
 from coterie.federation.enrolment.codes import JoinCode, new_secret
 from coterie.federation.enrolment.desk import ENROLMENT, TryLimit
-from coterie.federation.enrolment.hand_out import HAND_OUT
+from coterie.federation.enrolment.hand_out import HAND_OUT, RosterTable
 from coterie.federation.enrolment.invitations import INVITATIONS_FILE, Invitations
 from coterie.federation.enrolment.inviting import Listening
 from coterie.federation.enrolment.joining import Joined, join_federation
 from coterie.federation.identity.certificates import Member, Role, cert_pem, fingerprint, key_pem
 from coterie.federation.identity.kit import Kit, approve, install, load_authority, load_kit, request
 from coterie.federation.identity.provision import free_endpoints, local_kits
-from coterie.federation.identity.roster import load_roster
+from coterie.federation.identity.roster import load_roster, sign
 from coterie.federation.wire.newcomers import NEWCOMERS
 from coterie.federation.wire.unreachable import presented, split_endpoint
 from helpers.inviting import Inviter, Joiner, agreed, invites, watch
@@ -466,6 +467,18 @@ def test_what_the_disk_did_not_take_counts_for_nobody(
     assert first.all() == before
     moves[move](first)
     assert Invitations(tmp_path, "a" * 64, **how).all() == first.all() != before
+
+
+def test_nobody_leaves_with_signatures_that_the_inviter_could_lose(tmp_path: Path) -> None:
+    kits = local_kits(tmp_path, ("alder", "birch"), federation="grove")
+    signed = load_roster(kits["birch"])
+    table = RosterTable(kits["alder"])
+    table.lay_out(sign(replace(signed, signatures={}), kits["alder"].key, kits["alder"].certificate))
+    assert table.waiting() == ["birch"]
+    table.sign("birch", signed)
+    assert table.waiting() == ["alder"]
+    table.settle()
+    assert table.waiting() == []
 
 
 # -- whose roster it is ---------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class RosterTable:
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
         self._roster: Roster | None = None
+        self._settled = False
         self._lock = threading.Lock()
 
     def lay_out(self, roster: Roster) -> None:
@@ -69,6 +70,15 @@ class RosterTable:
         """Who has not signed; empty while there is nothing to sign."""
         roster = self.read()
         return [] if roster is None else [e.name for e in roster.parties if e.name not in roster.signatures]
+
+    def settle(self) -> None:
+        """The inviter has what all signed on its disk; started again, it needs nobody for it."""
+        with self._lock:
+            self._settled = True
+
+    def waiting(self) -> list[str]:
+        """Whom members wait for before they have the roster: who has not signed, then the inviter's disk."""
+        return self.unsigned() or ([] if self._settled else [self._kit.name])
 
     def sign(self, name: str, signed: Roster) -> None:
         """Take a member's signature.
@@ -169,7 +179,7 @@ class HandOut:
     def _roster(self, name: str, asked: Mapping[str, str]) -> bytes:
         roster = self._table.read()
         missing = [each.name for each in self._invitations.all() if not each.certificate]
-        waiting = missing if roster is None else self._table.unsigned()
+        waiting = missing if roster is None else self._table.waiting()
         drafted = "" if roster is None else to_json(roster).decode("ascii")
         return json.dumps({"roster": drafted, "waiting": ", ".join(waiting)}).encode()
 

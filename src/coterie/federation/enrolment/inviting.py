@@ -194,6 +194,7 @@ class Inviting:
             for kit in kits:
                 install_roster(kit, roster)
             self._tell("all signed the roster")
+        table.settle()
         return True
 
     def _signed_before(self, kit: Kit, roster: Roster) -> Roster:
