@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from coterie.models.streaming.cache import FileStore, LayerWeights, MemoryStore, WeightCache
+from coterie.models.streaming.cache import (
+    FileStore,
+    LayerWeights,
+    MemoryStore,
+    PinnedFiles,
+    WeightCache,
+    digest_layer,
+)
 from coterie.models.streaming.streamer import LayerReader, LayerStreamer
 
 LAYERS = 4
@@ -50,10 +57,21 @@ class Arriving:
         assert self._there[layer].wait(10.0)
         return weights(layer)
 
+    def digests(self) -> dict[int, str]:
+        return {layer: digest_layer(self.get(layer)) for layer in range(LAYERS)}
+
+
+def another_process(folder: Path) -> PinnedFiles:
+    """What another rank of the party reads."""
+    found = PinnedFiles(folder, LAYERS)
+    found.pin(filled(FileStore(folder)).digests())
+    return found
+
 
 READERS: dict[str, Callable[[Path], LayerReader]] = {
     "memory": lambda folder: filled(MemoryStore()),
     "files": lambda folder: filled(FileStore(folder)),
+    "files of another process": another_process,
     "still arriving": lambda folder: Arriving(),
 }
 FORWARD_AND_BACK = [*range(LAYERS), *reversed(range(LAYERS))]
@@ -63,6 +81,10 @@ FORWARD_AND_BACK = [*range(LAYERS), *reversed(range(LAYERS))]
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LayerStreamer]:
     with closing(LayerStreamer(request.param(tmp_path), torch.device("cpu"), torch.float32)) as made:
         yield made
+
+
+def test_digests_are_those_of_all_layers(source: LayerStreamer) -> None:
+    assert source.digests() == {layer: digest_layer(weights(layer)) for layer in range(LAYERS)}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from coterie.dp.per_sample.engine import Engine
 from coterie.dp.session import PrivateSession
 from coterie.models import seam
 from coterie.models.zoo.tiny import VOCAB, tiny_model
+from coterie.ranks import processes
 from coterie.ranks.ranks import Ranks
+from helpers.waiting import until
 
 SLAB = 512
 """Small enough for a tiny model to have many slabs, so that ranks share its noise."""
@@ -182,7 +186,7 @@ def norms_and_sums(ranks: Ranks, family: str, clipping: str) -> dict[str, float]
 def deadly(ranks: Ranks, folder: Path, rank: int, step: str, when: str) -> dict[str, Any]:
     """A run with a checkpoint after two rounds, of which one rank is killed at a step."""
     if ranks.rank == rank:
-        _kill_at(ranks, step, when)
+        kill_at(ranks, step, when)
     return resumable(ranks, folder)
 
 
@@ -242,6 +246,29 @@ def stopped(ranks: Ranks) -> None:
     ranks.tell("a step", lambda: 1)
 
 
+def given_up(ranks: Ranks) -> None:
+    """Rank 0 gives up what rank 1 would go on with for ever."""
+
+    def heard() -> bool:
+        ranks.check_others()
+        return False
+
+    def make() -> None:
+        if ranks.rank == 0:
+            raise OSError("given up")
+        until(heard, 60.0)
+
+    ranks.together("a lot", make)
+
+
+def late(ranks: Ranks, patient: bool) -> str:
+    """Rank 0 lives, and comes later than a rank may that has nobody to wait for."""
+    setattr(processes, "LONGEST", timedelta(seconds=1))  # noqa: B010 - hours in the product
+    if ranks.rank == 0:
+        time.sleep(2.5)
+    return ranks.tell("a step", lambda: "a word", patient=patient)
+
+
 def out_of_step(ranks: Ranks) -> None:
     ranks.tell(f"step {ranks.rank}", lambda: 1)
 
@@ -254,10 +281,10 @@ def without_ranks(ranks: Ranks, folder: Path) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
-def _kill_at(ranks: Ranks, step: str, when: str) -> None:
+def kill_at(ranks: Ranks, step: str, when: str) -> None:
     together = ranks.together
 
-    def deadly_together(name: str, make: Callable[[], Any]) -> list[Any]:
+    def deadly_together(name: str, make: Callable[[], Any], **options: Any) -> list[Any]:
         def made() -> Any:
             value = make()
             if name == step and when == "done":
@@ -266,7 +293,7 @@ def _kill_at(ranks: Ranks, step: str, when: str) -> None:
 
         if name == step and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        told = together(name, made)
+        told = together(name, made, **options)
         if name == step and when == "told":
             os.kill(os.getpid(), signal.SIGKILL)
         return told

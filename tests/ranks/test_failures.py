@@ -97,3 +97,18 @@ def test_a_session_that_is_not_told_of_its_ranks_is_refused(tmp_path: Path) -> N
     for each in run_ranks(2, rank_tasks.without_ranks, tmp_path):
         assert each.error is not None
         assert each.error.startswith("ranks-missing")
+
+
+def test_a_rank_hears_while_it_computes_that_another_has_given_up() -> None:
+    first, second = run_ranks(2, rank_tasks.given_up)
+    assert first.error is not None
+    assert second.error is not None
+    assert "given up" in first.error
+    assert second.error.startswith("ranks-failed: rank 0 ended: OSError: given up")
+
+
+def test_who_waits_for_somebody_else_is_waited_for_as_long_as_it_lives() -> None:
+    assert values(run_ranks(2, rank_tasks.late, True)) == ["a word", "a word"]
+    ended = run_ranks(2, rank_tasks.late, False)
+    assert ended[1].error is not None
+    assert ended[1].error.startswith("ranks-late")

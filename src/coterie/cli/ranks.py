@@ -1,4 +1,4 @@
-"""`devices` in train.yaml: the command starts itself once for each, as rank 0, 1, and so on, on this machine.
+"""`devices` in train.yaml and party.yaml: the command starts itself once for each rank, on this machine.
 
 What torchrun would start is the same; but the place where these ranks meet, and what they send each other, is on
 loopback only, and they end when the command does. Rank 0 has the terminal; what another rank has to say is shown
@@ -26,13 +26,16 @@ import typer
 from coterie.cli.stopping import handling
 from coterie.demonstration.processes import LIFELINE
 from coterie.errors import ConfigError
+from coterie.ranks.world import check_alone
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from coterie.config import TrainConfig
+    from coterie.config import PartyConfig, TrainConfig
     from coterie.ranks.ranks import Ranks
 
+_OWN = "COTERIE_OWN_RANKS"
+"""Environment variable of the processes that a command started as its ranks."""
 _GRACE_S = 30.0
 """How long ranks may take to end after one has failed: they hear of it, and say the same."""
 _POLL_S = 0.05
@@ -85,8 +88,57 @@ def start_if_asked(config: TrainConfig, command: str, target: Path, json_file: P
         json_file: its option.
     """
     if config.ranks > 1 and started_ranks() == 1:
-        option = [] if json_file is None else ["--json", str(json_file)]
-        raise typer.Exit(_run(config.ranks, [command, str(target), *option]))
+        raise typer.Exit(_run(config.ranks, [command, str(target), *option("--json", json_file)]))
+
+
+def option(name: str, value: object) -> list[str]:
+    """An option as words of a command; none where it was not given."""
+    return [] if value is None else [name, str(value)]
+
+
+def start_party_if_asked(config: PartyConfig, arguments: Sequence[str]) -> None:
+    """Start a command once for each rank of a party, and end as they do; come back where the party is one process.
+
+    Args:
+        config: the party's settings.
+        arguments: the command with its options.
+
+    Raises:
+        PrivacyError: a launcher started this process beside others.
+        ConfigError: the ranks could not share the work.
+    """
+    if _OWN in os.environ:
+        return
+    check_alone()
+    if config.devices == 1:
+        return
+    from coterie.config import FederationConfig, load_yaml
+    from coterie.config.federation import check_devices
+
+    check_devices(config, load_yaml(config.federation, FederationConfig))
+    if config.devices > _cores():
+        raise ConfigError(
+            f"`devices` is {config.devices}, and this machine has {_cores()} cores.",
+            code="ranks-cores",
+            where=f"party.yaml of {config.party}",
+            why="ranks that take turns on a core need more memory and gain nothing",
+            fix="ask for at most as many as there are cores",
+        )
+    raise typer.Exit(_run(config.devices, arguments))
+
+
+def joined_party() -> AbstractContextManager[Ranks | None]:
+    """The ranks of a party, where this process was started as one; None where it is the party by itself."""
+    if os.environ.pop(_OWN, None) is None:
+        return nullcontext()
+    from coterie.ranks.processes import join_ranks
+
+    return join_ranks()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(count: int, arguments: Sequence[str]) -> int:
@@ -102,6 +154,7 @@ def _run(count: int, arguments: Sequence[str]) -> int:
     shared = {
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))), _OWN: "1",
     }  # fmt: skip
     ranks: list[subprocess.Popen[bytes]] = []
 

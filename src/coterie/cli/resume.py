@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.ranks import joined, start_if_asked
+from coterie.cli.ranks import joined, option, start_if_asked, start_party_if_asked
 from coterie.errors import ConfigError
 
 
@@ -41,7 +41,9 @@ def command(
         from coterie.cli.up import take_part
         from coterie.training.party.process import settings_of_run
 
-        take_part(settings_of_run(run_dir), listen, json_file)
+        words = ["resume", str(run_dir), *option("--listen", listen), *option("--json", json_file)]
+        start_party_if_asked(party := settings_of_run(run_dir), words)
+        take_part(party, listen, json_file)
         return
 
     from coterie.cli.training_progress import shared, shown

@@ -11,10 +11,12 @@ import typer
 from coterie.cli.output import EXIT_STOPPED, say, table, write_json
 from coterie.cli.pairs import named_pairs
 from coterie.cli.privacy_lines import opening_lines, revealed_so_far, spent_note, stopped_contributing
+from coterie.cli.ranks import joined_party, option, start_party_if_asked
 from coterie.cli.roster import fingerprint_line
 
 if TYPE_CHECKING:
     from coterie.config import PartyConfig
+    from coterie.ranks.ranks import Ranks
     from coterie.training.party.run import PartyResult
     from coterie.training.planning.forecast import Forecast
 
@@ -35,12 +37,19 @@ def command(
     Goes on from the newest checkpoint that all parties hold, if there is one. Ctrl-C asks for a clean end: the round
     is finished, everybody writes a checkpoint and leaves.
 
+    With `devices: N` in party.yaml N processes of this machine share the party's lots; one of them alone speaks to
+    the others.
+
     Example:
         coterie up party.yaml --json result.json
     """
     from coterie.config import PartyConfig, load_yaml
 
-    take_part(load_yaml(settings, PartyConfig), listen, json_file, dialled(dial))
+    addresses = dialled(dial)
+    options = [*option("--listen", listen), *option("--json", json_file)]
+    options += [word for each in dial or [] for word in ("--dial", each)]
+    start_party_if_asked(config := load_yaml(settings, PartyConfig), ["up", str(settings), *options])
+    take_part(config, listen, json_file, addresses)
 
 
 def dialled(given: list[str] | None) -> dict[str, str]:
@@ -51,7 +60,33 @@ def dialled(given: list[str] | None) -> dict[str, str]:
 def take_part(
     config: PartyConfig, listen: str | None, json_file: Path | None, dial: Mapping[str, str] | None = None
 ) -> None:
-    """Run a party and show how it goes; `coterie resume` ends here, too."""
+    """Run a party, or be one of its ranks, and show how it goes; `coterie resume` ends here, too."""
+    with joined_party() as ranks:
+        if ranks is None or ranks.rank == 0:
+            _speak(config, listen, json_file, dial, ranks)
+        else:
+            _help(config, ranks)
+
+
+def _help(config: PartyConfig, ranks: Ranks) -> None:
+    """Do another rank's part: nothing is shown, and a stop is asked of rank 0 alone."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from coterie.cli.stopping import stop_signals
+    from coterie.training.party.process import help_party
+
+    disable_progress_bar()
+    with stop_signals(lambda: True, quiet=True):
+        help_party(config, ranks)
+
+
+def _speak(
+    config: PartyConfig,
+    listen: str | None,
+    json_file: Path | None,
+    dial: Mapping[str, str] | None,
+    ranks: Ranks | None,
+) -> None:
     say(f"{config.party}: loading")
 
     from coterie.cli.output import error_console
@@ -79,7 +114,7 @@ def take_part(
 
     shown = {"spent": "", "remark": ""}
     process = PartyProcess(
-        config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s), announce), listen, dial
+        config, Watch(show, tell, revealed, lambda silent_s: lines.silence(silent_s), announce), listen, dial, ranks
     )
     rounds = process.federation.train.rounds
     lines = RoundLines(rounds)

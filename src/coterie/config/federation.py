@@ -334,6 +334,11 @@ class PartyConfig(Spec):
         default="memory", description="For `experts`: where fetched layers lie; `disk` is below `run_dir`."
     )
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
+    devices: Count = Field(
+        default=1,
+        description="Processes of this machine that share this party's lots; so far on CPUs, and for `experts`. "
+        "Fetched layers then lie on disk, where all read them.",
+    )
     privacy: PartyPrivacy | Literal["none"] | None = Field(
         default=None, description="Local choices and own budget; `none` only where the federation allows mixing."
     )
@@ -362,6 +367,23 @@ def check_task(party: PartyConfig) -> None:
             why="in a federation all parties train one loss, that of the next token",
             fix="leave it out; with `form: prompt_completion` and a class's word as completion a federation learns "
             "classes, too",
+        )
+
+
+def check_devices(party: PartyConfig, federation: FederationConfig) -> None:
+    """Refuse several ranks where they could not share a party's work.
+
+    Raises:
+        ConfigError: another exchange than `experts`.
+    """
+    if party.devices > 1 and federation.exchange != "experts":
+        raise ConfigError(
+            f"party {party.party}: `devices` is {party.devices}, and several ranks take part in "
+            "`exchange: experts` alone.",
+            code="config-devices",
+            why="in `tokens` every hidden state crosses between the parties, and one process of a party alone may "
+            "speak to the others",
+            fix="leave out `devices`, or agree on `exchange: experts`",
         )
 
 

@@ -19,6 +19,8 @@ from coterie.errors import BudgetError
 class Contributor:
     """Makes at most one release for each round and pins, within a budget.
 
+    Where several ranks share the run, all of them call `release` and `forget`.
+
     Args:
         run: opened for the party.
         drawn: given every lot before it is computed; for the owner alone, since a lot is secret.
@@ -51,15 +53,16 @@ class Contributor:
                 raise
             return None
         if isinstance(begun, Release):
-            return begun.tensors(), begun
+            return self.run.tensors(begun), begun
         self._drawn(begun.lot)
         return self.run.publish(begun, as_integers=self._as_integers)
 
     def held(self, round_no: int, pins: Mapping[str, str], name: str) -> dict[str, str] | None:
         """All pins of what is kept for a round, a release or its lot alone, which has these pins and one of that
-        name; None where nothing is kept. `release` with all of them draws nothing new."""
+        name; None where nothing is kept. `release` with all of them draws nothing new.
+        Rank 0 is asked."""
         spool, stored = self.run.releases.spool, self.run.releases.spool.stored_lot()
-        kept = [release.pins for release in spool.releases_of(round_no)]
+        kept = [each.pins for each in spool.releases_of(round_no) if self.run.shared.is_here(each)]
         if stored is not None and stored.lot.round == round_no:
             kept.append(stored.pins)
         for each in kept:
@@ -75,7 +78,7 @@ class Contributor:
             beyond_limit: drop up to this round where the spool takes more than `SPOOL_LIMIT_BYTES`. Going back to
                 before it then draws those rounds anew, and counts them again.
         """
-        spool = self.run.releases.spool
-        spool.drop_releases(up_to_round)
-        if spool.nbytes() > SPOOL_LIMIT_BYTES:
-            spool.drop_releases(beyond_limit)
+        shared = self.run.shared
+        shared.drop(up_to_round)
+        if self.run.ranks.tell("room for results", lambda: shared.nbytes() > SPOOL_LIMIT_BYTES):
+            shared.drop(beyond_limit)

@@ -65,11 +65,21 @@ class SharedReleases:
         return self._own
 
     def begin(self, round_no: int, pins: Mapping[str, str], draw: Callable[[int], Lot]) -> Pending | Release:
-        """What to do for a round; see `Releases.begin`. Rank 0 draws the lot, and the others hear which it is."""
-        values = self._tell(f"round {round_no}", lambda: _values(self.own.begin(round_no, pins, draw)))
-        if "lot" in values:
-            return Pending(**{**values, "lot": Lot.from_json(values["lot"])})
-        return _release(values)
+        """What to do for a round; see `Releases.begin`. Rank 0 draws the lot, and the others hear which it is.
+
+        A release of which a part is not to be found is burned first.
+        """
+        while True:
+            values = self._tell(f"round {round_no}", lambda: _values(self.own.begin(round_no, pins, draw)))
+            if "lot" in values:
+                return Pending(**{**values, "lot": Lot.from_json(values["lot"])})
+            release = self._whole(values)
+            if release is not None:
+                return release
+
+    def is_here(self, release: Release) -> bool:
+        """Whether all parts of a release are on this rank's disk, as they were counted."""
+        return len(self._found(release)) == len(release.shards)
 
     def spooled(self, pending: Pending) -> Release | None:
         """The result that an earlier try made of a pending lot; see `Releases.spooled`."""
@@ -161,33 +171,33 @@ class SharedReleases:
         if not release.shards:
             return [0]
 
-        def found() -> list[int]:
-            paths = [self._path(release, number) for number in range(1, len(release.shards) + 1)]
-            return [
-                number
-                for number, (path, digest) in enumerate(zip(paths, release.shards, strict=True), 1)
-                if path.is_file() and file_digest(path) == digest
-            ]
-
-        have = self._ranks.together(f"parts of {release.round}", found)
+        have = self._ranks.together(f"parts of {release.round}", lambda: self._found(release))
         numbers = range(1, len(release.shards) + 1)
         return [0, *(next((rank for rank, own in enumerate(have) if n in own), None) for n in numbers)]
+
+    def _found(self, release: Release) -> list[int]:
+        """The numbers of the other ranks' parts that are on this rank's disk, as they were counted."""
+        paths = [(number, self._path(release, number)) for number in range(1, len(release.shards) + 1)]
+        return [
+            number for number, path in paths if path.is_file() and file_digest(path) == release.shards[number - 1]
+        ]
 
     def _handed_out(self, release: Release, number: int, holder: int) -> dict[str, Tensor]:
         """One part of a release, from the rank that has it to all."""
         part: dict[str, Tensor] = {}
 
-        def read() -> dict[str, list[int]] | None:
+        def read() -> dict[str, Any] | None:
             if self._ranks.rank != holder:
                 return None
             digest = (release.digest, *release.shards)[number]
             path = release.path if number == 0 else self._path(release, number)
             part.update(Release(release.round, release.draw, digest, release.pins, path).tensors())
-            return {name: list(tensor.shape) for name, tensor in part.items()}
+            return {name: [tensor.is_floating_point(), *tensor.shape] for name, tensor in part.items()}
 
         shapes = self._ranks.together(f"part {number} of {release.round}", read)[holder]
         if self._ranks.rank != holder:
-            part = {name: torch.empty(shape) for name, shape in shapes.items()}
+            kinds = {True: torch.float32, False: torch.int64}
+            part = {name: torch.empty(shape, dtype=kinds[real]) for name, (real, *shape) in shapes.items()}
         if part:
             self._ranks.hand_out(list(part.values()), holder)
         return part

@@ -309,6 +309,11 @@ def mask(model: nn.Module, experts: Mapping[int, Collection[int]]) -> None:
         setattr(layer.module, _MASKED, tuple(sorted(experts.get(layer.index, ()))))
 
 
+def masked(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """What `mask` was told last, by layer index."""
+    return {layer.index: getattr(layer.module, _MASKED, ()) for layer in expert_layers(model)}
+
+
 def check_selected(model: nn.Module) -> None:
     """Make sure that every MoE layer still goes through coterie.
 

@@ -7,6 +7,7 @@ collectives for objects are not used.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -55,9 +56,9 @@ class ProcessRanks(Ranks):
         self._group = distributed.group.WORLD if own_group else distributed.new_group(backend="gloo", timeout=LONGEST)
         self._own_group = own_group
 
-    def together(self, step: str, make: Callable[[], Any]) -> list[Any]:
+    def together(self, step: str, make: Callable[[], Any], *, patient: bool = False) -> list[Any]:
         packed, failure = outcome(step, make)
-        return read_outcomes(step, self._swapped(step, packed), self.rank, failure)
+        return read_outcomes(step, self._swapped(step, packed, patient), self.rank, failure)
 
     def add_up(self, pieces: Sequence[Tensor], owner: int) -> None:
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
@@ -116,12 +117,17 @@ class ProcessRanks(Ranks):
 
     # -- small values ------------------------------------------------------------------------------------------------
 
-    def _swapped(self, step: str, own: str) -> list[bytes]:
+    def _swapped(self, step: str, own: str, patient: bool = False) -> list[bytes]:
         """What every rank put down at this step."""
         keys = [self._key(rank) for rank in range(self.world)]
         with _store_stays(step):
             self._store.set(keys[self.rank], own)
-            self._wait(step, lambda: self._store.check(keys), here=lambda rank: self._store.check([keys[rank]]))
+            self._wait(
+                step,
+                lambda: self._store.check(keys),
+                here=lambda rank: self._store.check([keys[rank]]),
+                longest_s=math.inf if patient else LONGEST.total_seconds(),
+            )
             found = [self._store.get(key) for key in keys]
             if self._step:  # every rank has put down this step, so none reads the one before it any more
                 self._store.delete_key(f"step/{self._step - 1}/{self.rank}")
@@ -186,9 +192,10 @@ class ProcessRanks(Ranks):
         arrived: Callable[[], bool],
         look: Callable[[], None] = lambda: None,
         here: Callable[[int], bool] = lambda rank: False,
+        longest_s: float = LONGEST.total_seconds(),
     ) -> None:
         """Wait until something has arrived, while those who are not ``here`` are alive; ``look`` now and then."""
-        pause, until = 0.0002, time.monotonic() + LONGEST.total_seconds()
+        pause, until = 0.0002, time.monotonic() + longest_s
         self._pulse.looked_away()
         while not arrived():
             time.sleep(pause)

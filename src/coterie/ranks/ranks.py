@@ -33,8 +33,13 @@ class Ranks(ABC):
     world: int
 
     @abstractmethod
-    def together(self, step: str, make: Callable[[], Any]) -> list[Any]:
+    def together(self, step: str, make: Callable[[], Any], *, patient: bool = False) -> list[Any]:
         """Let every rank make a JSON value, and give all of them to every rank, in rank order.
+
+        Args:
+            step: its name.
+            make: the value.
+            patient: a rank that lives is waited for however long it takes, because it waits for somebody else.
 
         Raises:
             RankError: a rank is gone, silent, or at another step.
@@ -87,7 +92,9 @@ class Ranks(ABC):
 
     @abstractmethod
     def check_others(self) -> None:
-        """Look, without waiting, whether another rank has failed; for what ends where a connection was cut.
+        """Look, without waiting, whether another rank has failed at this step: nobody needs this one's part then.
+
+        For whoever computes long, and for what ends where a connection was cut.
 
         Raises:
             CoterieError: what it failed with.
@@ -97,9 +104,9 @@ class Ranks(ABC):
     def close(self, failure: BaseException | None = None) -> None:
         """Leave the other ranks; they raise what this one failed with."""
 
-    def tell(self, step: str, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, a JSON value, at every rank; the others make nothing."""
-        return self.together(step, make if self.rank == 0 else _nothing)[0]
+    def tell(self, step: str, make: Callable[[], Any], *, patient: bool = False) -> Any:
+        """What rank 0 makes, a JSON value, at every rank; the others make nothing. See `together`."""
+        return self.together(step, make if self.rank == 0 else _nothing, patient=patient)[0]
 
     @contextmanager
     def all_well(self, step: str) -> Iterator[None]:
@@ -145,7 +152,7 @@ class Alone(Ranks):
 
     rank, world = 0, 1
 
-    def together(self, step: str, make: Callable[[], Any]) -> list[Any]:
+    def together(self, step: str, make: Callable[[], Any], *, patient: bool = False) -> list[Any]:
         return [make()]
 
     def agree(self, step: str, facts: Callable[[], Mapping[str, Any]]) -> None:

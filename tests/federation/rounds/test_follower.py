@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coterie.errors import CheckpointError, CoterieError
+from coterie.errors import CheckpointError, CoterieError, RankError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.directives import Directive
 from coterie.federation.rounds.follower import Follower
@@ -108,3 +108,15 @@ def test_commit_that_cannot_be_applied_at_the_end_is_said_and_the_goodbye_still_
     with pytest.raises(CheckpointError, match="disk full"):
         Follower("alder", actor, on_error=told.append).run(script)  # type: ignore[arg-type]
     assert script.said[-1] == {"done": 3, "live": None}
+
+
+def test_a_party_whose_other_ranks_are_gone_ends_instead_of_trying_again() -> None:
+    class Torn(Actor):
+        def compute(self, state: State, cancel: CancelToken) -> None:
+            raise RankError("rank 1 has been silent", code="ranks-silent")
+
+    actor, script = Torn(), Script(LOADING, COMPUTING, OVER)
+    actor.leave.set()
+    with pytest.raises(RankError, match="rank 1 has been silent"):
+        Follower("alder", actor).run(script)  # type: ignore[arg-type]
+    assert script.said[-1] == {"failed": 2, "code": "ranks-silent", "culprit": None, "live": None}

@@ -13,7 +13,7 @@ from coterie.dp.per_sample.engine import Engine
 from coterie.errors import CheckpointError, RoundError
 from coterie.models import seam
 from coterie.models.lora import attach_adapters, expert_adapters, factors_stay_apart
-from coterie.models.streaming.cache import FileStore, MemoryStore, WeightCache
+from coterie.models.streaming.cache import FileStore, MemoryStore, PinnedFiles, WeightCache
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.models.zoo.catalogue import causal_lm_types
 from coterie.models.zoo.tiny import tiny_model
@@ -183,6 +183,21 @@ def test_a_host_that_serves_other_bytes_in_the_same_round_aborts_it():
 def test_a_layer_that_never_came_is_named():
     with pytest.raises(CheckpointError, match="MoE layer 3"):
         WeightCache(MemoryStore(), 5).get(3)
+
+
+def test_a_file_that_is_not_what_was_pinned_is_refused_until_it_is(tmp_path):
+    cache, read = WeightCache(FileStore(tmp_path), 1), PinnedFiles(tmp_path, 1)
+    cache.put(0, {"down_proj": torch.zeros(4)})
+    read.pin(cache.digests())
+    assert read.get(0)["down_proj"].sum() == 0
+    cache.begin_round()
+    cache.put(0, {"down_proj": torch.ones(4)})
+    read.pin({0: "0" * 64})
+    with pytest.raises(RoundError) as caught:
+        read.get(0)
+    assert caught.value.code == "weights-changed"
+    read.pin(cache.digests())
+    assert read.get(0)["down_proj"].sum() == 4
 
 
 def test_a_full_disk_keeps_the_earlier_file_and_says_so(tmp_path, monkeypatch):

@@ -126,6 +126,16 @@ class Mirror:
         self._wait(layer)
         return self._cache.get(layer)
 
+    def digests(self) -> dict[int, str]:
+        """Digest of every layer, as this round has it; waits for all.
+
+        Raises:
+            DeadlineError, CoterieError: see `get`.
+        """
+        for layer in range(self.num_layers):
+            self._wait(layer)
+        return self._cache.digests()
+
     def join(self, *, check: bool = True) -> None:
         """Wait until everything is in, as when the lot was empty and nothing was computed.
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from coterie.errors import CoterieError, MessageError, RoundError
+from coterie.errors import CoterieError, MessageError, RankError, RoundError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.directives import Directive
 from coterie.federation.rounds.failures import run_failure
@@ -129,6 +129,10 @@ class Follower:
             for act in todo:
                 saved = self._do(act, state, heartbeat) or saved
                 self._memory = after_act(act, self._memory, state)
+        except RankError as error:  # without its other ranks this process can only be started anew
+            heartbeat.update(failed=state.seq, code=error.code, culprit=None, live=None)
+            heartbeat.flush(GOODBYE_S)
+            raise
         except CoterieError as error:
             self._clean_up(act, state)
             if heartbeat.is_newest(state.seq):

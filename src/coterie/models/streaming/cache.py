@@ -59,7 +59,7 @@ class FileStore:
         clear_leftovers(folder)
 
     def put(self, layer: int, weights: LayerWeights) -> None:
-        path = self._path(layer)
+        path = _layer_path(self._folder, layer)
         try:
             with replacing(path, synced=False) as aside:
                 save_file({name: tensor.contiguous() for name, tensor in weights.items()}, aside)
@@ -67,10 +67,53 @@ class FileStore:
             raise _cannot_write(path, error) from error
 
     def get(self, layer: int) -> LayerWeights:
-        return load_file(self._path(layer))
+        return load_file(_layer_path(self._folder, layer))
 
-    def _path(self, layer: int) -> Path:
-        return self._folder / f"layer-{layer:04d}.safetensors"
+
+def _layer_path(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:04d}.safetensors"
+
+
+class PinnedFiles:
+    """The layers that another process of this machine keeps in a `FileStore`, as it has pinned them; read only.
+
+    Args:
+        folder: of the store.
+        num_layers: how many there are.
+    """
+
+    def __init__(self, folder: Path, num_layers: int) -> None:
+        self._folder = folder
+        self.num_layers = num_layers
+        self._digests: dict[int, str] = {}
+        self._seen: set[int] = set()
+
+    def pin(self, digests: Mapping[int, str]) -> None:
+        """From now on layers have these digests."""
+        self._digests, self._seen = dict(digests), set()
+
+    def digests(self) -> dict[int, str]:
+        """Digest of every layer."""
+        return dict(self._digests)
+
+    def get(self, layer: int) -> LayerWeights:
+        """The stored tensors, off the device; compared with the pinned digest the first time.
+
+        Raises:
+            RoundError: they are not what was pinned.
+        """
+        weights = load_file(_layer_path(self._folder, layer))
+        if layer not in self._seen:
+            if digest_layer(weights) != self._digests.get(layer):
+                raise RoundError(
+                    f"layer {layer} is not in the cache as it was fetched for this round.",
+                    code="weights-changed",
+                    where=str(self._folder),
+                    why="every pass over a record must see the same weights",
+                    fix="let nothing else write there; the round is tried again",
+                )
+            self._seen.add(layer)
+        return weights
 
 
 def _cannot_write(path: Path, error: Exception) -> CheckpointError:

@@ -42,6 +42,10 @@ class LayerReader(Protocol):
 
     def get(self, layer: int) -> LayerWeights: ...
 
+    def digests(self) -> dict[int, str]:
+        """Digest of every layer; waits for layers that are still to come."""
+        ...
+
 
 class ExpertGradients(Protocol):
     """Takes one layer's summed expert gradients off the device."""
@@ -135,6 +139,10 @@ class LayerStreamer:
             self._start(following)
         self._note_peak(weights)
         yield weights
+
+    def digests(self) -> dict[int, str]:
+        """Digest of every layer off the device; waits until all are there."""
+        return self._cache.digests()
 
     def drop_all(self) -> None:
         """Free every layer on the device (at the end of a lot, or when the cache gets new bytes)."""

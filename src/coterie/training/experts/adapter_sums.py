@@ -12,8 +12,9 @@ from coterie.dp.clipping import Flat
 from coterie.dp.per_sample.engine import Engine
 from coterie.federation.cancel import CancelToken
 from coterie.models.streaming.streamer import LayerStreamer
+from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Batch
-from coterie.training.experts.contribution import Sums, WithoutLedger
+from coterie.training.experts.contribution import Sums, WithoutLedger, add_up, dealt, summed_figures
 from coterie.training.loop import sequence_losses, to_device
 from coterie.training.seeds import derived_seed
 
@@ -32,29 +33,47 @@ class AdapterSums(WithoutLedger):
         batches: the micro-batches of a round, from 1.
         seed: repeats dropout on a second attempt; of the whole run.
         push_limit: largest size of a value in a masked sum.
+        ranks: share the micro-batches; the sums of all are rank 0's.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Callable[[int], Sequence[Batch]], seed: int, *, push_limit: float = 1e4
+        self,
+        model: nn.Module,
+        batches: Callable[[int], Sequence[Batch]],
+        seed: int,
+        *,
+        push_limit: float = 1e4,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(push_limit)
         self._model, self._batches, self._seed = model, batches, seed
+        self._ranks = ranks or Alone()
         self._engine: Engine | None = None
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         if self._engine is None:
             cpu = torch.device("cpu")
             self._engine = Engine(self._model, _summed_losses, Flat(_NEVER_CLIPS), "auto", streamer, {}, cpu)
+        engine = self._engine
+        figures = summed_figures(self._ranks, round_no, lambda: self._add_own(engine, round_no, cancel))
+        totals = engine.take()
+        add_up(self._ranks, (totals[name] for name in sorted(totals)))
+        return Sums({}, totals, float(figures["tokens"]), figures)
+
+    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
+        self.sums(round_no, pins, streamer, cancel)
+
+    def _add_own(self, engine: Engine, round_no: int, cancel: CancelToken) -> list[float]:
+        """Add the gradients of this rank's micro-batches; their summed loss, and tokens."""
         device = next(p for p in self._model.parameters() if not p.is_meta).device
         loss, tokens = 0.0, 0
-        self._engine.take()
+        engine.take()
         self._model.train()
         with torch.random.fork_rng():
-            torch.manual_seed(derived_seed(self._seed, round_no - 1))
-            for batch in self._batches(round_no):
+            torch.manual_seed(derived_seed(self._seed, round_no - 1) + self._ranks.rank)
+            for batch in dealt(self._batches(round_no), self._ranks):
                 cancel.check()
-                figures = self._engine.accumulate(to_device(batch, device))
+                figures = engine.accumulate(to_device(batch, device))
                 loss += float(figures.losses.sum())
                 tokens += int((batch["labels"][:, 1:] != -100).sum())
-        metrics = {"loss": loss / max(tokens, 1), "tokens": tokens}
-        return Sums({}, self._engine.take(), float(tokens), metrics)
+        return [loss, tokens]

@@ -38,7 +38,7 @@ class ConstantWork:
     Args:
         rows: records in every physical batch; 1 with `isolation: exact`.
         tokens: length of every row.
-        largest_lot: most records of a lot.
+        largest_lot: most records of a lot that are computed here.
         pad_id: token that fills up.
         device: where the model computes.
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from coterie.federation.experts.masking.session import Held
 from coterie.models import seam
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
+from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Batch
 from coterie.training.experts.push_grid import plain_grid
 from coterie.training.loop import to_device
@@ -87,6 +88,10 @@ class Contribution(Protocol):
             streamer: lends expert weights to the device.
             cancel: asked before every micro-batch.
         """
+        ...
+
+    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
+        """What the other ranks of this party do while rank 0 calls `sums`, with the same arguments."""
         ...
 
     def nothing(self) -> Sums:
@@ -203,6 +208,7 @@ class PlainSums(WithoutLedger):
         seed: repeats dropout on a second attempt; of the whole run.
         per_record: sum each record's mean loss and count records, as private parties of the same federation do.
         push_limit: largest size of a value in a masked sum.
+        ranks: share the micro-batches; the sums of all are rank 0's.
     """
 
     def __init__(
@@ -215,9 +221,11 @@ class PlainSums(WithoutLedger):
         *,
         per_record: bool = False,
         push_limit: float = 1e4,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(push_limit)
         self._model, self._layers, self._batches, self._seed = model, layers, batches, seed
+        self._ranks = ranks or Alone()
         self._loss = self._record_loss if per_record else loss
 
     def _record_loss(self, batch: Batch) -> tuple[Tensor, int]:
@@ -229,23 +237,69 @@ class PlainSums(WithoutLedger):
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
         sink = HostGradients()
         totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
+
+        def own() -> list[float]:
+            return self._add_own(round_no, trained, totals, StreamedExperts(streamer, sink), cancel)
+
+        figures = summed_figures(self._ranks, round_no, own)
+        experts = {layer.index: _complete(layer, sink.sums.get(layer.index, {})) for layer in self._layers}
+        add_up(self._ranks, [*(total for layer in experts.values() for total in layer.values()), *totals.values()])
+        return Sums(experts, totals, float(figures["tokens"]), figures)
+
+    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
+        self.sums(round_no, pins, streamer, cancel)
+
+    def _add_own(
+        self,
+        round_no: int,
+        trained: Mapping[str, nn.Parameter],
+        totals: Mapping[str, Tensor],
+        experts: StreamedExperts,
+        cancel: CancelToken,
+    ) -> list[float]:
+        """Add the gradients of this rank's micro-batches; their summed loss, and tokens."""
         for param in trained.values():
             param.grad = None  # an attempt that failed in its backward leaves some
         loss_sum, tokens = 0.0, 0
         self._model.train()
-        with torch.random.fork_rng(), seam.computed_by(self._model, StreamedExperts(streamer, sink)):
-            torch.manual_seed(derived_seed(self._seed, round_no - 1))
-            for batch in self._batches(round_no):
+        with torch.random.fork_rng(), seam.computed_by(self._model, experts):
+            torch.manual_seed(derived_seed(self._seed, round_no - 1) + self._ranks.rank)
+            for batch in dealt(self._batches(round_no), self._ranks):
                 cancel.check()
                 loss, counted = self._loss(batch)
                 torch.autograd.backward(loss)
                 loss_sum, tokens = loss_sum + float(loss.detach()), tokens + counted
                 for name, param in trained.items():
                     if param.grad is not None:
-                        totals[name] += param.grad.to("cpu", torch.float32)
+                        totals[name].add_(param.grad.to("cpu", torch.float32))
                         param.grad = None
-        experts = {layer.index: _complete(layer, sink.sums.get(layer.index, {})) for layer in self._layers}
-        return Sums(experts, totals, float(tokens), {"loss": loss_sum / max(tokens, 1), "tokens": tokens})
+        return [loss_sum, tokens]
+
+
+def dealt(batches: Sequence[Batch], ranks: Ranks) -> Sequence[Batch]:
+    """The micro-batches of one rank."""
+    return batches[ranks.rank :: ranks.world]
+
+
+def summed_figures(ranks: Ranks, round_no: int, own: Callable[[], list[float]]) -> dict[str, float]:
+    """Mean loss and tokens of a round, from every rank's summed loss and tokens.
+
+    Args:
+        ranks: share the round, and all call this.
+        round_no: from 1.
+        own: computes this rank's part.
+
+    Raises:
+        CoterieError: what the first rank that failed raised, at every rank.
+    """
+    loss, tokens = (sum(each) for each in zip(*ranks.together(f"sums of {round_no}", own), strict=True))
+    return {"loss": loss / max(tokens, 1), "tokens": tokens}
+
+
+def add_up(ranks: Ranks, totals: Iterable[Tensor]) -> None:
+    """Add every rank's sums into those of rank 0, one after the other, in place."""
+    for total in totals:
+        ranks.add_up([total], 0)
 
 
 def _complete(layer: ExpertLayer, summed: Mapping[str, Tensor]) -> dict[str, Tensor]:

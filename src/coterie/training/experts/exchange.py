@@ -19,13 +19,14 @@ from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.models.streaming.cache import LayerWeights
 from coterie.training.experts.adapter_sums import AdapterSums
 from coterie.training.experts.contribution import Contribution, PlainSums, Sums
+from coterie.training.experts.gateway import GatewayContribution
 from coterie.training.experts.host import make_host, model_parts
 from coterie.training.experts.masked_push import MaskedPush
 from coterie.training.experts.owner import ExpertsOwner
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.experts.public_loads import releases_loads
 from coterie.training.experts.shared_trunk import TrunkCopy, shared_names
-from coterie.training.folders import ledger_run, private_folder
+from coterie.training.folders import ledger_run
 from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_masks import OwnMasks
@@ -80,7 +81,10 @@ class ExpertsExchange:
 
     def _set_up(self, weights: Weights) -> None:
         inputs, transport = self._inputs, self._transport
-        self.contribution = self._make_contribution()
+        own = make_contribution(self._trunk, self._ledger_run, self._drawn)
+        self.contribution: Contribution = (
+            own if inputs.ranks.world == 1 else GatewayContribution(own, inputs.ranks, inputs.model, self._ledger_run)
+        )
         self._saved_round = 0
         balancer = self.contribution.balancer
         copy = TrunkCopy(inputs.model, balancer)
@@ -103,26 +107,10 @@ class ExpertsExchange:
             transport,
             self.contribution,
             copy,
-            cache_dir=private_folder(inputs.run_dir) / "cache" if inputs.cache == "disk" else None,
+            cache_dir=inputs.cache_folder,
             device=inputs.device,
             roster=inputs.roster,
             masked=self._masked_push(),
-        )
-
-    def _make_contribution(self) -> Contribution:
-        inputs, trunk = self._inputs, self._trunk
-        seed = inputs.federation.train.seed
-        if inputs.privacy is not None:
-            masked = inputs.federation.aggregation == "masked"
-            return PrivateSums(
-                inputs.model, trunk.layers, inputs.train, inputs.privacy, self._ledger_run, self._drawn, masked=masked
-            )
-        limit = inputs.federation.push_limit
-        if inputs.federation.lora is not None:
-            return AdapterSums(inputs.model, trunk.batches, seed, push_limit=limit)
-        per_record = isinstance(inputs.federation.privacy, PrivacyRules)
-        return PlainSums(
-            inputs.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record, push_limit=limit
         )
 
     def _masked_push(self) -> MaskedPush | None:
@@ -269,6 +257,31 @@ class ExpertsExchange:
         self.host.close()
         self.owner.close()
         self.contribution.close()
+
+
+def make_contribution(
+    trunk: OwnTrunk, run: Callable[[], str], drawn: Callable[[Lot], None] = lambda lot: None
+) -> Contribution:
+    """What makes a party's sums, as it was agreed.
+
+    Args:
+        trunk: the party's model and text.
+        run: name of its run in its ledger, known once it has joined.
+        drawn: see `coterie.dp.party_session.Contributor`.
+    """
+    inputs, seed, limit = trunk.inputs, trunk.inputs.federation.train.seed, trunk.inputs.federation.push_limit
+    if inputs.privacy is not None:
+        masked = inputs.federation.aggregation == "masked"
+        return PrivateSums(
+            inputs.model, trunk.layers, inputs.train, inputs.privacy, run, drawn, masked=masked, ranks=inputs.ranks
+        )
+    if inputs.federation.lora is not None:
+        return AdapterSums(inputs.model, trunk.batches, seed, push_limit=limit, ranks=inputs.ranks)
+    per_record = isinstance(inputs.federation.privacy, PrivacyRules)
+    return PlainSums(
+        inputs.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record, push_limit=limit,
+        ranks=inputs.ranks,
+    )  # fmt: skip
 
 
 def received_rounds(state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -34,6 +34,7 @@ from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import ExpertLayer
 from coterie.models.streaming.cache import digest_layer
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
+from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.training.data.packing import Batch, Sequences
 from coterie.training.experts.constant_work import ConstantWork, no_whole_users
 from coterie.training.experts.contribution import DRAW, Sums
@@ -52,6 +53,7 @@ class PrivateSums:
         run: name of this party's run in its ledger, known once it has joined.
         drawn: see `coterie.dp.party_session.Contributor`.
         masked: releases stay integers on the noise's grid.
+        ranks: share every lot; rank 0 keeps the ledger.
 
     Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
     one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
@@ -76,11 +78,12 @@ class PrivateSums:
         drawn: Callable[[Lot], None] = lambda lot: None,
         *,
         masked: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         if inputs.push_after_s is not None and records.users is not None:
             raise no_whole_users()
         self._model, self._layers, self._records, self._inputs, self._run = model, layers, records, inputs, run
-        self._drawn, self._masked = drawn, masked
+        self._drawn, self._masked, self._ranks = drawn, masked, ranks_or_alone(ranks)
         self._names = {
             f"{layer.name}.{name}": (layer.index, name)
             for layer in layers
@@ -102,13 +105,7 @@ class PrivateSums:
         self._cancel = NEVER
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
-        began = time.monotonic()
-        self._cancel = cancel
-        contributor = self.open_ledger(streamer)
-        if self._constant is not None:
-            self._constant.batches = 0
-        released = contributor.release(round_no, self._with_trunk(pins))
-        self._finish_work(began)
+        contributor, released = self._released(round_no, pins, streamer, cancel)
         if released is None:
             return self.nothing()
         self.exhausted = False
@@ -120,6 +117,21 @@ class PrivateSums:
         metrics = self._metrics(contributor, round_no, release)
         grid = self.grid(len(contributors_in(pins))) if self._masked else None
         return Sums(experts, rest, float(self._plan.lot_size), metrics, release.digest, grid)
+
+    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
+        self._released(round_no, pins, streamer, cancel)
+
+    def _released(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
+    ) -> tuple[Contributor, tuple[Mapping[str, Tensor], Release] | None]:
+        began = time.monotonic()
+        self._cancel = cancel
+        contributor = self.open_ledger(streamer)
+        if self._constant is not None:
+            self._constant.batches = 0
+        released = contributor.release(round_no, self._with_trunk(pins))
+        self._finish_work(began)
+        return contributor, released
 
     def nothing(self) -> Sums:
         self.exhausted = True
@@ -235,7 +247,17 @@ class PrivateSums:
             engine = self._engine = self._make_engine(streamer)
             self._constant = None if inputs.push_after_s is None else self._one_shape()
             self.contributor = Contributor(
-                open_run(self._plan, self._options, data, self._model, engine, self.balancer, entry, self._constant),
+                open_run(
+                    self._plan,
+                    self._options,
+                    data,
+                    self._model,
+                    engine,
+                    self.balancer,
+                    entry,
+                    self._constant,
+                    self._ranks,
+                ),
                 self._drawn,
                 as_integers=self._masked,
             )
@@ -283,7 +305,7 @@ class PrivateSums:
         return ConstantWork(
             1 if self._plan.isolation == "exact" else self._options.physical_batch,
             longest,
-            self._plan.max_lot or len(self._records),
+            math.ceil((self._plan.max_lot or len(self._records)) / self._ranks.world),
             self._records.pad_id,
             device,
         )

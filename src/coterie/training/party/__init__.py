@@ -2,8 +2,9 @@
 
 `coterie.training.party.process` is the process, `coterie.training.party.inputs` what it starts from,
 `coterie.training.party.run` the run over any transport, `coterie.training.party.actor` what it does in each phase of
-a round by the exchange that it is given, `coterie.training.party.own_trunk` what it trains by itself,
-`coterie.training.party.store` its checkpoints, `coterie.training.party.whole_model` the model that it ends with.
+a round by the exchange that it is given, `coterie.training.party.helping` what the other ranks of a party do,
+`coterie.training.party.own_trunk` what it trains by itself, `coterie.training.party.store` its checkpoints,
+`coterie.training.party.whole_model` the model that it ends with.
 `coterie.training.party.in_process` has all parties in one process,
 `coterie.training.party.doctor` looks before anybody starts, `coterie.training.party.agreed_limits` says what a member
 may send, and `coterie.training.party.after_private` keeps private text out of `tokens`. Where all agreed to a

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, PartyConfig, load_yaml
-from coterie.config.federation import party_privacy
+from coterie.config.federation import check_devices, party_privacy
 from coterie.dp.accounting.ledger import default_root
 from coterie.dp.private_data import PrivateData
 from coterie.errors import CoterieError, IdentityError, LedgerError
@@ -33,7 +33,12 @@ from coterie.models.zoo.build import build_model, check_keys
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.party.inputs import PrivacyInputs, party_plan
-from coterie.training.party.process import check_placement_signed, check_shard, check_starting_weights
+from coterie.training.party.process import (
+    check_on_cpu,
+    check_placement_signed,
+    check_shard,
+    check_starting_weights,
+)
 
 _CLOCK_SLACK = dt.timedelta(minutes=5)
 
@@ -111,6 +116,8 @@ class _Examination:
 
     def _settings(self) -> str:
         party_privacy(self._federation, self._config)
+        check_devices(self._config, self._federation)
+        check_on_cpu(self._config)
         return f"{self._config.party} of {self._federation.name}, exchange {self._federation.exchange}"
 
     def _kit(self) -> Kit:

@@ -19,7 +19,9 @@ from coterie.dp.plan import PrivacyPlan
 from coterie.federation.experts.masking.session import Signer
 from coterie.models.split.placement import Placement
 from coterie.models.split.trainings import Training
+from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Sequences
+from coterie.training.folders import private_folder
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class PartyInputs:
         roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
         trainings: what is behind the weights of this run's checkpoints, this run included.
         signer: this party's identity; needed where pushes are masked.
+        ranks: that share this party's lots; rank 0 alone speaks to the federation.
     """
 
     party: str
@@ -103,6 +106,13 @@ class PartyInputs:
     roster: str = ""
     trainings: tuple[Training, ...] = ()
     signer: Signer | None = None
+    ranks: Ranks = field(default_factory=Alone)
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where fetched layers lie on disk, of which all ranks read; None: in host memory."""
+        on_disk = self.cache == "disk" or self.ranks.world > 1
+        return private_folder(self.run_dir) / "cache" if on_disk else None
 
     def active(self, absent: Collection[str]) -> tuple[str, ...]:
         """The parties that take part, in roster order."""

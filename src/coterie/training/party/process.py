@@ -19,12 +19,12 @@ from coterie.config import (
     dump_yaml,
     load_yaml,
 )
-from coterie.config.federation import check_task, party_privacy
+from coterie.config.federation import check_devices, check_task, party_privacy
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import default_root
 from coterie.dp.accounting.texts import Keyring
 from coterie.dp.noise.pooled import PooledNoise
-from coterie.errors import CheckpointError, ModelError, PlacementError, RosterError
+from coterie.errors import CheckpointError, ModelError, PlacementError, RankError, RosterError
 from coterie.federation.identity.certificates import Role
 from coterie.federation.identity.identify import identify
 from coterie.federation.identity.roster import Roster
@@ -39,14 +39,17 @@ from coterie.models.split.placement import Placement
 from coterie.models.split.shards import TRUNK_FILE, load_tensors, parse_expert_key, shard_file, stored_shapes
 from coterie.models.split.trainings import Training
 from coterie.models.zoo.build import torch_dtype
+from coterie.ranks.ranks import Alone, Ranks, ranks_or_alone
 from coterie.storage import file_digest
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
+from coterie.training.experts.gateway import dismiss
 from coterie.training.folders import kept_private, private_folder
 from coterie.training.loop import use_checkpointing
 from coterie.training.party.after_private import check_after_private
 from coterie.training.party.agreed_limits import party_noise_limit
+from coterie.training.party.helping import HelpingRank
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs, Weights, party_plan, trunk_tensors
 from coterie.training.party.run import PartyResult, PartyRun, Watch
 from coterie.training.party.store import PartyStore
@@ -65,6 +68,7 @@ class PartyProcess:
         watch: see `Watch`.
         listen: address to listen on, where it differs from the agreed endpoint.
         dial: addresses of members to dial in place of their endpoints.
+        ranks: that share this party's lots, where this is rank 0; the others `help_party`.
 
     Raises:
         ConfigError, IdentityError, RosterError: settings, kit and roster do not fit each other.
@@ -76,8 +80,10 @@ class PartyProcess:
         watch: Watch | None = None,
         listen: str | None = None,
         dial: Mapping[str, str] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self._watch, self._listen, self._dial = config, watch, listen, dial
+        self._ranks = ranks_or_alone(ranks)
         self.federation = load_yaml(config.federation, FederationConfig)
         if config.party not in self.federation.parties:
             raise RosterError(
@@ -115,34 +121,85 @@ class PartyProcess:
         unreachable.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir):
             signer = KeySigner.of_kit(self._kit, self.roster)
-            inputs = replace(prepare_party(config, federation, self.roster), signer=signer)
+            inputs = replace(prepare_party(config, federation, self.roster, self._ranks), signer=signer)
             if self._watch is not None and self._watch.announce is not None and inputs.privacy is not None:
                 self._watch.announce(party_forecast(inputs, inputs.privacy))
             self._run = PartyRun(inputs, transport, federation.content_hash(), self._watch, self.certificate_warning)
             keep_settings(config, federation)
-            return self._run.run()
+            result = self._run.run()
+            dismiss(self._ranks)
+            return result
 
 
-def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Roster | None = None) -> PartyInputs:
-    """Read a party's text, trunk and shard, and check that all fit together and what was signed.
+def help_party(config: PartyConfig, ranks: Ranks) -> None:
+    """Take part as another rank than the first: compute a part of every lot, and speak to no other party.
 
     Raises:
+        CoterieError: what any rank of the party raises; see `PartyProcess.run`.
+    """
+    federation = load_yaml(config.federation, FederationConfig)
+    HelpingRank(prepare_party(config, federation, ranks=ranks)).run()
+
+
+def prepare_party(
+    config: PartyConfig, federation: FederationConfig, roster: Roster | None = None, ranks: Ranks | None = None
+) -> PartyInputs:
+    """Read a party's text, trunk and shard, and check that all fit together and what was signed.
+
+    Args:
+        config: party.yaml.
+        federation: federation.yaml.
+        roster: what was signed.
+        ranks: of the party, all of which call this; None: this process alone.
+
+    Raises:
+        RankError: they do not read the same.
         DataError: the text cannot be used.
         LedgerError: hosts would read text that was trained on privately before.
         ModelError: trunk or shard are of another model.
         PlacementError: the shard holds other experts than this party is to host, or the placement was not signed.
     """
+    ranks = ranks or Alone()
+    check_devices(config, federation)
+    check_on_cpu(config)
+    # Of an earlier start of this run; it wins over the settings. Rank 0 puts it there.
+    kept = private_folder(config.run_dir) / TOKENIZER_FOLDER
+    is_kept = ranks.tell("the tokenizer", kept.is_dir)
+    with ranks.all_well("the party's files"):
+        inputs = _read_party(config, federation, roster, ranks, kept if is_kept else None)
+    ranks.agree("the party's files", lambda: {"the text": inputs.train.digest()})
+    return inputs
+
+
+def check_on_cpu(config: PartyConfig) -> None:
+    """Keep several ranks to what they were tried on.
+
+    Raises:
+        RankError: they would train on a GPU.
+    """
+    if config.devices > 1 and pick_device(config.device).type != "cpu":
+        raise RankError(
+            f"`devices` is {config.devices}, and several ranks train on CPUs only so far.",
+            code="ranks-device",
+            where=f"party.yaml of {config.party}",
+            why="sums that are exchanged between GPUs have not been compared with those of one process",
+            fix="leave out `devices` and train on one GPU, or say `device: cpu`",
+        )
+
+
+def _read_party(
+    config: PartyConfig, federation: FederationConfig, roster: Roster | None, ranks: Ranks, earlier: Path | None
+) -> PartyInputs:
+    """Args: ``earlier`` is the tokenizer of an earlier start of the run."""
     data = config.data
-    kept = (
-        private_folder(config.run_dir) / TOKENIZER_FOLDER
-    )  # of an earlier start of this run; it wins over the settings
-    tokenizer = load_tokenizer_from(kept) if kept.is_dir() else get_tokenizer(data.tokenizer, federation.model, data)
+    tokenizer = load_tokenizer_from(earlier) if earlier else get_tokenizer(data.tokenizer, federation.model, data)
     spec = party_privacy(federation, config)
     if spec is not None and spec.ledger is None:
         spec = spec.model_copy(update={"ledger": default_root(config.run_dir)})
     check_task(config)
     documents = read_documents(data.train, data, user_column=spec.user_column if spec else None)
-    check_after_private(config, federation, documents)
+    if ranks.rank == 0:
+        check_after_private(config, federation, documents)
     train = tokenize(documents, data, tokenizer)
     if documents.users is not None:
         train = train.with_users(documents.users)
@@ -158,8 +215,10 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
         check_placement_signed(placement, roster)
     check_shard(config.shard, placement, config.party)
     check_starting_weights(config, roster)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(kept))
+    if ranks.rank == 0:
+        kept = private_folder(config.run_dir) / TOKENIZER_FOLDER
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(kept))
     first = trunk_tensors(adapted)
 
     def again() -> Weights:
@@ -188,6 +247,7 @@ def prepare_party(config: PartyConfig, federation: FederationConfig, roster: Ros
             *starting_trainings(federation.model, config.trunk, config.shard),
             _training(config, federation, privacy),
         ),
+        ranks=ranks,
     )
 
 

@@ -122,7 +122,7 @@ class PartyRun:
             watch or Watch(),
             certificate_warning,
         )
-        self._folder = RunFolder(inputs.run_dir)
+        self._folder = RunFolder(inputs.run_dir, inputs.ranks if inputs.ranks.world > 1 else None)
         private_folder(inputs.run_dir).mkdir(mode=0o700, exist_ok=True)
         self._status: dict[str, Any] = {}
         self._attempts = RecentAttempts()
