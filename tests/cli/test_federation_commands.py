@@ -36,6 +36,7 @@ def test_parties_that_never_arrive_are_named_with_the_deadline(folder: Path, cap
     assert run("coordinator", folder / "federation.yaml") == 1
     shown = capfd.readouterr()
     assert "waiting for alder, birch, 1 s left" in shown.err
+    assert "roster fingerprint " in shown.out
     assert "Error round-party-missing" in shown.err
     assert "alder and birch did not arrive within 1 s" in shown.err
     assert run("status", folder / "runs" / "coordinator", "--json", folder / "status.json") == 0
