@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -111,6 +112,7 @@ def write_checkpoint(
     lora: Mapping[str, Any] | None = None,
     trainings: tuple[Training, ...] = (),
     parts: Sequence[str] = (),
+    bases: Mapping[str, str] = MappingProxyType({}),
 ) -> Checkpoint:
     """Save after ``round_no`` finished rounds, in the place of an older checkpoint in ``folder``.
 
@@ -124,6 +126,7 @@ def write_checkpoint(
         lora: settings of the adapters among the tensors.
         trainings: what is behind the weights, for whoever exports them.
         parts: digests of what other ranks have written with `write_part`.
+        bases: by stem, the content digest of the file with the frozen weights that are left out here.
 
     Raises:
         CheckpointError: the disk is full or broken; what was there before is kept.
@@ -132,7 +135,8 @@ def write_checkpoint(
     with writing(folder), new_folder(folder) as aside:
         for stem, tensors in content.items():
             path = aside / f"{stem}.safetensors"
-            save_tensors(path, tensors, run if named is None else named, round_no, lora, trainings)
+            of = run if named is None else named
+            save_tensors(path, tensors, of, round_no, lora, trainings, bases.get(stem, ""))
             files[path.name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
         manifest = {"format": FORMAT, "run": run, "round": round_no, "files": files, "state": dict(state)}
         manifest |= {"parts": list(parts)} if parts else {}
@@ -232,11 +236,12 @@ class CheckpointStore:
         lora: Mapping[str, Any] | None = None,
         trainings: tuple[Training, ...] = (),
         parts: Sequence[str] = (),
+        bases: Mapping[str, str] = MappingProxyType({}),
     ) -> Checkpoint:
         """Save after ``round_no`` finished rounds; see `write_checkpoint`."""
         return write_checkpoint(
             self.path(round_no), self.run, round_no, content, state,
-            named=named, lora=lora, trainings=trainings, parts=parts,
+            named=named, lora=lora, trainings=trainings, parts=parts, bases=bases,
         )  # fmt: skip
 
     def rounds(self) -> list[int]:

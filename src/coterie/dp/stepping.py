@@ -18,8 +18,8 @@ from coterie.errors import PrivacyError
 class KeepsFloat32(Protocol):
     """An optimizer that keeps float32 gradients of low-precision parameters, as `coterie.training.optim.AdamW`."""
 
-    def gradient(self, param: Tensor) -> Tensor:
-        """The float32 gradient of a parameter, to be changed in place."""
+    def set_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        """Take a parameter's float32 gradient, which is the optimizer's from then on."""
 
 
 @runtime_checkable
@@ -65,9 +65,10 @@ def check_adds_up(optimizer: Any, bands: NoiseBands | None) -> None:
 
 
 def put_gradient(optimizer: Any, parameter: Tensor, mean: Tensor) -> None:
-    """Hand a parameter's part of a release to the optimizer."""
+    """Hand a parameter's part of a release to the optimizer, which keeps it: a second copy of all would be as large
+    as the model."""
     if isinstance(optimizer, KeepsFloat32):
-        optimizer.gradient(parameter).copy_(mean)
+        optimizer.set_gradient(parameter, mean)
     else:
         parameter.grad = mean.to(parameter.device, parameter.dtype)
 

@@ -7,7 +7,7 @@ all of them. Nothing here has room for an expert that is hosted elsewhere.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -93,7 +93,7 @@ class Shard:
         device: torch.device | str | None = None,
     ) -> None:
         self._layers = {layer.index: layer for layer in layers}
-        self.hosted = self._hosted(weights)
+        self.hosted = hosted_experts(weights, layers)
         self._stored = {
             index: {name: self._stack(weights, index, name) for name in self._layers[index].layout.parameter_names}
             for index in self.hosted
@@ -196,28 +196,12 @@ class Shard:
     def _names(self) -> dict[str, Tensor]:
         return {f"{layer}.{name}": param for layer, name, param in self._parameters()}
 
-    def _hosted(self, weights: Mapping[str, Tensor]) -> dict[int, tuple[int, ...]]:
-        hosted: dict[int, set[int]] = defaultdict(set)
-        for key in weights:
-            number, expert, name = parse_expert_key(key)
-            layer = self._layers.get(number)
-            if layer is None or expert >= layer.num_experts:
-                raise _unfit(key, "is no expert parameter of this model")
-            if name not in layer.layout.parameter_names:
-                raise _unfit(key, f"should be one of {', '.join(layer.layout.parameter_names)}")
-            hosted[layer.index].add(expert)
-        return {layer: tuple(sorted(experts)) for layer, experts in sorted(hosted.items())}
-
     def _stack(self, weights: Mapping[str, Tensor], layer: int, name: str) -> nn.Parameter:
         shape = self._layers[layer].parameters()[name].shape[1:]
         rows = []
         for expert in self.hosted[layer]:
             key = expert_key(layer, expert, name)
-            if key not in weights:
-                raise _unfit(key, "is missing")
-            if weights[key].shape != shape:
-                raise _unfit(key, f"has shape {tuple(weights[key].shape)}, not {tuple(shape)}")
-            rows.append(weights[key])
+            rows.append(checked(weights, key, shape))
         return nn.Parameter(torch.stack(rows))
 
     def _copies(self, stored: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -229,6 +213,39 @@ class Shard:
             copy = self._computing[layer][name]
             if copy.data_ptr() != param.data_ptr():
                 copy.copy_(param)
+
+
+def hosted_experts(weights: Iterable[str], layers: Sequence[ExpertLayer]) -> dict[int, tuple[int, ...]]:
+    """Global ids of the experts that a shard's keys are of, by layer, ascending.
+
+    Raises:
+        ModelError: a key that is no expert parameter of this model.
+    """
+    known = {layer.index: layer for layer in layers}
+    hosted: dict[int, set[int]] = defaultdict(set)
+    for key in weights:
+        number, expert, name = parse_expert_key(key)
+        layer = known.get(number)
+        if layer is None or expert >= layer.num_experts:
+            raise _unfit(key, "is no expert parameter of this model")
+        if name not in layer.layout.parameter_names:
+            raise _unfit(key, f"should be one of {', '.join(layer.layout.parameter_names)}")
+        hosted[layer.index].add(expert)
+    return {layer: tuple(sorted(experts)) for layer, experts in sorted(hosted.items())}
+
+
+def checked(weights: Mapping[str, Tensor], key: str, shape: Sequence[int]) -> Tensor:
+    """One tensor of a shard.
+
+    Raises:
+        ModelError: it is missing or has another shape.
+    """
+    if key not in weights:
+        raise _unfit(key, "is missing")
+    tensor = weights[key]
+    if tuple(tensor.shape) != tuple(shape):
+        raise _unfit(key, f"has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+    return tensor
 
 
 def _first_two(keys: set[str]) -> str:

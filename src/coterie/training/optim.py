@@ -52,6 +52,19 @@ class Float32Optimizer(ABC, torch.optim.Optimizer):
         gradient: Tensor = state["gradient"]
         return gradient
 
+    def set_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        """This round's gradient, whole. It is kept as it is, not copied: the caller gives it away.
+
+        Args:
+            param: one of the optimiser's.
+            gradient: float32, of the parameter's shape.
+        """
+        own = gradient.to(param.device)
+        if param.dtype == torch.float32:
+            param.grad = own
+        else:
+            self.state[param]["gradient"] = own
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move every parameter once, by its group's ``lr``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,35 @@ def test_optimizers_that_step_are_taken_and_left_as_they_were(name: str, dtype: 
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not getattr(optimizer, "state", None)
+
+
+def test_the_trial_holds_one_copy_of_the_model_at_a_time() -> None:
+    model, alive = Net(), set[int]()
+    most = 0
+
+    def put(optimizer: Any, parameter: Tensor, gradient: Tensor) -> None:
+        nonlocal most
+        if id(optimizer) not in alive:
+            alive.add(id(optimizer))
+            weakref.finalize(optimizer, alive.discard, id(optimizer))
+        most = max(most, len(alive))
+        put_gradient(optimizer, parameter, gradient)
+
+    check_optimizer_step(model, AdamW(model.parameters(), OptimSpec()), put)
+    assert most == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_released_gradient_is_handed_over_not_copied(dtype: torch.dtype) -> None:
+    model = Net(dtype)
+    optimizer = AdamW(model.parameters(), OptimSpec(lr=0.1))
+    mean = torch.randn(model.out.weight.shape)
+    put_gradient(optimizer, model.out.weight, mean)
+    assert optimizer.gradient(model.out.weight).data_ptr() == mean.data_ptr()
+    before = model.out.weight.detach().clone()
+    optimizer.step()
+    moved = (model.out.weight - before).float()
+    assert bool(((moved * mean) < 0).all())
 
 
 def test_a_frozen_parameter_that_an_optimizer_moves_is_refused() -> None:

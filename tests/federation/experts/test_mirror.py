@@ -39,10 +39,12 @@ class OwnParts:
     def __init__(self, world: MirrorWorld) -> None:
         self._world = world
 
-    def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
+    def own_bytes(self, number: int, attempt: Attempt) -> Tensor:
         part = PARTS[number]
-        blob = part.encode(self._world.weights(part), torch.float32)
-        return blob, digest_of(blob)
+        return part.encode(self._world.weights(part), torch.float32)
+
+    def own_digest(self, number: int, attempt: Attempt) -> str:
+        return digest_of(self.own_bytes(number, attempt))
 
 
 class MirrorWorld:

@@ -92,7 +92,7 @@ class Experts:
         self.blob = self.part.encode(
             {name: torch.full(shape, 0.5) for name, shape in self.part.shapes}, torch.float32
         )
-        number, weights = self.part.number, self.pool.frozen(self.part.number, NOW)[1]
+        number, weights = self.part.number, self.pool.own_digest(self.part.number, NOW)
         begin = {"digest": digest_of(self.blob), "size": self.blob.numel(), "weights": weights}
         at = NOW.address(part=number)
         self.messages = {
@@ -128,7 +128,7 @@ class Experts:
         """A whole push of birch."""
         number, size = (part or self.part).number, blob.numel()
         at = NOW.address(part=number)
-        body = {"digest": digest_of(blob), "size": size, "weights": self.pool.frozen(number, NOW)[1]}
+        body = {"digest": digest_of(blob), "size": size, "weights": self.pool.own_digest(number, NOW)}
         for message in (
             Message("declare", NOW.address(), {"contributes": True, "weight": weight}),
             Message("push-begin", at, body),
@@ -244,7 +244,7 @@ def test_who_brings_another_masked_push_than_it_announced_is_named() -> None:
     blobs = {part.number: torch.zeros(4 * part.num_values, dtype=torch.uint8) for part in theirs}
     for part in theirs:
         world.push(blobs[part.number], part=part)
-        world.pool.stage_own(part, NOW, blobs[part.number], world.pool.frozen(part.number, NOW)[1])
+        world.pool.stage_own(part, NOW, blobs[part.number], world.pool.own_digest(part.number, NOW))
     told = parts_digest([digest_of(blobs[part.number]) for part in theirs])
     world.pool.check_masked({"birch": told, "alder": told})
     with pytest.raises(MessageError) as caught:

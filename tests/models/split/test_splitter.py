@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError, PlacementError
@@ -111,6 +111,60 @@ def test_split_and_export_give_the_original_back_bit_by_bit(in_float32):
 def test_split_and_export_of_bfloat16_give_the_original_back_bit_by_bit(family, tmp_path):
     _, spec, parts = split_tiny(family, tmp_path, torch.bfloat16)
     assert_export_gives_back(build_model(spec), parts, tmp_path, "bfloat16")
+
+
+def sizes_and_formats(folder):
+    files = [folder / "trunk.safetensors", *(folder / shard_file(party) for party in PARTIES)]
+    stored = {tensor.dtype for path in files for tensor in load_tensors(path).values() if tensor.is_floating_point()}
+    return sum(path.stat().st_size for path in files), stored
+
+
+def test_a_bfloat16_checkpoint_is_split_into_as_many_bytes_whatever_it_is_trained_in(tmp_path):
+    whole = save("olmoe", tmp_path / "whole", torch.bfloat16)
+    spec = ModelSpec(path=tmp_path / "whole", dtype="float32")
+    split(spec, Placement.of_spec("round_robin", PARTIES, whole), tmp_path / "parts")
+    size, stored = sizes_and_formats(tmp_path / "parts")
+    weights = sum(p.numel() for p in whole.parameters())
+    assert stored == {torch.bfloat16}
+    assert 2 * weights < size < 2.3 * weights  # headers count in a model as small as this
+    partial = build_partial(spec, tmp_path / "parts" / "trunk.safetensors")
+    for name, param in partial.named_parameters():
+        if not param.is_meta:
+            assert param.dtype == torch.float32
+            assert torch.equal(param, whole.get_parameter(name).float()), name
+    assert_export_gives_back(whole, tmp_path / "parts", tmp_path, "bfloat16")
+
+
+def test_a_checkpoint_with_one_wider_weight_is_split_without_loss(tmp_path):
+    whole = save("olmoe", tmp_path / "whole", torch.bfloat16)
+    (file, *_) = sorted((tmp_path / "whole").glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].float() + 2**-12
+    save_file(tensors, file, metadata={"format": "pt"})
+    split(ModelSpec(path=tmp_path / "whole"), Placement.of_spec("round_robin", PARTIES, whole), tmp_path / "parts")
+    assert sizes_and_formats(tmp_path / "parts")[1] == {torch.float32}
+    assert_export_gives_back(build_model(ModelSpec(path=tmp_path / "whole")), tmp_path / "parts", tmp_path, "float32")
+
+
+def test_weights_that_training_widened_are_exported_as_wide(tmp_path):
+    """The split holds bfloat16, and what was trained from it float32: nothing of that is rounded away."""
+    whole = save("olmoe", tmp_path / "whole", torch.bfloat16)
+    spec, parts = ModelSpec(path=tmp_path / "whole", dtype="float32"), tmp_path / "parts"
+    split(spec, Placement.of_spec("round_robin", PARTIES, whole), parts)
+    files = {}
+    for stem in ("trunk", *(f"experts-{party}" for party in PARTIES)):
+        moved = {
+            name: tensor.float() + 2**-12 for name, tensor in load_tensors(parts / f"{stem}.safetensors").items()
+        }
+        files[stem] = tmp_path / f"{stem}.safetensors"
+        save_tensors(files[stem], moved, "run", 3)
+    trunk, *shards = files.values()
+    export(parts, tmp_path / "joined", trunk=trunk, shards=shards)
+    joined = AutoModelForCausalLM.from_pretrained(tmp_path / "joined")
+    for name, param in joined.named_parameters():
+        assert param.dtype == torch.float32, name
+        assert torch.equal(param, whole.get_parameter(name).float() + 2**-12), name
 
 
 def test_a_partial_model_with_experts_from_shards_gives_the_whole_models_outputs(in_float32):

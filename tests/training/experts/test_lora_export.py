@@ -15,11 +15,14 @@ from transformers import AutoModelForCausalLM
 from coterie.cli.app import main
 from coterie.config import FederationConfig, LoraSpec, PartyConfig
 from coterie.dp.accounting import statement
-from coterie.errors import ModelError
+from coterie.errors import CheckpointError, ModelError
+from coterie.federation.rounds.state import State
+from coterie.federation.wire.in_process import InProcessHub
 from coterie.models.lora import attach_adapters
 from coterie.models.seam import expert_layers
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.exporter import export
+from coterie.models.split.origins import origin_of, save_tensors
 from coterie.models.split.placement import Placement
 from coterie.models.split.shards import load_tensors
 from coterie.models.split.splitter import split
@@ -27,7 +30,10 @@ from coterie.models.split.trainings import read_trainings
 from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.party.in_process import run_in_process
+from coterie.training.party.inputs import trunk_tensors
 from coterie.training.party.process import prepare_party
+from coterie.training.party.run import make_actor
+from coterie.training.party.store import PartyStore
 from helpers.federations import PARTIES, settings
 from helpers.private_federation import skip_comparison
 
@@ -54,6 +60,19 @@ class Trained:
     def shards(self) -> list[Path]:
         return [self.part(name, "experts") for name in PARTIES]
 
+    def party(self, name: str) -> PartyConfig:
+        text, private = str(self.folder / "text.txt"), self.config.privacy != "none"
+        tokenizer = {"train": {"files": [text], "vocab_size": 260}, "provenance": "public"}
+        return PartyConfig.model_validate(
+            {
+                "party": name, "federation": "federation.yaml", "kit": "kit", "run_dir": str(self.folder / name),
+                "data": {"train": text, "sequence_length": 16, "tokenizer": tokenizer},
+                "trunk": str(self.split / "trunk.safetensors"),
+                "shard": str(self.split / f"experts-{name}.safetensors"),
+                "privacy": {"ledger": str(self.folder / f"ledger-{name}")} if private else None,
+            }
+        )  # fmt: skip
+
     def reference(self) -> nn.Module:
         """The starting model with alder's adapters, computed by peft alone."""
         assert self.config.lora is not None
@@ -77,21 +96,9 @@ def trained(family: str, folder: Path, private: bool) -> Trained:
     model = build_model(config.model, meta=True)
     split(config.model, Placement.of_spec(config.placement, list(PARTIES), model), folder / "split")
     (folder / "text.txt").write_text("the river and the stone, wind and rain\n" * 30)
-    tokenizer = {"train": {"files": [str(folder / "text.txt")], "vocab_size": 260}, "provenance": "public"}
-    parts = []
-    for name in PARTIES:
-        party = PartyConfig.model_validate(
-            {
-                "party": name, "federation": "federation.yaml", "kit": "kit", "run_dir": str(folder / name),
-                "data": {"train": str(folder / "text.txt"), "sequence_length": 16, "tokenizer": tokenizer},
-                "trunk": str(folder / "split" / "trunk.safetensors"),
-                "shard": str(folder / "split" / f"experts-{name}.safetensors"),
-                "privacy": {"ledger": str(folder / f"ledger-{name}")} if private else None,
-            }
-        )  # fmt: skip
-        parts.append(prepare_party(party, config))
-    run_in_process(config, parts, folder / "coordinator")
-    return Trained(folder, base, config)
+    done = Trained(folder, base, config)
+    run_in_process(config, [prepare_party(done.party(name), config) for name in PARTIES], folder / "coordinator")
+    return done
 
 
 @pytest.fixture(scope="module", params=["olmoe", "gpt_oss"])
@@ -157,6 +164,55 @@ def test_parts_that_were_taken_away_still_say_what_they_were_trained_under(
     assert behind == dict.fromkeys(
         ["alder"] if adapter else PARTIES, "none" if done.config.privacy == "none" else "budget"
     )
+
+
+def test_checkpoints_hold_what_changes_and_name_the_rest_by_digest(done: Trained) -> None:
+    for name in PARTIES:
+        for stem, base in (("trunk", "trunk"), ("experts", f"experts-{name}")):
+            assert origin_of(done.part(name, stem)).base == origin_of(done.split / f"{base}.safetensors").content
+        assert load_tensors(done.part(name, "experts")) == {}
+        for stem in ("trunk", "trunk-optimizer", "hosted"):
+            kept = load_tensors(done.part(name, stem))
+            assert [n for n in kept if "lora_" not in n and not n.startswith(("received", "ledger"))] == [], stem
+        folder = done.part(name, "trunk").parent
+        saved = sum(path.stat().st_size for path in folder.iterdir())
+        adapters = sum(value.nbytes for value in load_tensors(done.part(name, "trunk")).values())
+        assert saved < 4 * adapters + 40_000, "adapters, a share of them with two moments, and headers"
+
+
+def test_a_checkpoint_puts_the_adapters_back_on_the_same_weights_alone(done: Trained, tmp_path: Path) -> None:
+    party = done.party("alder")
+    inputs = prepare_party(party, done.config)
+    store = PartyStore(inputs.run_dir, "alder", done.config.content_hash(), inputs.train.digest())
+    actor = make_actor(inputs, InProcessHub(PARTIES).transport("alder"), store)
+    try:
+        before = trunk_tensors(inputs.model)
+        (newest,) = [saved for saved in store.held() if saved.round == 2]
+        frozen = {name: value.clone() for name, value in before.items() if "lora_" not in name}
+        actor.load(newest, State(round=2))
+        saved = load_tensors(done.part("alder", "trunk"))
+        for name, value in trunk_tensors(inputs.model).items():
+            assert torch.equal(value, saved[name] if name in saved else frozen[name]), name
+        actor.inputs.bases["trunk"] = "f" * 64  # type: ignore[index]
+        with pytest.raises(CheckpointError) as caught:
+            actor.load(newest, State(round=2))
+        assert caught.value.code == "checkpoint-base"
+    finally:
+        actor.close()
+
+
+def test_adapters_are_merged_into_the_weights_that_they_were_trained_on_alone(done: Trained, tmp_path: Path) -> None:
+    for gone in ("trunk", "experts-birch"):
+        shutil.copytree(done.split, tmp_path / gone)
+        (tmp_path / gone / f"{gone}.safetensors").unlink()
+        with pytest.raises(ModelError) as caught:
+            export(tmp_path / gone, tmp_path / "out", trunk=done.part("alder", "trunk"), shards=done.shards)
+        assert caught.value.code == "model-no-base"
+    whole = tmp_path / "whole.safetensors"
+    save_tensors(whole, load_tensors(done.part("alder", "trunk")), "run", 2, LoraSpec(rank=2).model_dump())
+    with pytest.raises(ModelError, match="as an earlier version wrote them"):
+        export(done.split, tmp_path / "out", trunk=whole, shards=[])
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, tmp_path: Path) -> None:

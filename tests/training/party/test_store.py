@@ -64,6 +64,21 @@ def test_checkpoint_with_another_digest_than_the_published_one_is_refused(tmp_pa
     assert caught.value.code == "checkpoint-digest"
 
 
+def test_a_checkpoint_that_leaves_frozen_weights_out_goes_with_those_alone(tmp_path: Path):
+    one, bases = store(tmp_path), {"trunk": "a" * 64, "experts": "b" * 64}
+    one.adopt("run-1")
+    saved = Saved(2, one.save(2, parts(1.0), bases=bases))
+    assert one.load(saved, ("trunk", "experts"), bases)["trunk"]["w"].tolist() == [1.0, 1.0]
+    for other, words in (({**bases, "experts": "c" * 64}, "other frozen weights"), ({}, "other frozen weights")):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            one.load(saved, ("trunk", "experts"), other)
+        assert caught.value.code == "checkpoint-base"
+    whole = Saved(4, one.save(4, parts(2.0)))
+    with pytest.raises(CheckpointError, match="as an earlier version wrote them"):
+        one.load(whole, ("trunk", "experts"), bases)
+    assert one.held() == (saved, whole), "nothing is wrong with the files"
+
+
 def rounds_of(one: PartyStore) -> list[int]:
     return [saved.round for saved in one.held()]
 

@@ -34,40 +34,46 @@ def check_optimizer_step(model: nn.Module, optimizer: Any, put: Put) -> None:
     Raises:
         PrivacyError: a step fails, does not follow the gradient it is given, or moves a parameter that is frozen.
 
-    Cost: two copies of the trained parameters and of the optimizer's state, for three steps.
+    Cost: at any moment one copy of the trained parameters, their gradients and the optimizer's state; nine steps.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     own = list(_parameters(optimizer))
     before = [_sample(p) for p in own]
-    state = _Copied(optimizer)
-    for number in range(_STEPS):
-        other = _Copied(state.optimizer, state.parameters)
-        generator = torch.Generator().manual_seed(number)
-        for one, opposite in zip(state.parameters, other.parameters, strict=True):
-            gradient = torch.randn(one.shape, generator=generator).to(one.device)
-            one.grad = opposite.grad = None
-            if one.requires_grad:
-                put(state.optimizer, one, gradient)
-                put(other.optimizer, opposite, -gradient)
-        held = [None if p.requires_grad else _sample(p) for p in state.parameters]
-        _step(optimizer, state.optimizer)
-        _step(optimizer, other.optimizer)
-        for original, one, opposite, kept in zip(own, state.parameters, other.parameters, held, strict=True):
+    # One copy after the other, each from the start: two side by side would be the most that a run ever holds.
+    followed = [before, *_tried(optimizer, own, put, [1.0] * _STEPS)]
+    for number in range(1, _STEPS + 1):
+        opposite = _tried(optimizer, own, put, [1.0] * (number - 1) + [-1.0])[-1]
+        for place, original in enumerate(own):
             name = names.get(id(original), "a parameter")
-            if kept is not None and not torch.equal(kept, _sample(one)):
+            after, earlier = followed[number][place], followed[number - 1][place]
+            if not original.requires_grad and not torch.equal(after, earlier):
                 raise _unfit(optimizer, f"moves `{name}`, which is frozen")
-            if kept is None and one.numel() and torch.equal(_sample(one), _sample(opposite)):
-                raise _unfit(optimizer, f"does not move `{name}` by the gradient of step {number + 1}")
-        state.optimizer.zero_grad()
+            if original.requires_grad and original.numel() and torch.equal(after, opposite[place]):
+                raise _unfit(optimizer, f"does not move `{name}` by the gradient of step {number}")
     if not all(torch.equal(a, _sample(p)) for a, p in zip(before, own, strict=True)):
         raise _unfit(optimizer, "moves the model itself when a copy of it is stepped")
+
+
+def _tried(optimizer: Any, own: Sequence[Tensor], put: Put, signs: Sequence[float]) -> list[list[Tensor]]:
+    """Samples of a copy's parameters after each step with made-up gradients, times a sign each."""
+    copied, samples = _Copied(optimizer, own), []
+    for number, sign in enumerate(signs):
+        generator = torch.Generator().manual_seed(number)
+        for one in copied.parameters:
+            gradient = torch.randn(one.shape, generator=generator).mul_(sign).to(one.device)
+            one.grad = None
+            if one.requires_grad:
+                put(copied.optimizer, one, gradient)
+        _step(optimizer, copied.optimizer)
+        copied.optimizer.zero_grad()
+        samples.append([_sample(one) for one in copied.parameters])
+    return samples
 
 
 class _Copied:
     """An optimizer over copies of its parameters, with all of its attributes."""
 
-    def __init__(self, optimizer: Any, parameters: Sequence[Tensor] | None = None) -> None:
-        originals = parameters or list(_parameters(optimizer))
+    def __init__(self, optimizer: Any, originals: Sequence[Tensor]) -> None:
         self.parameters = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in originals]
         memo: dict[int, Any] = dict(zip(map(id, originals), self.parameters, strict=True))
         try:

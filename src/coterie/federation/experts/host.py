@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coterie.errors import MessageError, RoundError
 from coterie.federation.experts import serve_weights, take_sums
+from coterie.federation.experts.frozen_shard import FrozenShard
 from coterie.federation.experts.masking import board
 from coterie.federation.experts.masking.board import MaskBoard, parts_digest
 from coterie.federation.experts.masking.grid import MaskGrid
@@ -77,6 +78,7 @@ class ExpertsHost:
         ahead: a message for this many rounds ahead, or more, is refused at once.
         limits: bounds on what a party can send.
         masked: pushes are masked; see `coterie.federation.experts.masking`.
+        frozen: the hosted experts where they are not trained; ``shard`` has none then.
 
     Attributes:
         version: commits applied since this object was made.
@@ -100,6 +102,7 @@ class ExpertsHost:
         ahead: int | None = None,
         limits: ExpertsHostLimits = ExpertsHostLimits(),
         masked: bool = False,
+        frozen: FrozenShard | None = None,
     ) -> None:
         self.me, self.shard, self.trunk = me, shard, trunk
         self.version = 0
@@ -108,7 +111,8 @@ class ExpertsHost:
         self._mine = tuple(part for part in parts if part.host == me)
         self._limits = limits
         self._most = {"round": limits.rounds, "part": max((part.number for part in parts), default=0)}
-        self._weights = WeightService(self._mine, self._read, weights_dtype, limits.value)
+        still = None if frozen is None else frozen.values
+        self._weights = WeightService(self._mine, self._read, weights_dtype, limits.value, still)
         self.board = MaskBoard(me) if masked else None
         self._pushes = PushService(self._mine, push_dtype, self._parties, self.push_limit, masked=masked)
         self._lend = lend
@@ -138,8 +142,8 @@ class ExpertsHost:
         """
         self._weights.begin(attempt, lent)
         for part in lent:
-            self._weights.frozen(part.number, attempt)
-        digests = {part.number: self._weights.frozen(part.number, attempt)[1] for part in self._mine}
+            self._weights.digest(part.number, attempt)
+        digests = {part.number: self._weights.digest(part.number, attempt) for part in self._mine}
         self._pushes.begin(attempt, digests, release)
         if self.board is not None:
             self.board.begin(attempt, self._parties if active is None else active)
@@ -218,9 +222,13 @@ class ExpertsHost:
         """Parties move together, so nobody who follows the same history can be more than one round ahead."""
         return self._ahead is not None and round_no >= self._after + self._ahead
 
-    def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
-        """Bytes and digest of an own part, as every owner sees it in this attempt."""
-        return self._weights.frozen(number, attempt)
+    def own_bytes(self, number: int, attempt: Attempt) -> Tensor:
+        """Bytes of an own part, uint8, as every owner sees it in this attempt."""
+        return self._weights.read(number, attempt)
+
+    def own_digest(self, number: int, attempt: Attempt) -> str:
+        """Digest of the same."""
+        return self._weights.digest(number, attempt)
 
     def stage_own(self, part: Part, attempt: Attempt, blob: Tensor, weights: str) -> None:
         """Take this party's own sum of a part, by the same checks as everybody's."""

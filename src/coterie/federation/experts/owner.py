@@ -94,7 +94,7 @@ class Mirror:
         offers = self._fetcher.offers(others, attempt, self._dtype, self._cancelled)
         self.received = max((offer.received for offer in offers.values()), default=0)
         digests = {number: offer.digest for number, offer in offers.items()}
-        return digests | {part.number: self._own_host.frozen(part.number, attempt)[1] for part in own}
+        return digests | {part.number: self._own_host.own_digest(part.number, attempt) for part in own}
 
     def start(self, attempt: Attempt, versions: Mapping[int, str]) -> None:
         """Bring in whatever is not held yet; returns once the trunk's parts are in, the layers follow.
@@ -191,10 +191,9 @@ class Mirror:
             return None
         if part.host != self._own_host.me:
             return self._fetcher.begin(part, attempt, self._dtype)
-        blob, own = self._own_host.frozen(part.number, attempt)
-        if own != digest:
+        if self._own_host.own_digest(part.number, attempt) != digest:
             raise RoundError("this party's own weights changed within an attempt.", code="weights-changed")
-        return blob
+        return self._own_host.own_bytes(part.number, attempt)
 
     def _accept(self, part: Part, blob: Tensor | None, digest: str) -> None:
         """Take a part in; the thread that brings a layer's last part puts the layer together."""

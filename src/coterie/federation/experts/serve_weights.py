@@ -28,8 +28,11 @@ class WeightService:
         read: the present weights of a part, any dtype.
         dtype: what crosses.
         value_limit: largest size of a weight that is served.
+        still: the values from one to another of a part that is never trained, read anew whenever they are asked for.
+            None: there are no such parts, or all are held like the others.
 
-    Guarantee: between two calls of `begin` a part is read once and always the same bytes are served.
+    Guarantee: between two calls of `begin` a part is read once and always the same bytes are served; of a part that
+    is never trained the digest is always the same.
     """
 
     def __init__(
@@ -38,8 +41,11 @@ class WeightService:
         read: Callable[[Part], Mapping[str, Tensor]],
         dtype: torch.dtype,
         value_limit: float = math.inf,
+        still: Callable[[Part, int, int, torch.dtype], Tensor] | None = None,
     ) -> None:
         self._value_limit = value_limit
+        self._still = still
+        self._still_digests: dict[int, str] = {}
         self._own = {part.number: part for part in parts}
         self._parts = dict(self._own)
         self._read = read
@@ -74,19 +80,34 @@ class WeightService:
             MessageError: a chunk that the part has not.
         """
         part, chunk = message.address.part, message.address.chunk
-        blob, digest = self.frozen(part, Attempt.of(message))
+        attempt = Attempt.of(message)
+        digest = self.digest(part, attempt)
+        size = self._parts[part].num_bytes(self._dtype)
         if message.kind == OFFER:
-            return message.reply(OFFER, {"digest": digest, "size": blob.numel(), "received": received})
-        if chunk >= chunks_in(blob.numel()):
-            raise unfit(peer, CHUNK, "chunk", f"is {chunk} of {chunks_in(blob.numel())} chunks of part {part}")
-        return message.reply(CHUNK, tensors=(blob[span(blob.numel(), chunk)],))
+            return message.reply(OFFER, {"digest": digest, "size": size, "received": received})
+        if chunk >= chunks_in(size):
+            raise unfit(peer, CHUNK, "chunk", f"is {chunk} of {chunks_in(size)} chunks of part {part}")
+        return message.reply(CHUNK, tensors=(self.read(part, attempt, span(size, chunk)),))
 
-    def frozen(self, number: int, attempt: Attempt) -> tuple[Tensor, str]:
-        """Bytes and digest of a part in this attempt.
+    def read(self, number: int, attempt: Attempt, where: slice = slice(None)) -> Tensor:
+        """Bytes of a part in this attempt, uint8, or some of them.
+
+        Raises:
+            RoundError: as `digest`.
+        """
+        blob, _ = self._frozen(number, attempt)
+        return self._read_still(self._parts[number], where) if blob is None else blob[where]
+
+    def digest(self, number: int, attempt: Attempt) -> str:
+        """Digest of a part in this attempt.
 
         Raises:
             RoundError: another attempt, a part that is not stored here, or weights that diverged.
         """
+        return self._frozen(number, attempt)[1]
+
+    def _frozen(self, number: int, attempt: Attempt) -> tuple[Tensor | None, str]:
+        """Bytes, where they are held, and digest."""
         with self._lock:
             if attempt != self._open:
                 raise RoundError(
@@ -96,9 +117,23 @@ class WeightService:
                 )
             if number not in self._parts:
                 raise RoundError(f"part {number} is not stored here.", code="weights-not-here")
+            part = self._parts[number]
+            if self._still is not None and part.layer >= 0 and not part.trained:
+                if number not in self._still_digests:
+                    self._still_digests[number] = self._checked_digest(part, self._read_still(part, slice(None)))
+                return None, self._still_digests[number]
             if number not in self._blobs:
-                part = self._parts[number]
                 blob = part.encode(self._read(part), self._dtype)
-                check_own("weights of this host", [blob.view(self._dtype)], self._value_limit, where=str(part))
-                self._blobs[number] = (blob, digest_of(blob))
+                self._blobs[number] = (blob, self._checked_digest(part, blob))
             return self._blobs[number]
+
+    def _read_still(self, part: Part, where: slice) -> Tensor:
+        if self._still is None:
+            raise RuntimeError(f"{part} is held, not read")
+        start, stop, _ = where.indices(part.num_bytes(self._dtype))
+        size = self._dtype.itemsize
+        return self._still(part, start // size, stop // size, self._dtype).view(torch.uint8)
+
+    def _checked_digest(self, part: Part, blob: Tensor) -> str:
+        check_own("weights of this host", [blob.view(self._dtype)], self._value_limit, where=str(part))
+        return digest_of(blob)

@@ -22,8 +22,8 @@ from coterie.errors import ModelError
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.card import write_card
-from coterie.models.split.origins import Origin, check_content, tensor_line
-from coterie.models.split.read_checkpoint import layer_group, stream_checkpoint
+from coterie.models.split.origins import Origin, check_content, origin_of, tensor_line
+from coterie.models.split.read_checkpoint import layer_group, stored_formats, stream_checkpoint
 from coterie.models.split.shards import (
     MANIFEST_FILE,
     MODEL_FOLDER,
@@ -52,7 +52,7 @@ def export(
 
     Beside the weights lie a card and a privacy statement for programs; see `card.write_card`.
 
-    Adapters that were trained are merged into the weights they change.
+    Adapters that were trained are merged into the weights they change, which are those of ``folder``.
 
     Args:
         folder: as `splitter.split` wrote it; its ``model`` subfolder says what the model is.
@@ -70,6 +70,8 @@ def export(
     shards = sorted(folder.glob("experts-*.safetensors")) if shards is None else list(shards)
     model = build_model(split_spec(folder), meta=True)
     origin, trainings = _one_origin(folder, [trunk] if adapter else [trunk, *shards])
+    if origin.lora is None:
+        model = structure_of(model.config, _dtype_in(trunk, model))
     if adapter and origin.lora is None:
         raise ModelError(
             f"{trunk} holds no adapters: the weights themselves were trained.",
@@ -83,7 +85,8 @@ def export(
         if adapter and adapted is not None:
             adapted.save_adapter(aside)
         else:
-            _write_whole(aside, folder, _Sources.of(model, trunk, shards, adapted))
+            base_trunk, base_shards = (trunk, shards) if adapted is None else _bases(folder, trunk, shards)
+            _write_whole(aside, folder, _Sources.of(model, base_trunk, base_shards, trunk, adapted))
         write_trainings(aside, joined(read_trainings(folder / MODEL_FOLDER), trainings))
         write_card(aside)
     return out
@@ -123,6 +126,42 @@ def _one_origin(folder: Path, files: Sequence[Path]) -> tuple[Origin, tuple[Trai
     return first[1], joined(*(origin.trainings for origin in origins.values()))
 
 
+def _bases(folder: Path, trunk: Path, shards: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """The files of ``folder`` with the frozen weights that files of adapters leave out, every byte checked.
+
+    Raises:
+        ModelError: one of them is not there, or they are not of one origin.
+    """
+    held: dict[str, Path] = {}
+    for path in (folder / TRUNK_FILE, *sorted(folder.glob("experts-*.safetensors"))):
+        if path.exists():
+            held[check_content(path).content] = path
+    found = []
+    for path in (trunk, *shards):
+        base = origin_of(path).base
+        if base not in held:
+            raise ModelError(
+                f"{folder} does not hold the frozen weights that {path} goes with."
+                if base
+                else f"{path} holds frozen weights beside the adapters, as an earlier version wrote them.",
+                code="model-no-base",
+                why="adapters alone are no model: they are added to the weights that they were trained on",
+                fix="give the folder that `coterie split` wrote for this run, with the trunk and all shards in it, "
+                "or write the adapters alone with --adapter",
+            )
+        found.append(held[base])
+    return found[0], found[1:]
+
+
+def _dtype_in(trunk: Path, model: PreTrainedModel) -> torch.dtype:
+    """The number format in which a trunk file holds what the model has in its own: training may have widened it."""
+    formats = stored_formats(trunk)
+    for name, (dtype, _) in trunk_shapes(model).items():
+        if dtype == model.dtype and name in formats:
+            return torch.bfloat16 if formats[name] == "BF16" else torch.float32
+    return model.dtype
+
+
 def _write_whole(out: Path, folder: Path, sources: _Sources) -> None:
     for path in sorted((folder / MODEL_FOLDER).iterdir()):
         shutil.copyfile(path, out / path.name)
@@ -143,12 +182,12 @@ def write_from_layers(
     Raises:
         ModelError: the trunk is not this model's, or what was written does not read back.
     """
-    names, _ = _trunk_names(model, trunk, None)
+    names = _trunk_names(model, trunk)
 
     def stacked(of: ExpertLayer) -> dict[str, Tensor]:
         return {f"{of.name}.{name}": value.to(model.dtype) for name, value in layer(of.index).items()}
 
-    _write_checked(out, _Sources(model, trunk, names, stacked, {}))
+    _write_checked(out, _Sources(model, {name: (trunk, kept) for name, kept in names.items()}, stacked, {}))
 
 
 def _write_checked(out: Path, sources: _Sources) -> None:
@@ -190,23 +229,39 @@ class _Sources:
 
     Attributes:
         model: on meta, without adapters.
-        trunk: the trunk's file; trunk_names: the model's name of each of its tensors, and its name in the file.
+        trunk: the file of each trunk tensor, and its name there.
         experts: the stacked parameters of a layer, by their names in the model.
         changes: what adapters add, by the name of the weight.
     """
 
     model: PreTrainedModel
-    trunk: Path
-    trunk_names: dict[str, str]
+    trunk: Mapping[str, tuple[Path, str]]
     experts: Callable[[ExpertLayer], dict[str, Tensor]]
     changes: Mapping[str, Callable[[], Tensor]]
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, trunk: Path, shards: Sequence[Path], adapted: AdaptedModel | None
+        cls,
+        model: PreTrainedModel,
+        trunk: Path,
+        shards: Sequence[Path],
+        trained: Path,
+        adapted: AdaptedModel | None,
     ) -> _Sources:
-        """Read the headers and make sure that together they are exactly this model."""
-        names, changes = _trunk_names(model, trunk, adapted)
+        """Read the headers and make sure that together they are exactly this model.
+
+        Args:
+            model: on meta, without adapters.
+            trunk: of the model.
+            shards: of the model's experts.
+            trained: of adapters; what it holds beside them takes the place of what ``trunk`` holds.
+            adapted: the model with these adapters; None where the weights themselves were trained.
+        """
+        trunk_of = {name: (trunk, kept) for name, kept in _trunk_names(model, trunk).items()}
+        if adapted is not None:
+            newer = stored_shapes(trained)
+            trunk_of |= {name: (trained, kept) for name, kept in adapted.stored.items() if kept in newer}
+        changes = adapted.changes if adapted is not None else {}
         experts: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in shards:
@@ -223,22 +278,18 @@ class _Sources:
         everything = {layer.index: range(layer.num_experts) for layer in expert_layers(model)}
         expected = {key: shape for key, (_, shape) in shard_shapes(model, everything).items()}
         _check_shapes("the set of shards", shapes, expected)
-        return cls(model, trunk, names, partial(_stack_experts, where=experts), changes)
+        return cls(model, trunk_of, partial(_stack_experts, where=experts), changes)
 
 
-def _trunk_names(
-    model: PreTrainedModel, trunk: Path, adapted: AdaptedModel | None
-) -> tuple[dict[str, str], Mapping[str, Callable[[], Tensor]]]:
-    """The file's name of each of the model's own trunk tensors, and what adapters add to weights."""
+def _trunk_names(model: PreTrainedModel, trunk: Path) -> dict[str, str]:
+    """The file's name of each of the model's own trunk tensors."""
     stored = stored_shapes(trunk)
     names = {name: name for name in stored}
-    if adapted is not None:
-        names = {name: kept for name, kept in adapted.stored.items() if kept in stored}
     tied = model.all_tied_weights_keys
     names = {name: kept for name, kept in names.items() if not (name in tied and tied[name] in names)}
     found = {name: stored[kept] for name, kept in names.items()}
     _check_shapes(str(trunk), found, {name: shape for name, (_, shape) in trunk_shapes(model).items()})
-    return names, adapted.changes if adapted is not None else {}
+    return names
 
 
 def _check_shapes(where: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
@@ -255,20 +306,24 @@ def _write_weights(out: Path, sources: _Sources) -> dict[str, str]:
     """
     names: dict[str, list[str]] = {}
     layers = {f"{layer.name}.": layer for layer in expert_layers(sources.model)}
-    for name in sorted([*sources.trunk_names, *layers], key=dot_natural_key):
+    for name in sorted([*sources.trunk, *layers], key=dot_natural_key):
         names.setdefault(layer_group(name), []).append(name)
     weight_map: dict[str, str] = {}
     written: dict[str, str] = {}
     total = 0
     with ExitStack() as stack:
-        trunk = stack.enter_context(safe_open(sources.trunk, framework="pt"))
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+            for path in {path for path, _ in sources.trunk.values()}
+        }
         for number, group in enumerate(names.values(), start=1):
             tensors: dict[str, Tensor] = {}
             for name in group:
                 if name in layers:
                     tensors |= sources.experts(layers[name])
                 else:
-                    tensors[name] = trunk.get_tensor(sources.trunk_names[name])
+                    path, kept = sources.trunk[name]
+                    tensors[name] = files[path].get_tensor(kept)
             for name in tensors.keys() & sources.changes.keys():
                 tensors[name] = (tensors[name].float() + sources.changes[name]()).to(tensors[name].dtype)
             written |= {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
@@ -292,7 +347,10 @@ def _stack_experts(layer: ExpertLayer, where: dict[str, Path]) -> dict[str, Tens
             for expert in range(layer.num_experts)
             for name in layer.parameters()
         ]
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {where[key] for key in keys}}
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+            for path in {where[key] for key in keys}
+        }
         for name in layer.layout.parameter_names:
             experts = [expert_key(layer.index, expert, name) for expert in range(layer.num_experts)]
             stacked[f"{layer.name}.{name}"] = torch.stack([files[where[key]].get_tensor(key) for key in experts])

@@ -35,6 +35,7 @@ class Origin:
         content: `content_digest` of its tensors.
         lora: settings of the adapters that were trained; None where the weights themselves were.
         trainings: what is behind the weights; see `coterie.models.split.trainings`.
+        base: `content` of the file with the frozen weights, which this one leaves out; empty where it holds all.
     """
 
     run: str
@@ -42,10 +43,12 @@ class Origin:
     content: str
     lora: Mapping[str, Any] | None = None
     trainings: tuple[Training, ...] = ()
+    base: str = ""
 
     def metadata(self) -> dict[str, str]:
         """For the header of a safetensors file; one entry, since safetensors writes several in any order."""
-        return {KEY: json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))}
+        values = {name: value for name, value in asdict(self).items() if name != "base" or value}
+        return {KEY: json.dumps(values, sort_keys=True, separators=(",", ":"))}
 
     def words(self) -> str:
         """For error texts."""
@@ -59,10 +62,11 @@ def save_tensors(
     round_no: int,
     lora: Mapping[str, Any] | None = None,
     trainings: tuple[Training, ...] = (),
+    base: str = "",
 ) -> None:
     """Write a safetensors file that says where it comes from; see `Origin` for the arguments."""
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, Origin(run, round_no, content_digest(plain), lora, trainings).metadata())
+    save_file(plain, path, Origin(run, round_no, content_digest(plain), lora, trainings, base).metadata())
 
 
 def origin_of(path: Path) -> Origin:
@@ -72,13 +76,14 @@ def origin_of(path: Path) -> Origin:
         ModelError: no such file, torn, without an origin, or with one that this version does not know.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             text = (file.metadata() or {}).get(KEY)
         content = json_object(text or "null")
         known = [field.name for field in fields(Origin)]
         check_keys(path, f"field of `{KEY}` in the header", content, known, ModelError)
         trainings = trainings_from(content["trainings"], str(path))
-        return Origin(str(content["run"]), int(content["round"]), str(content["content"]), content["lora"], trainings)
+        run, number, base = str(content["run"]), int(content["round"]), str(content.get("base", ""))
+        return Origin(run, number, str(content["content"]), content["lora"], trainings, base)
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -97,7 +102,7 @@ def check_content(path: Path) -> Origin:
         ModelError: they are not, or as `origin_of`.
     """
     origin = origin_of(path)
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt", backend="pread") as file:  # a map would leave all that was read resident
         lines = (tensor_line(name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
         found = digest_of_lines(lines)
     if found != origin.content:

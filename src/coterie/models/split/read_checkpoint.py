@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -79,6 +79,36 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def without_loss(folder: Path, model: PreTrainedModel) -> torch.dtype:
+    """The narrowest number format, up to the model's, that holds a checkpoint without loss.
+
+    Args:
+        folder: holds the safetensors files.
+        model: of the checkpoint's config, on meta.
+
+    Raises:
+        ModelError: a file is torn, or there is none.
+    """
+    wide = list(model._get_dtype_plan(torch.bfloat16) or ())
+    float32_too = build_glob_alternation(wide)[0] if wide else None
+    for path in checkpoint_files(folder):
+        for key, stored in stored_formats(path).items():
+            kept_wide = float32_too is not None and float32_too.search(key) is not None
+            if stored != "BF16" and stored.startswith("F") and not kept_wide:
+                return model.dtype
+    return torch.bfloat16
+
+
+def stored_formats(path: Path) -> dict[str, str]:
+    """The number format of every tensor in a file (``F32``, ``BF16``, ...), by name.
+
+    Raises:
+        ModelError: the file is torn.
+    """
+    with _whole(path), safe_open(path, framework="pt") as file:
+        return {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - no mapping
+
+
 def stream_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """The tensors of a checkpoint by their names in the model, one decoder layer (or the rest) at a time.
 
@@ -133,17 +163,22 @@ def stream_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[dict[str
 def _where_keys_are(files: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{path} is not a whole safetensors file: {error}.",
-                code="model-torn-file",
-                why="a part of the weights would be missing",
-                fix="download or copy the checkpoint again",
-            ) from error
+        with _whole(path), safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
     return found
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path} is not a whole safetensors file: {error}.",
+            code="model-torn-file",
+            why="a part of the weights would be missing",
+            fix="download or copy the checkpoint again",
+        ) from error
 
 
 def layer_group(name: str) -> str:

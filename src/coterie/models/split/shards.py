@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -168,6 +168,38 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a file, each mapped when it is asked for: who slices one reads that part, and nothing stays.
+
+    Args:
+        path: must stay as it is as long as tensors are asked for.
+        dtype: what floating-point tensors are cast to; None leaves each as it is.
+
+    Raises:
+        ModelError: there is no such file, or it is not whole; also later, when a tensor is asked for.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        self._path, self._dtype = path, dtype
+        self._names = frozenset(stored_shapes(path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise unreadable(self._path, error) from error
+        return tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

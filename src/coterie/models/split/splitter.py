@@ -22,7 +22,7 @@ from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.split.placement import Placement
-from coterie.models.split.read_checkpoint import stream_checkpoint, tensor_dtypes
+from coterie.models.split.read_checkpoint import stream_checkpoint, tensor_dtypes, without_loss
 from coterie.models.split.shards import (
     MANIFEST_FILE,
     MODEL_FOLDER,
@@ -35,7 +35,7 @@ from coterie.models.split.shards import (
 )
 from coterie.models.split.trainings import Training, read_trainings, write_trainings
 from coterie.models.tensors import raw_bytes
-from coterie.models.zoo.build import build_model, quantized_error
+from coterie.models.zoo.build import build_model, quantized_error, structure_of
 from coterie.storage import file_digest, is_vacant, new_folder, write_json
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -43,6 +43,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".
 
 def split(spec: ModelSpec, placement: Placement, out: Path, *, seed: int | None = None) -> dict[str, Any]:
     """Write ``out``: trunk, shards, the model's config and tokenizer, and a manifest with digests.
+
+    A bfloat16 checkpoint is written in bfloat16 whatever the spec's dtype: whoever reads it widens it, without loss.
 
     Args:
         spec: ``path`` or ``hub`` are read layer by layer; ``family`` (random weights) is built in memory first.
@@ -63,6 +65,8 @@ def split(spec: ModelSpec, placement: Placement, out: Path, *, seed: int | None 
     placement.check_model(model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise quantized_error(str(spec.path or spec.hub), "its experts would be packed")
+    if folder is not None:
+        model = structure_of(model.config, without_loss(folder, model))
     groups = stream_checkpoint(folder, model) if folder is not None else _in_memory(spec, seed)
     with new_folder(out) as aside:
         trainings = read_trainings(folder)

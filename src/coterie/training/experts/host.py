@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from coterie.config import FederationConfig
 from coterie.dp.balance import Balancer
 from coterie.dp.noise.joint_noise import LOAD
+from coterie.federation.experts.frozen_shard import FrozenShard
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.parts import Part, expert_parts
 from coterie.federation.experts.shared_trunk import TrunkHost
@@ -66,11 +67,12 @@ def make_host(
     """
     names = {name for part in parts if part.layer < 0 and part.host == party for name, _ in part.shapes}
     loads = {LOAD: PublicLoads(balancer)} if balancer is not None and LOAD in names else {}
+    layers, frozen = seam.expert_layers(model), federation.lora is not None
     return ExpertsHost(
         party,
         tuple(federation.parties),
         parts,
-        Shard(seam.expert_layers(model), experts, make_optimizer),
+        Shard(layers, {} if frozen else experts, make_optimizer),
         TrunkHost({name: trunk[name] for name in sorted(names - {LOAD})}, make_optimizer, loads),
         weights_dtype=getattr(torch, federation.weights_dtype),
         push_dtype=getattr(torch, federation.push_dtype),
@@ -78,4 +80,5 @@ def make_host(
         ahead=_AHEAD,
         limits=experts_limits(federation, model),
         masked=federation.aggregation == "masked",
+        frozen=FrozenShard(layers, experts) if frozen else None,
     )

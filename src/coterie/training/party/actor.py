@@ -32,7 +32,8 @@ from coterie.training.party.whole_model import save_whole
 
 _EVALUATION = "evaluation.safetensors"
 _STEMS = ("trunk", "trunk-optimizer", "experts", "hosted")
-"""``trunk`` and ``experts`` hold parameters alone, in the form that `coterie export` reads; ``hosted`` the rest."""
+"""``trunk`` and ``experts`` hold parameters alone, in the form that `coterie export` reads; ``hosted`` the rest.
+Where adapters are trained, frozen weights are in none: the first two name the files that hold them, by digest."""
 
 
 class Exchange(Protocol):
@@ -222,7 +223,7 @@ class PartyActor:
         apart = {stem: {name: _apart(value) for name, value in named.items()} for stem, named in tensors.items()}
         lora = self.inputs.federation.lora
         adapters = lora.model_dump(mode="json") if lora is not None else None
-        digest = self._store.save(state.round, apart, adapters, self.inputs.trainings)
+        digest = self._store.save(state.round, apart, adapters, self.inputs.trainings, self.inputs.bases)
         self._whole = last and not state.absent
         # Everybody may have to go back to the oldest checkpoint that is still here, or, while the first one is not
         # published, to the split model.
@@ -261,7 +262,7 @@ class PartyActor:
 
     def _load_checkpoint(self, source: Saved) -> None:
         self.exchange.forget()
-        loaded = self._store.load(source, _STEMS)
+        loaded = self._store.load(source, _STEMS, self.inputs.bases)
         self._pristine = False
         self._trunk.load(loaded["trunk"], loaded["trunk-optimizer"])
         self.exchange.load_hosted(loaded["experts"] | loaded["hosted"])

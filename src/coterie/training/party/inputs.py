@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from coterie.config import FederationConfig, PrivacySpec
+from coterie.config import FederationConfig, LoraSpec, PrivacySpec
 from coterie.dp.accounting.provenance import Artefact
 from coterie.dp.accounting.texts import Originals
 from coterie.dp.noise.pooled import PooledNoise
@@ -88,6 +88,8 @@ class PartyInputs:
         privacy: what this party trains under; None without privacy.
         roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
         trainings: what is behind the weights of this run's checkpoints, this run included.
+        bases: where adapters alone are trained, content digests of the files with the frozen weights: those of
+            ``trunk`` and of ``experts``.
         signer: this party's identity; needed where pushes are masked.
         ranks: that share this party's lots; rank 0 alone speaks to the federation.
     """
@@ -107,6 +109,7 @@ class PartyInputs:
     trainings: tuple[Training, ...] = ()
     signer: Signer | None = None
     ranks: Ranks = field(default_factory=Alone)
+    bases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def cache_folder(self) -> Path | None:
@@ -134,6 +137,15 @@ def trunk_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {name: param for name, param in model.named_parameters() if not param.is_meta}
     tensors.update({n: buffer for n, buffer in model.named_buffers() if n in saved and not buffer.is_meta})
     return tensors
+
+
+def changing_tensors(model: nn.Module, lora: LoraSpec | None) -> dict[str, Tensor]:
+    """Those of `trunk_tensors` that training can change: where adapters are trained, they and the buffers."""
+    tensors = trunk_tensors(model)
+    if lora is None:
+        return tensors
+    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
 def trunk_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,7 +12,13 @@ from coterie.models import seam
 from coterie.training.data.packing import Batch, RoundOrder
 from coterie.training.loop import finish_round, loss_sum, to_device
 from coterie.training.optim import Float32Optimizer, make_optimizer
-from coterie.training.party.inputs import PartyInputs, Weights, trunk_parameters, trunk_tensors
+from coterie.training.party.inputs import (
+    PartyInputs,
+    Weights,
+    changing_tensors,
+    trunk_parameters,
+    trunk_tensors,
+)
 from coterie.training.planning.measured import model_state_bytes
 
 
@@ -46,7 +52,8 @@ class OwnTrunk:
 
     def restart(self, weights: Weights) -> None:
         """Trunk and optimiser as they are before the first round."""
-        self._copy(weights.trunk)
+        frozen = trunk_tensors(self.inputs.model).keys() - self.tensors().keys()
+        self._copy({name: tensor for name, tensor in weights.trunk.items() if name not in frozen})
         self.parameters = {name: _on_host(p) if self._on_host else p for name, p in self._computing.items()}
         self.optimizer = self.make_optimizer((self.parameters or trunk_parameters(self.inputs.model)).values())
         self.inputs.model.train()
@@ -85,8 +92,8 @@ class OwnTrunk:
                     self._computing[name].copy_(param)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers of the trunk, shared ones too, for a checkpoint."""
-        return trunk_tensors(self.inputs.model)
+        """What training changes of the trunk, shared parameters and saved buffers too, for a checkpoint."""
+        return changing_tensors(self.inputs.model, self.inputs.federation.lora)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state, for a checkpoint."""

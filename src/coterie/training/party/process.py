@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from coterie.config import (
     FederationConfig,
-    ModelSpec,
     PartyConfig,
     PartyPrivacy,
     PrivacySpec,
@@ -33,10 +31,10 @@ from coterie.federation.rounds.settings import transport_settings
 from coterie.federation.wire import unreachable
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.models.lora import attach_adapters
-from coterie.models.split.origins import check_content
+from coterie.models.split.origins import check_content, origin_of
 from coterie.models.split.partial import build_partial
 from coterie.models.split.placement import Placement
-from coterie.models.split.shards import TRUNK_FILE, load_tensors, parse_expert_key, shard_file, stored_shapes
+from coterie.models.split.shards import TRUNK_FILE, StoredTensors, parse_expert_key, shard_file, stored_shapes
 from coterie.models.split.trainings import Training
 from coterie.models.zoo.build import torch_dtype
 from coterie.ranks.ranks import Alone, Ranks, ranks_or_alone
@@ -220,6 +218,8 @@ def _read_party(
         kept.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(kept))
     first = trunk_tensors(adapted)
+    frozen = federation.lora is not None
+    experts = StoredTensors(config.shard, None if frozen else torch_dtype(federation.model))
 
     def again() -> Weights:
         nonlocal first
@@ -227,7 +227,7 @@ def _read_party(
         if not trunk:
             anew = build_partial(federation.model, config.trunk, device=device)
             trunk = trunk_tensors(_with_adapters(anew, federation))
-        return Weights(trunk, load_experts(config.shard, federation.model))
+        return Weights(trunk, experts)
 
     privacy = None if spec is None else _privacy_inputs(config, federation, spec, documents, train)
     return PartyInputs(
@@ -248,6 +248,7 @@ def _read_party(
             _training(config, federation, privacy),
         ),
         ranks=ranks,
+        bases=_bases(config) if frozen else {},
     )
 
 
@@ -270,6 +271,11 @@ def _training(config: PartyConfig, federation: FederationConfig, privacy: Privac
     kind: Literal["budget", "seeded"] = "budget" if privacy.seed is None else "seeded"
     ledger = Keyring(privacy.spec.ledger or default_root(config.run_dir)).public_name(privacy.digest or "")
     return Training(name, kind, ledger, privacy.spec.epsilon, privacy.spec.delta)
+
+
+def _bases(config: PartyConfig) -> dict[str, str]:
+    """Digests of the files with the frozen weights, which were read and compared with what they say of themselves."""
+    return {"trunk": origin_of(config.trunk).content, "experts": origin_of(config.shard).content}
 
 
 def _with_adapters(model: nn.Module, federation: FederationConfig) -> nn.Module:
@@ -303,11 +309,6 @@ def pooled_noise(federation: FederationConfig) -> PooledNoise | None:
     party's own noise shows in its later pushes."""
     summed = federation.aggregation == "masked" and federation.trunk == "shared"
     return PooledNoise(len(federation.parties), federation.colluding) if summed else None
-
-
-def load_experts(path: Path, model: ModelSpec) -> dict[str, torch.Tensor]:
-    """A party's shard in the model's number format, off the device."""
-    return {name: tensor.to(torch_dtype(model)) for name, tensor in load_tensors(path).items()}
 
 
 def check_placement_signed(placement: Placement, roster: Roster) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from coterie.checkpoints import CheckpointStore
 from coterie.errors import CheckpointError
 from coterie.federation.rounds.state import Saved
+from coterie.models.split.origins import origin_of
 from coterie.models.split.trainings import Training
 from coterie.revision import software
 from coterie.storage import check_keys, check_known, json_object, write_json
@@ -26,7 +28,7 @@ _MARKED = ("kind", "run", "party", "agreement", "data", "coterie", "revision")
 _KEPT = 3
 """Published checkpoints that stay; the older ones in case newer ones are torn or lost somewhere."""
 
-_UNSEEN = ("checkpoint-read", "format-unknown")
+_UNSEEN = ("checkpoint-read", "format-unknown", "checkpoint-base")
 """Errors that say nothing about whether a checkpoint is whole."""
 
 FileTensors = Mapping[str, Mapping[str, Tensor]]
@@ -98,6 +100,7 @@ class PartyStore:
         tensors: FileTensors,
         lora: Mapping[str, Any] | None = None,
         trainings: tuple[Training, ...] = (),
+        bases: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
         """Write a checkpoint so that it survives a crash. What others may still need stays: see `published`.
 
@@ -106,13 +109,16 @@ class PartyStore:
             tensors: file stem to named tensors.
             lora: settings of the adapters among them.
             trainings: what is behind the weights.
+            bases: by stem, the content digest of the file with the frozen weights that are left out.
 
         Returns:
             The digest of its manifest, and so of everything in it.
         """
         store = self._store()
         state = {"party": self._party, "agreement": self._agreement}
-        digest = store.write(round_no, tensors, state, named=self.run, lora=lora, trainings=trainings).digest
+        digest = store.write(
+            round_no, tensors, state, named=self.run, lora=lora, trainings=trainings, bases=bases
+        ).digest
         self._stale.discard(round_no)
         return digest
 
@@ -149,11 +155,19 @@ class PartyStore:
         """The trunk in the checkpoint of a round."""
         return self._store().get(round_no).path / "trunk.safetensors"
 
-    def load(self, source: Saved, stems: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    def load(
+        self, source: Saved, stems: tuple[str, ...], bases: Mapping[str, str] = MappingProxyType({})
+    ) -> dict[str, dict[str, Tensor]]:
         """The named files of a checkpoint, every byte verified.
 
+        Args:
+            source: as it was published.
+            stems: the files.
+            bases: as `save` was given them.
+
         Raises:
-            CheckpointError: it is not the one that was published, or is damaged; it is not offered again.
+            CheckpointError: it is not the one that was published, or is damaged; it is not offered again. Or it goes
+                with other frozen weights.
         """
         store = self._store()
         try:
@@ -165,7 +179,10 @@ class PartyStore:
                     why="parties would go on from states that do not belong together",
                     fix="an older checkpoint that all hold will be taken",
                 )
-            return {stem: checkpoint.load(stem) for stem in stems}
+            loaded = {stem: checkpoint.load(stem) for stem in stems}
+            for stem in stems:
+                _check_base(checkpoint.path / f"{stem}.safetensors", bases.get(stem, ""))
+            return loaded
         except CheckpointError as error:
             if error.code not in _UNSEEN:
                 self._bad.add(source)
@@ -211,4 +228,22 @@ class PartyStore:
             code="checkpoint-other-run",
             why="its checkpoints do not fit this run",
             fix="name another run_dir in party.yaml to begin anew, or bring the old settings back",
+        )
+
+
+def _check_base(path: Path, base: str) -> None:
+    """Make sure that the frozen weights which a file goes with are those that are here.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    found = origin_of(path).base
+    if found != base:
+        raise CheckpointError(
+            f"{path} holds adapters of other frozen weights than trunk and shard hold now."
+            if found
+            else f"{path} holds frozen weights beside the adapters, as an earlier version wrote them.",
+            code="checkpoint-base",
+            why="adapters mean nothing without the weights that they were trained on",
+            fix="put back the trunk and shard that the run began with, or name another run_dir to begin anew",
         )

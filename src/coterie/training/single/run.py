@@ -42,6 +42,7 @@ from coterie.training.single.private_stepper import PrivateStepper
 from coterie.training.single.stepper import PlainStepper, Step, Stepper
 
 KEPT_CHECKPOINTS = 2
+"""While there are rounds to come, in case the newest is torn; once they are done, the newest and the model stay."""
 Watch = Callable[[int, Step, Evaluation | None], None]
 """Called after each round with the finished rounds, what the round did, and an evaluation if one was due."""
 
@@ -328,7 +329,7 @@ class Run:
         parts = stepper.parts(path)
         store.write(stepper.round, *stepper.content(), parts=parts)
         stepper.saved(path)
-        store.keep_last(KEPT_CHECKPOINTS)
+        store.keep_last(1 if stepper.finished else KEPT_CHECKPOINTS)
         put_away(_earlier_session(self._prepared.config))
 
     def _evaluate(self) -> Evaluation | None:
