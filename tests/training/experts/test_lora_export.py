@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from coterie.audit.model.target import _joined
 from coterie.cli.app import main
 from coterie.config import FederationConfig, LoraSpec, PartyConfig
 from coterie.dp.accounting import statement
@@ -24,14 +25,14 @@ from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.exporter import export
 from coterie.models.split.origins import origin_of, save_tensors
 from coterie.models.split.placement import Placement
-from coterie.models.split.shards import load_tensors
+from coterie.models.split.shards import load_tensors, parse_expert_key
 from coterie.models.split.splitter import split
 from coterie.models.split.trainings import read_trainings
 from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.inputs import trunk_tensors
-from coterie.training.party.process import prepare_party
+from coterie.training.party.process import keep_settings, prepare_party, settings_of_run
 from coterie.training.party.run import make_actor
 from coterie.training.party.store import PartyStore
 from helpers.federations import PARTIES, settings
@@ -65,7 +66,8 @@ class Trained:
         tokenizer = {"train": {"files": [text], "vocab_size": 260}, "provenance": "public"}
         return PartyConfig.model_validate(
             {
-                "party": name, "federation": "federation.yaml", "kit": "kit", "run_dir": str(self.folder / name),
+                "party": name, "federation": str(self.folder / name / "federation.yaml"), "kit": "kit",
+                "run_dir": str(self.folder / name),
                 "data": {"train": text, "sequence_length": 16, "tokenizer": tokenizer},
                 "trunk": str(self.split / "trunk.safetensors"),
                 "shard": str(self.split / f"experts-{name}.safetensors"),
@@ -84,20 +86,27 @@ class Trained:
         return model.eval()
 
 
-def trained(family: str, folder: Path, private: bool) -> Trained:
+def begun(family: str, folder: Path, private: bool, dtype: torch.dtype = torch.float32, **model: str) -> Trained:
+    """A federation's folder before its first round: the base model, its split, and text."""
     base = folder / "base"
-    tiny_model(family, vocab_size=300).save_pretrained(base)
+    tiny_model(family, vocab_size=300, dtype=dtype).save_pretrained(base)
     lora = LoraSpec(rank=2, alpha=4.0, modules=("q_proj", "o_proj"))
     budget = {"epsilon": 8.0, "delta": 1e-3, "lot_size": 5}
     config = settings(
-        exchange="experts", privacy=budget if private else "none", model={"path": str(base), "provenance": "public"},
-        lora=lora.model_dump(), trunk="shared", train__rounds=2, train__checkpoint_every=1, optim__lr=0.05,
+        exchange="experts", privacy=budget if private else "none", lora=lora.model_dump(), trunk="shared",
+        model={"path": str(base), "provenance": "public"} | model,
+        train__rounds=2, train__checkpoint_every=1, optim__lr=0.05,
     )  # fmt: skip
-    model = build_model(config.model, meta=True)
-    split(config.model, Placement.of_spec(config.placement, list(PARTIES), model), folder / "split")
+    whole = build_model(config.model, meta=True)
+    split(config.model, Placement.of_spec(config.placement, list(PARTIES), whole), folder / "split")
     (folder / "text.txt").write_text("the river and the stone, wind and rain\n" * 30)
-    done = Trained(folder, base, config)
-    run_in_process(config, [prepare_party(done.party(name), config) for name in PARTIES], folder / "coordinator")
+    return Trained(folder, base, config)
+
+
+def trained(family: str, folder: Path, private: bool) -> Trained:
+    done = begun(family, folder, private)
+    parts = [prepare_party(done.party(name), done.config) for name in PARTIES]
+    run_in_process(done.config, parts, folder / "coordinator")
     return done
 
 
@@ -216,12 +225,39 @@ def test_adapters_are_merged_into_the_weights_that_they_were_trained_on_alone(do
     assert not (tmp_path / "out").exists()
 
 
+def test_an_audit_joins_the_parties_adapters_with_the_weights_that_each_began_with(done: Trained) -> None:
+    for name in PARTIES:
+        keep_settings(done.party(name), done.config)
+    others = [done.folder / name for name in PARTIES if name != "alder"]
+    joined = _joined(settings_of_run(done.folder / "alder"), done.config, others)
+    assert torch.allclose(logits(joined.eval()), logits(done.reference()), atol=1e-4)
+
+
 def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, tmp_path: Path) -> None:
     earlier = [done.part(name, "experts", round_no=1) for name in PARTIES]
     with pytest.raises(ModelError) as caught:
         export(done.split, tmp_path / "merged", trunk=done.part("alder", "trunk"), shards=earlier)
     assert caught.value.code == "model-parts-mixed"
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("named", "trunk"), [({}, torch.bfloat16), ({"dtype": "float32"}, torch.float32)])
+def test_frozen_weights_keep_the_number_format_of_their_checkpoint(
+    tmp_path: Path, named: dict[str, str], trunk: torch.dtype
+) -> None:
+    """Unless another is named: then the trunk computes in that, and experts stay as they came all the same."""
+    start = begun("olmoe", tmp_path, private=False, dtype=torch.bfloat16, **named)
+    inputs = prepare_party(start.party("alder"), start.config)
+    formats = {p.requires_grad: set() for p in inputs.model.parameters()}
+    for param in inputs.model.parameters():
+        formats[param.requires_grad].add(param.dtype)
+    assert formats == {False: {trunk}, True: {torch.float32}}
+    experts = inputs.weights().experts
+    assert {value.dtype for value in experts.values()} == {torch.bfloat16}
+    base = AutoModelForCausalLM.from_pretrained(start.base, dtype=torch.bfloat16)
+    for key, value in experts.items():
+        layer, expert, name = parse_expert_key(key)
+        assert torch.equal(value, expert_layers(base)[layer].parameters()[name][expert]), key
 
 
 def test_a_run_without_adapters_has_none_to_export(tmp_path: Path) -> None:

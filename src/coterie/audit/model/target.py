@@ -19,7 +19,7 @@ from coterie.config import DataSpec, FederationConfig, ModelSpec, PartyConfig, l
 from coterie.dp.heads import head_of
 from coterie.errors import AuditError, CheckpointError
 from coterie.models.split.exporter import export
-from coterie.models.split.shards import MODEL_FOLDER
+from coterie.models.split.shards import MODEL_FOLDER, TRUNK_FILE, shard_file
 from coterie.models.split.splitter import write_config
 from coterie.models.zoo.build import build_model
 from coterie.storage import json_object
@@ -187,6 +187,10 @@ def _joined(config: PartyConfig, federation: FederationConfig, parties: Sequence
     trunk, *_ = kept = [store.get(max(rounds)).path for store in stores]
     with tempfile.TemporaryDirectory(dir=private_folder(config.run_dir)) as aside:
         write_config(build_model(federation.model, meta=True), Path(aside, MODEL_FOLDER))
+        if federation.lora is not None:  # checkpoints of adapters leave out what every party's shard holds
+            Path(aside, TRUNK_FILE).symlink_to(config.trunk.absolute())
+            for own in (settings_of_run(folder) for folder in (config.run_dir, *parties)):
+                Path(aside, shard_file(own.party)).symlink_to(own.shard.absolute())
         shards = [path / "experts.safetensors" for path in kept]
         whole = export(Path(aside), Path(aside, "whole"), trunk=trunk / "trunk.safetensors", shards=shards)
         return build_model(ModelSpec(path=whole, dtype=federation.model.dtype), device=pick_device(config.device))

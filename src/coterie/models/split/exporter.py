@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -70,8 +71,6 @@ def export(
     shards = sorted(folder.glob("experts-*.safetensors")) if shards is None else list(shards)
     model = build_model(split_spec(folder), meta=True)
     origin, trainings = _one_origin(folder, [trunk] if adapter else [trunk, *shards])
-    if origin.lora is None:
-        model = structure_of(model.config, _dtype_in(trunk, model))
     if adapter and origin.lora is None:
         raise ModelError(
             f"{trunk} holds no adapters: the weights themselves were trained.",
@@ -86,6 +85,7 @@ def export(
             adapted.save_adapter(aside)
         else:
             base_trunk, base_shards = (trunk, shards) if adapted is None else _bases(folder, trunk, shards)
+            model = structure_of(model.config, _dtype_in(base_trunk, model))
             _write_whole(aside, folder, _Sources.of(model, base_trunk, base_shards, trunk, adapted))
         write_trainings(aside, joined(read_trainings(folder / MODEL_FOLDER), trainings))
         write_card(aside)
@@ -154,12 +154,10 @@ def _bases(folder: Path, trunk: Path, shards: Sequence[Path]) -> tuple[Path, lis
 
 
 def _dtype_in(trunk: Path, model: PreTrainedModel) -> torch.dtype:
-    """The number format in which a trunk file holds what the model has in its own: training may have widened it."""
-    formats = stored_formats(trunk)
-    for name, (dtype, _) in trunk_shapes(model).items():
-        if dtype == model.dtype and name in formats:
-            return torch.bfloat16 if formats[name] == "BF16" else torch.float32
-    return model.dtype
+    """The number format in which a trunk file holds most of what the model has in its own; training may widen it."""
+    formats, own = stored_formats(trunk), model.dtype
+    found = Counter(formats[name] for name, (dtype, _) in trunk_shapes(model).items() if dtype == own)
+    return torch.bfloat16 if found["BF16"] > found["F32"] else torch.float32
 
 
 def _write_whole(out: Path, folder: Path, sources: _Sources) -> None:

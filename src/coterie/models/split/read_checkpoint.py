@@ -89,13 +89,14 @@ def without_loss(folder: Path, model: PreTrainedModel) -> torch.dtype:
     Raises:
         ModelError: a file is torn, or there is none.
     """
+    own: torch.dtype = model.dtype
     wide = list(model._get_dtype_plan(torch.bfloat16) or ())
     float32_too = build_glob_alternation(wide)[0] if wide else None
     for path in checkpoint_files(folder):
         for key, stored in stored_formats(path).items():
             kept_wide = float32_too is not None and float32_too.search(key) is not None
             if stored != "BF16" and stored.startswith("F") and not kept_wide:
-                return model.dtype
+                return own
     return torch.bfloat16
 
 
