@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -186,15 +186,6 @@ class FederationConfig(Spec):
         "In `tokens`, and without a budget, their text can be read from that. Each also keeps a key to what it sent: "
         "token ids of its own text and, under a budget, which records the secret lots held.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _frozen_as_they_are(cls, values: Any) -> Any:
-        """Weights that nobody trains stay in the number format of their checkpoint, unless another is named."""
-        model = values.get("model") if isinstance(values, dict) and values.get("lora") is not None else None
-        if isinstance(model, dict):
-            return {**values, "model": {"dtype": "checkpoint", **model}}
-        return values
 
     @model_validator(mode="after")
     def _parts_fit(self) -> FederationConfig:

@@ -36,10 +36,8 @@ class ModelSpec(Spec):
     config: dict[str, Any] = Field(
         default={}, description="Settings of the model's own config that replace its defaults."
     )
-    dtype: Literal["float32", "bfloat16", "checkpoint"] = Field(
-        default="float32",
-        description="Number format of weights, activations and gradients. `checkpoint`: what the checkpoint's own "
-        "config names, bfloat16 or else float32; the default where `lora` freezes the weights.",
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Number format of weights, activations and gradients."
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in backward: less memory, about a third more time."

@@ -183,6 +183,23 @@ def test_the_trial_holds_one_copy_of_the_model_at_a_time() -> None:
     assert most == 1
 
 
+class Mine(torch.optim.SGD):
+    """May do whatever it likes with the size of a parameter."""
+
+
+@pytest.mark.parametrize(("kind", "few"), [(torch.optim.AdamW, True), (torch.optim.SGD, True), (Mine, False)])
+def test_the_trial_of_an_optimizer_that_is_known_needs_a_few_rows(kind: Any, few: bool) -> None:
+    model, sizes = nn.Linear(300, 200), set[int]()
+
+    def put(optimizer: Any, parameter: Tensor, gradient: Tensor) -> None:
+        sizes.add(parameter.numel())
+        put_gradient(optimizer, parameter, gradient)
+
+    optimizer = kind(model.parameters(), lr=0.1)
+    check_optimizer_step(model, optimizer, put)
+    assert sizes == ({300, 200} if few else {300 * 200, 200})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_released_gradient_is_handed_over_not_copied(dtype: torch.dtype) -> None:
     model = Net(dtype)

@@ -241,11 +241,11 @@ def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, t
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize(("named", "trunk"), [({}, torch.bfloat16), ({"dtype": "float32"}, torch.float32)])
-def test_frozen_weights_keep_the_number_format_of_their_checkpoint(
+@pytest.mark.parametrize(("named", "trunk"), [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)])
+def test_frozen_experts_keep_the_number_format_of_their_checkpoint(
     tmp_path: Path, named: dict[str, str], trunk: torch.dtype
 ) -> None:
-    """Unless another is named: then the trunk computes in that, and experts stay as they came all the same."""
+    """The trunk computes in what is named; experts stay as they came all the same."""
     start = begun("olmoe", tmp_path, private=False, dtype=torch.bfloat16, **named)
     inputs = prepare_party(start.party("alder"), start.config)
     formats = {p.requires_grad: set() for p in inputs.model.parameters()}

@@ -18,6 +18,8 @@ from coterie.errors import PrivacyError
 _STEPS = 3
 _SAMPLED = 256
 """Values of a parameter that are compared."""
+_KNOWN = ("torch.optim.", "coterie.training.optim")
+"""Modules of optimizers whose way with a parameter does not depend on its size."""
 
 Put = Callable[[Any, Tensor, Tensor], None]
 """Gives an optimizer the gradient of a parameter."""
@@ -34,13 +36,14 @@ def check_optimizer_step(model: nn.Module, optimizer: Any, put: Put) -> None:
     Raises:
         PrivacyError: a step fails, does not follow the gradient it is given, or moves a parameter that is frozen.
 
-    Cost: at any moment one copy of the trained parameters, their gradients and the optimizer's state; nine steps.
+    Cost: nine steps; of torch's and coterie's own optimizers on a few rows of each parameter, of others at any moment
+        with one copy of the trained parameters, their gradients and the optimizer's state.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     own = list(_parameters(optimizer))
     before = [_sample(p) for p in own]
     # One copy after the other, each from the start: two side by side would be the most that a run ever holds.
-    followed = [before, *_tried(optimizer, own, put, [1.0] * _STEPS)]
+    followed = _tried(optimizer, own, put, [1.0] * _STEPS)
     for number in range(1, _STEPS + 1):
         opposite = _tried(optimizer, own, put, [1.0] * (number - 1) + [-1.0])[-1]
         for place, original in enumerate(own):
@@ -55,8 +58,9 @@ def check_optimizer_step(model: nn.Module, optimizer: Any, put: Put) -> None:
 
 
 def _tried(optimizer: Any, own: Sequence[Tensor], put: Put, signs: Sequence[float]) -> list[list[Tensor]]:
-    """Samples of a copy's parameters after each step with made-up gradients, times a sign each."""
-    copied, samples = _Copied(optimizer, own), []
+    """Samples of a copy's parameters, and after each step with made-up gradients, times a sign each."""
+    copied = _Copied(optimizer, own)
+    samples = [[_sample(one) for one in copied.parameters]]
     for number, sign in enumerate(signs):
         generator = torch.Generator().manual_seed(number)
         for one in copied.parameters:
@@ -71,10 +75,16 @@ def _tried(optimizer: Any, own: Sequence[Tensor], put: Put, signs: Sequence[floa
 
 
 class _Copied:
-    """An optimizer over copies of its parameters, with all of its attributes."""
+    """An optimizer over copies of its parameters, with all of its attributes.
+
+    Torch's own optimizers and coterie's do the same whatever the size of a parameter: before their first step a copy
+    of a few rows of each is enough. Others may have looked at the sizes, and get whole copies.
+    """
 
     def __init__(self, optimizer: Any, originals: Sequence[Tensor]) -> None:
-        self.parameters = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in originals]
+        known = type(optimizer).__module__.startswith(_KNOWN) and not optimizer.state
+        rows = [_rows(p) if known else p.detach() for p in originals]
+        self.parameters = [nn.Parameter(few.clone(), p.requires_grad) for few, p in zip(rows, originals, strict=True)]
         memo: dict[int, Any] = dict(zip(map(id, originals), self.parameters, strict=True))
         try:
             self.optimizer = _copy(optimizer, memo)
@@ -125,6 +135,13 @@ def _parameters(optimizer: Any) -> Iterator[Tensor]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
+
+
+def _rows(parameter: Tensor) -> Tensor:
+    """The first rows, of about as many values as are compared; of as many dimensions."""
+    if parameter.numel() <= _SAMPLED or parameter.ndim == 0:
+        return parameter.detach()
+    return parameter.detach()[: max(1, _SAMPLED * parameter.shape[0] // parameter.numel())]
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -29,10 +29,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def torch_dtype(spec: ModelSpec) -> torch.dtype:
     """The number format a spec asks for."""
-    if spec.dtype != "checkpoint":
-        return _DTYPES[spec.dtype]
-    named = None if spec.family is not None else load_config(spec).dtype
-    return torch.bfloat16 if named == torch.bfloat16 else torch.float32
+    return _DTYPES[spec.dtype]
 
 
 def build_model(
