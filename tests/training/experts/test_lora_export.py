@@ -86,10 +86,10 @@ class Trained:
         return model.eval()
 
 
-def begun(family: str, folder: Path, private: bool, dtype: torch.dtype = torch.float32, **model: str) -> Trained:
+def begun(family: str, folder: Path, private: bool, stored: torch.dtype = torch.float32, **model: str) -> Trained:
     """A federation's folder before its first round: the base model, its split, and text."""
     base = folder / "base"
-    tiny_model(family, vocab_size=300, dtype=dtype).save_pretrained(base)
+    tiny_model(family, vocab_size=300, dtype=stored).save_pretrained(base)
     lora = LoraSpec(rank=2, alpha=4.0, modules=("q_proj", "o_proj"))
     budget = {"epsilon": 8.0, "delta": 1e-3, "lot_size": 5}
     config = settings(
@@ -246,7 +246,7 @@ def test_frozen_experts_keep_the_number_format_of_their_checkpoint(
     tmp_path: Path, named: dict[str, str], trunk: torch.dtype
 ) -> None:
     """The trunk computes in what is named; experts stay as they came all the same."""
-    start = begun("olmoe", tmp_path, private=False, dtype=torch.bfloat16, **named)
+    start = begun("olmoe", tmp_path, private=False, stored=torch.bfloat16, **named)
     inputs = prepare_party(start.party("alder"), start.config)
     formats = {p.requires_grad: set() for p in inputs.model.parameters()}
     for param in inputs.model.parameters():
