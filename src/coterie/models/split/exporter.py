@@ -156,7 +156,7 @@ def _bases(folder: Path, trunk: Path, shards: Sequence[Path]) -> tuple[Path, lis
 def _dtype_in(trunk: Path, model: PreTrainedModel) -> torch.dtype:
     """The number format in which a trunk file holds most of what the model has in its own; training may widen it."""
     formats, own = stored_formats(trunk), model.dtype
-    found = Counter(formats[name] for name, (dtype, _) in trunk_shapes(model).items() if dtype == own)
+    found = Counter(formats.get(name) for name, (dtype, _) in trunk_shapes(model).items() if dtype == own)
     return torch.bfloat16 if found["BF16"] > found["F32"] else torch.float32
 
 
