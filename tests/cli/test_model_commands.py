@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from coterie.cli import app as cli
 from coterie.config import ModelSpec
@@ -107,6 +108,20 @@ def test_plan_says_memory_bytes_and_the_cheaper_exchange(checkpoint, tmp_path, c
     code, _, err = run(capsys, "plan", tmp_path / "nowhere.yaml")
     assert code == 1
     assert "nowhere.yaml" in err
+
+
+def test_plan_says_that_a_party_may_stop_where_pushes_are_masked(checkpoint, tmp_path, capsys):
+    settings = yaml.safe_load(FEDERATION.format(path=checkpoint, placement="round_robin"))
+    settings["parties"]["cedar"] = {"endpoint": "127.0.0.1:7413"}
+    settings |= {
+        "exchange": "experts", "aggregation": "masked",
+        "noise": "shared", "colluding": 1, "noise_multiplier": 2.0, "trunk": "shared",
+        "privacy": {"epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0, "lot_size": 4},
+    }  # fmt: skip
+    (tmp_path / "federation.yaml").write_text(yaml.safe_dump(settings))
+    code, out, err = run(capsys, "plan", tmp_path / "federation.yaml")
+    assert code == 0, err
+    assert "with the shares that fewer parties need, while at least 2 contribute" in " ".join(out.split())
 
 
 def test_models_json_has_the_columns_of_the_folder_beside_it(
