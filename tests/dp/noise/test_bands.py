@@ -197,6 +197,27 @@ def test_coefficients_leave_no_more_noise_than_the_square_root_of_the_course(
     assert 0.85 < ratio <= 1 + 1e-9
 
 
+@pytest.mark.parametrize(("count", "rounds", "momentum"), [(4, 60, 0.9), (8, 60, 0.9), (8, 400, 0.0), (16, 60, 0.9)])
+def test_coefficients_do_not_depend_on_how_the_search_went(
+    monkeypatch: pytest.MonkeyPatch, count: int, rounds: int, momentum: float
+) -> None:
+    """Another processor adds up in another order; a run in bands is held to the last bit of its ledger's entry."""
+    expected = bands(count, rounds, momentum).coefficients
+    root = [math.comb(2 * k, k) / 4**k * (1 + 0.01 * (-1) ** k) for k in range(count)]
+    monkeypatch.setattr("coterie.dp.noise.bands._square_root", lambda *_: np.array(root))
+    assert bands(count, rounds, momentum + 1e-13).coefficients == expected
+    over_first = [1000 * each / expected[0] for each in expected]
+    assert over_first == pytest.approx([round(each) for each in over_first], abs=1e-8)
+
+
+def test_the_statement_names_the_neighbours_that_blocks_by_number_protect(tmp_path: Path) -> None:
+    with start(tmp_path) as session:
+        relation = session.statement().relation
+        assert relation == "adding or removing one record, whose number stays empty: all others keep theirs"
+    with start(tmp_path, "plain", noise_bands=1) as session:
+        assert session.statement().relation == "adding or removing one record"
+
+
 def test_invariant_9_epsilon_is_that_of_the_blocks_turns_at_the_blocks_rate() -> None:
     """Against dp-accounting's own accountant, fed with the event of BandMF's theorem 4."""
     lots = LotPlan.of(2000, 50, bands=8)

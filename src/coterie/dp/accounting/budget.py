@@ -15,6 +15,7 @@ class PrivacyWarning(UserWarning):
 @dataclass(frozen=True)
 class Budget:
     """The (epsilon, delta) that a run may spend, for adding or removing one record (or one user).
+    With noise in bands its number stays empty, and the others keep theirs.
 
     Args:
         epsilon: above 0, at most `LARGEST_EPSILON`.

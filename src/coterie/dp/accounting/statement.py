@@ -268,7 +268,7 @@ def make_statement(
     renyi = None if mechanism.sampler == "truncated_poisson" else epsilon(events, budget.delta, "rdp")
     return Statement(
         unit=unit,
-        relation=f"adding or removing one {unit}" + (" with all its records" if unit == "user" else ""),
+        relation=_relation(unit, mechanism.bands),
         units=int(facts["units"]),
         sampler=mechanism.sampler,
         sampling_rate=mechanism.sampling_rate,
@@ -324,6 +324,12 @@ def _against(
         events = [(unknown(law, others), count) for law, count in laws.items() if law is not None]
         found.append((others, Spent(epsilon(events, delta), delta)))
     return found
+
+
+def _relation(unit: str, bands: int) -> str:
+    """Which data sets are neighbours."""
+    what = f"adding or removing one {unit}" + (" with all its records" if unit == "user" else "")
+    return what if bands == 1 else f"{what}, whose number stays empty: all others keep theirs"
 
 
 def _always_outside(unit: str) -> tuple[str, ...]:
