@@ -108,6 +108,7 @@ def test_the_run_s_own_push_is_the_largest_and_all_sizes_stand_beside_it() -> No
     found = experts_figures(experts())
     assert (found.recovery, found.prior, found.auc) == (0.28, 0.15, 0.988)
     assert found.lots == {"1": 0.98, "4": 0.8, "16": 0.28}
+    assert found.simulated == ("1", "4")
 
 
 def test_membership_is_that_of_known_records_in_pushes_that_were_made() -> None:

@@ -81,6 +81,7 @@ def test_the_edition_to_pass_on_has_no_figure_over_members() -> None:
         assert not set(figures.intervals) & {"recovery", "prior", "advantage", "auc"}
     assert passed.experts.auc is passed.experts_dp.auc is passed.experts_dp.advantage is None
     assert passed.tokens.layers == passed.experts.lots == {}
+    assert passed.experts.simulated == ()
     assert "98.1" not in text
     assert "0.988" not in text
     assert [v.outcome for v in passed.verdicts] == [v.outcome for v in owners.verdicts]

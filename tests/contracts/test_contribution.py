@@ -54,10 +54,10 @@ def adapters(parts: PartyInputs, folder: Path) -> Contribution:
     return AdapterSums(parts.model, batches(parts), 3)
 
 
-def private(parts: PartyInputs, folder: Path, **more: float) -> Contribution:
+def private(parts: PartyInputs, folder: Path, *, masked: bool = False, **more: float) -> PrivateSums:
     spec = PrivacySpec(**{**RULES, "ledger": folder / "ledger", "physical_batch": 2})
     privacy = PrivacyInputs(spec, rounds=4, seed=0, noise_multiplier=0.5, **more)
-    return PrivateSums(parts.model, expert_layers(parts.model), parts.train, privacy, lambda: "run")
+    return PrivateSums(parts.model, expert_layers(parts.model), parts.train, privacy, lambda: "run", masked=masked)
 
 
 KINDS: dict[str, Callable[[PartyInputs, Path], Contribution]] = {
@@ -87,6 +87,19 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     with closing(LayerStreamer(cache, parts.device, torch.float32)) as streamer, closing(made):
         made.open(streamer)
         yield Case(made, streamer, experts, trunk)
+
+
+@pytest.mark.parametrize(("masked", "recorded"), [(True, True), (True, False), (False, True)])
+def test_a_statement_says_that_recordings_open_masked_sums(tmp_path: Path, masked: bool, recorded: bool) -> None:
+    config = settings(exchange="experts", privacy="none", weights_dtype="float32", trunk="shared")
+    parts = make_parts(config, dict.fromkeys(PARTIES, full_models()[PARTIES[0]]), tmp_path)[PARTIES[0]]
+    made = private(parts, tmp_path, masked=masked, recorded=recorded)
+    with (
+        closing(made),
+        closing(LayerStreamer(WeightCache(MemoryStore(), 1), parts.device, torch.float32)) as streamer,
+    ):
+        told = made.open_ledger(streamer).run.statement().not_covered
+    assert any("`transcript`" in line for line in told) is (masked and recorded)
 
 
 def made_in(case: Case, round_no: int) -> tuple[Sums, dict[object, Tensor]]:

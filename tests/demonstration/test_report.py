@@ -201,7 +201,8 @@ def test_the_warning_quotes_this_run_s_own_audit() -> None:
     text = " ".join(not_protected(found))
     for piece in (
         "in this run, 98.1 % of all tokens",
-        "98.0 % of a push of 1 record, 80.0 % of a push of 4 records, 28.0 % of a push of 16 records",
+        "98.0 % of a simulated push of 1 record, 80.0 % of a simulated push of 4 records, 28.0 % of its own push of "
+        "16 records",
         "read 17.1 % of places, the public model alone 17.0 % (difference +0.1 points",
         "at least 0.50; 8 is claimed, and these canaries could have shown at most 3.60",
     ):

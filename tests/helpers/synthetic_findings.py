@@ -85,9 +85,12 @@ def tokens() -> tuple[Finding, ...]:
 def experts() -> tuple[Finding, ...]:
     ranked = {"unit": Unit.PLACES, "channel": Channel.PUSHES, "name": "span of each expert's sum"}
     return (
-        *(finding(share, 0.08, 0.15, lot=lot, **ranked) for lot, share in ((1, 0.98), (4, 0.8), (16, 0.28))),
         *(
-            finding(share, 0.08, 0.15, lot=lot, adversary=Adversary.ALL_HOSTS, **ranked)
+            finding(share, 0.08, 0.15, lot=lot, simulated=lot < 16, **ranked)
+            for lot, share in ((1, 0.98), (4, 0.8), (16, 0.28))
+        ),
+        *(
+            finding(share, 0.08, 0.15, lot=lot, simulated=lot < 16, adversary=Adversary.ALL_HOSTS, **ranked)
             for lot, share in ((1, 1.0), (4, 0.98), (16, 0.43))
         ),
         finding(0.88, unit=Unit.BAG, channel=Channel.EMBEDDING, name="bag of tokens", lot=16, prior=0.6),
@@ -144,7 +147,9 @@ def findings(
             prior=0.17,
             intervals={"recovery": estimate(0.981), "prior": estimate(0.17)},
         ),
-        experts=ExpertsFigures(recovery=0.28, lots={"1": 0.98, "4": 0.8, "16": 0.28}, prior=0.15, auc=0.988),
+        experts=ExpertsFigures(
+            recovery=0.28, lots={"1": 0.98, "4": 0.8, "16": 0.28}, simulated=("1", "4"), prior=0.15, auc=0.988
+        ),
         experts_dp=budget,
         controls=measured,
         verdicts=tuple(judged),

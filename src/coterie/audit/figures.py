@@ -43,7 +43,9 @@ def experts_figures(findings: Sequence[Finding] | None) -> ExpertsFigures:
     read = best([f for f in ranked if f.lot == own], DEFAULT, [Unit.PLACES])
     auc = best([f for f in some if f.channel is not Channel.MODEL], DEFAULT, [Unit.AUC])
     values = {"recovery": _value(read), "prior": _prior(some, read), "auc": _value(auc)}
-    return ExpertsFigures.model_validate({**_filled(values, findings), "lots": _ordered(lots)})
+    made = {f"{f.lot}" for f in ranked if not f.simulated}
+    sizes = {"lots": _ordered(lots), "simulated": tuple(lot for lot in _ordered(lots) if lot not in made)}
+    return ExpertsFigures.model_validate({**_filled(values, findings), **sizes})
 
 
 def private_figures(

@@ -96,7 +96,7 @@ class Finding(_Model):
         name: the attack.
         layer: of the checkpoint, counted from 0; None where several or none are meant.
         lot: records in the push.
-        simulated: the push is made up of the owner's records, of another size than any that the run made.
+        simulated: of pushes that were made up of the owner's records, wholly or in part.
         value: None where the sample cannot carry it; then ``reason`` says why.
         prior: what the same guesser reaches without the channel.
         gain: ``value`` minus ``prior``, paired over the same places.
@@ -182,12 +182,14 @@ class ExpertsFigures(_Figures):
     Attributes:
         recovery: share of next tokens ranked first in this run's own pushes.
         lots: the same by records in the push.
+        simulated: those of these sizes that no push of the run had: such pushes were made up of the owner's records.
         prior: share that a language model guesses without the push.
         auc: of membership of one known record in one push that was made.
     """
 
     recovery: float | None
     lots: dict[str, float]
+    simulated: tuple[str, ...] = ()
     prior: float | None
     auc: float | None
 

@@ -170,8 +170,8 @@ class DemoPlan:
         colluding: parties that shared noise holds against, together.
         units: records of each party for private training; counted when there is text.
         noise_multiplier: that all parties add under shared noise; found when the units are known.
-        recorded: rounds that each federation's parties record of what others send them, for the audit; private
-            federations record all.
+        recorded: rounds that each federation's parties record of what others send them, for the audit; a private one
+            with whole noise records all.
         audit_s: seconds that attacks may take; canaries and the least that each attack needs come on top.
         canaries: records made for the audit of epsilon.
         quick: too small to show anything but that it works.

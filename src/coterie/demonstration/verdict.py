@@ -110,11 +110,12 @@ def _unnoised(plan: DemoPlan) -> Iterator[str]:
 
 
 def _ranked(audit: Findings | None) -> Iterator[str]:
-    """What one other party read from this run's own pushes."""
+    """What one other party read from pushes of this run, and from smaller ones of the same records."""
     if audit is None or not audit.experts.lots:
         return
     phrase = ", ".join(
-        f"{percent(share)} of a push of {lot} record{'' if lot == '1' else 's'}"
+        f"{percent(share)} of {'a simulated' if lot in audit.experts.simulated else 'its own'} push of {lot} "
+        f"record{'' if lot == '1' else 's'}"
         for lot, share in audit.experts.lots.items()
     )
     guess = audit.experts.prior

@@ -118,14 +118,18 @@ def test_the_tokens_of_several_pushes_have_an_interval_and_those_of_one_have_non
         assert each.prior is not None
         assert each.value.count == len(case.train) // LOT, "each record is in one push at most"
         assert each.value.low > each.prior.high
+        assert each.simulated
+        assert "of which all but one are simulated" in each.sentence
     case.__dict__["train"] = case.lot(1)
-    assert all(carried(each).value is None for each in plain.bag(case, Adversary.ALL_HOSTS, TimeBudget(60.0)))
+    of_one = plain.bag(case, Adversary.ALL_HOSTS, TimeBudget(60.0))
+    assert all(carried(each).value is None and not each.simulated for each in of_one)
 
 
 def test_a_host_that_knows_nothing_counts_the_tokens_of_its_experts_by_rank(evidence: Evidence) -> None:
     case = case_of(evidence)
     found = loads(case, 1, TimeBudget(60.0))
-    assert (found.adversary, found.unit, found.lot) == (Adversary.HOST, Unit.LOADS, 1)
+    assert (found.adversary, found.unit, found.lot, found.simulated) == (Adversary.HOST, Unit.LOADS, 1, True)
+    assert "simulated pushes of 1 record;" in found.sentence
     assert found.value is not None
     assert found.prior is not None
     assert found.value.value > 0.9 > found.prior.value
@@ -259,6 +263,9 @@ def test_under_a_budget_every_figure_has_the_guess_or_the_allowed_one_beside_it(
     opened = summed(rows_of(case.reader, records), visible, scale, 0.7, generator=generator)
     monkeypatch.setattr(noised_attacks, "releases", lambda *_: iter([(case.reader, opened)]))
     monkeypatch.setattr(noised_attacks, "_FEWEST", 2)  # a small lot
+    unclaimed = noised_attacks.membership(case, Adversary.ALL_HOSTS, TimeBudget(60.0))
+    assert all(each.allowed is None for each in unclaimed), "what was found in the sums is no claim"
+    monkeypatch.setattr(type(case), "claimed_noise", lambda *_: 0.7)
     found = noised_attacks.membership(case, Adversary.ALL_HOSTS, TimeBudget(60.0))
     in_lot, over_rounds = (
         next(f for f in found if f.name == n) for n in ("membership in a lot", "membership over rounds")

@@ -14,7 +14,7 @@ import torch
 from coterie.audit import metrics
 from coterie.audit.adversaries import Adversary
 from coterie.audit.experts.case import Case, Owned, TimeBudget
-from coterie.audit.experts.plain import simulated
+from coterie.audit.experts.plain import counted, simulated
 from coterie.audit.experts.simulate import rows_of
 from coterie.audit.findings import Channel, Finding, Unit
 
@@ -50,12 +50,13 @@ def loads(case: Case, lot: int, clock: TimeBudget) -> Finding:
         channel=Channel.PUSHES,
         unit=Unit.LOADS,
         lot=lot,
+        simulated=True,
         value=value,
         prior=prior,
         gain=metrics.advantage(right_P, prior_P, push_P, seed=case.seed),
         sentence="A host that knows nothing of the model names no token. The rank of an expert's sum told exactly "
         f"how many tokens chose the expert for {value.value:.0%} [{value.low:.0%}, {value.high:.0%}] of the sums of "
-        f"pushes of {lot} records; their mean is right for {prior.value:.0%}.",
+        f"simulated pushes of {counted(lot)}; their mean is right for {prior.value:.0%}.",
     )
 
 

@@ -140,6 +140,8 @@ def membership(case: Case, adversary: Adversary, clock: TimeBudget, *, candidate
     allowed = by_mechanism([(Mechanism(sigma, 1.0), 1)]).auc  # of a round whose lot it is in or not, without the draw
     more = f" The noise allows no test more than {allowed:.3f}."
     found = rates(name, case, adversary, Channel.RELEASES, scores, round(lot), more)
+    if claimed is None:  # what the noise that was found allows is no claim
+        return [*found, _not_by_coins(adversary)]
     promised = [each.model_copy(update={"allowed": allowed}) if each.unit is Unit.AUC else each for each in found]
     return [*promised, _not_by_coins(adversary)]
 

@@ -340,7 +340,9 @@ def bag(case: Case, adversary: Adversary, clock: TimeBudget) -> list[Finding]:
     f1_prior = metrics.mean([_f_measure(truth_V, usual.counts_V) for truth_V, _ in found])
     area = metrics.mean([_presence(truth_V, each.log_odds_V) for truth_V, each in found])
     area_prior = metrics.mean([_presence(truth_V, usual.log_odds_V) for truth_V, _ in found])
-    of = f"{len(found)} pushes of {lot} records" if len(found) > 1 else f"a push of {lot} records"
+    several = len(found) > 1
+    one = f"a push of {counted(lot)}"
+    of = f"{len(found)} pushes of {counted(lot)}, of which all but one are simulated," if several else one
     return [
         Finding(
             name="bag of tokens",
@@ -348,6 +350,7 @@ def bag(case: Case, adversary: Adversary, clock: TimeBudget) -> list[Finding]:
             channel=Channel.EMBEDDING,
             unit=Unit.BAG,
             lot=lot,
+            simulated=several,
             value=f1,
             prior=f1_prior,
             sentence=f"Which tokens {of} hold, and how often, was read with F1 {f1.value:.2f} "
@@ -359,6 +362,7 @@ def bag(case: Case, adversary: Adversary, clock: TimeBudget) -> list[Finding]:
             channel=Channel.EMBEDDING,
             unit=Unit.PRESENCE,
             lot=lot,
+            simulated=several,
             value=area,
             prior=area_prior,
             sentence=f"In {of} a token that occurs is told from one that does not with AUC {area.value:.3f} "

@@ -86,7 +86,7 @@ def shareable(findings: Findings) -> Findings:
             "headline": headline(verdicts, kept, private),
             "tokens": TokensFigures.model_validate(_without(findings.tokens, ("recovery", "prior")) | {"layers": {}}),
             "experts": ExpertsFigures.model_validate(
-                _without(findings.experts, ("recovery", "prior", "auc")) | {"lots": {}}
+                _without(findings.experts, ("recovery", "prior", "auc")) | {"lots": {}, "simulated": ()}
             ),
             "experts_dp": private,
             "epsilon": _bounds(findings.epsilon),

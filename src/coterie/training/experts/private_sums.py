@@ -41,6 +41,11 @@ from coterie.training.experts.contribution import DRAW, Sums
 from coterie.training.experts.push_grid import noised_scale
 from coterie.training.party.inputs import PrivacyInputs, party_plan
 
+_RECORDED = (
+    "recordings for an audit (`transcript`): with what all parties recorded masked sums are opened, and this party's "
+    "key says which records its lots held; whoever is given them learns more than any party"
+)
+
 
 class PrivateSums:
     """Sums under a privacy budget; see `coterie.training.experts.contribution.Contribution`.
@@ -242,8 +247,9 @@ class PrivateSums:
                 records_per_user=self._plan.records_per_user, digest=inputs.digest, originals=inputs.originals,
             )  # fmt: skip
             entry = RunEntry(
-                inputs.spec.ledger, self._run(), inputs.artefacts, inputs.record, self._compared, self._gaps
-            )
+                inputs.spec.ledger, self._run(), inputs.artefacts, inputs.record, self._compared,
+                (*self._gaps, *((_RECORDED,) if self._masked and inputs.recorded else ())),
+            )  # fmt: skip
             engine = self._engine = self._make_engine(streamer)
             self._constant = None if inputs.push_after_s is None else self._one_shape()
             self.contributor = Contributor(

@@ -52,6 +52,7 @@ class PrivacyInputs:
         record: what one record is, in public words and numbers; see `coterie.training.provenance.record_facts`.
         originals: the documents behind the records; None: the records themselves.
         momentum: with which optimisers add up rounds, for noise in bands.
+        recorded: parties keep what others send them and a key to their own sums, for an audit.
     """
 
     spec: PrivacySpec
@@ -69,6 +70,7 @@ class PrivacyInputs:
     record: Mapping[str, Any] = field(default_factory=dict)
     originals: Originals | None = None
     momentum: float = 0.0
+    recorded: bool = False
 
 
 @dataclass(frozen=True)

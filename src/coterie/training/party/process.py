@@ -301,6 +301,7 @@ def _privacy_inputs(
         largest_lot=federation.largest_lot,
         largest_noise=party_noise_limit(federation),
         momentum=federation.optim.added_momentum,
+        recorded=federation.transcript is not None,
     )
 
 
