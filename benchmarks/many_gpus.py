@@ -203,19 +203,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def state_bytes(layout: Layout, lora: bool, over: int, owners: int = 1) -> float:
-    """Weights in bfloat16, sums in float32, AdamW with a master copy in float32 at ``owners``; experts over ranks."""
-    trained = BYTES.sums + (BYTES.optimizer + BYTES.weight) / owners
+def state_bytes(layout: Layout, lora: bool, over: int, gpus: int) -> float:
+    """Weights in bfloat16 and sums in float32 where they are held, AdamW with a master copy in float32 at owners."""
     frozen = BYTES.weight / 2
-    if lora:
-        return (
-            frozen * (layout.trunk_values + layout.expert_values / over)
-            + (frozen + trained) * layout.adapter_values / over
-        )
-    return (frozen + trained) * (layout.trunk_values + layout.expert_values / over)
+    experts = layout.adapter_values if lora else layout.expert_values
+    trunk = 0 if lora else layout.trunk_values
+    held = frozen * (layout.trunk_values + layout.expert_values / over + (experts / over if lora else 0))
+    return held + BYTES.sums * (trunk + experts / over) + (BYTES.optimizer + BYTES.weight) * (trunk + experts) / gpus
 
 
-def row(layout: Layout, gpus: int, over: int, lora: bool, owners: bool = False) -> Row:
+def row(layout: Layout, gpus: int, over: int, lora: bool) -> Row:
     """One way.
 
     Args:
@@ -223,7 +220,6 @@ def row(layout: Layout, gpus: int, over: int, lora: bool, owners: bool = False) 
         gpus: of the party.
         over: ranks that the experts of every layer are spread over; 1: whole models everywhere.
         lora: train adapters of the experts alone.
-        owners: where models are whole, only the owner of a value holds its optimiser.
     """
     replicas, tokens = gpus // over, LOT * TOKENS / gpus
     experts = layout.adapter_values if lora else layout.expert_values
@@ -240,8 +236,8 @@ def row(layout: Layout, gpus: int, over: int, lora: bool, owners: bool = False) 
     on_disk = BYTES.spool * released / gpus * min(gpus, NODE)
     way = "records" if over == 1 else "experts" if replicas == 1 else f"experts, {replicas} groups"
     return Row(
-        gpus, way + (", owners step" if owners else ""), state_bytes(layout, lora, over, gpus if owners else 1),
-        sums + rows, (sums / network + rows_s) / SHARE, compute / BF16 / SHARE,
+        gpus, way, state_bytes(layout, lora, over, gpus), sums + rows, (sums / network + rows_s) / SHARE,
+        compute / BF16 / SHARE,
         LOT / gpus * layout.clipping(lora) / FLOAT32 / SHARE,
         released / gpus * (NOISE_S / CORES + 2 * BYTES.sums / PCIE), on_disk / DISK,
     )  # fmt: skip
@@ -250,9 +246,8 @@ def row(layout: Layout, gpus: int, over: int, lora: bool, owners: bool = False) 
 def rows_of(layout: Layout, lora: bool) -> list[Row]:
     """All ways of a model."""
     return [
-        row(layout, 8, 1, lora), row(layout, 8, 1, lora, owners=True), row(layout, 8, 8, lora),
-        row(layout, 64, 1, lora), row(layout, 64, 1, lora, owners=True), row(layout, 64, 8, lora),
-        row(layout, 64, 64, lora),
+        row(layout, 8, 1, lora), row(layout, 8, 8, lora),
+        row(layout, 64, 1, lora), row(layout, 64, 8, lora), row(layout, 64, 64, lora),
     ]  # fmt: skip
 
 
@@ -379,7 +374,8 @@ def bytes_of(found: Sequence[dict[str, int]]) -> Bytes:
     everywhere = first["values"] - first["apart"]
     rows, chosen = total("rows"), first["chosen"]
     return Bytes(
-        total("weights") / total("values"), total("optimizer") / total("values"), total("sums") / total("values"),
+        total("weights") / total("values"), total("optimizer") / (everywhere + total("apart")),
+        total("sums") / total("values"),
         total("up") / everywhere / others, total("down") / everywhere / others,
         total("vector_bytes") / rows / first["hidden"] / 4 if rows else BYTES.vectors,
         total("row_bytes") / rows / (4 * (3 * chosen + 1)) if rows else BYTES.row_numbers,

@@ -1,12 +1,14 @@
 """What several ranks gain on a private run: time, processor time and memory of a step, beside one process.
 
-    python benchmarks/ranks.py --json ranks.json
+    python benchmarks/ranks.py --json ranks.json                             # minutes
+    python benchmarks/ranks.py --shape 32x256 --rounds 4 --tries 3           # the shape that is compared
     python benchmarks/ranks.py --model small --shape 4x16 --rounds 2 --tries 1    # seconds
 
 Arms: ``alone``, one process; ``data-2``, whole models at 2 ranks; ``experts-2`` and ``experts-4``, experts spread
-over 2 and 4 ranks. A step is a whole round of a private session: clipping, what crosses between ranks, noise, spool,
-ledger, AdamW. Ranks are processes of this machine with one thread each, and every arm has the same seeded lots. Arms
-take turns ``--tries`` times; figures are medians over all rounds but the first of each.
+over 2 and 4 ranks; ``groups-4``, two groups of 2 ranks that each hold all experts. A step is a whole round of a
+private session: clipping, what crosses between ranks, noise, spool, ledger, AdamW. Ranks are processes here
+with one thread each, and every arm has the same seeded lots. Arms take turns ``--tries`` times; figures are medians
+over all rounds but the first of each.
 
 ``efficiency`` is the processor time of ``alone`` over that of all ranks of an arm together: what else runs on the
 machine changes it less than wall time (``speedup``). ``memory`` is the peak resident size of the largest rank beyond
@@ -43,7 +45,10 @@ from coterie.models.spread.spread import spread_experts
 from coterie.training.planning.measured import peak_rss_bytes
 from dp_step import VOCABULARY, language_model
 
-ARMS = {"alone": ("alone", 1), "data-2": ("data", 2), "experts-2": ("experts", 2), "experts-4": ("experts", 4)}
+ARMS = {
+    "alone": ("alone", 1), "data-2": ("data", 2), "experts-2": ("experts", 2), "experts-4": ("experts", 4),
+    "groups-4": ("groups", 4),
+}  # fmt: skip
 RECORDS = 256
 
 
@@ -78,8 +83,8 @@ def be_rank(mode: str, model_name: str, shape: str, rounds: int, folder: Path) -
     steps = []
     with dp.join_ranks(patience_s=120.0) as ranks:
         model = MODELS[model_name]()
-        if mode == "experts":
-            spread_experts(model, ranks)
+        if mode in ("experts", "groups"):
+            spread_experts(model, ranks, 2 if mode == "groups" else None)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         session = dp.make_private(
@@ -129,9 +134,9 @@ def main() -> None:
     """Run all arms, or be one rank of one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="41M")
-    parser.add_argument("--shape", default="32x256", help="expected records of a lot, and tokens of each")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--tries", type=int, default=3)
+    parser.add_argument("--shape", default="16x64", help="expected records of a lot, and tokens of each")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tries", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -140,9 +145,10 @@ def main() -> None:
         be_rank(options.rank_of, options.model, options.shape, options.rounds, options.folder)
         return
     tries: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in ARMS}
-    for _ in range(options.tries):
+    for number in range(options.tries):
         for name, (mode, world) in ARMS.items():
             tries[name].append(run_arm(mode, world, options))
+            print(f"{name}, try {number + 1} of {options.tries}", file=sys.stderr, flush=True)
     arms = {name: summary(found) for name, found in tries.items()}
     alone = arms["alone"]
     for name, own in arms.items():

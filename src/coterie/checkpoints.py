@@ -59,7 +59,7 @@ class Checkpoint:
         digest: SHA-256 of the manifest, and so of everything in it.
         state: the JSON values that were saved with it.
         files: name of each tensor file to its bytes and their SHA-256.
-        parts: digests of what ranks 1 and on wrote beside it, where a model's experts are spread over ranks.
+        parts: digests of what ranks 1 and on wrote beside it, where several shared the run.
     """
 
     run: str
@@ -76,12 +76,20 @@ class Checkpoint:
         Raises:
             CheckpointError: as `load`; a part is missing, or is not what was written.
         """
-        yield from self.load(stem).items()
+        for each in (self, *self.others()):
+            yield from each.load(stem).items()
+
+    def others(self) -> Iterator[Checkpoint]:
+        """What other ranks wrote of it.
+
+        Raises:
+            CheckpointError: a part is missing, or is not what was written.
+        """
         for rank, digest in enumerate(self.parts, 1):
             part = read_checkpoint(part_folder(self.path, rank, digest))
             if part.digest != digest:
                 raise _torn(part.path, "it is not what was written")
-            yield from part.load(stem).items()
+            yield part
 
     def load(self, stem: str, device: str = "cpu") -> dict[str, Tensor]:
         """The tensors of one file, after its digest was compared.

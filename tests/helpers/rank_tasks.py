@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from coterie.dp.accounting.budget import PrivacyWarning
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.noise import discrete_gaussian
 from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.session import PrivateSession
 from coterie.models import seam
+from coterie.models.spread.holdings import Holdings
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks import processes
 from coterie.ranks.ranks import Ranks
@@ -125,7 +127,8 @@ def train(
             assert session.last is not None
             figures.append((session.last.drawn, session.last.loss, session.last.clipped, session.last.masked))
         counted = len(session.ledger.releases(session.run)) if ranks.rank == 0 else None
-    return {"weights": weights, "figures": figures, "counted": counted}
+        kept = sum(v.numel() for own in session.optimizer.state.values() for v in own.values() if v.numel() > 1)
+    return {"weights": weights, "figures": figures, "counted": counted, "kept": kept}
 
 
 def train_with(ranks: Ranks, folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,12 +172,11 @@ def norms_and_sums(ranks: Ranks, family: str, clipping: str) -> dict[str, float]
     mine = lot.share(ranks.rank, ranks.world)
     alone, alone_norms = computed(ids, 5)
     sums, norms = computed(ids[torch.from_numpy(mine.records)], 2)
-    slabs = Slabs(sums, 1.0, in_place=True)
-    for owner in range(ranks.world):
-        ranks.add_up(slabs.sums(slabs.owned(owner, ranks.world)), owner)
-    slabs.keep_noised(slabs.owned(ranks.rank, ranks.world))
-    for owner in range(ranks.world):
-        ranks.hand_out(slabs.targets(slabs.owned(owner, ranks.world)), owner)
+    slabs, owners = Slabs(sums, 1.0, in_place=True), Ownership(ranks, Holdings(model), sums)
+    for sharing, owner, names in owners.by_owner(sums):
+        sharing.add_up(slabs.sums(names), owner)
+    slabs.keep_noised(owners.own(sums))
+    owners.hand_out(slabs.noised)
     worst = max(
         float((slabs.noised[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-30))
         for name, value in alone.items()
@@ -237,6 +239,13 @@ def failing(ranks: Ranks, folder: Path) -> None:
         armed = True
         for lot in session:
             session.step(lot)
+
+
+def in_turns(ranks: Ranks, folder: Path) -> None:
+    """A session that steps by itself once, and leaves it to its caller then."""
+    with opened(ranks, folder) as session:
+        session.step(session.next_lot())
+        session.put_gradients()
 
 
 def stopped(ranks: Ranks) -> None:
@@ -315,10 +324,10 @@ def _average(ranks: Ranks) -> None:
 def _noise_everywhere(ranks: Ranks) -> None:
     plain = Slabs.add_noise
 
-    def before_adding_up(self: Slabs, numbers: range, *arguments: Any) -> None:
+    def before_adding_up(self: Slabs, names: Iterable[str], *arguments: Any) -> None:
         for _ in range(ranks.world):
-            plain(self, numbers, *arguments[:2], 1.0)
-        for target in self.targets(numbers):
+            plain(self, names, *arguments[:2], 1.0)
+        for target in self.targets(names):
             target.div_(arguments[2])
 
     Slabs.add_noise = before_adding_up  # type: ignore[method-assign]
@@ -336,13 +345,8 @@ def _own_lots(ranks: Ranks) -> None:
 
 
 def _dropped_tail(ranks: Ranks) -> None:
-    owned = Slabs.owned
-
-    def shorter(self: Slabs, rank: int, world: int) -> range:
-        numbers = owned(self, rank, world)
-        return numbers[:-1] if rank == world - 1 and world > 1 else numbers
-
-    Slabs.owned = shorter  # type: ignore[method-assign]
+    sums = Slabs.sums
+    Slabs.sums = lambda self, names: sums(self, names)[:-1]  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, Callable[[Ranks], None]] = {

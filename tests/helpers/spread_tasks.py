@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,21 @@ from torch import Tensor, nn
 
 from coterie import dp
 from coterie.config import LoraSpec, ModelSpec
+from coterie.dp.accounting.lots import Lot
+from coterie.dp.checks.between_ranks import check_between_ranks
 from coterie.dp.clipping import policy
 from coterie.dp.losses import default_loss
 from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample import captured_pass
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.gram import SqNorms
 from coterie.dp.per_sample.shared_batch import SharedBatch
 from coterie.dp.session import PrivateSession
+from coterie.errors import RankError
 from coterie.models import seam
 from coterie.models.lora import attach_adapters
+from coterie.models.spread.holdings import Holdings
 from coterie.models.spread.spread import spread_experts, spread_of
 from coterie.models.spread.travel import Trip
 from coterie.models.zoo.build import build_model
@@ -40,7 +45,7 @@ Case = Mapping[str, Any]
 WITHOUT: Case = {
     "family": "olmoe", "clipping": "flat", "method": "book_keeping", "clip_norm": 0.7, "lora": False,
     "checkpointing": False, "records_of": None, "fault": "", "common": False, "broken": None,
-    "train": True, "batchings": False,
+    "train": True, "batchings": False, "over": None,
 }  # fmt: skip
 
 
@@ -121,7 +126,7 @@ def _norms_and_sums(ranks: Ranks, case: Case) -> dict[str, float]:
     shares = case["records_of"] or [list(range(rank, RECORDS, ranks.world)) for rank in range(ranks.world)]
     mine = torch.tensor(shares[ranks.rank], dtype=torch.int64)
     whole, part = built(case), built(case)
-    spread_experts(part, ranks)
+    spread_experts(part, ranks, case["over"])
     spread = spread_of(part)
     assert spread is not None
     expected, expected_norms = clipped(engine_of(whole, case), rows, 5, 2)
@@ -137,6 +142,8 @@ def _norms_and_sums(ranks: Ranks, case: Case) -> dict[str, float]:
             ranks.hand_out([sums[name]], 0)
         else:
             value = cut.part(value, spread.held(cut))
+            spread.replicas.add_up([sums[name]], 0)
+            spread.replicas.hand_out([sums[name]], 0)
         worst = max(worst, difference(sums[name], value))
     wanted = expected_norms[mine]
     usual = torch.isfinite(wanted)
@@ -268,22 +275,22 @@ def no_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def prepared(
-    ranks: Ranks, spread: bool, lora: bool = False, frozen_trunk: bool = False
+    ranks: Ranks, spread: bool, lora: bool = False, frozen_trunk: bool = False, over: int | None = None
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = with_adapters(small()) if lora else small()
     if frozen_trunk:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("experts" in name)
     if spread:
-        spread_experts(model, ranks)
+        spread_experts(model, ranks, over)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
 def opened(
     ranks: Ranks, folder: Path, *, spread: bool = True, lora: bool = False, frozen_trunk: bool = False, **options: Any
 ) -> PrivateSession:
-    """A session on `words`; the experts of its model are spread over the ranks."""
-    model, optimizer = prepared(ranks, spread, lora, frozen_trunk)
+    """A session on `words`; the experts of its model are spread over the ranks, or over groups of them."""
+    model, optimizer = prepared(ranks, spread, lora, frozen_trunk, options.pop("over", None))
     records = words(broken=options.pop("broken", None))
     loss = options.pop("loss", scaled_loss)
     chosen: dict[str, Any] = {
@@ -304,10 +311,12 @@ def whole_values(ranks: Ranks, model: nn.Module, tensors: Mapping[str, Tensor | 
             found[name] = own.detach().clone()
             continue
         whole = torch.full(cut.shape(), torch.nan)
-        for rank in range(ranks.world):
-            held = cut.held(rank, ranks.world)
-            part = own.detach().clone().contiguous() if rank == ranks.rank else torch.empty(cut.shape(held))
-            ranks.hand_out([part], rank)
+        assert spread is not None
+        group = spread.ranks
+        for rank in range(group.world):
+            held = cut.held(rank, group.world)
+            part = own.detach().clone().contiguous() if rank == group.rank else torch.empty(cut.shape(held))
+            group.hand_out([part], rank)
             cut.put(part, held, whole, range(cut.experts))
         found[name] = whole
     return found
@@ -351,18 +360,23 @@ def noise_needed(ranks: Ranks, folder: Path) -> tuple[float, float]:
 
 
 def resumable(
-    ranks: Ranks, folder: Path, spread: bool = True, slab: int = SLAB, frozen_trunk: bool = False
+    ranks: Ranks,
+    folder: Path,
+    spread: bool = True,
+    slab: int = SLAB,
+    frozen_trunk: bool = False,
+    over: int | None = None,
 ) -> dict[str, Any]:
     """A run that is begun or gone on with, with a checkpoint after one round; what the ledger counts at the end."""
     use_slabs_of(slab)
     saved = folder / "saved"
     if (saved / "manifest.json").exists():
-        model, optimizer = prepared(ranks, spread, frozen_trunk=frozen_trunk)
+        model, optimizer = prepared(ranks, spread, frozen_trunk=frozen_trunk, over=over)
         session = PrivateSession.resume(
             saved, model, optimizer, words(), collated, scaled_loss, ledger=folder / "ledger", ranks=ranks
         )
     else:
-        session = opened(ranks, folder, spread=spread, frozen_trunk=frozen_trunk)
+        session = opened(ranks, folder, spread=spread, frozen_trunk=frozen_trunk, over=over)
     with session:
         for lot in session:
             session.step(lot)
@@ -372,7 +386,14 @@ def resumable(
         return {"weights": flat(ranks, session.model), "counted": counted}
 
 
-def deadly(ranks: Ranks, folder: Path, step: str, slab: int = SLAB, frozen_trunk: bool = False) -> dict[str, Any]:
+def deadly(
+    ranks: Ranks,
+    folder: Path,
+    step: str,
+    slab: int = SLAB,
+    frozen_trunk: bool = False,
+    over: int | None = None,
+) -> dict[str, Any]:
     """`resumable`, of which the last rank is killed when it has been told what a step came to."""
     together = ranks.together
 
@@ -383,7 +404,33 @@ def deadly(ranks: Ranks, folder: Path, step: str, slab: int = SLAB, frozen_trunk
         return told
 
     ranks.together = deadly_together  # type: ignore[method-assign]
-    return resumable(ranks, folder, slab=slab, frozen_trunk=frozen_trunk)
+    return resumable(ranks, folder, slab=slab, frozen_trunk=frozen_trunk, over=over)
+
+
+def compared_with_alone(ranks: Ranks, cases: Sequence[Case]) -> list[str]:
+    """What a comparison before training says of what these ranks compute together: a code, or nothing."""
+    found = []
+    for given in cases:
+        case = {**WITHOUT, "spread": True, **given}
+        model = built(case) if case["family"] != "small" else small().train()
+        if case["spread"]:
+            spread_experts(model, ranks, case["over"])
+        engine, trained = engine_of(model, case), {n: p for n, p in model.named_parameters() if p.requires_grad}
+        owners = Ownership(ranks, Holdings(model), trained)
+        try:
+            with FAULTS[case["fault"]](ranks):
+                check_between_ranks(engine, ranks, owners, batch_of(texts(1) % 40))
+            found.append("")
+        except RankError as error:
+            found.append(error.code)
+        assert not any(bool(total.any()) for total in engine.take().values())
+    return found
+
+
+def refused(ranks: Ranks, folder: Path, fault: str) -> None:
+    """A run that is checked as by default, while something between the ranks is broken."""
+    with FAULTS[fault](ranks), opened(ranks, folder, self_check=True):
+        pass
 
 
 def failing(ranks: Ranks, folder: Path) -> None:
@@ -471,13 +518,53 @@ def _other_records(ranks: Ranks) -> AbstractContextManager[Any]:
 def _noise_everywhere(ranks: Ranks) -> AbstractContextManager[Any]:
     plain = Slabs.add_noise
 
-    def by_all(self: Slabs, numbers: range, *arguments: Any) -> None:
+    def by_all(self: Slabs, names: Iterable[str], *arguments: Any) -> None:
         for _ in range(ranks.world):
-            plain(self, numbers, *arguments[:2], 1.0)
+            plain(self, names, *arguments[:2], 1.0)
         for target in self.noised.values():
             target.div_(arguments[2])
 
     return patch.object(Slabs, "add_noise", by_all)
+
+
+def _wrong_group(ranks: Ranks) -> AbstractContextManager[Any]:
+    """Norms are exchanged with the rank that has the same experts in place of that which has the others."""
+    partners = [rank for rank in range(ranks.world) if rank % 2 == ranks.rank % 2]
+
+    def beside(self: SharedBatch, own: SqNorms) -> list[SqNorms]:
+        found = ranks.gather(torch.stack([own.value, own.slack]))
+        return [SqNorms(*found[rank]) for rank in partners]
+
+    return patch.object(SharedBatch, "exchanged", beside)
+
+
+def _replica_twice(ranks: Ranks) -> AbstractContextManager[Any]:
+    by_owner = Ownership.by_owner
+
+    def again(self: Ownership, names: Any) -> Iterator[tuple[Ranks, int, list[str]]]:
+        for sharing, owner, own in by_owner(self, names):
+            yield sharing, owner, own
+            if sharing is not ranks:
+                yield sharing, owner, own
+
+    return patch.object(Ownership, "by_owner", again)
+
+
+def _averaged(ranks: Ranks) -> AbstractContextManager[Any]:
+    add_up = ranks.add_up
+
+    def divided(pieces: Sequence[Tensor], owner: int) -> None:
+        add_up(pieces, owner)
+        for piece in pieces:
+            piece.div_(ranks.world)
+
+    return patch.object(ranks, "add_up", divided)
+
+
+def _lot_twice(ranks: Ranks) -> AbstractContextManager[Any]:
+    """Every group of two has the whole lot."""
+    share = Lot.share
+    return patch.object(Lot, "share", lambda self, rank, world: share(self, rank % 2, 2))
 
 
 FAULTS: dict[str, Callable[[Ranks], AbstractContextManager[Any]]] = {
@@ -487,6 +574,10 @@ FAULTS: dict[str, Callable[[Ranks], AbstractContextManager[Any]]] = {
     "dropped tail": _dropped_tail,
     "lost router gradient": _lost_router_gradient,
     "lost adapters": _lost_adapters,
+    "exchange over the wrong group": _wrong_group,
+    "a replica's sums twice": _replica_twice,
+    "the lot once for each group": _lot_twice,
+    "sums averaged": _averaged,
     "records of one rank taken for another's": _other_records,
     "noise at every rank": _noise_everywhere,
 }

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,22 @@ def test_another_number_of_processes_than_the_settings_say_is_refused(
     assert caught.value.code == "ranks-count"
 
 
+@pytest.mark.parametrize(("started", "fits"), [(2, True), (4, True), (3, False)])
+def test_experts_over_takes_any_number_of_groups_that_a_launcher_started(
+    started: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    monkeypatch.setattr("coterie.ranks.processes.join_ranks", nullcontext)
+    with nullcontext() if fits else pytest.raises(ConfigError, match="`experts_over` is 2, and 3 processes"):
+        joined(settings(tmp_path, experts_over=2))
+
+
+def test_devices_are_a_multiple_of_experts_over(tmp_path: Path) -> None:
+    assert settings(tmp_path, devices=4, experts_over=2).ranks == 4
+    with pytest.raises(ValueError, match="give `devices` a multiple of `experts_over`"):
+        settings(tmp_path, devices=3, experts_over=2)
+
+
 def test_a_run_is_gone_on_with_only_where_the_launcher_starts_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,14 +113,14 @@ def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(tmp_
 
 
 @pytest.mark.slow
-def test_experts_over_two_ranks_of_torchrun_train_evaluate_and_export_what_one_process_does(tmp_path: Path) -> None:
+def test_two_groups_of_two_ranks_of_torchrun_train_evaluate_and_export_what_one_process_does(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("the cough and the knee\n" * 9)
     data = settings(tmp_path).data.model_copy(update={"test": (tmp_path / "test.txt",)})
     alone = settings(tmp_path, "alone", data=data)
     dump_yaml(tmp_path / "both.yaml", settings(tmp_path, "both", data=data, experts_over=2))
     ended = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d",
             "--rdzv-endpoint", "127.0.0.1:0", "-m", "coterie", "train", "both.yaml", "--json", "both.json",
         ],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,

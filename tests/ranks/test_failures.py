@@ -85,6 +85,12 @@ def test_ranks_at_different_steps_are_refused_instead_of_waiting() -> None:
         assert each.error.startswith("ranks-out-of-step")
 
 
+def test_ranks_do_not_step_each_its_own_and_then_all_everything(tmp_path: Path) -> None:
+    for each in run_ranks(2, rank_tasks.in_turns, tmp_path):
+        assert each.error is not None
+        assert each.error.startswith("dp-step-ranks")
+
+
 def test_a_frozen_rank_is_named_within_seconds() -> None:
     began = time.monotonic()
     first, _ = run_ranks(2, rank_tasks.stopped, patience_s=3.0, kill_s=0.0)

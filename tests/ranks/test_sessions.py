@@ -44,6 +44,8 @@ def test_weights_after_rounds_are_those_of_one_process_and_the_same_bits_at_ever
             assert (found[0], found[3]) == (size, masked)
             assert found[1:3] == pytest.approx((loss, clipped), rel=1e-6)
     assert ranks[0]["counted"] == alone["counted"] == 4
+    assert sum(own["kept"] for own in ranks) == alone["kept"]  # each parameter's moments at its owner alone
+    assert max(own["kept"] for own in ranks) <= 0.55 * alone["kept"]
 
 
 def test_seeded_noise_is_the_same_bits_for_any_number_of_ranks(tmp_path: Path) -> None:

@@ -25,10 +25,16 @@ FOUR: dict[str, dict[str, Any]] = {
     "ghost, by layer": {"method": "ghost", "clipping": "per_layer"},
     "by group": {"family": "deepseek_v3", "clipping": "per_group"},
     "adapters": {"lora": True, "method": "ghost"},
-}
+    "two groups": {"over": 2},
+    "two groups, adapters, a group without records": {
+        "over": 2, "lora": True, "method": "ghost", "clipping": "per_layer",
+        "records_of": [[], [], list(range(7)), [7, 8, 9]],
+    },
+}  # fmt: skip
 FAULTS: dict[str, dict[str, Any]] = {
     "clipped rank by rank": {},
     "exchange over half of the ranks": {},
+    "exchange over the wrong group": {"over": 2},
     "dropped tail": {},
     "lost router gradient": {},
     "lost adapters": {"lora": True},
@@ -90,6 +96,7 @@ def test_plain_gradients_outputs_and_generated_tokens_are_those_of_one_process(f
     [
         (2, {}),
         (4, {"lora": True, "method": "ghost", "clipping": "per_layer", "adaptive_quantile": 0.5}),
+        (4, {"over": 2}),
     ],
 )
 def test_weights_after_rounds_are_those_of_one_process(world: int, options: dict[str, Any], tmp_path: Path) -> None:
@@ -112,9 +119,11 @@ def test_seeded_noise_is_the_same_bits_for_any_number_of_ranks(lora: bool, tmp_p
     (alone,) = values(run_ranks(1, spread_tasks.noise_alone, tmp_path / "1", {**options, "spread": False}))
     found = [
         own
-        for world in (1, 2, 4)
-        for own in values(run_ranks(world, spread_tasks.noise_alone, tmp_path / f"{world}s", options))
+        for world, over in ((1, 1), (2, 2), (4, 4), (4, 2))
+        for own in values(
+            run_ranks(world, spread_tasks.noise_alone, tmp_path / f"{world}s{over}", {**options, "over": over})
+        )
     ]
-    assert len(found) == 7
+    assert len(found) == 11
     assert all(own == alone for own in found)
     assert len({*alone}) > 800

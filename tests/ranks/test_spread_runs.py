@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +26,18 @@ def test_ranks_without_records_empty_lots_and_broken_records(tmp_path: Path) -> 
         assert [f[::3] for f in own["figures"]] == [f[::3] for f in alone["figures"]]
 
 
-def test_noise_at_every_rank_is_seen_by_that_comparison(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, {"fault": "noise at every rank"}),
+        (4, {"fault": "a replica's sums twice", "over": 2}),
+        (4, {"fault": "the lot once for each group", "over": 2}),
+    ],
+    ids=lambda value: value["fault"] if isinstance(value, dict) else None,
+)
+def test_faults_of_ownership_are_seen_by_that_comparison(world: int, options: dict[str, Any], tmp_path: Path) -> None:
     (alone,) = values(run_ranks(1, spread_tasks.train, tmp_path / "alone", {"spread": False, "rounds": 1}))
-    options = {"fault": "noise at every rank", "rounds": 1}
-    for own in values(run_ranks(2, spread_tasks.train, tmp_path / "ranks", options)):
+    for own in values(run_ranks(world, spread_tasks.train, tmp_path / "ranks", {**options, "rounds": 1})):
         assert relative(torch.tensor(own["weights"][0]), torch.tensor(alone["weights"][0])) > 1e-6
 
 
@@ -60,6 +70,17 @@ def test_invariant_8_a_run_goes_on_with_any_number_of_ranks_after_one_was_killed
         assert ended[1].exit == -9
         again = run_ranks(world, spread_tasks.resumable, folder, True, slab, frozen_trunk, attempt=1)
         for own in values(again):
+            assert relative(torch.tensor(own["weights"]), torch.tensor(whole["weights"])) <= 1e-6
+            assert own["counted"] in (None, whole["counted"])
+
+
+def test_invariant_8_a_run_of_two_groups_goes_on_in_any_shape(tmp_path: Path) -> None:
+    (whole,) = values(run_ranks(1, spread_tasks.resumable, tmp_path / "whole"))
+    ended = run_ranks(4, spread_tasks.deadly, tmp_path / "killed", "count 2|0", 2, patience_s=5.0)
+    assert ended[3].exit == -9
+    for world, spread, over in ((4, True, 2), (3, True, 3), (2, False, None)):
+        folder = shutil.copytree(tmp_path / "killed", tmp_path / f"{world} {over}")
+        for own in values(run_ranks(world, spread_tasks.resumable, folder, spread, over, attempt=1)):
             assert relative(torch.tensor(own["weights"]), torch.tensor(whole["weights"])) <= 1e-6
             assert own["counted"] in (None, whole["counted"])
 

@@ -66,12 +66,13 @@ def joined(config: TrainConfig) -> AbstractContextManager[Ranks | None]:
     count = started_ranks()
     if config.privacy is None or count == 1:
         return nullcontext()
-    if config.ranks not in (1, count):
+    fits = count == config.devices if config.devices > 1 else count % config.experts_over == 0
+    if not fits:
         name = "devices" if config.devices > 1 else "experts_over"
         raise ConfigError(
-            f"`{name}` is {config.ranks}, and {count} processes were started.",
+            f"`{name}` is {getattr(config, name)}, and {count} processes were started.",
             code="ranks-count",
-            fix=f"start as many as `{name}` says",
+            fix=f"start as many as `{name}` says" + ("" if name == "devices" else ", or a multiple of that"),
         )
     from coterie.ranks.processes import join_ranks
 

@@ -103,13 +103,13 @@ class TrainConfig(Spec):
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
     devices: Count = Field(
         default=1,
-        description="Processes that share every round, each with the whole model; so far on CPUs, and only with "
-        "`privacy`.",
+        description="Processes that share every round, each with the whole model, or as `experts_over` says; so far "
+        "on CPUs, and only with `privacy`.",
     )
     experts_over: Count = Field(
         default=1,
-        description="Processes that the experts of every layer are spread over; tokens travel to them. As many as "
-        "`devices`, or `devices` is left out; only with `privacy`.",
+        description="Processes that the experts of every layer are spread over; tokens travel to them. Where "
+        "`devices` is a multiple of it, there are several such groups; only with `privacy`.",
     )
 
     @property
@@ -124,10 +124,10 @@ class TrainConfig(Spec):
         if self.ranks > 1 and self.privacy is None:
             name = "devices" if self.devices > 1 else "experts_over"
             raise ValueError(f"`{name}` above 1 is for private training: add `privacy`, or leave it out")
-        if self.experts_over > 1 and self.devices not in (1, self.experts_over):
+        if self.devices > 1 and self.devices % self.experts_over:
             raise ValueError(
-                f"`experts_over` is {self.experts_over} and `devices` {self.devices}: experts are spread over all "
-                "devices; give both the same number, or leave out `devices`"
+                f"`experts_over` is {self.experts_over} and `devices` {self.devices}: experts are spread over "
+                "groups of devices; give `devices` a multiple of `experts_over`, or leave it out"
             )
         if self.privacy is not None:
             check_adds_up(self.optim, self.privacy)

@@ -8,7 +8,7 @@ federation's party has `coterie.dp.party_session` in place of the session.
 A run is declared once: `coterie.dp.plan` holds what bounds its cost and what cannot, `coterie.dp.private_data` its
 records; `coterie.dp.saved_plan` keeps a plan in checkpoints (`coterie.dp.checkpoint`). `coterie.dp.start` checks and
 begins or resumes a session's run, and `coterie.dp.open_run` opens it, a party's too. Where several ranks share it,
-`coterie.dp.shared_releases` keeps them together.
+`coterie.dp.ownership` says who noises and steps what, and `coterie.dp.shared_releases` keeps them together.
 
 One round: `coterie.dp.lot_sums` adds up a lot, whose physical batches `coterie.dp.lot_batches` runs on a
 `coterie.dp.sum_engine`; `coterie.dp.clipping` says how much of each record counts, `coterie.dp.lot_figures` what the

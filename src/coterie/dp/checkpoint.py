@@ -28,6 +28,7 @@ from coterie.checkpoints import (
     write_checkpoint,
     write_part,
 )
+from coterie.dp.ownership import Ownership
 from coterie.dp.saved_plan import check_saved
 from coterie.errors import CheckpointError
 from coterie.models.spread.holdings import Holdings
@@ -42,22 +43,21 @@ _FACTS = (
 
 
 def pack(
-    model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], facts: dict[str, Any]
-) -> tuple[Content, dict[str, Any]]:
+    model: nn.Module, optimizer: torch.optim.Optimizer, owners: Ownership, extra: dict[str, Tensor],
+    facts: dict[str, Any],
+) -> tuple[Content, dict[str, Any]]:  # fmt: skip
     """A checkpoint's tensors and JSON values.
 
     Args:
         model: all parameters and buffers are saved, shared ones once.
-        optimizer: state tensors and settings.
+        optimizer: state tensors and settings; of parameters that other ranks own these write them, see `save_part`.
+        owners: of parameters.
         extra: further tensors (public, such as released loads).
         facts: JSON values.
     """
-    tensors, structure = _flatten(optimizer, model)
-    parts = Holdings(model)
-    return (
-        {"weights": parts.stored(model_tensors(model)), "optimizer": parts.stored(tensors), SESSION: extra},
-        {SESSION: facts, "optimizer": structure},
-    )
+    tensors, structure = _flatten(optimizer, model, owners)
+    weights = Holdings(model).stored(model_tensors(model))
+    return {"weights": weights, "optimizer": tensors, SESSION: extra}, {SESSION: facts, "optimizer": structure}
 
 
 def save(folder: Path, content: Content, state: dict[str, Any], parts: Sequence[str] = ()) -> None:
@@ -67,12 +67,15 @@ def save(folder: Path, content: Content, state: dict[str, Any], parts: Sequence[
 
 
 def save_part(
-    folder: Path, rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: str, round_no: int
-) -> str:
-    """Write what this rank alone holds of a checkpoint that rank 0 writes to ``folder`` next; returns its digest."""
-    parts = Holdings(model)
-    content = {"weights": parts.own(model_tensors(model)), "optimizer": parts.own(_flatten(optimizer, model)[0])}
-    return write_part(folder, rank, run, round_no, content, {})
+    folder: Path, rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, owners: Ownership, run: str,
+    round_no: int,
+) -> str:  # fmt: skip
+    """Write what is this rank's of a checkpoint that rank 0 writes to ``folder`` next; returns its digest."""
+    holdings = Holdings(model)
+    weights = {} if holdings.replicas.rank else holdings.own(model_tensors(model))
+    tensors, structure = _flatten(optimizer, model, owners)
+    content, state = {"weights": weights, "optimizer": tensors}, {"optimizer": structure}
+    return write_part(folder, rank, run, round_no, content, state)
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class SavedSession:
             return load_file(self.folder / "state.safetensors")
         return self._checkpoint.load(SESSION)
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put model and optimizer into the saved state.
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, owners: Ownership) -> None:
+        """Put model and optimizer into the saved state, the latter as far as this rank steps it.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or is of another model or optimizer.
@@ -107,13 +110,17 @@ class SavedSession:
                 code="dp-checkpoint-state-only",
                 fix="restore those that were saved beside it, and resume with state_only=True",
             )
+        structure = dict(self._optimizer)
         if self._checkpoint is None:
             _load_earlier(self.folder, model)
             tensors = _renamed(load_file(self.folder / "optimizer.safetensors"), _names(optimizer, model))
         else:
             load_model_tensors(model, saved_weights(self._checkpoint, model))
-            tensors = Holdings(model).joined(self._checkpoint.pieces("optimizer"))
-        _unflatten(optimizer, model, tensors, self._optimizer, self.folder)
+            pieces = self._checkpoint.pieces("optimizer")
+            tensors = Holdings(model).joined((name, own) for name, own in pieces if owners.is_own(_parameter(name)))
+            for part in self._checkpoint.others():
+                structure["plain"] = {**part.state.get("optimizer", {"plain": {}})["plain"], **structure["plain"]}
+        _unflatten(optimizer, model, owners, tensors, structure, self.folder)
 
 
 def read(folder: Path) -> SavedSession:
@@ -159,19 +166,31 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     return [names.get(id(parameter), f"#{index}") for index, parameter in enumerate(stepped)]
 
 
-def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors ``{parameter}/{part}``, as in a plain run's checkpoint, and what JSON can hold."""
-    state, names = optimizer.state_dict(), _names(optimizer, model)
+def _flatten(
+    optimizer: torch.optim.Optimizer, model: nn.Module, owners: Ownership
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is this rank's: tensors ``{parameter}/{part}``, as in a plain run's checkpoint, and what JSON can hold."""
+    state, names, holdings = optimizer.state_dict(), _names(optimizer, model), Holdings(model)
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
+        if not owners.is_own(names[index]):
+            continue
         for part, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"{names[index]}/{part}"] = value
             else:
                 plain.setdefault(str(index), {})[part] = value
     groups = json.loads(json.dumps(state["param_groups"], default=_number))
-    return tensors, {"plain": plain, "groups": groups}
+    stored = holdings.own(tensors)  # a number beside them, the same at all that have a part, comes from the first
+    stored |= {} if holdings.group.rank else holdings.stored(tensors)
+    stored |= {name: own for name, own in tensors.items() if not holdings.is_part(_parameter(name))}
+    return stored, {"plain": plain, "groups": groups}
+
+
+def _parameter(name: str) -> str:
+    """Whose state is stored under a name."""
+    return name.partition("/")[0]
 
 
 def _number(value: Any) -> Any:
@@ -181,12 +200,15 @@ def _number(value: Any) -> Any:
 def _unflatten(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
+    owners: Ownership,
     tensors: dict[str, Tensor],
     structure: dict[str, Any],
     folder: Path,
 ) -> None:
-    index_of = {name: index for index, name in enumerate(_names(optimizer, model))}
-    state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in structure["plain"].items()}
+    names = _names(optimizer, model)
+    index_of = {name: index for index, name in enumerate(names)}
+    plain = {int(index): dict(values) for index, values in structure["plain"].items()}
+    state: dict[int, dict[str, Any]] = {i: own for i, own in plain.items() if owners.is_own(names[i])}
     current = optimizer.state_dict()["param_groups"]
     groups = structure["groups"]
     saved_names = {name.rpartition("/")[0] for name in tensors}

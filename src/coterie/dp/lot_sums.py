@@ -17,6 +17,7 @@ from coterie.dp.lot_figures import LotFigures, RoundFigures, joined
 from coterie.dp.noise.joint_noise import LOAD, WITHIN, RoundNoise
 from coterie.dp.noise.lot_noise import LotNoise
 from coterie.dp.noise.randomness import RandomSource
+from coterie.dp.ownership import Ownership
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.refusals import value_changed
@@ -45,7 +46,8 @@ class LotSums:
     Attributes:
         batches: run the physical batches of a lot.
         engine, balancer: as given.
-        holdings: which of the released values are this rank's.
+        holdings: which of the released values are at this rank.
+        ownership: which of them it noises and steps.
         noise_multiplier: of this party's own noise in the round that is computed: as accounted, or its share of that.
         released: what later rounds know from earlier releases.
         last: figures of the last lot, owner-only; None before the first.
@@ -73,6 +75,7 @@ class LotSums:
         self._source = source
         self._ranks = ranks
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.ownership = Ownership(ranks, self.holdings, self._trained)
         self._grid = _grid(engine, plan)
         at_once = options.physical_batch if self._grid is None else 1
         self.batches = LotBatches(model, data, engine, balancer, at_once, self._grid is not None, shape)
@@ -133,8 +136,11 @@ class LotSums:
         return self._noise.of(multiplier, rounded)
 
     def _batches_of(self, shares: Sequence[Lot]) -> int:
-        """How many physical batches every rank runs: one whose experts others need runs as many as they do."""
-        return max(self.batches.count(share) for share in shares) if self.holdings.spread else 0
+        """How many physical batches this rank runs: one whose experts others need runs as many as they do."""
+        group = self.holdings.group
+        start = self._ranks.rank - group.rank
+        needing = shares[start : start + group.world] if self.holdings.spread else []
+        return max((self.batches.count(share) for share in needing), default=0)
 
     def _compute(self, lot: Lot, batches: int, key: int) -> tuple[dict[str, Tensor], LotFigures]:
         self.engine.take()  # what an interrupted step left

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,11 +29,14 @@ from coterie.dp.accounting.run_entry import RunStart
 from coterie.dp.accounting.spool import Release, Spool, shard_folder
 from coterie.dp.accounting.statement import Statement, make_statement
 from coterie.dp.balance import Balancer
+from coterie.dp.checks.between_ranks import check_between_ranks
 from coterie.dp.lot_sums import LotSums
 from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.noise.joint_noise import LOAD, WITHIN
 from coterie.dp.noise.past_noise import PastNoise
 from coterie.dp.noise.pooled import contributors_in
 from coterie.dp.noise.randomness import RandomSource, random_source
+from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.shared_batch import users_refused
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
@@ -135,17 +139,18 @@ class OpenRun:
         )  # fmt: skip
 
     def publish(
-        self, pending: Pending, divisor: float = 1.0, *, as_integers: bool = False
+        self, pending: Pending, divisor: float = 1.0, *, as_integers: bool = False, to_all: bool = True
     ) -> tuple[dict[str, Tensor], Release]:
         """Compute a pending lot, noise it, spool and count the result; the model is not changed.
 
         Each rank computes its part of the lot. Then every value has one owner, who gets all ranks' sums of it, adds
-        the noise and puts it on disk; what the others had of it is gone before the noised values are handed out.
+        the noise and puts it on disk; what the others had of it is gone before noised values are handed out.
 
         Args:
             pending: of `begin`.
             divisor: public; what is released is the noised sums over it.
             as_integers: release them as they lie on the grid; see `coterie.dp.noise.discrete_gaussian.add_noise`.
+            to_all: hand out everything; otherwise gradients stay with their owners.
 
         Returns:
             Float32 (or int64) tensors on the CPU by parameter name, and the release that holds them.
@@ -153,34 +158,29 @@ class OpenRun:
         earlier = self.shared.spooled(pending)
         if earlier is not None:
             return self.tensors(earlier), earlier
-        ranks, began = self.ranks, time.monotonic()
+        ranks, owners, began = self.ranks, self.lot_sums.ownership, time.monotonic()
         # From the pins, which are spooled and counted with the result: what is said of its noise is what it has.
         self.lot_sums.noise_multiplier = self.plan.own_noise(self.mechanism, len(contributors_in(pending.pins)))
         sums = self.lot_sums.compute(pending.lot, pending.name)
         slabs = self.lot_sums.noise(sums).cut(sums, self.lot_sums.holdings.parts(), as_integers=as_integers)
         del sums  # with isolation: exact they take twice the memory of what is spooled
-        owned = [slabs.owned(rank, ranks.world) for rank in range(ranks.world)]
-        for owner, numbers in enumerate(owned):
-            for some in _bucketed(numbers):
-                if pieces := slabs.sums(some):  # what one rank holds alone has nothing to be added to it
-                    ranks.add_up(pieces, owner)
-        summed = time.monotonic()
-        own = owned[ranks.rank]
+        for sharing, owner, names in owners.by_owner(slabs.noised):
+            sharing.add_up(slabs.sums(names), owner)
+        summed, own = time.monotonic(), owners.own(slabs.noised)
         with ranks.all_well(f"noise {pending.name}"):
             keep = self._add_noise(slabs, own, f"noise|{pending.name}", divisor)
             slabs.keep_noised(own)
         drawn = time.monotonic()
         release = self.shared.publish(pending, slabs.parts(own))
         keep()
-        for owner, numbers in enumerate(owned):
-            for some in _bucketed(numbers):
-                if pieces := slabs.targets(some):
-                    ranks.hand_out(pieces, owner)
+        handed_out = slabs.noised.keys() if to_all else {LOAD, WITHIN} & slabs.noised.keys()
+        for sharing, owner, names in owners.by_owner(handed_out):
+            sharing.hand_out(slabs.targets(names), owner)
         self.seconds = {"sums": summed - began, "noise": drawn - summed, "spool": time.monotonic() - drawn}
-        return slabs.noised, release
+        return {name: slabs.noised[name] for name in {*handed_out, *own}}, release
 
-    def _add_noise(self, slabs: Slabs, own: range, purpose: str, divisor: float) -> Callable[[], None]:
-        """Noise a rank's own slabs; what is returned is to be called when they are released."""
+    def _add_noise(self, slabs: Slabs, own: Sequence[str], purpose: str, divisor: float) -> Callable[[], None]:
+        """Noise a rank's own sums; what is returned is to be called when they are released."""
         past = self.past_noise
         if past is None:
             slabs.add_noise(own, self.source, purpose, divisor)
@@ -235,7 +235,7 @@ def open_run(
     Raises:
         BudgetError: an impossible budget or lot.
         PrivacyError: none were given, and a launcher started several processes.
-        RankError: they do not agree on model, data or plan.
+        RankError: they do not agree on model, data or plan, or compute something else together than alone.
         ProvenanceError: the start was made from private records.
         LedgerError: the ledger is damaged, in use, or knows the run with other numbers.
     """
@@ -250,7 +250,11 @@ def open_run(
     dataset, start, source = data.digest(), RunStart(plan, mechanism, data.units, engine), random_source(plan.seed)
     _check_spread(ranks, model, data, plan)
     ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
+    Holdings(model).replicas.agree("the experts of the run", lambda: {"the experts": experts_digest(model)})
     sums = LotSums(model, data, engine, balancer, plan, options, plan.own_noise(mechanism), source, ranks, shape)
+    if options.self_check and isinstance(engine, Engine) and not engine.lent_shapes:
+        device = next(iter(engine.parameters.values())).device
+        check_between_ranks(engine, ranks, sums.ownership, data.batch(np.zeros(1, np.int64), device))
     kept: list[Releases] = []
 
     def start_ledger() -> str:
@@ -268,15 +272,6 @@ def open_run(
     shared = SharedReleases(ranks, kept[0] if kept else None, spool)
     past = None if plan.bands is None else PastNoise(plan.bands)
     return OpenRun(entry.run, plan, options, data, lots, mechanism, ranks, shared, sums, source, dataset, gaps, past)
-
-
-_BUCKET = 16
-"""Slabs that are added up between ranks at once: 64 MiB of float32."""
-
-
-def _bucketed(numbers: range) -> Iterator[range]:
-    for start in range(numbers.start, numbers.stop, _BUCKET):
-        yield numbers[start - numbers.start : start - numbers.start + _BUCKET]
 
 
 def _check_devices(ranks: Ranks, model: nn.Module) -> None:
@@ -305,9 +300,11 @@ def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData, plan: Priva
     spread = spread_of(model)
     if spread is None:
         return
-    if (spread.ranks.rank, spread.ranks.world) != (ranks.rank, ranks.world):
+    group, replicas = spread.ranks, spread.replicas
+    place = replicas.rank * group.world + group.rank
+    if (place, group.world * replicas.world) != (ranks.rank, ranks.world):
         raise RankError(
-            f"the experts are spread over {spread.ranks.world} ranks, and {ranks.world} share the run.",
+            f"the experts are spread over {group.world * replicas.world} ranks, and {ranks.world} share the run.",
             code="ranks-spread",
             why="tokens would travel to ranks that do not wait for them",
             fix="give make_private the ranks that the experts were spread over",
@@ -318,7 +315,7 @@ def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData, plan: Priva
         raise PrivacyError(
             "noise in bands is not possible where experts are spread over ranks.",
             code="dp-spread-bands",
-            why="past noise is mixed in by whole slabs, of which an owner of experts has a part alone",
+            why="what such runs release has not been compared with what one process does",
             fix="train with whole models at each rank (devices without experts_over), or leave out noise_bands",
         )
 
@@ -343,10 +340,24 @@ def weights_digest(model: nn.Module) -> str:
 
     Of experts that are spread over ranks it says nothing: what is hashed is the same at all of them.
     """
-    digest, parts = hashlib.sha256(), Holdings(model)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if parts.is_part(name):
-            continue
+    parts = Holdings(model)
+    return _digest((name, own) for name, own in _values_of(model) if not parts.is_part(name))
+
+
+def experts_digest(model: nn.Module) -> str:
+    """SHA-256 of this rank's experts, where they are spread: the same at all ranks that hold these."""
+    parts = Holdings(model)
+    return _digest((name, own) for name, own in _values_of(model) if parts.is_part(name))
+
+
+def _values_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{tensor.requires_grad}".encode())
         if not tensor.is_meta:
             digest.update(raw_bytes(tensor))

@@ -6,7 +6,7 @@ trainable parameter, spool, count, and only then step the optimizer with the noi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +24,12 @@ from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
 from coterie.dp.accounting.statement import Statement
 from coterie.dp.losses import LossFunction
 from coterie.dp.lot_figures import RoundFigures
-from coterie.dp.open_run import OpenRun, weights_digest
+from coterie.dp.open_run import OpenRun, experts_digest, weights_digest
 from coterie.dp.private_data import Collate
 from coterie.dp.refusals import check_hooks
 from coterie.dp.saved_plan import plan_to_json
 from coterie.dp.start import resume_run
-from coterie.dp.stepping import ExpectsNoise, put_gradient
+from coterie.dp.stepping import ExpectsNoise, put_gradient, stepping_without
 from coterie.errors import CheckpointError, LedgerError, PrivacyError
 from coterie.models.split.trainings import Training
 
@@ -71,6 +71,7 @@ class PrivateSession:
         self._saved: Path | None = None
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._by_owners: bool | None = None
 
     @property
     def ledger(self) -> Ledger:
@@ -151,7 +152,8 @@ class PrivateSession:
                 why="each lot is used once; using one again would spend privacy that is not counted",
                 fix="use `for lot in session: session.step(lot)`",
             )
-        self._step(*self.publish(pending))
+        self._steps_by_owners(True)
+        self._step(*self._publish(pending, to_all=False))
         self._trim_spool()
         last = self.last
         return last if last is not None and last.round == self.round else None
@@ -159,18 +161,21 @@ class PrivateSession:
     def put_gradients(self) -> None:
         """One round for loops that step the optimizer themselves: it leaves the noisy mean gradients in ``.grad``.
 
-        A round that was released before a crash is taken from the spool, not computed again.
+        A round that was released before a crash is taken from the spool, not computed again. Where several ranks
+        share the session all of them have all gradients, and step everything.
 
         Raises:
             BudgetError: no release is left.
+            PrivacyError: several ranks share the session, and each has stepped its own parameters before.
         """
+        self._steps_by_owners(False)
         release = self._published()
         if release is not None:
-            self._take(self._opened.tensors(release), release)
+            self._take(self._opened.tensors(release), release, self._parameters)
             return
         self.next_lot()
         assert self._pending is not None
-        self._take(*self.publish(self._pending))
+        self._take(*self.publish(self._pending), self._parameters)
         self._trim_spool()
 
     @property
@@ -193,9 +198,12 @@ class PrivateSession:
         Returns:
             The noised sums over the expected lot size, float32 on the CPU, and the release that holds them.
         """
+        return self._publish(pending, to_all=True)
+
+    def _publish(self, pending: Pending, to_all: bool) -> tuple[dict[str, Tensor], Release]:
         with self._opened.ranks.all_well(f"before round {pending.round}"):
             self._check_trained()
-        return self._opened.publish(pending, divisor=float(self.privacy_plan.lot_size))
+        return self._opened.publish(pending, divisor=float(self.privacy_plan.lot_size), to_all=to_all)
 
     def _trim_spool(self) -> None:
         """Drop results that no checkpoint could be brought up to date with, and keep the rest within bounds.
@@ -235,13 +243,12 @@ class PrivateSession:
         for parameter in (*self.model.parameters(), *stepped):
             parameter.grad = None
 
-    def _take(self, means: Mapping[str, Tensor], release: Release) -> None:
-        """A release into the gradients, and its extra parts into later rounds."""
+    def _take(self, means: Mapping[str, Tensor], release: Release, names: Iterable[str]) -> None:
+        """A release into the gradients of some parameters, and its extra parts into later rounds."""
         self._check_trained()
         self._drop_other_gradients()
-        for name, parameter in self._parameters.items():
-            mean = means[name]
-            put_gradient(self.optimizer, parameter, mean)
+        for name in names:
+            put_gradient(self.optimizer, self._parameters[name], means[name])
         if isinstance(self.optimizer, ExpectsNoise):
             noise, size = self.lot_sums.fixed_noise(), self.privacy_plan.lot_size
             self.optimizer.expect_noise({p: noise.std_of(name) / size for name, p in self._parameters.items()})
@@ -251,13 +258,30 @@ class PrivateSession:
         self.round = release.round
 
     def _step(self, means: Mapping[str, Tensor], release: Release) -> None:
-        """Post-processing of a released result: one optimizer step."""
-        self._take(means, release)
+        """Post-processing of a released result: one optimizer step, each parameter at its owner; then all have it."""
+        owners = self.lot_sums.ownership
+        own = owners.own(self._parameters)
+        self._take(means, release, own)
         if self._schedule is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._schedule(release.round - 1)
-        self.optimizer.step()
+        others = {id(p) for name, p in self._parameters.items()} - {id(self._parameters[name]) for name in own}
+        with self._opened.ranks.all_well(f"step {release.round}"), stepping_without(self.optimizer, others):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        owners.hand_out(self._parameters)
+
+    def _steps_by_owners(self, by_owners: bool) -> None:
+        """Hold ranks that share a session to one way: what the optimizer keeps is at owners, or at all of them."""
+        if self._opened.ranks.world > 1 and self._by_owners is not None and by_owners is not self._by_owners:
+            raise PrivacyError(
+                "put_gradients and step cannot take turns where several ranks share a session.",
+                code="dp-step-ranks",
+                where=f"round {self.round + 1}",
+                why="with step each rank steps its own parameters, and its optimizer knows nothing of the others'",
+                fix="use one of them; for put_gradients, go on from what save_state wrote",
+            )
+        self._by_owners = by_owners
 
     def _published(self) -> Release | None:
         """The next round's result, if a run before this one had released it already from the same weights."""
@@ -273,6 +297,7 @@ class PrivateSession:
         """Step with the next round's result, if there is one already."""
         release = self._published()
         if release is not None:
+            self._steps_by_owners(True)
             self._step(self._opened.tensors(release), release)
         return release is not None
 
@@ -308,19 +333,19 @@ class PrivateSession:
         self.saved(Path(path))
 
     def parts(self, path: Path) -> tuple[str, ...]:
-        """Let the other ranks put down what they alone hold, beside what rank 0 writes to ``path`` next.
+        """Let the other ranks put down what is theirs, beside what rank 0 writes to ``path`` next.
 
         Returns:
-            Digests that the checkpoint names; none where every rank holds all.
+            Digests that the checkpoint names; none of one process.
         """
-        ranks = self._opened.ranks
-        if not self.lot_sums.holdings.spread:
+        ranks, owners = self._opened.ranks, self.lot_sums.ownership
+        if ranks.world == 1:
             return ()
 
         def put_down() -> str | None:
             if ranks.rank == 0:
                 return None
-            return checkpoint.save_part(path, ranks.rank, self.model, self.optimizer, self.run, self.round)
+            return checkpoint.save_part(path, ranks.rank, self.model, self.optimizer, owners, self.run, self.round)
 
         return tuple(ranks.together(f"parts after round {self.round}", put_down)[1:])
 
@@ -336,7 +361,8 @@ class PrivateSession:
 
     def content(self) -> tuple[Content, dict[str, Any]]:
         """What `save` writes, tensors and JSON values, for whoever keeps checkpoints in a store and calls `saved`."""
-        return checkpoint.pack(self.model, self.optimizer, self.lot_sums.released.state(), self._facts())
+        extra = self.lot_sums.released.state()
+        return checkpoint.pack(self.model, self.optimizer, self.lot_sums.ownership, extra, self._facts())
 
     def saved(self, folder: Path) -> None:
         """Everything up to now is durable in ``folder``: the results it includes leave the spool.
@@ -346,6 +372,9 @@ class PrivateSession:
         """
         ranks = self._opened.ranks
         ranks.agree(f"saved after round {self.round}", lambda: {"the weights": weights_digest(self.model)})
+        self.lot_sums.holdings.replicas.agree(
+            f"experts after round {self.round}", lambda: {"the experts": experts_digest(self.model)}
+        )
         self._saved = folder
         self._opened.shared.drop(self.round)
         keep_parts(folder, ranks.rank, ranks.world)
@@ -375,7 +404,8 @@ class PrivateSession:
             LedgerError: the ledger does not hold what it held when the checkpoint was made.
         """
         self.restore_state(path)
-        checkpoint.read(Path(path)).load(self.model, self.optimizer)
+        self._steps_by_owners(True)
+        checkpoint.read(Path(path)).load(self.model, self.optimizer, self.lot_sums.ownership)
         while self._replay():
             pass
 

@@ -65,7 +65,7 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
         lots = plan.lots(data.units.count)
         artefacts = as_loaded(declared(provenance), model)
         parts = _RunParts.of(model, data, plan, options, loss_fn, engine)
-        check_optimizer(model, optimizer)
+        check_optimizer(model, optimizer, shared=ranks.world > 1)
         check_adds_up(optimizer, plan.bands)
         plan.mechanism(lots)  # kept: a budget out of reach is said before anything is computed
         with at_home(model):
@@ -126,7 +126,7 @@ def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`
     opened = open_run(plan, options, data, model, parts.engine, parts.balancer, entry, ranks=ranks)
     try:
         with ranks.all_well("the checks before the next lot"):
-            check_optimizer(model, optimizer)
+            check_optimizer(model, optimizer, shared=ranks.world > 1)
             check_adds_up(optimizer, plan.bands)
             with at_home(model):
                 parts.check()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from coterie.dp.checks.dry_step import check_optimizer_step
+from coterie.dp.checks.dry_step import check_optimizer_step, check_steps_apart
 from coterie.dp.noise.bands import NoiseBands
 from coterie.dp.refusals import check_hooks
 from coterie.errors import PrivacyError
@@ -73,8 +74,26 @@ def put_gradient(optimizer: Any, parameter: Tensor, mean: Tensor) -> None:
         parameter.grad = mean.to(parameter.device, parameter.dtype)
 
 
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+@contextmanager
+def stepping_without(optimizer: torch.optim.Optimizer, others: Collection[int]) -> Iterator[None]:
+    """Inside, an optimizer does not know of some of its parameters, by `id`; it keeps no state of them."""
+    groups = [(group, list(group["params"])) for group in optimizer.param_groups]
+    for group, parameters in groups:
+        group["params"] = [parameter for parameter in parameters if id(parameter) not in others]
+    try:
+        yield
+    finally:
+        for group, parameters in groups:
+            group["params"] = parameters
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, shared: bool = False) -> None:
     """Make sure that an optimizer steps what is trained, nothing else, and every release once.
+
+    Args:
+        model: its parameters that require a gradient are trained.
+        optimizer: steps them.
+        shared: several ranks step some of them each.
 
     Raises:
         PrivacyError: it does not.
@@ -100,6 +119,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     check_hooks(model)
     if not any(parameter.is_meta for parameter in stepped):
         check_optimizer_step(model, _unwrapped(optimizer), put_gradient)
+        if shared:
+            check_steps_apart(model, _unwrapped(optimizer), put_gradient)
 
 
 def _innermost(optimizer: Any) -> Any:

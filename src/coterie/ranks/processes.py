@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -23,7 +24,16 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from coterie.errors import ConfigError, RankError
 from coterie.ranks.pulse import Pulse
-from coterie.ranks.ranks import Ranks, check_failed, last_words, outcome, ranks_or_alone, read_outcomes
+from coterie.ranks.ranks import (
+    Alone,
+    Ranks,
+    check_failed,
+    check_groups,
+    last_words,
+    outcome,
+    ranks_or_alone,
+    read_outcomes,
+)
 
 LONGEST = timedelta(hours=2)
 """A rank that is alive may be waited for so long: the longest evaluation, or the longest step of one rank alone."""
@@ -45,6 +55,7 @@ class ProcessRanks(Ranks):
     ) -> None:
         self.rank, self.world = rank, world
         self._store, self._keeps_store = connect(), keeps_store
+        self._pulse_store = self._store
         self._pulse = Pulse(connect(), rank, patience_s)
         self._step = 0
         self._left = False
@@ -53,28 +64,32 @@ class ProcessRanks(Ranks):
             distributed.init_process_group(
                 "gloo", store=PrefixStore("gloo", self._store), rank=rank, world_size=world, timeout=LONGEST
             )
-        self._group = distributed.group.WORLD if own_group else distributed.new_group(backend="gloo", timeout=LONGEST)
+        self._group: Any = distributed.group.WORLD if own_group else _new_group(range(world))
         self._own_group = own_group
+        self._members: Sequence[int] = range(world)
+        self._splits = count()
 
     def together(self, step: str, make: Callable[[], Any], *, patient: bool = False) -> list[Any]:
         packed, failure = outcome(step, make)
         return read_outcomes(step, self._swapped(step, packed, patient), self.rank, failure)
 
     def add_up(self, pieces: Sequence[Tensor], owner: int) -> None:
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        self._wait_for_work("adding up", lambda: distributed.reduce(
-            flat, group=self._group, group_dst=owner, async_op=True
-        ))  # fmt: skip
-        if self.rank == owner:
-            _put_back(flat, pieces)
+        for some in _at_once(pieces):
+            flat = torch.cat([piece.reshape(-1) for piece in some])
+            self._wait_for_work("adding up", partial(
+                distributed.reduce, flat, group=self._group, group_dst=owner, async_op=True
+            ))  # fmt: skip
+            if self.rank == owner:
+                _put_back(flat, some)
 
     def hand_out(self, pieces: Sequence[Tensor], owner: int) -> None:
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        self._wait_for_work("handing out", lambda: distributed.broadcast(
-            flat, group=self._group, group_src=owner, async_op=True
-        ))  # fmt: skip
-        if self.rank != owner:
-            _put_back(flat, pieces)
+        for some in _at_once(pieces):
+            flat = torch.cat([piece.reshape(-1) for piece in some])
+            self._wait_for_work("handing out", partial(
+                distributed.broadcast, flat.view(torch.uint8), group=self._group, group_src=owner, async_op=True
+            ))  # fmt: skip
+            if self.rank != owner:
+                _put_back(flat, some)
 
     def gather(self, own: Tensor) -> list[Tensor]:
         own = own.contiguous()
@@ -94,6 +109,23 @@ class ProcessRanks(Ranks):
     def check_others(self) -> None:
         with _store_stays("looking at the others"):
             self._ahead()
+
+    def split(self, size: int) -> tuple[Ranks, Ranks]:
+        check_groups(self.world, size)
+        number = next(self._splits)
+        neighbours = [range(first, first + size) for first in range(0, self.world, size)]
+        alike = [range(place, self.world, size) for place in range(size)]
+        found: list[Ranks] = []
+        for kind, groups in (("group", neighbours), ("replica", alike)):
+            for each, members in enumerate(groups):
+                made = _new_group(members)  # every rank makes all of them, in this order
+                if self.rank in members:
+                    store = PrefixStore(f"{kind}/{number}/{each}", self._store)
+                    found.append(self._some(members, made, store) if len(members) > 1 else Alone())
+        return found[0], found[1]
+
+    def _some(self, members: range, group: Any, store: Store) -> Ranks:
+        return SomeRanks(members.index(self.rank), members, group, store, (self._store, self._pulse), self._ahead)
 
     def close(self, failure: BaseException | None = None) -> None:
         if self._left:
@@ -125,6 +157,7 @@ class ProcessRanks(Ranks):
             self._wait(
                 step,
                 lambda: self._store.check(keys),
+                self._looking_beside(step),
                 here=lambda rank: self._store.check([keys[rank]]),
                 longest_s=math.inf if patient else LONGEST.total_seconds(),
             )
@@ -133,6 +166,10 @@ class ProcessRanks(Ranks):
                 self._store.delete_key(f"step/{self._step - 1}/{self.rank}")
         self._step += 1
         return found
+
+    def _looking_beside(self, step: str) -> Callable[[], None]:
+        """To be called now and then while others have not put down a step: whoever fails puts that down here, too."""
+        return lambda: None
 
     def _key(self, rank: int) -> str:
         return f"step/{self._step}/{rank}"
@@ -143,7 +180,7 @@ class ProcessRanks(Ranks):
         """Begin a collective and wait for it; a ``joint`` one ends at no rank before all have begun it."""
         try:
             work = begin()
-            self._wait(step, work.is_completed, self._looking_ahead(step, joint))
+            self._wait(step, work.is_completed, self._looking_ahead(step, joint, self._ahead))
             work.wait()
         except RuntimeError as error:
             self._ahead()
@@ -155,16 +192,15 @@ class ProcessRanks(Ranks):
                 fix="look at the other ranks' messages, then resume the run",
             ) from error
 
-    def _ahead(self) -> int | None:
-        """A rank that is at the next step already; raises what it failed with, if it did."""
-        for rank in range(self.world):
-            if rank != self.rank and self._store.check([self._key(rank)]):
-                check_failed(rank, self._store.get(self._key(rank)))
-                return rank
-        return None
+    def _ahead(self) -> list[int]:
+        """Ranks that are at the next step already; raises what one failed with, if one did."""
+        ahead = [rank for rank in range(self.world) if rank != self.rank and self._store.check([self._key(rank)])]
+        for rank in ahead:
+            check_failed(self._members[rank], self._store.get(self._key(rank)))
+        return ahead
 
-    def _looking_ahead(self, step: str, joint: bool) -> Callable[[], None]:
-        """To be called now and then while a collective lasts.
+    def _looking_ahead(self, step: str, joint: bool, find: Callable[[], list[int]]) -> Callable[[], None]:
+        """To be called now and then while a collective lasts; ``find`` gives the ranks that are ahead.
 
         A rank that has failed takes no part in it. Neither does one that has long been behind a joint one: it ran
         the model less often.
@@ -173,11 +209,11 @@ class ProcessRanks(Ranks):
 
         def look() -> None:
             nonlocal since
-            ahead = self._ahead()
-            since = None if ahead is None else since or time.monotonic()
+            ahead = find()
+            since = (since or time.monotonic()) if ahead else None
             if joint and since is not None and time.monotonic() - since > self._pulse.patience_s:
                 raise RankError(
-                    f"rank {ahead} has gone on, and rank {self.rank} waits for it.",
+                    f"rank {self._members[ahead[0]]} has gone on, and rank {self._members[self.rank]} waits for it.",
                     code="ranks-out-of-step",
                     where=step,
                     why="where experts are spread over ranks, all have to run the model equally often",
@@ -200,8 +236,8 @@ class ProcessRanks(Ranks):
         while not arrived():
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
-            others = (rank for rank in range(self.world) if rank != self.rank and not here(rank))
-            if self._pulse.check(self._store, others, step):
+            others = (self._members[rank] for rank in range(self.world) if rank != self.rank and not here(rank))
+            if self._pulse.check(self._pulse_store, others, step):
                 look()
             if time.monotonic() > until:
                 raise RankError(
@@ -210,6 +246,55 @@ class ProcessRanks(Ranks):
                     why="it lives, but does something else",
                     fix="look at the other ranks' messages, then resume the run",
                 )
+
+
+class SomeRanks(ProcessRanks):
+    """Some of the ranks, which do things together between two steps of all; `ProcessRanks.split` makes it.
+
+    Args:
+        rank: this one's place among them.
+        members: their numbers among all, ascending.
+        group: of these, for tensors.
+        store: of their own, for small values.
+        signs: the store of all ranks and this one's pulse.
+        ahead: those of all ranks that are at the next step of all; raises what one failed with.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        members: Sequence[int],
+        group: Any,
+        store: Store,
+        signs: tuple[Store, Pulse],
+        ahead: Callable[[], list[int]],
+    ) -> None:
+        self.rank, self.world = rank, len(members)
+        self._members, self._group, self._store = members, group, store
+        self._pulse_store, self._pulse = signs
+        self._all_ahead = ahead
+        self._step = 0
+
+    def split(self, size: int) -> tuple[Ranks, Ranks]:
+        raise RankError(
+            "a group of ranks is not split again.",
+            code="ranks-groups",
+            why="all ranks have to take part in making groups",
+            fix="split the ranks that join_ranks gave",
+        )
+
+    def close(self, failure: BaseException | None = None) -> None:
+        """All ranks leave together."""
+
+    def _ahead(self) -> list[int]:
+        return [*super()._ahead(), *self._beside()]
+
+    def _beside(self) -> list[int]:
+        """Those of the group that are at the next step of all ranks; raises what a rank failed with, wherever."""
+        return [self._members.index(rank) for rank in self._all_ahead() if rank in self._members]
+
+    def _looking_beside(self, step: str) -> Callable[[], None]:
+        return self._looking_ahead(step, True, self._beside)
 
 
 def join_ranks(*, patience_s: float = 15.0) -> Ranks:
@@ -249,6 +334,10 @@ def join_ranks(*, patience_s: float = 15.0) -> Ranks:
         return ProcessRanks(rank, world, connect, keeps, patience_s)
 
 
+def _new_group(members: Sequence[int]) -> Any:
+    return distributed.new_group(list(members), backend="gloo", timeout=LONGEST)
+
+
 def _number(name: str) -> int:
     try:
         return int(os.environ[name])
@@ -279,6 +368,23 @@ def _store_stays(step: str) -> Iterator[None]:
             why="the launcher or rank 0 is gone",
             fix="look at rank 0's messages, then resume the run",
         ) from error
+
+
+_AT_ONCE = 1 << 24
+"""Values of one message: 64 MiB of float32."""
+
+
+def _at_once(pieces: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Pieces in messages of one type; large ones in several, as views."""
+    found: list[Tensor] = []
+    for piece in (each for each in pieces if each.numel()):
+        for part in torch.split(piece.view(-1), _AT_ONCE) if piece.is_contiguous() else (piece,):
+            if found and (part.dtype != found[0].dtype or sum(each.numel() for each in found) >= _AT_ONCE):
+                yield found
+                found = []
+            found.append(part)
+    if found:
+        yield found
 
 
 def _put_back(flat: Tensor, pieces: Sequence[Tensor]) -> None:

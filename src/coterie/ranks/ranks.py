@@ -101,6 +101,17 @@ class Ranks(ABC):
         """
 
     @abstractmethod
+    def split(self, size: int) -> tuple[Ranks, Ranks]:
+        """Groups of ``size`` neighbours; every rank calls this, in the same order as whatever else they do together.
+
+        Returns:
+            The ranks of this one's group, and those at its place in every group; both count from 0, in rank order.
+
+        Raises:
+            RankError: ``size`` does not divide the number of ranks.
+        """
+
+    @abstractmethod
     def close(self, failure: BaseException | None = None) -> None:
         """Leave the other ranks; they raise what this one failed with."""
 
@@ -170,7 +181,26 @@ class Alone(Ranks):
 
     def check_others(self) -> None: ...
 
+    def split(self, size: int) -> tuple[Ranks, Ranks]:
+        check_groups(self.world, size)
+        return self, self
+
     def close(self, failure: BaseException | None = None) -> None: ...
+
+
+def check_groups(world: int, size: int) -> None:
+    """Make sure that ranks can be split into groups of a size.
+
+    Raises:
+        RankError: they cannot.
+    """
+    if size < 1 or world % size:
+        raise RankError(
+            f"{world} ranks cannot be split into groups of {size}.",
+            code="ranks-groups",
+            why="every group holds all experts once, and has a rank for each part of them",
+            fix=f"use a number of ranks that is a multiple of {size}" if size > 0 else "use groups of at least 1",
+        )
 
 
 def ranks_or_alone(ranks: Ranks | None) -> Ranks:

@@ -282,23 +282,25 @@ def test_users_lie_in_blocks_whole() -> None:
         assert {int(blocks[record % 40]) for record in lot.records} <= {turn % 4}
 
 
-def test_ranks_that_own_slabs_noise_them_as_one_process_does() -> None:
-    """Three slabs, all at one owner or one each."""
+def test_ranks_that_own_sums_noise_them_as_one_process_does() -> None:
+    """Three sums with a slab in common, all at one owner or one each."""
     of, std = bands(3, 5), dict.fromkeys(("a", "b", "c"), 0.5)
-    sizes = {"a": (1 << 20) + 7, "b": 1 << 20, "c": 9}
+    sizes = {"a": (1 << 20) + 7, "b": 1000, "c": 9}
     found = []
     for owners in (1, 3):
         past = [PastNoise(of) for _ in range(owners)]
         learnt = []
         for turn in range(4):
             sums = {n: torch.linspace(-turn, turn, size) for n, size in sizes.items()}
-            slabs = Slabs(sums, std)
+            noised = dict[str, torch.Tensor]()
             for rank, own in enumerate(past):
-                numbers = slabs.owned(rank, owners)
-                kept = own.mix(slabs, numbers, turn)
-                slabs.add_noise(numbers, random_source(1), f"{turn}", 2.0 * own.main)
-                own.keep(kept, slabs, numbers, turn, 2.0)
-            learnt.append(slabs.noised)
+                names = ["abc"[rank]] if owners == 3 else ["a", "b", "c"]
+                slabs = Slabs(sums, std)
+                kept = own.mix(slabs, names, turn)
+                slabs.add_noise(names, random_source(1), f"{turn}", 2.0 * own.main)
+                own.keep(kept, slabs, names, turn, 2.0)
+                noised |= {name: slabs.noised[name] for name in names}
+            learnt.append(noised)
         found.append(learnt)
     for one, other in zip(*found, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in sizes)

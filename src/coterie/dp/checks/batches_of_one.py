@@ -193,9 +193,9 @@ def compare_once(engine: Compared, like: Batch, look: Look, lowered: bool) -> No
     """
     batch, count = _records(engine, like, look), len(_LENGTHS)
     where = "a comparison with a few synthetic records, before the first batch"
-    check = BatchesOfOne(engine, _allowed(engine, lowered), where)
+    check = BatchesOfOne(engine, allowed(engine, lowered), where)
     with in_mode(engine.model, training=False), torch.random.fork_rng(devices=[]), at_home(engine.model):
-        singles = [check.alone(_only(batch, record)) for record in range(count)]
+        singles = [check.alone(only(batch, record)) for record in range(count)]
         with torch.no_grad():
             beside = checked(engine.loss_fn(engine.model, batch), count).double().tolist()
         squares_PB, names = engine.norms_by_parameter(batch)
@@ -268,13 +268,14 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
 
 
-def _allowed(engine: Compared, lowered: bool) -> float:
-    """Largest relative error that is rounding."""
+def allowed(engine: Compared, lowered: bool) -> float:
+    """Largest relative error that is rounding; ``lowered`` as for `compare_once`."""
     full = not lowered and torch.get_float32_matmul_precision() == "highest"
     return tolerance(coarsest(engine.model) if full else torch.bfloat16)
 
 
-def _only(batch: Mapping[str, Any], record: int) -> dict[str, Any]:
+def only(batch: Mapping[str, Any], record: int) -> dict[str, Any]:
+    """One record of a batch."""
     return {
         name: value[record : record + 1] if isinstance(value, Tensor) and value.ndim else value
         for name, value in batch.items()

@@ -74,6 +74,46 @@ def _tried(optimizer: Any, own: Sequence[Tensor], put: Put, signs: Sequence[floa
     return samples
 
 
+def check_steps_apart(model: nn.Module, optimizer: Any, put: Put) -> None:
+    """Step a copy with every second parameter alone: these must move as they do beside the others.
+
+    Args:
+        model: parameters that require a gradient are trained.
+        optimizer: steps them; its copies are tried.
+        put: how a session hands a gradient over.
+
+    Raises:
+        PrivacyError: what an optimizer does with a parameter depends on others.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    originals = list(_parameters(optimizer))
+    whole, some = _Copied(optimizer, originals), _Copied(optimizer, originals)
+    alone = {id(p) for p in some.parameters[::2]}
+    for group in some.optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in alone]
+    for number in range(_STEPS):
+        generator = torch.Generator().manual_seed(number)
+        for one, other in zip(whole.parameters, some.parameters, strict=True):
+            gradient = torch.randn(one.shape, generator=generator).to(one.device)
+            one.grad = other.grad = None
+            if one.requires_grad:
+                put(whole.optimizer, one, gradient)
+                if id(other) in alone:
+                    put(some.optimizer, other, gradient.clone())
+        _step(optimizer, whole.optimizer)
+        _step(optimizer, some.optimizer)
+    for original, one, other in list(zip(originals, whole.parameters, some.parameters, strict=True))[::2]:
+        if not torch.equal(_sample(one), _sample(other)):
+            name = names.get(id(original), "a parameter")
+            raise PrivacyError(
+                f"{type(optimizer).__name__} moves `{name}` by the gradients of other parameters, too.",
+                code="dp-optimizer-apart",
+                where="a trial on copies, before anything is drawn",
+                why="several ranks share out the parameters, and each steps its own",
+                fix="use an optimizer that takes each parameter by itself, such as torch.optim.AdamW, or one process",
+            )
+
+
 class _Copied:
     """An optimizer over copies of its parameters, with all of its attributes.
 

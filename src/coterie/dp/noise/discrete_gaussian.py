@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal, localcontext
 from types import MappingProxyType
 from typing import NamedTuple
@@ -333,7 +333,7 @@ def add_noise(
     Cost of a value: with numba 2.3 ns on one thread and 1.6 on two, without 10 on either; buffers of 1 MB a thread.
     """
     slabs = Slabs(sums, std, in_place=in_place, as_integers=as_integers)
-    slabs.add_noise(range(len(slabs)), source, purpose, divisor)
+    slabs.add_noise(sums, source, purpose, divisor)
     return slabs.noised
 
 
@@ -341,8 +341,8 @@ class Slabs:
     """A lot's sums, cut into pieces that each get noise from a stream of its own, numbered.
 
     Which value lies in which slab follows from names, sizes and standard deviations alone. So ranks can share the
-    slabs out, and with a seeded source the noise is that of one process. Where a slab has values that several ranks
-    hold, each draws its stream and takes the noise of its own values: every value has one rank that noises it.
+    sums out, and with a seeded source the noise is that of one process. Where a slab has values of several ranks,
+    each draws its stream and takes the noise of its own values: every value has one rank that noises it.
 
     Args:
         sums, std, in_place, as_integers: as for `add_noise`.
@@ -392,84 +392,67 @@ class Slabs:
         self._slabs = _slabs(slices)
         self._values = sum(each.size for each in slices)
 
-    def __len__(self) -> int:
-        return len(self._slabs)
+    def sums(self, names: Iterable[str]) -> list[Tensor]:
+        """Some sums before noise, as views, one for each piece."""
+        return [torch.from_numpy(each.value) for each in self._pieces(names)]
 
-    def owned(self, rank: int, world: int) -> range:
-        """The slabs of one rank: each has one owner, who gets what all ranks have of the sums that all have."""
-        counts = [sum(each.size for each in slab if each.places is None) for slab in self._slabs]
-        ends = np.cumsum(counts, dtype=np.int64)
-        owner = ((ends - np.array(counts) // 2) * world // max(sum(counts), 1)).clip(0, world - 1)
-        return range(*np.searchsorted(owner, [rank, rank + 1]).tolist())
+    def in_steps(self, names: Iterable[str]) -> list[np.ndarray]:
+        """Some sums before noise, as float64 copies in steps of the grid, one for each piece."""
+        return [each.value.astype(np.float64) / each.step for each in self._pieces(names)]
 
-    def sums(self, numbers: range) -> list[Tensor]:
-        """The sums in some slabs that all ranks have, before noise, as views, one for each piece of a tensor."""
-        return [torch.from_numpy(each.value) for each in self._shared(numbers)]
+    def replace(self, names: Iterable[str], steps: list[np.ndarray]) -> None:
+        """Others in place of some sums: float64, in steps of the grid, in the order of `in_steps`.
 
-    def in_steps(self, numbers: range) -> list[np.ndarray]:
-        """The sums in some slabs, before noise, as float64 copies in steps of the grid, one for each piece."""
-        pieces = (each for number in numbers for each in self._slabs[number])
-        return [each.value.astype(np.float64) / each.step for each in pieces]
-
-    def replace(self, numbers: range, steps: list[np.ndarray]) -> None:
-        """Other sums in place of those of some slabs: float64, in steps of the grid, in the order of `in_steps`."""
-        values = iter(steps)
-        for number in numbers:
-            self._slabs[number] = [each._replace(value=next(values), step=1.0) for each in self._slabs[number]]
-
-    def released_steps(self, numbers: range, divisor: float) -> list[np.ndarray]:
-        """What stands in the targets of some slabs, times what it was divided by, as `in_steps`."""
-        pieces = (each for number in numbers for each in self._slabs[number])
-        return [each.target.astype(np.float64) * (divisor / each.unit) for each in pieces]
-
-    def targets(self, numbers: range) -> list[Tensor]:
-        """Where the noised sums of some slabs go, as views, in the same order."""
-        return [torch.from_numpy(each.target) for each in self._shared(numbers)]
-
-    def parts(self, numbers: range) -> dict[str, Tensor]:
-        """What a rank that owns some slabs puts on disk: [values] each by name; all of them in their shapes.
-
-        The parts of consecutive ranges, one behind the other, are the whole tensors; held parts are under their keys.
+        The rest may not be noised any more.
         """
-        if len(numbers) == len(self) and not self._held:
-            return self.noised
-        found: dict[str, list[Tensor]] = {}
-        for each in self._shared(numbers):
-            found.setdefault(each.name, []).append(torch.from_numpy(each.target))
-        own = {part.key: self.noised[name].reshape(-1) for name, part in self._held.items() if name in self.noised}
-        return {name: torch.cat(pieces) for name, pieces in found.items()} | own
+        values, replaced = iter(steps), set(names)
+        for slab in self._slabs:
+            for place, each in enumerate(slab):
+                value = next(values) if each.name in replaced and each.value.shape[0] else each.value
+                slab[place] = each._replace(value=value, step=1.0)
 
-    def add_noise(self, numbers: range, source: RandomSource, purpose: str, divisor: float = 1.0) -> None:
-        """Round and noise some slabs, and what of the others this rank alone holds.
+    def released_steps(self, names: Iterable[str], divisor: float) -> list[np.ndarray]:
+        """What stands in the targets of some sums, times what it was divided by, as `in_steps`."""
+        return [each.target.astype(np.float64) * (divisor / each.unit) for each in self._pieces(names)]
+
+    def targets(self, names: Iterable[str]) -> list[Tensor]:
+        """Where some noised sums go, as views, in the same pieces as `sums`."""
+        return [torch.from_numpy(each.target) for each in self._pieces(names)]
+
+    def parts(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What a rank that owns some sums puts on disk, by the names that these have there."""
+        return {self._held[name].key if name in self._held else name: self.noised[name] for name in names}
+
+    def add_noise(self, names: Iterable[str], source: RandomSource, purpose: str, divisor: float = 1.0) -> None:
+        """Round and noise some sums.
 
         See `add_noise` for the arguments and what is raised.
         """
-        compiled = kernel() if self._values >= _WORTH_COMPILING else None
+        compiled, noised = kernel() if self._values >= _WORTH_COMPILING else None, set(names)
         jobs = []
         for number, slab in enumerate(self._slabs):
-            own = [_own(each, number in numbers) for each in slab]
+            own = [_placed(each, each.name in noised) for each in slab]
             if any(each.value.shape[0] for each in own):
                 jobs.append((own, source.stream(f"{purpose}|{number}")))
         over = None if self._as_integers else divisor
         run_in_threads(lambda job: _noise_slab(job[0], over, job[1], compiled), jobs)
 
-    def keep_noised(self, numbers: range) -> None:
-        """Let go of everything but the noised sums of this rank; those that others own are not a number until set."""
+    def keep_noised(self, names: Iterable[str]) -> None:
+        """Let go of everything but some noised sums; those that others own are not a number until they are set."""
         self._slabs = [[each._replace(value=each.target) for each in slab] for slab in self._slabs]
-        for number in set(range(len(self))) - set(numbers):
-            for target in self.targets(range(number, number + 1)):
-                target.fill_(-(2**62) if self._as_integers else math.nan)
+        for name in self.noised.keys() - set(names):
+            self.noised[name].fill_(-(2**62) if self._as_integers else math.nan)
 
-    def _shared(self, numbers: range) -> Iterator[_Slice]:
-        return (each for number in numbers for each in self._slabs[number] if each.places is None)
+    def _pieces(self, names: Iterable[str]) -> Iterator[_Slice]:
+        chosen = set(names)
+        return (each for slab in self._slabs for each in slab if each.name in chosen and each.value.shape[0])
 
 
 class _Slice(NamedTuple):
     """Values of one sum, at most `_SLAB`, and where their noised ones go.
 
     ``unit`` is the step of the grid, ``step`` the same in the unit of the values: 1 where these are integers.
-    ``size`` is how many values there are at all ranks, and ``places`` where among them these are; None: every rank
-    has all.
+    ``size`` is how many values there are at all ranks, and ``places`` where among them these are; None: here are all.
     """
 
     name: str
@@ -491,11 +474,11 @@ def _within(places: range | Tensor, start: int, stop: int) -> tuple[slice | np.n
     return places.numpy()[slice(*numbers)] - start, slice(*numbers)
 
 
-def _own(each: _Slice, owned: bool) -> _Slice:
-    """What of a slice this rank noises, with the places: those that all have where it owns the slab."""
-    if each.places is not None:
-        return each
-    nothing = slice(0, each.size if owned else 0)
+def _placed(each: _Slice, noised: bool) -> _Slice:
+    """What of a slice is noised here, with its places: all that is here, or nothing."""
+    if noised:
+        return each if each.places is not None else each._replace(places=slice(0, each.size))
+    nothing = slice(0, 0)
     return each._replace(value=each.value[nothing], target=each.target[nothing], places=nothing)
 
 
@@ -516,7 +499,8 @@ def _noise_slab(slab: list[_Slice], divisor: float | None, stream: Keystream, co
     """Noise values that are drawn together; without a divisor, write them as whole numbers of half steps."""
     step = slab[0].step
     unit = 2.0 if divisor is None else slab[0].unit / divisor
-    value, target = slab[0].value, slab[0].target
+    value = next(each.value for each in slab if each.value.shape[0])
+    target = slab[0].target
     whole = len(slab) == 1 and value.shape[0] == slab[0].size
     if not whole:
         value = np.zeros(sum(each.size for each in slab), value.dtype)

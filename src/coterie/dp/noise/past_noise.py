@@ -11,6 +11,7 @@ G_k - R_k is the noise of round k: whoever had it could take it off. It stays in
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from coterie.dp.noise.discrete_gaussian import Slabs
 
 
 class PastNoise:
-    """The noise of the last rounds, of the slabs that one rank owns.
+    """The noise of the last rounds, of the sums that one rank owns.
 
     Args:
         bands: how rounds hang together.
@@ -32,12 +33,12 @@ class PastNoise:
         self._rows: deque[list[np.ndarray]] = deque(maxlen=len(self._rest))
         self._slot = -1
 
-    def mix(self, slabs: Slabs, numbers: range, slot: int) -> list[np.ndarray]:
+    def mix(self, slabs: Slabs, names: Collection[str], slot: int) -> list[np.ndarray]:
         """Put the mixture into the slabs in place of their sums; from here on they are noised as any others.
 
         Args:
             slabs: the sums of all ranks together.
-            numbers: the rank's own.
+            names: the rank's own.
             slot: how many releases the run had before. Where it does not follow the last one, nothing is mixed in.
 
         Returns:
@@ -45,12 +46,12 @@ class PastNoise:
         """
         if slot != self._slot + 1:
             self._rows.clear()
-        sums = slabs.in_steps(numbers)
+        sums = slabs.in_steps(names)
         mixed = [self._main * own for own in sums]
         for coefficient, row in zip(self._rest, self._rows, strict=False):
             for into, past in zip(mixed, row, strict=True):
                 into += coefficient * past
-        slabs.replace(numbers, mixed)
+        slabs.replace(names, mixed)
         return sums
 
     @property
@@ -58,17 +59,17 @@ class PastNoise:
         """c_0: what noised mixtures are divided by."""
         return self._main
 
-    def keep(self, sums: list[np.ndarray], slabs: Slabs, numbers: range, slot: int, divisor: float) -> None:
+    def keep(self, sums: list[np.ndarray], slabs: Slabs, names: Collection[str], slot: int, divisor: float) -> None:
         """Remember a round that was released.
 
         Args:
             sums: what `mix` gave.
             slabs: noised since.
-            numbers: the rank's own.
+            names: the rank's own.
             slot: as given to `mix`.
             divisor: what the released sums were divided by beside `main`.
         """
-        for own, released in zip(sums, slabs.released_steps(numbers, divisor), strict=True):
+        for own, released in zip(sums, slabs.released_steps(names, divisor), strict=True):
             own -= released
         self._rows.appendleft(sums)
         self._slot = slot

@@ -130,6 +130,11 @@ class Engine:
         return self.gradient_groups.of(name)
 
     @property
+    def lowered(self) -> bool:
+        """Whether the model was seen to compute in lower precision than its parameters are stored in."""
+        return any(sites.lowered for sites in self._sites.values())
+
+    @property
     def sensitivity(self) -> float:
         """Most that one record moves the sum, rounding included, in the L2 norm over all parameters."""
         return self.gradient_groups.bound() * (1.0 + self.eta)

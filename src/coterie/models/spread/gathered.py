@@ -50,11 +50,13 @@ def write_gathered(out: Path, model: PreTrainedModel, spread: Spread) -> None:
 
 
 def give_experts(model: PreTrainedModel, spread: Spread) -> None:
-    """Give rank 0 this rank's experts, layer by layer, as it asks for them.
+    """Give rank 0 this rank's experts, layer by layer, as it asks for them; it asks those of its own group.
 
     Raises:
         CoterieError: what rank 0 failed with.
     """
+    if spread.replicas.rank:
+        return
     layers = expert_layers(model)
     while (index := spread.ranks.tell("the experts to give", lambda: _NO_LAYER)) != _NO_LAYER:
         _gathered(spread, layers[index])

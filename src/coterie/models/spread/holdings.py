@@ -43,14 +43,17 @@ class Holdings:
 
     Attributes:
         spread: the experts are at several ranks, of which this is one.
+        group: ranks that hold all values together, once; this process alone where the model is whole.
+        replicas: ranks that hold the same parts as this one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         spread = spread_of(model)
-        ranks: Ranks = Alone() if spread is None else spread.ranks
+        self.group: Ranks = Alone() if spread is None else spread.ranks
+        self.replicas: Ranks = Alone() if spread is None else spread.replicas
         self.spread = spread is not None
         self._cuts = cuts_of(model)
-        self._held = {name: cut.held(ranks.rank, ranks.world) for name, cut in self._cuts.items()}
+        self._held = {name: cut.held(self.group.rank, self.group.world) for name, cut in self._cuts.items()}
 
     def is_part(self, name: str) -> bool:
         """Whether other ranks have other values of a parameter."""

@@ -28,11 +28,13 @@ class Spread:
     """Where the experts of a model are, as one rank sees it.
 
     Attributes:
-        ranks: hold them.
+        ranks: that hold all experts together, once.
+        replicas: that hold the same experts as this one, in other groups; one where all ranks are one group.
         cuts: how parameters are cut, by name.
     """
 
     ranks: Ranks
+    replicas: Ranks
     cuts: dict[str, Cut]
 
     def held(self, cut: Cut) -> range:
@@ -74,23 +76,27 @@ class SpreadExperts:
         return there_and_back(anchor, call, trip, self._own)
 
 
-def spread_experts(model: nn.Module, ranks: Ranks) -> Spread:
-    """Keep this rank's experts of every layer, and let tokens travel to those of the others.
+def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None) -> Spread:
+    """Keep this rank's experts of every layer, and let tokens travel to those of the others in its group.
 
     Adapters are attached before and an optimizer is made after it, since parameters are replaced. What holds no
     expert stays whole at every rank.
 
     Args:
         model: whole, the same at all ranks; it is changed.
-        ranks: may be one process alone.
+        ranks: may be one process alone; all of them call this.
+        over: ranks of a group, which hold every expert once; neighbours are a group. None: all ranks are one.
 
     Raises:
         ModelError: no experts that coterie can reach, fewer of them than ranks, or a norm behind each expert.
+        RankError: the ranks cannot be split into groups of that size.
     """
     layers = seam.select(model)
+    size = ranks.world if over is None else over
     for layer in layers:
-        _check(layer, ranks)
-    spread = Spread(ranks, cuts_of(model))
+        _check(layer, size)
+    group, replicas = (ranks, Alone()) if size == ranks.world else ranks.split(size)
+    spread = Spread(group, replicas, cuts_of(model))
     modules = dict(model.named_modules())
     for full_name, cut in spread.cuts.items():
         path, _, name = full_name.rpartition(".")
@@ -99,10 +105,10 @@ def spread_experts(model: nn.Module, ranks: Ranks) -> Spread:
         setattr(modules[path], name, nn.Parameter(own, whole.requires_grad))
     for wrapper in expert_wrappers(model):
         bounds = spread.bounds(wrapper.num_experts)
-        wrapper.num_experts = bounds[ranks.rank + 1] - bounds[ranks.rank]
+        wrapper.num_experts = bounds[group.rank + 1] - bounds[group.rank]
     for layer in layers:
         setattr(layer.module, "num_experts", layer.num_experts)  # noqa: B010 - not every family names it
-        setattr(layer.module, _RANKS, ranks)
+        setattr(layer.module, _RANKS, (group, replicas))
         seam.computes_itself(layer.module, SpreadExperts(spread.trip))
     seam.select(model)
     _refuse_to_save(model)
@@ -123,17 +129,17 @@ def at_home(model: nn.Module) -> Iterator[None]:
 def spread_of(model: nn.Module) -> Spread | None:
     """How a model is spread; None for a whole one."""
     found = (getattr(layer.module, _RANKS, None) for layer in seam.expert_layers(model))
-    ranks: Ranks | None = next((each for each in found if each is not None), None)
-    return None if ranks is None else Spread(ranks, cuts_of(model))
+    ranks: tuple[Ranks, Ranks] | None = next((each for each in found if each is not None), None)
+    return None if ranks is None else Spread(*ranks, cuts_of(model))
 
 
-def _check(layer: ExpertLayer, ranks: Ranks) -> None:
-    if layer.num_experts < ranks.world:
+def _check(layer: ExpertLayer, size: int) -> None:
+    if layer.num_experts < size:
         raise ModelError(
-            f"{layer.name} has {layer.num_experts} experts, and there are {ranks.world} ranks to hold them.",
+            f"{layer.name} has {layer.num_experts} experts, and there are {size} ranks to hold them.",
             code="spread-few-experts",
             why="every rank holds experts of every layer",
-            fix=f"use at most {layer.num_experts} ranks",
+            fix=f"spread them over at most {layer.num_experts} ranks",
         )
     if layer.layout.has_post_expert_norm:
         raise ModelError(

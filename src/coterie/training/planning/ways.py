@@ -37,7 +37,7 @@ class Chosen:
             )
         if self.way == "experts over devices":
             return (
-                f"one device does not hold it, so neither does each of several with `devices`. `experts_over: "
+                f"one device does not hold it. `experts_over: "
                 f"{self.ranks}` is the fewest: each holds its own experts of every layer and the rest of the model"
             )
         return (

@@ -63,7 +63,7 @@ def prepare(
         config: the settings of train.yaml.
         tokenizer_dir: the tokenizer of an earlier start of this run, which wins over the settings.
         run: identity of an earlier start; default: that of these settings.
-        spread_over: ranks that the model's experts are spread over; None: the whole model.
+        spread_over: see `coterie.training.single.setup.build_for`.
 
     Returns:
         What the run works with, and the documents that its training sequences were made from.

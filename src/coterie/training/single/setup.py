@@ -23,7 +23,7 @@ def build_for(
     Args:
         config: the settings.
         tokenizer: the model has to fit.
-        spread_over: ranks that its experts are spread over; None: the whole model.
+        spread_over: ranks of the run, where experts are spread over some of them each; None: the whole model.
 
     Raises:
         ConfigError: the model does not fit the tokenizer, the sequence length or the machine.
@@ -34,7 +34,7 @@ def build_for(
     if spread_over is None:
         model = build_model(spec, device=device, seed=seed)
     else:
-        model = build_spread(spec, spread_over, device=device, seed=seed)
+        model = build_spread(spec, spread_over, config.experts_over, device=device, seed=seed)
     if config.model.gradient_checkpointing:
         use_checkpointing(model)
     check_fit(model, tokenizer, config.data)

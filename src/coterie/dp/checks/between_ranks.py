@@ -1,0 +1,141 @@
+"""What ranks compute together beside what each can compute alone, on made-up records, before anything is spent.
+
+Each rank has one record. Its norm, and the sum of what is clipped of all of them, come about as in a round: rows that
+travel, squared norms that are exchanged, sums that are added up and handed out. Beside it stands plain autograd, one
+record at a time: of a whole model at every rank, of a spread one with all ranks of a group running the same record,
+which takes neither rows nor records' numbers nor an exchange of norms. So a sum that is averaged, a part that is lost
+or counted twice, or a partner that is the wrong one shows before a lot is drawn.
+
+A routing decision at a tie may fall differently beside other rows. Where the first comparison fails, two of the
+next have to agree.
+
+Shape letters: B records, one for each rank; G gradient groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from coterie.dp.checks.batches_of_one import BatchesOfOne, Gradient, allowed, in_mode, only, square
+from coterie.dp.losses import Batch
+from coterie.dp.ownership import Ownership
+from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.probe import probe_sizes, synthetic_batch
+from coterie.errors import RankError
+from coterie.models import seam
+from coterie.models.spread.holdings import Holdings
+from coterie.models.spread.spread import spread_of
+from coterie.models.spread.unison import InUnison
+from coterie.ranks.ranks import Ranks
+
+_MORE_DRAWS = 4
+
+
+def check_between_ranks(engine: Engine, ranks: Ranks, owners: Ownership, like: Batch) -> None:
+    """Compare norms and sums of one made-up record of each rank; all of them call this.
+
+    Args:
+        engine: of the run; its sums have to be empty.
+        ranks: of the run.
+        owners: of its sums.
+        like: only keys, shapes and types are used.
+
+    Raises:
+        RankError: what they compute together is something else.
+
+    Cost: a forward and a backward for each rank, of a short record, and one round's exchange of sums.
+    """
+    if ranks.world == 1:
+        return
+    comparison = _Comparison(engine, ranks, owners)
+    wrong = comparison.run(like, 0)
+    if wrong is not None:
+        others = [comparison.run(like, seed) for seed in range(1, 1 + _MORE_DRAWS)]
+        wrong = None if others.count(None) >= 2 else wrong
+    if wrong is not None:
+        raise RankError(
+            f"what the ranks compute together is not what each computes alone: {wrong}.",
+            code="ranks-computed",
+            where="a comparison on made-up records, before anything is spent",
+            why="what is lost, mixed or counted twice between ranks is neither clipped nor noised as the ledger says",
+            fix="train in one process, and report this with the versions of torch at all ranks",
+        )
+
+
+class _Comparison:
+    def __init__(self, engine: Engine, ranks: Ranks, owners: Ownership) -> None:
+        self._engine, self._ranks, self._owners = engine, ranks, owners
+        self._spread, self._holdings = spread_of(engine.model), Holdings(engine.model)
+
+    def run(self, like: Batch, seed: int) -> str | None:
+        """What differs, as the first rank that sees something says; None where all agrees."""
+        engine, ranks = self._engine, self._ranks
+        tokens = probe_sizes(engine.model)[0][1]
+        batch = synthetic_batch(engine.model, like, ranks.world, tokens, 101 + seed)
+        with in_mode(engine.model, training=False), torch.random.fork_rng(devices=[]):
+            losses, gradients = self._one_by_one(batch)
+            squares_GB = self._squares(gradients)
+            with self._clipping(squares_GB):
+                norms = engine.accumulate(only(batch, ranks.rank)).norms
+                sums = {name: own.cpu().contiguous() for name, own in engine.take().items()}
+                zero = SqNorms(squares_GB, torch.zeros_like(squares_GB))
+                factors_GB, _ = engine.gradient_groups.factors(zero, losses)
+        for sharing, owner, names in self._owners.by_owner(sums):
+            sharing.add_up([sums[name] for name in names], owner)
+        self._owners.hand_out(sums)
+        found = self._differs(norms, squares_GB, sums, gradients, factors_GB)
+        return next((each for each in ranks.together(f"comparison {seed}", lambda: found) if each is not None), None)
+
+    def _one_by_one(self, batch: Batch) -> tuple[Tensor, list[Gradient]]:
+        """[B] losses, and gradients by plain autograd of what this rank has."""
+        model, spread = self._engine.model, self._spread
+        with nullcontext() if spread is None else seam.computed_by(model, InUnison(spread)):
+            alone = BatchesOfOne(self._engine, 0.0, "")
+            singles = [alone.alone(only(batch, record)) for record in range(self._ranks.world)]
+        return torch.tensor([loss for loss, _ in singles]), [gradient for _, gradient in singles]
+
+    def _squares(self, gradients: list[Gradient]) -> Tensor:
+        """[G, B] squared norms of records' gradients at all ranks of a group together."""
+        groups, parts = self._engine.gradient_groups, self._holdings
+        whole = torch.zeros(len(groups.names), len(gradients), dtype=torch.float64)
+        own = torch.zeros_like(whole)
+        for record, gradient in enumerate(gradients):
+            for name, value in gradient.items():
+                (own if parts.is_part(name) else whole)[groups.index(name), record] += square(value)
+        told = parts.group.together("squared norms", lambda: own.tolist())
+        return whole + torch.tensor(told, dtype=torch.float64).sum(0)
+
+    @contextmanager
+    def _clipping(self, squares_GB: Tensor) -> Iterator[None]:
+        """Inside, every record is clipped, so that a sum tells by which norm."""
+        engine, before = self._engine, self._engine.thresholds
+        least_G = squares_GB.sqrt().amin(1)
+        engine.thresholds = torch.where(torch.isfinite(least_G) & (least_G > 0), 0.5 * least_G, before)
+        try:
+            yield
+        finally:
+            engine.thresholds = before
+
+    def _differs(
+        self, norms: Tensor, squares_GB: Tensor, sums: Gradient, gradients: list[Gradient], factors_GB: Tensor
+    ) -> str | None:
+        if not bool(torch.isfinite(squares_GB).all()):
+            return None  # made-up records say nothing about this model; such records of the data contribute zero
+        rank, groups = self._ranks.rank, self._engine.gradient_groups
+        most = allowed(self._engine, self._engine.lowered)
+        right = float(squares_GB[:, rank].sum().sqrt())
+        if not math.isclose(float(norms[0]), right, rel_tol=most, abs_tol=1e-12):
+            return f"the norm of rank {rank}'s record is {float(norms[0]):.6g} together and {right:.6g} alone"
+        expected: Gradient = {}
+        for record, gradient in enumerate(gradients):
+            for name, value in gradient.items():
+                added = value.detach().double().cpu() * float(factors_GB[groups.index(name), record])
+                expected[name] = expected[name] + added if name in expected else added
+        wrong = BatchesOfOne(self._engine, most, "").wrong_sum(sums, expected)
+        return None if wrong is None else f"at rank {rank}: {wrong.message.rstrip('.')}"
