@@ -36,9 +36,10 @@ def test_ranks_without_records_empty_lots_and_broken_records(tmp_path: Path) -> 
     ids=lambda value: value["fault"] if isinstance(value, dict) else None,
 )
 def test_faults_of_ownership_are_seen_by_that_comparison(world: int, options: dict[str, Any], tmp_path: Path) -> None:
-    (alone,) = values(run_ranks(1, spread_tasks.train, tmp_path / "alone", {"spread": False, "rounds": 1}))
-    for own in values(run_ranks(world, spread_tasks.train, tmp_path / "ranks", {**options, "rounds": 1})):
-        assert relative(torch.tensor(own["weights"][0]), torch.tensor(alone["weights"][0])) > 1e-6
+    """After several rounds: Adam's first step is little more than the signs of what it is given."""
+    (alone,) = values(run_ranks(1, spread_tasks.train, tmp_path / "alone", {"spread": False}))
+    for own in values(run_ranks(world, spread_tasks.train, tmp_path / "ranks", options)):
+        assert relative(torch.tensor(own["weights"][-1]), torch.tensor(alone["weights"][-1])) > 1e-6
 
 
 def test_secret_noise_has_the_deviation_of_one_process_and_every_value_has_its_own(tmp_path: Path) -> None:
