@@ -77,11 +77,11 @@ def test_invariant_8_a_run_goes_on_with_any_number_of_ranks_after_one_was_killed
 
 def test_invariant_8_a_run_of_two_groups_goes_on_in_any_shape(tmp_path: Path) -> None:
     (whole,) = values(run_ranks(1, spread_tasks.resumable, tmp_path / "whole"))
-    ended = run_ranks(4, spread_tasks.deadly, tmp_path / "killed", "count 2|0", 2, patience_s=5.0)
+    ended = run_ranks(4, spread_tasks.deadly, tmp_path / "killed", "count 2|0", SLAB, False, 2, patience_s=5.0)
     assert ended[3].exit == -9
     for world, spread, over in ((4, True, 2), (3, True, 3), (2, False, None)):
         folder = shutil.copytree(tmp_path / "killed", tmp_path / f"{world} {over}")
-        for own in values(run_ranks(world, spread_tasks.resumable, folder, spread, over, attempt=1)):
+        for own in values(run_ranks(world, spread_tasks.resumable, folder, spread, SLAB, False, over, attempt=1)):
             assert relative(torch.tensor(own["weights"]), torch.tensor(whole["weights"])) <= 1e-6
             assert own["counted"] in (None, whole["counted"])
 
