@@ -252,7 +252,7 @@ def open_run(
     ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
     Holdings(model).replicas.agree("the experts of the run", lambda: {"the experts": experts_digest(model)})
     sums = LotSums(model, data, engine, balancer, plan, options, plan.own_noise(mechanism), source, ranks, shape)
-    if options.self_check and isinstance(engine, Engine) and not engine.lent_shapes:
+    if options.self_check and isinstance(engine, Engine) and not engine.lent:
         device = next(iter(engine.parameters.values())).device
         check_between_ranks(engine, ranks, sums.ownership, data.batch(np.zeros(1, np.int64), device))
     kept: list[Releases] = []

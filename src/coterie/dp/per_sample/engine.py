@@ -130,6 +130,11 @@ class Engine:
         return self.gradient_groups.of(name)
 
     @property
+    def lent(self) -> bool:
+        """Whether expert weights are lent: the model cannot compute by itself."""
+        return self._source is not None
+
+    @property
     def lowered(self) -> bool:
         """Whether the model was seen to compute in lower precision than its parameters are stored in."""
         return any(sites.lowered for sites in self._sites.values())
