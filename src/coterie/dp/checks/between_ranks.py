@@ -108,8 +108,8 @@ class _Comparison:
         for record, gradient in enumerate(gradients):
             for name, value in gradient.items():
                 (own if parts.is_part(name) else whole)[groups.index(name), record] += square(value)
-        told = parts.group.together("squared norms", lambda: own.tolist())
-        return whole + torch.tensor(told, dtype=torch.float64).sum(0)
+        by_rank = parts.group.together("squared norms", lambda: own.tolist())
+        return whole + torch.tensor(by_rank, dtype=torch.float64).sum(0)
 
     @contextmanager
     def _clipping(self, squares_GB: Tensor) -> Iterator[None]:
