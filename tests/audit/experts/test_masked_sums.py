@@ -279,7 +279,7 @@ def test_under_a_budget_one_host_faces_the_noise_of_two_parties_and_all_hosts_th
 ) -> None:
     """By the closed form: sigma C for each party whose push is in the sum."""
     monkeypatch.setattr(self_check, "check", lambda *arguments: SimpleNamespace(unused=()))
-    monkeypatch.setattr(plan, "noise_multiplier", lambda *arguments: SIGMA / 2)
+    monkeypatch.setattr(plan, "needed_noise", lambda *arguments: SIGMA / 2)
     model = full_models()["alder"]
     model.save_pretrained(tmp_path / "start")
     config = private_settings(

@@ -17,7 +17,7 @@ from torch import Tensor
 from coterie.cli.privacy_lines import stopped_contributing
 from coterie.config import FederationConfig
 from coterie.dp import plan
-from coterie.dp.accounting.accountant import noise_multiplier
+from coterie.dp.accounting.accountant import needed_noise
 from coterie.dp.checks import self_check
 from coterie.dp.lot_sums import LotSums
 from coterie.dp.noise.joint_noise import RoundNoise
@@ -45,7 +45,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes most of a short run is no subject here: the engine's comparison with batches of one, and finding
     the noise of a budget, which is the agreed number anyway."""
     monkeypatch.setattr(self_check, "check", lambda *arguments: SimpleNamespace(unused=()))
-    monkeypatch.setattr(plan, "noise_multiplier", lambda *arguments: SIGMA / 2)
+    monkeypatch.setattr(plan, "needed_noise", lambda *arguments: SIGMA / 2)
 
 
 def masked_settings(privacy: str = "budget", **changes: object) -> FederationConfig:
@@ -361,7 +361,7 @@ def test_values_beyond_the_signed_limit_stay_at_their_owner(tmp_path: Path, monk
 def test_a_budget_that_needs_more_noise_than_was_agreed_is_refused_before_anything_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(plan, "noise_multiplier", noise_multiplier)
+    monkeypatch.setattr(plan, "needed_noise", needed_noise)
     pushes, config = Pushes(monkeypatch), masked_settings(noise_multiplier=0.3, max_attempts=1)
     parts = parts_of(config, tmp_path, sigma=None, seeded=False)
     with pytest.raises(CoterieError) as ended:
