@@ -263,6 +263,17 @@ def test_the_headline_has_the_worst_of_every_part() -> None:
     )
 
 
+def test_the_headline_names_who_is_stronger_than_all_that_were_judged() -> None:
+    unmade = finding(None, adversary=Adversary.ALL_HOSTS, reason="a recording is missing")
+    some = [*noised(0.015), unmade]
+    found = verdicts(RunKind.EXPERTS_DP, some, working(), private())
+    assert {v.adversary: v.outcome for v in found}[Adversary.ALL_HOSTS] is Outcome.UNKNOWN
+    assert headline(found, {RunKind.EXPERTS_DP: some}, private()) == (
+        "`experts` within epsilon 8: nothing was read beyond a language model's guess. "
+        "Of T4 nothing can be concluded.",
+    )
+
+
 def test_an_adversarys_own_attack_stands_before_one_that_it_can_play_on_larger_sums() -> None:
     """Under masks one host opens larger sums than all of them together."""
     one = finding(0.22, prior=0.1, lot=32, sentence="Of two parties.")

@@ -452,8 +452,19 @@ def headline(
             if all(verdict.sentence.startswith(_NOTHING_READ) for verdict in some if verdict.part is part):
                 read = _on_few_places(some_found)
             words = f"{named(part, private)}: {read or _SHORT[worst]}"
+            if worst is Outcome.HELD:
+                words += _beyond([verdict for verdict in some if verdict.part is part])
             told.append(words[0].upper() + words[1:])
     return tuple(told) or ("Nothing was audited.",)
+
+
+def _beyond(some: Sequence[Verdict]) -> str:
+    """Who is stronger than everybody that a claim was held against, and was not judged."""
+    order = list(Adversary)
+    strongest = max(order.index(verdict.adversary) for verdict in some if verdict.outcome is Outcome.HELD)
+    beyond = [v for v in some if v.outcome is Outcome.UNKNOWN and order.index(v.adversary) > strongest]
+    who = " and ".join(verdict.adversary.label for verdict in beyond)
+    return f" Of {who} nothing can be concluded." if who else ""
 
 
 def _on_few_places(findings: Sequence[Finding]) -> str:
