@@ -397,8 +397,8 @@ def deadly(
     """`resumable`, of which the last rank is killed when it has been told what a step came to."""
     together = ranks.together
 
-    def deadly_together(name: str, make: Callable[[], Any]) -> list[Any]:
-        told = together(name, make)
+    def deadly_together(name: str, make: Callable[[], Any], *, patient: bool = False) -> list[Any]:
+        told = together(name, make, patient=patient)
         if name == step and ranks.rank == ranks.world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return told
