@@ -27,12 +27,15 @@ from coterie.dp.accounting.accountant import Mechanism, epsilon
 from coterie.dp.accounting.ledger import FILE, Entry, Ledger, existing_ledger, ledger_folder, open_ledger
 from coterie.dp.accounting.merging import merge
 from coterie.dp.accounting.spool import Spool
+from coterie.dp.ownership import Ownership
 from coterie.errors import CheckpointError, CoterieError, LedgerError, ModelError
 from coterie.federation.rounds.journal import Journal
 from coterie.federation.rounds.state import Phase, Saved
 from coterie.models.split.origins import Origin, check_content, origin_of, save_tensors
 from coterie.models.split.shards import check_digests
 from coterie.models.split.trainings import Training, read_trainings
+from coterie.models.spread.holdings import Holdings
+from coterie.ranks.ranks import Alone
 from coterie.training.party.store import PartyStore
 from coterie.training.single.prepared import read_run
 from helpers.first_formats import FIRST, first_spool, tensor_file
@@ -393,7 +396,7 @@ def test_a_private_session_of_the_first_version_is_loaded(tmp_path: Path) -> Non
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     saved = checkpoint.read(tmp_path / "session")
-    saved.load(model, optimizer)
+    saved.load(model, optimizer, Ownership(Alone(), Holdings(model), dict(model.named_parameters())))
     assert model.weight.item() == 2.0
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert saved.facts == {"run": "run-a", "round": 4}

@@ -12,6 +12,7 @@ from torch import Tensor
 from coterie import dp
 from coterie.config import ModelSpec
 from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.ownership import Ownership
 from coterie.errors import CheckpointError, ModelError, PrivacyError, RankError
 from coterie.models.spread.cuts import cuts_of
 from coterie.models.spread.holdings import Holdings
@@ -87,9 +88,9 @@ def test_a_release_whose_shared_values_one_rank_owns_says_of_every_part_whose_it
         ranks.append(Holdings(part))
         own = {name: p.detach().clone() for name, p in part.named_parameters() if name in whole}
         slabs = Slabs(own, 1.0, ranks[-1].parts(), in_place=True)
-        numbers = slabs.owned(rank, 2)
-        slabs.keep_noised(numbers)
-        pieces += slabs.parts(numbers).items()
+        mine = Ownership(Rank(rank, 2), ranks[-1], own).own(own)
+        slabs.keep_noised(mine)
+        pieces += slabs.parts(mine).items()
     for holdings in (*ranks, Holdings(made())):
         for order in (pieces, pieces[::-1]):
             assert_own(holdings.joined(order), holdings, whole)

@@ -323,4 +323,6 @@ def test_with_privacy_up_says_the_budget_and_where_the_ledger_is(tmp_path: Path)
 def test_a_spent_budget_is_said_once_it_matters():
     assert stopped_contributing(None) == ""
     assert stopped_contributing({"contributing": True, "rounds": 3}) == ""
-    assert "goes on hosting" in stopped_contributing({"contributing": False, "rounds": 3})
+    spent = {"contributing": False, "rounds": 3, "rounds_left": 0}
+    assert "goes on hosting" in stopped_contributing(spent)
+    assert "2 rounds of this party's budget are left" in stopped_contributing({**spent, "rounds_left": 2})

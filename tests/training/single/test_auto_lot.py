@@ -12,6 +12,7 @@ import pytest
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
 from coterie.dp import plan as plans
+from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.plan import PrivacyPlan
 from coterie.errors import BudgetError, ConfigError
@@ -53,7 +54,9 @@ def test_with_time_to_spare_a_lot_is_half_of_the_records_and_rounds_are_all_that
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where noise grows as the root of the rounds, the noise of their average stays, and more rounds cost nothing."""
-    monkeypatch.setattr(plans, "noise_multiplier", lambda budget, rate, rounds, *rest: rate * math.sqrt(rounds))
+    monkeypatch.setattr(
+        plans, "needed_noise", lambda budget, mechanism, rounds: mechanism.sampling_rate * math.sqrt(rounds)
+    )
     found = auto_lot.choose(plan(), units=1000, rounds=200, seconds=0.001, hours=1.0)
     assert (found.chosen.lot_size, found.chosen.rounds) == (500, 200)
     assert found.chosen.hours == pytest.approx(200 * 500 * 0.001 / 3600)
@@ -63,7 +66,7 @@ def test_with_little_time_lots_are_large_and_rounds_few_but_not_fewer_than_learn
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where noise hardly grows with the rounds, one large lot would be best: forty steps remain."""
-    monkeypatch.setattr(plans, "noise_multiplier", lambda *numbers: 0.7)
+    monkeypatch.setattr(plans, "needed_noise", lambda *numbers: 0.7)
     found = auto_lot.choose(plan(), units=100_000, rounds=400, seconds=0.01, hours=0.1)
     assert found.chosen.rounds == auto_lot.FEWEST_ROUNDS
     assert found.chosen.lot_size == 36_000 // 40
@@ -75,11 +78,11 @@ def test_with_little_time_lots_are_large_and_rounds_few_but_not_fewer_than_learn
 def test_noise_is_what_the_budget_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def calibrated(budget: Budget, rate: float, rounds: int, *rest: object) -> float:
-        asked.append((budget.epsilon, rate, rounds))
+    def calibrated(budget: Budget, mechanism: Mechanism, rounds: int) -> float:
+        asked.append((budget.epsilon, mechanism.sampling_rate, rounds))
         return 1.25
 
-    monkeypatch.setattr(plans, "noise_multiplier", calibrated)
+    monkeypatch.setattr(plans, "needed_noise", calibrated)
     found = auto_lot.choose(plan(), units=1000, rounds=40, seconds=0.01, hours=1.0)
     assert asked == [(8.0, 0.5, 40)]
     assert found.chosen.noise_multiplier == 1.25
@@ -104,7 +107,7 @@ def test_the_choice_does_not_know_how_long_the_text_is(tmp_path: Path, monkeypat
         return made
 
     monkeypatch.setattr(record_time, "synthetic_batch", seen)
-    monkeypatch.setattr(plans, "noise_multiplier", lambda *numbers: 0.7)
+    monkeypatch.setattr(plans, "needed_noise", lambda *numbers: 0.7)
     monkeypatch.setattr(record_time.time, "monotonic", iter(range(100)).__next__)
     short, first = auto_lot.settled(config(tmp_path / "short", words=1))
     long, second = auto_lot.settled(config(tmp_path / "long", words=12))

@@ -180,13 +180,9 @@ class LayerStreamer:
             return Lent({name: self._copied(tensor) for name, tensor in weights.items()}, self._dtype)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        """On the device, in the narrower format. A wider one is narrowed before it travels.
-
-        Where the cache lies on the device and in that format, it is the cache's own: a layer there is replaced, and
-        never written to.
-        """
+        """On the device, in the narrower format. A wider one is narrowed before it travels."""
         narrow = self._dtype if self._dtype.itemsize < tensor.dtype.itemsize else tensor.dtype
-        return tensor.to(narrow).to(self._device, non_blocking=self._side is not None)
+        return tensor.to(narrow).to(self._device, non_blocking=self._side is not None, copy=narrow == tensor.dtype)
 
     def _wait_for_copy(self, weights: Lent) -> None:
         if self._side is None:
