@@ -82,12 +82,14 @@ def run_ranks(
         process.start()
         there.close()
         started.append((process, here))
-    ended = []
-    for process, here in started:
+    said = list[tuple[Any, str | None]]()
+    for _, here in started:  # all are heard before any is waited for: ranks leave each other together
         try:
-            value, error = here.recv() if not ended or here.poll(kill_s) else (None, None)
+            said.append(here.recv() if not said or here.poll(kill_s) else (None, None))
         except EOFError:
-            value, error = None, None
+            said.append((None, None))
+    ended = []
+    for (process, _), (value, error) in zip(started, said, strict=True):
         process.join(timeout=kill_s)
         if process.is_alive():
             process.kill()
