@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,19 @@ def test_a_run_does_not_go_on_with_other_coefficients(tmp_path: Path, monkeypatc
         PrivateSession.resume(
             tmp_path / "saved", model, optimizer, records(24), collate, loss_fn, ledger=tmp_path / "l"
         )
+
+
+def test_a_run_does_not_go_on_with_records_at_other_numbers(tmp_path: Path) -> None:
+    """The dataset has the same name in any order; a record that changes its block could stand twice in one band."""
+    with start(tmp_path / "l") as session:
+        session.save(tmp_path / "saved")
+    for given, goes_on in ((records(24)[::-1], False), (records(24), True)):
+        model = Two()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        with nullcontext() if goes_on else pytest.raises(LedgerError, match="the order of run banded"):
+            PrivateSession.resume(
+                tmp_path / "saved", model, optimizer, given, collate, loss_fn, ledger=tmp_path / "l"
+            ).close()
 
 
 @pytest.mark.parametrize(

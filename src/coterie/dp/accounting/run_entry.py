@@ -29,17 +29,23 @@ UNCHECKED = (
 )
 
 
-_UNSAID = {"pooled": None, "bands": None}
+_UNSAID = {"pooled": None, "bands": None, "order": None}
 """What an entry does not speak of where it is so."""
 
 
 class RunStart(NamedTuple):
-    """The parts of a run that its ledger entry is made from."""
+    """The parts of a run that its ledger entry is made from.
+
+    Attributes:
+        order: digest of which record has which number, where that decides anything: a unit's block of noise in bands
+            follows from its number, and has to stay the same over the run. None elsewhere.
+    """
 
     plan: PrivacyPlan
     mechanism: Mechanism
     units: Units
     engine: SumEngine
+    order: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Public facts of the entry, JSON values."""
@@ -58,6 +64,7 @@ class RunStart(NamedTuple):
             "half_precision": plan.half_precision,
             **({} if plan.pooled is None else {"pooled": plan.pooled.to_json()}),
             **({} if plan.bands is None else {"bands": plan.bands.to_json()}),
+            **({} if self.order is None else {"order": self.order}),
         }
 
     def open(
