@@ -14,21 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from coterie import dp
 from coterie.dp.accounting.budget import PrivacyWarning
@@ -39,6 +34,7 @@ from coterie.models.zoo.families import experts_per_token
 from coterie.models.zoo.presets import preset
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks.ranks import Ranks
+from launched import figures_of
 
 MODELS = ("OLMoE-1B-7B", "Qwen3-30B-A3B")
 LOT, TOKENS, LORA_RANK = 1024, 512, 16
@@ -350,18 +346,7 @@ def be_rank(family: str, spread: bool, folder: Path) -> None:
 
 def run_ranks(family: str, spread: bool, world: int) -> list[dict[str, int]]:
     """What all ranks of a small run counted."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    shared = {
-        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, __file__, "--rank-of", family, "--folder", place, *(["--spread"] * spread)]
-        ranks = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r)}) for r in range(world)]
-        codes = [rank.wait() for rank in ranks]
-        if any(codes):
-            raise SystemExit(f"{family} over {world} ranks ended with {codes}")
-        return [json.loads(Path(place, f"rank-{rank}.json").read_text("utf-8")) for rank in range(world)]
+    return figures_of([__file__, "--rank-of", family, *(["--spread"] * spread)], world, family)
 
 
 def bytes_of(found: Sequence[dict[str, int]]) -> Bytes:

@@ -22,20 +22,16 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from coterie import dp
@@ -44,6 +40,7 @@ from coterie.models import seam
 from coterie.models.spread.spread import spread_experts
 from coterie.training.planning.measured import peak_rss_bytes
 from dp_step import VOCABULARY, language_model
+from launched import figures_of
 
 ARMS = {
     "alone": ("alone", 1), "data-2": ("data", 2), "experts-2": ("experts", 2), "experts-4": ("experts", 4),
@@ -104,21 +101,11 @@ def be_rank(mode: str, model_name: str, shape: str, rounds: int, folder: Path) -
 
 def run_arm(mode: str, world: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of all ranks of an arm."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    shared = {
-        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as place:
-        command = [
-            sys.executable, __file__, "--rank-of", mode, "--model", options.model, "--shape", options.shape,
-            "--rounds", str(options.rounds), "--folder", place,
-        ]  # fmt: skip
-        ranks = [subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r)}) for r in range(world)]
-        codes = [rank.wait() for rank in ranks]
-        if any(codes):
-            raise SystemExit(f"{mode} over {world} ranks ended with {codes}")
-        return [json.loads(Path(place, f"rank-{rank}.json").read_text("utf-8")) for rank in range(world)]
+    command = [
+        __file__, "--rank-of", mode, "--model", options.model, "--shape", options.shape,
+        "--rounds", str(options.rounds),
+    ]  # fmt: skip
+    return figures_of(command, world, mode)
 
 
 def summary(tries: list[list[dict[str, Any]]]) -> dict[str, float]:

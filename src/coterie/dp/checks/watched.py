@@ -115,7 +115,7 @@ class Watched:
             return _Snapshot(tensor, _version(tensor), tensor.detach().clone(), None)
         try:
             return _Snapshot(tensor, _version(tensor), None, self._checksum(tensor))
-        except (RuntimeError, NotImplementedError, TypeError):  # classes of their own: quantised, sparse
+        except (RuntimeError, TypeError):  # classes of their own: quantised, sparse
             return _Snapshot(tensor, _version(tensor), None, None)
 
     def _checksum(self, tensor: Tensor) -> Tensor:
