@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py --out quality            # everything; about three hours on two idle cores
     python benchmarks/quality.py --out quality --quick    # every arm in minutes; its losses show nothing
-    python benchmarks/quality_report.py quality/jobs.jsonl --out docs
+    python benchmarks/quality_tasks.py quality           # commonsense questions; needs coterie[eval]
+    python benchmarks/quality_report.py quality --out docs
 
 One line of JSON per finished job goes to ``jobs.jsonl``; a rerun goes on with what is missing. ``--only`` takes
 jobs whose names hold a word. The sets are looked for in --data, COTERIE_TEST_DATA or shared/data beside the
@@ -27,7 +28,7 @@ from coterie.demonstration.plan import DemoPlan, make_plan
 from coterie.demonstration.processes import interrupt_on_signals
 from coterie.revision import software
 from harness import machine
-from quality_jobs import Job, Sizes, Worker, jobs_of, prepare
+from quality_jobs import Job, Sizes, Worker, asked_job, jobs_of, keep_model, prepare, public_run
 from quality_text import data_folder
 
 JOBS = "jobs.jsonl"
@@ -114,9 +115,11 @@ def run_one(key: str, sizes: Sizes, out: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # what an interrupted try left
         shutil.rmtree(where)
     if job.arm == "public":
-        shutil.rmtree(out / f"public-{job.seed}", ignore_errors=True)
+        shutil.rmtree(public_run(out, job.seed), ignore_errors=True)
     where.mkdir(parents=True)
     line = Worker(out, sizes).run(job, where)
+    if job == asked_job(sizes):
+        keep_model(where / "run", out)
     (where / "line.json").write_text(json.dumps(line), encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -50,7 +51,7 @@ from coterie.training.single import run
 from coterie.training.single.stepper import Step
 from quality_text import DOMAINS, dealt, held_out, public_text, read_domains, shares, write_texts
 
-ARMS = ("public", "isolated", "tokens", "experts", "centralised")
+ARMS = ("public", "isolated", "tokens", "experts_own_trunks", "experts", "centralised")
 SPLITS = ("domains", "unequal", "iid")
 _WAIT_S = 6 * 3600.0
 
@@ -61,6 +62,8 @@ class Job:
 
     Attributes:
         arm: one of `ARMS`; ``public`` makes the checkpoint that all other jobs of its seed start from.
+            ``experts_own_trunks`` exchanges as ``experts`` and keeps trunks private as ``tokens`` does: what lies
+            between it and either is due to the trunk or to the exchange.
         parties: the first so many of `DOMAINS`.
         seed: of starting weights and the order of text; noise and lots of private jobs are secret and drawn anew.
         epsilon: None without privacy.
@@ -143,6 +146,7 @@ def jobs_of(sizes: Sizes) -> list[Job]:
     for count in (count for count in sizes.counts if count not in sizes.repeated):
         for epsilon in budgets:
             found += _together(count, first, epsilon)
+    found += [Job("experts_own_trunks", count, first) for count in sizes.repeated]
     most = max(sizes.counts)
     for split_name in ("unequal", "iid"):
         found += [Job("isolated", 1, first, split=split_name, party=name) for name in DOMAINS[:most]]
@@ -155,6 +159,27 @@ def _together(
 ) -> list[Job]:
     arms = ("tokens", "experts", "centralised") if epsilon is None else ("experts", "centralised")
     return [Job(arm, count, seed, epsilon, split_name) for arm in arms]
+
+
+def asked_job(sizes: Sizes) -> Job:
+    """The training whose model answers the commonsense questions: most text, nothing spared for privacy."""
+    return Job("centralised", max(sizes.counts), sizes.seeds[0])
+
+
+def kept_model(folder: Path) -> Path:
+    """Where the model of `asked_job` lies."""
+    return folder / "trained"
+
+
+def keep_model(run_dir: Path, folder: Path) -> None:
+    """Move a run's model out of a folder that goes when its job is done."""
+    shutil.rmtree(kept_model(folder), ignore_errors=True)
+    shutil.move(private_folder(run_dir) / "model", kept_model(folder))
+
+
+def public_run(folder: Path, seed: int) -> Path:
+    """The run that made the checkpoint that a seed's other jobs start from."""
+    return folder / f"public-{seed}"
 
 
 def _moves(job: Job) -> bool:
@@ -296,7 +321,7 @@ class Worker:
             train=FederationTrainSpec(**self._length(job, 1).model_dump()),
             exchange="tokens" if tokens else "experts",
             privacy=self._rules(job) or (None if tokens else "none"),
-            trunk="private" if tokens else "shared",
+            trunk="shared" if job.arm == "experts" else "private",
             deadline_s=3600.0,
             round_deadline_s=_WAIT_S,
             join_deadline_s=_WAIT_S,
@@ -347,7 +372,7 @@ class Worker:
         return ModelSpec(path=self._public_run(seed) / "model", provenance="public")
 
     def _public_run(self, seed: int) -> Path:
-        return self._folder / f"public-{seed}"
+        return public_run(self._folder, seed)
 
     def _data(self, job: Job, names: Sequence[str]) -> DataSpec:
         return DataSpec(

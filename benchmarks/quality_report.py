@@ -26,10 +26,13 @@ from matplotlib.axes import Axes
 from scipy.stats import t as student
 
 FILES = ("jobs.jsonl", "about.json")
+ANSWERS = "commonsense.json"
+"""Left by `quality_tasks.py`; the page says so where it is missing."""
 TITLES = {
     "public": "public model",
     "isolated": "each party alone",
     "tokens": "together, `tokens`",
+    "experts_own_trunks": "together, `experts`, private trunks",
     "experts": "together, `experts`",
     "centralised": "all text in one place",
 }
@@ -37,10 +40,18 @@ COLOURS = {
     "public": "#9a9a9a",
     "isolated": "#d1495b",
     "tokens": "#2e6f95",
+    "experts_own_trunks": "#8e6cae",
     "experts": "#3a9d6b",
     "centralised": "#3c3c3c",
 }
-MARKERS = {"public": "s", "isolated": "o", "tokens": "D", "experts": "v", "centralised": "^"}
+MARKERS = {
+    "public": "s",
+    "isolated": "o",
+    "tokens": "D",
+    "experts_own_trunks": "P",
+    "experts": "v",
+    "centralised": "^",
+}
 LEVEL = 0.95
 
 Losses = Mapping[str, float]
@@ -79,6 +90,10 @@ class Jobs:
         self.about: dict[str, Any] = json.loads((folder / "about.json").read_text("utf-8"))
         lines = (folder / "jobs.jsonl").read_text("utf-8").splitlines()
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        answers = folder / ANSWERS
+        self.answers: dict[str, list[dict[str, Any]]] = (
+            json.loads(answers.read_text("utf-8")) if answers.exists() else {}
+        )
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -104,7 +119,7 @@ class Jobs:
                 continue
             if arm != "public" and row["split"] != split:
                 continue
-            if arm in ("tokens", "experts", "centralised") and row["parties"] != parties:
+            if arm not in ("public", "isolated") and row["parties"] != parties:
                 continue
             for name, loss in row["loss"].items():
                 found.setdefault(row["seed"], {}).setdefault(name, []).append(loss)
@@ -161,7 +176,7 @@ def _mean(losses: Losses) -> float:
 def page(jobs: Jobs) -> str:
     """The text of evidence.md."""
     parts = [_head(jobs), _claims(jobs), _losses(jobs, 7), _losses(jobs, 3), _budgets(jobs), _further(jobs)]
-    parts += [_course(jobs), _other_shares(jobs), _limits(jobs)]
+    parts += [_course(jobs), _other_shares(jobs), _commonsense(jobs), _limits(jobs)]
     return "\n".join(part for part in parts if part)
 
 
@@ -223,6 +238,7 @@ def _verdicts(jobs: Jobs, parties: int) -> list[str]:
             f"`tokens` within 3 % of one place: on {within} of {len(behind)} domains; at worst "
             f"{behind[worst].text('.1f')} % behind, on `{names[worst]}`."
         )
+    found += _what_costs(jobs, parties)
     found += _lower(jobs, "tokens", parties, None)
     equal = jobs.against("experts", "centralised", parties, compare=lambda ours, theirs: 100 * (ours / theirs - 1))
     if equal:
@@ -234,6 +250,22 @@ def _verdicts(jobs: Jobs, parties: int) -> list[str]:
     for epsilon in jobs.about["sizes"]["epsilons"]:
         found += _lower(jobs, "experts", parties, epsilon)
     return found or ["not run yet."]
+
+
+def _what_costs(jobs: Jobs, parties: int) -> list[str]:
+    """Whether a private trunk or the exchange is what lies between `tokens` and one place, mean over domains."""
+    arms = ("tokens", "experts_own_trunks", "centralised")
+    losses = [jobs.losses(arm, parties) for arm in arms]
+    seeds = sorted(set.intersection(*(set(some) for some in losses)))
+    if not seeds:
+        return []
+    tokens, own_trunks, one_place = ([_mean(some[seed]) for seed in seeds] for some in losses)
+    trunk = Estimate.of([100 * (ours / theirs - 1) for ours, theirs in zip(own_trunks, one_place, strict=True)])
+    exchange = Estimate.of([100 * (ours / theirs - 1) for ours, theirs in zip(tokens, own_trunks, strict=True)])
+    return [
+        f"What costs `tokens` that, on the mean over domains: private trunks {trunk.text('+.2f')} % (`experts` with "
+        f"private trunks beside one place), the exchange itself {exchange.text('+.2f')} % (`tokens` beside that)."
+    ]
 
 
 def _lower(jobs: Jobs, arm: str, parties: int, epsilon: float | None) -> list[str]:
@@ -353,6 +385,37 @@ def _other_shares(jobs: Jobs) -> str:
     return "## Unequal parties, and parties alike\n\n" + "\n".join(parts) if parts else ""
 
 
+def _commonsense(jobs: Jobs) -> str:
+    if not jobs.answers:
+        return ""
+    some = next(iter(jobs.answers.values()))
+    rows = [
+        (TITLES[arm], [f"{max(one['accuracy'], one['normalised'] or 0.0):.3f}" for one in answers])
+        for arm, answers in jobs.answers.items()
+    ]
+    rows.append(("guessing", [f"{one['guessing']:.3f} ± {one['luck']:.3f}" for one in some]))
+    better = {
+        (TITLES[arm], one["task"])
+        for arm, answers in jobs.answers.items()
+        for one in answers
+        if one["better_than_guessing"]
+    }
+    verdict = (
+        "Better than guessing: " + ", ".join(f"{title} on `{task}`" for title, task in sorted(better))
+        if better
+        else "No model is better than guessing on any set: it is too small for these questions, and its losses above "
+        "say what it learnt"
+    )
+    asked = ", ".join(f"{one['questions']}" for one in some)
+    return (
+        "## Commonsense questions\n\nShare of right answers by lm-eval, the better of plain and by byte, of the "
+        f"first {asked} questions of each set, without privacy. *Guessing*: the better of two guessers who never"
+        " read a question, and how far luck takes one 95 times of 100.\n\n"
+        + _plain_table([f"`{one['task']}`" for one in some], rows)
+        + f"\n{verdict}.\n"
+    )
+
+
 def _limits(jobs: Jobs) -> str:
     missing = jobs.missing
     lines = "\n".join(f"- `{key}`" for key in missing)
@@ -362,8 +425,7 @@ def _limits(jobs: Jobs) -> str:
     return f"""## What this does not show
 
 The model has 2 million parameters and starts from little public text: what large models gain may differ. All text
-is public, and one set may repeat what another says. Commonsense sets are not measured here: a model of this size
-answers them by chance.
+is public, and one set may repeat what another says.
 
 ## What is missing
 
@@ -495,7 +557,7 @@ def write(folder: Path, docs: Path) -> None:
     beside = docs / "evidence"
     beside.mkdir(parents=True, exist_ok=True)
     if folder.resolve() != beside.resolve():
-        for name in FILES:
+        for name in (*FILES, *([ANSWERS] if (folder / ANSWERS).exists() else [])):
             shutil.copyfile(folder / name, beside / name)
     jobs = Jobs(folder)
     draw(jobs, beside)

@@ -103,12 +103,15 @@ def test_one_job_of_each_kind_measures_every_domain_it_has(quality: ModuleType, 
     plan = replace(plan, model={**plan.model, "num_hidden_layers": 1, "num_experts": 4})
     worker = Worker(tmp_path, quality.Sizes(plan))
     lines = {}
-    for job in (Job("public", 0, 0), Job("isolated", 1, 0, party="gsm8k"), Job("tokens", 2, 0), Job("experts", 2, 0)):
+    together = ("tokens", "experts", "experts_own_trunks")
+    for job in (
+        Job("public", 0, 0), Job("isolated", 1, 0, party="gsm8k"), *(Job(arm, 2, 0) for arm in together),
+    ):  # fmt: skip
         (tmp_path / job.key).mkdir()
         lines[job.arm] = worker.run(job, tmp_path / job.key)
     assert set(lines["public"]["loss"]) == set(DOMAINS)
     assert set(lines["isolated"]["loss"]) == {"gsm8k"}
-    for arm in ("tokens", "experts"):
+    for arm in together:
         assert set(lines[arm]["loss"]) == set(DOMAINS[:2])
         rounds, losses, seconds = zip(*lines[arm]["curve"], strict=True)
         assert rounds == (1, 2)
@@ -152,7 +155,7 @@ def written(folder: Path, quality: ModuleType, losses: dict[str, float]) -> Path
 def test_the_page_says_what_holds_what_does_not_and_what_is_missing(
     quality: ModuleType, report: ModuleType, tmp_path: Path
 ) -> None:
-    losses = {"isolated": 3.5, "tokens": 3.4, "experts": 3.6, "centralised": 3.2}
+    losses = {"isolated": 3.5, "tokens": 3.4, "experts_own_trunks": 3.36, "experts": 3.6, "centralised": 3.2}
     text = report.page(report.Jobs(written(tmp_path, quality, losses)))
     assert "`tokens` within 3 % of one place: on 0 of 3 domains; at worst 6.2 % behind, on `one`." in text
     assert "`tokens` better than alone: on 3 of 3 domains; one seed." in text
@@ -160,8 +163,27 @@ def test_the_page_says_what_holds_what_does_not_and_what_is_missing(
     assert "`experts` better than alone: on 0 of 3 domains; not on `one` (+0.100)" in text
     assert "| together, `tokens` | 3.400 | 3.400 | 3.400 |" in text
     assert "| together, `tokens` | +0.100 |" in text  # gain of three parties
-    assert "**7 of 8 jobs are finished**" in text
+    assert "private trunks +5.00 % (`experts` with private" in text
+    assert "the exchange itself +1.19 % (`tokens` beside that)" in text
+    assert "**8 of 9 jobs are finished**" in text
     assert "- `tokens-7`" in text
+    assert "Commonsense" not in text
+
+
+def test_commonsense_answers_stand_beside_guessing(quality: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    folder = written(tmp_path, quality, {"isolated": 3.5, "centralised": 3.2})
+    row = {"task": "boolq", "questions": 500, "normalised": None, "guessing": 0.62, "luck": 0.043}
+    answers = {
+        "public": [{**row, "accuracy": 0.61, "better_than_guessing": False}],
+        "centralised": [{**row, "accuracy": 0.67, "better_than_guessing": True}],
+    }
+    (folder / "commonsense.json").write_text(json.dumps(answers), encoding="utf-8")
+    report.write(folder, tmp_path / "docs")
+    text = (tmp_path / "docs" / "evidence.md").read_text("utf-8")
+    assert "| public model | 0.610 |" in text
+    assert "| guessing | 0.620 ± 0.043 |" in text
+    assert "Better than guessing: all text in one place on `boolq`" in text
+    assert (tmp_path / "docs" / "evidence" / "commonsense.json").is_file()
 
 
 def test_pictures_are_the_same_bytes_for_the_same_figures(
