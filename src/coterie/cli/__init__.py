@@ -5,7 +5,7 @@ Only bodies of commands import what is heavy. In reading order.
 
 One party: `coterie.cli.data`, `coterie.cli.train`, `coterie.cli.tune`, `coterie.cli.report`, `coterie.cli.resume`,
 `coterie.cli.eval`, `coterie.cli.predict`, `coterie.cli.generate`, `coterie.cli.purge`; on several devices by
-`coterie.cli.ranks`.
+`coterie.cli.ranks`, through a federation by `coterie.cli.live`.
 
 Models: `coterie.cli.models`, `coterie.cli.upcycle`, `coterie.cli.split`, `coterie.cli.export`.
 

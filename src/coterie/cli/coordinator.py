@@ -26,6 +26,10 @@ def command(
         list[str] | None,
         typer.Option("--dial", metavar="NAME=HOST:PORT", help="Dial a party there, not at its endpoint; repeat."),
     ] = None,
+    questions: Annotated[
+        bool,
+        typer.Option("--questions", help="Take up a finished run once more, so that parties can ask its model."),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write how it ended to this file.")] = None,
 ) -> None:
     """Keep the rounds of a federation: who is there, what is committed, which checkpoint counts.
@@ -33,8 +37,13 @@ def command(
     It sees no text, no tensor and no loss. Ctrl-C ends the run after the round in progress, with a checkpoint;
     started again, it goes on where it was.
 
+    With --questions a finished federation is brought up once more, and nothing is trained: every party starts again
+    with `coterie resume`, or asks with `coterie eval --live` or `coterie generate --live`; when all who ask have
+    their answers, it ends.
+
     Example:
         coterie coordinator federation.yaml --kit kits/coordinator --run-dir runs/coordinator
+        coterie coordinator federation.yaml --questions
     """
     from coterie.cli.rounds_progress import RoundLines, log_file
     from coterie.cli.stopping import stop_signals
@@ -56,6 +65,7 @@ def command(
         ),
         listen,
         dialled(dial),
+        questions,
     )
     say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")
     say(fingerprint_line(process.roster))
@@ -68,4 +78,4 @@ def command(
     if state.ending == "stopped":
         say(f"stopped after round {state.committed} ({state.note}); start everybody again to go on")
         raise typer.Exit(EXIT_STOPPED)
-    say(f"finished: {state.committed} rounds")
+    say("all questions are answered" if questions else f"finished: {state.committed} rounds")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.cli.output import say, table, write_json
 from coterie.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def command(
@@ -29,6 +32,15 @@ def command(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Ask the first so many questions of each task.")
     ] = None,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live", help="With --tasks: through this party's finished federation, with its hosts' experts."
+        ),
+    ] = False,
+    listen: Annotated[
+        str | None, typer.Option(help="With --live: address to listen on, where it differs from the agreed endpoint.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
     """Measure the held-out loss of a run's newest checkpoint.
@@ -36,15 +48,21 @@ def command(
     With --tasks: ask questions with choices through EleutherAI's lm-eval (pip install 'coterie[eval]'), from files;
     and say whether the answers are better than guessing. Nothing is downloaded.
 
+    With --live experts stay with their hosts: the coordinator runs with --questions, the other parties with `coterie
+    resume`. In `experts` no text leaves; in `tokens` the hosts can read the questions.
+
     Example:
         coterie eval runs/first --data other.jsonl
         coterie eval exported --tasks boolq,arc_easy --task-data commonsense_qa
+        coterie eval run --live --tasks boolq --task-data commonsense_qa --limit 200
     """
     if tasks is not None:
         if data:
             raise typer.BadParameter("--data is for the held-out loss: leave it out beside --tasks")
-        _ask(run_dir, tasks, task_data, limit, json_file)
+        _ask(run_dir, tasks, task_data, limit, json_file, listen, live=live)
         return
+    if live:
+        raise typer.BadParameter("--live asks --tasks: held-out text is measured by the federation itself")
     from coterie.training.single.trained import evaluate_run, load_trained
 
     trained = load_trained(run_dir)
@@ -62,10 +80,19 @@ def command(
         write_json(json_file, figures)
 
 
-def _ask(place: Path, names: str, folder: Path | None, limit: int | None, json_file: Path | None) -> None:
-    from coterie.training.single.trained import load_model_of
-    from coterie.training.tasks.harness import ask, check_tasks
-    from coterie.training.tasks.questions import SETS
+def _ask(
+    place: Path,
+    names: str,
+    folder: Path | None,
+    limit: int | None,
+    json_file: Path | None,
+    listen: str | None,
+    *,
+    live: bool,
+) -> None:
+    from coterie.training.single.trained import model_of, tokenizer_of
+    from coterie.training.tasks.harness import Answers, ask, check_tasks
+    from coterie.training.tasks.questions import SETS, read_questions
 
     tasks = list(SETS) if names == "all" else [name.strip() for name in names.split(",")]
     check_tasks(tasks)
@@ -76,8 +103,20 @@ def _ask(place: Path, names: str, folder: Path | None, limit: int | None, json_f
             why="questions come from files; nothing is downloaded",
             fix="name the folder that holds, for example, ARC-Easy/test.json",
         )
-    model, tokenizer = load_model_of(place)
-    found = ask(model, tokenizer, tasks, folder, limit=limit)
+    tokenizer = tokenizer_of(place)
+    found: list[Answers] = []
+
+    def put(model: PreTrainedModel) -> None:
+        found[:] = ask(model, tokenizer, tasks, folder, limit=limit)
+
+    if not live:
+        put(model_of(place))
+    else:
+        from coterie.cli.live import through_federation
+
+        asked = [question for task in tasks for question in read_questions(folder, task)[:limit]]
+        texts = tuple(text for question in asked for text in (question.asked, *question.choices))
+        through_federation(place, texts, put, listen)
     rows = [
         (a.task, a.questions, f"{a.accuracy:.3f}", "" if a.normalised is None else f"{a.normalised:.3f}", a.verdict)
         for a in found

@@ -22,6 +22,12 @@ def command(
             "--shard", metavar="FILE", help="Trained shards instead of the split's own; repeat, all parties'."
         ),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", metavar="DIR", help="A tokenizer to put beside the weights: RUN_DIR/private/tokenizer."
+        ),
+    ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the trained LoRA adapters alone, as a folder for peft.")
     ] = False,
@@ -46,11 +52,20 @@ def command(
     """
     from coterie.models.split.exporter import export
     from coterie.models.split.pushing import push as upload
+    from coterie.training.data.tokenizer import load_tokenizer_from
 
+    words = None if tokenizer is None else load_tokenizer_from(tokenizer)
     export(parts, out, trunk=trunk, shards=shard or None, adapter=adapter)
+    if words is not None:
+        words.save_pretrained(str(out))
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     if json_file is not None:
         write_json(json_file, {"folder": str(out), "files": files})
     say(f"wrote {out}: {len(files)} files, {sum(files.values()) / 1e6:.1f} MB")
+    if not (adapter or any(name.startswith("tokenizer") for name in files)):
+        say(
+            "no tokenizer is among them, as the split model had none; "
+            "--tokenizer RUN_DIR/private/tokenizer adds that of a run"
+        )
     if push is not None:
         say(f"uploaded to {upload(out, push)}")

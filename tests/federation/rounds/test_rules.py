@@ -53,6 +53,50 @@ AT_START = Clock(now=1.0, entered=0.0)
 # ---- one decision at a time -----------------------------------------------------------------------------------
 
 
+QUESTIONS = replace(PLAN, questions=True)
+FINISHED = State(seq=9, round=6, committed=6, evaluated=6, furthest=(6, 3), begun=True)
+KEPT = History((PublishedCheckpoint(4, {n: Saved(4, "4" * 64) for n in PARTIES}),
+                PublishedCheckpoint(6, {n: Saved(6, "6" * 64) for n in PARTIES})))  # fmt: skip
+
+
+def test_a_finished_run_is_loaded_and_evaluated_once_more_for_questions_and_trains_nothing():
+    held = (Saved(4, "4" * 64), Saved(6, "6" * 64))
+    move = advance(QUESTIONS, FINISHED, KEPT, everyone(done=9, held=held), AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.round, move.back_to) == (Phase.RESTORE, 6, 6)
+    move = advance(QUESTIONS, move.state, KEPT, everyone(done=10, live=6, held=held), AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.round, move.state.for_questions) == (Phase.EVALUATE, 6, True)
+    move = advance(QUESTIONS, move.state, KEPT, everyone(done=11, live=6, held=held), AT_START)
+    assert move is not None
+    assert (move.state.phase, move.state.ending, move.state.committed) == (Phase.END, Ending.FINISHED, 6)
+
+
+def test_questions_are_never_for_an_earlier_round_and_no_party_is_left_out():
+    """Going back would train the rounds again, and forget the checkpoint that somebody mislaid."""
+    held = (Saved(4, "4" * 64),)
+    move = advance(QUESTIONS, FINISHED, KEPT, everyone(done=9, held=held), AT_START)
+    assert move is not None
+    assert (move.state.ending, move.state.code, move.back_to) == (Ending.FAILED, "checkpoint-none-common", None)
+    going_on = replace(QUESTIONS, lost_party="continue")
+    two = {name: view for name, view in everyone(now=200.0, done=9, live=6).items() if name != "cedar"}
+    assert advance(going_on, FINISHED, KEPT, two, Clock(now=200.0, entered=0.0)) is None
+    assert advance(replace(going_on, questions=False), FINISHED, KEPT, two, Clock(now=200.0, entered=0.0)) is not None
+
+
+def test_a_lost_party_has_the_questions_asked_again():
+    asking = replace(FINISHED, seq=11, phase=Phase.EVALUATE)
+    reports = everyone(now=50.0, done=10, live=6)
+    reports["cedar"] = View(PartyReport("cedar-1", done=10, live=6), 1.0)
+    move = advance(QUESTIONS, asking, KEPT, reports, Clock(now=50.0, entered=0.0))
+    assert move is not None
+    assert move.state.phase is Phase.GATHER
+    back = everyone(now=60.0, done=12, live=6)
+    move = advance(QUESTIONS, move.state, KEPT, back, Clock(now=60.0, entered=55.0))
+    assert move is not None
+    assert move.state.for_questions
+
+
 def test_nothing_happens_before_everyone_is_there():
     state = State()
     assert advance(PLAN, state, History(), {}, AT_START) is None

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coterie.errors import CoterieError, TransportError
+from coterie.errors import CoterieError, RoundError, TransportError
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.federation.rounds.coordinator_rules import advance, wanting
 from coterie.federation.rounds.directives import Call, Directive, Refusal, decode, encode
@@ -131,9 +131,16 @@ class Coordinator:
         return state
 
     def _begin(self) -> None:
-        """Take up a run that was stopped or failed; one that was cut off simply goes on."""
-        state = self._journal.state
-        if state.phase is Phase.END and state.ending is not Ending.FINISHED:
+        """Take up a run that was stopped or failed, or a finished one for questions; one that was cut off goes on."""
+        state, history = self._journal.state, self._journal.history
+        if self._plan.questions and min(state.committed, state.evaluated, history.newest) < self._plan.rounds:
+            raise RoundError(
+                f"{state.committed} of {self._plan.rounds} rounds are done, so there is no finished model to ask.",
+                code="questions-unfinished",
+                why="questions are for the model that all parties ended with; nothing is trained meanwhile",
+                fix="let the rounds be done first: start the coordinator without --questions",
+            )
+        if state.phase is Phase.END and (self._plan.questions or state.ending is not Ending.FINISHED):
             again = replace(
                 state,
                 seq=state.seq + 1,
@@ -145,7 +152,7 @@ class Coordinator:
                 rejoining=(),
                 ending=Ending.NONE,
                 code="",
-                note="taken up again",
+                note="taken up for questions" if self._plan.questions else "taken up again",
             )
             self._journal.write(Move(again))
         self._entered = self._time.now()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from coterie.config import FederationConfig
@@ -26,6 +27,7 @@ class CoordinatorProcess:
         on_change: called after every change.
         listen: address to listen on, where it differs from the agreed endpoint.
         dial: addresses of parties to dial in place of their endpoints.
+        questions: take up the finished run once more, so that parties can ask its model.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class CoordinatorProcess:
         on_change: Callable[[CoordinatorStatus], None] = lambda status: None,
         listen: str | None = None,
         dial: Mapping[str, str] | None = None,
+        questions: bool = False,
     ) -> None:
         self._config, self._run_dir, self._on_change, self._listen = config, run_dir, on_change, listen
-        self._dial = dial
+        self._dial, self._plan = dial, replace(plan_of(config), questions=questions)
         self._kit, self.roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
 
@@ -82,7 +85,7 @@ class CoordinatorProcess:
                 self._on_change(status)
 
             try:
-                coordinator = Coordinator(plan_of(config), transport, journal, config.content_hash(), on_change)
+                coordinator = Coordinator(self._plan, transport, journal, config.content_hash(), on_change)
                 self._coordinator = coordinator
                 return coordinator.run()
             finally:

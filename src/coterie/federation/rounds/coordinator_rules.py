@@ -246,6 +246,9 @@ class _Scene:
         """The next activity once the model of ``state.committed`` rounds is live at everybody."""
         here = replace(self, state=state, history=history)
         round_no, last = state.committed, state.committed >= self.plan.rounds
+        if self.plan.questions:
+            nxt = here.to(Phase.EVALUATE, round=round_no, attempt=state.failures + 1)
+            return Move(replace(nxt, seq=self.state.seq + 1), **carry)  # type: ignore[arg-type]
         measured = due(round_no, self.plan.evaluate_every) or last
         if measured and round_no > state.evaluated and not (self.stop and not last):
             nxt = here.to(Phase.EVALUATE, round=round_no, attempt=state.failures + 1)
@@ -283,7 +286,7 @@ def _gather(scene: _Scene) -> Move | None:
         note = f"{scene.stop} asked to stop while {_names(lost)} was missing"
         return Move(scene.to(Phase.END, round=state.committed, ending=Ending.STOPPED, note=note))
     waited = scene.clock.now - scene.clock.entered
-    can_go_on = plan.lost_party == "continue" and state.begun and len(lost) < len(scene.active)
+    can_go_on = plan.lost_party == "continue" and not plan.questions and state.begun and len(lost) < len(scene.active)
     if lost and can_go_on and waited > plan.lease_s:
         absent = tuple(name for name in plan.parties if name in state.absent or name in lost)
         rejoining = tuple(name for name in state.rejoining if name not in lost)
@@ -320,6 +323,8 @@ def _roll_back(scene: _Scene) -> Move:
         if not without:
             return _load(scene, checkpoint)
         lacking = lacking or without
+        if scene.plan.questions:  # asked of the finished model, and of no earlier one
+            break
     if lacking:
         return scene.fail(
             "checkpoint-none-common",
@@ -375,6 +380,8 @@ def _step(scene: _Scene) -> Move | None:
 
 
 def _evaluate(scene: _Scene) -> Move | None:
+    if scene.all_done and scene.plan.questions:
+        return Move(scene.to(Phase.END, round=scene.state.round, ending=Ending.FINISHED))
     if scene.all_done:
         return scene.after(replace(scene.accomplished(), evaluated=scene.state.round), scene.history)
     return scene.trouble(scene.state.round)

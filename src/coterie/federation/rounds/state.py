@@ -67,6 +67,7 @@ class RoundPlan:
         max_attempts: failures after which the run ends, if it did not get further meanwhile than ever before; more
             interruptions than that end it as well.
         lost_party: wait for a lost party, or go on without its experts.
+        questions: a finished run is taken up once more, so that parties can ask its model; nothing is trained.
     """
 
     parties: tuple[str, ...]
@@ -80,6 +81,7 @@ class RoundPlan:
     max_attempts: int = 3
     max_refusals: int = 2
     lost_party: Literal["pause", "continue"] = "pause"
+    questions: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,11 @@ class State(Strict):
     ending: Ending = Ending.NONE
     code: Code = ""
     note: Note = ""
+
+    @property
+    def for_questions(self) -> bool:
+        """Whether `evaluate` was called once more, after this round's own: so that parties can ask the model."""
+        return self.phase is Phase.EVALUATE and self.evaluated >= self.round
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,43 @@ def read_template(path: Path | None) -> str | None:
         ) from None
 
 
+def as_turn(prompt: str, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str:
+    """A prompt as a user's turn, up to where the answer begins.
+
+    Args:
+        prompt: what the user says.
+        tokenizer: its chat template writes the turn.
+        template: in place of the tokenizer's.
+
+    Raises:
+        DataError: there is no template, or it refuses the turn.
+    """
+    template = template or _own_template(tokenizer)
+    if template is None:
+        raise DataError(
+            "The model's tokenizer has no chat template.",
+            code="data-no-template",
+            why="how turns are written decides what a model answers to",
+            fix="name one with --template FILE (Jinja), or leave out --chat: the prompt is then continued as text",
+        )
+    return _by_template([{"role": "user", "content": prompt}], tokenizer, template, asks=True)
+
+
+def _by_template(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, *, asks: bool
+) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=asks,
+            chat_template=template,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise _bad_template(f"refuses the turns ({type(error).__name__})") from None
+    return text
+
+
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
@@ -146,14 +183,7 @@ def _written(
     """
 
     def written(count: int, *, asks: bool = False) -> str:
-        given = [dict(message) for message in messages[:count]]
-        try:
-            text: str = tokenizer.apply_chat_template(
-                given, tokenize=False, add_generation_prompt=asks, chat_template=template
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise _bad_template(f"refuses the turns ({type(error).__name__})") from None
-        return text
+        return _by_template(messages[:count], tokenizer, template, asks=asks)
 
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     whole = written(answers[-1] + 1)

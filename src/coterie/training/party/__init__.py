@@ -7,7 +7,8 @@ a round by the exchange that it is given, `coterie.training.party.helping` what 
 `coterie.training.party.whole_model` the model that it ends with.
 `coterie.training.party.in_process` has all parties in one process,
 `coterie.training.party.doctor` looks before anybody starts, `coterie.training.party.agreed_limits` says what a member
-may send, and `coterie.training.party.after_private` keeps private text out of `tokens`. Where all agreed to a
-transcript, `coterie.training.party.recordings` keeps it and `coterie.training.party.answer_key` notes which text was
-sent, `coterie.training.party.own_masks` what was added to a masked push.
+may send, `coterie.training.party.after_private` keeps private text out of `tokens`, and
+`coterie.training.party.questions` says what a finished federation may be asked. Where all agreed to a transcript,
+`coterie.training.party.recordings` keeps it and `coterie.training.party.answer_key` notes which text was sent,
+`coterie.training.party.own_masks` what was added to a masked push.
 """

@@ -195,6 +195,9 @@ class PartyActor:
         self._log(round_no, **{**metrics, "seconds": self._seconds}, lr=rate, attempt=attempt)
 
     def evaluate(self, state: State, cancel: CancelToken) -> None:
+        if state.for_questions:
+            self._answer(state, cancel)
+            return
         if not self.inputs.federation.evaluate:
             return
         self._meet(state.absent, cancel)
@@ -204,6 +207,13 @@ class PartyActor:
             evaluation = evaluate(self.inputs.model, self.inputs.test, batch_size=self._spec.micro_batch)
         evaluation.save(private_folder(self.inputs.run_dir) / _EVALUATION)
         self._log(state.round, test_loss=evaluation.loss)
+
+    def _answer(self, state: State, cancel: CancelToken) -> None:
+        """Be there for those who ask; they look like those who do not until their first question."""
+        self._meet(state.absent, cancel)
+        with self.exchange.inference(state, cancel):
+            if self.inputs.questions is not None:
+                self.inputs.questions.put_to(self.inputs.model)
 
     def save(self, state: State, cancel: CancelToken) -> str:
         last = state.round == self._spec.rounds

@@ -16,7 +16,9 @@ from coterie.errors import LedgerError
 from coterie.training.data.documents import Documents
 
 
-def check_after_private(party: PartyConfig, federation: FederationConfig, documents: Documents) -> None:
+def check_after_private(
+    party: PartyConfig, federation: FederationConfig, documents: Documents, *, what: str = "the training text"
+) -> None:
     """Refuse an exchange without a budget for text of which some was trained on privately, or record what it costs.
 
     Called before anything is sent; where nothing was ever trained on privately, no ledger is made.
@@ -24,7 +26,8 @@ def check_after_private(party: PartyConfig, federation: FederationConfig, docume
     Args:
         party: says where its ledgers lie.
         federation: names the exchange.
-        documents: the training text.
+        documents: text that would cross.
+        what: it is, in words.
 
     Raises:
         LedgerError: ``tokens-after-private``, ``plain-after-private``.
@@ -39,7 +42,7 @@ def check_after_private(party: PartyConfig, federation: FederationConfig, docume
     tokens = federation.exchange == "tokens"
     if party.after_private == "refuse":
         before = (
-            f"Some of the training text of {party.party} was trained on privately before "
+            f"Some of {what} of {party.party} was trained on privately before "
             f"({len(runs)} run{'s' if len(runs) > 1 else ''}), and "
         )
         raise LedgerError(

@@ -52,11 +52,12 @@ class InProcessFederation:
         self._kill: dict[str, Callable[[], None]] = {}
         self.coordinator: Coordinator | None = None
 
-    def coordinate(self) -> None:
-        """Start the coordinator; it takes up what its journal holds."""
+    def coordinate(self, *, questions: bool = False) -> None:
+        """Start the coordinator; it takes up what its journal holds, or a finished run for questions."""
         transport = self.hub.transport(COORDINATOR)
         journal = Journal(self.folder, self.config.name, self._agreement)
-        coordinator = Coordinator(plan_of(self.config), transport, journal, self._agreement, self.statuses.append)
+        plan = replace(plan_of(self.config), questions=questions)
+        coordinator = Coordinator(plan, transport, journal, self._agreement, self.statuses.append)
         self.coordinator = coordinator
 
         def serve() -> State:

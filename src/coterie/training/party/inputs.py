@@ -22,6 +22,7 @@ from coterie.models.split.trainings import Training
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Sequences
 from coterie.training.folders import private_folder
+from coterie.training.party.questions import Questions
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class PartyInputs:
         privacy: what this party trains under; None without privacy.
         roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
         trainings: what is behind the weights of this run's checkpoints, this run included.
+        questions: that this party asks of the finished model; None: it only answers.
         bases: where adapters alone are trained, content digests of the files with the frozen weights: those of
             ``trunk`` and of ``experts``.
         signer: this party's identity; needed where pushes are masked.
@@ -112,6 +114,7 @@ class PartyInputs:
     signer: Signer | None = None
     ranks: Ranks = field(default_factory=Alone)
     bases: Mapping[str, str] = field(default_factory=dict)
+    questions: Questions | None = None
 
     @property
     def cache_folder(self) -> Path | None:

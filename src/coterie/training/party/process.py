@@ -49,6 +49,7 @@ from coterie.training.party.after_private import check_after_private
 from coterie.training.party.agreed_limits import party_noise_limit
 from coterie.training.party.helping import HelpingRank
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs, Weights, party_plan, trunk_tensors
+from coterie.training.party.questions import Questions
 from coterie.training.party.run import PartyResult, PartyRun, Watch
 from coterie.training.party.store import PartyStore
 from coterie.training.planning.forecast import Forecast, forecast
@@ -67,6 +68,7 @@ class PartyProcess:
         listen: address to listen on, where it differs from the agreed endpoint.
         dial: addresses of members to dial in place of their endpoints.
         ranks: that share this party's lots, where this is rank 0; the others `help_party`.
+        questions: that this party asks of the finished model.
 
     Raises:
         ConfigError, IdentityError, RosterError: settings, kit and roster do not fit each other.
@@ -79,8 +81,10 @@ class PartyProcess:
         listen: str | None = None,
         dial: Mapping[str, str] | None = None,
         ranks: Ranks | None = None,
+        questions: Questions | None = None,
     ) -> None:
         self.config, self._watch, self._listen, self._dial = config, watch, listen, dial
+        self._questions = questions
         self._ranks = ranks_or_alone(ranks)
         self.federation = load_yaml(config.federation, FederationConfig)
         if config.party not in self.federation.parties:
@@ -119,7 +123,8 @@ class PartyProcess:
         unreachable.check_free(config.party, transport.address)  # before a large model is read
         with kept_private(config.run_dir):
             signer = KeySigner.of_kit(self._kit, self.roster)
-            inputs = replace(prepare_party(config, federation, self.roster, self._ranks), signer=signer)
+            inputs = prepare_party(config, federation, self.roster, self._ranks)
+            inputs = replace(inputs, signer=signer, questions=self._questions)
             if self._watch is not None and self._watch.announce is not None and inputs.privacy is not None:
                 self._watch.announce(party_forecast(inputs, inputs.privacy))
             self._run = PartyRun(inputs, transport, federation.content_hash(), self._watch, self.certificate_warning)

@@ -72,6 +72,19 @@ def of_tokens(federation: FederationConfig) -> list[str]:
     return lines
 
 
+def of_questions(federation: FederationConfig) -> list[str]:
+    """What crosses when a party asks the finished model, experts with their hosts."""
+    if federation.exchange == "tokens":
+        return [
+            "`exchange: tokens`. What is asked goes to the hosts of its experts as hidden vectors, and so does every "
+            "token of an answer: they can read both"
+        ]
+    return [
+        "`exchange: experts`. The hosts' weights come here, each layer once, and are kept for this command; no text "
+        "leaves, and others see no more than that this party fetched them"
+    ]
+
+
 def of_pushes(federation: FederationConfig, reach: Reach, round_tokens: int | None = None) -> list[str]:
     """What crosses in `experts` with `privacy: none`.
 

@@ -21,6 +21,7 @@ def generate(
     tokens: int,
     temperature: float = 0.8,
     seed: int = 0,
+    written: bool = False,
     show: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of ``prompt``: at most ``tokens`` new tokens, fewer when the text ends.
@@ -32,6 +33,7 @@ def generate(
         tokens: most new tokens.
         temperature: divides the logits before sampling; 0 takes the likeliest token.
         seed: of the sampling.
+        written: a chat template wrote the prompt, with all tokens that begin a text.
         show: hears of each piece of the continuation as soon as it is known.
 
     Raises:
@@ -43,7 +45,7 @@ def generate(
         prompt.encode()
     except UnicodeEncodeError:  # bytes of another encoding on the command line
         raise DataError("The prompt is not UTF-8 text.", code="data-encoding", fix="use a UTF-8 terminal") from None
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not written, verbose=False)["input_ids"]
     if not ids:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:

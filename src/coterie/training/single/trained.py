@@ -16,7 +16,7 @@ from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import private_folder
-from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
 from coterie.training.party.whole_model import MODEL, model_folder
 from coterie.training.single.prepared import checkpoints_of, read_run
 from coterie.training.single.setup import build_for, pick_device
@@ -43,7 +43,7 @@ def load_trained(run_dir: Path) -> TrainedRun:
     if (run_dir / PARTY_FILE).is_file():
         return _of_party(run_dir)
     config, marker = read_run(run_dir)
-    tokenizer = load_tokenizer_from(private_folder(run_dir) / "tokenizer")
+    tokenizer = load_tokenizer_from(private_folder(run_dir) / TOKENIZER_FOLDER)
     store = checkpoints_of(run_dir, str(marker["run"]))
     newest = store.newest()
     if newest is None or newest.round == 0:
@@ -57,18 +57,29 @@ def load_trained(run_dir: Path) -> TrainedRun:
     return TrainedRun(config, tokenizer, model.eval(), newest.round)
 
 
-def load_model_of(place: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a run, or of an exported checkpoint, in eval mode; on the GPU where there is one.
+def model_of(place: Path) -> PreTrainedModel:
+    """The model of a run, or of an exported checkpoint, in eval mode; on the GPU where there is one.
 
     Raises:
         CheckpointError: no run and no checkpoint is here, or the run has no model yet.
-        DataError: the checkpoint has no tokenizer.
     """
     if not (place / "config.json").is_file():
-        trained = load_trained(place)
-        return trained.model, trained.tokenizer
-    tokenizer = load_tokenizer_from(place)
-    return build_model(ModelSpec(path=place), device=pick_device("auto")).eval(), tokenizer
+        return load_trained(place).model
+    return build_model(ModelSpec(path=place), device=pick_device("auto")).eval()
+
+
+def tokenizer_of(place: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, of a party's run, or of an exported checkpoint.
+
+    Raises:
+        CheckpointError: no run and no checkpoint is here.
+        DataError: it has no tokenizer.
+    """
+    if (place / "config.json").is_file():
+        return load_tokenizer_from(place)
+    if not (place / PARTY_FILE).is_file():
+        read_run(place)
+    return load_tokenizer_from(private_folder(place) / TOKENIZER_FOLDER)
 
 
 def _of_party(run_dir: Path) -> TrainedRun:
@@ -81,7 +92,8 @@ def _of_party(run_dir: Path) -> TrainedRun:
             code="run-no-model",
             why="a model is written after the last round; in `tokens` experts stay with their hosts, and a run with "
             "`lora` ends with adapters",
-            fix="go on with `coterie resume`, or join everybody's parts with `coterie export`",
+            fix="go on with `coterie resume`, join everybody's parts with `coterie export`, or ask through the "
+            "federation with --live",
         )
     spec = federation.train
     config = TrainConfig(

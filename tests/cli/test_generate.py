@@ -1,0 +1,88 @@
+"""`coterie generate` on an export, by a chat template, and through a federation that was not taken up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coterie.cli import live
+from coterie.config import FederationConfig, PartyConfig
+from coterie.errors import RoundError
+from coterie.models.zoo.tiny import tiny_model
+from coterie.training.data.tokenizer import train_tokenizer
+from helpers.federation_commands import run
+from helpers.federations import settings
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    tiny_model("olmoe", vocab_size=300, max_position_embeddings=128).save_pretrained(folder)
+    train_tokenizer(["the river and the stone [user] [assistant]"] * 20, 300).save_pretrained(str(folder))
+    return folder
+
+
+ASKED = ("--prompt", "the river", "--tokens", "6", "--temperature", "0")
+
+
+def test_an_export_goes_on_with_a_prompt(export: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", export, *ASKED) == 0
+    first = capfd.readouterr().out
+    assert first.startswith("the river")
+    assert len(first.strip()) > len("the river")
+
+
+def test_chat_writes_the_prompt_by_the_template(
+    export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", export, *ASKED, "--chat") == 1
+    shown = capfd.readouterr().err
+    assert "Error data-no-template" in shown
+    assert "--template" in shown
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    assert run("generate", export, *ASKED, "--chat", "--template", tmp_path / "chat.jinja") == 0
+    answered = capfd.readouterr().out.removesuffix("\n")
+    assert run("generate", export, "--prompt", "[user] the river\n[assistant]", *ASKED[2:]) == 0
+    assert capfd.readouterr().out.removesuffix("\n") == "[user] the river\n[assistant]" + answered
+
+
+def test_a_folder_that_is_no_run_and_no_export_is_said_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", tmp_path, *ASKED) == 1
+    assert "Error run-dir-none" in capfd.readouterr().err
+
+
+def test_a_federation_that_ends_without_being_asked_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator was started without --questions: the run is finished, and everybody is sent home."""
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "result.json").write_text(json.dumps({"rounds": 4}))
+    paths = dict.fromkeys(("federation", "kit", "trunk", "shard"), str(tmp_path / "none"))
+    config = PartyConfig.model_validate(
+        {"party": "alder", "data": {"train": "text.txt"}, "run_dir": tmp_path, "devices": 4, **paths}
+    )
+
+    class Process:
+        federation: FederationConfig = settings()
+
+        def __init__(self, given: PartyConfig, *_: object, **__: object) -> None:
+            assert given.devices == 1
+
+        def stop(self) -> bool:
+            return False
+
+        def run(self) -> None:
+            """Ends without an evaluation."""
+
+    monkeypatch.setattr("coterie.training.party.process.settings_of_run", lambda run_dir: config)
+    monkeypatch.setattr("coterie.training.party.process.PartyProcess", Process)
+    with pytest.raises(RoundError, match="before anything could be asked") as caught:
+        live.through_federation(tmp_path, ("a prompt",), lambda model: None, None)
+    assert caught.value.code == "questions-not-taken"
