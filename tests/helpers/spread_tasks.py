@@ -45,7 +45,7 @@ Case = Mapping[str, Any]
 WITHOUT: Case = {
     "family": "olmoe", "clipping": "flat", "method": "book_keeping", "clip_norm": 0.7, "lora": False,
     "checkpointing": False, "records_of": None, "fault": "", "common": False, "broken": None,
-    "train": True, "batchings": False, "over": None,
+    "train": True, "batchings": False, "over": None, "gathered": False,
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def engine_of(model: nn.Module, case: Case) -> Engine:
         if case["broken"] is None:
             return losses
         bad = (batch["input_ids"][:, :3] == texts()[case["broken"], :3]).all(1)
-        return torch.where(bad, losses * torch.nan, losses)
+        return losses * torch.where(bad, torch.nan, 1.0)  # the others' gradients stay numbers
 
     method = case["method"] if isinstance(case["method"], str) else "book_keeping"
     made = Engine(model, loss, clipping=policy(case["clipping"], case["clip_norm"]), method=method)
@@ -110,7 +110,9 @@ def clipped(engine: Engine, rows: Tensor, size: int, batches: int) -> tuple[dict
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+    """Relative; infinite where one of them is no number, since `max` leaves out what cannot be compared."""
+    off = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    return float(off.nan_to_num(torch.inf))
 
 
 # -- norms, sums and outputs -----------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def _norms_and_sums(ranks: Ranks, case: Case) -> dict[str, float]:
     shares = case["records_of"] or [list(range(rank, RECORDS, ranks.world)) for rank in range(ranks.world)]
     mine = torch.tensor(shares[ranks.rank], dtype=torch.int64)
     whole, part = built(case), built(case)
-    spread_experts(part, ranks, case["over"])
+    spread_experts(part, ranks, case["over"], gathered=case["gathered"])
     spread = spread_of(part)
     assert spread is not None
     expected, expected_norms = clipped(engine_of(whole, case), rows, 5, 2)

@@ -62,7 +62,8 @@ class BookKeeping:
             columns = shared.columns(name)
             if bool(masked[columns].any()):
                 uses = [(node, term.masked(keep[columns].to(losses.device))) for node, term in uses]
-            self._sums.add(root, uses, factors[groups.index(name), columns].to(losses.device))
+            factors_B = factors[groups.index(name), columns].to(losses.device)
+            self._sums.add(root, uses, factors_B, layers=shared.layers)
         return diagnostics
 
     def refine(self, squares: dict[str, SqNorms], kept: Kept, shared: SharedBatch) -> None:

@@ -113,7 +113,7 @@ class Capture:
         self.recomputing = False
         self.active = False
         self.last: Node | None = None
-        device = next(iter(parameters.values())).device
+        device = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
         self.anchor = torch.zeros((), device=device if device.type != "meta" else None, requires_grad=True)
         self._parameters = dict(parameters)
         self._gradients: dict[str, Tensor | None] = {}

@@ -47,8 +47,8 @@ class CapturedPass:
     ) -> None:
         self.model = model
         self._loss_fn = loss_fn
-        self._parameters = dict(parameters)
-        self._lent_shapes = dict(lent_shapes)
+        self._parameters: dict[str, nn.Parameter] = dict(parameters)
+        self._lent_shapes: Mapping[str, torch.Size] = dict(lent_shapes)
         self._source = source
 
     def run(
@@ -94,14 +94,19 @@ class CapturedPass:
     def _capturing(
         self, records: int, ready: Ready, sites: Sites, shared: SharedBatch, probing: Size | None
     ) -> Iterator[Capture]:
-        capture = Capture(self._parameters, records, apply_rule, ready, sites, probing)
-        for name, shape in self._lent_shapes.items():
-            capture.roots[name] = Root(torch.empty(shape, device="meta"), name=name)
+        parameters, lent_shapes, source = self._parameters, self._lent_shapes, self._source
         with ExitStack() as stack:
+            if (layers := shared.layers) is not None:
+                adapters_by_name = stack.enter_context(layers.one_pass())
+                here = {name: own for name, own in parameters.items() if name not in layers.shapes}
+                parameters, lent_shapes, source = here | adapters_by_name, layers.lent_shapes, layers
+            capture = Capture(parameters, records, apply_rule, ready, sites, probing)
+            for name, shape in lent_shapes.items():
+                capture.roots[name] = Root(torch.empty(shape, device="meta"), name=name)
             if seam.expert_layers(self.model):
                 adapters = expert_adapters(self.model)
                 stack.enter_context(factors_stay_apart(self.model))
-                experts = PrivateExperts(capture, adapters, self._source)
+                experts = PrivateExperts(capture, adapters, source)
                 stack.enter_context(seam.computed_by(self.model, shared.computed(experts)))
             stack.enter_context(rows_of_single_experts(self.model, capture))
             stack.enter_context(capture)

@@ -105,7 +105,7 @@ class GhostClipping:
             if keep_B is not None and not bool(keep_B[columns].all()):
                 uses = [(node, term.masked(keep_B[columns].to(term_device))) for node, term in uses]
             factors_B = factors_GB[self._groups.index(root.name), columns].to(term_device)
-            self._sums.add(root, uses, factors_B, into)
+            self._sums.add(root, uses, factors_B, into, shared.layers)
 
         term_device = next(iter(self._devices()), torch.device("cpu"))
         return self._run(batch, ready, shared)

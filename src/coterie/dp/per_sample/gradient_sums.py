@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coterie.dp.per_sample import combine_uses
 from coterie.dp.per_sample.weight_expressions import Root
+from coterie.models.spread.whole_layers import WholeLayers
 
 Sums = dict[str, Tensor]
 
@@ -36,7 +37,14 @@ class GradientSums:
         """The sum of one parameter, to add to."""
         return self._place(name, self._sums, torch.zeros)
 
-    def add(self, root: Root, uses: list[combine_uses.Use], factors_B: Tensor, into: Sums | None = None) -> None:
+    def add(
+        self,
+        root: Root,
+        uses: list[combine_uses.Use],
+        factors_B: Tensor,
+        into: Sums | None = None,
+        layers: WholeLayers | None = None,
+    ) -> None:
         """Add every record's gradient of one parameter times its factor.
 
         Args:
@@ -44,7 +52,14 @@ class GradientSums:
             uses: its terms.
             factors_B: [B], where the terms are.
             into: takes them in place of these sums.
+            layers: that were lent for this pass; sums of their parameters go to the ranks that hold them at once.
         """
+        if layers is not None and root.name in layers.shapes:
+            whole = torch.zeros(layers.shapes[root.name], device=factors_B.device)
+            if uses:
+                combine_uses.add_sum(root, uses, whole, factors_B, fresh=True)
+            self.of(root.name).add_(layers.summed(root.name, whole))  # every rank takes part, whatever its rows
+            return
         if not uses:
             return
         sums = self._sums if into is None else into

@@ -171,6 +171,10 @@ class PrivateExperts:
             with self._source.layer(layer.index) as stacked:
                 yield stacked
 
+    def described(self, layer: ExpertLayer) -> Stacked:
+        """The stacked tensors of the module; where weights are lent it has none of them, or some experts' only."""
+        return layer.all_parameters() if self._source is None else layer.parameters()
+
     def matrix(self, layer: ExpertLayer, name: str, hidden: Tensor, weight: Tensor) -> _Matrix:
         """The description of one matrix for this call."""
         dtype = compute_dtype(hidden, weight)
@@ -193,7 +197,7 @@ class _ExpertsPass:
         self.experts = experts
         self.rows = rows
         self.segments = segments
-        own, up = call.layer.all_parameters(), call.layer.layout.up_name  # on meta where weights are lent
+        own, up = experts.described(call.layer), call.layer.layout.up_name
         for name, weight in own.items():
             node = node_of(weight)
             if node is not None and node is not experts.capture.roots.get(f"{call.layer.name}.{name}"):

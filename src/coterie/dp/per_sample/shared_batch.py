@@ -27,6 +27,7 @@ from coterie.errors import PrivacyError
 from coterie.models.seam import ExpertsCall, ExpertsImplementation
 from coterie.models.spread.spread import MakeTrip, spread_of
 from coterie.models.spread.travel import there_and_back
+from coterie.models.spread.whole_layers import WholeLayers
 from coterie.ranks.ranks import Alone, Ranks
 
 
@@ -39,7 +40,8 @@ class SharedBatch:
         rows_W: rows of each rank.
         counted_W: how many of these, from the first, are records; later ones add zero.
         everybody: parameters that see the records of all ranks.
-        trip: begins the way of a layer's rows; None where the model is whole.
+        trip: begins the way of a layer's rows; None where every row is computed here.
+        layers: lend whole layers, and take their sums; None where weights stay where they are.
     """
 
     ranks: Ranks
@@ -47,6 +49,7 @@ class SharedBatch:
     counted_W: Sequence[int]
     everybody: frozenset[str]
     trip: MakeTrip | None
+    layers: WholeLayers | None = None
 
     @property
     def total(self) -> int:
@@ -143,6 +146,8 @@ class Sharing:
         self._spread = spread_of(model)
         self._everybody = frozenset() if self._spread is None else frozenset(self._spread.cuts)
         self._ranks = Alone() if self._spread is None else self._spread.ranks
+        gathered = self._spread is not None and self._spread.gathered
+        self._layers = WholeLayers(model, self._spread) if self._spread is not None and gathered else None
         self._batches = 0
 
     @property
@@ -162,6 +167,8 @@ class Sharing:
     def with_all(self, records: int, counted: int | None, method: Method) -> tuple[SharedBatch, Method]:
         """A batch of all ranks, each of which calls this; ghost clipping where one of them needs it.
 
+        Where layers are gathered the records of each rank are its own matter, and all ranks make the same passes.
+
         Args:
             records: of this rank, at least one row.
             counted: how many of them count; None: all.
@@ -175,10 +182,13 @@ class Sharing:
             f"batch {self._batches}",
             lambda: [records, records if counted is None else counted, method],
         )
+        method = "ghost" if any(each[2] == "ghost" for each in by_rank) else method
+        if self._layers is not None:
+            own = by_rank[self._ranks.rank]
+            return SharedBatch(Alone(), (own[0],), (own[1],), frozenset(), None, self._layers), method
         rows_W, counted_W = ([int(each[place]) for each in by_rank] for place in (0, 1))
         trip = None if self._spread is None else self._spread.trip
-        shared = SharedBatch(self._ranks, rows_W, counted_W, self._everybody, trip)
-        return shared, "ghost" if any(each[2] == "ghost" for each in by_rank) else method
+        return SharedBatch(self._ranks, rows_W, counted_W, self._everybody, trip), method
 
 
 def users_refused() -> PrivacyError:

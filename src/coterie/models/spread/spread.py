@@ -30,11 +30,13 @@ class Spread:
     Attributes:
         ranks: that hold all experts together, once.
         replicas: that hold the same experts as this one, in other groups; one where all ranks are one group.
+        gathered: in private training a layer's weights come to every rank that computes it, instead of rows to experts.
         cuts: how parameters are cut, by name.
     """
 
     ranks: Ranks
     replicas: Ranks
+    gathered: bool
     cuts: dict[str, Cut]
 
     def held(self, cut: Cut) -> range:
@@ -76,7 +78,7 @@ class SpreadExperts:
         return there_and_back(anchor, call, trip, self._own)
 
 
-def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None) -> Spread:
+def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None, *, gathered: bool = False) -> Spread:
     """Keep this rank's experts of every layer, and let tokens travel to those of the others in its group.
 
     Adapters are attached before and an optimizer is made after it, since parameters are replaced. What holds no
@@ -86,6 +88,7 @@ def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None) -> S
         model: whole, the same at all ranks; it is changed.
         ranks: may be one process alone; all of them call this.
         over: ranks of a group, which hold every expert once; neighbours are a group. None: all ranks are one.
+        gathered: in private training let a layer's weights come to the tokens, while it is computed.
 
     Raises:
         ModelError: no experts that coterie can reach, fewer of them than ranks, or a norm behind each expert.
@@ -96,7 +99,7 @@ def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None) -> S
     for layer in layers:
         _check(layer, size)
     group, replicas = (ranks, Alone()) if size == ranks.world else ranks.split(size)
-    spread = Spread(group, replicas, cuts_of(model))
+    spread = Spread(group, replicas, gathered, cuts_of(model))
     modules = dict(model.named_modules())
     for full_name, cut in spread.cuts.items():
         path, _, name = full_name.rpartition(".")
@@ -108,7 +111,7 @@ def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None) -> S
         wrapper.num_experts = bounds[group.rank + 1] - bounds[group.rank]
     for layer in layers:
         setattr(layer.module, "num_experts", layer.num_experts)  # noqa: B010 - not every family names it
-        setattr(layer.module, _RANKS, (group, replicas))
+        setattr(layer.module, _RANKS, (group, replicas, gathered))
         seam.computes_itself(layer.module, SpreadExperts(spread.trip))
     seam.select(model)
     _refuse_to_save(model)
@@ -129,7 +132,7 @@ def at_home(model: nn.Module) -> Iterator[None]:
 def spread_of(model: nn.Module) -> Spread | None:
     """How a model is spread; None for a whole one."""
     found = (getattr(layer.module, _RANKS, None) for layer in seam.expert_layers(model))
-    ranks: tuple[Ranks, Ranks] | None = next((each for each in found if each is not None), None)
+    ranks: tuple[Ranks, Ranks, bool] | None = next((each for each in found if each is not None), None)
     return None if ranks is None else Spread(*ranks, cuts_of(model))
 
 
