@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from coterie.models.lora import attach_adapters
 from coterie.models.spread.holdings import Holdings
 from coterie.models.spread.spread import spread_experts, spread_of
 from coterie.models.spread.travel import Trip
+from coterie.models.spread.whole_layers import WholeLayers
 from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks.ranks import Ranks
@@ -277,14 +279,19 @@ def no_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def prepared(
-    ranks: Ranks, spread: bool, lora: bool = False, frozen_trunk: bool = False, over: int | None = None
+    ranks: Ranks,
+    spread: bool,
+    lora: bool = False,
+    frozen_trunk: bool = False,
+    over: int | None = None,
+    gathered: bool = False,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = with_adapters(small()) if lora else small()
     if frozen_trunk:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("experts" in name)
     if spread:
-        spread_experts(model, ranks, over)
+        spread_experts(model, ranks, over, gathered=gathered)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
 
 
@@ -292,7 +299,8 @@ def opened(
     ranks: Ranks, folder: Path, *, spread: bool = True, lora: bool = False, frozen_trunk: bool = False, **options: Any
 ) -> PrivateSession:
     """A session on `words`; the experts of its model are spread over the ranks, or over groups of them."""
-    model, optimizer = prepared(ranks, spread, lora, frozen_trunk, options.pop("over", None))
+    how = options.pop("over", None), options.pop("gathered", False)
+    model, optimizer = prepared(ranks, spread, lora, frozen_trunk, *how)
     records = words(broken=options.pop("broken", None))
     loss = options.pop("loss", scaled_loss)
     chosen: dict[str, Any] = {
@@ -368,17 +376,18 @@ def resumable(
     slab: int = SLAB,
     frozen_trunk: bool = False,
     over: int | None = None,
+    gathered: bool = False,
 ) -> dict[str, Any]:
     """A run that is begun or gone on with, with a checkpoint after one round; what the ledger counts at the end."""
     use_slabs_of(slab)
     saved = folder / "saved"
     if (saved / "manifest.json").exists():
-        model, optimizer = prepared(ranks, spread, frozen_trunk=frozen_trunk, over=over)
+        model, optimizer = prepared(ranks, spread, frozen_trunk=frozen_trunk, over=over, gathered=gathered)
         session = PrivateSession.resume(
             saved, model, optimizer, words(), collated, scaled_loss, ledger=folder / "ledger", ranks=ranks
         )
     else:
-        session = opened(ranks, folder, spread=spread, frozen_trunk=frozen_trunk, over=over)
+        session = opened(ranks, folder, spread=spread, frozen_trunk=frozen_trunk, over=over, gathered=gathered)
     with session:
         for lot in session:
             session.step(lot)
@@ -395,6 +404,7 @@ def deadly(
     slab: int = SLAB,
     frozen_trunk: bool = False,
     over: int | None = None,
+    gathered: bool = False,
 ) -> dict[str, Any]:
     """`resumable`, of which the last rank is killed when it has been told what a step came to."""
     together = ranks.together
@@ -406,7 +416,7 @@ def deadly(
         return told
 
     ranks.together = deadly_together  # type: ignore[method-assign]
-    return resumable(ranks, folder, slab=slab, frozen_trunk=frozen_trunk, over=over)
+    return resumable(ranks, folder, slab=slab, frozen_trunk=frozen_trunk, over=over, gathered=gathered)
 
 
 def compared_with_alone(ranks: Ranks, cases: Sequence[Case]) -> list[str]:
@@ -416,7 +426,7 @@ def compared_with_alone(ranks: Ranks, cases: Sequence[Case]) -> list[str]:
         case = {**WITHOUT, "spread": True, **given}
         model = built(case) if case["family"] != "small" else small().train()
         if case["spread"]:
-            spread_experts(model, ranks, case["over"])
+            spread_experts(model, ranks, case["over"], gathered=case["gathered"])
         engine, trained = engine_of(model, case), {n: p for n, p in model.named_parameters() if p.requires_grad}
         owners = Ownership(ranks, Holdings(model), trained)
         try:
@@ -435,7 +445,7 @@ def refused(ranks: Ranks, folder: Path, fault: str) -> None:
         pass
 
 
-def failing(ranks: Ranks, folder: Path) -> None:
+def failing(ranks: Ranks, folder: Path, gathered: bool = False) -> None:
     """A run in which rank 1 fails in the middle of a batch, while rank 0 waits for its rows."""
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -445,7 +455,7 @@ def failing(ranks: Ranks, folder: Path) -> None:
         return losses
 
     armed = False
-    with opened(ranks, folder, loss=loss) as session:
+    with opened(ranks, folder, loss=loss, gathered=gathered) as session:
         lot = session.next_lot()
         session.lot_sums.engine.prepare(collated(words()[:1]))  # type: ignore[attr-defined]
         armed = True
@@ -462,6 +472,57 @@ def uneven(ranks: Ranks) -> None:
         if ranks.rank == 0:
             model(ids)
     ranks.tell("a step", lambda: 1)
+
+
+def held(ranks: Ranks, folder: Path, options: Case) -> dict[str, int]:
+    """Values that this rank has of weights, sums and the optimizer's state in a run."""
+    with opened(ranks, folder, **options) as session:
+        for lot in session:
+            session.step(lot)
+        sums = session.lot_sums.engine.take()
+        state = session.optimizer.state.values()
+        return {
+            "weights": sum(p.numel() for p in session.model.parameters()),
+            "sums": sum(own.numel() for own in sums.values()),
+            "state": sum(v.numel() for own in state for v in own.values() if v.numel() > 1),
+        }
+
+
+def whole_at_once(ranks: Ranks, case: Case) -> tuple[int, int, int]:
+    """Most values of whole layers, and of their sums, that a rank has at once; values of a layer, and of a matrix."""
+    case = {**WITHOUT, **case}
+    alive: list[ReferenceType[Tensor]] = []
+    most = [0]
+    summed, whole = WholeLayers.summed, WholeLayers._whole  # noqa: SLF001
+
+    def counted(tensor: Tensor) -> Tensor:
+        alive.append(ref(tensor))
+        most.append(sum(each.numel() for own in alive if (each := own()) is not None))
+        return tensor
+
+    def sums_counted(self: WholeLayers, name: str, value: Tensor) -> Tensor:
+        return summed(self, name, counted(value))
+
+    def gathering_counted(self: WholeLayers, name: str, own: Tensor) -> Tensor:
+        return counted(whole(self, name, own))
+
+    with (
+        patch.object(WholeLayers, "summed", sums_counted),
+        patch.object(WholeLayers, "_whole", gathering_counted),
+    ):
+        model = built(case)
+        sizes = [p.numel() for p in seam.expert_layers(model)[0].parameters().values()]
+        spread_experts(model, ranks, gathered=True)
+        clipped(engine_of(model, case), texts(4), 2, 2)
+        return max(most), sum(sizes), max(sizes)
+
+
+def another_layer_than_the_others(ranks: Ranks) -> None:
+    """Rank 1 gathers a layer that nobody else comes for."""
+    model = tiny_model("olmoe")
+    layers = WholeLayers(model, spread_experts(model, ranks, gathered=True))
+    with layers.layer(ranks.rank):
+        pass
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
@@ -569,6 +630,46 @@ def _lot_twice(ranks: Ranks) -> AbstractContextManager[Any]:
     return patch.object(Lot, "share", lambda self, rank, world: share(self, rank % 2, 2))
 
 
+def _other_layer(ranks: Ranks) -> AbstractContextManager[Any]:
+    """All ranks gather another layer than the one that computes."""
+    layer = WholeLayers.layer
+    return patch.object(WholeLayers, "layer", lambda self, index: layer(self, (index + 1) % len(self._layers)))
+
+
+def _stale_weights(ranks: Ranks) -> AbstractContextManager[Any]:
+    """A layer that was gathered once is never gathered again."""
+    whole, kept = WholeLayers._whole, dict[str, Tensor]()  # noqa: SLF001
+
+    def once(self: WholeLayers, name: str, own: Tensor) -> Tensor:
+        if name not in kept:
+            kept[name] = whole(self, name, own)
+        return kept[name]
+
+    return patch.object(WholeLayers, "_whole", once)
+
+
+def _tail_of_a_layer(ranks: Ranks) -> AbstractContextManager[Any]:
+    """The last expert of a layer does not arrive."""
+    whole = WholeLayers._whole  # noqa: SLF001
+
+    def shorter(self: WholeLayers, name: str, own: Tensor) -> Tensor:
+        found = whole(self, name, own)
+        found[-1:] = 0.0
+        return found
+
+    return patch.object(WholeLayers, "_whole", shorter)
+
+
+def _sums_at_home(ranks: Ranks) -> AbstractContextManager[Any]:
+    """Each rank keeps what it computed for its own experts, and nobody hears of the rest."""
+
+    def kept(self: WholeLayers, name: str, whole: Tensor) -> Tensor:
+        cut, own = self._spread.cuts[name], self._ranks
+        return cut.part(whole, cut.held(own.rank, own.world))
+
+    return patch.object(WholeLayers, "summed", kept)
+
+
 FAULTS: dict[str, Callable[[Ranks], AbstractContextManager[Any]]] = {
     "": lambda ranks: nullcontext(),
     "clipped rank by rank": _rank_by_rank,
@@ -582,4 +683,8 @@ FAULTS: dict[str, Callable[[Ranks], AbstractContextManager[Any]]] = {
     "sums averaged": _averaged,
     "records of one rank taken for another's": _other_records,
     "noise at every rank": _noise_everywhere,
+    "another layer": _other_layer,
+    "weights of an earlier round": _stale_weights,
+    "the tail of a layer": _tail_of_a_layer,
+    "sums that stay at home": _sums_at_home,
 }

@@ -14,6 +14,7 @@ SOUND: list[dict[str, Any]] = [
     {"over": 4, "family": "small"},
     {"over": 2, "lora": True, "method": "ghost", "clipping": "per_layer"},
     {"over": 2, "family": "gpt_oss", "checkpointing": True},
+    {"over": 2, "gathered": True, "lora": True, "method": "ghost"},
     {"spread": False, "family": "small"},
 ]
 BROKEN: list[dict[str, Any]] = [
@@ -24,6 +25,9 @@ BROKEN: list[dict[str, Any]] = [
     {"fault": "lost router gradient", "over": 4},
     {"fault": "dropped tail", "over": 4},
     {"fault": "sums averaged", "spread": False},
+    {"fault": "another layer", "gathered": True, "family": "olmoe"},
+    {"fault": "the tail of a layer", "gathered": True, "over": 2},
+    {"fault": "sums that stay at home", "gathered": True, "over": 2},
 ]
 
 

@@ -74,10 +74,18 @@ def test_experts_over_takes_any_number_of_groups_that_a_launcher_started(
         joined(settings(tmp_path, experts_over=2))
 
 
-def test_devices_are_a_multiple_of_experts_over(tmp_path: Path) -> None:
-    assert settings(tmp_path, devices=4, experts_over=2).ranks == 4
-    with pytest.raises(ValueError, match="give `devices` a multiple of `experts_over`"):
-        settings(tmp_path, devices=3, experts_over=2)
+@pytest.mark.parametrize("way", ["experts_over", "layers_over"])
+def test_devices_are_a_multiple_of_the_ranks_of_a_group(way: str, tmp_path: Path) -> None:
+    assert settings(tmp_path, devices=4, **{way: 2}).ranks == 4
+    with pytest.raises(ValueError, match=f"give `devices` a multiple of `{way}`"):
+        settings(tmp_path, devices=3, **{way: 2})
+
+
+def test_tokens_travel_or_layers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`experts_over` and `layers_over` are two ways"):
+        settings(tmp_path, experts_over=2, layers_over=2)
+    with pytest.raises(ValueError, match="`layers_over` above 1 is for private training"):
+        settings(tmp_path, layers_over=2, privacy=None)
 
 
 def test_a_run_is_gone_on_with_only_where_the_launcher_starts_it_again(
@@ -112,17 +120,27 @@ def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(tmp_
     assert lines == [1, 1]
 
 
-@pytest.mark.slow
-def test_two_groups_of_two_ranks_of_torchrun_train_evaluate_and_export_what_one_process_does(tmp_path: Path) -> None:
+TORCHRUN = (
+    "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ways"),
+    [
+        pytest.param(TORCHRUN, {"experts_over": 2}, marks=pytest.mark.slow, id="experts, torchrun"),
+        pytest.param((), {"layers_over": 2, "devices": 4}, marks=pytest.mark.ranks, id="layers"),
+    ],
+)
+def test_two_groups_of_two_ranks_train_evaluate_and_export_what_one_process_does(
+    launcher: tuple[str, ...], ways: dict[str, int], tmp_path: Path
+) -> None:
     (tmp_path / "test.txt").write_text("the cough and the knee\n" * 9)
     data = settings(tmp_path).data.model_copy(update={"test": (tmp_path / "test.txt",)})
     alone = settings(tmp_path, "alone", data=data)
-    dump_yaml(tmp_path / "both.yaml", settings(tmp_path, "both", data=data, experts_over=2))
+    dump_yaml(tmp_path / "both.yaml", settings(tmp_path, "both", data=data, **ways))
     ended = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", "127.0.0.1:0", "-m", "coterie", "train", "both.yaml", "--json", "both.json",
-        ],
+        [sys.executable, "-m", *launcher, "coterie", "train", "both.yaml", "--json", "both.json"],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

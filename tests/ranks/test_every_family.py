@@ -1,4 +1,4 @@
-"""Every family by every method, experts over two ranks: `make ranks`."""
+"""Every family by every method, experts over two ranks; tokens travel, or layers: `make ranks`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def test_norms_and_sums_are_those_of_one_process_for_every_family(family: str) -
             "clipping": clipping,
             "batchings": True,
             "train": family not in RANDOM_ROUTING,
+            "gathered": gathered,
         }
+        for gathered in (False, True)
         for method in ("book_keeping", "ghost")
         for clipping in ("flat", "per_layer")
     ]

@@ -66,9 +66,9 @@ def joined(config: TrainConfig) -> AbstractContextManager[Ranks | None]:
     count = started_ranks()
     if config.privacy is None or count == 1:
         return nullcontext()
-    fits = count == config.devices if config.devices > 1 else count % config.experts_over == 0
+    fits = count == config.devices if config.devices > 1 else count % config.spread_over == 0
     if not fits:
-        name = "devices" if config.devices > 1 else "experts_over"
+        name = "devices" if config.devices > 1 else config.spread_by
         raise ConfigError(
             f"`{name}` is {getattr(config, name)}, and {count} processes were started.",
             code="ranks-count",

@@ -75,9 +75,10 @@ def show_plan(
         f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts; weights, gradients and "
         f"optimiser {size(found.state_bytes)} on the device, activations on top"
     )
-    if config.experts_over > 1:
-        of_rank = found.state_bytes * (1 - found.expert_share + found.expert_share / config.experts_over)
-        say(f"experts over {config.experts_over} ranks: {size(round(of_rank))} on the device of each")
+    if (over := config.spread_over) > 1:
+        of_rank = found.state_bytes * (1 - found.expert_share + found.expert_share / over)
+        more = ", and a layer's whole weights while it is computed" if config.layers_over > 1 else ""
+        say(f"experts over {over} ranks: {size(round(of_rank))} on the device of each{more}")
     say(
         f"text: {found.sequences} sequences of at most {config.data.sequence_length} tokens, {found.tokens} of them "
         f"predicted; {found.rounds} rounds"

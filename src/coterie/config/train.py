@@ -92,7 +92,7 @@ class TrainSpec(Spec):
 class TrainConfig(Spec):
     """train.yaml: one party trains by itself."""
 
-    later_keys = frozenset({"experts_over"})
+    later_keys = frozenset({"experts_over", "layers_over"})
 
     model: ModelSpec = Field(description="The model.")
     data: DataSpec = Field(description="The text.")
@@ -103,31 +103,51 @@ class TrainConfig(Spec):
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
     devices: Count = Field(
         default=1,
-        description="Processes that share every round, each with the whole model, or as `experts_over` says; so far "
-        "on CPUs, and only with `privacy`.",
+        description="Processes that share every round, each with the whole model, or as `experts_over` or "
+        "`layers_over` says; so far on CPUs, and only with `privacy`.",
     )
     experts_over: Count = Field(
         default=1,
         description="Processes that the experts of every layer are spread over; tokens travel to them. Where "
         "`devices` is a multiple of it, there are several such groups; only with `privacy`.",
     )
+    layers_over: Count = Field(
+        default=1,
+        description="In place of `experts_over`: processes that the experts of every layer are spread over; weights "
+        "travel, and each process gathers a layer's before it computes it, and lets go of them after.",
+    )
+
+    @property
+    def spread_over(self) -> int:
+        """Processes that hold every expert once, together; 1: each holds all of them."""
+        return max(self.experts_over, self.layers_over)
+
+    @property
+    def spread_by(self) -> str:
+        """The setting that says so."""
+        return "layers_over" if self.layers_over > 1 else "experts_over"
 
     @property
     def ranks(self) -> int:
         """Processes that share every round."""
-        return max(self.devices, self.experts_over)
+        return max(self.devices, self.spread_over)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
         if self.optim.kind == "adamw_corrected" and self.privacy is None:
             raise ValueError("`optim.kind: adamw_corrected` takes off privacy noise: add `privacy`, or use `adamw`")
         if self.ranks > 1 and self.privacy is None:
-            name = "devices" if self.devices > 1 else "experts_over"
+            name = "devices" if self.devices > 1 else self.spread_by
             raise ValueError(f"`{name}` above 1 is for private training: add `privacy`, or leave it out")
-        if self.devices > 1 and self.devices % self.experts_over:
+        if self.experts_over > 1 and self.layers_over > 1:
             raise ValueError(
-                f"`experts_over` is {self.experts_over} and `devices` {self.devices}: experts are spread over "
-                "groups of devices; give `devices` a multiple of `experts_over`, or leave it out"
+                "`experts_over` and `layers_over` are two ways: tokens travel to experts, or weights to tokens; "
+                "give one of them"
+            )
+        if self.devices > 1 and self.devices % self.spread_over:
+            raise ValueError(
+                f"`{self.spread_by}` is {self.spread_over} and `devices` {self.devices}: experts are spread over "
+                f"groups of devices; give `devices` a multiple of `{self.spread_by}`, or leave it out"
             )
         if self.privacy is not None:
             check_adds_up(self.optim, self.privacy)

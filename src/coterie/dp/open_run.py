@@ -318,7 +318,7 @@ def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData, plan: Priva
             "noise in bands is not possible where experts are spread over ranks.",
             code="dp-spread-bands",
             why="what such runs release has not been compared with what one process does",
-            fix="train with whole models at each rank (devices without experts_over), or leave out noise_bands",
+            fix="train with whole models at each rank (devices alone), or leave out noise_bands",
         )
 
 

@@ -78,7 +78,7 @@ class ExactEngine(Engine):
                 "isolation: exact is not possible where experts are spread over ranks.",
                 code="dp-spread-exact",
                 why="an owner of experts sees rows of several records at once, whose products round together",
-                fix="train with whole models at each rank (devices without experts_over), or set isolation: fast",
+                fix="train with whole models at each rank (devices alone), or set isolation: fast",
             )
         own = {name: self._accumulate_on or parameter.device for name, parameter in self.parameters.items()}
         self._elsewhere = self._accumulate_on or torch.device("cpu")

@@ -197,5 +197,5 @@ def users_refused() -> PrivacyError:
         "users are not clipped as one where experts are spread over ranks.",
         code="dp-spread-users",
         why="every owner of experts would have to keep the whole summed gradient of each user of each rank",
-        fix="train with whole models at each rank (devices without experts_over), which clips users, too",
+        fix="train with whole models at each rank (devices alone), which clips users, too",
     )

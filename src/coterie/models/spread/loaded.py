@@ -18,7 +18,13 @@ from coterie.ranks.ranks import Ranks
 
 
 def build_spread(
-    spec: ModelSpec, ranks: Ranks, over: int | None = None, *, device: torch.device | str = "cpu", seed: int = 0
+    spec: ModelSpec,
+    ranks: Ranks,
+    over: int | None = None,
+    *,
+    gathered: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> PreTrainedModel:
     """The model of a spec with this rank's experts alone; every rank calls it.
 
@@ -29,6 +35,7 @@ def build_spread(
         spec: of the whole model.
         ranks: that hold the experts.
         over: ranks of a group, which hold every expert once; None: all.
+        gathered: see `coterie.models.spread.spread.spread_experts`.
         device: of what this rank holds.
         seed: of random weights.
 
@@ -37,10 +44,10 @@ def build_spread(
     """
     if spec.path is None:
         whole = build_model(spec, device=torch.device(device), seed=seed)
-        spread_experts(whole, ranks, over)
+        spread_experts(whole, ranks, over, gathered=gathered)
         return whole
     reader, model = build_model(spec, meta=True), build_model(spec, meta=True)
-    spread = spread_experts(model, ranks, over)
+    spread = spread_experts(model, ranks, over, gathered=gathered)
     compute_buffers(model, device)
     own: dict[str, Tensor] = {}
     for group in stream_checkpoint(Path(spec.path), reader):

@@ -30,7 +30,7 @@ class Spread:
     Attributes:
         ranks: that hold all experts together, once.
         replicas: that hold the same experts as this one, in other groups; one where all ranks are one group.
-        gathered: in private training a layer's weights come to every rank that computes it, instead of rows to experts.
+        gathered: in private training a layer's weights come to every rank, instead of rows to experts.
         cuts: how parameters are cut, by name.
     """
 
@@ -81,6 +81,8 @@ class SpreadExperts:
 def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None, *, gathered: bool = False) -> Spread:
     """Keep this rank's experts of every layer, and let tokens travel to those of the others in its group.
 
+    Or let whole layers travel to the tokens, in private training: elsewhere tokens travel all the same.
+
     Adapters are attached before and an optimizer is made after it, since parameters are replaced. What holds no
     expert stays whole at every rank.
 
@@ -88,7 +90,7 @@ def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None, *, g
         model: whole, the same at all ranks; it is changed.
         ranks: may be one process alone; all of them call this.
         over: ranks of a group, which hold every expert once; neighbours are a group. None: all ranks are one.
-        gathered: in private training let a layer's weights come to the tokens, while it is computed.
+        gathered: in private training gather each layer's weights at every rank while it is computed, instead.
 
     Raises:
         ModelError: no experts that coterie can reach, fewer of them than ranks, or a norm behind each expert.
@@ -149,7 +151,7 @@ def _check(layer: ExpertLayer, size: int) -> None:
             f"{layer.name} puts a norm behind each expert.",
             code="spread-norm",
             why="its weight is no expert's, so its gradient would have to be put together from all ranks",
-            fix="train this family with whole models at each rank (leave out experts_over)",
+            fix="train this family with whole models at each rank (devices alone)",
         )
 
 

@@ -47,7 +47,7 @@ class Prepared:
 
 def run_id(config: TrainConfig) -> str:
     """Hash of the settings that decide the result; the folder and the devices do not."""
-    return content_hash(config, without={"run_dir", "device", "devices", "experts_over"})
+    return content_hash(config, without={"run_dir", "device", "devices", "experts_over", "layers_over"})
 
 
 def prepare(

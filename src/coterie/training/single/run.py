@@ -215,7 +215,7 @@ def _begun(config: TrainConfig, ranks: Ranks | None, announce: Announce | None =
 
 
 def _spread_over(config: TrainConfig, ranks: Ranks | None) -> Ranks | None:
-    return ranks_or_alone(ranks) if config.experts_over > 1 else None
+    return ranks_or_alone(ranks) if config.spread_over > 1 else None
 
 
 def _resumed(run_dir: Path, ranks: Ranks | None) -> tuple[Prepared, Stepper]:

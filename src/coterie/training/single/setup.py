@@ -34,7 +34,8 @@ def build_for(
     if spread_over is None:
         model = build_model(spec, device=device, seed=seed)
     else:
-        model = build_spread(spec, spread_over, config.experts_over, device=device, seed=seed)
+        gathered = config.layers_over > 1
+        model = build_spread(spec, spread_over, config.spread_over, gathered=gathered, device=device, seed=seed)
     if config.model.gradient_checkpointing:
         use_checkpointing(model)
     check_fit(model, tokenizer, config.data)

@@ -183,7 +183,7 @@ def _problem(config: TrainConfig, tried: Sequence[str], trial_rounds: int) -> st
     if spec is None:
         return "train.yaml has no `privacy` block, and without a budget there is nothing to share out"
     if config.ranks > 1:
-        return "trials are of one process each, and `devices` or `experts_over` asks for several"
+        return "trials are of one process each, and `devices`, `experts_over` or `layers_over` asks for several"
     if spec.seeded:
         return "`seeded` runs are not private"
     if spec.lot_size == "auto" or spec.noise_bands > 1 or spec.adaptive_quantile is not None:
