@@ -5,14 +5,16 @@
     python benchmarks/ranks.py --model small --shape 4x16 --rounds 2 --tries 1    # seconds
 
 Arms: ``alone``, one process; ``data-2``, whole models at 2 ranks; ``experts-2`` and ``experts-4``, experts spread
-over 2 and 4 ranks; ``groups-4``, two groups of 2 ranks that each hold all experts. A step is a whole round of a
+over 2 and 4 ranks; ``layers-2`` and ``layers-4``, the same, and each layer gathered whole while it is computed;
+``groups-4``, two groups of 2 ranks that each hold all experts. A step is a whole round of a
 private session: clipping, what crosses between ranks, noise, spool, ledger, AdamW. Ranks are processes here
 with one thread each, and every arm has the same seeded lots. Arms take turns ``--tries`` times; figures are medians
 over all rounds but the first of each.
 
 ``efficiency`` is the processor time of ``alone`` over that of all ranks of an arm together: what else runs on the
 machine changes it less than wall time (``speedup``). ``memory`` is the peak resident size of the largest rank beyond
-what it has after imports, over that of ``alone``; the peak is reset when the model is built and cut.
+what it has after imports, over that of ``alone``; the peak is reset when the model is built and cut. ``state`` is the
+bytes of weights, sums and optimizer's state of the largest rank, over those of ``alone``.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from launched import figures_of
 
 ARMS = {
     "alone": ("alone", 1), "data-2": ("data", 2), "experts-2": ("experts", 2), "experts-4": ("experts", 4),
-    "groups-4": ("groups", 4),
+    "groups-4": ("groups", 4), "layers-2": ("layers", 2), "layers-4": ("layers", 4),
 }  # fmt: skip
 RECORDS = 256
 
@@ -80,8 +82,8 @@ def be_rank(mode: str, model_name: str, shape: str, rounds: int, folder: Path) -
     steps = []
     with dp.join_ranks(patience_s=120.0) as ranks:
         model = MODELS[model_name]()
-        if mode in ("experts", "groups"):
-            spread_experts(model, ranks, 2 if mode == "groups" else None)
+        if mode in ("experts", "groups", "layers"):
+            spread_experts(model, ranks, 2 if mode == "groups" else None, gathered=mode == "layers")
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         session = dp.make_private(
@@ -95,7 +97,9 @@ def be_rank(mode: str, model_name: str, shape: str, rounds: int, folder: Path) -
                 wall, own = time.perf_counter(), time.process_time()
                 session.step(each)
                 steps.append((time.perf_counter() - wall, time.process_time() - own))
-    figures = {"steps": steps[1:], "memory": peak_rss_bytes() - imported}
+    kept = [v for own in session.optimizer.state.values() for v in own.values() if isinstance(v, Tensor)]
+    state = sum(tensor.nbytes for tensor in (*model.parameters(), *session.lot_sums.engine.take().values(), *kept))
+    figures = {"steps": steps[1:], "memory": peak_rss_bytes() - imported, "state": state}
     (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
@@ -114,7 +118,8 @@ def summary(tries: list[list[dict[str, Any]]]) -> dict[str, float]:
     wall = statistics.median(max(own[0] for own in step) for each in rounds for step in each)
     processor = statistics.median(sum(own[1] for own in step) for each in rounds for step in each)
     memory = statistics.median(max(rank["memory"] for rank in each) for each in tries)
-    return {"wall_s": wall, "processor_s": processor, "memory_bytes": memory}
+    state = max(rank["state"] for rank in tries[0])
+    return {"wall_s": wall, "processor_s": processor, "memory_bytes": memory, "state_bytes": state}
 
 
 def main() -> None:
@@ -142,9 +147,11 @@ def main() -> None:
         own["efficiency"] = alone["processor_s"] / own["processor_s"]
         own["speedup"] = alone["wall_s"] / own["wall_s"]
         own["memory"] = own["memory_bytes"] / alone["memory_bytes"]
+        own["state"] = own["state_bytes"] / alone["state_bytes"]
         print(
             f"{name:>10}  step {own['wall_s']:.2f} s, processor {own['processor_s']:.2f} s, "
-            f"efficiency {own['efficiency']:.2f}, speedup {own['speedup']:.2f}, memory {own['memory']:.2f} of alone"
+            f"efficiency {own['efficiency']:.2f}, speedup {own['speedup']:.2f}, memory {own['memory']:.2f} of alone, "
+            f"state {own['state']:.2f}"
         )
     load = os.getloadavg()[0]
     print(f"load {load:.1f} on {os.cpu_count()} processors")

@@ -121,7 +121,8 @@ def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(tmp_
 
 
 TORCHRUN = (
-    "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m",
+    "torch.distributed.run", "--nproc-per-node", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+    "-m",
 )  # fmt: skip
 
 
