@@ -95,7 +95,7 @@ def test_what_a_rank_has_of_experts_falls_as_ranks_come(tmp_path: Path) -> None:
     experts = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
     everything = sum(p.numel() for p in model.parameters())
     for world in (2, 3):
-        ranks = values(run_ranks(world, spread_tasks.held, tmp_path / str(world), {**GATHERED, "rounds": 1}))
+        ranks = values(run_ranks(world, spread_tasks.held, tmp_path / str(world), GATHERED))
         for own in ranks:
             assert own["weights"] == own["sums"] == everything - experts + experts // world
         assert sum(own["state"] for own in ranks) == 2 * everything
