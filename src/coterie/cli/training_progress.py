@@ -77,8 +77,8 @@ def show_plan(
     )
     if (over := config.spread_over) > 1:
         of_rank = found.state_bytes * (1 - found.expert_share + found.expert_share / over)
-        more = ", and a layer's whole weights while it is computed" if config.layers_over > 1 else ""
-        say(f"experts over {over} ranks: {size(round(of_rank))} on the device of each{more}")
+        beside = ", and a layer's whole weights while it is computed" if config.layers_over > 1 else ""
+        say(f"experts over {over} ranks: {size(round(of_rank))} on the device of each{beside}")
     say(
         f"text: {found.sequences} sequences of at most {config.data.sequence_length} tokens, {found.tokens} of them "
         f"predicted; {found.rounds} rounds"
