@@ -171,7 +171,7 @@ def joint_norms(ranks: Ranks, cases: Sequence[Case]) -> list[list[float]]:
 
 def _joint_norms(ranks: Ranks, case: Case) -> list[float]:
     model = built(case)
-    spread_experts(model, ranks)
+    spread_experts(model, ranks, gathered=case["gathered"])
     spread = spread_of(model)
     assert spread is not None
     engine = engine_of(model, case)

@@ -57,6 +57,12 @@ def test_the_comparison_sees_planted_faults(fault: str, compared: dict[str, list
     assert not all(max(found.values()) <= 1e-5 for found in compared[fault])
 
 
+def test_invariant_2_what_goes_to_all_owners_for_a_record_is_bounded_together() -> None:
+    cases = [GATHERED, {**GATHERED, "method": "ghost", "common": True}]
+    for eta, *norms in values(run_ranks(2, spread_tasks.joint_norms, cases))[0]:
+        assert 0.99 <= min(norms) <= max(norms) <= 1.0 + eta
+
+
 @pytest.mark.parametrize(
     ("world", "options"),
     [
