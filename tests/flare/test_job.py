@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from coterie.cli.output import EXIT_STOPPED
 from coterie.cli.pairs import named_pairs
 from coterie.cli.plan import numbers_of
 from coterie.cli.up import dialled
 from coterie.config import FederationConfig, PartyConfig, dump_yaml
 from coterie.errors import ConfigError
 from coterie.flare.job import sites_of, write_job
-from coterie.flare.local import LocalMember, members_here
+from coterie.flare.local import (
+    REFUSALS,
+    STOPPED,
+    LocalMember,
+    environment_of,
+    members_here,
+    note_refusal,
+    refuse_code,
+)
+from coterie.flare.supported import check_version
 
 
 def federation(**changes: object) -> FederationConfig:
@@ -177,3 +188,66 @@ def test_a_site_that_names_nothing_of_its_own_runs_nothing(content: str | None, 
     with pytest.raises(ConfigError, match="a job cannot name settings") as caught:
         members_here(tmp_path, ["alder"], "x")
     assert caught.value.code == "flare-local"
+
+
+def test_a_site_whose_party_file_is_gone_runs_nothing(tmp_path: Path) -> None:
+    local = site(tmp_path, federation())
+    (tmp_path / "party.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"party\.yaml"):
+        members_here(local, ["alder"], federation().content_hash())
+
+
+def test_a_job_with_code_is_refused_and_one_without_is_not(tmp_path: Path) -> None:
+    refuse_code(tmp_path / "custom")
+    (tmp_path / "custom").mkdir()
+    with pytest.raises(ConfigError, match="brings code of its own") as caught:
+        refuse_code(tmp_path / "custom")
+    assert caught.value.code == "flare-code"
+
+
+def test_members_import_nothing_from_flares_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = tmp_path / "site"
+    custom = workspace / "job-1" / "app_alder" / "custom"
+    custom.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(custom)
+    own = tmp_path / "packages"
+    paths = [str(custom), str(own), str(workspace), "", str(tmp_path / "link")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("OTHER", "stays")
+    environment = environment_of(workspace)
+    assert environment["PYTHONPATH"] == str(own)
+    assert environment["OTHER"] == "stays"
+
+
+def test_why_a_site_started_nothing_is_closed_to_other_accounts(tmp_path: Path) -> None:
+    note_refusal(tmp_path, ConfigError("one.", code="a", fix="more"))
+    note_refusal(tmp_path, ConfigError("two.", code="b"))
+    assert (tmp_path / REFUSALS).read_text() == "a: one.\n  fix    more\nb: two.\n"
+    assert stat.S_IMODE((tmp_path / REFUSALS).stat().st_mode) == 0o600
+
+
+def test_the_end_of_a_member_that_was_stopped_is_known() -> None:
+    assert STOPPED == EXIT_STOPPED
+
+
+@pytest.mark.parametrize("found", ["2.8.1", "2.10.0", "2.90", "3.0"])
+def test_another_flare_is_refused_in_one_sentence(found: str, tmp_path: Path) -> None:
+    """Not by what it lacks: here it lacks everything."""
+    (tmp_path / "nvflare.py").touch()
+    about = tmp_path / f"nvflare-{found}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvflare\nVersion: {found}\n")
+    for module in ("hub", "site"):
+        asked = subprocess.run(
+            [sys.executable, "-c", f"import coterie.flare.{module}"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+            capture_output=True,
+            text=True,
+        )
+        assert f"ConfigError: coterie's job runs in NVIDIA FLARE 2.9, and here is {found}.\n" in asked.stderr
+        assert "pip install 'coterie[nvflare]'" in asked.stderr
+
+
+@pytest.mark.parametrize("found", ["2.9", "2.9.0", "2.9.3", "2.9.0rc1", "2.9.0.dev3"])
+def test_every_flare_of_the_right_version_is_taken(found: str) -> None:
+    check_version(found)

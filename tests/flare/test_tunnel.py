@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from coterie.flare.tunnel import STREAMS, Tunnel
+from coterie.flare import tunnel as tunnels
+from coterie.flare.tunnel import PIECE, STREAMS, Tunnel
 
 
 class Echo:
@@ -105,6 +106,56 @@ def test_connections_at_the_same_time_do_not_mix(carrier: tuple[Carrier, Echo]) 
         assert received(one, 3000) == b"one" * 1000
 
 
+def test_a_piece_that_comes_again_is_not_handed_on_again(carrier: tuple[Carrier, Echo]) -> None:
+    """However it comes again: FLARE's second try, or a hub that kept it."""
+    made, _ = carrier
+    with dialled(made.tunnels["north"].start()["birch"]) as end:
+        for word in (b"one", b"two"):
+            end.sendall(word)
+            assert received(end, 3) == word
+        for source, target, body in list(made.seen):
+            if body["op"] == "data":
+                made.tunnels[target].handle(source, body)
+        end.sendall(b"three")
+        assert received(end, 5) == b"three"
+
+
+def test_where_a_piece_is_missing_both_ends_close(carrier: tuple[Carrier, Echo]) -> None:
+    made, birch = carrier
+    with dialled(made.tunnels["north"].start()["birch"]) as end:
+        end.sendall(b"one")
+        assert received(end, 3) == b"one"
+        later = {"op": "data", "stream": made.seen[0][2]["stream"], "number": 2, "data": b"three"}
+        with pytest.raises(OSError, match="piece 1 is missing"):
+            made.tunnels["south"].handle("north", later)
+        assert end.recv(1) == b""
+    assert birch.ended.wait(10)
+
+
+def test_a_process_that_takes_nothing_holds_up_its_own_connection_for_a_while_and_no_other(
+    carrier: tuple[Carrier, Echo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnels, "TAKEN_S", 1)
+    _, birch = carrier
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        here = {"elm": f"127.0.0.1:{frozen.getsockname()[1]}", "birch": birch.address}
+        south = Tunnel(here, {}, lambda site, body: None)
+        for member in here:
+            south.handle("north", {"op": "open", "stream": member, "member": member})
+
+        def send_until_it_ends() -> None:
+            for number in range(64):
+                piece = {"op": "data", "stream": "elm", "number": number, "data": bytes(PIECE)}
+                south.handle("north", piece)
+
+        with pytest.raises(OSError, match=r"."):
+            send_until_it_ends()
+        with pytest.raises(OSError, match="no such connection"):
+            south.handle("north", {"op": "data", "stream": "elm", "number": 0, "data": b""})
+        south.handle("north", {"op": "data", "stream": "birch", "number": 0, "data": b"hello"})
+        south.close()
+
+
 def test_a_message_opens_nothing_but_what_the_site_named(carrier: tuple[Carrier, Echo]) -> None:
     made, birch = carrier
     south = made.tunnels["south"]
@@ -133,6 +184,7 @@ def test_a_site_reaches_no_connection_of_another(carrier: tuple[Carrier, Echo]) 
         {},
         {"op": "open"},
         {"op": "data", "stream": "x", "data": b""},
+        {"op": "data", "stream": "x", "data": b"", "number": 0},
         {"op": "data", "stream": 3},
         {"stream": "x" * 65},
     ],

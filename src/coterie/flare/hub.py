@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import coterie.flare.supported  # noqa: F401 - before anything of FLARE's
+
+# isort: split
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.tie.applet import Applet
@@ -12,11 +15,11 @@ from nvflare.app_common.tie.connector import Connector
 from nvflare.app_common.tie.controller import TieController
 from nvflare.app_common.tie.defs import Constant
 
+from coterie.flare.local import STOPPED
+
 _START_S = 120
 _SILENCE_S = 10 * 365 * 86400.0
 """Sites talk to each other, not to the hub: it does not take their silence for the end."""
-_STOPPED = 5
-"""What `coterie up` ends with after a clean stop."""
 
 
 class Nothing(Applet):  # type: ignore[misc]  # FLARE has no types
@@ -82,6 +85,6 @@ class CoterieController(TieController):  # type: ignore[misc]  # FLARE has no ty
         """A site whose member failed ends the job, which would otherwise count as a success."""
         reply = super()._process_client_done(topic, request, fl_ctx)
         code = request.get(Constant.MSG_KEY_EXIT_CODE)
-        if code not in (0, _STOPPED):
+        if code not in (0, STOPPED):
             self.system_panic(f"a member ended with code {code}; its site's log says why", fl_ctx)
         return reply

@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from coterie.config import FederationConfig, PartyConfig, load_yaml
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, CoterieError
 from coterie.federation.identity.certificates import COORDINATOR
 from coterie.storage import PRIVATE, json_object
 
 FILE = "coterie.json"
+REFUSALS = "coterie.log"
+"""Beside it: why this site started nothing. A hub may collect FLARE's own logs, and reasons name files."""
+STOPPED = 5
+"""What a member's process ends with after a clean stop."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,7 @@ class LocalMember:
 
         Closed to other accounts, whatever it was before: a party's figures are in it.
         """
-        path = self.settings.parent / f"flare-{self.name}.log"
-        log = open(path, "ab", opener=partial(os.open, mode=PRIVATE))  # noqa: SIM115 - for as long as the process runs
-        os.fchmod(log.fileno(), PRIVATE)
-        return log
+        return _closed_log(self.settings.parent / f"flare-{self.name}.log")
 
     def command(self, listen: str, dial: Mapping[str, str]) -> list[str]:
         """The process that is started: an ordinary `coterie` command with this site's settings."""
@@ -67,6 +68,48 @@ class LocalMember:
         if self.run_dir is not None:
             words += ["--run-dir", str(self.run_dir)]
         return words
+
+
+def environment_of(workspace: Path) -> dict[str, str]:
+    """This process's environment for a member's, without FLARE's own folders on the path of what is imported.
+
+    Args:
+        workspace: FLARE's; FLARE puts the folder there that a job's own code would lie in.
+    """
+    found = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    inside = workspace.resolve()
+    kept = [path for path in found if path and not Path(path).resolve().is_relative_to(inside)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(kept)}
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a job that brings code.
+
+    Args:
+        folder: where FLARE puts a job's own code.
+
+    Raises:
+        ConfigError: it is there.
+    """
+    if folder.exists():
+        raise ConfigError(
+            "The job brings code of its own.",
+            code="flare-code",
+            why="code that a hub sends can read this site's text and keys; coterie's own job brings none",
+            fix="export the job again, and set `byoc` to none for every role in local/authorization.json",
+        )
+
+
+def note_refusal(folder: Path, error: CoterieError) -> None:
+    """Write down, for this site alone, why it started nothing."""
+    with _closed_log(folder / REFUSALS) as log:
+        log.write(f"{error.code}: {error}\n".encode())
+
+
+def _closed_log(path: Path) -> BinaryIO:
+    log = open(path, "ab", opener=partial(os.open, mode=PRIVATE))  # noqa: SIM115 - as long as its process runs
+    os.fchmod(log.fileno(), PRIVATE)
+    return log
 
 
 def members_here(folder: Path, wanted: Iterable[str], agreement: str) -> list[LocalMember]:

@@ -5,27 +5,44 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import coterie.flare.supported  # noqa: F401 - before anything of FLARE's
+
+# isort: split
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
 from nvflare.apis.utils.reliable_message import ReliableMessage
 from nvflare.app_common.tie.applet import Applet
 from nvflare.app_common.tie.connector import Connector
 from nvflare.app_common.tie.defs import Constant
 from nvflare.app_common.tie.executor import TieExecutor
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
 
 from coterie.demonstration.processes import LIFELINE
+from coterie.errors import CoterieError
 from coterie.federation.identity.provision import free_endpoints
-from coterie.flare.local import LocalMember, members_here
+from coterie.flare.local import (
+    REFUSALS,
+    STOPPED,
+    LocalMember,
+    environment_of,
+    members_here,
+    note_refusal,
+    refuse_code,
+)
 from coterie.flare.tunnel import Tunnel
 
-MESSAGE_S, DELIVERY_S = 30.0, 300.0
-"""Seconds that FLARE waits for one try at a message, and for all tries."""
+MESSAGE_S, DELIVERY_S = 8.0, 60.0
+"""Seconds that FLARE waits for one try at a message, and for all tries. A message that was lost is tried again while
+members still hold the connection; they dial anew after 25 s of silence, and then nobody waits for it any more."""
 _GRACE_S = 20.0
+_AGAIN_S = 2.0
 _BODY = "coterie"
 
 
@@ -51,7 +68,7 @@ class Members(Applet):  # type: ignore[misc]  # FLARE has no types
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, LIFELINE: str(self._lifeline)},  # they end when this process does, however it does
+                env={**app_ctx["environment"], LIFELINE: str(self._lifeline)},  # they end when this process does
                 pass_fds=(self._lifeline,),
             )
 
@@ -66,10 +83,12 @@ class Members(Applet):  # type: ignore[misc]  # FLARE has no types
         return next((code for code in codes if code), 0)
 
     def is_stopped(self) -> tuple[bool, int]:
-        """Whether all have ended, or one has failed."""
+        """Whether all have ended, or one has failed; one that was asked to stop leaves the others to their end."""
         codes = [process.poll() for process in self._running.values()]
-        failed = next((code for code in codes if code), 0)
-        return bool(failed) or all(code is not None for code in codes), failed
+        failed = next((code for code in codes if code not in (None, 0, STOPPED)), None)
+        if failed is not None:
+            return True, failed
+        return None not in codes, STOPPED if STOPPED in codes else 0
 
 
 def _ended(process: subprocess.Popen[bytes], timeout: float) -> int:
@@ -86,7 +105,7 @@ class Carrier(Connector):  # type: ignore[misc]  # FLARE has no types
     def __init__(self) -> None:
         super().__init__()
         self._me = ""
-        self._local = Path()
+        self._workspace, self._local, self._code = Path(), Path(), Path()
         self._members: list[LocalMember] = []
         self._elsewhere: dict[str, str] = {}
         self._tunnel: Tunnel | None = None
@@ -94,20 +113,29 @@ class Carrier(Connector):  # type: ignore[misc]  # FLARE has no types
     def initialize(self, fl_ctx: FLContext) -> None:
         super().initialize(fl_ctx)
         self._me = fl_ctx.get_identity_name()
-        self._local = Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_site_config_dir())
+        workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
+        self._workspace, self._local = Path(workspace.get_root_dir()), Path(workspace.get_site_config_dir())
+        self._code = Path(workspace.get_app_custom_dir(fl_ctx.get_job_id()))
         ReliableMessage.register_request_handler(Constant.TOPIC_APP_REQUEST, self._received, fl_ctx)
 
     def configure(self, config: Mapping[str, Any], fl_ctx: FLContext) -> None:
         """Find out who runs here; see `members_here`."""
         sites: Mapping[str, str] = config["sites"]
         wanted = [member for member, site in sites.items() if site == self._me]
-        self._members = members_here(self._local, wanted, str(config["agreement"]))
+        try:
+            refuse_code(self._code)
+            self._members = members_here(self._local, wanted, str(config["agreement"]))
+        except CoterieError as error:
+            note_refusal(self._local, error)
+            raise
         self._elsewhere = {member: site for member, site in sites.items() if site != self._me}
 
     def start(self, fl_ctx: FLContext) -> None:
         here = dict(zip((m.name for m in self._members), free_endpoints(len(self._members)), strict=True))
         self._tunnel = Tunnel(here, self._elsewhere, self._deliver)
-        self.start_applet({"members": self._members, "dial": {**here, **self._tunnel.start()}}, fl_ctx)
+        dial = {**here, **self._tunnel.start()}
+        environment = environment_of(self._workspace)
+        self.start_applet({"members": self._members, "dial": dial, "environment": environment}, fl_ctx)
 
     def stop(self, fl_ctx: FLContext) -> None:
         self.stop_applet()
@@ -153,3 +181,28 @@ class CoterieExecutor(TieExecutor):  # type: ignore[misc]  # FLARE has no types
 
     def get_connector_config(self, fl_ctx: FLContext) -> dict[str, Any]:
         return self._config
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """What the hub asks for; where this site refuses, FLARE's log and the hub have the code alone."""
+        try:
+            return super().execute(task_name, shareable, fl_ctx, abort_signal)
+        except CoterieError as error:
+            self.log_error(fl_ctx, f"coterie starts nothing here ({error.code}); local/{REFUSALS} says why")
+            return make_reply(ReturnCode.BAD_TASK_DATA)
+
+    def _notify_client_done(self, rc: int, fl_ctx: FLContext) -> None:
+        """Tell the hub until it has heard: it takes nobody's silence for the end, and would wait for ever."""
+        if rc == Constant.EXIT_CODE_FATAL_ERROR:  # the job ends here and now, in the thread that says so
+            super()._notify_client_done(rc, fl_ctx)
+            return
+        self.log_info(fl_ctx, f"members here ended with code {rc}")
+        report = Shareable()
+        report[Constant.MSG_KEY_EXIT_CODE] = rc
+        while not self.abort_signal.triggered:
+            replies = self.engine.send_aux_request(
+                [FQCN.ROOT_SERVER], Constant.TOPIC_CLIENT_DONE, report, MESSAGE_S, fl_ctx, optional=True
+            )
+            reply = replies.get(FQCN.ROOT_SERVER)
+            if reply is not None and reply.get_return_code() == ReturnCode.OK:
+                return
+            time.sleep(_AGAIN_S)

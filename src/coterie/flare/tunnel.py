@@ -1,7 +1,8 @@
 """TCP connections carried by messages: between processes here and those of other sites, byte by byte.
 
 What is carried is the members' mutual TLS, so nobody on the way can read or change it. A message can open a
-connection to a process that this site has named, and to nothing else.
+connection to a process that this site has named, and to nothing else. Pieces are numbered: one that comes again is
+not handed on again, and where one is missing the connection ends, as TCP's would; its members dial anew.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import contextlib
 import logging
 import secrets
 import socket
+import struct
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from coterie.federation.wire.seldom import Seldom
@@ -21,23 +23,28 @@ from coterie.federation.wire.transport import Lane
 log = logging.getLogger(__name__)
 
 OPEN, DATA, CLOSE = "open", "data", "close"
-PIECE = 1 << 20
-"""Most bytes of one message."""
+PIECE = (1 << 20) - (64 << 10)
+"""Most bytes of one message: with what FLARE writes around them, one of its chunks of 1 MiB."""
 STREAMS = 64
 """Connections with one other site that are always allowed: what dials once more, or only looks who is there."""
+TAKEN_S = 30
+"""Seconds in which a process here takes what has come for it: who is frozen holds up its own connections alone."""
 LOOPBACK = "127.0.0.1"
 
 Send = Callable[[str, Mapping[str, Any]], None]
 """Called as ``send(site, body)``; returns when the other site's `Tunnel.handle` has, raises OSError if it did not."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stream:
-    """A connection's end here."""
+    """A connection's end here, how many pieces it was handed, and whether the other side has said that it ended."""
 
     site: str
     name: str
     end: socket.socket
+    taken: int = 0
+    ended: bool = False
+    taking: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Tunnel:
@@ -80,7 +87,7 @@ class Tunnel:
 
         Args:
             site: who sent it, as the carrier knows.
-            body: ``op``, ``stream``, and ``member`` or ``data``.
+            body: ``op``, ``stream``, and ``member``, or ``data`` with its ``number`` from 0.
 
         Raises:
             OSError: it cannot be done; the other side closes its end then.
@@ -94,16 +101,26 @@ class Tunnel:
         stream = self._streams.get((site, name))
         if op == CLOSE:
             if stream is not None:
+                stream.ended = True
                 self._drop(stream)
             return
-        data = body.get("data")
-        if op != DATA or stream is None or not isinstance(data, bytes):
+        data, number = body.get("data"), body.get("number")
+        if op != DATA or stream is None or not isinstance(data, bytes) or not isinstance(number, int):
             raise OSError("no such connection")
         try:
-            stream.end.sendall(data)
+            self._take(stream, number, data)
         except OSError:
             self._drop(stream)
             raise
+
+    @staticmethod
+    def _take(stream: _Stream, number: int, data: bytes) -> None:
+        with stream.taking:
+            if number > stream.taken:
+                raise OSError(f"piece {stream.taken} is missing")
+            if number == stream.taken:
+                stream.end.sendall(data)
+                stream.taken += 1
 
     def close(self) -> None:
         """End all connections and listen no more. Can be called twice."""
@@ -142,7 +159,6 @@ class Tunnel:
             raise OSError("no such member here")
         host, _, port = address.rpartition(":")
         stream = _Stream(site, name, socket.create_connection((host, int(port)), timeout=10))
-        stream.end.settimeout(None)
         try:
             self._keep(stream)
         except OSError:
@@ -151,6 +167,8 @@ class Tunnel:
         threading.Thread(target=self._pump, args=(stream,), name=f"for-{member}", daemon=True).start()
 
     def _keep(self, stream: _Stream) -> None:
+        stream.end.settimeout(None)
+        stream.end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", TAKEN_S, 0))
         with self._guard:
             taken = sum(site == stream.site for site, _ in self._streams)
             if (
@@ -167,22 +185,23 @@ class Tunnel:
 
     def _pump(self, stream: _Stream) -> None:
         """Carry what comes from the process here, until either side ends."""
+        number = 0
         try:
             while data := stream.end.recv(PIECE):
-                self._send(stream.site, {"op": DATA, "stream": stream.name, "data": data})
+                self._send(stream.site, {"op": DATA, "stream": stream.name, "number": number, "data": data})
+                number += 1
         except OSError as error:
             log.info("a connection with %s ended: %s", stream.site, error)
-        if self._drop(stream):
+        self._drop(stream)
+        if not stream.ended and not self._closed:
             try:
                 self._send(stream.site, {"op": CLOSE, "stream": stream.name})
             except OSError:
                 log.info("%s did not hear that a connection ended", stream.site)
 
-    def _drop(self, stream: _Stream) -> bool:
-        """Close an end; False if that was done before."""
+    def _drop(self, stream: _Stream) -> None:
         with self._guard:
-            there = self._streams.pop((stream.site, stream.name), None) is not None
+            self._streams.pop((stream.site, stream.name), None)
         with contextlib.suppress(OSError):  # the other end is gone already
             stream.end.shutdown(socket.SHUT_RDWR)
         stream.end.close()
-        return there
