@@ -236,6 +236,23 @@ def test_who_said_that_it_cannot_draw_and_brings_a_masked_push_is_named_and_noth
     assert all(torch.equal(value, before[name]) for name, value in world.state().items())
 
 
+def test_a_masked_push_that_comes_before_an_attempt_knows_its_grid_is_refused() -> None:
+    """How wide integers are follows from who contributes: bytes of an earlier attempt's width would fit no sum."""
+    world = Experts(masked=True)
+    world.pool.expect_masked(MaskGrid(2, GridScale(1.0, 2**29)), ("alder", "birch"))
+    later = Attempt(1, 2)
+    world.pool.begin(later)
+    number = world.part.number
+    body = {"digest": "7" * 64, "size": 4 * world.part.num_values, "weights": world.pool.own_digest(number, later)}
+    early = Message("push-begin", later.address(part=number), body)
+    with pytest.raises(RoundError) as caught:
+        world.handle("birch", Lane.BACKWARD, early)
+    assert caught.value.code == "push-round"
+    world.pool.expect_masked(MaskGrid(3, GridScale(1.0, 2**37)), PARTIES)
+    with pytest.raises(MessageError):
+        world.handle("birch", Lane.BACKWARD, early)
+
+
 def test_who_brings_another_masked_push_than_it_announced_is_named() -> None:
     world = Experts(masked=True)
     world.pool.begin(NOW, active=("alder", "birch"))

@@ -52,7 +52,7 @@ class PushService:
         masked: pushes are integers under masks: one party's cannot be looked at, only the sum of all.
 
     Attributes:
-        grid: of masked pushes; None before the first attempt knows it, and where nothing is masked.
+        grid: of masked pushes; None until the open attempt knows it, and where nothing is masked.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class PushService:
                 self._incoming.clear()
                 self._staged.clear()
                 self._sums.clear()
+                self.grid = None  # its width follows from who contributes
             self._open, self._release, self._weights = attempt, release, dict(weights)
 
     def handle(self, peer: str, message: Message) -> Message:
