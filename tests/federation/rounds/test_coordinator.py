@@ -266,6 +266,20 @@ def test_coordinator_killed_in_a_round_takes_it_up_where_it_was(grove: Federatio
         assert (3, 2) not in grove.actors[name].computed
 
 
+def test_a_run_that_is_taken_up_again_forgets_earlier_trouble(tmp_path: Path):
+    """People have looked meanwhile: a wild sum, say, is the first one again."""
+    journal = Journal(tmp_path, "grove", AGREEMENT)
+    trouble = {"failures": 2, "interruptions": 3, "wild_sums": 2}
+    ended = State(seq=9, phase=Phase.END, ending=Ending.FAILED, code="sum-wild", **trouble)
+    journal.write(Move(ended))
+    hub = InProcessHub(PARTIES, coordinator=COORDINATOR)
+    Coordinator(plan(), hub.transport(COORDINATOR), journal, AGREEMENT)._begin()
+    state = journal.state
+    assert (state.phase, state.seq) == (Phase.GATHER, 10)
+    assert {name: getattr(state, name) for name in trouble} == dict.fromkeys(trouble, 0)
+    journal.close()
+
+
 def test_party_that_never_arrives_is_named_with_the_deadline(tmp_path: Path):
     grove = Federation(tmp_path, plan(join_s=0.8, lease_s=0.2))
     grove.coordinate()

@@ -147,6 +147,7 @@ class Coordinator:
                 phase=Phase.GATHER,
                 failures=0,
                 interruptions=0,
+                wild_sums=0,
                 begun=False,
                 absent=(),
                 rejoining=(),
