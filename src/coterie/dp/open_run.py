@@ -22,7 +22,7 @@ from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.dataset import ordered_digest
 from coterie.dp.accounting.ledger import Ledger, open_ledger
-from coterie.dp.accounting.lots import LotPlan, draw_lot
+from coterie.dp.accounting.lots import Lot, LotPlan, draw_lot
 from coterie.dp.accounting.provenance import Artefact, not_covered
 from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.accounting.run_entry import RunStart
@@ -42,7 +42,7 @@ from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.dp.shared_releases import SharedReleases
 from coterie.dp.sum_engine import ConstantShape, SumEngine
-from coterie.errors import PrivacyError, RankError
+from coterie.errors import LedgerError, PrivacyError, RankError
 from coterie.models.spread.holdings import Holdings
 from coterie.models.spread.spread import spread_of
 from coterie.models.tensors import raw_bytes
@@ -122,21 +122,26 @@ class OpenRun:
         """What this run released; rank 0 keeps them."""
         return self.shared.own
 
-    def begin(self, round_no: int, pins: Mapping[str, str]) -> Pending | Release:
+    def begin(self, round_no: int, pins: Mapping[str, str], *, may_draw: bool = True) -> Pending | Release:
         """What to do for a round; see `Releases.begin`.
 
         Args:
             round_no: from 1.
             pins: digests of everything that the sums are computed from.
+            may_draw: False where others rely on what was drawn for these pins before. Rank 0's word counts.
 
         Raises:
             BudgetError: no release is left.
+            LedgerError: ``dp-draw-gone``: a lot would have to be drawn, and none may be.
         """
         self.seconds = {}
-        return self.shared.begin(
-            round_no, pins,
-            lambda draw: draw_lot(round_no, self.lots, self.data.units, self.source, draw, self.releases.used),
-        )  # fmt: skip
+
+        def draw(number: int) -> Lot:
+            if not may_draw:
+                raise _draw_gone(round_no)
+            return draw_lot(round_no, self.lots, self.data.units, self.source, number, self.releases.used)
+
+        return self.shared.begin(round_no, pins, draw)
 
     def publish(
         self, pending: Pending, divisor: float = 1.0, *, as_integers: bool = False, to_all: bool = True
@@ -274,6 +279,16 @@ def open_run(
     shared = SharedReleases(ranks, kept[0] if kept else None, spool)
     past = None if plan.bands is None else PastNoise(plan.bands)
     return OpenRun(entry.run, plan, options, data, lots, mechanism, ranks, shared, sums, source, dataset, gaps, past)
+
+
+def _draw_gone(round_no: int) -> LedgerError:
+    return LedgerError(
+        f"what was drawn for round {round_no} is no longer in the spool.",
+        code="dp-draw-gone",
+        why="the other parties push what they drew with it again; beside new noise of this party it would be worth "
+        "less to them than they promise",
+        fix="the attempt is given up, and all draw anew in the next one; see what removes files from the spool",
+    )
 
 
 def _check_devices(ranks: Ranks, model: nn.Module) -> None:

@@ -35,19 +35,25 @@ class Contributor:
     ) -> None:
         self.run, self._drawn, self._as_integers = run, drawn, as_integers
 
-    def release(self, round_no: int, pins: Mapping[str, str]) -> tuple[Mapping[str, Tensor], Release] | None:
+    def release(
+        self, round_no: int, pins: Mapping[str, str], *, may_draw: bool = True
+    ) -> tuple[Mapping[str, Tensor], Release] | None:
         """The noised sums of a round; the same bytes again for the same pins, until `forget`.
 
         Args:
             round_no: from 1.
             pins: digests of everything that the sums are computed from. Where they differ from those of an earlier
                 try, that one is burned: its cost stays in the ledger, lot and noise are drawn anew.
+            may_draw: see `OpenRun.begin`.
 
         Returns:
             Sums by parameter name, spooled and counted; None when the budget allows no further round.
+
+        Raises:
+            LedgerError: see `OpenRun.begin`.
         """
         try:
-            begun = self.run.begin(round_no, pins)
+            begun = self.run.begin(round_no, pins, may_draw=may_draw)
         except BudgetError as error:
             if error.code != "dp-budget-spent":
                 raise

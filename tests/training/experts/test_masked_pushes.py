@@ -24,9 +24,11 @@ from coterie.dp.noise.joint_noise import RoundNoise
 from coterie.errors import CoterieError, RoundError
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.host import ExpertsHost
-from coterie.federation.experts.masking.board import OPENING, MaskBoard
+from coterie.federation.experts.masking.board import OPENING, MaskAgreement, MaskBoard
 from coterie.federation.experts.masking.grid import MaskGrid
+from coterie.federation.experts.masking.session import MaskSession, Scope
 from coterie.federation.experts.masking.streams import Masks, unmasked_sum
+from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Message
 from coterie.training.party.actor import PartyActor
@@ -180,9 +182,17 @@ def released(folder: Path, name: str) -> list[tuple[int, int]]:
 def test_a_retry_sends_the_same_noised_integers_under_new_masks_and_counts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    pushes = Pushes(monkeypatch)
+    pushes, serials, take = Pushes(monkeypatch), list[int](), MaskBoard.take
     fail_once(monkeypatch)
+
+    def heard(board: MaskBoard, peer: str, message: Message) -> Message:
+        if message.kind == OPENING and peer == board._me == "cedar":  # noqa: SLF001
+            serials.append(message.body["serial"])
+        return take(board, peer, message)
+
+    monkeypatch.setattr(MaskBoard, "take", heard)
     run(masked_settings(), tmp_path, sigma=None, seeded=False)
+    assert serials == [1, 2, 3]
     for (party, part), (first, again, second) in pushes.clear.items():
         assert torch.equal(first, again)
         assert not torch.equal(first, second)
@@ -214,6 +224,29 @@ def test_where_one_party_lost_its_draw_all_draw_anew_and_all_count_both(
     run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     for first, again, _ in pushes.clear.values():
         assert not torch.equal(first, again)
+    for name in PARTIES:
+        assert released(tmp_path, name) == [(1, 0), (1, 1), (2, 0)]
+
+
+def test_a_draw_that_is_lost_when_all_agreed_to_push_it_again_is_not_replaced_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The others would push their old draws beside new noise: over two such sums the lost party's averages out."""
+    pushes, agree = Pushes(monkeypatch), MaskAgreement.agree
+    fail_once(monkeypatch)
+
+    def losing(agreement: MaskAgreement, scope: Scope, *rest: object) -> MaskSession | None:
+        session = agree(agreement, scope, *rest)  # type: ignore[arg-type]
+        if (agreement._me, scope.attempt) == ("birch", Attempt(1, 2)):  # noqa: SLF001
+            lose_draw(tmp_path, "birch")
+        return session
+
+    monkeypatch.setattr(MaskAgreement, "agree", losing)
+    parts = parts_of(masked_settings(), tmp_path, sigma=None, seeded=False, rounds=3)
+    federation, _ = run_in_process(masked_settings(), list(parts.values()), tmp_path / "coordinator")
+    assert "dp-draw-gone" in " ".join(status.state.note for status in federation.statuses)
+    for (party, part), each in pushes.clear.items():
+        assert not torch.equal(each[0], each[-2]), (party, part)  # attempts 1 and 3 of round 1
     for name in PARTIES:
         assert released(tmp_path, name) == [(1, 0), (1, 1), (2, 0)]
 
@@ -312,11 +345,14 @@ def test_a_draw_that_was_noised_for_a_party_that_stopped_since_is_burned_by_the_
         assert float(values.double().std()) * pushes.grids[2].rest.step == pytest.approx(SIGMA * CLIP, rel=0.05)
 
 
+@pytest.mark.parametrize("colluding", [1, 2])
 def test_a_party_that_tells_others_different_things_of_its_budget_gets_no_push_out_of_anybody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colluding: int
 ):
-    """Alder hears that cedar goes on, birch that it stopped: a sum that both believe in would lack noise."""
-    pushes, config = Pushes(monkeypatch), masked_settings(noise="shared", colluding=1, max_attempts=1)
+    """Alder hears that cedar goes on, birch that it stopped: a sum that both believe in would lack noise. Where birch
+    alone believes that too few are left, alder does not wait for it."""
+    pushes = Pushes(monkeypatch)
+    config = masked_settings(noise="shared", colluding=colluding, max_attempts=1, round_deadline_s=60.0)
     said = MaskBoard.take
 
     def two_views(board: MaskBoard, peer: str, message: Message) -> Message:

@@ -108,6 +108,7 @@ class PrivateSums:
         self._constant: ConstantWork | None = None
         self._engine: Engine | None = None
         self._cancel = NEVER
+        self._held: str | None = None  # the set of draws that the others heard is here
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         contributor, released = self._released(round_no, pins, streamer, cancel)
@@ -134,7 +135,8 @@ class PrivateSums:
         contributor = self.open_ledger(streamer)
         if self._constant is not None:
             self._constant.batches = 0
-        released = contributor.release(round_no, self._with_trunk(pins))
+        again = self._held is not None and pins.get(DRAW) == self._held
+        released = contributor.release(round_no, self._with_trunk(pins), may_draw=not again)
         self._finish_work(began)
         return contributor, released
 
@@ -159,6 +161,7 @@ class PrivateSums:
         contributor = self._opened()
         can_draw = contributor.run.releases.remaining > 0
         held = contributor.held(round_no, self._with_trunk(pins), DRAW)
+        self._held = None if held is None else held[DRAW]
         return Held(can_draw) if held is None else Held(can_draw, held[DRAW], contributors_in(held))
 
     def _opened(self) -> Contributor:

@@ -59,14 +59,13 @@ def keystream(key: bytes, count: int) -> bytes:
 
 
 def by_hand(
-    me: str, private: bytes, public: Mapping[str, bytes], session: bytes, serial: int, part: int,
-    values: list[int], width: int,
-) -> bytes:  # fmt: skip
+    me: str, private: bytes, public: Mapping[str, bytes], session: bytes, part: int, values: list[int], width: int
+) -> bytes:
     total = list(values)
     for other in sorted(public.keys() - {me}):
         pair = " and ".join(sorted((me, other)))
         secret = hkdf(ladder(private, public[other]), session, f"coterie mask: pair {pair}".encode())
-        key = hkdf(secret, session, f"coterie mask: push {serial}, part {part}, {pair}".encode())
+        key = hkdf(secret, session, f"coterie mask: part {part}, {pair}".encode())
         stream = keystream(key, width * len(values))
         for place in range(len(values)):
             word = int.from_bytes(stream[width * place : width * (place + 1)], "little")
@@ -88,13 +87,13 @@ def test_masked_bytes_are_those_of_the_same_written_out_by_hand(monkeypatch: pyt
         session = sessions[name]
         masked = session.masks.mask(4, torch.tensor(values), width).numpy().tobytes()
         digest = bytes.fromhex(session.digest)
-        assert masked == by_hand(name, private[name], public, digest, session.serial, 4, values, width)
+        assert masked == by_hand(name, private[name], public, digest, 4, values, width)
 
 
 # ---- cancellation ----
 
 
-def random_masks(count: int, seed: int, serial: int = 1) -> dict[str, Masks]:
+def random_masks(count: int, seed: int) -> dict[str, Masks]:
     """Of ``count`` parties with secrets of a seed."""
     names = [f"p{i:02d}" for i in range(count)]
     session = hashlib.sha256(f"session {seed}".encode()).digest()
@@ -102,10 +101,7 @@ def random_masks(count: int, seed: int, serial: int = 1) -> dict[str, Masks]:
     def secret(one: str, other: str) -> bytes:
         return derive(f"{seed} {sorted((one, other))}".encode(), session, info="test")
 
-    return {
-        one: Masks(one, {other: secret(one, other) for other in names if other != one}, session, serial)
-        for one in names
-    }
+    return {one: Masks(one, {other: secret(one, other) for other in names if other != one}, session) for one in names}
 
 
 @settings(max_examples=25, deadline=None)
@@ -127,8 +123,8 @@ def test_masks_of_all_parties_cancel_to_the_bit_at_every_try(
         f"p{i:02d}": [torch.from_numpy(draw.integers(-most, most, size, endpoint=True)) for size in sizes]
         for i in range(count)
     }
-    for serial, dropped in enumerate(tries, start=1):
-        masks = random_masks(count, seed + serial, serial)
+    for number, dropped in enumerate(tries, start=1):
+        masks = random_masks(count, seed + number)
         for part, size in enumerate(sizes):
             pushes = {name: each.mask(part, own[name][part], width) for name, each in masks.items()}
             assert all(push.shape == (size * width,) for push in pushes.values())
@@ -199,11 +195,11 @@ def test_two_texts_under_the_same_keys_differ_by_their_difference_so_keys_are_us
         masks.mask(1, torch.zeros(4, dtype=torch.int64), 5)
 
 
-def test_streams_differ_between_pairs_parts_serials_and_sessions():
+def test_streams_differ_between_pairs_parts_and_sessions():
     nothing = torch.zeros(8, dtype=torch.int64)
     seen = []
-    for seed, serial, part in itertools.product((1, 2), (1, 2), (0, 1)):
-        for each in random_masks(3, seed, serial).values():
+    for seed, part in itertools.product((1, 2, 3, 4), (0, 1)):
+        for each in random_masks(3, seed).values():
             seen.append(each.mask(part, nothing, 7).numpy().tobytes())
     assert len(set(seen)) == len(seen) == 24
 

@@ -7,6 +7,7 @@ word of a party stands; another one in the same attempt is refused.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,9 +21,7 @@ from coterie.federation.experts.masking.session import (
     MaskSession,
     Opening,
     Scope,
-    Serials,
     Signer,
-    draws_of,
     new_opening,
 )
 from coterie.federation.rounds.attempt import Attempt
@@ -106,7 +105,7 @@ class MaskAgreement:
     def __init__(self, board: MaskBoard, me: str, transport: Transport, signer: Signer, *, deadline_s: float) -> None:
         self._board, self._me, self._transport, self._signer = board, me, transport, signer
         self._deadline_s = deadline_s
-        self._serials = Serials()
+        self._serials = itertools.count(1)
 
     def agree(self, scope: Scope, grid: str, held: Held, fewest: int, cancel: CancelToken) -> MaskSession | None:
         """Make keys for one push with all active parties.
@@ -124,17 +123,15 @@ class MaskAgreement:
         Raises:
             RoundError, TransportError: see `KeyMaker.agree`; or a party cannot be reached.
         """
-        opening = new_opening(self._serials, grid, held)
+        opening = new_opening(next(self._serials), grid, held)
         maker = KeyMaker(self._me, scope, opening, self._signer)
         said = self._tell(OPENING, scope.attempt, {**asdict(opening), "drawn_by": list(opening.drawn_by)}, cancel)
         openings = {party: Opening(**{**body, "drawn_by": tuple(body["drawn_by"])}) for party, body in said.items()}
-        if len(draws_of(openings).parties) < fewest:
-            return None
         public, signature = maker.sign(openings)
         keys = self._tell(KEY, scope.attempt, {"key": public, "signature": signature}, cancel)
         session = maker.agree(openings, {party: (body["key"], body["signature"]) for party, body in keys.items()})
-        self._serials.use(session.serial)
-        return session
+        # Not before: a party that told others something else of its budget would leave some of them waiting.
+        return session if len(session.contributors) >= fewest else None
 
     def commit(
         self, attempt: Attempt, session: MaskSession, digests: Mapping[str, str], cancel: CancelToken

@@ -3,8 +3,8 @@
 Every attempt at a round makes its own X25519 key, which touches no disk and is forgotten with the push: nothing that
 is taken from a process later opens what it masked, and a new agreement costs a round trip and burns nothing.
 
-1. Every party tells every other its `Opening`: a fresh nonce, the serial it would use, its grids' digest, whether it
-   could draw anew, and which set of draws, made by whom, it holds for this round.
+1. Every party tells every other its `Opening`: a fresh nonce, its push serial, its grids' digest, whether it could
+   draw anew, and which set of draws, made by whom, it holds for this round.
 2. It signs all openings, run, roster, membership epoch and attempt, with its new public key, by its identity. So no
    party can have told two others different things, and no key of another push can be put in this one's place.
 3. The digest of all openings and keys is the session, which all keys are derived with. It stands beside the digest of
@@ -30,15 +30,12 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from coterie.errors import MessageError, RoundError
+from coterie.errors import RoundError
 from coterie.federation.experts.masking.streams import Masks, derive
 from coterie.federation.rounds.attempt import Attempt
 
 NO_DRAW = "0" * 64
 """In place of a set of draws: this party holds none for the round."""
-
-_MOST_AHEAD = 1 << 32
-"""Serials that another process may be ahead; numbers run out after 2^21 leaps."""
 
 _PURPOSE = b"coterie mask key\n"
 """Begins what is signed; roster signatures and TLS begin otherwise."""
@@ -62,7 +59,7 @@ class Opening:
 
     Attributes:
         nonce: 256 fresh random bits, hex.
-        serial: lowest push serial that this party has not used.
+        serial: of this push in this party's process; never said before there.
         grid: digest of its `MaskGrid` for every number of contributing parties.
         can_draw: it can draw for this round. One that cannot contributes nothing but draws that it still holds.
         draw: set of draws that it holds for this round and these weights; `NO_DRAW` where there is none.
@@ -123,7 +120,6 @@ class KeyMaker:
             RoundError: ``mask-signature``: a party's key is not signed over what was said here; who told different
                 parties different things is not known from that. ``mask-grid`` where a party's grid is another one,
                 ``mask-key`` for a key that is none.
-            MessageError: ``mask-serial``: a leap beyond what honest processes are apart.
         """
         for party, opening in openings.items():
             if opening.grid != self.opening.grid:
@@ -133,15 +129,6 @@ class KeyMaker:
                     why="integers of different steps do not add up: clip norm, noise or model differ, or the "
                     "noise of some parties comes from a seed",
                     fix="all parties run the same version with the same signed settings",
-                )
-            if opening.serial > self.opening.serial + _MOST_AHEAD:
-                raise MessageError(
-                    f"{party} would number a masked push {opening.serial}; {self.me} is at {self.opening.serial}.",
-                    code="mask-serial",
-                    why="no honest process has pushed so often, and all would have to go on from there",
-                    fix="that party starts again",
-                    field="serial",
-                    peer=party,
                 )
             public, signature = keys[party]
             if not self.signer.check(party, _signed_text(self.scope, openings, public), signature):
@@ -153,13 +140,12 @@ class KeyMaker:
                 )
         said = {party: [asdict(openings[party]), keys[party][0]] for party in sorted(openings)}
         session = hashlib.sha256(b"coterie mask session\n" + _scope_text(self.scope) + _canonical(said)).digest()
-        serial = max(opening.serial for opening in openings.values())
         draws = draws_of(openings)
         others = [party for party in draws.parties if party != self.me] if self.me in draws.parties else []
         shared = {party: self._shared(party, keys[party][0], session) for party in others}
         self._key = None
-        masks = Masks(self.me, shared, session, serial)
-        return MaskSession(session.hex(), serial, draws.name or session.hex(), draws.parties, masks)
+        masks = Masks(self.me, shared, session)
+        return MaskSession(session.hex(), draws.name or session.hex(), draws.parties, masks)
 
     def _own_key(self) -> X25519PrivateKey:
         if self._key is None:
@@ -180,43 +166,15 @@ class MaskSession:
 
     Attributes:
         digest: names the session, hex.
-        serial: of the push; never used before in any of the processes.
         draw: the set of draws that is to be pushed.
         contributors: whose draws these are; only they push, and their masks cancel.
         masks: this party's; none where it does not contribute.
     """
 
     digest: str
-    serial: int
     draw: str
     contributors: tuple[str, ...]
     masks: Masks
-
-
-class Serials:
-    """Push serials of one process: they only grow."""
-
-    def __init__(self) -> None:
-        self._last = 0
-
-    @property
-    def next(self) -> int:
-        """The lowest that was not used."""
-        return self._last + 1
-
-    def use(self, serial: int) -> None:
-        """Take a serial for a push.
-
-        Raises:
-            RoundError: ``mask-serial``: it was used, or passed over.
-        """
-        if serial <= self._last:
-            raise RoundError(
-                f"push serial {serial} was used; the next is {self.next}.",
-                code="mask-serial",
-                why="one stream must never mask two values",
-            )
-        self._last = serial
 
 
 @dataclass(frozen=True)
@@ -228,9 +186,9 @@ class Held:
     drawn_by: tuple[str, ...] = ()
 
 
-def new_opening(serials: Serials, grid: str, held: Held) -> Opening:
+def new_opening(serial: int, grid: str, held: Held) -> Opening:
     """What a party says in a new attempt."""
-    return Opening(secrets.token_hex(32), serials.next, grid, held.can_draw, held.draw, held.drawn_by)
+    return Opening(secrets.token_hex(32), serial, grid, held.can_draw, held.draw, held.drawn_by)
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,11 @@ class Masks:
     Args:
         me: this party.
         secrets: what it shares with every other party, by name; forgotten with `erase`.
-        session: digest of the agreement, which every key is bound to.
-        serial: number of this push in this process; bound into every key.
+        session: digest of the agreement, the parties' push serials included, which every key is bound to.
     """
 
-    def __init__(self, me: str, secrets: Mapping[str, bytes], session: bytes, serial: int) -> None:
-        self._me, self._secrets, self._session, self._serial = me, dict(secrets), session, serial
+    def __init__(self, me: str, secrets: Mapping[str, bytes], session: bytes) -> None:
+        self._me, self._secrets, self._session = me, dict(secrets), session
         self._used: set[int] = set()
 
     def mask(self, part: int, integers: Tensor, width: int) -> Tensor:
@@ -60,7 +59,7 @@ class Masks:
         """
         if part in self._used or not self._secrets:
             raise RoundError(
-                f"part {part} of push {self._serial} cannot be masked again.",
+                f"part {part} of this push cannot be masked again.",
                 code="mask-used",
                 why="two values under one stream would show their difference",
             )
@@ -89,7 +88,7 @@ class Masks:
 
     def _stream(self, other: str, secret: bytes, part: int) -> CipherContext:
         first, second = sorted((self._me, other))
-        key = derive(secret, self._session, info=f"push {self._serial}, part {part}, {first} and {second}")
+        key = derive(secret, self._session, info=f"part {part}, {first} and {second}")
         return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
 
