@@ -5,16 +5,19 @@
 A bfloat16 checkpoint of OLMoE's shape with random weights; three parties, rank 4, within a budget, as real processes
 over mTLS, and the same model in a private `coterie train`. Resident sizes are the kernel's high-water marks (VmHWM),
 once as they are and once less those of the same processes with a model a hundred times smaller, which leaves what
-interpreter and libraries take out.
+interpreter and libraries take out. Beside them, as seen ten times a second: the most that was the process's own
+(RssAnon), and the most of files that were mapped (RssFile: libraries, which processes share, and weights being read).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,11 @@ import torch
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, TrainConfig, dump_yaml
 from coterie.demonstration.processes import Command, Processes
 from coterie.federation.identity.provision import free_endpoints
-from coterie.models.split.shards import TRUNK_FILE, shard_file
+from coterie.models.split.shards import TRUNK_FILE, shard_file, stored_shapes
 from coterie.models.zoo.build import build_model
 from coterie.training.data.tokenizer import train_tokenizer
 
+_SIZES = ("VmHWM", "RssAnon", "RssFile")
 PARTIES = ("alder", "birch", "cedar")
 LENGTH, RECORDS, ROUNDS = 64, 4, 2
 _COMMON: dict[str, Any] = {
@@ -107,9 +111,12 @@ class Measured:
         newest = [max((run / "private" / "checkpoints").iterdir()) for run in runs]
         return {
             "seconds": time.monotonic() - began,
-            "split_peak_bytes": split["split"],
+            "split_peak_bytes": split["split"]["VmHWM"],
             "split_bytes": size_of(root / "weights"),
-            "party_peak_bytes": max(peaks[name] for name in PARTIES),
+            "party_peak_bytes": max(peaks[name]["VmHWM"] for name in PARTIES),
+            "party_own_bytes": max(peaks[name]["RssAnon"] for name in PARTIES),
+            "party_mapped_bytes": max(peaks[name]["RssFile"] for name in PARTIES),
+            "party_explained_bytes": self._explained(),
             "checkpoint_bytes": max(map(size_of, newest)),
             "run_folder_bytes": max(map(size_of, runs)),
         }
@@ -133,11 +140,20 @@ class Measured:
         exported = size_of(root / "run" / "public")
         return {
             "seconds": time.monotonic() - began,
-            "peak_bytes": peaks["train"],
+            "peak_bytes": peaks["train"]["VmHWM"],
+            "own_bytes": peaks["train"]["RssAnon"],
+            "mapped_bytes": peaks["train"]["RssFile"],
             "run_folder_bytes": size_of(root / "run"),
             "ledger_bytes": size_of(root / "ledger"),
             "exported_bytes": exported,
         }
+
+    def _explained(self) -> int:
+        """What a party has to hold: the trunk as it is computed in, and everybody's experts as they travel."""
+        trunk = stored_shapes(self.root / "weights" / TRUNK_FILE).values()
+        size = 2 if self._dtype == "bfloat16" else 4
+        shards = sum((self.root / "weights" / shard_file(name)).stat().st_size for name in PARTIES)
+        return size * sum(math.prod(shape) for shape in trunk) + shards
 
     def _data(self) -> dict[str, Any]:
         tokenizer = {"path": self.root / "model", "provenance": "public"}
@@ -146,29 +162,28 @@ class Measured:
     def _command(self, name: str, *arguments: str) -> Command:
         return Command(name, arguments, self.root / "logs" / f"{name}.log")
 
-    def _watched(self, processes: Processes, name: str, *arguments: str) -> dict[str, int]:
+    def _watched(self, processes: Processes, name: str, *arguments: str) -> dict[str, Counter[str]]:
         return self._run(processes, [self._command(name, *arguments)])
 
-    def _run(self, processes: Processes, commands: list[Command]) -> dict[str, int]:
-        """Run commands side by side; the high-water mark of each by its name."""
-        peaks: dict[str, int] = {}
+    def _run(self, processes: Processes, commands: list[Command]) -> dict[str, Counter[str]]:
+        """Run commands side by side; the largest sizes of each by its name."""
+        peaks = {command.name: Counter[str]() for command in commands}
 
         def look() -> None:
             for running in processes._running:  # noqa: SLF001 - a mark outlives nobody, so it is read on the way
-                peaks[running.command.name] = max(
-                    peaks.get(running.command.name, 0), _high_water(running.process.pid)
-                )
+                peaks[running.command.name] |= _sizes(running.process.pid)
 
         processes.run_all(commands, len(commands), look)
         return peaks
 
 
-def _high_water(pid: int) -> int:
+def _sizes(pid: int) -> Counter[str]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+        return Counter()
+    fields = dict(line.split(":", 1) for line in lines)
+    return Counter({name: int(fields[name].split()[0]) * 1024 for name in _SIZES if name in fields})
 
 
 def size_of(folder: Path) -> int:

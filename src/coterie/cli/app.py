@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from coterie import __version__
+from coterie.cli.heap import give_back_freed
 from coterie.cli.output import error_console, fail, show_error
 from coterie.cli.stopping import ending_on_request
 from coterie.cli.streams import guarded_output
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 an error, 2 wrong usage, 5 stopped, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # accepted anywhere: people add it to the end of the line that failed
+    if arguments is None:  # otherwise the process is somebody else's
+        give_back_freed()
     try:
         with guarded_output(), ending_on_request():
             _run(given, debug)

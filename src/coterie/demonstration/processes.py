@@ -32,8 +32,6 @@ _ENVIRONMENT = {
     # Idle compute threads sleep instead of spinning: with more processes than cores, spinning made a round of a
     # two-threaded run fifteen times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # glibc keeps a heap per thread, and a party has many: two heaps were 160 MB less than one for each.
-    "MALLOC_ARENA_MAX": "2",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",

@@ -25,6 +25,8 @@ def _native(x_RI: Tensor, weight_EIO: Tensor) -> bool:
     """
     if x_RI.device.type != "cuda" or x_RI.dtype != torch.bfloat16 or x_RI.shape[0] == 0:
         return False
+    if weight_EIO.dtype != x_RI.dtype:
+        return False
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return False
     sizes = (x_RI.shape[-1], weight_EIO.shape[-1])
@@ -38,7 +40,8 @@ def grouped_mm(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
     Args:
         x_RI: rows sorted by expert.
-        weight_EIO: one matrix per expert, any strides, same dtype and device as ``x_RI``.
+        weight_EIO: one matrix per expert, any strides, same device as ``x_RI``. Of another dtype, the matrix of one
+            expert after the other is converted to that of ``x_RI``.
         ends_E: int32 or int64, cumulative row counts.
 
     Returns:
@@ -47,10 +50,12 @@ def grouped_mm(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     if _native(x_RI, weight_EIO):
         return torch.nn.functional.grouped_mm(x_RI.contiguous(), weight_EIO, offs=ends_E.to(torch.int32))
     out = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[-1])
+    converted = None if weight_EIO.dtype == x_RI.dtype else torch.empty_like(weight_EIO[0], dtype=x_RI.dtype)
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > start:
-            torch.mm(x_RI[start:end], weight_EIO[expert], out=out[start:end])
+            matrix = weight_EIO[expert]
+            torch.mm(x_RI[start:end], matrix if converted is None else converted.copy_(matrix), out=out[start:end])
         start = end
     return out
 
@@ -110,6 +115,12 @@ class GroupedLinear(torch.autograd.Function):
         if needs_weight:
             grad_weight = weight_outer(x_RI, grad_RO, ends_E, is_transposed)
         return grad_x, grad_weight, None, None
+
+
+def no_wider(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight that is multiplied in ``dtype``: as it is where it is narrower, so that `grouped_mm` widens the matrix
+    of one expert after the other and never all of them."""
+    return weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype)
 
 
 def as_EIO(weight: Tensor, is_transposed: bool) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from coterie.errors import ModelError
+from coterie.errors import ModelError, RoundError
 from coterie.federation.experts.frozen_shard import FrozenShard
 from coterie.federation.experts.parts import Part, digest_of
 from coterie.federation.experts.serve_weights import CHUNK, OFFER, WeightService
@@ -108,3 +109,46 @@ def test_stored_tensors_are_those_of_the_file_in_the_number_format_that_is_asked
     (tmp_path / "file").unlink()
     with pytest.raises(ModelError, match="There is no file"):
         stored["a"]
+
+
+def _replaced(path: Path, other: dict[str, Tensor]) -> None:
+    save_tensors(path.with_name("other"), other, "", 0)
+    path.with_name("other").replace(path)
+
+
+def _written_to(path: Path, other: dict[str, Tensor]) -> None:
+    with path.open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x7f\x7f")
+
+
+def _cut_off(path: Path, other: dict[str, Tensor]) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 2)
+
+
+@pytest.mark.parametrize("change", [_replaced, _written_to, _cut_off])
+def test_a_shard_that_changes_while_it_is_served_is_refused_by_name(
+    tmp_path: Path, change: Callable[[Path, dict[str, Tensor]], None]
+) -> None:
+    """Also where the new one is whole, of the same shapes, and was never compared with anything."""
+    layers, shard, part, _ = world(torch.bfloat16)
+    save_tensors(tmp_path / "shard", shard, "", 0)
+    frozen = FrozenShard(layers, StoredTensors(tmp_path / "shard"))
+    frozen.values(part, 0, part.num_values, torch.bfloat16)
+    change(tmp_path / "shard", {key: value + 1 for key, value in shard.items()})
+    with pytest.raises(ModelError, match=str(tmp_path / "shard")) as caught:
+        frozen.values(part, 0, part.num_values, torch.bfloat16)
+    assert caught.value.code in ("model-changed-file", "model-torn-file")
+
+
+def test_a_party_does_not_compute_on_own_experts_that_are_not_what_it_offered() -> None:
+    """Its own parts cross no wire, where the others would notice."""
+    layers, shard, part, _ = world(torch.bfloat16)
+    service = WeightService((part,), lambda _: {}, torch.bfloat16, still=FrozenShard(layers, shard).values)
+    service.begin(ATTEMPT)
+    assert digest_of(service.read(0, ATTEMPT)) == service.digest(0, ATTEMPT)
+    shard[expert_key(1, 3, "down_proj")][0, 0] += 1
+    with pytest.raises(RoundError, match="changed after it was offered") as caught:
+        service.read(0, ATTEMPT)
+    assert caught.value.code == "weights-changed"

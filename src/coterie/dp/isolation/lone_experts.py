@@ -14,10 +14,10 @@ from torch import Tensor
 
 from coterie.dp.per_sample.private_experts import Adapters
 from coterie.models.autograd import applied
-from coterie.models.expert_math import apply_linear
-from coterie.models.grouped import GroupedLinear, as_EIO, grouped_mm, grouped_sum, weight_outer
+from coterie.models.grouped import GroupedLinear, as_EIO, grouped_mm, grouped_sum, no_wider, weight_outer
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, bias_rows, expert_rows
-from coterie.models.streaming.streamer import WeightSource
+from coterie.models.streaming.cache import LayerWeights
+from coterie.models.streaming.streamer import WeightSource, as_stored
 from coterie.models.tensors import compute_dtype
 
 
@@ -78,6 +78,10 @@ def _own_linear(layer: ExpertLayer, own: dict[str, Tensor], name: str, x_RI: Ten
     return out if bias is None else out + bias_rows(bias.to(x_RI.dtype), ends_E)
 
 
+def _lent_EIO(lent: LayerWeights, layer: ExpertLayer, name: str, dtype: torch.dtype) -> Tensor:
+    return as_EIO(no_wider(as_stored(lent, name), dtype), layer.layout.is_transposed)
+
+
 class _LentLinear(torch.autograd.Function):
     """One expert matrix, lent for the forward and lent again for the backward."""
 
@@ -89,8 +93,9 @@ class _LentLinear(torch.autograd.Function):
         ctx.layer, ctx.name, ctx.experts = layer, name, experts
         assert experts.source is not None
         with experts.source.layer(layer.index) as lent:
-            own = {key: lent[key].to(x_RI.dtype) for key in {name, f"{name}_bias"} & set(lent)}
-            return apply_linear(layer, own, name, x_RI, ends_E)
+            out = grouped_mm(x_RI, _lent_EIO(lent, layer, name, x_RI.dtype), ends_E)
+            bias = lent.get(f"{name}_bias")
+            return out if bias is None else out + bias_rows(bias.to(x_RI.dtype), ends_E)
 
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Any, ...]:
@@ -103,7 +108,7 @@ class _LentLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             assert experts.source is not None
             with experts.source.layer(layer.index) as lent:
-                weight_EIO = as_EIO(lent[name].to(x_RI.dtype), transposed)
+                weight_EIO = _lent_EIO(lent, layer, name, x_RI.dtype)
                 grad_x = grouped_mm(grad_RO, weight_EIO.transpose(1, 2), ends_E)
         if full in experts.trained:
             experts.add(full, weight_outer(x_RI, grad_RO, ends_E, transposed))

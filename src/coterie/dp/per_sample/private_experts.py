@@ -23,10 +23,10 @@ from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOu
 from coterie.dp.per_sample.weight_expressions import Node
 from coterie.errors import NoRuleError
 from coterie.models.autograd import applied
-from coterie.models.grouped import as_EIO, grouped_mm
+from coterie.models.grouped import as_EIO, grouped_mm, no_wider
 from coterie.models.lora import ExpertAdapter
 from coterie.models.seam import ExpertLayer, ExpertsCall, RoutedRows, bias_rows
-from coterie.models.streaming.streamer import WeightSource
+from coterie.models.streaming.streamer import WeightSource, as_stored
 from coterie.models.tensors import compute_dtype
 
 Adapters = Mapping[tuple[nn.Module, str], list[ExpertAdapter]]
@@ -64,7 +64,7 @@ class _Matrix:
     adapters: list[_LowRank] = field(default_factory=list)
 
     def _weight(self, stacked: Stacked) -> Tensor:
-        return as_EIO(stacked[self.name].detach().to(self.dtype), self.transposed)
+        return as_EIO(no_wider(as_stored(stacked, self.name).detach(), self.dtype), self.transposed)
 
     def apply(self, stacked: Stacked, x_RI: Tensor, ends_E: Tensor) -> Tensor:
         x_RI = x_RI.to(self.dtype)

@@ -93,10 +93,20 @@ class WeightService:
         """Bytes of a part in this attempt, uint8, or some of them.
 
         Raises:
-            RoundError: as `digest`.
+            RoundError: as `digest`; or a part that is read whole is not what its digest says.
         """
-        blob, _ = self._frozen(number, attempt)
-        return self._read_still(self._parts[number], where) if blob is None else blob[where]
+        blob, digest = self._frozen(number, attempt)
+        if blob is not None:
+            return blob[where]
+        read = self._read_still(self._parts[number], where)
+        if where == slice(None) and digest_of(read) != digest:
+            raise RoundError(
+                f"{self._parts[number]} changed after it was offered.",
+                code="weights-changed",
+                why="this party would compute on other weights than the others",
+                fix="put the shard back as it was, and start this party again",
+            )
+        return read
 
     def digest(self, number: int, attempt: Attempt) -> str:
         """Digest of a part in this attempt.

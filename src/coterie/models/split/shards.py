@@ -174,15 +174,17 @@ class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a file, each mapped when it is asked for: who slices one reads that part, and nothing stays.
 
     Args:
-        path: must stay as it is as long as tensors are asked for.
+        path: must stay as it is as long as tensors are asked for; a file that was replaced or written to is refused.
         dtype: what floating-point tensors are cast to; None leaves each as it is.
 
     Raises:
-        ModelError: there is no such file, or it is not whole; also later, when a tensor is asked for.
+        ModelError: there is no such file, or it is not whole; also later, when a tensor is asked for. Or it is not
+            the file any more that it was.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
         self._path, self._dtype = path, dtype
+        self._state = _state_of(path)
         self._names = frozenset(stored_shapes(path))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -193,6 +195,13 @@ class StoredTensors(Mapping[str, Tensor]):
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise unreadable(self._path, error) from error
+        if _state_of(self._path) != self._state:
+            raise ModelError(
+                f"{self._path} was replaced or written to while it was in use.",
+                code="model-changed-file",
+                why="part of the weights that are read would be others than those that were checked",
+                fix="put the file back as it was, and start this party again",
+            )
         return tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -200,6 +209,19 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _state_of(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced, cut off or written to.
+
+    Raises:
+        ModelError: there is no such file.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -56,18 +56,24 @@ class ExpertGradients(Protocol):
 class Lent(Mapping[str, Tensor]):
     """A layer on the device in the number format it arrived in; a tensor is converted when it is asked for.
 
-    So two layers in bfloat16 and one matrix in float32 are on the device, instead of two layers in float32.
+    So two layers in bfloat16 and one matrix in float32 are on the device, instead of two layers in float32. On a
+    processor they are the cache's own, and what is asked for is a copy.
 
     Args:
         stored: tensors on the device.
         dtype: what is computed in.
+        own: nobody else has them.
     """
 
-    def __init__(self, stored: LayerWeights, dtype: torch.dtype) -> None:
-        self._stored, self._dtype = stored, dtype
+    def __init__(self, stored: LayerWeights, dtype: torch.dtype, *, own: bool) -> None:
+        self._stored, self.dtype, self._own = stored, dtype, own
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._stored[name].to(self._dtype)
+        return self._stored[name].to(self.dtype, copy=not self._own)
+
+    def as_stored(self, name: str) -> Tensor:
+        """A matrix of every expert as it lies here, to be multiplied with `grouped_mm`: never written to."""
+        return self._stored[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -84,6 +90,11 @@ class Lent(Mapping[str, Tensor]):
         """Keep the memory until what that stream was given before is done."""
         for tensor in self._stored.values():
             tensor.record_stream(stream)
+
+
+def as_stored(weights: LayerWeights, name: str) -> Tensor:
+    """A matrix of every expert of a layer that is lent or is the module's own, as it lies there: never written to."""
+    return weights.as_stored(name) if isinstance(weights, Lent) else weights[name]
 
 
 class LayerStreamer:
@@ -175,14 +186,15 @@ class LayerStreamer:
     def _load(self, index: int) -> Lent:
         weights = self._cache.get(index)
         if self._side is None:
-            return Lent({name: self._copied(tensor) for name, tensor in weights.items()}, self._dtype)
+            own = self._device.type != "cpu"
+            return Lent({name: self._moved(tensor) for name, tensor in weights.items()}, self._dtype, own=own)
         with torch.cuda.stream(self._side):
-            return Lent({name: self._copied(tensor) for name, tensor in weights.items()}, self._dtype)
+            return Lent({name: self._moved(tensor) for name, tensor in weights.items()}, self._dtype, own=True)
 
-    def _copied(self, tensor: Tensor) -> Tensor:
+    def _moved(self, tensor: Tensor) -> Tensor:
         """On the device, in the narrower format. A wider one is narrowed before it travels."""
         narrow = self._dtype if self._dtype.itemsize < tensor.dtype.itemsize else tensor.dtype
-        return tensor.to(narrow).to(self._device, non_blocking=self._side is not None, copy=narrow == tensor.dtype)
+        return tensor.to(narrow).to(self._device, non_blocking=self._side is not None)
 
     def _wait_for_copy(self, weights: Lent) -> None:
         if self._side is None:
@@ -282,8 +294,9 @@ def _adapted_linear(layer: ExpertLayer, weights: LayerWeights, factors: Sequence
     """A lent matrix and its adapters, one after the other: ``W + B A`` never exists. Gradients reach the factors."""
 
     def linear(name: str, x_RI: Tensor, ends_E: Tensor) -> Tensor:
-        weight, bias = weights[name], weights.get(f"{name}_bias")
-        out = applied(GroupedLinear, x_RI.to(weight.dtype), weight, ends_E, layer.layout.is_transposed)
+        weight, bias = as_stored(weights, name), weights.get(f"{name}_bias")
+        dtype = weights.dtype if isinstance(weights, Lent) else weight.dtype
+        out = applied(GroupedLinear, x_RI.to(dtype), weight, ends_E, layer.layout.is_transposed)
         if bias is not None:
             out = out + bias_rows(bias, ends_E)
         for low in factors:

@@ -216,6 +216,8 @@ def _read_party(
     placement = Placement.of_spec(federation.placement, list(federation.parties), model)
     if roster is not None:
         check_placement_signed(placement, roster)
+    frozen = federation.lora is not None
+    experts = StoredTensors(config.shard, None if frozen else torch_dtype(federation.model))  # before it is checked
     check_shard(config.shard, placement, config.party)
     check_starting_weights(config, roster)
     if ranks.rank == 0:
@@ -223,8 +225,6 @@ def _read_party(
         kept.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(str(kept))
     first = trunk_tensors(adapted)
-    frozen = federation.lora is not None
-    experts = StoredTensors(config.shard, None if frozen else torch_dtype(federation.model))
 
     def again() -> Weights:
         nonlocal first
