@@ -20,8 +20,7 @@ What was spent, what leaked, and what an error means: `coterie.cli.ledger`, `cot
 `coterie.cli.explain`. All of it at once:
 `coterie.cli.demo`.
 
-Shown and ended: `coterie.cli.heap` gives freed memory back, `coterie.cli.output` prints,
-`coterie.cli.streams` never reaches into the work,
+Shown and ended: `coterie.cli.output` prints, `coterie.cli.streams` never reaches into the work,
 `coterie.cli.timed_screen`, `coterie.cli.training_progress`, `coterie.cli.rounds_progress` and
 `coterie.cli.privacy_lines` say how far it is, `coterie.cli.stopping` ends on request; `coterie.cli.pairs` reads
 options that say NAME=VALUE.

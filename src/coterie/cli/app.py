@@ -14,11 +14,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from coterie import __version__
-from coterie.cli.heap import give_back_freed
 from coterie.cli.output import error_console, fail, show_error
 from coterie.cli.stopping import ending_on_request
 from coterie.cli.streams import guarded_output
 from coterie.errors import CoterieError
+from coterie.models.streaming.heap import share_heaps
 from coterie.revision import revision
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # accepted anywhere: people add it to the end of the line that failed
     if arguments is None:  # otherwise the process is somebody else's
-        give_back_freed()
+        share_heaps()
     try:
         with guarded_output(), ending_on_request():
             _run(given, debug)

@@ -25,6 +25,7 @@ from coterie.federation.experts.push_sums import Push, Pusher
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.wire.transport import Lane, Message, Transport
 from coterie.models.streaming.cache import LayerWeights, WeightCache
+from coterie.models.streaming.heap import give_back_freed
 
 
 class Mirror:
@@ -226,6 +227,7 @@ class Mirror:
                     shape = (self._num_experts[layer], *rows.shape[1:])
                     stacked.setdefault(name, torch.zeros(shape, dtype=self._dtype))[list(part.experts)] = rows
             self._cache.put(layer, stacked)
+            give_back_freed()
 
     def _fill_up_missing(self) -> None:
         """Zeros for layers that no present host stores and that are not held; their experts are masked."""

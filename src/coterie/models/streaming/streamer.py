@@ -24,6 +24,7 @@ from coterie.models.grouped import GroupedLinear
 from coterie.models.lora import ExpertAdapter
 from coterie.models.seam import ExpertLayer, ExpertsCall, Linear, RoutedRows, bias_rows, expert_rows
 from coterie.models.streaming.cache import LayerWeights
+from coterie.models.streaming.heap import give_back_freed
 
 Adapters = Mapping[tuple[nn.Module, str], list[ExpertAdapter]]
 """Low-rank updates by (experts module, parameter name); see `coterie.models.lora.expert_adapters`."""
@@ -159,6 +160,7 @@ class LayerStreamer:
         """Free every layer on the device (at the end of a lot, or when the cache gets new bytes)."""
         for index in list(self._slots):
             self._drop(index)
+        give_back_freed()
 
     def close(self) -> None:
         """Free the device and end the side thread."""

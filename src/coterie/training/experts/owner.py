@@ -33,6 +33,7 @@ from coterie.federation.wire.transport import Transport
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.streaming.cache import FileStore, LayerWeights, MemoryStore, WeightCache
+from coterie.models.streaming.heap import give_back_freed
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.training.experts.contribution import DRAW, Contribution, Sums
 from coterie.training.experts.masked_push import MaskedPush
@@ -117,6 +118,7 @@ class ExpertsOwner:
         attempt = Attempt(state.round, state.attempt)
         versions = self._refresh(attempt, state, cancel)
         self._contribution.open(self.streamer)
+        give_back_freed()  # of the comparison before the first lot
         self._contribution.check_not_behind(self._mirror.received)
         pins = {
             "weights": model_version(versions),
