@@ -174,7 +174,7 @@ def kept_model(folder: Path) -> Path:
 def keep_model(run_dir: Path, folder: Path) -> None:
     """Move a run's model out of a folder that goes when its job is done."""
     shutil.rmtree(kept_model(folder), ignore_errors=True)
-    shutil.move(private_folder(run_dir) / "model", kept_model(folder))
+    shutil.move(run_dir / "model", kept_model(folder))
 
 
 def public_run(folder: Path, seed: int) -> Path:
