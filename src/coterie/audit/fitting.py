@@ -17,11 +17,12 @@ from torch import Tensor
 from coterie.errors import CheckpointError, ConfigError, MessageError
 from coterie.federation.experts.masking.grid import MOST_BYTES, MaskGrid
 from coterie.federation.experts.parts import Part, chunks_in, span
+from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.wire.frame import FrameType
 from coterie.federation.wire.frame_log import Logged
 from coterie.federation.wire.messages import LARGEST, TABLE, Form, check_form
 from coterie.federation.wire.recording import OWN_MASKS
-from coterie.federation.wire.transport import Message
+from coterie.federation.wire.transport import Address, Message
 from coterie.federation.wire.values import largest
 
 _MOST_AXES = 8
@@ -144,7 +145,8 @@ class Fitting:
         weights_dtype: torch.dtype,
         masked: bool,
     ) -> None:
-        self._parties, self._masked, self._grid = parties, masked, ""
+        self._parties, self._masked = parties, masked
+        self._grids: dict[int, str] = {}  # by how many parties add up
         self._party, self._exchange, self._placement, self._parts = party, exchange, placement, parts
         self._push_dtype, self._weights_dtype = push_dtype, weights_dtype
         self._extents: dict[str, int] = {}
@@ -184,7 +186,7 @@ class Fitting:
         if not reply and message.kind == "gradient":
             self._same_extent(told, "gradients' width", found["at outputs"].shape[1])
         if "part" in numbers:
-            self._piece(told, message.kind, reply, self._parts[at.part], at.chunk, message.body, found)
+            self._piece(told, message.kind, reply, self._parts[at.part], at, message.body, found)
 
     def _dispatch(self, told: str, layer: int, found: Mapping[str, Tensor]) -> None:
         counts_M, ids_P = found["counts"].long(), found["ids"].long()
@@ -197,29 +199,29 @@ class Fitting:
         self._same_extent(told, "vectors' width", found["hidden"].shape[1])
 
     def _piece(
-        self, told: str, kind: str, reply: bool, part: Part, chunk: int, body: Mapping[str, Any],
+        self, told: str, kind: str, reply: bool, part: Part, at: Address, body: Mapping[str, Any],
         found: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         if kind.startswith("weights") or not self._masked:
             size = part.num_bytes(self._weights_dtype if kind.startswith("weights") else self._push_dtype)
         else:
-            size = self._masked_size(told, part, body)
+            size = self._masked_size(told, part, body, at)
         if "size" in body and body["size"] != size:
             raise unfit(told, f"it is of another size than {part}")
         if "bytes" in found:
-            here = span(size, chunk)
-            if chunk >= chunks_in(size) or found["bytes"].numel() != here.stop - here.start:
+            here = span(size, at.chunk)
+            if at.chunk >= chunks_in(size) or found["bytes"].numel() != here.stop - here.start:
                 raise unfit(told, f"it is no chunk of {part}")
 
-    def _masked_size(self, told: str, part: Part, body: Mapping[str, Any]) -> int:
-        """Bytes of a masked part, by what the first message named; every later one names the same."""
-        extent = f"bytes of {part}"
+    def _masked_size(self, told: str, part: Part, body: Mapping[str, Any], at: Address) -> int:
+        """Bytes of a masked part in an attempt, by what its first message named; every later one names the same."""
+        extent = f"bytes of {part}, {Attempt(at.round, at.attempt)},"
         if "size" in body:
             width, odd = divmod(body["size"], part.num_values)
             if odd or not 1 <= width <= MOST_BYTES:
                 raise unfit(told, f"it is of another size than {part}")
             self._same_extent(told, extent, body["size"])
-            self._same_extent(told, "bytes of an integer", width)
+            self._same_extent(told, _width_in(at), width)
         return self._extents.get(extent, 0)
 
     def _own_masks(self, told: str, message: Message) -> None:
@@ -229,9 +231,8 @@ class Fitting:
             digest = grid.digest()
         except (ValueError, TypeError, KeyError, OverflowError, ConfigError):
             raise unfit(told, "its grid") from None
-        if grid.parties != self._parties or self._grid not in ("", digest):
+        if not 1 < grid.parties <= self._parties or self._grids.setdefault(grid.parties, digest) != digest:
             raise unfit(told, "its grid changed")
-        self._grid = digest
         if (place := (at.round, at.attempt, at.part)) in self._kept:
             raise unfit(told, "they are there twice")
         self._kept.add(place)
@@ -241,11 +242,16 @@ class Fitting:
         size = self._parts[at.part].num_values * grid.width
         if masks is None or masks.dtype != torch.uint8 or masks.dim() != 1 or masks.numel() != size:
             raise unfit(told, f"it is of another size than {self._parts[at.part]}")
-        self._same_extent(told, "bytes of an integer", grid.width)
+        self._same_extent(told, _width_in(at), grid.width)
 
     def _same_extent(self, told: str, what: str, extent: int) -> None:
         if extent < 1 or self._extents.setdefault(what, extent) != extent:
             raise unfit(told, f"{what} changed")
+
+
+def _width_in(at: Address) -> str:
+    """How wide masked integers are follows from how many parties contribute to an attempt."""
+    return f"bytes of an integer in {Attempt(at.round, at.attempt)}"
 
 
 def _finite(values: Tensor) -> bool:

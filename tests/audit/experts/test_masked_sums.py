@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,15 @@ from coterie.audit.experts.pushes import standard_deviation
 from coterie.audit.experts.simulate import rows_of, summed
 from coterie.audit.findings import Channel, Finding, Unit
 from coterie.audit.metrics import Estimate
-from coterie.audit.transcript import Transcript
+from coterie.audit.transcript import MaskedPart, ReceivedPush, Transcript
 from coterie.config import dump_yaml
 from coterie.dp import plan
 from coterie.dp.checks import self_check
 from coterie.errors import CheckpointError
 from coterie.federation.experts.host import ExpertsHost
+from coterie.federation.experts.masking.board import MaskAgreement
 from coterie.federation.experts.masking.grid import signed, widen
+from coterie.federation.experts.masking.session import Held, MaskSession, Scope
 from coterie.training.party.in_process import run_in_process
 from helpers.federations import PARTIES, full_models, make_parts
 from helpers.private_settings import CLIP, private_settings, with_privacy
@@ -204,12 +207,51 @@ def test_of_an_attempt_that_was_given_up_nothing_is_opened_and_of_the_retry_the_
         assert float((each.first_DG - supposed.experts[key].first_DG).norm()) <= 1e-4 * float(each.first_DG.norm())
 
 
-def opened(folder: Path) -> Iterator[object]:
+def test_a_round_to_which_a_party_contributed_no_more_is_read_and_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its masks are of a grid of fewer parties, and what is in a sum is another thing."""
+    agree = MaskAgreement.agree
+
+    def stopping(agreement: MaskAgreement, scope: Scope, grid: str, held: Held, *rest: Any) -> MaskSession | None:
+        stops = (agreement._me, scope.attempt.round) == ("cedar", 2)  # noqa: SLF001
+        return agree(agreement, scope, grid, Held(can_draw=False) if stops else held, *rest)
+
+    monkeypatch.setattr(MaskAgreement, "agree", stopping)
+    folder = trained(tmp_path, trunk="shared", aggregation="masked", deadline_s=60.0, push_limit=100.0)
+    kept = {name: {each.round for each in read_masks(folder, name)} for name in PARTIES}
+    assert kept == {"alder": {1, 2}, "birch": {1, 2}, "cedar": {1}}
+    assert {each.round for each in opened(folder)} == {1}
+
+
+def read_masks(folder: Path, name: str) -> list[MaskedPart]:
+    """What a party kept of its masks; all that it recorded fits."""
+    found = Transcript.read(folder / name)
+    found.check()
+    return [each for each in found.masked_parts() if each.grid is not None]
+
+
+def test_masks_of_another_number_of_parties_than_pushed_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Transcript.masked_parts
+
+    def changed(transcript: Transcript) -> Iterator[MaskedPart]:
+        for each in parts(transcript):
+            yield each if each.grid is None else replace(each, grid=replace(each.grid, parties=2))
+
+    monkeypatch.setattr(Transcript, "masked_parts", changed)
+    with pytest.raises(CheckpointError, match="or one of other parties"):
+        list(opened(run))
+
+
+def opened(folder: Path) -> Iterator[ReceivedPush]:
     return open_together([Transcript.read(folder / name, "alder") for name in ("birch", "cedar")], "alder")
 
 
 BENT = {
-    "other parties": {"parties": 2},
+    "more parties": {"parties": 4},
+    "one party": {"parties": 1},
     "no parties": {"parties": 1e400},
     "a step beyond numbers": {"scales": [["", "0x1p+5000", 10]]},
     "a step beyond float32": {"scales": [["", "0x1p+1000", 10]]},

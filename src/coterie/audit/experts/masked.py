@@ -4,6 +4,9 @@ A host has what all other parties pushed to it. Their masks cancel with its own,
 pushes and reads the sum of their integers. Hosts that work together add all of theirs, and the masks that they share
 with each other cancel, too: what is left is the sum over the parties that are not among them. All others together are
 left with one party's sum, which is what a plain push would have shown them.
+
+Attempts to which only some parties contributed, as the others' budgets were spent, are left out: what is in a sum,
+and how much noise, is another thing there.
 """
 
 from __future__ import annotations
@@ -53,15 +56,16 @@ def open_together(transcripts: Iterable[Transcript], owner: str) -> Iterator[Rec
                 pushed.setdefault((each.round, each.attempt, each.part.number), {})[each.peer] = each
     for place in sorted(pushed):
         known = pushed[place]
-        if known.keys() >= {*together, *others}:  # else the attempt did not get so far, or a recording stopped
+        # Else the attempt did not get so far, a recording stopped, or a party contributed no more.
+        if known.keys() >= {*together, *others}:
             yield _opened(known, known[owner], _agreed(known))
 
 
 def _agreed(known: Mapping[str, MaskedPart]) -> MaskGrid:
     """The one grid that all name."""
     grids = {each.grid.digest(): each.grid for each in known.values() if each.grid is not None}
-    if len(grids) != 1:
-        raise unfit("What parties kept of their masks", "they name different grids")
+    if len(grids) != 1 or {grid.parties for grid in grids.values()} != {len(known)}:
+        raise unfit("What parties kept of their masks", "they name different grids, or one of other parties")
     return next(iter(grids.values()))
 
 
