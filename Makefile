@@ -20,7 +20,7 @@ test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults" $$(grep -v '^#' tests/fast.txt) $(ARGS)
 
 # What needs the extras `eval` and `nvflare`, which `make test` skips: lm-eval's figures beside log-likelihoods by hand,
-# and a federation inside FLARE's simulator. An environment of its own; nothing is skipped in it.
+# and federations inside FLARE's simulator and its POC mode. An environment of its own; nothing is skipped in it.
 EXTRAS := .venv-extras
 
 test-extras:
