@@ -183,7 +183,7 @@ def test_a_run_that_its_launcher_starts_again_measures_nothing_anew(
 
 
 def test_where_auto_cannot_be_it_says_so(tmp_path: Path) -> None:
-    for several in ("devices", "experts_over"):
+    for several in ("devices", "experts_over", "layers_over"):
         with pytest.raises(ConfigError) as caught:
             auto_lot.settled(config(tmp_path).model_copy(update={several: 2}))
         assert caught.value.code == "auto-lot-devices"

@@ -99,7 +99,8 @@ def settled(config: TrainConfig) -> tuple[TrainConfig, AutoLot]:
             "`lot_size: auto` is for one process.",
             code="auto-lot-devices",
             why="every rank would measure, and choose, for itself",
-            fix="run `coterie plan train.yaml` in one process (`devices: 1`), and write its numbers down",
+            fix="run `coterie plan train.yaml` without `devices`, `experts_over` and `layers_over`, and write its "
+            "numbers down",
         )
     check_alone()
     data = config.data
