@@ -69,7 +69,7 @@ class HostOnly(WithoutLedger):
     """A `Contribution` of a party that hosts and adds nothing."""
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
-        return Sums(None, {}, 0.0, {})
+        return Sums(None, 0.0, {})
 
 
 class Party:

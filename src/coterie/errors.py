@@ -43,6 +43,8 @@ class CoterieError(Exception):
 
     code = "error"
     fix: str | None = None
+    known_to_all = False
+    """Of a run's ranks all have heard of it."""
 
     def __init__(
         self,

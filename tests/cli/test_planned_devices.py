@@ -26,8 +26,9 @@ GB = 10**9
     ("gb", "words"),
     [
         (110, "of devices with 110 GB: one device holds it"),
-        (100, "`experts_over: 2` is the fewest"),  # 20 and 80 / 2 of state, and 4 of activations: 64 at each
-        (63, "`experts_over: 3` is the fewest"),
+        (100, "`devices: 2` is the fewest"),  # 75 of state, and 4 of activations: 79 at each
+        (78, "`experts_over: 2` is the fewest"),
+        (58, "`experts_over: 3` is the fewest"),
         (30, "no number of devices holds it"),
     ],
 )
@@ -38,7 +39,10 @@ def test_the_fewest_devices_are_named(
         (tmp_path / name).write_text("the cat\n")
     (tmp_path / "train.yaml").write_text(json.dumps(SETTINGS))
     measured = Calibration(1.0, 104 * GB, (2, 4, 8), 1.0)
-    found = Preview(10, 0.8, 100 * GB, 1, 1, 5, None, experts=(8, 8), calibration=measured)
+    devices, over = ([each * GB for each in way] for way in ((100, 75, 66), (100, 55, 40)))
+    found = Preview(
+        10, 0.8, 100 * GB, 1, 1, 5, None, devices=tuple(devices), experts_over=tuple(over), calibration=measured
+    )
     monkeypatch.setattr(training_progress, "preview", lambda config, others: found)
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(tmp_path / "train.yaml"), "--device-gb", str(gb)])

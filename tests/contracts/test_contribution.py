@@ -21,6 +21,7 @@ from coterie.models.streaming.streamer import LayerStreamer
 from coterie.training.data.packing import Batch
 from coterie.training.experts.adapter_sums import AdapterSums
 from coterie.training.experts.contribution import Contribution, PlainSums, Sums
+from coterie.training.experts.held_sums import HeldSums
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.loop import loss_sum
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs
@@ -105,9 +106,12 @@ def test_a_statement_says_that_recordings_open_masked_sums(tmp_path: Path, maske
 def made_in(case: Case, round_no: int) -> tuple[Sums, dict[object, Tensor]]:
     """The sums of a round, and all their tensors by name."""
     sums = case.made.sums(round_no, PINS, case.streamer, NEVER)
-    assert sums.experts is not None
-    experts = {(layer, name): value for layer, named in sums.experts.items() for name, value in named.items()}
-    return sums, {**experts, **sums.trunk}
+    assert isinstance(sums.values, HeldSums)
+    found: dict[object, Tensor] = {}
+    for layer, name, *_ in sums.values.listed():
+        every = range(case.experts[layer, name][0]) if layer >= 0 else ()
+        found[name if layer < 0 else (layer, name)] = sums.values.rows(layer, name, every)
+    return sums, found
 
 
 def test_sums_cover_all_that_is_trained_in_float32_off_the_device_and_leave_nothing_behind(case: Case) -> None:

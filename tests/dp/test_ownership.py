@@ -66,6 +66,23 @@ def test_an_optimizer_that_couples_parameters_cannot_be_shared_out() -> None:
     assert caught.value.code == "dp-optimizer-apart"
 
 
+class NeedsOne(torch.optim.SGD):
+    """Looks at a parameter of every group, as some that pad their groups do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert all(group["params"][-1].ndim >= 0 for group in self.param_groups)
+        super().step(closure)
+
+
+def test_an_optimizer_that_cannot_step_without_parameters_cannot_be_shared_out() -> None:
+    """More ranks than parameters, or a group of which a rank owns nothing: it would fail once a round was counted."""
+    model = small()
+    check_optimizer(model, NeedsOne(model.parameters(), 0.1))
+    with pytest.raises(PrivacyError) as caught:
+        check_optimizer(model, NeedsOne(model.parameters(), 0.1), shared=True)
+    assert caught.value.code == "dp-optimizer-step"
+
+
 MAKE: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
     "adafactor, whose steps are no tensors": lambda p: Adafactor(

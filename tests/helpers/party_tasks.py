@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.config import FederationConfig, LoraSpec
+from coterie.config import FederationConfig, LoraSpec, PartyConfig, load_yaml
 from coterie.dp.checks import self_check
 from coterie.dp.checks.comparison import ComparisonReport
 from coterie.dp.noise.discrete_gaussian import GRID_SIGMA
@@ -20,9 +21,11 @@ from coterie.models.lora import attach_adapters
 from coterie.ranks import ranks as ranks_module
 from coterie.ranks.ranks import Ranks
 from coterie.training.experts.gateway import dismiss
+from coterie.training.experts.held_sums import HeldSums
 from coterie.training.party.helping import HelpingRank
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
+from coterie.training.party.process import prepare_party
 from coterie.training.party.run import PartyResult
 from helpers.federations import PARTIES, experts_settings, full_models, make_parts
 from helpers.private_settings import balanced_settings, private_settings, with_privacy
@@ -88,6 +91,28 @@ def federation(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]
         "privacy": {name: dict(end.privacy or {}) for name, end in results.items() if isinstance(end, PartyResult)},
         "counted": counted(folder),
     }
+
+
+def reading(ranks: Ranks, folder: Path, changes: Mapping[str, Any]) -> None:
+    """Read a party's files, rank 1 with some of the shared settings changed."""
+    federation = load_yaml(folder / "federation.yaml", FederationConfig)
+    if ranks.rank == 1:
+        federation = federation.model_copy(update=changes)
+    prepare_party(load_yaml(folder / "alder.yaml", PartyConfig), federation, ranks=ranks)
+
+
+def owning(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, and what every round left at this rank: values by layer and name."""
+    own: list[dict[str, int]] = []
+    listed_before = HeldSums.listed
+
+    def listed_now(held: HeldSums) -> list[list[Any]]:
+        found = listed_before(held)
+        own.append({f"{layer} {name}": math.prod(shape) for layer, name, _, shape in found})
+        return found
+
+    HeldSums.listed = listed_now  # type: ignore[method-assign]
+    return federation(ranks, folder, kind, changes) | {"own": own}
 
 
 def deadly(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any], rank: int, step: str, when: str) -> Any:

@@ -38,6 +38,7 @@ from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks.ranks import Ranks
 from coterie.training.loop import use_checkpointing
+from coterie.training.planning.measured import model_state_bytes
 from helpers.rank_tasks import BUDGET, LOT, SLAB, use_slabs_of, words
 
 RECORDS = 10
@@ -352,6 +353,15 @@ def train(ranks: Ranks, folder: Path, options: Case) -> dict[str, Any]:
         held = sum(p.numel() for p in session.model.parameters())
     # The last two: more would not fit into the pipe that ranks answer by, and they end together.
     return {"weights": weights[-2:], "figures": figures, "counted": counted, "held": held}
+
+
+def held_bytes(ranks: Ranks, folder: Path, options: Case) -> int:
+    """What this rank has of parameters: weights, gradients and the optimizer's state; counters of steps aside."""
+    with opened(ranks, folder, **options) as session:
+        session.step(next(iter(session)))
+        state = [tensor for own in session.optimizer.state.values() for tensor in own.values()]
+        kept = sum(tensor.nbytes for tensor in state if tensor.dim() > 0)
+        return kept + model_state_bytes(session.model) - sum(buffer.nbytes for buffer in session.model.buffers())
 
 
 def noise_alone(ranks: Ranks, folder: Path, options: Case) -> list[float]:

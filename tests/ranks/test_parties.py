@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 from coterie.cli import ranks as ranks_command
 from coterie.cli.ranks import start_party_if_asked
 from coterie.config import FederationConfig, PartyConfig, dump_yaml
-from coterie.errors import CoterieError
+from coterie.dp.noise.joint_noise import LOAD
+from coterie.errors import CoterieError, RoundError
+from coterie.ranks.ranks import Alone
+from coterie.training.experts.gateway import END, OPEN
+from coterie.training.party.helping import HelpingRank
 from coterie.training.party.process import check_on_cpu
 from helpers import party_tasks
 from helpers.comparing import relative
+from helpers.federation_commands import folder as folder
+from helpers.federation_commands import made as made
 from helpers.rank_processes import run_ranks, values
 
 LORA = {"rank": 2, "alpha": 4.0, "modules": ["q_proj"]}
@@ -25,8 +35,10 @@ STAGES = [
     (0, "spool 3|0", "told"),
     (0, "count 3|0", "told"),
     (1, "count 4|0", "told"),
+    (1, "who has which sums", "told"),
 ]
-"""Who is killed, at which step, and when. After `count` sums are on disk and counted, and nothing has left."""
+"""Who is killed, at which step, and when. After `count` sums are on disk and counted, and nothing has left; then the
+gateway asks who has which, and pushes."""
 SHORT = {"train__rounds": 2}
 KINDS = [
     ("fast", SHORT),
@@ -81,6 +93,29 @@ def test_what_a_party_of_several_ranks_cannot_do_is_said_before_anything_starts(
         assert refused(party(tmp_path, devices=devices)) == "ranks-missing"
 
 
+STAND_IN = """#!/bin/sh
+if [ "$RANK" = 1 ]; then echo "no room on the disk" >&2; exit 3; fi
+exec sleep 600
+"""
+
+
+def test_where_rank_0_does_not_end_the_rank_that_failed_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(ranks_command, "_cores", lambda: 2)
+    monkeypatch.setattr(ranks_command, "_GRACE_S", 0.2)
+    with pytest.raises(typer.Exit) as ended:
+        start_party_if_asked(party(tmp_path, devices=2), ["up"])
+    assert ended.value.exit_code == 1
+    said = capsys.readouterr().err
+    assert "rank 1 ended with 3" in said
+    assert "no room on the disk" in said
+
+
 def test_several_ranks_of_a_party_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_on_cpu(party(tmp_path, devices=1, device="auto"))
@@ -88,6 +123,34 @@ def test_several_ranks_of_a_party_are_refused_on_a_gpu(tmp_path: Path, monkeypat
     with pytest.raises(CoterieError, match="CPUs only") as caught:
         check_on_cpu(party(tmp_path, devices=2, device="auto"))
     assert caught.value.code == "ranks-device"
+
+
+def test_ranks_of_a_party_that_read_other_settings_are_refused(folder: Path) -> None:
+    for ended in run_ranks(2, party_tasks.reading, folder, {"deadline_s": 5.0}):
+        assert ended.error is not None
+        assert ended.error.startswith("ranks-differ: the ranks differ in federation.yaml")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_rank_leaves_with_an_error_that_the_others_have_not_heard_of(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gateway(Alone):
+        def tell(self, step: str, make: object, *, patient: bool = False) -> dict[str, str]:
+            return {"what": next(steps)}
+
+    def fails(rank: HelpingRank, step: object) -> None:
+        error = RoundError("layer 1 is not what was fetched.", code="weights-changed")
+        error.known_to_all = told
+        raise error
+
+    steps = iter([OPEN, END])
+    rank = object.__new__(HelpingRank)
+    rank.__dict__.update(_ranks=Gateway(), _streamer=io.BytesIO(), _contribution=io.BytesIO())
+    monkeypatch.setattr(HelpingRank, "_do", fails)
+    with nullcontext() if told else pytest.raises(RoundError, match="not what was fetched"):
+        rank.run()
+    assert list(steps) == ([] if told else [END])
 
 
 def worst(found: dict[str, Any], expected: dict[str, Any]) -> float:
@@ -105,21 +168,33 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return values(run_ranks(1, party_tasks.federation, tmp_path_factory.mktemp("alone"), "private", SHORT))[0]
 
 
+def assert_lie_once(owns: list[list[dict[str, int]]]) -> None:
+    """What is pushed lies at one rank, and no rank has much more than its share."""
+    for own in zip(*owns, strict=True):
+        names = [name for each in own for name in each if not name.endswith(LOAD)]
+        assert sorted(names) == sorted(set(names))
+        sizes = [sum(each.values()) for each in own]
+        assert len(sizes) == 2
+        assert max(sizes) <= 0.65 * sum(sizes)
+
+
 @pytest.mark.slow
 def test_a_party_of_two_ranks_gives_the_federation_that_one_rank_gives(alone: Any, tmp_path: Path) -> None:
-    found = values(run_ranks(2, party_tasks.federation, tmp_path, "private", SHORT))
+    found = values(run_ranks(2, party_tasks.owning, tmp_path, "private", SHORT))
     assert found[0]["trunk"] == found[1]["trunk"]
     assert worst(found[0], alone) <= 1e-6
     assert found[0]["privacy"] == alone["privacy"]
     assert found[0]["counted"] == alone["counted"] == [(1, 0), (2, 0)]
+    assert_lie_once([each["own"] for each in found])
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
 def test_so_it_does_whatever_the_parties_agreed_on(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     one, two = (
-        values(run_ranks(world, party_tasks.federation, tmp_path / str(world), kind, changes)) for world in (1, 2)
+        values(run_ranks(world, party_tasks.owning, tmp_path / str(world), kind, changes)) for world in (1, 2)
     )
+    assert_lie_once([each["own"] for each in two])
     assert two[0]["trunk"] == two[1]["trunk"]
     assert worst(two[0], one[0]) <= 1e-6
     assert two[0]["privacy"] == one[0]["privacy"]
@@ -151,4 +226,15 @@ def test_invariant_8_a_party_whose_rank_was_killed_goes_on_and_the_federation_en
     again = values(run_ranks(2, party_tasks.federation, tmp_path, "private", {}, attempt=1))
     assert again[0]["counted"] == whole["counted"] == [(1, 0), (2, 0), (3, 0), (4, 0)]
     assert again[0]["trunk"] == again[1]["trunk"] == whole["trunk"]
+    assert again[0]["stored"] == whole["stored"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_was_counted_is_pushed_byte_for_byte_by_another_number_of_ranks(
+    world: int, tmp_path: Path, whole: Any
+) -> None:
+    run_ranks(2, party_tasks.deadly, tmp_path, "private", {}, 1, "count 4|0", "told", patience_s=10.0)
+    again = values(run_ranks(world, party_tasks.federation, tmp_path, "private", {}, attempt=1))
+    assert again[0]["counted"] == whole["counted"]
     assert again[0]["stored"] == whole["stored"]

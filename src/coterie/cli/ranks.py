@@ -184,7 +184,7 @@ def _run(count: int, arguments: Sequence[str]) -> int:
                         )
                     )
             code = _ended(ranks)
-            if code and ranks[0].returncode <= 0:  # rank 0 was killed: nobody has said why
+            if code and (ranks[0].poll() or 0) <= 0:  # rank 0 was killed, or does not end: nobody has said why
                 failed = next(number for number, rank in enumerate(ranks) if rank.returncode)
                 typer.echo(f"rank {failed} ended with {ranks[failed].returncode}", err=True)
                 for number in range(1, count):
@@ -204,12 +204,11 @@ def _run(count: int, arguments: Sequence[str]) -> int:
 def _ended(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """The exit code of all: rank 0's where it failed, else the first that is not 0."""
     until: float | None = None
-    while any(rank.poll() is None for rank in ranks):
+    while None in (codes := [rank.poll() for rank in ranks]):  # all are asked: a rank may end while rank 0 computes
         time.sleep(_POLL_S)
-        if until is None and any(rank.returncode for rank in ranks):
+        if until is None and any(codes):
             until = time.monotonic() + _GRACE_S
         if until is not None and time.monotonic() > until:
             return 1
-    codes = [rank.returncode for rank in ranks]
     code = next((code for code in codes if code), 0)
     return 128 - code if code < 0 else code

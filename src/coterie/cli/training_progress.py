@@ -75,10 +75,9 @@ def show_plan(
         f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts; weights, gradients and "
         f"optimiser {size(found.state_bytes)} on the device, activations on top"
     )
-    if (over := config.spread_over) > 1:
-        of_rank = found.state_bytes * (1 - found.expert_share + found.expert_share / over)
+    if config.ranks > 1:
         beside = ", and a layer's whole weights while it is computed" if config.layers_over > 1 else ""
-        say(f"experts over {over} ranks: {size(round(of_rank))} on the device of each{beside}")
+        say(f"over {config.ranks} ranks: {size(found.rank_bytes)} on the device of each{beside}")
     say(
         f"text: {found.sequences} sequences of at most {config.data.sequence_length} tokens, {found.tokens} of them "
         f"predicted; {found.rounds} rounds"
@@ -94,9 +93,7 @@ def show_plan(
         say(f"(measured on synthetic records with {models})")
     if config.privacy is not None and found.calibration is not None:
         activations = max(0, found.calibration.peak_bytes - found.state_bytes)
-        chosen = choose(
-            found.state_bytes, found.expert_share, found.experts, device_bytes or memory_here(), activations
-        )
+        chosen = choose(found.devices, found.experts_over, device_bytes or memory_here(), activations)
         say(f"of devices with {size(chosen.device_bytes)}: {chosen.words()} ({size(chosen.rank_bytes)} at each)")
     if config.privacy is not None and found.privacy is not None:
         _warn(config.privacy)

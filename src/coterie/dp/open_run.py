@@ -155,7 +155,7 @@ class OpenRun:
             pending: of `begin`.
             divisor: public; what is released is the noised sums over it.
             as_integers: release them as they lie on the grid; see `coterie.dp.noise.discrete_gaussian.add_noise`.
-            to_all: hand out everything; otherwise gradients stay with their owners.
+            to_all: hand out everything; otherwise gradients stay with their owners, and lie nowhere else.
 
         Returns:
             Float32 (or int64) tensors on the CPU by parameter name, and the release that holds them.
@@ -169,8 +169,10 @@ class OpenRun:
         sums = self.lot_sums.compute(pending.lot, pending.name)
         slabs = self.lot_sums.noise(sums).cut(sums, self.lot_sums.holdings.parts(), as_integers=as_integers)
         del sums  # with isolation: exact they take twice the memory of what is spooled
-        for sharing, owner, names in owners.by_owner(slabs.noised):
+        for sharing, owner, names in owners.by_owner(tuple(slabs.noised)):
             sharing.add_up(slabs.sums(names), owner)
+            if not to_all and sharing.rank != owner:
+                slabs.let_go(set(names) - {LOAD, WITHIN})
         summed, own = time.monotonic(), owners.own(slabs.noised)
         with ranks.all_well(f"noise {pending.name}"):
             keep = self._add_noise(slabs, own, f"noise|{pending.name}", divisor)
@@ -198,6 +200,10 @@ class OpenRun:
     def tensors(self, release: Release) -> dict[str, Tensor]:
         """What a release holds, by parameter name, at every rank."""
         return self.lot_sums.shaped(self.lot_sums.holdings.joined(self.shared.pieces(release)))
+
+    def own_tensors(self, release: Release) -> dict[str, Tensor]:
+        """What a release holds, by parameter name, each at one rank; for models that are whole at each."""
+        return self.lot_sums.shaped(self.shared.own_parts(release))
 
     def spent(self) -> Spent:
         """What this run has spent so far, at the budget's delta; infinite for a seeded run."""

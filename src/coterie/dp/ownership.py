@@ -30,7 +30,7 @@ class Ownership:
         self._ranks, self._holdings = ranks, holdings
         parts = {name: tensor.numel() for name, tensor in trained.items() if holdings.is_part(name)}
         whole = {name: tensor.numel() for name, tensor in trained.items() if name not in parts}
-        self._owners = _dealt(whole, ranks.world) | _dealt(parts, holdings.replicas.world)
+        self._owners = dealt(whole, ranks.world) | dealt(parts, holdings.replicas.world)
 
     def is_own(self, name: str) -> bool:
         """Whether this rank owns what is released under a name."""
@@ -58,7 +58,7 @@ class Ownership:
             sharing.hand_out([values[name].detach() for name in names], owner)
 
 
-def _dealt(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+def dealt(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     """An owner for each name, by sizes."""
     names = sorted(sizes)
     ends = accumulate(sizes[name] for name in names)

@@ -127,6 +127,21 @@ class SharedReleases:
             assert holder is not None
             yield from self._handed_out(release, number, holder).items()
 
+    def own_parts(self, release: Release) -> dict[str, Tensor]:
+        """The noised sums of those parts of a release that this rank reads; every part is read by one.
+
+        Raises:
+            LedgerError: a file is not what was counted.
+        """
+        holders = self._holders(release)
+        if None in holders:
+            raise _incomplete(release)
+        found: dict[str, Tensor] = {}
+        with self._ranks.all_well(f"own parts of {release.round}"):
+            for number in (number for number, holder in enumerate(holders) if holder == self._ranks.rank):
+                found |= self._read(release, number)
+        return found
+
     def drop(self, up_to_round: int) -> None:
         """Remove results that every checkpoint to go back to includes; for each rank its own."""
         self._files.drop_releases(up_to_round, self._ranks.world)
@@ -167,13 +182,16 @@ class SharedReleases:
         return release
 
     def _holders(self, release: Release) -> Sequence[int | None]:
-        """For each part the first rank that has it on disk, as it was counted."""
+        """For each part a rank that has it on disk, as it was counted; where several have, not the same for all."""
         if not release.shards:
             return [0]
 
         have = self._ranks.together(f"parts of {release.round}", lambda: self._found(release))
-        numbers = range(1, len(release.shards) + 1)
-        return [0, *(next((rank for rank, own in enumerate(have) if n in own), None) for n in numbers)]
+        holders: list[int | None] = [0]
+        for number in range(1, len(release.shards) + 1):
+            having = [rank for rank, own in enumerate(have) if number in own]
+            holders.append(having[number % len(having)] if having else None)
+        return holders
 
     def _found(self, release: Release) -> list[int]:
         """The numbers of the other ranks' parts that are on this rank's disk, as they were counted."""
@@ -189,9 +207,7 @@ class SharedReleases:
         def read() -> dict[str, Any] | None:
             if self._ranks.rank != holder:
                 return None
-            digest = (release.digest, *release.shards)[number]
-            path = release.path if number == 0 else self._path(release, number)
-            part.update(Release(release.round, release.draw, digest, release.pins, path).tensors())
+            part.update(self._read(release, number))
             return {name: [tensor.is_floating_point(), *tensor.shape] for name, tensor in part.items()}
 
         shapes = self._ranks.together(f"part {number} of {release.round}", read)[holder]
@@ -201,6 +217,12 @@ class SharedReleases:
         if part:
             self._ranks.hand_out(list(part.values()), holder)
         return part
+
+    def _read(self, release: Release, number: int) -> dict[str, Tensor]:
+        """One part of a release from this rank's disk, by the names that it has there."""
+        digest = (release.digest, *release.shards)[number]
+        path = release.path if number == 0 else self._path(release, number)
+        return Release(release.round, release.draw, digest, release.pins, path).tensors()
 
     def _path(self, release: Release, number: int) -> Path:
         return shard_path(self._folder, number, release.round, release.draw)

@@ -246,7 +246,10 @@ def read_outcomes(step: str, packed: Sequence[bytes], own: int, failure: Excepti
     outcomes = [json.loads(each) for each in packed]
     for rank, words in enumerate(outcomes):
         if "error" in words:  # at whatever step: a rank that failed in the middle of one does not get to its end
-            raise failure if failure is not None and rank == own else _error(rank, words["error"])
+            error = failure if failure is not None and rank == own else _error(rank, words["error"])
+            if isinstance(error, CoterieError):
+                error.known_to_all = True
+            raise error
     for rank, words in enumerate(outcomes):
         if words["step"] != step:
             raise RankError(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from coterie.errors import FrameError, MessageError, RoundError, TransportError
+from coterie.federation.experts import push_sums
 from coterie.federation.experts.fetch_weights import WeightFetcher
 from coterie.federation.experts.parts import CHUNK, Part, digest_of, expert_parts
 from coterie.federation.experts.push_sums import Push, Pusher
@@ -153,7 +157,7 @@ def test_a_host_that_serves_other_bytes_than_it_offered_is_found_out(federation)
 
 
 def push(federation: Federation, blob: torch.Tensor, *, round_no: int = 7, attempt: int = 1, weights: str = "w"):
-    Pusher(federation.alder, deadline_s=5).push_all([Push(BIG, blob, weights)], Attempt(round_no, attempt))
+    Pusher(federation.alder, deadline_s=5).push_all([Push(BIG, lambda: blob, weights)], Attempt(round_no, attempt))
 
 
 @pytest.fixture
@@ -193,7 +197,7 @@ def test_parts_pushed_together_are_all_staged_wherever_the_line_breaks(break_at)
     federation.break_at = break_at
     sums = [part.encode({"down_proj": torch.full((2, CHUNK // 4 + part.number), float(part.number))}, torch.float32)
             for part in MANY]  # fmt: skip
-    items = [Push(part, blob, "w") for part, blob in zip(MANY, sums, strict=True)]
+    items = [Push(part, partial(sums.__getitem__, part.number), "w") for part in MANY]
     Pusher(federation.alder, deadline_s=5).push_all(items, Attempt(7, 1))
     federation.close()
     assert federation.pushes.complete("alder")
@@ -205,6 +209,34 @@ def test_parts_pushed_together_are_all_staged_wherever_the_line_breaks(break_at)
         assert [layer for kind, layer in kinds if kind == "push-begin"] == [0, 1, 2, 3]
         assert kinds.index(("push-begin", 3)) < kinds.index(("push-end", 0)), "the next parts do not wait for one"
         assert sum(kind == "push-chunk" for kind, _ in kinds) == 2 + 3 * 3
+
+
+def test_of_large_parts_no_more_than_two_are_in_memory_while_they_are_pushed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(push_sums, "AHEAD", 1)
+    federation = Federation()
+    federation.seen = deque(maxlen=0)  # it would keep what passes
+    federation.pushes = PushService(MANY, torch.float32, PARTIES)
+    federation.pushes.begin(Attempt(7, 1), dict.fromkeys(range(4), "w"))
+    alive, most = 0, 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def made(part: Part) -> torch.Tensor:
+        nonlocal alive, most
+        values = torch.ones(2, CHUNK // 4 + part.number)
+        alive, most = alive + 1, max(most, alive + 1)
+        blob = part.encode({"down_proj": values}, torch.float32)
+        weakref.finalize(blob.untyped_storage(), gone)
+        return blob
+
+    Pusher(federation.alder, deadline_s=5).push_all(
+        [Push(part, partial(made, part), "w") for part in MANY], Attempt(7, 1)
+    )
+    federation.close()
+    assert federation.pushes.complete("alder")
+    assert 1 <= most <= 2
 
 
 def test_a_retry_that_brings_the_same_bytes_keeps_what_was_staged(open_round):

@@ -26,6 +26,7 @@ from coterie.models.streaming.streamer import LayerStreamer
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.packing import RoundOrder
 from coterie.training.evaluate import evaluate
+from coterie.training.experts.held_sums import HeldSums
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.party.in_process import InProcessFederation, run_in_process
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
@@ -166,9 +167,10 @@ def test_a_private_party_with_adapters_passes_the_comparison_and_releases_their_
         sums.close()
         streamer.close()
     trained = {name for name, p in inputs.model.named_parameters() if p.requires_grad}
-    assert made.trunk.keys() == trained
+    assert isinstance(made.values, HeldSums)
+    assert {name for _, name, *_ in made.values.listed()} == trained
     assert any("experts" in name for name in trained)
-    assert all(bool(value.any()) for value in made.trunk.values()), "each gets noise"
+    assert all(bool(made.values.trunk(name).any()) for name in trained), "each gets noise"
 
 
 @pytest.mark.slow

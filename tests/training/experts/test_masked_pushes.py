@@ -151,11 +151,16 @@ class Pushes:
 
         def seen(masks: Masks, part: int, integers: Tensor, width: int) -> Tensor:
             out = mask(masks, part, self.change(masks._me, integers, width), width)  # noqa: SLF001
+            if (masks, part) in sessions:  # masked for its digest, and again to be sent
+                assert torch.equal(out, self.masked[masks._me, part][-1])  # noqa: SLF001
+                return out
+            sessions.append((masks, part))
             self.clear[masks._me, part].append(integers.clone())  # noqa: SLF001
             self.masked[masks._me, part].append(out.clone())  # noqa: SLF001
             self.width = width
             return out
 
+        sessions: list[tuple[Masks, int]] = []
         monkeypatch.setattr(Masks, "mask", seen)
         self.change: Callable[[str, Tensor, int], Tensor] = lambda party, integers, width: integers
 

@@ -68,10 +68,10 @@ def test_work_and_its_shapes_are_the_same_for_an_empty_and_a_full_lot_and_sums_l
         shapes.setdefault(current[0], []).append(tuple(tuple(batch[name].shape) for name in sorted(batch)))
         return accumulate(self, batch, **rest)
 
-    def starts(self, state, cancel):  # type: ignore[no-untyped-def]
+    def starts(self, state, cancel, own):  # type: ignore[no-untyped-def]
         current[0] = state.round
         began[id(self.sender)] = time.monotonic()
-        return compute(self, state, cancel)
+        return compute(self, state, cancel, own)
 
     def leaves(self, attempt, **rest):  # type: ignore[no-untyped-def]
         waited.append(time.monotonic() - began[id(self)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from coterie.dp.isolation.exact_engine import ExactEngine
 from coterie.errors import CoterieError
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.owner import SumSender
+from coterie.federation.experts.parts import Part
 from coterie.federation.experts.push_sums import Pusher
 from coterie.models.streaming import cache
 from coterie.training.party.inputs import PartyInputs
@@ -309,11 +310,12 @@ def test_push_with_nan_is_refused_and_the_spooled_bytes_are_sent_instead(
     world = watched(PrivateWorld(tmp_path, deadline_s=60.0))
     push, broken = SumSender.push, threading.Event()
 
-    def damaged(self, attempt, blobs: Mapping[int, Tensor], versions):  # type: ignore[no-untyped-def]
+    def damaged(self, attempt, blob_of: Callable[[Part], Tensor], versions):  # type: ignore[no-untyped-def]
         if attempt.round == FATAL and _is_victims(self) and not broken.is_set():
             broken.set()
-            blobs = {number: torch.full_like(blob, 0xFF) for number, blob in blobs.items()}
-        push(self, attempt, blobs, versions)
+            push(self, attempt, lambda part: torch.full_like(blob_of(part), 0xFF), versions)
+        else:
+            push(self, attempt, blob_of, versions)
 
     monkeypatch.setattr(SumSender, "push", damaged)
     world.start()

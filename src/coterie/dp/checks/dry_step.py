@@ -75,7 +75,8 @@ def _tried(optimizer: Any, own: Sequence[Tensor], put: Put, signs: Sequence[floa
 
 
 def check_steps_apart(model: nn.Module, optimizer: Any, put: Put) -> None:
-    """Step a copy with every second parameter alone: these must move as they do beside the others.
+    """Step a copy with every second parameter alone, which must move as they do beside the others; and one with none,
+    as a rank has it that owns nothing of a group.
 
     Args:
         model: parameters that require a gradient are trained.
@@ -87,7 +88,10 @@ def check_steps_apart(model: nn.Module, optimizer: Any, put: Put) -> None:
     """
     names = {id(p): name for name, p in model.named_parameters()}
     originals = list(_parameters(optimizer))
-    whole, some = _Copied(optimizer, originals), _Copied(optimizer, originals)
+    whole, some, none = (_Copied(optimizer, originals) for _ in range(3))
+    for group in none.optimizer.param_groups:
+        group["params"] = []
+    _step(optimizer, none.optimizer)
     alone = {id(p) for p in some.parameters[::2]}
     for group in some.optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) in alone]

@@ -437,6 +437,15 @@ class Slabs:
         over = None if self._as_integers else divisor
         run_in_threads(lambda job: _noise_slab(job[0], over, job[1], compiled), jobs)
 
+    def let_go(self, names: Iterable[str]) -> None:
+        """Forget some sums, and where their noised ones go: another rank has the one and will have the other."""
+        gone = set(names)
+        self._slabs = [
+            [each.without_values() if each.name in gone else each for each in slab] for slab in self._slabs
+        ]
+        for name in gone:
+            del self.noised[name]
+
     def keep_noised(self, names: Iterable[str]) -> None:
         """Let go of everything but some noised sums; those that others own are not a number until they are set."""
         self._slabs = [[each._replace(value=each.target) for each in slab] for slab in self._slabs]
@@ -462,6 +471,11 @@ class _Slice(NamedTuple):
     unit: float
     size: int
     places: slice | np.ndarray | None
+
+    def without_values(self) -> _Slice:
+        """The same, of whose values none are here; nothing holds on to those that were."""
+        value, target = (np.empty(0, each.dtype) for each in (self.value, self.target))
+        return self._replace(value=value, target=target, places=slice(0, 0))
 
 
 def _within(places: range | Tensor, start: int, stop: int) -> tuple[slice | np.ndarray, slice]:

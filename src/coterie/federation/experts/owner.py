@@ -12,6 +12,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -288,12 +289,13 @@ class SumSender:
         for future in futures:
             future.result()
 
-    def push(self, attempt: Attempt, blobs: Mapping[int, Tensor], versions: Mapping[int, str]) -> None:
+    def push(self, attempt: Attempt, blob_of: Callable[[Part], Tensor], versions: Mapping[int, str]) -> None:
         """Bring every part's sum to its host, all hosts at the same time, each part in the fixed order.
 
         Args:
             attempt: the round's open attempt.
-            blobs: uint8 bytes by part number, exactly as spooled.
+            blob_of: makes the uint8 bytes of a part, exactly as spooled; asked when it is a part's turn, in any
+                thread, and again for a part whose connection broke.
             versions: digest of the weights each sum was computed on.
 
         Raises:
@@ -307,9 +309,9 @@ class SumSender:
         def push_to_host(parts: Sequence[Part]) -> None:
             if parts[0].host == self._own_host.me:
                 for part in parts:
-                    self._own_host.stage_own(part, attempt, blobs[part.number], versions[part.number])
+                    self._own_host.stage_own(part, attempt, blob_of(part), versions[part.number])
                 return
-            items = [Push(part, blobs[part.number], versions[part.number]) for part in parts]
+            items = [Push(part, partial(blob_of, part), versions[part.number]) for part in parts]
             self._pusher.push_all(items, attempt)
 
         with ThreadPoolExecutor(len(by_host), thread_name_prefix="coterie-push") as pool:

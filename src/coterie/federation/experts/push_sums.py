@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,18 +23,29 @@ class Push:
     """One part to be brought to its host.
 
     Attributes:
-        blob: uint8, exactly the spooled bytes.
+        make: its bytes, uint8, exactly the spooled ones; the same at every call.
         weights: digest of this part's weights that the sum was computed on.
     """
 
     part: Part
-    blob: Tensor
+    make: Callable[[], Tensor]
     weights: str
 
-    @cached_property
-    def digest(self) -> str:
-        """Of the blob."""
-        return digest_of(self.blob)
+
+class _Announced(NamedTuple):
+    """A part that its host knows of, its bytes, and what the host answers."""
+
+    push: Push
+    blob: Tensor
+    reply: Future[Message]
+
+
+class _Sent(NamedTuple):
+    """A part that is under way, its size, and what the host answers for each chunk."""
+
+    push: Push
+    size: int
+    chunks: list[Future[Message]]
 
 
 class Pusher:
@@ -48,29 +59,27 @@ class Pusher:
     def push_all(self, items: Sequence[Push], attempt: Attempt) -> None:
         """Bring parts to one host in their order; returns when it has staged them all.
 
-        The next parts begin before the host has answered for one, so that a slow line never idles between two. A
-        part whose connection breaks is brought again.
+        The next parts begin before the host has answered for one, so that a slow line never idles between two; of
+        large parts one is in memory at a time. A part whose connection breaks is brought again.
 
         Raises:
             TransportError: the host did not answer, also after retries.
             RoundError, FrameError: the host refused a part.
         """
-        begun: deque[tuple[Push, Future[Message]]] = deque()
-        sent: deque[tuple[Push, list[Future[Message]]]] = deque()
+        begun: deque[_Announced] = deque()
+        sent: deque[_Sent] = deque()
         ends: list[tuple[Push, Future[Message]]] = []
         announced = under_way = 0
         for item in items:
-            begun.append((item, self._announce(item, attempt)))
-            announced += item.blob.numel()
+            begun.append(self._announce(item, attempt))
+            announced += begun[-1].blob.numel()
             while begun and (announced >= AHEAD or item is items[-1]):
-                first, reply = begun.popleft()
-                announced -= first.blob.numel()
-                sent.append((first, self._send_chunks(first, attempt, reply)))
-                under_way += first.blob.numel()
+                sent.append(self._send_chunks(begun.popleft(), attempt))
+                announced -= sent[-1].size
+                under_way += sent[-1].size
                 while sent and (under_way >= AHEAD or (item is items[-1] and not begun)):
-                    done, chunks = sent.popleft()
-                    under_way -= done.blob.numel()
-                    ends.append((done, self._end(done, attempt, chunks)))
+                    under_way -= sent[0].size
+                    ends.append((sent[0].push, self._end(sent.popleft(), attempt)))
         for item, future in ends:
             try:
                 future.result()
@@ -82,40 +91,43 @@ class Pusher:
     def _push_again(self, item: Push, attempt: Attempt) -> None:
         for tries_left in range(self._retries, -1, -1):
             try:
-                reply = self._announce(item, attempt)
-                self._end(item, attempt, self._send_chunks(item, attempt, reply)).result()
+                self._end(self._send_chunks(self._announce(item, attempt), attempt), attempt).result()
                 return
             except TransportError as error:
                 if tries_left == 0 or isinstance(error, FrameError):
                     raise
 
-    def _announce(self, item: Push, attempt: Attempt) -> Future[Message]:
-        body = {"digest": item.digest, "size": item.blob.numel(), "weights": item.weights}
-        return self._ask(item.part, Message(BEGIN, attempt.address(part=item.part.number), body))
+    def _announce(self, item: Push, attempt: Attempt) -> _Announced:
+        blob = item.make()
+        body = {"digest": digest_of(blob), "size": blob.numel(), "weights": item.weights}
+        reply = self._ask(item.part, Message(BEGIN, attempt.address(part=item.part.number), body))
+        return _Announced(item, blob, reply)
 
-    def _send_chunks(self, item: Push, attempt: Attempt, reply: Future[Message]) -> list[Future[Message]]:
-        """What the host is missing; a host that could not be asked has that error as its only answer."""
+    def _send_chunks(self, announced: _Announced, attempt: Attempt) -> _Sent:
+        """Send what the host is missing; a host that could not be asked has that error as its only answer."""
+        part, blob, size = announced.push.part, announced.blob, announced.blob.numel()
         try:
-            missing: list[int] = reply.result().body["missing"]
+            missing: list[int] = announced.reply.result().body["missing"]
         except TransportError as error:
-            return [_failed(error)]
-        part, size = item.part, item.blob.numel()
+            return _Sent(announced.push, size, [_failed(error)])
         if max(missing, default=0) >= max(chunks_in(size), 1):
-            return [_failed(unfit(part.host, BEGIN, "missing", f"names chunks beyond {chunks_in(size)}"))]
-        return [
+            beyond = unfit(part.host, BEGIN, "missing", f"names chunks beyond {chunks_in(size)}")
+            return _Sent(announced.push, size, [_failed(beyond)])
+        chunks = [
             self._ask(part, Message(CHUNK, attempt.address(part=part.number, chunk=number), tensors=(chunk,)))
             for number in missing
-            for chunk in [item.blob[span(size, number)]]
+            for chunk in [blob[span(size, number)]]
         ]
+        return _Sent(announced.push, size, chunks)
 
-    def _end(self, item: Push, attempt: Attempt, chunks: list[Future[Message]]) -> Future[Message]:
+    def _end(self, sent: _Sent, attempt: Attempt) -> Future[Message]:
         """Say that the part is whole, once the host has answered for every chunk."""
-        for future in chunks:
+        for future in sent.chunks:
             try:
                 future.result()
             except TransportError as error:
                 return _failed(error)
-        return self._ask(item.part, Message(END, attempt.address(part=item.part.number)))
+        return self._ask(sent.push.part, Message(END, attempt.address(part=sent.push.part.number)))
 
     def _ask(self, part: Part, message: Message) -> Future[Message]:
         try:

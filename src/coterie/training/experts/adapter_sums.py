@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.clipping import Flat
+from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.federation.cancel import CancelToken
+from coterie.models.spread.holdings import Holdings
 from coterie.models.streaming.streamer import LayerStreamer
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Batch
-from coterie.training.experts.contribution import Sums, WithoutLedger, add_up, dealt, summed_figures
+from coterie.training.experts.contribution import Sums, WithoutLedger, dealt, summed_figures
+from coterie.training.experts.held_sums import HeldSums, held, to_owners
 from coterie.training.loop import sequence_losses, to_device
 from coterie.training.seeds import derived_seed
 
@@ -33,7 +36,7 @@ class AdapterSums(WithoutLedger):
         batches: the micro-batches of a round, from 1.
         seed: repeats dropout on a second attempt; of the whole run.
         push_limit: largest size of a value in a masked sum.
-        ranks: share the micro-batches; the sums of all are rank 0's.
+        ranks: share the micro-batches; each owns a part of the sums of all.
     """
 
     def __init__(
@@ -51,17 +54,23 @@ class AdapterSums(WithoutLedger):
         self._engine: Engine | None = None
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
+        own, figures = self._own(round_no, streamer, cancel)
+        return Sums(own, float(figures["tokens"]), figures)
+
+    def share(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
+    ) -> HeldSums | None:
+        return self._own(round_no, streamer, cancel)[0]
+
+    def _own(self, round_no: int, streamer: LayerStreamer, cancel: CancelToken) -> tuple[HeldSums, dict[str, float]]:
         if self._engine is None:
             cpu = torch.device("cpu")
             self._engine = Engine(self._model, _summed_losses, Flat(_NEVER_CLIPS), "auto", streamer, {}, cpu)
         engine = self._engine
         figures = summed_figures(self._ranks, round_no, lambda: self._add_own(engine, round_no, cancel))
         totals = engine.take()
-        add_up(self._ranks, (totals[name] for name in sorted(totals)))
-        return Sums({}, totals, float(figures["tokens"]), figures)
-
-    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
-        self.sums(round_no, pins, streamer, cancel)
+        to_owners(Ownership(self._ranks, Holdings(self._model), totals), totals)
+        return held(totals, {}), figures
 
     def _add_own(self, engine: Engine, round_no: int, cancel: CancelToken) -> list[float]:
         """Add the gradients of this rank's micro-batches; their summed loss, and tokens."""

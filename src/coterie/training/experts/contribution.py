@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from coterie.dp.accounting.ledger import LedgerHead
 from coterie.dp.balance import Balancer
 from coterie.dp.losses import default_loss
+from coterie.dp.ownership import Ownership
 from coterie.dp.party_session import Contributor
 from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.masking.grid import MaskGrid
 from coterie.federation.experts.masking.session import Held
 from coterie.models import seam
 from coterie.models.seam import ExpertLayer
+from coterie.models.spread.holdings import Holdings
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Batch
+from coterie.training.experts.held_sums import TRUNK, HeldSums, SumValues, expert_names, held, to_owners
 from coterie.training.experts.push_grid import plain_grid
 from coterie.training.loop import to_device
 from coterie.training.seeds import derived_seed
@@ -33,25 +36,20 @@ DRAW = "draw"
 """The pin that names the set of all parties' draws, where pushes are masked."""
 
 
-ExpertSums = Mapping[int, Mapping[str, Tensor]]
-"""Layer to stacked sums by parameter name, [E, ...]."""
-
-
 @dataclass(frozen=True)
 class Sums:
     """What a party adds to a round.
 
     Attributes:
-        experts: sums of the experts' parameters; None when it does not contribute.
-        trunk: sums of the trained trunk parameters by name, and of the expert loads where these are released.
+        values: sums of the trained parameters, and of the expert loads where these are released; None when it does
+            not contribute.
         weight: what everybody's sums together are divided by adds up from these.
         metrics: for the owner's eyes; never sent.
         digest: of the spooled release that they come from; empty without privacy.
         grid: where pushes are masked, what they are integers of: noised sums are int64 then.
     """
 
-    experts: ExpertSums | None
-    trunk: Mapping[str, Tensor]
+    values: SumValues | None
     weight: float
     metrics: Mapping[str, float]
     digest: str = ""
@@ -59,10 +57,17 @@ class Sums:
 
     def trunk_values(self, name: str) -> Tensor:
         """The sum of a trunk parameter in floating point, for a party that steps it by itself."""
-        values = self.trunk[name]
+        assert self.values is not None
+        values = self.values.trunk(name)
         if self.grid is None or values.dtype != torch.int64:
             return values
         return (values.to(torch.float64) * self.grid.scale(name).step).to(torch.float32)
+
+    def only(self, names: Collection[str]) -> Sums:
+        """With some trunk parameters' sums, in this process, and none of the others."""
+        if self.values is None:
+            return self
+        return replace(self, values=HeldSums({(TRUNK, name): self.trunk_values(name) for name in names}))
 
 
 class Contribution(Protocol):
@@ -90,8 +95,14 @@ class Contribution(Protocol):
         """
         ...
 
-    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
-        """What the other ranks of this party do while rank 0 calls `sums`, with the same arguments."""
+    def share(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
+    ) -> HeldSums | None:
+        """What the other ranks of this party do while rank 0 calls `sums`, with the same arguments.
+
+        Returns:
+            The sums that lie at this rank. None when the party does not contribute.
+        """
         ...
 
     def nothing(self) -> Sums:
@@ -160,7 +171,7 @@ class WithoutLedger:
         self._push_limit = push_limit
 
     def nothing(self) -> Sums:
-        return Sums(None, {}, 0.0, {})
+        return Sums(None, 0.0, {})
 
     def grid(self, parties: int) -> MaskGrid:
         return plain_grid(parties, self._push_limit)
@@ -208,7 +219,7 @@ class PlainSums(WithoutLedger):
         seed: repeats dropout on a second attempt; of the whole run.
         per_record: sum each record's mean loss and count records, as private parties of the same federation do.
         push_limit: largest size of a value in a masked sum.
-        ranks: share the micro-batches; the sums of all are rank 0's.
+        ranks: share the micro-batches; each owns a part of the sums of all.
     """
 
     def __init__(
@@ -234,6 +245,15 @@ class PlainSums(WithoutLedger):
         return losses_B.sum(), losses_B.shape[0]
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
+        own, figures = self._own(round_no, streamer, cancel)
+        return Sums(own, float(figures["tokens"]), figures)
+
+    def share(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
+    ) -> HeldSums | None:
+        return self._own(round_no, streamer, cancel)[0]
+
+    def _own(self, round_no: int, streamer: LayerStreamer, cancel: CancelToken) -> tuple[HeldSums, dict[str, float]]:
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
         sink = HostGradients()
         totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
@@ -242,12 +262,13 @@ class PlainSums(WithoutLedger):
             return self._add_own(round_no, trained, totals, StreamedExperts(streamer, sink), cancel)
 
         figures = summed_figures(self._ranks, round_no, own)
-        experts = {layer.index: _complete(layer, sink.sums.get(layer.index, {})) for layer in self._layers}
-        add_up(self._ranks, [*(total for layer in experts.values() for total in layer.values()), *totals.values()])
-        return Sums(experts, totals, float(figures["tokens"]), figures)
-
-    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
-        self.sums(round_no, pins, streamer, cancel)
+        names = expert_names(self._layers)
+        shapes = {layer.index: layer.parameters() for layer in self._layers}
+        for full, (layer, name) in names.items():  # zeros where no micro-batch had a backward
+            found = sink.sums.get(layer, {}).pop(name, None)
+            totals[full] = torch.zeros(shapes[layer][name].shape) if found is None else found
+        to_owners(Ownership(self._ranks, Holdings(self._model), totals), totals)
+        return held(totals, names), figures
 
     def _add_own(
         self,
@@ -294,17 +315,3 @@ def summed_figures(ranks: Ranks, round_no: int, own: Callable[[], list[float]]) 
     """
     loss, tokens = (sum(each) for each in zip(*ranks.together(f"sums of {round_no}", own), strict=True))
     return {"loss": loss / max(tokens, 1), "tokens": tokens}
-
-
-def add_up(ranks: Ranks, totals: Iterable[Tensor]) -> None:
-    """Add every rank's sums into those of rank 0, one after the other, in place."""
-    for total in totals:
-        ranks.add_up([total], 0)
-
-
-def _complete(layer: ExpertLayer, summed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros where no micro-batch had a backward."""
-    return {
-        name: summed[name] if name in summed else torch.zeros(param.shape, dtype=torch.float32)
-        for name, param in layer.parameters().items()
-    }

@@ -195,7 +195,7 @@ class ExpertsExchange:
             self._key.attempt(state.round, state.attempt)
             if self._inputs.privacy is None:
                 self._key.lot(state.round, [row for rows in self._trunk.rows(state.round) for row in rows])
-        sums = self.owner.compute(state, cancel)
+        sums = self.owner.compute(state, cancel, self._trunk.parameters.keys())
         self._prepared = {Attempt(state.round, state.attempt): sums}
 
     def drop(self, round_no: int, attempt: int) -> None:
@@ -207,7 +207,7 @@ class ExpertsExchange:
         sums = self._prepared.pop(Attempt(round_no, attempt))
         self.host.commit(Attempt(round_no, attempt), rate)
         own = self._trunk.parameters
-        if own and sums.experts is not None and sums.weight > 0:
+        if own and sums.values is not None and sums.weight > 0:
             self._trunk.step({param: sums.trunk_values(name) for name, param in own.items()}, sums.weight, rate)
         return {**sums.metrics, **self.owner.seconds}
 

@@ -8,7 +8,8 @@ the gateway's cache. The same calls then meet in `Ranks`, as in a run of one par
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from coterie.models import seam
 from coterie.models.streaming.streamer import LayerStreamer
 from coterie.ranks.ranks import Ranks
 from coterie.training.experts.contribution import Contribution, Sums
+from coterie.training.experts.held_sums import Asked, HeldSums, SumsAtOwners
 from coterie.training.party.inputs import trunk_tensors
 
 NEXT = "what comes next"
 OPEN, LEDGER, SUMS, FORGET, CLOSE, END = "open", "the ledger", "sums", "forget", "close", "the end"
+HELD, PART = "who has which sums", "a part of the sums"
 _AT_ONCE = 64 * 2**20
 """Bytes that are handed out at once."""
 
@@ -61,10 +64,18 @@ class GatewayContribution:
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
         with self._joint(SUMS, round=round_no, pins=dict(pins)):
-            return self._own.sums(round_no, pins, streamer, cancel)
+            sums = self._own.sums(round_no, pins, streamer, cancel)
+        own = sums.values
+        if not isinstance(own, HeldSums):
+            return sums
+        with self._joint(HELD):
+            listed = self._ranks.together(HELD, own.listed)
+        return replace(sums, values=SumsAtOwners(own, self._ranks, listed, self._asking))
 
-    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
-        self._own.share(round_no, pins, streamer, cancel)
+    def share(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
+    ) -> HeldSums | None:
+        return self._own.share(round_no, pins, streamer, cancel)
 
     def nothing(self) -> Sums:
         return self._own.nothing()
@@ -123,6 +134,10 @@ class GatewayContribution:
             self._listening = not isinstance(error, RankError)
             raise
         self._listening = True
+
+    def _asking(self, asked: Sequence[Asked], dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Inside, the other ranks bring what they are asked for."""
+        return self._joint(PART, asked=[list(each) for each in asked], dtype=str(dtype))
 
     def _tell(self, what: str, **content: Any) -> None:
         self._ranks.tell(NEXT, lambda: {"what": what, **content}, patient=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from coterie.federation.experts.masking.grid import MaskGrid, grids_digest
 from coterie.federation.experts.masking.session import MaskSession, Scope, Signer
 from coterie.federation.experts.masking.streams import masks_of
 from coterie.federation.experts.owner import SumSender
-from coterie.federation.experts.parts import Part, digest_of
+from coterie.federation.experts.parts import Part
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Transport
-from coterie.training.experts.contribution import Contribution, ExpertSums, Sums
+from coterie.training.experts.contribution import Contribution, Sums
+from coterie.training.experts.held_sums import SumValues
 from coterie.training.party.own_masks import OwnMasks
 
 _LOOK_S = 0.05
@@ -118,47 +120,50 @@ class MaskedPush:
             RoundError: ``run-diverged`` for values beyond what was agreed, of which nothing leaves; ``sum-wild``.
             CoterieError: a party cannot be reached, refused, or pushed something else than it had announced.
         """
-        contributes, blobs = self._host.me in session.contributors, dict[int, Tensor]()
-        if contributes:
-            if sums.experts is None or self._grid is None:
-                raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
-            blobs = self._masked(sums, sums.experts, self._grid, session, attempt)
-        sender.declare(attempt, contributes=contributes, weight=sums.weight)
-        said = self._agreement.commit(attempt, session, self._digests(blobs), cancel)
-        if contributes:
-            sender.push(attempt, blobs, versions)
+        contributes, grid = self._host.me in session.contributors, self._grid
+        values = sums.values if contributes else None
+        if contributes and (values is None or grid is None):
+            raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
+        try:
+            announced = {}
+            if values is not None and grid is not None:
+                announced = self._announced(values, grid, session, attempt)
+            sender.declare(attempt, contributes=contributes, weight=sums.weight)
+            said = self._agreement.commit(attempt, session, self._digests(announced), cancel)
+            if values is not None and grid is not None:
+                # Masked anew, part by part: all of them, kept since they were announced, would fill the memory.
+                masks, width, integers = session.masks, grid.width, partial(self._integers, values, grid)
+                sender.push(attempt, lambda part: masks.mask(part.number, integers(part), width), versions)
+        finally:
+            session.masks.erase()
         while self._host.missing():
             cancel.check()
             time.sleep(_LOOK_S)
         self._host.check_masked(said)
 
-    def _masked(
-        self, sums: Sums, experts: ExpertSums, grid: MaskGrid, session: MaskSession, attempt: Attempt
-    ) -> dict[int, Tensor]:
-        """uint8 bytes by part number; every part is checked before the first is masked."""
-        integers: dict[int, Tensor] = {}
+    def _announced(self, values: SumValues, grid: MaskGrid, session: MaskSession, attempt: Attempt) -> dict[int, str]:
+        """Digests of masked parts, by number; nothing leaves before all were looked at."""
+        recorded = self._recorded if self._recorded is not None and self._recorded.wants(attempt) else None
         for part in self._parts:
-            tensors = dict(sums.trunk)
-            if part.layer >= 0:
-                stacked = experts[part.layer]
-                tensors = {name: stacked[name][list(part.experts)] for name, _ in part.shapes}
-            for name, _ in part.shapes:
-                if tensors[name].dtype != torch.int64:  # without a budget; noised sums are on their grid already
-                    tensors[name] = grid.round(name, tensors[name])
-                grid.check_own(name, tensors[name], str(attempt))
-            integers[part.number] = part.joined(tensors, torch.int64)
-        try:
-            blobs = {number: session.masks.mask(number, each, grid.width) for number, each in integers.items()}
-        finally:
-            session.masks.erase()
-        if self._recorded is not None and self._recorded.wants(attempt):
-            for number, each in integers.items():
-                self._recorded.keep(attempt, number, grid, masks_of(blobs[number], each, grid.width))
-        return blobs
+            integers = self._integers(values, grid, part)
+            for name, own in part.split(integers).items():
+                grid.check_own(name, own, str(attempt))
+            masked = session.masks.mask(part.number, integers, grid.width)
+            if recorded is not None:
+                recorded.keep(attempt, part.number, grid, masks_of(masked, integers, grid.width))
+        return {part.number: session.masks.digest(part.number) for part in self._parts}
 
-    def _digests(self, blobs: Mapping[int, Tensor]) -> dict[str, str]:
+    def _integers(self, values: SumValues, grid: MaskGrid, part: Part) -> Tensor:
+        """int64 [V]; without a budget sums are rounded here, noised ones are on their grid already."""
+        tensors = values.of(part)
+        for name, own in tensors.items():
+            if own.dtype != torch.int64:
+                tensors[name] = grid.round(name, own)
+        return part.joined(tensors, torch.int64)
+
+    def _digests(self, announced: Mapping[int, str]) -> dict[str, str]:
         """By party, over what it will be pushed."""
         own: dict[str, list[str]] = defaultdict(list)
-        for part in self._parts if blobs else ():
-            own[part.host].append(digest_of(blobs[part.number]))
+        for part in self._parts if announced else ():
+            own[part.host].append(announced[part.number])
         return {party: parts_digest(own[party]) for party in self._parties}

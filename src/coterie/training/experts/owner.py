@@ -107,11 +107,16 @@ class ExpertsOwner:
         self._cancelled = False
         self.seconds: dict[str, float] = {}
 
-    def compute(self, state: State, cancel: CancelToken) -> Sums:
+    def compute(self, state: State, cancel: CancelToken, own: Collection[str] = ()) -> Sums:
         """One attempt: fetch, compute, push. Changes no parameter but a shared trunk, which is fetched.
 
+        Args:
+            state: names the attempt.
+            cancel: ends it.
+            own: trunk parameters that this party steps by itself.
+
         Returns:
-            This party's sums, for parameters that it steps by itself.
+            This party's sums of these.
         """
         self._cancelled = False
         began = time.monotonic()
@@ -148,16 +153,15 @@ class ExpertsOwner:
         else:
             self._push_plain(sums, attempt, versions)
         self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
-        return sums
+        return sums.only(own)
 
     def _push_plain(self, sums: Sums, attempt: Attempt, versions: Mapping[int, str]) -> None:
-        blobs = None
-        if sums.experts is not None:
-            blobs = self._encoder.encode(sums.experts, sums.trunk, sums.digest or _name_of(attempt))
-        self.sender.declare(attempt, contributes=blobs is not None, weight=sums.weight)
-        if blobs is not None:
-            self._encoder.check(blobs, lambda name: self._host.push_limit(self._host.me, name), str(attempt))
-            self.sender.push(attempt, blobs, versions)
+        values, release = sums.values, sums.digest or _name_of(attempt)
+        self.sender.declare(attempt, contributes=values is not None, weight=sums.weight)
+        if values is not None:
+            limit, me = self._host.push_limit, self._host.me
+            self._encoder.check(values, release, lambda name: limit(me, name), str(attempt))
+            self.sender.push(attempt, lambda part: self._encoder.encode(part, values, release), versions)
 
     def _split_time(self, agree_s: float, lot_s: float, push_s: float) -> dict[str, float]:
         waited = self.streamer.waited

@@ -38,6 +38,7 @@ from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.training.data.packing import Batch, Sequences
 from coterie.training.experts.constant_work import ConstantWork, no_whole_users
 from coterie.training.experts.contribution import DRAW, Sums
+from coterie.training.experts.held_sums import HeldSums, expert_names, held
 from coterie.training.experts.push_grid import noised_scale
 from coterie.training.party.inputs import PrivacyInputs, party_plan
 
@@ -89,12 +90,7 @@ class PrivateSums:
             raise no_whole_users()
         self._model, self._layers, self._records, self._inputs, self._run = model, layers, records, inputs, run
         self._drawn, self._masked, self._ranks = drawn, masked, ranks_or_alone(ranks)
-        self._names = {
-            f"{layer.name}.{name}": (layer.index, name)
-            for layer in layers
-            for name, param in layer.parameters().items()
-            if param.requires_grad
-        }
+        self._names = expert_names(layers)
         check_model(model)
         self._check_covered()
         self._plan = party_plan(inputs, model)
@@ -116,16 +112,15 @@ class PrivateSums:
             return self.nothing()
         self.exhausted = False
         noised, release = released
-        experts: dict[int, dict[str, Tensor]] = {layer.index: {} for layer in self._layers}
-        for full, (layer, name) in self._names.items():
-            experts[layer][name] = noised[full]
-        rest = {name: value for name, value in noised.items() if name not in self._names}
         metrics = self._metrics(contributor, round_no, release)
         grid = self.grid(len(contributors_in(pins))) if self._masked else None
-        return Sums(experts, rest, float(self._plan.lot_size), metrics, release.digest, grid)
+        return Sums(held(noised, self._names), float(self._plan.lot_size), metrics, release.digest, grid)
 
-    def share(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> None:
-        self._released(round_no, pins, streamer, cancel)
+    def share(
+        self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
+    ) -> HeldSums | None:
+        _, released = self._released(round_no, pins, streamer, cancel)
+        return None if released is None else held(released[0], self._names)
 
     def _released(
         self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
@@ -143,7 +138,7 @@ class PrivateSums:
     def nothing(self) -> Sums:
         self.exhausted = True
         spent = {} if self.contributor is None else {"epsilon": self.contributor.run.spent().epsilon}
-        return Sums(None, {}, 0.0, spent)
+        return Sums(None, 0.0, spent)
 
     def grid(self, parties: int) -> MaskGrid:
         run, plan, balancer = self._opened().run, self._plan, self.balancer

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from coterie.federation.experts.parts import Part
 from coterie.federation.wire.values import check_own
+from coterie.training.experts.held_sums import SumValues
 
 
 class SumEncoder:
-    """Encodes sums for every part that is trained.
+    """Encodes sums of parts.
 
     Args:
         parts: every part of the model.
@@ -20,40 +21,31 @@ class SumEncoder:
     """
 
     def __init__(self, parts: Sequence[Part], dtype: torch.dtype) -> None:
-        self._parts, self._dtype = tuple(parts), dtype
+        self._trained, self._count = tuple(part for part in parts if part.trained), len(parts)
+        self._dtype = dtype
 
-    def encode(
-        self, experts: Mapping[int, Mapping[str, Tensor]], trunk: Mapping[str, Tensor], release: str
-    ) -> dict[int, Tensor]:
-        """uint8 bytes by part number.
+    def encode(self, part: Part, values: SumValues, release: str) -> Tensor:
+        """The bytes of one part, uint8; the same whenever they are asked for.
 
         Args:
-            experts: layer to stacked sums by parameter name, [E, ...].
-            trunk: sums by name.
+            part: one that is trained.
+            values: the sums.
             release: hexadecimal name of these sums, another one in every round.
         """
-        blobs = {}
-        for part in self._parts:
-            if not part.trained:
-                continue
-            tensors = trunk
-            if part.layer >= 0:
-                tensors = {name: experts[part.layer][name][list(part.experts)] for name, _ in part.shapes}
-            blobs[part.number] = self._rounded(part, tensors, release)
-        return blobs
+        return self._rounded(part, values.of(part), release)
 
-    def check(self, blobs: Mapping[int, Tensor], limit: Callable[[str], float], where: str) -> None:
+    def check(self, values: SumValues, release: str, limit: Callable[[str], float], where: str) -> None:
         """What a host would refuse does not leave: this party says itself that it diverged.
 
         Args:
-            blobs: what `encode` gave.
-            where: for the error's text.
+            values: the sums.
+            release: as for `encode`.
             limit: largest size of a value in the sum of the tensor of that name.
+            where: for the error's text.
         """
-        for part in self._parts:
-            if part.trained:
-                for name, values in part.decode(blobs[part.number], self._dtype).items():
-                    check_own(f"this party's sums of {name}", [values], limit(name), where=where)
+        for part in self._trained:
+            for name, encoded in part.decode(self.encode(part, values, release), self._dtype).items():
+                check_own(f"this party's sums of {name}", [encoded], limit(name), where=where)
 
     def _rounded(self, part: Part, tensors: Mapping[str, Tensor], release: str) -> Tensor:
         """The part's bytes; in bfloat16 by coins that follow from the release, so that resending repeats them.
@@ -62,7 +54,7 @@ class SumEncoder:
         """
         if self._dtype == torch.float32:
             return part.encode(tensors, torch.float32)
-        coins = torch.Generator().manual_seed(int(release[:12], 16) * len(self._parts) + part.number)
+        coins = torch.Generator().manual_seed(int(release[:12], 16) * self._count + part.number)
         return part.encode(
             {name: stochastic_bfloat16(tensors[name], coins) for name, _ in part.shapes}, torch.bfloat16
         )

@@ -18,13 +18,16 @@ from coterie.training.experts.gateway import (
     CLOSE,
     END,
     FORGET,
+    HELD,
     LEDGER,
     NEXT,
     OPEN,
+    PART,
     SUMS,
     hand_out,
     moved_tensors,
 )  # fmt: skip
+from coterie.training.experts.held_sums import DTYPES, Asked, HeldSums, bring
 from coterie.training.experts.shared_trunk import shared_names
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
 from coterie.training.party.own_trunk import OwnTrunk
@@ -51,6 +54,7 @@ class HelpingRank:
         self._layers = PinnedFiles(folder, len(layers))
         self._streamer = LayerStreamer(self._layers, inputs.device, next(iter(layers[0].parameters().values())).dtype)
         self._run_name = ""
+        self._held = HeldSums({})
         self._contribution = self._make_contribution()
 
     def _make_contribution(self) -> Contribution:
@@ -68,7 +72,10 @@ class HelpingRank:
                     self._do(step)
                 except RankError:
                     raise
-                except CoterieError as error:  # all ranks raise it, and the gateway says what is to be done about it
+                except CoterieError as error:
+                    if not error.known_to_all:
+                        raise  # leaving says it to the others, who wait for this one
+                    # All ranks raise it, and the gateway says what is to be done about it.
                     _log.warning("rank %s: %s: %s", self._ranks.rank, error.code, error)
         finally:
             self._streamer.close()
@@ -76,6 +83,13 @@ class HelpingRank:
 
     def _do(self, step: dict[str, Any]) -> None:
         what, own = step["what"], self._contribution
+        if what == PART:
+            bring(self._held, self._ranks, [Asked(*each) for each in step["asked"]], DTYPES[step["dtype"]])
+            return
+        if what == HELD:
+            self._ranks.together(HELD, self._held.listed)
+            return
+        self._held = HeldSums({})  # the round that they were of is over
         if what in (OPEN, LEDGER):
             self._take_up(step)
         if what == OPEN:
@@ -85,7 +99,8 @@ class HelpingRank:
             own.open_ledger(self._streamer)
         elif what == SUMS:
             try:
-                own.share(step["round"], step["pins"], self._streamer, CancelToken(self._given_up))
+                held = own.share(step["round"], step["pins"], self._streamer, CancelToken(self._given_up))
+                self._held = held or self._held
             finally:
                 self._streamer.drop_all()
         elif what == FORGET:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from coterie.config import (
@@ -17,6 +18,7 @@ from coterie.config import (
     dump_yaml,
     load_yaml,
 )
+from coterie.config.base import content_hash
 from coterie.config.federation import check_devices, check_task, party_privacy
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import default_root
@@ -38,6 +40,7 @@ from coterie.models.split.shards import TRUNK_FILE, StoredTensors, parse_expert_
 from coterie.models.split.trainings import Training
 from coterie.models.zoo.build import torch_dtype
 from coterie.ranks.ranks import Alone, Ranks, ranks_or_alone
+from coterie.revision import software
 from coterie.storage import file_digest
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
@@ -170,7 +173,12 @@ def prepare_party(
     is_kept = ranks.tell("the tokenizer", kept.is_dir)
     with ranks.all_well("the party's files"):
         inputs = _read_party(config, federation, roster, ranks, kept if is_kept else None)
-    ranks.agree("the party's files", lambda: {"the text": inputs.train.digest()})
+    ranks.agree("the party's files", lambda: {
+        "the text": inputs.train.digest(),
+        "federation.yaml": federation.content_hash(),
+        "party.yaml": content_hash(config),
+        "versions": {**software(), "torch": torch.__version__},
+    })  # fmt: skip
     return inputs
 
 

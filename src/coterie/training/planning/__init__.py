@@ -8,5 +8,5 @@ sizes, `coterie.training.planning.pooled_noise` what noise of several parties is
 `coterie.training.planning.record_time` measures a record's time, `coterie.training.planning.equal_rates` proposes
 lots that need the same noise at every party, `coterie.training.planning.noise_bands` says what noise in bands
 would leave, and `coterie.training.planning.ways` whether one device, records over several or experts over several
-suits a run.
+suits a run, by what `coterie.training.planning.rank_memory` says that a rank holds.
 """

@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 import torch
 
-Way = Literal["one device", "experts over devices", "none"]
+Way = Literal["one device", "records over devices", "experts over devices", "none"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Chosen:
                 "one device holds it. With `devices: N` each of N holds all of it and computes its share of every "
                 "lot: N times as fast where a round is long beside adding up its sums"
             )
+        if self.way == "records over devices":
+            return (
+                f"one device does not hold it. `devices: {self.ranks}` is the fewest: each holds the model and its "
+                "sums, and its share of what the optimiser keeps"
+            )
         if self.way == "experts over devices":
             return (
                 f"one device does not hold it. `experts_over: "
@@ -46,29 +51,26 @@ class Chosen:
         )
 
 
-def choose(
-    state_bytes: int, expert_share: float, experts: Sequence[int], device_bytes: int, activations: int = 0
-) -> Chosen:
-    """Choose among the ways.
+def choose(devices: Sequence[int], experts_over: Sequence[int], device_bytes: int, activations: int = 0) -> Chosen:
+    """Choose the way that needs the fewest devices; of two records over them, since then no tokens travel.
 
     Args:
-        state_bytes: of all parameters: weights, gradients, optimiser.
-        expert_share: of it, what experts take.
-        experts: of each layer; none: a model without experts.
+        devices: bytes of state at each of 1, 2, ... ranks with whole models.
+        experts_over: the same of ranks that hold all experts together.
         device_bytes: what a device has.
         activations: come on top at each rank.
     """
-
-    def of_rank(ranks: int) -> int:
-        return round(state_bytes * (1 - expert_share + expert_share / ranks)) + activations
-
-    if of_rank(1) <= device_bytes:
-        return Chosen("one device", 1, of_rank(1), device_bytes)
-    most = min(experts, default=1)
-    for ranks in range(2, most + 1):
-        if of_rank(ranks) <= device_bytes:
-            return Chosen("experts over devices", ranks, of_rank(ranks), device_bytes)
-    return Chosen("none", most, of_rank(most), device_bytes)
+    ways: tuple[tuple[Way, Sequence[int]], ...] = (
+        ("records over devices", devices), ("experts over devices", experts_over),
+    )  # fmt: skip
+    for ranks in range(1, max(len(devices), len(experts_over)) + 1):
+        for way, at_rank in ways:
+            if ranks <= len(at_rank) and at_rank[ranks - 1] + activations <= device_bytes:
+                return Chosen(
+                    way if ranks > 1 else "one device", ranks, at_rank[ranks - 1] + activations, device_bytes
+                )
+    least = min((at_rank[-1], len(at_rank)) for _, at_rank in ways)
+    return Chosen("none", least[1], least[0] + activations, device_bytes)
 
 
 def memory_here() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
 from coterie.models.seam import expert_layers
@@ -12,9 +14,9 @@ from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
-from coterie.training.planning.closed_form import Shape
 from coterie.training.planning.forecast import Choice, Forecast, choices, forecast
 from coterie.training.planning.noise_bands import BandsChoice, bands_choices
+from coterie.training.planning.rank_memory import Held
 from coterie.training.provenance import originals
 from coterie.training.single.calibrated import Calibration, calibrate
 from coterie.training.single.setup import check_fit, plan_of, with_vocabulary
@@ -29,7 +31,9 @@ class Preview:
         state_bytes: weights, gradients and AdamW's moments, on the device; activations come on top.
         sequences, tokens: prepared, and predicted in them.
         rounds: planned.
-        experts: of each MoE layer.
+        rank_bytes: of the same at each of the ranks that the settings ask for.
+        devices: bytes of the same at each of 1, 2, ... ranks with whole models, which share the optimiser's part.
+        experts_over: the same of ranks that hold all experts together.
         privacy: what it will spend; None without a budget.
         choices: what other lots and budgets would mean.
         bands: what noise in bands would.
@@ -43,7 +47,9 @@ class Preview:
     tokens: int
     rounds: int
     privacy: Forecast | None
-    experts: tuple[int, ...] = ()
+    rank_bytes: int = 0
+    devices: tuple[int, ...] = ()
+    experts_over: tuple[int, ...] = ()
     choices: tuple[Choice, ...] = ()
     bands: tuple[BandsChoice, ...] = ()
     calibration: Calibration | None = None
@@ -72,10 +78,9 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     records = tokenize(documents, data, tokenizer)
     if data.test:
         tokenize(read_documents(data.test, data), data, tokenizer)
-    layers = expert_layers(model)
-    experts = sum(param.numel() for layer in layers for param in layer.parameters().values())
-    whole = sum(param.numel() for param in model.parameters())
-    shape = Shape(whole - experts, experts, 1, 1, compute_bytes=torch_dtype(config.model).itemsize)
+    held = held_of(model, torch_dtype(config.model).itemsize)
+    experts = sum(size for size, _ in held.experts.values())
+    whole = experts + sum(held.rest.values())
     spending, other, bands = None, list[Choice](), list[BandsChoice]()
     if spec is not None:
         plan = plan_of(config, spec, model)
@@ -83,11 +88,23 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
         if others:
             other = choices(plan, spending.units)
             bands = bands_choices(plan, spending.units, config.optim.momentum)
+    at_rank = held.at_rank(config.ranks, config.spread_over)
     return Preview(
-        whole, shape.expert_share, whole * shape.trained_bytes, len(records), records.predicted_tokens,
-        config.train.rounds, spending, tuple(layer.num_experts for layer in layers), tuple(other), tuple(bands),
+        whole, experts / whole, held.at_rank(1), len(records), records.predicted_tokens, config.train.rounds,
+        spending, at_rank, held.over_devices(), held.over_experts(), tuple(other), tuple(bands),
         calibrate(config, tokenizer, records) if others else None,
     )  # fmt: skip
+
+
+def held_of(model: nn.Module, compute_bytes: int) -> Held:
+    """What ranks would hold of a model, which may be on the meta device."""
+    experts = {
+        f"{layer.name}.{name}": (param.numel(), layer.num_experts)
+        for layer in expert_layers(model)
+        for name, param in layer.parameters().items()
+    }
+    rest = {name: param.numel() for name, param in model.named_parameters() if name not in experts}
+    return Held(rest, experts, compute_bytes)
 
 
 def forecast_of(

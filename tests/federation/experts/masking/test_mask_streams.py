@@ -180,16 +180,19 @@ def test_every_push_and_every_sum_over_fewer_than_all_looks_uniform_whatever_was
         assert excess(whole) > 50  # the sum over all is no such thing: the test can fail
 
 
-def test_two_texts_under_the_same_keys_differ_by_their_difference_so_keys_are_used_once():
-    """Why no stream may be used twice, and that none can be."""
+def test_two_texts_under_the_same_keys_differ_by_their_difference_so_keys_are_used_for_one():
+    """Why no stream may be used for two, and that none can be."""
     same = [random_masks(2, 3)["p00"].mask(0, torch.full((4,), value), 5) for value in (10, 17)]
     leaked = unmasked_sum({"a": same[1]}, 5) - unmasked_sum({"b": same[0]}, 5)
     assert leaked.tolist() == [7] * 4
     masks = random_masks(2, 3)["p00"]
-    masks.mask(0, torch.zeros(4, dtype=torch.int64), 5)
+    first = masks.mask(0, torch.zeros(4, dtype=torch.int64), 5)
+    assert torch.equal(masks.mask(0, torch.zeros(4, dtype=torch.int64), 5), first)
     with pytest.raises(RoundError) as refused:
-        masks.mask(0, torch.zeros(4, dtype=torch.int64), 5)
+        masks.mask(0, torch.tensor([0, 0, 0, 1]), 5)
     assert refused.value.code == "mask-used"
+    with pytest.raises(RoundError):
+        masks.mask(0, torch.zeros(3, dtype=torch.int64), 5)
     masks.erase()
     with pytest.raises(RoundError):
         masks.mask(1, torch.zeros(4, dtype=torch.int64), 5)

@@ -5,7 +5,7 @@ all parties every stream is there once with each sign, and only the sum of the i
 parties, the streams that it shares with the others stay, which nobody but the two of a pair can compute.
 
 Streams are AES-256-CTR from a key that HKDF-SHA256 derives for (session, pair, part). A session is one push of all
-parties (`coterie.federation.experts.masking.session`), and a key is used once, so no stream ever masks two values.
+parties (`coterie.federation.experts.masking.session`), and a key is used for one, so no stream ever masks two values.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from coterie.errors import RoundError
 from coterie.federation.experts.masking.grid import narrow, signed, widen
+from coterie.federation.experts.parts import digest_of
 
 _KEY_BYTES = 32
 _CHUNK = 1 << 17
@@ -44,26 +45,21 @@ class Masks:
 
     def __init__(self, me: str, secrets: Mapping[str, bytes], session: bytes) -> None:
         self._me, self._secrets, self._session = me, dict(secrets), session
-        self._used: set[int] = set()
+        self._digests: dict[int, str] = {}
 
     def mask(self, part: int, integers: Tensor, width: int) -> Tensor:
         """The masked bytes of one part, uint8 [V * width]: uniformly random to whoever lacks one of the secrets.
 
         Args:
-            part: its number; each is masked once.
+            part: its number. Masked again, it has to be the same integers: nobody need keep what was announced.
             integers: int64 [V].
             width: bytes of one integer.
 
         Raises:
-            RoundError: the part was masked already, or there are no secrets, or none any more.
+            RoundError: others of that part were masked already, or there are no secrets, or none any more.
         """
-        if part in self._used or not self._secrets:
-            raise RoundError(
-                f"part {part} of this push cannot be masked again.",
-                code="mask-used",
-                why="two values under one stream would show their difference",
-            )
-        self._used.add(part)
+        if not self._secrets:
+            raise self._used(part)
         signs_streams = [
             (1 if self._me < other else -1, self._stream(other, secret, part))
             for other, secret in sorted(self._secrets.items())
@@ -80,11 +76,25 @@ class Masks:
                 else:
                     total -= read
             target[start * width : start * width + size] = narrow(total, width)
+        digest = digest_of(out)
+        if self._digests.setdefault(part, digest) != digest:
+            raise self._used(part)
         return out
+
+    def digest(self, part: int) -> str:
+        """Of a part's masked bytes."""
+        return self._digests[part]
 
     def erase(self) -> None:
         """Forget the secrets: with what this object still holds no part can be masked, and none unmasked."""
         self._secrets.clear()
+
+    def _used(self, part: int) -> RoundError:
+        return RoundError(
+            f"part {part} of this push cannot be masked again.",
+            code="mask-used",
+            why="two values under one stream would show their difference",
+        )
 
     def _stream(self, other: str, secret: bytes, part: int) -> CipherContext:
         first, second = sorted((self._me, other))

@@ -1,0 +1,25 @@
+"""What `coterie plan` says that a rank holds is what ranks hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coterie.training.single.previewed import held_of
+from helpers import spread_tasks
+from helpers.rank_processes import run_ranks, values
+
+
+@pytest.mark.parametrize(
+    ("world", "options"), [(1, {"spread": False}), (2, {"spread": False}), (2, {}), (4, {"over": 2})]
+)
+def test_the_plan_counts_what_the_rank_with_the_most_holds(
+    world: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    found = values(run_ranks(world, spread_tasks.held_bytes, tmp_path, options))
+    over = options.get("over", 1 if options else world)
+    assert max(found) == held_of(spread_tasks.small(), 4).at_rank(world, over)
+    if world > 1:
+        assert max(found) < max(values(run_ranks(1, spread_tasks.held_bytes, tmp_path / "1", {"spread": False})))
