@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import sys
 import traceback
@@ -145,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: list[str], debug: bool) -> None:
+    # Each of five tries of an absent hub says so; the error that follows says it once.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.DEBUG if debug else logging.ERROR)
     try:
         try:
             app([argument for argument in given if argument != "--debug"], prog_name="coterie")

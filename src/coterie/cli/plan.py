@@ -13,6 +13,7 @@ from coterie.cli.pairs import named_pairs
 if TYPE_CHECKING:
     from coterie.config import FederationConfig
     from coterie.training.planning.equal_rates import EqualRates
+    from coterie.training.planning.round_time import RoundTime
 
 
 def command(
@@ -36,7 +37,13 @@ def command(
     sequence_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="With --records: also what the proposed lots take, by made-up records of so many tokens."
+            min=2, help="Of a federation: also what a round and the run take, by made-up records of so many tokens."
+        ),
+    ] = None,
+    speed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--speed", metavar="NAME=F", help="With --sequence-length: a party's machine is F times as fast; repeat."
         ),
     ] = None,
     device_gb: Annotated[
@@ -51,15 +58,17 @@ def command(
 
     Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
     activations, which come on top in every arrangement. With --records: lots at which every party draws each of its
-    records equally often, so that all need the same noise; with --sequence-length what that takes
-    here. For a train.yaml: what `coterie train --dry-run` says, what other lots and budgets would mean, and what
-    a round takes on this machine and holds at its peak, activations included, from a short calibration with
-    models of few layers on synthetic records; and whether one device, records over several, or experts over several
-    suits it.
+    records equally often, so that all need the same noise. With --sequence-length: what a round and the run take,
+    from computing measured here and bytes over every party's line.
+
+    For a train.yaml: what `coterie train --dry-run` says, what other lots and budgets would mean, and what a round
+    takes on this machine and holds at its peak, activations included, from a short calibration with models of few
+    layers on synthetic records; and whether one device, records over several, or experts over several suits it.
 
     Example:
         coterie plan federation.yaml
         coterie plan federation.yaml --gbit 10 --json plan.json
+        coterie plan federation.yaml --sequence-length 512 --gbit 0.5 --speed cedar=0.5
         coterie plan federation.yaml --records alder=1583 --records birch=1100 --records cedar=1155
         coterie plan --preset Qwen3-30B-A3B --parties 4
         coterie plan train.yaml
@@ -86,8 +95,15 @@ def command(
         return
     federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
     plan = make_plan(federation, numbers_of(records or ()))
+    found = None
+    if sequence_length is not None:
+        from coterie.training.party.planned_time import planned_round
+
+        found = planned_round(
+            federation, plan, sequence_length, bytes_per_second=gbit * 1e9 / 8, speeds=speeds_of(speed)
+        )
     if json_file is not None:
-        write_json(json_file, plan.as_json())
+        write_json(json_file, {**plan.as_json(), "time": None if found is None else found.as_json()})
     say(
         f"{federation.name}: {big(plan.trunk + plan.experts)} parameters, {plan.expert_share:.1%} in the experts of "
         f"{plan.layers} layers; one place would hold {size(plan.centralised_bytes)}"
@@ -155,8 +171,8 @@ def command(
         )
     if plan.equal_rates is not None:
         show_lots(federation, plan.equal_rates)
-        if sequence_length is not None:
-            show_time(federation, plan.equal_rates, sequence_length)
+    if found is not None and sequence_length is not None:
+        show_time(found, gbit, sequence_length)
     for lines in plan.warnings.values():
         for line in lines:
             say(line)
@@ -180,6 +196,30 @@ def numbers_of(given: Sequence[str]) -> dict[str, int]:
                 fix=f"for example {example}",
             )
     return {name: int(number) for name, number in pairs.items()}
+
+
+def speeds_of(given: Sequence[str] | None) -> dict[str, float]:
+    """What ``--speed NAME=F`` options say.
+
+    Raises:
+        ConfigError: one of them is no speed, or as `named_pairs`.
+    """
+    from coterie.errors import ConfigError
+
+    example = "--speed cedar=0.5"
+    speeds = {}
+    for name, number in named_pairs("--speed", list(given or ()), example).items():
+        try:
+            speeds[name] = float(number)
+        except ValueError:
+            speeds[name] = 0.0
+        if not 0 < speeds[name] < float("inf"):
+            raise ConfigError(
+                f"--speed {name}={number} is not a party's name and how fast its machine is beside this one.",
+                code="plan-speed",
+                fix=f"a positive number, 1 for a machine like this one, for example {example}",
+            )
+    return speeds
 
 
 def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:
@@ -214,17 +254,27 @@ def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:
         say(f"                    noise_multiplier: {proposed.noise_multiplier:g}")
 
 
-def show_time(federation: FederationConfig, proposed: EqualRates, length: int) -> None:
-    """What the proposed lots take, where a party has a machine like this one; twice the lot takes twice as long."""
+def show_time(found: RoundTime, gbit: float, length: int) -> None:
+    """What a round takes at every party, and the run."""
     from coterie.cli.output import say, table
-    from coterie.training.planning.record_time import party_seconds
+    from coterie.pages.amounts import duration
 
-    seconds, rounds = party_seconds(federation, length), federation.train.rounds
     table(
-        ("party", "records computed", "processor hours"),
+        ("party", "computing", "noise and step", "masks", "line", "waiting", "of a round"),
         [
-            (each.party, each.lot_size * rounds, f"{each.lot_size * rounds * seconds / 3600:.3g}")
-            for each in proposed.lots
+            (
+                each.party,
+                *(f"{part:.3g} s" for part in (each.computing, each.fixed, each.masks, each.line, each.waiting)),
+                f"{found.seconds:.3g} s",
+            )
+            for each in found.parties
         ],
     )
-    say(f"{1000 * seconds:.3g} ms a record of {length} tokens, measured here on made-up ones, one core or device")
+    say(
+        f"a round takes {found.seconds:.3g} s and all {found.rounds} take {duration(found.run_seconds)}, evaluations "
+        f"and checkpoints aside; the slowest is {found.slowest}"
+    )
+    say(
+        f"computing was measured here, with models of few layers on made-up records of {length} tokens; lines carry "
+        f"{gbit:g} Gbit/s both ways (--gbit); a party whose machine is half as fast: --speed NAME=0.5"
+    )

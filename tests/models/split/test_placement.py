@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from coterie.errors import PlacementError
@@ -21,6 +21,7 @@ def complete() -> dict[str, dict[int, list[int]]]:
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_round_robin_gives_each_expert_one_host_and_every_party_as_many_as_another_give_or_take_one(parties, experts):
+    assume(parties <= sum(experts))
     names = [f"party{i}" for i in range(parties)]
     placement = Placement.round_robin(names, experts)
     assert placement.num_experts == tuple(experts)
@@ -33,6 +34,12 @@ def test_round_robin_gives_each_expert_one_host_and_every_party_as_many_as_anoth
         assert [names[host] for host in placement.host_of(layer)] == [
             placement.host_name(layer, e) for e in range(count)
         ]
+
+
+def test_more_parties_than_experts_are_named():
+    with pytest.raises(PlacementError, match="5 parties cannot share 3 experts: d, e would host none") as caught:
+        Placement.round_robin(list("abcde"), [2, 1])
+    assert caught.value.code == "placement-too-few"
 
 
 def test_a_table_and_a_list_by_party_say_the_same():
@@ -88,7 +95,7 @@ def test_parties_must_exist_and_differ(parties):
 
 def test_asking_for_an_unknown_party_names_the_known_ones():
     with pytest.raises(PlacementError, match="Party elm") as error:
-        Placement.round_robin(PARTIES, [2]).hosted("elm")
+        Placement.round_robin(PARTIES, [3]).hosted("elm")
     assert "alder, birch, cedar" in (error.value.fix or "")
 
 

@@ -155,6 +155,14 @@ def test_a_folder_without_config_or_weights_is_refused(tmp_path, checkpoint):
     refusal("model-bad-checkpoint", ModelSpec(path=checkpoint))
 
 
+def test_an_architecture_that_transformers_does_not_know_is_called_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "foo", "architectures": ["FooForCausalLM"]}')
+    error = refusal("model-bad-checkpoint", ModelSpec(path=tmp_path))
+    assert "is a `foo`" in error.message
+    assert "coterie models" in (error.fix or "")
+    assert "\n" not in error.message
+
+
 def test_a_torn_weight_file_is_refused(checkpoint):
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])

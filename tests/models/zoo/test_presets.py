@@ -40,6 +40,8 @@ def test_names_are_found_in_any_case_and_others_are_refused_with_the_nearest() -
         assert error.value.code == "model-preset"
     with pytest.raises(ModelError, match="choose one of Mixtral"):
         preset("nothing like it")
+    with pytest.raises(ModelError, match="cannot be trained here"):
+        preset("Switch-base-8")
 
 
 def test_the_plan_of_a_preset_counts_its_parameters_and_shares_its_experts() -> None:

@@ -40,8 +40,20 @@ class Placement:
         Args:
             parties: names, at least one, all different.
             num_experts: E of each MoE layer.
+
+        Raises:
+            PlacementError: there are fewer experts than parties.
         """
         names = _party_names(parties)
+        if sum(num_experts) < len(names):
+            raise PlacementError(
+                f"{len(names)} parties cannot share {sum(num_experts)} experts: "
+                f"{', '.join(names[sum(num_experts) :])} would host none.",
+                code="placement-too-few",
+                why="a party that hosts nothing has nothing that the others need it for",
+                fix=f"take a model with at least {len(names)} experts in all layers together, or at most "
+                f"{sum(num_experts)} parties; a `placement` table may leave a party out on purpose",
+            )
         party_numbers = cycle(range(len(names)))
         return cls(names, tuple(tuple(next(party_numbers) for _ in range(count)) for count in num_experts))
 

@@ -396,6 +396,15 @@ def _unknown_family(family: str) -> ModelError:
 
 
 def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
+    unknown = re.search(r"model type `([^`]*)` but .* does not recognize this architecture", str(error))
+    if unknown is not None:
+        return ModelError(
+            f"{spec.path or spec.hub} is a `{unknown[1]}`, which the installed transformers does not know.",
+            code="model-bad-checkpoint" if spec.path is not None else "model-bad-hub-model",
+            where="model.path" if spec.path is not None else "model.hub",
+            why="its code is in a newer transformers or in none; code that comes with weights is not run",
+            fix="install a newer transformers that coterie allows, or take a family that `coterie models` lists",
+        )
     if spec.path is not None:
         return ModelError(
             f"{spec.path} is not a checkpoint that can be loaded ({part}): {_reason(error)}",

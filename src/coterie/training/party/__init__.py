@@ -8,7 +8,8 @@ a round by the exchange that it is given, `coterie.training.party.helping` what 
 `coterie.training.party.in_process` has all parties in one process,
 `coterie.training.party.doctor` looks before anybody starts, `coterie.training.party.agreed_limits` says what a member
 may send, `coterie.training.party.after_private` keeps private text out of `tokens`, and
-`coterie.training.party.questions` says what a finished federation may be asked. Where all agreed to a transcript,
+`coterie.training.party.questions` says what a finished federation may be asked;
+`coterie.training.party.planned_time` says what a round will take. Where all agreed to a transcript,
 `coterie.training.party.recordings` keeps it and `coterie.training.party.answer_key` notes which text was sent,
 `coterie.training.party.own_masks` what was added to a masked push.
 """

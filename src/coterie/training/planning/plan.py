@@ -39,8 +39,9 @@ class PartyPlan:
         hosted: expert parameters that it hosts.
         need: bytes of state; activations come on top.
         saving: share of the centralised device memory that it does without.
-        down, up: for `experts`, bytes in a round, the same whatever the text; a party whose weights did not change
-            sends fewer. For `tokens`, None: they depend on the text.
+        down, up: for `experts`, bytes of weights that come and of sums that go in a round, the same whatever the
+            text; a party whose weights did not change sends fewer. For `tokens`, None: they depend on the text.
+        served, taken: the same as a host: weights that go to all other parties, and their sums that come.
     """
 
     party: str
@@ -50,6 +51,8 @@ class PartyPlan:
     saving: float
     down: int | None = None
     up: int | None = None
+    served: int | None = None
+    taken: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
         for name in names:
             need = predict(exchange, shapes[name])
             saved = 1 - need.device / whole
-            moved = _experts_bytes(shapes[name]) if exchange == "experts" else (None, None)
+            moved = _experts_bytes(shapes[name]) if exchange == "experts" else ()
             plans.append(PartyPlan(name, exchange, sum(hosted[name]), need, saved, *moved))
     rounds = [plan.down + plan.up for plan in plans if plan.down is not None and plan.up is not None]
     per_layer = first.experts // first.layers
@@ -203,11 +206,14 @@ def _push_bytes(federation: FederationConfig) -> int:
     return masked_width(federation)
 
 
-def _experts_bytes(shape: Shape) -> tuple[int, int]:
-    """Down and up: every part that other parties store, whatever the lot."""
-    trunk_of_others = shape.trunk - shape.trunk // shape.parties if shape.shared_trunk else 0
+def _experts_bytes(shape: Shape) -> tuple[int, int, int, int]:
+    """Down and up: every part that other parties store, whatever the lot. Served and taken: the parts stored here,
+    once for each other party."""
+    own_trunk = shape.trunk // shape.parties if shape.shared_trunk else 0
+    trunk_of_others = shape.trunk - own_trunk if shape.shared_trunk else 0
     others = shape.experts - shape.hosted + trunk_of_others
-    return shape.wire_bytes * others, shape.push_bytes * others
+    own = (shape.hosted + own_trunk) * (shape.parties - 1)
+    return shape.wire_bytes * others, shape.push_bytes * others, shape.wire_bytes * own, shape.push_bytes * own
 
 
 def _token_bytes(

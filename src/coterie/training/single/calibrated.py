@@ -36,6 +36,8 @@ from coterie.training.optim import make_optimizer
 from coterie.training.planning.allocations import peak_bytes
 from coterie.training.single.setup import pick_device, plan_of, with_vocabulary
 
+Clock = Callable[[], float]
+
 _FEW, _MORE = 1, 3
 """Micro-batches, or physical batches of records, at which a round is timed."""
 _TIMES = 3
@@ -48,12 +50,16 @@ class Calibration:
 
     Attributes:
         round_seconds: of one round, evaluation and checkpoints aside.
+        fixed_seconds: of it, what weights take whatever the text: noise and optimiser step.
+        unit_seconds: what every micro-batch, or with a budget every record or user, adds.
         peak_bytes: on the device during a round: weights, gradients, optimiser, activations.
         layers: decoder layers of the two models that were measured, and of the run's own.
         took_seconds: the calibration itself.
     """
 
     round_seconds: float
+    fixed_seconds: float
+    unit_seconds: float
     peak_bytes: int
     layers: tuple[int, int, int]
     took_seconds: float
@@ -78,25 +84,42 @@ class _Point:
         )
 
 
-def calibrate(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, records: Sequences) -> Calibration:
+def calibrate(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, records: Sequences, clock: Clock = time.monotonic
+) -> Calibration:
     """Measure small versions of a run's model on this machine.
 
     Args:
         config: the run's settings.
         tokenizer: of it.
         records: its text; lengths alone are used.
+        clock: what is counted as time: seconds, or anything else that work adds to.
+    """
+    return calibrate_model(config, load_config(with_vocabulary(config.model, tokenizer)), records, clock)
+
+
+def calibrate_model(
+    config: TrainConfig, whole: PretrainedConfig, records: Sequences, clock: Clock = time.monotonic
+) -> Calibration:
+    """The same for a model whose config is known.
+
+    Args:
+        config: the run's settings.
+        whole: the config of its model, vocabulary included.
+        records: its text; lengths alone are used.
+        clock: see `calibrate`.
     """
     began = time.monotonic()
-    whole = load_config(with_vocabulary(config.model, tokenizer))
     few, more, layers = _depths(whole, torch_dtype(config.model))
     measure = _plain if config.privacy is None else _private
-    points = [measure(config, _shortened(whole, depth), records) for depth in (few, more)]
+    points = [measure(config, _shortened(whole, depth), records, clock) for depth in (few, more)]
     steps = (layers - few) / (more - few) if more > few else 0.0
     point = points[0].towards(points[1], steps)
     work = _work(config, structure_of(copy.deepcopy(whole), torch_dtype(config.model)))
     return Calibration(
-        point.fixed + point.each * work, round(point.peak), (few, more, layers), time.monotonic() - began
-    )
+        point.fixed + point.each * work, point.fixed, point.each, round(point.peak), (few, more, layers),
+        time.monotonic() - began,
+    )  # fmt: skip
 
 
 def _work(config: TrainConfig, structure: PreTrainedModel) -> float:
@@ -163,15 +186,15 @@ def _held(module: nn.Module) -> int:
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _usual(compute: Callable[[int], object], amount: int, device: torch.device) -> float:
+def _usual(compute: Callable[[int], object], amount: int, device: torch.device, clock: Clock) -> float:
     """Seconds that so much work takes, in the median of some tries."""
     found = []
     for _ in range(_TIMES):
-        began = time.monotonic()
+        began = clock()
         compute(amount)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.monotonic() - began)
+        found.append(clock() - began)
     return statistics.median(found)
 
 
@@ -182,7 +205,7 @@ def _line(seconds: dict[int, float]) -> tuple[float, float]:
     return max(0.0, one - each * few), each
 
 
-def _plain(config: TrainConfig, short: PretrainedConfig, records: Sequences) -> _Point:
+def _plain(config: TrainConfig, short: PretrainedConfig, records: Sequences, clock: Clock) -> _Point:
     device = pick_device(config.device)
     model = _model(config, short, device)
     optimizer = make_optimizer(model.parameters(), config.optim)
@@ -195,11 +218,11 @@ def _plain(config: TrainConfig, short: PretrainedConfig, records: Sequences) -> 
         train_round(model, optimizer, batches, lr=1e-6)
 
     peak = peak_bytes(lambda: one_round(_MORE), device)  # and the first, in which the optimiser makes its state
-    seconds = {count: _usual(one_round, count, device) for count in (_FEW, _MORE)}
+    seconds = {count: _usual(one_round, count, device, clock) for count in (_FEW, _MORE)}
     return _Point(*_line(seconds), _held(model) + peak)
 
 
-def _private(config: TrainConfig, short: PretrainedConfig, records: Sequences) -> _Point:
+def _private(config: TrainConfig, short: PretrainedConfig, records: Sequences, clock: Clock) -> _Point:
     spec = config.privacy
     if spec is None:
         raise ValueError("a run without a budget")
@@ -226,14 +249,14 @@ def _private(config: TrainConfig, short: PretrainedConfig, records: Sequences) -
 
             most = len(np.unique(spread))
             counts = (max(1, most // _MORE), most)
-            seconds = {count: _usual(sums, count, device) for count in counts}
+            seconds = {count: _usual(sums, count, device, clock) for count in counts}
             _, each = _line(seconds)
 
             def one_round() -> None:
                 lot = session.next_lot()
-                began = time.monotonic()
+                began = clock()
                 session.step(lot)
-                beside.append(time.monotonic() - began - each * len(lot))
+                beside.append(clock() - began - each * len(lot))
 
             beside: list[float] = []
             peak = peak_bytes(one_round, device)
