@@ -4,7 +4,8 @@ An unknown key is an error, every field has a description, and `load_yaml` repor
 
 In reading order: `coterie.config.base` is what all share, `coterie.config.numbers` the numbers,
 `coterie.config.load` the files. `coterie.config.train` and `coterie.config.federation` are the files' whole
-content; `coterie.config.model`, `coterie.config.data` and `coterie.config.privacy` are blocks in them.
+content; `coterie.config.model`, `coterie.config.data`, `coterie.config.privacy` and `coterie.config.report` are
+blocks in them.
 """
 
 from coterie.config.base import LocalPath, Spec, content_hash

@@ -12,6 +12,7 @@ from coterie.config.data import DataSpec
 from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, Positive
 from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
+from coterie.config.report import ReportSpec
 from coterie.config.train import Device, OptimSpec, TrainSpec, check_adds_up
 from coterie.errors import ConfigError
 
@@ -323,6 +324,8 @@ class FederationConfig(Spec):
 class PartyConfig(Spec):
     """party.yaml: what one party keeps to itself."""
 
+    later_keys = frozenset({"report_to"})
+
     party: PartyName = Field(description="This party's name in the federation.")
     federation: LocalPath = Field(description="The shared federation.yaml.")
     kit: LocalPath = Field(description="Folder with this party's key, certificate, the CA's and the signed roster.")
@@ -351,6 +354,9 @@ class PartyConfig(Spec):
         default=None,
         description="Without a budget: folder of this party's privacy ledgers, where earlier private runs are looked "
         "for; absent: as for `privacy.ledger`.",
+    )
+    report_to: ReportSpec | None = Field(
+        default=None, description="Trackers that hear the figures that may be public; absent: none."
     )
 
 

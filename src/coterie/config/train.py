@@ -11,6 +11,7 @@ from coterie.config.data import DataSpec
 from coterie.config.model import ModelSpec
 from coterie.config.numbers import Count, NotNegative, Positive, Smoothing
 from coterie.config.privacy import PrivacyRules, PrivacySpec, undeclared_artefacts
+from coterie.config.report import ReportSpec
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -92,7 +93,7 @@ class TrainSpec(Spec):
 class TrainConfig(Spec):
     """train.yaml: one party trains by itself."""
 
-    later_keys = frozenset({"experts_over", "layers_over"})
+    later_keys = frozenset({"experts_over", "layers_over", "report_to"})
 
     model: ModelSpec = Field(description="The model.")
     data: DataSpec = Field(description="The text.")
@@ -115,6 +116,9 @@ class TrainConfig(Spec):
         default=1,
         description="In place of `experts_over`: processes that the experts of every layer are spread over; weights "
         "travel, and each process gathers a layer's before it computes it, and lets go of them after.",
+    )
+    report_to: ReportSpec | None = Field(
+        default=None, description="Trackers that hear the figures that may be public; absent: none."
     )
 
     @property

@@ -3,7 +3,8 @@
 It joins `coterie.dp` and `coterie.federation`, which know nothing of each other.
 
 A round: `coterie.training.loop`, with `coterie.training.optim`, `coterie.training.seeds`, `coterie.training.evaluate`
-and `coterie.training.metrics`. `coterie.training.provenance` says where model and text come from,
+and `coterie.training.metrics`, of which `coterie.training.public_figures` may leave the machine, to
+`coterie.training.trackers`. `coterie.training.provenance` says where model and text come from,
 `coterie.training.folders` keeps what is for people apart from what is for the owner, `coterie.training.purging`
 removes text.
 

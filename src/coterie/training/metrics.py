@@ -1,4 +1,7 @@
-"""Figures of a run over its rounds: JSONL for programs, TensorBoard for people. Both are for the owner's eyes."""
+"""Figures of a run over its rounds: JSONL for programs, TensorBoard for people, both for the owner's eyes.
+
+Trackers are handed the same lines and pass on what may leave.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 
 from coterie.storage import json_object, write_whole, writing
+from coterie.training.trackers import Trackers
 
 
 class MetricsWriter:
@@ -19,10 +23,12 @@ class MetricsWriter:
         run_dir: the folder, which exists.
         finished: rounds that count. What was written for later ones, by an attempt that got further than its last
             checkpoint, is dropped; before the first round, everything is.
+        trackers: hear what of it may leave.
     """
 
-    def __init__(self, run_dir: Path, *, finished: int = 0) -> None:
+    def __init__(self, run_dir: Path, *, finished: int = 0, trackers: Trackers | None = None) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self._trackers = trackers
         with writing(self.path):
             self._keep(finished)
             self._lines = self.path.open("a", encoding="utf-8")
@@ -40,6 +46,8 @@ class MetricsWriter:
             self._lines.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, round_no)
+        if self._trackers is not None:
+            self._trackers.log(round_no, metrics)
 
     def close(self) -> None:
         self._lines.close()

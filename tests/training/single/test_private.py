@@ -87,7 +87,7 @@ def test_private_run_stays_in_budget_and_says_what_it_promises(make_config: Make
     assert json.loads((tmp_path / "run/private/result.json").read_text())["privacy"]["noise_multiplier"] > 0
     names = set().union(*read_metrics(tmp_path / "run" / "private"))
     owners = {"loss_not_private", "drawn_not_private", "not_finite_not_private"}
-    assert names == {"round", "epsilon", "test_loss", *owners}
+    assert names == {"round", "epsilon", "delta", "noise_multiplier", "test_loss", *owners}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/public/model")
     assert model.config.num_experts == 4
     assert evaluate_run(load_trained(tmp_path / "run")).loss == pytest.approx(result.loss, rel=1e-4)

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -329,11 +330,12 @@ class PrivateSums:
             time.sleep(min(0.05, max(0.0, after - (time.monotonic() - began))))
 
     def _metrics(self, contributor: Contributor, round_no: int, release: Release) -> dict[str, float]:
-        metrics: dict[str, float] = {"epsilon": contributor.run.spent().epsilon}
-        metrics |= {f"{what}_seconds": seconds for what, seconds in contributor.run.seconds.items()}
+        run = contributor.run
+        metrics: dict[str, float] = {**asdict(run.spent()), "noise_multiplier": run.noise_multiplier}
+        metrics |= {f"{what}_seconds": seconds for what, seconds in run.seconds.items()}
         if self.balancer is not None:
             metrics |= self.balancer.figures()
-        last = contributor.run.lot_sums.last
+        last = run.lot_sums.last
         if last is not None and last.round == round_no:
             metrics |= {
                 "loss_not_private": last.loss,

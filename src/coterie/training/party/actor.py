@@ -173,7 +173,8 @@ class PartyActor:
             self._load_checkpoint(source)
         self._store.went_back_to(source.round)
         self._close_metrics()
-        self._metrics = MetricsWriter(private_folder(self.inputs.run_dir), finished=state.round)
+        private = private_folder(self.inputs.run_dir)
+        self._metrics = MetricsWriter(private, finished=state.round, trackers=self.inputs.trackers)
         self.exchange.go_on_after(state.round)
 
     def compute(self, state: State, cancel: CancelToken) -> None:

@@ -23,6 +23,7 @@ from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Sequences
 from coterie.training.folders import private_folder
 from coterie.training.party.questions import Questions
+from coterie.training.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class PartyInputs:
         roster: hash of the signed roster, its membership epoch and certificates included; empty without one.
         trainings: what is behind the weights of this run's checkpoints, this run included.
         questions: that this party asks of the finished model; None: it only answers.
+        trackers: hear the figures that may leave.
         bases: where adapters alone are trained, content digests of the files with the frozen weights: those of
             ``trunk`` and of ``experts``.
         signer: this party's identity; needed where pushes are masked.
@@ -115,6 +117,7 @@ class PartyInputs:
     ranks: Ranks = field(default_factory=Alone)
     bases: Mapping[str, str] = field(default_factory=dict)
     questions: Questions | None = None
+    trackers: Trackers | None = None
 
     @property
     def cache_folder(self) -> Path | None:

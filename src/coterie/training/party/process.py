@@ -57,7 +57,9 @@ from coterie.training.party.run import PartyResult, PartyRun, Watch
 from coterie.training.party.store import PartyStore
 from coterie.training.planning.forecast import Forecast, forecast
 from coterie.training.provenance import artefacts, originals, record_facts, starting_trainings
+from coterie.training.public_figures import figures_of_party
 from coterie.training.single.setup import check_fit, pick_device
+from coterie.training.trackers import check_report, reporting
 
 PARTY_FILE, FEDERATION_FILE, TOKENIZER_FOLDER = "party.yaml", "federation.yaml", "tokenizer"
 
@@ -124,10 +126,15 @@ class PartyProcess:
             config.party, self.roster, self._kit, listen=self._listen, dial=self._dial, settings=settings
         )
         unreachable.check_free(config.party, transport.address)  # before a large model is read
-        with kept_private(config.run_dir):
+        public = figures_of_party(federation, config)
+        check_report(config.report_to, public)
+        with (
+            kept_private(config.run_dir) as private,
+            reporting(config.report_to, public, private, config.party) as trackers,
+        ):
             signer = KeySigner.of_kit(self._kit, self.roster)
             inputs = prepare_party(config, federation, self.roster, self._ranks)
-            inputs = replace(inputs, signer=signer, questions=self._questions)
+            inputs = replace(inputs, signer=signer, questions=self._questions, trackers=trackers)
             if self._watch is not None and self._watch.announce is not None and inputs.privacy is not None:
                 self._watch.announce(party_forecast(inputs, inputs.privacy))
             self._run = PartyRun(inputs, transport, federation.content_hash(), self._watch, self.certificate_warning)
@@ -421,6 +428,9 @@ def keep_settings(config: PartyConfig, federation: FederationConfig) -> None:
         moved["privacy"] = config.privacy.model_copy(update={"ledger": config.privacy.ledger.absolute()})
     if config.ledger is not None:
         moved["ledger"] = config.ledger.absolute()
+    if config.report_to is not None and config.report_to.prometheus is not None:
+        textfile = config.report_to.prometheus.absolute()
+        moved["report_to"] = config.report_to.model_copy(update={"prometheus": textfile})
     dump_yaml(folder / PARTY_FILE, config.model_copy(update=moved))
 
 

@@ -24,6 +24,7 @@ MARKER = "run.json"
 """Names a run folder's run: the hash of its settings, and what else a resumed one is held to."""
 
 ROUNDS = "rounds"
+_NOT_OF_THE_RESULT = frozenset({"run_dir", "device", "devices", "experts_over", "layers_over", "report_to"})
 _MARKED = ("run", "coterie", "revision", "data", "privacy_run", ROUNDS)
 """In the marker of a run that was made longer: how many it has now."""
 
@@ -46,8 +47,8 @@ class Prepared:
 
 
 def run_id(config: TrainConfig) -> str:
-    """Hash of the settings that decide the result; the folder and the devices do not."""
-    return content_hash(config, without={"run_dir", "device", "devices", "experts_over", "layers_over"})
+    """Hash of the settings that decide the result; the folder, the devices and the trackers do not."""
+    return content_hash(config, without=_NOT_OF_THE_RESULT)
 
 
 def prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class PrivateStepper:
         if session.lot_sums.balancer is not None:
             metrics |= session.lot_sums.balancer.figures()
         if spent is not None:
-            metrics["epsilon"] = spent.epsilon
+            metrics |= {**asdict(spent), "noise_multiplier": session.noise_multiplier}
         return Step(last.loss, metrics, last.nothing_learnt, spent)
 
     def content(self) -> tuple[Content, Mapping[str, Any]]:

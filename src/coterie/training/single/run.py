@@ -13,7 +13,7 @@ with ``tokenizer/``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, at t
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.planning.forecast import Announce
 from coterie.training.planning.measured import model_state_bytes, peak_rss_bytes
 from coterie.training.provenance import starting_trainings
+from coterie.training.public_figures import figures_of_train, public_start
 from coterie.training.single.prepared import MARKER, Prepared, lengthened, make_longer, prepare, read_run, run_id
 from coterie.training.single.private_stepper import PrivateStepper
 from coterie.training.single.stepper import PlainStepper, Step, Stepper
+from coterie.training.trackers import Trackers, check_report, reporting
 
 KEPT_CHECKPOINTS = 2
 """While there are rounds to come, in case the newest is torn; once they are done, the newest and the model stay."""
@@ -111,11 +113,12 @@ def start(
                 why="two runs in one folder would mix their checkpoints and figures",
                 fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
             )
+        check_report(config.report_to, figures_of_train(config))
         prepared, stepper = _begun(config, ranks, announce)
-        with closing(stepper), kept_private(config.run_dir) as private:
+        with closing(stepper), kept_private(config.run_dir) as private, _reporting(config, private) as trackers:
             dump_yaml(config.run_dir / "config.yaml", config)
             prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
-            run = Run(prepared, stepper, stop or StopFlag(), watch, ranks)
+            run = Run(prepared, stepper, stop or StopFlag(), watch, ranks, trackers)
             if config.privacy is not None:  # the ledger holds the run from now on: it cannot begin again, only go on
                 run.save()
             write_json(config.run_dir / MARKER, {"run": prepared.run_id, **software(), **stepper.marker()})
@@ -150,8 +153,8 @@ def resume(
         if rounds is not None:
             make_longer(run_dir, rounds)
         prepared, stepper = _resumed(run_dir, ranks)
-        with closing(stepper), kept_private(run_dir):
-            return Run(prepared, stepper, stop or StopFlag(), watch, ranks).go_on()
+        with closing(stepper), kept_private(run_dir) as private, _reporting(prepared.config, private) as trackers:
+            return Run(prepared, stepper, stop or StopFlag(), watch, ranks, trackers).go_on()
 
 
 def follow(config: TrainConfig, ranks: Ranks, *, resumed: bool = False) -> None:
@@ -179,6 +182,10 @@ def follow(config: TrainConfig, ranks: Ranks, *, resumed: bool = False) -> None:
                 _evaluated(prepared, ranks)
             elif what == _GIVE:
                 _give_experts(prepared)
+
+
+def _reporting(config: TrainConfig, private: Path) -> AbstractContextManager[Trackers | None]:
+    return reporting(config.report_to, figures_of_train(config), private)
 
 
 _ROUND, _SAVE, _EVALUATE, _GIVE, _END = "a round", "a checkpoint", "an evaluation", "the experts", "the end"
@@ -264,16 +271,24 @@ class Run:
         stop: looked at between rounds.
         watch: hears of every round.
         ranks: hear what comes next.
+        trackers: hear the public figures.
     """
 
     def __init__(
-        self, prepared: Prepared, stepper: Stepper, stop: StopFlag, watch: Watch | None, ranks: Ranks | None = None
+        self,
+        prepared: Prepared,
+        stepper: Stepper,
+        stop: StopFlag,
+        watch: Watch | None,
+        ranks: Ranks | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self._ranks = ranks
         self._prepared = prepared
         self._stepper = stepper
         self._stop = stop
         self._watch = watch
+        self._trackers = trackers
         self._private = private_folder(prepared.config.run_dir)
         self._evaluation: Evaluation | None = None
 
@@ -285,7 +300,7 @@ class Run:
             CheckpointError: the disk is full or broken.
         """
         stepper = self._stepper
-        with MetricsWriter(self._private, finished=stepper.round) as metrics:
+        with MetricsWriter(self._private, finished=stepper.round, trackers=self._trackers) as metrics:
             if stepper.round == 0:
                 before = self._evaluate()
                 if before is not None:
@@ -376,10 +391,6 @@ class Run:
         run_dir = self._prepared.config.run_dir
         if statement is None:
             return run_dir
-        return public_folder(run_dir) if statement.private and _public_start(self._prepared.config) else self._private
-
-
-def _public_start(config: TrainConfig) -> bool:
-    """Whether nothing that the run started from was made from private records without privacy."""
-    model, tokenizer = config.model, config.data.tokenizer
-    return "private" not in (model.provenance, tokenizer.provenance) and model.overrule_origin is None
+        start = self._prepared.config
+        given_away = statement.private and public_start(start.model, start.data)
+        return public_folder(run_dir) if given_away else self._private
