@@ -125,6 +125,8 @@ def test_explain_knows_every_fixed_code_and_refuses_others(capsys: pytest.Captur
     assert run(capsys, "explain", "no-such-code")[0] == 1
     listed = run(capsys, "explain")[1].split()
     assert {item.code for item in raised_errors()} == set(listed)
+    assert run(capsys, "explain", "config-unknown-key")[1].startswith("config-unknown-key: `...` is not a setting.\n")
+    assert [item for item in raised_errors() if not item.message.strip(".")] == []
 
 
 def test_every_code_in_the_source_is_explained_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,9 @@ def test_plan_says_memory_bytes_and_the_cheaper_exchange(checkpoint, tmp_path, c
     assert parties.keys() == {(name, exchange) for name in ("alder", "birch") for exchange in ("tokens", "experts")}
     assert parties["alder", "experts"]["need"]["device"] < parties["alder", "tokens"]["need"]["device"]
     assert parties["alder", "experts"]["down"] == 2 * parties["birch", "experts"]["hosted"]
+    code, _, err = run(capsys, "plan", settings, "--parties", 5)
+    assert code == 1
+    assert "plan-parties: --parties 5 is for --preset" in err
     code, _, err = run(capsys, "plan", tmp_path / "nowhere.yaml")
     assert code == 1
     assert "nowhere.yaml" in err

@@ -81,7 +81,7 @@ def _raised_by(
     fix = (words["fix"] or [_SAID])[0] if "fix" in words else getattr(kind, "fix", None)
     for code, message in itertools.product(codes, messages or [_SAID]):
         if code and not code.startswith("..."):
-            yield Raised(code, message, why, fix)
+            yield Raised(code, message if message.strip(".") else _SAID, why, fix)
 
 
 def _class_calls(function: ast.FunctionDef) -> list[ast.Call]:

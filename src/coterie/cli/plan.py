@@ -22,7 +22,9 @@ def command(
         str | None,
         typer.Option("--preset", metavar="NAME", help="A published model instead of a file, e.g. OLMoE-1B-7B."),
     ] = None,
-    parties: Annotated[int, typer.Option("--parties", metavar="N", help="With --preset: parties that share it.")] = 3,
+    parties: Annotated[
+        int | None, typer.Option("--parties", metavar="N", help="With --preset: parties that share it; default 3.")
+    ] = None,
     gbit: Annotated[
         float, typer.Option(min=0.001, help="Rate of a party's line, in Gbit/s, for the seconds of a round.")
     ] = 1.0,
@@ -87,13 +89,24 @@ def command(
             code="plan-what",
             fix="coterie plan federation.yaml, or coterie plan --preset OLMoE-1B-7B --parties 3",
         )
+    if settings is not None and parties is not None:
+        raise ConfigError(
+            f"--parties {parties} is for --preset; {settings} says itself who takes part.",
+            code="plan-parties",
+            why="a plan for another number of parties than was asked for would be taken for that one",
+            fix="leave it out, or change the file",
+        )
     if settings is not None and names_setting(settings, "data"):  # one party's training; a federation names no text
         from coterie.cli.training_progress import settled_lot, show_plan
 
         given = None if device_gb is None else round(device_gb * 1e9)
         show_plan(settled_lot(load_yaml(settings, TrainConfig)), json_file, others=True, device_bytes=given)
         return
-    federation = load_yaml(settings, FederationConfig) if settings else preset_federation(preset or "", parties)
+    federation = (
+        load_yaml(settings, FederationConfig)
+        if settings
+        else preset_federation(preset or "", 3 if parties is None else parties)
+    )
     plan = make_plan(federation, numbers_of(records or ()))
     found = None
     if sequence_length is not None:

@@ -232,13 +232,18 @@ def _report(
     problems.sort(key=lambda problem: _line(lines, problem.keys) or 0)
     if len(problems) == 1:
         (only,) = problems
+        if only.kind == "extra_forbidden":
+            return ConfigError(
+                f"`{_dotted(only.keys)}` is not a setting.",
+                code="config-unknown-key",
+                where=_where(path, lines, only.keys),
+                why="a setting that is ignored would train something else than you asked for",
+                fix=only.hint,
+            )
         return ConfigError(
             f"{only.message}.",
-            code="config-unknown-key" if only.kind == "extra_forbidden" else "config-invalid",
+            code="config-invalid",
             where=_where(path, lines, only.keys),
-            why="a setting that is ignored would train something else than you asked for"
-            if only.kind == "extra_forbidden"
-            else None,
             fix=only.hint or "all settings and their defaults: docs/reference/config.md",
         )
     listed = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -214,6 +216,36 @@ def test_no_network_is_one_sentence():
         timeout=120,
     )
     assert done.stdout.split() == ["model-no-network", "model-no-network"], done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_asked_once():
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        asked = []
+
+        def hang_up():
+            while True:
+                try:
+                    connection, _ = hub.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.settimeout(10)
+                    asked.append(connection.recv(4096).split(b"\r\n")[0])
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        script = (
+            "from coterie.config import ModelSpec\n"
+            "from coterie.errors import ModelError\n"
+            "from coterie.models.zoo.build import build_model\n"
+            "try:\n    build_model(ModelSpec(hub='nobody/none'))\n"
+            "except ModelError as error:\n    print(error.code)\n"
+        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "NO_PROXY": "*"}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=240)
+        assert done.stdout.split() == ["model-no-network"], done.stderr
+        assert [line for line in asked if line.startswith(b"HEAD ")] == [b"HEAD / HTTP/1.1"]
+        assert not any(b"nobody" in line for line in asked), "for no file is it asked again and again"
 
 
 def test_the_tokenizer_comes_from_the_folder(checkpoint):

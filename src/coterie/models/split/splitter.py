@@ -35,7 +35,7 @@ from coterie.models.split.shards import (
 )
 from coterie.models.split.trainings import Training, read_trainings, write_trainings
 from coterie.models.tensors import raw_bytes
-from coterie.models.zoo.build import build_model, quantized_error, structure_of
+from coterie.models.zoo.build import build_model, files_alone, quantized_error, structure_of
 from coterie.storage import file_digest, is_vacant, new_folder, write_json
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -171,7 +171,8 @@ def _local_folder(spec: ModelSpec) -> Path | None:
         return None
     build_model(spec, meta=True)  # reports an unknown name or a missing network in our words
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    return Path(snapshot_download(spec.hub, revision=spec.revision, allow_patterns=patterns))
+    alone = files_alone(spec)
+    return Path(snapshot_download(spec.hub, revision=spec.revision, allow_patterns=patterns, local_files_only=alone))
 
 
 def check_vacant(out: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from coterie.models.zoo.bert_moe import BertMoeConfig, BertMoeForMaskedLM
 from coterie.models.zoo.catalogue import causal_lm_class, causal_lm_types, family_source, own_config
 from coterie.models.zoo.families import why_excluded
 
+_HUB_PATIENCE_S = 10.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,7 +99,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
         return _with_settings(CONFIG_MAPPING[spec.family], {}, spec.config)
     source = _source(spec)
     try:
-        config = AutoConfig.from_pretrained(source, revision=spec.revision, local_files_only=spec.path is not None)
+        config = AutoConfig.from_pretrained(source, revision=spec.revision, local_files_only=files_alone(spec))
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise _cannot_load(spec, "its config", error) from error
     if not spec.config:
@@ -145,9 +147,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         )
     source = _source(spec)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=spec.revision, local_files_only=spec.path is not None
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=spec.revision, local_files_only=files_alone(spec))
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(spec, "its tokenizer", error) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
@@ -206,7 +206,7 @@ def _load(model_class: type[PreTrainedModel], config: PretrainedConfig, spec: Mo
                 _source(spec),
                 config=config,
                 revision=spec.revision,
-                local_files_only=spec.path is not None,
+                local_files_only=files_alone(spec),
                 dtype=torch_dtype(spec),
                 use_safetensors=True,
                 output_loading_info=True,
@@ -261,6 +261,21 @@ def make_plain(model: PreTrainedModel, source: str) -> None:
     if packed or getattr(model.config, "quantization_config", None) is not None:
         raise quantized_error(source, f"`{packed}` stayed packed" if packed else "its config still says so")
     vars(model).pop("_weight_conversions", None)  # of the packed names; the class knows its own
+
+
+def files_alone(spec: ModelSpec) -> bool:
+    """Whether to look for a model on this machine alone: it is a folder's, or the hub cannot be reached."""
+    return spec.path is not None or (spec.hub is not None and not _hub_answers())
+
+
+@cache
+def _hub_answers() -> bool:
+    """One short question in place of the library's five tries for every file, which take half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_PATIENCE_S)
+    except Exception:  # of whichever HTTP library it uses, or that it was told to stay offline
+        return False
+    return True
 
 
 def _source(spec: ModelSpec) -> str:
@@ -412,8 +427,7 @@ def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
             where="model.path",
             fix="give the folder of a Hugging Face checkpoint with config.json and *.safetensors",
         )
-    offline = bool(os.environ.get("HF_HUB_OFFLINE")) or "connect" in str(error).lower()
-    if offline:
+    if not _hub_answers() or "connect" in str(error).lower():
         return ModelError(
             f"Hub model {spec.hub} ({part}) is not on this machine and the hub cannot be reached.",
             code="model-no-network",

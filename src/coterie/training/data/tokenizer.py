@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from coterie.config import DataSpec, ModelSpec, TokenizerSpec
 from coterie.errors import ConfigError, DataError
+from coterie.models.zoo.build import files_alone
 from coterie.training.data.chat import encoded, read_template
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.label_words import classified
@@ -61,7 +62,7 @@ def get_tokenizer(spec: TokenizerSpec, model: ModelSpec, data: DataSpec) -> PreT
     if model.path is not None:
         return load_tokenizer_from(model.path)
     try:
-        return AutoTokenizer.from_pretrained(model.hub, revision=model.revision)
+        return AutoTokenizer.from_pretrained(model.hub, revision=model.revision, local_files_only=files_alone(model))
     except (OSError, ValueError) as error:
         raise DataError(
             f"The tokenizer of hub model {model.hub} cannot be loaded: {str(error).splitlines()[0]}",
