@@ -6,8 +6,11 @@
 
 Pieces, each with its own time, so that one that fails or takes too long costs no other:
 
+- ``products``: the engine's products of norms and sums in float32 and of parts on tensor cores (off by default, see
+  ``docs/decisions/0067-products-on-tensor-cores.md``): largest error over what slack allows, and seconds.
 - ``exactness``: for every family that transformers has behind its experts interface, norms of three records and sums
-  clipped by them, by both methods, against the same engine on the processor. Largest relative difference.
+  clipped by them, by both methods, against the same engine on the processor. Largest relative difference. The same
+  with products on tensor cores.
 - ``steps``: the arms and models of ``dp_step.py`` at its shapes, on the device.
 - ``mellum``: Mellum's own configuration (28 MoE layers of 64 experts, top-8) with random bfloat16 weights, adapters
   of rank 4 on the experts, records of 512 tokens, a lot of 32 in physical batches: seconds and bytes of a private
@@ -21,6 +24,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,9 @@ from coterie.dp.clipping import Flat
 from coterie.dp.losses import default_loss
 from coterie.dp.noise.discrete_gaussian import add_noise
 from coterie.dp.noise.randomness import random_source
+from coterie.dp.per_sample import products
 from coterie.dp.per_sample.engine import Engine
+from coterie.dp.per_sample.gram import rounding_factor
 from coterie.models import seam
 from coterie.models.lora import attach_adapters
 from coterie.models.zoo.catalogue import causal_lm_types
@@ -43,6 +49,9 @@ from harness import machine, write_figures
 
 CLIP, SIGMA = 1.0, 0.7
 METHODS = ("book_keeping", "ghost")
+_CORES = "book_keeping, tensor cores"
+_PRODUCTS = {"bfloat16 rows": (False, False), "scaled rows": (True, False), "float32 rows": (True, True)}
+"""Which side of a product has all of float32's digits."""
 _SMALL = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -85,6 +94,28 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
+# ---- products ----
+
+
+def matrix_products(device: torch.device, sizes: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """Square products of numbers of one sign, whose errors all go the same way where sums are cut off."""
+    clock, found = Clock(device), {}
+    for size in sizes:
+        for kind, wide in _PRODUCTS.items():
+            sides = [torch.rand(size, size, device=device).to(torch.float32 if all_of_it else torch.bfloat16)
+                     for all_of_it in wide]  # fmt: skip
+            exact = sides[0].double() @ sides[1].double()
+            arms = {}
+            for arm, on in (("float32", nullcontext), ("tensor cores", products.on_tensor_cores)):
+                with on():
+                    left, right = (products.operand(side) for side in sides)
+                    off = float(((products.multiply(left, right).double() - exact) / exact).abs().max())
+                    seconds = [clock.seconds(lambda a=left, b=right: products.multiply(a, b)) for _ in range(repeats)]
+                    arms[arm] = {"over_bound": off / rounding_factor(size), "seconds": statistics.median(seconds)}
+            found[f"{kind} {size}"] = arms
+    return found
+
+
 # ---- exactness ----
 
 
@@ -95,6 +126,9 @@ def exactness(device: torch.device, families: tuple[str, ...]) -> dict[str, Any]
         try:
             here = {method: _norms_and_sums(family, method, torch.device("cpu")) for method in METHODS}
             there = {method: _norms_and_sums(family, method, device) for method in METHODS}
+            with products.on_tensor_cores():
+                there[_CORES] = _norms_and_sums(family, METHODS[0], device)
+            here[_CORES] = here[METHODS[0]]
         except Exception as error:  # one family that does not run is a finding, not the end of the others
             found[family] = {"does_not_run": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
             continue
@@ -103,12 +137,14 @@ def exactness(device: torch.device, families: tuple[str, ...]) -> dict[str, Any]
                 "norms": float((there[method][0] / here[method][0] - 1).abs().max()),
                 "sums": _largest_difference(there[method][1], here[method][1]),
             }
-            for method in METHODS
+            for method in there
         }
-    measured = [each[m][what] for each in found.values() if METHODS[0] in each for m in METHODS for what in each[m]]
+    ran = [each for each in found.values() if METHODS[0] in each]
+    measured = [each[m][what] for each in ran for m in METHODS for what in each[m]]
     return {
         "families": len(families),
         "largest": max(measured, default=math.nan),
+        "largest_on_tensor_cores": max((off for each in ran for off in each[_CORES].values()), default=math.nan),
         "do_not_run": sorted(family for family, each in found.items() if "does_not_run" in each),
         "by_family": found,
     }
@@ -147,8 +183,24 @@ def steps(device: torch.device, shapes: tuple[str, ...], repeats: int) -> dict[s
             ) -> Callable[[], dp_step.Step]:
                 return lambda: dp_step.make_step(arm, make().to(device), batch)
 
-            found[f"{name} {shape}"] = _turns(clock, {arm: of(arm) for arm in arms}, repeats)
+            makers = {arm: of(arm) for arm in arms} | {_CORES: _on_cores(of("book_keeping"))}
+            found[f"{name} {shape}"] = _turns(clock, makers, repeats)
     return found
+
+
+def _on_cores(make: Callable[[], dp_step.Step]) -> Callable[[], dp_step.Step]:
+    """The same step with products on tensor cores."""
+
+    def made() -> dp_step.Step:
+        step = make()
+
+        def on_cores() -> None:
+            with products.on_tensor_cores():
+                step()
+
+        return on_cores
+
+    return made
 
 
 def _turns(clock: Clock, makers: Mapping[str, Callable[[], dp_step.Step]], repeats: int) -> dict[str, Any]:
@@ -216,6 +268,7 @@ def mellum(device: torch.device, *, small: bool, physical: int, repeats: int) ->
         return lambda: lambda: private(engine)
 
     arms = {"plain": lambda: plain, **{method: of(method) for method in METHODS}}
+    arms[_CORES] = _on_cores(of("book_keeping"))
     return {
         "parameters": sum(parameter.numel() for parameter in adapted.parameters()),
         "trained": sum(parameter.numel() for parameter in trained.values()),
@@ -230,7 +283,7 @@ def mellum(device: torch.device, *, small: bool, physical: int, repeats: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
-    parser.add_argument("--only", choices=("exactness", "steps", "mellum"), help="default: all three")
+    parser.add_argument("--only", choices=("products", "exactness", "steps", "mellum"), help="default: all")
     parser.add_argument("--small", action="store_true", help="two families, one small shape, two layers")
     parser.add_argument("--physical", type=int, default=4, help="records in a physical batch of `mellum`")
     parser.add_argument("--repeats", type=int, default=5)
@@ -242,6 +295,7 @@ def main() -> None:
     families = _FAMILIES_SMALL if options.small else tuple(causal_lm_types())
     shapes = ("4x16",) if options.small else dp_step.SHAPES
     pieces: dict[str, Callable[[], dict[str, Any]]] = {
+        "products": lambda: matrix_products(device, (256,) if options.small else (512, 4096), options.repeats),
         "exactness": lambda: exactness(device, families),
         "steps": lambda: steps(device, shapes, options.repeats),
         "mellum": lambda: mellum(

@@ -24,6 +24,7 @@ piece() { # seconds, name, command...
 
 cd "$here"
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "torch finds no GPU here"; exit 1; }
+piece 15 products "$python" gpu.py --only products --json "$out/gpu-products.json"
 piece 90 exactness "$python" gpu.py --only exactness --json "$out/gpu-exactness.json"
 piece 120 steps "$python" gpu.py --only steps --json "$out/gpu-steps.json"
 piece 150 mellum "$python" gpu.py --only mellum --json "$out/gpu-mellum.json"

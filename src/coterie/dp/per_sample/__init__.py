@@ -13,7 +13,8 @@ where the records lie. A use is handled by a rule: `coterie.dp.per_sample.rules`
 `coterie.dp.per_sample.terms`, `coterie.dp.per_sample.stacked_terms` for stacked experts,
 `coterie.dp.per_sample.combine_uses` where one parameter is used several times. Norms without cancellation:
 `coterie.dp.per_sample.gram`, `coterie.dp.per_sample.gram_kernel`, `coterie.dp.per_sample.scaling`,
-`coterie.dp.per_sample.precision`. Experts: `coterie.dp.per_sample.private_experts` behind the seam,
+`coterie.dp.per_sample.precision`, `coterie.dp.per_sample.products`. Experts:
+`coterie.dp.per_sample.private_experts` behind the seam,
 `coterie.dp.per_sample.switch_experts` for Switch Transformers. `coterie.dp.per_sample.guard` keeps the arithmetic
 from being changed meanwhile.
 """

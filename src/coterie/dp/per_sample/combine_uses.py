@@ -227,11 +227,11 @@ def _tied_sq_norms(uses: list[Use], precise: bool) -> SqNorms:
     ids_BTS = lookup.ids.clamp_min(0).unsqueeze(1).expand(-1, g_BTV.shape[1], -1)
     picked_BTS = torch.where(known, g_BTV.gather(2, ids_BTS).float(), 0.0)
     products_BTS = torch.bmm(a_BTD, lookup.g.float().mT)
-    cross = (picked_BTS * products_BTS).flatten(1).sum(1).double()
+    cross = (picked_BTS * products_BTS).sum(2).double().sum(1)
     a_length = torch.linalg.vector_norm(a_BTD, dim=-1).unsqueeze(2)
     e_length = torch.linalg.vector_norm(lookup.g, dim=-1, dtype=torch.float32).unsqueeze(1)
     crude = (picked_BTS.abs() * a_length * e_length).flatten(1).sum(1).double()
-    factor = rounding_factor(a_BTD.shape[2]) + rounding_factor(a_BTD.shape[1])
+    factor = rounding_factor(a_BTD.shape[2]) + rounding_factor(lookup.ids.shape[1])
     value = (own.value + looked.value + 2.0 * cross).clamp_min(0.0)
     # In the sum all rows of both uses are added up in the same entries.
     rows, added_up = a_BTD.shape[1] + lookup.ids.shape[1], outer.crude().double() + lookup.crude()

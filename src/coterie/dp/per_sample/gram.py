@@ -18,12 +18,17 @@ import torch
 from torch import Tensor
 
 from coterie.dp.per_sample.gram_kernel import PIECE, SegmentNorms, take_all
+from coterie.dp.per_sample.products import certain, multiply
 
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
 
 TRUSTED = 1e-4
 """Largest slack, relative to the squared norm, with which a Gram form is used."""
+
+_TRUSTED_CERTAIN = 1e-2
+"""The same where slack is certain: eta has nothing of it, and half of it is the most that a record is clipped too
+much."""
 
 
 LONGEST = 4096
@@ -54,7 +59,7 @@ class SqNorms(NamedTuple):
         Args:
             share: of the slack that does not matter.
         """
-        return ~(self.slack > share * TRUSTED * self.value).any(1)
+        return ~(self.slack > share * trusted_share() * self.value).any(1)
 
     @property
     def upper(self) -> Tensor:
@@ -78,8 +83,22 @@ def rounding_factor(length: int) -> float:
     The root law of Higham and Mary 2019 (errors of both signs) with a margin of four units. Were every rounding to
     go the same way, as an adversary might try to arrange, it would be ``sqrt(length)`` times larger: `worst_excess`
     turns that into the part of eta that stays.
+
+    Where it has to be `certain`: two units a term bound additions in any order and direction, also those of tensor
+    cores (at most 7 units for 4 products), and 64 the rest of a product of parts.
     """
-    return UNIT * (4.0 + math.sqrt(length))
+    return UNIT * (2.0 * length + 64.0 if certain() else 4.0 + math.sqrt(length))
+
+
+def rounding_factors(length_B: Tensor) -> Tensor:
+    """`rounding_factor` of each length, float64."""
+    length_B = length_B.double()
+    return UNIT * (2.0 * length_B + 64.0 if certain() else 4.0 + length_B.sqrt())
+
+
+def trusted_share() -> float:
+    """Slack, relative to the squared norm, up to which nothing more careful is tried."""
+    return _TRUSTED_CERTAIN if certain() else TRUSTED
 
 
 def worst_excess(length: int) -> float:
@@ -103,8 +122,8 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     """Squared norm of ``sum_t outer(g_t, a_t)`` for each leading index, by dot products.
 
     Args:
-        a_BTI: float32 rows that entered.
-        g_BTO: float32 gradients at the output, same rows.
+        a_BTI: rows that entered; `operand`.
+        g_BTO: gradients at the output, same rows; `operand`.
         real_BT1: 1.0 for rows that count, 0.0 for padding; None: all count.
         precise: where the cheap slack is not small, bound the same rounding more tightly.
 
@@ -120,9 +139,9 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
     a_BTT, g_BTT = _products(a_BTI, a_BTI), _products(g_BTO, g_BTO)
     if real_BT1 is not None:
         g_BTT *= real_BT1 * real_BT1.mT
-    value = (a_BTT * g_BTT).flatten(1).sum(1).double().clamp_min(0.0)
+    value = (a_BTT * g_BTT).sum(2).double().sum(1).clamp_min(0.0)
     a_length, g_length = _lengths(a_BTT).unsqueeze(2), _lengths(g_BTT).unsqueeze(2)
-    off_a, off_g, off_sum = (rounding_factor(length) for length in (inputs, outputs, rows))
+    off_a, off_g, off_sum = _dot_factor(inputs), _dot_factor(outputs), rounding_factor(rows)
     crude = (a_length * g_length).sum((1, 2)).double()
     added = sum_slack(value, crude, rows)
     slack = (off_a + off_g + off_sum) * crude.square() + added
@@ -146,11 +165,16 @@ def gram_sq_norms(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None, 
 
 def _products(left_BTX: Tensor, right_BSX: Tensor) -> Tensor:
     """[B, T, S] dot products; long ones in pieces of `LONGEST`, so that rounding does not grow with the width."""
-    out = torch.bmm(left_BTX[..., :LONGEST], right_BSX[..., :LONGEST].mT)
+    out = multiply(left_BTX[..., :LONGEST], right_BSX[..., :LONGEST].mT)
     for start in range(LONGEST, left_BTX.shape[2], LONGEST):
         piece = slice(start, start + LONGEST)
-        torch.baddbmm(out, left_BTX[..., piece], right_BSX[..., piece].mT, out=out)
+        out += multiply(left_BTX[..., piece], right_BSX[..., piece].mT)
     return out
+
+
+def _dot_factor(length: int) -> float:
+    """`rounding_factor` of `_products`, which takes long dot products in pieces."""
+    return rounding_factor(min(length, LONGEST + length // LONGEST) if certain() else length)
 
 
 def gram_values(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -169,7 +193,7 @@ def gram_values(a_BTI: Tensor, g_BTO: Tensor, real_BT1: Tensor | None = None) ->
     if real_BT1 is not None:
         lengths *= real_BT1.squeeze(-1)
         products *= real_BT1 * real_BT1.mT
-    return products.flatten(1).sum(1).double(), lengths.sum(1).double()
+    return products.sum(2).double().sum(1), lengths.sum(1).double()
 
 
 def _lengths(products_BTT: Tensor) -> Tensor:
@@ -187,7 +211,7 @@ def gram_slack(value_B: Tensor, crude_B: Tensor, rows_B: Tensor, inputs: int, ou
         inputs: I.
         outputs: O.
     """
-    factor = rounding_factor(inputs) + rounding_factor(outputs) + UNIT * (4.0 + rows_B.sqrt())
+    factor = _dot_factor(inputs) + _dot_factor(outputs) + rounding_factors(rows_B)
     return factor * crude_B.square() + sum_slack(value_B, crude_B, rows_B)
 
 
@@ -216,12 +240,13 @@ def _lower_half_values(a_BTI: Tensor, g_BTO: Tensor) -> tuple[Tensor, Tensor]:
         g_products = _products(g_BTO[:, start:stop], g_BTO[:, :stop])
         crude += (_lengths(products[:, :, start:]) * _lengths(g_products[:, :, start:])).sum(1).double()
         products *= g_products
-        value += products[:, :, start:].sum((1, 2)).double() + 2.0 * products[:, :, :start].sum((1, 2)).double()
+        by_row = products[:, :, start:].sum(2).double() + 2.0 * products[:, :, :start].sum(2).double()
+        value += by_row.sum(1)
     return value, crude
 
 
 def _small(slack: Tensor, value: Tensor) -> bool:
-    return not bool((slack > TRUSTED * value).any())
+    return not bool((slack > trusted_share() * value).any())
 
 
 def sum_slack(value: Tensor, crude: Tensor, rows: int | Tensor) -> Tensor:
@@ -235,8 +260,7 @@ def sum_slack(value: Tensor, crude: Tensor, rows: int | Tensor) -> Tensor:
     Each entry is a dot product over T rows, so all are off by ``rounding_factor(T) * crude`` in norm at most, which
     squared gives twice that times the norm.
     """
-    factor = rounding_factor(rows) if isinstance(rows, int) else UNIT * (4.0 + rows.double().sqrt())
-    off = factor * crude
+    off = (rounding_factor(rows) if isinstance(rows, int) else rounding_factors(rows)) * crude
     return 2.0 * off * value.sqrt() + off.square()
 
 

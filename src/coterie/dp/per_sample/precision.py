@@ -36,6 +36,17 @@ def full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
+@contextmanager
+def tensor_float32() -> Iterator[None]:
+    """Float32 matrix products on a GPU read 11 significant bits of each operand: for operands that have no more."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def in_full_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """`full_float32` around every call."""
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from coterie.dp.per_sample.gram import (
-    TRUSTED,
     SqNorms,
     direct_slack,
     gram_is_cheaper,
@@ -30,8 +29,10 @@ from coterie.dp.per_sample.gram import (
     norm_slack,
     square_norms,
     taken,
+    trusted_share,
 )
 from coterie.dp.per_sample.gram_kernel import SegmentNorms
+from coterie.dp.per_sample.products import add_product, multiply, operand
 from coterie.dp.per_sample.scaling import balance, bounded, single
 from coterie.dp.per_sample.terms import Scaled
 from coterie.models.grouped import as_EIO, grouped_sum
@@ -238,14 +239,14 @@ class StackedOuter:
         for place, i in enumerate(segments_K.tolist()):
             a, g = self._rows(slice(*self._segments.bounds[i]))
             left, right = (a, g) if self._transposed else (g, a)
-            torch.mm(left.t(), right, out=gradients[place])
+            add_product(gradients[place], left.t(), right, fresh=True)
             value[i] = square_norms(gradients[place : place + 1])[0]
             slack[i] = norm_slack(value[i], self._shape[-1])
         return _Formed(segments_K, gradients, SqNorms(value, slack))
 
     def _rows(self, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
         a = self._a[part] if self._gather is None else self._a.index_select(0, self._gather[part])
-        return a.float(), self._g[part].float()
+        return operand(a), operand(self._g[part])
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
         total = self._by_record(self._compiled() or self._cheaply(*self._rows()))
@@ -299,7 +300,9 @@ class StackedOuter:
             for _, index_Sn, real_Sn1 in bucket.pieces(inputs, outputs):
                 rows_a, rows_g = _gathered(a, index_Sn), _gathered(g, index_Sn)
                 pieces.append(
-                    gram_values(rows_a, rows_g, real_Sn1) if cheap else _direct_values(rows_a, rows_g * real_Sn1)
+                    gram_values(rows_a, rows_g, real_Sn1)
+                    if cheap
+                    else _direct_values(rows_a, rows_g * real_Sn1.to(rows_g))
                 )
             numbers.append(bucket.segments_S)
             by_gram += [cheap] * len(bucket.segments_S)
@@ -334,7 +337,7 @@ class StackedOuter:
                 part = (
                     gram_sq_norms(rows_a, rows_g, real_Sn1, precise=True)
                     if cheap
-                    else _direct(rows_a, rows_g * real_Sn1)
+                    else _direct(rows_a, rows_g * real_Sn1.to(rows_g))
                 )
                 value[segments_S], slack[segments_S] = part.value, part.slack
         for i in segments.long:
@@ -350,9 +353,9 @@ class StackedOuter:
         """Take the direct form for segments whose slack is a notable part of a record's whole."""
         segments = self._segments
         total = segments.by_record(value)
-        if not bool((segments.by_record(slack) > TRUSTED * total).any()):
+        if not bool((segments.by_record(slack) > trusted_share() * total).any()):
             return
-        doubtful = slack > TRUSTED * total.repeat(segments.experts) / segments.experts
+        doubtful = slack > trusted_share() * total.repeat(segments.experts) / segments.experts
         for i in torch.nonzero(doubtful).flatten().tolist():
             rows = slice(*segments.bounds[i])
             part = _direct(a[None, rows], g[None, rows])
@@ -384,7 +387,7 @@ class StackedOuter:
                     left = left * factors_R1[start:end]
                 if not self._transposed:
                     left, right = right, left
-                torch.addmm(target, left.t(), right, beta=0 if fresh and expert not in written else 1, out=target)
+                add_product(target, left.t(), right, fresh and expert not in written)
             elif fresh and expert not in written:
                 target.zero_()
             start = end
@@ -413,8 +416,8 @@ def _direct(a_SnI: Tensor, g_SnO: Tensor) -> SqNorms:
 
 def _direct_values(a_SnI: Tensor, g_SnO: Tensor) -> tuple[Tensor, Tensor]:
     """[S] squared norms from the gradients themselves, and ``sum_t |a_t| |g_t|``."""
-    lengths = torch.linalg.vector_norm(a_SnI, dim=-1) * torch.linalg.vector_norm(g_SnO, dim=-1)
-    return square_norms(torch.bmm(g_SnO.mT, a_SnI)), lengths.sum(1).double()
+    a_length, g_length = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (a_SnI, g_SnO))
+    return square_norms(multiply(g_SnO.mT, a_SnI)), (a_length * g_length).sum(1).double()
 
 
 class StackedBias:

@@ -26,6 +26,7 @@ from coterie.dp.per_sample.gram import (
     taken,
 )
 from coterie.dp.per_sample.gram_kernel import SegmentNorms
+from coterie.dp.per_sample.products import add_product, multiply, operand
 from coterie.dp.per_sample.scaling import balance, bounded, power_of_two, single
 from coterie.models.grouped import grouped_sum
 
@@ -37,7 +38,7 @@ class Term(Protocol):
     """Gradients of B records at one value; see the module text."""
 
     def sq_norms(self, precise: bool = False) -> SqNorms:
-        """Squared norms; with ``precise``, the slack is brought down to `TRUSTED` of them where that is possible."""
+        """Squared norms; with ``precise``, the slack is brought down to `trusted_share` of them where possible."""
         ...
 
     def gradient(self, record: int) -> Tensor:
@@ -149,7 +150,7 @@ class Outer:
         batch, groups = self.a.shape[:2]
         each = taken(self.segment_norms, self.a.shape[3], self.g.shape[3])
         if each is None or (precise and not each.trusted()):
-            each = gram_sq_norms(self.a.flatten(0, 1).float(), self.g.flatten(0, 1).float(), precise=precise)
+            each = gram_sq_norms(operand(self.a.flatten(0, 1)), operand(self.g.flatten(0, 1)), precise=precise)
         result = SqNorms(*(part.view(batch, groups).sum(1) for part in each))
         return self.direct() if precise and not result.trusted() else result
 
@@ -188,8 +189,8 @@ class Outer:
 
     def _gradients(self, start: int, stop: int) -> Tensor:
         """[b, *shape] float32 for the records start..stop."""
-        a, g = self.a[start:stop].float(), self.g[start:stop].float()
-        product = torch.matmul(a.mT, g) if self.flipped else torch.matmul(g.mT, a)
+        a, g = operand(self.a[start:stop]), operand(self.g[start:stop])
+        product = multiply(a.mT, g) if self.flipped else multiply(g.mT, a)
         return product.view(-1, *self.shape)
 
     def gradient(self, record: int) -> Tensor:
@@ -199,13 +200,13 @@ class Outer:
         left, right = (self.a, self.g) if self.flipped else (self.g, self.a)
         factors = single(factors_B).view(-1, 1, 1, 1)
         if left.shape[-1] <= right.shape[-1]:
-            left, right = left.float() * factors, right.float()
+            left, right = left.float() * factors, operand(right)
         else:
-            left, right = left.float(), right.float() * factors
+            left, right = operand(left), right.float() * factors
         if out.ndim == 2:
-            torch.addmm(out, left.flatten(0, 2).t(), right.flatten(0, 2), beta=0 if fresh else 1, out=out)
+            add_product(out, left.flatten(0, 2).t(), right.flatten(0, 2), fresh)
         else:
-            torch.baddbmm(out, _by_group(left).mT, _by_group(right), beta=0 if fresh else 1, out=out)
+            add_product(out, _by_group(left).mT, _by_group(right), fresh)
 
     def masked(self, keep_B: Tensor) -> Outer:
         return Outer(_keep_rows(self.a, keep_B), _keep_rows(self.g, keep_B), self.shape, self.flipped)
