@@ -25,6 +25,7 @@ from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample import captured_pass
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.probe import probe_sizes, synthetic_batch
 from coterie.dp.per_sample.shared_batch import SharedBatch
 from coterie.dp.session import PrivateSession
 from coterie.errors import RankError
@@ -49,6 +50,7 @@ WITHOUT: Case = {
     "family": "olmoe", "clipping": "flat", "method": "book_keeping", "clip_norm": 0.7, "lora": False,
     "checkpointing": False, "records_of": None, "fault": "", "common": False, "broken": None,
     "train": True, "batchings": False, "over": None, "gathered": False,
+    "draws_without_numbers": 0, "bad": (),
 }  # fmt: skip
 
 
@@ -91,10 +93,10 @@ def engine_of(model: nn.Module, case: Case) -> Engine:
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         losses = default_loss(model, batch)
-        if case["broken"] is None:
-            return losses
-        bad = (batch["input_ids"][:, :3] == texts()[case["broken"], :3]).all(1)
-        return losses * torch.where(bad, torch.nan, 1.0)  # the others' gradients stay numbers
+        for row in case["bad"] if case["broken"] is None else [texts()[case["broken"], :3]]:
+            bad = (batch["input_ids"][:, : len(row)] == row).all(1)
+            losses = losses * torch.where(bad, torch.nan, 1.0)  # the others' gradients stay numbers
+        return losses
 
     method = case["method"] if isinstance(case["method"], str) else "book_keeping"
     made = Engine(model, loss, clipping=policy(case["clipping"], case["clip_norm"]), method=method)
@@ -437,11 +439,17 @@ def compared_with_alone(ranks: Ranks, cases: Sequence[Case]) -> list[str]:
         model = built(case) if case["family"] != "small" else small().train()
         if case["spread"]:
             spread_experts(model, ranks, case["over"], gathered=case["gathered"])
+        like, tokens = batch_of(texts(1) % 40), probe_sizes(model)[0][1]
+        case["bad"] = [
+            row
+            for draw in range(case["draws_without_numbers"])
+            for row in synthetic_batch(model, like, ranks.world, tokens, 101 + draw)["input_ids"][:, :3]
+        ]
         engine, trained = engine_of(model, case), {n: p for n, p in model.named_parameters() if p.requires_grad}
         owners = Ownership(ranks, Holdings(model), trained)
         try:
             with FAULTS[case["fault"]](ranks):
-                check_between_ranks(engine, ranks, owners, batch_of(texts(1) % 40))
+                check_between_ranks(engine, ranks, owners, like)
             found.append("")
         except RankError as error:
             found.append(error.code)

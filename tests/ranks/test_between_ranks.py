@@ -16,6 +16,7 @@ SOUND: list[dict[str, Any]] = [
     {"over": 2, "family": "gpt_oss", "checkpointing": True},
     {"over": 2, "gathered": True, "lora": True, "method": "ghost"},
     {"spread": False, "family": "small"},
+    {"spread": False, "family": "small", "draws_without_numbers": 2},
 ]
 BROKEN: list[dict[str, Any]] = [
     {"fault": "clipped rank by rank", "over": 4},
@@ -28,6 +29,8 @@ BROKEN: list[dict[str, Any]] = [
     {"fault": "another layer", "gathered": True, "family": "olmoe"},
     {"fault": "the tail of a layer", "gathered": True, "over": 2},
     {"fault": "sums that stay at home", "gathered": True, "over": 2},
+    {"fault": "sums averaged", "spread": False, "draws_without_numbers": 1},
+    {"fault": "", "spread": False, "draws_without_numbers": 5},
 ]
 
 
@@ -46,7 +49,7 @@ def test_ranks_that_compute_together_what_each_does_alone_go_on(case: int, found
     assert found[case] == ""
 
 
-@pytest.mark.parametrize("case", range(len(BROKEN)), ids=[broken["fault"] for broken in BROKEN])
+@pytest.mark.parametrize("case", range(len(BROKEN)), ids=[str(broken) for broken in BROKEN])
 def test_a_broken_exchange_is_refused(case: int, found: list[str]) -> None:
     assert found[len(SOUND) + case] == "ranks-computed"
 

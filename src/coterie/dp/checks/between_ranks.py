@@ -7,7 +7,7 @@ which takes neither rows nor records' numbers nor an exchange of norms. So a sum
 or counted twice, or a partner that is the wrong one shows before a lot is drawn.
 
 A routing decision at a tie may fall differently beside other rows. Where the first comparison fails, two of the
-next have to agree.
+next have to agree. A draw whose gradients are no numbers compares nothing, and the next is taken.
 
 Shape letters: B records, one for each rank; G gradient groups.
 """
@@ -54,18 +54,33 @@ def check_between_ranks(engine: Engine, ranks: Ranks, owners: Ownership, like: B
     if ranks.world == 1:
         return
     comparison = _Comparison(engine, ranks, owners)
-    wrong = comparison.run(like, 0)
-    if wrong is not None:
-        others = [comparison.run(like, seed) for seed in range(1, 1 + _MORE_DRAWS)]
-        wrong = None if others.count(None) >= 2 else wrong
-    if wrong is not None:
-        raise RankError(
-            f"what the ranks compute together is not what each computes alone: {wrong}.",
-            code="ranks-computed",
-            where="a comparison on made-up records, before anything is spent",
-            why="what is lost, mixed or counted twice between ranks is neither clipped nor noised as the ledger says",
-            fix="train in one process, and report this with the versions of torch at all ranks",
+    seen: list[str | None] = []
+    for seed in range(1 + _MORE_DRAWS):
+        compared, wrong = comparison.run(like, seed)
+        if compared:
+            seen.append(wrong)
+        if seen[:1] == [None] or seen.count(None) == 2:
+            return
+    if not seen:
+        raise _refusal(
+            "what the ranks compute together cannot be compared: the model's gradients on made-up records are no "
+            "numbers.",
+            fix="look at the model's weights: a layer may hold infinities",
         )
+    raise _refusal(
+        f"what the ranks compute together is not what each computes alone: {seen[0]}.",
+        fix="train in one process, and report this with the versions of torch at all ranks",
+    )
+
+
+def _refusal(message: str, fix: str) -> RankError:
+    return RankError(
+        message,
+        code="ranks-computed",
+        where="a comparison on made-up records, before anything is spent",
+        why="what is lost, mixed or counted twice between ranks is neither clipped nor noised as the ledger says",
+        fix=fix,
+    )
 
 
 class _Comparison:
@@ -73,8 +88,8 @@ class _Comparison:
         self._engine, self._ranks, self._owners = engine, ranks, owners
         self._spread, self._holdings = spread_of(engine.model), Holdings(engine.model)
 
-    def run(self, like: Batch, seed: int) -> str | None:
-        """What differs, as the first rank that sees something says; None where all agrees."""
+    def run(self, like: Batch, seed: int) -> tuple[bool, str | None]:
+        """Whether gradients were numbers everywhere, and what differs, as the first rank that sees something says."""
         engine, ranks = self._engine, self._ranks
         tokens = probe_sizes(engine.model)[0][1]
         batch = synthetic_batch(engine.model, like, ranks.world, tokens, 101 + seed)
@@ -89,8 +104,10 @@ class _Comparison:
         for sharing, owner, names in self._owners.by_owner(sums):
             sharing.add_up([sums[name] for name in names], owner)
         self._owners.hand_out(sums)
-        found = self._differs(norms, squares_GB, sums, gradients, factors_GB)
-        return next((each for each in ranks.together(f"comparison {seed}", lambda: found) if each is not None), None)
+        finite = bool(torch.isfinite(squares_GB).all())
+        found = self._differs(norms, squares_GB, sums, gradients, factors_GB) if finite else None
+        by_rank = ranks.together(f"comparison {seed}", lambda: [finite, found])
+        return all(own for own, _ in by_rank), next((wrong for _, wrong in by_rank if wrong is not None), None)
 
     def _one_by_one(self, batch: Batch) -> tuple[Tensor, list[Gradient]]:
         """[B] losses, and gradients by plain autograd of what this rank has."""
@@ -125,8 +142,6 @@ class _Comparison:
     def _differs(
         self, norms: Tensor, squares_GB: Tensor, sums: Gradient, gradients: list[Gradient], factors_GB: Tensor
     ) -> str | None:
-        if not bool(torch.isfinite(squares_GB).all()):
-            return None  # made-up records say nothing about this model; such records of the data contribute zero
         rank, groups = self._ranks.rank, self._engine.gradient_groups
         most = allowed(self._engine, self._engine.lowered)
         right = float(squares_GB[:, rank].sum().sqrt())
