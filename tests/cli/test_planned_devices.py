@@ -38,7 +38,7 @@ def test_the_fewest_devices_are_named(
     for name in ("text.txt", "public.txt"):
         (tmp_path / name).write_text("the cat\n")
     (tmp_path / "train.yaml").write_text(json.dumps(SETTINGS))
-    measured = Calibration(1.0, 104 * GB, (2, 4, 8), 1.0)
+    measured = Calibration(1.0, 0.2, 0.1, 104 * GB, (2, 4, 8), 1.0)
     devices, over = ([each * GB for each in way] for way in ((100, 75, 66), (100, 55, 40)))
     found = Preview(
         10, 0.8, 100 * GB, 1, 1, 5, None, devices=tuple(devices), experts_over=tuple(over), calibration=measured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -620,15 +620,15 @@ def _wrong_group(ranks: Ranks) -> AbstractContextManager[Any]:
 
 
 def _replica_twice(ranks: Ranks) -> AbstractContextManager[Any]:
-    by_owner = Ownership.by_owner
+    kind = type(ranks)
+    add_up = kind.add_up
 
-    def again(self: Ownership, names: Any) -> Iterator[tuple[Ranks, int, list[str]]]:
-        for sharing, owner, own in by_owner(self, names):
-            yield sharing, owner, own
-            if sharing is not ranks:
-                yield sharing, owner, own
+    def again(self: Ranks, pieces: Sequence[Tensor], owner: int) -> None:
+        add_up(self, pieces, owner)
+        if self is not ranks:
+            add_up(self, pieces, owner)
 
-    return patch.object(Ownership, "by_owner", again)
+    return patch.object(kind, "add_up", again)
 
 
 def _averaged(ranks: Ranks) -> AbstractContextManager[Any]:
