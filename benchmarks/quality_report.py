@@ -25,6 +25,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy.stats import t as student
 
+from coterie.training.tasks.questions import SETS
+
 FILES = ("jobs.jsonl", "about.json")
 ANSWERS = "commonsense.json"
 """Left by `quality_tasks.py`; the page says so where it is missing."""
@@ -216,7 +218,7 @@ coterie {about["coterie"]}. The machine was not idle: seconds are rough.
   tuned on these sets.{_isolation(jobs)}
 - **Together** runs the project's coordinator, rounds and exchanges, with parties as threads of one process. `tokens`
   has private trunks, `experts` a shared one. *In one place* takes as many sequences a round as all parties together.
-- `±` is half a 95 % interval over {len(sizes["seeds"])} seeds (Student's, so wide); a figure without it has one seed.
+- `±` is half a 95 % interval over up to {len(sizes["seeds"])} seeds (Student's, so wide); a figure without it has one seed.
 """
 
 
@@ -245,8 +247,8 @@ def _verdicts(jobs: Jobs, parties: int) -> list[str]:
         worst = max(range(len(behind)), key=lambda i: behind[i].mean)
         within = sum(estimate.mean <= 3 for estimate in behind)
         found.append(
-            f"`tokens` within 3 % of one place: on {within} of {len(behind)} domains; at worst "
-            f"{behind[worst].text('.1f')} % behind, on `{names[worst]}`."
+            f"`tokens` within 3 % of one place: on {within} of {len(behind)} domains; {_worst(behind[worst])}, on "
+            f"`{names[worst]}`."
         )
     found += _what_costs(jobs, parties)
     found += _lower(jobs, "tokens", parties, None)
@@ -257,9 +259,16 @@ def _verdicts(jobs: Jobs, parties: int) -> list[str]:
             f"`experts` equal to one place: furthest away {equal[furthest].text('+.2f')} %, on `{names[furthest]}`."
         )
     found += _lower(jobs, "experts", parties, None)
+    found += _interference(jobs, parties)
     for epsilon in jobs.about["sizes"]["epsilons"]:
         found += _lower(jobs, "experts", parties, epsilon)
     return found or ["not run yet."]
+
+
+def _worst(furthest: Estimate) -> str:
+    if furthest.mean > 0:
+        return f"at worst {furthest.text('.1f')} % behind"
+    return f"at the least {Estimate(-furthest.mean, furthest.half, furthest.seeds).text('.1f')} % ahead"
 
 
 def _what_costs(jobs: Jobs, parties: int) -> list[str]:
@@ -275,6 +284,23 @@ def _what_costs(jobs: Jobs, parties: int) -> list[str]:
     return [
         f"What costs `tokens` that, on the mean over domains: private trunks {trunk.text('+.2f')} % (`experts` with "
         f"private trunks beside one place), the exchange itself {exchange.text('+.2f')} % (`tokens` beside that)."
+    ]
+
+
+def _interference(jobs: Jobs, parties: int) -> list[str]:
+    """What it means where all text in one place is worse than each domain alone."""
+    differences = jobs.against("centralised", "isolated", parties)
+    worse = sum(d.mean > 0 for d in differences)
+    if not worse:
+        return []
+    sizes = jobs.about["sizes"]
+    tokens = sizes["rounds"] * sizes["batch"] * sizes["sequence_length"]
+    return [
+        f"All text in one place is itself worse than each party alone on {worse} of {len(differences)} domains: so "
+        "unlike are these domains, and no exchange can be held to more. Alone, every step of this small model serves "
+        f"one domain; and {tokens // 1000},000 tokens of training do not use up the {sizes['text'] // 1000} kB of a "
+        "party, so nobody lacks text. Who has enough text of a kind that nobody else has gains nothing from training "
+        "together."
     ]
 
 
@@ -416,13 +442,20 @@ def _commonsense(jobs: Jobs) -> str:
         else "No model is better than guessing on any set: it is too small for these questions, and its losses above "
         "say what it learnt"
     )
-    asked = ", ".join(f"{one['questions']}" for one in some)
+    asked = " or ".join(str(count) for count in sorted({one["questions"] for one in some}))
+    missing = [f"`{task}`" for task in SETS if task not in {one["task"] for one in some}]
+    left_out = (
+        f" Not asked: {', '.join(missing)}, some of whose choices are longer than the "
+        f"{jobs.about['sizes']['sequence_length']} tokens that the model reads."
+        if missing
+        else ""
+    )
     return (
         "## Commonsense questions\n\nShare of right answers by lm-eval, the better of plain and by byte, of the "
         f"first {asked} questions of each set, without privacy. *Guessing*: the better of two guessers who never"
         " read a question, and how far luck takes one 95 times of 100.\n\n"
         + _plain_table([f"`{one['task']}`" for one in some], rows)
-        + f"\n{verdict}.\n"
+        + f"\n{verdict}.{left_out}\n"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from coterie.cli.app import main
+from coterie.errors import DataError
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.tokenizer import train_tokenizer
 from coterie.training.tasks.harness import ask
@@ -113,3 +114,11 @@ def test_the_command_asks_an_export_and_says_that_it_guesses(
     assert found["questions"] == 8
     assert found["better_than_guessing"] is False
     assert "better than guessing: accuracy says nothing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_choice_that_the_model_cannot_read_whole_is_one_sentence(
+    folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    short = tiny_model("olmoe", vocab_size=len(tokenizer), max_position_embeddings=4)
+    with pytest.raises(DataError, match=r"question 1 of arc_easy is \d+ tokens long, and the model reads 4"):
+        ask(short, tokenizer, ["arc_easy"], folder)

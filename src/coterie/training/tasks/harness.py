@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, DataError
 from coterie.training.tasks.questions import SETS, Question, read_questions
 
 _WIDTH = 1.96
@@ -82,10 +82,12 @@ def ask(
 
     Raises:
         ConfigError: lm-eval is not installed, or a task is not known.
-        DataError: a file is missing or damaged.
+        DataError: a file is missing or damaged, or a choice is longer than what the model reads.
     """
     check_tasks(tasks)
     asked = {task: read_questions(folder, task)[:limit] for task in tasks}
+    for task, questions in asked.items():
+        check_choices_fit(model, tokenizer, task, questions)
     results = evaluated(model, tokenizer, tasks, folder, limit, batch_size)
     return [_answers(task, results[task], questions) for task, questions in asked.items()]
 
@@ -144,6 +146,30 @@ def guessing(questions: Sequence[Question]) -> float:
     at_random = sum(1 / len(question.choices) for question in questions) / len(questions)
     most = Counter(question.gold for question in questions).most_common(1)[0][1]
     return max(at_random, most / len(questions))
+
+
+def check_choices_fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, questions: Sequence[Question]
+) -> None:
+    """Make sure that the model can read every choice whole; a question before it may be cut off at its beginning.
+
+    Raises:
+        DataError: it cannot; the question is numbered, not quoted.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is None:
+        return
+    for number, question in enumerate(questions, 1):
+        doc = question.as_doc()
+        scored = [doc["ending"]] if doc["contexts"] else question.choices
+        length = max(len(tokenizer.encode(f" {each}", add_special_tokens=False)) for each in scored)
+        if length > most:
+            raise DataError(
+                f"What is scored in question {number} of {task} is {length} tokens long, and the model reads {most}.",
+                code="eval-choice-too-long",
+                why="a choice that is cut off is another choice",
+                fix="leave this task out, or ask a model with a longer context",
+            )
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
