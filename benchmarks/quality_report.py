@@ -218,7 +218,7 @@ coterie {about["coterie"]}. The machine was not idle: seconds are rough.
   tuned on these sets.{_isolation(jobs)}
 - **Together** runs the project's coordinator, rounds and exchanges, with parties as threads of one process. `tokens`
   has private trunks, `experts` a shared one. *In one place* takes as many sequences a round as all parties together.
-- `±` is half a 95 % interval over up to {len(sizes["seeds"])} seeds (Student's, so wide); a figure without it has one seed.
+- `±` is half a 95 % interval over up to {len(sizes["seeds"])} seeds (Student's: wide); a figure without it has one.
 """
 
 
