@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from coterie.errors import ConfigError, DataError
 from coterie.training.tasks import harness
-from coterie.training.tasks.harness import Answers, check_tasks, guessing
+from coterie.training.tasks.harness import Answers, check_choices_fit, check_tasks, guessing
 from coterie.training.tasks.questions import SETS, Question, read_questions
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -116,9 +117,26 @@ def test_guessing_is_measured_in_the_questions_that_were_asked(
     true, false = ROWS["boolq"], ROWS["boolq"] | {"answer": "false"}
     folder = write(tmp_path, "boolq", [true, true, true, false, false, false, false, false, false])
     monkeypatch.setattr(harness, "check_tasks", lambda tasks: None)
+    monkeypatch.setattr(harness, "check_choices_fit", lambda *_: None)
     monkeypatch.setattr(harness, "evaluated", lambda *_: {"boolq": {"acc,none": 1.0}})
     (found,) = harness.ask(None, None, ["boolq"], folder, limit=4)  # type: ignore[arg-type]  # nobody is asked
     assert (found.questions, found.guessing) == (4, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("reads", "asked", "choices"),
+    [(3, "How many?", ("a", "one two three four")), (4, "He saw that _ was old, red and round.", ("a", "b"))],
+)
+def test_what_is_scored_has_to_fit_what_the_model_reads(reads: int, asked: str, choices: tuple[str, ...]) -> None:
+    tokenizer: Any = SimpleNamespace(encode=lambda text, add_special_tokens: text.split())
+    questions = [Question(asked, ("a", "b"), 0)] if "_" not in asked else []
+    questions.append(Question(asked, choices, 0))
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=reads))
+    with pytest.raises(DataError, match=rf"question {len(questions)} of boolq is \d+ tokens long") as caught:
+        check_choices_fit(model, tokenizer, "boolq", questions)
+    assert caught.value.code == "eval-choice-too-long"
+    model.config.max_position_embeddings = 5
+    check_choices_fit(model, tokenizer, "boolq", questions)
 
 
 @pytest.mark.parametrize("tasks", [["boolq", "mmlu"], []])
