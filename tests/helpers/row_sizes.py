@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from coterie.dp.clipping import Flat
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.scaling import UNSEEN
+from coterie.dp.per_sample.stacked_terms import Segments, StackedOuter
 from coterie.dp.per_sample.terms import Term
 from helpers.engine_reference import gradients, norms, only, size
 
@@ -49,6 +50,31 @@ def sized(generator: torch.Generator, rows: int, width: int, exponents: list[int
     """Normal rows times powers of two."""
     exponent_R = torch.tensor([exponents[i % len(exponents)] for i in range(rows)], dtype=torch.float64)
     return (torch.randn(rows, width, generator=generator).double() * 2.0 ** exponent_R[:, None]).float()
+
+
+def stacked_outer(
+    x: Tensor, g: Tensor, expert_N: Tensor, records: int, transposed: bool, gathered: bool
+) -> tuple[StackedOuter, Tensor]:
+    """A term of three experts' weights, and [B, experts, O, I] float64 what it stands for.
+
+    Args:
+        x: [N, I] rows, those of a record together.
+        g: [N, O] their gradients.
+        expert_N: of each row.
+        records: B.
+        transposed: weights lie as [I, O].
+        gathered: rows are given in their own order, and the order of experts beside them.
+    """
+    tokens = len(x) // records
+    order = torch.sort(expert_N, stable=True).indices
+    segments = Segments(order // tokens, torch.bincount(expert_N, minlength=3).cumsum(0), records)
+    chosen = F.one_hot(expert_N, 3).double().view(records, tokens, 3)
+    x_BTI, g_BTO = (rows.double().view(records, tokens, -1) for rows in (x, g))
+    exact = torch.einsum("bte,bto,bti->beoi", chosen, g_BTO, x_BTI)
+    exact = exact.mT if transposed else exact
+    if gathered:
+        return StackedOuter(x, g[order], segments, exact.shape[1:], transposed, order), exact
+    return StackedOuter(x[order], g[order], segments, exact.shape[1:], transposed), exact
 
 
 # Models whose rows and gradients are chosen in the batch: the gradient at the weight is ``c`` times ``x``.

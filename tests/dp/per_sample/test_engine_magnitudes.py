@@ -20,7 +20,7 @@ from coterie.dp.clipping import Flat
 from coterie.dp.per_sample import combine_uses, gram_kernel
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.scaling import balance, bounded, single
-from coterie.dp.per_sample.stacked_terms import Segments, StackedBias, StackedOuter
+from coterie.dp.per_sample.stacked_terms import Segments, StackedBias
 from coterie.dp.per_sample.terms import Aligned, Dense, Lookup, Outer
 from coterie.models import seam
 from coterie.models.zoo.tiny import tiny_model
@@ -39,6 +39,7 @@ from helpers.row_sizes import (
     loss,
     of_sizes,
     sized,
+    stacked_outer,
 )
 
 METHODS = ("book_keeping", "ghost")
@@ -87,16 +88,7 @@ def test_experts_rows_of_any_size(
     expert_N = torch.randint(0, 3, (records * tokens,), generator=generator)
     x = sized(generator, records * tokens, 5, [e for e, _ in exponents])
     g = sized(generator, records * tokens, 4, [max(-120, min(120, total - e)) for e, total in exponents])
-    order = torch.sort(expert_N, stable=True).indices
-    segments = Segments(order // tokens, torch.bincount(expert_N, minlength=3).cumsum(0), records)
-    chosen = F.one_hot(expert_N, 3).double().view(records, tokens, 3)
-    x_BTI, g_BTO = (rows.double().view(records, tokens, -1) for rows in (x, g))
-    exact = torch.einsum("bte,bto,bti->beoi", chosen, g_BTO, x_BTI)
-    exact = exact.mT if transposed else exact
-    if gathered:
-        term = StackedOuter(x, g[order], segments, exact.shape[1:], transposed, order)
-    else:
-        term = StackedOuter(x[order], g[order], segments, exact.shape[1:], transposed)
+    term, exact = stacked_outer(x, g, expert_N, records, transposed, gathered)
     assert_bounded(term.bounded(), exact)
 
 
