@@ -2,7 +2,8 @@
 
 Experts, wherever they are: `coterie.models.seam` is the one function that transformers calls for every MoE layer;
 `coterie.models.grouped` multiplies rows sorted by expert; `coterie.models.expert_math` is forward and backward in
-closed form; `coterie.models.lora` is the same with low-rank factors. `coterie.models.autograd` calls what torch
+closed form; `coterie.models.lora` is the same with low-rank factors; `coterie.models.sizes` refuses a model whose
+tokens would not find them. `coterie.models.autograd` calls what torch
 leaves untyped, `coterie.models.tensors` tells the bytes of a tensor and the dtype of a product.
 
 Then five folders: `coterie.models.zoo` (which models, and how they are made), `coterie.models.split` (one checkpoint,

@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from coterie.errors import ModelError
 from coterie.models.autograd import applied
 from coterie.models.grouped import GroupedLinear
+from coterie.models.sizes import check_routing
 from coterie.models.tensors import compute_dtype
 
 NAME = "coterie"
@@ -252,7 +253,8 @@ def select(model: nn.Module, implementation: ExpertsImplementation | None = None
     Call it again after every load: Hugging Face resets the choice to its own.
 
     Raises:
-        ModelError: the model has no MoE layer behind the experts interface, or transformers shares its experts out.
+        ModelError: the model has no MoE layer behind the experts interface, its tokens ask for other experts than
+            there are, or transformers shares its experts out.
     """
     layers = expert_layers(model)
     for layer in layers:
@@ -264,6 +266,8 @@ def select(model: nn.Module, implementation: ExpertsImplementation | None = None
             why="its experts are not behind the transformers experts interface, or it is a dense model",
             fix="choose a family from docs/models.md, or turn a dense model into one with `coterie upcycle`",
         )
+    stacked = [param for layer in layers for param in layer.parameters().values()]
+    check_routing(layers[0].module.config, [layer.num_experts for layer in layers], stacked)
     for layer in layers:
         layer.module.config._experts_implementation = NAME  # type: ignore[union-attr]
         own = implementation or getattr(layer.module, _OWN, LocalExperts())

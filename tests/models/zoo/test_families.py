@@ -13,9 +13,9 @@ from transformers import AutoConfig, PretrainedConfig
 from coterie.cli.models import command
 from coterie.errors import ConfigError, ModelError
 from coterie.models.seam import expert_layers
+from coterie.models.sizes import experts_per_token
 from coterie.models.zoo import families
 from coterie.models.zoo.catalogue import causal_lm_types, modules_without_causal_lm
-from coterie.models.zoo.families import experts_per_token
 from coterie.models.zoo.tiny import tiny_model
 
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"

@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models import seam
+from coterie.models.sizes import check_before_building
 from coterie.models.zoo.bert_moe import BertMoeConfig, BertMoeForMaskedLM
 from coterie.models.zoo.catalogue import causal_lm_class, causal_lm_types, family_source, own_config
 from coterie.models.zoo.families import why_excluded
@@ -52,6 +53,7 @@ def build_model(
     config = load_config(spec)
     model_class = class_of(config)
     config = own_config(model_class, config)
+    check_before_building(config.get_text_config())
     if meta:
         return structure_of(config, torch_dtype(spec))
     if spec.family is not None:
@@ -69,7 +71,7 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, *, seed: int | No
     """
     model_class = class_of(config)
     with _seeded(seed):
-        model = model_class._from_config(own_config(model_class, config), dtype=dtype)
+        model = _of_config(model_class, config, dtype)
     seam.select(model)
     return model
 
@@ -82,9 +84,22 @@ def structure_of(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
     """
     model_class = class_of(config)
     with torch.device("meta"):
-        model = model_class._from_config(own_config(model_class, config), dtype=dtype)
+        model = _of_config(model_class, config, dtype)
     seam.select(model)
     return model
+
+
+def _of_config(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return model_class._from_config(own_config(model_class, config), dtype=dtype)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"No {model_class.__name__} can be built from its config: {_reason(error)}",
+            code="model-bad-setting",
+            where="the model's config",
+            why="its sizes do not fit each other",
+            fix="compare it with the config of a published model of the family",
+        ) from error
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:

@@ -18,8 +18,9 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from coterie.errors import ConfigError, ModelError
+from coterie.errors import ModelError
 from coterie.models.seam import ExpertLayer, ExpertsLayout, expert_layers
+from coterie.models.sizes import experts_per_token
 from coterie.models.zoo.catalogue import causal_lm_types, is_installed, modeling_files, modules_without_causal_lm
 from coterie.models.zoo.tiny import tiny_model
 
@@ -178,23 +179,6 @@ def _shared_experts(model: nn.Module, layer: ExpertLayer) -> tuple[str, ...]:
     prefix = re.split(r"(?<=\.\d)\.", layer.name)[0] + "."
     names = [name for name, _ in model.named_modules() if name.startswith(prefix)]
     return tuple(_pattern(name) for name in names if re.search(r"\.shared_(experts?|mlp)$", name))
-
-
-def experts_per_token(text_config: PretrainedConfig) -> int:
-    """K, under whatever name the family has for it; the largest one where layers differ.
-
-    Raises:
-        ConfigError: the config does not say.
-    """
-    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token"):
-        value = getattr(text_config, name, None)
-        if value is not None:
-            return int(value if isinstance(value, int) else max(value))
-    raise ConfigError(
-        f"{type(text_config).__name__} does not say how many experts a token takes.",
-        code="plan-top-k",
-        fix="set num_experts_per_tok in the model's config",
-    )
 
 
 Columns = Mapping[str, Mapping[str, object]]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, LoraSpec
 from coterie.models import seam
+from coterie.models.sizes import experts_per_token
 from coterie.models.zoo.build import build_model
-from coterie.models.zoo.families import experts_per_token
 
 
 @dataclass(frozen=True)
