@@ -58,14 +58,16 @@ def command(
 ) -> None:
     """Say what a federation will need: device and host memory of every party, bytes, and the cheaper exchange.
 
-    Reads federation.yaml and the model's config, no weights. Memory is that of full training with AdamW, without
-    activations, which come on top in every arrangement. With --records: lots at which every party draws each of its
+    Reads federation.yaml and the model's config, no weights. Memory is that of training with AdamW, all weights and
+    adapters alone (LoRA), without activations, which come on top in every arrangement; which of the two suits what
+    is said in words. With --records: lots at which every party draws each of its
     records equally often, so that all need the same noise. With --sequence-length: what a round and the run take,
     from computing measured here and bytes over every party's line.
 
     For a train.yaml: what `coterie train --dry-run` says, what other lots and budgets would mean, and what a round
     takes on this machine and holds at its peak, activations included, from a short calibration with models of few
-    layers on synthetic records; and whether one device, records over several, or experts over several suits it.
+    layers on synthetic records; whether one device, records over several, or experts over several suits it; and the
+    same with adapters in place of full training.
 
     Example:
         coterie plan federation.yaml
@@ -73,6 +75,7 @@ def command(
         coterie plan federation.yaml --sequence-length 512 --gbit 0.5 --speed cedar=0.5
         coterie plan federation.yaml --records alder=1583 --records birch=1100 --records cedar=1155
         coterie plan --preset Qwen3-30B-A3B --parties 4
+        coterie plan --preset Switch-base-8
         coterie plan train.yaml
         coterie plan train.yaml --device-gb 80
     """
@@ -81,6 +84,7 @@ def command(
     from coterie.config.load import names_setting
     from coterie.dp.noise.pooled import fewest_parties
     from coterie.errors import ConfigError
+    from coterie.training.planning.outside import is_outside
     from coterie.training.planning.plan import make_plan, preset_federation
 
     if (settings is None) == (preset is None):
@@ -102,21 +106,31 @@ def command(
         given = None if device_gb is None else round(device_gb * 1e9)
         show_plan(settled_lot(load_yaml(settings, TrainConfig)), json_file, others=True, device_bytes=given)
         return
+    if preset is not None and is_outside(preset):
+        show_outside(3 if parties is None else parties, json_file)
+        return
     federation = (
         load_yaml(settings, FederationConfig)
         if settings
         else preset_federation(preset or "", 3 if parties is None else parties)
     )
     plan = make_plan(federation, numbers_of(records or ()))
-    found = None
+    found = other = None
     if sequence_length is not None:
-        from coterie.training.party.planned_time import planned_round
+        from coterie.training.party.planned_time import planned_round, the_other_way
 
-        found = planned_round(
-            federation, plan, sequence_length, bytes_per_second=gbit * 1e9 / 8, speeds=speeds_of(speed)
-        )
+        rate, speeds = gbit * 1e9 / 8, speeds_of(speed)
+        found = planned_round(federation, plan, sequence_length, bytes_per_second=rate, speeds=speeds)
+        other = the_other_way(federation, plan, sequence_length, bytes_per_second=rate, speeds=speeds)
     if json_file is not None:
-        write_json(json_file, {**plan.as_json(), "time": None if found is None else found.as_json()})
+        write_json(
+            json_file,
+            {
+                **plan.as_json(),
+                "time": None if found is None else found.as_json(),
+                "time_the_other_way": None if other is None else other.as_json(),
+            },
+        )
     say(
         f"{federation.name}: {big(plan.trunk + plan.experts)} parameters, {plan.expert_share:.1%} in the experts of "
         f"{plan.layers} layers; one place would hold {size(plan.centralised_bytes)}"
@@ -125,12 +139,24 @@ def command(
     def moved(amount: int | None) -> str | None:
         return None if amount is None else f"{size(amount)} ({8 * amount / gbit / 1e9:.3g} s)"
 
+    rows = [("all weights", each) for each in plan.parties] + [("adapters", each) for each in plan.lora.parties]
     table(
-        ("party", "exchange", "hosts", "device", "less than one place", "host memory", "down a round", "up a round"),
+        (
+            "party",
+            "exchange",
+            "trained",
+            "hosts",
+            "device",
+            "less than one place",
+            "host memory",
+            "down a round",
+            "up a round",
+        ),
         [
             (
                 each.party,
                 each.exchange,
+                trained,
                 big(each.hosted),
                 size(each.need.device),
                 f"{each.saving:.1%}",
@@ -138,8 +164,16 @@ def command(
                 moved(each.down),
                 moved(each.up),
             )
-            for each in plan.parties
+            for trained, each in rows
         ],
+    )
+    once = max(each.once for each in plan.lora.parties)
+    how = (
+        "federation.yaml has `lora`" if plan.lora.agreed else f"`lora: {{rank: {plan.lora.rank}}}` in federation.yaml"
+    )
+    say(
+        f"adapters ({how}): {big(plan.lora.adapters)} values, in `experts`; frozen experts cross once, in the first "
+        f"round: {moved(once)}; one place would hold {size(plan.lora.centralised_bytes)}"
     )
     say("memory is state; activations come on top, and rows kept for clipping where `method` is book_keeping")
     say(
@@ -186,9 +220,40 @@ def command(
         show_lots(federation, plan.equal_rates)
     if found is not None and sequence_length is not None:
         show_time(found, gbit, sequence_length)
+        if other is not None:
+            way = "all weights trained instead" if plan.lora.agreed else "adapters instead, in `experts`"
+            say(f"with {way} a round takes {other.seconds:.3g} s")
+    for line in plan.advice():
+        say(line)
     for lines in plan.warnings.values():
         for line in lines:
             say(line)
+
+
+def show_outside(parties: int, json_file: Path | None) -> None:
+    """What a model would need that cannot be trained here, and what is nearest."""
+    from coterie.cli.output import big, say, size, table, write_json
+    from coterie.training.planning.outside import NAME, WHY, plan_outside
+    from coterie.training.planning.plan import check_parties
+
+    check_parties(parties)
+    found = plan_outside(parties)
+    shape = found.shape
+    if json_file is not None:
+        write_json(json_file, found.as_json())
+    say(WHY)
+    say(
+        f"{NAME}: {big(shape.trunk + shape.experts)} parameters, {shape.expert_share:.1%} in the experts of "
+        f"{shape.layers} layers; one place would hold {size(found.centralised.device)}"
+    )
+    table(
+        ("exchange", "hosts", "device", "host memory"),
+        [
+            (name, big(shape.hosted), size(need.device), size(need.host))
+            for name, need in (("tokens", found.tokens), ("experts", found.experts))
+        ],
+        title=f"each of {parties} parties, if it could be:",
+    )
 
 
 def numbers_of(given: Sequence[str]) -> dict[str, int]:

@@ -17,10 +17,12 @@ from coterie.pages.amounts import duration
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
 from coterie.training.planning.forecast import Forecast
+from coterie.training.planning.full_or_lora import SUITS, of_noise
 from coterie.training.planning.noise_bands import advice
 from coterie.training.planning.ways import choose, memory_here
 from coterie.training.single import auto_lot
-from coterie.training.single.previewed import preview
+from coterie.training.single.calibrated import Calibration
+from coterie.training.single.previewed import AdaptersPreview, Preview, preview
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
 
@@ -111,9 +113,32 @@ def show_plan(
             [astuple(each) for each in found.bands],
         )
         say(advice(found.bands))
+    if found.lora is not None:
+        _show_adapters(found, found.lora)
     say("nothing was trained or spent")
     if json_file is not None:
         write_json(json_file, found.as_json())
+
+
+def _show_adapters(found: Preview, lora: AdaptersPreview) -> None:
+    """Full training beside adapters."""
+    rows = [("all weights", found.parameters, found.state_bytes, found.calibration)]
+    rows.append((f"adapters, rank {lora.rank}", lora.adapters, lora.state_bytes, lora.calibration))
+    say("full training or adapters (LoRA; `PrivateTrainer` with peft, or `lora` in a federation.yaml, trains them):")
+    table(
+        ("trained", "values", "state", "a round", "at the peak"),
+        [
+            (what, big(values), size(state), *(("-", "-") if here is None else _of_round(here)))
+            for what, values, state, here in rows
+        ],
+    )
+    if found.privacy is not None:
+        say(of_noise(found.parameters, lora.adapters))
+    say(SUITS)
+
+
+def _of_round(here: Calibration) -> tuple[str, str]:
+    return f"{here.round_seconds:.3g} s", size(here.peak_bytes)
 
 
 @contextmanager

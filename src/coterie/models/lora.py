@@ -9,7 +9,7 @@ Shape letters: E experts, r rank, I inputs, O outputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,14 +77,7 @@ def attach_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
             code="model-no-peft",
             fix="install it with: pip install 'coterie[lora]'",
         ) from error
-    names = {name for layer in expert_layers(model) for name in layer.parameters()}
-    unknown = sorted(set(spec.experts) - names)
-    if unknown:
-        raise ModelError(
-            f"`lora.experts` names `{unknown[0]}`, which no expert of {type(model).__name__} has.",
-            code="model-lora-target",
-            fix=f"choose from: {', '.join(sorted(name for name in names if not name.endswith('_bias')))}",
-        )
+    _check_targets(model, spec)
     paths = sorted(
         {f"{layer.name.rpartition('.')[2]}.{name}" for layer in expert_layers(model) for name in spec.experts}
     )
@@ -105,6 +98,68 @@ def attach_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
                     value.normal_(std=param.shape[-1] ** -0.5, generator=generator)
                 setattr(module, name, nn.Parameter(value.to(device, torch.float32)))
     return adapted
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """How many values each factor of each adapter has.
+
+    Attributes:
+        experts: of stacked expert parameters.
+        modules: of layers of the trunk.
+    """
+
+    experts: tuple[int, ...]
+    modules: tuple[int, ...]
+
+
+def adapter_sizes(model: nn.Module, spec: LoraSpec) -> AdapterSizes:
+    """What `attach_adapters` would attach, from shapes alone: the model may be on the meta device, and peft absent.
+
+    Raises:
+        ModelError: a name is not in the model.
+    """
+    _check_targets(model, spec)
+    stacked = [
+        param.shape for layer in expert_layers(model) for name, param in layer.parameters().items()
+        if name in spec.experts
+    ]  # fmt: skip
+    plain = [weight.shape for name, weight in _matrices(model).items() if _ends_with_one_of(name, spec.modules)]
+    return AdapterSizes(
+        tuple(shape[0] * spec.rank * side for shape in stacked for side in shape[1:]),
+        tuple(spec.rank * side for shape in plain for side in shape),
+    )
+
+
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of linear layers, routers and embeddings, by the module's name."""
+    found = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    return {name: weight for name, weight in found.items() if isinstance(weight, nn.Parameter) and weight.dim() == 2}
+
+
+def _ends_with_one_of(name: str, ends: Collection[str]) -> bool:
+    """As peft looks for modules."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
+    names = {name for layer in expert_layers(model) for name in layer.parameters()}
+    unknown = sorted(set(spec.experts) - names)
+    if unknown:
+        raise ModelError(
+            f"`lora.experts` names `{unknown[0]}`, which no expert of {type(model).__name__} has.",
+            code="model-lora-target",
+            fix=f"choose from: {', '.join(sorted(name for name in names if not name.endswith('_bias')))}",
+        )
+    layers = _matrices(model)
+    for end in spec.modules:
+        if not any(_ends_with_one_of(name, (end,)) for name in layers):
+            raise ModelError(
+                f"`lora.modules` names `{end}`, which is no layer of {type(model).__name__} that an adapter fits.",
+                code="model-lora-target",
+                why="nothing of that name would be trained, and nothing would say so",
+                fix=f"choose from: {', '.join(sorted({name.rpartition('.')[2] for name in layers}))}",
+            )
 
 
 def _ups(module: nn.Module) -> list[nn.Module]:

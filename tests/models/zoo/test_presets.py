@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from coterie.cli.app import main
+from coterie.config import ModelSpec
 from coterie.errors import ConfigError, ModelError
 from coterie.models.seam import expert_layers
 from coterie.models.zoo.build import build_model
@@ -41,7 +43,7 @@ def test_names_are_found_in_any_case_and_others_are_refused_with_the_nearest() -
     with pytest.raises(ModelError, match="choose one of Mixtral"):
         preset("nothing like it")
     with pytest.raises(ModelError, match="cannot be trained here"):
-        preset("Switch-base-8")
+        preset("Switch-large-128")
 
 
 def test_the_plan_of_a_preset_counts_its_parameters_and_shares_its_experts() -> None:
@@ -66,3 +68,24 @@ def test_the_command_takes_a_file_or_a_preset_and_not_both(
             main(arguments)
         assert refused.value.code == 1
         assert "plan-what" in capsys.readouterr().err
+
+
+def test_switch_cannot_be_trained_and_its_plan_says_what_is_nearest_and_what_it_would_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--preset", "switch-base-8", "--json", str(path)])
+    assert ended.value.code == 0
+    said, found = capsys.readouterr().out, json.loads(path.read_text("utf-8"))
+    assert "cannot be trained here: it is an encoder-decoder" in said
+    trunk, experts = found["shape"]["trunk"], found["shape"]["experts"]
+    assert (trunk + experts) / 1e9 == pytest.approx(0.62, rel=2e-3)
+    assert experts == 12 * 8 * 2 * 768 * 3072, "an expert is two matrices"
+    assert found["centralised"]["device"] == 18 * (trunk + experts) + 2 * 8 * 768 * 3072
+    nearest = yaml.safe_load(said[said.index("`config: ") + len("`config: ") :].partition("`")[0])
+    model = build_model(ModelSpec(family="mixtral", config=nearest), meta=True)
+    assert {layer.num_experts for layer in expert_layers(model)} == {8}
+    with pytest.raises(SystemExit):
+        main(["plan", "--preset", "Switch-base-8", "--parties", "1"])
+    assert "plan-parties" in capsys.readouterr().err

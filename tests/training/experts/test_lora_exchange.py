@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,24 +28,15 @@ from coterie.training.evaluate import evaluate
 from coterie.training.experts.held_sums import HeldSums
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.party.in_process import InProcessFederation, run_in_process
-from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
+from coterie.training.party.inputs import PartyInputs
+from helpers.adapted_federations import adapted_parts
 from helpers.comparing import relative
-from helpers.federations import PARTIES, experts_of, full_models, make_parts, settings
+from helpers.federations import PARTIES, experts_of, full_models, settings
 from helpers.private_settings import private_settings, with_privacy
 from helpers.recorded import watch
 
 pytest.importorskip("peft")
 LORA = LoraSpec(rank=2, alpha=4.0, modules=("q_proj",))
-
-
-def adapted_parts(config: FederationConfig, models: Mapping[str, nn.Module], folder: Path) -> dict[str, PartyInputs]:
-    found = {}
-    for name, each in make_parts(config, models, folder).items():
-        experts = each.weights().experts
-        model = attach_adapters(each.model, LORA, seed=0)
-        start = {key: value.detach().clone() for key, value in trunk_tensors(model).items()}
-        found[name] = replace(each, model=model, weights=lambda s=start, e=experts: Weights(s, e))
-    return found
 
 
 def union_by_hand(config: FederationConfig, model: nn.Module, parts: Mapping[str, PartyInputs]) -> None:
@@ -74,7 +64,7 @@ def run(
     config: FederationConfig, folder: Path
 ) -> tuple[InProcessFederation, dict[str, PartyInputs], nn.Module, list]:
     one = full_models()[PARTIES[0]]
-    parts = adapted_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder)
+    parts = adapted_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder, LORA)
     seen: list[tuple] = []
     federation = InProcessFederation(config, folder / "coordinator")
     federation.coordinate()
@@ -152,7 +142,7 @@ def test_a_private_party_with_adapters_passes_the_comparison_and_releases_their_
     """Before the first lot, adapters on lent weights are compared with plain autograd, one record at a time."""
     config = private_settings(trunk="private", lora=LORA.model_dump())
     whole = full_models()["alder"]
-    parts = adapted_parts(config, {name: copy.deepcopy(whole) for name in PARTIES}, tmp_path)
+    parts = adapted_parts(config, {name: copy.deepcopy(whole) for name in PARTIES}, tmp_path, LORA)
     inputs = with_privacy({"alder": parts["alder"]}, tmp_path, sigma=None)["alder"]
     assert inputs.privacy is not None
     cache = WeightCache(MemoryStore(), len(expert_layers(whole)))
@@ -188,7 +178,7 @@ def test_adapters_under_a_budget_are_trained_alike_with_and_without_masks(
         )
         folder = tmp_path / aggregation
         folder.mkdir()
-        parts = adapted_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder)
+        parts = adapted_parts(config, {name: copy.deepcopy(one) for name in PARTIES}, folder, LORA)
         private = with_privacy(parts, folder, sigma=0.5)
         federation, results = run_in_process(config, list(private.values()), folder / "coordinator")
         assert {result.privacy["rounds"] for result in results.values() if result.privacy is not None} == {2}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from coterie.config import FederationConfig
-from coterie.errors import ConfigError
 from coterie.models.seam import expert_layers
 from coterie.training.party.in_process import run_in_process
 from coterie.training.planning.closed_form import Shape, predict, saving
@@ -113,12 +112,6 @@ def vars_of(model: torch.nn.Module) -> dict[str, object]:
         "num_key_value_heads", "num_experts", "num_experts_per_tok",
     )  # fmt: skip
     return {name: getattr(model.config, name) for name in names}  # type: ignore[union-attr]
-
-
-def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(ConfigError) as caught:
-        make_plan(olmoe(lora={"rank": 4}))
-    assert caught.value.code == "plan-lora"
 
 
 def test_memory_beside_the_device_grows_with_parties_and_push_format():

@@ -108,11 +108,11 @@ def preset(name: str) -> ModelSpec:
     found = {known.lower(): known for known in PRESETS}.get(name.lower())
     if found is None and name.lower().startswith("switch"):
         raise ModelError(
-            f"`{name}` cannot be trained here, so there is nothing to plan: it is an encoder-decoder outside "
-            "transformers' experts interface.",
+            f"`{name}` cannot be trained here: it is an encoder-decoder outside transformers' experts interface.",
             code="model-preset",
             why="its experts have a capacity and drop tokens beyond it",
-            fix="plan a decoder with experts of that size: `family: olmoe` and its `config` in a settings file",
+            fix="`--preset Switch-base-8` says what that one would need; plan a decoder with experts of that size: "
+            "`family: mixtral` and its `config` in a settings file",
         )
     if found is None:
         near = difflib.get_close_matches(name.lower(), [known.lower() for known in PRESETS], n=1)

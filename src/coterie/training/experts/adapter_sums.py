@@ -13,7 +13,7 @@ from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.federation.cancel import CancelToken
 from coterie.models.spread.holdings import Holdings
-from coterie.models.streaming.streamer import LayerStreamer
+from coterie.models.streaming.streamer import LayerStreamer, WeightSource
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Batch
 from coterie.training.experts.contribution import Sums, WithoutLedger, dealt, summed_figures
@@ -26,6 +26,16 @@ _NEVER_CLIPS = 1e30
 
 def _summed_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return sequence_losses(model, dict(batch))[0]
+
+
+def adapter_engine(model: nn.Module, weights: WeightSource | None = None) -> Engine:
+    """What adds up the adapters' gradients without clipping any.
+
+    Args:
+        model: with adapters.
+        weights: lends the experts' frozen weights; None: the model holds them.
+    """
+    return Engine(model, _summed_losses, Flat(_NEVER_CLIPS), "auto", weights, {}, torch.device("cpu"))
 
 
 class AdapterSums(WithoutLedger):
@@ -64,8 +74,7 @@ class AdapterSums(WithoutLedger):
 
     def _own(self, round_no: int, streamer: LayerStreamer, cancel: CancelToken) -> tuple[HeldSums, dict[str, float]]:
         if self._engine is None:
-            cpu = torch.device("cpu")
-            self._engine = Engine(self._model, _summed_losses, Flat(_NEVER_CLIPS), "auto", streamer, {}, cpu)
+            self._engine = adapter_engine(self._model, streamer)
         engine = self._engine
         figures = summed_figures(self._ranks, round_no, lambda: self._add_own(engine, round_no, cancel))
         totals = engine.take()

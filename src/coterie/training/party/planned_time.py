@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from coterie.config import DataSpec, FederationConfig, PrivacyRules, PrivacySpec
 from coterie.dp.plan import PrivacyPlan
 from coterie.errors import ConfigError
 from coterie.federation.experts.masking.streams import Masks
+from coterie.models import seam
 from coterie.models.zoo.build import build_model, load_config
 from coterie.training.data.packing import Sequences
 from coterie.training.experts.push_grid import masked_width
-from coterie.training.planning.plan import FederationPlan, PartyPlan
+from coterie.training.planning.full_or_lora import usual_lora
+from coterie.training.planning.plan import FederationPlan, PartyPlan, make_plan
 from coterie.training.planning.round_time import PartyLoad, RoundTime, experts_round, tokens_round
 from coterie.training.single.calibrated import Calibration, Clock, calibrate_model
 
@@ -67,7 +70,7 @@ def planned_round(
     masks = _mask_seconds(federation, clock)
     lots = {} if plan.equal_rates is None else {each.party: each.lot_size for each in plan.equal_rates.lots}
     loads = []
-    for each in (row for row in plan.parties if row.exchange == federation.exchange):
+    for each in plan.trained_as_agreed(federation.exchange):
         slower = 1 / speeds.get(each.party, 1.0)
         units = lots.get(each.party, _units(federation, each.party))
         load = PartyLoad(each.party, units, here.unit_seconds * slower, here.fixed_seconds * slower)
@@ -78,6 +81,32 @@ def planned_round(
     return experts_round(loads, bytes_per_second, rounds, federation.push_after_s)
 
 
+def the_other_way(
+    federation: FederationConfig,
+    plan: FederationPlan,
+    length: int,
+    *,
+    bytes_per_second: float,
+    speeds: Mapping[str, float] | None = None,
+    clock: Clock = time.monotonic,
+) -> RoundTime | None:
+    """The same where adapters are trained in place of all weights, in `experts`; or all weights where adapters were
+    agreed on.
+
+    Returns:
+        None where peft is not installed, which adapters need.
+    """
+    if find_spec("peft") is None:
+        return None
+    lora = usual_lora(seam.expert_layers(build_model(federation.model, meta=True))[0])
+    changed = {"lora": None} if plan.lora.agreed else {"lora": lora, "exchange": "experts"}
+    other = federation.model_copy(update=changed)
+    return planned_round(
+        other, replace(make_plan(other), equal_rates=plan.equal_rates), length, bytes_per_second=bytes_per_second,
+        speeds=speeds, clock=clock,
+    )  # fmt: skip
+
+
 def _with_bytes(
     load: PartyLoad, federation: FederationConfig, plan: FederationPlan, party: PartyPlan, length: int, masks: float
 ) -> PartyLoad:
@@ -86,9 +115,12 @@ def _with_bytes(
         # Two of a token's four crossings go each way, and as many for tokens of others at the experts hosted here.
         return replace(load, fetched=round(plan.bytes_per_token * federation.train.batch_size * length))
     down, up, served, taken = party.down or 0, party.up or 0, party.served or 0, party.taken or 0
-    values = plan.experts + (plan.trunk if federation.trunk == "shared" else 0)
+    if plan.lora.agreed:  # what is frozen came in the first round, and a round fetches adapters alone
+        values, first = plan.lora.shared, down
+    else:
+        values, first = plan.experts + (plan.trunk if federation.trunk == "shared" else 0), plan.largest_layer_down
     return replace(
-        load, first=plan.largest_layer_down, fetched=down, served=served, pushed=up, taken=taken,
+        load, first=first, fetched=down, served=served, pushed=up, taken=taken,
         mask_seconds=masks * values,
     )  # fmt: skip
 
@@ -129,7 +161,7 @@ def _calibrated(federation: FederationConfig, length: int, clock: Clock) -> Cali
     vocabulary = int(whole.get_text_config().vocab_size)
     tokens = torch.randint(0, vocabulary, (rows * length,), generator=torch.Generator().manual_seed(0))
     records = Sequences(tokens.to(torch.int32), torch.arange(rows + 1) * length, torch.arange(rows))
-    return calibrate_model(config, whole, records, clock)
+    return calibrate_model(config, whole, records, clock, federation.lora)
 
 
 def _mask_seconds(federation: FederationConfig, clock: Clock) -> float:

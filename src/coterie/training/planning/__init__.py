@@ -7,7 +7,9 @@ run will spend, `coterie.training.planning.exposure` what others can read where 
 sizes, `coterie.training.planning.pooled_noise` what noise of several parties is worth,
 `coterie.training.planning.record_time` measures a record's time, `coterie.training.planning.round_time` puts a
 federation's round together, `coterie.training.planning.equal_rates` proposes
-lots that need the same noise at every party, `coterie.training.planning.noise_bands` says what noise in bands
+lots that need the same noise at every party, `coterie.training.planning.outside`
+counts a model that cannot be trained here, `coterie.training.planning.full_or_lora` sets
+full training beside adapters, `coterie.training.planning.noise_bands` says what noise in bands
 would leave, and `coterie.training.planning.ways` whether one device, records over several or experts over several
 suits a run, by what `coterie.training.planning.rank_memory` says that a rank holds.
 """

@@ -62,6 +62,28 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Low-rank updates that are trained in place of the weights, which are frozen. All in values.
+
+    Attributes:
+        shared: that all parties train together: those of experts, and with a shared trunk those of its layers.
+        own: of the trunk's layers, where each party trains its own.
+        stored: of the shared ones, those that the party steps for all.
+        matrix: the largest matrix of one expert; a narrower one is widened to be multiplied.
+    """
+
+    shared: int
+    own: int = 0
+    stored: int = 0
+    matrix: int = 0
+
+    @property
+    def trained(self) -> int:
+        """All that a party trains."""
+        return self.shared + self.own
+
+
+@dataclass(frozen=True)
 class Need:
     """Bytes of one party: ``device`` where it computes, ``host`` in ordinary memory beside it."""
 
@@ -99,6 +121,36 @@ def predict(arrangement: Arrangement, shape: Shape) -> Need:
         + shape.wire_bytes * (stored + shape.experts)
         + 3 * FLOAT32 * (shape.trunk + shape.experts)
         + shape.push_bytes * shape.parties * stored
+    )
+    return Need(device, host)
+
+
+def predict_adapters(arrangement: Literal["centralised", "experts"], shape: Shape, adapters: Adapters) -> Need:
+    """The same where adapters alone are trained; they, their sums and their optimiser are float32 always.
+
+    - ``centralised``: all frozen weights, the adapters, their gradients and moments.
+    - ``experts``: the frozen trunk, two layers' frozen experts in the narrower format, one expert's matrix in the
+      wider one, the adapters and the gradients of one layer's. Beside it the cache of all layers, which holds the
+      own experts, too (`coterie.federation.experts.frozen_shard`); of adapters what full training has of its
+      weights: masters and optimisers of those stored here and the own ones, the bytes that are served, the sums
+      three times, and everybody's pushes.
+    """
+    trained, frozen = adapters.trained, shape.trunk + shape.experts
+    if arrangement == "centralised":
+        return Need(shape.compute_bytes * frozen + 4 * FLOAT32 * trained, 0)
+    narrow = min(shape.wire_bytes, shape.compute_bytes)
+    widened = shape.compute_bytes * adapters.matrix if narrow < shape.compute_bytes else 0
+    device = (
+        shape.compute_bytes * shape.trunk
+        + 2 * narrow * (shape.experts // shape.layers)
+        + widened
+        + FLOAT32 * (trained + trained // shape.layers)
+    )
+    host = (
+        shape.wire_bytes * (shape.experts + adapters.stored)
+        + 4 * FLOAT32 * (adapters.stored + adapters.own)
+        + 3 * FLOAT32 * trained
+        + shape.push_bytes * shape.parties * adapters.stored
     )
     return Need(device, host)
 

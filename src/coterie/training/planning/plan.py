@@ -7,7 +7,7 @@ Everything follows from federation.yaml and the model's config; no weight is rea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,15 +16,18 @@ from torch import nn
 
 from coterie.config import FederationConfig, FederationTrainSpec, MemberAddress
 from coterie.errors import ConfigError
+from coterie.federation.experts.parts import expert_parts
 from coterie.models import seam
+from coterie.models.lora import adapter_sizes
+from coterie.models.sizes import experts_per_token
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.build import build_model, torch_dtype
-from coterie.models.zoo.families import experts_per_token
 from coterie.models.zoo.presets import preset
 from coterie.training.experts.push_grid import masked_width
-from coterie.training.planning.closed_form import Need, Shape, predict
+from coterie.training.planning.closed_form import Adapters, Need, Shape, predict, predict_adapters
 from coterie.training.planning.equal_rates import EqualRates, equal_rates
 from coterie.training.planning.exposure import Reach, of_pushes, of_tokens
+from coterie.training.planning.full_or_lora import SUITS, of_noise, usual_lora
 from coterie.training.planning.pooled_noise import NoiseRow, noise_table
 
 Exchange = Literal["tokens", "experts"]
@@ -42,6 +45,7 @@ class PartyPlan:
         down, up: for `experts`, bytes of weights that come and of sums that go in a round, the same whatever the
             text; a party whose weights did not change sends fewer. For `tokens`, None: they depend on the text.
         served, taken: the same as a host: weights that go to all other parties, and their sums that come.
+        once: bytes of frozen weights that come in the first round and never again.
     """
 
     party: str
@@ -53,6 +57,29 @@ class PartyPlan:
     up: int | None = None
     served: int | None = None
     taken: int | None = None
+    once: int = 0
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """The same federation with adapters in place of full training, beside it.
+
+    Attributes:
+        agreed: federation.yaml says so; otherwise this is what its default settings would mean.
+        rank: of every update.
+        adapters: values of all adapters that a party trains; shared: of these, those that cross.
+        weights: that full training changes.
+        centralised_bytes: device memory in one place, without activations.
+        parties: every party, in the `experts` exchange.
+    """
+
+    agreed: bool
+    rank: int
+    adapters: int
+    shared: int
+    weights: int
+    centralised_bytes: int
+    parties: tuple[PartyPlan, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +91,8 @@ class FederationPlan:
         expert_share: f.
         layers: MoE layers.
         centralised_bytes: device memory of training all of it in one place, without activations.
-        parties: every party in both exchanges.
+        parties: every party in both exchanges, all weights trained.
+        lora: the same with adapters alone.
         bytes_per_token: of `tokens`, there and back, forward and backward, in all layers, with experts chosen
             evenly; one party's.
         break_even_tokens: tokens in one party's round from which `experts` moves fewer bytes than `tokens`.
@@ -87,12 +115,41 @@ class FederationPlan:
     largest_layer_down: int
     readable_tokens: int
     warnings: dict[Exchange, list[str]]
+    lora: LoraPlan
     noise: tuple[NoiseRow, ...] = ()
     equal_rates: EqualRates | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
-        return asdict(self)
+        return {**asdict(self), "advice": self.advice()}
+
+    def trained_as_agreed(self, exchange: Exchange) -> tuple[PartyPlan, ...]:
+        """Every party as federation.yaml has it."""
+        return self.lora.parties if self.lora.agreed else tuple(p for p in self.parties if p.exchange == exchange)
+
+    def advice(self) -> list[str]:
+        """Full training or adapters, in sentences."""
+        full = [each for each in self.parties if each.exchange == "experts"]
+        lora = self.lora
+
+        def most(parties: Iterable[PartyPlan], what: Callable[[PartyPlan], int]) -> int:
+            return max(what(each) for each in parties)
+
+        def ratio(what: Callable[[PartyPlan], int]) -> str:
+            return f"{most(full, what) / max(1, most(lora.parties, what)):.3g}"
+
+        return [
+            f"full training or adapters (LoRA, rank {lora.rank}): with adapters the device holds 1/"
+            f"{ratio(lambda each: each.need.device)} of the state, host memory "
+            f"1/{ratio(lambda each: each.need.host)}, and a round moves 1/{ratio(_moved)} of the bytes; the frozen "
+            "weights cross once, in the first round",
+            of_noise(lora.weights, lora.adapters),
+            SUITS,
+        ]
+
+
+def _moved(party: PartyPlan) -> int:
+    return (party.down or 0) + (party.up or 0)
 
 
 def preset_federation(name: str, parties: int) -> FederationConfig:
@@ -106,12 +163,7 @@ def preset_federation(name: str, parties: int) -> FederationConfig:
         ModelError: no model of that name is known.
         ConfigError: one party is no federation (code ``plan-parties``).
     """
-    if parties < 2:
-        raise ConfigError(
-            f"--parties is {parties}, and a federation has at least two.",
-            code="plan-parties",
-            fix="give the number of organisations that would train together",
-        )
+    check_parties(parties)
     model = preset(name)
     names = [f"party-{number}" for number in range(1, parties + 1)]
     return FederationConfig(
@@ -124,6 +176,20 @@ def preset_federation(name: str, parties: int) -> FederationConfig:
     )
 
 
+def check_parties(parties: int) -> None:
+    """Whether so many are a federation.
+
+    Raises:
+        ConfigError: one party is none.
+    """
+    if parties < 2:
+        raise ConfigError(
+            f"--parties is {parties}, and a federation has at least two.",
+            code="plan-parties",
+            fix="give the number of organisations that would train together",
+        )
+
+
 def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = None) -> FederationPlan:
     """Plan a federation.
 
@@ -132,17 +198,9 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
         units: every party's number of records, or users where these are the unit; lots are proposed for them.
 
     Raises:
-        ConfigError: it trains adapters only, which this arithmetic does not cover; see also `equal_rates`.
-        BudgetError: see `equal_rates`.
-        ModelError, PlacementError: model or placement do not exist.
+        ConfigError, BudgetError: see `equal_rates`.
+        ModelError, PlacementError: model, placement or what gets an adapter do not exist.
     """
-    if federation.lora is not None:
-        raise ConfigError(
-            "`coterie plan` knows full training only, and federation.yaml has a `lora` block.",
-            code="plan-lora",
-            why="frozen weights have no optimiser and cross once, so the figures would be far too large",
-            fix="leave out `lora` to see the figures of full training",
-        )
     model = build_model(federation.model, meta=True)
     layers = seam.expert_layers(model)
     names = list(federation.parties)
@@ -162,13 +220,41 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
     rounds = [plan.down + plan.up for plan in plans if plan.down is not None and plan.up is not None]
     per_layer = first.experts // first.layers
     largest = max((per_layer - own) * first.wire_bytes for name in names for own in hosted[name])
-    reach = Reach.of_model(model)
+    reach = Reach.of_model(model, federation.lora)
     return FederationPlan(
         first.trunk, first.experts, first.expert_share, len(layers), whole, tuple(plans), per_token,
         math.ceil(max(rounds) / per_token) if per_token else 0, largest, reach.tokens,
-        {"tokens": of_tokens(federation), "experts": of_pushes(federation, reach)}, tuple(noise_table(federation)),
+        {"tokens": of_tokens(federation), "experts": of_pushes(federation, reach)},
+        _with_adapters(federation, model, shapes), tuple(noise_table(federation)),
         equal_rates(federation, units) if units else None,
     )  # fmt: skip
+
+
+def _with_adapters(federation: FederationConfig, model: nn.Module, shapes: Mapping[str, Shape]) -> LoraPlan:
+    spec = federation.lora or usual_lora(seam.expert_layers(model)[0])
+    sizes, names = adapter_sizes(model, spec), list(shapes)
+    together = (*sizes.experts, *(sizes.modules if federation.trunk == "shared" else ()))
+    shared, own = sum(together), 0 if federation.trunk == "shared" else sum(sizes.modules)
+    stored = dict.fromkeys(names, 0)
+    for part in expert_parts([], [], names, {str(number): (size,) for number, size in enumerate(together)}):
+        stored[part.host] += part.num_values
+    first = shapes[names[0]]
+    matrix = max(p[0].numel() for layer in seam.expert_layers(model) for p in layer.parameters().values())
+    whole = predict_adapters("centralised", first, Adapters(shared, own)).device
+    plans = []
+    for name, shape in shapes.items():
+        adapters = Adapters(shared, own, stored[name], matrix)
+        need, served = predict_adapters("experts", shape, adapters), stored[name] * (len(names) - 1)
+        plans.append(
+            PartyPlan(
+                name, "experts", shape.hosted, need, 1 - need.device / whole,
+                shape.wire_bytes * (shared - stored[name]), shape.push_bytes * (shared - stored[name]),
+                shape.wire_bytes * served, shape.push_bytes * served,
+                shape.wire_bytes * (shape.experts - shape.hosted),
+            )
+        )  # fmt: skip
+    agreed, weights = federation.lora is not None, first.trunk + first.experts
+    return LoraPlan(agreed, spec.rank, shared + own, shared, weights, whole, tuple(plans))
 
 
 def _hosted(layers: list[seam.ExpertLayer], placement: Placement, name: str) -> list[int]:

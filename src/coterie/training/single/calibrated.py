@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +22,18 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from coterie.config import TrainConfig
+from coterie.config import LoraSpec, TrainConfig
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.plan import ComputeOptions
 from coterie.dp.private_data import PrivateData
 from coterie.dp.setup import start_session
+from coterie.models.lora import attach_adapters
 from coterie.models.seam import expert_layers
 from coterie.models.zoo.build import load_config, random_model, structure_of, torch_dtype
-from coterie.training.data.packing import Sequences
-from coterie.training.loop import train_round, use_checkpointing
+from coterie.training.data.packing import Batch, Sequences
+from coterie.training.experts.adapter_sums import adapter_engine
+from coterie.training.loop import to_device, train_round, use_checkpointing
 from coterie.training.optim import make_optimizer
 from coterie.training.planning.allocations import peak_bytes
 from coterie.training.single.setup import pick_device, plan_of, with_vocabulary
@@ -85,7 +87,11 @@ class _Point:
 
 
 def calibrate(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, records: Sequences, clock: Clock = time.monotonic
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequences,
+    clock: Clock = time.monotonic,
+    lora: LoraSpec | None = None,
 ) -> Calibration:
     """Measure small versions of a run's model on this machine.
 
@@ -94,12 +100,17 @@ def calibrate(
         tokenizer: of it.
         records: its text; lengths alone are used.
         clock: what is counted as time: seconds, or anything else that work adds to.
+        lora: adapters that are trained in place of the weights.
     """
-    return calibrate_model(config, load_config(with_vocabulary(config.model, tokenizer)), records, clock)
+    return calibrate_model(config, load_config(with_vocabulary(config.model, tokenizer)), records, clock, lora)
 
 
 def calibrate_model(
-    config: TrainConfig, whole: PretrainedConfig, records: Sequences, clock: Clock = time.monotonic
+    config: TrainConfig,
+    whole: PretrainedConfig,
+    records: Sequences,
+    clock: Clock = time.monotonic,
+    lora: LoraSpec | None = None,
 ) -> Calibration:
     """The same for a model whose config is known.
 
@@ -108,11 +119,14 @@ def calibrate_model(
         whole: the config of its model, vocabulary included.
         records: its text; lengths alone are used.
         clock: see `calibrate`.
+        lora: adapters that are trained in place of the weights.
     """
     began = time.monotonic()
     few, more, layers = _depths(whole, torch_dtype(config.model))
-    measure = _plain if config.privacy is None else _private
-    points = [measure(config, _shortened(whole, depth), records, clock) for depth in (few, more)]
+    measure = _private if config.privacy is not None else _plain if lora is None else _plain_adapters
+    points = [
+        measure(config, _model(config, _shortened(whole, depth), lora), records, clock) for depth in (few, more)
+    ]
     steps = (layers - few) / (more - few) if more > few else 0.0
     point = points[0].towards(points[1], steps)
     work = _work(config, structure_of(copy.deepcopy(whole), torch_dtype(config.model)))
@@ -166,17 +180,22 @@ def _shortened(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     return short
 
 
-def _model(config: TrainConfig, short: PretrainedConfig, device: torch.device) -> PreTrainedModel:
-    model = random_model(short, torch_dtype(config.model), seed=0).to(device)
+def _model(config: TrainConfig, short: PretrainedConfig, lora: LoraSpec | None) -> nn.Module:
+    model = random_model(short, torch_dtype(config.model), seed=0).to(pick_device(config.device))
     if config.model.gradient_checkpointing:
         use_checkpointing(model)
-    return model.train()
+    return (model if lora is None else attach_adapters(model, lora, seed=0)).train()
 
 
-def _synthetic(records: Sequences, vocabulary: int) -> Sequences:
+def _text(model: nn.Module, records: Sequences) -> Sequences:
     """Random tokens in records of the same lengths."""
+    vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     tokens = torch.randint(0, vocabulary, records.tokens.shape, generator=torch.Generator().manual_seed(0))
     return replace(records, tokens=tokens.to(torch.int32), trained=None)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [param for param in model.parameters() if param.requires_grad]
 
 
 def _held(module: nn.Module) -> int:
@@ -205,31 +224,57 @@ def _line(seconds: dict[int, float]) -> tuple[float, float]:
     return max(0.0, one - each * few), each
 
 
-def _plain(config: TrainConfig, short: PretrainedConfig, records: Sequences, clock: Clock) -> _Point:
-    device = pick_device(config.device)
-    model = _model(config, short, device)
+def _plain(config: TrainConfig, model: nn.Module, records: Sequences, clock: Clock) -> _Point:
     optimizer = make_optimizer(model.parameters(), config.optim)
-    text = _synthetic(records, int(model.config.get_text_config().vocab_size))
+
+    def one_round(batches: Iterable[Batch]) -> None:
+        train_round(model, optimizer, batches, lr=1e-6)
+
+    return _timed(config, model, records, clock, one_round)
+
+
+def _plain_adapters(config: TrainConfig, model: nn.Module, records: Sequences, clock: Clock) -> _Point:
+    """As parties of a federation train them: the engine never forms ``W + B A``."""
+    optimizer, engine = make_optimizer(_trained(model), config.optim), adapter_engine(model)
+    engine.compared = True  # a party's run compares once, and a round is what is looked for
+    device = next(model.parameters()).device
+
+    def one_round(batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            engine.accumulate(to_device(batch, device))
+        for name, total in engine.take().items():
+            engine.parameters[name].grad = total.to(device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _timed(config, model, records, clock, one_round)
+
+
+def _timed(
+    config: TrainConfig,
+    model: nn.Module,
+    records: Sequences,
+    clock: Clock,
+    one_round: Callable[[Iterable[Batch]], None],
+) -> _Point:
+    device, text = next(model.parameters()).device, _text(model, records)
     size = config.train.micro_batch or config.train.batch_size
     spread = torch.linspace(0, len(text) - 1, _MORE * size).round().long().tolist()
 
-    def one_round(count: int) -> None:
-        batches = (text.batch(spread[at::_MORE][:size]) for at in range(count))
-        train_round(model, optimizer, batches, lr=1e-6)
+    def do(count: int) -> None:
+        one_round(text.batch(spread[at::_MORE][:size]) for at in range(count))
 
-    peak = peak_bytes(lambda: one_round(_MORE), device)  # and the first, in which the optimiser makes its state
-    seconds = {count: _usual(one_round, count, device, clock) for count in (_FEW, _MORE)}
+    peak = peak_bytes(lambda: do(_MORE), device)  # and the first, in which the optimiser makes its state
+    seconds = {count: _usual(do, count, device, clock) for count in (_FEW, _MORE)}
     return _Point(*_line(seconds), _held(model) + peak)
 
 
-def _private(config: TrainConfig, short: PretrainedConfig, records: Sequences, clock: Clock) -> _Point:
+def _private(config: TrainConfig, model: nn.Module, records: Sequences, clock: Clock) -> _Point:
     spec = config.privacy
     if spec is None:
         raise ValueError("a run without a budget")
-    device = pick_device(config.device)
-    model = _model(config, short, device)
-    optimizer = make_optimizer(model.parameters(), config.optim)
-    text = _synthetic(records, int(model.config.get_text_config().vocab_size))
+    device, text = next(model.parameters()).device, _text(model, records)
+    optimizer = make_optimizer(_trained(model), config.optim)
     planned = plan_of(config, spec, model)
     plan = replace(planned, rounds=max(planned.rounds, _TIMES + 1))
     options = ComputeOptions.of_settings(spec)

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
+from coterie.models.lora import adapter_sizes
 from coterie.models.seam import expert_layers
 from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
+from coterie.training.planning.closed_form import Adapters, Shape, predict_adapters
 from coterie.training.planning.forecast import Choice, Forecast, choices, forecast
+from coterie.training.planning.full_or_lora import usual_lora
 from coterie.training.planning.noise_bands import BandsChoice, bands_choices
 from coterie.training.planning.rank_memory import Held
 from coterie.training.provenance import originals
 from coterie.training.single.calibrated import Calibration, calibrate
 from coterie.training.single.setup import check_fit, plan_of, with_vocabulary
+
+
+@dataclass(frozen=True)
+class AdaptersPreview:
+    """The same text with adapters of experts in place of full training.
+
+    Attributes:
+        rank: of every update.
+        adapters: values of them all.
+        state_bytes: frozen weights, adapters, their gradients and moments, on the device; activations on top.
+        calibration: what a round takes on this machine; None where it was not measured: without peft.
+    """
+
+    rank: int
+    adapters: int
+    state_bytes: int
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,7 @@ class Preview:
         choices: what other lots and budgets would mean.
         bands: what noise in bands would.
         calibration: what a round takes on this machine; None where that was not asked for.
+        lora: adapters in place of full training; None as well.
     """
 
     parameters: int
@@ -53,6 +76,7 @@ class Preview:
     choices: tuple[Choice, ...] = ()
     bands: tuple[BandsChoice, ...] = ()
     calibration: Calibration | None = None
+    lora: AdaptersPreview | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -93,7 +117,18 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
         whole, experts / whole, held.at_rank(1), len(records), records.predicted_tokens, config.train.rounds,
         spending, at_rank, held.over_devices(), held.over_experts(), tuple(other), tuple(bands),
         calibrate(config, tokenizer, records) if others else None,
+        _with_adapters(config, model, whole, tokenizer, records) if others else None,
     )  # fmt: skip
+
+
+def _with_adapters(
+    config: TrainConfig, model: nn.Module, weights: int, tokenizer: PreTrainedTokenizerBase, records: Sequences
+) -> AdaptersPreview:
+    spec, itemsize = usual_lora(expert_layers(model)[0]), torch_dtype(config.model).itemsize
+    adapters = sum(adapter_sizes(model, spec).experts)
+    need = predict_adapters("centralised", Shape(weights, 0, 1, 1, compute_bytes=itemsize), Adapters(adapters))
+    measured = calibrate(config, tokenizer, records, lora=spec) if find_spec("peft") is not None else None
+    return AdaptersPreview(spec.rank, adapters, need.device, measured)
 
 
 def held_of(model: nn.Module, compute_bytes: int) -> Held:
