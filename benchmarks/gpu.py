@@ -6,7 +6,7 @@
 
 Pieces, each with its own time, so that one that fails or takes too long costs no other:
 
-- ``products``: the engine's products of norms and sums in float32 and of parts on tensor cores (off by default, see
+- ``products``: the engine's products of norms and sums in float32 and of parts on tensor cores (``tensor_cores``, see
   ``docs/decisions/0067-products-on-tensor-cores.md``): largest error over what slack allows, and seconds.
 - ``exactness``: for every family that transformers has behind its experts interface, norms of three records and sums
   clipped by them, by both methods, against the same engine on the processor. Largest relative difference. The same
@@ -24,7 +24,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +105,8 @@ def matrix_products(device: torch.device, sizes: tuple[int, ...], repeats: int) 
                      for all_of_it in wide]  # fmt: skip
             exact = sides[0].double() @ sides[1].double()
             arms = {}
-            for arm, on in (("float32", nullcontext), ("tensor cores", products.on_tensor_cores)):
-                with on():
+            for arm, on in (("float32", False), ("tensor cores", True)):
+                with products.law(on):
                     left, right = (products.operand(side) for side in sides)
                     off = float(((products.multiply(left, right).double() - exact) / exact).abs().max())
                     seconds = [clock.seconds(lambda a=left, b=right: products.multiply(a, b)) for _ in range(repeats)]
@@ -126,7 +125,7 @@ def exactness(device: torch.device, families: tuple[str, ...]) -> dict[str, Any]
         try:
             here = {method: _norms_and_sums(family, method, torch.device("cpu")) for method in METHODS}
             there = {method: _norms_and_sums(family, method, device) for method in METHODS}
-            with products.on_tensor_cores():
+            with products.law(tensor_cores=True):
                 there[_CORES] = _norms_and_sums(family, METHODS[0], device)
             here[_CORES] = here[METHODS[0]]
         except Exception as error:  # one family that does not run is a finding, not the end of the others
@@ -195,7 +194,7 @@ def _on_cores(make: Callable[[], dp_step.Step]) -> Callable[[], dp_step.Step]:
         step = make()
 
         def on_cores() -> None:
-            with products.on_tensor_cores():
+            with products.law(tensor_cores=True):
                 step()
 
         return on_cores

@@ -45,15 +45,28 @@ def _cut(x: Tensor, beside: Tensor | None = None, places: int = 23) -> Tensor:
 
 
 @contextmanager
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, the processor counts as a GPU whose tensor cores are known; products are taken by `tf32_product`."""
+def known_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, the processor counts as a GPU whose tensor cores are known: products are taken by `tf32_product` where
+    an engine uses tensor cores."""
+
+    in_float32 = products._add  # noqa: SLF001 - what is emulated
 
     def add(out: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+        if not products.certain():
+            in_float32(out, left, right, fresh)
+            return
         assert torch.get_float32_matmul_precision() == "high"
         out.copy_(tf32_product(left, right, torch.zeros_like(out) if fresh else out))
 
-    with monkeypatch.context() as patched, products.on_tensor_cores():
-        patched.setattr(products, "_known", lambda device: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(products, "known", lambda device: True)
         patched.setattr(products, "_add", add)
         patched.setattr(gram_kernel, "_WORTH_STARTING", 1 << 62)  # the compiled pass multiplies by itself
+        yield
+
+
+@contextmanager
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same, with tensor cores for everything inside."""
+    with known_processor(monkeypatch), products.law(tensor_cores=True):
         yield

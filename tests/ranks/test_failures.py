@@ -60,6 +60,7 @@ def test_a_part_that_is_gone_or_changed_burns_its_round_which_stays_counted(tmp_
     [
         ({"clip_norm": 0.6}, "clip_norm"),
         ({"seed": 8}, "the plan"),
+        ({"tensor_cores": True}, "the setting tensor_cores"),
         ({"order": range(23)}, "the dataset"),
         ({"order": [*range(1, 24), 0]}, "the records"),
     ],

@@ -90,11 +90,19 @@ class PrivacyRules(Spec):
 class LocalPrivacy(Spec):
     """What a party decides for itself: none of it changes what others may rely on, except a smaller budget."""
 
+    later_keys = frozenset({"tensor_cores"})
+
     method: Literal["auto", "book_keeping", "ghost"] = Field(
         default="auto",
         description="One backward and more memory, two and less, or chosen by an estimate; same result.",
     )
     physical_batch: Count = Field(default=16, description="Records computed at once; never changes the result.")
+    tensor_cores: bool = Field(
+        default=False,
+        description="Norms and clipped sums on the GPU's tensor cores, with the wider bound on rounding that they "
+        "need: a record contributes up to half a percent less. Without effect on other devices and with "
+        "`isolation: exact`.",
+    )
     user_column: str | None = Field(default=None, description="Column that names the user, for `unit: user`.")
     records_per_user: Count = Field(default=16, description="Most sequences of one user per lot, for `unit: user`.")
     ledger: LocalPath | None = Field(
@@ -109,7 +117,7 @@ class LocalPrivacy(Spec):
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
 
-    later_keys = PrivacyRules.later_keys | {"compute_hours"}
+    later_keys = PrivacyRules.later_keys | LocalPrivacy.later_keys | {"compute_hours"}
 
     compute_hours: Positive = Field(
         default=1.0, description="For `lot_size: auto`: hours that all rounds together may compute on this machine."

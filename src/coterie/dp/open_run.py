@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.dp.accounting.accountant import Mechanism
-from coterie.dp.accounting.budget import Spent
+from coterie.dp.accounting.budget import PrivacyWarning, Spent
 from coterie.dp.accounting.dataset import ordered_digest
 from coterie.dp.accounting.ledger import Ledger, open_ledger
 from coterie.dp.accounting.lots import Lot, LotPlan, draw_lot
@@ -36,6 +37,7 @@ from coterie.dp.noise.joint_noise import LOAD, WITHIN
 from coterie.dp.noise.past_noise import PastNoise
 from coterie.dp.noise.pooled import contributors_in
 from coterie.dp.noise.randomness import RandomSource, random_source
+from coterie.dp.per_sample import products
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.shared_batch import users_refused
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
@@ -262,7 +264,9 @@ def open_run(
     order = None if plan.bands is None else ordered_digest(data.records)
     start = RunStart(plan, mechanism, data.units, engine, order)
     _check_spread(ranks, model, data, plan)
-    ranks.agree("the start of the run", lambda: _facts(start, model, data, entry))
+    if options.tensor_cores and not start.tensor_cores and ranks.rank == 0:
+        warnings.warn(_without_effect(engine), PrivacyWarning, stacklevel=3)
+    ranks.agree("the start of the run", lambda: _facts(start, model, data, entry, options))
     Holdings(model).replicas.agree("the experts of the run", lambda: {"the experts": experts_digest(model)})
     sums = LotSums(model, data, engine, balancer, plan, options, plan.own_noise(mechanism), source, ranks, shape)
     if options.self_check and isinstance(engine, Engine) and not engine.lent:
@@ -343,7 +347,23 @@ def _check_spread(ranks: Ranks, model: nn.Module, data: PrivateData, plan: Priva
         )
 
 
-def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry) -> dict[str, Any]:
+def _without_effect(engine: SumEngine) -> str:
+    """One sentence on a setting that changes nothing here."""
+    unknown = (
+        [device for device in engine.devices() if not products.known(device)] if isinstance(engine, Engine) else []
+    )
+    if engine.on_grid is not None:
+        why = "with isolation: exact there are no such products"
+    elif unknown:
+        why = f"how {unknown[0]} rounds on tensor cores is not known, or it has none"
+    else:
+        why = "the engine is one of your own, or nothing that is trained lies on this device"
+    return f"`tensor_cores` is without effect here, norms and sums are taken in float32: {why}"
+
+
+def _facts(
+    start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry, options: ComputeOptions
+) -> dict[str, Any]:
     """What has to be the same at all ranks of a run."""
     return {
         "versions": {**software(), "torch": torch.__version__},
@@ -354,6 +374,8 @@ def _facts(start: RunStart, model: nn.Module, data: PrivateData, entry: RunEntry
         "the plan": repr(start.plan),
         "the noise": start.mechanism.to_json(),
         "the weights": weights_digest(model),
+        "the setting tensor_cores": options.tensor_cores,
+        "the use of tensor cores": start.tensor_cores,
         **start.facts(),
     }
 

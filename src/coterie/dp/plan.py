@@ -250,12 +250,14 @@ class ComputeOptions:
         physical_batch: records computed at once; one with ``isolation: exact``.
         accumulate_on: device of the sums; None: each parameter's own.
         self_check: compare the engine with one record at a time before training; the statement says where not.
+        tensor_cores: norms and sums may be taken on tensor cores; see `coterie.dp.per_sample.products`.
     """
 
     method: Method = "auto"
     physical_batch: int = 16
     accumulate_on: torch.device | None = None
     self_check: bool = True
+    tensor_cores: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "physical_batch")
@@ -264,7 +266,7 @@ class ComputeOptions:
     @classmethod
     def of_settings(cls, spec: PrivacySpec, accumulate_on: torch.device | None = None) -> ComputeOptions:
         """What a settings file asks for."""
-        return cls(spec.method, spec.physical_batch, accumulate_on)
+        return cls(spec.method, spec.physical_batch, accumulate_on, tensor_cores=spec.tensor_cores)
 
     def repeatable(self, seed: int | None) -> ComputeOptions:
         """The automatic choice of method depends on free memory; a seeded run has to repeat to the last bit."""
@@ -290,7 +292,7 @@ class ComputeOptions:
         """
         return make_engine(
             plan.isolation, model, loss_fn, plan.policy(), self.method, expert_weights, expert_shapes,
-            self.accumulate_on,
+            self.accumulate_on, tensor_cores=self.tensor_cores,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ _KNOWN: Mapping[str, tuple[str, ...]] = {
     ),
     "settings.budget": tuple(field.name for field in fields(Budget)),
     "plan": ("units", "expected_size", "sampler", "limit"),
-    "options": ("clipping", "method", "balance", "records_per_user", "self_check"),
+    "options": ("clipping", "method", "balance", "records_per_user", "self_check", "tensor_cores"),
     "options.balance": tuple(field.name for field in fields(Balance)),
 }  # fmt: skip
 """Names in a saved plan, by the block they stand in."""
@@ -59,6 +59,7 @@ def plan_to_json(
             "balance": asdict(plan.balance),
             "records_per_user": plan.records_per_user,
             "self_check": options.self_check,
+            **({"tensor_cores": True} if options.tensor_cores else {}),
         },
     }
 
@@ -121,6 +122,7 @@ def plan_from_json(
         bands=NoiseBands.from_json(settings.get("bands")),
     )
     how = ComputeOptions(
-        method or options["method"], settings["physical_batch"], self_check=options.get("self_check", True)
-    )
+        method or options["method"], settings["physical_batch"], self_check=options.get("self_check", True),
+        tensor_cores=options.get("tensor_cores", False),
+    )  # fmt: skip
     return plan, how.repeatable(plan.seed)

@@ -64,6 +64,7 @@ class PrivacyArguments:
     records_per_user: int = 16
     balance: Balance | None = None
     noise_bands: int = 1
+    tensor_cores: bool = False
     provenance: Mapping[str, str] | Iterable[Artefact] | None = None
     ledger: str | Path | None = None
     digest: str | None = None
@@ -199,7 +200,8 @@ def _check_machine(args: TrainingArguments) -> None:
     refused = {
         "auto_find_batch_size": "it starts the run anew when memory runs out, which depends on the records drawn",
         "fp16": "its loss scaling depends on the batch and would rescale the noised gradient",
-        "tf32": "its products are rounded more coarsely than what a record contributes is bounded for",
+        "tf32": "its products are rounded more coarsely than what a record contributes is bounded for; privacy "
+        "tensor_cores uses tensor cores for norms and sums, within a bound",
         "torch_compile": "compiled code hides the operations that have to be clipped per record",
         "use_liger_kernel": "its fused kernels hide the operations that have to be clipped per record",
         "neftune_noise_alpha": "it scales noise by the length that a batch is padded to, which other records decide",

@@ -489,7 +489,9 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             data = PrivateData.of(
                 records, collate, users=self._users(), records_per_user=plan.records_per_user, digest=digest
             )
-            options = ComputeOptions(privacy.method, args.per_device_train_batch_size).repeatable(plan.seed)
+            options = ComputeOptions(
+                privacy.method, args.per_device_train_batch_size, tensor_cores=privacy.tensor_cores
+            ).repeatable(plan.seed)
             return start_session(
                 self.model, self.optimizer, data, plan, options, loss_fn=privacy.loss_fn,
                 provenance=privacy.provenance, ledger=privacy.ledger, ranks=ranks,

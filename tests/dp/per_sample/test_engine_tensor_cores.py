@@ -96,7 +96,7 @@ def test_numbers_of_half_precision_are_one_part(cores: None, dtype: torch.dtype)
 
 def test_a_processor_multiplies_in_float32_and_reads_nothing_twice() -> None:
     narrow = torch.randn(3, 4).bfloat16()
-    with products.on_tensor_cores():
+    with products.law(tensor_cores=True):
         assert products.certain()
         assert products.operand(narrow).dtype == torch.float32
         assert torch.equal(products.multiply(narrow.float(), narrow.float().t()), narrow.float() @ narrow.float().t())
@@ -123,7 +123,7 @@ def test_the_law_of_roundings_that_go_both_ways_does_not_hold_on_tensor_cores() 
     left, right = (torch.rand(4, 2048, generator=generator).bfloat16().float() for _ in range(2))
     exact = left.double() @ right.double().t()
     off = ((exact - tf32_product(left, right.t(), torch.zeros(4, 4)).double()) / exact).max()
-    with products.on_tensor_cores():
+    with products.law(tensor_cores=True):
         assert 4 * root < float(off) <= rounding_factor(2048)
         assert rounding_factor(2048) == pytest.approx(UNIT * (2 * 2048 + 64))
         assert rounding_factors(torch.tensor([2048]))[0] == pytest.approx(rounding_factor(2048))

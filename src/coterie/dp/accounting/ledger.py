@@ -52,7 +52,7 @@ _SOMETIMES = {"release": {"pooled"}}
 """What it can hold, too: of a masked sum, whose noise lay in it where that was not everybody's."""
 
 _UNITS = ("record", "user")
-_OF_THE_PROCESS = ("self_check", "coterie", "revision")
+_OF_THE_PROCESS = ("self_check", "tensor_cores", "coterie", "revision")
 
 
 def default_root(beside: Path | None = None) -> Path:

@@ -18,6 +18,7 @@ from coterie.dp.accounting.ledger import Ledger
 from coterie.dp.accounting.lots import Units
 from coterie.dp.accounting.provenance import Artefact
 from coterie.dp.accounting.texts import Originals
+from coterie.dp.per_sample.engine import Engine
 from coterie.dp.plan import PrivacyPlan
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import LedgerError
@@ -67,6 +68,11 @@ class RunStart(NamedTuple):
             **({} if self.order is None else {"order": self.order}),
         }
 
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether norms and sums are taken on tensor cores; promises nothing, so another process may do otherwise."""
+        return isinstance(self.engine, Engine) and self.engine.tensor_cores
+
     def open(
         self,
         ledger: Ledger,
@@ -91,6 +97,7 @@ class RunStart(NamedTuple):
             run, self.mechanism, self.plan.rounds, **self.facts(),
             budget=asdict(self.plan.budget), provenance=[artefact.to_json() for artefact in artefacts],
             record=dict(record), self_check=self_check, **software(),
+            **({"tensor_cores": True} if self.tensor_cores else {}),
         )  # fmt: skip
 
     def check(self, ledger: Ledger, run: str) -> None:

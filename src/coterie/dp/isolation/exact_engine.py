@@ -88,8 +88,12 @@ class ExactEngine(Engine):
         self._state: ModelState | None = None
         self._threads = torch.get_num_threads()
         self._tried = False
-        if any(device.type == "cuda" for device in self._devices()):
+        if any(device.type == "cuda" for device in self.devices()):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def _multiplies_on_tensor_cores(self) -> bool:
+        """Its gradients are autograd's: there are no products of norms and sums."""
+        return False
 
     def _eta(self) -> float:
         """The slack that is added to a norm covers all that follows; see `_squares`."""

@@ -9,7 +9,9 @@ Shape letters: B records of a physical batch, G gradient groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from coterie.dp.checks.batches_of_one import Look, compare_once
 from coterie.dp.clipping import Clipping, Flat
 from coterie.dp.losses import Batch, LossFunction, batch_size, default_loss
-from coterie.dp.per_sample import combine_uses
+from coterie.dp.per_sample import combine_uses, products
 from coterie.dp.per_sample.book_keeping import BookKeeping
 from coterie.dp.per_sample.captured_pass import CapturedPass, Ready
 from coterie.dp.per_sample.ghost_clipping import GhostClipping
@@ -36,6 +38,20 @@ from coterie.dp.sum_engine import OnGrid
 from coterie.errors import PrivacyError
 from coterie.models.streaming.streamer import WeightSource
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _at_work(method: Callable[Concatenate[Engine, _P], _R]) -> Callable[Concatenate[Engine, _P], _R]:
+    """A method that takes norms or sums: all of its products and slack are of the engine's own kind."""
+
+    @wraps(method)
+    def working(self: Engine, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with products.law(self.tensor_cores):
+            return method(self, *args, **kwargs)
+
+    return working
+
 
 class Engine:
     """Adds clipped per-sample gradients into float32 sums.
@@ -49,12 +65,14 @@ class Engine:
             ``expert_shapes`` names what is trained.
         expert_shapes: parameter name to shape, for lent weights.
         accumulate_on: device of the sums; default: each parameter's own.
+        tensor_cores: take products on tensor cores where their rounding is bounded; see `products`.
 
     Attributes:
         gradient_groups: what is clipped together.
         thresholds: [G] float64 clip norms of the groups; adaptive clipping replaces them between rounds.
         compared: with batches of one, by others; `prepare` then does not. Where expert weights are lent the model
             cannot compute by itself, and nothing is compared.
+        tensor_cores: it was asked for, and the devices of all trained parameters are known.
         eta: the clipped sum of one record has norm at most ``(1 + eta)`` times the thresholds' root sum of squares.
 
     Raises:
@@ -71,6 +89,7 @@ class Engine:
         expert_weights: WeightSource | None = None,
         expert_shapes: Mapping[str, torch.Size] | None = None,
         accumulate_on: torch.device | None = None,
+        tensor_cores: bool = False,
     ) -> None:
         self.model = model
         self.loss_fn: LossFunction = loss_fn or default_loss
@@ -88,16 +107,17 @@ class Engine:
             )
         check_types(self.parameters)
         self.gradient_groups = GradientGroups(self.shapes, self.clipping)
+        self.tensor_cores = tensor_cores and self._multiplies_on_tensor_cores()
         self._sharing = Sharing(model)
         self.eta = self._eta()
         self.compared = expert_weights is not None
         self._source = expert_weights
         self._accumulate_on = accumulate_on
         self._passes = CapturedPass(model, self.loss_fn, self.parameters, self.lent_shapes, expert_weights)
-        self._memory = MemoryChoice(method, self._devices())
+        self._memory = MemoryChoice(method, self.devices())
         self._sums = GradientSums(self.shapes, self._device_of)
         self._book_keeping = BookKeeping(self._run, self.gradient_groups, self._sums)
-        self._ghost = GhostClipping(self._run, self.gradient_groups, self._sums, self._devices, self._memory.measured)
+        self._ghost = GhostClipping(self._run, self.gradient_groups, self._sums, self.devices, self._memory.measured)
         self._sites: dict[bool, Sites] = {}
         self._looks: set[Look] = set()
 
@@ -106,6 +126,11 @@ class Engine:
         whole = [self._sharing.size(name, shape) for name, shape in self.shapes.items()]  # the same at all ranks
         longest = max((size for shape in whole for size in shape), default=1)
         return worst_excess(max(2 * longest, LONGEST)) + 64 * UNIT  # a record's rows are added up as well
+
+    def _multiplies_on_tensor_cores(self) -> bool:
+        """Whether it could: tensor cores of all devices round as is known."""
+        devices = self.devices()
+        return bool(devices) and all(products.known(device) for device in devices)
 
     @property
     def on_grid(self) -> OnGrid | None:
@@ -144,6 +169,7 @@ class Engine:
         """Most that one record moves the sum, rounding included, in the L2 norm over all parameters."""
         return self.gradient_groups.bound() * (1.0 + self.eta)
 
+    @_at_work
     def prepare(self, batch: Batch) -> None:
         """Learn from probe passes what the dimensions of the model's tensors mean, and compare with batches of one.
 
@@ -165,6 +191,7 @@ class Engine:
             self._looks.discard(look)
             raise
 
+    @_at_work
     def accumulate(self, batch: Batch, counted: int | None = None) -> Diagnostics:
         """Add the clipped gradients of one physical batch to the sums.
 
@@ -182,6 +209,7 @@ class Engine:
         summing = self._ghost if method == "ghost" else self._book_keeping
         return summing.accumulate(batch, shared)
 
+    @_at_work
     def accumulate_user(self, batches: Iterable[Batch]) -> Diagnostics:
         """Add one user's gradient, summed over all records of all ``batches`` and clipped once.
 
@@ -215,6 +243,7 @@ class Engine:
         """The sums so far, a float32 tensor for every trained parameter, and start anew."""
         return self._sums.take()
 
+    @_at_work
     def norms(self, batch: Batch) -> Tensor:
         """[B] float64 norm of each record's whole gradient; nothing is added to the sums."""
         self.prepare(batch)
@@ -222,6 +251,7 @@ class Engine:
         squares = shared.own_squares(self.gradient_groups, self._careful_squares(batch, shared))
         return torch.stack([part.value.sum(0) for part in shared.exchanged(squares)]).sum(0)[shared.own].sqrt()
 
+    @_at_work
     def summed(self, batch: Batch, factors_B: Tensor | None = None) -> Sums:
         """The records' gradients added up by the path that adds clipped ones, with factors of the caller's.
 
@@ -239,6 +269,7 @@ class Engine:
         self._ghost.add(batch, shared, factors_B.expand(len(self.groups), -1), total, factors_B != 0)
         return total
 
+    @_at_work
     def norms_by_parameter(self, batch: Batch) -> tuple[Tensor, list[str]]:
         """Squared norm of every record's gradient of every parameter, [parameters, B], and the parameters' names.
 
@@ -271,7 +302,8 @@ class Engine:
         own = self.parameters[name].device if name in self.parameters else torch.device("cpu")
         return self._accumulate_on or own
 
-    def _devices(self) -> list[torch.device]:
+    def devices(self) -> list[torch.device]:
+        """On which trained parameters lie."""
         return list(dict.fromkeys(p.device for p in self.parameters.values()))
 
     def next_method(self, batch: Batch) -> Method:

@@ -26,7 +26,7 @@ UNIT = 2.0**-24
 TRUSTED = 1e-4
 """Largest slack, relative to the squared norm, with which a Gram form is used."""
 
-_TRUSTED_CERTAIN = 1e-2
+TRUSTED_CERTAIN = 1e-2
 """The same where slack is certain: eta has nothing of it, and half of it is the most that a record is clipped too
 much."""
 
@@ -98,7 +98,7 @@ def rounding_factors(length_B: Tensor) -> Tensor:
 
 def trusted_share() -> float:
     """Slack, relative to the squared norm, up to which nothing more careful is tried."""
-    return _TRUSTED_CERTAIN if certain() else TRUSTED
+    return TRUSTED_CERTAIN if certain() else TRUSTED
 
 
 def worst_excess(length: int) -> float:

@@ -1,4 +1,4 @@
-"""The matrix products of norms and sums: in float32, or, where that was enabled, of parts of numbers on tensor cores.
+"""The matrix products of norms and sums: in float32, or, where asked for, of parts of numbers on tensor cores.
 
 A TF32 product reads 11 significant bits of each operand and adds up in float32. bfloat16 and float16 hold no more, so
 nothing of them is lost; a float32 number is a sum of `parts` that have no more either. What is left is how a tensor
@@ -9,6 +9,8 @@ core adds up: in groups of 4 products or more, cut off instead of rounded, so th
 from __future__ import annotations
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from coterie.dp.per_sample.precision import tensor_float32
+from coterie.errors import PrivacyError
 
 _KEPT = -(1 << 13)
 """Bits of a float32 number that TF32 has too: sign, exponent, 10 of the 23 stored digits."""
@@ -25,27 +28,65 @@ _NARROW = (torch.bfloat16, torch.float16)
 _MEASURED = ((8, 0), (8, 9), (9, 0), (10, 0))
 """Compute capabilities whose TF32 sums are known to the bit: A100, L40S, H100 and H200, B200 (arXiv:2512.07004)."""
 
-_enabled = False
+
+class _Law:
+    """Which products, and which slack, the engines at work use.
+
+    It is the whole process's: autograd calls an engine's hooks in threads of its own, and torch has one switch for
+    TF32. So an engine that uses tensor cores is at work alone.
+    """
+
+    def __init__(self) -> None:
+        self.tensor_cores = False
+        self._lock = threading.Lock()
+        self._at_work: Counter[int] = Counter()
+
+    @contextmanager
+    def held(self, tensor_cores: bool) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._lock:
+            if thread not in self._at_work:
+                if self._at_work and (tensor_cores or self.tensor_cores):
+                    raise _not_alone()
+                self.tensor_cores = tensor_cores
+            self._at_work[thread] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_work[thread] -= 1
+                self._at_work += Counter()  # drops threads that are done
+                if not self._at_work:
+                    self.tensor_cores = False
+
+
+_LAW = _Law()
 
 
 @contextmanager
-def on_tensor_cores() -> Iterator[None]:
-    """Inside, products on a GPU whose arithmetic is known are TF32 products of parts, and slack is `certain`.
+def law(tensor_cores: bool) -> Iterator[None]:
+    """Inside, an engine is at work; with ``tensor_cores`` its products on a GPU whose arithmetic is known are TF32
+    products of parts, and slack is `certain`. Within another one, the outer one's choice holds.
 
-    For the whole process: no engine may be at work in another thread when it begins or ends, and a run on several
-    ranks has it on all of them, from before its first batch.
+    Raises:
+        PrivacyError: an engine is at work in another thread, and one of the two uses tensor cores.
     """
-    global _enabled
-    before, _enabled = _enabled, True
-    try:
+    with _LAW.held(tensor_cores):
         yield
-    finally:
-        _enabled = before
 
 
 def certain() -> bool:
     """Whether every slack has to hold however additions are rounded, not only where errors go both ways."""
-    return _enabled
+    return _LAW.tensor_cores
+
+
+def _not_alone() -> PrivacyError:
+    return PrivacyError(
+        "an engine with `tensor_cores` and another engine are at work in two threads of one process.",
+        code="dp-tensor-cores-threads",
+        why="torch has one switch for TF32, so the other's norms would be rounded beyond their bound",
+        fix="train one after the other or in processes of their own, or leave out `tensor_cores`",
+    )
 
 
 def parts(x: Tensor, count: int) -> list[Tensor]:
@@ -110,11 +151,12 @@ def _add(out: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
 
 
 def _taken(rows: Tensor) -> bool:
-    return _enabled and _known(rows.device)
+    return _LAW.tensor_cores and known(rows.device)
 
 
 @functools.cache
-def _known(device: torch.device) -> bool:
+def known(device: torch.device) -> bool:
+    """Whether the arithmetic of a device's tensor cores is published, so that its rounding is bounded."""
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
