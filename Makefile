@@ -20,7 +20,8 @@ test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults" $$(grep -v '^#' tests/fast.txt) $(ARGS)
 
 # What needs the extras `eval`, `nvflare` and the trackers', which `make test` skips: lm-eval's figures beside
-# log-likelihoods by hand, federations inside FLARE's simulator and its POC mode, what trackers really keep. An environment of its own; nothing is skipped in it.
+# log-likelihoods by hand, federations inside FLARE's simulator and its POC mode and around a hub that works against them, what trackers really
+# keep. An environment of its own; nothing is skipped in it.
 EXTRAS := .venv-extras
 
 test-extras:
@@ -28,7 +29,7 @@ test-extras:
 	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,eval,nvflare,prometheus,wandb,mlflow]"
 	$(EXTRAS)/bin/python -c "import lm_eval, mlflow, nvflare, prometheus_client, wandb"
-	PYTHONPATH=src $(EXTRAS)/bin/python -m pytest tests/training/tasks tests/training/test_trackers.py tests/flare $(ARGS)
+	PYTHONPATH=src $(EXTRAS)/bin/python -m pytest -m "faults or not faults" tests/training/tasks tests/training/test_trackers.py tests/flare $(ARGS)
 
 # The documentation, in build/site: a broken link or anchor stops it, and tests/docs see what Zensical does not.
 site: $(STAMP)
