@@ -30,6 +30,9 @@ def command(
         bool,
         typer.Option("--questions", help="Take up a finished run once more, so that parties can ask its model."),
     ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="Take up a run that paused, once people at all parties have looked.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write how it ended to this file.")] = None,
 ) -> None:
     """Keep the rounds of a federation: who is there, what is committed, which checkpoint counts.
@@ -44,6 +47,7 @@ def command(
     Example:
         coterie coordinator federation.yaml --kit kits/coordinator --run-dir runs/coordinator
         coterie coordinator federation.yaml --questions
+        coterie coordinator federation.yaml --go-on
     """
     from coterie.cli.rounds_progress import RoundLines, log_file
     from coterie.cli.stopping import stop_signals
@@ -66,6 +70,7 @@ def command(
         listen,
         dialled(dial),
         questions,
+        go_on,
     )
     say(f"coordinator of {config.name}: {', '.join(config.parties)}; {config.train.rounds} rounds")
     say(fingerprint_line(process.roster))

@@ -267,17 +267,60 @@ def test_coordinator_killed_in_a_round_takes_it_up_where_it_was(grove: Federatio
 
 
 def test_a_run_that_is_taken_up_again_forgets_earlier_trouble(tmp_path: Path):
-    """People have looked meanwhile: a wild sum, say, is the first one again."""
+    """People have looked meanwhile: a wild sum, say, is the first one again. Where two of them paused the run, a
+    start by itself, as after a crash, is no sign that anybody has."""
     journal = Journal(tmp_path, "grove", AGREEMENT)
     trouble = {"failures": 2, "interruptions": 3, "wild_sums": 2}
-    ended = State(seq=9, phase=Phase.END, ending=Ending.FAILED, code="sum-wild", **trouble)
+    ended = State(seq=9, phase=Phase.END, ending=Ending.PAUSED, code="sum-wild", note="wild twice", **trouble)
     journal.write(Move(ended))
     hub = InProcessHub(PARTIES, coordinator=COORDINATOR)
-    Coordinator(plan(), hub.transport(COORDINATOR), journal, AGREEMENT)._begin()
+    with pytest.raises(RoundError, match="paused at round 0: wild twice") as refused:
+        Coordinator(plan(), hub.transport(COORDINATOR), journal, AGREEMENT)._begin()
+    assert (refused.value.code, journal.state) == ("run-paused", ended)
+    Coordinator(plan(go_on=True), hub.transport(COORDINATOR), journal, AGREEMENT)._begin()
     state = journal.state
     assert (state.phase, state.seq) == (Phase.GATHER, 10)
     assert {name: getattr(state, name) for name in trouble} == dict.fromkeys(trouble, 0)
     journal.close()
+
+
+def test_second_wild_sum_pauses_the_run_everywhere_and_people_take_it_up_where_it_stood(tmp_path: Path):
+    """What was committed is kept, though no checkpoint was due; nobody is named, and a start alone is refused."""
+    grove = Federation(tmp_path, plan(max_attempts=5))
+    tries: list[tuple[int, int]] = []
+
+    def wild(state: State) -> None:
+        if state.round == 2:
+            tries.append((state.round, state.attempt))
+            raise RoundError("nothing honest", code="sum-wild")
+
+    grove.coordinate()
+    for name in PARTIES:
+        grove.up(name, wild)
+    grove.join()
+    for name in (*PARTIES, COORDINATOR):
+        error = grove.ends[name]
+        assert isinstance(error, RoundError)
+        assert (error.code, "paused at round 1" in error.message) == ("sum-wild", True)
+        assert not any(party in error.message for party in PARTIES)
+        assert error.fix is not None
+        assert "--go-on" in error.fix
+    assert {attempt for _, attempt in tries} == {1, 2}
+    assert {name: sorted(disk) for name, disk in grove.disks.items()} == {name: [1] for name in PARTIES}
+    assert grove.statuses[-1].state.ending is Ending.PAUSED
+    grove.coordinate()
+    grove.threads[COORDINATOR].join(10)
+    refused = grove.ends[COORDINATOR]
+    assert isinstance(refused, RoundError)
+    assert refused.code == "run-paused"
+    grove.plan = plan(max_attempts=5, go_on=True)
+    grove.coordinate()
+    for name in PARTIES:
+        grove.up(name)
+    grove.join()
+    for name in PARTIES:
+        assert grove.actors[name].model == [1, 2, 3, 4]
+        assert grove.actors[name].computed[0][0] == 2
 
 
 def test_party_that_never_arrives_is_named_with_the_deadline(tmp_path: Path):

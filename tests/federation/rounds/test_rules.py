@@ -293,6 +293,42 @@ def test_stop_finishes_the_round_writes_a_checkpoint_and_ends():
     assert (move.state.ending, move.state.note) == (Ending.STOPPED, "birch asked to stop")
 
 
+def wild(state: State, live: int) -> State:
+    """What follows once birch found what all pushed under masks to be nothing honest."""
+    reports = everyone(done=state.seq - 1, live=live)
+    failed = PartyReport("birch-1", done=state.seq - 1, failed=state.seq, code="sum-wild", live=live)
+    move = advance(PLAN, state, History(), reports | {"birch": View(failed, 0.0)}, AT_START)
+    assert move is not None
+    return move.state
+
+
+@pytest.mark.parametrize(("committed", "lost"), [(3, False), (3, True), (0, False)])
+def test_second_wild_sum_pauses_the_run_after_what_is_committed_was_kept(committed: int, lost: bool):
+    state = State(seq=7, phase=Phase.COMPUTE, round=committed + 1, attempt=1, committed=committed, evaluated=0)
+    state = replace(state, begun=True, furthest=(committed, 1))
+    once = wild(state, committed)
+    assert (once.phase, once.failures, once.wild_sums) == (Phase.GATHER, 1, 1)
+    again = wild(replace(once, phase=Phase.COMPUTE, round=committed + 1, attempt=2), committed)
+    assert (again.phase, again.wild_sums) == (Phase.GATHER, 2)
+    history = History()
+    if lost:  # a party that goes now, and comes back, undoes nothing of it
+        move = advance(PLAN, again, history, everyone(done=again.seq, live=None), AT_START)
+        assert move is not None
+        assert move.state.phase is Phase.RESTORE
+        again, committed = move.state, move.state.committed
+    move = advance(PLAN, again, history, everyone(done=again.seq, live=committed), AT_START)
+    assert move is not None
+    if committed:  # no evaluation, though one is due
+        assert (move.state.phase, move.state.round) == (Phase.CHECKPOINT, committed)
+        move = advance(PLAN, move.state, history, everyone(done=move.state.seq, live=committed, saved="x"), AT_START)
+        assert move is not None
+        assert move.published is not None
+    ended = move.state
+    assert (ended.phase, ended.ending, ended.code, ended.round) == (Phase.END, Ending.PAUSED, "sum-wild", committed)
+    assert "2nd time since round" in ended.note
+    assert not any(name in ended.note for name in PARTIES)
+
+
 def test_stop_while_somebody_is_missing_does_not_wait_for_it():
     state = State(seq=7, phase=Phase.GATHER, round=3, committed=3, begun=True)
     move = advance(PLAN, state, History(), views(alder=PartyReport("a", done=7, live=3)), AT_START, stop="alder")

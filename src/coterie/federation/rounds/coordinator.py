@@ -99,7 +99,8 @@ class Coordinator:
             The last state: finished or stopped.
 
         Raises:
-            CoterieError: the run failed; see `run_failure`. A later start takes it up again.
+            CoterieError: the run failed or paused; see `run_failure`. A later start takes it up again.
+            RoundError: ``run-paused``: it had paused before, and nobody said that it may go on.
         """
         self._begin()
         self._transport.start(self._handle)
@@ -126,7 +127,7 @@ class Coordinator:
             with self._changed:
                 if self._journal.state.seq == sent:
                     self._changed.wait(_TICK_S)
-        if state.ending is Ending.FAILED:
+        if state.ending in (Ending.FAILED, Ending.PAUSED):
             raise self._failure(state)
         return state
 
@@ -139,6 +140,14 @@ class Coordinator:
                 code="questions-unfinished",
                 why="questions are for the model that all parties ended with; nothing is trained meanwhile",
                 fix="let the rounds be done first: start the coordinator without --questions",
+            )
+        if state.phase is Phase.END and state.pauses and not self._plan.go_on:
+            raise RoundError(
+                f"the run is paused at round {state.committed}: {state.note}.",
+                code="run-paused",
+                why="masks hide who spoilt the sums, so people have to look before anybody pushes again",
+                fix="when all parties have looked at their machines, versions and logs, start the coordinator with "
+                "--go-on and every party with `coterie resume`",
             )
         if state.phase is Phase.END and (self._plan.questions or state.ending is not Ending.FINISHED):
             again = replace(

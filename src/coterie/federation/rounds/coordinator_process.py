@@ -28,6 +28,7 @@ class CoordinatorProcess:
         listen: address to listen on, where it differs from the agreed endpoint.
         dial: addresses of parties to dial in place of their endpoints.
         questions: take up the finished run once more, so that parties can ask its model.
+        go_on: take up a paused run, too.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class CoordinatorProcess:
         listen: str | None = None,
         dial: Mapping[str, str] | None = None,
         questions: bool = False,
+        go_on: bool = False,
     ) -> None:
         self._config, self._run_dir, self._on_change, self._listen = config, run_dir, on_change, listen
-        self._dial, self._plan = dial, replace(plan_of(config), questions=questions)
+        self._dial, self._plan = dial, replace(plan_of(config), questions=questions, go_on=go_on)
         self._kit, self.roster = identify(config, kit_folder, COORDINATOR, Role.COORDINATOR)
         self._coordinator: Coordinator | None = None
 

@@ -199,7 +199,8 @@ class _Scene:
         here = (state.round, _ORDER[state.phase])
         if here <= state.furthest:
             return state
-        return replace(state, furthest=here, failures=0, interruptions=0, wild_sums=0)
+        wild_sums = state.wild_sums if state.pauses else 0  # what pauses a run is forgotten by people alone
+        return replace(state, furthest=here, failures=0, interruptions=0, wild_sums=wild_sums)
 
     @property
     def activity(self) -> str:
@@ -217,9 +218,7 @@ class _Scene:
     def wild_sum(self, note: str) -> Move:
         """Masks hide who spoilt a sum, so nobody can be dropped for it: the second time, people have to look."""
         times = self.state.wild_sums + 1
-        if times > 1:
-            return self.fail(WILD_SUM, f"{note}, for the {_ordinal(times)} time since round {self.state.furthest[0]}")
-        move = self.again(WILD_SUM, note)
+        move = self.again(WILD_SUM, note) if times == 1 else self.gather(f"{note} again: the run pauses")
         return replace(move, state=replace(move.state, wild_sums=times))
 
     def trouble(self, *allowed: int | None) -> Move | None:
@@ -246,16 +245,21 @@ class _Scene:
         """The next activity once the model of ``state.committed`` rounds is live at everybody."""
         here = replace(self, state=state, history=history)
         round_no, last = state.committed, state.committed >= self.plan.rounds
+        halts = bool(self.stop) or state.pauses
         if self.plan.questions:
             nxt = here.to(Phase.EVALUATE, round=round_no, attempt=state.failures + 1)
             return Move(replace(nxt, seq=self.state.seq + 1), **carry)  # type: ignore[arg-type]
         measured = due(round_no, self.plan.evaluate_every) or last
-        if measured and round_no > state.evaluated and not (self.stop and not last):
+        if measured and round_no > state.evaluated and not (halts and not last):
             nxt = here.to(Phase.EVALUATE, round=round_no, attempt=state.failures + 1)
-        elif round_no > history.newest and (due(round_no, self.plan.checkpoint_every) or last or self.stop):
+        elif round_no > history.newest and (due(round_no, self.plan.checkpoint_every) or last or halts):
             nxt = here.to(Phase.CHECKPOINT, round=round_no)
         elif last:
             nxt = here.to(Phase.END, round=round_no, ending=Ending.FINISHED)
+        elif state.pauses:
+            times = f"for the {_ordinal(state.wild_sums)} time since round {state.furthest[0]}"
+            note = f"what all pushed under masks added up to nothing honest, {times}"
+            nxt = here.to(Phase.END, round=round_no, ending=Ending.PAUSED, code=WILD_SUM, note=note)
         elif self.stop:
             nxt = here.to(Phase.END, round=round_no, ending=Ending.STOPPED, note=f"{self.stop} asked to stop")
         elif back := tuple(name for name in state.absent if self.fresh(name)):

@@ -53,12 +53,13 @@ def run_failure(state: State, where: str | None = None) -> CoterieError:
             )
         case "sum-wild":
             return RoundError(
-                f"the run ended at round {round_no}: {note}.",
+                f"the run paused at round {round_no}: {note}.",
                 code="sum-wild",
                 where=where,
                 why="somebody pushed what does not belong into a masked sum, and masks hide who",
                 fix="all parties look at their machines, versions and logs, or agree on `aggregation: plain`, under "
-                f"which a host sees whose sum is wrong; {_AGAIN}",
+                "which a host sees whose sum is wrong; then start the coordinator with --go-on and every party with "
+                "`coterie resume`: they go on after that round",
             )
         case "checkpoint-none-common":
             return CheckpointError(

@@ -99,7 +99,8 @@ class Follower:
             The last state: finished or stopped.
 
         Raises:
-            CoterieError: the run failed, here or elsewhere (`run_failure`), or the coordinator is gone or refused us.
+            CoterieError: the run failed, here or elsewhere, or paused (`run_failure`); or the coordinator is gone or
+                refused us.
         """
         self._heartbeat = heartbeat
         heartbeat.update(held=self._actor.held())
@@ -116,7 +117,7 @@ class Follower:
                 finally:
                     heartbeat.update(done=seq, live=self._memory.live)
                     heartbeat.flush(GOODBYE_S)
-                if state.ending is Ending.FAILED:
+                if state.ending in (Ending.FAILED, Ending.PAUSED):
                     raise run_failure(state)
                 return state
             self._follow(heartbeat, todo, state)

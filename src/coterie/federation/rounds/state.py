@@ -48,6 +48,7 @@ class Ending(StrEnum):
     NONE = ""
     FINISHED = "finished"
     STOPPED = "stopped"
+    PAUSED = "paused"  # until a person at the coordinator lets it go on
     FAILED = "failed"
 
 
@@ -68,6 +69,7 @@ class RoundPlan:
             interruptions than that end it as well.
         lost_party: wait for a lost party, or go on without its experts.
         questions: a finished run is taken up once more, so that parties can ask its model; nothing is trained.
+        go_on: a paused run is taken up, too.
     """
 
     parties: tuple[str, ...]
@@ -82,6 +84,7 @@ class RoundPlan:
     max_refusals: int = 2
     lost_party: Literal["pause", "continue"] = "pause"
     questions: bool = False
+    go_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,11 @@ class State(Strict):
     ending: Ending = Ending.NONE
     code: Code = ""
     note: Note = ""
+
+    @property
+    def pauses(self) -> bool:
+        """Whether no further round is begun until people have looked."""
+        return self.wild_sums > 1
 
     @property
     def for_questions(self) -> bool:
