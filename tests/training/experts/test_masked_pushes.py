@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +26,12 @@ from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.masking.board import OPENING, MaskAgreement, MaskBoard
 from coterie.federation.experts.masking.grid import MaskGrid
-from coterie.federation.experts.masking.session import MaskSession, Scope
+from coterie.federation.experts.masking.session import KeyMaker, MaskSession, Opening, Scope
 from coterie.federation.experts.masking.streams import Masks, unmasked_sum
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Message
+from coterie.training.experts import masked_push
 from coterie.training.party.actor import PartyActor
 from coterie.training.party.in_process import InProcessFederation, run_in_process
 from coterie.training.party.inputs import PartyInputs
@@ -126,6 +127,7 @@ class Pushes:
     """Every masked push: what went in and what came out, by (party, part), attempt by attempt.
 
     Attributes:
+        made: how often each was masked.
         grids: that hosts read sums on, by how many contribute.
         noise: standard deviation that each draw was noised with, in the unit of gradients.
     """
@@ -133,6 +135,7 @@ class Pushes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clear: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
         self.masked: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+        self.made: Counter[tuple[str, int]] = Counter()
         self.grids: dict[int, MaskGrid] = {}
         self.noise: list[float] = []
         mask, expect, noise = Masks.mask, ExpertsHost.expect_masked, LotSums.noise
@@ -151,6 +154,7 @@ class Pushes:
 
         def seen(masks: Masks, part: int, integers: Tensor, width: int) -> Tensor:
             out = mask(masks, part, self.change(masks._me, integers, width), width)  # noqa: SLF001
+            self.made[masks._me, part] += 1  # noqa: SLF001
             if (masks, part) in sessions:  # masked for its digest, and again to be sent
                 assert torch.equal(out, self.masked[masks._me, part][-1])  # noqa: SLF001
                 return out
@@ -187,8 +191,10 @@ def released(folder: Path, name: str) -> list[tuple[int, int]]:
 def test_a_retry_sends_the_same_noised_integers_under_new_masks_and_counts_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """Of the masked parts some are kept until they are sent, and the others made again."""
     pushes, serials, take = Pushes(monkeypatch), list[int](), MaskBoard.take
     fail_once(monkeypatch)
+    monkeypatch.setattr(masked_push, "_KEPT", 40_000)
 
     def heard(board: MaskBoard, peer: str, message: Message) -> Message:
         if message.kind == OPENING and peer == board._me == "cedar":  # noqa: SLF001
@@ -198,6 +204,11 @@ def test_a_retry_sends_the_same_noised_integers_under_new_masks_and_counts_once(
     monkeypatch.setattr(MaskBoard, "take", heard)
     run(masked_settings(), tmp_path, sigma=None, seeded=False)
     assert serials == [1, 2, 3]
+    once, twice = ({part for (_, part), n in pushes.made.items() if n == 3 * times} for times in (1, 2))
+    assert twice
+    for name in PARTIES:
+        assert 0 < sum(len(pushes.masked[name, part][0]) for part in once) <= 40_000
+    assert once | twice == {part for _, part in pushes.made}
     for (party, part), (first, again, second) in pushes.clear.items():
         assert torch.equal(first, again)
         assert not torch.equal(first, second)
@@ -236,12 +247,24 @@ def test_where_one_party_lost_its_draw_all_draw_anew_and_all_count_both(
 def test_a_draw_that_is_lost_when_all_agreed_to_push_it_again_is_not_replaced_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The others would push their old draws beside new noise: over two such sums the lost party's averages out."""
+    """The others would push their old draws beside new noise: over two such sums the lost party's averages out. Of
+    every attempt's keys, those of attempts that failed with the draw or with the sum included, nothing is left."""
     pushes, agree = Pushes(monkeypatch), MaskAgreement.agree
     fail_once(monkeypatch)
+    sessions: list[MaskSession] = []
+    makers: list[KeyMaker] = []
+    begun = KeyMaker.sign
+
+    def noted(maker: KeyMaker, openings: Mapping[str, Opening]) -> tuple[str, str]:
+        makers.append(maker)
+        return begun(maker, openings)
+
+    monkeypatch.setattr(KeyMaker, "sign", noted)
 
     def losing(agreement: MaskAgreement, scope: Scope, *rest: object) -> MaskSession | None:
         session = agree(agreement, scope, *rest)  # type: ignore[arg-type]
+        assert session is not None
+        sessions.append(session)
         if (agreement._me, scope.attempt) == ("birch", Attempt(1, 2)):  # noqa: SLF001
             lose_draw(tmp_path, "birch")
         return session
@@ -252,6 +275,14 @@ def test_a_draw_that_is_lost_when_all_agreed_to_push_it_again_is_not_replaced_un
     assert "dp-draw-gone" in " ".join(status.state.note for status in federation.statuses)
     for (party, part), each in pushes.clear.items():
         assert not torch.equal(each[0], each[-2]), (party, part)  # attempts 1 and 3 of round 1
+    assert len({session.digest for session in sessions}) == 4
+    for session in sessions:
+        assert not session.masks._secrets  # noqa: SLF001
+        with pytest.raises(RoundError) as refused:
+            session.masks.mask(0, torch.zeros(3, dtype=torch.int64), 5)
+        assert refused.value.code == "mask-used"
+    assert len(makers) >= len(sessions)
+    assert all(maker._key is None for maker in makers)  # noqa: SLF001
     for name in PARTIES:
         assert released(tmp_path, name) == [(1, 0), (1, 1), (2, 0)]
 
@@ -375,7 +406,7 @@ def test_a_party_that_tells_others_different_things_of_its_budget_gets_no_push_o
         assert released(tmp_path, name) == []
 
 
-def test_a_wild_sum_is_refused_by_all_and_the_second_ends_the_run_without_a_name(
+def test_a_wild_sum_is_refused_by_all_and_the_second_pauses_the_run_without_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pushes = Pushes(monkeypatch)
@@ -385,7 +416,9 @@ def test_a_wild_sum_is_refused_by_all_and_the_second_ends_the_run_without_a_name
     with pytest.raises(CoterieError) as ended:
         run_in_process(config, list(parts.values()), tmp_path / "coordinator")
     assert ended.value.code == "sum-wild"
+    assert "paused at round 0" in ended.value.message
     assert "2nd time" in ended.value.message
+    assert not any(name in ended.value.message for name in PARTIES)
     assert {len(each) for each in pushes.clear.values()} == {2}
     for name in PARTIES:
         assert released(tmp_path, name) == [(1, 0)]

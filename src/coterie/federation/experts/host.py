@@ -276,7 +276,7 @@ class ExpertsHost:
                 )
         for part in self._mine:
             if part.trained:
-                self._pushes.sums(part.number, self._contributors)
+                self._pushes.look(part.number, self._contributors)
 
     def _contributing(self) -> tuple[str, ...]:
         """Active parties that declared sums, in roster order."""

@@ -136,20 +136,24 @@ class PushService:
         """
         with self._lock:
             part, total = self._parts[number], None
-            in_order = [party for party in self._parties if party in contributing]
-            for party in in_order:
-                if (party, number) not in self._staged:
-                    raise RoundError(f"the push of {party} for part {number} is not complete.", code="push-missing")
+            in_order = self._all_staged(number, contributing)
             if self._masked and in_order:
-                if number not in self._sums:
-                    self._sums[number] = self._unmasked(part, in_order)
-                return {name: values.clone() for name, values in self._sums[number].items()}
+                return {name: values.clone() for name, values in self._unmasked(part, in_order).items()}
             for party in in_order:
                 values = self._staged[party, number][1].view(self._dtype).to(torch.float32)
                 total = values.clone() if total is None else total.add_(values)
             if total is None:
                 total = torch.zeros(part.num_values)
             return part.decode(total.view(torch.uint8), torch.float32)
+
+    def look(self, number: int, contributing: tuple[str, ...]) -> None:
+        """Add the masked pushes of one part up and look at what comes out, which `sums` then gives.
+
+        Raises:
+            RoundError: see `sums`.
+        """
+        with self._lock:
+            self._unmasked(self._parts[number], self._all_staged(number, contributing))
 
     def digests(self, party: str) -> list[str]:
         """Of the staged pushes of a party, in the order of the parts."""
@@ -161,10 +165,22 @@ class PushService:
         with self._lock:
             return all((party, number) in self._staged for number, part in self._parts.items() if part.trained)
 
+    def _all_staged(self, number: int, contributing: tuple[str, ...]) -> list[str]:
+        """Those who contribute, in roster order, each with a complete push."""
+        in_order = [party for party in self._parties if party in contributing]
+        for party in in_order:
+            if (party, number) not in self._staged:
+                raise RoundError(f"the push of {party} for part {number} is not complete.", code="push-missing")
+        return in_order
+
     def _unmasked(self, part: Part, parties: list[str]) -> dict[str, Tensor]:
-        grid, where = self._agreed_grid(), f"{part}, {self._open}"
-        total = unmasked_sum({party: self._staged[party, part.number][1] for party in parties}, grid.width)
-        return {name: grid.values(name, values, where) for name, values in part.split(total).items()}
+        if part.number not in self._sums:
+            grid, where = self._agreed_grid(), f"{part}, {self._open}"
+            total = unmasked_sum({party: self._staged[party, part.number][1] for party in parties}, grid.width)
+            self._sums[part.number] = {
+                name: grid.values(name, values, where) for name, values in part.split(total).items()
+            }
+        return self._sums[part.number]
 
     def _agreed_grid(self) -> MaskGrid:
         if self.grid is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from coterie.federation.experts.host import ExpertsHost
 from coterie.federation.experts.masking.board import MaskAgreement, MaskBoard, parts_digest
 from coterie.federation.experts.masking.grid import MaskGrid, grids_digest
 from coterie.federation.experts.masking.session import MaskSession, Scope, Signer
-from coterie.federation.experts.masking.streams import masks_of
+from coterie.federation.experts.masking.streams import Masks, masks_of
 from coterie.federation.experts.owner import SumSender
 from coterie.federation.experts.parts import Part
 from coterie.federation.rounds.attempt import Attempt
@@ -29,6 +30,10 @@ from coterie.training.experts.held_sums import SumValues
 from coterie.training.party.own_masks import OwnMasks
 
 _LOOK_S = 0.05
+
+_KEPT = 32 << 20
+"""Bytes of masked parts that stay in memory from their announcement until they are sent. Parts beyond are masked
+again: all of a large model's would be 5 bytes a value. Which ones stay follows from the parts' sizes alone."""
 
 
 class MaskedPush:
@@ -65,10 +70,11 @@ class MaskedPush:
         self._parts = tuple(part for part in parts if part.trained)
         self._agreement = MaskAgreement(board, host.me, transport, signer, deadline_s=federation.deadline_s)
 
-    def agree(
+    @contextmanager
+    def agreed(
         self, contribution: Contribution, state: State, pins: Mapping[str, str], cancel: CancelToken
-    ) -> MaskSession | None:
-        """Make keys for this attempt's push.
+    ) -> Iterator[MaskSession | None]:
+        """Make keys for this attempt's push; behind it they are erased, whichever way the attempt ends.
 
         Args:
             contribution: opened; says whether it can draw, and what is held of an earlier attempt.
@@ -76,13 +82,23 @@ class MaskedPush:
             pins: digests of what is computed on.
             cancel: ends a wait.
 
-        Returns:
+        Yields:
             The session; None where too few parties' budgets last and what all drew is not there: nobody's sums come.
 
         Raises:
             RoundError: ``mask-parties``: the coordinator leaves a party out.
             CoterieError: see `MaskAgreement.agree`.
         """
+        session = self._agree(contribution, state, pins, cancel)
+        try:
+            yield session
+        finally:
+            if session is not None:
+                session.masks.erase()
+
+    def _agree(
+        self, contribution: Contribution, state: State, pins: Mapping[str, str], cancel: CancelToken
+    ) -> MaskSession | None:
         self._check_all_take_part(state)
         grids = {count: contribution.grid(count) for count in range(self._fewest, len(self._parties) + 1)}
         held = contribution.outlook(state.round, pins)
@@ -124,34 +140,32 @@ class MaskedPush:
         values = sums.values if contributes else None
         if contributes and (values is None or grid is None):
             raise RoundError("this party's sums did not come after all.", code="push-withdrawn")
-        try:
-            announced = {}
-            if values is not None and grid is not None:
-                announced = self._announced(values, grid, session, attempt)
-            sender.declare(attempt, contributes=contributes, weight=sums.weight)
-            said = self._agreement.commit(attempt, session, self._digests(announced), cancel)
-            if values is not None and grid is not None:
-                # Masked anew, part by part: all of them, kept since they were announced, would fill the memory.
-                masks, width, integers = session.masks, grid.width, partial(self._integers, values, grid)
-                sender.push(attempt, lambda part: masks.mask(part.number, integers(part), width), versions)
-        finally:
-            session.masks.erase()
+        masked, announced = None, {}
+        if values is not None and grid is not None:
+            masked = _MaskedParts(session.masks, grid.width, partial(self._integers, values, grid))
+            announced = self._announced(masked, grid, attempt)
+        sender.declare(attempt, contributes=contributes, weight=sums.weight)
+        said = self._agreement.commit(attempt, session, self._digests(announced), cancel)
+        if masked is not None:
+            sender.push(attempt, masked.to_send, versions)
+        session.masks.erase()  # before others are waited for
         while self._host.missing():
             cancel.check()
             time.sleep(_LOOK_S)
         self._host.check_masked(said)
 
-    def _announced(self, values: SumValues, grid: MaskGrid, session: MaskSession, attempt: Attempt) -> dict[int, str]:
+    def _announced(self, masked: _MaskedParts, grid: MaskGrid, attempt: Attempt) -> dict[int, str]:
         """Digests of masked parts, by number; nothing leaves before all were looked at."""
         recorded = self._recorded if self._recorded is not None and self._recorded.wants(attempt) else None
+        announced = {}
         for part in self._parts:
-            integers = self._integers(values, grid, part)
+            integers = masked.integers(part)
             for name, own in part.split(integers).items():
                 grid.check_own(name, own, str(attempt))
-            masked = session.masks.mask(part.number, integers, grid.width)
+            blob, announced[part.number] = masked.to_announce(part, integers)
             if recorded is not None:
-                recorded.keep(attempt, part.number, grid, masks_of(masked, integers, grid.width))
-        return {part.number: session.masks.digest(part.number) for part in self._parts}
+                recorded.keep(attempt, part.number, grid, masks_of(blob, integers, grid.width))
+        return announced
 
     def _integers(self, values: SumValues, grid: MaskGrid, part: Part) -> Tensor:
         """int64 [V]; without a budget sums are rounded here, noised ones are on their grid already."""
@@ -167,3 +181,31 @@ class MaskedPush:
         for part in self._parts if announced else ():
             own[part.host].append(announced[part.number])
         return {party: parts_digest(own[party]) for party in self._parties}
+
+
+class _MaskedParts:
+    """The masked bytes of a push's parts, for their announcement and to be sent.
+
+    Args:
+        masks: of this push.
+        width: bytes of one integer.
+        integers: makes those of a part, int64 [V]; the same at every call.
+    """
+
+    def __init__(self, masks: Masks, width: int, integers: Callable[[Part], Tensor]) -> None:
+        self._masks, self._width, self.integers = masks, width, integers
+        self._kept: dict[int, Tensor] = {}
+        self._room = _KEPT
+
+    def to_announce(self, part: Part, integers: Tensor) -> tuple[Tensor, str]:
+        """A part's bytes and their digest."""
+        blob = self._masks.mask(part.number, integers, self._width)
+        if blob.nbytes <= self._room:
+            self._kept[part.number] = blob
+            self._room -= blob.nbytes
+        return blob, self._masks.digest(part.number)
+
+    def to_send(self, part: Part) -> Tensor:
+        """The same bytes; asked a second time, since a connection broke, masked again. Any thread may ask."""
+        kept = self._kept.pop(part.number, None)
+        return self._masks.mask(part.number, self.integers(part), self._width) if kept is None else kept

@@ -14,7 +14,7 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -133,25 +133,24 @@ class ExpertsOwner:
         }
 
         both = CancelToken(lambda: cancel.cancelled or self._cancelled)
-        session = None
-        if self._masked is not None:
-            session = self._masked.agree(self._contribution, state, pins, both)
+        masks = None if self._masked is None else self._masked.agreed(self._contribution, state, pins, both)
+        with masks or nullcontext() as session:
             if session is not None:
                 pins |= {DRAW: session.draw, CONTRIBUTORS: ",".join(session.contributors)}
-        agreed = time.monotonic()
-        self.streamer.watch()
-        if self._masked is not None and (session is None or self._host.me not in session.contributors):
-            sums = self._contribution.nothing()
-        else:
-            sums = self._contribution.sums(state.round, pins, self.streamer, both)
-        self.streamer.drop_all()
-        self._mirror.join()
-        computed = time.monotonic()
-        both.check()
-        if self._masked is not None and session is not None:
-            self._masked.push(sums, session, self.sender, attempt, versions, both)
-        else:
-            self._push_plain(sums, attempt, versions)
+            agreed = time.monotonic()
+            self.streamer.watch()
+            if self._masked is not None and (session is None or self._host.me not in session.contributors):
+                sums = self._contribution.nothing()
+            else:
+                sums = self._contribution.sums(state.round, pins, self.streamer, both)
+            self.streamer.drop_all()
+            self._mirror.join()
+            computed = time.monotonic()
+            both.check()
+            if self._masked is not None and session is not None:
+                self._masked.push(sums, session, self.sender, attempt, versions, both)
+            else:
+                self._push_plain(sums, attempt, versions)
         self.seconds = self._split_time(agreed - began, computed - agreed, time.monotonic() - computed)
         return sums.only(own)
 

@@ -125,13 +125,21 @@ class MaskAgreement:
         """
         opening = new_opening(next(self._serials), grid, held)
         maker = KeyMaker(self._me, scope, opening, self._signer)
-        said = self._tell(OPENING, scope.attempt, {**asdict(opening), "drawn_by": list(opening.drawn_by)}, cancel)
-        openings = {party: Opening(**{**body, "drawn_by": tuple(body["drawn_by"])}) for party, body in said.items()}
-        public, signature = maker.sign(openings)
-        keys = self._tell(KEY, scope.attempt, {"key": public, "signature": signature}, cancel)
-        session = maker.agree(openings, {party: (body["key"], body["signature"]) for party, body in keys.items()})
+        try:
+            said = self._tell(OPENING, scope.attempt, {**asdict(opening), "drawn_by": list(opening.drawn_by)}, cancel)
+            openings = {
+                party: Opening(**{**body, "drawn_by": tuple(body["drawn_by"])}) for party, body in said.items()
+            }
+            public, signature = maker.sign(openings)
+            keys = self._tell(KEY, scope.attempt, {"key": public, "signature": signature}, cancel)
+            session = maker.agree(openings, {party: (body["key"], body["signature"]) for party, body in keys.items()})
+        finally:
+            maker.forget()
         # Not before: a party that told others something else of its budget would leave some of them waiting.
-        return session if len(session.contributors) >= fewest else None
+        if len(session.contributors) >= fewest:
+            return session
+        session.masks.erase()
+        return None
 
     def commit(
         self, attempt: Attempt, session: MaskSession, digests: Mapping[str, str], cancel: CancelToken

@@ -132,7 +132,8 @@ class MaskGrid:
             RoundError: ``sum-wild``: no honest parties' sum is so large.
         """
         scale = self.scale(name)
-        if _size(total) > self.parties * scale.largest or self._looks_random(total):
+        size = _size(total)
+        if size > self.parties * scale.largest or (size > self._quarter and self._looks_random(total)):
             raise RoundError(
                 f"the sum of all parties' masked pushes of {name} is nothing that honest ones add up to.",
                 code="sum-wild",
@@ -140,14 +141,19 @@ class MaskGrid:
                 why="a party pushed something else than it masked, or far too large values; masks hide which one",
                 fix="nothing was applied; all parties check their machines, and that they run the same version",
             )
-        return (total.to(torch.float64) * scale.step).to(torch.float32)
+        return total.to(torch.float64).mul_(scale.step).to(torch.float32)
+
+    @property
+    def _quarter(self) -> int:
+        """Of the largest integer that the bytes hold."""
+        return 1 << (8 * self.width - 3)
 
     def _looks_random(self, total: Tensor) -> bool:
         """Whether masks are left in a sum: of random integers three in four lie beyond a quarter of what the bytes
         hold, and of parties' sums hardly one, whatever bound was agreed."""
         if total.numel() < _FEWEST:
             return False
-        beyond = (total.abs() > 1 << (8 * self.width - 3)).sum()
+        beyond = (total.abs() > self._quarter).sum()
         return 2 * int(beyond) > total.numel()
 
     def round(self, name: str, values: Tensor) -> Tensor:
@@ -166,15 +172,34 @@ def _size(integers: Tensor) -> int:
 
 def narrow(integers: np.ndarray, width: int) -> np.ndarray:
     """The lowest ``width`` bytes of [V] 64-bit integers, little-endian: [V * width] uint8."""
-    wide = np.ascontiguousarray(integers).astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)
-    return np.ascontiguousarray(wide[:, :width]).reshape(-1)
+    wide = np.ascontiguousarray(integers).astype("<u8", copy=False)
+    packed, start = np.empty(wide.shape[0] * width, np.uint8), 0
+    for size in (4, 2, 1):  # at once as many as a machine word has; numpy takes a byte at a time otherwise
+        if width & size:
+            word = np.dtype(f"<u{size}")
+            pieces = wide.view(word)[start // size :: 8 // size].copy()  # contiguous, they are written faster
+            np.ndarray(wide.shape, word, packed, offset=start, strides=(width,))[...] = pieces
+            start += size
+    return packed
+
+
+def overlapping(packed: np.ndarray, width: int) -> np.ndarray:
+    """[V] uint64 to be read, whose lowest ``width`` bytes are integers that `narrow` gave: a view, not a copy.
+
+    The upper bytes are those of the integers that follow, and mean nothing modulo 2^(8 width).
+
+    Args:
+        packed: uint8 [V * width + 8 - width], contiguous; the last 8 - width bytes may be anything.
+        width: bytes of one integer.
+    """
+    return np.ndarray(((packed.shape[0] - 8) // width + 1,), "<u8", packed, strides=(width,))
 
 
 def widen(packed: np.ndarray, width: int) -> np.ndarray:
     """[V] uint64 of what `narrow` gave; the upper bytes are zero."""
-    wide = np.zeros((packed.shape[0] // width, 8), np.uint8)
-    wide[:, :width] = packed.reshape(-1, width)
-    return wide.view("<u8").reshape(-1).astype(np.uint64, copy=False)
+    padded = np.zeros(packed.shape[0] + 8 - width, np.uint8)
+    padded[: packed.shape[0]] = packed
+    return overlapping(padded, width) & np.uint64((1 << 8 * width) - 1)
 
 
 def signed(wrapped: np.ndarray, width: int) -> np.ndarray:

@@ -143,9 +143,13 @@ class KeyMaker:
         draws = draws_of(openings)
         others = [party for party in draws.parties if party != self.me] if self.me in draws.parties else []
         shared = {party: self._shared(party, keys[party][0], session) for party in others}
-        self._key = None
+        self.forget()
         masks = Masks(self.me, shared, session)
         return MaskSession(session.hex(), draws.name or session.hex(), draws.parties, masks)
+
+    def forget(self) -> None:
+        """The attempt is over, or its masks are made: the key serves nothing more."""
+        self._key = None
 
     def _own_key(self) -> X25519PrivateKey:
         if self._key is None:

@@ -11,7 +11,6 @@ parties (`coterie.federation.experts.masking.session`), and a key is used for on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 
 import numpy as np
 import torch
@@ -21,12 +20,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
 from coterie.errors import RoundError
-from coterie.federation.experts.masking.grid import narrow, signed, widen
+from coterie.federation.experts.masking.grid import narrow, overlapping, signed, widen
 from coterie.federation.experts.parts import digest_of
 
 _KEY_BYTES = 32
-_CHUNK = 1 << 17
-"""Values that are masked together: a megabyte of 64-bit integers."""
+_CHUNK = 1 << 15
+"""Values that are masked or added up together: a quarter of a megabyte of 64-bit integers, which caches hold."""
+
+_BLOCK = 16
+"""Bytes of one block of the cipher; it asks for room for one more than it fills."""
 
 
 def derive(secret: bytes, session: bytes, *, info: str) -> bytes:
@@ -65,12 +67,13 @@ class Masks:
             for other, secret in sorted(self._secrets.items())
         ]
         values, out = integers.contiguous().view(-1).numpy(), torch.empty(integers.numel() * width, dtype=torch.uint8)
-        target = out.numpy()
+        target, zeros, room = out.numpy(), bytes(_CHUNK * width), bytearray(_CHUNK * width + _BLOCK)
         for start in range(0, values.shape[0], _CHUNK):
             total = values[start : start + _CHUNK].view(np.uint64).copy()
             size = total.shape[0] * width
             for sign, stream in signs_streams:
-                read = widen(np.frombuffer(stream.update(bytes(size)), np.uint8), width)
+                stream.update_into(memoryview(zeros)[:size], room)
+                read = overlapping(np.frombuffer(room, np.uint8, size + 8 - width), width)
                 if sign > 0:
                     total += read
                 else:
@@ -124,5 +127,13 @@ def unmasked_sum(pushes: Mapping[str, Tensor], width: int) -> Tensor:
         pushes: masked bytes by party, one at least; with one party missing the result is as random as a push.
         width: bytes of one integer.
     """
-    total: np.ndarray = reduce(np.add, (widen(blob.numpy(), width) for blob in pushes.values()))
-    return torch.from_numpy(signed(total, width))
+    num_values = next(iter(pushes.values())).numel() // width
+    sums, room = np.empty(num_values, np.int64), np.zeros(_CHUNK * width + 8, np.uint8)
+    for start in range(0, num_values, _CHUNK):
+        total = np.zeros(min(_CHUNK, num_values - start), np.uint64)
+        size = total.shape[0] * width
+        for blob in pushes.values():
+            room[:size] = blob.numpy()[start * width : start * width + size]
+            total += overlapping(room[: size + 8 - width], width)
+        sums[start : start + total.shape[0]] = signed(total, width)
+    return torch.from_numpy(sums)
