@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -99,19 +100,28 @@ def arm(point: str, nth: int) -> None:
 
 
 def note_streams() -> None:
-    """Append the hash of every key that a mask's stream is made from to a file of the working folder."""
+    """Append to a file of the working folder, for every part that is masked, the hash of each key that its streams
+    are made from, and that of what came out."""
     from coterie.federation.experts.masking import streams
 
-    derive = streams.derive
+    derive, mask = streams.derive, streams.Masks.mask
+    here = threading.local()  # parts are masked in several threads
 
     def noted(secret: bytes, session: bytes, *, info: str) -> bytes:
         key = derive(secret, session, info=info)
-        file = os.open("streams.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.write(file, hashlib.sha256(key).hexdigest().encode() + b"\n")
-        os.close(file)
+        here.keys = [*getattr(here, "keys", []), hashlib.sha256(key).hexdigest()]
         return key
 
-    streams.derive = noted
+    def masked(masks: Any, part: int, integers: Any, width: int) -> Any:
+        here.keys = []
+        out = mask(masks, part, integers, width)
+        value = hashlib.sha256(out.numpy().tobytes()).hexdigest()
+        file = os.open("streams.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(file, "".join(f"{key} {value}\n" for key in here.keys).encode())
+        os.close(file)
+        return out
+
+    streams.derive, streams.Masks.mask = noted, masked
 
 
 def be_busy(nth: int, seconds: int = 10) -> None:
