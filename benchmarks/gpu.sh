@@ -26,7 +26,8 @@ cd "$here"
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "torch finds no GPU here"; exit 1; }
 piece 15 products "$python" gpu.py --only products --json "$out/gpu-products.json"
 piece 90 exactness "$python" gpu.py --only exactness --json "$out/gpu-exactness.json"
-piece 120 steps "$python" gpu.py --only steps --json "$out/gpu-steps.json"
-piece 150 mellum "$python" gpu.py --only mellum --json "$out/gpu-mellum.json"
-piece 100 "memory of a party" "$python" memory.py --arms centralised experts --json "$out/memory.json"
+piece 90 steps "$python" gpu.py --only steps --json "$out/gpu-steps.json"
+piece 130 mellum "$python" gpu.py --only mellum --json "$out/gpu-mellum.json"
+piece 80 "two ranks" "$python" gpu_ranks.py --json "$out/gpu-ranks.json"
+piece 70 "memory of a party" "$python" memory.py --arms centralised experts --json "$out/memory.json"
 exit $failed

@@ -105,7 +105,7 @@ class TrainConfig(Spec):
     devices: Count = Field(
         default=1,
         description="Processes that share every round, each with the whole model, or as `experts_over` or "
-        "`layers_over` says; so far on CPUs, and only with `privacy`.",
+        "`layers_over` says; on GPUs each with its own; only with `privacy`.",
     )
     experts_over: Count = Field(
         default=1,

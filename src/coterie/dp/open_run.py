@@ -253,7 +253,8 @@ def open_run(
         LedgerError: the ledger is damaged, in use, or knows the run with other numbers.
     """
     ranks = ranks_or_alone(ranks)
-    _check_devices(ranks, model)
+    compared = options.self_check and isinstance(engine, Engine) and engine.on_grid is None and not engine.lent
+    _check_devices(ranks, model, compared)
     gaps = [*not_covered(entry.artefacts), *entry.gaps]
     lots = plan.lots(data.units.count)
     if not entry.resumed:
@@ -269,7 +270,8 @@ def open_run(
     ranks.agree("the start of the run", lambda: _facts(start, model, data, entry, options))
     Holdings(model).replicas.agree("the experts of the run", lambda: {"the experts": experts_digest(model)})
     sums = LotSums(model, data, engine, balancer, plan, options, plan.own_noise(mechanism), source, ranks, shape)
-    if options.self_check and isinstance(engine, Engine) and not engine.lent:
+    if compared:
+        assert isinstance(engine, Engine)
         device = next(iter(engine.parameters.values())).device
         check_between_ranks(engine, ranks, sums.ownership, data.batch(np.zeros(1, np.int64), device))
     kept: list[Releases] = []
@@ -301,19 +303,20 @@ def _draw_gone(round_no: int) -> LedgerError:
     )
 
 
-def _check_devices(ranks: Ranks, model: nn.Module) -> None:
-    """Keep several ranks to what they were tried on.
+def _check_devices(ranks: Ranks, model: nn.Module, compared: bool) -> None:
+    """Keep several ranks on GPUs to runs that compare there, before anything is spent, what they compute together.
 
     Raises:
-        RankError: a parameter is on a GPU.
+        RankError: a parameter is on a GPU, and nothing is compared.
     """
     elsewhere = next((name for name, p in model.named_parameters() if p.device.type not in ("cpu", "meta")), None)
-    if ranks.world > 1 and elsewhere is not None:
+    if ranks.world > 1 and elsewhere is not None and not compared:
         raise RankError(
-            f"`{elsewhere}` is on a GPU, and several ranks train on CPUs only so far.",
+            f"`{elsewhere}` is on a GPU, and what several ranks compute together would not be compared there.",
             code="ranks-device",
-            why="sums that are exchanged between GPUs have not been compared with those of one process",
-            fix="train on one GPU in one process, or on CPUs (device: cpu)",
+            why="ranks have not been tried on GPUs; what guards a run is the comparison with one record at a time, "
+            "which isolation: exact, self_check=False, engines of one's own and parties of a federation leave out",
+            fix="train on one GPU in one process, on CPUs (device: cpu), or with what is compared",
         )
 
 

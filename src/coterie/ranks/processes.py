@@ -1,4 +1,4 @@
-"""Ranks over torch.distributed: small JSON values through the store that all see, tensors through Gloo.
+"""Ranks over torch.distributed: small JSON values through the store that all see, tensors by `coterie.ranks.ways`.
 
 The store is that of the launcher; where there is none, rank 0 keeps it. Every start of the processes has keys of its
 own, because a launcher's store outlives a restart and keeps the addresses of dead ranks. Nothing is pickled: torch's
@@ -34,9 +34,8 @@ from coterie.ranks.ranks import (
     ranks_or_alone,
     read_outcomes,
 )
+from coterie.ranks.ways import LONGEST, Ways, Work, between_gpus, own_gpu
 
-LONGEST = timedelta(hours=2)
-"""A rank that is alive may be waited for so long: the longest evaluation, or the longest step of one rank alone."""
 _JOINED = count()
 
 
@@ -48,6 +47,9 @@ class ProcessRanks(Ranks):
         connect: makes a connection to the store; every call a new one.
         keeps_store: the store is this process's own.
         patience_s: a rank is silent whose pulse stood still for so long.
+
+    Attributes:
+        between_gpus: how tensors of GPUs travel; see `coterie.ranks.ways.between_gpus`.
     """
 
     def __init__(
@@ -64,10 +66,13 @@ class ProcessRanks(Ranks):
             distributed.init_process_group(
                 "gloo", store=PrefixStore("gloo", self._store), rank=rank, world_size=world, timeout=LONGEST
             )
-        self._group: Any = distributed.group.WORLD if own_group else _new_group(range(world))
         self._own_group = own_group
         self._members: Sequence[int] = range(world)
         self._splits = count()
+        host = distributed.group.WORLD if own_group else _new_group(range(world), "gloo")
+        self.between_gpus = between_gpus(self.together("which GPU each rank has", own_gpu))
+        self._ways = self._ways_of(range(world), host)
+        self._all_ways = [self._ways]
 
     def together(self, step: str, make: Callable[[], Any], *, patient: bool = False) -> list[Any]:
         packed, failure = outcome(step, make)
@@ -76,34 +81,27 @@ class ProcessRanks(Ranks):
     def add_up(self, pieces: Sequence[Tensor], owner: int) -> None:
         for some in _at_once(pieces):
             flat = torch.cat([piece.reshape(-1) for piece in some])
-            self._wait_for_work("adding up", partial(
-                distributed.reduce, flat, group=self._group, group_dst=owner, async_op=True
-            ))  # fmt: skip
+            self._wait_for_work("adding up", partial(self._ways.add_up, flat, owner))
             if self.rank == owner:
                 _put_back(flat, some)
 
     def hand_out(self, pieces: Sequence[Tensor], owner: int) -> None:
         for some in _at_once(pieces):
             flat = torch.cat([piece.reshape(-1) for piece in some])
-            self._wait_for_work("handing out", partial(
-                distributed.broadcast, flat.view(torch.uint8), group=self._group, group_src=owner, async_op=True
-            ))  # fmt: skip
+            self._wait_for_work("handing out", partial(self._ways.hand_out, flat, owner))
             if self.rank != owner:
                 _put_back(flat, some)
 
     def gather(self, own: Tensor) -> list[Tensor]:
         own = own.contiguous()
         found = [torch.empty_like(own) for _ in range(self.world)]
-        self._wait_for_work(
-            "gathering", lambda: distributed.all_gather(found, own, group=self._group, async_op=True), joint=True
-        )
+        self._wait_for_work("gathering", lambda: self._ways.gather(found, own), joint=True)
         return found
 
     def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         arrived = rows.new_empty(sum(receive), *rows.shape[1:])
-        self._wait_for_work("exchanging rows", lambda: distributed.all_to_all_single(
-            arrived, rows.contiguous(), list(receive), list(send), group=self._group, async_op=True
-        ), joint=True)  # fmt: skip
+        rows = rows.contiguous()
+        self._wait_for_work("exchanging rows", lambda: self._ways.exchange(arrived, rows, send, receive), joint=True)
         return arrived
 
     def check_others(self) -> None:
@@ -118,14 +116,18 @@ class ProcessRanks(Ranks):
         found: list[Ranks] = []
         for kind, groups in (("group", neighbours), ("replica", alike)):
             for each, members in enumerate(groups):
-                made = _new_group(members)  # every rank makes all of them, in this order
+                ways = self._ways_of(members, _new_group(members, "gloo"))  # every rank makes all, in this order
                 if self.rank in members:
+                    self._all_ways.append(ways)
                     store = PrefixStore(f"{kind}/{number}/{each}", self._store)
-                    found.append(self._some(members, made, store) if len(members) > 1 else Alone())
+                    found.append(self._some(members, ways, store) if len(members) > 1 else Alone())
         return found[0], found[1]
 
-    def _some(self, members: range, group: Any, store: Store) -> Ranks:
-        return SomeRanks(members.index(self.rank), members, group, store, (self._store, self._pulse), self._ahead)
+    def _ways_of(self, members: Sequence[int], host: Any) -> Ways:
+        return Ways(host, _new_group(members, "nccl") if self.between_gpus == "nccl" else None)
+
+    def _some(self, members: range, ways: Ways, store: Store) -> Ranks:
+        return SomeRanks(members.index(self.rank), members, ways, store, (self._store, self._pulse), self._ahead)
 
     def close(self, failure: BaseException | None = None) -> None:
         if self._left:
@@ -144,6 +146,8 @@ class ProcessRanks(Ranks):
             pass
         finally:
             self._pulse.close()
+            for ways in self._all_ways:
+                ways.leave(failed=failure is not None)
             if self._own_group:
                 distributed.destroy_process_group()
 
@@ -176,7 +180,7 @@ class ProcessRanks(Ranks):
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
-    def _wait_for_work(self, step: str, begin: Callable[[], Any], joint: bool = False) -> None:
+    def _wait_for_work(self, step: str, begin: Callable[[], Work], joint: bool = False) -> None:
         """Begin a collective and wait for it; a ``joint`` one ends at no rank before all have begun it."""
         try:
             work = begin()
@@ -254,7 +258,7 @@ class SomeRanks(ProcessRanks):
     Args:
         rank: this one's place among them.
         members: their numbers among all, ascending.
-        group: of these, for tensors.
+        ways: of these, for tensors.
         store: of their own, for small values.
         signs: the store of all ranks and this one's pulse.
         ahead: those of all ranks that are at the next step of all; raises what one failed with.
@@ -264,13 +268,13 @@ class SomeRanks(ProcessRanks):
         self,
         rank: int,
         members: Sequence[int],
-        group: Any,
+        ways: Ways,
         store: Store,
         signs: tuple[Store, Pulse],
         ahead: Callable[[], list[int]],
     ) -> None:
         self.rank, self.world = rank, len(members)
-        self._members, self._group, self._store = members, group, store
+        self._members, self._ways, self._store = members, ways, store
         self._pulse_store, self._pulse = signs
         self._all_ahead = ahead
         self._step = 0
@@ -334,8 +338,11 @@ def join_ranks(*, patience_s: float = 15.0) -> Ranks:
         return ProcessRanks(rank, world, connect, keeps, patience_s)
 
 
-def _new_group(members: Sequence[int]) -> Any:
-    return distributed.new_group(list(members), backend="gloo", timeout=LONGEST)
+def _new_group(members: Sequence[int], backend: str) -> Any:
+    if backend == "nccl":
+        # A work's `wait` then raises what went wrong; else a thread of torch's would end the process unsaid.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    return distributed.new_group(list(members), backend=backend, timeout=LONGEST)
 
 
 def _number(name: str) -> int:
@@ -375,11 +382,12 @@ _AT_ONCE = 1 << 24
 
 
 def _at_once(pieces: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Pieces in messages of one type; large ones in several, as views."""
+    """Pieces in messages of one type and device; large ones in several, as views."""
     found: list[Tensor] = []
     for piece in (each for each in pieces if each.numel()):
         for part in torch.split(piece.view(-1), _AT_ONCE) if piece.is_contiguous() else (piece,):
-            if found and (part.dtype != found[0].dtype or sum(each.numel() for each in found) >= _AT_ONCE):
+            other = found and (part.dtype, part.device) != (found[0].dtype, found[0].device)
+            if other or sum(each.numel() for each in found) >= _AT_ONCE:
                 yield found
                 found = []
             found.append(part)

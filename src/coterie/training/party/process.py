@@ -190,17 +190,18 @@ def prepare_party(
 
 
 def check_on_cpu(config: PartyConfig) -> None:
-    """Keep several ranks to what they were tried on.
+    """Keep several ranks of a party to what they were tried on.
 
     Raises:
         RankError: they would train on a GPU.
     """
     if config.devices > 1 and pick_device(config.device).type != "cpu":
         raise RankError(
-            f"`devices` is {config.devices}, and several ranks train on CPUs only so far.",
+            f"`devices` is {config.devices}, and several ranks of a party train on CPUs only.",
             code="ranks-device",
             where=f"party.yaml of {config.party}",
-            why="sums that are exchanged between GPUs have not been compared with those of one process",
+            why="ranks have not been tried on GPUs, and a party's experts come a layer at a time, so that nothing is "
+            "compared with one record at a time before a run, which is what guards ranks elsewhere",
             fix="leave out `devices` and train on one GPU, or say `device: cpu`",
         )
 

@@ -12,6 +12,7 @@ from coterie.errors import ConfigError
 from coterie.models.spread.loaded import build_spread
 from coterie.models.zoo.build import build_model
 from coterie.ranks.ranks import Ranks
+from coterie.ranks.ways import gpu_of_this_rank
 from coterie.training.loop import use_checkpointing
 
 
@@ -91,14 +92,14 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: 
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes the GPU when there is one.
+    """`auto` takes the GPU when there is one; of several ranks on a machine each takes its own.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none.
+        ConfigError: `cuda` was asked for and there is none, or there are fewer than ranks.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is `cuda`, but torch finds no GPU.", code="config-no-gpu", fix="use `device: auto`")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return gpu_of_this_rank() if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 def plan_of(config: TrainConfig, spec: PrivacySpec, model: nn.Module) -> PrivacyPlan:
