@@ -88,9 +88,15 @@ def test_a_dry_run_and_a_plan_say_the_same_and_write_nothing(
     planned = capsys.readouterr().out.splitlines()
     here = [line for line in planned if line.startswith(("on this machine: ", "(measured on synthetic records"))]
     assert len(here) == 2
-    assert [line for line in planned if line not in here] == said.splitlines()
-    measured = json.loads((folder / "plan.json").read_text())["calibration"]
+    compared = next(at for at, line in enumerate(planned) if line.startswith("full training or adapters"))
+    assert [line for line in [*planned[:compared], planned[-1]] if line not in here] == said.splitlines()
+    both = [line.split()[0] for line in planned[compared + 2 : -2]]
+    assert both == ["all", "adapters,"], "a line of the table each"
+    assert planned[-2].startswith("so adapters suit a model that is trained already")
+    figures = json.loads((folder / "plan.json").read_text())
+    measured = figures["calibration"]
     assert measured["round_seconds"] > 0
+    assert 0 < figures["lora"]["state_bytes"] < figures["state_bytes"]
     assert f"{measured['round_seconds']:.3g} s a round" in here[0]
     assert "nothing was trained or spent" in said
     assert json.loads((folder / "figures.json").read_text())["rounds"] == 5
