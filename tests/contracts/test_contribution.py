@@ -21,7 +21,7 @@ from coterie.models.streaming.streamer import LayerStreamer
 from coterie.training.data.packing import Batch
 from coterie.training.experts.adapter_sums import AdapterSums
 from coterie.training.experts.contribution import Contribution, PlainSums, Sums
-from coterie.training.experts.held_sums import HeldSums
+from coterie.training.experts.held_sums import HeldSums, Piece
 from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.loop import loss_sum
 from coterie.training.party.inputs import PartyInputs, PrivacyInputs
@@ -108,9 +108,10 @@ def made_in(case: Case, round_no: int) -> tuple[Sums, dict[object, Tensor]]:
     sums = case.made.sums(round_no, PINS, case.streamer, NEVER)
     assert isinstance(sums.values, HeldSums)
     found: dict[object, Tensor] = {}
-    for layer, name, *_ in sums.values.listed():
-        every = range(case.experts[layer, name][0]) if layer >= 0 else ()
-        found[name if layer < 0 else (layer, name)] = sums.values.rows(layer, name, every)
+    for *piece, _, _ in sums.values.listed():
+        layer, name, *experts = piece
+        assert experts == [0, case.experts[layer, name][0] if layer >= 0 else 0]
+        found[name if layer < 0 else (layer, name)] = sums.values.rows(Piece(*piece), ())
     return sums, found
 
 

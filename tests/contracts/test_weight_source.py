@@ -58,7 +58,7 @@ class Arriving:
         return weights(layer)
 
     def digests(self) -> dict[int, str]:
-        return {layer: digest_layer(self.get(layer)) for layer in range(LAYERS)}
+        return {layer: (digest_layer(self.get(layer)),) for layer in range(LAYERS)}
 
 
 def another_process(folder: Path) -> PinnedFiles:
@@ -84,7 +84,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LayerStre
 
 
 def test_digests_are_those_of_all_layers(source: LayerStreamer) -> None:
-    assert source.digests() == {layer: digest_layer(weights(layer)) for layer in range(LAYERS)}
+    assert source.digests() == {layer: (digest_layer(weights(layer)),) for layer in range(LAYERS)}
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,23 +19,38 @@ from coterie.config import FederationConfig, LoraSpec, PartyConfig, load_yaml
 from coterie.dp.checks import self_check
 from coterie.dp.checks.comparison import ComparisonReport
 from coterie.dp.noise.discrete_gaussian import GRID_SIGMA
+from coterie.errors import RoundError
+from coterie.federation.cancel import NEVER, CancelToken
 from coterie.models.lora import attach_adapters
+from coterie.models.seam import expert_layers
+from coterie.models.spread.beside import spread_beside
+from coterie.models.streaming.cache import FileStore, MemoryStore, PinnedFiles, WeightCache
+from coterie.models.streaming.streamer import LayerStreamer
 from coterie.ranks import ranks as ranks_module
-from coterie.ranks.ranks import Ranks
-from coterie.training.experts.gateway import dismiss
+from coterie.ranks.ranks import Alone, Ranks
+from coterie.training.experts import contribution, private_sums
+from coterie.training.experts.exchange import make_contribution
+from coterie.training.experts.gateway import GatewayContribution, dismiss
 from coterie.training.experts.held_sums import HeldSums
+from coterie.training.experts.host import model_parts
+from coterie.training.experts.shared_trunk import shared_names
 from coterie.training.party.helping import HelpingRank
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
+from coterie.training.party.own_trunk import OwnTrunk
 from coterie.training.party.process import prepare_party
 from coterie.training.party.run import PartyResult
+from helpers.comparing import relative
 from helpers.federations import PARTIES, experts_settings, full_models, make_parts
 from helpers.private_settings import balanced_settings, private_settings, with_privacy
 from helpers.rank_tasks import kill_at
+from helpers.spread_tasks import FAULTS
 from helpers.waiting import until
 
 SEVERAL = "alder"
 """The party of several ranks."""
+STOPPED_AT, LOST_AT = 2, 4
+"""Which of the gateway's physical batches is its last before an attempt is given up; layers that are read."""
 BUSY = {"deadline_s": 60.0, "round_deadline_s": 600.0, "join_deadline_s": 600.0}
 """A machine on which many tests run."""
 SETTINGS: dict[str, Callable[..., FederationConfig]] = {
@@ -48,15 +65,23 @@ SETTINGS: dict[str, Callable[..., FederationConfig]] = {
 def parts_of(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) -> dict[str, PartyInputs]:
     """What all parties bring; every rank makes the same."""
     setattr(self_check, "check", lambda *_: ComparisonReport({}, []))  # noqa: B010 - it takes longer than all rounds
-    config = SETTINGS[kind](**BUSY | changes)
+    over = changes.get("experts_over", 1) if ranks.world > 1 else 1
+    config = SETTINGS[kind](**BUSY | {name: value for name, value in changes.items() if name != "experts_over"})
     first = full_models()[PARTIES[0]]
     parts = make_parts(config, {name: copy.deepcopy(first) for name in PARTIES}, folder)
     if config.lora is not None:
         parts = {name: _adapted(each, config.lora) for name, each in parts.items()}
     if kind != "plain":
-        own = {"isolation": "fast"} if kind == "fast" else {}
+        own = {"isolation": "fast"} if kind == "fast" or "experts_over" in changes else {}
         parts = with_privacy(parts, folder, sigma=None if kind == "masked" else 0.5, **own)
-    return parts | {SEVERAL: replace(parts[SEVERAL], ranks=ranks)}
+        parts = {name: _in_constant_time(each, config.push_after_s) for name, each in parts.items()}
+    spread = spread_beside(parts[SEVERAL].model, ranks, over) if over > 1 else None
+    return parts | {SEVERAL: replace(parts[SEVERAL], ranks=ranks, spread=spread)}
+
+
+def _in_constant_time(inputs: PartyInputs, push_after_s: float | None) -> PartyInputs:
+    assert inputs.privacy is not None
+    return replace(inputs, privacy=replace(inputs.privacy, push_after_s=push_after_s))
 
 
 def _adapted(inputs: PartyInputs, lora: LoraSpec) -> PartyInputs:
@@ -93,6 +118,49 @@ def federation(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]
     }
 
 
+def one_round(ranks: Ranks, folder: Path, kinds: Sequence[tuple[str, Mapping[str, Any]]]) -> list[float]:
+    """A round of a party whose experts are over the ranks, without a federation: how far what its gateway pushes is
+    from what one process pushes, for each kind."""
+    found = []
+    for number, (kind, changes) in enumerate(kinds):
+        place = folder / str(number)
+        inputs = parts_of(ranks, place, kind, {"experts_over": ranks.world, **changes})[SEVERAL]
+        if ranks.rank > 0:
+            HelpingRank(inputs).run()
+            continue
+        made = _sums_of_a_round(inputs)
+        dismiss(ranks)
+        spec = None if inputs.privacy is None else inputs.privacy.spec.model_copy(update={"ledger": place / "ledger"})
+        privacy = None if inputs.privacy is None or spec is None else replace(inputs.privacy, spec=spec)
+        alone = _sums_of_a_round(replace(inputs, ranks=Alone(), spread=None, privacy=privacy))
+        assert made.keys() == alone.keys()
+        found.append(max(relative(made[key], value) for key, value in alone.items()))
+    return found
+
+
+def _sums_of_a_round(inputs: PartyInputs) -> dict[tuple[int, str], Tensor]:
+    """What is pushed, by part and name."""
+    layers = expert_layers(full_models()[PARTIES[0]])
+    folder = inputs.cache_folder
+    cache = WeightCache(MemoryStore() if folder is None else FileStore(folder), len(layers), inputs.experts_over)
+    for layer in layers:
+        cache.put(layer.index, {name: value.detach() for name, value in layer.parameters().items()})
+    trunk = OwnTrunk(inputs, inputs.weights(), shared_names(inputs.federation, inputs.model))
+    made = make_contribution(trunk, lambda: "run")
+    contribution = made if inputs.ranks.world == 1 else GatewayContribution(made, inputs, lambda: "run")
+    parts = model_parts(inputs.federation, inputs.model, inputs.placement)
+    with closing(LayerStreamer(cache, inputs.device, torch.float32)) as streamer, closing(contribution):
+        contribution.open(streamer)
+        values = contribution.sums(1, {"weights": "00"}, streamer, NEVER).values
+        assert values is not None
+        return {
+            (part.number, name): value.clone()
+            for part in parts
+            if part.trained
+            for name, value in values.of(part).items()
+        }
+
+
 def reading(ranks: Ranks, folder: Path, changes: Mapping[str, Any]) -> None:
     """Read a party's files, rank 1 with some of the shared settings changed."""
     federation = load_yaml(folder / "federation.yaml", FederationConfig)
@@ -108,7 +176,7 @@ def owning(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) ->
 
     def listed_now(held: HeldSums) -> list[list[Any]]:
         found = listed_before(held)
-        own.append({f"{layer} {name}": math.prod(shape) for layer, name, _, shape in found})
+        own.append({" ".join(map(str, piece)): math.prod(shape) for *piece, _, shape in found})
         return found
 
     HeldSums.listed = listed_now  # type: ignore[method-assign]
@@ -136,10 +204,47 @@ def faulty(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any], fa
     return federation(ranks, folder, kind, changes)
 
 
+def wrongly_exchanged(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any], fault: str) -> Any:
+    """The same with a mistake in what crosses between ranks that experts are spread over."""
+    with FAULTS[fault](ranks):
+        return federation(ranks, folder, kind, changes)
+
+
+def interrupted(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, where rank 0 gives an attempt up in the middle of a lot; how often."""
+    given_up, calls = list[int](), list[bool]()
+    real = contribution.next_batch
+
+    def asked(share: Ranks, cancel: CancelToken, *, spread: bool) -> None:
+        here = share is ranks and ranks.rank == 0
+        calls.append(here)
+        stop = here and not given_up and sum(calls) == STOPPED_AT
+        given_up.extend([1] * stop)
+        real(share, CancelToken(lambda: True) if stop else cancel, spread=spread)
+
+    for module in (contribution, private_sums):
+        module.next_batch = asked
+    return federation(ranks, folder, kind, changes) | {"interrupted": len(given_up)}
+
+
+def losing_layers(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, where rank 1 cannot read a layer in the middle of a batch."""
+    get, calls = PinnedFiles.get, list[int]()
+
+    def lost(self: PinnedFiles, layer: int) -> Any:
+        calls.append(layer)
+        if ranks.rank == 1 and len(calls) > LOST_AT:
+            raise RoundError("layer 1 is not in the cache.", code="weights-changed")
+        return get(self, layer)
+
+    with patch.object(PinnedFiles, "get", lost):
+        return federation(ranks, folder, kind, changes)
+
+
 def counted(folder: Path) -> list[tuple[int, int]]:
     """(round, draw) of every release in the ledger of the party of several ranks."""
-    lines = [line for path in (folder / f"ledger-{SEVERAL}").glob("*/ledger.jsonl") for line in path.open()]
-    entries = [json.loads(line) for line in lines]
+    files = (folder / f"ledger-{SEVERAL}").glob("*/ledger.jsonl")
+    entries = [json.loads(line) for path in files for line in path.read_text("utf-8").splitlines()]
     return [(e["data"]["round"], e["data"]["draw"]) for e in entries if e["kind"] == "release"]
 
 

@@ -35,7 +35,7 @@ def through_federation(
     from coterie.training.planning import exposure
 
     # One process asks, however many share the party's lots in training.
-    config = settings_of_run(run_dir).model_copy(update={"devices": 1})
+    config = settings_of_run(run_dir).model_copy(update={"devices": 1, "experts_over": 1})
     answered = False
 
     def asked(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""`devices` in train.yaml and party.yaml: the command starts itself once for each rank, on this machine.
+"""`devices` and `experts_over` in a settings file: the command starts itself once for each rank, on this machine.
 
 What torchrun would start is the same; but the place where these ranks meet, and what they send each other, is on
 loopback only, and they end when the command does. Rank 0 has the terminal; what another rank has to say is shown
@@ -111,21 +111,21 @@ def start_party_if_asked(config: PartyConfig, arguments: Sequence[str]) -> None:
     if _OWN in os.environ:
         return
     check_alone()
-    if config.devices == 1:
+    if config.ranks == 1:
         return
     from coterie.config import FederationConfig, load_yaml
     from coterie.config.federation import check_devices
 
     check_devices(config, load_yaml(config.federation, FederationConfig))
-    if config.devices > _cores():
+    if config.ranks > _cores():
         raise ConfigError(
-            f"`devices` is {config.devices}, and this machine has {_cores()} cores.",
+            f"`{config.ranks_by}` is {config.ranks}, and this machine has {_cores()} cores.",
             code="ranks-cores",
             where=f"party.yaml of {config.party}",
             why="ranks that take turns on a core need more memory and gain nothing",
             fix="ask for at most as many as there are cores",
         )
-    raise typer.Exit(_run(config.devices, arguments))
+    raise typer.Exit(_run(config.ranks, arguments))
 
 
 def joined_party() -> AbstractContextManager[Ranks | None]:

@@ -37,8 +37,8 @@ def command(
     Goes on from the newest checkpoint that all parties hold, if there is one. Ctrl-C asks for a clean end: the round
     is finished, everybody writes a checkpoint and leaves.
 
-    With `devices: N` in party.yaml N processes of this machine share the party's lots; one of them alone speaks to
-    the others.
+    With `devices: N` or `experts_over: N` in party.yaml N processes of this machine share the party's lots; one of
+    them alone speaks to the others.
 
     Example:
         coterie up party.yaml --json result.json

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -13,7 +13,7 @@ from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, Positive
 from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.report import ReportSpec
-from coterie.config.train import Device, OptimSpec, TrainSpec, check_adds_up
+from coterie.config.train import Device, OptimSpec, TrainSpec, check_adds_up, check_groups
 from coterie.errors import ConfigError
 
 
@@ -324,7 +324,7 @@ class FederationConfig(Spec):
 class PartyConfig(Spec):
     """party.yaml: what one party keeps to itself."""
 
-    later_keys = frozenset({"report_to"})
+    later_keys = frozenset({"experts_over", "report_to"})
 
     party: PartyName = Field(description="This party's name in the federation.")
     federation: LocalPath = Field(description="The shared federation.yaml.")
@@ -342,6 +342,11 @@ class PartyConfig(Spec):
         description="Processes of this machine that share this party's lots; so far on CPUs, and for `experts`. "
         "Fetched layers then lie on disk, where all read them.",
     )
+    experts_over: Count = Field(
+        default=1,
+        description="Processes that the experts of every layer are spread over; each borrows the rows of its own, "
+        "and tokens travel to them. Where `devices` is a multiple of it, there are several such groups.",
+    )
     privacy: PartyPrivacy | Literal["none"] | None = Field(
         default=None, description="Local choices and own budget; `none` only where the federation allows mixing."
     )
@@ -358,6 +363,31 @@ class PartyConfig(Spec):
     report_to: ReportSpec | None = Field(
         default=None, description="Trackers that hear the figures that may be public; absent: none."
     )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share this party's lots."""
+        return max(self.devices, self.experts_over)
+
+    @property
+    def ranks_by(self) -> str:
+        """The setting that says so."""
+        return "devices" if self.devices > 1 else "experts_over"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_are_lent(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "layers_over" in given:
+            raise ValueError(
+                "`layers_over` is for train.yaml: a party's layers are lent to the tokens one at a time anyway, and "
+                "`devices: N` shares out the records; `experts_over: N` lets tokens travel instead"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> PartyConfig:
+        check_groups(self.devices, "experts_over", self.experts_over)
+        return self
 
 
 def check_task(party: PartyConfig) -> None:
@@ -380,17 +410,41 @@ def check_devices(party: PartyConfig, federation: FederationConfig) -> None:
     """Refuse several ranks where they could not share a party's work.
 
     Raises:
-        ConfigError: another exchange than `experts`.
+        ConfigError: another exchange than `experts`; experts over ranks with settings that need whole models.
     """
-    if party.devices > 1 and federation.exchange != "experts":
+    if party.ranks > 1 and federation.exchange != "experts":
+        name = party.ranks_by
         raise ConfigError(
-            f"party {party.party}: `devices` is {party.devices}, and several ranks take part in "
+            f"party {party.party}: `{name}` is {party.ranks}, and several ranks take part in "
             "`exchange: experts` alone.",
             code="config-devices",
             why="in `tokens` every hidden state crosses between the parties, and one process of a party alone may "
             "speak to the others",
-            fix="leave out `devices`, or agree on `exchange: experts`",
+            fix=f"leave out `{name}`, or agree on `exchange: experts`",
         )
+    rules = party_privacy(federation, party) if party.experts_over > 1 else None
+    if rules is None:
+        return
+    if rules.isolation != "fast":
+        raise _whole_only(
+            party, "`isolation: exact`, which holds where nothing is said", code="dp-spread-exact",
+            fix="agree on `isolation: fast`, or use `devices: N`, with whole layers at each rank",
+        )  # fmt: skip
+    if rules.unit == "user":
+        raise _whole_only(party, "`unit: user`", code="dp-spread-users")
+    if rules.noise_bands > 1:
+        raise _whole_only(party, "`noise_bands`", code="dp-spread-bands")
+
+
+def _whole_only(
+    party: PartyConfig, setting: str, code: str, fix: str = "use `devices: N`, with whole layers at each rank"
+) -> ConfigError:
+    return ConfigError(
+        f"party {party.party}: `experts_over` is not possible with {setting}.",
+        code=code,
+        why="a rank sees rows of several records, and a part of each record's gradient",
+        fix=fix,
+    )
 
 
 def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySpec | None:

@@ -75,6 +75,19 @@ def check_adds_up(optim: OptimSpec, privacy: PrivacyRules) -> None:
         )
 
 
+def check_groups(devices: int, spread_by: str, over: int) -> None:
+    """Hold processes to whole groups of those that hold every expert once.
+
+    Raises:
+        ValueError: a group would lack some.
+    """
+    if devices > 1 and devices % over:
+        raise ValueError(
+            f"`{spread_by}` is {over} and `devices` {devices}: experts are spread over groups of devices; give "
+            f"`devices` a multiple of `{spread_by}`, or leave it out"
+        )
+
+
 class TrainSpec(Spec):
     """How much is trained. One round is one optimiser step."""
 
@@ -148,11 +161,7 @@ class TrainConfig(Spec):
                 "`experts_over` and `layers_over` are two ways: tokens travel to experts, or weights to tokens; "
                 "give one of them"
             )
-        if self.devices > 1 and self.devices % self.spread_over:
-            raise ValueError(
-                f"`{self.spread_by}` is {self.spread_over} and `devices` {self.devices}: experts are spread over "
-                f"groups of devices; give `devices` a multiple of `{self.spread_by}`, or leave it out"
-            )
+        check_groups(self.devices, self.spread_by, self.spread_over)
         if self.privacy is not None:
             check_adds_up(self.optim, self.privacy)
             problems = undeclared_artefacts(self.model, self.data)

@@ -69,7 +69,8 @@ class LotBatches:
                 loads += self._loads(~diagnostics.masked)
                 yield diagnostics
             for _ in range(self.count(lot), at_least):
-                self._engine.accumulate(self._made_up(device), counted=0)
+                made_up = self._made_up(device)
+                self._engine.accumulate(made_up if self._shape is None else self._shape.fill(made_up), counted=0)
             return
         for unit in range(lot.num_units):
             own = lot.records[lot.units == unit]

@@ -136,11 +136,8 @@ class LotSums:
         return self._noise.of(multiplier, rounded)
 
     def _batches_of(self, shares: Sequence[Lot]) -> int:
-        """How many physical batches this rank runs: one whose experts others need runs as many as they do."""
-        group = self.holdings.group
-        start = self._ranks.rank - group.rank
-        needing = shares[start : start + group.world] if self.holdings.spread else []
-        return max((self.batches.count(share) for share in needing), default=0)
+        """How many physical batches this rank runs: where experts are spread, as many as every other."""
+        return max(self.batches.count(share) for share in shares) if self.holdings.spread else 0
 
     def _compute(self, lot: Lot, batches: int, key: int) -> tuple[dict[str, Tensor], LotFigures]:
         self.engine.take()  # what an interrupted step left
@@ -182,11 +179,16 @@ class LotSums:
         return (units_UN.double() / self._on_grid.step(name)).to(torch.int64).sum(0)
 
     def shaped(self, released: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A release's tensors in the shapes of the parameters; several ranks put them on disk as plain values."""
-        return {
-            name: value.view(self._trained[name].shape) if name in self._trained else value
-            for name, value in released.items()
-        }
+        """A release's tensors, by the names that they have in files or of this rank's parameters, in the shapes of
+        parameters or their parts; several ranks put them on disk as plain values."""
+        return {name: value.view(self._shape(name, value)) for name, value in released.items()}
+
+    def _shape(self, name: str, value: Tensor) -> torch.Size:
+        own = self._trained.get(name)
+        if own is not None and own.numel() == value.numel():
+            return own.shape
+        parameter, held = self.holdings.part_of(name)
+        return self.holdings.cuts[parameter].shape(held) if held else value.shape
 
     @contextmanager
     def _secret_torch_randomness(self, name: str) -> Iterator[int]:

@@ -4,7 +4,8 @@ Experts, wherever they are: `coterie.models.seam` is the one function that trans
 `coterie.models.grouped` multiplies rows sorted by expert; `coterie.models.expert_math` is forward and backward in
 closed form; `coterie.models.lora` is the same with low-rank factors; `coterie.models.sizes` refuses a model whose
 tokens would not find them. `coterie.models.autograd` calls what torch
-leaves untyped, `coterie.models.tensors` tells the bytes of a tensor and the dtype of a product.
+leaves untyped, `coterie.models.tensors` tells the bytes of a tensor and the dtype of a product,
+`coterie.models.shares` which experts each of several ranks has.
 
 Then five folders: `coterie.models.zoo` (which models, and how they are made), `coterie.models.split` (one checkpoint,
 many files), `coterie.models.cut` (a backward that never waits for the wire), `coterie.models.streaming` (layers lent

@@ -37,6 +37,8 @@ from coterie.ranks.ranks import (
 from coterie.ranks.ways import LONGEST, Ways, Work, between_gpus, own_gpu
 
 _JOINED = count()
+_RAISED_BY_ALL = "coterie_raised_by_all"
+"""On an error: the ranks that have all raised it, at one step."""
 
 
 class ProcessRanks(Ranks):
@@ -76,7 +78,14 @@ class ProcessRanks(Ranks):
 
     def together(self, step: str, make: Callable[[], Any], *, patient: bool = False) -> list[Any]:
         packed, failure = outcome(step, make)
-        return read_outcomes(step, self._swapped(step, packed, patient), self.rank, failure)
+        if failure is not None and failure.__dict__.get(_RAISED_BY_ALL) is self:
+            raise failure  # at a step inside this one, and all ranks have left both
+        found = self._swapped(step, packed, patient)
+        try:
+            return read_outcomes(step, found, self.rank, failure)
+        except Exception as error:
+            error.__dict__[_RAISED_BY_ALL] = self
+            raise
 
     def add_up(self, pieces: Sequence[Tensor], owner: int) -> None:
         for some in _at_once(pieces):

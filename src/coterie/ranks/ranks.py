@@ -120,6 +120,26 @@ class Ranks(ABC):
         return self.together(step, make if self.rank == 0 else _nothing, patient=patient)[0]
 
     @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Inside, ranks wait for each other's tensors: where one fails no rank can go on with another attempt.
+
+        Raises:
+            RankError: in place of any other error of coterie's.
+        """
+        try:
+            yield
+        except RankError:
+            raise
+        except CoterieError as error:
+            raise RankError(
+                f"rank {self.rank} failed while other ranks waited for its rows: {error.message}",
+                code="ranks-failed",
+                where=error.where,
+                why=error.why,
+                fix="mend that and resume the run",
+            ) from error
+
+    @contextmanager
     def all_well(self, step: str) -> Iterator[None]:
         """Go on after the block only where every rank got through it; inside, ranks exchange nothing."""
         try:

@@ -192,12 +192,30 @@ def test_a_file_that_is_not_what_was_pinned_is_refused_until_it_is(tmp_path):
     assert read.get(0)["down_proj"].sum() == 0
     cache.begin_round()
     cache.put(0, {"down_proj": torch.ones(4)})
-    read.pin({0: "0" * 64})
+    read.pin({0: ("0" * 64,)})
     with pytest.raises(RoundError) as caught:
         read.get(0)
     assert caught.value.code == "weights-changed"
     read.pin(cache.digests())
     assert read.get(0)["down_proj"].sum() == 4
+
+
+def test_ranks_that_share_experts_read_their_own_rows_alone_and_see_changes_in_these_alone(tmp_path):
+    cache = WeightCache(FileStore(tmp_path), 1, shares=2)
+    before = torch.arange(20.0).view(5, 4)
+    digests = cache.put(0, {"down_proj": before})
+    cache.begin_round()
+    changed = before.clone()
+    changed[4] = 0.0
+    cache.put(0, {"down_proj": changed})
+    first, second = (PinnedFiles(tmp_path, 1, share, 2) for share in range(2))
+    for each in (first, second):
+        each.pin({0: digests})
+    assert torch.equal(first.get(0)["down_proj"], before[:2])
+    with pytest.raises(RoundError):
+        second.get(0)
+    second.pin(cache.digests())
+    assert torch.equal(second.get(0)["down_proj"], changed[2:])
 
 
 def test_a_full_disk_keeps_the_earlier_file_and_says_so(tmp_path, monkeypatch):

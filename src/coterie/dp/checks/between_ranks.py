@@ -22,22 +22,26 @@ import torch
 from torch import Tensor
 
 from coterie.dp.checks.batches_of_one import BatchesOfOne, Gradient, allowed, in_mode, only, square
-from coterie.dp.losses import Batch
+from coterie.dp.losses import Batch, checked
 from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.gram import TRUSTED_CERTAIN, SqNorms
 from coterie.dp.per_sample.probe import probe_sizes, synthetic_batch
 from coterie.errors import RankError
 from coterie.models import seam
+from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.spread.holdings import Holdings
 from coterie.models.spread.spread import spread_of
 from coterie.models.spread.unison import InUnison
+from coterie.models.streaming.streamer import HostGradients, StreamedExperts, WeightSource
 from coterie.ranks.ranks import Ranks
 
 _MORE_DRAWS = 4
 
 
-def check_between_ranks(engine: Engine, ranks: Ranks, owners: Ownership, like: Batch) -> None:
+def check_between_ranks(
+    engine: Engine, ranks: Ranks, owners: Ownership, like: Batch, lent: WeightSource | None = None
+) -> None:
     """Compare norms and sums of one made-up record of each rank; all of them call this.
 
     Args:
@@ -45,6 +49,7 @@ def check_between_ranks(engine: Engine, ranks: Ranks, owners: Ownership, like: B
         ranks: of the run.
         owners: of its sums.
         like: only keys, shapes and types are used.
+        lent: lends weights of this rank's experts, where the model has none.
 
     Raises:
         RankError: what they compute together is something else.
@@ -53,7 +58,7 @@ def check_between_ranks(engine: Engine, ranks: Ranks, owners: Ownership, like: B
     """
     if ranks.world == 1:
         return
-    comparison = _Comparison(engine, ranks, owners)
+    comparison = _Comparison(engine, ranks, owners, lent)
     seen: list[str | None] = []
     for seed in range(1 + _MORE_DRAWS):
         compared, wrong = comparison.run(like, seed)
@@ -84,8 +89,8 @@ def _refusal(message: str, fix: str) -> RankError:
 
 
 class _Comparison:
-    def __init__(self, engine: Engine, ranks: Ranks, owners: Ownership) -> None:
-        self._engine, self._ranks, self._owners = engine, ranks, owners
+    def __init__(self, engine: Engine, ranks: Ranks, owners: Ownership, lent: WeightSource | None) -> None:
+        self._engine, self._ranks, self._owners, self._lent = engine, ranks, owners, lent
         self._spread, self._holdings = spread_of(engine.model), Holdings(engine.model)
 
     def run(self, like: Batch, seed: int) -> tuple[bool, str | None]:
@@ -111,11 +116,30 @@ class _Comparison:
 
     def _one_by_one(self, batch: Batch) -> tuple[Tensor, list[Gradient]]:
         """[B] losses, and gradients by plain autograd of what this rank has."""
-        model, spread = self._engine.model, self._spread
-        with nullcontext() if spread is None else seam.computed_by(model, InUnison(spread)):
+        model, spread, sink = self._engine.model, self._spread, HostGradients()
+        own = None if self._lent is None else StreamedExperts(self._lent, sink, expert_adapters(model))
+        losses, gradients = list[float](), list[Gradient]()
+        with (
+            factors_stay_apart(model) if own is not None else nullcontext(),
+            nullcontext() if spread is None else seam.computed_by(model, InUnison(spread, own)),
+        ):
             alone = BatchesOfOne(self._engine, 0.0, "")
-            singles = [alone.alone(only(batch, record)) for record in range(self._ranks.world)]
-        return torch.tensor([loss for loss, _ in singles]), [gradient for _, gradient in singles]
+            for record in range(self._ranks.world):
+                loss = checked(self._engine.loss_fn(model, only(batch, record)), 1)
+                losses.append(float(loss.detach()))
+                gradients.append(alone.autograd(loss.sum()) | self._streamed(sink))
+        return torch.tensor(losses), gradients
+
+    def _streamed(self, sink: HostGradients) -> Gradient:
+        """Gradients of lent weights, which go to a sink in a backward; it is emptied."""
+        found, sink.sums = sink.sums, {}
+        names = {layer.index: layer.name for layer in seam.expert_layers(self._engine.model)}
+        return {
+            name: gradient
+            for layer, own in found.items()
+            for short, gradient in own.items()
+            if (name := f"{names[layer]}.{short}") in self._engine.shapes
+        }
 
     def _squares(self, gradients: list[Gradient]) -> Tensor:
         """[G, B] squared norms of records' gradients at all ranks of a group together."""

@@ -10,6 +10,7 @@ Shape letters: B records of a physical batch, G gradient groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -205,9 +206,10 @@ class Engine:
         """
         check_batch(batch, self.model)
         self.prepare(batch)
-        shared, method = self._sharing.with_all(batch_size(batch), counted, self.next_method(batch))
-        summing = self._ghost if method == "ghost" else self._book_keeping
-        return summing.accumulate(batch, shared)
+        with self._sharing.exchanging() if self.lent else nullcontext():  # then another attempt could follow
+            shared, method = self._sharing.with_all(batch_size(batch), counted, self.next_method(batch))
+            summing = self._ghost if method == "ghost" else self._book_keeping
+            return summing.accumulate(batch, shared)
 
     @_at_work
     def accumulate_user(self, batches: Iterable[Batch]) -> Diagnostics:

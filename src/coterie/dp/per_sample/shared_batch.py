@@ -13,6 +13,7 @@ Shape letters: G gradient groups, B records of all ranks, W ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -163,6 +164,10 @@ class Sharing:
         """A batch of this rank alone, with its own experts alone: what is compared, and what is learnt, before."""
         trip = None if self._spread is None else self._spread.trip_at_home
         return SharedBatch(Alone(), (records,), (records,), frozenset(), trip)
+
+    def exchanging(self) -> AbstractContextManager[None]:
+        """See `Ranks.exchanging`; a whole model's batches exchange nothing."""
+        return self._ranks.exchanging() if self.spread else nullcontext()
 
     def with_all(self, records: int, counted: int | None, method: Method) -> tuple[SharedBatch, Method]:
         """A batch of all ranks, each of which calls this; ghost clipping where one of them needs it.

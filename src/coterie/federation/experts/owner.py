@@ -25,7 +25,7 @@ from coterie.federation.experts.parts import AHEAD, Part, combined_digest
 from coterie.federation.experts.push_sums import Push, Pusher
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.wire.transport import Lane, Message, Transport
-from coterie.models.streaming.cache import LayerWeights, WeightCache
+from coterie.models.streaming.cache import Digests, LayerWeights, WeightCache
 from coterie.models.streaming.heap import give_back_freed
 
 
@@ -128,8 +128,8 @@ class Mirror:
         self._wait(layer)
         return self._cache.get(layer)
 
-    def digests(self) -> dict[int, str]:
-        """Digest of every layer, as this round has it; waits for all.
+    def digests(self) -> dict[int, Digests]:
+        """Digests of every layer's shares, as this round has it; waits for all.
 
         Raises:
             DeadlineError, CoterieError: see `get`.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coterie.models.lora import expert_wrappers
 from coterie.models.seam import expert_layers
+from coterie.models.shares import held_experts
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Cut:
         return self.view[self.axis]
 
     def held(self, rank: int, world: int) -> range:
-        """The experts of a rank: contiguous ranges, as equal as can be."""
-        return range(self.experts * rank // world, self.experts * (rank + 1) // world)
+        """The experts of a rank."""
+        return held_experts(self.experts, rank, world)
 
     def shape(self, held: range | None = None) -> torch.Size:
         """Of the parameter with some experts only; None: of the whole one."""

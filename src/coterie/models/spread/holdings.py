@@ -43,6 +43,7 @@ class Holdings:
 
     Attributes:
         spread: the experts are at several ranks, of which this is one.
+        cuts: how parameters that hold something of every expert are cut, by name.
         group: ranks that hold all values together, once; this process alone where the model is whole.
         replicas: ranks that hold the same parts as this one.
     """
@@ -52,22 +53,22 @@ class Holdings:
         self.group: Ranks = Alone() if spread is None else spread.ranks
         self.replicas: Ranks = Alone() if spread is None else spread.replicas
         self.spread = spread is not None
-        self._cuts = cuts_of(model)
-        self._held = {name: cut.held(self.group.rank, self.group.world) for name, cut in self._cuts.items()}
+        self.cuts = cuts_of(model)
+        self._held = {name: cut.held(self.group.rank, self.group.world) for name, cut in self.cuts.items()}
 
     def is_part(self, name: str) -> bool:
         """Whether other ranks have other values of a parameter."""
-        return self.spread and name in self._cuts
+        return self.spread and name in self.cuts
 
     def size(self, name: str, own: Tensor) -> int:
         """How many values something of a parameter's shape has at all ranks together."""
-        return self._cuts[name].shape().numel() if self.is_part(name) else own.numel()
+        return self.cuts[name].shape().numel() if self.is_part(name) else own.numel()
 
     def parts(self) -> dict[str, HeldPart]:
         """The parts that this rank has of parameters, by their names."""
         return {
             name: HeldPart(self._key(name), cut.shape().numel(), cut.places(self._held[name]))
-            for name, cut in self._cuts.items()
+            for name, cut in self.cuts.items()
             if self.spread
         }
 
@@ -78,6 +79,13 @@ class Holdings:
             tensors: a parameter's by its name, or by ``{parameter}/{what}``; of its shape, or something else.
         """
         return {self._key(name) if self._cut(name, own) else name: own for name, own in tensors.items()}
+
+    def part_of(self, stored: str) -> tuple[str, range]:
+        """The parameter that a name in files is of, and whose part; no experts where it holds something of none."""
+        match = _SOME.fullmatch(stored)
+        if match is not None and match["name"] in self.cuts:
+            return match["name"], range(int(match["start"]), int(match["stop"]))
+        return stored, range(self.cuts[stored].experts) if stored in self.cuts else range(0)
 
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of tensors as for `stored` those that no other rank has, under their names in files."""
@@ -97,7 +105,7 @@ class Holdings:
         in_parts: dict[str, set[int]] = {}
         for stored, piece in pieces:
             match = _SOME.fullmatch(stored)
-            cut = None if match is None else self._cuts.get(_parameter(match["name"]))
+            cut = None if match is None else self.cuts.get(_parameter(match["name"]))
             if match is None or cut is None:
                 rows.setdefault(stored, []).append(piece)
                 continue
@@ -110,10 +118,10 @@ class Holdings:
         for name, own in rows.items():
             whole = own[0] if len(own) == 1 else torch.cat([piece.reshape(-1) for piece in own])
             parameter = _parameter(name)
-            of_all = self.is_part(parameter) and whole.numel() == self._cuts[parameter].shape().numel()
+            of_all = self.is_part(parameter) and whole.numel() == self.cuts[parameter].shape().numel()
             if name in in_parts or (self.is_part(name) and not of_all):
                 raise _nameless(name)
-            found[name] = self._cuts[parameter].part(whole, self._held[parameter]) if of_all else whole
+            found[name] = self.cuts[parameter].part(whole, self._held[parameter]) if of_all else whole
         for name, experts in in_parts.items():
             if lost := set(self._held[_parameter(name)]) - experts:
                 raise _without(name, min(lost))
@@ -124,7 +132,7 @@ class Holdings:
         parameter = _parameter(name)
         if not self.is_part(parameter):
             return None
-        cut = self._cuts[parameter]
+        cut = self.cuts[parameter]
         return cut if own.numel() == cut.shape(self._held[parameter]).numel() else None
 
     def _key(self, name: str) -> str:

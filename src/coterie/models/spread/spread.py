@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from coterie.errors import ModelError
 from coterie.models import seam
 from coterie.models.lora import expert_wrappers
-from coterie.models.seam import ExpertLayer, ExpertsCall, LocalExperts
+from coterie.models.seam import ExpertLayer, ExpertsCall, ExpertsImplementation, LocalExperts
+from coterie.models.shares import held_experts
 from coterie.models.spread.cuts import Cut, cuts_of
 from coterie.models.spread.travel import Trip, there_and_back
 from coterie.ranks.ranks import Alone, Ranks
@@ -45,7 +46,8 @@ class Spread:
 
     def bounds(self, experts: int) -> list[int]:
         """Where each rank's experts of a layer begin, and where the last one's end."""
-        return [experts * rank // self.ranks.world for rank in range(self.ranks.world + 1)]
+        world = self.ranks.world
+        return [*(held_experts(experts, rank, world).start for rank in range(world)), experts]
 
     def trip(self, layer: ExpertLayer, ids_NK: Tensor, record_N: Tensor) -> Trip:
         """The way of a layer's rows to all ranks; every rank takes part."""
@@ -65,10 +67,14 @@ class SpreadExperts:
     """Computes the layers of a spread model for evaluation, generation and plain training.
 
     Every rank runs the model as often as the others, and its backward too.
+
+    Args:
+        trip: begins the way of a layer's rows.
+        own: computes this rank's own experts; None: with the weights in the module.
     """
 
-    def __init__(self, trip: MakeTrip) -> None:
-        self._trip, self._own = trip, LocalExperts()
+    def __init__(self, trip: MakeTrip, own: ExpertsImplementation | None = None) -> None:
+        self._trip, self._own = trip, own or LocalExperts()
 
     def __call__(self, call: ExpertsCall) -> Tensor:
         hidden_ND = call.hidden_ND
@@ -124,10 +130,12 @@ def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None, *, g
 def at_home(model: nn.Module) -> Iterator[None]:
     """Inside, a spread model computes with the experts here alone, and no rank has to take part; a whole one as ever.
 
-    For what looks at a model's operations, not at its output.
+    For what looks at a model's operations, not at its output. Where weights are lent, whoever lends them says who
+    computes.
     """
     spread = spread_of(model)
-    with nullcontext() if spread is None else seam.computed_by(model, SpreadExperts(spread.trip_at_home)):
+    lent = any(own.is_meta for layer in seam.expert_layers(model) for own in layer.parameters().values())
+    with nullcontext() if spread is None or lent else seam.computed_by(model, SpreadExperts(spread.trip_at_home)):
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie.models.autograd import applied, applied_to_several
-from coterie.models.seam import ExpertsCall, LocalExperts
+from coterie.models.seam import ExpertsCall, ExpertsImplementation, LocalExperts
 from coterie.models.spread.spread import Spread
 from coterie.ranks.ranks import Ranks
 
@@ -22,10 +22,11 @@ class InUnison:
 
     Args:
         spread: of the model.
+        own: computes this rank's own experts; None: with the weights in the module.
     """
 
-    def __init__(self, spread: Spread) -> None:
-        self._spread, self._own = spread, LocalExperts()
+    def __init__(self, spread: Spread, own: ExpertsImplementation | None = None) -> None:
+        self._spread, self._own = spread, own or LocalExperts()
 
     def __call__(self, call: ExpertsCall) -> Tensor:
         ranks, ids_NK = self._spread.ranks, call.expert_ids_NK

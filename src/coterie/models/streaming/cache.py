@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.errors import CheckpointError, RoundError
+from coterie.models.shares import rows_of
 from coterie.models.tensors import raw_bytes
 from coterie.storage import clear_leftovers, replacing
 
 LayerWeights = Mapping[str, Tensor]
+Digests = tuple[str, ...]
+"""Of a layer: one for the experts of each rank that shares them, or of all."""
 
 
 class LayerStore(Protocol):
@@ -80,31 +83,33 @@ class PinnedFiles:
     Args:
         folder: of the store.
         num_layers: how many there are.
+        share, shares: which of so many ranks' experts are read; only their bytes are looked at.
     """
 
-    def __init__(self, folder: Path, num_layers: int) -> None:
+    def __init__(self, folder: Path, num_layers: int, share: int = 0, shares: int = 1) -> None:
         self._folder = folder
         self.num_layers = num_layers
-        self._digests: dict[int, str] = {}
+        self._share, self._shares = share, shares
+        self._digests: dict[int, Digests] = {}
         self._seen: set[int] = set()
 
-    def pin(self, digests: Mapping[int, str]) -> None:
-        """From now on layers have these digests."""
-        self._digests, self._seen = dict(digests), set()
+    def pin(self, digests: Mapping[int, Sequence[str]]) -> None:
+        """From now on the shares of layers have these digests."""
+        self._digests, self._seen = {layer: tuple(each) for layer, each in digests.items()}, set()
 
-    def digests(self) -> dict[int, str]:
-        """Digest of every layer."""
+    def digests(self) -> dict[int, Digests]:
+        """Digests of every layer's shares."""
         return dict(self._digests)
 
     def get(self, layer: int) -> LayerWeights:
-        """The stored tensors, off the device; compared with the pinned digest the first time.
+        """What is read of the stored tensors, off the device; compared with the pinned digest the first time.
 
         Raises:
             RoundError: they are not what was pinned.
         """
-        weights = load_file(_layer_path(self._folder, layer))
+        weights = rows_of(load_file(_layer_path(self._folder, layer)), self._share, self._shares)
         if layer not in self._seen:
-            if digest_layer(weights) != self._digests.get(layer):
+            if layer not in self._digests or digest_layer(weights) != self._digests[layer][self._share]:
                 raise RoundError(
                     f"layer {layer} is not in the cache as it was fetched for this round.",
                     code="weights-changed",
@@ -138,42 +143,48 @@ def digest_layer(weights: LayerWeights) -> str:
 
 
 class WeightCache:
-    """The layers of one model, each pinned to a digest for the length of a round.
+    """The layers of one model, each pinned to its digests for the length of a round.
 
     Guarantee: between `begin_round` calls a layer's bytes never change: a second `put` with other bytes raises.
+
+    Args:
+        store: where they lie.
+        num_layers: how many there are.
+        shares: ranks that share the experts of each layer; every one's rows have a digest of their own.
     """
 
-    def __init__(self, store: LayerStore, num_layers: int) -> None:
+    def __init__(self, store: LayerStore, num_layers: int, shares: int = 1) -> None:
         self._store = store
         self.num_layers = num_layers
-        self._digests: dict[int, str] = {}
+        self._shares = shares
+        self._digests: dict[int, Digests] = {}
         self._pinned: set[int] = set()
 
     def begin_round(self) -> None:
         """Let every layer be replaced once."""
         self._pinned.clear()
 
-    def put(self, layer: int, weights: LayerWeights) -> str:
-        """Store a layer and pin it until the next round; returns its digest.
+    def put(self, layer: int, weights: LayerWeights) -> Digests:
+        """Store a layer and pin it until the next round; returns the digests of its shares.
 
         Raises:
             RoundError: the layer is pinned in this round to other bytes.
             CheckpointError: the store cannot be written.
         """
-        digest = digest_layer(weights)
-        if layer in self._pinned and digest != self._digests[layer]:
+        digests = tuple(digest_layer(rows_of(weights, share, self._shares)) for share in range(self._shares))
+        if layer in self._pinned and digests != self._digests[layer]:
+            before, now = next(pair for pair in zip(self._digests[layer], digests, strict=True) if len({*pair}) > 1)
             raise RoundError(
-                f"layer {layer} came twice in one round with different bytes "
-                f"({self._digests[layer][:8]}.. and {digest[:8]}..).",
+                f"layer {layer} came twice in one round with different bytes ({before[:8]}.. and {now[:8]}..).",
                 code="weights-changed",
                 why="the two passes of clipping must see the same weights, or the clipped norm is not bounded",
                 fix="the round is aborted; ask the host of this layer why it served two versions",
             )
-        if self._digests.get(layer) != digest:
+        if self._digests.get(layer) != digests:
             self._store.put(layer, weights)
-        self._digests[layer] = digest
+        self._digests[layer] = digests
         self._pinned.add(layer)
-        return digest
+        return digests
 
     def get(self, layer: int) -> LayerWeights:
         """The stored tensors, off the device. Raises CheckpointError for a layer that never came."""
@@ -185,6 +196,6 @@ class WeightCache:
             )
         return self._store.get(layer)
 
-    def digests(self) -> dict[int, str]:
-        """Digest of every cached layer."""
+    def digests(self) -> dict[int, Digests]:
+        """Digests of every cached layer's shares."""
         return dict(self._digests)

@@ -23,7 +23,7 @@ from coterie.models.autograd import applied
 from coterie.models.grouped import GroupedLinear
 from coterie.models.lora import ExpertAdapter
 from coterie.models.seam import ExpertLayer, ExpertsCall, Linear, RoutedRows, bias_rows, expert_rows
-from coterie.models.streaming.cache import LayerWeights
+from coterie.models.streaming.cache import Digests, LayerWeights
 from coterie.models.streaming.heap import give_back_freed
 
 Adapters = Mapping[tuple[nn.Module, str], list[ExpertAdapter]]
@@ -43,8 +43,8 @@ class LayerReader(Protocol):
 
     def get(self, layer: int) -> LayerWeights: ...
 
-    def digests(self) -> dict[int, str]:
-        """Digest of every layer; waits for layers that are still to come."""
+    def digests(self) -> dict[int, Digests]:
+        """Digests of every layer's shares; waits for layers that are still to come."""
         ...
 
 
@@ -152,8 +152,8 @@ class LayerStreamer:
         self._note_peak(weights)
         yield weights
 
-    def digests(self) -> dict[int, str]:
-        """Digest of every layer off the device; waits until all are there."""
+    def digests(self) -> dict[int, Digests]:
+        """Digests of every layer's shares off the device; waits until all are there."""
         return self._cache.digests()
 
     def drop_all(self) -> None:

@@ -13,10 +13,11 @@ from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.federation.cancel import CancelToken
 from coterie.models.spread.holdings import Holdings
+from coterie.models.spread.spread import spread_of
 from coterie.models.streaming.streamer import LayerStreamer, WeightSource
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Batch
-from coterie.training.experts.contribution import Sums, WithoutLedger, dealt, summed_figures
+from coterie.training.experts.contribution import Sums, WithoutLedger, dealt, next_batch, summed_figures
 from coterie.training.experts.held_sums import HeldSums, held, to_owners
 from coterie.training.loop import sequence_losses, to_device
 from coterie.training.seeds import derived_seed
@@ -42,7 +43,7 @@ class AdapterSums(WithoutLedger):
     """Summed token gradients of the adapters; see `coterie.training.experts.contribution.Contribution`.
 
     Args:
-        model: partial model with adapters.
+        model: partial model with adapters; where experts are spread over ranks, with this one's.
         batches: the micro-batches of a round, from 1.
         seed: repeats dropout on a second attempt; of the whole run.
         push_limit: largest size of a value in a masked sum.
@@ -61,6 +62,7 @@ class AdapterSums(WithoutLedger):
         super().__init__(push_limit)
         self._model, self._batches, self._seed = model, batches, seed
         self._ranks = ranks or Alone()
+        self._spread = spread_of(model) is not None
         self._engine: Engine | None = None
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
@@ -77,9 +79,9 @@ class AdapterSums(WithoutLedger):
             self._engine = adapter_engine(self._model, streamer)
         engine = self._engine
         figures = summed_figures(self._ranks, round_no, lambda: self._add_own(engine, round_no, cancel))
-        totals = engine.take()
-        to_owners(Ownership(self._ranks, Holdings(self._model), totals), totals)
-        return held(totals, {}), figures
+        totals, holdings = engine.take(), Holdings(self._model)
+        to_owners(Ownership(self._ranks, holdings, totals), totals)
+        return held(holdings.stored(totals), {}, holdings), figures
 
     def _add_own(self, engine: Engine, round_no: int, cancel: CancelToken) -> list[float]:
         """Add the gradients of this rank's micro-batches; their summed loss, and tokens."""
@@ -89,9 +91,10 @@ class AdapterSums(WithoutLedger):
         self._model.train()
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(self._seed, round_no - 1) + self._ranks.rank)
-            for batch in dealt(self._batches(round_no), self._ranks):
-                cancel.check()
-                figures = engine.accumulate(to_device(batch, device))
-                loss += float(figures.losses.sum())
-                tokens += int((batch["labels"][:, 1:] != -100).sum())
+            for batch, counts in dealt(self._batches(round_no), self._ranks, spread=self._spread):
+                next_batch(self._ranks, cancel, spread=self._spread)
+                figures = engine.accumulate(to_device(batch, device), counted=None if counts else 0)
+                if counts:
+                    loss += float(figures.losses.sum())
+                    tokens += int((batch["labels"][:, 1:] != -100).sum())
         return [loss, tokens]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,12 +23,13 @@ from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.masking.grid import MaskGrid
 from coterie.federation.experts.masking.session import Held
 from coterie.models import seam
-from coterie.models.seam import ExpertLayer
+from coterie.models.seam import ExpertLayer, ExpertsImplementation
 from coterie.models.spread.holdings import Holdings
+from coterie.models.spread.spread import SpreadExperts, spread_of
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Batch
-from coterie.training.experts.held_sums import TRUNK, HeldSums, SumValues, expert_names, held, to_owners
+from coterie.training.experts.held_sums import TRUNK, HeldSums, Piece, SumValues, expert_names, held, to_owners
 from coterie.training.experts.push_grid import plain_grid
 from coterie.training.loop import to_device
 from coterie.training.seeds import derived_seed
@@ -67,7 +69,7 @@ class Sums:
         """With some trunk parameters' sums, in this process, and none of the others."""
         if self.values is None:
             return self
-        return replace(self, values=HeldSums({(TRUNK, name): self.trunk_values(name) for name in names}))
+        return replace(self, values=HeldSums({Piece(TRUNK, name): self.trunk_values(name) for name in names}))
 
 
 class Contribution(Protocol):
@@ -212,7 +214,7 @@ class PlainSums(WithoutLedger):
     """Sums without privacy: summed token gradients of the round's sequences.
 
     Args:
-        model: partial model, trunk on its device.
+        model: partial model, trunk on its device; where experts are spread over ranks, with this one's.
         layers: its MoE layers.
         batches: the micro-batches of a round, from 1.
         loss: summed loss and tokens of a micro-batch.
@@ -238,6 +240,7 @@ class PlainSums(WithoutLedger):
         self._model, self._layers, self._batches, self._seed = model, layers, batches, seed
         self._ranks = ranks or Alone()
         self._loss = self._record_loss if per_record else loss
+        self._spread = spread_of(model)
 
     def _record_loss(self, batch: Batch) -> tuple[Tensor, int]:
         device = next(p for p in self._model.parameters() if not p.is_meta).device
@@ -257,9 +260,12 @@ class PlainSums(WithoutLedger):
         trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad and not p.is_meta}
         sink = HostGradients()
         totals = {name: torch.zeros(p.shape) for name, p in trained.items()}
+        experts: ExpertsImplementation = StreamedExperts(streamer, sink)
+        if self._spread is not None:
+            experts = SpreadExperts(self._spread.trip, experts)
 
         def own() -> list[float]:
-            return self._add_own(round_no, trained, totals, StreamedExperts(streamer, sink), cancel)
+            return self._add_own(round_no, trained, totals, experts, cancel)
 
         figures = summed_figures(self._ranks, round_no, own)
         names = expert_names(self._layers)
@@ -267,15 +273,16 @@ class PlainSums(WithoutLedger):
         for full, (layer, name) in names.items():  # zeros where no micro-batch had a backward
             found = sink.sums.get(layer, {}).pop(name, None)
             totals[full] = torch.zeros(shapes[layer][name].shape) if found is None else found
-        to_owners(Ownership(self._ranks, Holdings(self._model), totals), totals)
-        return held(totals, names), figures
+        holdings = Holdings(self._model)
+        to_owners(Ownership(self._ranks, holdings, totals), totals)
+        return held(holdings.stored(totals), names, holdings), figures
 
     def _add_own(
         self,
         round_no: int,
         trained: Mapping[str, nn.Parameter],
         totals: Mapping[str, Tensor],
-        experts: StreamedExperts,
+        experts: ExpertsImplementation,
         cancel: CancelToken,
     ) -> list[float]:
         """Add the gradients of this rank's micro-batches; their summed loss, and tokens."""
@@ -285,11 +292,13 @@ class PlainSums(WithoutLedger):
         self._model.train()
         with torch.random.fork_rng(), seam.computed_by(self._model, experts):
             torch.manual_seed(derived_seed(self._seed, round_no - 1) + self._ranks.rank)
-            for batch in dealt(self._batches(round_no), self._ranks):
-                cancel.check()
-                loss, counted = self._loss(batch)
-                torch.autograd.backward(loss)
-                loss_sum, tokens = loss_sum + float(loss.detach()), tokens + counted
+            for batch, counts in dealt(self._batches(round_no), self._ranks, spread=self._spread is not None):
+                next_batch(self._ranks, cancel, spread=self._spread is not None)
+                with self._ranks.exchanging() if self._spread is not None else nullcontext():
+                    loss, counted = self._loss(batch)
+                    torch.autograd.backward(loss if counts else 0.0 * loss)
+                if counts:
+                    loss_sum, tokens = loss_sum + float(loss.detach()), tokens + counted
                 for name, param in trained.items():
                     if param.grad is not None:
                         totals[name].add_(param.grad.to("cpu", torch.float32))
@@ -297,9 +306,29 @@ class PlainSums(WithoutLedger):
         return [loss_sum, tokens]
 
 
-def dealt(batches: Sequence[Batch], ranks: Ranks) -> Sequence[Batch]:
-    """The micro-batches of one rank."""
-    return batches[ranks.rank :: ranks.world]
+def dealt(batches: Sequence[Batch], ranks: Ranks, *, spread: bool) -> Sequence[tuple[Batch, bool]]:
+    """The micro-batches of one rank, and whether each counts.
+
+    Args:
+        batches: of the round.
+        ranks: that share them.
+        spread: every rank runs as many as the one with the most, because its experts are needed.
+    """
+    own = [(batch, True) for batch in batches[ranks.rank :: ranks.world]]
+    missing = -(-len(batches) // ranks.world) - len(own)
+    return [*own, *[(batches[0], False)] * missing] if spread else own
+
+
+def next_batch(ranks: Ranks, cancel: CancelToken, *, spread: bool) -> None:
+    """Go on to the next batch only while the attempt counts; where experts are spread all ranks stop at the same.
+
+    Raises:
+        CoterieError: it does not count any more.
+    """
+    if spread:
+        ranks.together("the next batch", cancel.check)
+    else:
+        cancel.check()
 
 
 def summed_figures(ranks: Ranks, round_no: int, own: Callable[[], list[float]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from coterie.federation.cancel import CancelToken
 from coterie.federation.rounds.attempt import Attempt
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.transport import Lane, Message, Transport
+from coterie.models import seam
 from coterie.models.streaming.cache import LayerWeights
 from coterie.training.experts.adapter_sums import AdapterSums
 from coterie.training.experts.contribution import Contribution, PlainSums, Sums
@@ -27,6 +28,7 @@ from coterie.training.experts.private_sums import PrivateSums
 from coterie.training.experts.public_loads import releases_loads
 from coterie.training.experts.shared_trunk import TrunkCopy, shared_names
 from coterie.training.folders import ledger_run
+from coterie.training.loop import loss_sum, to_device
 from coterie.training.party.answer_key import AnswerKey
 from coterie.training.party.inputs import Weights
 from coterie.training.party.own_masks import OwnMasks
@@ -83,7 +85,7 @@ class ExpertsExchange:
         inputs, transport = self._inputs, self._transport
         own = make_contribution(self._trunk, self._ledger_run, self._drawn)
         self.contribution: Contribution = (
-            own if inputs.ranks.world == 1 else GatewayContribution(own, inputs.ranks, inputs.model, self._ledger_run)
+            own if inputs.ranks.world == 1 else GatewayContribution(own, inputs, self._ledger_run)
         )
         self._saved_round = 0
         balancer = self.contribution.balancer
@@ -111,6 +113,7 @@ class ExpertsExchange:
             device=inputs.device,
             roster=inputs.roster,
             masked=self._masked_push(),
+            shares=inputs.experts_over,
         )
 
     def _masked_push(self) -> MaskedPush | None:
@@ -270,17 +273,19 @@ def make_contribution(
         drawn: see `coterie.dp.party_session.Contributor`.
     """
     inputs, seed, limit = trunk.inputs, trunk.inputs.federation.train.seed, trunk.inputs.federation.push_limit
+    model, layers = inputs.lots_model, seam.expert_layers(inputs.lots_model)
     if inputs.privacy is not None:
         masked = inputs.federation.aggregation == "masked"
         return PrivateSums(
-            inputs.model, trunk.layers, inputs.train, inputs.privacy, run, drawn, masked=masked, ranks=inputs.ranks
-        )
+            model, layers, inputs.train, inputs.privacy, run, drawn, masked=masked, ranks=inputs.ranks,
+            whole=inputs.model,
+        )  # fmt: skip
     if inputs.federation.lora is not None:
-        return AdapterSums(inputs.model, trunk.batches, seed, push_limit=limit, ranks=inputs.ranks)
+        return AdapterSums(model, trunk.batches, seed, push_limit=limit, ranks=inputs.ranks)
     per_record = isinstance(inputs.federation.privacy, PrivacyRules)
     return PlainSums(
-        inputs.model, trunk.layers, trunk.batches, trunk.loss, seed, per_record=per_record, push_limit=limit,
-        ranks=inputs.ranks,
+        model, layers, trunk.batches, lambda batch: loss_sum(model, to_device(batch, inputs.device)), seed,
+        per_record=per_record, push_limit=limit, ranks=inputs.ranks,
     )  # fmt: skip
 
 

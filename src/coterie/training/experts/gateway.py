@@ -23,11 +23,13 @@ from coterie.federation.cancel import CancelToken
 from coterie.federation.experts.masking.grid import MaskGrid
 from coterie.federation.experts.masking.session import Held
 from coterie.models import seam
+from coterie.models.spread.beside import follow
+from coterie.models.streaming.cache import PinnedFiles
 from coterie.models.streaming.streamer import LayerStreamer
 from coterie.ranks.ranks import Ranks
 from coterie.training.experts.contribution import Contribution, Sums
 from coterie.training.experts.held_sums import Asked, HeldSums, SumsAtOwners
-from coterie.training.party.inputs import trunk_tensors
+from coterie.training.party.inputs import PartyInputs, trunk_tensors
 
 NEXT = "what comes next"
 OPEN, LEDGER, SUMS, FORGET, CLOSE, END = "open", "the ledger", "sums", "forget", "close", "the end"
@@ -41,13 +43,14 @@ class GatewayContribution:
 
     Args:
         own: the gateway's part, which shares each lot with the other ranks.
-        ranks: of the party.
-        model: whose trunk the other ranks compute with.
+        inputs: what the party brings; with its trunk the other ranks compute.
         run: name of the party's run in its ledger, once it has joined.
     """
 
-    def __init__(self, own: Contribution, ranks: Ranks, model: nn.Module, run: Callable[[], str]) -> None:
-        self._own, self._ranks, self._model, self._run = own, ranks, model, run
+    def __init__(self, own: Contribution, inputs: PartyInputs, run: Callable[[], str]) -> None:
+        self._own, self._ranks, self._inputs, self._run = own, inputs.ranks, inputs, run
+        # Where experts are spread the gateway borrows its own rows alone, as the other ranks do.
+        self._rows = SharedLayers(inputs) if inputs.experts_over > 1 else None
         self._known = False  # the other ranks have the frozen trunk
         self._listening = True
 
@@ -58,13 +61,19 @@ class GatewayContribution:
     def open(self, streamer: LayerStreamer) -> None:
         digests = streamer.digests()
         layers = [digests[index] for index in sorted(digests)]
+        if self._rows is not None:
+            self._rows.pin(layers)
         with self._joint(OPEN, **self._setting(), layers=layers):
             self._hand_out()
-            self._own.open(streamer)
+            self._own.open(self._lending(streamer))
 
     def sums(self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken) -> Sums:
-        with self._joint(SUMS, round=round_no, pins=dict(pins)):
-            sums = self._own.sums(round_no, pins, streamer, cancel)
+        lending = self._lending(streamer)
+        try:
+            with self._joint(SUMS, round=round_no, pins=dict(pins)):
+                sums = self._own.sums(round_no, pins, lending, cancel)
+        finally:
+            lending.drop_all()
         own = sums.values
         if not isinstance(own, HeldSums):
             return sums
@@ -75,7 +84,7 @@ class GatewayContribution:
     def share(
         self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
     ) -> HeldSums | None:
-        return self._own.share(round_no, pins, streamer, cancel)
+        return self._own.share(round_no, pins, self._lending(streamer), cancel)
 
     def nothing(self) -> Sums:
         return self._own.nothing()
@@ -96,7 +105,7 @@ class GatewayContribution:
     def open_ledger(self, streamer: LayerStreamer) -> Contributor | None:
         with self._joint(LEDGER, **self._setting()):
             self._hand_out()
-            return self._own.open_ledger(streamer)
+            return self._own.open_ledger(self._lending(streamer))
 
     def ledger_head(self) -> LedgerHead | None:
         return self._own.ledger_head()
@@ -119,6 +128,11 @@ class GatewayContribution:
             pass  # what the others held went with them
         finally:
             self._own.close()
+            if self._rows is not None:
+                self._rows.close()
+
+    def _lending(self, streamer: LayerStreamer) -> LayerStreamer:
+        return streamer if self._rows is None else self._rows.streamer
 
     @contextmanager
     def _joint(self, what: str, **content: Any) -> Iterator[None]:
@@ -148,13 +162,41 @@ class GatewayContribution:
         return {
             "run": self._run(),
             "all": not self._known,
-            "masked": [list(experts) for _, experts in sorted(seam.masked(self._model).items())],
+            "masked": [list(experts) for _, experts in sorted(seam.masked(self._inputs.model).items())],
             "loads": balancer.public().tolist() if balancer is not None and released else None,
         }
 
     def _hand_out(self) -> None:
-        hand_out(self._ranks, moved_tensors(self._model, everything=not self._known))
+        hand_out(self._ranks, moved_tensors(self._inputs.model, everything=not self._known))
+        follow(self._inputs.lots_model, self._inputs.model)
         self._known = True
+
+
+class SharedLayers:
+    """The gateway's cache files as a rank of the party borrows from them: whole layers, or its own experts' rows.
+
+    Args:
+        inputs: what the party brings.
+
+    Attributes:
+        streamer: lends them.
+    """
+
+    def __init__(self, inputs: PartyInputs) -> None:
+        folder, layers = inputs.cache_folder, seam.expert_layers(inputs.model)
+        if folder is None:
+            raise RuntimeError("a rank reads layers from the gateway's files")
+        over = inputs.experts_over
+        self._files = PinnedFiles(folder, len(layers), inputs.ranks.rank % over, over)
+        self.streamer = LayerStreamer(self._files, inputs.device, next(iter(layers[0].parameters().values())).dtype)
+
+    def pin(self, layers: Sequence[Sequence[str]]) -> None:
+        """From now on layers have these digests."""
+        self.streamer.drop_all()
+        self._files.pin(dict(enumerate(layers)))
+
+    def close(self) -> None:
+        self.streamer.close()
 
 
 def dismiss(ranks: Ranks) -> None:

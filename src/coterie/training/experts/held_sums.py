@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +20,8 @@ from coterie.dp.ownership import Ownership
 from coterie.errors import RankError
 from coterie.federation.experts.parts import Part
 from coterie.models.seam import ExpertLayer
+from coterie.models.spread.cuts import Cut
+from coterie.models.spread.holdings import Holdings
 from coterie.ranks.ranks import Ranks
 
 TRUNK = -1
@@ -40,68 +44,177 @@ class SumValues(Protocol):
         ...
 
 
-class HeldSums:
-    """Sums in this process's memory.
+class Piece(NamedTuple):
+    """A parameter, or what one rank has of it.
 
-    Args:
-        values: by layer and name; of a trunk parameter, by `TRUNK` and name.
+    Attributes:
+        layer, name: as in `Part`; a trunk parameter is of `TRUNK`.
+        start, stop: the experts that it is of; none where the parameter holds something of none.
     """
 
-    def __init__(self, values: Mapping[tuple[int, str], Tensor]) -> None:
-        self._values = dict(values)
+    layer: int
+    name: str
+    start: int = 0
+    stop: int = 0
 
-    def of(self, part: Part) -> dict[str, Tensor]:
-        return {name: self.rows(part.layer, name, part.experts) for name, _ in part.shapes}
-
-    def trunk(self, name: str) -> Tensor:
-        return self._values[TRUNK, name]
-
-    def rows(self, layer: int, name: str, experts: Sequence[int]) -> Tensor:
-        """Those of some experts, ascending; of a trunk parameter all."""
-        value = self._values[layer, name]
-        if layer == TRUNK:
-            return value
-        first, last = experts[0], experts[-1]
-        neighbours = last - first == len(experts) - 1  # then they are a view
-        return value[first : last + 1] if neighbours else value[list(experts)]
-
-    def listed(self) -> list[list[Any]]:
-        """What there is, as JSON values: layer, name, one of `DTYPES`, shape."""
-        return [[*key, str(value.dtype), list(value.shape)] for key, value in self._values.items()]
+    @property
+    def experts(self) -> range:
+        return range(self.start, self.stop)
 
 
 class Asked(NamedTuple):
-    """Rows of one parameter that a rank is asked for.
+    """Rows of one piece that a rank is asked for.
 
     Attributes:
         owner: the rank.
-        layer, name: of the parameter; see `HeldSums`.
-        experts: whose rows; none for a trunk parameter.
+        layer, name, start, stop: see `Piece`.
+        experts: whose rows; none: all of it.
         size: values.
     """
 
     owner: int
     layer: int
     name: str
+    start: int
+    stop: int
     experts: Sequence[int]
     size: int
 
+    @property
+    def piece(self) -> Piece:
+        return Piece(self.layer, self.name, self.start, self.stop)
+
 
 class _Place(NamedTuple):
-    """Where the sum of a parameter lies, and what it is."""
+    """Where the sum of a piece lies, and what it is."""
 
     rank: int
     dtype: torch.dtype
     shape: Sequence[int]
 
 
-class SumsAtOwners:
+class JoinedSums(ABC):
+    """`SumValues` that are put together from pieces.
+
+    Args:
+        listed: `HeldSums.listed` of every rank; where several have the same piece, the first is asked.
+        cuts: of trunk parameters that hold something of every expert.
+    """
+
+    def __init__(self, listed: Iterable[Iterable[Sequence[Any]]], cuts: Mapping[str, Cut]) -> None:
+        self.cuts = cuts
+        self._at: dict[tuple[int, str], dict[Piece, _Place]] = {}
+        for rank, each in enumerate(listed):
+            for layer, name, start, stop, dtype, shape in each:
+                places = self._at.setdefault((layer, name), {})
+                places.setdefault(Piece(layer, name, start, stop), _Place(rank, DTYPES[dtype], shape))
+
+    def of(self, part: Part) -> dict[str, Tensor]:
+        """See `SumValues`.
+
+        Raises:
+            RankError: a rank is gone, or none has them.
+        """
+        return self._joined(part.layer, [name for name, _ in part.shapes], part.experts)
+
+    def trunk(self, name: str) -> Tensor:
+        return self._joined(TRUNK, [name], ())[name]
+
+    @abstractmethod
+    def _bring(self, asked: Sequence[Asked], dtype: torch.dtype) -> Sequence[Tensor]:
+        """The values of each, whatever their shape."""
+
+    def _joined(self, layer: int, names: Sequence[str], experts: Sequence[int]) -> dict[str, Tensor]:
+        # What one rank has comes in the order in which it was asked for, one rank after the other.
+        asked = sorted(
+            (each for name in names for each in self._asked(layer, name, experts)), key=lambda each: each.owner
+        )
+        (dtype,) = {self._at[layer, each.name][each.piece].dtype for each in asked}
+        found: dict[str, dict[Piece, Tensor]] = {name: {} for name in names}
+        for each, values in zip(asked, self._bring(asked, dtype), strict=True):
+            found[each.name][each.piece] = values
+        return {name: self._whole(layer, name, len(experts), found[name]) for name in names}
+
+    def _asked(self, layer: int, name: str, experts: Sequence[int]) -> list[Asked]:
+        """Rows of some experts, or all of a trunk parameter."""
+        cut = self.cuts.get(name) if layer == TRUNK else None
+        places = self._at.get((layer, name), {})
+        if layer != TRUNK:
+            rows = {piece: [expert for expert in experts if expert in piece.experts] for piece in places}
+            sizes = {piece: math.prod(place.shape[1:]) for piece, place in places.items()}
+            asked = [
+                Asked(places[piece].rank, *piece, some, len(some) * sizes[piece])
+                for piece, some in rows.items()
+                if some
+            ]
+            whole = sum(map(len, rows.values())) == len(experts)
+        else:
+            asked = [Asked(place.rank, *piece, (), math.prod(place.shape)) for piece, place in places.items()]
+            whole = len(asked) == 1 if cut is None else sum(len(piece.experts) for piece in places) == cut.experts
+        if not whole:
+            raise RankError(
+                f"no rank of this party has the sum of `{name}`.",
+                code="ranks-part-gone",
+                why="only the bytes that the ledger counted may be used",
+                fix="resume the run: what was counted is pushed from the spool",
+            )
+        return asked
+
+    def _whole(self, layer: int, name: str, experts: int, found: Mapping[Piece, Tensor]) -> Tensor:
+        shapes = {piece: tuple(self._at[layer, name][piece].shape) for piece in found}
+        if layer != TRUNK:
+            rows = [found[piece].reshape(-1, *shapes[piece][1:]) for piece in sorted(found)]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+        if len(found) == 1:
+            ((piece, values),) = found.items()
+            return values.reshape(shapes[piece])
+        cut = self.cuts[name]
+        whole = next(iter(found.values())).new_empty(cut.shape())
+        for piece, values in found.items():
+            cut.put(values, piece.experts, whole, range(cut.experts))
+        return whole
+
+
+class HeldSums(JoinedSums):
+    """Sums in this process's memory.
+
+    Args:
+        values: by piece, each in the shape of its parameter with these experts.
+        cuts: see `JoinedSums`.
+    """
+
+    def __init__(self, values: Mapping[Piece, Tensor], cuts: Mapping[str, Cut] = MappingProxyType({})) -> None:
+        self._values = dict(values)
+        super().__init__([_listed(self._values)], cuts)
+
+    def rows(self, piece: Piece, experts: Sequence[int]) -> Tensor:
+        """Those of some experts, ascending; of none: all."""
+        value = self._values[piece]
+        if not experts:
+            return value
+        first, last = experts[0] - piece.start, experts[-1] - piece.start
+        neighbours = last - first == len(experts) - 1  # then they are a view
+        return value[first : last + 1] if neighbours else value[[expert - piece.start for expert in experts]]
+
+    def listed(self) -> list[list[Any]]:
+        """What there is, as JSON values: a `Piece`, one of `DTYPES`, shape."""
+        return _listed(self._values)
+
+    def _bring(self, asked: Sequence[Asked], dtype: torch.dtype) -> Sequence[Tensor]:
+        return [self.rows(each.piece, each.experts) for each in asked]
+
+
+def _listed(values: Mapping[Piece, Tensor]) -> list[list[Any]]:
+    return [[*piece, str(value.dtype), list(value.shape)] for piece, value in values.items()]
+
+
+class SumsAtOwners(JoinedSums):
     """Sums that lie at the ranks of a party, as its gateway sees them.
 
     Args:
         own: the gateway's.
         ranks: of the party.
-        listed: `HeldSums.listed` of every rank; where several have the same, the first is asked.
+        listed: see `JoinedSums`.
         telling: inside, the other ranks `bring` what is asked for here.
     """
 
@@ -112,45 +225,14 @@ class SumsAtOwners:
         listed: Sequence[Iterable[Sequence[Any]]],
         telling: Callable[[Sequence[Asked], torch.dtype], AbstractContextManager[None]],
     ) -> None:
+        super().__init__(listed, own.cuts)
         self._own, self._ranks, self._telling = own, ranks, telling
         self._lock = threading.Lock()
-        self._at: dict[tuple[int, str], _Place] = {}
-        for rank, each in enumerate(listed):
-            for layer, name, dtype, shape in each:
-                self._at.setdefault((layer, name), _Place(rank, DTYPES[dtype], shape))
 
-    def of(self, part: Part) -> dict[str, Tensor]:
-        """See `SumValues`.
-
-        Raises:
-            RankError: a rank is gone, or none has them.
-        """
-        return self._brought(part.layer, part.experts, dict(part.shapes))
-
-    def trunk(self, name: str) -> Tensor:
-        return self._brought(TRUNK, (), {name: self._where(TRUNK, name).shape})[name]
-
-    def _brought(self, layer: int, experts: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        places = {name: self._where(layer, name) for name in shapes}
-        # What one rank has comes in the order in which it was asked for, one rank after the other.
-        names = sorted(shapes, key=lambda name: places[name].rank)
-        asked = [Asked(places[name].rank, layer, name, experts, math.prod(shapes[name])) for name in names]
-        (dtype,) = {place.dtype for place in places.values()}
+    def _bring(self, asked: Sequence[Asked], dtype: torch.dtype) -> Sequence[Tensor]:
         with self._lock, self._telling(asked, dtype):
             flat = bring(self._own, self._ranks, asked, dtype)
-        pieces = torch.split(flat, [each.size for each in asked])
-        return {name: piece.view(tuple(shapes[name])) for name, piece in zip(names, pieces, strict=True)}
-
-    def _where(self, layer: int, name: str) -> _Place:
-        found = self._at.get((layer, name))
-        if found is None:
-            raise RankError(
-                f"no rank of this party has the sum of `{name}`.",
-                code="ranks-part-gone",
-                why="only the bytes that the ledger counted may be used",
-                fix="resume the run: what was counted is pushed from the spool",
-            )
-        return found
+        return torch.split(flat, [each.size for each in asked])
 
 
 def bring(own: HeldSums, ranks: Ranks, asked: Sequence[Asked], dtype: torch.dtype) -> Tensor:
@@ -165,7 +247,7 @@ def bring(own: HeldSums, ranks: Ranks, asked: Sequence[Asked], dtype: torch.dtyp
     Returns:
         At rank 0 all values, those of rank 0 first; elsewhere nothing.
     """
-    mine = [own.rows(each.layer, each.name, each.experts).reshape(-1) for each in asked if each.owner == ranks.rank]
+    mine = [own.rows(each.piece, each.experts).reshape(-1) for each in asked if each.owner == ranks.rank]
     there = [sum(each.size for each in asked if each.owner == rank) for rank in range(ranks.world)]
     nothing = [0] * ranks.world
     flat = mine[0] if len(mine) == 1 else torch.cat([torch.empty(0, dtype=dtype), *mine])
@@ -182,14 +264,19 @@ def expert_names(layers: Iterable[ExpertLayer]) -> dict[str, tuple[int, str]]:
     }
 
 
-def held(totals: Mapping[str, Tensor], experts: Mapping[str, tuple[int, str]]) -> HeldSums:
-    """Sums by the names that their parameters have in the model.
+def held(totals: Mapping[str, Tensor], experts: Mapping[str, tuple[int, str]], holdings: Holdings) -> HeldSums:
+    """Sums by the names that they have in files.
 
     Args:
         totals: sums.
         experts: see `expert_names`.
+        holdings: of the model that they are of.
     """
-    return HeldSums({experts.get(name, (TRUNK, name)): value for name, value in totals.items()})
+    values: dict[Piece, Tensor] = {}
+    for stored, value in totals.items():
+        name, some = holdings.part_of(stored)
+        values[Piece(*experts.get(name, (TRUNK, name)), some.start, some.stop)] = value
+    return HeldSums(values, holdings.cuts)
 
 
 def to_owners(owners: Ownership, totals: dict[str, Tensor]) -> None:

@@ -56,6 +56,7 @@ class ExpertsOwner:
         device: where experts compute.
         roster: hash of the signed roster; a release made under another one is burned.
         masked: brings masked sums; None where hosts read each party's.
+        shares: ranks of the party that share the experts of a layer.
 
     Attributes:
         streamer: lends layers to the device.
@@ -79,6 +80,7 @@ class ExpertsOwner:
         device: torch.device,
         roster: str = "",
         masked: MaskedPush | None = None,
+        shares: int = 1,
     ) -> None:
         self._federation, self._model, self._parts, self._host = federation, model, tuple(parts), host
         self._contribution, self._roster, self._masked = contribution, roster, masked
@@ -94,7 +96,7 @@ class ExpertsOwner:
         self._mirror = Mirror(
             parts,
             [layer.num_experts for layer in layers],
-            WeightCache(store, len(layers)),
+            WeightCache(store, len(layers), shares),
             host,
             WeightFetcher(transport, deadline_s=federation.deadline_s, value_limit=federation.value_limit),
             weights_dtype,

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,7 @@ from coterie.dp.accounting.ledger import LedgerHead
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.spool import Release
 from coterie.dp.checks import self_check
+from coterie.dp.checks.between_ranks import check_between_ranks
 from coterie.dp.checks.made_up import FromCollator
 from coterie.dp.noise.joint_noise import LOAD
 from coterie.dp.noise.pooled import contributors_in
@@ -32,13 +34,15 @@ from coterie.federation.experts.masking.grid import GridScale, MaskGrid
 from coterie.federation.experts.masking.session import Held
 from coterie.models import seam
 from coterie.models.lora import expert_adapters, factors_stay_apart
-from coterie.models.seam import ExpertLayer
+from coterie.models.seam import ExpertLayer, ExpertsImplementation
+from coterie.models.spread.holdings import Holdings
+from coterie.models.spread.spread import SpreadExperts, spread_of
 from coterie.models.streaming.cache import digest_layer
 from coterie.models.streaming.streamer import HostGradients, LayerStreamer, StreamedExperts
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.training.data.packing import Batch, Sequences
 from coterie.training.experts.constant_work import ConstantWork, no_whole_users
-from coterie.training.experts.contribution import DRAW, Sums
+from coterie.training.experts.contribution import DRAW, Sums, next_batch
 from coterie.training.experts.held_sums import HeldSums, expert_names, held
 from coterie.training.experts.push_grid import noised_scale
 from coterie.training.party.inputs import PrivacyInputs, party_plan
@@ -53,7 +57,7 @@ class PrivateSums:
     """Sums under a privacy budget; see `coterie.training.experts.contribution.Contribution`.
 
     Args:
-        model: partial model, trunk on its device.
+        model: partial model, trunk on its device; where experts are spread over ranks, with this one's.
         layers: its MoE layers.
         records: the party's sequences; each is a record.
         inputs: see `PrivacyInputs`.
@@ -61,6 +65,7 @@ class PrivateSums:
         drawn: see `coterie.dp.party_session.Contributor`.
         masked: releases stay integers on the noise's grid.
         ranks: share every lot; rank 0 keeps the ledger.
+        whole: the model with all adapters, where ``model`` has those of this rank's experts alone.
 
     Flat clipping is by book-keeping unless the method says otherwise: one pass over the streamed weights forward and
     one backward, the rows kept; ``ghost`` keeps no rows and streams the weights twice as often.
@@ -86,11 +91,13 @@ class PrivateSums:
         *,
         masked: bool = False,
         ranks: Ranks | None = None,
+        whole: nn.Module | None = None,
     ) -> None:
         if inputs.push_after_s is not None and records.users is not None:
             raise no_whole_users()
         self._model, self._layers, self._records, self._inputs, self._run = model, layers, records, inputs, run
         self._drawn, self._masked, self._ranks = drawn, masked, ranks_or_alone(ranks)
+        self._whole, self._spread, self._holdings = whole or model, spread_of(model), Holdings(model)
         self._names = expert_names(layers)
         check_model(model)
         self._check_covered()
@@ -115,13 +122,14 @@ class PrivateSums:
         noised, release = released
         metrics = self._metrics(contributor, round_no, release)
         grid = self.grid(len(contributors_in(pins))) if self._masked else None
-        return Sums(held(noised, self._names), float(self._plan.lot_size), metrics, release.digest, grid)
+        own = held(noised, self._names, self._holdings)
+        return Sums(own, float(self._plan.lot_size), metrics, release.digest, grid)
 
     def share(
         self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
     ) -> HeldSums | None:
         _, released = self._released(round_no, pins, streamer, cancel)
-        return None if released is None else held(released[0], self._names)
+        return None if released is None else held(released[0], self._names, self._holdings)
 
     def _released(
         self, round_no: int, pins: Mapping[str, str], streamer: LayerStreamer, cancel: CancelToken
@@ -166,7 +174,7 @@ class PrivateSums:
         return self.contributor
 
     def _with_trunk(self, pins: Mapping[str, str]) -> dict[str, str]:
-        trunk = {name: p for name, p in self._model.named_parameters() if not p.is_meta}
+        trunk = {name: p for name, p in self._whole.named_parameters() if not p.is_meta}
         return {**pins, "trunk": digest_layer(trunk)}
 
     def applied(self, round_no: int, newest: int) -> None:
@@ -222,10 +230,14 @@ class PrivateSums:
         """
         if self.contributor is None:
             engine = self._make_engine(streamer)
-            adapters = expert_adapters(self._model)
+            experts: ExpertsImplementation
+            experts = StreamedExperts(streamer, HostGradients(), expert_adapters(self._model))
+            if self._spread is not None:
+                experts = SpreadExperts(self._spread.trip_at_home, experts)
             with (
+                self._ranks.all_well("the comparison before the first lot"),
                 factors_stay_apart(self._model),
-                seam.computed_by(self._model, StreamedExperts(streamer, HostGradients(), adapters)),
+                seam.computed_by(self._model, experts),
             ):
                 first, collate = self._records[0], self._records.collate
                 source = FromCollator(self._model, collate, first, int(self._records.lengths.max()))
@@ -235,7 +247,12 @@ class PrivateSums:
             if unused is not None:
                 warnings.warn(unused, PrivacyWarning, stacklevel=2)
                 self._gaps = (unused,)
-            self.open_ledger(streamer)
+            opened = self.open_ledger(streamer)
+            if self._spread is not None:
+                assert self._engine is not None
+                owners = opened.run.lot_sums.ownership
+                with self._ranks.exchanging():
+                    check_between_ranks(self._engine, self._ranks, owners, collate([first]), streamer)
 
     def open_ledger(self, streamer: LayerStreamer) -> Contributor:
         """Open the ledger and what was spooled; uses no weights."""
@@ -316,8 +333,9 @@ class PrivateSums:
         )
 
     def _collate(self, items: list[Any]) -> Batch:
-        self._cancel.check()
-        return self._records.collate(items)
+        next_batch(self._ranks, self._cancel, spread=self._spread is not None)
+        with self._ranks.exchanging() if self._spread is not None else nullcontext():
+            return self._records.collate(items)
 
     def _finish_work(self, began: float) -> None:
         """In constant-work mode: compute what the lot did not need, and wait for the fixed moment."""

@@ -10,8 +10,7 @@ import torch
 from coterie.errors import CoterieError, RankError
 from coterie.federation.cancel import CancelToken
 from coterie.models import seam
-from coterie.models.streaming.cache import PinnedFiles
-from coterie.models.streaming.streamer import LayerStreamer
+from coterie.models.spread.beside import follow
 from coterie.training.experts.contribution import Contribution
 from coterie.training.experts.exchange import make_contribution
 from coterie.training.experts.gateway import (
@@ -24,6 +23,7 @@ from coterie.training.experts.gateway import (
     OPEN,
     PART,
     SUMS,
+    SharedLayers,
     hand_out,
     moved_tensors,
 )  # fmt: skip
@@ -47,12 +47,8 @@ class HelpingRank:
         model = inputs.model
         trunk = Weights(trunk_tensors(model), {})
         self._trunk = OwnTrunk(inputs, trunk, shared_names(inputs.federation, model), on_host=True)
-        layers = self._trunk.layers
-        folder = inputs.cache_folder
-        if folder is None:
-            raise RuntimeError("a rank reads layers from the gateway's files")
-        self._layers = PinnedFiles(folder, len(layers))
-        self._streamer = LayerStreamer(self._layers, inputs.device, next(iter(layers[0].parameters().values())).dtype)
+        self._layers = SharedLayers(inputs)
+        self._streamer = self._layers.streamer
         self._run_name = ""
         self._held = HeldSums({})
         self._contribution = self._make_contribution()
@@ -78,7 +74,7 @@ class HelpingRank:
                     # All ranks raise it, and the gateway says what is to be done about it.
                     _log.warning("rank %s: %s: %s", self._ranks.rank, error.code, error)
         finally:
-            self._streamer.close()
+            self._layers.close()
             self._contribution.close()
 
     def _do(self, step: dict[str, Any]) -> None:
@@ -93,7 +89,7 @@ class HelpingRank:
         if what in (OPEN, LEDGER):
             self._take_up(step)
         if what == OPEN:
-            self._layers.pin(dict(enumerate(step["layers"])))
+            self._layers.pin(step["layers"])
             own.open(self._streamer)
         elif what == LEDGER:
             own.open_ledger(self._streamer)
@@ -120,6 +116,7 @@ class HelpingRank:
         self._run_name = step["run"]
         hand_out(self._ranks, moved_tensors(self._inputs.model, everything=step["all"]))
         seam.mask(self._inputs.model, dict(enumerate(step["masked"])))
+        follow(self._inputs.lots_model, self._inputs.model)
         balancer = self._contribution.balancer
         if step["loads"] is not None and balancer is not None:
             balancer.follow(torch.tensor(step["loads"], dtype=torch.float64))

@@ -19,6 +19,7 @@ from coterie.dp.plan import PrivacyPlan
 from coterie.federation.experts.masking.session import Signer
 from coterie.models.split.placement import Placement
 from coterie.models.split.trainings import Training
+from coterie.models.spread.spread import spread_of
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.data.packing import Sequences
 from coterie.training.folders import private_folder
@@ -98,6 +99,8 @@ class PartyInputs:
             ``trunk`` and of ``experts``.
         signer: this party's identity; needed where pushes are masked.
         ranks: that share this party's lots; rank 0 alone speaks to the federation.
+        spread: the model once more with this rank's experts alone, where they are over the ranks; see
+            `coterie.models.spread.beside`.
     """
 
     party: str
@@ -115,9 +118,21 @@ class PartyInputs:
     trainings: tuple[Training, ...] = ()
     signer: Signer | None = None
     ranks: Ranks = field(default_factory=Alone)
+    spread: nn.Module | None = None
     bases: Mapping[str, str] = field(default_factory=dict)
     questions: Questions | None = None
     trackers: Trackers | None = None
+
+    @property
+    def lots_model(self) -> nn.Module:
+        """What lots are computed with."""
+        return self.model if self.spread is None else self.spread
+
+    @property
+    def experts_over(self) -> int:
+        """Ranks that hold every expert once, together; 1: each borrows whole layers."""
+        spread = spread_of(self.lots_model)
+        return 1 if spread is None else spread.ranks.world
 
     @property
     def cache_folder(self) -> Path | None:

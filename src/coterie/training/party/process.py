@@ -38,6 +38,7 @@ from coterie.models.split.partial import build_partial
 from coterie.models.split.placement import Placement
 from coterie.models.split.shards import TRUNK_FILE, StoredTensors, parse_expert_key, shard_file, stored_shapes
 from coterie.models.split.trainings import Training
+from coterie.models.spread.beside import spread_beside
 from coterie.models.zoo.build import torch_dtype
 from coterie.ranks.ranks import Alone, Ranks, ranks_or_alone
 from coterie.revision import software
@@ -166,10 +167,10 @@ def prepare_party(
         ranks: of the party, all of which call this; None: this process alone.
 
     Raises:
-        RankError: they do not read the same.
+        RankError: they do not read the same, or are no whole groups that hold every expert once.
         DataError: the text cannot be used.
         LedgerError: hosts would read text that was trained on privately before.
-        ModelError: trunk or shard are of another model.
+        ModelError: trunk or shard are of another model, or its experts cannot be spread over ranks.
         PlacementError: the shard holds other experts than this party is to host, or the placement was not signed.
     """
     ranks = ranks or Alone()
@@ -186,7 +187,9 @@ def prepare_party(
         "party.yaml": content_hash(config),
         "versions": {**software(), "torch": torch.__version__},
     })  # fmt: skip
-    return inputs
+    if config.experts_over == 1:
+        return inputs
+    return replace(inputs, spread=spread_beside(inputs.model, ranks, config.experts_over))
 
 
 def check_on_cpu(config: PartyConfig) -> None:
@@ -195,14 +198,14 @@ def check_on_cpu(config: PartyConfig) -> None:
     Raises:
         RankError: they would train on a GPU.
     """
-    if config.devices > 1 and pick_device(config.device).type != "cpu":
+    if config.ranks > 1 and pick_device(config.device).type != "cpu":
         raise RankError(
-            f"`devices` is {config.devices}, and several ranks of a party train on CPUs only.",
+            f"`{config.ranks_by}` is {config.ranks}, and several ranks of a party train on CPUs only.",
             code="ranks-device",
             where=f"party.yaml of {config.party}",
-            why="ranks have not been tried on GPUs, and a party's experts come a layer at a time, so that nothing is "
-            "compared with one record at a time before a run, which is what guards ranks elsewhere",
-            fix="leave out `devices` and train on one GPU, or say `device: cpu`",
+            why="ranks have not been tried on GPUs, and where a party's layers are lent whole nothing is compared with "
+            "one record at a time before a run, which is what guards ranks elsewhere",
+            fix=f"leave out `{config.ranks_by}` and train on one GPU, or say `device: cpu`",
         )
 
 
