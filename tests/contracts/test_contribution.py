@@ -110,7 +110,7 @@ def made_in(case: Case, round_no: int) -> tuple[Sums, dict[object, Tensor]]:
     found: dict[object, Tensor] = {}
     for *piece, _, _ in sums.values.listed():
         layer, name, *experts = piece
-        assert experts == [0, case.experts[layer, name][0] if layer >= 0 else 0]
+        assert layer < 0 or experts == [0, case.experts[layer, name][0]]
         found[name if layer < 0 else (layer, name)] = sums.values.rows(Piece(*piece), ())
     return sums, found
 

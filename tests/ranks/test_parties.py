@@ -146,7 +146,7 @@ def test_a_rank_leaves_with_an_error_that_the_others_have_not_heard_of(
 
     steps = iter([OPEN, END])
     rank = object.__new__(HelpingRank)
-    rank.__dict__.update(_ranks=Gateway(), _streamer=io.BytesIO(), _contribution=io.BytesIO())
+    rank.__dict__.update(_ranks=Gateway(), _layers=io.BytesIO(), _contribution=io.BytesIO())
     monkeypatch.setattr(HelpingRank, "_do", fails)
     with nullcontext() if told else pytest.raises(RoundError, match="not what was fetched"):
         rank.run()

@@ -160,12 +160,11 @@ class OpenRun:
             to_all: hand out everything; otherwise gradients stay with their owners, and lie nowhere else.
 
         Returns:
-            Float32 (or int64) tensors on the CPU, and the release that holds them. By parameter name where they are
-            handed out, else by the names that they have in files.
+            Float32 (or int64) tensors on the CPU by parameter name, and the release that holds them.
         """
         earlier = self.shared.spooled(pending)
         if earlier is not None:
-            return self.tensors(earlier) if to_all else self.own_tensors(earlier), earlier
+            return self.tensors(earlier), earlier
         ranks, owners, began = self.ranks, self.lot_sums.ownership, time.monotonic()
         # From the pins, which are spooled and counted with the result: what is said of its noise is what it has.
         self.lot_sums.noise_multiplier = self.plan.own_noise(self.mechanism, len(contributors_in(pending.pins)))
@@ -187,8 +186,7 @@ class OpenRun:
         for sharing, owner, names in owners.by_owner(handed_out):
             sharing.hand_out(slabs.targets(names), owner)
         self.seconds = {"sums": summed - began, "noise": drawn - summed, "spool": time.monotonic() - drawn}
-        noised = {name: slabs.noised[name] for name in {*handed_out, *own}}
-        return noised if to_all else self.lot_sums.holdings.stored(noised), release
+        return {name: slabs.noised[name] for name in {*handed_out, *own}}, release
 
     def _add_noise(self, slabs: Slabs, own: Sequence[str], purpose: str, divisor: float) -> Callable[[], None]:
         """Noise a rank's own sums; what is returned is to be called when they are released."""

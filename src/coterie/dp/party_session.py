@@ -47,8 +47,8 @@ class Contributor:
             may_draw: see `OpenRun.begin`.
 
         Returns:
-            Sums by parameter name, spooled and counted, each at one of the ranks that share the run (but what is
-            released beside gradients may be at all); None when the budget allows no further round.
+            Sums by the names that they have in files, spooled and counted, each at one of the ranks that share the
+            run (but what is released beside gradients may be at all); None when the budget allows no further round.
 
         Raises:
             LedgerError: see `OpenRun.begin`.
@@ -62,7 +62,8 @@ class Contributor:
         if isinstance(begun, Release):
             return self.run.own_tensors(begun), begun
         self._drawn(begun.lot)
-        return self.run.publish(begun, as_integers=self._as_integers, to_all=False)
+        noised, release = self.run.publish(begun, as_integers=self._as_integers, to_all=False)
+        return self.run.lot_sums.holdings.stored(noised), release
 
     def held(self, round_no: int, pins: Mapping[str, str], name: str) -> dict[str, str] | None:
         """All pins of what is kept for a round, a release or its lot alone, which has these pins and one of that
