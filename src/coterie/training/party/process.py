@@ -203,8 +203,8 @@ def check_on_cpu(config: PartyConfig) -> None:
             f"`{config.ranks_by}` is {config.ranks}, and several ranks of a party train on CPUs only.",
             code="ranks-device",
             where=f"party.yaml of {config.party}",
-            why="ranks have not been tried on GPUs, and where a party's layers are lent whole nothing is compared with "
-            "one record at a time before a run, which is what guards ranks elsewhere",
+            why="ranks have not been tried on GPUs, and where a party's layers are lent whole nothing is compared "
+            "with one record at a time before a run, which is what guards ranks elsewhere",
             fix=f"leave out `{config.ranks_by}` and train on one GPU, or say `device: cpu`",
         )
 
