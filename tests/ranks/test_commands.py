@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from coterie.cli.ranks import joined, started_again
+from coterie.cli.ranks import joined, start_if_asked, started_again
 from coterie.config import TrainConfig, dump_yaml
 from coterie.errors import ConfigError
 from coterie.training.single.run import start
@@ -62,6 +63,43 @@ def test_another_number_of_processes_than_the_settings_say_is_refused(
     with pytest.raises(ConfigError, match="`devices` is 2, and 3 processes were started") as caught:
         joined(settings(tmp_path, devices=2))
     assert caught.value.code == "ranks-count"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "ranks"),
+    [
+        (4, {"device": "auto"}, 4),
+        (7, {"device": "cuda", "experts_over": 3}, 6),
+        (1, {"device": "auto", "experts_over": 2}, 2),
+        (0, {"device": "auto"}, 1),
+        (4, {"device": "cpu"}, 1),
+        (4, {"device": "auto", "privacy": None}, 1),
+    ],
+)
+def test_auto_is_a_rank_for_each_gpu_in_whole_groups(
+    gpus: int, changes: dict[str, Any], ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    own = settings(tmp_path, devices="auto", **changes)
+    asked: list[int] = []
+    monkeypatch.setattr("coterie.cli.ranks._run", lambda count, words: asked.append(count) or 0)
+    with nullcontext() if ranks == 1 else pytest.raises(typer.Exit):
+        start_if_asked(own, "train", tmp_path / "train.yaml", None)
+    assert (own.ranks, asked) == (ranks, [] if ranks == 1 else [ranks])
+
+
+def test_auto_takes_as_many_as_a_launcher_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("coterie.ranks.processes.join_ranks", nullcontext)
+    joined(settings(tmp_path, devices="auto"))
+    with pytest.raises(ConfigError, match="`experts_over` is 3, and 2 processes"):
+        joined(settings(tmp_path, devices="auto", experts_over=3))
+
+
+def test_other_words_for_devices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="devices"):
+        settings(tmp_path, devices="all")
 
 
 @pytest.mark.parametrize(("started", "fits"), [(2, True), (4, True), (3, False)])

@@ -66,9 +66,10 @@ def joined(config: TrainConfig) -> AbstractContextManager[Ranks | None]:
     count = started_ranks()
     if config.privacy is None or count == 1:
         return nullcontext()
-    fits = count == config.devices if config.devices > 1 else count % config.spread_over == 0
+    fixed = config.devices != "auto" and config.devices > 1
+    fits = count == config.devices if fixed else count % config.spread_over == 0
     if not fits:
-        name = "devices" if config.devices > 1 else config.spread_by
+        name = "devices" if fixed else config.spread_by
         raise ConfigError(
             f"`{name}` is {getattr(config, name)}, and {count} processes were started.",
             code="ranks-count",

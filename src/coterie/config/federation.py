@@ -13,7 +13,7 @@ from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, Positive
 from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.report import ReportSpec
-from coterie.config.train import Device, OptimSpec, TrainSpec, check_adds_up, check_groups
+from coterie.config.train import Device, Devices, OptimSpec, TrainSpec, check_adds_up, check_groups
 from coterie.errors import ConfigError
 
 
@@ -337,10 +337,10 @@ class PartyConfig(Spec):
         default="memory", description="For `experts`: where fetched layers lie; `disk` is below `run_dir`."
     )
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
-    devices: Count = Field(
+    devices: Devices = Field(
         default=1,
         description="Processes of this machine that share this party's lots; so far on CPUs, and for `experts`. "
-        "Fetched layers then lie on disk, where all read them.",
+        "Fetched layers then lie on disk, where all read them. `auto` is one: a party uses one GPU.",
     )
     experts_over: Count = Field(
         default=1,
@@ -367,12 +367,17 @@ class PartyConfig(Spec):
     @property
     def ranks(self) -> int:
         """Processes that share this party's lots."""
-        return max(self.devices, self.experts_over)
+        return max(self.device_count, self.experts_over)
+
+    @property
+    def device_count(self) -> int:
+        """`devices`, where `auto` is one."""
+        return 1 if self.devices == "auto" else self.devices
 
     @property
     def ranks_by(self) -> str:
         """The setting that says so."""
-        return "devices" if self.devices > 1 else "experts_over"
+        return "devices" if self.device_count > 1 else "experts_over"
 
     @model_validator(mode="before")
     @classmethod
@@ -386,7 +391,7 @@ class PartyConfig(Spec):
 
     @model_validator(mode="after")
     def _whole_groups(self) -> PartyConfig:
-        check_groups(self.devices, "experts_over", self.experts_over)
+        check_groups(self.device_count, "experts_over", self.experts_over)
         return self
 
 

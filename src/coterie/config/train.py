@@ -12,8 +12,10 @@ from coterie.config.model import ModelSpec
 from coterie.config.numbers import Count, NotNegative, Positive, Smoothing
 from coterie.config.privacy import PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.report import ReportSpec
+from coterie.ranks.world import gpus_here
 
 Device = Literal["auto", "cpu", "cuda"]
+Devices = Count | Literal["auto"]
 
 
 class OptimSpec(Spec):
@@ -115,10 +117,11 @@ class TrainConfig(Spec):
     privacy: PrivacySpec | None = Field(default=None, description="Differential privacy; absent: trained without.")
     run_dir: LocalPath = Field(description="Folder for metrics, checkpoints and the final model.")
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
-    devices: Count = Field(
+    devices: Devices = Field(
         default=1,
         description="Processes that share every round, each with the whole model, or as `experts_over` or "
-        "`layers_over` says; on GPUs each with its own; only with `privacy`.",
+        "`layers_over` says; on GPUs each with its own; only with `privacy`. `auto`: one for each GPU of the "
+        "machine, in whole groups; one where there is none, with `device: cpu`, and without `privacy`.",
     )
     experts_over: Count = Field(
         default=1,
@@ -147,21 +150,31 @@ class TrainConfig(Spec):
     @property
     def ranks(self) -> int:
         """Processes that share every round."""
-        return max(self.devices, self.spread_over)
+        return max(self.device_count, self.spread_over)
+
+    @property
+    def device_count(self) -> int:
+        """`devices`, where `auto` counts the GPUs of this machine."""
+        if self.devices != "auto":
+            return self.devices
+        if self.privacy is None or self.device == "cpu":
+            return 1
+        return max(1, gpus_here() // self.spread_over * self.spread_over)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:
         if self.optim.kind == "adamw_corrected" and self.privacy is None:
             raise ValueError("`optim.kind: adamw_corrected` takes off privacy noise: add `privacy`, or use `adamw`")
         if self.ranks > 1 and self.privacy is None:
-            name = "devices" if self.devices > 1 else self.spread_by
+            name = "devices" if self.device_count > 1 else self.spread_by
             raise ValueError(f"`{name}` above 1 is for private training: add `privacy`, or leave it out")
         if self.experts_over > 1 and self.layers_over > 1:
             raise ValueError(
                 "`experts_over` and `layers_over` are two ways: tokens travel to experts, or weights to tokens; "
                 "give one of them"
             )
-        check_groups(self.devices, self.spread_by, self.spread_over)
+        if self.devices != "auto":
+            check_groups(self.devices, self.spread_by, self.spread_over)
         if self.privacy is not None:
             check_adds_up(self.optim, self.privacy)
             problems = undeclared_artefacts(self.model, self.data)

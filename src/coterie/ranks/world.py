@@ -1,4 +1,4 @@
-"""Whether a process was started as one of several; imports no torch."""
+"""Whether a process was started as one of several, and how many GPUs its machine has."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def check_alone() -> None:
         size = distributed.get_world_size()
         if size > 1:
             raise _several(str(size), "torch.distributed")
+
+
+def gpus_here() -> int:
+    """How many GPUs torch finds on this machine."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _several(count: str, told_by: str) -> PrivacyError:
