@@ -20,6 +20,12 @@ def imported(path: Path) -> Iterator[str]:
             yield from (node.module or "").split(".")
 
 
+def test_no_two_files_have_one_name() -> None:
+    """Where folders are no packages pytest takes them for the same module, and collects one of them."""
+    found = [path.name for path in TESTS.rglob("test_*.py")]
+    assert len(found) == len(set(found))
+
+
 def test_no_file_imports_a_test_file_or_by_the_path_of_tests() -> None:
     unwanted = STEMS | {"tests"}
     wrong = {path.name: found for path in TESTS.rglob("*.py") if (found := unwanted & set(imported(path)))}

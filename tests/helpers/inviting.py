@@ -22,7 +22,10 @@ from coterie.models.split.placement import Placement
 from coterie.models.split.splitter import split
 from coterie.models.zoo.build import build_model
 
-MODEL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 4}
+MODEL = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 4,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
 
 
 def agreed(folder: Path, parties: tuple[str, ...] = ("alder", "birch"), **settings: Any) -> Path:

@@ -88,6 +88,7 @@ def test_bytes_memory_and_work_of_a_federation_with_adapters_are_those_planned(t
     config = config.model_copy(update={"model": config.model.model_copy(update={"config": sizes_of(one)})})
     plan, work = make_plan(config), CountedProducts()
 
+    gc.collect()  # what earlier tests left would be counted now, and be gone later
     before, held, products = live_bytes(), [0], []
     federation = InProcessFederation(parts["alder"].federation, tmp_path / "coordinator")
     federation.coordinate()
