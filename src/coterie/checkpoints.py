@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coterie.errors import CheckpointError
-from coterie.models.split.origins import save_tensors
+from coterie.models.split.origins import content_digest, origin_of, save_tensors
 from coterie.models.split.trainings import Training
 from coterie.models.spread.holdings import Holdings
 from coterie.storage import (
@@ -339,13 +339,53 @@ def saved_weights(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]
     return Holdings(model).joined(checkpoint.pieces("weights"))
 
 
+def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Those of `model_tensors` that training can change: what requires a gradient, and buffers."""
+    frozen = _frozen_tensors(model)
+    return {name: tensor for name, tensor in model_tensors(model).items() if name not in frozen}
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Content digest of a model's other tensors, which checkpoints of adapters leave out."""
+    return content_digest(_frozen_tensors(model))
+
+
+def _frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model_tensors(model).items() if name in frozen}
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model; the frozen ones that it leaves out are there already.
+
+    Raises:
+        CheckpointError: it is damaged, of another model, or goes with other frozen weights.
+    """
+    tensors, base = saved_weights(checkpoint, model), origin_of(checkpoint.path / "weights.safetensors").base
+    if not base:
+        load_model_tensors(model, tensors)
+        return
+    if base != frozen_digest(model):
+        raise CheckpointError(
+            f"{checkpoint.path} holds adapters of other weights than those that were loaded now.",
+            code="checkpoint-base",
+            why="adapters mean nothing without the weights that they were trained on",
+            fix="put the checkpoint that `model` names back as it was when the run began, or start a new run in "
+            "another run_dir",
+        )
+    _copy(changing_tensors(model), tensors)
+
+
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into a model of the same shape.
 
     Raises:
         CheckpointError: a name is missing or unknown, or a shape differs.
     """
-    own = model_tensors(model)
+    _copy(model_tensors(model), tensors)
+
+
+def _copy(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     different = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if different:
         raise CheckpointError(

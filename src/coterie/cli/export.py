@@ -11,7 +11,10 @@ from coterie.cli.output import say, write_json
 
 
 def command(
-    parts: Annotated[Path, typer.Argument(help="Folder that `coterie split` wrote.")],
+    parts: Annotated[
+        Path,
+        typer.Argument(help="Folder that `coterie split` wrote, or a run folder of `coterie train` with `lora`."),
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the checkpoint.")],
     trunk: Annotated[
         Path | None, typer.Option("--trunk", metavar="FILE", help="A trained trunk instead of the split's own.")
@@ -45,17 +48,27 @@ def command(
     (README.md) and privacy.json say what was promised about the text behind it; --push refuses a model that read
     private text without a budget, and makes a repository that is not there yet a private one.
 
+    Of a run of `coterie train` with `lora`, the weights with its adapters merged, or with --adapter these alone.
+
     Example:
         coterie export parts --out joined
         coterie export parts --trunk run/trunk.safetensors --shard a.safetensors --shard b.safetensors --out joined
         coterie export parts --trunk run/trunk.safetensors --adapter --out adapter
+        coterie export run --out merged
     """
     from coterie.models.split.exporter import export
     from coterie.models.split.pushing import push as upload
     from coterie.training.data.tokenizer import load_tokenizer_from
+    from coterie.training.single.prepared import MARKER
+    from coterie.training.single.result import export_run
 
     words = None if tokenizer is None else load_tokenizer_from(tokenizer)
-    export(parts, out, trunk=trunk, shards=shard or None, adapter=adapter)
+    if (parts / MARKER).is_file():
+        if trunk is not None or shard:
+            raise typer.BadParameter("--trunk and --shard belong to a split, and this is the folder of a run")
+        export_run(parts, out, adapter=adapter)
+    else:
+        export(parts, out, trunk=trunk, shards=shard or None, adapter=adapter)
     if words is not None:
         words.save_pretrained(str(out))
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}

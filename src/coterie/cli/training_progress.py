@@ -73,9 +73,10 @@ def show_plan(
         device_bytes: memory of a device; None: of this machine's.
     """
     found = preview(config, others=others)
+    frozen = "" if config.lora is None else f", all frozen; {big(found.trained)} values of adapters are trained"
     say(
-        f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts; weights, gradients and "
-        f"optimiser {size(found.state_bytes)} on the device, activations on top"
+        f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts{frozen}; "
+        f"weights, gradients and optimiser {size(found.state_bytes)} on the device, activations on top"
     )
     if config.ranks > 1:
         beside = ", and a layer's whole weights while it is computed" if config.layers_over > 1 else ""
@@ -93,7 +94,7 @@ def show_plan(
         )
         models = f"{few} and {more} of {layers} layers" if few < layers else "random weights"
         say(f"(measured on synthetic records with {models})")
-    if config.privacy is not None and found.calibration is not None:
+    if config.privacy is not None and config.lora is None and found.calibration is not None:
         activations = max(0, found.calibration.peak_bytes - found.state_bytes)
         chosen = choose(found.devices, found.experts_over, device_bytes or memory_here(), activations)
         say(f"of devices with {size(chosen.device_bytes)}: {chosen.words()} ({size(chosen.rank_bytes)} at each)")
@@ -113,7 +114,7 @@ def show_plan(
             [astuple(each) for each in found.bands],
         )
         say(advice(found.bands))
-    if found.lora is not None:
+    if others and found.lora is not None:
         _show_adapters(found, found.lora)
     say("nothing was trained or spent")
     if json_file is not None:
@@ -122,9 +123,9 @@ def show_plan(
 
 def _show_adapters(found: Preview, lora: AdaptersPreview) -> None:
     """Full training beside adapters."""
-    rows = [("all weights", found.parameters, found.state_bytes, found.calibration)]
+    rows = [("all weights", found.parameters, found.devices[0], found.full)]
     rows.append((f"adapters, rank {lora.rank}", lora.adapters, lora.state_bytes, lora.calibration))
-    say("full training or adapters (LoRA; `PrivateTrainer` with peft, or `lora` in a federation.yaml, trains them):")
+    say("full training or adapters (LoRA; `lora` trains them):")
     table(
         ("trained", "values", "state", "a round", "at the peak"),
         [

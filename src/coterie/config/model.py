@@ -21,6 +21,11 @@ class LoraSpec(Spec):
         default=(), description="Linear layers of the trunk that get one, by the end of their name: `q_proj`, ..."
     )
 
+    def words(self) -> str:
+        """What is trained, for statement and ledger."""
+        named = ", ".join((*self.experts, *self.modules))
+        return f"adapters of rank {self.rank} (LoRA) on {named}; everything else stays as it was loaded"
+
 
 class ModelSpec(Spec):
     """A causal-LM Mixture-of-Experts model of transformers: name exactly one of `path`, `hub`, `family`."""

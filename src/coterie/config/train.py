@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from coterie.config.base import LocalPath, Spec
 from coterie.config.data import DataSpec
-from coterie.config.model import ModelSpec
+from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, NotNegative, Positive, Smoothing
 from coterie.config.privacy import PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.report import ReportSpec
@@ -108,20 +108,25 @@ class TrainSpec(Spec):
 class TrainConfig(Spec):
     """train.yaml: one party trains by itself."""
 
-    later_keys = frozenset({"experts_over", "layers_over", "report_to"})
+    later_keys = frozenset({"experts_over", "layers_over", "lora", "report_to"})
 
     model: ModelSpec = Field(description="The model.")
     data: DataSpec = Field(description="The text.")
     optim: OptimSpec = Field(default=OptimSpec(), description="The optimiser.")
     train: TrainSpec = Field(description="Length and batch.")
     privacy: PrivacySpec | None = Field(default=None, description="Differential privacy; absent: trained without.")
+    lora: LoraSpec | None = Field(
+        default=None,
+        description="Train adapters only, of a checkpoint (`model.path` or `model.hub`) and in one process; the run "
+        "ends with a peft adapter.",
+    )
     run_dir: LocalPath = Field(description="Folder for metrics, checkpoints and the final model.")
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
     devices: Devices = Field(
         default=1,
         description="Processes that share every round, each with the whole model, or as `experts_over` or "
         "`layers_over` says; on GPUs each with its own; only with `privacy`. `auto`: one for each GPU of the "
-        "machine, in whole groups; one where there is none, with `device: cpu`, and without `privacy`.",
+        "machine, in whole groups; one where there is none, with `device: cpu`, with `lora`, and without `privacy`.",
     )
     experts_over: Count = Field(
         default=1,
@@ -157,7 +162,7 @@ class TrainConfig(Spec):
         """`devices`, where `auto` counts the GPUs of this machine."""
         if self.devices != "auto":
             return self.devices
-        if self.privacy is None or self.device == "cpu":
+        if self.privacy is None or self.lora is not None or self.device == "cpu":
             return 1
         return max(1, gpus_here() // self.spread_over * self.spread_over)
 
@@ -168,6 +173,8 @@ class TrainConfig(Spec):
         if self.ranks > 1 and self.privacy is None:
             name = "devices" if self.device_count > 1 else self.spread_by
             raise ValueError(f"`{name}` above 1 is for private training: add `privacy`, or leave it out")
+        if self.lora is not None:
+            self._check_adapters(self.lora)
         if self.experts_over > 1 and self.layers_over > 1:
             raise ValueError(
                 "`experts_over` and `layers_over` are two ways: tokens travel to experts, or weights to tokens; "
@@ -183,6 +190,20 @@ class TrainConfig(Spec):
             if problems:
                 raise ValueError("; ".join(problems))
         return self
+
+    def _check_adapters(self, lora: LoraSpec) -> None:
+        if not (lora.experts or lora.modules):
+            raise ValueError("`lora` names nothing that gets an adapter: fill `experts` or `modules`")
+        if self.ranks > 1:
+            name = "devices" if self.device_count > 1 else self.spread_by
+            raise ValueError(
+                f"`{name}` above 1 is for training all weights: adapters (`lora`) are trained in one process"
+            )
+        if self.model.family is not None:
+            raise ValueError(
+                "`lora` leaves all weights as they are, and those of `model.family` are random: an adapter fits no "
+                "others; name a checkpoint with `model.path` or `model.hub`, or leave out `lora`"
+            )
 
 
 def due(done: int, every: int) -> bool:

@@ -21,10 +21,9 @@ from coterie.checkpoints import (
     MANIFEST,
     Checkpoint,
     Content,
-    load_model_tensors,
+    load_weights,
     model_tensors,
     read_checkpoint,
-    saved_weights,
     write_checkpoint,
     write_part,
 )
@@ -115,7 +114,7 @@ class SavedSession:
             _load_earlier(self.folder, model)
             tensors = _renamed(load_file(self.folder / "optimizer.safetensors"), _names(optimizer, model))
         else:
-            load_model_tensors(model, saved_weights(self._checkpoint, model))
+            load_weights(self._checkpoint, model)
             pieces = self._checkpoint.pieces("optimizer")
             tensors = Holdings(model).joined((name, own) for name, own in pieces if owners.is_own(_parameter(name)))
             for part in self._checkpoint.others():

@@ -64,6 +64,7 @@ class RunEntry:
         self_check: the engine was compared with one record at a time.
         gaps: lines for what the statement lists as not covered, beside those of the artefacts.
         resumed: the entry exists, and the run is held to it.
+        trained: what of the model is, in words; None: nothing is said.
     """
 
     ledger: Path | str | None
@@ -73,6 +74,7 @@ class RunEntry:
     self_check: bool = False
     gaps: Sequence[str] = ()
     resumed: bool = False
+    trained: str | None = None
 
 
 @dataclass
@@ -281,7 +283,9 @@ def open_run(
         if entry.resumed:
             start.check(ledger, entry.run)
         else:
-            start.open(ledger, entry.run, entry.artefacts, entry.record, entry.self_check, data.originals())
+            start.open(
+                ledger, entry.run, entry.artefacts, entry.record, entry.self_check, data.originals(), entry.trained
+            )  # fmt: skip
         kept.append(Releases(ledger, Spool(ledger.folder / "spool" / entry.run), entry.run))
         return str(kept[0].spool.folder)
 

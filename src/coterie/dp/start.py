@@ -54,11 +54,13 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
     ledger: str | Path | None = None,
     run: str | None = None,
     record: Mapping[str, Any] | None = None,
+    trained: str | None = None,
     ranks: Ranks | None = None,
 ) -> OpenRun:
     """Check everything, then open a new run; see `coterie.dp.make_private`.
 
-    ``data`` and ``plan`` stand for its arguments; the others are the same.
+    ``data`` and ``plan`` stand for its arguments; the others are the same. ``trained`` says in words what of the
+    model is, for ledger and statement; None: nothing is said.
     """
     ranks = ranks_or_alone(ranks)
     with ranks.all_well("the checks before the first lot"):
@@ -81,6 +83,7 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
         {**(record or {}), **column},
         self_check=report is not None,
         gaps=() if unused is None else (unused,),
+        trained=trained,
     )
     return open_run(plan, options, data, model, parts.engine, parts.balancer, entry, ranks=ranks)
 

@@ -55,6 +55,23 @@ class ExpertAdapter:
         return weight.reshape(weight.shape[0], -1, self.wrapper.num_experts).permute(2, 0, 1)
 
 
+def load_peft() -> Any:
+    """The package that adapters need.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(
+            "Adapters need the package peft, which is not installed.",
+            code="model-no-peft",
+            fix="install it with: pip install 'coterie[lora]'",
+        ) from error
+    return peft
+
+
 def attach_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
     """Freeze a model and give it adapters; works for a model whose experts are on the meta device.
 
@@ -69,14 +86,7 @@ def attach_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
     Raises:
         ModelError: peft is not installed, or a name is not in the model.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError(
-            "Adapters need the package peft, which is not installed.",
-            code="model-no-peft",
-            fix="install it with: pip install 'coterie[lora]'",
-        ) from error
+    peft = load_peft()
     _check_targets(model, spec)
     paths = sorted(
         {f"{layer.name.rpartition('.')[2]}.{name}" for layer in expert_layers(model) for name in spec.experts}

@@ -81,6 +81,7 @@ class RunStart(NamedTuple):
         record: Mapping[str, Any],
         self_check: bool,
         originals: Originals,
+        trained: str | None = None,
     ) -> None:
         """Write the run into the ledger, before anything is released.
 
@@ -91,6 +92,7 @@ class RunStart(NamedTuple):
             record: what one record is, in public words and numbers (packing, sequence length).
             self_check: the engine was compared with one record at a time.
             originals: the documents that the records were made from.
+            trained: what of the model is, in words, where a part of it is frozen.
         """
         ledger.record_texts(run, originals)
         ledger.start_run(
@@ -98,6 +100,7 @@ class RunStart(NamedTuple):
             budget=asdict(self.plan.budget), provenance=[artefact.to_json() for artefact in artefacts],
             record=dict(record), self_check=self_check, **software(),
             **({"tensor_cores": True} if self.tensor_cores else {}),
+            **({} if trained is None else {"trained": trained}),
         )  # fmt: skip
 
     def check(self, ledger: Ledger, run: str) -> None:

@@ -47,6 +47,7 @@ class Statement:
         pooled: whose noise lies in all that others see of this party; None: its own alone, whole.
         against: where it is several parties', (k, spent) against any k of the others who pool what they know.
         fewer: where it is several parties', (parties, rounds) of rounds to which not all of them contributed.
+        trained: what of the model is, where the run said so: everything else is as it was before.
         bands: over how many rounds noise hangs together (`coterie.dp.noise.bands`); the sampling rate is then that of
             a unit in its block's turn. 1: noise is independent.
     """
@@ -81,6 +82,7 @@ class Statement:
     against: tuple[tuple[int, Spent], ...] = ()
     bands: int = 1
     fewer: tuple[tuple[int, int], ...] = ()
+    trained: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; infinite epsilons become None."""
@@ -125,6 +127,7 @@ class Statement:
         lines += [
             f"  protected unit   one {self.unit}; neighbouring datasets differ by {self.relation}{self._record()}",
             *self._documents(),
+            *([] if self.trained is None else [f"  trained          {self.trained}"]),
             f"  this run         {self.spent} ({self.rounds} of {self.planned} rounds; budget "
             f"epsilon {self.budget.epsilon:g} at delta {self.budget.delta:.3g})",
             *self._pooled(),
@@ -297,6 +300,7 @@ def make_statement(
         against=tuple(_against(mechanism, pooled, laws, budget.delta)),
         fewer=tuple((law.parties, count) for law, count in laws.items() if law is not None and law != pooled),
         bands=mechanism.bands,
+        trained=facts.get("trained"),
         ledger=ledger.public_name(),
         run=run,
     )

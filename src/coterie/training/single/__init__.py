@@ -5,6 +5,7 @@
 what a private one will cost, `coterie.training.single.auto_lot` chooses its lot,
 `coterie.training.single.calibrated` measures what a round takes on this machine; `coterie.training.single.stepper`
 does the rounds, `coterie.training.single.private_stepper` those within a privacy budget.
+`coterie.training.single.result` writes what a run ends with.
 `coterie.training.single.tune` tries settings within one budget. `coterie.training.single.trained` is a run's model
 afterwards, `coterie.training.single.generate` lets it continue a prompt, and `coterie.training.single.predict` says
 the class of texts.

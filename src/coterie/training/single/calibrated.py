@@ -30,6 +30,7 @@ from coterie.dp.private_data import PrivateData
 from coterie.dp.setup import start_session
 from coterie.models.lora import attach_adapters
 from coterie.models.seam import expert_layers
+from coterie.models.streaming.beside_adapters import without_merging
 from coterie.models.zoo.build import load_config, random_model, structure_of, torch_dtype
 from coterie.training.data.packing import Batch, Sequences
 from coterie.training.experts.adapter_sums import adapter_engine
@@ -100,9 +101,10 @@ def calibrate(
         tokenizer: of it.
         records: its text; lengths alone are used.
         clock: what is counted as time: seconds, or anything else that work adds to.
-        lora: adapters that are trained in place of the weights.
+        lora: adapters that are trained in place of the weights, whatever the settings say of them.
     """
-    return calibrate_model(config, load_config(with_vocabulary(config.model, tokenizer)), records, clock, lora)
+    whole = load_config(with_vocabulary(config.model, tokenizer))
+    return calibrate_model(config.model_copy(update={"lora": lora}), whole, records, clock)
 
 
 def calibrate_model(
@@ -119,13 +121,14 @@ def calibrate_model(
         whole: the config of its model, vocabulary included.
         records: its text; lengths alone are used.
         clock: see `calibrate`.
-        lora: adapters that are trained in place of the weights.
+        lora: adapters that a party of a federation trains in place of the weights.
     """
     began = time.monotonic()
     few, more, layers = _depths(whole, torch_dtype(config.model))
     measure = _private if config.privacy is not None else _plain if lora is None else _plain_adapters
     points = [
-        measure(config, _model(config, _shortened(whole, depth), lora), records, clock) for depth in (few, more)
+        measure(config, _model(config, _shortened(whole, depth), lora or config.lora), records, clock)
+        for depth in (few, more)
     ]
     steps = (layers - few) / (more - few) if more > few else 0.0
     point = points[0].towards(points[1], steps)
@@ -225,12 +228,13 @@ def _line(seconds: dict[int, float]) -> tuple[float, float]:
 
 
 def _plain(config: TrainConfig, model: nn.Module, records: Sequences, clock: Clock) -> _Point:
-    optimizer = make_optimizer(model.parameters(), config.optim)
+    optimizer = make_optimizer(_trained(model), config.optim)
 
     def one_round(batches: Iterable[Batch]) -> None:
         train_round(model, optimizer, batches, lr=1e-6)
 
-    return _timed(config, model, records, clock, one_round)
+    with without_merging(model):
+        return _timed(config, model, records, clock, one_round)
 
 
 def _plain_adapters(config: TrainConfig, model: nn.Module, records: Sequences, clock: Clock) -> _Point:

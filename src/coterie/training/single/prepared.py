@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from coterie.checkpoints import CheckpointStore
+from coterie.checkpoints import CheckpointStore, frozen_digest
 from coterie.config import TrainConfig, content_hash, load_yaml
 from coterie.errors import CheckpointError, ConfigError
 from coterie.ranks.ranks import Ranks
@@ -18,7 +19,7 @@ from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 from coterie.training.folders import private_folder
-from coterie.training.single.setup import build_for
+from coterie.training.single.setup import build_for, with_adapters
 
 MARKER = "run.json"
 """Names a run folder's run: the hash of its settings, and what else a resumed one is held to."""
@@ -31,14 +32,26 @@ _MARKED = ("run", "coterie", "revision", "data", "privacy_run", ROUNDS)
 
 @dataclass(frozen=True)
 class Prepared:
-    """Settings, tokenizer, model and sequences of a run, and its identity: see `run_id`."""
+    """Settings, tokenizer, model and sequences of a run, and its identity: see `run_id`.
+
+    Attributes:
+        model: what is trained; with `lora` peft's model.
+        base: content digest of the frozen weights, which checkpoints leave out; empty where everything is trained.
+    """
 
     config: TrainConfig
     run_id: str
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
+    model: nn.Module
     train: Sequences
     test: Sequences | None
+    base: str = ""
+
+    @property
+    def stepped(self) -> list[nn.Parameter]:
+        """What the optimiser is for."""
+        frozen = self.config.lora is not None
+        return [each for each in self.model.parameters() if each.requires_grad or not frozen]
 
     @property
     def store(self) -> CheckpointStore:
@@ -78,13 +91,15 @@ def prepare(
     tokenizer = (
         load_tokenizer_from(tokenizer_dir) if tokenizer_dir else get_tokenizer(data.tokenizer, config.model, data)
     )
+    model = with_adapters(build_for(config, tokenizer, spread_over), config)
     prepared = Prepared(
         config,
         run or run_id(config),
         tokenizer,
-        build_for(config, tokenizer, spread_over),
+        model,
         tokenize(documents, data, tokenizer),
         tokenize(test, data, tokenizer) if test else None,
+        "" if config.lora is None else frozen_digest(model),
     )
     return prepared, documents
 

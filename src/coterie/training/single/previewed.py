@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from coterie.config import PrivacySpec, TrainConfig
+from coterie.config import LoraSpec, PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
-from coterie.models.lora import adapter_sizes
+from coterie.models.lora import adapter_sizes, load_peft
 from coterie.models.seam import expert_layers
 from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.training.data.documents import Documents, read_documents
@@ -29,7 +28,7 @@ from coterie.training.single.setup import check_fit, plan_of, with_vocabulary
 
 @dataclass(frozen=True)
 class AdaptersPreview:
-    """The same text with adapters of experts in place of full training.
+    """The same text with adapters in place of full training: those of the settings, or of experts.
 
     Attributes:
         rank: of every update.
@@ -49,8 +48,10 @@ class Preview:
     """What a run is, from its settings, its text and its model's config.
 
     Attributes:
-        parameters: of the model, all of them trained; expert_share: those in experts.
-        state_bytes: weights, gradients and AdamW's moments, on the device; activations come on top.
+        parameters: of the model; expert_share: those in experts.
+        trained: all of them, or the values of the adapters.
+        state_bytes: weights, and gradients and AdamW's moments of what is trained, on the device; activations come on
+            top.
         sequences, tokens: prepared, and predicted in them.
         rounds: planned.
         rank_bytes: of the same at each of the ranks that the settings ask for.
@@ -60,11 +61,13 @@ class Preview:
         choices: what other lots and budgets would mean.
         bands: what noise in bands would.
         calibration: what a round takes on this machine; None where that was not asked for.
-        lora: adapters in place of full training; None as well.
+        full: the same where all weights are trained, whatever the settings train.
+        lora: adapters in place of full training; None where neither the settings train any nor that was asked for.
     """
 
     parameters: int
     expert_share: float
+    trained: int
     state_bytes: int
     sequences: int
     tokens: int
@@ -76,6 +79,7 @@ class Preview:
     choices: tuple[Choice, ...] = ()
     bands: tuple[BandsChoice, ...] = ()
     calibration: Calibration | None = None
+    full: Calibration | None = None
     lora: AdaptersPreview | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
 
     Args:
         config: the settings.
-        others: with `Preview.choices`, `Preview.bands` and `Preview.calibration`, which take some seconds.
+        others: with `Preview.choices`, `Preview.bands`, and both ways to train; takes some seconds.
 
     Raises:
         ConfigError, DataError, ModelError, BudgetError: as a run would.
@@ -112,23 +116,30 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
         if others:
             other = choices(plan, spending.units)
             bands = bands_choices(plan, spending.units, config.optim.momentum)
-    at_rank = held.at_rank(config.ranks, config.spread_over)
+    trained, state, at_rank = whole, held.at_rank(1), held.at_rank(config.ranks, config.spread_over)
+    full = calibrate(config, tokenizer, records) if others else None
+    calibration, lora = full, None
+    if config.lora is not None:
+        load_peft()
+    if config.lora is not None or others:
+        spec = config.lora or usual_lora(expert_layers(model)[0])
+        lora = _with_adapters(config, spec, model, whole)
+        if others and find_spec("peft") is not None:
+            lora = replace(lora, calibration=calibrate(config, tokenizer, records, lora=spec))
+    if config.lora is not None and lora is not None:
+        trained, state, at_rank, calibration = lora.adapters, lora.state_bytes, lora.state_bytes, lora.calibration
     return Preview(
-        whole, experts / whole, held.at_rank(1), len(records), records.predicted_tokens, config.train.rounds,
-        spending, at_rank, held.over_devices(), held.over_experts(), tuple(other), tuple(bands),
-        calibrate(config, tokenizer, records) if others else None,
-        _with_adapters(config, model, whole, tokenizer, records) if others else None,
+        whole, experts / whole, trained, state, len(records), records.predicted_tokens, config.train.rounds,
+        spending, at_rank, held.over_devices(), held.over_experts(), tuple(other), tuple(bands), calibration, full,
+        lora,
     )  # fmt: skip
 
 
-def _with_adapters(
-    config: TrainConfig, model: nn.Module, weights: int, tokenizer: PreTrainedTokenizerBase, records: Sequences
-) -> AdaptersPreview:
-    spec, itemsize = usual_lora(expert_layers(model)[0]), torch_dtype(config.model).itemsize
-    adapters = sum(adapter_sizes(model, spec).experts)
+def _with_adapters(config: TrainConfig, spec: LoraSpec, model: nn.Module, weights: int) -> AdaptersPreview:
+    sizes, itemsize = adapter_sizes(model, spec), torch_dtype(config.model).itemsize
+    adapters = sum((*sizes.experts, *sizes.modules))
     need = predict_adapters("centralised", Shape(weights, 0, 1, 1, compute_bytes=itemsize), Adapters(adapters))
-    measured = calibrate(config, tokenizer, records, lora=spec) if find_spec("peft") is not None else None
-    return AdaptersPreview(spec.rank, adapters, need.device, measured)
+    return AdaptersPreview(spec.rank, adapters, need.device, None)
 
 
 def held_of(model: nn.Module, compute_bytes: int) -> Held:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from coterie.checkpoints import Content
+from coterie.checkpoints import Content, changing_tensors
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import default_root
@@ -61,7 +61,8 @@ class PrivateStepper:
         plan = plan_of(config, privacy, prepared.model)
         if saved is None and announce is not None:
             announce(forecast_of(config, privacy, plan, documents, prepared.train))
-        self.optimizer = make_optimizer(prepared.model.parameters(), config.optim)
+        self.optimizer = make_optimizer(prepared.stepped, config.optim)
+        self._prepared = prepared
         if saved is None:
             self._session = _begun(prepared, documents, self.optimizer, plan, ranks)
         else:
@@ -95,7 +96,11 @@ class PrivateStepper:
         return Step(last.loss, metrics, last.nothing_learnt, spent)
 
     def content(self) -> tuple[Content, Mapping[str, Any]]:
-        return self._session.content()
+        content, state = self._session.content()
+        if not self._prepared.base:
+            return content, state
+        changing = changing_tensors(self._prepared.model)
+        return {**content, "weights": {name: content["weights"][name] for name in changing}}, state
 
     def parts(self, folder: Path) -> tuple[str, ...]:
         return self._session.parts(folder)
@@ -128,6 +133,7 @@ def _begun(
         prepared.model, optimizer, data, plan, ComputeOptions.of_settings(privacy).repeatable(plan.seed),
         provenance=artefacts(config.model, config.data), ledger=_ledger(config), record=record_facts(config.data),
         schedule=_schedule(config), ranks=ranks, loss_fn=_loss(prepared),
+        trained=None if config.lora is None else config.lora.words(),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ with ``tokenizer/``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, at t
 (held-out loss of every sequence) and ``result.json``. The model, a Hugging Face checkpoint, follows the last round:
 
 - without a ``privacy`` block into ``model/``;
+- with `lora` into ``adapter/`` in place of ``model/``, as plain peft loads it;
 - with one into ``public/``, with its card and the statement, which may be given away together. A seeded run, and one
   whose start was made from private records, has no ``public/``: there it goes into ``private/``. The ledger lies
   elsewhere. What ``metrics.jsonl`` says of losses and lots is not private, and its names say so.
@@ -24,12 +25,12 @@ from coterie.dp.checkpoint import SESSION
 from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.wire.values import check_own
-from coterie.models.split.saved import save_model
 from coterie.models.spread.gathered import give_experts
 from coterie.models.spread.spread import spread_of
+from coterie.models.streaming.beside_adapters import without_merging
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.revision import software
-from coterie.storage import put_away, write_json, writing
+from coterie.storage import put_away, write_json
 from coterie.training.evaluate import Evaluation, evaluate
 from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
 from coterie.training.loop import StopFlag
@@ -40,6 +41,7 @@ from coterie.training.provenance import starting_trainings
 from coterie.training.public_figures import figures_of_train, public_start
 from coterie.training.single.prepared import MARKER, Prepared, lengthened, make_longer, prepare, read_run, run_id
 from coterie.training.single.private_stepper import PrivateStepper
+from coterie.training.single.result import save_result
 from coterie.training.single.stepper import PlainStepper, Step, Stepper
 from coterie.training.trackers import Trackers, check_report, reporting
 
@@ -201,7 +203,8 @@ def _evaluated(prepared: Prepared, ranks: Ranks | None) -> Evaluation | None:
     """The loss of the held-out text, as all ranks compute it together; None where there is none."""
     if prepared.test is None:
         return None
-    return evaluate(prepared.model, prepared.test, batch_size=prepared.config.train.micro_batch, ranks=ranks)
+    with without_merging(prepared.model):
+        return evaluate(prepared.model, prepared.test, batch_size=prepared.config.train.micro_batch, ranks=ranks)
 
 
 def _give_experts(prepared: Prepared) -> None:
@@ -342,7 +345,14 @@ class Run:
         path = store.path(stepper.round)
         _agreed(self._ranks, _SAVE, str(path))
         parts = stepper.parts(path)
-        store.write(stepper.round, *stepper.content(), parts=parts)
+        lora = self._prepared.config.lora
+        store.write(
+            stepper.round,
+            *stepper.content(),
+            parts=parts,
+            lora=None if lora is None else lora.model_dump(mode="json"),
+            bases={"weights": self._prepared.base},
+        )
         stepper.saved(path)
         store.keep_last(1 if stepper.finished else KEPT_CHECKPOINTS)
         put_away(_earlier_session(self._prepared.config))
@@ -378,10 +388,8 @@ class Run:
         if self._evaluation is not None:
             self._evaluation.save(self._private / "evaluation.safetensors")
         place = self._place(stepper.statement())
-        with writing(place / "model"):
-            _agreed(self._ranks, _GIVE)
-            trainings = (*starting_trainings(prepared.config.model), stepper.training())
-            save_model(prepared.model, place / "model", prepared.tokenizer, trainings)
+        _agreed(self._ranks, _GIVE)
+        save_result(prepared, place, (*starting_trainings(prepared.config.model), stepper.training()))
         if outcome.statement:
             write_statement(place, outcome.statement)
         write_json(self._private / "result.json", outcome.as_json())

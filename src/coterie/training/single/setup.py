@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coterie.config import DataSpec, ModelSpec, PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
 from coterie.errors import ConfigError
+from coterie.models.lora import attach_adapters
 from coterie.models.spread.loaded import build_spread
 from coterie.models.zoo.build import build_model
 from coterie.ranks.ranks import Ranks
@@ -41,6 +42,15 @@ def build_for(
         use_checkpointing(model)
     check_fit(model, tokenizer, config.data)
     return model
+
+
+def with_adapters(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
+    """What is trained of a model that `build_for` gave: itself, or with `lora` peft's model around it.
+
+    Raises:
+        ModelError: peft is not installed, or `lora` names what the model does not have.
+    """
+    return model if config.lora is None else attach_adapters(model, config.lora, config.train.seed)
 
 
 def with_vocabulary(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
-from coterie.checkpoints import Checkpoint, Content, load_model_tensors, model_tensors
+from coterie.checkpoints import Checkpoint, Content, changing_tensors, load_weights, model_tensors
 from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.statement import Statement
 from coterie.models.split.trainings import Training
+from coterie.models.streaming.beside_adapters import without_merging
 from coterie.training.data.packing import RoundOrder
 from coterie.training.loop import train_round
 from coterie.training.optim import Float32Optimizer, lr_at, make_optimizer
@@ -88,7 +89,7 @@ class PlainStepper:
 
     def __init__(self, prepared: Prepared, checkpoint: Checkpoint | None = None) -> None:
         spec = prepared.config.train
-        self.optimizer = make_optimizer(prepared.model.parameters(), prepared.config.optim)
+        self.optimizer = make_optimizer(prepared.stepped, prepared.config.optim)
         self.round = 0
         self._prepared = prepared
         self._order = RoundOrder(len(prepared.train), spec.batch_size, spec.seed)
@@ -106,7 +107,8 @@ class PlainStepper:
         torch.manual_seed(derived_seed(config.train.seed, self.round))
         rate = lr_at(self.round + 1, config.optim, config.train.rounds)
         batches = (train.batch(rows) for rows in self._order.micro_batches(self.round + 1, config.train.micro_batch))
-        result = train_round(model, self.optimizer, batches, lr=rate, words=train.words)
+        with without_merging(model):
+            result = train_round(model, self.optimizer, batches, lr=rate, words=train.words)
         self.round += 1
         seconds = time.monotonic() - began
         metrics = {"loss": result.loss, "lr": rate, "tokens": result.tokens, "seconds": seconds}
@@ -115,7 +117,7 @@ class PlainStepper:
     def content(self) -> tuple[Content, Mapping[str, Any]]:
         model = self._prepared.model
         return {
-            "weights": model_tensors(model),
+            "weights": changing_tensors(model) if self._prepared.base else model_tensors(model),
             "optimizer": self.optimizer.tensors(dict(model.named_parameters())),
         }, {}
 
@@ -138,6 +140,6 @@ class PlainStepper:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         model = self._prepared.model
-        load_model_tensors(model, checkpoint.load("weights"))
+        load_weights(checkpoint, model)
         self.optimizer.load_tensors(dict(model.named_parameters()), checkpoint.load("optimizer"))
         self.round = checkpoint.round

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from coterie.checkpoints import load_model_tensors, saved_weights
+from coterie.checkpoints import load_weights
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, TrainConfig, TrainSpec, load_yaml
 from coterie.errors import CheckpointError, DataError
 from coterie.models.zoo.build import build_model
@@ -19,12 +20,12 @@ from coterie.training.folders import private_folder
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
 from coterie.training.party.whole_model import MODEL, model_folder
 from coterie.training.single.prepared import checkpoints_of, read_run
-from coterie.training.single.setup import build_for, pick_device
+from coterie.training.single.setup import build_for, pick_device, with_adapters
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's settings, tokenizer and model after ``rounds`` finished rounds, in eval mode."""
+    """A run's settings, tokenizer and model after ``rounds`` finished rounds, in eval mode, adapters merged."""
 
     config: TrainConfig
     tokenizer: PreTrainedTokenizerBase
@@ -53,7 +54,10 @@ def load_trained(run_dir: Path) -> TrainedRun:
             fix=f"`coterie resume {run_dir}` goes on with the run",
         )
     model = build_for(config, tokenizer)
-    load_model_tensors(model, saved_weights(newest, model))
+    adapted: Any = with_adapters(model, config)
+    load_weights(newest, adapted)
+    if config.lora is not None:
+        model = adapted.merge_and_unload()
     return TrainedRun(config, tokenizer, model.eval(), newest.round)
 
 

@@ -1,0 +1,89 @@
+"""What a run of `coterie train` ends with: a model that transformers loads, or an adapter that peft does."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from coterie.errors import CheckpointError, ModelError
+from coterie.models.split.adapted import AdaptedModel
+from coterie.models.split.card import write_card
+from coterie.models.split.saved import save_model
+from coterie.models.split.splitter import check_vacant
+from coterie.models.split.trainings import Training, read_trainings, write_trainings
+from coterie.models.zoo.build import structure_of
+from coterie.storage import new_folder, writing
+from coterie.training.folders import private_folder, public_folder
+from coterie.training.single.prepared import Prepared, read_run
+from coterie.training.single.trained import load_trained
+
+MODEL, ADAPTER = "model", "adapter"
+
+
+def save_result(prepared: Prepared, place: Path, trainings: Sequence[Training]) -> None:
+    """Write ``place / "model"``, or with `lora` ``place / "adapter"``; it appears whole or not at all.
+
+    Args:
+        prepared: of a run whose last checkpoint is written.
+        place: folder in the run folder.
+        trainings: what is behind the weights.
+
+    Raises:
+        CheckpointError: the disk is full or broken.
+        ModelError: what was written does not read back.
+    """
+    lora, model = prepared.config.lora, prepared.model
+    if lora is None:
+        assert isinstance(model, PreTrainedModel)
+        with writing(place / MODEL):
+            save_model(model, place / MODEL, prepared.tokenizer, trainings)
+        return
+    newest = prepared.store.newest()
+    assert newest is not None
+    adapted: Any = model
+    empty = structure_of(adapted.config, adapted.dtype)
+    with writing(place / ADAPTER), new_folder(place / ADAPTER) as aside:
+        AdaptedModel(empty, lora.model_dump(mode="json"), newest.path / "weights.safetensors").save_adapter(aside)
+        write_trainings(aside, trainings)
+        write_card(aside)
+
+
+def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
+    """Write a finished run's model with its adapters merged, or the adapter alone, into a new folder.
+
+    Args:
+        run_dir: of a run with `lora`.
+        out: does not exist yet, or is empty.
+        adapter: the adapter alone.
+
+    Raises:
+        CheckpointError: no run is here, or it is not finished.
+        ModelError: the run trained all weights; ``out`` is taken; or what was written does not read back.
+    """
+    check_vacant(out)
+    if read_run(run_dir)[0].lora is None:
+        raise ModelError(
+            f"{run_dir} trained all weights, and ends with a whole model.",
+            code="model-no-adapters",
+            fix="take the folder `model` in it, or in its `public` or `private`, as it is",
+        )
+    places = (place / ADAPTER for place in (run_dir, public_folder(run_dir), private_folder(run_dir)))
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{run_dir} has no adapter yet.",
+            code="run-no-model",
+            why="it is written after the last round",
+            fix=f"`coterie resume {run_dir}` goes on with the run",
+        )
+    if adapter:
+        with new_folder(out) as aside:
+            shutil.copytree(found, aside, dirs_exist_ok=True)
+        return
+    trained = load_trained(run_dir)
+    save_model(trained.model, out, trained.tokenizer, read_trainings(found))
+    write_card(out)
