@@ -59,11 +59,12 @@ def command(
     from coterie.models.split.exporter import export
     from coterie.models.split.pushing import push as upload
     from coterie.training.data.tokenizer import load_tokenizer_from
+    from coterie.training.party.process import PARTY_FILE
     from coterie.training.single.prepared import MARKER
     from coterie.training.single.result import export_run
 
     words = None if tokenizer is None else load_tokenizer_from(tokenizer)
-    if (parts / MARKER).is_file():
+    if (parts / MARKER).is_file() and not (parts / PARTY_FILE).is_file():
         if trunk is not None or shard:
             raise typer.BadParameter("--trunk and --shard belong to a split, and this is the folder of a run")
         export_run(parts, out, adapter=adapter)

@@ -23,6 +23,7 @@ from coterie.training.planning.ways import choose, memory_here
 from coterie.training.single import auto_lot
 from coterie.training.single.calibrated import Calibration
 from coterie.training.single.previewed import AdaptersPreview, Preview, preview
+from coterie.training.single.result import result_folder
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
 
@@ -201,7 +202,8 @@ def _plain_end(result: RunResult) -> tuple[dict[str, object], str]:
         "model state MiB": result.model_state_bytes / MIB,
         "peak memory MiB": result.peak_rss_bytes / MIB,
     }
-    return row, f"model: {result.run_dir}/model   figures: {result.run_dir}/private/metrics.jsonl"
+    where = _ends_at(result)
+    return row, f"{where.name}: {where}   figures: {result.run_dir}/private/metrics.jsonl"
 
 
 def _private_end(result: RunResult, privacy: dict[str, object]) -> tuple[dict[str, object], str]:
@@ -213,7 +215,13 @@ def _private_end(result: RunResult, privacy: dict[str, object]) -> tuple[dict[st
         "held-out loss": result.loss,
         "perplexity": result.perplexity,
     }
-    public = Path(result.run_dir, "public")
+    public, where = Path(result.run_dir, "public"), _ends_at(result)
     if public.is_dir():
-        return row, f"model, card and statement, which may be given away: {public}"
-    return row, f"model: {result.run_dir}/private/model, which may not be given away: see the statement"
+        return row, f"{where.name}, card and statement, which may be given away: {public}"
+    return row, f"{where.name}: {where}, which may not be given away: see the statement"
+
+
+def _ends_at(result: RunResult) -> Path:
+    found = result_folder(Path(result.run_dir))
+    assert found is not None, "a finished run has written it"
+    return found

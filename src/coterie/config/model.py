@@ -18,7 +18,8 @@ class LoraSpec(Spec):
         default=("gate_up_proj", "down_proj"), description="Stacked expert parameters that get an adapter."
     )
     modules: tuple[str, ...] = Field(
-        default=(), description="Linear layers of the trunk that get one, by the end of their name: `q_proj`, ..."
+        default=(),
+        description="Linear layers of the trunk, and routers, that get one, by the end of their name: `q_proj`, ...",
     )
 
     def words(self) -> str:

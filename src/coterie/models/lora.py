@@ -88,11 +88,13 @@ def attach_adapters(model: nn.Module, spec: LoraSpec, seed: int) -> nn.Module:
     """
     peft = load_peft()
     _check_targets(model, spec)
-    paths = sorted(
-        {f"{layer.name.rpartition('.')[2]}.{name}" for layer in expert_layers(model) for name in spec.experts}
-    )
+    paths = {f"{layer.name.rpartition('.')[2]}.{name}" for layer in expert_layers(model) for name in spec.experts}
+    routers = {end for end in spec.modules if _is_router(model, end)}
     settings = peft.LoraConfig(
-        r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.modules) or None, target_parameters=paths
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=[end for end in spec.modules if end not in routers] or None,
+        target_parameters=sorted(paths | {f"{end}.weight" for end in routers}),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of parameters it does not know from linear layers
@@ -150,6 +152,14 @@ def _matrices(model: nn.Module) -> dict[str, Tensor]:
 def _ends_with_one_of(name: str, ends: Collection[str]) -> bool:
     """As peft looks for modules."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _is_router(model: nn.Module, end: str) -> bool:
+    """Whether modules of that name hold a matrix without being a linear layer, so that peft adapts the matrix."""
+    named = [module for name, module in model.named_modules() if _ends_with_one_of(name, (end,))]
+    return any(isinstance(getattr(module, "weight", None), nn.Parameter) for module in named) and not any(
+        isinstance(module, nn.Linear | nn.Embedding) for module in named
+    )
 
 
 def _check_targets(model: nn.Module, spec: LoraSpec) -> None:

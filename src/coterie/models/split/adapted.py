@@ -113,6 +113,8 @@ def _settings(lora: Mapping[str, Any], trunk: Path) -> LoraSpec:
 def _stacked_change(wrapper: Any) -> Tensor:
     adapters = [ExpertAdapter(wrapper, name) for name in wrapper.active_adapters]
     change = torch.stack([a.scaling * (a.up_EOr.float() @ a.down_ErI.float()) for a in adapters]).sum(0)
+    if wrapper.get_param().dim() == 2:  # a router's one matrix, [O, I]
+        return change[0]
     return change if wrapper._did_swap_in_out_features else change.mT
 
 

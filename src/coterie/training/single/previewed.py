@@ -49,7 +49,6 @@ class Preview:
 
     Attributes:
         parameters: of the model; expert_share: those in experts.
-        trained: all of them, or the values of the adapters.
         state_bytes: weights, and gradients and AdamW's moments of what is trained, on the device; activations come on
             top.
         sequences, tokens: prepared, and predicted in them.
@@ -63,11 +62,11 @@ class Preview:
         calibration: what a round takes on this machine; None where that was not asked for.
         full: the same where all weights are trained, whatever the settings train.
         lora: adapters in place of full training; None where neither the settings train any nor that was asked for.
+        trained: values that are: all parameters, or those of adapters.
     """
 
     parameters: int
     expert_share: float
-    trained: int
     state_bytes: int
     sequences: int
     tokens: int
@@ -81,6 +80,7 @@ class Preview:
     calibration: Calibration | None = None
     full: Calibration | None = None
     lora: AdaptersPreview | None = None
+    trained: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -129,9 +129,9 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     if config.lora is not None and lora is not None:
         trained, state, at_rank, calibration = lora.adapters, lora.state_bytes, lora.state_bytes, lora.calibration
     return Preview(
-        whole, experts / whole, trained, state, len(records), records.predicted_tokens, config.train.rounds,
+        whole, experts / whole, state, len(records), records.predicted_tokens, config.train.rounds,
         spending, at_rank, held.over_devices(), held.over_experts(), tuple(other), tuple(bands), calibration, full,
-        lora,
+        lora, trained,
     )  # fmt: skip
 
 

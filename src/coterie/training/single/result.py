@@ -52,6 +52,12 @@ def save_result(prepared: Prepared, place: Path, trainings: Sequence[Training]) 
         write_card(aside)
 
 
+def result_folder(run_dir: Path) -> Path | None:
+    """Where `save_result` put what a run ended with; None before that."""
+    places = (run_dir, public_folder(run_dir), private_folder(run_dir))
+    return next((place / name for place in places for name in (MODEL, ADAPTER) if (place / name).is_dir()), None)
+
+
 def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
     """Write a finished run's model with its adapters merged, or the adapter alone, into a new folder.
 
@@ -71,8 +77,7 @@ def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
             code="model-no-adapters",
             fix="take the folder `model` in it, or in its `public` or `private`, as it is",
         )
-    places = (place / ADAPTER for place in (run_dir, public_folder(run_dir), private_folder(run_dir)))
-    found = next((place for place in places if place.is_dir()), None)
+    found = result_folder(run_dir)
     if found is None:
         raise CheckpointError(
             f"{run_dir} has no adapter yet.",
