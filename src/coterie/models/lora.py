@@ -163,13 +163,13 @@ def _is_router(model: nn.Module, end: str) -> bool:
 
 
 def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
-    names = {name for layer in expert_layers(model) for name in layer.parameters()}
+    names = {name for layer in expert_layers(model) for name in layer.parameters() if not name.endswith("_bias")}
     unknown = sorted(set(spec.experts) - names)
     if unknown:
         raise ModelError(
-            f"`lora.experts` names `{unknown[0]}`, which no expert of {type(model).__name__} has.",
+            f"`lora.experts` names `{unknown[0]}`, which is no matrix of the experts of {type(model).__name__}.",
             code="model-lora-target",
-            fix=f"choose from: {', '.join(sorted(name for name in names if not name.endswith('_bias')))}",
+            fix=f"choose from: {', '.join(sorted(names))}",
         )
     layers = _matrices(model)
     for end in spec.modules:

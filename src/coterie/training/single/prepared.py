@@ -48,10 +48,10 @@ class Prepared:
     base: str = ""
 
     @property
-    def stepped(self) -> list[nn.Parameter]:
-        """What the optimiser is for."""
+    def stepped(self) -> dict[str, nn.Parameter]:
+        """What the optimiser is for, by name."""
         frozen = self.config.lora is not None
-        return [each for each in self.model.parameters() if each.requires_grad or not frozen]
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad or not frozen}
 
     @property
     def store(self) -> CheckpointStore:

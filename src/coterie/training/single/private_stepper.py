@@ -61,7 +61,7 @@ class PrivateStepper:
         plan = plan_of(config, privacy, prepared.model)
         if saved is None and announce is not None:
             announce(forecast_of(config, privacy, plan, documents, prepared.train))
-        self.optimizer = make_optimizer(prepared.stepped, config.optim)
+        self.optimizer = make_optimizer(prepared.stepped.values(), config.optim)
         self._prepared = prepared
         if saved is None:
             self._session = _begun(prepared, documents, self.optimizer, plan, ranks)

@@ -89,7 +89,7 @@ class PlainStepper:
 
     def __init__(self, prepared: Prepared, checkpoint: Checkpoint | None = None) -> None:
         spec = prepared.config.train
-        self.optimizer = make_optimizer(prepared.stepped, prepared.config.optim)
+        self.optimizer = make_optimizer(prepared.stepped.values(), prepared.config.optim)
         self.round = 0
         self._prepared = prepared
         self._order = RoundOrder(len(prepared.train), spec.batch_size, spec.seed)
@@ -118,7 +118,7 @@ class PlainStepper:
         model = self._prepared.model
         return {
             "weights": changing_tensors(model) if self._prepared.base else model_tensors(model),
-            "optimizer": self.optimizer.tensors(dict(model.named_parameters())),
+            "optimizer": self.optimizer.tensors(self._prepared.stepped),
         }, {}
 
     def parts(self, folder: Path) -> tuple[str, ...]:
@@ -139,7 +139,6 @@ class PlainStepper:
     def close(self) -> None: ...
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        model = self._prepared.model
-        load_weights(checkpoint, model)
-        self.optimizer.load_tensors(dict(model.named_parameters()), checkpoint.load("optimizer"))
+        load_weights(checkpoint, self._prepared.model)
+        self.optimizer.load_tensors(self._prepared.stepped, checkpoint.load("optimizer"))
         self.round = checkpoint.round
