@@ -28,12 +28,11 @@ from coterie.models.zoo.tiny import tiny_model
 from coterie.training.loop import StopFlag
 from coterie.training.single import private_stepper
 from coterie.training.single.generate import generate
-from coterie.training.single.predict import predict
 from coterie.training.single.prepared import prepare
 from coterie.training.single.previewed import preview
 from coterie.training.single.run import resume, start
 from coterie.training.single.trained import evaluate_run, load_trained
-from coterie.training.single.tune import plan_tuning, tune
+from coterie.training.single.tune import Plan, tune
 
 peft = pytest.importorskip("peft")
 
@@ -49,10 +48,8 @@ MakeConfig = Callable[..., TrainConfig]
 def make_config(tmp_path: Path) -> MakeConfig:
     """Settings for a tiny checkpoint and a few notes; all of them are in every round."""
     tiny_model("qwen2_moe", vocab_size=300, num_hidden_layers=1).save_pretrained(tmp_path / "base")
-    kinds = {"0": "bad", "1": "good"}
-    rows = [{"text": note, "kind": str(at % 2)} for at, note in enumerate(NOTES)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "public.txt").write_text(f"the a and is in on has no {' '.join(kinds.values())}\n")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": note}) + "\n" for note in NOTES))
+    (tmp_path / "public.txt").write_text("the a and is in on has no\n")
 
     def make(name: str = "run", **changes: Any) -> TrainConfig:
         data = {
@@ -242,23 +239,13 @@ def test_only_a_finished_run_with_adapters_is_exported(
         assert not (tmp_path / "out").exists()
 
 
-def test_label_words_train_adapters(make_config: MakeConfig) -> None:
-    words = {"column": "kind", "words": {"0": " bad", "1": " good"}, "template": "{text} so"}
-    data = {"task": "label_words", "label_words": words}
-    classes = make_config("classes", data=data, train={"rounds": 2})
-    start(classes)
-    found = predict(load_trained(classes.run_dir), classes.data.train)
-    assert found.chances.shape == (len(NOTES), 2)
-    assert all(".lora_" in name for name in adapter_of(classes.run_dir / "adapter"))
-
-
-def test_tuning_trains_adapters(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("tuned", privacy=private(tmp_path), train={"rounds": 1})
-    plan = plan_tuning(config, ["optim.lr=1e-2", "optim.lr=1e-3"], 1)
-    done = tune(config, plan, config.data.train, start)
-    assert done.result is not None
-    assert done.result.finished
-    assert adapter_of(config.run_dir / "public" / "adapter")
+def test_tuning_chooses_between_adapters(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Trials without noise in place of private ones, which take long to account for."""
+    config = make_config("tuned", privacy=private(tmp_path))
+    plan = Plan((8.0, 1e-3), 1.0, 1.0, 1, 2, 1.0, 2.0, ("optim.lr=1e-2", "optim.lr=1e-9"), "")
+    done = tune(config, plan, config.data.train, lambda own: start(own.model_copy(update={"privacy": None})))
+    assert done.chosen == "optim.lr=1e-2"
+    assert adapter_of(config.run_dir / "adapter")
 
 
 def test_a_plan_counts_what_is_trained(

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from coterie.cli.app import main
 from coterie.config import DataSpec, TrainConfig
 from coterie.errors import CoterieError
+from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import tokenize
 from coterie.training.single.predict import predict
@@ -124,6 +125,19 @@ def test_classes_are_learnt_within_a_budget(tmp_path: Path) -> None:
     assert result.finished
     assert "PRIVACY STATEMENT" in (result.statement or "")
     assert evaluate_run(load_trained(tmp_path / "run")).accuracy is not None
+
+
+def test_classes_are_learnt_by_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    tiny_model("olmoe", vocab_size=64).save_pretrained(tmp_path / "base")
+    lora = {"rank": 4, "modules": ["q_proj", "v_proj"]}
+    start(settings(tmp_path, model={"path": tmp_path / "base"}, lora=lora, optim={"lr": 3e-2}))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    trained = load_trained(tmp_path / "run")
+    accuracy = evaluate_run(trained).accuracy
+    assert accuracy is not None
+    assert accuracy > 0.9
+    assert predict(trained, [tmp_path / "test.jsonl"]).classes == ("0", "1")
 
 
 def test_a_long_text_is_cut_and_its_prompt_stays_whole(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from coterie.models.lora import expert_adapters, factors_stay_apart
 from coterie.models.seam import computed_by, expert_layers
-from coterie.models.streaming.streamer import LayerWeights, Lent, StreamedExperts
+from coterie.models.streaming.cache import LayerWeights
+from coterie.models.streaming.streamer import Lent, StreamedExperts
 
 
 class _OwnWeights:

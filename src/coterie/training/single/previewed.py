@@ -122,10 +122,10 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     if config.lora is not None:
         load_peft()
     if config.lora is not None or others:
-        spec = config.lora or usual_lora(expert_layers(model)[0])
-        lora = _with_adapters(config, spec, model, whole)
+        adapters = config.lora or usual_lora(expert_layers(model)[0])
+        lora = _with_adapters(config, adapters, model, whole)
         if others and find_spec("peft") is not None:
-            lora = replace(lora, calibration=calibrate(config, tokenizer, records, lora=spec))
+            lora = replace(lora, calibration=calibrate(config, tokenizer, records, lora=adapters))
     if config.lora is not None and lora is not None:
         trained, state, at_rank, calibration = lora.adapters, lora.state_bytes, lora.state_bytes, lora.calibration
     return Preview(
