@@ -128,6 +128,24 @@ def test_plain_training_is_a_peft_loop(make_config: MakeConfig) -> None:
     assert_near(adapter_of(config.run_dir / "adapter"), trained_values(model), atol=2e-4)
 
 
+def test_merged_expert_weights_are_never_formed(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged: list[str] = []
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    own = wrapper._activate_lora
+
+    def seen(self: Any, names: list[str]) -> Any:
+        merged.append(self.parameter_name)
+        return own(self, names)
+
+    monkeypatch.setattr(wrapper, "_activate_lora", seen)
+    config = make_config(train={"rounds": 1})
+    start(config)
+    assert set(merged) == {"weight"}, "the router's, which is small"
+    model, batch = peft_alone(config)
+    model(**batch)
+    assert {"gate_up_proj", "down_proj"} <= set(merged), "peft's own way, which the test has to see"
+
+
 def test_private_training_is_records_alone_clipped_and_added(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
