@@ -125,6 +125,7 @@ def test_a_run_starts_with_numbers_so_that_a_resumed_one_chooses_nothing(
 
     def start(found: TrainConfig, **how: object) -> RunResult:
         started.append(found)
+        (found.run_dir / "public" / "model").mkdir(parents=True)  # what a finished run has written
         return RunResult(str(found.run_dir), 2, True, None, None, None, None, 0, 0)
 
     monkeypatch.setattr(run, "start", start)
@@ -162,6 +163,7 @@ def test_a_run_that_its_launcher_starts_again_measures_nothing_anew(
 
     def resume(run_dir: Path, **how: object) -> RunResult:
         went_on.append(run_dir)
+        (run_dir / "public" / "model").mkdir(parents=True)  # what a finished run has written
         return RunResult(str(run_dir), 2, True, None, None, None, None, 0, 0)
 
     monkeypatch.setattr(run, "resume", resume)
