@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,13 +67,20 @@ def test_state_of_adapters_is_what_arithmetic_says() -> None:
 
 
 def live_bytes() -> int:
-    """Of every tensor that Python can reach; what several share counts once."""
-    found = {}
-    for each in gc.get_objects():
-        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
-            storage = each.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+    """Of every tensor that Python can reach; what several share counts once.
+
+    Python ends a thread that is just making a tuple with an error where somebody else refers to it. So no thread may
+    run while all objects are listed.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(60.0)
+    try:
+        time.sleep(0.05)  # threads that wait for their turn begin to wait that long
+        tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    finally:
+        sys.setswitchinterval(usual)
+    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_bytes_memory_and_work_of_a_federation_with_adapters_are_those_planned(tmp_path: Path) -> None:
