@@ -16,10 +16,13 @@ import grpc
 import pytest
 import yaml
 
+from coterie.config import FederationConfig, PartyConfig, load_yaml
+from coterie.errors import ModelError
 from coterie.federation.identity.certificates import cert_pem, key_pem, new_authority
 from coterie.federation.identity.kit import load_kit
 from coterie.federation.wire import unreachable
 from coterie.training.party.doctor import Diagnosis, diagnose
+from coterie.training.party.process import prepare_party
 from helpers.federation_commands import edit, run
 from helpers.federation_commands import folder as folder
 from helpers.federation_commands import made as made
@@ -103,6 +106,21 @@ def test_endpoint_that_shows_another_certificate_is_bad(folder: Path):
 def test_settings_that_do_not_fit_the_federation(folder: Path):
     party = edit(folder / "alder.yaml", privacy={"epsilon": 1.0})
     assert bad(found(party))["settings"] == "config-privacy-misfit"
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_more_ranks_than_experts_are_refused_as_where_the_model_is_read(folder: Path, lora: object):
+    if lora is not None:
+        pytest.importorskip("peft")
+    edit(folder / "federation.yaml", exchange="experts", privacy="none", lora=lora)
+    assert found(edit(folder / "alder.yaml", experts_over=4, device="cpu"))["ranks"].state == "ok"
+    path = edit(folder / "alder.yaml", experts_over=5)
+    told = found(path)["ranks"]
+    config, federation = load_yaml(path, PartyConfig), load_yaml(folder / "federation.yaml", FederationConfig)
+    with pytest.raises(ModelError, match="has 4 experts, and there are 5 ranks") as caught:
+        prepare_party(config, federation)
+    assert (told.state, told.code) == ("bad", caught.value.code) == ("bad", "spread-few-experts")
+    assert (told.found, told.fix) == (caught.value.message, caught.value.fix)
 
 
 @pytest.mark.parametrize(

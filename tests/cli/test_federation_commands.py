@@ -25,11 +25,9 @@ from coterie.federation.rounds.run_folder import RunFolder
 from coterie.models.split.origins import save_tensors
 from coterie.training.data.documents import read_documents
 from coterie.training.party.after_private import check_after_private
-from helpers.federation_commands import MODEL, PARTIES, edit, run
+from helpers.federation_commands import PARTIES, edit, run
 from helpers.federation_commands import folder as folder
 from helpers.federation_commands import made as made
-
-MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "eos_token_id": 0}
 
 
 def test_parties_that_never_arrive_are_named_with_the_deadline(folder: Path, capfd: pytest.CaptureFixture[str]):

@@ -14,7 +14,10 @@ from coterie.federation.identity.provision import free_endpoints
 PARTIES = ("alder", "birch")
 
 
-MODEL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4}
+MODEL = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_experts": 4,
+    "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0,
+}  # fmt: skip
 
 
 def run(*arguments: object) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -104,8 +104,7 @@ def spread_experts(model: nn.Module, ranks: Ranks, over: int | None = None, *, g
     """
     layers = seam.select(model)
     size = ranks.world if over is None else over
-    for layer in layers:
-        _check(layer, size)
+    check_over(layers, size)
     group, replicas = (ranks, Alone()) if size == ranks.world else ranks.split(size)
     spread = Spread(group, replicas, gathered, cuts_of(model))
     modules = dict(model.named_modules())
@@ -144,6 +143,16 @@ def spread_of(model: nn.Module) -> Spread | None:
     found = (getattr(layer.module, _RANKS, None) for layer in seam.expert_layers(model))
     ranks: tuple[Ranks, Ranks, bool] | None = next((each for each in found if each is not None), None)
     return None if ranks is None else Spread(*ranks, cuts_of(model))
+
+
+def check_over(layers: Iterable[ExpertLayer], size: int) -> None:
+    """Make sure that experts can be spread over a group of ranks; weights may be elsewhere.
+
+    Raises:
+        ModelError: fewer experts than ranks in a layer, or a norm behind each expert.
+    """
+    for layer in layers:
+        _check(layer, size)
 
 
 def _check(layer: ExpertLayer, size: int) -> None:

@@ -34,6 +34,7 @@ from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.party.inputs import PrivacyInputs, party_plan
 from coterie.training.party.process import (
+    check_experts_over,
     check_on_cpu,
     check_placement_signed,
     check_shard,
@@ -89,6 +90,7 @@ class _Examination:
 
     def findings(self) -> Iterator[Diagnosis]:
         yield self._look("settings", self._settings)
+        yield self._look("ranks", self._ranks)
         yield self._look("certificate", self._certificate)
         yield self._look("clock", self._clock)
         yield self._look("roster", self._roster)
@@ -119,6 +121,15 @@ class _Examination:
         check_devices(self._config, self._federation)
         check_on_cpu(self._config)
         return f"{self._config.party} of {self._federation.name}, exchange {self._federation.exchange}"
+
+    def _ranks(self) -> str:
+        config = self._config
+        if config.ranks == 1:
+            return "one process"
+        if config.experts_over == 1:
+            return f"{config.ranks} processes of this machine, each with whole layers"
+        check_experts_over(config, self._model())
+        return f"{config.ranks} processes of this machine, of which every {config.experts_over} hold all experts"
 
     def _kit(self) -> Kit:
         return load_kit(self._config.kit, now=self._now)

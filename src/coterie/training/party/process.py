@@ -33,12 +33,14 @@ from coterie.federation.rounds.settings import transport_settings
 from coterie.federation.wire import unreachable
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.models.lora import attach_adapters
+from coterie.models.seam import expert_layers
 from coterie.models.split.origins import check_content, origin_of
 from coterie.models.split.partial import build_partial
 from coterie.models.split.placement import Placement
 from coterie.models.split.shards import TRUNK_FILE, StoredTensors, parse_expert_key, shard_file, stored_shapes
 from coterie.models.split.trainings import Training
 from coterie.models.spread.beside import spread_beside
+from coterie.models.spread.spread import check_over
 from coterie.models.zoo.build import torch_dtype
 from coterie.ranks.ranks import Alone, Ranks, ranks_or_alone
 from coterie.revision import software
@@ -209,6 +211,20 @@ def check_on_cpu(config: PartyConfig) -> None:
         )
 
 
+def check_experts_over(config: PartyConfig, model: nn.Module) -> None:
+    """Make sure that the experts of every layer are enough for the ranks that they are to be spread over.
+
+    Args:
+        config: party.yaml.
+        model: without adapters; its weights may be elsewhere.
+
+    Raises:
+        ModelError: see `coterie.models.spread.spread.check_over`.
+    """
+    if config.experts_over > 1:
+        check_over(expert_layers(model), config.experts_over)
+
+
 def _read_party(
     config: PartyConfig, federation: FederationConfig, roster: Roster | None, ranks: Ranks, earlier: Path | None
 ) -> PartyInputs:
@@ -229,6 +245,7 @@ def _read_party(
     device = pick_device(config.device)
     model = build_partial(federation.model, config.trunk, device=device)
     check_fit(model, tokenizer, data)
+    check_experts_over(config, model)
     if federation.model.gradient_checkpointing:
         use_checkpointing(model)
     adapted = _with_adapters(model, federation)
