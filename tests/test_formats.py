@@ -227,7 +227,7 @@ def test_a_spool_of_the_first_version_is_read(tmp_path: Path) -> None:
     assert (stored.lot.round, stored.lot.records.tolist(), stored.pins) == (3, [1, 4], {"weights": "w"})
 
 
-@pytest.mark.parametrize("header", [{"format": "2"}, {"format": ""}, {"masked_for": "birch"}])
+@pytest.mark.parametrize("header", [{"format": "3"}, {"format": ""}, {"masked_for": "birch"}])
 def test_a_spooled_result_of_a_later_version_is_refused(tmp_path: Path, header: dict[str, str]) -> None:
     path = first_spool(tmp_path / "spool", **header)
     with refused(LedgerError, path, next(iter(header))):

@@ -13,7 +13,7 @@ from coterie.dp.accounting.accountant import Mechanism
 from coterie.dp.accounting.ledger import open_ledger
 from coterie.dp.accounting.lots import LotPlan, Units, draw_lot
 from coterie.dp.accounting.releases import Pending, Releases
-from coterie.dp.accounting.spool import Spool
+from coterie.dp.accounting.spool import Durable, Spool
 from coterie.dp.noise.discrete_gaussian import add_noise
 from coterie.dp.noise.randomness import SystemRandom
 
@@ -27,6 +27,7 @@ class ReleasesWorld:
     """What exists outside the process: its folder, and everything it ever computed on or sent."""
 
     folder: Path
+    durable: Durable = "first"
     computed: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
     sent: list[tuple[int, str]] = field(default_factory=list)
 
@@ -46,9 +47,11 @@ class ReleasesWorld:
             step = releases.begin(number, pins or PINS, lambda _: draw_lot(number, PLAN, UNITS, SystemRandom()))
             if isinstance(step, Pending):
                 self.computed.append((number, step.draw, tuple(step.lot.records.tolist())))
-                step = releases.publish(step, add_noise({"w": torch.zeros(8)}, 1.0, SystemRandom()))
-            assert step.tensors()["w"].shape == (8,)
+                noised = add_noise({"w": torch.zeros(8)}, 1.0, SystemRandom())
+                step = releases.publish(step, noised, durable=self.durable)
             self.sent.append((number, step.digest))
+            releases.spool.settle()
+            assert step.tensors()["w"].shape == (8,)
 
     def check(self) -> None:
         """What must hold at any moment, in any history."""

@@ -27,7 +27,7 @@ from coterie.dp.accounting.lots import Lot, LotPlan, draw_lot
 from coterie.dp.accounting.provenance import Artefact, not_covered
 from coterie.dp.accounting.releases import Pending, Releases
 from coterie.dp.accounting.run_entry import RunStart
-from coterie.dp.accounting.spool import Release, Spool, shard_folder
+from coterie.dp.accounting.spool import Durable, Release, Spool, shard_folder
 from coterie.dp.accounting.statement import Statement, make_statement
 from coterie.dp.balance import Balancer
 from coterie.dp.checks.between_ranks import check_between_ranks
@@ -148,7 +148,13 @@ class OpenRun:
         return self.shared.begin(round_no, pins, draw)
 
     def publish(
-        self, pending: Pending, divisor: float = 1.0, *, as_integers: bool = False, to_all: bool = True
+        self,
+        pending: Pending,
+        divisor: float = 1.0,
+        *,
+        as_integers: bool = False,
+        to_all: bool = True,
+        durable: Durable = "first",
     ) -> tuple[dict[str, Tensor], Release]:
         """Compute a pending lot, noise it, spool and count the result; the model is not changed.
 
@@ -160,6 +166,7 @@ class OpenRun:
             divisor: public; what is released is the noised sums over it.
             as_integers: release them as they lie on the grid; see `coterie.dp.noise.discrete_gaussian.add_noise`.
             to_all: hand out everything; otherwise gradients stay with their owners, and lie nowhere else.
+            durable: see `coterie.dp.accounting.spool.Durable`.
 
         Returns:
             Float32 (or int64) tensors on the CPU by parameter name, and the release that holds them.
@@ -182,7 +189,7 @@ class OpenRun:
             keep = self._add_noise(slabs, own, f"noise|{pending.name}", divisor)
             slabs.keep_noised(own)
         drawn = time.monotonic()
-        release = self.shared.publish(pending, slabs.parts(own))
+        release = self.shared.publish(pending, slabs.parts(own), durable)
         keep()
         handed_out = slabs.noised.keys() if to_all else {LOAD, WITHIN} & slabs.noised.keys()
         for sharing, owner, names in owners.by_owner(handed_out):

@@ -20,7 +20,7 @@ from coterie.dp.accounting.budget import Spent
 from coterie.dp.accounting.ledger import Ledger, LedgerHead
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.releases import Pending, Releases
-from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Release
+from coterie.dp.accounting.spool import SPOOL_LIMIT_BYTES, Durable, Release
 from coterie.dp.accounting.statement import Statement
 from coterie.dp.losses import LossFunction
 from coterie.dp.lot_figures import RoundFigures
@@ -203,7 +203,10 @@ class PrivateSession:
     def _publish(self, pending: Pending, to_all: bool) -> tuple[dict[str, Tensor], Release]:
         with self._opened.ranks.all_well(f"before round {pending.round}"):
             self._check_trained()
-        return self._opened.publish(pending, divisor=float(self.privacy_plan.lot_size), to_all=to_all)
+        # Nothing leaves before the next checkpoint, and without one nobody could go on.
+        durable: Durable = "never" if self._saved is None else "behind"
+        divisor = float(self.privacy_plan.lot_size)
+        return self._opened.publish(pending, divisor, to_all=to_all, durable=durable)
 
     def _trim_spool(self) -> None:
         """Drop results that no checkpoint could be brought up to date with, and keep the rest within bounds.

@@ -4,7 +4,8 @@ Every rank puts its part of a result on disk, synced; then rank 0's file, which 
 digests of the others; then the ledger counts the digest of that file; only then the parts are handed out and used. So
 a release exists if and only if rank 0's file does, and then all its parts are on disk. Parts without that file never
 left, and are dropped. A release whose parts are not all to be found is burned: it stays counted, and its round is
-drawn anew.
+drawn anew. Where a result does not leave these ranks, all of this holds but the syncing, which follows the ledger's
+entry; see `coterie.dp.accounting.releases`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.releases import Pending, Releases
-from coterie.dp.accounting.spool import Release, Spool, drop_files, shard_path
+from coterie.dp.accounting.spool import Durable, Release, Spool, drop_files, holds, shard_path
 from coterie.errors import RankError
 from coterie.ranks.ranks import Ranks
-from coterie.storage import file_digest, remove
 
 
 class SharedReleases:
@@ -89,30 +89,43 @@ class SharedReleases:
         """The result of a round, if the spools still have all of it; see `Releases.published`."""
         return self._whole(self._tell(f"published {round_no}", lambda: _values(self.own.published(round_no))))
 
-    def publish(self, pending: Pending, part: Mapping[str, Tensor]) -> Release:
+    def publish(self, pending: Pending, part: Mapping[str, Tensor], durable: Durable = "first") -> Release:
         """Spool this rank's part of a noised result; when all are on disk, rank 0's file names them and is counted.
 
         Args:
             pending: whose result it is.
             part: by parameter name.
+            durable: see `coterie.dp.accounting.spool.Durable`.
 
         Raises:
             LedgerError: it could not be counted; it may not be used then.
         """
+        written: list[Release] = []
 
         def put_down() -> str | None:
             if self._spool is None:
                 return None  # rank 0's file comes last
-            return self._spool.store_release(pending.round, pending.draw, part, pending.pins).digest
+            put = self._spool.store_release if durable == "first" else self._spool.write_release
+            written.append(put(pending.round, pending.draw, part, pending.pins))
+            return written[0].digest
 
         shards = self._ranks.together(f"spool {pending.name}", put_down)[1:]
-        return _release(self._tell(f"count {pending.name}", lambda: _values(self.own.publish(pending, part, shards))))
+        try:
+            return _release(
+                self._tell(
+                    f"count {pending.name}",
+                    lambda: _values(self.own.publish(pending, part, shards, durable)),
+                )
+            )
+        finally:
+            if self._spool is not None and durable != "first":
+                self._spool.keep(written[0], durable)
 
     def burn(self, release: Release, reason: str) -> None:
         """Give up a result; see `Releases.burn`."""
         self._tell(f"burn {release.round}", lambda: self.own.burn(release, reason))
         if self._spool is not None:
-            remove(self._spool.path_of(release.round, release.draw))
+            self._spool.drop(release)
 
     def pieces(self, release: Release) -> Iterator[tuple[str, Tensor]]:
         """The noised sums of a release at every rank, part by part: the names they have on disk, and values.
@@ -196,9 +209,7 @@ class SharedReleases:
     def _found(self, release: Release) -> list[int]:
         """The numbers of the other ranks' parts that are on this rank's disk, as they were counted."""
         paths = [(number, self._path(release, number)) for number in range(1, len(release.shards) + 1)]
-        return [
-            number for number, path in paths if path.is_file() and file_digest(path) == release.shards[number - 1]
-        ]
+        return [number for number, path in paths if path.is_file() and holds(path, release.shards[number - 1])]
 
     def _handed_out(self, release: Release, number: int, holder: int) -> dict[str, Tensor]:
         """One part of a release, from the rank that has it to all."""
@@ -236,12 +247,14 @@ class SharedReleases:
             return
         number = self._ranks.rank
 
-        def strange(round_no: int, draw: int) -> bool:
-            shards = known.get((round_no, draw), [])
-            path = shard_path(self._folder, number, round_no, draw)
-            return len(shards) < number or file_digest(path) != shards[number - 1]
+        def named_digest(round_no: int, draw: int) -> str | None:
+            return dict(enumerate(known.get((round_no, draw), []), start=1)).get(number)
 
-        drop_files(self._spool.folder, strange)
+        self._spool.adopt(named_digest)
+        drop_files(
+            self._spool.folder,
+            lambda *place: not holds(shard_path(self._folder, number, *place), named_digest(*place)),
+        )
 
 
 def _values(begun: Pending | Release | None) -> dict[str, Any] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from coterie.dp.accounting.lots import Lot, draw_lot
-from coterie.dp.accounting.releases import Pending
-from coterie.dp.accounting.spool import Release
+from coterie.dp.accounting.releases import Pending, Releases
+from coterie.dp.accounting.spool import Durable, Release
 from coterie.dp.noise.randomness import SystemRandom
 from coterie.errors import BudgetError, LedgerError
 from helpers.releases_world import PINS, PLAN, RUN, UNITS, ReleasesWorld
@@ -40,24 +41,25 @@ def dying_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
             nonlocal done
             done += 1
             if done == step:
-                if name == "write" and step % 2:
-                    real(args[0], bytes(args[1])[: len(args[1]) // 2])
+                if name in ("write", "pwrite") and step % 2:
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
                 raise Crash(name)
             return real(*args, **kwargs)
 
         monkeypatch.setattr(os, name, dying)
 
-    for name in ("write", "fsync", "replace", "unlink", "ftruncate"):
+    for name in ("write", "pwrite", "fsync", "replace", "unlink", "ftruncate"):
         wrap(name)
     return lambda: done
 
 
+@pytest.mark.parametrize("durable", ["first", "behind"])
 def test_invariant_8_a_crash_at_any_point_never_under_reports_and_never_noises_a_lot_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: Durable
 ) -> None:
     crashes = 0
     for step in range(1, 200):
-        world = ReleasesWorld(tmp_path / str(step))
+        world = ReleasesWorld(tmp_path / str(step), durable)
         world.folder.mkdir()
         with monkeypatch.context() as patch:
             count = dying_at(patch, step)
@@ -97,15 +99,26 @@ def test_invariant_8_crash_after_spooling_sends_those_bytes_and_counts_them(
         assert (again.digest, again.tensors()["w"].tolist()) == (spooled.digest, [1.0] * 8)
 
 
-def test_invariant_8_order_is_spool_sync_then_ledger_sync_then_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+STORED = [
+    ("sync", "release-00000001-0.unsynced"),
+    ("rename", "release-00000001-0.safetensors"),
+    ("sync", "spool"),
+]
+COUNTED = [("sync", "ledger.jsonl"), ("sync", "spool")]  # and the lot is gone
+
+
+@pytest.mark.parametrize(
+    ("durable", "wanted"),
+    [("first", STORED + COUNTED), ("behind", COUNTED + STORED), ("never", COUNTED + STORED[1:2])],
+)
+def test_invariant_8_what_others_see_is_synced_before_it_is_counted_and_all_is_counted_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: Durable, wanted: list[tuple[str, str]]
 ) -> None:
     world, trace = ReleasesWorld(tmp_path), []
     real_sync, real_replace = os.fsync, os.replace
 
     def name_of(handle: int) -> str:
-        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
-        return re.sub(r"^\.(.+)\.[0-9a-f]{8}\.part$", r"\1 aside", name)
+        return Path(os.readlink(f"/proc/self/fd/{handle}")).name
 
     with world.open() as releases:
         pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
@@ -114,15 +127,107 @@ def test_invariant_8_order_is_spool_sync_then_ledger_sync_then_use(
             os, "replace", lambda a, b: (trace.append(("rename", Path(b).name)), real_replace(a, b))[1]
         )
         assert isinstance(pending, Pending)
-        releases.publish(pending, {"w": torch.ones(8)})
-    wanted = [
-        ("sync", "release-00000001-0.safetensors aside"),
-        ("rename", "release-00000001-0.safetensors"),
-        ("sync", "spool"),
-        ("sync", "ledger.jsonl"),
-        ("sync", "spool"),
-    ]
+        releases.publish(pending, {"w": torch.ones(8)}, durable=durable)
+        releases.spool.settle()
     assert trace == wanted
+
+
+def test_a_round_goes_on_while_its_result_is_synced_and_the_next_result_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, disk, syncing = ReleasesWorld(tmp_path), threading.Event(), threading.Event()
+    real = os.fsync
+
+    def slow(handle: int) -> None:
+        if "release" in os.readlink(f"/proc/self/fd/{handle}"):
+            syncing.set()
+            assert disk.wait(60)
+        real(handle)
+
+    with world.open() as releases:
+        monkeypatch.setattr(os, "fsync", slow)
+        for number in (1, 2):
+            pending = releases.begin(number, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+            assert isinstance(pending, Pending)
+            if number == 2:
+                assert releases.published(3) is None, "a look at another round does not wait"
+                late = threading.Timer(0.2, disk.set)
+                late.start()
+            releases.publish(pending, {"w": torch.full((8,), float(number))}, durable="behind")
+            assert syncing.wait(60)
+            assert disk.is_set() is (number == 2)
+            assert releases.used == number
+        late.join()
+        assert [each.tensors()["w"][0].item() for each in releases.spool.releases()] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("left", ["nothing", "its length alone", "its first half", "another one"])
+def test_invariant_8_what_a_power_cut_took_is_counted_and_its_round_is_drawn_anew(tmp_path: Path, left: str) -> None:
+    world, pending = ReleasesWorld(tmp_path), None
+    with world.open() as releases:
+        pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+        assert isinstance(pending, Pending)
+        first = releases.publish(pending, {"w": torch.ones(8)}, durable="behind")
+    path = first.path.rename(first.path.with_suffix(".unsynced"))  # as before it was synced
+    content = path.read_bytes()
+    if left == "nothing":
+        path.unlink()
+    else:
+        cuts = {"its length alone": bytes(len(content)), "its first half": content[: len(content) // 2]}
+        path.write_bytes(cuts.get(left, content[:-1] + b"~"))
+    with world.open() as releases:
+        again = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+        assert isinstance(again, Pending)
+        assert again.draw == 1
+        assert again.lot.records.tolist() != pending.lot.records.tolist()
+        releases.publish(again, {"w": torch.zeros(8)}, durable="behind")
+        assert releases.used == 2
+        assert [each.digest for each in releases.spool.releases()] != [first.digest]
+
+
+def test_what_was_not_synced_and_is_whole_is_used_by_the_next_process(tmp_path: Path) -> None:
+    world = ReleasesWorld(tmp_path)
+    with world.open() as releases:
+        pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+        assert isinstance(pending, Pending)
+        first = releases.publish(pending, {"w": torch.ones(8)}, durable="behind")
+    first.path.rename(first.path.with_suffix(".unsynced"))
+    with world.open() as releases:
+        assert releases.begin(1, PINS, lambda _: pytest.fail("drew a lot")) == first
+        assert releases.used == 1
+
+
+@pytest.mark.parametrize("ends", ["the next result", "a look at it", "the end"])
+def test_a_disk_that_fails_behind_a_round_is_said_and_the_round_stays_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    world, real = ReleasesWorld(tmp_path), os.fsync
+    draw: Callable[[int], Lot] = lambda _: draw_lot(1, PLAN, UNITS, SystemRandom())  # noqa: E731
+
+    def full(handle: int) -> None:
+        if "release" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    def one_result_then(releases: Releases) -> None:
+        pending = releases.begin(1, PINS, draw)
+        assert isinstance(pending, Pending)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            releases.publish(pending, {"w": torch.ones(8)}, durable="behind")
+            if ends == "the next result":
+                other = releases.begin(2, PINS, draw)
+                assert isinstance(other, Pending)
+                releases.publish(other, {"w": torch.ones(8)}, durable="behind")
+            elif ends == "a look at it":
+                releases.published(1)
+            else:
+                releases.spool.close()
+
+    with world.open() as releases, pytest.raises(OSError, match="No space left"):
+        one_result_then(releases)
+    with world.open() as releases:
+        assert releases.used == 1
 
 
 def test_invariant_8_retry_before_spooling_recomputes_the_same_lot(tmp_path: Path) -> None:
@@ -257,7 +362,7 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 os.fsync = fsync
-world = ReleasesWorld(Path(sys.argv[2]))
+world = ReleasesWorld(Path(sys.argv[2]), sys.argv[4])
 for number in (1, 2, 3):
     world.work(number)
     print(number, *world.sent[-1][1:], flush=True)
@@ -265,16 +370,18 @@ for number in (1, 2, 3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [8, 13, 17])
-def test_invariant_8_a_killed_process_resumes_without_losing_count(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "durable"), [(8, "first"), (13, "first"), (17, "first"), (13, "behind")])
+def test_invariant_8_a_killed_process_resumes_without_losing_count(
+    tmp_path: Path, step: int, durable: Durable
+) -> None:
     victim = subprocess.run(
-        [sys.executable, "-c", VICTIM, str(Path(__file__).parents[2]), str(tmp_path), str(step)],
+        [sys.executable, "-c", VICTIM, str(Path(__file__).parents[2]), str(tmp_path), str(step), durable],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert victim.returncode == -signal.SIGKILL, victim.stderr
-    world = ReleasesWorld(tmp_path)
+    world = ReleasesWorld(tmp_path, durable)
     world.sent = [(int(line.split()[0]), line.split()[1]) for line in victim.stdout.splitlines()]
     for number in (1, 2, 3):
         world.work(number)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from coterie.dp.accounting.ledger import Ledger
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.releases import Pending, Releases
-from coterie.dp.accounting.spool import Release, Spool
+from coterie.dp.accounting.spool import Durable, Release, Spool
 from coterie.dp.lot_sums import LotSums
 from coterie.dp.noise.past_noise import PastNoise
 from coterie.dp.noise.randomness import random_source
@@ -163,7 +163,13 @@ class _Kept(Releases):
     def published(self, round_number: int) -> Release | None:
         return None
 
-    def publish(self, pending: Pending, noised: Mapping[str, Tensor], shards: Sequence[str] = ()) -> Release:
+    def publish(
+        self,
+        pending: Pending,
+        noised: Mapping[str, Tensor],
+        shards: Sequence[str] = (),
+        durable: Durable = "first",
+    ) -> Release:
         self.noised = {name: value.clone() for name, value in noised.items()}
         return Release(pending.round, pending.draw, "", pending.pins, Path())
 

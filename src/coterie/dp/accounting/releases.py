@@ -8,6 +8,10 @@ The order of a round, with the state a crash leaves after each step:
 4. the ledger counts them               crash: only they are used
 5. they are used or sent                crash: they are used or sent again, byte for byte
 
+Where nothing leaves this process before it writes a checkpoint, the bytes of step 3 are written and not yet synced;
+that happens beside step 5 and whatever follows. A process that dies at any moment leaves them to the next one just
+so. A power cut may take them: then they are counted and never used again, and the round is drawn anew.
+
 What a round is computed from is pinned (weights, roster, membership epoch, as digests). If pins change while a lot or
 a result is pending, it is burned: the ledger keeps the cost of a result, and lot and noise are drawn anew.
 
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from coterie.dp.accounting.ledger import Ledger
 from coterie.dp.accounting.lots import Lot
-from coterie.dp.accounting.spool import Release, Spool
+from coterie.dp.accounting.spool import Durable, Release, Spool
 from coterie.errors import BudgetError, LedgerError
 
 
@@ -109,13 +113,20 @@ class Releases:
         self.spool.store_lot(lot, known, pins)
         return Pending(round_no, known, dict(pins), lot)
 
-    def publish(self, pending: Pending, noised: Mapping[str, Tensor], shards: Sequence[str] = ()) -> Release:
-        """Spool a noised result, then count it. When this returns it may be used and sent.
+    def publish(
+        self,
+        pending: Pending,
+        noised: Mapping[str, Tensor],
+        shards: Sequence[str] = (),
+        durable: Durable = "first",
+    ) -> Release:
+        """Spool a noised result, then count it. When this returns it may be used and, where durable first, sent.
 
         Args:
             pending: whose result it is.
             noised: by parameter name; of several ranks' result rank 0's part.
             shards: digests of the other ranks' parts, which are on disk already.
+            durable: see `coterie.dp.accounting.spool.Durable`.
 
         Returns:
             The release; where an earlier try had spooled one for this lot, that one, and ``noised`` is dropped: a
@@ -127,7 +138,14 @@ class Releases:
         found = self.spooled(pending)
         if found is not None:
             return found
-        return self._count(self.spool.store_release(pending.round, pending.draw, noised, pending.pins, shards))
+        values = pending.round, pending.draw, noised, pending.pins, shards
+        if durable == "first":
+            return self._count(self.spool.store_release(*values))
+        release = self.spool.write_release(*values)
+        try:
+            return self._count(release)
+        finally:  # also where it could not be counted: a lot is noised once
+            self.spool.keep(release, durable)
 
     def spooled(self, pending: Pending) -> Release | None:
         """The result that an earlier try made of a pending lot, counted; None if there is none.
@@ -164,6 +182,7 @@ class Releases:
 
     def _recover(self) -> None:
         counted = {(r.round, r.draw): r.digest for r in self.ledger.releases(self.run)}
+        self.spool.adopt(lambda *place: counted.get(place))
         for release in self.spool.releases():
             known = counted.get((release.round, release.draw))
             if known is not None and known != release.digest:

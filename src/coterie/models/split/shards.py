@@ -6,9 +6,7 @@ parameter names of the transformers model. Both are plain safetensors files.
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor
 from coterie.errors import ModelError
 from coterie.models.split.origins import Origin, digest_of_lines, tensor_line, unreadable
 from coterie.models.split.trainings import Training
-from coterie.models.tensors import raw_bytes
+from coterie.models.tensors import Shapes, raw_bytes, tensor_file_layout
 from coterie.storage import check_keys, check_known, file_digest, json_object, replacing
 
 TRUNK_FILE = "trunk.safetensors"
@@ -35,22 +33,7 @@ _FIELDS = (
 )  # fmt: skip
 _PLACEMENT = ("parties", "experts", "hosted")
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 EXPERT_KEY = re.compile(r"layer\.(0|[1-9]\d*)\.expert\.(0|[1-9]\d*)\.(\w+)")
-
-Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""What a file is going to hold: {name: (dtype, shape)}."""
 
 
 def shard_file(party: str) -> str:
@@ -97,26 +80,16 @@ class TensorFileWriter:
     def __init__(self, path: Path, shapes: Shapes, trainings: tuple[Training, ...] = ()) -> None:
         self.path = path
         self._shapes = shapes
-        self._offsets: dict[str, int] = {}
         self._open: set[str] = set(shapes)
         self._lines: dict[str, str] = {}
-        header: dict[str, object] = {"__metadata__": Origin("", 0, _UNKNOWN, None, trainings).metadata()}
-        end = 0
-        # Widest types first, so that every tensor starts at a multiple of its item size, as readers assume.
-        for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
-            dtype, shape = shapes[name]
-            start, end = end, end + dtype.itemsize * int(torch.Size(shape).numel())
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            self._offsets[name] = start
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._body = 8 + len(text)
-        self._content = 8 + text.index(_UNKNOWN.encode())
+        metadata = Origin("", 0, _UNKNOWN, None, trainings).metadata()
+        header, self._offsets, size = tensor_file_layout(shapes, metadata)
+        self._content = header.index(_UNKNOWN.encode())
         self._writing = ExitStack()
         aside = self._writing.enter_context(replacing(path))
         self._file: BinaryIO = self._writing.enter_context(aside.open("wb"))
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        self._file.truncate(self._body + end)
+        self._file.write(header)
+        self._file.truncate(size)
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -132,7 +105,7 @@ class TensorFileWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place; its dtype and shape must be the announced ones."""
         assert (tensor.dtype, tuple(tensor.shape)) == self._shapes[name], name
-        self._file.seek(self._body + self._offsets[name])
+        self._file.seek(self._offsets[name])
         self._file.write(raw_bytes(tensor))
         self._lines[name] = tensor_line(name, tensor)
         self._open.discard(name)

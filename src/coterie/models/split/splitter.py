@@ -28,13 +28,12 @@ from coterie.models.split.shards import (
     MODEL_FOLDER,
     SPLIT_FORMAT,
     TRUNK_FILE,
-    Shapes,
     TensorFileWriter,
     expert_key,
     shard_file,
 )
 from coterie.models.split.trainings import Training, read_trainings, write_trainings
-from coterie.models.tensors import raw_bytes
+from coterie.models.tensors import Shapes, raw_bytes
 from coterie.models.zoo.build import build_model, files_alone, quantized_error, structure_of
 from coterie.storage import file_digest, is_vacant, new_folder, write_json
 
