@@ -4,8 +4,9 @@
     python benchmarks/dp_step.py --shapes 4x64 --repeats 3        # short
 
 A step is forward, backward and AdamW (``foreach=False``) for every arm; for the private arms also clipping, the
-noise of every parameter, and what a session puts on disk before it steps: the noised values and the ledger's entry,
-both synced (``--no-record`` leaves these out; ``--folder`` names the disk, by default that of temporary files). Arms:
+noise of every parameter, and what a session puts on disk: the ledger's entry, synced before it steps, and the noised
+values, synced beside the next step (``--no-record`` leaves these out; ``--folder`` names the disk, by default that of
+temporary files). Arms:
 ``plain``; ``gaussian_only``, the plain step plus ``torch.randn`` of every parameter without clipping (the least that
 private training costs with ordinary floating-point noise); ours by ``book_keeping``, by ``ghost`` and by ``auto``,
 these with ``isolation: fast``; ``exact``, with ``isolation: exact``; ``loop``, one record at a time by autograd.
@@ -118,15 +119,15 @@ class Record:
         self._releases, self._round = Releases(ledger, Spool(place / "spool"), run), 0
 
     def __call__(self, noised: dict[str, Tensor]) -> None:
-        """One round: lot stored, values spooled, counted; the round before it is dropped, as without checkpoints."""
+        """One round of a session that has a checkpoint; the round before it is dropped, as by the next checkpoint."""
+        self._releases.spool.drop_releases(self._round)
         self._round += 1
         pending = self._releases.begin(
             self._round, {"parent": str(self._round)},
             lambda _: draw_lot(self._round, self._plan, self._units, random_source(None)),
         )  # fmt: skip
         assert isinstance(pending, Pending)
-        self._releases.publish(pending, noised)
-        self._releases.spool.drop_releases(self._round)
+        self._releases.publish(pending, noised, durable="behind")
 
 
 def make_step(

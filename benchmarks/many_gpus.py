@@ -180,8 +180,8 @@ class Row:
 
     @property
     def total_s(self) -> float:
-        """With nothing overlapping."""
-        return self.crossing_s + self.compute_s + self.clip_s + self.noise_s + self.spool_s
+        """Nothing overlaps but the disk, which writes a result beside the next round and then has to be done."""
+        return max(self.crossing_s + self.compute_s + self.clip_s + self.noise_s, self.spool_s)
 
     def cells(self) -> list[str]:
         """As the page shows it."""
@@ -329,7 +329,7 @@ def be_rank(family: str, spread: bool, folder: Path) -> None:
             count = counted(ranks, hidden)
             session.step(lot)
             ranks.together("spooled", lambda: None)
-            files = folder.glob("ledger/*/spool/**/release-*.safetensors")
+            files = folder.glob("ledger/*/spool/**/release-*")
             spooled = sum(_size([*load_file(path).values()]) for path in files)
     trained = [p for p in model.parameters() if p.requires_grad]
     apart = (
