@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from coterie.dp.accounting.lots import Lot
 from coterie.dp.accounting.releases import Pending, Releases
-from coterie.dp.accounting.spool import Durable, Release, Spool, drop_files, holds, shard_path
+from coterie.dp.accounting.spool import Durable, Release, Spool, adopt, drop_files, holds, shard_path
 from coterie.errors import RankError
 from coterie.ranks.ranks import Ranks
 
@@ -243,18 +244,21 @@ class SharedReleases:
             return [[each.round, each.draw, list(each.shards)] for each in self.own.spool.releases()]
 
         known = {(round_no, draw): shards for round_no, draw, shards in self._tell("parts in the spool", named)}
-        if self._spool is None:
-            return
-        number = self._ranks.rank
+        own, world = self._ranks.rank, self._ranks.world
 
-        def named_digest(round_no: int, draw: int) -> str | None:
+        def named_digest(number: int, round_no: int, draw: int) -> str | None:
             return dict(enumerate(known.get((round_no, draw), []), start=1)).get(number)
 
-        self._spool.adopt(named_digest)
-        drop_files(
-            self._spool.folder,
-            lambda *place: not holds(shard_path(self._folder, number, *place), named_digest(*place)),
-        )
+        # What ranks left that are none now is taken up, too: a release may be read by any number of ranks.
+        for folder in self._folder.glob("rank-*"):
+            number = int(folder.name.removeprefix("rank-"))
+            if number == own or (number >= world and number % world == own):
+                adopt(folder, partial(named_digest, number))
+        if self._spool is not None:
+            drop_files(
+                self._spool.folder,
+                lambda *place: not holds(shard_path(self._folder, own, *place), named_digest(own, *place)),
+            )
 
 
 def _values(begun: Pending | Release | None) -> dict[str, Any] | None:

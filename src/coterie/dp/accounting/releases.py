@@ -28,7 +28,7 @@ from torch import Tensor
 
 from coterie.dp.accounting.ledger import Ledger
 from coterie.dp.accounting.lots import Lot
-from coterie.dp.accounting.spool import Durable, Release, Spool
+from coterie.dp.accounting.spool import Durable, Release, Spool, adopt
 from coterie.errors import BudgetError, LedgerError
 
 
@@ -182,7 +182,7 @@ class Releases:
 
     def _recover(self) -> None:
         counted = {(r.round, r.draw): r.digest for r in self.ledger.releases(self.run)}
-        self.spool.adopt(lambda *place: counted.get(place))
+        adopt(self.spool.folder, lambda *place: counted.get(place))
         for release in self.spool.releases():
             known = counted.get((release.round, release.draw))
             if known is not None and known != release.digest:

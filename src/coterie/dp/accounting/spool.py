@@ -252,22 +252,6 @@ class Spool:
         if behind is not None:
             behind.result()
 
-    def adopt(self, counted: Callable[[int, int], str | None]) -> None:
-        """Keep those results that a process before this one had not synced and that are whole; the others are gone.
-
-        Args:
-            counted: the digest of a result as it was counted, by round and draw; None: it was not.
-        """
-        for path in self.folder.iterdir():
-            match = _UNSYNCED.fullmatch(path.name)
-            if match:
-                place = int(match[1]), int(match[2])
-                digest = counted(*place)
-                if digest is not None and pieces_digest(path) == digest:
-                    _keep(self.path_of(*place))
-                else:
-                    remove(path)
-
     def releases(self, pattern: str = "release-*") -> list[Release]:
         """What lies in the spool, by round and draw.
 
@@ -336,6 +320,24 @@ def drop_files(folder: Path, which: Callable[[int, int], bool]) -> None:
         if match and which(int(match[1]), int(match[2])):
             path.unlink()
     sync_folder(folder)
+
+
+def adopt(folder: Path, counted: Callable[[int, int], str | None]) -> None:
+    """Keep those results that a process before this one had not synced and that are whole; the others are gone.
+
+    Args:
+        folder: of results that nobody else takes up.
+        counted: the digest of a result as it was counted, by round and draw; None: it was not.
+    """
+    for path in folder.iterdir():
+        match = _UNSYNCED.fullmatch(path.name)
+        if match:
+            place = int(match[1]), int(match[2])
+            digest = counted(*place)
+            if digest is not None and pieces_digest(path) == digest:
+                _keep(folder / _file_name(*place))
+            else:
+                remove(path)
 
 
 def shard_folder(spool: Path, rank: int) -> Path:
