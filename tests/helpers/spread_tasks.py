@@ -22,7 +22,7 @@ from coterie.dp.clipping import policy
 from coterie.dp.losses import default_loss
 from coterie.dp.noise.discrete_gaussian import Slabs
 from coterie.dp.ownership import Ownership
-from coterie.dp.per_sample import captured_pass
+from coterie.dp.per_sample import captured_pass, combine_uses
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.gram import SqNorms
 from coterie.dp.per_sample.probe import probe_sizes, synthetic_batch
@@ -68,15 +68,18 @@ def built(case: Case) -> nn.Module:
         with torch.no_grad():
             model.get_input_embeddings().weight.add_(3.0)
     if case["lora"]:
-        model = with_adapters(model)
+        model = with_adapters(model, ROUTED if case["lora"] == "router" else ATTENTION)
     seam.select(model)
     return model.train(case["train"])
 
 
-def with_adapters(model: nn.Module) -> nn.Module:
-    """Adapters of the experts' matrices and of one of attention; their second factors are not zero."""
+ATTENTION, ROUTED = ("q_proj",), ("q_proj", "gate")
+
+
+def with_adapters(model: nn.Module, modules: tuple[str, ...] = ATTENTION) -> nn.Module:
+    """Adapters of the experts' matrices and of some of the trunk; their second factors are not zero."""
     names = [name for name in seam.expert_layers(model)[0].parameters() if not name.endswith("_bias")]
-    adapted = attach_adapters(model, LoraSpec(rank=2, alpha=4.0, experts=tuple(names), modules=("q_proj",)), seed=1)
+    adapted = attach_adapters(model, LoraSpec(rank=2, alpha=4.0, experts=tuple(names), modules=modules), seed=1)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(adapted.named_parameters()):
             if "lora_B" in name:
@@ -194,6 +197,28 @@ def _joint_norms(ranks: Ranks, case: Case) -> list[float]:
     return found
 
 
+def taken_again(ranks: Ranks, cases: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[float]:
+    """Slack of a record's whole squared norm, over it, once two ranks have refined their parts.
+
+    Args:
+        ranks: two.
+        cases: value and slack of each rank's part: at first, and what its careful value is.
+    """
+    found = []
+    for first, careful in cases:
+        model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False)})
+        engine = engine_of(model, {**WITHOUT, "clip_norm": 1.0})
+        shared = SharedBatch(ranks, (1, 0), (1, 0), frozenset({"a.weight"}), None)
+        value, slack = (torch.tensor([first[2 * ranks.rank + place]], dtype=torch.float64) for place in (0, 1))
+        again = SqNorms(torch.tensor([careful[ranks.rank]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+        squares = {"a.weight": SqNorms(value, slack)}
+        with patch.object(combine_uses, "sq_norms", lambda *_, again=again, **__: again):
+            engine._book_keeping.refine(squares, {"a.weight": ("a", [])}, shared)  # type: ignore[dict-item] # noqa: SLF001
+        parts = shared.exchanged(shared.own_squares(engine.gradient_groups, squares))
+        found.append(float(sum(part.slack for part in parts) / sum(part.value for part in parts)))
+    return found
+
+
 def only_remote(ranks: Ranks) -> tuple[float, float, float]:
     """The joint norm that experts of rank 1 alone add for a record of rank 0, in clip norms, and two of its norms:
     as rank 0 says, and as one process does."""
@@ -255,14 +280,14 @@ def outputs_and_gradients(ranks: Ranks, family: str) -> dict[str, Any]:
 # -- private sessions ------------------------------------------------------------------------------------------------
 
 
-def small(experts_per_token: int = 2) -> nn.Module:
+def small(experts_per_token: int = 2, hidden: int = 16, experts: int = 6) -> nn.Module:
     """A model of one layer, small enough to be trained for some rounds."""
     model: Any = build_model(
         ModelSpec(
             family="olmoe",
             config={
-                "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": experts_per_token,
+                "hidden_size": hidden, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "num_experts": experts, "num_experts_per_tok": experts_per_token,
                 "vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": None, "eos_token_id": 1,
             },
         ),
@@ -435,12 +460,18 @@ def deadly(
     return resumable(ranks, folder, slab=slab, frozen_trunk=frozen_trunk, over=over, gathered=gathered)
 
 
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "small": small,
+    "uneven": lambda: small(hidden=20, experts=13),  # two ranks hold 6 and 7 of them, one a prime that probes avoid
+}
+
+
 def compared_with_alone(ranks: Ranks, cases: Sequence[Case]) -> list[str]:
     """What a comparison before training says of what these ranks compute together: a code, or nothing."""
     found = []
     for given in cases:
         case = {**WITHOUT, "spread": True, **given}
-        model = built(case) if case["family"] != "small" else small().train()
+        model = SMALL[case["family"]]().train() if case["family"] in SMALL else built(case)
         if case["spread"]:
             spread_experts(model, ranks, case["over"], gathered=case["gathered"])
         like, tokens = batch_of(texts(1) % 40), probe_sizes(model)[0][1]

@@ -14,6 +14,7 @@ SOUND: list[dict[str, Any]] = [
     {"over": 4, "family": "small"},
     {"over": 2, "lora": True, "method": "ghost", "clipping": "per_layer"},
     {"over": 2, "family": "gpt_oss", "checkpointing": True},
+    {"over": 2, "family": "uneven"},
     {"over": 2, "gathered": True, "lora": True, "method": "ghost"},
     {"spread": False, "family": "small"},
     {"spread": False, "family": "small", "draws_without_numbers": 2},

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from coterie.dp.per_sample.gram import TRUSTED
 from helpers import spread_tasks
 from helpers.comparing import relative
 from helpers.rank_processes import run_ranks, values
@@ -16,6 +17,8 @@ TWO: dict[str, dict[str, Any]] = {
     "flat": {},
     "ghost, checkpointing": {"family": "gpt_oss", "method": "ghost", "checkpointing": True},
     "adapters, checkpointing": {"lora": True, "checkpointing": True},
+    "adapters of a router, too": {"lora": "router"},
+    "adapters of a router, layers gathered": {"lora": "router", "gathered": True, "method": "ghost"},
     "all records at one rank": {"records_of": [list(range(10)), []], "clipping": "per_layer"},
     "rows with a large common part": {"common": True},
     "a record whose loss is no number": {"broken": 4},
@@ -75,6 +78,14 @@ def test_invariant_2_what_all_ranks_add_for_a_record_is_bounded_together_not_ran
         assert max(norms) <= 1.0 + eta
         assert min(norms) >= 0.99  # they were clipped
     assert max(wrong[1:]) > 1.2
+
+
+def test_invariant_2_ranks_that_take_norms_again_end_with_a_whole_that_is_trusted() -> None:
+    """Even where one's first value was too large, or each has just what one process would have left alone."""
+    cases = [((1.0, 1e-3, 50.0, 100.0), (1.0, 1e-6)), ((0.9, 0.89e-4, 0.1, 0.49e-4), (0.9, 0.1))]
+    first, second = values(run_ranks(2, spread_tasks.taken_again, cases))
+    assert first == second
+    assert max(first) <= TRUSTED
 
 
 def test_a_record_whose_whole_gradient_is_at_another_rank_is_clipped_by_it() -> None:

@@ -187,9 +187,18 @@ def _ups(module: nn.Module) -> list[nn.Module]:
     return list(module.lora_B.values()) if hasattr(module, "lora_B") else []  # type: ignore[operator]
 
 
-def expert_wrappers(model: nn.Module) -> list[Any]:
-    """peft's wrappers of stacked parameters anywhere in the model. Empty without peft or without adapters."""
+def parameter_wrappers(model: nn.Module) -> list[Any]:
+    """peft's wrappers of parameters anywhere in the model: stacked experts, and routers that are no linear layers.
+
+    Empty without peft or without adapters.
+    """
     return [module for module in model.modules() if _is_wrapper(module)]
+
+
+def expert_wrappers(model: nn.Module) -> list[Any]:
+    """Those of stacked experts."""
+    experts = {layer.module for layer in expert_layers(model)}
+    return [each for each in parameter_wrappers(model) if each.get_base_layer() in experts]
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -199,7 +208,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 def _beside_experts(model: nn.Module) -> list[Any]:
     """The wrappers of matrices that whoever computes the experts reads; a router computes with its own."""
     read = {(layer.module, name) for layer in expert_layers(model) for name in (layer.layout.up_name, "down_proj")}
-    return [each for each in expert_wrappers(model) if (each.get_base_layer(), each.parameter_name) in read]
+    return [each for each in parameter_wrappers(model) if (each.get_base_layer(), each.parameter_name) in read]
 
 
 def expert_adapters(model: nn.Module) -> dict[tuple[nn.Module, str], list[ExpertAdapter]]:

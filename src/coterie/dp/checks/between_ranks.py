@@ -92,12 +92,13 @@ class _Comparison:
     def __init__(self, engine: Engine, ranks: Ranks, owners: Ownership, lent: WeightSource | None) -> None:
         self._engine, self._ranks, self._owners, self._lent = engine, ranks, owners, lent
         self._spread, self._holdings = spread_of(engine.model), Holdings(engine.model)
+        # Ranks with another number of experts would take records of another length.
+        self._tokens = ranks.tell("length of the compared records", lambda: probe_sizes(engine.model)[0][1])
 
     def run(self, like: Batch, seed: int) -> tuple[bool, str | None]:
         """Whether gradients were numbers everywhere, and what differs, as the first rank that sees something says."""
         engine, ranks = self._engine, self._ranks
-        tokens = probe_sizes(engine.model)[0][1]
-        batch = synthetic_batch(engine.model, like, ranks.world, tokens, 101 + seed)
+        batch = synthetic_batch(engine.model, like, ranks.world, self._tokens, 101 + seed)
         with in_mode(engine.model, training=False), torch.random.fork_rng(devices=[]):
             losses, gradients = self._one_by_one(batch)
             squares_GB = self._squares(gradients)

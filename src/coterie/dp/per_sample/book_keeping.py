@@ -14,7 +14,7 @@ from coterie.dp.per_sample import combine_uses
 from coterie.dp.per_sample.captured_pass import Ready
 from coterie.dp.per_sample.gradient_groups import Diagnostics, GradientGroups
 from coterie.dp.per_sample.gradient_sums import GradientSums
-from coterie.dp.per_sample.gram import SqNorms
+from coterie.dp.per_sample.gram import SqNorms, trusted_by
 from coterie.dp.per_sample.gram_kernel import take_all
 from coterie.dp.per_sample.shared_batch import SharedBatch
 from coterie.dp.per_sample.weight_expressions import Root
@@ -71,23 +71,25 @@ class BookKeeping:
 
         The parameter that adds most of it comes first: a careful norm costs several times a plain one, and one or two
         are usually enough. How many a rank takes again is its own matter: ranks exchange norms once before it, and
-        each brings its own slack down to its share of what does not matter beside the whole.
+        each brings its own slack down to its share of what does not matter beside the whole. Of the others' norms,
+        which may fall when they are taken again, it believes the least that they may be.
         """
-        left = {name for name in kept if not squares[name].trusted()}
-        elsewhere = shared.others(shared.exchanged(shared.own_squares(self._groups, squares)))
-        while left:
-            own = shared.own_squares(self._groups, squares)
-            whole = own.value + elsewhere.value
-            doubtful = ~SqNorms(whole, own.slack).trusted_rows(1.0 / shared.ranks.world)
-            adds = {
-                name: float((squares[name].slack.cpu() / whole[index, shared.columns(name)]).nan_to_num(0.0).max())
-                for name in left
-                if doubtful[index := self._groups.index(name)] and shared.records(name)
-            }
-            if not adds:
-                return
-            worst = max(sorted(adds), key=adds.__getitem__)
-            left.remove(worst)
-            root, uses = kept[worst]
-            uses, squares[worst] = combine_uses.precise_sq_norms(root, uses, shared.records(worst))
-            kept[worst] = root, uses
+        elsewhere = shared.others(shared.exchanged(shared.own_squares(self._groups, squares))).least
+        with trusted_by(shared.ranks.world):
+            left = {name for name in kept if not squares[name].trusted()}
+            while left:
+                own = shared.own_squares(self._groups, squares)
+                whole = own.value + elsewhere
+                doubtful = ~SqNorms(whole, own.slack).trusted_rows()
+                adds = {
+                    name: float((squares[name].slack.cpu() / whole[index, shared.columns(name)]).nan_to_num(0.0).max())
+                    for name in left
+                    if doubtful[index := self._groups.index(name)] and shared.records(name)
+                }
+                if not adds:
+                    return
+                worst = max(sorted(adds), key=adds.__getitem__)
+                left.remove(worst)
+                root, uses = kept[worst]
+                uses, squares[worst] = combine_uses.precise_sq_norms(root, uses, shared.records(worst))
+                kept[worst] = root, uses

@@ -12,6 +12,9 @@ Shape letters: B records (or segments of rows), T rows of each, I inputs, O outp
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,9 @@ TRUSTED_CERTAIN = 1e-2
 """The same where slack is certain: eta has nothing of it, and half of it is the most that a record is clipped too
 much."""
 
+
+_SHARE: ContextVar[float] = ContextVar("share of the trusted slack", default=1.0)
+"""See `trusted_by`."""
 
 LONGEST = 4096
 """Terms of a dot product that are added up at once."""
@@ -53,18 +59,19 @@ class SqNorms(NamedTuple):
         """Whether every finite slack is small beside its value; a record that is not finite is masked later."""
         return _small(self.slack, self.value)
 
-    def trusted_rows(self, share: float = 1.0) -> Tensor:
-        """[G] bool, for [G, B] norms: no record's slack matters in the group.
-
-        Args:
-            share: of the slack that does not matter.
-        """
-        return ~(self.slack > share * trusted_share() * self.value).any(1)
+    def trusted_rows(self) -> Tensor:
+        """[G] bool, for [G, B] norms: no record's slack matters in the group."""
+        return ~(self.slack > trusted_share() * self.value).any(1)
 
     @property
     def upper(self) -> Tensor:
         """[B] upper bound of the squared norm."""
         return self.value + self.slack
+
+    @property
+    def least(self) -> Tensor:
+        """[B] lower bound of the squared norm, were all roundings of all dot products to conspire."""
+        return (self.value - conspiracy() * self.slack).clamp_min(0.0)
 
     @classmethod
     def zeros_like(cls, other: SqNorms) -> SqNorms:
@@ -98,7 +105,30 @@ def rounding_factors(length_B: Tensor) -> Tensor:
 
 def trusted_share() -> float:
     """Slack, relative to the squared norm, up to which nothing more careful is tried."""
-    return TRUSTED_CERTAIN if certain() else TRUSTED
+    return (TRUSTED_CERTAIN if certain() else TRUSTED) * _SHARE.get()
+
+
+@contextmanager
+def trusted_by(ranks: int) -> Iterator[None]:
+    """Inside, less slack is trusted: so much that what some ranks trust of their parts is trusted of the whole.
+
+    Rank r has a part v of a squared norm with slack s, and knows a `least` of the others' parts. Over all W ranks parts
+    add up to V and slack to S. As the others' least is at most V - v + c S (c: `conspiracy`), ``s <= share t (v + least)``
+    at every rank makes ``S <= share t (W V + (W - 1) c S)``, which is ``S <= t V`` for the share below.
+    """
+    own = _SHARE.set(1.0 / (ranks + (ranks - 1) * conspiracy() * trusted_share()))
+    try:
+        yield
+    finally:
+        _SHARE.reset(own)
+
+
+def conspiracy() -> float:
+    """How often the bound of `rounding_factor` fits into what a dot product is off by if all roundings conspire.
+
+    The root of the longest one: pieces of `LONGEST`, and as many of these as fewer than 2^24 entries make.
+    """
+    return 1.0 if certain() else math.sqrt(2 * LONGEST)
 
 
 def worst_excess(length: int) -> float:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from coterie.config import LoraSpec
 from coterie.errors import ModelError
-from coterie.models.lora import ExpertAdapter, attach_adapters, expert_wrappers
+from coterie.models.lora import ExpertAdapter, attach_adapters, parameter_wrappers
 from coterie.models.zoo.build import check_keys
 
 
@@ -83,7 +83,7 @@ class AdaptedModel:
 
     def _changes(self, own: Mapping[int, str]) -> dict[str, Callable[[], Tensor]]:
         found: dict[str, Callable[[], Tensor]] = {}
-        for wrapper in expert_wrappers(self._peft):
+        for wrapper in parameter_wrappers(self._peft):
             weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
             found[own[id(weight)]] = partial(_stacked_change, wrapper)
         for module in self._peft.modules():

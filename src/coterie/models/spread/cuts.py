@@ -90,9 +90,7 @@ def cuts_of(model: nn.Module) -> dict[str, Cut]:
             view = (layer.num_experts, *parameter.shape[1:])
             cuts[names[id(parameter)]] = Cut(layer.index, view, 0, (1,) * len(view))
     for wrapper in expert_wrappers(model):
-        of = layers.get(id(wrapper.get_base_layer()))
-        if of is None:
-            continue
+        of = layers[id(wrapper.get_base_layer())]
         for adapter in wrapper.lora_A:
             down, up = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
             rank = down.shape[0] // wrapper.num_experts

@@ -81,8 +81,8 @@ class WholeLayers:
                 self._in_step(self._numbers[name], 1)
                 whole[name] = nn.Parameter(self._whole(name, own[name]), own[name].requires_grad)
                 setattr(module, last, whole[name])
-            for wrapper, count in held:
-                wrapper.num_experts = experts.get(id(wrapper.get_base_layer()), count)
+            for wrapper in self._wrappers:
+                wrapper.num_experts = experts[id(wrapper.get_base_layer())]
             yield {name: parameter for name, parameter in whole.items() if name in self.shapes}
         finally:
             for wrapper, count in held:
