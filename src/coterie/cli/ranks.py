@@ -88,8 +88,12 @@ def start_if_asked(config: TrainConfig, command: str, target: Path, json_file: P
         command: `train` or `resume`.
         target: its argument.
         json_file: its option.
+
+    Raises:
+        PrivacyError: another launcher than torchrun started this process beside others.
     """
     if config.ranks > 1 and started_ranks() == 1:
+        check_alone()  # each would start ranks of its own
         raise typer.Exit(_run(config.ranks, [command, str(target), *option("--json", json_file)]))
 
 

@@ -103,6 +103,8 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     tokenizer = get_tokenizer(data.tokenizer, config.model, data)
     model = build_model(with_vocabulary(config.model, tokenizer), meta=True)
     check_fit(model, tokenizer, data)
+    if config.spread_over > 1:
+        check_over(expert_layers(model), config.spread_over)
     records = tokenize(documents, data, tokenizer)
     if data.test:
         tokenize(read_documents(data.test, data), data, tokenizer)
