@@ -16,9 +16,10 @@ import typer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from coterie.cli.app import main
 from coterie.cli.ranks import joined, start_if_asked, started_again
 from coterie.config import TrainConfig, dump_yaml
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, PrivacyError
 from coterie.training.single.run import start
 from coterie.training.single.trained import load_trained
 from helpers.comparing import relative
@@ -87,6 +88,30 @@ def test_auto_is_a_rank_for_each_gpu_in_whole_groups(
     with nullcontext() if ranks == 1 else pytest.raises(typer.Exit):
         start_if_asked(own, "train", tmp_path / "train.yaml", None)
     assert (own.ranks, asked) == (ranks, [] if ranks == 1 else [ranks])
+
+
+def test_a_process_of_another_launcher_starts_no_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setattr("coterie.cli.ranks._run", lambda count, words: pytest.fail("ranks were started"))
+    with pytest.raises(PrivacyError, match="this process is one of 2") as caught:
+        start_if_asked(settings(tmp_path, devices=2), "train", tmp_path / "train.yaml", None)
+    assert caught.value.code == "ranks-missing"
+
+
+@pytest.mark.parametrize(
+    ("words", "ways"), [(["train", "--dry-run"], {"experts_over": 5}), (["plan"], {"layers_over": 8})]
+)
+def test_what_is_asked_before_a_run_refuses_more_ranks_than_experts(
+    words: list[str], ways: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump_yaml(tmp_path / "train.yaml", settings(tmp_path, **ways))
+    command, *options = words
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(tmp_path / "train.yaml"), *options])
+    assert ended.value.code
+    said = capsys.readouterr().err
+    assert f"4 experts, and there are {max(ways.values())} ranks" in said
+    assert "spread them over at most 4 ranks" in said
 
 
 def test_auto_takes_as_many_as_a_launcher_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

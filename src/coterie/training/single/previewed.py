@@ -12,6 +12,7 @@ from coterie.config import LoraSpec, PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
 from coterie.models.lora import adapter_sizes, load_peft
 from coterie.models.seam import expert_layers
+from coterie.models.spread.spread import check_over
 from coterie.models.zoo.build import build_model, torch_dtype
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
