@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +23,7 @@ from coterie.ranks.ranks import Alone
 from coterie.training.experts.gateway import END, OPEN
 from coterie.training.party.helping import HelpingRank
 from coterie.training.party.process import check_on_cpu
-from helpers import party_tasks
+from helpers import listening, party_tasks
 from helpers.comparing import relative
 from helpers.federation_commands import folder as folder
 from helpers.federation_commands import made as made
@@ -114,6 +116,27 @@ def test_where_rank_0_does_not_end_the_rank_that_failed_says_why(
     said = capsys.readouterr().err
     assert "rank 1 ended with 3" in said
     assert "no room on the disk" in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="looks at what listens as Linux shows it")
+def test_ranks_that_a_command_starts_listen_on_loopback_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever variables of another run, or of a cluster, say."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{listening.__file__}" "{tmp_path}"\n')
+    python.chmod(0o700)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setattr(sys, "executable", str(python))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, listening.seen_by_others())
+    with pytest.raises(typer.Exit) as ended:
+        start_party_if_asked(party(tmp_path, devices=2), ["up"])
+    assert ended.value.exit_code == 0
+    for rank in "01":
+        said = json.loads((tmp_path / rank).read_text())
+        assert set(said["listens"]) == {"127.0.0.1"}
+        assert said["nccl"] in ("=lo", "=lo0")
 
 
 def test_several_ranks_of_a_party_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,8 @@ def _cores() -> int:
 def _run(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    from coterie.ranks.processes import on_loopback
+
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     store = TCPStore(
@@ -157,7 +159,7 @@ def _run(count: int, arguments: Sequence[str]) -> int:
         master_listen_fd=listener.detach(),
     )  # fmt: skip
     lifeline, held = os.pipe()
-    shared = {
+    shared = on_loopback() | {  # whatever the user's own variables say: they are of another run
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))), _OWN: "1",

@@ -332,8 +332,8 @@ def join_ranks(*, patience_s: float = 15.0) -> Ranks:
     keeps = rank == 0 and not launchers and not distributed.is_initialized()
     prefix = f"coterie/{attempt}/{next(_JOINED)}"
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-        # All on this machine: Gloo would listen on the address of the host's name.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+        for name, value in on_loopback().items():
+            os.environ.setdefault(name, value)
     kept: list[Store] = []
 
     def connect() -> Store:
@@ -366,9 +366,14 @@ def _number(name: str) -> int:
         ) from None
 
 
-def _loopback() -> str:
+def on_loopback() -> dict[str, str]:
+    """Environment variables with which ranks of one machine listen to no other.
+
+    Else Gloo listens on the address of the host's name, and NCCL on that of the first interface to elsewhere.
+    """
     names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in names if name in ("lo", "lo0")), names[0])
+    loopback = next((name for name in names if name in ("lo", "lo0")), names[0])
+    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
 
 
 @contextmanager

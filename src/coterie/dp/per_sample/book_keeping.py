@@ -82,7 +82,9 @@ class BookKeeping:
                 whole = own.value + elsewhere
                 doubtful = ~SqNorms(whole, own.slack).trusted_rows()
                 adds = {
-                    name: float((squares[name].slack.cpu() / whole[index, shared.columns(name)]).nan_to_num(0.0).max())
+                    name: float(
+                        (squares[name].slack.cpu() / whole[index, shared.columns(name)]).nan_to_num(0.0).max()
+                    )
                     for name in left
                     if doubtful[index := self._groups.index(name)] and shared.records(name)
                 }

@@ -112,9 +112,10 @@ def trusted_share() -> float:
 def trusted_by(ranks: int) -> Iterator[None]:
     """Inside, less slack is trusted: so much that what some ranks trust of their parts is trusted of the whole.
 
-    Rank r has a part v of a squared norm with slack s, and knows a `least` of the others' parts. Over all W ranks parts
-    add up to V and slack to S. As the others' least is at most V - v + c S (c: `conspiracy`), ``s <= share t (v + least)``
-    at every rank makes ``S <= share t (W V + (W - 1) c S)``, which is ``S <= t V`` for the share below.
+    A rank has a part v of a squared norm with slack s, and knows a `least` of the others' parts. Over all W ranks
+    parts add up to V, and slack to S. As the others' least is at most V - v + c S (c: `conspiracy`),
+    ``s <= share t (v + least)`` at every rank makes ``S <= share t (W V + (W - 1) c S)``. With the share below that
+    is ``S <= t V``.
     """
     own = _SHARE.set(1.0 / (ranks + (ranks - 1) * conspiracy() * trusted_share()))
     try:
