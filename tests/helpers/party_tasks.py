@@ -13,18 +13,21 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from coterie.config import FederationConfig, LoraSpec, PartyConfig, load_yaml
 from coterie.dp.checks import self_check
 from coterie.dp.checks.comparison import ComparisonReport
 from coterie.dp.noise.discrete_gaussian import GRID_SIGMA
-from coterie.errors import RoundError
+from coterie.dp.per_sample.engine import Engine
+from coterie.errors import PrivacyError, RoundError
 from coterie.federation.cancel import NEVER, CancelToken
 from coterie.models.lora import attach_adapters
 from coterie.models.seam import expert_layers
+from coterie.models.split.shards import parse_expert_key
 from coterie.models.spread.beside import spread_beside
-from coterie.models.streaming.cache import FileStore, MemoryStore, PinnedFiles, WeightCache
+from coterie.models.streaming.cache import FileStore, MemoryStore, PinnedFiles, WeightCache, digest_layer
 from coterie.models.streaming.streamer import LayerStreamer
 from coterie.ranks import ranks as ranks_module
 from coterie.ranks.ranks import Alone, Ranks
@@ -91,12 +94,22 @@ def _adapted(inputs: PartyInputs, lora: LoraSpec) -> PartyInputs:
 
 
 def federation(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A federation from start to end: what every party stores, and this rank's trunk."""
+    """A federation from start to end: what every party stores; where a party has several ranks, what every round left
+    at this one, values by layer and name, and the digest of the trunk with which it had computed."""
     parts = parts_of(ranks, folder, kind, changes)
-    config = parts[SEVERAL].federation
+    config, own, trunks = parts[SEVERAL].federation, list[dict[str, int]](), list[str]()
+    listed_before = HeldSums.listed
+
+    def listed_now(held: HeldSums) -> list[list[Any]]:
+        found = listed_before(held)
+        own.append({" ".join(map(str, piece)): math.prod(shape) for *piece, _, shape in found})
+        trunks.append(digest_layer(trunk_tensors(parts[SEVERAL].model)))  # the gateway hands out the next one later
+        return found
+
+    HeldSums.listed = listed_now  # type: ignore[method-assign]
     if ranks.rank > 0:
         HelpingRank(parts[SEVERAL]).run()
-        return {"trunk": listed(trunk_tensors(parts[SEVERAL].model))}
+        return {"own": own, "trunks": trunks}
     setattr(ranks_module, "check_alone", lambda: None)  # noqa: B010 - the other parties live in this process, too
     ran = InProcessFederation(config, folder / "coordinator")
     ran.coordinate()
@@ -115,6 +128,8 @@ def federation(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]
         "stored": {name: listed(tensors) for name, tensors in stored.items()},
         "privacy": {name: dict(end.privacy or {}) for name, end in results.items() if isinstance(end, PartyResult)},
         "counted": counted(folder),
+        "own": own,
+        "trunks": trunks,
     }
 
 
@@ -128,23 +143,98 @@ def one_round(ranks: Ranks, folder: Path, kinds: Sequence[tuple[str, Mapping[str
         if ranks.rank > 0:
             HelpingRank(inputs).run()
             continue
-        made = _sums_of_a_round(inputs)
+        experts = _tiny_experts()
+        made = _sums_of_a_round(inputs, experts)
         dismiss(ranks)
         spec = None if inputs.privacy is None else inputs.privacy.spec.model_copy(update={"ledger": place / "ledger"})
         privacy = None if inputs.privacy is None or spec is None else replace(inputs.privacy, spec=spec)
-        alone = _sums_of_a_round(replace(inputs, ranks=Alone(), spread=None, privacy=privacy))
-        assert made.keys() == alone.keys()
-        found.append(max(relative(made[key], value) for key, value in alone.items()))
+        alone = _sums_of_a_round(replace(inputs, ranks=Alone(), spread=None, privacy=privacy), experts)
+        found.append(_largest_difference(made, alone))
     return found
 
 
-def _sums_of_a_round(inputs: PartyInputs) -> dict[tuple[int, str], Tensor]:
-    """What is pushed, by part and name."""
+def refusing(ranks: Ranks, folder: Path, over: int) -> None:
+    """A round of a party in which rank 1 refuses a batch of its lot before anything is exchanged."""
+    inputs = parts_of(ranks, folder, "fast", {"experts_over": over})[SEVERAL]
+    begin, prepare, begun = Engine.begin, Engine.prepare, list[str]()
+
+    def noted(self: Engine, lot: str) -> None:
+        begun.append(lot)
+        begin(self, lot)
+
+    def refused(self: Engine, batch: Any) -> None:
+        if begun and ranks.rank == 1:
+            raise PrivacyError("the loss mixes records.", code="dp-loss", fix="use a loss of one record each")
+        prepare(self, batch)
+
+    with patch.object(Engine, "begin", noted), patch.object(Engine, "prepare", refused):
+        if ranks.rank > 0:
+            HelpingRank(inputs).run()
+        else:
+            _sums_of_a_round(inputs, _tiny_experts())
+
+
+def _tiny_experts() -> dict[int, dict[str, Tensor]]:
     layers = expert_layers(full_models()[PARTIES[0]])
+    return {each.index: {name: value.detach() for name, value in each.parameters().items()} for each in layers}
+
+
+def _largest_difference(found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(relative(found[key], value) for key, value in expected.items())
+
+
+def checked(ranks: Ranks, folder: Path) -> tuple[int, float]:
+    """A round of a party whose files are read by its ranks, self-check and all.
+
+    Returns:
+        How often this rank ran the self-check; how far what it pushes, if it is the gateway, is from what one process
+        pushes that reads the same files.
+    """
+    config = load_yaml(folder / f"{SEVERAL}.yaml", PartyConfig)
+    federation = load_yaml(folder / "federation.yaml", FederationConfig)
+    with patch.object(self_check, "check", wraps=self_check.check) as checks:
+        inputs = prepare_party(config, federation, ranks=ranks)
+        if ranks.rank > 0:
+            HelpingRank(inputs).run()
+            return checks.call_count, 0.0
+        experts = _experts_in(folder / "split")
+        made = _sums_of_a_round(inputs, experts)
+        dismiss(ranks)
+    assert config.privacy is not None
+    other = config.model_copy(
+        update={
+            "experts_over": 1,
+            "run_dir": folder / "alone",
+            "privacy": config.privacy.model_copy(update={"ledger": folder / "ledger-alone"}),
+        }
+    )
+    with patch.object(self_check, "check", lambda *_: ComparisonReport({}, [])):
+        alone = _sums_of_a_round(prepare_party(other, federation, ranks=Alone()), experts)
+    return checks.call_count, _largest_difference(made, alone)
+
+
+def _experts_in(split: Path) -> dict[int, dict[str, Tensor]]:
+    """The stacked experts of all shards, by layer."""
+    found: dict[tuple[int, str], dict[int, Tensor]] = {}
+    for path in split.glob("experts-*.safetensors"):
+        for key, value in load_file(path).items():
+            layer, expert, name = parse_expert_key(key)
+            found.setdefault((layer, name), {})[expert] = value
+    experts: dict[int, dict[str, Tensor]] = {}
+    for (layer, name), each in found.items():
+        experts.setdefault(layer, {})[name] = torch.stack([each[number] for number in sorted(each)])
+    return experts
+
+
+def _sums_of_a_round(
+    inputs: PartyInputs, experts: Mapping[int, Mapping[str, Tensor]]
+) -> dict[tuple[int, str], Tensor]:
+    """What is pushed, by part and name."""
     folder = inputs.cache_folder
-    cache = WeightCache(MemoryStore() if folder is None else FileStore(folder), len(layers), inputs.experts_over)
-    for layer in layers:
-        cache.put(layer.index, {name: value.detach() for name, value in layer.parameters().items()})
+    cache = WeightCache(MemoryStore() if folder is None else FileStore(folder), len(experts), inputs.experts_over)
+    for layer, tensors in experts.items():
+        cache.put(layer, dict(tensors))
     trunk = OwnTrunk(inputs, inputs.weights(), shared_names(inputs.federation, inputs.model))
     made = make_contribution(trunk, lambda: "run")
     contribution = made if inputs.ranks.world == 1 else GatewayContribution(made, inputs, lambda: "run")
@@ -167,20 +257,6 @@ def reading(ranks: Ranks, folder: Path, changes: Mapping[str, Any]) -> None:
     if ranks.rank == 1:
         federation = federation.model_copy(update=changes)
     prepare_party(load_yaml(folder / "alder.yaml", PartyConfig), federation, ranks=ranks)
-
-
-def owning(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, and what every round left at this rank: values by layer and name."""
-    own: list[dict[str, int]] = []
-    listed_before = HeldSums.listed
-
-    def listed_now(held: HeldSums) -> list[list[Any]]:
-        found = listed_before(held)
-        own.append({" ".join(map(str, piece)): math.prod(shape) for *piece, _, shape in found})
-        return found
-
-    HeldSums.listed = listed_now  # type: ignore[method-assign]
-    return federation(ranks, folder, kind, changes) | {"own": own}
 
 
 def deadly(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any], rank: int, step: str, when: str) -> Any:

@@ -321,6 +321,24 @@ def _average(ranks: Ranks) -> None:
     ranks.add_up = averaged  # type: ignore[method-assign]
 
 
+def in_bfloat16(ranks: Ranks) -> Callable[[Any, int], None]:
+    """Ranks' `add_up` in half precision."""
+    add_up = ranks.add_up
+
+    def lowered(pieces: Any, owner: int) -> None:
+        low = [piece.to(torch.bfloat16) for piece in pieces]
+        add_up(low, owner)
+        if ranks.rank == owner:
+            for piece, total in zip(pieces, low, strict=True):
+                piece.copy_(total)
+
+    return lowered
+
+
+def _reduced_in_bfloat16(ranks: Ranks) -> None:
+    ranks.add_up = in_bfloat16(ranks)  # type: ignore[method-assign]
+
+
 def _noise_everywhere(ranks: Ranks) -> None:
     plain = Slabs.add_noise
 
@@ -351,6 +369,7 @@ def _dropped_tail(ranks: Ranks) -> None:
 
 FAULTS: dict[str, Callable[[Ranks], None]] = {
     "average": _average,
+    "bfloat16 reduction": _reduced_in_bfloat16,
     "noise at every rank": _noise_everywhere,
     "lots of one's own": _own_lots,
     "dropped tail": _dropped_tail,

@@ -74,6 +74,9 @@ class SlowEngine:
         within = (norms <= self.thresholds[:, None]) & finite
         return Diagnostics(loss, norms.square().sum(0).sqrt(), norms, within, torch.tensor([not finite]))
 
+    def begin(self, lot: str) -> None:
+        self.sums = {}
+
     def take(self) -> dict[str, Tensor]:
         sums = {n: self.sums.get(n, torch.zeros_like(p)).float() for n, p in self.parameters.items()}
         self.sums = {}

@@ -22,7 +22,7 @@ from coterie.dp.clipping import policy
 from coterie.dp.losses import default_loss
 from coterie.dp.noise.discrete_gaussian import Slabs
 from coterie.dp.ownership import Ownership
-from coterie.dp.per_sample import captured_pass, combine_uses
+from coterie.dp.per_sample import captured_pass, combine_uses, memory_choice
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.gram import SqNorms
 from coterie.dp.per_sample.probe import probe_sizes, synthetic_batch
@@ -40,7 +40,7 @@ from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks.ranks import Ranks
 from coterie.training.loop import use_checkpointing
 from coterie.training.planning.measured import model_state_bytes
-from helpers.rank_tasks import BUDGET, LOT, SLAB, use_slabs_of, words
+from helpers.rank_tasks import BUDGET, LOT, SLAB, in_bfloat16, use_slabs_of, words
 
 RECORDS = 10
 TOKENS = 12
@@ -50,7 +50,8 @@ WITHOUT: Case = {
     "family": "olmoe", "clipping": "flat", "method": "book_keeping", "clip_norm": 0.7, "lora": False,
     "checkpointing": False, "records_of": None, "fault": "", "common": False, "broken": None,
     "train": True, "batchings": False, "over": None, "gathered": False,
-    "draws_without_numbers": 0, "bad": (), "records": RECORDS, "reference_by": None,
+    "draws_without_numbers": 0, "bad": (), "records": RECORDS, "reference_by": None, "short_of_memory": None,
+    "scale": 1.0,
 }  # fmt: skip
 
 
@@ -95,14 +96,13 @@ def engine_of(model: nn.Module, case: Case) -> Engine:
     """One that takes its rules as they are, so that a test sees nothing but them."""
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        losses = default_loss(model, batch)
+        losses = default_loss(model, batch) * case["scale"]
         for row in case["bad"] if case["broken"] is None else [texts()[case["broken"], :3]]:
             bad = (batch["input_ids"][:, : len(row)] == row).all(1)
             losses = losses * torch.where(bad, torch.nan, 1.0)  # the others' gradients stay numbers
         return losses
 
-    method = case["method"] if isinstance(case["method"], str) else "book_keeping"
-    made = Engine(model, loss, clipping=policy(case["clipping"], case["clip_norm"]), method=method)
+    made = Engine(model, loss, clipping=policy(case["clipping"], case["clip_norm"]), method=case["method"])
     made.compared = True
     return made
 
@@ -147,9 +147,9 @@ def _norms_and_sums(ranks: Ranks, case: Case) -> dict[str, float]:
     spread = spread_of(part)
     assert spread is not None
     expected, expected_norms = _reference(ranks, whole, case, rows)
-    methods = case["method"] if isinstance(case["method"], list) else [case["method"]] * ranks.world
-    engine = engine_of(part, {**case, "method": methods[ranks.rank]})
-    with FAULTS[case["fault"]](ranks):
+    engine = engine_of(part, case)
+    short = patch.object(memory_choice, "_free_bytes", lambda devices: 0)
+    with FAULTS[case["fault"]](ranks), short if case["short_of_memory"] == ranks.rank else nullcontext():
         sums, norms = clipped(engine, rows[mine], 2, max(-(-len(share) // 2) for share in shares))
     worst = 0.0
     for name, value in expected.items():
@@ -234,6 +234,21 @@ def taken_again(ranks: Ranks, cases: Sequence[tuple[Sequence[float], Sequence[fl
         parts = shared.exchanged(shared.own_squares(engine.gradient_groups, squares))
         found.append(float(sum(part.slack for part in parts) / sum(part.value for part in parts)))
     return found
+
+
+def disagreeing(ranks: Ranks) -> list[str]:
+    """What ranks hear in a batch that one of them would clip in another way, and in one of another lot."""
+    model = small()
+    spread_experts(model, ranks)
+    row, heard = texts(1)[:, :6] % 40, []
+    for methods, lots in ((("ghost", "book_keeping"), ("3|0", "3|0")), (("ghost", "ghost"), ("3|0", "4|0"))):
+        engine = engine_of(model, {**WITHOUT, "method": methods[ranks.rank]})
+        engine.begin(lots[ranks.rank])
+        try:
+            engine.accumulate(batch_of(row))
+        except RankError as error:
+            heard.append(f"{error.code}: {error.message} {error.where}")
+    return heard
 
 
 def only_remote(ranks: Ranks) -> tuple[float, float, float]:
@@ -694,6 +709,10 @@ def _averaged(ranks: Ranks) -> AbstractContextManager[Any]:
     return patch.object(ranks, "add_up", divided)
 
 
+def _reduced_in_bfloat16(ranks: Ranks) -> AbstractContextManager[Any]:
+    return patch.object(ranks, "add_up", in_bfloat16(ranks))
+
+
 def _lot_twice(ranks: Ranks) -> AbstractContextManager[Any]:
     """Every group of two has the whole lot."""
     share = Lot.share
@@ -751,6 +770,7 @@ FAULTS: dict[str, Callable[[Ranks], AbstractContextManager[Any]]] = {
     "a replica's sums twice": _replica_twice,
     "the lot once for each group": _lot_twice,
     "sums averaged": _averaged,
+    "bfloat16 reduction": _reduced_in_bfloat16,
     "records of one rank taken for another's": _other_records,
     "noise at every rank": _noise_everywhere,
     "another layer": _other_layer,

@@ -17,6 +17,7 @@ SOUND: list[dict[str, Any]] = [
     {"over": 2, "family": "uneven"},
     {"over": 2, "gathered": True, "lora": True, "method": "ghost"},
     {"spread": False, "family": "small"},
+    {"spread": False, "family": "small", "scale": 1e-12},
     {"spread": False, "family": "small", "draws_without_numbers": 2},
 ]
 BROKEN: list[dict[str, Any]] = [
@@ -27,6 +28,8 @@ BROKEN: list[dict[str, Any]] = [
     {"fault": "lost router gradient", "over": 4},
     {"fault": "dropped tail", "over": 4},
     {"fault": "sums averaged", "spread": False},
+    {"fault": "bfloat16 reduction", "spread": False},
+    {"fault": "bfloat16 reduction", "over": 4},
     {"fault": "another layer", "gathered": True, "family": "olmoe"},
     {"fault": "the tail of a layer", "gathered": True, "over": 2},
     {"fault": "sums that stay at home", "gathered": True, "over": 2},

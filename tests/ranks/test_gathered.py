@@ -137,7 +137,7 @@ def test_a_rank_has_one_layer_whole_at_a_time() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("step", "world", "spread"), [("count 2|0", 4, True), ("batch 4", 2, False)])
+@pytest.mark.parametrize(("step", "world", "spread"), [("count 2|0", 4, True), ("batch 2 of 2|0", 2, False)])
 def test_invariant_8_a_run_goes_on_with_any_number_of_ranks_after_one_was_killed(
     step: str, world: int, spread: bool, tmp_path: Path
 ) -> None:

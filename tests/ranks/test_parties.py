@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 from contextlib import nullcontext
@@ -185,6 +186,12 @@ def worst(found: dict[str, Any], expected: dict[str, Any]) -> float:
     )
 
 
+def test_a_value_that_is_no_number_is_no_small_difference() -> None:
+    expected = {"stored": {"alder": {"first": [1.0], "second": [1.0, 2.0]}}}
+    found = {"stored": {"alder": {"first": [1.0], "second": [math.nan, 2.0]}}}
+    assert worst(found, expected) == math.inf
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A private federation whose parties are one process each."""
@@ -203,8 +210,9 @@ def assert_lie_once(owns: list[list[dict[str, int]]]) -> None:
 
 @pytest.mark.slow
 def test_a_party_of_two_ranks_gives_the_federation_that_one_rank_gives(alone: Any, tmp_path: Path) -> None:
-    found = values(run_ranks(2, party_tasks.owning, tmp_path, "private", SHORT))
-    assert found[0]["trunk"] == found[1]["trunk"]
+    found = values(run_ranks(2, party_tasks.federation, tmp_path, "private", SHORT))
+    assert found[0]["trunks"] == found[1]["trunks"]
+    assert len({*found[0]["trunks"]}) == 2
     assert worst(found[0], alone) <= 1e-6
     assert found[0]["privacy"] == alone["privacy"]
     assert found[0]["counted"] == alone["counted"] == [(1, 0), (2, 0)]
@@ -215,10 +223,10 @@ def test_a_party_of_two_ranks_gives_the_federation_that_one_rank_gives(alone: An
 @pytest.mark.parametrize(("kind", "changes"), KINDS)
 def test_so_it_does_whatever_the_parties_agreed_on(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     one, two = (
-        values(run_ranks(world, party_tasks.owning, tmp_path / str(world), kind, changes)) for world in (1, 2)
+        values(run_ranks(world, party_tasks.federation, tmp_path / str(world), kind, changes)) for world in (1, 2)
     )
     assert_lie_once([each["own"] for each in two])
-    assert two[0]["trunk"] == two[1]["trunk"]
+    assert two[0]["trunks"] == two[1]["trunks"] != []
     assert worst(two[0], one[0]) <= 1e-6
     assert two[0]["privacy"] == one[0]["privacy"]
     assert two[0]["counted"] == one[0]["counted"]
@@ -248,7 +256,8 @@ def test_invariant_8_a_party_whose_rank_was_killed_goes_on_and_the_federation_en
     assert ended[1 - rank].error.startswith("ranks-")
     again = values(run_ranks(2, party_tasks.federation, tmp_path, "private", {}, attempt=1))
     assert again[0]["counted"] == whole["counted"] == [(1, 0), (2, 0), (3, 0), (4, 0)]
-    assert again[0]["trunk"] == again[1]["trunk"] == whole["trunk"]
+    assert again[0]["trunk"] == whole["trunk"]
+    assert again[0]["trunks"] == again[1]["trunks"] != []
     assert again[0]["stored"] == whole["stored"]
 
 

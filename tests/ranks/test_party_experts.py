@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from coterie.config import FederationConfig, PartyConfig
@@ -15,6 +17,9 @@ from coterie.dp.noise.joint_noise import LOAD
 from coterie.errors import CoterieError
 from helpers import party_tasks
 from helpers.comparing import relative
+from helpers.federation_commands import edit
+from helpers.federation_commands import folder as folder
+from helpers.federation_commands import made as made
 from helpers.rank_processes import run_ranks, values
 
 OVER = {"train__rounds": 2, "experts_over": 2}
@@ -43,7 +48,7 @@ FAULTS = {
 STAGES = [
     (0, "lot 1|0", "before"),
     (1, "the next batch", "told"),
-    (0, "batch 3", "told"),
+    (0, "batch 1 of 3|0", "told"),
     (1, "lot 3|0", "done"),
     (1, "spool 3|0", "done"),
     (0, "count 3|0", "told"),
@@ -68,7 +73,7 @@ def worst(found: dict[str, Any], expected: dict[str, Any]) -> float:
 def assert_one_federation(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     """The same weights everywhere, the same promise; every value lies once, and each rank has its share."""
     assert worst(found[0], alone) <= 1e-6
-    assert all(each["trunk"] == found[0]["trunk"] for each in found)
+    assert all(each["trunks"] == found[0]["trunks"] != [] for each in found)
     assert found[0]["privacy"] == alone["privacy"]
     assert found[0]["counted"] == alone["counted"]
     for own in zip(*[each["own"] for each in found], strict=True):
@@ -132,6 +137,28 @@ def party(**changes: Any) -> PartyConfig:
 
 
 @pytest.mark.slow
+def test_a_party_whose_experts_are_over_its_ranks_is_checked_as_it_is_from_its_files_on(folder: Path) -> None:
+    """Every rank compares its own experts with batches of one; then all push what one process pushes."""
+    rows = [{"text": f"{word} and the {other}"} for word in ("river", "stone", "wind") for other in ("leaf", "root")]
+    (folder / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    edit(
+        folder / "federation.yaml", exchange="experts", trunk="shared",
+        privacy={"epsilon": 8.0, "delta": 1e-3, "lot_size": 4, "isolation": "fast"},
+    )  # fmt: skip
+    data = yaml.safe_load((folder / "alder.yaml").read_text())["data"] | {
+        "train": "notes.jsonl",
+        "packing": "records",
+    }
+    edit(
+        folder / "alder.yaml", experts_over=2, device="cpu", data=data,
+        privacy={"ledger": "ledger", "physical_batch": 2, "seeded": True},
+    )  # fmt: skip
+    gateway, helper = values(run_ranks(2, party_tasks.checked, folder))
+    assert gateway[0] == helper[0] == 1
+    assert gateway[1] <= 1e-6
+
+
+@pytest.mark.slow
 def test_what_a_party_with_experts_over_two_ranks_pushes_is_what_one_process_pushes(tmp_path: Path) -> None:
     """With the same noise, without any, and of adapters."""
     kinds: list[tuple[str, dict[str, Any]]] = [("fast", {}), ("plain", {}), ("plain", {"lora": LORA})]
@@ -147,7 +174,7 @@ def test_a_party_with_experts_over_ranks_gives_the_federation_that_one_process_g
     kind: str, changes: dict[str, Any], ranks: int, tmp_path: Path
 ) -> None:
     one, several = (
-        values(run_ranks(world, party_tasks.owning, tmp_path / str(world), kind, changes)) for world in (1, ranks)
+        values(run_ranks(world, party_tasks.federation, tmp_path / str(world), kind, changes)) for world in (1, ranks)
     )
     assert_one_federation(several, one[0])
 
@@ -183,6 +210,17 @@ def test_a_rank_that_fails_while_others_wait_for_its_rows_ends_all(tmp_path: Pat
         assert each.error.startswith("ranks-failed: rank 1 failed while other ranks waited for its rows")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.ranks)])
+def test_what_a_rank_refuses_before_rows_cross_ends_all_with_its_words_code_and_fix(
+    ranks: int, tmp_path: Path
+) -> None:
+    for each in run_ranks(ranks, party_tasks.refusing, tmp_path, 2, patience_s=10.0):
+        assert each.error is not None
+        assert each.error.startswith("dp-loss: the loss mixes records.\n")
+        assert "use a loss of one record each" in each.error
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A longer one, never interrupted."""
@@ -200,7 +238,8 @@ def test_invariant_8_a_party_whose_rank_was_killed_goes_on_and_the_federation_en
     assert ended[1 - rank].error.startswith("ranks-")
     again = values(run_ranks(2, party_tasks.federation, tmp_path, "fast", LONG, attempt=1))
     assert again[0]["counted"] == whole["counted"] == [(1, 0), (2, 0), (3, 0), (4, 0)]
-    assert again[0]["trunk"] == again[1]["trunk"] == whole["trunk"]
+    assert again[0]["trunk"] == whole["trunk"]
+    assert again[0]["trunks"] == again[1]["trunks"] != []
     assert again[0]["stored"] == whole["stored"]
 
 

@@ -109,5 +109,5 @@ def test_users_adaptive_norms_and_truncated_lots_are_those_of_one_process(
 def test_the_comparisons_see_planted_faults(fault: str, tmp_path: Path) -> None:
     (alone,) = values(run_ranks(1, rank_tasks.train_with, tmp_path / "alone", {}))
     for own in values(run_ranks(2, rank_tasks.train_with, tmp_path / "ranks", {"fault": fault})):
-        found = relative(torch.tensor(own["weights"][0]), torch.tensor(alone["weights"][0]))
-        assert not found <= 1e-6
+        found = relative(torch.tensor(own["weights"][-1]), torch.tensor(alone["weights"][-1]))
+        assert not found <= 1e-6  # Adam's first step is little more than the signs of what it is given

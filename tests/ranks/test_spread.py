@@ -22,7 +22,7 @@ TWO: dict[str, dict[str, Any]] = {
     "all records at one rank": {"records_of": [list(range(10)), []], "clipping": "per_layer"},
     "rows with a large common part": {"common": True},
     "a record whose loss is no number": {"broken": 4},
-    "a rank that would keep its captures, and one that cannot": {"method": ["book_keeping", "ghost"]},
+    "a rank that would keep its captures, and one that cannot": {"method": "auto", "short_of_memory": 1},
 }
 FOUR: dict[str, dict[str, Any]] = {
     "ghost, by layer": {"method": "ghost", "clipping": "per_layer"},
@@ -86,6 +86,17 @@ def test_invariant_2_ranks_that_take_norms_again_end_with_a_whole_that_is_truste
     first, second = values(run_ranks(2, spread_tasks.taken_again, cases))
     assert first == second
     assert max(first) <= TRUSTED
+
+
+def test_ranks_agree_on_lot_batch_and_method_before_they_compute() -> None:
+    one, other = values(run_ranks(2, spread_tasks.disagreeing))
+    assert one[0] == other[0]
+    assert (
+        one[0]
+        == "ranks-differ: the ranks differ in the method: rank 0 has ghost, rank 1 book_keeping. batch 1 of 3|0"
+    )
+    assert one[1].startswith("ranks-out-of-step: rank 1 is at `batch 1 of 4|0`, rank 0 at `batch 1 of 3|0`.")
+    assert other[1].startswith("ranks-out-of-step: rank 0 is at `batch 1 of 3|0`, rank 1 at `batch 1 of 4|0`.")
 
 
 def test_a_record_whose_whole_gradient_is_at_another_rank_is_clipped_by_it() -> None:

@@ -107,6 +107,7 @@ class LotSums:
             self._model.train()
             with _unchanged(self._model), self._secret_torch_randomness(name) as key:
                 shares = [lot.share(rank, self._ranks.world) for rank in range(self._ranks.world)]
+                self.engine.begin(name)  # without what an interrupted step left
                 found, figures = self._compute(shares[self._ranks.rank], self._batches_of(shares), key)
             sums.update(found)
             return figures.to_json()
@@ -140,7 +141,6 @@ class LotSums:
         return max(self.batches.count(share) for share in shares) if self.holdings.spread else 0
 
     def _compute(self, lot: Lot, batches: int, key: int) -> tuple[dict[str, Tensor], LotFigures]:
-        self.engine.take()  # what an interrupted step left
         if self._grid is not None:
             self._on_grid = self.fixed_noise()
             self._grid.use_grid(self._on_grid.step)

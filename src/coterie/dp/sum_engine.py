@@ -45,6 +45,10 @@ class SumEngine(Protocol):
 
     def accumulate_user(self, batches: Iterable[Mapping[str, Any]]) -> Diagnostics: ...
 
+    def begin(self, lot: str) -> None:
+        """Forget what was added; what comes is of this lot."""
+        ...
+
     def take(self) -> dict[str, Tensor]: ...
 
 

@@ -38,11 +38,11 @@ class Pulse:
 
     def _beat(self, rank: int) -> None:
         count = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone: the rank's next step says so
-            while not self._ended.is_set():
-                count += 1
+        while not self._ended.is_set():
+            count += 1
+            with contextlib.suppress(RuntimeError):  # of a store that is gone the rank's next step tells
                 self._store.set(f"pulse/{rank}", str(count))
-                self._ended.wait(self._every_s)
+            self._ended.wait(self._every_s)
 
     def check(self, store: Store, waiting_for: Iterable[int], step: str) -> bool:
         """Look at the counts of some ranks, from time to time only, however often this is called.
@@ -56,6 +56,8 @@ class Pulse:
         now = time.monotonic()
         if now < self._next:
             return False
+        if now - self._next > self.patience_s:
+            self._seen.clear()  # this process itself stood still, and so may all have done
         self._next = now + self._every_s
         for rank in waiting_for:
             key = f"pulse/{rank}"

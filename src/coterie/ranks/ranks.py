@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_HEARD = "coterie_heard"
+"""On an error: another rank raised it."""
+
+
 class Ranks(ABC):
     """The ranks of a run, as one of them sees them. Use it as a context manager, or call `close`.
 
@@ -120,23 +124,39 @@ class Ranks(ABC):
         return self.together(step, make if self.rank == 0 else _nothing, patient=patient)[0]
 
     @contextmanager
-    def exchanging(self) -> Iterator[None]:
-        """Inside, ranks wait for each other's tensors: where one fails no rank can go on with another attempt.
+    def awaited(self) -> Iterator[None]:
+        """Inside, other ranks wait for this one to begin what they exchange: where it fails none can go on.
 
         Raises:
-            RankError: in place of any other error of coterie's.
+            RankError: in place of any other error of coterie's, with its words and its code.
         """
         try:
             yield
         except RankError:
             raise
         except CoterieError as error:
+            raise _for_good(error) from error
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Inside, ranks wait for each other's tensors: where one fails no rank can go on with another attempt.
+
+        Raises:
+            RankError: in place of any other error of coterie's; if another rank raised it, with its words and code.
+        """
+        try:
+            yield
+        except RankError:
+            raise
+        except CoterieError as error:
+            if _HEARD in error.__dict__:
+                raise _for_good(error) from error
             raise RankError(
                 f"rank {self.rank} failed while other ranks waited for its rows: {error.message}",
                 code="ranks-failed",
                 where=error.where,
                 why=error.why,
-                fix="mend that and resume the run",
+                fix=f"{error.fix or 'mend that'} ({error.code}), and resume the run",
             ) from error
 
     @contextmanager
@@ -156,18 +176,7 @@ class Ranks(ABC):
         Raises:
             RankError: one differs; the message names it.
         """
-        first, *others = self.together(step, lambda: dict(facts()))
-        for rank, other in enumerate(others, 1):
-            differing = sorted(name for name in {**first, **other} if first.get(name) != other.get(name))
-            if differing:
-                name = differing[0]
-                raise RankError(
-                    f"the ranks differ in {name}: rank 0 has {first.get(name)}, rank {rank} {other.get(name)}.",
-                    code="ranks-differ",
-                    where=step,
-                    why="their sums would be added up although they are not of the same run",
-                    fix="start all ranks with the same code, versions, settings and files",
-                )
+        check_same(step, self.together(step, lambda: dict(facts())))
 
     def __enter__(self) -> Ranks:
         return self
@@ -221,6 +230,30 @@ def check_groups(world: int, size: int) -> None:
             why="every group holds all experts once, and has a rank for each part of them",
             fix=f"use a number of ranks that is a multiple of {size}" if size > 0 else "use groups of at least 1",
         )
+
+
+def check_same(step: str, by_rank: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that all ranks have the same facts.
+
+    Args:
+        step: at which they were compared.
+        by_rank: JSON values by name, of each rank.
+
+    Raises:
+        RankError: one differs; the message names it.
+    """
+    first, *others = by_rank
+    for rank, other in enumerate(others, 1):
+        differing = sorted(name for name in {**first, **other} if first.get(name) != other.get(name))
+        if differing:
+            name = differing[0]
+            raise RankError(
+                f"the ranks differ in {name}: rank 0 has {first.get(name)}, rank {rank} {other.get(name)}.",
+                code="ranks-differ",
+                where=step,
+                why="their sums would be added up although they are not of the same run",
+                fix="start all ranks with the same code, versions, settings and files",
+            )
 
 
 def ranks_or_alone(ranks: Ranks | None) -> Ranks:
@@ -317,7 +350,15 @@ def _error(rank: int, words: Mapping[str, Any]) -> CoterieError:
         **{name: words[name] for name in ("code", "where", "why", "fix", "field")},
     )
     error.add_note(f"Rank {rank} raised this.")
+    error.__dict__[_HEARD] = True
     return error
+
+
+def _for_good(error: CoterieError) -> RankError:
+    """An error after which ranks do not go on together."""
+    return RankError(
+        error.message, code=error.code, where=error.where, why=error.why, fix=error.fix, field=error.field
+    )
 
 
 def _raise(failure: Exception) -> None:

@@ -19,12 +19,15 @@ from coterie.dp.losses import default_loss
 from coterie.dp.per_sample import combine_uses
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.per_sample.functional import clipped_sum, per_sample_norms
+from coterie.dp.per_sample.gradient_groups import GradientGroups
 from coterie.dp.per_sample.gram import SqNorms
 from coterie.dp.per_sample.precision import full_float32
-from coterie.dp.per_sample.shared_batch import Sharing
+from coterie.dp.per_sample.scaling import UNSEEN
+from coterie.dp.per_sample.shared_batch import SharedBatch, Sharing
 from coterie.errors import PrivacyError
 from coterie.models import seam
 from coterie.models.zoo.tiny import tiny_model
+from coterie.ranks.ranks import Alone
 from helpers.engine_reference import clipped, distance, gradients, norms, only, size, token_batch
 
 METHODS = ("book_keeping", "ghost")
@@ -503,6 +506,19 @@ def test_a_gradient_that_comes_after_the_norm_was_taken_is_an_error() -> None:
 
     with pytest.raises(PrivacyError, match="after its norm was taken"):
         Engine(Shared(), loss, method="book_keeping").accumulate({"x": torch.randn(3, 5, 4)})
+
+
+def test_invariant_2_underflow_at_every_rank_is_added_to_a_norm_that_they_have_parts_of() -> None:
+    class Eight(Alone):
+        world = 8
+
+        def gather(self, own: Tensor) -> list[Tensor]:
+            return [own] * self.world
+
+    shared = SharedBatch(Eight(), (1, *[0] * 7), (1, *[0] * 7), frozenset(), None)
+    groups = GradientGroups(["a"], Flat(1e-9))
+    factors, _, _ = shared.factors(groups, {"a": SqNorms.zeros(1, torch.device("cpu"))}, torch.zeros(1))
+    assert float(factors) == pytest.approx(1e-9 / (8 * UNSEEN) ** 0.5)
 
 
 def test_invariant_2_norms_are_taken_again_until_the_slack_is_small_and_no_further(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from coterie.dp.checks.batches_of_one import BatchesOfOne, Gradient, allowed, in_mode, only, square
+from coterie.dp.clipping import LARGEST, SMALLEST
 from coterie.dp.losses import Batch, checked
 from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
@@ -92,6 +93,8 @@ class _Comparison:
     def __init__(self, engine: Engine, ranks: Ranks, owners: Ownership, lent: WeightSource | None) -> None:
         self._engine, self._ranks, self._owners, self._lent = engine, ranks, owners, lent
         self._spread, self._holdings = spread_of(engine.model), Holdings(engine.model)
+        parts_travel = self._spread is not None and not self._spread.gathered
+        self._parts = self._holdings.group.world if parts_travel else 1
         # Ranks with another number of experts would take records of another length.
         self._tokens = ranks.tell("length of the compared records", lambda: probe_sizes(engine.model)[0][1])
 
@@ -106,7 +109,7 @@ class _Comparison:
                 norms = engine.accumulate(only(batch, ranks.rank)).norms
                 sums = {name: own.cpu().contiguous() for name, own in engine.take().items()}
                 zero = SqNorms(squares_GB, torch.zeros_like(squares_GB))
-                factors_GB, _ = engine.gradient_groups.factors(zero, losses)
+                factors_GB, _ = engine.gradient_groups.factors(zero, losses, ranks=self._parts)
         for sharing, owner, names in self._owners.by_owner(sums):
             sharing.add_up([sums[name] for name in names], owner)
         self._owners.hand_out(sums)
@@ -155,10 +158,11 @@ class _Comparison:
 
     @contextmanager
     def _clipping(self, squares_GB: Tensor) -> Iterator[None]:
-        """Inside, every record is clipped, so that a sum tells by which norm."""
+        """Inside, every record is clipped, so that a sum tells by which norm; where a clip norm may be so small."""
         engine, before = self._engine, self._engine.thresholds
         least_G = squares_GB.sqrt().amin(1)
-        engine.thresholds = torch.where(torch.isfinite(least_G) & (least_G > 0), 0.5 * least_G, before)
+        usable_G = torch.isfinite(least_G) & (0.5 * least_G >= SMALLEST) & (0.5 * least_G <= LARGEST)
+        engine.thresholds = torch.where(usable_G, 0.5 * least_G, before)
         try:
             yield
         finally:

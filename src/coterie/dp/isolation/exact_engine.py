@@ -145,6 +145,10 @@ class ExactEngine(Engine):
                 total[name] = wide if name not in total else total[name].add_(wide)
         return self._add_clipped(loss, total, 1.0)
 
+    def begin(self, lot: str) -> None:
+        """Start anew; ranks of whole models exchange nothing before the sums."""
+        self.take()
+
     def take(self) -> Sums:
         """The sums so far in grid steps, an int64 tensor for every trained parameter, and start anew."""
         self._state = None

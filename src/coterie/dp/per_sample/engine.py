@@ -204,10 +204,14 @@ class Engine:
         Returns:
             Owner-only figures of this batch.
         """
-        check_batch(batch, self.model)
-        self.prepare(batch)
-        with self._sharing.exchanging() if self.lent else nullcontext():  # then another attempt could follow
-            shared, method = self._sharing.with_all(batch_size(batch), counted, self.next_method(batch))
+        sharing = self._sharing
+        with sharing.awaited() if self.lent else nullcontext():  # then another attempt could follow
+            check_batch(batch, self.model)
+            self.prepare(batch)
+            shared, method = sharing.with_all(
+                batch_size(batch), counted, self._memory.method, self.next_method(batch)
+            )
+        with sharing.exchanging() if self.lent else nullcontext():
             summing = self._ghost if method == "ghost" else self._book_keeping
             return summing.accumulate(batch, shared)
 
@@ -241,6 +245,15 @@ class Engine:
                 out.add_(gradient.to(out.device), alpha=factor)
         return diagnostics
 
+    def begin(self, lot: str) -> None:
+        """Start anew, with a lot: ranks whose experts are spread are held to it in every batch.
+
+        Args:
+            lot: its name.
+        """
+        self._sums.take()
+        self._sharing.begin(lot)
+
     def take(self) -> Sums:
         """The sums so far, a float32 tensor for every trained parameter, and start anew."""
         return self._sums.take()
@@ -249,7 +262,7 @@ class Engine:
     def norms(self, batch: Batch) -> Tensor:
         """[B] float64 norm of each record's whole gradient; nothing is added to the sums."""
         self.prepare(batch)
-        shared, _ = self._sharing.with_all(batch_size(batch), None, "ghost")
+        shared, _ = self._sharing.with_all(batch_size(batch), None, "ghost", "ghost")
         squares = shared.own_squares(self.gradient_groups, self._careful_squares(batch, shared))
         return torch.stack([part.value.sum(0) for part in shared.exchanged(squares)]).sum(0)[shared.own].sqrt()
 

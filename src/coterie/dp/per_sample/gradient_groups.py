@@ -88,10 +88,17 @@ class GradientGroups:
         return float(self.thresholds.square().sum().sqrt())
 
     def factors(
-        self, squares: SqNorms, losses: Tensor, counted_B: Tensor | None = None
+        self, squares: SqNorms, losses: Tensor, counted_B: Tensor | None = None, ranks: int = 1
     ) -> tuple[Tensor, Diagnostics]:
-        """[G, B] float64 factors: zero for records that are not finite, and for rows that do not count."""
-        upper = (squares.upper + UNSEEN * len(self._group_of)).sqrt()
+        """[G, B] float64 factors: zero for records that are not finite, and for rows that do not count.
+
+        Args:
+            squares: of the parts of all parameters in each group.
+            losses: [B].
+            counted_B: rows that are records; None: all.
+            ranks: at how many of them a parameter has parts, each of which may have lost something to underflow.
+        """
+        upper = (squares.upper + UNSEEN * len(self._group_of) * ranks).sqrt()
         finite = (SMALLEST * upper <= self.thresholds[:, None]).all(0) & torch.isfinite(losses.cpu())
         norms = squares.value.sqrt()
         factors = bounded_factors(self._clipping, torch.where(finite, upper, 1.0), self.thresholds)

@@ -20,17 +20,20 @@ class MemoryChoice:
     Args:
         method: as set.
         devices: where the model's parameters are.
+
+    Attributes:
+        method: as set.
     """
 
     def __init__(self, method: Method, devices: Sequence[torch.device]) -> None:
-        self._method = method
+        self.method = method
         self._devices = devices
         self._bytes_per_value: float | None = None
 
     def next(self, batch: Batch) -> Method:
         """Ghost for the first batch of ``auto``, to measure; then book-keeping if its captures take half at most."""
-        if self._method != "auto":
-            return self._method
+        if self.method != "auto":
+            return self.method
         if self._bytes_per_value is None:
             return "ghost"
         need = self._bytes_per_value * _values(batch)

@@ -29,7 +29,7 @@ from coterie.models.seam import ExpertsCall, ExpertsImplementation
 from coterie.models.spread.spread import MakeTrip, spread_of
 from coterie.models.spread.travel import there_and_back
 from coterie.models.spread.whole_layers import WholeLayers
-from coterie.ranks.ranks import Alone, Ranks
+from coterie.ranks.ranks import Alone, Ranks, check_same
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SharedBatch:
         whole = _added_up(self.exchanged(own))
         all_losses = torch.zeros(self.total)
         all_losses[self.own] = losses.cpu()
-        factors, figures = groups.factors(whole, all_losses, self._counts())
+        factors, figures = groups.factors(whole, all_losses, self._counts(), self.ranks.world)
         return factors, figures.masked, figures.part(self.own)
 
     def _counts(self) -> Tensor:
@@ -149,7 +149,11 @@ class Sharing:
         self._ranks = Alone() if self._spread is None else self._spread.ranks
         gathered = self._spread is not None and self._spread.gathered
         self._layers = WholeLayers(model, self._spread) if self._spread is not None and gathered else None
-        self._batches = 0
+        self._lot, self._batches = "no lot", 0
+
+    def begin(self, lot: str) -> None:
+        """From now on batches are of this lot."""
+        self._lot, self._batches = lot, 0
 
     @property
     def spread(self) -> bool:
@@ -165,29 +169,37 @@ class Sharing:
         trip = None if self._spread is None else self._spread.trip_at_home
         return SharedBatch(Alone(), (records,), (records,), frozenset(), trip)
 
+    def awaited(self) -> AbstractContextManager[None]:
+        """See `Ranks.awaited`; for a whole model's batches nobody waits."""
+        return self._ranks.awaited() if self.spread else nullcontext()
+
     def exchanging(self) -> AbstractContextManager[None]:
         """See `Ranks.exchanging`; a whole model's batches exchange nothing."""
         return self._ranks.exchanging() if self.spread else nullcontext()
 
-    def with_all(self, records: int, counted: int | None, method: Method) -> tuple[SharedBatch, Method]:
-        """A batch of all ranks, each of which calls this; ghost clipping where one of them needs it.
+    def with_all(
+        self, records: int, counted: int | None, asked: Method, method: Method
+    ) -> tuple[SharedBatch, Method]:
+        """A batch of all ranks, each of which calls this; with `auto`, ghost clipping where one of them needs it.
 
         Where layers are gathered the records of each rank are its own matter, and all ranks make the same passes.
 
         Args:
             records: of this rank, at least one row.
             counted: how many of them count; None: all.
+            asked: the method that is set.
             method: that this rank would take.
 
         Raises:
-            RankError: the ranks are at different batches.
+            RankError: the ranks are at different batches or lots, or set to different methods.
         """
         self._batches += 1
+        step = f"batch {self._batches} of {self._lot}"
         by_rank = self._ranks.together(
-            f"batch {self._batches}",
-            lambda: [records, records if counted is None else counted, method],
+            step, lambda: [records, records if counted is None else counted, asked, method]
         )
-        method = "ghost" if any(each[2] == "ghost" for each in by_rank) else method
+        check_same(step, [{"the method": each[2]} for each in by_rank])
+        method = "ghost" if any(each[3] == "ghost" for each in by_rank) else method
         if self._layers is not None:
             own = by_rank[self._ranks.rank]
             return SharedBatch(Alone(), (own[0],), (own[1],), frozenset(), None, self._layers), method

@@ -87,7 +87,7 @@ class AdapterSums(WithoutLedger):
         """Add the gradients of this rank's micro-batches; their summed loss, and tokens."""
         device = next(p for p in self._model.parameters() if not p.is_meta).device
         loss, tokens = 0.0, 0
-        engine.take()
+        engine.begin(str(round_no))
         self._model.train()
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(self._seed, round_no - 1) + self._ranks.rank)

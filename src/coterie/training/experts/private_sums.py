@@ -334,7 +334,7 @@ class PrivateSums:
 
     def _collate(self, items: list[Any]) -> Batch:
         next_batch(self._ranks, self._cancel, spread=self._spread is not None)
-        with self._ranks.exchanging() if self._spread is not None else nullcontext():
+        with self._ranks.awaited() if self._spread is not None else nullcontext():
             return self._records.collate(items)
 
     def _finish_work(self, began: float) -> None:
