@@ -24,7 +24,7 @@ TWO: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "a record whose loss is no number": {"broken": 4, "method": "ghost"},
-    "a rank that would keep its captures, and one that cannot": {"method": ["book_keeping", "ghost"]},
+    "a rank that would keep its captures, and one that cannot": {"method": "auto", "short_of_memory": 1},
 }
 FOUR: dict[str, dict[str, Any]] = {
     "by group": {"family": "deepseek_v3", "clipping": "per_group"},
