@@ -54,8 +54,8 @@ faults: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[faults]"
 	$(BIN)/python -m pytest tests/faults -m "faults or not faults" $(ARGS)
 
-# Every family by every method with experts over two ranks, tokens and layers travelling, beside one process, and kills of
-# parties of several ranks: about an hour on two idle cores.
+# Every family by every method with experts over two ranks, tokens and layers travelling, beside one process; kills and
+# freezes of ranks at every step of a round, in sessions and in parties: more than an hour on two idle cores.
 ranks: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ranks -m "ranks or not ranks" $(ARGS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -48,6 +49,7 @@ from helpers.federations import PARTIES, experts_settings, full_models, make_par
 from helpers.private_settings import balanced_settings, private_settings, with_privacy
 from helpers.rank_tasks import kill_at
 from helpers.spread_tasks import FAULTS
+from helpers.struck_ranks import Point, note_steps, strike
 from helpers.waiting import until
 
 SEVERAL = "alder"
@@ -263,6 +265,13 @@ def deadly(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any], ra
     """The same, where one rank of the party is killed at a step that its ranks do together."""
     if ranks.rank == rank:
         kill_at(ranks, step, when)
+    return federation(ranks, folder, kind, changes)
+
+
+def frozen(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any], point: Point, since: str) -> Any:
+    """The same, where one rank of the party freezes; the steps that each came to are written down."""
+    note_steps(ranks, folder / f"steps-{ranks.rank}")
+    strike(ranks, point, signal.SIGSTOP, since)
     return federation(ranks, folder, kind, changes)
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -47,6 +48,7 @@ def run_ranks(
     patience_s: float = 30.0,
     kill_s: float = 60.0,
     join: bool = True,
+    frozen: int | None = None,
 ) -> list[Ended]:
     """Run a task of `rank_tasks` as so many ranks, and wait for all of them.
 
@@ -58,6 +60,7 @@ def run_ranks(
         patience_s: see `join_ranks`.
         kill_s: a rank that has not ended so long after the one before it is killed.
         join: join the ranks for the task; else it is called with the arguments alone.
+        frozen: a rank that will never end by itself: the others are heard for `kill_s`, and then it is killed.
     """
     _start_server()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
@@ -82,14 +85,18 @@ def run_ranks(
         process.start()
         there.close()
         started.append((process, here))
-    said = list[tuple[Any, str | None]]()
-    for _, here in started:  # all are heard before any is waited for: ranks leave each other together
-        try:
-            said.append(here.recv() if not said or here.poll(kill_s) else (None, None))
-        except EOFError:
-            said.append((None, None))
+    said: dict[int, tuple[Any, str | None]] = {}
+    for rank, (_, here) in enumerate(started):  # all are heard before any is waited for: they leave together
+        if rank != frozen:
+            patient, said[rank] = frozen is None and not said, (None, None)
+            with suppress(EOFError):
+                if patient or here.poll(kill_s):
+                    said[rank] = here.recv()
+    if frozen is not None:
+        started[frozen][0].kill()
     ended = []
-    for (process, _), (value, error) in zip(started, said, strict=True):
+    for rank, (process, _) in enumerate(started):
+        value, error = said.get(rank, (None, None))
         process.join(timeout=kill_s)
         if process.is_alive():
             process.kill()
