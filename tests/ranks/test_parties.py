@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +31,7 @@ from helpers.comparing import relative
 from helpers.federation_commands import folder as folder
 from helpers.federation_commands import made as made
 from helpers.rank_processes import run_ranks, values
+from helpers.waiting import until
 
 LORA = {"rank": 2, "alpha": 4.0, "modules": ["q_proj"]}
 STAGES = [
@@ -138,6 +141,43 @@ def test_ranks_that_a_command_starts_listen_on_loopback_alone(
         said = json.loads((tmp_path / rank).read_text())
         assert set(said["listens"]) == {"127.0.0.1"}
         assert said["nccl"] in ("=lo", "=lo0")
+
+
+PATIENT = """#!/bin/sh
+echo $$ > "{folder}/rank-$RANK"
+while [ ! -e "{folder}/end" ]; do sleep 0.05; done
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux whether a process stands still")
+def test_ranks_stand_still_while_the_command_that_started_them_does(tmp_path: Path) -> None:
+    """Ctrl-Z: they meet at a store of that command's, and would give it up."""
+    python = tmp_path / "python"
+    python.write_text(PATIENT.replace("{folder}", str(tmp_path)))
+    python.chmod(0o700)
+    start = f"import sys; from coterie.cli.ranks import _run; sys.executable = {str(python)!r}; sys.exit(_run(2, []))"
+    path = os.pathsep.join(filter(None, sys.path))
+    command = subprocess.Popen([sys.executable, "-c", start], env=os.environ | {"PYTHONPATH": path})
+    files = [tmp_path / f"rank-{rank}" for rank in range(2)]
+    until(lambda: all(file.exists() and file.read_text().strip() for file in files), 120.0)
+    everybody = [command.pid, *(int(file.read_text()) for file in files)]
+
+    def still() -> set[bool]:
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in everybody]
+        return {state == "T" for state in states}
+
+    try:
+        os.kill(command.pid, signal.SIGTSTP)
+        until(lambda: still() == {True}, 20.0)
+        os.kill(command.pid, signal.SIGCONT)
+        until(lambda: still() == {False}, 20.0)
+        (tmp_path / "end").touch()
+        assert command.wait(60.0) == 0
+    finally:
+        if command.poll() is None:
+            for pid in everybody:
+                os.kill(pid, signal.SIGKILL)
+            command.wait()
 
 
 def test_several_ranks_of_a_party_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

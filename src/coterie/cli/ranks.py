@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -171,10 +171,15 @@ def _run(count: int, arguments: Sequence[str]) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    with (
-        tempfile.TemporaryDirectory() as logs,
-        handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on)),
-    ):
+    def stand_still(number: int, frame: FrameType | None) -> None:
+        """Ranks stop, too: they would give up a store that does not answer."""
+        pass_on(signal.SIGSTOP, frame)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until a SIGCONT
+        pass_on(signal.SIGCONT, frame)
+
+    handlers: dict[int, Callable[[int, FrameType | None], None]]
+    handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on)
+    with tempfile.TemporaryDirectory() as logs, handling(handlers | {signal.SIGTSTP: stand_still}):
         try:
             for number in range(count):
                 variables = {"RANK": str(number), "LOCAL_RANK": str(number), LIFELINE: str(lifeline)}
