@@ -6,8 +6,8 @@ import copy
 import json
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from coterie.models.streaming.streamer import LayerStreamer
 from coterie.ranks import ranks as ranks_module
 from coterie.ranks.ranks import Alone, Ranks
 from coterie.training.experts import contribution, private_sums
+from coterie.training.experts.contribution import Contribution
 from coterie.training.experts.exchange import make_contribution
 from coterie.training.experts.gateway import GatewayContribution, dismiss
 from coterie.training.experts.held_sums import HeldSums
@@ -71,8 +72,9 @@ def parts_of(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) 
     """What all parties bring; every rank makes the same."""
     setattr(self_check, "check", lambda *_: ComparisonReport({}, []))  # noqa: B010 - it takes longer than all rounds
     over = changes.get("experts_over", 1) if ranks.world > 1 else 1
-    config = SETTINGS[kind](**BUSY | {name: value for name, value in changes.items() if name != "experts_over"})
-    first = full_models()[PARTIES[0]]
+    agreed = {name: value for name, value in changes.items() if name not in ("experts_over", "sizes")}
+    config = SETTINGS[kind](**BUSY | agreed)
+    first = full_models(**changes.get("sizes", {}))[PARTIES[0]]
     parts = make_parts(config, {name: copy.deepcopy(first) for name in PARTIES}, folder)
     if config.lora is not None:
         parts = {name: _adapted(each, config.lora) for name, each in parts.items()}
@@ -145,7 +147,7 @@ def one_round(ranks: Ranks, folder: Path, kinds: Sequence[tuple[str, Mapping[str
         if ranks.rank > 0:
             HelpingRank(inputs).run()
             continue
-        experts = _tiny_experts()
+        experts = tiny_experts()
         made = _sums_of_a_round(inputs, experts)
         dismiss(ranks)
         spec = None if inputs.privacy is None else inputs.privacy.spec.model_copy(update={"ledger": place / "ledger"})
@@ -173,11 +175,12 @@ def refusing(ranks: Ranks, folder: Path, over: int) -> None:
         if ranks.rank > 0:
             HelpingRank(inputs).run()
         else:
-            _sums_of_a_round(inputs, _tiny_experts())
+            _sums_of_a_round(inputs, tiny_experts())
 
 
-def _tiny_experts() -> dict[int, dict[str, Tensor]]:
-    layers = expert_layers(full_models()[PARTIES[0]])
+def tiny_experts(**sizes: int) -> dict[int, dict[str, Tensor]]:
+    """Those of the models of `parts_of`, by layer."""
+    layers = expert_layers(full_models(**sizes)[PARTIES[0]])
     return {each.index: {name: value.detach() for name, value in each.parameters().items()} for each in layers}
 
 
@@ -229,21 +232,30 @@ def _experts_in(split: Path) -> dict[int, dict[str, Tensor]]:
     return experts
 
 
-def _sums_of_a_round(
+@contextmanager
+def lending(
     inputs: PartyInputs, experts: Mapping[int, Mapping[str, Tensor]]
-) -> dict[tuple[int, str], Tensor]:
-    """What is pushed, by part and name."""
+) -> Iterator[tuple[Contribution, LayerStreamer]]:
+    """What makes a party's sums, without a federation, and what lends it layers."""
     folder = inputs.cache_folder
     cache = WeightCache(MemoryStore() if folder is None else FileStore(folder), len(experts), inputs.experts_over)
     for layer, tensors in experts.items():
         cache.put(layer, dict(tensors))
     trunk = OwnTrunk(inputs, inputs.weights(), shared_names(inputs.federation, inputs.model))
-    made = make_contribution(trunk, lambda: "run")
-    contribution = made if inputs.ranks.world == 1 else GatewayContribution(made, inputs, lambda: "run")
+    own = make_contribution(trunk, lambda: "run")
+    made = own if inputs.ranks.world == 1 else GatewayContribution(own, inputs, lambda: "run")
+    with closing(LayerStreamer(cache, inputs.device, torch.float32)) as streamer, closing(made):
+        made.open(streamer)
+        yield made, streamer
+
+
+def _sums_of_a_round(
+    inputs: PartyInputs, experts: Mapping[int, Mapping[str, Tensor]]
+) -> dict[tuple[int, str], Tensor]:
+    """What is pushed, by part and name."""
     parts = model_parts(inputs.federation, inputs.model, inputs.placement)
-    with closing(LayerStreamer(cache, inputs.device, torch.float32)) as streamer, closing(contribution):
-        contribution.open(streamer)
-        values = contribution.sums(1, {"weights": "00"}, streamer, NEVER).values
+    with lending(inputs, experts) as (made, streamer):
+        values = made.sums(1, {"weights": "00"}, streamer, NEVER).values
         assert values is not None
         return {
             (part.number, name): value.clone()

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    settings: Annotated[Path | None, typer.Argument(help="The federation.yaml to plan, or a train.yaml.")] = None,
+    settings: Annotated[
+        Path | None, typer.Argument(help="The federation.yaml to plan, a party.yaml of it, or a train.yaml.")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option("--preset", metavar="NAME", help="A published model instead of a file, e.g. OLMoE-1B-7B."),
@@ -50,7 +52,10 @@ def command(
     ] = None,
     device_gb: Annotated[
         float | None,
-        typer.Option(min=0.001, help="With a train.yaml: memory of a device, in GB; default: of this machine's."),
+        typer.Option(
+            min=0.001,
+            help="With a train.yaml or party.yaml: memory of a device, or of a rank, in GB; default: this machine's.",
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
@@ -69,6 +74,9 @@ def command(
     layers on synthetic records; whether one device, records over several, or experts over several suits it; and the
     same with adapters in place of full training.
 
+    For a party.yaml, with its federation.yaml: what one process of the party holds, and what each of 2, 4 and 8 ranks
+    would (`devices`, `experts_over`), the gateway apart from the others; what the file asks for; and what suits.
+
     Example:
         coterie plan federation.yaml
         coterie plan federation.yaml --gbit 10 --json plan.json
@@ -78,6 +86,7 @@ def command(
         coterie plan --preset Switch-base-8
         coterie plan train.yaml
         coterie plan train.yaml --device-gb 80
+        coterie plan party.yaml
     """
     from coterie.cli.output import big, say, size, table, write_json
     from coterie.config import FederationConfig, TrainConfig, load_yaml
@@ -100,10 +109,13 @@ def command(
             why="a plan for another number of parties than was asked for would be taken for that one",
             fix="leave it out, or change the file",
         )
+    given = None if device_gb is None else round(device_gb * 1e9)
+    if settings is not None and names_setting(settings, "party"):
+        show_ranks(settings, given, json_file)
+        return
     if settings is not None and names_setting(settings, "data"):  # one party's training; a federation names no text
         from coterie.cli.training_progress import settled_lot, show_plan
 
-        given = None if device_gb is None else round(device_gb * 1e9)
         show_plan(settled_lot(load_yaml(settings, TrainConfig)), json_file, others=True, device_bytes=given)
         return
     if preset is not None and is_outside(preset):
@@ -254,6 +266,50 @@ def show_outside(parties: int, json_file: Path | None) -> None:
         ],
         title=f"each of {parties} parties, if it could be:",
     )
+
+
+def show_ranks(settings: Path, device_bytes: int | None, json_file: Path | None) -> None:
+    """What the ranks of a party hold, and how many suit.
+
+    Args:
+        settings: its party.yaml.
+        device_bytes: memory of one rank; None: all share this machine's.
+        json_file: for the figures.
+    """
+    from coterie.cli.output import big, say, size, table, write_json
+    from coterie.config import FederationConfig, PartyConfig, load_yaml
+    from coterie.training.party.planned_ranks import planned_ranks
+
+    config = load_yaml(settings, PartyConfig)
+    found = planned_ranks(config, load_yaml(config.federation, FederationConfig), device_bytes)
+    if json_file is not None:
+        write_json(json_file, found.as_json())
+    budget = "without a budget" if found.isolation is None else f"within a budget, isolation {found.isolation}"
+    say(
+        f"{found.party} of {found.federation}, exchange {found.exchange}: {big(found.trained)} values "
+        f"{'of adapters ' if found.adapters else ''}are trained, {budget}"
+    )
+    both = "" if found.one_together is None else f"; {size(found.one_together)} where both are one memory"
+    say(f"one process: {size(found.one.device)} where it computes, {size(found.one.host)} beside that{both}")
+    if found.rows:
+        table(
+            ("party.yaml", "gateway", "each other rank", "all ranks together"),
+            [(row.setting, size(row.gateway), size(row.other), size(row.together)) for row in found.rows],
+        )
+        say("several ranks keep fetched layers on disk; the gateway is rank 0, which hosts the party's experts")
+    if found.now is not None:
+        say(
+            f"party.yaml asks for `{found.now.setting}`: {size(found.now.gateway)} at the gateway, "
+            f"{size(found.now.other)} at each other rank"
+        )
+    if found.refused:
+        say(f"would be refused: {found.refused}")
+    say("memory is state; activations come on top, and rows kept for clipping where `method` is book_keeping")
+    chosen = found.chosen
+    where = "this machine's" if found.shared else "devices with"
+    shared = ", which all ranks share" if found.shared else ""
+    say(f"of {where} {size(chosen.device_bytes)}{shared}: {chosen.words()} ({size(chosen.rank_bytes)}"
+        f"{'' if found.shared else ' at the one with the most'})")  # fmt: skip
 
 
 def numbers_of(given: Sequence[str]) -> dict[str, int]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from coterie.training.single.calibrated import Calibration
 from helpers.adapted_federations import adapted_parts
 from helpers.counted_products import CountedProducts
 from helpers.federations import PARTIES, experts_of, settings
+from helpers.live_tensors import live_bytes
 from helpers.recorded import watch
 
 pytest.importorskip("peft")
@@ -65,27 +63,6 @@ def test_state_of_adapters_is_what_arithmetic_says() -> None:
     assert found.host == 2 * (900 + 4) + 16 * (4 + 2) + 12 * 10 + 4 * 3 * 4
     wide = predict_adapters("experts", replace(shape, compute_bytes=4), Adapters(8, 2, stored=4, matrix=25))
     assert wide.device == 4 * 100 + 2 * 2 * 450 + 4 * 25 + 4 * (10 + 5), "one expert's matrix is widened"
-
-
-LISTING = threading.Lock()
-
-
-def live_bytes() -> int:
-    """Of every tensor that Python can reach; what several share counts once.
-
-    Python ends a thread that is just making a tuple with an error where somebody else refers to it. So no thread may
-    run while all objects are listed, and who lists next must find the usual switching of threads.
-    """
-    with LISTING:
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(60.0)
-        try:
-            time.sleep(0.05)  # threads that wait for their turn begin to wait that long
-            tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
-        finally:
-            sys.setswitchinterval(usual)
-    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def test_bytes_memory_and_work_of_a_federation_with_adapters_are_those_planned(tmp_path: Path) -> None:

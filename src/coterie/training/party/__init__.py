@@ -9,7 +9,8 @@ a round by the exchange that it is given, `coterie.training.party.helping` what 
 `coterie.training.party.doctor` looks before anybody starts, `coterie.training.party.agreed_limits` says what a member
 may send, `coterie.training.party.after_private` keeps private text out of `tokens`, and
 `coterie.training.party.questions` says what a finished federation may be asked;
-`coterie.training.party.planned_time` says what a round will take. Where all agreed to a transcript,
+`coterie.training.party.planned_time` says what a round will take, `coterie.training.party.planned_ranks` what each
+rank of a party holds. Where all agreed to a transcript,
 `coterie.training.party.recordings` keeps it and `coterie.training.party.answer_key` notes which text was sent,
 `coterie.training.party.own_masks` what was added to a masked push.
 """

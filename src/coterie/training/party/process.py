@@ -95,13 +95,7 @@ class PartyProcess:
         self._questions = questions
         self._ranks = ranks_or_alone(ranks)
         self.federation = load_yaml(config.federation, FederationConfig)
-        if config.party not in self.federation.parties:
-            raise RosterError(
-                f"{config.party} is not a party of {self.federation.name}.",
-                code="roster-unknown-member",
-                where=str(config.federation),
-                fix=f"parties: {', '.join(self.federation.parties)}",
-            )
+        check_member(config, self.federation)
         self._kit, self.roster = identify(self.federation, config.kit, config.party, Role.PARTY)
         self._run: PartyRun | None = None
 
@@ -145,6 +139,21 @@ class PartyProcess:
             result = self._run.run()
             dismiss(self._ranks)
             return result
+
+
+def check_member(config: PartyConfig, federation: FederationConfig) -> None:
+    """Make sure that a party is one of the federation's.
+
+    Raises:
+        RosterError: it is not.
+    """
+    if config.party not in federation.parties:
+        raise RosterError(
+            f"{config.party} is not a party of {federation.name}.",
+            code="roster-unknown-member",
+            where=str(config.federation),
+            fix=f"parties: {', '.join(federation.parties)}",
+        )
 
 
 def help_party(config: PartyConfig, ranks: Ranks) -> None:

@@ -11,5 +11,6 @@ lots that need the same noise at every party, `coterie.training.planning.outside
 counts a model that cannot be trained here, `coterie.training.planning.full_or_lora` sets
 full training beside adapters, `coterie.training.planning.noise_bands` says what noise in bands
 would leave, and `coterie.training.planning.ways` whether one device, records over several or experts over several
-suits a run, by what `coterie.training.planning.rank_memory` says that a rank holds.
+suits a run, by what `coterie.training.planning.rank_memory` says that a rank holds, and
+`coterie.training.planning.party_memory` that one of a party in a federation does.
 """

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from coterie.config import FederationConfig, FederationTrainSpec, MemberAddress
+from coterie.config import FederationConfig, FederationTrainSpec, LoraSpec, MemberAddress
 from coterie.errors import ConfigError
 from coterie.federation.experts.parts import expert_parts
 from coterie.models import seam
@@ -205,8 +205,8 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
     layers = seam.expert_layers(model)
     names = list(federation.parties)
     placement = Placement.of_spec(federation.placement, names, model)
-    hosted = {name: _hosted(layers, placement, name) for name in names}
-    shapes = {name: _shape(federation, model, layers, sum(hosted[name])) for name in names}
+    hosted = {name: hosted_values(layers, placement, name) for name in names}
+    shapes = {name: shape_of(federation, model, layers, sum(hosted[name])) for name in names}
     first = shapes[names[0]]
     whole = predict("centralised", first).device
     per_token = _token_bytes(federation, model, layers, len(names))
@@ -232,32 +232,39 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
 
 def _with_adapters(federation: FederationConfig, model: nn.Module, shapes: Mapping[str, Shape]) -> LoraPlan:
     spec = federation.lora or usual_lora(seam.expert_layers(model)[0])
-    sizes, names = adapter_sizes(model, spec), list(shapes)
-    together = (*sizes.experts, *(sizes.modules if federation.trunk == "shared" else ()))
-    shared, own = sum(together), 0 if federation.trunk == "shared" else sum(sizes.modules)
-    stored = dict.fromkeys(names, 0)
-    for part in expert_parts([], [], names, {str(number): (size,) for number, size in enumerate(together)}):
-        stored[part.host] += part.num_values
-    first = shapes[names[0]]
-    matrix = max(p[0].numel() for layer in seam.expert_layers(model) for p in layer.parameters().values())
-    whole = predict_adapters("centralised", first, Adapters(shared, own)).device
+    names, by_party = list(shapes), adapters_of(federation, model, spec)
+    first, one = shapes[names[0]], by_party[names[0]]
+    whole = predict_adapters("centralised", first, one).device
     plans = []
     for name, shape in shapes.items():
-        adapters = Adapters(shared, own, stored[name], matrix)
-        need, served = predict_adapters("experts", shape, adapters), stored[name] * (len(names) - 1)
+        adapters = by_party[name]
+        need, served = predict_adapters("experts", shape, adapters), adapters.stored * (len(names) - 1)
+        elsewhere = adapters.shared - adapters.stored
         plans.append(
             PartyPlan(
                 name, "experts", shape.hosted, need, 1 - need.device / whole,
-                shape.wire_bytes * (shared - stored[name]), shape.push_bytes * (shared - stored[name]),
+                shape.wire_bytes * elsewhere, shape.push_bytes * elsewhere,
                 shape.wire_bytes * served, shape.push_bytes * served,
                 shape.wire_bytes * (shape.experts - shape.hosted),
             )
         )  # fmt: skip
     agreed, weights = federation.lora is not None, first.trunk + first.experts
-    return LoraPlan(agreed, spec.rank, shared + own, shared, weights, whole, tuple(plans))
+    return LoraPlan(agreed, spec.rank, one.trained, one.shared, weights, whole, tuple(plans))
 
 
-def _hosted(layers: list[seam.ExpertLayer], placement: Placement, name: str) -> list[int]:
+def adapters_of(federation: FederationConfig, model: nn.Module, spec: LoraSpec) -> dict[str, Adapters]:
+    """Adapters by party, with those that it stores."""
+    sizes, names = adapter_sizes(model, spec), list(federation.parties)
+    together = (*sizes.experts, *(sizes.modules if federation.trunk == "shared" else ()))
+    own = 0 if federation.trunk == "shared" else sum(sizes.modules)
+    stored = dict.fromkeys(names, 0)
+    for part in expert_parts([], [], names, {str(number): (size,) for number, size in enumerate(together)}):
+        stored[part.host] += part.num_values
+    matrix = max(p[0].numel() for layer in seam.expert_layers(model) for p in layer.parameters().values())
+    return {name: Adapters(sum(together), own, stored[name], matrix) for name in names}
+
+
+def hosted_values(layers: list[seam.ExpertLayer], placement: Placement, name: str) -> list[int]:
     """Parameters of a party's experts, layer by layer."""
     experts = placement.hosted(name)
     return [len(list(experts.get(layer.index, ()))) * _values(layer) // layer.num_experts for layer in layers]
@@ -267,7 +274,8 @@ def _values(layer: seam.ExpertLayer) -> int:
     return sum(param.numel() for param in layer.parameters().values())
 
 
-def _shape(federation: FederationConfig, model: nn.Module, layers: list[seam.ExpertLayer], own: int) -> Shape:
+def shape_of(federation: FederationConfig, model: nn.Module, layers: list[seam.ExpertLayer], own: int) -> Shape:
+    """Sizes of a model and of who shares it, for a party that hosts so many values of experts."""
     stacked = {id(param) for layer in layers for param in layer.parameters().values()}
     trunk = [param.numel() for param in model.parameters() if id(param) not in stacked]
     return Shape(

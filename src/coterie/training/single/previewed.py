@@ -21,7 +21,7 @@ from coterie.training.planning.closed_form import Adapters, Shape, predict_adapt
 from coterie.training.planning.forecast import Choice, Forecast, choices, forecast
 from coterie.training.planning.full_or_lora import usual_lora
 from coterie.training.planning.noise_bands import BandsChoice, bands_choices
-from coterie.training.planning.rank_memory import Held
+from coterie.training.planning.rank_memory import held_of
 from coterie.training.provenance import originals
 from coterie.training.single.calibrated import Calibration, calibrate
 from coterie.training.single.setup import check_fit, plan_of, with_vocabulary
@@ -143,17 +143,6 @@ def _with_adapters(config: TrainConfig, spec: LoraSpec, model: nn.Module, weight
     adapters = sum((*sizes.experts, *sizes.modules))
     need = predict_adapters("centralised", Shape(weights, 0, 1, 1, compute_bytes=itemsize), Adapters(adapters))
     return AdaptersPreview(spec.rank, adapters, need.device, None)
-
-
-def held_of(model: nn.Module, compute_bytes: int) -> Held:
-    """What ranks would hold of a model, which may be on the meta device."""
-    experts = {
-        f"{layer.name}.{name}": (param.numel(), layer.num_experts)
-        for layer in expert_layers(model)
-        for name, param in layer.parameters().items()
-    }
-    rest = {name: param.numel() for name, param in model.named_parameters() if name not in experts}
-    return Held(rest, experts, compute_bytes)
 
 
 def forecast_of(
