@@ -16,8 +16,8 @@ from helpers.rank_processes import run_ranks, values
 from helpers.struck_ranks import COLLECTIVES, Point
 
 STEPS = [
-    "published 2", "round 2", "before round 2", "spooled 2|0", "lot 2|0", "batch 4", "batch 5", "noise 2|0",
-    "spool 2|0", "count 2|0", "step 2", "parts after round 2", "saving", "saved after round 2",
+    "published 2", "round 2", "before round 2", "spooled 2|0", "lot 2|0", "batch 1 of 2|0", "batch 2 of 2|0",
+    "noise 2|0", "spool 2|0", "count 2|0", "step 2", "parts after round 2", "saving", "saved after round 2",
 ]  # fmt: skip
 """Of the second round, and of the checkpoint after it."""
 ROWS = 3
