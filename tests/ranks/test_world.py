@@ -18,7 +18,7 @@ from coterie.errors import PrivacyError
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.ranks.world import check_alone
 
-COUNTS = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
+COUNTS = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
 SETTINGS = """\
 model: {family: olmoe, config: {hidden_size: 16, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 2,
   num_key_value_heads: 2, num_experts: 4, num_experts_per_tok: 2, max_position_embeddings: 32}}

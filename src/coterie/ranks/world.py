@@ -7,8 +7,8 @@ import sys
 
 from coterie.errors import PrivacyError
 
-_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""What torchrun, accelerate and the launchers of MPI tell every process that they start."""
+_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""What torchrun, accelerate, the launchers of MPI and srun tell every process that they start."""
 
 
 def check_alone() -> None:
@@ -43,5 +43,5 @@ def _several(count: str, told_by: str) -> PrivacyError:
         code="ranks-missing",
         where=told_by,
         why="each would draw, clip and noise its own lots: several runs that each say they are the only one",
-        fix="start one process, without torchrun, accelerate launch or mpirun",
+        fix="start one process, without torchrun, accelerate launch, mpirun or srun",
     )
