@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,3 +74,17 @@ def folder(made: Path, tmp_path: Path) -> Path:
 def edit(path: Path, **changes: object) -> Path:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
     return path
+
+
+def with_a_budget(folder: Path, **changes: object) -> None:
+    """Let the parties of a folder train privately in `experts`; alder has short records, and says what is given."""
+    rows = [{"text": f"{word} and the {other}"} for word in ("river", "stone", "wind") for other in ("leaf", "root")]
+    (folder / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    edit(
+        folder / "federation.yaml", exchange="experts", trunk="shared",
+        privacy={"epsilon": 8.0, "delta": 1e-3, "lot_size": 4, "isolation": "fast"},
+    )  # fmt: skip
+    text = {"train": "notes.jsonl", "packing": "records"}
+    data = yaml.safe_load((folder / "alder.yaml").read_text())["data"] | text
+    own = {"ledger": "ledger", "physical_batch": 2, "seeded": True}
+    edit(folder / "alder.yaml", data=data, privacy=own, **changes)

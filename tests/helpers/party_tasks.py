@@ -210,6 +210,7 @@ def checked(ranks: Ranks, folder: Path) -> tuple[int, float]:
     other = config.model_copy(
         update={
             "experts_over": 1,
+            "devices": 1,
             "run_dir": folder / "alone",
             "privacy": config.privacy.model_copy(update={"ledger": folder / "ledger-alone"}),
         }

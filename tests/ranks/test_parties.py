@@ -19,13 +19,13 @@ import typer
 
 from coterie.cli import ranks as ranks_command
 from coterie.cli.ranks import start_party_if_asked
-from coterie.config import FederationConfig, PartyConfig, dump_yaml
+from coterie.config import FederationConfig, PartyConfig, dump_yaml, load_yaml
 from coterie.dp.noise.joint_noise import LOAD
 from coterie.errors import CoterieError, RoundError
 from coterie.ranks.ranks import Alone
 from coterie.training.experts.gateway import END, OPEN
 from coterie.training.party.helping import HelpingRank
-from coterie.training.party.process import check_on_cpu
+from coterie.training.party.process import check_compared
 from helpers import listening, party_tasks
 from helpers.comparing import relative
 from helpers.federation_commands import folder as folder
@@ -97,6 +97,10 @@ def test_what_a_party_of_several_ranks_cannot_do_is_said_before_anything_starts(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for devices in (1, 2):
         assert refused(party(tmp_path, devices=devices)) == "ranks-missing"
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert refused(party(tmp_path, devices=2, device="auto")) == "ranks-gpus"
 
 
 STAND_IN = """#!/bin/sh
@@ -180,13 +184,31 @@ def test_ranks_stand_still_while_the_command_that_started_them_does(tmp_path: Pa
             command.wait()
 
 
-def test_several_ranks_of_a_party_are_refused_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_of_a_party_are_spread_over_gpus_only_where_ranks_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    check_on_cpu(party(tmp_path, devices=1, device="auto"))
-    check_on_cpu(party(tmp_path, devices=2))
-    with pytest.raises(CoterieError, match="CPUs only") as caught:
-        check_on_cpu(party(tmp_path, devices=2, device="auto"))
+    config = party(tmp_path, experts_over=2, device="auto")
+    plain = load_yaml(tmp_path / "federation.yaml", FederationConfig)
+    budget = {"epsilon": 8.0, "delta": 1e-5, "lot_size": 8, "isolation": "fast"}
+    check_compared(config, FederationConfig.model_validate({**plain.model_dump(), "privacy": budget}))
+    check_compared(party(tmp_path, devices=2, device="auto"), plain)
+    check_compared(party(tmp_path, experts_over=2, device="cpu"), plain)
+    with pytest.raises(CoterieError, match="over CPUs only") as caught:
+        check_compared(config, plain)
     assert caught.value.code == "ranks-device"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "ranks"),
+    [(4, {}, 4), (5, {"experts_over": 2}, 4), (0, {}, 1), (4, {"device": "cpu"}, 1), (0, {"experts_over": 2}, 2)],
+)
+def test_devices_auto_is_a_rank_for_each_gpu_in_whole_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, changes: dict[str, Any], ranks: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert party(tmp_path, **{"device": "auto", "devices": "auto", **changes}).ranks == ranks
 
 
 def test_ranks_of_a_party_that_read_other_settings_are_refused(folder: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from pydantic import ValidationError
 
 from coterie.config import FederationConfig, PartyConfig
@@ -17,9 +15,9 @@ from coterie.dp.noise.joint_noise import LOAD
 from coterie.errors import CoterieError
 from helpers import party_tasks
 from helpers.comparing import relative
-from helpers.federation_commands import edit
 from helpers.federation_commands import folder as folder
 from helpers.federation_commands import made as made
+from helpers.federation_commands import with_a_budget
 from helpers.rank_processes import run_ranks, values
 
 OVER = {"train__rounds": 2, "experts_over": 2}
@@ -139,20 +137,7 @@ def party(**changes: Any) -> PartyConfig:
 @pytest.mark.slow
 def test_a_party_whose_experts_are_over_its_ranks_is_checked_as_it_is_from_its_files_on(folder: Path) -> None:
     """Every rank compares its own experts with batches of one; then all push what one process pushes."""
-    rows = [{"text": f"{word} and the {other}"} for word in ("river", "stone", "wind") for other in ("leaf", "root")]
-    (folder / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
-    edit(
-        folder / "federation.yaml", exchange="experts", trunk="shared",
-        privacy={"epsilon": 8.0, "delta": 1e-3, "lot_size": 4, "isolation": "fast"},
-    )  # fmt: skip
-    data = yaml.safe_load((folder / "alder.yaml").read_text())["data"] | {
-        "train": "notes.jsonl",
-        "packing": "records",
-    }
-    edit(
-        folder / "alder.yaml", experts_over=2, device="cpu", data=data,
-        privacy={"ledger": "ledger", "physical_batch": 2, "seeded": True},
-    )  # fmt: skip
+    with_a_budget(folder, experts_over=2, device="cpu")
     gateway, helper = values(run_ranks(2, party_tasks.checked, folder))
     assert gateway[0] == helper[0] == 1
     assert gateway[1] <= 1e-6

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import HashStore
 
+from coterie.dp import open_run
 from coterie.dp.open_run import _check_devices
 from coterie.errors import ConfigError, RankError
 from coterie.ranks import ways
@@ -230,7 +231,7 @@ def test_fewer_gpus_than_ranks_are_one_sentence(
     assert own_gpu() is None
 
 
-def test_ranks_on_gpus_train_only_where_they_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_go_between_gpus_only_where_they_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu:
         device = torch.device("cuda", 0)
 
@@ -238,6 +239,8 @@ def test_ranks_on_gpus_train_only_where_they_are_compared(monkeypatch: pytest.Mo
     monkeypatch.setattr(model, "named_parameters", lambda: iter([("weight", OnGpu())]))
     _check_devices(ranks, model, compared=False)
     monkeypatch.setattr(ranks, "world", 2)
+    _check_devices(ranks, model, compared=False)  # whole models
+    monkeypatch.setattr(open_run, "spread_of", lambda model: object())
     _check_devices(ranks, model, compared=True)
     with pytest.raises(RankError, match="`weight` is on a GPU") as caught:
         _check_devices(ranks, model, compared=False)

@@ -26,7 +26,7 @@ import typer
 from coterie.cli.stopping import handling
 from coterie.demonstration.processes import LIFELINE
 from coterie.errors import ConfigError
-from coterie.ranks.world import check_alone
+from coterie.ranks.world import check_alone, check_enough_gpus, gpus_here
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -122,6 +122,8 @@ def start_party_if_asked(config: PartyConfig, arguments: Sequence[str]) -> None:
     from coterie.config.federation import check_devices
 
     check_devices(config, load_yaml(config.federation, FederationConfig))
+    if config.device != "cpu" and gpus_here():
+        check_enough_gpus(config.ranks)
     if config.ranks > _cores():
         raise ConfigError(
             f"`{config.ranks_by}` is {config.ranks}, and this machine has {_cores()} cores.",

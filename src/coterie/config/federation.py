@@ -15,6 +15,7 @@ from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, P
 from coterie.config.report import ReportSpec
 from coterie.config.train import Device, Devices, OptimSpec, TrainSpec, check_adds_up, check_groups
 from coterie.errors import ConfigError
+from coterie.ranks.world import auto_devices
 
 
 def _check_name(name: str) -> str:
@@ -339,8 +340,9 @@ class PartyConfig(Spec):
     device: Device = Field(default="auto", description="`auto` takes the GPU when there is one.")
     devices: Devices = Field(
         default=1,
-        description="Processes of this machine that share this party's lots; so far on CPUs, and for `experts`. "
-        "Fetched layers then lie on disk, where all read them. `auto` is one: a party uses one GPU.",
+        description="Processes of this machine that share this party's lots, on GPUs each with its own; for "
+        "`experts`. Fetched layers then lie on disk, where all read them. `auto`: one for each GPU of the machine, "
+        "in whole groups; one where there is none, and with `device: cpu`.",
     )
     experts_over: Count = Field(
         default=1,
@@ -371,8 +373,10 @@ class PartyConfig(Spec):
 
     @property
     def device_count(self) -> int:
-        """`devices`, where `auto` is one."""
-        return 1 if self.devices == "auto" else self.devices
+        """`devices`, where `auto` counts the GPUs of this machine."""
+        if self.devices != "auto":
+            return self.devices
+        return 1 if self.device == "cpu" else auto_devices(self.experts_over)
 
     @property
     def ranks_by(self) -> str:

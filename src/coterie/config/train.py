@@ -12,7 +12,7 @@ from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, NotNegative, Positive, Smoothing
 from coterie.config.privacy import PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.report import ReportSpec
-from coterie.ranks.world import gpus_here
+from coterie.ranks.world import auto_devices
 
 Device = Literal["auto", "cpu", "cuda"]
 Devices = Count | Literal["auto"]
@@ -164,7 +164,7 @@ class TrainConfig(Spec):
             return self.devices
         if self.privacy is None or self.lora is not None or self.device == "cpu":
             return 1
-        return max(1, gpus_here() // self.spread_over * self.spread_over)
+        return auto_devices(self.spread_over)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainConfig:

@@ -263,7 +263,8 @@ def open_run(
     """
     ranks = ranks_or_alone(ranks)
     compared = options.self_check and isinstance(engine, Engine) and engine.on_grid is None and not engine.lent
-    _check_devices(ranks, model, compared)
+    lent = isinstance(engine, Engine) and engine.lent  # then whoever lends compares, before the first lot
+    _check_devices(ranks, model, compared or lent)
     gaps = [*not_covered(entry.artefacts), *entry.gaps]
     lots = plan.lots(data.units.count)
     if not entry.resumed:
@@ -315,19 +316,22 @@ def _draw_gone(round_no: int) -> LedgerError:
 
 
 def _check_devices(ranks: Ranks, model: nn.Module, compared: bool) -> None:
-    """Keep several ranks on GPUs to runs that compare there, before anything is spent, what they compute together.
+    """Let rows and layers go between GPUs only where a run compares, before anything is spent, what ranks compute.
+
+    With whole models nothing goes from GPU to GPU but weights, after a step: sums are added up in host memory.
 
     Raises:
-        RankError: a parameter is on a GPU, and nothing is compared.
+        RankError: experts are spread over ranks, a parameter is on a GPU, and nothing is compared.
     """
     elsewhere = next((name for name, p in model.named_parameters() if p.device.type not in ("cpu", "meta")), None)
-    if ranks.world > 1 and elsewhere is not None and not compared:
+    spread = ranks.world > 1 and spread_of(model) is not None
+    if spread and elsewhere is not None and not compared:
         raise RankError(
             f"`{elsewhere}` is on a GPU, and what several ranks compute together would not be compared there.",
             code="ranks-device",
             why="ranks have not been tried on GPUs; what guards a run is the comparison with one record at a time, "
-            "which isolation: exact, self_check=False, engines of one's own and parties of a federation leave out",
-            fix="train on one GPU in one process, on CPUs (device: cpu), or with what is compared",
+            "which self_check=False and engines of one's own leave out",
+            fix="train with whole models (devices alone), on CPUs (device: cpu), or with what is compared",
         )
 
 

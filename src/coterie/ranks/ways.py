@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed
 
-from coterie.errors import ConfigError
+from coterie.ranks.world import check_enough_gpus
 
 LONGEST = timedelta(hours=2)
 """A rank that is alive may be waited for so long: the longest evaluation, or the longest step of one rank alone."""
@@ -138,16 +138,10 @@ def gpu_of_this_rank() -> torch.device:
     Raises:
         ConfigError: there are fewer GPUs than ranks.
     """
-    ranks, gpus = _local("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+    ranks = _local("LOCAL_WORLD_SIZE", 1)
     if ranks == 1:
         return torch.device("cuda")
-    if ranks > gpus:
-        raise ConfigError(
-            f"{ranks} ranks of this machine are to train on GPUs, and torch finds {gpus}.",
-            code="ranks-gpus",
-            why="ranks that share a GPU need more memory and gain nothing",
-            fix="start as many ranks as there are GPUs, or say `device: cpu`",
-        )
+    check_enough_gpus(ranks)
     device = torch.device("cuda", _local("LOCAL_RANK", 0))
     torch.cuda.set_device(device)
     return device

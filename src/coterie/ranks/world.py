@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from coterie.errors import PrivacyError
+from coterie.errors import ConfigError, PrivacyError
 
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 """What torchrun, accelerate, the launchers of MPI and srun tell every process that they start."""
@@ -35,6 +35,31 @@ def gpus_here() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def auto_devices(over: int) -> int:
+    """How many ranks `devices: auto` means: one for each GPU of the machine, in whole groups, or one without.
+
+    Args:
+        over: ranks of a group, which hold every expert once together.
+    """
+    return max(1, gpus_here() // over * over)
+
+
+def check_enough_gpus(ranks: int) -> None:
+    """Refuse more ranks on GPUs than a machine has of these.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks.
+    """
+    gpus = gpus_here()
+    if ranks > gpus:
+        raise ConfigError(
+            f"{ranks} ranks of this machine are to train on GPUs, and torch finds {gpus}.",
+            code="ranks-gpus",
+            why="ranks that share a GPU need more memory and gain nothing",
+            fix="start as many ranks as there are GPUs, or say `device: cpu`",
+        )
 
 
 def _several(count: str, told_by: str) -> PrivacyError:

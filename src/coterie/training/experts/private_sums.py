@@ -45,6 +45,7 @@ from coterie.training.experts.constant_work import ConstantWork, no_whole_users
 from coterie.training.experts.contribution import DRAW, Sums, next_batch
 from coterie.training.experts.held_sums import HeldSums, expert_names, held
 from coterie.training.experts.push_grid import noised_scale
+from coterie.training.loop import to_device
 from coterie.training.party.inputs import PrivacyInputs, party_plan
 
 _RECORDED = (
@@ -251,8 +252,9 @@ class PrivateSums:
             if self._spread is not None:
                 assert self._engine is not None
                 owners = opened.run.lot_sums.ownership
+                like = to_device(collate([first]), self._device)
                 with self._ranks.exchanging():
-                    check_between_ranks(self._engine, self._ranks, owners, collate([first]), streamer)
+                    check_between_ranks(self._engine, self._ranks, owners, like, streamer)
 
     def open_ledger(self, streamer: LayerStreamer) -> Contributor:
         """Open the ledger and what was spooled; uses no weights."""
@@ -320,16 +322,20 @@ class PrivateSums:
         }
         return self._options.engine(self._plan, self._model, self.balancer, streamer, shapes)
 
+    @property
+    def _device(self) -> torch.device:
+        """Where the trunk computes."""
+        return next(p for p in self._model.parameters() if not p.is_meta).device
+
     def _one_shape(self) -> ConstantWork:
         length = self._inputs.sequence_length
         longest = length or max(len(self._records[row]["input_ids"]) for row in range(len(self._records)))
-        device = next(p for p in self._model.parameters() if not p.is_meta).device
         return ConstantWork(
             1 if self._plan.isolation == "exact" else self._options.physical_batch,
             longest,
             math.ceil((self._plan.max_lot or len(self._records)) / self._ranks.world),
             self._records.pad_id,
-            device,
+            self._device,
         )
 
     def _collate(self, items: list[Any]) -> Batch:

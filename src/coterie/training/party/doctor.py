@@ -30,16 +30,18 @@ from coterie.models.split.placement import Placement
 from coterie.models.split.shards import stored_shapes
 from coterie.models.split.splitter import trunk_shapes
 from coterie.models.zoo.build import build_model, check_keys
+from coterie.ranks.world import check_enough_gpus
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.party.inputs import PrivacyInputs, party_plan
 from coterie.training.party.process import (
+    check_compared,
     check_experts_over,
-    check_on_cpu,
     check_placement_signed,
     check_shard,
     check_starting_weights,
 )
+from coterie.training.single.setup import pick_device
 
 _CLOCK_SLACK = dt.timedelta(minutes=5)
 
@@ -119,13 +121,15 @@ class _Examination:
     def _settings(self) -> str:
         party_privacy(self._federation, self._config)
         check_devices(self._config, self._federation)
-        check_on_cpu(self._config)
+        check_compared(self._config, self._federation)
         return f"{self._config.party} of {self._federation.name}, exchange {self._federation.exchange}"
 
     def _ranks(self) -> str:
         config = self._config
         if config.ranks == 1:
             return "one process"
+        if pick_device(config.device).type != "cpu":
+            check_enough_gpus(config.ranks)
         if config.experts_over == 1:
             return f"{config.ranks} processes of this machine, each with whole layers"
         check_experts_over(config, self._model())

@@ -18,7 +18,7 @@ from coterie.errors import CoterieError
 from coterie.models.seam import expert_layers
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.build import build_model, torch_dtype
-from coterie.training.party.process import check_experts_over, check_member, check_on_cpu
+from coterie.training.party.process import check_compared, check_experts_over, check_member
 from coterie.training.planning.closed_form import Need, predict
 from coterie.training.planning.party_memory import PartyMemory, SumBytes
 from coterie.training.planning.plan import adapters_of, hosted_values, shape_of
@@ -178,7 +178,7 @@ def _why_not(config: PartyConfig, federation: FederationConfig, model: PreTraine
     changed = config.model_copy(update={"devices": 1, "experts_over": 1, **asked})
     try:
         check_devices(changed, federation)
-        check_on_cpu(changed)
+        check_compared(changed, federation)
         check_experts_over(changed, model)
     except CoterieError as error:
         return f"{error.message} To have it otherwise: {error.fix}" if error.fix else error.message

@@ -186,7 +186,7 @@ def prepare_party(
     """
     ranks = ranks or Alone()
     check_devices(config, federation)
-    check_on_cpu(config)
+    check_compared(config, federation)
     # Of an earlier start of this run; it wins over the settings. Rank 0 puts it there.
     kept = private_folder(config.run_dir) / TOKENIZER_FOLDER
     is_kept = ranks.tell("the tokenizer", kept.is_dir)
@@ -203,20 +203,24 @@ def prepare_party(
     return replace(inputs, spread=spread_beside(inputs.model, ranks, config.experts_over))
 
 
-def check_on_cpu(config: PartyConfig) -> None:
-    """Keep several ranks of a party to what they were tried on.
+def check_compared(config: PartyConfig, federation: FederationConfig) -> None:
+    """Keep ranks of a party on GPUs to runs in which they compare what they compute together.
+
+    With whole layers at each rank nothing but weights goes from GPU to GPU: sums are added up in host memory.
 
     Raises:
-        RankError: they would train on a GPU.
+        RankError: rows would travel between GPUs, and nothing is compared, as there is no budget.
     """
-    if config.ranks > 1 and pick_device(config.device).type != "cpu":
+    if config.experts_over == 1 or pick_device(config.device).type == "cpu":
+        return
+    if party_privacy(federation, config) is None:
         raise RankError(
-            f"`{config.ranks_by}` is {config.ranks}, and several ranks of a party train on CPUs only.",
+            f"`experts_over` is {config.experts_over}, and without a budget experts are spread over CPUs only.",
             code="ranks-device",
             where=f"party.yaml of {config.party}",
-            why="ranks have not been tried on GPUs, and where a party's layers are lent whole nothing is compared "
-            "with one record at a time before a run, which is what guards ranks elsewhere",
-            fix=f"leave out `{config.ranks_by}` and train on one GPU, or say `device: cpu`",
+            why="ranks have not been tried on GPUs, and only training within a budget compares what they compute "
+            "together with one record at a time, which is what guards ranks elsewhere",
+            fix="use `devices: N`, with whole layers at each rank, or say `device: cpu`",
         )
 
 
