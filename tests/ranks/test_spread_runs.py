@@ -56,9 +56,9 @@ def test_secret_noise_has_the_deviation_of_one_process_and_every_value_has_its_o
     ("step", "worlds", "slab", "frozen_trunk"),
     [
         ("count 2|0", (1, 2, 4), SLAB, False),
-        ("count 2|0", (2,), PRODUCT_SLAB, False),
-        ("count 2|0", (2,), PRODUCT_SLAB, True),
-        ("spool 2|0", (2,), PRODUCT_SLAB, False),
+        pytest.param("count 2|0", (2,), PRODUCT_SLAB, False, marks=pytest.mark.ranks),
+        pytest.param("count 2|0", (2,), PRODUCT_SLAB, True, marks=pytest.mark.ranks),
+        pytest.param("spool 2|0", (2,), PRODUCT_SLAB, False, marks=pytest.mark.ranks),
     ],
 )
 def test_invariant_8_a_run_goes_on_with_any_number_of_ranks_after_one_was_killed(
