@@ -106,8 +106,9 @@ class SharedReleases:
         def put_down() -> str | None:
             if self._spool is None:
                 return None  # rank 0's file comes last
-            put = self._spool.store_release if durable == "first" else self._spool.write_release
-            written.append(put(pending.round, pending.draw, part, pending.pins))
+            written.append(self._spool.write_release(pending.round, pending.draw, part, pending.pins))
+            if durable == "first":
+                self._spool.keep(written[0], durable)
             return written[0].digest
 
         shards = self._ranks.together(f"spool {pending.name}", put_down)[1:]
@@ -209,6 +210,7 @@ class SharedReleases:
 
     def _found(self, release: Release) -> list[int]:
         """The numbers of the other ranks' parts that are on this rank's disk, as they were counted."""
+        self._files.settle()
         paths = [(number, self._path(release, number)) for number in range(1, len(release.shards) + 1)]
         return [number for number, path in paths if path.is_file() and holds(path, release.shards[number - 1])]
 

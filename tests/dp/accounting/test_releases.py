@@ -90,7 +90,8 @@ def test_invariant_8_crash_after_spooling_sends_those_bytes_and_counts_them(
     with world.open() as releases:
         pending = releases.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
         assert isinstance(pending, Pending)
-        spooled = releases.spool.store_release(1, 0, {"w": torch.ones(8)}, PINS)
+        spooled = releases.spool.write_release(1, 0, {"w": torch.ones(8)}, PINS)
+        releases.spool.keep(spooled, "first")
         assert releases.ledger.releases(RUN) == []
     with world.open() as releases:
         assert [r.digest for r in releases.ledger.releases(RUN)] == [spooled.digest]

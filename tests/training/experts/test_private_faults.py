@@ -52,7 +52,7 @@ DEATHS: dict[str, tuple[type, str, bool, int]] = {
     # point: class, method, whether the method is carried out first, which of its calls in the fatal round
     "the lot is stored": (Spool, "store_lot", True, 1),
     "while it computes": (ExactEngine, "accumulate", False, 2),
-    "noised but not spooled": (Spool, "store_release", False, 1),
+    "noised but not spooled": (Spool, "write_release", False, 1),
     "spooled but not counted": (Ledger, "record_release", False, 1),
     "counted but not declared": (Ledger, "record_release", True, 1),
     "declared but not pushed": (SumSender, "declare", True, 1),

@@ -138,10 +138,10 @@ class Releases:
         found = self.spooled(pending)
         if found is not None:
             return found
-        values = pending.round, pending.draw, noised, pending.pins, shards
+        release = self.spool.write_release(pending.round, pending.draw, noised, pending.pins, shards)
         if durable == "first":
-            return self._count(self.spool.store_release(*values))
-        release = self.spool.write_release(*values)
+            self.spool.keep(release, durable)
+            return self._count(release)
         try:
             return self._count(release)
         finally:  # also where it could not be counted: a lot is noised once

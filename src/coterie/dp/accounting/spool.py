@@ -185,27 +185,6 @@ class Spool:
         """The file of a round's result."""
         return self.folder / _file_name(round_no, draw)
 
-    def store_release(
-        self,
-        round_no: int,
-        draw: int,
-        noised: Mapping[str, Tensor],
-        pins: Mapping[str, str],
-        shards: Sequence[str] = (),
-    ) -> Release:
-        """Put noised sums on disk, synced. They are not released yet: the ledger comes next.
-
-        Args:
-            round_no: from 1.
-            draw: which lot of this round.
-            noised: by parameter name.
-            pins: what they were computed from.
-            shards: digests of what ranks 1 and on have put on disk of the same result.
-        """
-        release = self.write_release(round_no, draw, noised, pins, shards)
-        self.keep(release, "first")
-        return release
-
     def write_release(
         self,
         round_no: int,
@@ -214,7 +193,14 @@ class Spool:
         pins: Mapping[str, str],
         shards: Sequence[str] = (),
     ) -> Release:
-        """`store_release` as far as the system's memory: `keep` decides whether it outlives a power cut.
+        """Write noised sums into the system's memory. `keep` comes next, and decides whether a power cut takes them.
+
+        Args:
+            round_no: from 1.
+            draw: which lot of this round.
+            noised: by parameter name.
+            pins: what they were computed from.
+            shards: digests of what ranks 1 and on have written of the same result.
 
         Raises:
             OSError: the disk is full or broken; also where it was for the result before, see `settle`.
