@@ -51,7 +51,7 @@ def _is_victims(owner: object) -> bool:
 DEATHS: dict[str, tuple[type, str, bool, int]] = {
     # point: class, method, whether the method is carried out first, which of its calls in the fatal round
     "the lot is stored": (Spool, "store_lot", True, 1),
-    "while it computes": (ExactEngine, "accumulate", False, 2),
+    "computed but not noised": (ExactEngine, "take", False, 1),  # of an empty lot as well
     "noised but not spooled": (Spool, "write_release", False, 1),
     "spooled but not counted": (Ledger, "record_release", False, 1),
     "counted but not declared": (Ledger, "record_release", True, 1),
@@ -109,7 +109,7 @@ def test_owner_that_dies_comes_back_with_the_same_bytes_and_counts_each_round_on
     assert all(round_no == FATAL for _, round_no, _ in again)
 
 
-@pytest.mark.parametrize("point", ["while it computes", "pushed but not reported", "applied but not saved"])
+@pytest.mark.parametrize("point", ["computed but not noised", "pushed but not reported", "applied but not saved"])
 def test_run_with_a_death_ends_with_the_weights_of_one_without_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watched, point: str
 ):
