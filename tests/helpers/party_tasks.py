@@ -39,6 +39,7 @@ from coterie.training.experts.gateway import GatewayContribution, dismiss
 from coterie.training.experts.held_sums import HeldSums
 from coterie.training.experts.host import model_parts
 from coterie.training.experts.shared_trunk import shared_names
+from coterie.training.loop import use_checkpointing
 from coterie.training.party.helping import HelpingRank
 from coterie.training.party.in_process import InProcessFederation
 from coterie.training.party.inputs import PartyInputs, Weights, trunk_tensors
@@ -72,7 +73,7 @@ def parts_of(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) 
     """What all parties bring; every rank makes the same."""
     setattr(self_check, "check", lambda *_: ComparisonReport({}, []))  # noqa: B010 - it takes longer than all rounds
     over = changes.get("experts_over", 1) if ranks.world > 1 else 1
-    agreed = {name: value for name, value in changes.items() if name not in ("experts_over", "sizes")}
+    agreed = {name: value for name, value in changes.items() if name not in ("experts_over", "sizes", "own")}
     config = SETTINGS[kind](**BUSY | agreed)
     first = full_models(**changes.get("sizes", {}))[PARTIES[0]]
     parts = make_parts(config, {name: copy.deepcopy(first) for name in PARTIES}, folder)
@@ -80,8 +81,11 @@ def parts_of(ranks: Ranks, folder: Path, kind: str, changes: Mapping[str, Any]) 
         parts = {name: _adapted(each, config.lora) for name, each in parts.items()}
     if kind != "plain":
         own = {"isolation": "fast"} if kind == "fast" or "experts_over" in changes else {}
+        own |= changes.get("own", {})
         parts = with_privacy(parts, folder, sigma=None if kind == "masked" else 0.5, **own)
         parts = {name: _in_constant_time(each, config.push_after_s) for name, each in parts.items()}
+    if config.model.gradient_checkpointing:
+        use_checkpointing(parts[SEVERAL].model)
     spread = spread_beside(parts[SEVERAL].model, ranks, over) if over > 1 else None
     return parts | {SEVERAL: replace(parts[SEVERAL], ranks=ranks, spread=spread)}
 

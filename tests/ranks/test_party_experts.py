@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from coterie.config import FederationConfig, PartyConfig
 from coterie.config.federation import check_devices
-from coterie.dp.noise.joint_noise import LOAD
+from coterie.dp.noise.joint_noise import LOAD, WITHIN
 from coterie.errors import CoterieError
 from helpers import party_tasks
 from helpers.comparing import relative
@@ -28,7 +28,11 @@ KINDS: list[tuple[str, dict[str, Any], int]] = [
     ("fast", {**OVER, "lora": LORA}, 4),
     ("fast", {**OVER, "privacy__clipping": "per_layer", "experts_over": 3}, 3),
     ("fast", {**OVER, "push_after_s": 0.2, "privacy__sampler": "truncated_poisson", "privacy__max_lot": 8}, 2),
+    ("fast", {**OVER, "model__gradient_checkpointing": True}, 2),
+    ("fast", {**OVER, "own": {"adaptive_quantile": 0.5}}, 2),
     ("masked", OVER, 2),
+    ("masked", {**OVER, "lora": LORA}, 2),
+    ("masked", {**OVER, "noise": "shared", "colluding": 1}, 2),
     ("balanced", OVER, 4),
     ("plain", OVER, 4),
     ("plain", {**OVER, "experts_over": 3}, 3),
@@ -69,13 +73,14 @@ def worst(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def assert_one_federation(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    """The same weights everywhere, the same promise; every value lies once, and each rank has its share."""
+    """The same weights everywhere, the same promise; every value lies once but what each rank needs the release of,
+    and each rank has its share."""
     assert worst(found[0], alone) <= 1e-6
     assert all(each["trunks"] == found[0]["trunks"] != [] for each in found)
     assert found[0]["privacy"] == alone["privacy"]
     assert found[0]["counted"] == alone["counted"]
     for own in zip(*[each["own"] for each in found], strict=True):
-        names = [name for each in own for name in each if LOAD not in name.split()]
+        names = [name for each in own for name in each if not {LOAD, WITHIN} & set(name.split())]
         assert sorted(names) == sorted(set(names))
         sizes = [sum(each.values()) for each in own]
         assert max(sizes) <= 1.3 * sum(sizes) / len(sizes)
