@@ -7,6 +7,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from coterie import dp
+from coterie.dp.accounting import spool
 from coterie.dp.accounting.budget import PrivacyWarning
-from coterie.dp.accounting.lots import Lot
+from coterie.dp.accounting.lots import Lot, draw_lot
+from coterie.dp.accounting.releases import Pending
 from coterie.dp.noise import discrete_gaussian
 from coterie.dp.noise.discrete_gaussian import Slabs
+from coterie.dp.noise.randomness import SystemRandom
 from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.session import PrivateSession
+from coterie.dp.shared_releases import SharedReleases
 from coterie.models import seam
 from coterie.models.spread.holdings import Holdings
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 from coterie.ranks import processes
 from coterie.ranks.ranks import Ranks
+from helpers.releases_world import PINS, PLAN, UNITS, ReleasesWorld
 from helpers.waiting import until
 
 SLAB = 512
@@ -374,3 +380,24 @@ FAULTS: dict[str, Callable[[Ranks], None]] = {
     "lots of one's own": _own_lots,
     "dropped tail": _dropped_tail,
 }
+
+
+def looked_for_at_once(ranks: Ranks, folder: Path) -> list[bool]:
+    """Whether a release whose parts are synced slowly, beside the round, is found as soon as it is counted."""
+    world = ReleasesWorld(folder)
+    sync = spool.sync_file
+
+    def slowly(path: Path) -> None:
+        time.sleep(0.5 * (1 + ranks.rank))
+        sync(path)
+
+    spool.sync_file = slowly
+    with ExitStack() as open_ones:
+        own = open_ones.enter_context(world.open()) if ranks.rank == 0 else None
+        parts = None if own else spool.Spool(spool.shard_folder(folder / "spool", ranks.rank))
+        shared = SharedReleases(ranks, own, parts)
+        open_ones.callback(shared.close)
+        pending = shared.begin(1, PINS, lambda _: draw_lot(1, PLAN, UNITS, SystemRandom()))
+        assert isinstance(pending, Pending)
+        release = shared.publish(pending, {f"w{ranks.rank}": torch.ones(8)}, durable="behind")
+        return [len(dict(shared.pieces(release))) == 2, shared.published(1) == release]

@@ -105,6 +105,10 @@ def test_users_adaptive_norms_and_truncated_lots_are_those_of_one_process(
         assert relative(torch.tensor(own["weights"][-1]), torch.tensor(alone["weights"][-1])) <= 1e-6
 
 
+def test_a_result_that_is_still_being_synced_is_looked_for_once_that_is_done(tmp_path: Path) -> None:
+    assert values(run_ranks(2, rank_tasks.looked_for_at_once, tmp_path)) == [[True, True]] * 2
+
+
 @pytest.mark.parametrize("fault", sorted(rank_tasks.FAULTS))
 def test_the_comparisons_see_planted_faults(fault: str, tmp_path: Path) -> None:
     (alone,) = values(run_ranks(1, rank_tasks.train_with, tmp_path / "alone", {}))
