@@ -101,6 +101,16 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_statement_says_how_much_of_the_model_is_trained(start: Callable[..., PrivateSession]) -> None:
+    model = Tiny()
+    model.embed.requires_grad_(False)  # 66 of 66 + 77 + 8 values
+    with start(model) as session:
+        assert session.statement().trained == "85 of the model's 151 values; the others stay as they were loaded"
+        assert "trained          85 of" in str(session.statement())
+    with start(run="whole") as session:
+        assert session.statement().trained is None
+
+
 def test_public_signature_trains_and_counts(start: Callable[..., PrivateSession]) -> None:
     session = start()
     assert session.spent().epsilon == 0

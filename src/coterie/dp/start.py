@@ -37,7 +37,7 @@ from coterie.dp.stepping import check_adds_up, check_optimizer
 from coterie.dp.sum_engine import SumEngine
 from coterie.errors import PrivacyError
 from coterie.models import seam
-from coterie.models.spread.spread import at_home
+from coterie.models.spread.spread import at_home, spread_of
 from coterie.ranks.ranks import Ranks, ranks_or_alone
 
 
@@ -60,7 +60,7 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
     """Check everything, then open a new run; see `coterie.dp.make_private`.
 
     ``data`` and ``plan`` stand for its arguments; the others are the same. ``trained`` says in words what of the
-    model is, for ledger and statement; None: nothing is said.
+    model is, for ledger and statement; None: how many of its values.
     """
     ranks = ranks_or_alone(ranks)
     with ranks.all_well("the checks before the first lot"):
@@ -83,9 +83,20 @@ def start_run(  # noqa: PLR0913 - one for each argument of `make_private` that p
         {**(record or {}), **column},
         self_check=report is not None,
         gaps=() if unused is None else (unused,),
-        trained=trained,
+        trained=trained or _part_trained(model),
     )
     return open_run(plan, options, data, model, parts.engine, parts.balancer, entry, ranks=ranks)
+
+
+def _part_trained(model: nn.Module) -> str | None:
+    """How much of a model is trained, in words; None: all of it."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    if all(trained for _, trained in sizes):
+        return None
+    if spread_of(model) is not None:  # this rank holds only some
+        return "some values of the model; the others stay as they were loaded"
+    some, whole = sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+    return f"{some:,} of the model's {whole:,} values; the others stay as they were loaded"
 
 
 def resume_run(  # noqa: PLR0913 - the arguments of `PrivateSession.resume`

@@ -159,7 +159,11 @@ def test_every_party_ends_with_the_adapters(done: Trained) -> None:
         assert behind == dict.fromkeys(PARTIES, "budget" if private else "none")
         result = json.loads((done.folder / name / "private" / "result.json").read_text())
         assert (result["finished"], result["model"]) == (True, str(folder))
+        words = "adapters of rank 2 (LoRA) on gate_up_proj, down_proj, q_proj, o_proj"
         assert not private or 0 < result["privacy"]["epsilon"] <= 8
+        assert not private or result["privacy"]["trained"] == f"{words}; everything else stays as it was loaded"
+        told = [path.read_text("utf-8") for path in done.folder.rglob("ledger.jsonl")]
+        assert any(words in entries for entries in told) is private
 
 
 @pytest.mark.parametrize("adapter", [False, True])

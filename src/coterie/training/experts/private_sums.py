@@ -212,6 +212,7 @@ class PrivateSums:
             "rounds": run.releases.used,
             "rounds_left": run.releases.remaining,
             "contributing": not self.exhausted,
+            **({} if self._inputs.trained is None else {"trained": self._inputs.trained}),
         }
 
     def statement(self) -> str:
@@ -266,7 +267,7 @@ class PrivateSums:
             )  # fmt: skip
             entry = RunEntry(
                 inputs.spec.ledger, self._run(), inputs.artefacts, inputs.record, self._compared,
-                (*self._gaps, *((_RECORDED,) if self._masked and inputs.recorded else ())),
+                (*self._gaps, *((_RECORDED,) if self._masked and inputs.recorded else ())), trained=inputs.trained,
             )  # fmt: skip
             engine = self._engine = self._make_engine(streamer)
             self._constant = None if inputs.push_after_s is None else self._one_shape()

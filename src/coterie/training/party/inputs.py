@@ -56,6 +56,7 @@ class PrivacyInputs:
         originals: the documents behind the records; None: the records themselves.
         momentum: with which optimisers add up rounds, for noise in bands.
         recorded: parties keep what others send them and a key to their own sums, for an audit.
+        trained: what of the model is, in words; None: all of it.
     """
 
     spec: PrivacySpec
@@ -74,6 +75,7 @@ class PrivacyInputs:
     originals: Originals | None = None
     momentum: float = 0.0
     recorded: bool = False
+    trained: str | None = None
 
 
 @dataclass(frozen=True)

@@ -356,6 +356,7 @@ def _privacy_inputs(
         largest_noise=party_noise_limit(federation),
         momentum=federation.optim.added_momentum,
         recorded=federation.transcript is not None,
+        trained=None if federation.lora is None else federation.lora.words(),
     )
 
 
