@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from coterie import dp
 from coterie.cli.app import main
 from coterie.config import DataSpec, TrainConfig
 from coterie.errors import CoterieError
@@ -20,6 +21,7 @@ from coterie.models.zoo.tiny import tiny_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import tokenize
 from coterie.training.single.predict import predict
+from coterie.training.single.prepared import prepare
 from coterie.training.single.run import start
 from coterie.training.single.trained import evaluate_run, load_trained
 
@@ -138,6 +140,44 @@ def test_classes_are_learnt_by_adapters(tmp_path: Path) -> None:
     assert accuracy is not None
     assert accuracy > 0.9
     assert predict(trained, [tmp_path / "test.jsonl"]).classes == ("0", "1")
+
+
+def test_adapters_learn_classes_within_a_budget(tmp_path: Path) -> None:
+    """Each record's gradient, of adapters of attention, experts and router, is its own; then a whole run."""
+    pytest.importorskip("peft")
+    tiny_model("olmoe", vocab_size=64).save_pretrained(tmp_path / "base")
+    lora = {"rank": 2, "experts": ["gate_up_proj", "down_proj"], "modules": ["q_proj", "gate"]}
+    privacy = {"epsilon": 8.0, "delta": 1e-3, "lot_size": 48, "ledger": tmp_path / "ledger", "physical_batch": 96}
+    start_from = {"path": tmp_path / "base", "provenance": "public"}
+    config = settings(tmp_path, model=start_from, lora=lora, privacy=privacy, train=SHORT)
+    prepared, _ = prepare(config)
+    model, words, clip = prepared.model, prepared.train.words, 0.02
+    assert words is not None
+    for value in model.parameters():  # adapters that change nothing hide each other's gradients
+        value.data += 0.05 * torch.randn_like(value) if value.requires_grad else 0.0
+    batch = prepared.train.batch([0, 1, 2, 3, 4])
+    expected = {name: torch.zeros_like(value) for name, value in model.named_parameters() if value.requires_grad}
+    for record in range(5):
+        one = {name: value[record : record + 1] for name, value in batch.items()}
+        length = int(one["attention_mask"].sum())
+        (place,) = (one["labels"][0] != -100).nonzero()[0].tolist()
+        logits = model(input_ids=one["input_ids"][:, :length]).logits[0, place - 1]
+        loss = -logits[list(words.ids)].log_softmax(0)[words.ids.index(int(one["labels"][0, place]))]
+        gradients = torch.autograd.grad(loss, [model.get_parameter(name) for name in expected])
+        norm = torch.stack([each.norm() for each in gradients]).norm()
+        assert norm > clip, "clipping bites"
+        for total, each in zip(expected.values(), gradients, strict=True):
+            total += each * (clip / norm)
+    found = dp.clipped_sum(model, batch, clip, words.loss)
+    assert found.keys() == expected.keys()
+    for name, total in expected.items():
+        torch.testing.assert_close(found[name], total, rtol=1e-4, atol=1e-6)
+
+    result = start(config)
+    assert result.finished
+    assert "adapters of rank 2 (LoRA) on gate_up_proj" in (result.statement or "")
+    assert (tmp_path / "run" / "public" / "adapter" / "adapter_model.safetensors").is_file()
+    assert predict(load_trained(tmp_path / "run"), [tmp_path / "test.jsonl"]).classes == ("0", "1")
 
 
 def test_a_long_text_is_cut_and_its_prompt_stays_whole(tmp_path: Path) -> None:
