@@ -52,7 +52,7 @@ from coterie.training.single.stepper import Step
 from quality_text import DOMAINS, dealt, held_out, public_text, read_domains, shares, write_texts
 
 ARMS = ("public", "isolated", "tokens", "experts_own_trunks", "experts", "centralised")
-SPLITS = ("domains", "unequal", "iid")
+Split = Literal["domains", "unequal", "iid", "scarce"]
 _WAIT_S = 6 * 3600.0
 _ISOLATION: Literal["fast"] = "fast"
 """A federation's default computes records alone, against members who serve weights of their choice: the same sums up
@@ -71,7 +71,8 @@ class Job:
         seed: of starting weights and the order of text; noise and lots of private jobs are secret and drawn anew.
         epsilon: None without privacy.
         split: ``domains``: each party has one set, as much as every other. ``unequal``: each further party has 0.6
-            times as much. ``iid``: the text of ``domains``, dealt out evenly.
+            times as much. ``iid``: the text of ``domains``, dealt out evenly. ``scarce``: each party has one set, and
+            little of it.
         party: whose text, of an isolated job.
     """
 
@@ -79,7 +80,7 @@ class Job:
     parties: int
     seed: int
     epsilon: float | None = None
-    split: Literal["domains", "unequal", "iid"] = "domains"
+    split: Split = "domains"
     party: str = ""
 
     @property
@@ -98,7 +99,7 @@ class Sizes:
     """How much of everything.
 
     Attributes:
-        text: characters that each party may train on.
+        text: characters that each party may train on. scarce: those of a party that has little.
         held_out: characters of each domain that models are measured on.
         public: characters that the public checkpoint learns from.
         counts: numbers of parties.
@@ -116,6 +117,7 @@ class Sizes:
     seeds: tuple[int, ...] = (0, 1, 2)
     epsilons: tuple[float, ...] = (8.0, 3.0)
     delta: float = 1e-5
+    scarce: int = 8_000
 
     def as_json(self) -> dict[str, Any]:
         """What the report says of the comparison."""
@@ -151,15 +153,15 @@ def jobs_of(sizes: Sizes) -> list[Job]:
             found += _together(count, first, epsilon)
     found += [Job("experts_own_trunks", count, first) for count in sizes.repeated]
     most = max(sizes.counts)
-    for split_name in ("unequal", "iid"):
-        found += [Job("isolated", 1, first, split=split_name, party=name) for name in DOMAINS[:most]]
-        found += [job for job in _together(most, first, None, split_name) if split_name != "iid" or _moves(job)]
+    others: list[tuple[Split, float | None]] = [("unequal", None), ("scarce", None), ("iid", None)]
+    others += [("iid", epsilon) for epsilon in sizes.epsilons[:1]]
+    for split_name, epsilon in others:
+        found += [Job("isolated", 1, first, epsilon, split_name, name) for name in DOMAINS[:most]]
+        found += [job for job in _together(most, first, epsilon, split_name) if split_name != "iid" or _moves(job)]
     return found
 
 
-def _together(
-    count: int, seed: int, epsilon: float | None, split_name: Literal["domains", "unequal", "iid"] = "domains"
-) -> list[Job]:
+def _together(count: int, seed: int, epsilon: float | None, split_name: Split = "domains") -> list[Job]:
     arms = ("tokens", "experts", "centralised") if epsilon is None else ("experts", "centralised")
     return [Job(arm, count, seed, epsilon, split_name) for arm in arms]
 
@@ -201,6 +203,7 @@ def prepare(folder: Path, data: Path, sizes: Sizes) -> None:
     held = {
         "domains": shares(domains, dict.fromkeys(DOMAINS, sizes.text)),
         "unequal": shares(domains, unequal),
+        "scarce": shares(domains, dict.fromkeys(DOMAINS, sizes.scarce)),
         "iid": dealt(domains, sizes.text),
     }
     for split_name, by_party in held.items():

@@ -112,6 +112,8 @@ class Jobs:
         self, arm: str, parties: int, epsilon: float | None = None, split: str = "domains"
     ) -> dict[int, Losses]:
         """Seed to the losses of the first so many domains; seeds of which a part is missing are left out."""
+        if split == "iid" and arm == "centralised":  # the same text in one place, however it is dealt out
+            split = "domains"
         wanted = self.domains if split == "iid" else self.domains[:parties]
         found: dict[int, dict[str, list[float]]] = {}
         if parties > len(self.domains):
@@ -240,29 +242,42 @@ def _claims(jobs: Jobs) -> str:
 
 
 def _verdicts(jobs: Jobs, parties: int) -> list[str]:
-    names = jobs.domains
-    found = []
-    behind = jobs.against("tokens", "centralised", parties, compare=lambda ours, theirs: 100 * (ours / theirs - 1))
-    if behind:
-        worst = max(range(len(behind)), key=lambda i: behind[i].mean)
-        within = sum(estimate.mean <= 3 for estimate in behind)
-        found.append(
-            f"`tokens` within 3 % of one place: on {within} of {len(behind)} domains; {_worst(behind[worst])}, on "
-            f"`{names[worst]}`."
-        )
+    found = _within(jobs, parties)
     found += _what_costs(jobs, parties)
     found += _lower(jobs, "tokens", parties, None)
-    equal = jobs.against("experts", "centralised", parties, compare=lambda ours, theirs: 100 * (ours / theirs - 1))
-    if equal:
-        furthest = max(range(len(equal)), key=lambda i: abs(equal[i].mean))
-        found.append(
-            f"`experts` equal to one place: furthest away {equal[furthest].text('+.2f')} %, on `{names[furthest]}`."
-        )
+    found += _equal(jobs, parties)
     found += _lower(jobs, "experts", parties, None)
     found += _interference(jobs, parties)
     for epsilon in jobs.about["sizes"]["epsilons"]:
         found += _lower(jobs, "experts", parties, epsilon)
     return found or ["not run yet."]
+
+
+def _within(jobs: Jobs, parties: int, split: str = "domains") -> list[str]:
+    """One sentence: how far `tokens` is behind all text in one place."""
+    behind = jobs.against("tokens", "centralised", parties, split=split, compare=_percent)
+    if not behind:
+        return []
+    worst = max(range(len(behind)), key=lambda i: behind[i].mean)
+    within = sum(estimate.mean <= 3 for estimate in behind)
+    return [
+        f"`tokens` within 3 % of one place: on {within} of {len(behind)} domains; {_worst(behind[worst])}, on "
+        f"`{jobs.domains[worst]}`."
+    ]
+
+
+def _equal(jobs: Jobs, parties: int, split: str = "domains") -> list[str]:
+    """One sentence: where `experts` is furthest from all text in one place."""
+    equal = jobs.against("experts", "centralised", parties, split=split, compare=_percent)
+    if not equal:
+        return []
+    furthest = max(range(len(equal)), key=lambda i: abs(equal[i].mean))
+    away = equal[furthest].text("+.2f")
+    return [f"`experts` equal to one place: furthest away {away} %, on `{jobs.domains[furthest]}`."]
+
+
+def _percent(ours: float, theirs: float) -> float:
+    return 100 * (ours / theirs - 1)
 
 
 def _worst(furthest: Estimate) -> str:
@@ -304,9 +319,9 @@ def _interference(jobs: Jobs, parties: int) -> list[str]:
     ]
 
 
-def _lower(jobs: Jobs, arm: str, parties: int, epsilon: float | None) -> list[str]:
+def _lower(jobs: Jobs, arm: str, parties: int, epsilon: float | None, split: str = "domains") -> list[str]:
     """One sentence: on how many domains an arm is better than its party alone."""
-    differences = jobs.against(arm, "isolated", parties, epsilon)
+    differences = jobs.against(arm, "isolated", parties, epsilon, split=split)
     if not differences:
         return []
     budget = "" if epsilon is None else f" at epsilon {epsilon:g}"
@@ -399,26 +414,32 @@ def _course(jobs: Jobs) -> str:
 
 
 def _other_shares(jobs: Jobs) -> str:
-    parts = []
+    sizes, parts = jobs.about["sizes"], []
     for split, words in (
-        ("unequal", "Each further party holds 0.6 times as much text as the one before it; domains as above."),
         (
             "iid",
             "The same text dealt out evenly, so that every party holds a part of every set; measured on all sets.",
         ),
+        (
+            "scarce",
+            f"Each party holds {sizes['scarce'] // 1000} kB of its set, and nothing else is changed: it reads them "
+            "several times over.",
+        ),
+        ("unequal", "Each further party holds 0.6 times as much text as the one before it; domains as above."),
     ):
         rows = [
-            (TITLES[arm], estimates)
+            (_named(arm, epsilon), estimates)
+            for epsilon in (None, *sizes["epsilons"])
             for arm in ("isolated", "tokens", "experts", "centralised")
-            if (
-                estimates := jobs.by_domain(
-                    arm, 7, None, "domains" if split == "iid" and arm == "centralised" else split
-                )
-            )
+            if jobs.by_domain("isolated", 7, epsilon, split) and (estimates := jobs.by_domain(arm, 7, epsilon, split))
         ]
+        found = [*_lower(jobs, "tokens", 7, None, split), *_within(jobs, 7, split)]
+        found += [*_lower(jobs, "experts", 7, None, split), *_equal(jobs, 7, split)]
+        found += [line for epsilon in sizes["epsilons"] for line in _lower(jobs, "experts", 7, epsilon, split)]
         if len(rows) > 1:
-            parts.append(f"**{split}.** {words}\n\n{_table(jobs.domains, rows)}")
-    return "## Unequal parties, and parties alike\n\n" + "\n".join(parts) if parts else ""
+            sentences = "".join(f"- {line}\n" for line in found)
+            parts.append(f"**{split}.** {words}\n\n{_table(jobs.domains, rows)}\n{sentences}")
+    return "## Parties alike, with little text, and unequal\n\n" + "\n".join(parts) if parts else ""
 
 
 def _commonsense(jobs: Jobs) -> str:

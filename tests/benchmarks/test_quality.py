@@ -49,7 +49,7 @@ def test_every_arm_runs_with_three_seeds_for_one_three_and_seven_parties_and_one
                 assert seeds[arm, parties, epsilon, "domains"] == expected
     alone = {(job.party, job.seed, job.epsilon) for job in jobs if job.arm == "isolated" and job.split == "domains"}
     assert len(alone) == 7 * 3 * 3
-    assert {job.split for job in jobs} == {"domains", "unequal", "iid"}
+    assert {job.split for job in jobs} == {"domains", "unequal", "iid", "scarce"}
 
 
 def test_a_rerun_leaves_out_what_is_finished_and_repeats_a_line_that_was_cut_short(
