@@ -18,10 +18,11 @@ import torch
 
 from coterie.dp.accounting.lots import Lot, draw_lot
 from coterie.dp.accounting.releases import Pending, Releases
-from coterie.dp.accounting.spool import Durable, Release
+from coterie.dp.accounting.spool import Durable, Release, Spool
 from coterie.dp.noise.randomness import SystemRandom
 from coterie.errors import BudgetError, LedgerError
 from helpers.releases_world import PINS, PLAN, RUN, UNITS, ReleasesWorld
+from helpers.waiting import until
 
 NOTHING = np.empty(0, np.int64)
 
@@ -225,8 +226,9 @@ def test_a_disk_that_fails_behind_a_round_is_said_and_the_round_stays_counted(
             else:
                 releases.spool.close()
 
-    with world.open() as releases, pytest.raises(OSError, match="No space left"):
+    with world.open() as releases, pytest.raises(OSError, match="No space left") as caught:
         one_result_then(releases)
+    assert caught.value.filename == str(tmp_path / "spool" / "release-00000001-0.safetensors"), "which disk is full?"
     with world.open() as releases:
         assert releases.used == 1
 
@@ -347,6 +349,43 @@ def test_two_sessions_on_one_spool_are_refused(tmp_path: Path) -> None:
         pass
     with world.open() as releases:
         assert releases.used == 0
+
+
+def test_a_spool_that_nobody_closed_is_in_use_until_its_last_result_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a session is dropped, and resumed in the same process."""
+    world, disk, syncing = ReleasesWorld(tmp_path), threading.Event(), threading.Event()
+    real = os.fsync
+
+    def slow(handle: int) -> None:
+        if "release" in os.readlink(f"/proc/self/fd/{handle}"):
+            syncing.set()
+            assert disk.wait(60)
+        real(handle)
+
+    spool = Spool(tmp_path / "spool")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", slow)
+        spool.keep(spool.write_release(1, 0, {"w": torch.ones(8)}, PINS), "behind")
+        assert syncing.wait(60)
+        del spool
+        try:
+            with pytest.raises(LedgerError, match="is in use"):
+                Spool(tmp_path / "spool")
+        finally:
+            disk.set()
+
+    def is_free() -> bool:
+        try:
+            Spool(tmp_path / "spool").close()
+        except LedgerError:
+            return False
+        return True
+
+    until(is_free)
+    with world.open() as releases:
+        assert releases.used == 1
 
 
 VICTIM = """

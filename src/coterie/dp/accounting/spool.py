@@ -213,20 +213,23 @@ class Spool:
             header["shards"] = json.dumps(list(shards))
         aside = _unsynced(path)
         try:
-            digest = write_tensors(aside, noised, header, PRIVATE)
-        except BaseException as error:
+            with _named(path):
+                digest = write_tensors(aside, noised, header, PRIVATE)
+        except BaseException:
             aside.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno is not None:
-                raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
             raise
         return Release(round_no, draw, digest, dict(pins), path, tuple(shards))
 
     def keep(self, release: Release, durable: Durable) -> None:
         """Let what `write_release` wrote be found: synced first, beside whatever this thread does next, or never."""
         if durable == "behind":
-            self._behind = self._thread.submit(_keep, release.path)
+            self._behind = self._thread.submit(self._keep_behind, release.path)
         else:
             _keep(release.path, synced=durable == "first")
+
+    def _keep_behind(self, path: Path) -> None:
+        """Of this spool, whose lock is held as long as this lasts, also where nobody closes it."""
+        _keep(path)
 
     def settle(self) -> None:
         """Wait for what `keep` does beside this thread.
@@ -370,11 +373,23 @@ def _unsynced(path: Path) -> Path:
 def _keep(path: Path, *, synced: bool = True) -> None:
     """What was written for this name has it afterwards, durably where it is synced."""
     aside = _unsynced(path)
-    if synced:
-        sync_file(aside)
-    os.replace(aside, path)
-    if synced:
-        sync_folder(path.parent)
+    with _named(path):
+        if synced:
+            sync_file(aside)
+        os.replace(aside, path)
+        if synced:
+            sync_folder(path.parent)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Inside, what the system refuses has the name of the result: a full disk is else told without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def _file_name(round_no: int, draw: int) -> str:
