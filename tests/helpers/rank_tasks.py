@@ -27,6 +27,7 @@ from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.session import PrivateSession
 from coterie.dp.shared_releases import SharedReleases
+from coterie.errors import CoterieError, RoundError
 from coterie.models import seam
 from coterie.models.spread.holdings import Holdings
 from coterie.models.zoo.tiny import VOCAB, tiny_model
@@ -401,3 +402,24 @@ def looked_for_at_once(ranks: Ranks, folder: Path) -> list[bool]:
         assert isinstance(pending, Pending)
         release = shared.publish(pending, {f"w{ranks.rank}": torch.ones(8)}, durable="behind")
         return [len(dict(shared.pieces(release))) == 2, shared.published(1) == release]
+
+
+def given_up_by_another_group(ranks: Ranks) -> str:
+    """Rank 0 gives a lot up between two batches, while ranks 2 and 3 are in an exchange; what each raises."""
+    group, _ = ranks.split(2)
+
+    def give_up() -> None:
+        raise RoundError("the attempt was given up.", code="round-abandoned")
+
+    def compute() -> None:
+        if ranks.rank < 2:
+            ranks.tell("the next batch", give_up)
+        time.sleep(4.0 * (ranks.rank - 2))  # rank 3 has more to compute
+        with ranks.exchanging():
+            group.exchange(torch.ones(2), [1, 1], [1, 1])
+
+    try:
+        ranks.together("a lot", compute)
+    except CoterieError as error:
+        return type(error).__name__
+    return ""

@@ -47,7 +47,7 @@ class Ranks(ABC):
 
         Raises:
             RankError: a rank is gone, silent, or at another step.
-            CoterieError: what the first rank that failed raised, at every rank.
+            CoterieError: what a rank raised, at every rank; see `read_outcomes`.
         """
 
     @abstractmethod
@@ -294,15 +294,18 @@ def read_outcomes(step: str, packed: Sequence[bytes], own: int, failure: Excepti
 
     Raises:
         RankError: a rank is at another step.
-        Exception: what the first rank that failed raised.
+        Exception: what the first rank that failed raised; of several, the first after which ranks do not go on
+            together, since it may have left an exchange half done.
     """
     outcomes = [json.loads(each) for each in packed]
-    for rank, words in enumerate(outcomes):
-        if "error" in words:  # at whatever step: a rank that failed in the middle of one does not get to its end
-            error = failure if failure is not None and rank == own else _error(rank, words["error"])
-            if isinstance(error, CoterieError):
-                error.known_to_all = True
-            raise error
+    # At whatever step: a rank that failed in the middle of one does not get to its end.
+    failed = [(rank, words["error"]) for rank, words in enumerate(outcomes) if "error" in words]
+    if failed:
+        rank, said = next((each for each in failed if _ends_all(each[1])), failed[0])
+        error = failure if failure is not None and rank == own else _error(rank, said)
+        if isinstance(error, CoterieError):
+            error.known_to_all = True
+        raise error
     for rank, words in enumerate(outcomes):
         if words["step"] != step:
             raise RankError(
@@ -334,6 +337,11 @@ def _words(failure: BaseException) -> dict[str, Any]:
         words = {name: getattr(failure, name) for name in ("message", "code", "where", "why", "fix", "field")}
         return {"kind": type(failure).__name__, **words}
     return {"kind": None, "message": f"{type(failure).__name__}: {failure}"}
+
+
+def _ends_all(words: Mapping[str, Any]) -> bool:
+    """Whether ranks do not go on together after what one raised."""
+    return words["kind"] in (None, RankError.__name__)
 
 
 def _error(rank: int, words: Mapping[str, Any]) -> CoterieError:
