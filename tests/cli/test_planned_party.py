@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from coterie.cli.app import main
 from coterie.config import FederationConfig, PartyConfig, load_yaml
+from coterie.training.party import planned_ranks as planning
 from coterie.training.party.planned_ranks import planned_ranks
 
 SIZES = {
@@ -71,6 +73,21 @@ def test_devices_that_are_too_small_for_one_process(tmp_path: Path, capsys: pyte
     assert "no number of devices holds it" in said(path, capsys, "--device-gb", half / 2e9)
 
 
+def test_of_ranks_on_gpus_only_what_computes_has_to_fit_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway's stored experts and sums are in host memory, more than any GPU here has."""
+    monkeypatch.setattr(planning, "pick_device", lambda name: torch.device("cuda"))
+    path, figures = settings(tmp_path, {"device": "auto"}), tmp_path / "plan.json"
+    said(path, capsys, "--json", figures)
+    found = json.loads(figures.read_text())
+    (half,) = [row for row in found["rows"] if row["experts_over"] == 2]
+    assert half["device"] < found["one"]["device"] < half["gateway"]
+    text = said(path, capsys, "--device-gb", (half["device"] + 1) / 1e9)
+    assert "`experts_over: 2` is the fewest" in text
+    assert "on a GPU" in text
+
+
 @pytest.mark.parametrize(
     ("own", "agreed", "words", "rows"),
     [
@@ -84,12 +101,14 @@ def test_what_is_refused_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     path, figures = settings(tmp_path, own, **agreed), tmp_path / "plan.json"
-    (line,) = [each for each in said(path, capsys, "--json", figures).splitlines() if "would be refused" in each]
+    text = said(path, capsys, "--json", figures)
+    (line,) = [each for each in text.splitlines() if "would be refused" in each]
     found = json.loads(figures.read_text())
     assert words in found["refused"]
     assert found["isolation"] != "fast" or agreed == {}, "exact where nothing is said"
     assert found["refused"][:30] in line
     assert (len(found["rows"]), found["now"]) == (rows, None)
+    assert ("With `devices: N`" in text) is (rows > 0), "no ranks are proposed that would be refused"
 
 
 def test_a_party_of_no_federation_is_refused_as_where_it_starts(

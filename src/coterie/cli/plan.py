@@ -292,9 +292,13 @@ def show_ranks(settings: Path, device_bytes: int | None, json_file: Path | None)
     both = "" if found.one_together is None else f"; {size(found.one_together)} where both are one memory"
     say(f"one process: {size(found.one.device)} where it computes, {size(found.one.host)} beside that{both}")
     if found.rows:
+        on_gpus = found.one_together is None
         table(
-            ("party.yaml", "gateway", "each other rank", "all ranks together"),
-            [(row.setting, size(row.gateway), size(row.other), size(row.together)) for row in found.rows],
+            ("party.yaml", "gateway", "each other rank", "all ranks together", *(["on a GPU"] * on_gpus)),
+            [
+                (row.setting, *map(size, (row.gateway, row.other, row.together, *([row.device] * on_gpus))))
+                for row in found.rows
+            ],
         )
         say("several ranks keep fetched layers on disk; the gateway is rank 0, which hosts the party's experts")
     if found.now is not None:
@@ -308,7 +312,7 @@ def show_ranks(settings: Path, device_bytes: int | None, json_file: Path | None)
     chosen = found.chosen
     where = "this machine's" if found.shared else "devices with"
     shared = ", which all ranks share" if found.shared else ""
-    say(f"of {where} {size(chosen.device_bytes)}{shared}: {chosen.words()} ({size(chosen.rank_bytes)}"
+    say(f"of {where} {size(chosen.device_bytes)}{shared}: {found.advice} ({size(chosen.rank_bytes)}"
         f"{'' if found.shared else ' at the one with the most'})")  # fmt: skip
 
 

@@ -57,6 +57,14 @@ def test_one_process_and_the_ranks_by_hand() -> None:
     assert replace(PARTY, cached=False).gateway() < PARTY.gateway()
 
 
+def test_ranks_on_gpus_by_hand() -> None:
+    """There a rank has what it computes with; with experts over ranks the gateway evaluates with whole layers."""
+    party = replace(PARTY, on_gpu=True)
+    assert party.device() == party.alone().device == 4 * 16 + 2 * 2 * 40 + 4 * 24
+    assert party.device(2) == 4 * 16 + 2 * 2 * 40
+    assert party.gateway(2) - PARTY.gateway(2) == 4 * 16, "what is stepped lies beside it at any number of ranks"
+
+
 def test_adapters_by_hand() -> None:
     """Ten values in the experts of each layer, six beside; five of the experts' are stored here, and the six own."""
     held = Held({"m": 6}, {"e": (12, 4), "f": (8, 4)}, 4)

@@ -40,6 +40,7 @@ class RankRow:
         gateway: rank 0, which hosts and speaks to the other parties.
         other: each of the others.
         together: all of them, in the memory of one machine.
+        device: of the gateway's, what it holds where it computes: on its GPU, where it has one.
     """
 
     ranks: int
@@ -47,6 +48,7 @@ class RankRow:
     gateway: int
     other: int
     together: int
+    device: int
 
     @property
     def setting(self) -> str:
@@ -90,7 +92,14 @@ class PlannedRanks:
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
-        return {**asdict(self), "advice": self.chosen.words()}
+        return {**asdict(self), "advice": self.advice}
+
+    @property
+    def advice(self) -> str:
+        """What suits, in a sentence that names no ranks where these are refused."""
+        if self.chosen.way == "one device" and all(row.experts_over > 1 for row in self.rows):
+            return "one process holds it"
+        return self.chosen.words()
 
 
 def planned_ranks(config: PartyConfig, federation: FederationConfig, device_bytes: int | None = None) -> PlannedRanks:
@@ -99,7 +108,8 @@ def planned_ranks(config: PartyConfig, federation: FederationConfig, device_byte
     Args:
         config: party.yaml.
         federation: federation.yaml.
-        device_bytes: memory of one rank; None: they share this machine's, or one process has its GPU's.
+        device_bytes: memory of one rank, of its GPU where it has one; None: they share this machine's, or each has
+            a GPU as it is here.
 
     Raises:
         RosterError: the federation has no such party.
@@ -144,8 +154,10 @@ def planned_ranks(config: PartyConfig, federation: FederationConfig, device_byte
     shared = device_bytes is None and not on_gpu
     alone = one.device if together is None else together
 
+    def count(world: int, over: int) -> int:
+        return memory.device(over) if on_gpu else (memory.together if shared else memory.gateway)(world, over)
+
     def at_rank(way: Way, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        count = memory.together if shared else memory.gateway
         return [alone, *(() if refused[way] else (count(*size) for size in sizes[1:]))]
 
     suits = choose(
@@ -162,7 +174,10 @@ def planned_ranks(config: PartyConfig, federation: FederationConfig, device_byte
 
 
 def _row(memory: PartyMemory, ranks: int, over: int) -> RankRow:
-    return RankRow(ranks, over, memory.gateway(ranks, over), memory.other(ranks, over), memory.together(ranks, over))
+    return RankRow(
+        ranks, over, memory.gateway(ranks, over), memory.other(ranks, over), memory.together(ranks, over),
+        memory.device(over),
+    )  # fmt: skip
 
 
 def _sum_bytes(federation: FederationConfig, spec: PrivacySpec | None, isolation: str | None) -> SumBytes:

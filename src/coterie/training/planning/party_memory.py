@@ -56,7 +56,7 @@ class PartyMemory:
         private: within a budget, where sums are formed a matrix at a time; otherwise a layer at a time.
         adapters: where these alone are trained.
         cached: one process keeps fetched layers in memory. Those of several ranks lie on disk.
-        on_gpu: one process computes on a GPU; what is stepped lies beside it. Several ranks compute on processors.
+        on_gpu: each rank computes on a GPU; sums and what is stepped lie beside it.
     """
 
     shape: Shape
@@ -72,7 +72,15 @@ class PartyMemory:
         """One process: most that it holds where it computes, and most beside that; not at the same moment."""
         sums, values = self.sums, self.held.kept()
         beside = max(sums.computing * values, sums.noising * values, *self._pushing(values))
-        return Need(self._trunk() + self._lent() + self._made(), self._stored() + beside)
+        return Need(self.device(), self._stored() + beside)
+
+    def device(self, over: int = 1) -> int:
+        """Bytes of the gateway where it computes; the other ranks hold no more there.
+
+        Args:
+            over: ranks that hold the experts of a layer together; the gateway evaluates with whole layers.
+        """
+        return self._trunk(over) + max(self._lent(over) + self._made(over), self._lent())
 
     def gateway(self, world: int = 1, over: int = 1) -> int:
         """Bytes of rank 0, where all lies in one memory.
@@ -145,7 +153,7 @@ class PartyMemory:
         if shape.shared_trunk:
             trunk = 3 * FLOAT32 * self._trunk_share  # kept in float32
         else:
-            beside = 0 if self.on_gpu and world == 1 else shape.compute_bytes  # on a processor the model's own
+            beside = 0 if self.on_gpu else shape.compute_bytes  # on a processor the model's own
             trunk = (shape.trained_bytes - FLOAT32 - beside) * shape.trunk
         return hosted + trunk + shape.wire_bytes * (shape.hosted + self._trunk_share) + cache
 
