@@ -27,7 +27,7 @@ from coterie.dp.ownership import Ownership
 from coterie.dp.per_sample.engine import Engine
 from coterie.dp.session import PrivateSession
 from coterie.dp.shared_releases import SharedReleases
-from coterie.errors import CoterieError, RoundError
+from coterie.errors import CoterieError, RankError, RoundError
 from coterie.models import seam
 from coterie.models.spread.holdings import Holdings
 from coterie.models.zoo.tiny import VOCAB, tiny_model
@@ -404,22 +404,36 @@ def looked_for_at_once(ranks: Ranks, folder: Path) -> list[bool]:
         return [len(dict(shared.pieces(release))) == 2, shared.published(1) == release]
 
 
-def given_up_by_another_group(ranks: Ranks) -> str:
-    """Rank 0 gives a lot up between two batches, while ranks 2 and 3 are in an exchange; what each raises."""
+def given_up_by_another_group(ranks: Ranks) -> list[tuple[str, list[int]]]:
+    """Rank 0 gives a lot up between two batches, while ranks 2 and 3 are in the exchanges of the first.
+
+    Returns:
+        Of this attempt and of another one, what was raised, and what came of the last exchange.
+    """
     group, _ = ranks.split(2)
+    found: list[tuple[str, list[int]]] = []
 
     def give_up() -> None:
         raise RoundError("the attempt was given up.", code="round-abandoned")
 
-    def compute() -> None:
-        if ranks.rank < 2:
-            ranks.tell("the next batch", give_up)
-        time.sleep(4.0 * (ranks.rank - 2))  # rank 3 has more to compute
-        with ranks.exchanging():
-            group.exchange(torch.ones(2), [1, 1], [1, 1])
+    for attempt in (1, 2):
+        came: list[int] = []
 
-    try:
-        ranks.together("a lot", compute)
-    except CoterieError as error:
-        return type(error).__name__
-    return ""
+        def compute(attempt: int = attempt, came: list[int] = came) -> None:
+            if ranks.rank < 2 and attempt == 1:
+                time.sleep(0.8)
+                ranks.tell("the next batch", give_up)
+            for number in range(1, 7):
+                time.sleep(0.3 * (ranks.rank == 3 and attempt == 1))  # it has more to compute
+                with ranks.exchanging():
+                    sent = torch.full((2,), 100 * attempt + 10 * number + ranks.rank)
+                    came[:] = group.exchange(sent, [1, 1], [1, 1]).tolist()
+
+        try:
+            ranks.together("a lot", compute)
+            found.append(("", came))
+        except RankError as error:
+            return [*found, (type(error).__name__, came)]
+        except CoterieError as error:
+            found.append((type(error).__name__, came))
+    return found

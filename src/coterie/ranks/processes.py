@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -136,7 +136,8 @@ class ProcessRanks(Ranks):
         return Ways(host, _new_group(members, "nccl") if self.between_gpus == "nccl" else None)
 
     def _some(self, members: range, ways: Ways, store: Store) -> Ranks:
-        return SomeRanks(members.index(self.rank), members, ways, store, (self._store, self._pulse), self._ahead)
+        ahead = partial(self._ahead, members)
+        return SomeRanks(members.index(self.rank), members, ways, store, (self._store, self._pulse), ahead)
 
     def close(self, failure: BaseException | None = None) -> None:
         if self._left:
@@ -205,9 +206,10 @@ class ProcessRanks(Ranks):
                 fix="look at the other ranks' messages, then resume the run",
             ) from error
 
-    def _ahead(self) -> list[int]:
-        """Ranks that are at the next step already; raises what one failed with, if one did."""
-        ahead = [rank for rank in range(self.world) if rank != self.rank and self._store.check([self._key(rank)])]
+    def _ahead(self, among: Iterable[int] | None = None) -> list[int]:
+        """Ranks, of all or among some, that are at the next step already; raises what one failed with, if one did."""
+        others = (rank for rank in (range(self.world) if among is None else among) if rank != self.rank)
+        ahead = [rank for rank in others if self._store.check([self._key(rank)])]
         for rank in ahead:
             check_failed(self._members[rank], self._store.get(self._key(rank)))
         return ahead
@@ -270,7 +272,8 @@ class SomeRanks(ProcessRanks):
         ways: of these, for tensors.
         store: of their own, for small values.
         signs: the store of all ranks and this one's pulse.
-        ahead: those of all ranks that are at the next step of all; raises what one failed with.
+        ahead: those of them that are at the next step of all ranks; raises what one of them failed with. What ranks
+            of other groups failed with is heard at that step: here all have begun what they exchange.
     """
 
     def __init__(
@@ -299,12 +302,12 @@ class SomeRanks(ProcessRanks):
     def close(self, failure: BaseException | None = None) -> None:
         """All ranks leave together."""
 
-    def _ahead(self) -> list[int]:
-        return [*super()._ahead(), *self._beside()]
+    def _ahead(self, among: Iterable[int] | None = None) -> list[int]:
+        return [*super()._ahead(among), *self._beside()]
 
     def _beside(self) -> list[int]:
-        """Those of the group that are at the next step of all ranks; raises what a rank failed with, wherever."""
-        return [self._members.index(rank) for rank in self._all_ahead() if rank in self._members]
+        """Those of the group that are at the next step of all ranks; raises what one of them failed with."""
+        return [self._members.index(rank) for rank in self._all_ahead()]
 
     def _looking_beside(self, step: str) -> Callable[[], None]:
         return self._looking_ahead(step, True, self._beside)
