@@ -8,8 +8,8 @@ Arms: ``alone``, one process; ``data-2``, whole models at 2 ranks; ``experts-2``
 over 2 and 4 ranks; ``layers-2`` and ``layers-4``, the same, and each layer gathered whole while it is computed;
 ``groups-4``, two groups of 2 ranks that each hold all experts. A step is a whole round of a
 private session: clipping, what crosses between ranks, noise, spool, ledger, AdamW. Ranks are processes here
-with one thread each, and every arm has the same seeded lots. Arms take turns ``--tries`` times; figures are medians
-over all rounds but the first of each.
+with one thread each, and every arm has the same seeded lots. Arms take turns ``--tries`` times. A round's figure is
+its median over the tries, so that arms are compared lot by lot; an arm's is the mean over its rounds but the first.
 
 ``efficiency`` is the processor time of ``alone`` over that of all ranks of an arm together: what else runs on the
 machine changes it less than wall time (``speedup``). ``memory`` is the peak resident size of the largest rank beyond
@@ -113,10 +113,10 @@ def run_arm(mode: str, world: int, options: argparse.Namespace) -> list[dict[str
 
 
 def summary(tries: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """An arm's medians: a round takes as long as its slowest rank, and the processor time of all."""
-    rounds = [list(zip(*(rank["steps"] for rank in each), strict=True)) for each in tries]
-    wall = statistics.median(max(own[0] for own in step) for each in rounds for step in each)
-    processor = statistics.median(sum(own[1] for own in step) for each in rounds for step in each)
+    """An arm's figures: a round takes as long as its slowest rank, and the processor time of all."""
+    rounds = list(zip(*(zip(*(rank["steps"] for rank in each), strict=True) for each in tries), strict=True))
+    wall = statistics.fmean(statistics.median(max(own[0] for own in step) for step in same) for same in rounds)
+    processor = statistics.fmean(statistics.median(sum(own[1] for own in step) for step in same) for same in rounds)
     memory = statistics.median(max(rank["memory"] for rank in each) for each in tries)
     state = max(rank["state"] for rank in tries[0])
     return {"wall_s": wall, "processor_s": processor, "memory_bytes": memory, "state_bytes": state}
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--shape", default="16x64", help="expected records of a lot, and tokens of each")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tries", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="beside `alone`")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -136,9 +137,10 @@ def main() -> None:
     if options.rank_of:
         be_rank(options.rank_of, options.model, options.shape, options.rounds, options.folder)
         return
-    tries: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in ARMS}
+    chosen = {name: arm for name, arm in ARMS.items() if name in ("alone", *options.arms)}
+    tries: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in chosen}
     for number in range(options.tries):
-        for name, (mode, world) in ARMS.items():
+        for name, (mode, world) in chosen.items():
             tries[name].append(run_arm(mode, world, options))
             print(f"{name}, try {number + 1} of {options.tries}", file=sys.stderr, flush=True)
     arms = {name: summary(found) for name, found in tries.items()}
