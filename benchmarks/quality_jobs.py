@@ -158,6 +158,7 @@ def jobs_of(sizes: Sizes) -> list[Job]:
     for split_name, epsilon in others:
         found += [Job("isolated", 1, first, epsilon, split_name, name) for name in DOMAINS[:most]]
         found += [job for job in _together(most, first, epsilon, split_name) if split_name != "iid" or _moves(job)]
+    found.append(Job("experts_own_trunks", most, first, split="iid"))
     return found
 
 

@@ -286,10 +286,10 @@ def _worst(furthest: Estimate) -> str:
     return f"at the least {Estimate(-furthest.mean, furthest.half, furthest.seeds).text('.1f')} % ahead"
 
 
-def _what_costs(jobs: Jobs, parties: int) -> list[str]:
+def _what_costs(jobs: Jobs, parties: int, split: str = "domains") -> list[str]:
     """Whether a private trunk or the exchange is what lies between `tokens` and one place, mean over domains."""
     arms = ("tokens", "experts_own_trunks", "centralised")
-    losses = [jobs.losses(arm, parties) for arm in arms]
+    losses = [jobs.losses(arm, parties, split=split) for arm in arms]
     seeds = sorted(set.intersection(*(set(some) for some in losses)))
     if not seeds:
         return []
@@ -433,7 +433,7 @@ def _other_shares(jobs: Jobs) -> str:
             for arm in ("isolated", "tokens", "experts", "centralised")
             if jobs.by_domain("isolated", 7, epsilon, split) and (estimates := jobs.by_domain(arm, 7, epsilon, split))
         ]
-        found = [*_lower(jobs, "tokens", 7, None, split), *_within(jobs, 7, split)]
+        found = [*_lower(jobs, "tokens", 7, None, split), *_within(jobs, 7, split), *_what_costs(jobs, 7, split)]
         found += [*_lower(jobs, "experts", 7, None, split), *_equal(jobs, 7, split)]
         found += [line for epsilon in sizes["epsilons"] for line in _lower(jobs, "experts", 7, epsilon, split)]
         if len(rows) > 1:
