@@ -40,7 +40,7 @@ def test_otherwise_it_is_what_the_first_of_them_raised() -> None:
 
 @pytest.mark.ranks
 def test_a_group_finishes_the_batch_at_which_another_group_gave_the_lot_up() -> None:
-    """Else another attempt would take what rank 3 had begun to send in this one for what it sends then."""
+    """Else ranks 2 and 3, gone after unlike numbers of exchanges, would take rows of this attempt for the next's."""
     for rank, (given_up, again) in enumerate(values(run_ranks(4, rank_tasks.given_up_by_another_group))):
         pair = rank // 2 * 2
         assert given_up == ("RoundError", [] if rank < 2 else [162, 163])
