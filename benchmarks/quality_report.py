@@ -38,6 +38,13 @@ TITLES = {
     "experts": "together, `experts`",
     "centralised": "all text in one place",
 }
+WAYS = {
+    "domains": "{parties} parties, each with a set of its own",
+    "iid": "{parties} parties alike, the same text dealt out evenly, all measured on every set",
+    "scarce": "{parties} parties with {scarce} kB of a set of its own each, read several times over",
+    "unequal": "{parties} parties with a set of its own each, every further one with 0.6 times as much text",
+}
+"""How text is dealt out."""
 COLOURS = {
     "public": "#9a9a9a",
     "isolated": "#d1495b",
@@ -236,21 +243,24 @@ def _isolation(jobs: Jobs) -> str:
 
 def _claims(jobs: Jobs) -> str:
     lines = ["## What was claimed, and what came out\n"]
-    for parties in (7, 3):
-        lines += [f"{parties} parties:\n", *(f"- {line}" for line in _verdicts(jobs, parties)), ""]
+    for parties, split in ((7, "domains"), (3, "domains"), (7, "iid"), (7, "scarce"), (7, "unequal")):
+        found = _verdicts(jobs, parties, split)
+        if found or split == "domains":
+            title = WAYS[split].format(parties=parties, scarce=jobs.about["sizes"]["scarce"] // 1000)
+            lines += [f"{title}:\n", *(f"- {line}" for line in found or ["not run yet."]), ""]
     return "\n".join(lines)
 
 
-def _verdicts(jobs: Jobs, parties: int) -> list[str]:
-    found = _within(jobs, parties)
-    found += _what_costs(jobs, parties)
-    found += _lower(jobs, "tokens", parties, None)
-    found += _equal(jobs, parties)
-    found += _lower(jobs, "experts", parties, None)
-    found += _interference(jobs, parties)
+def _verdicts(jobs: Jobs, parties: int, split: str) -> list[str]:
+    found = _within(jobs, parties, split)
+    found += _what_costs(jobs, parties, split)
+    found += _lower(jobs, "tokens", parties, None, split)
+    found += _equal(jobs, parties, split)
+    found += _lower(jobs, "experts", parties, None, split)
+    found += _interference(jobs, parties) if split == "domains" else []
     for epsilon in jobs.about["sizes"]["epsilons"]:
-        found += _lower(jobs, "experts", parties, epsilon)
-    return found or ["not run yet."]
+        found += _lower(jobs, "experts", parties, epsilon, split)
+    return found
 
 
 def _within(jobs: Jobs, parties: int, split: str = "domains") -> list[str]:
@@ -331,7 +341,7 @@ def _lower(jobs: Jobs, arm: str, parties: int, epsilon: float | None, split: str
     ]
     sure = sum(d.beyond_chance and d.mean < 0 for d in differences)
     seeds = differences[0].seeds
-    chance = f"; on {sure} the interval over {seeds} seeds leaves out no difference" if seeds > 1 else "; one seed"
+    chance = f"; beyond chance, over {seeds} seeds, on {sure}" if seeds > 1 else "; one seed"
     rest = f"; not on {', '.join(worse)}" if worse else ""
     return [f"`{arm}`{budget} better than alone: on {sum(better)} of {len(better)} domains{rest}{chance}."]
 
@@ -414,32 +424,18 @@ def _course(jobs: Jobs) -> str:
 
 
 def _other_shares(jobs: Jobs) -> str:
-    sizes, parts = jobs.about["sizes"], []
-    for split, words in (
-        (
-            "iid",
-            "The same text dealt out evenly, so that every party holds a part of every set; measured on all sets.",
-        ),
-        (
-            "scarce",
-            f"Each party holds {sizes['scarce'] // 1000} kB of its set, and nothing else is changed: it reads them "
-            "several times over.",
-        ),
-        ("unequal", "Each further party holds 0.6 times as much text as the one before it; domains as above."),
-    ):
+    parts = []
+    for split in ("iid", "scarce", "unequal"):
         rows = [
             (_named(arm, epsilon), estimates)
-            for epsilon in (None, *sizes["epsilons"])
-            for arm in ("isolated", "tokens", "experts", "centralised")
+            for epsilon in (None, *jobs.about["sizes"]["epsilons"])
+            for arm in ("isolated", "tokens", "experts_own_trunks", "experts", "centralised")
             if jobs.by_domain("isolated", 7, epsilon, split) and (estimates := jobs.by_domain(arm, 7, epsilon, split))
         ]
-        found = [*_lower(jobs, "tokens", 7, None, split), *_within(jobs, 7, split), *_what_costs(jobs, 7, split)]
-        found += [*_lower(jobs, "experts", 7, None, split), *_equal(jobs, 7, split)]
-        found += [line for epsilon in sizes["epsilons"] for line in _lower(jobs, "experts", 7, epsilon, split)]
         if len(rows) > 1:
-            sentences = "".join(f"- {line}\n" for line in found)
-            parts.append(f"**{split}.** {words}\n\n{_table(jobs.domains, rows)}\n{sentences}")
-    return "## Parties alike, with little text, and unequal\n\n" + "\n".join(parts) if parts else ""
+            title = WAYS[split].format(parties=7, scarce=jobs.about["sizes"]["scarce"] // 1000)
+            parts.append(f"{title}:\n\n{_table(jobs.domains, rows)}")
+    return "## Text dealt out in other ways\n\n" + "\n".join(parts) if parts else ""
 
 
 def _commonsense(jobs: Jobs) -> str:
