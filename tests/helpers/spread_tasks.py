@@ -530,8 +530,9 @@ def refused(ranks: Ranks, folder: Path, fault: str) -> None:
         pass
 
 
-def failing(ranks: Ranks, folder: Path, gathered: bool = False) -> None:
-    """A run in which rank 1 fails in the middle of a batch, while rank 0 waits for its rows."""
+def failing(ranks: Ranks, folder: Path, gathered: bool = False, again: bool = False) -> None:
+    """A run in which rank 1 fails in the middle of a batch, while rank 0 waits for its rows; perhaps its script goes
+    on as if nothing had been."""
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         losses = scaled_loss(model, batch)
@@ -544,7 +545,13 @@ def failing(ranks: Ranks, folder: Path, gathered: bool = False) -> None:
         lot = session.next_lot()
         session.lot_sums.engine.prepare(collated(words()[:1]))  # type: ignore[attr-defined]
         armed = True
-        session.step(lot)
+        try:
+            session.step(lot)
+        except Exception:
+            if not again:
+                raise
+            armed = False
+            session.step(session.next_lot())
 
 
 def uneven(ranks: Ranks) -> None:

@@ -99,6 +99,13 @@ def test_a_rank_that_fails_in_the_middle_of_a_batch_lets_all_raise_the_same(tmp_
         assert "the memory of rank 1" in each.error
 
 
+def test_no_batch_follows_one_that_a_rank_left_half_done(tmp_path: Path) -> None:
+    """Its rows could be taken for those of the next one, whatever a script makes of the error."""
+    for each in run_ranks(2, spread_tasks.failing, tmp_path, False, True):
+        assert each.error is not None
+        assert "left a batch by an error while ranks exchanged" in each.error
+
+
 def test_a_rank_that_runs_the_model_less_often_is_named_instead_of_waited_for() -> None:
     first, second = run_ranks(2, spread_tasks.uneven, patience_s=2.0)
     assert first.error is not None

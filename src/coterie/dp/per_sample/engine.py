@@ -211,7 +211,7 @@ class Engine:
             shared, method = sharing.with_all(
                 batch_size(batch), counted, self._memory.method, self.next_method(batch)
             )
-        with sharing.exchanging() if self.lent else nullcontext():
+        with sharing.exchanging(lent=self.lent):
             summing = self._ghost if method == "ghost" else self._book_keeping
             return summing.accumulate(batch, shared)
 

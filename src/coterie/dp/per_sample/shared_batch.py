@@ -12,10 +12,11 @@ Shape letters: G gradient groups, B records of all ranks, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from coterie.dp.per_sample.gradient_groups import Diagnostics, GradientGroups
 from coterie.dp.per_sample.gram import SqNorms
 from coterie.dp.per_sample.memory_choice import Method
 from coterie.dp.per_sample.private_experts import PrivateExperts
-from coterie.errors import PrivacyError
+from coterie.errors import PrivacyError, RankError
 from coterie.models.seam import ExpertsCall, ExpertsImplementation
 from coterie.models.spread.spread import MakeTrip, spread_of
 from coterie.models.spread.travel import there_and_back
@@ -150,6 +151,7 @@ class Sharing:
         gathered = self._spread is not None and self._spread.gathered
         self._layers = WholeLayers(model, self._spread) if self._spread is not None and gathered else None
         self._lot, self._batches = "no lot", 0
+        self._inside = False
 
     def begin(self, lot: str) -> None:
         """From now on batches are of this lot."""
@@ -173,9 +175,18 @@ class Sharing:
         """See `Ranks.awaited`; for a whole model's batches nobody waits."""
         return self._ranks.awaited() if self.spread else nullcontext()
 
-    def exchanging(self) -> AbstractContextManager[None]:
-        """See `Ranks.exchanging`; a whole model's batches exchange nothing."""
-        return self._ranks.exchanging() if self.spread else nullcontext()
+    @contextmanager
+    def exchanging(self, *, lent: bool) -> Iterator[None]:
+        """Inside, ranks exchange what belongs to a batch; whoever leaves by an error begins no other one. A whole
+        model's batches exchange nothing.
+
+        Args:
+            lent: experts are a party's, and an attempt may be given up: see `Ranks.exchanging`.
+        """
+        self._inside = self.spread
+        with self._ranks.exchanging() if self.spread and lent else nullcontext():
+            yield
+        self._inside = False
 
     def with_all(
         self, records: int, counted: int | None, asked: Method, method: Method
@@ -191,13 +202,19 @@ class Sharing:
             method: that this rank would take.
 
         Raises:
-            RankError: the ranks are at different batches or lots, or set to different methods.
+            RankError: the ranks are at different batches or lots, or set to different methods, or one of them left
+                an earlier batch half done.
         """
+        left = self._inside
+
+        def own_part() -> list[Any]:
+            if left:
+                raise _half_done(self._ranks.rank)
+            return [records, records if counted is None else counted, asked, method]
+
         self._batches += 1
         step = f"batch {self._batches} of {self._lot}"
-        by_rank = self._ranks.together(
-            step, lambda: [records, records if counted is None else counted, asked, method]
-        )
+        by_rank = self._ranks.together(step, own_part)
         check_same(step, [{"the method": each[2]} for each in by_rank])
         method = "ghost" if any(each[3] == "ghost" for each in by_rank) else method
         if self._layers is not None:
@@ -206,6 +223,15 @@ class Sharing:
         rows_W, counted_W = ([int(each[place]) for each in by_rank] for place in (0, 1))
         trip = None if self._spread is None else self._spread.trip
         return SharedBatch(self._ranks, rows_W, counted_W, self._everybody, trip), method
+
+
+def _half_done(rank: int) -> RankError:
+    return RankError(
+        f"rank {rank} left a batch by an error while ranks exchanged what belongs to it.",
+        code="ranks-failed",
+        why="rows and norms of that batch could be taken for those of this one, and records clipped by them",
+        fix="end the process where a step fails, and resume the run from its newest checkpoint",
+    )
 
 
 def users_refused() -> PrivacyError:
