@@ -129,6 +129,24 @@ def test_an_interval_over_three_seeds_is_students(report: ModuleType) -> None:
     assert report.Estimate.of([1.0, 1.1, 1.2]).beyond_chance
 
 
+def test_who_alone_was_best_before_the_last_round_is_compared_at_that(
+    report: ModuleType, quality: ModuleType, tmp_path: Path
+) -> None:
+    folder = written(tmp_path, quality, {"isolated": 3.0, "tokens": 2.9})
+    lines = [json.loads(line) for line in (folder / "jobs.jsonl").read_text("utf-8").splitlines()]
+    for row in lines:
+        row["curve"] = (
+            [[6, 2.5, 1.0], [12, 3.0, 2.0]] if row["arm"] == "isolated" else [[6, 2.8, 1.0], [12, 2.6, 2.0]]
+        )
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    (said,) = report._best_rounds(report.Jobs(folder), 3, "domains")  # noqa: SLF001
+    assert said.endswith("each party alone 2.500 (round 6), together, `tokens` 2.600 (round 12).")
+    for row in lines:
+        row["curve"] = [[6, 3.0, 1.0], [12, 2.5, 2.0]]
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    assert report._best_rounds(report.Jobs(folder), 3, "domains") == []  # noqa: SLF001
+
+
 def written(folder: Path, quality: ModuleType, losses: dict[str, float]) -> Path:
     """Figures of three parties: their arm and how far it is from the public loss of 4."""
     names = ("one", "two", "three")
