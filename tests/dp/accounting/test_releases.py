@@ -134,17 +134,23 @@ def test_invariant_8_what_others_see_is_synced_before_it_is_counted_and_all_is_c
     assert trace == wanted
 
 
-def test_a_round_goes_on_while_its_result_is_synced_and_the_next_result_waits_for_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world, disk, syncing = ReleasesWorld(tmp_path), threading.Event(), threading.Event()
-    real = os.fsync
+def slow_disk() -> tuple[Callable[[int], None], threading.Event, threading.Event]:
+    """An ``os.fsync`` that lets results wait; when it has begun, and what it waits for."""
+    real, syncing, disk = os.fsync, threading.Event(), threading.Event()
 
     def slow(handle: int) -> None:
         if "release" in os.readlink(f"/proc/self/fd/{handle}"):
             syncing.set()
             assert disk.wait(60)
         real(handle)
+
+    return slow, syncing, disk
+
+
+def test_a_round_goes_on_while_its_result_is_synced_and_the_next_result_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, (slow, syncing, disk) = ReleasesWorld(tmp_path), slow_disk()
 
     with world.open() as releases:
         monkeypatch.setattr(os, "fsync", slow)
@@ -355,14 +361,7 @@ def test_a_spool_that_nobody_closed_is_in_use_until_its_last_result_is_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a session is dropped, and resumed in the same process."""
-    world, disk, syncing = ReleasesWorld(tmp_path), threading.Event(), threading.Event()
-    real = os.fsync
-
-    def slow(handle: int) -> None:
-        if "release" in os.readlink(f"/proc/self/fd/{handle}"):
-            syncing.set()
-            assert disk.wait(60)
-        real(handle)
+    world, (slow, syncing, disk) = ReleasesWorld(tmp_path), slow_disk()
 
     spool = Spool(tmp_path / "spool")
     with monkeypatch.context() as patch:
