@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from coterie.federation.wire.frame import FrameScope, FrameType, encode
 from coterie.federation.wire.transport import Lane, Message
 from coterie.models.tensors import raw_bytes
 from helpers.federation_processes import MODEL, PARTIES, WORDS, make_folder, run_here
-from helpers.flare_poc import HUB, Poc
+from helpers.flare_poc import HUB, JOB_S, Poc, pids
 
 pytest.importorskip("nvflare", reason="the extra `nvflare` is not installed")
 
@@ -74,6 +75,7 @@ def expected(agreed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("direct") / "grove"
     shutil.copytree(agreed, folder)
     at = dict(zip((*PARTIES, "coordinator"), free_endpoints(4), strict=True))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in `Poc`: with more threads sums are rounded otherwise
     running = []
     for name, listen in at.items():
         command = [sys.executable, "-P", "-m", "coterie"]
@@ -84,7 +86,7 @@ def expected(agreed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         command += ["--listen", listen]
         command += [word for other, there in at.items() if other != name for word in ("--dial", f"{other}={there}")]
         with (folder / f"{name}.log").open("ab") as log:
-            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         assert [each.wait(1200) for each in running] == [0] * 4, [(folder / f"{n}.log").read_text() for n in at]
     finally:
@@ -96,13 +98,17 @@ def expected(agreed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def trained(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Trunk, experts and their optimisers' state that a party ends with; beside them lie hashes of its ledger, which
     differ by when the run was."""
-    last = folder / name / "run" / "private" / "checkpoints" / f"round-{ROUNDS:08d}"
+    last = checkpoint(folder, name, ROUNDS)
     tensors = {
         (path.name, key): value for path in last.glob("*.safetensors") for key, value in load_file(path).items()
     }
     found = {f"{file}|{key}": value for (file, key), value in tensors.items() if not key.startswith("ledger:")}
     assert len(found) > 50
     return found
+
+
+def checkpoint(folder: Path, name: str, round_number: int) -> Path:
+    return folder / name / "run" / "private" / "checkpoints" / f"round-{round_number:08d}"
 
 
 class World:
@@ -154,7 +160,7 @@ def assert_ended(world: World, job: str, folder: Path, expected: dict[str, dict[
         assert result["privacy"]["rounds"] == ROUNDS
         found = trained(folder, name)
         assert found.keys() == expected[name].keys()
-        assert all(torch.equal(found[key], value) for key, value in expected[name].items())
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=0)
 
 
 def what_crosses(folder: Path) -> dict[str, bytes]:
@@ -244,3 +250,28 @@ def test_a_job_with_settings_or_code_of_its_own_gets_neither_in(world: World) ->
     world.poc.kill(*world.poc.pids("client_train", str(world.poc.place("birch"))))  # FLARE's script starts it again
     assert not world.poc.ended(world.poc.submit(folder / "job")).endswith("COMPLETED")
     assert "birch: NVFLARE_ERROR: BYOC not permitted" in world.poc.logs(HUB)
+
+
+def test_a_hub_killed_in_the_middle_ends_the_members_and_the_job_submitted_again_goes_on(
+    world: World, expected: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """As when its machine fails: the service and the job's process there are gone at once; FLARE's script starts the
+    service again, which no longer knows of the job, and the sites end what they run for it."""
+    folder = world.federation("killed")
+    world.poc.submit(folder / "job")
+    wait_until(lambda: all(checkpoint(folder, name, 1).exists() for name in PARTIES), world)
+    hub = str(world.poc.place(HUB))
+    world.poc.kill(*world.poc.pids("server_train", hub), *world.poc.pids("runner_process", hub))
+    assert pids(folder)
+    wait_until(lambda: not pids(folder), world)
+    assert not checkpoint(folder, "alder", ROUNDS).exists()
+    assert_ended(world, world.poc.submit(folder / "job"), folder, expected)
+    for name in PARTIES:
+        assert "restoring from round" in (folder / name / f"flare-{name}.log").read_text()
+
+
+def wait_until(happened: Callable[[], bool], world: World) -> None:
+    until = time.monotonic() + JOB_S
+    while not happened():
+        assert time.monotonic() < until, world.poc.logs(HUB)[-4000:]
+        time.sleep(0.05)

@@ -114,13 +114,7 @@ class Poc:
 
     def pids(self, *words: str) -> list[int]:
         """Processes of this workspace whose command has all these words."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                command = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-                if f"{self.folder}/" in command and all(word in command for word in words):
-                    found.append(int(path.parent.name))
-        return [pid for pid in found if pid != os.getpid()]
+        return pids(self.folder, *words)
 
     @staticmethod
     def kill(*pids: int) -> None:
@@ -159,6 +153,17 @@ class Poc:
         assert ended.returncode in ok, f"{' '.join(words)}: {ended.returncode}\n{said}"
         answer: dict[str, Any] = json.loads(said[said.index("{") :])
         return answer["data"]
+
+
+def pids(folder: Path, *words: str) -> list[int]:
+    """Other processes than this one whose command names something in a folder, and has all these words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            if f"{folder}/" in command and all(word in command for word in words):
+                found.append(int(path.parent.name))
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def _project(sites: Sequence[str], port: int, admin_port: int) -> dict[str, Any]:
