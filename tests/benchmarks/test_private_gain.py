@@ -90,3 +90,16 @@ def test_the_summary_says_what_sharing_closes_with_its_interval(
     reach = 4.30 * (1 / 3) / 3**0.5  # Student's t at two degrees of freedom
     assert f"closes 0.667 ({2 / 3 - reach:.3f} to {2 / 3 + reach:.3f})" in said
     assert "every party better than alone beyond chance in 2 of 3 seeds" in said
+
+
+def test_one_that_was_computed_before_the_parties_alone_is_not_counted_as_better(
+    gain: ModuleType, recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gain.jsonl"
+    better: dict[int, dict[str, bool]] = {0: {}, 1: dict.fromkeys(recipe.names, True)}
+    for seed, by_name in better.items():
+        row = {"recipe": asdict(recipe), "seed": seed, "arm": "experts_dp_shared", "gain": {"alder": 0.1}}
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({**row, "better_than_alone": by_name}) + "\n")
+    gain.summary(file)
+    assert "every party better than alone beyond chance in 1 of 1 seeds" in capsys.readouterr().out
