@@ -13,8 +13,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,14 @@ Clock = Callable[[], float]
 
 _FEW, _MORE = 1, 3
 """Micro-batches, or physical batches of records, at which a round is timed."""
-_TIMES = 3
+_TIMES, _MOST_TIMES = 3, 25
 """Of so many the median counts: a machine that others use is as slow for the run as for this."""
+_WORK_S, _ROUNDS_S = 1.0, 3.0
+"""Short ones are measured for so long."""
+_SMALL, _MOST_PERIODS = 50_000_000, 4
+"""By so many weights and periods, and by half of what there is, two models may differ: where they differ by one layer
+of many, what is wrong with that layer's time counts as often as the whole model has layers. Of large models rounds
+are long, and their times steadier."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +159,14 @@ def _work(config: TrainConfig, structure: PreTrainedModel) -> float:
 def _depths(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, int, int]:
     """Decoder layers of the two models to measure, and of the whole.
 
-    The second has one period more than the first: the least number of layers after which kinds of attention and MoE
-    layers come again. Layers before the first MoE layer are in both.
+    A period is the least number of layers after which kinds of attention and MoE layers come again. The first model
+    has one, after the layers before the first MoE layer, which are in both; the second has one more, or several where
+    they are small.
     """
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
-    names = [layer.name for layer in expert_layers(structure_of(copy.deepcopy(config), dtype))]
+    structure = structure_of(copy.deepcopy(config), dtype)
+    names = [layer.name for layer in expert_layers(structure)]
     moe = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
     kinds = list(getattr(text, "layer_types", None) or [""] * layers)
     shape = [(kind, at in moe) for at, kind in enumerate(kinds)]
@@ -168,7 +177,11 @@ def _depths(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, int, int
         if all(shape[at] == shape[at + step] for at in range(lead, layers - step))
     )
     few = lead + period
-    return (few, few + period, layers) if few + period < layers else (layers, layers, layers)
+    if few + period >= layers:
+        return layers, layers, layers
+    of_period = sum(param.numel() for param in structure.parameters()) * period / layers
+    periods = max(1, min(_MOST_PERIODS, (layers - few) // (2 * period), int(_SMALL / of_period)))
+    return few, few + periods * period, layers
 
 
 def _shortened(config: PretrainedConfig, depth: int) -> PretrainedConfig:
@@ -208,22 +221,29 @@ def _held(module: nn.Module) -> int:
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _usual(compute: Callable[[int], object], amount: int, device: torch.device, clock: Clock) -> float:
-    """Seconds that so much work takes, in the median of some tries."""
-    found = []
-    for _ in range(_TIMES):
-        began = clock()
-        compute(amount)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(clock() - began)
-    return statistics.median(found)
+def _once_more(times: int, began: float, seconds: float) -> bool:
+    return times < _TIMES or (times < _MOST_TIMES and time.monotonic() - began < seconds)
 
 
-def _line(seconds: dict[int, float]) -> tuple[float, float]:
-    """What no work takes, and what every unit of it does, from two amounts."""
-    (few, one), (more, two) = sorted(seconds.items())
-    each = max(0.0, (two - one) / (more - few))
+def _usual(computes: Sequence[Callable[[], object]], device: torch.device, clock: Clock) -> list[float]:
+    """What each takes, in the median of some tries: all in turn, so that a moment in which the machine has other work
+    is not one's alone."""
+    found: list[list[float]] = [[] for _ in computes]
+    began = time.monotonic()
+    while _once_more(len(found[0]), began, _WORK_S):
+        for compute, times in zip(computes, found, strict=True):
+            start = clock()
+            compute()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(clock() - start)
+    return [statistics.median(times) for times in found]
+
+
+def _line(amounts: tuple[int, int], seconds: Sequence[float]) -> tuple[float, float]:
+    """What no work takes, and what every unit of it does, from what two amounts take."""
+    (few, more), (one, two) = amounts, seconds
+    each = max(0.0, (two - one) / (more - few)) if more > few else one / more
     return max(0.0, one - each * few), each
 
 
@@ -269,8 +289,9 @@ def _timed(
         one_round(text.batch(spread[at::_MORE][:size]) for at in range(count))
 
     peak = peak_bytes(lambda: do(_MORE), device)  # and the first, in which the optimiser makes its state
-    seconds = {count: _usual(do, count, device, clock) for count in (_FEW, _MORE)}
-    return _Point(*_line(seconds), _held(model) + peak)
+    counts = (_FEW, _MORE)
+    seconds = _usual([partial(do, count) for count in counts], device, clock)
+    return _Point(*_line(counts, seconds), _held(model) + peak)
 
 
 def _private(config: TrainConfig, model: nn.Module, records: Sequences, clock: Clock) -> _Point:
@@ -298,8 +319,8 @@ def _private(config: TrainConfig, model: nn.Module, records: Sequences, clock: C
 
             most = len(np.unique(spread))
             counts = (max(1, most // _MORE), most)
-            seconds = {count: _usual(sums, count, device, clock) for count in counts}
-            _, each = _line(seconds)
+            seconds = _usual([partial(sums, count) for count in counts], device, clock)
+            _, each = _line(counts, seconds)
 
             def one_round() -> None:
                 lot = session.next_lot()
@@ -310,7 +331,8 @@ def _private(config: TrainConfig, model: nn.Module, records: Sequences, clock: C
             beside: list[float] = []
             peak = peak_bytes(one_round, device)
             beside.clear()
-            for _ in range(_TIMES):
+            began_all = time.monotonic()
+            while len(beside) < plan.rounds - 1 and _once_more(len(beside), began_all, _ROUNDS_S):
                 one_round()
             per_unit = len(text) / data.units.count
             return _Point(max(0.0, statistics.median(beside)), each * per_unit, _held(model) + peak)
