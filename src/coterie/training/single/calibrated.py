@@ -131,7 +131,7 @@ def calibrate_model(
         lora: adapters that a party of a federation trains in place of the weights.
     """
     began = time.monotonic()
-    few, more, layers = _depths(whole, torch_dtype(config.model))
+    few, more, layers = depths(whole, torch_dtype(config.model))
     measure = _private if config.privacy is not None else _plain if lora is None else _plain_adapters
     points = [
         measure(config, _model(config, _shortened(whole, depth), lora or config.lora), records, clock)
@@ -156,7 +156,7 @@ def _work(config: TrainConfig, structure: PreTrainedModel) -> float:
 # -- models with fewer layers ---------------------------------------------------------------------------------------
 
 
-def _depths(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, int, int]:
+def depths(config: PretrainedConfig, dtype: torch.dtype) -> tuple[int, int, int]:
     """Decoder layers of the two models to measure, and of the whole.
 
     A period is the least number of layers after which kinds of attention and MoE layers come again. The first model
