@@ -177,6 +177,11 @@ def _columns(seeds: Sequence[Losses]) -> list[Estimate]:
     return [Estimate.of([losses[name] for losses in seeds]) for name in seeds[0]] if seeds else []
 
 
+def _of_seeds(found: Mapping[int, Losses], those: Mapping[int, Losses]) -> list[Losses]:
+    """An arm that other ways of dealing share has seeds that this way may not have."""
+    return [losses for seed, losses in found.items() if seed in those]
+
+
 def _mean(losses: Losses) -> float:
     return sum(losses.values()) / len(losses)
 
@@ -227,7 +232,8 @@ coterie {about["coterie"]}. The machine was not idle: seconds are rough.
   tuned on these sets.{_isolation(jobs)}
 - **Together** runs the project's coordinator, rounds and exchanges, with parties as threads of one process. `tokens`
   has private trunks, `experts` a shared one. *In one place* takes as many sequences a round as all parties together.
-- `±` is half a 95 % interval over up to {len(sizes["seeds"])} seeds (Student's: wide); a figure without it has one.
+- `±` is half a 95 % interval over up to {len(sizes["seeds"])} seeds (Student's: wide); a figure without it has one,
+  and may stand beside means over several. What is said of two arms compares them seed by seed.
 """
 
 
@@ -256,6 +262,11 @@ def _verdicts(jobs: Jobs, parties: int, split: str) -> list[str]:
     found += _what_costs(jobs, parties, split)
     found += _lower(jobs, "tokens", parties, None, split)
     found += _equal(jobs, parties, split)
+    if split == "unequal" and found:
+        found.append(
+            "In one place a sequence is drawn from all text, so who has more of it counts more; together every party "
+            "counts alike."
+        )
     found += _lower(jobs, "experts", parties, None, split)
     found += _interference(jobs, parties) if split == "domains" else []
     found += _best_rounds(jobs, parties, split)
@@ -443,10 +454,10 @@ def _other_shares(jobs: Jobs) -> str:
     parts = []
     for split in ("iid", "scarce", "unequal"):
         rows = [
-            (_named(arm, epsilon), estimates)
+            (_named(arm, epsilon), _columns(ours))
             for epsilon in (None, *jobs.about["sizes"]["epsilons"])
             for arm in ("isolated", "tokens", "experts_own_trunks", "experts", "centralised")
-            if jobs.by_domain("isolated", 7, epsilon, split) and (estimates := jobs.by_domain(arm, 7, epsilon, split))
+            if (ours := _of_seeds(jobs.losses(arm, 7, epsilon, split), jobs.losses("isolated", 7, epsilon, split)))
         ]
         if len(rows) > 1:
             title = WAYS[split].format(parties=7, scarce=jobs.about["sizes"]["scarce"] // 1000)

@@ -129,6 +129,13 @@ def test_an_interval_over_three_seeds_is_students(report: ModuleType) -> None:
     assert report.Estimate.of([1.0, 1.1, 1.2]).beyond_chance
 
 
+def test_a_way_of_one_seed_has_no_row_of_other_seeds(report: ModuleType) -> None:
+    """All text in one place is the same for parties alike and unlike, and has the seeds of both."""
+    one_place = {0: {"one": 3.0}, 1: {"one": 2.0}}
+    assert report._of_seeds(one_place, {0: {"one": 3.5}}) == [{"one": 3.0}]  # noqa: SLF001
+    assert report._of_seeds(one_place, {}) == []  # noqa: SLF001
+
+
 def test_who_alone_was_best_before_the_last_round_is_compared_at_that(
     report: ModuleType, quality: ModuleType, tmp_path: Path
 ) -> None:
