@@ -1,4 +1,4 @@
-"""Of which depths a plan measures models: apart enough for short times, and never as large as the run's own."""
+"""Of which depths a plan measures models: apart enough for short times, at most half of what the run adds."""
 
 from __future__ import annotations
 
