@@ -22,6 +22,7 @@ from dp_accounting.pld import privacy_loss_distribution as distribution
 
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.accounting.kept import kept
+from coterie.dp.accounting.loss_distributions import gaussian
 from coterie.errors import BudgetError, LedgerError, PrivacyError
 from coterie.storage import check_keys, check_known
 
@@ -43,6 +44,8 @@ _GRID = 20_000
 """Steps of a grid between no loss and the mean loss of one round of little noise: finer ones take minutes."""
 
 _TOLERANCE = 1e-4
+_FEW_ORDERS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Renyi orders that are enough to begin a search: a power of two is asked for."""
 _HIGH_ORDERS = (2048, 4096, 8192, 16384)
 """Renyi orders for small epsilons at a tiny delta, beyond dp-accounting's own; each costs as many terms."""
 
@@ -206,7 +209,7 @@ def _merged(spent: tuple[Mechanism, int]) -> tuple[Mechanism, int]:
 
 @kept(64)
 def one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLossDistribution:
-    """What dp-accounting's PLD accountant builds for `Mechanism.event`; kept, because building it is slow."""
+    """What dp-accounting's PLD accountant builds for `Mechanism.event`; kept, because building it takes time."""
     if mechanism.sampler == "truncated_poisson":
         return distribution.from_truncated_subsampled_gaussian_mechanism(
             dataset_size=mechanism.units,
@@ -216,12 +219,7 @@ def one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLoss
             value_discretization_interval=interval,
             neighboring_relation=_ADD_OR_REMOVE,
         )
-    return distribution.from_gaussian_mechanism(
-        standard_deviation=mechanism.noise_multiplier,
-        value_discretization_interval=interval,
-        sampling_prob=mechanism.sampling_rate,
-        neighboring_relation=_ADD_OR_REMOVE,
-    )
+    return gaussian(mechanism.noise_multiplier, mechanism.sampling_rate, interval)
 
 
 @kept(256)
@@ -262,7 +260,7 @@ def noise_multiplier(
 
     high = 1.0  # Renyi's answer for plain sampling is a start, and quick also where there is far too little noise
     while high <= _LARGEST_MULTIPLIER and (
-        _renyi_epsilon(((Mechanism(high, sampling_rate), rounds),), budget.delta) > budget.epsilon
+        _renyi(((Mechanism(high, sampling_rate), rounds),), budget.delta, _FEW_ORDERS)[0] > budget.epsilon
     ):
         high *= 2
     while rough(high) > budget.epsilon:
