@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import fft, stats
 from torch import Tensor
 
 MOST_VALUES = 1 << 22
@@ -59,13 +59,14 @@ def shape(residuals: Sequence[Mapping[str, Tensor]]) -> Seen:
 
 def within_rounds(residuals: Sequence[Mapping[str, Tensor]]) -> Seen:
     """The largest correlation of a round's noise with itself, any number of values later."""
-    spectra = [np.fft.rfft(_flat(each)) for each in residuals]
-    return _largest([_correlations(spectrum, spectrum, residuals[0])[1:] for spectrum in spectra], residuals[0])
+    spectra = [_spectrum(each) for each in residuals]
+    found = [_correlations(a, a, residuals[0])[1:] for a in spectra]
+    return _largest(found, residuals[0])
 
 
 def between_rounds(residuals: Sequence[Mapping[str, Tensor]]) -> Seen:
     """The largest correlation between the noise of two rounds, at the same or any other place."""
-    spectra = [np.fft.rfft(_flat(each)) for each in residuals]
+    spectra = [_spectrum(each) for each in residuals]
     pairs = [(a, b) for i, a in enumerate(spectra) for b in spectra[:i]]
     return _largest([_correlations(a, b, residuals[0]) for a, b in pairs], residuals[0])
 
@@ -125,18 +126,26 @@ def _flat(noise: Mapping[str, Tensor]) -> np.ndarray:
     return parts[:MOST_VALUES].numpy()
 
 
-def _correlations(a: np.ndarray, b: np.ndarray, like: Mapping[str, Tensor]) -> np.ndarray:
+def _spectrum(noise: Mapping[str, Tensor]) -> tuple[np.ndarray, float]:
+    """Of a round's values with as many zeros behind them as a quick transform takes, and their sum of squares."""
+    values = _flat(noise)
+    return fft.rfft(values, _padded(len(values))), float(np.dot(values, values))
+
+
+def _padded(count: int) -> int:
+    """A length at which values that are shifted out do not come in again."""
+    return int(fft.next_fast_len(2 * count, real=True))
+
+
+def _correlations(a: tuple[np.ndarray, float], b: tuple[np.ndarray, float], like: Mapping[str, Tensor]) -> np.ndarray:
     """Inner products of one round with the other shifted around by 0, 1, 2..., as standard normals."""
     count = _count(like)
-    products = np.fft.irfft(a * np.conj(b), n=count)
-    lengths = math.sqrt(float(_energy(a, count) * _energy(b, count)))
-    return products * (math.sqrt(count) / lengths) if lengths > 0 else np.full(count, np.inf)
-
-
-def _energy(spectrum: np.ndarray, count: int) -> float:
-    """The sum of squares of what a spectrum is of."""
-    doubled = 2 * (np.abs(spectrum) ** 2).sum() - abs(spectrum[0]) ** 2
-    return float(doubled - (abs(spectrum[-1]) ** 2 if count % 2 == 0 else 0)) / count
+    padded = _padded(count)
+    products = fft.irfft(a[0] * np.conj(b[0]), padded)
+    around = products[:count]
+    around[1:] += products[padded - count + 1 :]
+    lengths = math.sqrt(a[1] * b[1])
+    return around * (math.sqrt(count) / lengths) if lengths > 0 else np.full(count, np.inf)
 
 
 def _largest(normals: Sequence[np.ndarray], like: Mapping[str, Tensor]) -> Seen:
