@@ -63,6 +63,8 @@ def lines(report: DataReport, config: TrainConfig) -> list[str]:
         said.append(
             f"cut off     {report.cut_tokens} tokens of {report.cut} documents: data.sequence_length is short"
         )
+    if report.blank:
+        said.append(f"blank       {report.blank} more say nothing, and are left out")
     if report.left_out:
         said.append(f"left out    {report.left_out} documents, of which nothing could be predicted")
     if privacy is not None:
@@ -74,7 +76,10 @@ def lines(report: DataReport, config: TrainConfig) -> list[str]:
         said.append(f"duplicates  {report.duplicates} documents repeat an earlier one word for word")
     if report.alike:
         count, groups = sum(report.alike), len(report.alike)
-        said.append(f"alike       {count} documents in {groups} groups say nearly the same, up to {report.alike[0]}")
+        said.append(
+            f"alike       {count} documents in {groups} {'group' if groups == 1 else 'groups'} say nearly the same, "
+            f"up to {report.alike[0]}"
+        )
     if report.alike and privacy is not None:
         said.append("NOTE: the epsilon of what such documents share is that of a group of so many records")
     return [*said, *(f"record {number}    {text}" for number, text in enumerate(report.first, 1))]

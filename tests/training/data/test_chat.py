@@ -130,6 +130,9 @@ def test_a_conversation_is_cut_at_its_end_and_one_without_an_answer_before_is_le
         ({"messages": [{"role": "user", "text": "secret"}]}, "every turn needs"),
         ({"messages": [{"role": "user", "content": "secret"}]}, "nothing would be trained"),
         ({"messages": [7]}, "every turn needs"),
+        ({"messages": [{"role": "assistant", "content": 7}]}, "every turn needs"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "tool calls"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "text", "text": "secret"}]}]}, "content in parts"),
     ],
 )
 def test_what_is_no_conversation_is_said_by_place_without_its_words(
@@ -140,6 +143,40 @@ def test_what_is_no_conversation_is_said_by_place_without_its_words(
     assert refused.value.code == "data-not-chat"
     assert "line 2" in str(refused.value)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "secret", "output": 7}, "`output` is a number"),
+        ({"instruction": "secret", "output": False}, "`output` is true or false"),
+        ({"instruction": "secret", "output": None}, "`output` is nothing"),
+        ({"instruction": None, "output": "secret"}, "`instruction` is nothing"),
+        ({"instruction": "secret", "input": 0, "output": "secret"}, "`input` is a number"),
+    ],
+)
+def test_an_instruction_is_text_and_so_is_its_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=said) as refused:
+        prepared(tmp_path, [row], tokenizer, form="instruction")
+    assert refused.value.code == "data-not-chat"
+    assert "secret" not in str(refused.value)
+
+
+def test_a_table_of_instructions_needs_no_column_for_their_input(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("output,instruction\nrest,a cough?\n")
+    spec = DataSpec.model_validate({"train": [tmp_path / "rows.csv"], "form": "instruction"})
+    (talk,) = read_documents(spec.train, spec).conversations or ()
+    assert [message["content"] for message in talk.messages] == ["a cough?", "rest"]
+
+
+def test_rows_of_another_shape_are_not_sent_to_a_setting_that_does_not_help(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": []}))
+    spec = DataSpec.model_validate({"train": [tmp_path / "rows.jsonl"], "form": "messages"})
+    with pytest.raises(DataError, match=r"its columns are: conversations") as refused:
+        read_documents(spec.train, spec)
+    assert "data.form" in str(refused.value.fix)
 
 
 def test_a_template_that_refuses_is_one_sentence(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

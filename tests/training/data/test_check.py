@@ -35,6 +35,14 @@ def test_counts_lengths_and_what_is_cut(tmp_path: Path) -> None:
     assert (pieces.records, pieces.cut, pieces.most_pieces) == (4, 0, 2)
 
 
+def test_what_says_nothing_is_counted(tmp_path: Path) -> None:
+    found = report(tmp_path, [{"text": "abcd"}, {"text": " "}, {"text": None}, {"text": ""}])
+    assert (found.documents, found.records, found.blank) == (1, 1, 3)
+    (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
+    spec = DataSpec.model_validate({"train": [tmp_path / "lines.txt"], "split_text": "line"})
+    assert read_documents(spec.train, spec).blank == 1  # the end of the last line begins no other
+
+
 def test_duplicates_and_texts_that_say_nearly_the_same(tmp_path: Path) -> None:
     near = WORDS.replace("tree", "oak")
     other = "a report on the weather of last week, with rain on monday and wind on every other day of it"

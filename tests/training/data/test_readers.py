@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,13 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path: Path, way: str) -> None
         read_documents([first, other, second], DataSpec(train=(first,)))
     assert caught.value.code == "data-file-twice"
     assert len(read_documents([first, other], DataSpec(train=(first,)))) == 2
+
+
+@pytest.mark.parametrize(("module", "named"), [("gzip", "gzip"), ("bz2", "bzip2"), ("lzma", "xz")])
+@pytest.mark.parametrize("suffix", ["", ".packed"])
+def test_a_compressed_file_is_said_to_be_one(tmp_path: Path, module: str, named: str, suffix: str) -> None:
+    content = importlib.import_module(module).compress(json.dumps({"text": SECRET}).encode())
+    path = written(tmp_path, f"rows.jsonl{suffix}", content)
+    with pytest.raises(DataError, match=rf"compressed \({named}\)") as refused:
+        read(path, format="jsonl")
+    assert refused.value.code == "data-format"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from coterie.errors import DataError
+from coterie.training.data.readers import IntegerText, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,13 +68,14 @@ def conversation(form: str, values: Sequence[Any], where: str) -> Conversation:
         return Conversation(_answered(_messages(values[0], where), where))
     if form == "prompt_completion":
         prompt, completion = values
-        if isinstance(prompt, str) and isinstance(completion, str):
+        if _is_text(prompt) and _is_text(completion):
             return Conversation((_message("user", prompt), _message("assistant", completion)), joined=True)
         return Conversation(_answered((*_messages(prompt, where), *_messages(completion, where)), where))
-    instruction, given, output = (value or "" for value in values)
-    if not all(isinstance(value, str) for value in (instruction, given, output)):
-        raise _unfit(where, "`instruction`, `input` and `output` have to be text")
-    asked = f"{instruction}\n\n{given}" if given.strip() else instruction
+    instruction, given, output = values
+    for column, value in zip(COLUMNS[form], values, strict=True):
+        if not _is_text(value) and not (value is None and column in OPTIONAL):
+            raise _unfit(where, f"`{column}` is {kind_of(value)}, not text")
+    asked = f"{instruction}\n\n{given}" if given and given.strip() else instruction
     return Conversation((_message("user", asked), _message("assistant", output)))
 
 
@@ -215,8 +217,11 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
     for item in value:
         given = item if isinstance(item, Mapping) else {}
         role, content = given.get("role"), given.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise _unfit(where, "every turn needs a `role` and a `content`, both text")
+        if not _is_text(role) or not _is_text(content):
+            raise _unfit(
+                where,
+                "every turn needs a `role` and a `content`, both text; tool calls and content in parts are not read",
+            )
         messages.append(_message(role, content))
     return tuple(messages)
 
@@ -225,6 +230,10 @@ def _answered(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     if not any(message["role"] == "assistant" for message in messages):
         raise _unfit(where, "no turn has the role `assistant`, so nothing would be trained")
     return messages
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, IntegerText)
 
 
 def _message(role: str, content: str) -> Message:

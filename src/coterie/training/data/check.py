@@ -29,6 +29,7 @@ class DataReport:
 
     Attributes:
         documents, records: documents read, sequences made of them.
+        blank: documents that say nothing, which are left out.
         tokens, predicted: in all records; those with a label.
         shortest, median, longest: tokens of a record.
         cut, cut_tokens: documents of which something is left out, and how much.
@@ -41,6 +42,7 @@ class DataReport:
 
     documents: int
     records: int
+    blank: int
     tokens: int
     predicted: int
     shortest: int
@@ -82,6 +84,7 @@ def check_data(
     return DataReport(
         documents=len(documents),
         records=len(records),
+        blank=documents.blank,
         tokens=int(lengths.sum()),
         predicted=records.predicted_tokens,
         shortest=int(lengths.min()),

@@ -14,6 +14,7 @@ from coterie.training.data.chat import COLUMNS, OPTIONAL, Conversation, conversa
 from coterie.training.data.readers import (
     IntegerText,
     Row,
+    check_unpacked,
     csv_rows,
     json_rows,
     kind_of,
@@ -27,7 +28,7 @@ _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".csv": "csv", 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in file order; blank ones are left out.
+    """Texts in file order.
 
     Attributes:
         texts: one string per document.
@@ -35,6 +36,7 @@ class Documents:
         conversations: what the texts stand for, where rows are conversations.
         classes: of each text, where they are learnt by label words; empty where none was read.
         places: file and row of each text, there.
+        blank: how many said nothing and were left out.
     """
 
     texts: tuple[str, ...]
@@ -42,6 +44,7 @@ class Documents:
     conversations: tuple[Conversation, ...] | None = None
     classes: tuple[str, ...] | None = None
     places: tuple[tuple[Path, str], ...] | None = None
+    blank: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -67,26 +70,26 @@ def read_documents(
     talks: list[Conversation] = []
     classes: list[str] = []
     places: list[tuple[Path, str]] = []
+    blank = 0
     _check_different(files)
     for path in files:
         before = len(texts)
         for made, user in _documents_of(path, spec, user_column, classes_needed):
+            if made.blank if isinstance(made, Conversation | Classified) else not made.strip():
+                blank += 1
+                continue
             if isinstance(made, Classified):
-                if made.text.strip():
-                    if classes_needed:
-                        _check_class(made, path)
-                    texts.append(made.text)
-                    classes.append(made.of or "")
-                    places.append((path, made.where))
-                    users.append(user)
+                if classes_needed:
+                    _check_class(made, path)
+                texts.append(made.text)
+                classes.append(made.of or "")
+                places.append((path, made.where))
             elif isinstance(made, Conversation):
-                if not made.blank:
-                    texts.append(made.text())
-                    talks.append(made)
-                    users.append(user)
-            elif made.strip():
+                texts.append(made.text())
+                talks.append(made)
+            else:
                 texts.append(made)
-                users.append(user)
+            users.append(user)
         if len(texts) == before:
             raise DataError(
                 f"{path} holds no text.",
@@ -101,6 +104,7 @@ def read_documents(
         tuple(talks) if spec.form != "text" else None,
         tuple(classes) if by_words else None,
         tuple(places) if by_words else None,
+        blank,
     )
 
 
@@ -110,6 +114,10 @@ class Classified(NamedTuple):
     where: str
     text: str
     of: str | None
+
+    @property
+    def blank(self) -> bool:
+        return not self.text.strip()
 
 
 def _check_class(made: Classified, path: Path) -> None:
@@ -150,6 +158,7 @@ def _documents_of(
             where="data.train or data.test",
             fix="check the path; a relative one starts from the settings file's folder",
         )
+    check_unpacked(path)
     kind = "saved" if path.is_dir() else spec.format or _SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise DataError(
@@ -228,7 +237,7 @@ def _plain_documents(path: Path, split: str) -> Iterator[str]:
     if split == "file":
         yield text
     elif split == "line":
-        yield from text.split("\n")
+        yield from text.removesuffix("\n").split("\n")
     else:
         paragraph: list[str] = []
         for line in [*text.split("\n"), ""]:
@@ -247,5 +256,5 @@ def _rows(path: Path, kind: str, columns: Sequence[str], optional: Sequence[str]
     if kind == "jsonl":
         return json_rows(path, columns, optional)
     if kind == "csv":
-        return csv_rows(path, columns, "\t" if path.suffix.lower() == ".tsv" else ",")
+        return csv_rows(path, columns, "\t" if path.suffix.lower() == ".tsv" else ",", optional)
     return parquet_rows(path, columns, optional)

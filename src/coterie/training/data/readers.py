@@ -21,6 +21,12 @@ from coterie.errors import DataError
 Row = tuple[str, list[Any]]
 """Where a row is ("line 3"), and the values of the named columns, in their order."""
 
+_NAMED = (
+    "name one of its columns with data.text, or privacy.user_column; where data.form is set, name columns as it asks"
+)
+_PACKED = re.compile(
+    rb"(?P<gzip>\x1f\x8b)|(?P<bzip2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\0)|(?P<zstd>\x28\xb5\x2f\xfd)|(?P<zip>PK\3\4)"
+)
 _BOM = b"\xef\xbb\xbf"
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -107,7 +113,7 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def csv_rows(path: Path, columns: Sequence[str], separator: str) -> Iterator[Row]:
+def csv_rows(path: Path, columns: Sequence[str], separator: str, optional: Sequence[str] = ()) -> Iterator[Row]:
     """Rows of a file with a header line; every field is text.
 
     Raises:
@@ -118,7 +124,8 @@ def csv_rows(path: Path, columns: Sequence[str], separator: str) -> Iterator[Row
     rows = csv.reader((line for _, line in _lines(path)), delimiter=separator, strict=True)
     numbered = _numbered(path, rows)
     _, header = next(numbered, ("", []))
-    places = [_place(path, header, column) for column in columns]
+    absent = set(optional) - set(header)
+    places = [None if column in absent else _place(path, header, column) for column in columns]
     for where, fields in numbered:
         if len(fields) != len(header):
             raise DataError(
@@ -134,7 +141,7 @@ def csv_rows(path: Path, columns: Sequence[str], separator: str) -> Iterator[Row
                 why="in files with tabs a quote is often a letter like any other: several rows would be read as one",
                 fix="double the quotes that are letters and put the field in quotes, or write the file as jsonl",
             )
-        yield where, [fields[place] for place in places]
+        yield where, [None if place is None else fields[place] for place in places]
 
 
 def _numbered(path: Path, rows: Any) -> Iterator[tuple[str, list[str]]]:
@@ -175,7 +182,7 @@ def _place(path: Path, header: list[str], column: str) -> int:
         code="data-no-column",
         fix="separate columns by commas (tabs in a .tsv file)"
         if others
-        else "set data.text (or privacy.user_column) to a name in its first line; a file without a header needs one",
+        else f"{_NAMED}; a file without a header needs one",
     )
 
 
@@ -269,6 +276,27 @@ def plain_text(path: Path) -> str:
     return "".join(line for _, line in _lines(path)).replace("\r\n", "\n")
 
 
+def check_unpacked(path: Path) -> None:
+    """Nothing compressed is read: what its bytes are taken for would be an error far from the cause.
+
+    Raises:
+        DataError: the file begins as those of a compressing program do.
+    """
+    if not path.is_file():  # a folder, or a pipe, whose first bytes would be gone
+        return
+    try:
+        with path.open("rb") as file:
+            packed = _PACKED.match(file.read(16))
+    except OSError:  # said where it is read
+        return
+    if packed:
+        raise DataError(
+            f"{path} is compressed ({packed.lastgroup}), and is read as it is.",
+            code="data-format",
+            fix="unpack it first; parquet is compressed inside and read in pieces",
+        )
+
+
 def _check_no_zero(path: Path, number: int, line: bytes) -> None:
     """ASCII in UTF-16 is valid UTF-8, with a zero byte beside every letter."""
     at = line.find(b"\0")
@@ -314,7 +342,7 @@ def no_column(path: Path, column: str, names: Sequence[str], where: str | None =
     return DataError(
         f"{path}{f', {where},' if where else ''} has no column `{column}`; its columns are: {shown}.",
         code="data-no-column",
-        fix="set data.text (or privacy.user_column) to one of them",
+        fix=_NAMED,
     )
 
 
