@@ -66,12 +66,36 @@ def replacing(path: Path, mode: int | None = None, *, synced: bool = True) -> It
 
 def _refused(error: BaseException, aside: Path) -> int | None:
     """The system's number for what it refused while this file was written; None where it was something else."""
-    if isinstance(error, SafetensorError):  # it has the number in its words alone
+    if not isinstance(error, OSError) or str(error.filename) == str(aside):
+        return system_error(error)
+    return error.errno if error.errno in _OF_DISKS else None
+
+
+def system_error(error: BaseException) -> int | None:
+    """The operating system's number for what it refused; None where it was something else.
+
+    Libraries written in Rust (safetensors, tokenizers) have it in their words alone, the second in a bare Exception.
+    """
+    if isinstance(error, SafetensorError) or type(error) is Exception:
         number = re.search(r"os error (\d+)", str(error))
         return int(number[1]) if number else None
-    if isinstance(error, OSError) and (str(error.filename) == str(aside) or error.errno in _OF_DISKS):
-        return error.errno
-    return None
+    return error.errno if isinstance(error, OSError) else None
+
+
+def disk_refusal(error: BaseException) -> CheckpointError | None:
+    """One sentence for a disk that is full, read-only or broken, where no place of the code expected it to be.
+
+    None where it was something else.
+    """
+    refused = system_error(error)
+    if refused not in (*_OF_DISKS, errno.EROFS):
+        return None
+    return CheckpointError(
+        f"A file could not be written: {os.strerror(refused)}.",
+        code="file-access",
+        fix="make room where the settings or options of this command write, or mend its permissions; --debug shows "
+        "where it was needed",
+    )
 
 
 def _create(path: Path, mode: int) -> None:
@@ -170,7 +194,11 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
+    except Exception as error:
+        if system_error(error) is None and not isinstance(
+            error, OSError | SafetensorError | sqlite3.OperationalError
+        ):
+            raise
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CheckpointError(
             f"{path} cannot be written: {reason}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import json
 import os
@@ -107,6 +108,25 @@ def test_a_bug_is_one_line_without_debug(capsys: pytest.CaptureFixture[str], mon
     assert code == 1
     assert "Error internal: RuntimeError: [red]odd[/red]" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Exception("No space left on device (os error 28)"),  # as tokenizers does
+        OSError(errno.ENOSPC, "No space left on device"),  # as a write to an open file does
+    ],
+)
+def test_a_full_disk_is_no_bug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: Exception
+) -> None:
+    def full(*args: object) -> None:
+        raise said
+
+    monkeypatch.setattr("coterie.config.load_yaml", full)
+    code, _, err = run(capsys, "train", "x.yaml")
+    assert code == 1
+    assert "Error file-access: A file could not be written: No space left on device." in err
 
 
 def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,10 +167,12 @@ def _run(given: list[str], debug: bool) -> None:
     except Exception as error:
         if debug:
             raise
+        from coterie.storage import disk_refusal
+
         bug = CoterieError(
             f"{type(error).__name__}: {error}", code="internal", fix="add --debug for the traceback and report it"
         )
-        show_error(bug)
+        show_error(disk_refusal(error) or bug)
         sys.exit(1)
 
 

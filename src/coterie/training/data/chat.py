@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from jinja2 import TemplateError
 
@@ -232,7 +232,7 @@ def _answered(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
     return messages
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and not isinstance(value, IntegerText)
 
 
