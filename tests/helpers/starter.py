@@ -6,7 +6,6 @@ Reads one JSON object a line and answers each with one. No gRPC object exists he
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import resource
@@ -24,11 +23,12 @@ _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 
 
 def preload() -> None:
-    """Import what the commands of a federation import."""
-    import transformers.models.olmoe.modeling_olmoe
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+    """Import what the commands of a federation import, and compile what they compile, as the demo does."""
+    import transformers.models.olmoe.modeling_olmoe  # noqa: F401
 
-    gc.freeze()
+    from coterie.demonstration import preloaded
+
+    preloaded.load()
 
 
 def become(

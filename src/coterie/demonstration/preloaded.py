@@ -47,8 +47,10 @@ def load() -> None:
         importlib.import_module(module)
     from coterie.dp.isolation.grid_sums import compiled
     from coterie.dp.noise.discrete_gaussian import alias_tables
+    from coterie.dp.per_sample.gram_kernel import compile_now
 
     alias_tables()
+    compile_now()
     add = compiled()
     if add is not None:
         add(np.zeros(1, np.float32), np.zeros(1, np.int64), 1.0)

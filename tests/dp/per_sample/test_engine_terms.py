@@ -323,3 +323,18 @@ def test_rounding_bounds_grow_with_length_as_stated() -> None:
     assert rounding_factor(10_000) == pytest.approx(2.0**-24 * 104)
     assert worst_excess(2_500) == pytest.approx(0.5 * TRUSTED * 49)
     assert worst_excess(200_000) <= 0.0033  # long dot products are taken in pieces
+
+
+@NEEDS_NUMBA
+def test_what_was_compiled_ahead_is_what_segments_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram_kernel.compile_now()
+    compiled = gram_kernel.kernel()
+    assert compiled is not None
+    ahead = list(compiled.signatures)  # type: ignore[attr-defined]
+    monkeypatch.setattr(gram_kernel, "_WORTH_STARTING", 0)
+    for rows in (torch.arange(8), None):
+        one = SegmentNorms(torch.randn(8, 3), rows, torch.randn(8, 2), torch.tensor([0, 4]), torch.tensor([4, 8]))
+        take_all([one])
+        assert one.value_S is not None
+    assert len(ahead) == 1
+    assert list(compiled.signatures) == ahead  # type: ignore[attr-defined]

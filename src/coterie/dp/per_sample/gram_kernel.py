@@ -102,6 +102,15 @@ def take_all(norms: Iterable[SegmentNorms]) -> None:
     run_in_threads(lambda job: job[0].take(compiled, job[1]), [(n, share) for n in left for share in n.shares()])
 
 
+def compile_now() -> None:
+    """Compile the pass, where numba is installed: forks of this process need not."""
+    if (compiled := kernel()) is not None:
+        row = torch.zeros(1, 1)
+        one = SegmentNorms(row, None, row, torch.tensor([0]), torch.tensor([1]))
+        one.prepare()
+        one.take(compiled, slice(0, 1))
+
+
 @functools.cache
 def kernel() -> Kernel | None:
     """``kernel(a, rows, g, start, stop, value, crude, reach)``, see `SegmentNorms`; None without numba."""
