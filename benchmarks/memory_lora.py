@@ -149,11 +149,12 @@ class Measured:
         }
 
     def _explained(self) -> int:
-        """What a party has to hold: the trunk as it is computed in, and everybody's experts as they travel."""
-        trunk = stored_shapes(self.root / "weights" / TRUNK_FILE).values()
-        size = 2 if self._dtype == "bfloat16" else 4
-        shards = sum((self.root / "weights" / shard_file(name)).stat().st_size for name in PARTIES)
-        return size * sum(math.prod(shape) for shape in trunk) + shards
+        """What a party has to hold: the trunk, its output layer as it is computed in, and everybody's experts."""
+        weights = self.root / "weights"
+        files = (TRUNK_FILE, *map(shard_file, PARTIES))
+        head = math.prod(stored_shapes(weights / TRUNK_FILE)["lm_head.weight"])
+        wider = 0 if self._dtype == "bfloat16" else 2
+        return sum((weights / file).stat().st_size for file in files) + wider * head
 
     def _data(self) -> dict[str, Any]:
         tokenizer = {"path": self.root / "model", "provenance": "public"}

@@ -5,7 +5,8 @@ Experts, wherever they are: `coterie.models.seam` is the one function that trans
 closed form; `coterie.models.lora` is the same with low-rank factors; `coterie.models.sizes` refuses a model whose
 tokens would not find them. `coterie.models.autograd` calls what torch
 leaves untyped, `coterie.models.tensors` tells the bytes of a tensor and the dtype of a product,
-`coterie.models.shares` which experts each of several ranks has.
+`coterie.models.shares` which experts each of several ranks has. `coterie.models.narrow` is frozen weights in fewer
+bytes than they are computed with, `coterie.models.widened` the room for one of them at a time.
 
 Then five folders: `coterie.models.zoo` (which models, and how they are made), `coterie.models.split` (one checkpoint,
 many files), `coterie.models.cut` (a backward that never waits for the wire), `coterie.models.streaming` (layers lent

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.models.widened import room_for
+
 _ALIGN_BYTES = 16
 
 
@@ -50,7 +52,7 @@ def grouped_mm(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     if _native(x_RI, weight_EIO):
         return torch.nn.functional.grouped_mm(x_RI.contiguous(), weight_EIO, offs=ends_E.to(torch.int32))
     out = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[-1])
-    converted = None if weight_EIO.dtype == x_RI.dtype else torch.empty_like(weight_EIO[0], dtype=x_RI.dtype)
+    converted = None if weight_EIO.dtype == x_RI.dtype else room_for(weight_EIO[0], x_RI.dtype)
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         if end > start:

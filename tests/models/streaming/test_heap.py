@@ -66,6 +66,39 @@ print(held, resident() - before)
 """
 )
 
+_PEAKS = (
+    _RESIDENT
+    + """
+import sys
+from contextlib import nullcontext
+import torch
+from coterie.models.streaming.cache import MemoryStore, WeightCache
+from coterie.models.streaming.heap import give_back_freed
+from coterie.models.streaming.streamer import LayerStreamer
+
+cache = WeightCache(MemoryStore(), 1)
+cache.put(0, {"down_proj": torch.ones(1)})
+streamer = LayerStreamer(cache, torch.device("cpu"), torch.float32)
+bytearray(30 << 20)[0]
+with streamer.layer(0):
+    pass
+give_back_freed()
+before, blocks, small = resident(), [], []
+for size in 8, 9:  # what has 9 fits into no hole of 8
+    for _ in range(320 // size):
+        blocks.append(bytearray(b"x") * (size << 20))
+        small.append(bytearray(64 << 10))
+        with streamer.layer(0):
+            pass
+    used, most = sum(map(len, blocks)) >> 20, resident() - before
+    del blocks[:]
+    with streamer.layer(0):
+        pass
+    print(used, most, resident() - before)
+streamer.close()
+"""
+)
+
 
 def printed(script: str, **environment: str) -> list[int]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
@@ -85,3 +118,12 @@ def test_a_party_holds_the_layers_that_it_fetched_and_not_the_messages_too() -> 
     held, resident = printed(_LAYERS, OMP_NUM_THREADS="1")
     assert held == 120
     assert resident <= 1.25 * held
+
+
+def test_free_pages_are_given_back_where_a_process_would_grow_because_of_them_and_not_before() -> None:
+    """Every time a layer is lent: what one forward frees is there for the next, and does not add to its peak."""
+    used, most, left, used_again, most_again, _ = printed(_PEAKS, OMP_NUM_THREADS="1")
+    assert used <= most <= used + 20
+    assert left >= used - 20, "nothing is gained, and new pages cost more"
+    assert used_again > 300
+    assert most_again <= max(used, used_again) + 64 + 30

@@ -20,6 +20,7 @@ from coterie.errors import CheckpointError, ModelError
 from coterie.federation.rounds.state import State
 from coterie.federation.wire.in_process import InProcessHub
 from coterie.models.lora import attach_adapters
+from coterie.models.narrow import Narrow
 from coterie.models.seam import expert_layers
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.exporter import export
@@ -249,13 +250,16 @@ def test_adapters_of_one_round_do_not_go_with_shards_of_another(done: Trained, t
 def test_frozen_experts_keep_the_number_format_of_their_checkpoint(
     tmp_path: Path, named: dict[str, str], trunk: torch.dtype
 ) -> None:
-    """The trunk computes in what is named; experts stay as they came all the same."""
+    """The trunk computes in what is named, and lies as it came; so do experts."""
     start = begun("olmoe", tmp_path, private=False, stored=torch.bfloat16, **named)
     inputs = prepare_party(start.party("alder"), start.config)
     formats = {p.requires_grad: set() for p in inputs.model.parameters()}
     for param in inputs.model.parameters():
         formats[param.requires_grad].add(param.dtype)
     assert formats == {False: {trunk}, True: {torch.float32}}
+    matrices = [p for p in inputs.model.parameters() if not p.requires_grad and not p.is_meta and p.ndim > 1]
+    wide = [p for p in matrices if not isinstance(p, Narrow) and p.dtype == torch.float32]
+    assert len(wide) == (0 if named else 1), "the output layer's"
     experts = inputs.weights().experts
     assert {value.dtype for value in experts.values()} == {torch.bfloat16}
     base = AutoModelForCausalLM.from_pretrained(start.base, dtype=torch.bfloat16)

@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
+from coterie.models.narrow import frozen_as_stored
 from coterie.models.split.shards import load_tensors
 from coterie.models.split.splitter import expert_parameters, trunk_shapes
 from coterie.models.zoo.build import build_model, check_keys
 
 
-def build_partial(spec: ModelSpec, trunk_file: Path, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+def build_partial(
+    spec: ModelSpec, trunk_file: Path, *, device: torch.device | str = "cpu", frozen: bool = False
+) -> PreTrainedModel:
     """A model with the trunk of ``trunk_file`` and without any expert's weights.
 
     Select an implementation that needs no local weights with `seam.select` before the first forward. Never move the
@@ -25,6 +28,8 @@ def build_partial(spec: ModelSpec, trunk_file: Path, *, device: torch.device | s
         spec: names the config; a path without weights will do. The trunk is cast to its dtype.
         trunk_file: of the same model, as `splitter.split` writes it or training saves it.
         device: where the trunk goes.
+        frozen: nobody trains the trunk: its matrices stay in the file's number format where that is narrower, all
+            but the output layer's.
 
     Raises:
         ModelError: the trunk does not hold exactly the tensors of this model's trunk.
@@ -38,7 +43,11 @@ def build_partial(spec: ModelSpec, trunk_file: Path, *, device: torch.device | s
     other = {name for name in shapes.keys() & trunk.keys() if shapes[name][1] != tuple(trunk[name].shape)}
     missing, unexpected = shapes.keys() - trunk.keys(), trunk.keys() - shapes.keys()
     check_keys(str(trunk_file), set(missing), set(unexpected), other, code="model-bad-trunk")
-    cast: dict[str, Tensor] = {name: tensor.to(shapes[name][0]) for name, tensor in trunk.items()}
+    narrow = _kept_narrow(model) if frozen else set()
+    cast: dict[str, Tensor] = {
+        name: (frozen_as_stored if name in narrow else Tensor.to)(tensor, shapes[name][0])
+        for name, tensor in trunk.items()
+    }
     model.load_state_dict(cast, strict=False, assign=True)
     model.tie_weights()
     experts = expert_parameters(model)
@@ -50,6 +59,14 @@ def build_partial(spec: ModelSpec, trunk_file: Path, *, device: torch.device | s
             fix="split the checkpoint again with this version of transformers",
         )
     return model
+
+
+def _kept_narrow(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that may stay narrow: not the output layer's, the largest matrix that is multiplied. It
+    would be widened as a whole when a pass holds most, and more would be there then than if it were wide throughout.
+    """
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return {name for name, param in model.named_parameters() if param is not head}
 
 
 @torch.no_grad()

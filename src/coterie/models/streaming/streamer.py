@@ -24,7 +24,7 @@ from coterie.models.grouped import GroupedLinear
 from coterie.models.lora import ExpertAdapter
 from coterie.models.seam import ExpertLayer, ExpertsCall, Linear, RoutedRows, bias_rows, expert_rows
 from coterie.models.streaming.cache import Digests, LayerWeights
-from coterie.models.streaming.heap import give_back_freed
+from coterie.models.streaming.heap import give_back_at_a_peak, give_back_freed
 
 Adapters = Mapping[tuple[nn.Module, str], list[ExpertAdapter]]
 """Low-rank updates by (experts module, parameter name); see `coterie.models.lora.expert_adapters`."""
@@ -138,6 +138,7 @@ class LayerStreamer:
     def layer(self, index: int) -> Iterator[LayerWeights]:
         """Lend layer ``index``. The tensors must not be kept after the block."""
         began = time.monotonic()
+        give_back_at_a_peak()
         self._turn_towards(index)
         following = index + self._step
         # A layer may be lent several times in a row; what was prefetched meanwhile stays.

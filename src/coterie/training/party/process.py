@@ -256,7 +256,8 @@ def _read_party(
         train = train.with_users(documents.users)
     test = tokenize(read_documents(data.test, data), data, tokenizer) if data.test else None
     device = pick_device(config.device)
-    model = build_partial(federation.model, config.trunk, device=device)
+    frozen = federation.lora is not None
+    model = build_partial(federation.model, config.trunk, device=device, frozen=frozen)
     check_fit(model, tokenizer, data)
     check_experts_over(config, model)
     if federation.model.gradient_checkpointing:
@@ -265,7 +266,6 @@ def _read_party(
     placement = Placement.of_spec(federation.placement, list(federation.parties), model)
     if roster is not None:
         check_placement_signed(placement, roster)
-    frozen = federation.lora is not None
     experts = StoredTensors(config.shard, None if frozen else torch_dtype(federation.model))  # before it is checked
     check_shard(config.shard, placement, config.party)
     check_starting_weights(config, roster)
@@ -279,7 +279,7 @@ def _read_party(
         nonlocal first
         trunk, first = first, {}
         if not trunk:
-            anew = build_partial(federation.model, config.trunk, device=device)
+            anew = build_partial(federation.model, config.trunk, device=device, frozen=frozen)
             trunk = trunk_tensors(_with_adapters(anew, federation))
         return Weights(trunk, experts)
 

@@ -129,11 +129,12 @@ def predict_adapters(arrangement: Literal["centralised", "experts"], shape: Shap
     """The same where adapters alone are trained; they, their sums and their optimiser are float32 always.
 
     - ``centralised``: all frozen weights, the adapters, their gradients and moments.
-    - ``experts``: the frozen trunk, two layers' frozen experts in the narrower format, one expert's matrix in the
-      wider one, the adapters and the gradients of one layer's. Beside it the cache of all layers, which holds the
-      own experts, too (`coterie.federation.experts.frozen_shard`); of adapters what full training has of its
-      weights: masters and optimisers of those stored here and the own ones, the bytes that are served, the sums
-      three times, and everybody's pushes.
+    - ``experts``: the frozen trunk as it is computed in (that of a narrower checkpoint takes less: a plan reads no
+      weights), two layers' frozen experts in the narrower format, one expert's matrix in the wider one, the adapters
+      and the gradients of one layer's. Beside it the cache of all layers, which holds the own experts, too
+      (`coterie.federation.experts.frozen_shard`); of adapters what full training has of its weights: masters and
+      optimisers of those stored here and the own ones, the bytes that are served, the sums three times, and
+      everybody's pushes.
     """
     trained, frozen = adapters.trained, shape.trunk + shape.experts
     if arrangement == "centralised":
