@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coterie.models.narrow import Narrow
+
 _COPIED = 1 << 16
 """Largest tensor, in elements, that is copied to be compared and put back; of larger ones a checksum is kept."""
 
@@ -120,6 +122,7 @@ class Watched:
 
     def _checksum(self, tensor: Tensor) -> Tensor:
         """[] int64. A sum with odd factors modulo 2^64: one element that differs always changes it."""
+        tensor = tensor.stored if isinstance(tensor, Narrow) else tensor
         words = _words(tensor)
         per_block = _BLOCK * tensor.element_size() // words.element_size()
         whole = words.numel() // per_block * per_block
