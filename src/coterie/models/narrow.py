@@ -28,11 +28,10 @@ _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
 
 
 class Narrow(Tensor):
-    """A tensor of ``dtype`` whose values are stored in fewer bytes. It cannot be written to.
+    """A tensor whose values are stored in fewer bytes than its dtype has, exactly. It cannot be written to.
 
-    Args:
+    Attributes:
         stored: the values.
-        dtype: holds each of them exactly.
     """
 
     # Not a function of its own that does nothing: other classes of an operation's tensors would no longer see it.
