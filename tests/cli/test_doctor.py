@@ -18,9 +18,11 @@ import yaml
 
 from coterie.config import FederationConfig, PartyConfig, load_yaml
 from coterie.errors import ModelError
+from coterie.federation.enrolment.codes import JoinCode, new_secret
 from coterie.federation.identity.certificates import cert_pem, key_pem, new_authority
 from coterie.federation.identity.kit import load_kit
 from coterie.federation.wire import unreachable
+from coterie.models.split.trainings import Training, write_trainings
 from coterie.training.party.doctor import Diagnosis, diagnose
 from coterie.training.party.process import prepare_party
 from helpers.federation_commands import edit, run
@@ -171,6 +173,32 @@ def test_text_that_cannot_be_read(folder: Path):
     told = bad(found(edit(folder / "alder.yaml", data={**data, "train": "nowhere.txt", "test": "empty.txt"})))
     assert told["training text"].startswith("data-")
     assert told["held-out text"].startswith("data-")
+
+
+def test_sequences_longer_than_the_model_reads(folder: Path):
+    data = yaml.safe_load((folder / "alder.yaml").read_text())["data"]
+    told = bad(found(edit(folder / "alder.yaml", data={**data, "sequence_length": 100_000})))
+    assert told["training text"] == "config-sequence-length"
+
+
+def test_a_start_that_read_private_text_without_a_budget(folder: Path):
+    party = private(folder, None)
+    assert found(party)["provenance"].state == "ok"
+    write_trainings(folder / "split" / "model", [Training("r1", "none")])
+    edit(folder / "federation.yaml", model={"path": "split/model", "provenance": "public"})
+    assert bad(found(party))["provenance"] == "dp-private-start"
+
+
+@pytest.mark.parametrize("option", ["--train", "--test"])
+@pytest.mark.parametrize("name", ["join", "invite"])
+def test_text_that_is_not_there_is_said_before_anybody_is_asked(
+    name: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    code = JoinCode(new_secret(), "127.0.0.1:1")
+    assert run(name, *([str(code)] if name == "join" else ["alder", "nowhere.yaml"]), option, "nowhere.jsonl") == 1
+    assert "data-no-file: There is no data file nowhere.jsonl" in capfd.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_port_of_ones_own_that_is_taken(folder: Path):

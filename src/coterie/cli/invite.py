@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.cli.output import EXIT_STOPPED, say, size
-from coterie.cli.party_file import offer_settings
+from coterie.cli.party_file import check_named, offer_settings
 from coterie.cli.roster import fingerprint_line
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def command(
         coterie split ./olmoe --federation federation.yaml --out parts
         coterie invite alder federation.yaml --train notes.jsonl
     """
+    check_named(train, test)
     say(f"{name}: loading")
 
     import datetime as dt

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.cli.output import say, size
-from coterie.cli.party_file import offer_settings
+from coterie.cli.party_file import check_named, offer_settings
 from coterie.cli.roster import fingerprint_line
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def command(
     from coterie.federation.enrolment.codes import parse
 
     given = parse(code)
+    check_named(train, test)
 
     from coterie.cli.output import error_console
     from coterie.federation.enrolment.joining import Watch, join_federation

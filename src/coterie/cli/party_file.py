@@ -9,6 +9,24 @@ from coterie.cli.output import say
 PARTY_FILE = Path("party.yaml")
 
 
+def check_named(train: list[Path] | None, test: Path | None) -> None:
+    """Text that party.yaml would name is there, before anybody is asked for anything.
+
+    Raises:
+        DataError: a file is not.
+    """
+    from coterie.errors import DataError
+
+    for option, path in [*(("--train", path) for path in train or ()), *([("--test", test)] if test else [])]:
+        if not path.exists():
+            raise DataError(
+                f"There is no data file {path}.",
+                code="data-no-file",
+                where=option,
+                fix="check the path, or leave it out",
+            )
+
+
 def offer_settings(
     party: str, federation: Path, kit: Path, parts: Path, train: list[Path], test: Path | None
 ) -> None:

@@ -98,7 +98,7 @@ def command(
 
     if (settings is None) == (preset is None):
         raise ConfigError(
-            "name what to plan: a federation.yaml or --preset, one of the two.",
+            "name one thing to plan: a federation.yaml, party.yaml or train.yaml, or a model with --preset.",
             code="plan-what",
             fix="coterie plan federation.yaml, or coterie plan --preset OLMoE-1B-7B --parties 3",
         )

@@ -79,6 +79,12 @@ def test_a_shared_trunk_moves_and_a_bfloat16_push_halves_what_goes_up():
     assert private.up == 2 * narrow.up
 
 
+def test_a_budget_is_not_warned_of_pushes_without_one():
+    (first, *_) = make_plan(olmoe(privacy="none")).warnings["experts"]
+    assert "`privacy: none`" in first
+    assert make_plan(olmoe(privacy={"epsilon": 8, "delta": 1e-6, "lot_size": 64})).warnings["experts"] == []
+
+
 def test_unequal_hosts_get_unequal_plans():
     table = {layer: dict.fromkeys(range(64), "alder") for layer in range(16)}
     table[0] = {expert: "birch" if expert < 32 else "alder" for expert in range(64)}

@@ -41,7 +41,8 @@ from coterie.training.party.process import (
     check_shard,
     check_starting_weights,
 )
-from coterie.training.single.setup import pick_device
+from coterie.training.provenance import artefacts
+from coterie.training.single.setup import check_fit, pick_device
 
 _CLOCK_SLACK = dt.timedelta(minutes=5)
 
@@ -100,7 +101,8 @@ class _Examination:
         yield self._look("trunk", self._trunk)
         yield self._look("shard", self._shard)
         yield self._look("starting weights", self._weights)
-        yield self._look("training text", lambda: self._text(self._config.data.train))
+        yield self._look("provenance", self._provenance)
+        yield self._look("training text", self._trained)
         yield self._look("held-out text", lambda: self._text(self._config.data.test))
         yield self._look("lot and noise", self._noise)
         yield self._look("ledger folder", self._ledger)
@@ -202,6 +204,19 @@ class _Examination:
         return Diagnosis(
             "starting weights", "note", f"{found}; the roster does not name them", fix, "weights-unsigned"
         )
+
+    def _provenance(self) -> str:
+        config = self._config
+        if party_privacy(self._federation, config) is None:
+            return "not needed: this party trains without a budget"
+        found = artefacts(self._federation.model, config.data, config.trunk, config.shard)
+        return ", ".join(f"{each.kind} {each.origin}" for each in found)
+
+    def _trained(self) -> Diagnosis | str:
+        data, model = self._config.data, self._federation.model
+        found = self._text(data.train)
+        check_fit(self._model(), get_tokenizer(data.tokenizer, model, data), data)
+        return found
 
     def _text(self, files: tuple[Path, ...]) -> Diagnosis | str:
         if not files:

@@ -221,10 +221,11 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
     per_layer = first.experts // first.layers
     largest = max((per_layer - own) * first.wire_bytes for name in names for own in hosted[name])
     reach = Reach.of_model(model, federation.lora)
+    budgeted = federation.privacy not in (None, "none")
     return FederationPlan(
         first.trunk, first.experts, first.expert_share, len(layers), whole, tuple(plans), per_token,
         math.ceil(max(rounds) / per_token) if per_token else 0, largest, reach.tokens,
-        {"tokens": of_tokens(federation), "experts": of_pushes(federation, reach)},
+        {"tokens": of_tokens(federation), "experts": [] if budgeted else of_pushes(federation, reach)},
         _with_adapters(federation, model, shapes), tuple(noise_table(federation)),
         equal_rates(federation, units) if units else None,
     )  # fmt: skip
