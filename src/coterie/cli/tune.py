@@ -44,7 +44,7 @@ def command(
     from coterie.training.single.tune import plan_tuning, tune
 
     config = load_yaml(settings, TrainConfig)
-    plan = plan_tuning(config, tried, trial_rounds or max(1, config.train.rounds // 4))
+    plan = plan_tuning(config, tried, trial_rounds or max(1, config.train.rounds // 4), public)
     for line in plan.lines():
         say(line)
     if dry_run:

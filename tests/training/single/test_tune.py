@@ -16,7 +16,7 @@ from dp_accounting.pld import PLDAccountant
 from coterie.config import TrainConfig, dump_yaml
 from coterie.dp.accounting import statement
 from coterie.dp.checks import self_check
-from coterie.errors import ConfigError, RoundError
+from coterie.errors import ConfigError, DataError, RoundError
 from coterie.training.single import run, tune
 from coterie.training.single.prepared import MARKER, run_id
 from coterie.training.single.run import RunResult
@@ -54,12 +54,21 @@ def composed(noise_multiplier: float, rate: float, rounds: int) -> float:
 
 
 def test_all_trials_and_the_last_run_together_cost_the_budget(tmp_path: Path) -> None:
-    plan = tune.plan_tuning(config(tmp_path), TRIED, 2)
+    plan = tune.plan_tuning(config(tmp_path), TRIED, 2, [tmp_path / "public.jsonl"])
     assert plan.rate == 8 / 40
     assert composed(plan.noise_multiplier, 0.2, 2 + 2 + 4) == pytest.approx(8.0, rel=5e-3)
     assert plan.trial_epsilon == pytest.approx(composed(plan.noise_multiplier, 0.2, 2), rel=5e-3)
     assert plan.epsilon == pytest.approx(composed(plan.noise_multiplier, 0.2, 4), rel=5e-3)
     assert plan.epsilon < 8.0 < 2 * plan.trial_epsilon + plan.epsilon  # composition is less than the sum
+
+
+def test_public_text_that_cannot_be_used_is_refused_before_a_trial_is_spent(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    for name, code in (("nowhere.jsonl", "data-no-file"), ("blank.jsonl", "data-empty")):
+        with pytest.raises(DataError) as refused:
+            tune.plan_tuning(settings, TRIED, 2, [tmp_path / name])
+        assert refused.value.code == code
 
 
 def _start(own: TrainConfig) -> RunResult:
@@ -77,7 +86,7 @@ def _compared(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_compared")
 def test_the_ledger_adds_all_up_to_the_budget_and_the_best_on_public_text_is_trained(tmp_path: Path) -> None:
     settings, public = config(tmp_path), [tmp_path / "public.jsonl"]
-    plan = tune.plan_tuning(settings, TRIED, 1)
+    plan = tune.plan_tuning(settings, TRIED, 1, public)
     tuned = tune.tune(settings, plan, public, _start)
     losses = [evaluate_run(load_trained(tmp_path / "run-trials" / str(n)), public).loss for n in (1, 2)]
     assert [trial.loss for trial in tuned.trials] == pytest.approx(losses)
@@ -88,7 +97,7 @@ def test_the_ledger_adds_all_up_to_the_budget_and_the_best_on_public_text_is_tra
     lifetime = tuned.result.privacy["lifetime"]["epsilon"]
     assert 0.97 * 8.0 < lifetime <= 8.0
     with pytest.raises(ConfigError) as other:
-        tune.tune(settings, tune.plan_tuning(settings, (*TRIED, "optim.lr=1"), 1), public, _start)
+        tune.tune(settings, tune.plan_tuning(settings, (*TRIED, "optim.lr=1"), 1, public), public, _start)
     assert other.value.code == "tune-other"
 
 
@@ -234,5 +243,5 @@ def test_what_cannot_be_counted_is_refused(
     tmp_path: Path, change: Callable[[TrainConfig], TrainConfig], tried: tuple[str, ...], rounds: int, why: str
 ) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
-        tune.plan_tuning(change(config(tmp_path)), tried, rounds)
+        tune.plan_tuning(change(config(tmp_path)), tried, rounds, [tmp_path / "public.jsonl"])
     assert caught.value.code == "tune-what"

@@ -142,10 +142,11 @@ def _unfit(settings: str, why: str) -> ConfigError:
     )
 
 
-def plan_tuning(config: TrainConfig, tried: Sequence[str], trial_rounds: int) -> Plan:
+def plan_tuning(config: TrainConfig, tried: Sequence[str], trial_rounds: int, public: Sequence[Path]) -> Plan:
     """Count what all trials and the last run cost together. Reads the text, trains nothing.
 
     Raises:
+        DataError: the text cannot be used, that to choose by neither.
         ConfigError: fewer than two trials, no budget, a mechanism that this cannot count, see also `changed`.
         BudgetError: no noise reaches the budget.
     """
@@ -161,6 +162,7 @@ def plan_tuning(config: TrainConfig, tried: Sequence[str], trial_rounds: int) ->
     documents = read_documents(data.train, data, user_column=spec.user_column)
     tokenizer = get_tokenizer(data.tokenizer, config.model, data)
     records = tokenize(documents, data, tokenizer)
+    tokenize(read_documents(public, data), data, tokenizer)  # before a trial is spent that nothing could judge
     plan = plan_of(config, spec, build_model(with_vocabulary(config.model, tokenizer), meta=True))
     units = PrivateData.of(records, users=records.users, records_per_user=plan.records_per_user).units.count
     least = plan.lots(units).mechanism(1.0)
