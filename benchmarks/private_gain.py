@@ -66,7 +66,7 @@ class Recipe:
         parties: how many.
         rounds: of every arm.
         rate: q, the probability with which a record joins a lot.
-        lr, schedule: of AdamW, with betas 0.9 and 0.99.
+        lr, schedule, beta: of AdamW, whose second beta is 0.99.
         clip_norm: C.
         epsilon, delta: the budget of a record.
         colluding: t of ``experts_dp_shared``.
@@ -78,6 +78,7 @@ class Recipe:
     rate: float
     lr: float
     schedule: str
+    beta: float
     clip_norm: float
     epsilon: float
     delta: float
@@ -178,7 +179,7 @@ class Group:
     ) -> None:
         self.model = copy.deepcopy(start).train()
         self._recipe = recipe
-        self._spec = OptimSpec(lr=recipe.lr, betas=(0.9, 0.99), schedule=recipe.schedule)  # type: ignore[arg-type]
+        self._spec = OptimSpec(lr=recipe.lr, betas=(recipe.beta, 0.99), schedule=recipe.schedule)  # type: ignore[arg-type]
         self._params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._optimizer = make_optimizer(self._params.values(), self._spec)
         self._runs = [
@@ -385,10 +386,11 @@ def main() -> None:
     parser.add_argument("--parties", type=int, default=3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="only these")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=0.49, help="probability with which a record joins a lot")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=0.35, help="probability with which a record joins a lot")
     parser.add_argument("--schedule", choices=("constant", "cosine", "linear"), default="linear")
-    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--lr", type=float, default=3.5e-3)
+    parser.add_argument("--beta", type=float, default=0.5, help="AdamW's first")
     parser.add_argument("--clip-norm", type=float, default=1.0)
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--delta", type=float, default=1e-5)
@@ -397,8 +399,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if not args.summary:
         recipe = Recipe(
-            args.data, args.parties, args.rounds, args.rate, args.lr, args.schedule, args.clip_norm, args.epsilon,
-            args.delta, args.colluding,
+            args.data, args.parties, args.rounds, args.rate, args.lr, args.schedule, args.beta, args.clip_norm,
+            args.epsilon, args.delta, args.colluding,
         )  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
         figures(args.work, recipe, args.source, args.seeds, [arm for arm in ARMS if arm in args.arms], args.json)

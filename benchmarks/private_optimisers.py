@@ -4,8 +4,9 @@ A small Mixture-of-Experts language model of letters learns public text without 
 budget, once for each arm, rate and seed. Arms differ in what is done with the clipped, noised sum, or in how clip
 norm and noise are shared out; lots, rounds, budget and noise multiplier are the same (those of bands apart).
 
-- ``adamw``: the default. ``adamw_corrected``: DP-AdamBC. ``sgd``, ``sgd_bands``: momentum 0.9, noise independent or
-  in bands.
+- ``adamw``: the default, with betas 0.9 and 0.99. ``adamw_half``, ``adamw_none``: with a first beta of 0.5 and of 0.
+- ``adamw_corrected``: DP-AdamBC. ``sgd``, ``sgd_bands``: momentum 0.9, noise independent or in bands. ``sgd_none``:
+  without momentum.
 - ``shrunk``: AdamW on gradients whose matrices' singular values were shrunk by the known size of the noise (Gavish
   and Donoho 2017, arXiv:1405.7511). ``shrunk_mean``: the same of the running mean of gradients.
 - ``lora``, ``lora_shrunk``: adapters of rank 4 alone are trained.
@@ -47,8 +48,11 @@ LOAD_SHARE = 0.1
 _ADAMW = (2e-3, 4e-3, 8e-3, 1.6e-2)
 RATES = {
     "adamw": _ADAMW,
+    "adamw_half": _ADAMW,
+    "adamw_none": _ADAMW,
     "adamw_corrected": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "sgd": (0.1, 0.2, 0.4, 0.8),
+    "sgd_none": (1.0, 2.0, 4.0, 8.0),
     "sgd_bands": (0.1, 0.2, 0.4, 0.8),
     "shrunk": (2e-3, 4e-3, 8e-3),
     "shrunk_mean": (2e-3, 4e-3, 8e-3),
@@ -205,8 +209,11 @@ def train(
     if banded:
         share, turns = BANDS * share, -(-ROUNDS // BANDS)
     sigma = noise_multiplier(budget, share, turns)
-    kinds = {"adamw_corrected": "adamw_corrected", "sgd": "sgd", "sgd_bands": "sgd"}
-    spec = OptimSpec(kind=kinds.get(arm, "adamw"), lr=rate, betas=(0.9, 0.99), schedule="constant")  # type: ignore[arg-type]
+    kind = "sgd" if arm.startswith("sgd") else "adamw_corrected" if arm == "adamw_corrected" else "adamw"
+    kept = {"adamw_half": 0.5, "adamw_none": 0.0, "sgd_none": 0.0}.get(arm, 0.9)
+    spec = OptimSpec(
+        kind=kind, lr=rate, schedule="constant", **({"momentum": kept} if kind == "sgd" else {"betas": (kept, 0.99)})
+    )  # type: ignore[arg-type]
     trained = (
         adapters(base, seed) if arm.startswith("lora") else {name: value.clone() for name, value in base.items()}
     )

@@ -29,7 +29,7 @@ def gain(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def recipe(gain: ModuleType) -> Any:
-    return gain.Recipe("demo", 3, 6, 0.15, 2.5e-3, "linear", 1.0, 8.0, 1e-5, 1)
+    return gain.Recipe("demo", 3, 6, 0.15, 2.5e-3, "linear", 0.9, 1.0, 8.0, 1e-5, 1)
 
 
 def test_no_two_parties_of_an_arm_share_noise(gain: ModuleType, recipe: Any) -> None:
