@@ -2,8 +2,7 @@
 
 `coterie.dp.accounting.dataset` and `coterie.dp.accounting.users` say what a unit is, `coterie.dp.accounting.lots`
 draws who is in a round, `coterie.dp.accounting.budget` is what may be spent, and `coterie.dp.accounting.accountant`
-turns noise into epsilon from a round's `coterie.dp.accounting.loss_distributions`, computed once
-(`coterie.dp.accounting.kept`). A result leaves once:
+turns noise into epsilon, computed once (`coterie.dp.accounting.kept`). A result leaves once:
 `coterie.dp.accounting.releases`, out of a `coterie.dp.accounting.spool`, each in a
 `coterie.dp.accounting.release_file`, after an entry in the `coterie.dp.accounting.ledger`;
 `coterie.dp.accounting.run_entry` is what a run fixes at its start. Several runs on

@@ -22,7 +22,6 @@ from dp_accounting.pld import privacy_loss_distribution as distribution
 
 from coterie.dp.accounting.budget import Budget
 from coterie.dp.accounting.kept import kept
-from coterie.dp.accounting.loss_distributions import gaussian
 from coterie.errors import BudgetError, LedgerError, PrivacyError
 from coterie.storage import check_keys, check_known
 
@@ -209,7 +208,7 @@ def _merged(spent: tuple[Mechanism, int]) -> tuple[Mechanism, int]:
 
 @kept(64)
 def one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLossDistribution:
-    """What dp-accounting's PLD accountant builds for `Mechanism.event`; kept, because building it takes time."""
+    """What dp-accounting's PLD accountant builds for `Mechanism.event`; kept, because building it is slow."""
     if mechanism.sampler == "truncated_poisson":
         return distribution.from_truncated_subsampled_gaussian_mechanism(
             dataset_size=mechanism.units,
@@ -219,7 +218,12 @@ def one_round(mechanism: Mechanism, interval: float) -> distribution.PrivacyLoss
             value_discretization_interval=interval,
             neighboring_relation=_ADD_OR_REMOVE,
         )
-    return gaussian(mechanism.noise_multiplier, mechanism.sampling_rate, interval)
+    return distribution.from_gaussian_mechanism(
+        standard_deviation=mechanism.noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=mechanism.sampling_rate,
+        neighboring_relation=_ADD_OR_REMOVE,
+    )
 
 
 @kept(256)
