@@ -110,6 +110,18 @@ def test_a_run_of_one_party_before_its_first_round_is_there(tmp_path: Path) -> N
     assert f"run {tmp_path.name}/first: 0 rounds." in page
 
 
+def test_a_run_that_was_made_longer_counts_to_its_new_end(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "private").mkdir(parents=True)
+    (folder / "private" / "metrics.jsonl").write_text('{"round": 1, "loss_not_private": 4.5}\n', "utf-8")
+    (folder / "config.yaml").write_text(
+        "{model: {family: olmoe}, data: {train: a.txt}, train: {rounds: 2}, run_dir: .}"
+    )
+    for marker, planned in (({"run": "a"}, 2), ({"run": "a", "rounds": 3}, 3)):
+        (folder / "run.json").write_text(json.dumps(marker), "utf-8")
+        assert f"1 of {planned} rounds" in page_of(folder)
+
+
 def test_the_folder_of_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         LiveRun.read(tmp_path)

@@ -20,6 +20,7 @@ from coterie.errors import CheckpointError, CoterieError
 from coterie.federation.rounds.run_folder import is_running, read_status
 from coterie.pages import Table
 from coterie.pages.amounts import data_size, duration
+from coterie.storage import json_object
 
 FOOTER = (
     "Made by `coterie dashboard` on this machine, for whoever may read these folders; nothing is sent anywhere. "
@@ -208,8 +209,10 @@ def _status(folder: Path) -> Mapping[str, Any]:
 
 
 def _planned(folder: Path) -> int | None:
-    """Rounds of a run of one party alone, by the settings that it keeps."""
+    """Rounds of a run of one party alone, as it was started or made longer."""
     try:
-        return load_yaml(folder / "config.yaml", TrainConfig).train.rounds
-    except (CoterieError, OSError):
+        agreed = load_yaml(folder / "config.yaml", TrainConfig).train.rounds
+        marker = folder / "run.json"  # not there before the first checkpoint
+        return int(json_object(marker.read_bytes()).get("rounds", agreed)) if marker.is_file() else agreed
+    except (CoterieError, OSError, ValueError):
         return None
