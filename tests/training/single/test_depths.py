@@ -1,4 +1,4 @@
-"""Of which depths a plan measures models: apart enough for short times, at most half of what the run adds."""
+"""Of which depths a plan measures models: apart enough for short times; and what it makes of two of them."""
 
 from __future__ import annotations
 
@@ -43,3 +43,18 @@ def test_small_models_differ_by_up_to_four_layers_and_half_of_the_runs(
 def test_of_large_layers_there_is_one_more() -> None:
     """OLMoE-1B-7B's: 0.4 billion weights each."""
     assert calibrated.depths(olmoe(16, width=1024, experts=64), torch.bfloat16) == (1, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "seconds", "expected"),
+    [
+        ((2, 6), (1.5, 2.5), (1.0, 0.25)),
+        ((3, 3), (1.5, 1.5), (0.0, 0.5)),  # a text with a single record: no slope, all of it is work
+        ((2, 6), (2.0, 1.0), (2.0, 0.0)),  # a moment of the machine: work takes no less than nothing
+        ((2, 6), (0.5, 2.5), (0.0, 0.5)),
+    ],
+)
+def test_two_times_tell_what_work_takes_and_what_takes_time_without_it(
+    amounts: tuple[int, int], seconds: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    assert calibrated.line(amounts, seconds) == pytest.approx(expected)

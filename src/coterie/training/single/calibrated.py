@@ -240,7 +240,7 @@ def _usual(computes: Sequence[Callable[[], object]], device: torch.device, clock
     return [statistics.median(times) for times in found]
 
 
-def _line(amounts: tuple[int, int], seconds: Sequence[float]) -> tuple[float, float]:
+def line(amounts: tuple[int, int], seconds: Sequence[float]) -> tuple[float, float]:
     """What no work takes, and what every unit of it does, from what two amounts take."""
     (few, more), (one, two) = amounts, seconds
     each = max(0.0, (two - one) / (more - few)) if more > few else one / more
@@ -291,7 +291,7 @@ def _timed(
     peak = peak_bytes(lambda: do(_MORE), device)  # and the first, in which the optimiser makes its state
     counts = (_FEW, _MORE)
     seconds = _usual([partial(do, count) for count in counts], device, clock)
-    return _Point(*_line(counts, seconds), _held(model) + peak)
+    return _Point(*line(counts, seconds), _held(model) + peak)
 
 
 def _private(config: TrainConfig, model: nn.Module, records: Sequences, clock: Clock) -> _Point:
@@ -320,7 +320,7 @@ def _private(config: TrainConfig, model: nn.Module, records: Sequences, clock: C
             most = len(np.unique(spread))
             counts = (max(1, most // _MORE), most)
             seconds = _usual([partial(sums, count) for count in counts], device, clock)
-            _, each = _line(counts, seconds)
+            _, each = line(counts, seconds)
 
             def one_round() -> None:
                 lot = session.next_lot()
