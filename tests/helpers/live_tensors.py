@@ -26,5 +26,7 @@ def live_bytes() -> int:
             tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
         finally:
             sys.setswitchinterval(usual)
-    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    # A sparse tensor, which another test of the process may have left, has no storage of its own; its parts do.
+    dense = [each for each in tensors if each.device.type == "cpu" and each.layout == torch.strided]
+    storages = [each.untyped_storage() for each in dense]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
