@@ -1,4 +1,4 @@
-"""`coterie export`: trunk and shards become one Hugging Face checkpoint again."""
+"""`coterie export`: trunk and shards, or a run of one party, become one Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coterie.cli.output import say, write_json
 def command(
     parts: Annotated[
         Path,
-        typer.Argument(help="Folder that `coterie split` wrote, or a run folder of `coterie train` with `lora`."),
+        typer.Argument(help="Folder that `coterie split` wrote, or a run folder of `coterie train`."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the checkpoint.")],
     trunk: Annotated[
@@ -48,13 +48,13 @@ def command(
     (README.md) and privacy.json say what was promised about the text behind it; --push refuses a model that read
     private text without a budget, and makes a repository that is not there yet a private one.
 
-    Of a run of `coterie train` with `lora`, the weights with its adapters merged, or with --adapter these alone.
+    Of a run of `coterie train`, its model; with `lora`, adapters merged, or with --adapter these alone.
 
     Example:
         coterie export parts --out joined
         coterie export parts --trunk run/trunk.safetensors --shard a.safetensors --shard b.safetensors --out joined
         coterie export parts --trunk run/trunk.safetensors --adapter --out adapter
-        coterie export run --out merged
+        coterie export run --out joined --push grove/olmoe-notes
     """
     from coterie.models.split.exporter import export
     from coterie.models.split.pushing import push as upload

@@ -23,6 +23,7 @@ from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.session import PrivateSession
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, ProvenanceError, RoundError
 from coterie.federation.rounds.run_folder import RunFolder
+from coterie.models.split.pushing import check_may_be_pushed
 from coterie.models.split.trainings import read_trainings
 from coterie.revision import revision
 from coterie.training.data.tokenizer import get_tokenizer
@@ -32,6 +33,7 @@ from coterie.training.optim import make_optimizer
 from coterie.training.planning.forecast import Forecast
 from coterie.training.single.prepared import prepare
 from coterie.training.single.previewed import preview
+from coterie.training.single.result import export_run
 from coterie.training.single.run import resume, start
 from coterie.training.single.trained import evaluate_run, load_trained
 
@@ -388,6 +390,11 @@ def test_what_is_public_holds_no_private_figure_and_no_path_and_the_rest_is_clos
     assert folder not in shown, "the digest of the text would let others test guesses of it"
     assert str(result.loss) not in shown
     assert str(result.loss) in (private / "result.json").read_text()
+    export_run(tmp_path / "run", tmp_path / "out", adapter=False)
+    check_may_be_pushed(tmp_path / "out")
+    for model in (public / "model", tmp_path / "out"):
+        assert json.loads((model / "privacy.json").read_text())["promise"] == "budget"
+        assert f"| budget | {ledger} | 8.0 | 0.001 |" in (model / "README.md").read_text()
     assert {path.stat().st_mode & 0o077 for path in [tmp_path / "run", *(tmp_path / "run").rglob("*")]} == {0}
 
 

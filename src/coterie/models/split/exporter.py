@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,13 @@ from coterie.models.split.shards import (
     read_manifest,
     stored_shapes,
 )
-from coterie.models.split.splitter import check_vacant, shard_shapes, trunk_shapes, write_config
+from coterie.models.split.splitter import (
+    check_vacant,
+    copy_beside_weights,
+    shard_shapes,
+    trunk_shapes,
+    write_config,
+)
 from coterie.models.split.trainings import Training, joined, read_trainings, write_trainings
 from coterie.models.zoo.build import build_model, check_keys, structure_of
 from coterie.storage import file_digest, json_object, new_folder
@@ -163,7 +169,7 @@ def _dtype_in(trunk: Path, model: PreTrainedModel) -> torch.dtype:
 def _write_whole(out: Path, folder: Path, sources: _Sources) -> None:
     for path in sorted((folder / MODEL_FOLDER).iterdir()):
         shutil.copyfile(path, out / path.name)
-    _write_checked(out, sources)
+    _write_checked(out, sources.model, sources.groups())
 
 
 def write_from_layers(
@@ -185,13 +191,48 @@ def write_from_layers(
     def stacked(of: ExpertLayer) -> dict[str, Tensor]:
         return {f"{of.name}.{name}": value.to(model.dtype) for name, value in layer(of.index).items()}
 
-    _write_checked(out, _Sources(model, {name: (trunk, kept) for name, kept in names.items()}, stacked, {}))
+    sources = _Sources(model, {name: (trunk, kept) for name, kept in names.items()}, stacked, {})
+    _write_checked(out, model, sources.groups())
 
 
-def _write_checked(out: Path, sources: _Sources) -> None:
-    written = _write_weights(out, sources)
-    write_config(sources.model, out)
-    for group in stream_checkpoint(out, structure_of(sources.model.config, sources.model.dtype)):
+def write_from_checkpoint(out: Path, folder: Path) -> None:
+    """Write a checkpoint again, with all that lies beside its weights, a decoder layer in memory at a time.
+
+    Args:
+        out: a folder that exists.
+        folder: as `saved.save_model` wrote it.
+
+    Raises:
+        ModelError: a file of ``folder`` is torn, or what was written does not read back.
+    """
+    copy_beside_weights(folder, out)
+    model = build_model(_as_stored(folder), meta=True)
+    _write_checked(out, model, stream_checkpoint(folder, structure_of(model.config, model.dtype)))
+
+
+def write_from_memory(out: Path, model: PreTrainedModel) -> None:
+    """Write a whole model, one file a decoder layer.
+
+    Args:
+        out: a folder that exists.
+        model: on any device, without adapters.
+
+    Raises:
+        ModelError: what was written does not read back.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])):
+        groups.setdefault(layer_group(name), {})[name] = tensor.detach()
+    if model.can_generate():
+        model.generation_config.save_pretrained(out)
+    whole = structure_of(model.config, model.dtype)
+    _write_checked(out, whole, ({name: value.cpu() for name, value in group.items()} for group in groups.values()))
+
+
+def _write_checked(out: Path, model: PreTrainedModel, groups: Iterable[Mapping[str, Tensor]]) -> None:
+    written = _write_weights(out, model, groups)
+    write_config(model, out)
+    for group in stream_checkpoint(out, structure_of(model.config, model.dtype)):
         for name, tensor in group.items():
             if written.get(name, "") != tensor_line(name, tensor):
                 raise ModelError(
@@ -211,14 +252,17 @@ def split_spec(folder: Path) -> ModelSpec:
     if (folder / MANIFEST_FILE).exists():
         read_manifest(folder)
     try:
-        dtype = json_object(path.read_bytes())["dtype"]
-        return ModelSpec(path=folder / MODEL_FOLDER, dtype=dtype)
+        return _as_stored(path.parent)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder} is not a split model: {path.name} in `{MODEL_FOLDER}` is missing or unreadable.",
             code="model-no-manifest",
             fix="give the folder that `coterie split` wrote",
         ) from error
+
+
+def _as_stored(folder: Path) -> ModelSpec:
+    return ModelSpec(path=folder, dtype=json_object((folder / "config.json").read_bytes())["dtype"])
 
 
 @dataclass(frozen=True)
@@ -278,6 +322,29 @@ class _Sources:
         _check_shapes("the set of shards", shapes, expected)
         return cls(model, trunk_of, partial(_stack_experts, where=experts), changes)
 
+    def groups(self) -> Iterator[dict[str, Tensor]]:
+        """The model's tensors by name, adapters merged, a decoder layer (or the rest) at a time."""
+        names: dict[str, list[str]] = {}
+        layers = {f"{layer.name}.": layer for layer in expert_layers(self.model)}
+        for name in sorted([*self.trunk, *layers], key=dot_natural_key):
+            names.setdefault(layer_group(name), []).append(name)
+        with ExitStack() as stack:
+            files = {
+                path: stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+                for path in {path for path, _ in self.trunk.values()}
+            }
+            for group in names.values():
+                tensors: dict[str, Tensor] = {}
+                for name in group:
+                    if name in layers:
+                        tensors |= self.experts(layers[name])
+                    else:
+                        path, kept = self.trunk[name]
+                        tensors[name] = files[path].get_tensor(kept)
+                for name in tensors.keys() & self.changes.keys():
+                    tensors[name] = (tensors[name].float() + self.changes[name]()).to(tensors[name].dtype)
+                yield tensors
+
 
 def _trunk_names(model: PreTrainedModel, trunk: Path) -> dict[str, str]:
     """The file's name of each of the model's own trunk tensors."""
@@ -296,44 +363,41 @@ def _check_shapes(where: str, found: dict[str, tuple[int, ...]], expected: dict[
     check_keys(where, set(missing), set(unexpected), other, code="model-bad-shard")
 
 
-def _write_weights(out: Path, sources: _Sources) -> dict[str, str]:
-    """One safetensors file a decoder layer, with an index: what `save_pretrained` calls a sharded checkpoint.
+def _write_weights(out: Path, model: PreTrainedModel, groups: Iterable[Mapping[str, Tensor]]) -> dict[str, str]:
+    """One safetensors file a group, with an index: what `save_pretrained` calls a sharded checkpoint.
+
+    Args:
+        out: a folder that exists.
+        model: on meta, without adapters.
+        groups: its tensors by name, a decoder layer (or the rest) at a time.
 
     Returns:
         `tensor_line` of every tensor, by its name in the model.
     """
-    names: dict[str, list[str]] = {}
-    layers = {f"{layer.name}.": layer for layer in expert_layers(sources.model)}
-    for name in sorted([*sources.trunk, *layers], key=dot_natural_key):
-        names.setdefault(layer_group(name), []).append(name)
-    weight_map: dict[str, str] = {}
+    tied = model.all_tied_weights_keys
+    files: list[list[str]] = []
     written: dict[str, str] = {}
     total = 0
-    with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-            for path in {path for path, _ in sources.trunk.values()}
-        }
-        for number, group in enumerate(names.values(), start=1):
-            tensors: dict[str, Tensor] = {}
-            for name in group:
-                if name in layers:
-                    tensors |= sources.experts(layers[name])
-                else:
-                    path, kept = sources.trunk[name]
-                    tensors[name] = files[path].get_tensor(kept)
-            for name in tensors.keys() & sources.changes.keys():
-                tensors[name] = (tensors[name].float() + sources.changes[name]()).to(tensors[name].dtype)
-            written |= {name: tensor_line(name, tensor) for name, tensor in tensors.items()}
-            file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
-            reverted = revert_weight_conversion(sources.model, tensors)
-            saved = {key: tensor.contiguous() for key, tensor in reverted.items()}
-            save_file(saved, out / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(saved, file)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+    for group in groups:
+        own = {name: tensor for name, tensor in group.items() if tied.get(name) not in group}
+        written |= {name: tensor_line(name, tensor) for name, tensor in own.items()}
+        reverted = revert_weight_conversion(model, own)
+        saved = {key: tensor.contiguous() for key, tensor in reverted.items()}
+        save_file(saved, out / _file_name(len(files) + 1, 0), metadata={"format": "pt"})
+        files.append(list(saved))
+        total += sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(files, start=1):
+        name = _file_name(number, len(files))
+        (out / _file_name(number, 0)).rename(out / name)
+        weight_map |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return written
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _stack_experts(layer: ExpertLayer, where: dict[str, Path]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.errors import ModelError
+from coterie.models.split.card import write_card
 from coterie.models.split.read_checkpoint import stream_checkpoint
 from coterie.models.split.trainings import Training, write_trainings
 from coterie.models.spread.gathered import write_gathered
@@ -24,6 +25,8 @@ def save_model(
     origin: Sequence[Training] = (),
 ) -> None:
     """Write ``folder``, which `from_pretrained` loads as the same model; it appears whole or not at all.
+
+    Beside the weights lie a card and a privacy statement for programs; see `card.write_card`.
 
     Args:
         model: on any device.
@@ -47,6 +50,7 @@ def save_model(
         else:
             write_gathered(aside, model, spread)
         write_trainings(aside, origin)  # into the config that now lies there, too
+        write_card(aside)
         if spread is None:
             check_saved(model, aside)
 

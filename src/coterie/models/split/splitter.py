@@ -188,10 +188,15 @@ def _write_model_folder(folder: Path, model: PreTrainedModel, source: Path | Non
     """The config of the text model, and every small file beside the weights (tokenizer, generation settings)."""
     folder.mkdir()
     if source is not None:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != "config.json":
-                shutil.copyfile(path, folder / path.name)
+        copy_beside_weights(source, folder)
     write_config(model, folder)
+
+
+def copy_beside_weights(source: Path, folder: Path) -> None:
+    """Copy every small file of a checkpoint (tokenizer, generation settings), but no weights and no config."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from coterie.errors import CheckpointError, ModelError
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.card import write_card
+from coterie.models.split.exporter import write_from_checkpoint, write_from_memory
 from coterie.models.split.saved import save_model
 from coterie.models.split.splitter import check_vacant
 from coterie.models.split.trainings import Training, read_trainings, write_trainings
@@ -59,36 +60,43 @@ def result_folder(run_dir: Path) -> Path | None:
 
 
 def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
-    """Write a finished run's model with its adapters merged, or the adapter alone, into a new folder.
+    """Write a finished run's model, adapters merged if it has some, or the adapter alone, into a new folder.
 
     Args:
-        run_dir: of a run with `lora`.
+        run_dir: of a run.
         out: does not exist yet, or is empty.
         adapter: the adapter alone.
 
     Raises:
         CheckpointError: no run is here, or it is not finished.
-        ModelError: the run trained all weights; ``out`` is taken; or what was written does not read back.
+        ModelError: the adapter is asked for and the run trained all weights; ``out`` is taken; or what was written
+            does not read back.
     """
     check_vacant(out)
-    if read_run(run_dir)[0].lora is None:
+    lora = read_run(run_dir)[0].lora
+    if lora is None and adapter:
         raise ModelError(
-            f"{run_dir} trained all weights, and ends with a whole model.",
+            f"{run_dir} trained all weights, so it has no adapter.",
             code="model-no-adapters",
-            fix="take the folder `model` in it, or in its `public` or `private`, as it is",
+            fix="leave out --adapter to export the whole model",
         )
     found = result_folder(run_dir)
     if found is None:
         raise CheckpointError(
-            f"{run_dir} has no adapter yet.",
+            f"{run_dir} has no {MODEL if lora is None else ADAPTER} yet.",
             code="run-no-model",
             why="it is written after the last round",
             fix=f"`coterie resume {run_dir}` goes on with the run",
         )
-    if adapter:
-        with new_folder(out) as aside:
+    with new_folder(out) as aside:
+        if adapter:
             shutil.copytree(found, aside, dirs_exist_ok=True)
-        return
-    trained = load_trained(run_dir)
-    save_model(trained.model, out, trained.tokenizer, read_trainings(found))
-    write_card(out)
+            return
+        if lora is None:
+            write_from_checkpoint(aside, found)
+        else:
+            trained = load_trained(run_dir)
+            trained.tokenizer.save_pretrained(str(aside))
+            write_from_memory(aside, trained.model)
+        write_trainings(aside, read_trainings(found))
+        write_card(aside)

@@ -25,6 +25,7 @@ from coterie.dp.checkpoint import SESSION
 from coterie.errors import CheckpointError, ConfigError
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.wire.values import check_own
+from coterie.models.split.trainings import Training
 from coterie.models.spread.gathered import give_experts
 from coterie.models.spread.spread import spread_of
 from coterie.models.streaming.beside_adapters import without_merging
@@ -389,10 +390,18 @@ class Run:
             self._evaluation.save(self._private / "evaluation.safetensors")
         place = self._place(stepper.statement())
         _agreed(self._ranks, _GIVE)
-        save_result(prepared, place, (*starting_trainings(prepared.config.model), stepper.training()))
+        save_result(prepared, place, (*self._before(), stepper.training()))
         if outcome.statement:
             write_statement(place, outcome.statement)
         write_json(self._private / "result.json", outcome.as_json())
+
+    def _before(self) -> tuple[Training, ...]:
+        """What is behind the starting weights and the tokenizer: as they say, and as the settings do."""
+        start = self._prepared.config
+        known = starting_trainings(start.model)
+        if public_start(start.model, start.data) or not all(training.protected for training in known):
+            return known
+        return (*known, Training(f"start-of-{self._prepared.run_id[:12]}", "none"))
 
     def _place(self, statement: Statement | None) -> Path:
         """The folder for the model."""
