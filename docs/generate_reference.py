@@ -1,4 +1,4 @@
-"""Write docs/reference/config.md, cli.md and wire.md's tables from the code: ``python docs/generate_reference.py``.
+"""Write docs/reference/config.md, cli.md, and the tables of wire.md and errors.md from the code: ``python docs/generate_reference.py``.
 
 With ``--check`` nothing is written and the exit code says whether the pages are current.
 """
@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,17 +205,63 @@ def messages_tables() -> str:
     return "\n".join(lines)
 
 
+_AREAS = {
+    "data eval": "Text",
+    "dp hf tune plain": "Privacy",
+    "config option plan auto micro file format": "Settings and plans",
+    "model upcycle weights tensors spread hub placement expert part": "Models",
+    "run checkpoint report purge internal descriptors no not": "Runs, folders and machines",
+    "ranks": "Several devices",
+    "identity roster invite join install request member party": "Members: keys, roster, joining",
+    "round cache exchange tokens push mask sum remote host questions answers coordinator dashboard status": "Rounds",
+    "flare": "Inside NVFlare",
+    "audit transcript control demo": "Audit and demo",
+}
+_OTHER_AREA = "Between machines, and the rest"
+
+
+def codes_tables() -> str:
+    """Every code that `coterie explain` knows, by area."""
+    from coterie.cli.explain import Raised, raised_errors
+
+    areas = {word: title for words, title in _AREAS.items() for word in words.split()}
+    found: dict[str, dict[str, list[Raised]]] = {title: {} for title in (*_AREAS.values(), _OTHER_AREA)}
+    for item in raised_errors():
+        found[areas.get(item.code.split("-")[0], _OTHER_AREA)].setdefault(item.code, []).append(item)
+
+    def cell(texts: Iterable[str | None]) -> str:
+        lines = (" ".join(text.split()).replace("|", "\\|") for text in texts if text)
+        return "<br>".join(dict.fromkeys(line.replace("<", "&lt;") for line in lines))
+
+    lines = []
+    for title, codes in found.items():
+        lines += [f"### {title}", "", "| code | what it says | what to do |", "|---|---|---|"]
+        for code, items in codes.items():
+            lines.append(f"| `{code}` | {cell(i.message for i in items)} | {cell(i.fix for i in items)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def errors_page() -> str:
+    """The page as it is, with its tables made anew."""
+    return _with_tables("errors", {"codes": codes_tables()})
+
+
 def wire_page() -> str:
     """The page as it is, with its tables made anew."""
-    text = (REFERENCE / "wire.md").read_text("utf-8")
-    for name, table in {"header": header_table(), "messages": messages_tables()}.items():
+    return _with_tables("wire", {"header": header_table(), "messages": messages_tables()})
+
+
+def _with_tables(page: str, tables: dict[str, str]) -> str:
+    text = (REFERENCE / f"{page}.md").read_text("utf-8")
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: made by docs/generate_reference.py -->\n", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{table}\n\n{end}{rest.split(end)[1]}"
     return text
 
 
-PAGES = {"config": config_page, "cli": cli_page, "wire": wire_page}
+PAGES = {"config": config_page, "cli": cli_page, "wire": wire_page, "errors": errors_page}
 
 
 def main() -> int:

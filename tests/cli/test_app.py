@@ -142,6 +142,8 @@ def test_explain_knows_every_fixed_code_and_refuses_others(capsys: pytest.Captur
     assert code == 0
     assert "already holds a run" in out
     assert "fix" in out
+    code, _, err = run(capsys, "explain", "run-dir-take")
+    assert (code, "did you mean `run-dir-taken`" in " ".join(err.split())) == (1, True)
     assert run(capsys, "explain", "no-such-code")[0] == 1
     listed = run(capsys, "explain")[1].split()
     assert {item.code for item in raised_errors()} == set(listed)
@@ -234,6 +236,13 @@ def test_text_in_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]
     assert "a [list] of" in capsys.readouterr().err
 
 
-def test_the_reference_page_is_current() -> None:
+def test_the_reference_pages_are_current() -> None:
     script = Path(__file__).parents[2] / "docs" / "generate_reference.py"
-    subprocess.run([sys.executable, str(script), "--check", "cli"], check=True)
+    subprocess.run([sys.executable, str(script), "--check", "cli", "errors"], check=True)
+
+
+def test_every_code_is_on_the_page_of_errors_with_what_to_do() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "errors.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(row[0].strip("|` ") for row in rows) == sorted({item.code for item in raised_errors()})
+    assert all(len(row) == 3 and len(row[2].strip("| ")) > 5 for row in rows)

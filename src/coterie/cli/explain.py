@@ -6,6 +6,7 @@ import ast
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -142,10 +143,12 @@ def command(
         return
     matches = explained(code)
     if not matches:
+        near = get_close_matches(code, [item.code for item in raised_errors()], cutoff=0.5)
+        meant = f"did you mean {' or '.join(f'`{name}`' for name in dict.fromkeys(near))}? " if near else ""
         raise CoterieError(
             f"There is no error code `{code}`.",
             code="explain-unknown-code",
-            fix="`coterie explain` without a code lists all of them",
+            fix=f"{meant}`coterie explain` without a code lists all of them",
         )
     for item in matches:
         say(f"{item.code}: {item.message}")
