@@ -1,4 +1,4 @@
-"""Write docs/reference/config.md, cli.md, and the tables of wire.md and errors.md from the code: ``python docs/generate_reference.py``.
+"""Write what docs/reference says of the code: ``python docs/generate_reference.py [config cli wire errors]``.
 
 With ``--check`` nothing is written and the exit code says whether the pages are current.
 """

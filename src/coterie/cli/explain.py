@@ -34,7 +34,7 @@ def raised_errors() -> tuple[Raised, ...]:
     """Every error of the installed package, sorted by code and message; a code may end in `...`, too."""
     texts = [path.read_text("utf-8") for path in Path(coterie.__file__).parent.rglob("*.py")]
     found = {item for text in texts if "code=" in text for item in _raised_in(ast.parse(text))}
-    return tuple(sorted(found, key=lambda item: (item.code, item.message)))
+    return tuple(sorted(found, key=lambda item: (item.code, item.message, item.why or "", item.fix or "")))
 
 
 def explained(code: str) -> list[Raised]:

@@ -1,4 +1,4 @@
-"""A run of `coterie train` that trained all weights is exported as other results are, and pushed by the same rules."""
+"""A run that trained all weights is exported as other results are, and pushed by the same rules."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def settings(folder: Path, provenance: str = "private", **changes: object) -> Tr
     """A run of one round on a few notes."""
     (folder / "train.jsonl").write_text('{"text": "a cough and a fever"}\n{"text": "a swollen knee"}\n' * 6)
     (folder / "public.txt").write_text("the a and is in on has no\n")
-    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}  # fmt: skip
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
     tokenizer = {"train": {"files": [folder / "public.txt"], "vocab_size": 270}}
     values = {
         "model": {"family": "olmoe", "config": sizes},
