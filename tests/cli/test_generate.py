@@ -58,6 +58,17 @@ def test_a_folder_that_is_no_run_and_no_export_is_said_so(tmp_path: Path, capfd:
     assert "Error run-dir-none" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [("generate", "--prompt", "a"), ("eval",), ("export",)])
+def test_an_absent_folder_is_said_to_be_absent_and_what_would_do(
+    asked: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = asked
+    assert run(name, tmp_path / "nowhere", *options, *(["--out", tmp_path / "out"] if name == "export" else [])) == 1
+    told = " ".join(capfd.readouterr().err.split())
+    assert "There is no folder" in told
+    assert "that `coterie export` wrote" in told or name == "export"
+
+
 def test_a_federation_that_ends_without_being_asked_is_no_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

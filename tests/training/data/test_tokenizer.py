@@ -17,6 +17,13 @@ from coterie.training.data.tokenizer import encode, get_tokenizer, load_tokenize
 PUBLIC = ("the cat sat on the mat, the cat sat still", "a dog and a cat and a mat") * 3
 
 
+def test_a_folder_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    """Not that a name of Hugging Face's has another form."""
+    with pytest.raises(DataError) as refused:
+        load_tokenizer_from(tmp_path / "nowhere")
+    assert refused.value.message == f"There is no folder and no file {tmp_path / 'nowhere'} with a tokenizer."
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(PUBLIC, 300)

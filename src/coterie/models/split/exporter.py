@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -254,10 +255,11 @@ def split_spec(folder: Path) -> ModelSpec:
     try:
         return _as_stored(path.parent)
     except (OSError, ValueError, KeyError) as error:
+        what = f"is not a split model: {path.name} in `{MODEL_FOLDER}` is missing or unreadable"
         raise ModelError(
-            f"{folder} is not a split model: {path.name} in `{MODEL_FOLDER}` is missing or unreadable.",
+            f"{folder} {what}." if os.path.lexists(folder) else f"There is no folder {folder}.",
             code="model-no-manifest",
-            fix="give the folder that `coterie split` wrote",
+            fix="give the folder that `coterie split` wrote, or to `coterie export` the run_dir of `coterie train`",
         ) from error
 
 

@@ -78,10 +78,11 @@ def load_tokenizer_from(path: Path) -> PreTrainedTokenizerBase:
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        reason = f"{path} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}"
         raise DataError(
-            f"{path} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}",
+            reason if path.exists() else f"There is no folder and no file {path} with a tokenizer.",
             code="data-tokenizer",
-            fix="point data.tokenizer to a folder with tokenizer.json, or to that file",
+            fix="give a folder with tokenizer.json, or that file (in settings: data.tokenizer.path)",
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +128,12 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     try:
         marker = json_object((run_dir / MARKER).read_bytes())
     except (OSError, ValueError):
+        there = os.path.lexists(run_dir)
         raise CheckpointError(
-            f"{run_dir} holds no run of `coterie train`.",
+            f"{run_dir} holds no run of `coterie train`." if there else f"There is no folder {run_dir}.",
             code="run-dir-none",
-            fix="give the run_dir of a run that was started; it contains run.json",
+            fix="give the run_dir of a run that was started, which contains run.json; `generate` and `eval --tasks` "
+            "also take a folder that `coterie export` wrote",
         ) from None
     check_keys(run_dir / MARKER, "key", marker, _MARKED, CheckpointError)
     config = load_yaml(run_dir / "config.yaml", TrainConfig)
