@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,7 +28,8 @@ def command(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures, no text, to this file.")
     ] = None,
 ) -> None:
-    """Show what a train.yaml would train on: counts, lengths, what is cut off, duplicates, and the first records.
+    """Show what a train.yaml would train on: counts, lengths, what is cut off, duplicates, and the first records;
+    and read its held-out text.
 
     Tokens stand between bars; those that are only read, such as a prompt, between brackets. No model is loaded, and
     nothing is written. The text shown is your own: do not pass it on.
@@ -36,7 +38,7 @@ def command(
         coterie data check train.yaml --show 3
     """
     from coterie.config import TrainConfig, load_yaml
-    from coterie.training.data.check import check_data
+    from coterie.training.data.check import HeldOut, check_data
     from coterie.training.data.documents import read_documents
     from coterie.training.data.tokenizer import get_tokenizer, tokenize
 
@@ -45,6 +47,9 @@ def command(
     documents = read_documents(data.train, data, user_column=privacy.user_column if privacy else None)
     tokenizer = get_tokenizer(data.tokenizer, config.model, data)
     report = check_data(documents, tokenize(documents, data, tokenizer), data, tokenizer, shown)
+    if data.test:
+        test = read_documents(data.test, data)
+        report = replace(report, held_out=HeldOut.of(test, tokenize(test, data, tokenizer)))
     for line in lines(report, config):
         say(line)
     if json_file is not None:
@@ -67,6 +72,13 @@ def lines(report: DataReport, config: TrainConfig) -> list[str]:
         said.append(f"blank       {report.blank} more say nothing, and are left out")
     if report.left_out:
         said.append(f"left out    {report.left_out} documents, of which nothing could be predicted")
+    if report.held_out is not None:
+        held, blank = report.held_out, report.held_out.blank
+        more = f"; {blank} more say nothing" if blank else ""
+        said.append(
+            f"held out    {held.documents} documents, as {held.records} records with {held.predicted} tokens to "
+            f"predict{more}"
+        )
     if privacy is not None:
         unit = "everything of one user" if privacy.unit == "user" else "one record"
         said.append(f"unit        {unit}: what the privacy budget protects")

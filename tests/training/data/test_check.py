@@ -63,14 +63,24 @@ def test_the_command_says_it_of_a_train_yaml(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "public.txt").write_text("a")
     (tmp_path / "train.yaml").write_text(
         "model: {family: olmoe}\nrun_dir: run\ntrain: {rounds: 1}\nprivacy: {epsilon: 8}\n"
-        "data: {train: rows.jsonl, form: prompt_completion,\n"
+        "data: {train: rows.jsonl, test: test.jsonl, form: prompt_completion,\n"
         "       tokenizer: {train: {files: [public.txt], vocab_size: 260}}}\n"
     )
+    held_out = [json.dumps({"prompt": "e", "completion": word}) + "\n" for word in ("f", "gh")]
+    (tmp_path / "test.jsonl").write_text("".join(held_out))
     with pytest.raises(SystemExit) as ended:
         main(["data", "check", str(tmp_path / "train.yaml"), "--json", str(tmp_path / "figures.json")])
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "1 (prompt_completion), as 1 records" in shown
     assert "[|a|b|]|c|d|" in shown
-    assert json.loads((tmp_path / "figures.json").read_text())["predicted"] == 3
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["predicted"] == 3
+    assert "held out    2 documents, as 2 records with 5 tokens to predict" in shown
+    assert figures["held_out"] == {"documents": 2, "records": 2, "blank": 0, "predicted": 5}
     assert not (tmp_path / "run").exists()
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(tmp_path / "train.yaml")])
+    assert ended.value.code == 1
+    assert "data-no-file" in capsys.readouterr().err

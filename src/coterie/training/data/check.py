@@ -24,6 +24,26 @@ _PRIME = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What a run would be measured on.
+
+    Attributes:
+        documents, records: documents read, sequences made of them.
+        blank: documents that say nothing, which are left out.
+        predicted: tokens with a label.
+    """
+
+    documents: int
+    records: int
+    blank: int
+    predicted: int
+
+    @classmethod
+    def of(cls, documents: Documents, records: Sequences) -> HeldOut:
+        return cls(len(documents), len(records), documents.blank, records.predicted_tokens)
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What a run would see. For the owner's eyes: it shows text.
 
@@ -38,6 +58,7 @@ class DataReport:
         duplicates: documents that repeat an earlier one word for word.
         alike: sizes of groups of documents that say nearly the same, largest first.
         first: the first records; tokens without a label stand between brackets.
+        held_out: of the held-out text; None where there is none.
     """
 
     documents: int
@@ -55,6 +76,7 @@ class DataReport:
     duplicates: int
     alike: tuple[int, ...]
     first: tuple[str, ...]
+    held_out: HeldOut | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Figures alone: no text."""
