@@ -11,6 +11,7 @@ import re
 import stat
 import subprocess
 import sys
+from enum import EnumType
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,35 @@ def test_text_in_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]
     with pytest.raises(typer.Exit):
         output.fail(ConfigError("a [list] of\nlines", fix="use [x]"))
     assert "a [list] of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_figures_that_cannot_be_written_are_refused_before_the_work(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that has --json; what else it is given is not looked at before."""
+    parameters = typer.main.get_command(cli.app).commands[name].load().params  # type: ignore[attr-defined]
+    if not any("--json" in each.opts for each in parameters):
+        return
+    needed = []
+    for each in parameters:
+        if each.required:
+            kind = each.type_descriptor.annotation
+            option = [each.opts[0]] if each.opts[0].startswith("--") else []
+            needed += [*option, next(iter(kind)).value if isinstance(kind, EnumType) else str(tmp_path / "x")]
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "figures.json", tmp_path):
+        code, _, err = run(capsys, name, *needed, "--json", str(place))
+        assert (code, "option-json" in err) == (1, True), err
+
+
+def test_figures_are_refused_in_a_folder_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output.check_writable(tmp_path / "new" / "figures.json")
+    output.check_writable(Path(os.devnull))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(ConfigError, match="cannot be written"):
+        output.check_writable(tmp_path / "new" / "figures.json")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_reference_pages_are_current() -> None:

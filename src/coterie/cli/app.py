@@ -9,13 +9,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from coterie import __version__
-from coterie.cli.output import error_console, fail, show_error
+from coterie.cli.output import check_writable, error_console, fail, show_error
 from coterie.cli.stopping import ending_on_request
 from coterie.cli.streams import guarded_output
 from coterie.errors import CoterieError
@@ -79,7 +80,12 @@ class _LazyCommand(TyperCommand):
         return command
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
-        return self.load().make_context(*args, **extra)
+        context = self.load().make_context(*args, **extra)
+        for parameter in context.command.params:
+            given = context.params.get(parameter.name)
+            if "--json" in parameter.opts and isinstance(given, Path):
+                check_writable(given)
+        return context
 
 
 class _LazyGroup(TyperGroup):

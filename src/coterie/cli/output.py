@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, CoterieError
 from coterie.storage import write_whole
 
 EXIT_ERROR = 1
@@ -90,6 +91,27 @@ def write_json(path: str | Path, data: Any) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         return
     write_whole(path.resolve(), text.encode())
+
+
+def check_writable(path: Path) -> None:
+    """Make sure, before the work, that `write_json` will be able to write there.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    place = path.resolve()
+    near = next(each for each in (place, *place.parents) if each.exists())  # folders on the way are made
+    folder = near.is_dir()
+    if (folder and near == place) or (near != place and not folder) or not os.access(near, os.W_OK):
+        raise ConfigError(
+            f"The figures cannot be written to {path}: {near} is {'a folder' if near == place else 'no folder'}."
+            if os.access(near, os.W_OK)
+            else f"The figures cannot be written to {path}: {near} is closed to you.",
+            code="option-json",
+            where="--json",
+            why="it would be noticed only after the work",
+            fix="name a file in a folder that you may write to",
+        )
 
 
 def _finite(value: Any) -> Any:
