@@ -49,7 +49,7 @@ def page_of(folder: Path) -> str:
 
 def test_a_private_run_shows_budget_losses_and_where_they_may_go(tmp_path: Path) -> None:
     page = page_of(run_folder(tmp_path))
-    assert "3 rounds, finished; epsilon 6.00 spent at delta 1e-05." in page
+    assert "3 rounds, finished; epsilon 6.000 spent at delta 1e-05." in page
     assert "training 4.300, held-out 4.234" in page
     assert page.index("For the owner alone") < page.index("Loss, private to the owner")
     for piece in (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coterie.cli.output import say, table, write_json
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _show(root: Path, run: str) -> dict[str, Any]:
             fix="`coterie ledger list` shows the runs; --ledger names another folder",
         )
     row = _figures(*found[0])
-    words = {name: "no bound" if row[name] is None else f"{row[name]:.3f}" for name in ("epsilon", "lifetime")}
+    words = {name: "no bound" if row[name] is None else epsilon_digits(row[name]) for name in ("epsilon", "lifetime")}
     say(f"run {run}, ledger {row['ledger']} ({found[0][0].folder})")
     say(f"  unit       one {row['unit']} of {row['units']}; {row['rounds']} rounds released")
     say(f"  each round {_mechanism(found[0][1], row['unit'])}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.cli.pairs import named_pairs
+from coterie.dp.accounting.digits import epsilon_digits
 
 if TYPE_CHECKING:
     from coterie.config import FederationConfig
@@ -374,7 +375,7 @@ def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:
                 f"{federation.lot_of(each.party) / each.units:.4f}",
                 each.lot_size,
                 f"{each.rate:.4f}",
-                f"{each.epsilon:.3f}",
+                epsilon_digits(each.epsilon),
             )
             for each in proposed.lots
         ],

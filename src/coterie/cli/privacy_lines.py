@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from coterie.dp.accounting.digits import epsilon_digits
+
 if TYPE_CHECKING:
     from coterie.config import FederationConfig, PartyConfig
 
@@ -62,7 +64,7 @@ def spent_note(privacy: Mapping[str, Any] | None) -> str:
     """Epsilon so far, for the line of a round."""
     if privacy is None or privacy["epsilon"] is None or not math.isfinite(privacy["epsilon"]):
         return ""
-    return f"epsilon {privacy['epsilon']:.3f}"
+    return f"epsilon {epsilon_digits(privacy['epsilon'])}"
 
 
 def stopped_contributing(privacy: Mapping[str, Any] | None) -> str:
@@ -84,7 +86,7 @@ def revealed_so_far(privacy: Mapping[str, Any] | None) -> str:
     """What a party has let others see, whom, and at what epsilon and delta."""
     if privacy is None:
         return ""
-    epsilon = "no bound" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.3f}"
+    epsilon = "no bound" if privacy["epsilon"] is None else f"epsilon {epsilon_digits(privacy['epsilon'])}"
     hosting = "" if privacy.get("contributing", True) else "; the budget is spent, it only hosts"
     return (
         f"{privacy['revealed']} of {privacy['rounds']} rounds ({privacy['rounds_left']} left) to "

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from coterie.cli.output import EXIT_STOPPED, big, progress, say, size, table, write_json
 from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.pages.amounts import duration
 from coterie.training.evaluate import Evaluation
 from coterie.training.loop import StopFlag
@@ -156,7 +157,7 @@ def watched(config: TrainConfig) -> Iterator[tuple[StopFlag, Watch]]:
         def watch(done: int, step: Step, evaluation: Evaluation | None) -> None:
             nonlocal reported, epsilon
             if step.spent is not None:
-                epsilon = f"epsilon {step.spent.epsilon:.3f}"
+                epsilon = f"epsilon {epsilon_digits(step.spent.epsilon)}"
             held_out = f"held-out {evaluation.loss:.3f}" if evaluation is not None else ""
             stopping = "stopping: writing a checkpoint" if stop.asked else ""
             notes = (epsilon, step.nothing_learnt or f"loss {step.loss:.3f}", held_out, stopping)

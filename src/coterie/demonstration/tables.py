@@ -5,6 +5,7 @@ from __future__ import annotations
 from coterie.demonstration.plan import ARMS, Arm
 from coterie.demonstration.results import Results
 from coterie.demonstration.screen import megabytes
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.pages import Table
 
 IMPORTS_MB = 370, 500
@@ -51,7 +52,7 @@ def privacy_table(results: Results) -> Table | None:
     rows, delta = [], results.plan.private.delta
     for arm, by_party in results.arms.items():
         cells = [
-            f"epsilon {p.epsilon:.2f} (noise {p.noise_multiplier:.2f}, {p.rounds} rounds)"
+            f"epsilon {epsilon_digits(p.epsilon)} (noise {p.noise_multiplier:.2f}, {p.rounds} rounds)"
             for p in (figures.promise for figures in by_party.values())
             if p is not None
         ]

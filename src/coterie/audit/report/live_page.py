@@ -16,6 +16,7 @@ from typing import Any
 from coterie import pages
 from coterie.audit.report.training_page import TrainingRecord, load_charts, training_charts
 from coterie.config import TrainConfig, load_yaml
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.errors import CheckpointError, CoterieError
 from coterie.federation.rounds.run_folder import is_running, read_status
 from coterie.pages import Table
@@ -162,7 +163,7 @@ def _budget(privacy: Mapping[str, Any]) -> str:
     if not privacy:
         return ""
     spent = privacy.get("epsilon")
-    told = "nothing bounds it" if spent is None else f"epsilon {float(spent):.3f} spent"
+    told = "nothing bounds it" if spent is None else f"epsilon {epsilon_digits(float(spent))} spent"
     planned = (privacy.get("budget") or {}).get("epsilon")
     of = f" of {float(planned):g}" if planned is not None and spent is not None else ""
     left = f", {privacy['rounds_left']} releases left" if "rounds_left" in privacy else ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie import pages
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.errors import CheckpointError
 from coterie.pages import Series, Table
 from coterie.pages.amounts import data_size
@@ -173,7 +174,7 @@ def _headline(run: TrainingRecord) -> str:
     told = f"{run.rounds} rounds, {ended}"
     spent = run.privacy.get("epsilon")
     if spent is not None:
-        return f"{told}; epsilon {float(spent):.2f} spent at delta {float(run.privacy['delta']):g}."
+        return f"{told}; epsilon {epsilon_digits(float(spent))} spent at delta {float(run.privacy['delta']):g}."
     return f"{told}; no privacy budget: nothing bounds what the result reveals."
 
 
@@ -203,7 +204,8 @@ def _budget(run: TrainingRecord) -> str:
         series.append(Series("budget", [(points[0][0], float(planned)), (points[-1][0], float(planned))], faint=True))
         high = max(high, float(planned))
     drawn = pages.lines(series, x="round", y="epsilon", y_range=(0.0, 1.06 * high))
-    return pages.section("Budget over the rounds", pages.figure(f"epsilon {points[-1][1]:.3f} in the end", drawn))
+    told = f"epsilon {epsilon_digits(points[-1][1])} in the end"
+    return pages.section("Budget over the rounds", pages.figure(told, drawn))
 
 
 def _charts(run: TrainingRecord, names: Mapping[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ turns noise into epsilon, computed once (`coterie.dp.accounting.kept`). A result
 the same text: `coterie.dp.accounting.texts` tells it again, `coterie.dp.accounting.lifetime` adds up with
 `coterie.dp.accounting.overlap` and `coterie.dp.accounting.groups`, `coterie.dp.accounting.merging` joins two
 machines' ledgers. `coterie.dp.accounting.provenance` says what the start was made from,
-`coterie.dp.accounting.statement` says it all in words.
+`coterie.dp.accounting.statement` says it all in words, every epsilon as `coterie.dp.accounting.digits` prints it.
 """
 
 from importlib import import_module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.dp.numbers import check_fields
 
 
@@ -50,4 +51,4 @@ class Spent:
     delta: float
 
     def __str__(self) -> str:
-        return f"epsilon {self.epsilon:.3f} at delta {self.delta:.3g}"
+        return f"epsilon {epsilon_digits(self.epsilon)} at delta {self.delta:.3g}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from coterie.dp.accounting.accountant import Mechanism, epsilon
 from coterie.dp.accounting.budget import Budget, Spent
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.dp.accounting.groups import group_epsilon
 from coterie.dp.accounting.ledger import Ledger
 from coterie.dp.accounting.lifetime import lifetime
@@ -236,7 +237,7 @@ def _spent(values: Mapping[str, Any]) -> Spent:
 
 
 def _shown(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "unbounded"
+    return epsilon_digits(value) if math.isfinite(value) else "unbounded"
 
 
 def make_statement(

@@ -9,6 +9,7 @@ from typing import Any
 
 from coterie.config import PrivacySpec
 from coterie.dp.accounting.accountant import epsilon
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.dp.accounting.groups import group_epsilon
 from coterie.dp.plan import PrivacyPlan
 from coterie.dp.private_data import PrivateData
@@ -60,7 +61,8 @@ class Forecast:
         return [
             f"N = {self.units} {self.unit}s, about {self.lot_size} of them in each of {self.rounds} rounds "
             f"(rate {self.rate:.4g}); noise multiplier {self.noise_multiplier:.3f}",
-            f"epsilon {self.epsilon:.3f} at delta {self.delta:g} for one {self.unit} when all rounds are done",
+            f"epsilon {epsilon_digits(self.epsilon)} at delta {self.delta:g} for one {self.unit} when all rounds are "
+            "done",
             *document,
             *(f"note: {remark}" for remark in self.remarks),
         ]

@@ -21,6 +21,7 @@ from coterie.config.base import content_hash
 from coterie.config.load import value_of
 from coterie.dp.accounting.accountant import epsilon, needed_noise
 from coterie.dp.accounting.budget import Budget
+from coterie.dp.accounting.digits import epsilon_digits
 from coterie.dp.private_data import PrivateData
 from coterie.errors import ConfigError, RoundError
 from coterie.models.zoo.build import build_model
@@ -73,8 +74,8 @@ class Plan:
             f"epsilon {self.budget[0]:g} at delta {self.budget[1]:g} for everything together: {count} trials of "
             f"{self.trial_rounds} rounds and a run of {self.rounds}, all with noise multiplier "
             f"{self.noise_multiplier:.3f}",
-            f"a trial spends epsilon {self.trial_epsilon:.3f} by itself, the last run {self.epsilon:.3f}; the ledger "
-            "adds all of them up",
+            f"a trial spends epsilon {epsilon_digits(self.trial_epsilon)} by itself, the last run "
+            f"{epsilon_digits(self.epsilon)}; the ledger adds all of them up",
         ]
 
 
