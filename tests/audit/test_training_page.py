@@ -119,6 +119,6 @@ def test_the_command_writes_page_and_figures(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as end:
         main(["report", str(folder), "--json", str(tmp_path / "report.json")])
     assert end.value.code == 0
-    assert "epsilon 6.00 spent" in (folder / "private" / "report.html").read_text("utf-8")
+    assert "epsilon 6.000 spent" in (folder / "private" / "report.html").read_text("utf-8")
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["rounds"] == 3
     assert "report.html" in capsys.readouterr().out

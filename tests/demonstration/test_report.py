@@ -131,7 +131,7 @@ def test_private_arms_tell_what_they_spent() -> None:
     spent = {"epsilon": 7.99, "delta": 1e-5, "noise_multiplier": 0.8, "rounds": 12}
     assert arms["experts_dp"]["privacy"] == dict.fromkeys(PARTIES, spent)
     privacy = next(table for table in tables(private_results()) if table.title.startswith("privacy spent"))
-    assert privacy.rows[1] == ("private: together", *["epsilon 7.99 (noise 0.80, 12 rounds)"] * 3)
+    assert privacy.rows[1] == ("private: together", *["epsilon 7.990 (noise 0.80, 12 rounds)"] * 3)
 
 
 def test_losses_of_private_arms_are_labelled_as_not_private() -> None:
