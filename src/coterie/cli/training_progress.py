@@ -80,6 +80,8 @@ def show_plan(
         f"model: {big(found.parameters)} parameters, {found.expert_share:.1%} in experts{frozen}; "
         f"weights, gradients and optimiser {size(found.state_bytes)} on the device, activations on top"
     )
+    if found.remark is not None:
+        say(f"note: {found.remark}")
     if config.ranks > 1:
         beside = ", and a layer's whole weights while it is computed" if config.layers_over > 1 else ""
         say(f"over {config.ranks} ranks: {size(found.rank_bytes)} on the device of each{beside}")

@@ -143,6 +143,33 @@ def adapter_sizes(model: nn.Module, spec: LoraSpec) -> AdapterSizes:
     )
 
 
+def larger_than_matrix(model: nn.Module, spec: LoraSpec) -> str | None:
+    """The matrix whose adapter would hold more values than the matrix does, in a sentence; None where there is none.
+
+    Args:
+        model: may be on the meta device, without adapters.
+        spec: of the adapters.
+    """
+    stacked = {
+        name: param.shape[1:] for layer in expert_layers(model) for name, param in layer.parameters().items()
+        if name in spec.experts
+    }  # fmt: skip
+    plain = {
+        name.rpartition(".")[2]: weight.shape
+        for name, weight in _matrices(model).items()
+        if _ends_with_one_of(name, spec.modules)
+    }
+    for name, (rows, columns) in (stacked | plain).items():
+        values = spec.rank * (rows + columns)
+        if values > rows * columns:
+            return (
+                f"an adapter of rank {spec.rank} on `{name}` holds {values:,} values, and the matrix itself "
+                f"{rows * columns:,}: it saves nothing there; a `lora.rank` of at most "
+                f"{max(1, rows * columns // (rows + columns))} does"
+            )
+    return None
+
+
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
     """The weights of linear layers, routers and embeddings, by the module's name."""
     found = {name: getattr(module, "weight", None) for name, module in model.named_modules()}

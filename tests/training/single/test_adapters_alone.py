@@ -282,6 +282,19 @@ def test_a_plan_counts_what_is_trained(
     assert "full training or adapters (LoRA; `lora` trains them):" in said
 
 
+@pytest.mark.parametrize(("rank", "said"), [(16, False), (17, True)])
+def test_adapters_larger_than_their_matrix_are_remarked_on(
+    rank: int, said: bool, make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """32 x 32 values: a rank of 17 has 17 x 64 = 1088 of them, one of 16 has as many."""
+    dump_yaml(tmp_path / "train.yaml", make_config(lora={"rank": rank, "experts": ["gate_up_proj"]}))
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path / "train.yaml"), "--dry-run"])
+    shown = " ".join(capsys.readouterr().out.split())
+    words = "on `gate_up_proj` holds 1,088 values, and the matrix itself 1,024"
+    assert (words in shown, "at most 16 does" in shown) == (said, said)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

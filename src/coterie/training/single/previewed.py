@@ -10,7 +10,7 @@ from torch import nn
 
 from coterie.config import LoraSpec, PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
-from coterie.models.lora import adapter_sizes, load_peft
+from coterie.models.lora import adapter_sizes, larger_than_matrix, load_peft
 from coterie.models.seam import expert_layers
 from coterie.models.spread.spread import check_over
 from coterie.models.zoo.build import build_model, torch_dtype
@@ -64,6 +64,7 @@ class Preview:
         full: the same where all weights are trained, whatever the settings train.
         lora: adapters in place of full training; None where neither the settings train any nor that was asked for.
         trained: values that are: all parameters, or those of adapters.
+        remark: on adapters that are larger than what they adapt, where the settings train such.
     """
 
     parameters: int
@@ -82,6 +83,7 @@ class Preview:
     full: Calibration | None = None
     lora: AdaptersPreview | None = None
     trained: int = 0
+    remark: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -134,7 +136,7 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
     return Preview(
         whole, experts / whole, state, len(records), records.predicted_tokens, config.train.rounds,
         spending, at_rank, held.over_devices(), held.over_experts(), tuple(other), tuple(bands), calibration, full,
-        lora, trained,
+        lora, trained, None if config.lora is None else larger_than_matrix(model, config.lora),
     )  # fmt: skip
 
 
