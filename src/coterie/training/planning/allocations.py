@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ def peak_bytes(compute: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         compute()
         return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()  # tensors that nothing can reach any more would be given back on the way, and count as held less
     cpu = torch.profiler.ProfilerActivity.CPU
     with _quiet(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         compute()
