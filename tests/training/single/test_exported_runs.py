@@ -109,6 +109,16 @@ def test_what_started_from_private_weights_is_not_pushed_though_its_own_text_is_
     assert hub.given == []
 
 
+def test_words_that_were_taken_from_private_text_are_not_pushed(tmp_path: Path, hub: Hub) -> None:
+    """A tokenizer's vocabulary lies in the export; here it is declared as made from private text."""
+    config = settings(tmp_path, "public")
+    tokenizer = config.data.tokenizer.model_copy(update={"provenance": "private"})
+    start(config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer})}))
+    assert coterie("export", tmp_path / "run", "--out", tmp_path / "out", "--push", "grove/notes") == 1
+    assert json.loads((tmp_path / "out" / "privacy.json").read_text())["promise"] == "none"
+    assert hub.given == []
+
+
 def test_an_unfinished_run_has_no_model_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, train={"rounds": 2, "batch_size": 3})
     stop = StopFlag()
