@@ -89,7 +89,8 @@ def optimizer_of(
 ) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
     """AdamW, and what sets its rates for a round. The new head has a rate of its own: few rounds must take it far."""
     peaks = [(model.bert, args.lr), (model.classifier, args.head_lr)]
-    optimizer = torch.optim.AdamW([{"params": _trained(part)} for part, _ in peaks], weight_decay=0.0)
+    groups = [{"params": _trained(part)} for part, _ in peaks]
+    optimizer = torch.optim.AdamW(groups, betas=(args.beta, 0.999), weight_decay=0.0)
 
     def at_round(done: int) -> None:
         for group, (_, peak) in zip(optimizer.param_groups, peaks, strict=True):
@@ -186,7 +187,7 @@ def settings_of(args: argparse.Namespace, encoder: str) -> dict[str, Any]:
     """What tells one run's results from another's."""
     names = (
         "data", "rows", "hold_out", "experts", "top_k", "expert_noise", "train_layers", "epochs", "lot", "lr",
-        "head_lr", "clip", "clipping",
+        "head_lr", "beta", "clip", "clipping",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"encoder": encoder, "epsilon_planned": args.epsilon}
 
@@ -288,6 +289,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lot", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=5e-4, help="peak rate of the trained layers")
     parser.add_argument("--head-lr", type=float, default=2e-2, help="peak rate of the new head")
+    parser.add_argument("--beta", type=float, default=0.9, help="AdamW's first, of both arms")
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--clipping", default="flat", choices=["flat", "automatic"])
     parser.add_argument("--physical-batch", type=int, default=256)

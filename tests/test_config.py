@@ -17,6 +17,7 @@ from coterie.config import (
     FederationTrainSpec,
     MemberAddress,
     ModelSpec,
+    OptimSpec,
     PartyConfig,
     PrivacyRules,
     PrivacySpec,
@@ -439,6 +440,7 @@ def earlier_settings(**data: object) -> TrainConfig:
         train=TrainSpec(rounds=3),
         run_dir=Path("/tmp/r"),
         privacy=PrivacySpec(epsilon=8.0),
+        optim=OptimSpec(betas=(0.9, 0.95)),  # as they were under a budget, too
     )
 
 
@@ -455,6 +457,7 @@ def test_keys_that_came_later_leave_the_hash_of_earlier_settings_as_it_was() -> 
         coordinator=MemberAddress(endpoint="h:3"),
         train=FederationTrainSpec(rounds=2),
         privacy=PrivacyRules(epsilon=1.0),
+        optim=OptimSpec(betas=(0.9, 0.95)),
         placement={0: {1: "a", 2: "b"}},
     )
     assert agreed.content_hash() == "1bf675721d043f67ebb8d47a52d55ef09138bc2a91886f176ec1238d10e876e0"
@@ -506,6 +509,25 @@ def test_masked_pushes_with_what_they_exclude_are_refused_in_one_sentence(
     with pytest.raises(ConfigError) as refused:
         masked(tmp_path, more, parties=parties)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("optim", "with_budget"),
+    [
+        ("{lr: 1e-3}", (0.5, 0.99)),
+        ("{betas: [0.9, 0.95]}", (0.9, 0.95)),
+        ("{kind: sgd}", (0.9, 0.95)),
+    ],
+)
+def test_averages_of_gradients_are_short_where_these_are_noised_and_nothing_else_is_said(
+    tmp_path: Path, optim: str, with_budget: tuple[float, float]
+) -> None:
+    for text, kind, none in (TRAIN, TrainConfig, ""), (FEDERATION, FederationConfig, "privacy: none\n"):
+        private = load(tmp_path, f"{text}privacy: {{epsilon: 8}}\noptim: {optim}\n", kind)
+        assert private.optim.betas == with_budget
+        dump_yaml(tmp_path / "again.yaml", private)
+        assert load_yaml(tmp_path / "again.yaml", kind) == private
+        assert load(tmp_path, f"{text}{none}optim: {optim}\n", kind).optim.betas == (0.9, 0.95)
 
 
 BANDS = "privacy: {epsilon: 8, noise_bands: 4"

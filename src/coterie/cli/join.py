@@ -85,7 +85,7 @@ def _asked(config: FederationConfig) -> bool:
 
     from coterie.errors import RosterError
 
-    say(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).rstrip())
+    say(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False).rstrip())
     if not sys.stdin.isatty():
         raise RosterError(
             "Nobody is here to agree to this federation.yaml; nothing was signed, and the code was not used.",

@@ -215,6 +215,7 @@ class FederationConfig(Spec):
             )
         if isinstance(self.privacy, PrivacyRules):
             check_adds_up(self.optim, self.privacy)
+            object.__setattr__(self, "optim", self.optim.under_a_budget())
         if self.lora is not None and self.exchange != "experts":
             raise ValueError("`lora` needs `exchange: experts`")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]

@@ -87,8 +87,9 @@ def _check_name(path: Path) -> None:
 
 
 def dump_yaml(path: str | Path, spec: Spec) -> None:
-    """Write settings so that `load_yaml` gives them back. Defaults are left out, paths are written as they are."""
-    data = spec.model_dump(mode="json", exclude_defaults=True)
+    """Write settings so that `load_yaml` gives them back: what was given, also where it is the default; a default
+    may follow other settings. Paths are written as they are."""
+    data = spec.model_dump(mode="json", exclude_unset=True)
     write_whole(Path(path), yaml.safe_dump(data, sort_keys=False, allow_unicode=True).encode())
 
 

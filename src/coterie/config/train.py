@@ -18,6 +18,10 @@ Device = Literal["auto", "cpu", "cuda"]
 Devices = Count | Literal["auto"]
 
 
+PRIVATE_BETAS = (0.5, 0.99)
+"""Long averages of noisy gradients lag behind, and hold hardly less noise over a run: docs/decisions/0077."""
+
+
 class OptimSpec(Spec):
     """The learning rate is a function of the round alone, so all parties agree on it without talking."""
 
@@ -38,7 +42,9 @@ class OptimSpec(Spec):
     )
     lr: float = Field(default=3e-4, gt=0, description="Highest learning rate.")
     betas: tuple[float, float] = Field(
-        default=(0.9, 0.95), description="Decay of the two running averages, each in [0, 1)."
+        default=(0.9, 0.95),
+        description="Decay of the two running averages, each in [0, 1). With a budget, where nothing is given: "
+        "`[0.5, 0.99]`, which learns more from noisy gradients.",
     )
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay, applied to every parameter.")
@@ -47,6 +53,12 @@ class OptimSpec(Spec):
     )
     warmup_rounds: int = Field(default=0, ge=0, description="Rounds over which the rate rises linearly from zero.")
     final_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="Where `cosine` ends, as a share of `lr`.")
+
+    def under_a_budget(self) -> OptimSpec:
+        """With the `betas` of private training, unless some are given."""
+        if "betas" in self.model_fields_set or self.kind == "sgd":
+            return self
+        return self.model_copy(update={"betas": PRIVATE_BETAS})
 
     @property
     def added_momentum(self) -> float:
@@ -184,6 +196,7 @@ class TrainConfig(Spec):
             check_groups(self.devices, self.spread_by, self.spread_over)
         if self.privacy is not None:
             check_adds_up(self.optim, self.privacy)
+            object.__setattr__(self, "optim", self.optim.under_a_budget())
             problems = undeclared_artefacts(self.model, self.data)
             if self.data.packing == "documents":
                 problems.append("packing `documents` mixes records in a sequence; use `chunks` or `records`")

@@ -133,7 +133,7 @@ _OPTIM = OptimSpec(lr=1.5e-3, betas=(0.9, 0.99), schedule="cosine", warmup_round
 _PUBLIC_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="cosine", warmup_rounds=28)
 
 
-_PRIVATE_OPTIM = OptimSpec(lr=3e-3, betas=(0.9, 0.99), schedule="linear")
+_PRIVATE_OPTIM = OptimSpec(lr=3e-3, schedule="linear")
 
 
 @dataclass(frozen=True)
