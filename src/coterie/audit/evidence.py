@@ -17,7 +17,7 @@ from coterie.federation.wire.recording import ANSWERS
 from coterie.storage import json_object
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
-from coterie.training.folders import private_folder
+from coterie.training.folders import no_run, private_folder
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER, pooled_noise
 
 Document = list[int]
@@ -137,11 +137,7 @@ def _marker(run_folder: Path) -> Mapping[str, Any]:
             raise ValueError("a run of one party alone")
         return {"run": str(marker["run"]), "agreement": str(marker["agreement"])}
     except (OSError, ValueError, KeyError):
-        raise CheckpointError(
-            f"{run_folder} holds no run of `coterie up`.",
-            code="run-dir-none",
-            fix="give the run_dir of the party whose text is to be audited",
-        ) from None
+        raise no_run(run_folder, " of `coterie up`") from None
 
 
 def _check_same(folder: Path, run: str, agreement: str, marker: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`coterie export`: trunk and shards, or a run of one party, become one Hugging Face checkpoint."""
+"""`coterie export`: trunk and shards, or a run, become one Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coterie.cli.output import say, write_json
 def command(
     parts: Annotated[
         Path,
-        typer.Argument(help="Folder that `coterie split` wrote, or a run folder of `coterie train`."),
+        typer.Argument(help="Folder that `coterie split` wrote, or a run folder of `coterie train` or `coterie up`."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the checkpoint.")],
     trunk: Annotated[
@@ -48,7 +48,8 @@ def command(
     (README.md) and privacy.json say what was promised about the text behind it; --push refuses a model that read
     private text without a budget, and makes a repository that is not there yet a private one.
 
-    Of a run of `coterie train`, its model; with `lora`, adapters merged, or with --adapter these alone.
+    Of a run of `coterie train`, its model; with `lora`, adapters merged, or with --adapter these alone. Of a party's
+    run, the model or adapter that it ended with.
 
     Example:
         coterie export parts --out joined
@@ -59,12 +60,11 @@ def command(
     from coterie.models.split.exporter import export
     from coterie.models.split.pushing import push as upload
     from coterie.training.data.tokenizer import load_tokenizer_from
-    from coterie.training.party.process import PARTY_FILE
     from coterie.training.single.prepared import MARKER
     from coterie.training.single.result import export_run
 
     words = None if tokenizer is None else load_tokenizer_from(tokenizer)
-    if (parts / MARKER).is_file() and not (parts / PARTY_FILE).is_file():
+    if (parts / MARKER).is_file():
         if trunk is not None or shard:
             raise typer.BadParameter("--trunk and --shard belong to a split, and this is the folder of a run")
         export_run(parts, out, adapter=adapter)

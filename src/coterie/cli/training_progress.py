@@ -16,6 +16,7 @@ from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.accounting.digits import epsilon_digits
 from coterie.pages.amounts import duration
 from coterie.training.evaluate import Evaluation
+from coterie.training.folders import result_folder
 from coterie.training.loop import StopFlag
 from coterie.training.planning.forecast import Forecast
 from coterie.training.planning.full_or_lora import SUITS, of_noise
@@ -24,7 +25,6 @@ from coterie.training.planning.ways import choose, memory_here
 from coterie.training.single import auto_lot
 from coterie.training.single.calibrated import Calibration
 from coterie.training.single.previewed import AdaptersPreview, Preview, preview
-from coterie.training.single.result import result_folder
 from coterie.training.single.run import RunResult, Watch
 from coterie.training.single.stepper import Step
 

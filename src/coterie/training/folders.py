@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from coterie.errors import ConfigError
+from coterie.errors import CheckpointError, ConfigError
 from coterie.storage import write_whole, writing
 
 PUBLIC, PRIVATE = "public", "private"
+MODEL, ADAPTER = "model", "adapter"
 _CARD = """---
 library_name: transformers
 tags: [coterie, differential-privacy, mixture-of-experts]
@@ -47,6 +48,30 @@ def public_folder(run_dir: Path) -> Path:
 def private_folder(run_dir: Path) -> Path:
     """The run's folder for its owner's eyes."""
     return run_dir / PRIVATE
+
+
+def result_folder(run_dir: Path, names: Sequence[str] = (MODEL, ADAPTER)) -> Path | None:
+    """The model or adapter, of these names, that a run or a party ended with; None where there is none (yet)."""
+    places = (
+        folder / name for folder in (run_dir, public_folder(run_dir), private_folder(run_dir)) for name in names
+    )
+    return next((place for place in places if place.is_dir()), None)
+
+
+def no_run(run_dir: Path, of: str = "") -> CheckpointError:
+    """The error of a command that was given a folder with no run in it, or one that is not there.
+
+    Args:
+        run_dir: that folder.
+        of: what would have made the run, `` of `coterie up` ``.
+    """
+    there = os.path.lexists(run_dir)
+    return CheckpointError(
+        f"{run_dir} holds no run{of}." if there else f"There is no folder {run_dir}.",
+        code="run-dir-none",
+        fix="give the run_dir of `coterie train`, or of a party of `coterie up`, which contains run.json; `generate` "
+        "and `eval --tasks` also take a folder that `coterie export` wrote",
+    )
 
 
 @contextmanager

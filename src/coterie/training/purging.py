@@ -14,7 +14,7 @@ from coterie.dp.accounting.spool import Spool
 from coterie.errors import CheckpointError, RoundError
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.storage import json_object
-from coterie.training.folders import private_folder
+from coterie.training.folders import no_run, private_folder
 
 CACHES, TRANSCRIPTS = ("cache",), ("transcript*",)
 
@@ -94,11 +94,7 @@ def _marker(run_dir: Path) -> dict[str, str]:
     try:
         marker = json_object((run_dir / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
-        raise CheckpointError(
-            f"{run_dir} holds no run.",
-            code="run-dir-none",
-            fix="give the run_dir of `coterie train` or `coterie up`; it contains run.json",
-        ) from None
+        raise no_run(run_dir) from None
     return marker
 
 

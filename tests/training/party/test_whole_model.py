@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coterie.cli.app import main
 from coterie.config import FederationConfig, PartyConfig, dump_yaml, load_yaml
@@ -87,3 +89,30 @@ def test_eval_and_generate_work_on_a_partys_run_folder(
     shown = capsys.readouterr().out
     assert f"{results['alder'].loss:.4g}" in shown
     assert "the river" in shown
+
+
+def test_export_takes_the_run_folder_of_a_party(
+    done: tuple[Path, dict[str, PartyResult]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, results = done
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(folder / "alder"), "--out", str(out)])
+    assert not ended.value.code
+    own, theirs = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (results["alder"].model, out))
+    ids = torch.tensor([[5, 17, 3, 80]])
+    with torch.no_grad():
+        assert torch.equal(own(ids).logits, theirs(ids).logits)
+    assert len(AutoTokenizer.from_pretrained(out)) > 0
+    assert json.loads((out / "privacy.json").read_text())["promise"] == "none"
+    capsys.readouterr()
+    shutil.copytree(folder / "alder", tmp_path / "unfinished", ignore=shutil.ignore_patterns("model"))
+    for run, more, words in (
+        (folder / "alder", ["--adapter"], "it has no adapter"),
+        (tmp_path / "unfinished", [], "holds no whole model"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            main(["export", str(run), "--out", str(tmp_path / "none"), *more])
+        assert refused.value.code == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()

@@ -168,6 +168,18 @@ def test_the_command_sets_full_training_beside_adapters_either_way(
     assert "`lora: {rank: 8}` in federation.yaml" in said["full"]
 
 
+@pytest.mark.parametrize(("rank", "said"), [(48, False), (49, True)])
+def test_adapters_of_a_federation_that_are_larger_than_their_matrix_are_remarked_on(
+    rank: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """96 x 96 values of a projection down: a rank of 49 has 49 x 192 = 9,408 of them, one of 48 has as many."""
+    dump_yaml(tmp_path / "f.yaml", FederationConfig.model_validate({**SMALL, "lora": {"rank": rank}}))
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path / "f.yaml")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("holds 9,408 values, and the matrix itself 9,216" in shown, "at most 48 does" in shown) == (said, said)
+
+
 def test_a_round_is_planned_the_other_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computing takes 2 s in full and 1 s with adapters; what crosses is by hand: 12 experts, 8 of them elsewhere."""
     asked: list[LoraSpec | None] = []

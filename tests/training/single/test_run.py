@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from coterie.audit.evidence import Evidence
+from coterie.audit.report.training_page import TrainingRecord
 from coterie.config import TrainConfig, load_yaml
 from coterie.errors import CheckpointError, ConfigError, CoterieError, DataError, RoundError
 from coterie.federation.rounds.run_folder import LOCK_FILE, RunFolder
 from coterie.training.evaluate import Evaluation, evaluate, paired_bootstrap
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import MetricsWriter, read_metrics
+from coterie.training.party.process import settings_of_run
 from coterie.training.purging import purge
 from coterie.training.single.generate import generate
 from coterie.training.single.prepared import prepare
@@ -289,6 +292,21 @@ def test_a_marker_of_any_other_content_is_no_run(tmp_path: Path, content: bytes)
         with pytest.raises(CheckpointError) as caught:
             look(tmp_path)
         assert caught.value.code == "run-dir-none"
+
+
+def test_commands_that_take_a_run_tell_a_folder_that_is_not_there_from_one_without_a_run(tmp_path: Path) -> None:
+    for look in (
+        resume,
+        load_trained,
+        purge,
+        settings_of_run,
+        TrainingRecord.read,
+        lambda run: Evidence.read(run, []),
+    ):
+        for folder, words in (tmp_path, "holds no run"), (tmp_path / "none", "There is no folder"):
+            with pytest.raises(CheckpointError, match=words) as caught:
+                look(folder)
+            assert caught.value.code == "run-dir-none"
 
 
 def test_lines_of_figures_that_a_crash_left_are_dropped_and_written_anew(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from coterie.errors import CheckpointError
 from coterie.pages import Series, Table
 from coterie.pages.amounts import data_size
 from coterie.storage import json_object
-from coterie.training.folders import private_folder
+from coterie.training.folders import no_run, private_folder
 from coterie.training.metrics import read_metrics
 
 _LOSSES = {"loss": "training", "loss_not_private": "training", "test_loss": "held-out"}
@@ -74,11 +74,7 @@ class TrainingRecord:
         """
         marker = _json(run_folder / "run.json")
         if not marker:
-            raise CheckpointError(
-                f"{run_folder} holds no run.",
-                code="run-dir-none",
-                fix="give the run_dir of `coterie train` or of a party of `coterie up`",
-            )
+            raise no_run(run_folder)
         try:
             rows = read_metrics(private_folder(run_folder))
         except FileNotFoundError:

@@ -49,7 +49,7 @@ from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 from coterie.training.experts.gateway import dismiss
-from coterie.training.folders import kept_private, private_folder
+from coterie.training.folders import kept_private, no_run, private_folder
 from coterie.training.loop import use_checkpointing
 from coterie.training.party.after_private import check_after_private
 from coterie.training.party.agreed_limits import party_noise_limit
@@ -484,11 +484,7 @@ def settings_of_run(run_dir: Path) -> PartyConfig:
     """
     path = run_dir / PARTY_FILE
     if not path.is_file():
-        raise CheckpointError(
-            f"{run_dir} holds no run of `coterie up`.",
-            code="run-dir-none",
-            fix="give the run_dir of a party that took part in a federation",
-        )
+        raise no_run(run_dir, " of `coterie up`")
     config = load_yaml(path, PartyConfig)
     federation = load_yaml(config.federation, FederationConfig)
     if not PartyStore(run_dir, config.party, federation.content_hash()).held():

@@ -24,13 +24,12 @@ from coterie.revision import software
 from coterie.storage import write_json
 from coterie.training.experts.exchange import ExpertsExchange
 from coterie.training.experts.shared_trunk import shared_names
-from coterie.training.folders import private_folder, public_folder, write_statement
+from coterie.training.folders import private_folder, public_folder, result_folder, write_statement
 from coterie.training.party.actor import PartyActor
 from coterie.training.party.inputs import PartyInputs
 from coterie.training.party.own_trunk import OwnTrunk
 from coterie.training.party.recordings import Recordings
 from coterie.training.party.store import PartyStore
-from coterie.training.party.whole_model import model_folder
 from coterie.training.planning.forecast import Announce
 from coterie.training.planning.measured import peak_rss_bytes
 from coterie.training.tokens.exchange import TokensExchange
@@ -169,7 +168,7 @@ class PartyRun:
             state = self._follower.run(self._heartbeat)
             result = self._result(state)
             if result.finished:
-                written = self.actor.write_model(state.committed) or model_folder(self._inputs.run_dir)
+                written = self.actor.write_model(state.committed) or result_folder(self._inputs.run_dir)
                 result = replace(result, model=str(written or ""))
                 write_json(private_folder(self._inputs.run_dir) / "result.json", result.as_json())
                 if result.statement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ from coterie.models.streaming.cache import LayerWeights
 from coterie.models.zoo.build import structure_of
 from coterie.storage import new_folder, writing
 from coterie.training.data.tokenizer import load_tokenizer_from
-from coterie.training.folders import private_folder, public_folder
+from coterie.training.folders import ADAPTER, MODEL, private_folder, public_folder
 from coterie.training.party.inputs import PartyInputs
-
-MODEL, ADAPTER = "model", "adapter"
 
 
 def save_whole(inputs: PartyInputs, trunk_file: Path, layer: Callable[[int], LayerWeights]) -> Path:
@@ -74,9 +72,3 @@ def ending_place(inputs: PartyInputs) -> Path:
         return private
     tainted = any(artefact.origin == "private" or artefact.overruled for artefact in privacy.artefacts)
     return private if tainted else public
-
-
-def model_folder(run_dir: Path, names: Sequence[str] = (MODEL, ADAPTER)) -> Path | None:
-    """Where `save_whole` put what a party ended with; None where there is nothing of these names."""
-    places = (folder / name for folder in (public_folder(run_dir), private_folder(run_dir)) for name in names)
-    return next((place for place in places if place.is_dir()), None)

@@ -18,7 +18,7 @@ from coterie.config import FederationConfig, FederationTrainSpec, LoraSpec, Memb
 from coterie.errors import ConfigError
 from coterie.federation.experts.parts import expert_parts
 from coterie.models import seam
-from coterie.models.lora import adapter_sizes
+from coterie.models.lora import adapter_sizes, larger_than_matrix
 from coterie.models.sizes import experts_per_token
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.build import build_model, torch_dtype
@@ -71,6 +71,7 @@ class LoraPlan:
         weights: that full training changes.
         centralised_bytes: device memory in one place, without activations.
         parties: every party, in the `experts` exchange.
+        remark: on adapters that are larger than what they adapt, where federation.yaml has such.
     """
 
     agreed: bool
@@ -80,6 +81,7 @@ class LoraPlan:
     weights: int
     centralised_bytes: int
     parties: tuple[PartyPlan, ...]
+    remark: str | None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class FederationPlan:
             "weights cross once, in the first round",
             of_noise(lora.weights, lora.adapters),
             SUITS,
+            *([] if lora.remark is None else [f"note: {lora.remark}"]),
         ]
 
 
@@ -250,7 +253,8 @@ def _with_adapters(federation: FederationConfig, model: nn.Module, shapes: Mappi
             )
         )  # fmt: skip
     agreed, weights = federation.lora is not None, first.trunk + first.experts
-    return LoraPlan(agreed, spec.rank, one.trained, one.shared, weights, whole, tuple(plans))
+    remark = larger_than_matrix(model, spec) if agreed else None
+    return LoraPlan(agreed, spec.rank, one.trained, one.shared, weights, whole, tuple(plans), remark)
 
 
 def adapters_of(federation: FederationConfig, model: nn.Module, spec: LoraSpec) -> dict[str, Adapters]:

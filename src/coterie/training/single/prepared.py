@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from coterie.storage import check_keys, json_object, write_json
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
-from coterie.training.folders import private_folder
+from coterie.training.folders import no_run, private_folder
 from coterie.training.single.setup import build_for, with_adapters
 
 MARKER = "run.json"
@@ -128,13 +127,7 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     try:
         marker = json_object((run_dir / MARKER).read_bytes())
     except (OSError, ValueError):
-        there = os.path.lexists(run_dir)
-        raise CheckpointError(
-            f"{run_dir} holds no run of `coterie train`." if there else f"There is no folder {run_dir}.",
-            code="run-dir-none",
-            fix="give the run_dir of a run that was started, which contains run.json; `generate` and `eval --tasks` "
-            "also take a folder that `coterie export` wrote",
-        ) from None
+        raise no_run(run_dir, " of `coterie train`") from None
     check_keys(run_dir / MARKER, "key", marker, _MARKED, CheckpointError)
     config = load_yaml(run_dir / "config.yaml", TrainConfig)
     return config.model_copy(update={"run_dir": run_dir}), marker

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from coterie.config import FederationConfig, load_yaml
 from coterie.errors import CheckpointError, ModelError
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.card import write_card
@@ -18,11 +19,10 @@ from coterie.models.split.splitter import check_vacant
 from coterie.models.split.trainings import Training, read_trainings, write_trainings
 from coterie.models.zoo.build import structure_of
 from coterie.storage import new_folder, writing
-from coterie.training.folders import private_folder, public_folder
+from coterie.training.folders import ADAPTER, MODEL, result_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 from coterie.training.single.prepared import Prepared, read_run
-from coterie.training.single.trained import load_trained
-
-MODEL, ADAPTER = "model", "adapter"
+from coterie.training.single.trained import load_trained, model_of_party
 
 
 def save_result(prepared: Prepared, place: Path, trainings: Sequence[Training]) -> None:
@@ -53,17 +53,12 @@ def save_result(prepared: Prepared, place: Path, trainings: Sequence[Training]) 
         write_card(aside)
 
 
-def result_folder(run_dir: Path) -> Path | None:
-    """Where `save_result` put what a run ended with; None before that."""
-    places = (run_dir, public_folder(run_dir), private_folder(run_dir))
-    return next((place / name for place in places for name in (MODEL, ADAPTER) if (place / name).is_dir()), None)
-
-
 def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
     """Write a finished run's model, adapters merged if it has some, or the adapter alone, into a new folder.
 
     Args:
-        run_dir: of a run.
+        run_dir: of a run, or of a party of a federation; its adapters are merged by `exporter.export`, which has the
+            weights of all hosts.
         out: does not exist yet, or is empty.
         adapter: the adapter alone.
 
@@ -73,14 +68,15 @@ def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
             does not read back.
     """
     check_vacant(out)
-    lora = read_run(run_dir)[0].lora
+    of_party = (run_dir / PARTY_FILE).is_file()
+    lora = load_yaml(run_dir / FEDERATION_FILE, FederationConfig).lora if of_party else read_run(run_dir)[0].lora
     if lora is None and adapter:
         raise ModelError(
             f"{run_dir} trained all weights, so it has no adapter.",
             code="model-no-adapters",
             fix="leave out --adapter to export the whole model",
         )
-    found = result_folder(run_dir)
+    found = model_of_party(run_dir) if of_party and not adapter else result_folder(run_dir)
     if found is None:
         raise CheckpointError(
             f"{run_dir} has no {MODEL if lora is None else ADAPTER} yet.",

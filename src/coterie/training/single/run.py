@@ -152,6 +152,7 @@ def resume(
         CheckpointError: no run is here, its checkpoint is damaged, or settings or text changed since it started.
         LedgerError: the ledger is damaged or behind.
     """
+    read_run(run_dir)  # before a folder is made and locked
     with RunFolder(run_dir, ranks):
         if rounds is not None:
             make_longer(run_dir, rounds)

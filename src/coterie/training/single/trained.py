@@ -16,9 +16,8 @@ from coterie.models.zoo.build import build_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.evaluate import Evaluation, evaluate
-from coterie.training.folders import private_folder
+from coterie.training.folders import MODEL, private_folder, result_folder
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
-from coterie.training.party.whole_model import MODEL, model_folder
 from coterie.training.single.prepared import checkpoints_of, read_run
 from coterie.training.single.setup import build_for, pick_device, with_adapters
 
@@ -86,10 +85,13 @@ def tokenizer_of(place: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer_from(private_folder(place) / TOKENIZER_FOLDER)
 
 
-def _of_party(run_dir: Path) -> TrainedRun:
-    party = load_yaml(run_dir / PARTY_FILE, PartyConfig)
-    federation = load_yaml(run_dir / FEDERATION_FILE, FederationConfig)
-    folder = model_folder(run_dir, [MODEL])
+def model_of_party(run_dir: Path) -> Path:
+    """The folder of the whole model that a party of a federation ended with.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    folder = result_folder(run_dir, [MODEL])
     if folder is None:
         raise CheckpointError(
             f"{run_dir} holds no whole model.",
@@ -99,6 +101,13 @@ def _of_party(run_dir: Path) -> TrainedRun:
             fix="go on with `coterie resume`, join everybody's parts with `coterie export`, or ask through the "
             "federation with --live",
         )
+    return folder
+
+
+def _of_party(run_dir: Path) -> TrainedRun:
+    party = load_yaml(run_dir / PARTY_FILE, PartyConfig)
+    federation = load_yaml(run_dir / FEDERATION_FILE, FederationConfig)
+    folder = model_of_party(run_dir)
     spec = federation.train
     config = TrainConfig(
         model=ModelSpec(path=folder, dtype=federation.model.dtype),
