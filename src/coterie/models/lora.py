@@ -182,10 +182,10 @@ def _ends_with_one_of(name: str, ends: Collection[str]) -> bool:
 
 
 def _is_router(model: nn.Module, end: str) -> bool:
-    """Whether modules of that name hold a matrix without being a linear layer, so that peft adapts the matrix."""
+    """Whether modules of that name hold a matrix and compute more than its product: peft adapts the matrix."""
     named = [module for name, module in model.named_modules() if _ends_with_one_of(name, (end,))]
     return any(isinstance(getattr(module, "weight", None), nn.Parameter) for module in named) and not any(
-        isinstance(module, nn.Linear | nn.Embedding) for module in named
+        isinstance(module, nn.Embedding) or type(module).forward is nn.Linear.forward for module in named
     )
 
 

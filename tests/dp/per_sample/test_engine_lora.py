@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coterie.config import LoraSpec
 from coterie.dp.checks.batches_of_one import coarsest
 from coterie.dp.clipping import Flat
 from coterie.dp.per_sample.engine import Engine
 from coterie.errors import ModelError, NoRuleError
+from coterie.models.lora import attach_adapters
 from coterie.models.zoo.tiny import tiny_model
 from helpers.engine_reference import clipped, distance, gradients, norms, token_batch
 
@@ -23,12 +25,17 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def adapted(family: str, **targets: Any) -> nn.Module:
     model = peft.get_peft_model(tiny_model(family), peft.LoraConfig(r=3, lora_alpha=6, **targets))
+    randomised(model)
+    return model.eval()
+
+
+def randomised(model: nn.Module) -> None:
+    """Every adapter gets values of its own: a fresh one adds nothing."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,18 @@ def test_invariant_1_a_router_s_adapter_works_beside_those_of_experts(family: st
     model, batch = adapted(family, target_parameters=[*EXPERTS, "mlp.gate.weight"]), token_batch(3, 7)
     expected = gradients(model, batch)
     assert any("gate.lora" in name and g.any() for name, g in expected[0].items())
+    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
+    figures = engine.accumulate(batch)
+    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
+    assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+
+
+def test_invariant_1_a_router_that_is_a_linear_layer_and_answers_more_than_its_product_is_adapted_too() -> None:
+    spec = LoraSpec(rank=3, experts=("gate_up_proj", "down_proj"), modules=("router",))
+    model, batch = attach_adapters(tiny_model("phimoe"), spec, seed=0).eval(), token_batch(3, 7)
+    randomised(model)
+    expected = gradients(model, batch)
+    assert any("router.lora" in name and g.any() for name, g in expected[0].items())
     engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
     figures = engine.accumulate(batch)
     assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
