@@ -33,7 +33,7 @@ from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.revision import software
 from coterie.storage import put_away, write_json
 from coterie.training.evaluate import Evaluation, evaluate
-from coterie.training.folders import kept_private, private_folder, public_folder, write_statement
+from coterie.training.folders import kept_private, no_run, private_folder, public_folder, write_statement
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.planning.forecast import Announce
@@ -152,7 +152,8 @@ def resume(
         CheckpointError: no run is here, its checkpoint is damaged, or settings or text changed since it started.
         LedgerError: the ledger is damaged or behind.
     """
-    read_run(run_dir)  # before a folder is made and locked
+    if not run_dir.is_dir():  # before one is made and locked
+        raise no_run(run_dir, " of `coterie train`")
     with RunFolder(run_dir, ranks):
         if rounds is not None:
             make_longer(run_dir, rounds)
