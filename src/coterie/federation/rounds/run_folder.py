@@ -40,6 +40,7 @@ class RunFolder:
         self.path = path
         self._writing = threading.Lock()
         self._lock = -1
+        self._made = False
         try:
             while not self._taken():  # whoever held it removed the file meanwhile
                 self.close()
@@ -68,7 +69,9 @@ class RunFolder:
         """
         file = self.path / LOCK_FILE
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.is_dir():
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._made = True
             self._lock = lock(file, wait=False)
         except BlockingIOError:
             raise
@@ -87,7 +90,8 @@ class RunFolder:
         try:
             if os.listdir(self.path) == [LOCK_FILE]:  # refused before anything was begun
                 (self.path / LOCK_FILE).unlink()
-                self.path.rmdir()
+                if self._made:
+                    self.path.rmdir()
         except OSError:  # somebody removed it, or put something there
             pass
         finally:
