@@ -49,7 +49,7 @@ def command(
     report = check_data(documents, tokenize(documents, data, tokenizer), data, tokenizer, shown)
     if data.test:
         test = read_documents(data.test, data)
-        report = replace(report, held_out=HeldOut.of(test, tokenize(test, data, tokenizer)))
+        report = replace(report, held_out=HeldOut.of(test, tokenize(test, data, tokenizer), documents))
     for line in lines(report, config):
         say(line)
     if json_file is not None:
@@ -79,8 +79,15 @@ def lines(report: DataReport, config: TrainConfig) -> list[str]:
             f"held out    {held.documents} documents, as {held.records} records with {held.predicted} tokens to "
             f"predict{more}"
         )
+        if held.trained:
+            said.append(
+                f"NOTE: {held.trained} of them {'is' if held.trained == 1 else 'are'} in the text to train on, too, "
+                "word for word: their loss says nothing about new text"
+            )
     if privacy is not None:
-        unit = "everything of one user" if privacy.unit == "user" else "one record"
+        unit = "one record"
+        if privacy.unit == "user":
+            unit = f"everything of one user ({report.users} users, of up to {report.most_of_one} records)"
         said.append(f"unit        {unit}: what the privacy budget protects")
     if privacy is not None and report.most_pieces > 1:
         said.append(f"NOTE: a document is up to {report.most_pieces} records; its epsilon is that of such a group")

@@ -45,12 +45,15 @@ def command(
         coterie generate exported --chat --prompt "What helps against a cough?"
         coterie generate run --live --prompt "The patient"
     """
-    from coterie.training.data.chat import as_turn, read_template
+    from coterie.training.data.chat import answer_end, as_turn, read_template
     from coterie.training.single.generate import generate
     from coterie.training.single.trained import model_of, tokenizer_of
 
     tokenizer = tokenizer_of(run_dir)
-    asked = as_turn(prompt, tokenizer, read_template(template)) if chat else prompt
+    asked, ends = prompt, None
+    if chat:
+        chosen = read_template(template)
+        asked, ends = as_turn(prompt, tokenizer, chosen), answer_end(tokenizer, chosen)
 
     def show(piece: str) -> None:
         typer.echo(piece, nl=False)
@@ -58,7 +61,17 @@ def command(
     def answer(model: PreTrainedModel) -> None:
         if not chat:
             show(prompt)
-        generate(model, tokenizer, asked, tokens=tokens, temperature=temperature, seed=seed, written=chat, show=show)
+        generate(
+            model,
+            tokenizer,
+            asked,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            written=chat,
+            ends=() if ends is None else (ends,),
+            show=show,
+        )
         show("\n")
 
     if live:

@@ -77,10 +77,33 @@ def test_the_command_says_it_of_a_train_yaml(tmp_path: Path, capsys: pytest.Capt
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["predicted"] == 3
     assert "held out    2 documents, as 2 records with 5 tokens to predict" in shown
-    assert figures["held_out"] == {"documents": 2, "records": 2, "blank": 0, "predicted": 5}
+    assert figures["held_out"] == {"documents": 2, "records": 2, "blank": 0, "predicted": 5, "trained": 0}
     assert not (tmp_path / "run").exists()
+    assert "NOTE" not in shown
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(SystemExit) as ended:
         main(["data", "check", str(tmp_path / "train.yaml")])
     assert ended.value.code == 1
     assert "data-no-file" in capsys.readouterr().err
+
+
+def test_held_out_text_that_is_trained_on_and_users_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("ann", "one two"), ("bob", "three four"), ("ann", "five six"), ("ann", "seven")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"who": w, "text": t}) + "\n" for w, t in rows))
+    (tmp_path / "test.jsonl").write_text('{"text": "five six"}\n{"text": "five six!"}\n{"text": " "}\n')
+    (tmp_path / "public.txt").write_text("a")
+    (tmp_path / "train.yaml").write_text(
+        "model: {family: olmoe}\nrun_dir: run\ntrain: {rounds: 1}\n"
+        "privacy: {epsilon: 8, unit: user, user_column: who}\n"
+        "data: {train: rows.jsonl, test: test.jsonl, packing: records,\n"
+        "       tokenizer: {train: {files: [public.txt], vocab_size: 260}}}\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(tmp_path / "train.yaml"), "--json", str(tmp_path / "figures.json")])
+    assert not ended.value.code
+    shown, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
+    assert "NOTE: 1 of them is in the text to train on, too" in shown
+    assert "everything of one user (2 users, of up to 3 records)" in shown
+    assert (figures["users"], figures["most_of_one"], figures["held_out"]["trained"]) == (2, 3, 1)

@@ -94,3 +94,14 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_family_without_a_named_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which brings no tokenizer"):
         get_tokenizer(TokenizerSpec(), ModelSpec(family="olmoe"), DataSpec(train=(tmp_path / "a.txt",)))
+
+
+def test_public_files_need_no_column_of_the_private_text(tmp_path: Path) -> None:
+    """Classes and conversations are what the private rows hold; a vocabulary is made of any text."""
+    (tmp_path / "public.txt").write_text("\n".join(PUBLIC))
+    (tmp_path / "public.jsonl").write_text('{"text": "a cat and a dog"}\n')
+    words = {"prompt": "{text} is{word}", "words": {"0": " a", "1": " b"}}
+    made = {"train": {"files": [tmp_path / "public.txt", tmp_path / "public.jsonl"], "vocab_size": 280}}
+    for rows in ({"task": "label_words", "label_words": words}, {"form": "messages"}):
+        spec = DataSpec.model_validate({"train": ["x.jsonl"], "tokenizer": made, **rows})
+        assert len(get_tokenizer(spec.tokenizer, ModelSpec(family="olmoe"), spec)) > 258

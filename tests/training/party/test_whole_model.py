@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from coterie.cli.app import main
 from coterie.config import FederationConfig, PartyConfig, dump_yaml, load_yaml
@@ -27,6 +27,7 @@ from helpers.federations import PARTIES, settings
 
 def trained(folder: Path, **changes: object) -> tuple[FederationConfig, dict[str, PartyResult]]:
     tiny_model("olmoe", vocab_size=300).save_pretrained(folder / "base")
+    GenerationConfig(eos_token_id=[2, 7]).save_pretrained(folder / "base")
     config = settings(**{
         "exchange": "experts", "privacy": "none", "weights_dtype": "float32", "trunk": "shared",
         "model": {"path": str(folder / "base"), "provenance": "public"},
@@ -75,6 +76,7 @@ def test_the_model_of_a_party_is_what_everybodys_parts_make(
     own = AutoModelForCausalLM.from_pretrained(results["birch"].model).state_dict()
     assert own.keys() == joined.keys()
     assert all(torch.equal(own[name], value) for name, value in joined.items())
+    assert GenerationConfig.from_pretrained(results["birch"].model).eos_token_id == [2, 7]
     assert any(not torch.equal(own[name], value) for name, value in base.items() if name in own)
 
 

@@ -15,7 +15,7 @@ from coterie.cli.app import main
 from coterie.config import TrainConfig
 from coterie.models.split import pushing
 from coterie.training.loop import StopFlag
-from coterie.training.single.run import start
+from coterie.training.single.run import resume, start
 from coterie.training.single.trained import load_trained
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 9]])
@@ -129,3 +129,17 @@ def test_an_unfinished_run_has_no_model_yet(tmp_path: Path, capsys: pytest.Captu
     assert coterie("export", config.run_dir, "--out", tmp_path / "out", "--adapter") == 1
     assert "trained all weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_model_of_a_shorter_run_is_not_exported_for_the_longer_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`generate` reads the newest checkpoint: an export of the earlier model would be another one."""
+    config, stop = settings(tmp_path), StopFlag()
+    start(config)
+    watch: Callable[..., None] = lambda *_: stop.set()  # noqa: E731
+    assert not resume(config.run_dir, stop=stop, watch=watch, rounds=3).finished
+    assert coterie("export", config.run_dir, "--out", tmp_path / "out") == 1
+    assert "was made 3 rounds long and is at 2" in " ".join(capsys.readouterr().err.split())
+    assert resume(config.run_dir).finished
+    assert coterie("export", config.run_dir, "--out", tmp_path / "out") == 0

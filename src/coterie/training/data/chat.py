@@ -92,7 +92,7 @@ def encoded(
     Raises:
         DataError: there is no template, or it refuses the turns or writes answers where they cannot be found.
     """
-    template = template or _own_template(tokenizer)
+    template = _own_template(tokenizer) if template is None else template
     if template is None:
         if not talk.joined:
             raise DataError(
@@ -125,13 +125,18 @@ def read_template(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text("utf-8")
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"The chat template {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
-            code="data-template",
-            fix="set data.template to a Jinja file, as a model's chat_template.jinja is",
-        ) from None
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+    else:
+        if text.strip():
+            return text
+        problem = "is empty"
+    raise DataError(
+        f"The chat template {path} {problem}.",
+        code="data-template",
+        fix="set data.template to a Jinja file, as a model's chat_template.jinja is",
+    )
 
 
 def as_turn(prompt: str, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str:
@@ -145,7 +150,7 @@ def as_turn(prompt: str, tokenizer: PreTrainedTokenizerBase, template: str | Non
     Raises:
         DataError: there is no template, or it refuses the turn.
     """
-    template = template or _own_template(tokenizer)
+    template = _own_template(tokenizer) if template is None else template
     if template is None:
         raise DataError(
             "The model's tokenizer has no chat template.",
@@ -154,6 +159,37 @@ def as_turn(prompt: str, tokenizer: PreTrainedTokenizerBase, template: str | Non
             fix="name one with --template FILE (Jinja), or leave out --chat: the prompt is then continued as text",
         )
     return _by_template([{"role": "user", "content": prompt}], tokenizer, template, asks=True)
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> int | None:
+    """The special token that a template writes behind an answer, often another than the one that ends a text.
+
+    Args:
+        tokenizer: its chat template writes the turns.
+        template: in place of the tokenizer's.
+
+    Returns:
+        None where the template writes none, or no answer that can be found.
+    """
+    template = _own_template(tokenizer) if template is None else template
+    if template is None:
+        return None
+    turns = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+    try:
+        written = _by_template(turns, tokenizer, template, asks=False)
+    except DataError:
+        return None
+    _, said, behind = written.rpartition("answer")
+    if not said:
+        return None
+    ids: list[int] = tokenizer(behind.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[0] if ids and ids[0] in special_tokens(tokenizer) else None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that stand for no characters of a text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset((*tokenizer.all_special_ids, *(number for number, token in added if token.special)))
 
 
 def _by_template(

@@ -31,16 +31,20 @@ class HeldOut:
         documents, records: documents read, sequences made of them.
         blank: documents that say nothing, which are left out.
         predicted: tokens with a label.
+        trained: documents that are in the text to train on, too, word for word.
     """
 
     documents: int
     records: int
     blank: int
     predicted: int
+    trained: int
 
     @classmethod
-    def of(cls, documents: Documents, records: Sequences) -> HeldOut:
-        return cls(len(documents), len(records), documents.blank, records.predicted_tokens)
+    def of(cls, documents: Documents, records: Sequences, training: Documents) -> HeldOut:
+        known = set(training.texts)
+        trained = sum(text in known for text in documents.texts)
+        return cls(len(documents), len(records), documents.blank, records.predicted_tokens, trained)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class DataReport:
         most_pieces: most records that one document became.
         duplicates: documents that repeat an earlier one word for word.
         alike: sizes of groups of documents that say nearly the same, largest first.
+        users: whose text it is, where a column says so; None otherwise.
+        most_of_one: most records of one of them.
         first: the first records; tokens without a label stand between brackets.
         held_out: of the held-out text; None where there is none.
     """
@@ -75,6 +81,8 @@ class DataReport:
     most_pieces: int
     duplicates: int
     alike: tuple[int, ...]
+    users: int | None
+    most_of_one: int | None
     first: tuple[str, ...]
     held_out: HeldOut | None = None
 
@@ -103,6 +111,7 @@ def check_data(
     after = torch.zeros(len(documents), dtype=torch.int64).index_add(0, records.document_S, lengths)
     lost = [max(0, full - kept) for full, kept in zip(before, after.tolist(), strict=True)]
     joined = spec.packing == "documents"
+    of_users = None if records.users is None else Counter(records.users)
     return DataReport(
         documents=len(documents),
         records=len(records),
@@ -118,6 +127,8 @@ def check_data(
         most_pieces=int(pieces.max()),
         duplicates=len(documents) - len(set(documents.texts)),
         alike=tuple(sorted(_groups(documents.texts), reverse=True)),
+        users=None if of_users is None else len(of_users),
+        most_of_one=None if of_users is None else max(of_users.values()),
         first=tuple(_written(records, row, tokenizer) for row in range(min(shown, len(records)))),
     )
 

@@ -55,7 +55,7 @@ def get_tokenizer(spec: TokenizerSpec, model: ModelSpec, data: DataSpec) -> PreT
             fix="set it to a path, or make one from public text with a `train` block",
         )
     if spec.train is not None:
-        public = data.model_copy(update={"format": None, "form": "text"})
+        public = data.model_copy(update={"format": None, "form": "text", "task": "text", "label_words": None})
         return train_tokenizer(read_documents(spec.train.files, public).texts, spec.train.vocab_size)
     if spec.path is not None:
         return load_tokenizer_from(spec.path)

@@ -10,6 +10,7 @@ from coterie.config import PrivacyRules
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.card import write_card
 from coterie.models.split.exporter import write_from_layers
+from coterie.models.split.splitter import copy_beside_weights
 from coterie.models.split.trainings import Training, write_trainings
 from coterie.models.streaming.cache import LayerWeights
 from coterie.models.zoo.build import structure_of
@@ -43,6 +44,8 @@ def save_whole(inputs: PartyInputs, trunk_file: Path, layer: Callable[[int], Lay
         if lora is not None:
             AdaptedModel(model, lora.model_dump(mode="json"), trunk_file).save_adapter(aside)
         else:
+            if inputs.federation.model.path is not None:
+                copy_beside_weights(inputs.federation.model.path, aside)  # generation settings, as an export has them
             write_from_layers(aside, model, trunk_file, layer)
             tokenizer = private_folder(inputs.run_dir) / "tokenizer"
             if tokenizer.is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.errors import DataError
+from coterie.training.data.chat import special_tokens
 
 
 @torch.no_grad()
@@ -22,6 +23,7 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     written: bool = False,
+    ends: Collection[int] = (),
     show: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of ``prompt``: at most ``tokens`` new tokens, fewer when the text ends.
@@ -34,6 +36,7 @@ def generate(
         temperature: divides the logits before sampling; 0 takes the likeliest token.
         seed: of the sampling.
         written: a chat template wrote the prompt, with all tokens that begin a text.
+        ends: tokens that end the continuation, beside the tokenizer's own, and the model's that are special.
         show: hears of each piece of the continuation as soon as it is known.
 
     Raises:
@@ -58,14 +61,15 @@ def generate(
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    last = _ends(model, tokenizer) | {*ends}
     settings = GenerationConfig(
         max_new_tokens=tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(last) or None,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **how,
     )
-    pieces = _Pieces(tokenizer, show or (lambda piece: None))
+    pieces = _Pieces(tokenizer, last, show or (lambda piece: None))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.generate(
@@ -77,11 +81,24 @@ def generate(
     return pieces.text
 
 
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's end, and those that the model's generation settings name, as chat models have several.
+
+    Settings of another tokenizer would name ordinary tokens: only special ones count.
+    """
+    named: int | list[int] | None = model.generation_config.eos_token_id
+    ids = {named} if isinstance(named, int) else {*(named or ())}
+    own = tokenizer.eos_token_id
+    return (ids & special_tokens(tokenizer)) | (set() if own is None else {own})
+
+
 class _Pieces:
     """A streamer of transformers' generation: tokens become text as they come, whole characters only."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
-        self._tokenizer, self._show = tokenizer, show
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], show: Callable[[str], None]
+    ) -> None:
+        self._tokenizer, self._ends, self._show = tokenizer, ends, show
         self._ids: list[int] | None = None
         self.text = ""
 
@@ -89,7 +106,7 @@ class _Pieces:
         if self._ids is None:  # the prompt comes first
             self._ids = []
             return
-        self._ids += [token for token in value.flatten().tolist() if token != self._tokenizer.eos_token_id]
+        self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
         self._tell(last=False)
 
     def end(self) -> None:

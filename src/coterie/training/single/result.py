@@ -21,7 +21,7 @@ from coterie.models.zoo.build import structure_of
 from coterie.storage import new_folder, writing
 from coterie.training.folders import ADAPTER, MODEL, result_folder
 from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
-from coterie.training.single.prepared import Prepared, read_run
+from coterie.training.single.prepared import Prepared, checkpoints_of, lengthened, read_run
 from coterie.training.single.trained import load_trained, model_of_party
 
 
@@ -84,6 +84,8 @@ def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
             why="it is written after the last round",
             fix=f"`coterie resume {run_dir}` goes on with the run",
         )
+    if not of_party:
+        _check_not_longer(run_dir, found)
     with new_folder(out) as aside:
         if adapter:
             shutil.copytree(found, aside, dirs_exist_ok=True)
@@ -96,3 +98,16 @@ def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
             write_from_memory(aside, trained.model)
         write_trainings(aside, read_trainings(found))
         write_card(aside)
+
+
+def _check_not_longer(run_dir: Path, found: Path) -> None:
+    """A run that was made longer keeps what the shorter one ended with until it has finished, too."""
+    config, marker = read_run(run_dir)
+    planned, saved = lengthened(config, marker).train.rounds, checkpoints_of(run_dir, str(marker["run"])).rounds()
+    if config.privacy is None and saved and saved[-1] < planned:  # with a budget none is made longer
+        raise CheckpointError(
+            f"{run_dir} was made {planned} rounds long and is at {saved[-1]}.",
+            code="run-no-model",
+            why=f"its {found.name} is that of the shorter run; the next is written after the last round",
+            fix=f"`coterie resume {run_dir}` goes on with the run; {found} is the earlier one, as it was",
+        )
