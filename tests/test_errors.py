@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from coterie import errors
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, as_argument
 
 CLASSES = [found for found in vars(errors).values() if isinstance(found, type) and issubclass(found, CoterieError)]
 
@@ -32,3 +34,8 @@ def test_the_tree_shows_every_class_under_its_parent() -> None:
 
 def test_codes_of_the_classes_differ() -> None:
     assert len({error.code for error in CLASSES}) == len(CLASSES)
+
+
+@pytest.mark.parametrize("name", ["run", "a run", "it's", "$HOME"])
+def test_a_path_in_a_command_that_is_shown_can_be_pasted(name: str) -> None:
+    assert shlex.split(f"coterie resume {as_argument(Path(name))}") == ["coterie", "resume", name]

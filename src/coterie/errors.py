@@ -28,6 +28,9 @@ A person sees four lines: what is wrong, where, why it matters, what to do. Code
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 
 class CoterieError(Exception):
     """An error a person can act on.
@@ -200,3 +203,8 @@ class ProvenanceError(PrivacyError):
     """A starting artefact was made from private records."""
 
     code = "dp-provenance"
+
+
+def as_argument(path: Path | str) -> str:
+    """A path as a shell takes it, in a command that a message shows: quoted where it has spaces."""
+    return shlex.quote(str(path))

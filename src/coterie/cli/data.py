@@ -12,7 +12,7 @@ import typer
 from coterie.cli.output import say, write_json
 
 if TYPE_CHECKING:
-    from coterie.config import TrainConfig
+    from coterie.config import DataSpec, ModelSpec, PrivacySpec
     from coterie.training.data.check import DataReport
 
 
@@ -22,43 +22,58 @@ class DataAction(StrEnum):
 
 def command(
     action: Annotated[DataAction, typer.Argument(help="What to do.")],
-    settings: Annotated[Path, typer.Argument(help="train.yaml.")],
+    settings: Annotated[Path, typer.Argument(help="train.yaml or party.yaml.")],
     shown: Annotated[int, typer.Option("--show", min=0, help="How many records to write out.")] = 2,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures, no text, to this file.")
     ] = None,
 ) -> None:
-    """Show what a train.yaml would train on: counts, lengths, what is cut off, duplicates, and the first records;
-    and read its held-out text.
+    """Show what a train.yaml or a party.yaml would train on: counts, lengths, what is cut off, duplicates, and the
+    first records; and read its held-out text.
 
     Tokens stand between bars; those that are only read, such as a prompt, between brackets. No model is loaded, and
     nothing is written. The text shown is your own: do not pass it on.
 
     Example:
         coterie data check train.yaml --show 3
+        coterie data check party.yaml
     """
-    from coterie.config import TrainConfig, load_yaml
     from coterie.training.data.check import HeldOut, check_data
     from coterie.training.data.documents import read_documents
     from coterie.training.data.tokenizer import get_tokenizer, tokenize
 
-    config = load_yaml(settings, TrainConfig)
-    data, privacy = config.data, config.privacy
+    data, model, privacy = _what_is_read(settings)
     documents = read_documents(data.train, data, user_column=privacy.user_column if privacy else None)
-    tokenizer = get_tokenizer(data.tokenizer, config.model, data)
+    tokenizer = get_tokenizer(data.tokenizer, model, data)
     report = check_data(documents, tokenize(documents, data, tokenizer), data, tokenizer, shown)
     if data.test:
         test = read_documents(data.test, data)
         report = replace(report, held_out=HeldOut.of(test, tokenize(test, data, tokenizer), documents))
-    for line in lines(report, config):
+    for line in lines(report, data, privacy):
         say(line)
     if json_file is not None:
         write_json(json_file, report.as_json())
 
 
-def lines(report: DataReport, config: TrainConfig) -> list[str]:
+def _what_is_read(settings: Path) -> tuple[DataSpec, ModelSpec, PrivacySpec | None]:
+    """Text, the model whose tokenizer may be the one, and what is promised; of a run of one party or of several."""
+    from coterie.config import FederationConfig, PartyConfig, TrainConfig, load_yaml, party_privacy
+    from coterie.config.load import names_setting
+    from coterie.training.party.process import check_member
+
+    if names_setting(settings, "party"):
+        party = load_yaml(settings, PartyConfig)
+        federation = load_yaml(party.federation, FederationConfig)
+        check_member(party, federation)
+        return party.data, federation.model, party_privacy(federation, party)
+    if names_setting(settings, "parties"):
+        raise typer.BadParameter("a federation.yaml names no text: give the party.yaml of one of its parties")
+    config = load_yaml(settings, TrainConfig)
+    return config.data, config.model, config.privacy
+
+
+def lines(report: DataReport, data: DataSpec, privacy: PrivacySpec | None) -> list[str]:
     """The report in words."""
-    data, privacy = config.data, config.privacy
     said = [
         f"documents   {report.documents} ({data.form}), as {report.records} records (packing {data.packing})",
         f"tokens      {report.tokens}, of which {report.predicted} are predicted",

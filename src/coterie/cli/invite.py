@@ -10,6 +10,7 @@ import typer
 from coterie.cli.output import EXIT_STOPPED, say, size
 from coterie.cli.party_file import check_named, offer_settings
 from coterie.cli.roster import fingerprint_line
+from coterie.errors import as_argument
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -87,6 +88,6 @@ def command(
     say(f"{name}: everybody is in: roster v{roster.membership_epoch} {roster.content_hash()}")
     say(fingerprint_line(roster))
     if not elsewhere:
-        say(f"next: coterie coordinator {settings} --kit {coordinator_kit}")
+        say(f"next: coterie coordinator {as_argument(settings)} --kit {as_argument(coordinator_kit)}")
     offer_settings(name, settings, kit, inviting.parts, train or [], test)
     say("next: coterie doctor party.yaml, then coterie up party.yaml")

@@ -10,6 +10,7 @@ import typer
 from coterie.cli.output import say, size
 from coterie.cli.party_file import check_named, offer_settings
 from coterie.cli.roster import fingerprint_line
+from coterie.errors import as_argument
 
 if TYPE_CHECKING:
     from coterie.config import FederationConfig
@@ -71,7 +72,7 @@ def command(
     joined = join_federation(given, Path(), kit, watch, heard_roster=roster)
     say(fingerprint_line(joined.roster))
     if joined.parts is None:
-        say(f"next: coterie coordinator federation.yaml --kit {kit}")
+        say(f"next: coterie coordinator federation.yaml --kit {as_argument(kit)}")
         return
     offer_settings(joined.member, Path("federation.yaml"), kit, joined.parts, train or [], test)
     say("next: coterie doctor party.yaml, then coterie up party.yaml")

@@ -14,6 +14,7 @@ from coterie.cli.output import EXIT_STOPPED, big, progress, say, size, table, wr
 from coterie.cli.stopping import stop_signals
 from coterie.config import PrivacySpec, TrainConfig
 from coterie.dp.accounting.digits import epsilon_digits
+from coterie.errors import as_argument
 from coterie.pages.amounts import duration
 from coterie.training.evaluate import Evaluation
 from coterie.training.folders import result_folder
@@ -188,7 +189,7 @@ def report(result: RunResult, json_file: Path | None) -> None:
         table(tuple(row), [tuple(row.values())])
         say(where)
     else:
-        say(f"stopped after round {result.rounds}; go on with: coterie resume {result.run_dir}")
+        say(f"stopped after round {result.rounds}; go on with: coterie resume {as_argument(result.run_dir)}")
     if result.statement:
         say()
         say(result.statement)

@@ -13,6 +13,7 @@ from coterie.cli.pairs import named_pairs
 from coterie.cli.privacy_lines import opening_lines, revealed_so_far, spent_note, stopped_contributing
 from coterie.cli.ranks import joined_party, option, start_party_if_asked
 from coterie.cli.roster import fingerprint_line
+from coterie.errors import as_argument
 
 if TYPE_CHECKING:
     from coterie.config import PartyConfig
@@ -136,7 +137,7 @@ def report(result: PartyResult, json_file: Path | None) -> None:
     if json_file is not None:
         write_json(json_file, result.as_json())
     if not result.finished:
-        say(f"stopped after round {result.rounds}; go on with: coterie resume {result.run_dir}")
+        say(f"stopped after round {result.rounds}; go on with: coterie resume {as_argument(result.run_dir)}")
         raise typer.Exit(EXIT_STOPPED)
     mib = 1024**2
     sent = sum(counts["sent"] for counts in result.wire.values())

@@ -11,7 +11,7 @@ from coterie.config import PartyConfig, PartyPrivacy, TrainConfig, load_yaml
 from coterie.dp.accounting.ledger import default_root
 from coterie.dp.accounting.lifetime import ledgers_under
 from coterie.dp.accounting.spool import Spool
-from coterie.errors import CheckpointError, RoundError
+from coterie.errors import CheckpointError, RoundError, as_argument
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.storage import json_object
 from coterie.training.folders import no_run, private_folder
@@ -64,7 +64,7 @@ def _purge(run_dir: Path, marker: dict[str, str], give_up: bool) -> Purged:
             f"{run_dir} is not finished.",
             code="purge-unfinished",
             why="its spool holds what was released already; without it the rounds count again",
-            fix=f"`coterie resume {run_dir}`, or add --give-up if it is not to go on",
+            fix=f"`coterie resume {as_argument(run_dir)}`, or add --give-up if it is not to go on",
         )
     removed: list[Path] = []
     root, run = _ledger_of(run_dir, marker)

@@ -107,3 +107,33 @@ def test_held_out_text_that_is_trained_on_and_users_are_counted(
     assert "NOTE: 1 of them is in the text to train on, too" in shown
     assert "everything of one user (2 users, of up to 3 records)" in shown
     assert (figures["users"], figures["most_of_one"], figures["held_out"]["trained"]) == (2, 3, 1)
+
+
+def test_the_text_of_a_party_is_checked_by_what_was_agreed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("ann", "one two"), ("bob", "three four"), ("ann", "five six")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"who": w, "text": t}) + "\n" for w, t in rows))
+    (tmp_path / "public.txt").write_text("a")
+    (tmp_path / "federation.yaml").write_text(
+        "name: grove\nmodel: {family: olmoe}\ntrain: {rounds: 1}\ncoordinator: {endpoint: 'h:3'}\n"
+        "parties: {alder: {endpoint: 'h:1'}, birch: {endpoint: 'h:2'}}\nprivacy: {epsilon: 8, unit: user}\n"
+    )
+    party = (
+        "party: {name}\nfederation: federation.yaml\nkit: kit\nrun_dir: run\ntrunk: t\nshard: s\n"
+        "privacy: {{ledger: ledger, user_column: who}}\n"
+        "data: {{train: rows.jsonl, packing: records,\n"
+        "       tokenizer: {{train: {{files: [public.txt], vocab_size: 260}}}}}}\n"
+    )
+    for name in ("alder", "cedar"):
+        (tmp_path / f"{name}.yaml").write_text(party.format(name=name))
+    for file, code, words in (
+        ("alder.yaml", 0, "everything of one user (2 users, of up to 2 records)"),
+        ("cedar.yaml", 1, "cedar is not a party of grove"),
+        ("federation.yaml", 2, "a federation.yaml names no text"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "check", str(tmp_path / file)])
+        shown = capsys.readouterr()
+        assert ((ended.value.code or 0), words in " ".join((shown.out + shown.err).split())) == (code, True), file
+    assert not (tmp_path / "run").exists()

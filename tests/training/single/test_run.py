@@ -248,13 +248,13 @@ def test_a_prompt_that_is_not_utf8_is_one_sentence(prompt: str) -> None:
         generate(None, None, prompt, tokens=1)  # type: ignore[arg-type]
 
 
-def test_a_folder_that_holds_a_run_is_not_used_again(make_config: MakeConfig) -> None:
-    config = make_config()
+def test_a_folder_that_holds_a_run_is_not_used_again(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(run_dir=tmp_path / "a run")
     start(config)
     with pytest.raises(ConfigError, match="already holds a run") as caught:
-        start(make_config(train={"rounds": 9}))
+        start(make_config(run_dir=config.run_dir, train={"rounds": 9}))
     assert caught.value.code == "run-dir-taken"
-    assert str(config.run_dir) in str(caught.value.fix)
+    assert f"`coterie resume '{config.run_dir}'`" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from coterie.audit.model.key import HELD_OUT, KEY, TRAIN, Key, check_piles
 from coterie.checkpoints import CheckpointStore
 from coterie.config import DataSpec, FederationConfig, ModelSpec, PartyConfig, load_yaml, party_privacy
 from coterie.dp.heads import head_of
-from coterie.errors import AuditError, CheckpointError
+from coterie.errors import AuditError, CheckpointError, as_argument
 from coterie.models.split.exporter import export
 from coterie.models.split.shards import MODEL_FOLDER, TRUNK_FILE, shard_file
 from coterie.models.split.splitter import write_config
@@ -282,7 +282,7 @@ def _check_finished(run_dir: Path) -> None:
             f"{run_dir} has not finished.",
             code="audit-unfinished",
             why="its promise and its model are not yet what they will be",
-            fix=f"coterie resume {run_dir}",
+            fix=f"coterie resume {as_argument(run_dir)}",
         )
 
 

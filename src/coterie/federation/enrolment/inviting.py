@@ -18,7 +18,7 @@ from typing import Any
 
 from coterie.config import FederationConfig, load_yaml
 from coterie.config.federation import is_endpoint
-from coterie.errors import ConfigError, IdentityError, ModelError
+from coterie.errors import ConfigError, IdentityError, ModelError, as_argument
 from coterie.federation.enrolment.codes import JoinCode
 from coterie.federation.enrolment.desk import EnrolmentDesk, Offer, Tell
 from coterie.federation.enrolment.hand_out import HandOut, RosterTable
@@ -229,7 +229,8 @@ class Inviting:
                 f"The model in {self.parts} was split for other parties, or deals them other experts.",
                 code="invite-other-split",
                 why="members would get certificates, and parts that do not fit the roster",
-                fix=f"split it again: coterie split MODEL --federation {self._settings} --out NEW-FOLDER",
+                fix="split it again: coterie split MODEL --federation "
+                f"{as_argument(self._settings)} --out NEW-FOLDER",
             )
         return files
 

@@ -134,7 +134,8 @@ def read_status(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no status of a federation's process.",
             code="status-none",
-            fix="name a party.yaml, or the run folder of `coterie up` or `coterie coordinator`",
+            fix="name a party.yaml, or the run folder of `coterie up` or `coterie coordinator`; `coterie dashboard` "
+            "shows what a run of `coterie train` does",
         ) from error
     return status
 

@@ -440,7 +440,8 @@ def _cannot_load(spec: ModelSpec, part: str, error: Exception) -> ModelError:
             f"{spec.path} is not a checkpoint that can be loaded ({part}): {_reason(error)}",
             code="model-bad-checkpoint",
             where="model.path",
-            fix="give the folder of a Hugging Face checkpoint with config.json and *.safetensors",
+            fix="give the folder of a Hugging Face checkpoint with config.json and *.safetensors; `coterie export` "
+            "makes one of what `coterie split` wrote",
         )
     if not _hub_answers() or "connect" in str(error).lower():
         return ModelError(

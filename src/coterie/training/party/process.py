@@ -24,7 +24,7 @@ from coterie.dp.accounting.dataset import dataset_digest
 from coterie.dp.accounting.ledger import default_root
 from coterie.dp.accounting.texts import Keyring
 from coterie.dp.noise.pooled import PooledNoise
-from coterie.errors import CheckpointError, ModelError, PlacementError, RankError, RosterError
+from coterie.errors import CheckpointError, ModelError, PlacementError, RankError, RosterError, as_argument
 from coterie.federation.identity.certificates import Role
 from coterie.federation.identity.identify import identify
 from coterie.federation.identity.roster import Roster
@@ -252,8 +252,6 @@ def _read_party(
     if ranks.rank == 0:
         check_after_private(config, federation, documents)
     train = tokenize(documents, data, tokenizer)
-    if documents.users is not None:
-        train = train.with_users(documents.users)
     test = tokenize(read_documents(data.test, data), data, tokenizer) if data.test else None
     device = pick_device(config.device)
     frozen = federation.lora is not None
@@ -491,6 +489,6 @@ def settings_of_run(run_dir: Path) -> PartyConfig:
         raise CheckpointError(
             f"{run_dir} has no checkpoint yet.",
             code="checkpoint-none",
-            fix=f"`coterie up {path}` begins from the split model",
+            fix=f"`coterie up {as_argument(path)}` begins from the split model",
         )
     return config.model_copy(update={"run_dir": run_dir})

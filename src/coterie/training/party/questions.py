@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, PartyConfig
-from coterie.errors import CheckpointError, ConfigError, RoundError
+from coterie.errors import CheckpointError, ConfigError, RoundError, as_argument
 from coterie.storage import json_object
 from coterie.training.data.documents import Documents
 from coterie.training.folders import private_folder
@@ -95,5 +95,5 @@ def _check_finished(run_dir: Path, federation: FederationConfig) -> None:
             f"The run in {run_dir} has not finished its {federation.train.rounds} rounds.",
             code="run-unfinished",
             why="questions are for the model that all parties ended with",
-            fix=f"go on with `coterie resume {run_dir}`, and ask afterwards",
+            fix=f"go on with `coterie resume {as_argument(run_dir)}`, and ask afterwards",
         )

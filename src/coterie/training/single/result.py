@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, load_yaml
-from coterie.errors import CheckpointError, ModelError
+from coterie.errors import CheckpointError, ModelError, as_argument
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.card import write_card
 from coterie.models.split.exporter import write_from_checkpoint, write_from_memory
@@ -82,7 +82,7 @@ def export_run(run_dir: Path, out: Path, *, adapter: bool) -> None:
             f"{run_dir} has no {MODEL if lora is None else ADAPTER} yet.",
             code="run-no-model",
             why="it is written after the last round",
-            fix=f"`coterie resume {run_dir}` goes on with the run",
+            fix=f"`coterie resume {as_argument(run_dir)}` goes on with the run",
         )
     if not of_party:
         _check_not_longer(run_dir, found)
@@ -109,5 +109,5 @@ def _check_not_longer(run_dir: Path, found: Path) -> None:
             f"{run_dir} was made {planned} rounds long and is at {saved[-1]}.",
             code="run-no-model",
             why=f"its {found.name} is that of the shorter run; the next is written after the last round",
-            fix=f"`coterie resume {run_dir}` goes on with the run; {found} is the earlier one, as it was",
+            fix=f"`coterie resume {as_argument(run_dir)}` goes on with the run; {found} is the earlier one",
         )

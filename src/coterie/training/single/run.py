@@ -22,7 +22,7 @@ from typing import Any
 from coterie.config import TrainConfig, due, dump_yaml
 from coterie.dp.accounting.statement import Statement
 from coterie.dp.checkpoint import SESSION
-from coterie.errors import CheckpointError, ConfigError
+from coterie.errors import CheckpointError, ConfigError, as_argument
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.wire.values import check_own
 from coterie.models.split.trainings import Training
@@ -114,7 +114,7 @@ def start(
                 f"{config.run_dir} already holds a run.",
                 code="run-dir-taken",
                 why="two runs in one folder would mix their checkpoints and figures",
-                fix=f"`coterie resume {config.run_dir}` goes on with it; otherwise choose another run_dir",
+                fix=f"`coterie resume {as_argument(config.run_dir)}` goes on with it; or choose another run_dir",
             )
         check_report(config.report_to, figures_of_train(config))
         prepared, stepper = _begun(config, ranks, announce)

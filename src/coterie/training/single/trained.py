@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.checkpoints import load_weights
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, TrainConfig, TrainSpec, load_yaml
-from coterie.errors import CheckpointError, DataError
+from coterie.errors import CheckpointError, DataError, as_argument
 from coterie.models.zoo.build import build_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
@@ -50,7 +50,7 @@ def load_trained(run_dir: Path) -> TrainedRun:
         raise CheckpointError(
             f"{run_dir} has no checkpoint yet.",
             code="checkpoint-none",
-            fix=f"`coterie resume {run_dir}` goes on with the run",
+            fix=f"`coterie resume {as_argument(run_dir)}` goes on with the run",
         )
     model = build_for(config, tokenizer)
     adapted: Any = with_adapters(model, config)
