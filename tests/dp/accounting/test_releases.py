@@ -239,6 +239,27 @@ def test_a_disk_that_fails_behind_a_round_is_said_and_the_round_stays_counted(
         assert releases.used == 1
 
 
+@pytest.mark.parametrize("up_to_round", [1, 2])
+def test_a_result_that_is_removed_need_not_have_been_synced(
+    up_to_round: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(tmp_path / "spool")
+
+    def full(path: Path) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr("coterie.dp.accounting.spool.sync_file", full)
+    spool.keep(spool.write_release(2, 0, {"w": torch.ones(8)}, PINS), "behind")
+    if up_to_round == 1:
+        with pytest.raises(OSError, match="release-00000002-0"):
+            spool.drop_releases(up_to_round)
+        assert list(spool.folder.glob("release-*"))
+    else:
+        spool.drop_releases(up_to_round)
+        assert not list(spool.folder.glob("release-*"))
+    spool.close()
+
+
 def test_invariant_8_retry_before_spooling_recomputes_the_same_lot(tmp_path: Path) -> None:
     world = ReleasesWorld(tmp_path)
     lots = []

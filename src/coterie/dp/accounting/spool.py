@@ -16,7 +16,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +132,7 @@ class Spool:
             ) from error
         self._unlock = weakref.finalize(self, os.close, handle)
         self._behind: Future[None] | None = None
+        self._behind_round = 0
         self._thread = ThreadPoolExecutor(1, "spool")
         clear_leftovers(folder)
         try:
@@ -223,7 +224,7 @@ class Spool:
     def keep(self, release: Release, durable: Durable) -> None:
         """Let what `write_release` wrote be found: synced first, beside whatever this thread does next, or never."""
         if durable == "behind":
-            self._behind = self._thread.submit(self._keep_behind, release.path)
+            self._behind, self._behind_round = self._thread.submit(self._keep_behind, release.path), release.round
         else:
             _keep(release.path, synced=durable == "first")
 
@@ -274,8 +275,12 @@ class Spool:
         Args:
             up_to_round: from 1.
             world: ranks from this one on are none now, and what a start with more of them left goes, too.
+
+        Raises:
+            OSError: see `settle`; not of a result that is removed, which nobody needs from this disk any more.
         """
-        self.settle()
+        with suppress(OSError) if self._behind_round <= up_to_round else nullcontext():
+            self.settle()
         left = [folder for folder in self.folder.glob("rank-*") if int(folder.name.removeprefix("rank-")) >= world]
         for folder in (self.folder, *left):
             drop_files(folder, lambda round_no, draw: round_no <= up_to_round)
