@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.config import LoraSpec
@@ -38,6 +38,16 @@ def randomised(model: nn.Module) -> None:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
+def assert_exact(
+    model: nn.Module, batch: dict[str, Tensor], expected: list[dict[str, Tensor]], method: str = "book_keeping"
+) -> None:
+    """Norms and the clipped sum are those of the records' own gradients."""
+    engine = Engine(model, clipping=Flat(0.5), method=method)  # type: ignore[arg-type]
+    figures = engine.accumulate(batch)
+    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
+    assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+
+
 @pytest.mark.parametrize(
     ("family", "targets"),
     [
@@ -50,10 +60,7 @@ def test_invariant_1_exact_for_lora(family: str, targets: dict[str, Any]) -> Non
     model, batch = adapted(family, **targets), token_batch(3, 7)
     expected = gradients(model, batch)
     for method in ("book_keeping", "ghost"):
-        engine = Engine(model, clipping=Flat(0.5), method=method)  # type: ignore[arg-type]
-        figures = engine.accumulate(batch)
-        assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
-        assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+        assert_exact(model, batch, expected, method)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -61,10 +68,7 @@ def test_invariant_1_a_router_s_adapter_works_beside_those_of_experts(family: st
     model, batch = adapted(family, target_parameters=[*EXPERTS, "mlp.gate.weight"]), token_batch(3, 7)
     expected = gradients(model, batch)
     assert any("gate.lora" in name and g.any() for name, g in expected[0].items())
-    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
-    figures = engine.accumulate(batch)
-    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
-    assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+    assert_exact(model, batch, expected)
 
 
 def test_invariant_1_a_router_that_is_a_linear_layer_and_answers_more_than_its_product_is_adapted_too() -> None:
@@ -73,10 +77,7 @@ def test_invariant_1_a_router_that_is_a_linear_layer_and_answers_more_than_its_p
     randomised(model)
     expected = gradients(model, batch)
     assert any("router.lora" in name and g.any() for name, g in expected[0].items())
-    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
-    figures = engine.accumulate(batch)
-    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
-    assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+    assert_exact(model, batch, expected)
 
 
 def test_invariant_4_experts_whose_bias_is_computed_are_refused() -> None:
@@ -92,10 +93,7 @@ def test_invariant_1_a_tied_table_used_through_an_expression_is_exact() -> None:
     config = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=tokens)
     model = peft.get_peft_model(model, config).eval()
     expected = gradients(model, batch)
-    engine = Engine(model, clipping=Flat(0.5), method="book_keeping")
-    figures = engine.accumulate(batch)
-    assert float((figures.norms / norms(expected) - 1).abs().max()) <= 1e-5
-    assert distance(engine.take(), clipped(expected, 0.5)) <= 5e-5
+    assert_exact(model, batch, expected)
 
 
 class _Shapes(TorchDispatchMode):
