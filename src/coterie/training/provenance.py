@@ -16,6 +16,7 @@ from coterie.models.split.trainings import Training, joined, read_trainings, tra
 from coterie.models.zoo.build import load_config
 from coterie.training.data.documents import Documents
 from coterie.training.data.packing import Sequences
+from coterie.training.public_figures import public_start
 
 
 def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, ...]:
@@ -49,6 +50,21 @@ def starting_trainings(model: ModelSpec, *near: Path) -> tuple[Training, ...]:
     """The trainings behind a run's starting weights, as far as these say."""
     spec = read_trainings(model.path) if model.hub is None else trainings_in(load_config(model))
     return joined(spec, *(origin_of(file).trainings for file in near))
+
+
+def trainings_before(model: ModelSpec, data: DataSpec, run: str, *near: Path) -> tuple[Training, ...]:
+    """What is behind a run's starting weights and tokenizer: as they say, and as the settings do.
+
+    Args:
+        model: the start's settings.
+        data: the tokenizer's.
+        run: names a start that the settings alone call private.
+        near: files of a split that hold the weights.
+    """
+    known = starting_trainings(model, *near)
+    if public_start(model, data) or not all(training.protected for training in known):
+        return known
+    return (*known, Training(f"start-of-{run}", "none"))
 
 
 def record_facts(data: DataSpec) -> dict[str, Any]:

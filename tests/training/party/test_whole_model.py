@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from coterie.cli.app import main
 from coterie.config import FederationConfig, PartyConfig, dump_yaml, load_yaml
+from coterie.models.split.card import promise_of
 from coterie.models.split.exporter import export
 from coterie.models.split.placement import Placement
 from coterie.models.split.splitter import split
@@ -118,3 +119,20 @@ def test_export_takes_the_run_folder_of_a_party(
         assert refused.value.code == 1
         assert words in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("provenance", ["public", "private"])
+def test_a_model_that_a_budget_covers_promises_nothing_where_its_tokenizer_is_of_private_text(
+    provenance: str, tmp_path: Path, done: tuple[Path, dict[str, PartyResult]]
+) -> None:
+    folder, _ = done
+    budget = {"epsilon": 8.0, "delta": 1e-3, "lot_size": 4}
+    federation = load_yaml(folder / "federation.yaml", FederationConfig).model_dump(mode="json") | {"privacy": budget}
+    dump_yaml(tmp_path / "federation.yaml", FederationConfig.model_validate(federation))
+    party = load_yaml(folder / "alder.yaml", PartyConfig).model_dump(mode="json")
+    party["federation"], party["run_dir"] = tmp_path / "federation.yaml", tmp_path / "alder"
+    party["privacy"] = {"ledger": tmp_path / "ledger"}
+    party["data"]["tokenizer"] = {"path": folder / "alder" / "private" / "tokenizer", "provenance": provenance}
+    config = PartyConfig.model_validate(party)
+    inputs = prepare_party(config, load_yaml(config.federation, FederationConfig))
+    assert promise_of(inputs.trainings) == ("budget" if provenance == "public" else "none")

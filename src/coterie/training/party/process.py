@@ -59,7 +59,7 @@ from coterie.training.party.questions import Questions
 from coterie.training.party.run import PartyResult, PartyRun, Watch
 from coterie.training.party.store import PartyStore
 from coterie.training.planning.forecast import Forecast, forecast
-from coterie.training.provenance import artefacts, originals, record_facts, starting_trainings
+from coterie.training.provenance import artefacts, originals, record_facts, trainings_before
 from coterie.training.public_figures import figures_of_party
 from coterie.training.single.setup import check_fit, pick_device
 from coterie.training.trackers import check_report, reporting
@@ -296,7 +296,9 @@ def _read_party(
         privacy=privacy,
         roster=roster.content_hash() if roster is not None else "",
         trainings=(
-            *starting_trainings(federation.model, config.trunk, config.shard),
+            *trainings_before(
+                federation.model, data, f"{federation.name}-{config.party}", config.trunk, config.shard
+            ),
             _training(config, federation, privacy),
         ),
         ranks=ranks,

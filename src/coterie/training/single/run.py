@@ -25,7 +25,6 @@ from coterie.dp.checkpoint import SESSION
 from coterie.errors import CheckpointError, ConfigError, as_argument
 from coterie.federation.rounds.run_folder import RunFolder
 from coterie.federation.wire.values import check_own
-from coterie.models.split.trainings import Training
 from coterie.models.spread.gathered import give_experts
 from coterie.models.spread.spread import spread_of
 from coterie.models.streaming.beside_adapters import without_merging
@@ -38,7 +37,7 @@ from coterie.training.loop import StopFlag
 from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.planning.forecast import Announce
 from coterie.training.planning.measured import model_state_bytes, peak_rss_bytes
-from coterie.training.provenance import starting_trainings
+from coterie.training.provenance import trainings_before
 from coterie.training.public_figures import figures_of_train, public_start
 from coterie.training.single.prepared import MARKER, Prepared, lengthened, make_longer, prepare, read_run, run_id
 from coterie.training.single.private_stepper import PrivateStepper
@@ -392,18 +391,12 @@ class Run:
             self._evaluation.save(self._private / "evaluation.safetensors")
         place = self._place(stepper.statement())
         _agreed(self._ranks, _GIVE)
-        save_result(prepared, place, (*self._before(), stepper.training()))
+        start = prepared.config
+        before = trainings_before(start.model, start.data, prepared.run_id[:12])
+        save_result(prepared, place, (*before, stepper.training()))
         if outcome.statement:
             write_statement(place, outcome.statement)
         write_json(self._private / "result.json", outcome.as_json())
-
-    def _before(self) -> tuple[Training, ...]:
-        """What is behind the starting weights and the tokenizer: as they say, and as the settings do."""
-        start = self._prepared.config
-        known = starting_trainings(start.model)
-        if public_start(start.model, start.data) or not all(training.protected for training in known):
-            return known
-        return (*known, Training(f"start-of-{self._prepared.run_id[:12]}", "none"))
 
     def _place(self, statement: Statement | None) -> Path:
         """The folder for the model."""
