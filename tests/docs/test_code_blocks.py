@@ -131,6 +131,7 @@ def test_python_runs_as_printed(
         "model": model,
         "optimizer": torch.optim.AdamW(model.parameters(), 1e-3),
         "dataset": dataset,
+        "public_dataset": dataset,
         "collate_fn": collate_fn,
         "batch": collate_fn(dataset[:4]),
         "loss_fn": default_loss,

@@ -17,8 +17,8 @@ from coterie.federation.wire.recording import ANSWERS
 from coterie.storage import json_object
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
-from coterie.training.folders import no_run, private_folder
-from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER, pooled_noise
+from coterie.training.folders import TOKENIZER_FOLDER, no_run, private_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, pooled_noise
 
 Document = list[int]
 """Token ids."""

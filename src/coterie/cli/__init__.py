@@ -3,7 +3,8 @@
 `coterie.cli.app` is the table of commands; each is loaded when it is used, so that `--help` answers without torch.
 Only bodies of commands import what is heavy. In reading order.
 
-One party: `coterie.cli.data`, `coterie.cli.train`, `coterie.cli.tune`, `coterie.cli.report`, `coterie.cli.resume`,
+One party: `coterie.cli.data`, `coterie.cli.precondition`, `coterie.cli.train`, `coterie.cli.tune`,
+`coterie.cli.report`, `coterie.cli.resume`,
 `coterie.cli.eval`, `coterie.cli.predict`, `coterie.cli.generate`, `coterie.cli.purge`; on several devices by
 `coterie.cli.ranks`, through a federation by `coterie.cli.live`.
 

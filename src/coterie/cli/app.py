@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Several parties train together on this machine; then a report."),
     "train": ("train", "Train one party's model on its own text."),
     "tune": ("tune", "Try a few settings within one budget, and train with the best."),
+    "precondition": ("precondition", "Coordinates for private training, from public text."),
     "data": ("data", "What would be trained: counts, lengths, duplicates, the first records."),
     "resume": ("resume", "Go on with a run that was stopped."),
     "eval": ("eval", "Held-out loss of a trained run."),

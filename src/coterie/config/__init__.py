@@ -20,7 +20,7 @@ from coterie.config.federation import (
 )
 from coterie.config.load import dump_yaml, load_yaml
 from coterie.config.model import LoraSpec, ModelSpec
-from coterie.config.privacy import PartyPrivacy, PrivacyRules, PrivacySpec
+from coterie.config.privacy import PartyPrivacy, PreconditionerSpec, PrivacyRules, PrivacySpec
 from coterie.config.train import OptimSpec, TrainConfig, TrainSpec, due
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "OptimSpec",
     "PartyConfig",
     "PartyPrivacy",
+    "PreconditionerSpec",
     "PrivacyRules",
     "PrivacySpec",
     "Spec",

@@ -15,6 +15,21 @@ RELEASED_LOADS = ("private_load", "bias")
 """Ways of balance that release the experts' loads within the mechanism."""
 
 
+class PreconditionerSpec(Spec):
+    """Coordinates for the trained weights, from public text; `coterie precondition` writes the file."""
+
+    path: LocalPath = Field(description="File of the factors.")
+    provenance: str = Field(
+        pattern=r"^(public|private|dp:\S+)$",
+        description="What the text was that the file was made from: `public`, `private`, or `dp:LEDGER_ID`.",
+    )
+    not_covered: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With `provenance: private`: whose records the file was made from. The final statement lists it.",
+    )
+
+
 class PrivacyRules(Spec):
     """The mechanism: in a federation the same for all parties, and public."""
 
@@ -117,10 +132,14 @@ class LocalPrivacy(Spec):
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
 
-    later_keys = PrivacyRules.later_keys | LocalPrivacy.later_keys | {"compute_hours"}
+    later_keys = PrivacyRules.later_keys | LocalPrivacy.later_keys | {"compute_hours", "preconditioner"}
 
     compute_hours: Positive = Field(
         default=1.0, description="For `lot_size: auto`: hours that all rounds together may compute on this machine."
+    )
+    preconditioner: PreconditionerSpec | None = Field(
+        default=None,
+        description="Train in coordinates in which gradients are more even: more is learnt from the same budget.",
     )
     adaptive_quantile: Fraction | None = Field(
         default=None, description="Adapt the clip norms so that this share of units stays unclipped."

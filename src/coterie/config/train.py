@@ -10,7 +10,7 @@ from coterie.config.base import LocalPath, Spec
 from coterie.config.data import DataSpec
 from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, NotNegative, Positive, Smoothing
-from coterie.config.privacy import PrivacyRules, PrivacySpec, undeclared_artefacts
+from coterie.config.privacy import PreconditionerSpec, PrivacyRules, PrivacySpec, undeclared_artefacts
 from coterie.config.report import ReportSpec
 from coterie.ranks.world import auto_devices
 
@@ -165,6 +165,11 @@ class TrainConfig(Spec):
         return "layers_over" if self.layers_over > 1 else "experts_over"
 
     @property
+    def preconditioner(self) -> PreconditionerSpec | None:
+        """`privacy.preconditioner`; None also without `privacy`."""
+        return None if self.privacy is None else self.privacy.preconditioner
+
+    @property
     def ranks(self) -> int:
         """Processes that share every round."""
         return max(self.device_count, self.spread_over)
@@ -197,12 +202,25 @@ class TrainConfig(Spec):
         if self.privacy is not None:
             check_adds_up(self.optim, self.privacy)
             object.__setattr__(self, "optim", self.optim.under_a_budget())
+            self._check_preconditioner()
             problems = undeclared_artefacts(self.model, self.data)
             if self.data.packing == "documents":
                 problems.append("packing `documents` mixes records in a sequence; use `chunks` or `records`")
             if problems:
                 raise ValueError("; ".join(problems))
         return self
+
+    def _check_preconditioner(self) -> None:
+        if self.preconditioner is None:
+            return
+        if self.lora is not None:
+            raise ValueError(
+                "`privacy.preconditioner` is for training all weights: leave it out, or leave out `lora`"
+            )
+        if self.spread_over > 1:
+            raise ValueError(
+                f"`privacy.preconditioner` needs whole models: leave it out, or leave out `{self.spread_by}`"
+            )
 
     def _check_adapters(self, lora: LoraSpec) -> None:
         if not (lora.experts or lora.modules):

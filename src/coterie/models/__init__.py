@@ -7,6 +7,7 @@ tokens would not find them. `coterie.models.autograd` calls what torch
 leaves untyped, `coterie.models.tensors` tells the bytes of a tensor and the dtype of a product,
 `coterie.models.shares` which experts each of several ranks has. `coterie.models.narrow` is frozen weights in fewer
 bytes than they are computed with, `coterie.models.widened` the room for one of them at a time.
+`coterie.models.preconditioner` stores weights in other coordinates, `coterie.models.second_moments` finds these.
 
 Then five folders: `coterie.models.zoo` (which models, and how they are made), `coterie.models.split` (one checkpoint,
 many files), `coterie.models.cut` (a backward that never waits for the wire), `coterie.models.streaming` (layers lent

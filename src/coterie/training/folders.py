@@ -19,6 +19,8 @@ from coterie.storage import write_whole, writing
 
 PUBLIC, PRIVATE = "public", "private"
 MODEL, ADAPTER = "model", "adapter"
+TOKENIZER_FOLDER = "tokenizer"
+"""In the private folder of a run."""
 _CARD = """---
 library_name: transformers
 tags: [coterie, differential-privacy, mixture-of-experts]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from coterie.config import DataSpec, ModelSpec
+from coterie.config import DataSpec, ModelSpec, PreconditionerSpec
 from coterie.dp.accounting.provenance import Artefact
 from coterie.dp.accounting.texts import Originals
 from coterie.models.split.origins import origin_of
@@ -19,7 +19,9 @@ from coterie.training.data.packing import Sequences
 from coterie.training.public_figures import public_start
 
 
-def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, ...]:
+def artefacts(
+    model: ModelSpec, data: DataSpec, *near: Path, preconditioner: PreconditionerSpec | None = None
+) -> tuple[Artefact, ...]:
     """Starting artefacts of a private run.
 
     Random weights, hub models and vocabularies made from public files are public; the rest declares itself, and what
@@ -30,6 +32,7 @@ def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, 
         model: the start's settings.
         data: the text's and the tokenizer's settings.
         near: files of weights that the run starts from, beside ``model``.
+        preconditioner: of the trained weights, where there is one.
 
     Raises:
         ProvenanceError: something has a provenance that is no known word, or the saved model says otherwise.
@@ -43,6 +46,11 @@ def artefacts(model: ModelSpec, data: DataSpec, *near: Path) -> tuple[Artefact, 
             starting_trainings(model, *near)
         ),
         Artefact.parse("tokenizer", own, whose),
+        *(
+            ()
+            if preconditioner is None
+            else (Artefact.parse("preconditioner", preconditioner.provenance, preconditioner.not_covered),)
+        ),
     )
 
 
@@ -52,7 +60,9 @@ def starting_trainings(model: ModelSpec, *near: Path) -> tuple[Training, ...]:
     return joined(spec, *(origin_of(file).trainings for file in near))
 
 
-def trainings_before(model: ModelSpec, data: DataSpec, run: str, *near: Path) -> tuple[Training, ...]:
+def trainings_before(
+    model: ModelSpec, data: DataSpec, run: str, *near: Path, preconditioner: PreconditionerSpec | None = None
+) -> tuple[Training, ...]:
     """What is behind a run's starting weights and tokenizer: as they say, and as the settings do.
 
     Args:
@@ -60,9 +70,10 @@ def trainings_before(model: ModelSpec, data: DataSpec, run: str, *near: Path) ->
         data: the tokenizer's.
         run: names a start that the settings alone call private.
         near: files of a split that hold the weights.
+        preconditioner: of the trained weights, where there is one.
     """
     known = starting_trainings(model, *near)
-    if public_start(model, data) or not all(training.protected for training in known):
+    if public_start(model, data, preconditioner) or not all(training.protected for training in known):
         return known
     return (*known, Training(f"start-of-{run}", "none"))
 

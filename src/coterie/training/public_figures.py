@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coterie.config import DataSpec, FederationConfig, ModelSpec, PartyConfig, TrainConfig, party_privacy
+from coterie.config import (
+    DataSpec,
+    FederationConfig,
+    ModelSpec,
+    PartyConfig,
+    PreconditionerSpec,
+    TrainConfig,
+    party_privacy,
+)
 from coterie.config.privacy import undeclared_artefacts
 from coterie.errors import PrivacyError
 
@@ -27,7 +35,8 @@ def figures_of_train(config: TrainConfig) -> frozenset[str]:
     A seeded run keeps no promise. A start that was made from private records, or of which nobody says that it was
     not, speaks through every loss and load, which this run's own noise does not cover.
     """
-    clean = public_start(config.model, config.data) and not undeclared_artefacts(config.model, config.data)
+    clean = public_start(config.model, config.data, config.preconditioner)
+    clean = clean and not undeclared_artefacts(config.model, config.data)
     if config.privacy is None:
         public = clean and config.data.provenance == "public"
         return OF_EVERY_RUN | OF_PUBLIC_TEXT if public else OF_EVERY_RUN
@@ -66,6 +75,7 @@ def check_public(asked: Iterable[str], public: frozenset[str]) -> None:
         )
 
 
-def public_start(model: ModelSpec, data: DataSpec) -> bool:
+def public_start(model: ModelSpec, data: DataSpec, preconditioner: PreconditionerSpec | None = None) -> bool:
     """Whether nothing that a run starts from was declared as made from private records without privacy."""
-    return "private" not in (model.provenance, data.tokenizer.provenance) and model.overrule_origin is None
+    declared = (model.provenance, data.tokenizer.provenance, preconditioner and preconditioner.provenance)
+    return "private" not in declared and model.overrule_origin is None

@@ -261,7 +261,7 @@ def test_checkpoint_of_a_private_run_holds_its_weights_once_and_a_session_resume
     weights = load_file(newest / "weights.safetensors")
     steps = {name for name in load_file(newest / "optimizer.safetensors") if name.endswith("/step")}
     assert steps == {f"{name}/step" for name in weights}
-    prepared, documents = prepare(config, tokenizer_dir=private / "tokenizer")
+    prepared, documents = prepare(config, kept=private)
     optimizer = make_optimizer(prepared.model.parameters(), config.optim)
     session = PrivateSession.resume(
         newest, prepared.model, optimizer, prepared.train, prepared.train.collate, ledger=config.privacy.ledger,
@@ -278,7 +278,7 @@ def as_the_first_version_wrote_it(config: TrainConfig) -> None:
     newest = sorted((private / "checkpoints").iterdir())[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
     state = manifest.pop("state")
-    model = prepare(config, tokenizer_dir=private / "tokenizer")[0].model
+    model = prepare(config, kept=private)[0].model
     names = [name for name, _ in model.named_parameters()]
     numbered = {
         f"state.{names.index(name.rpartition('/')[0])}.{name.rpartition('/')[2]}": value

@@ -25,8 +25,8 @@ from coterie.storage import json_object
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
-from coterie.training.folders import ledger_run, private_folder
-from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER, pooled_noise
+from coterie.training.folders import TOKENIZER_FOLDER, ledger_run, private_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, pooled_noise
 from coterie.training.single.prepared import MARKER, prepare, read_config
 from coterie.training.single.setup import check_fit, pick_device, with_vocabulary
 
@@ -110,8 +110,8 @@ class Subject:
         """
         if config.privacy is None:
             raise _no_claim("train.yaml has no `privacy` block")
-        kept = private_folder(config.run_dir) / "tokenizer"
-        prepared, documents = prepare(config, tokenizer_dir=kept if kept.is_dir() else None)
+        kept = private_folder(config.run_dir)
+        prepared, documents = prepare(config, kept=kept if (kept / TOKENIZER_FOLDER).is_dir() else None)
         privacy = config.privacy
         plan = PrivacyPlan.of_settings(
             privacy, prepared.model, config.train.rounds, lot_size=config.train.batch_size,

@@ -30,8 +30,8 @@ from coterie.models.zoo.build import build_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
-from coterie.training.folders import private_folder
-from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
+from coterie.training.folders import TOKENIZER_FOLDER, private_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from coterie.models.zoo.build import build_model
 from coterie.storage import json_object
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
-from coterie.training.folders import private_folder
-from coterie.training.party.process import PARTY_FILE, TOKENIZER_FOLDER, settings_of_run
+from coterie.training.folders import TOKENIZER_FOLDER, private_folder
+from coterie.training.party.process import PARTY_FILE, settings_of_run
 from coterie.training.single.prepared import MARKER, read_run
 from coterie.training.single.setup import build_for, pick_device
 from coterie.training.single.trained import load_trained

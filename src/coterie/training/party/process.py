@@ -49,7 +49,7 @@ from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
 from coterie.training.experts.gateway import dismiss
-from coterie.training.folders import kept_private, no_run, private_folder
+from coterie.training.folders import TOKENIZER_FOLDER, kept_private, no_run, private_folder
 from coterie.training.loop import use_checkpointing
 from coterie.training.party.after_private import check_after_private
 from coterie.training.party.agreed_limits import party_noise_limit
@@ -64,7 +64,7 @@ from coterie.training.public_figures import figures_of_party
 from coterie.training.single.setup import check_fit, pick_device
 from coterie.training.trackers import check_report, reporting
 
-PARTY_FILE, FEDERATION_FILE, TOKENIZER_FOLDER = "party.yaml", "federation.yaml", "tokenizer"
+PARTY_FILE, FEDERATION_FILE = "party.yaml", "federation.yaml"
 
 
 class PartyProcess:

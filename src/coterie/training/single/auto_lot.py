@@ -17,7 +17,7 @@ from coterie.ranks.world import check_alone
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.planning.record_time import seconds_per_record
-from coterie.training.single.setup import build_for, plan_of, with_adapters
+from coterie.training.single.setup import as_trained, build_for, plan_of
 
 FEWEST_ROUNDS = 40
 """Steps that an optimiser is left with, where `train.rounds` allows as many: with fewer it does not get far."""
@@ -107,7 +107,7 @@ def settled(config: TrainConfig) -> tuple[TrainConfig, AutoLot]:
     documents = read_documents(data.train, data, user_column=spec.user_column)
     tokenizer = get_tokenizer(data.tokenizer, config.model, data)
     records = tokenize(documents, data, tokenizer)
-    model = with_adapters(build_for(config, tokenizer), config)
+    model = as_trained(build_for(config, tokenizer), config)
     numbers = config.model_copy(update={"privacy": spec.model_copy(update={"lot_size": 1})})
     plan = plan_of(numbers, spec.model_copy(update={"lot_size": 1}), model)
     units = PrivateData.of(records, users=records.users, records_per_user=plan.records_per_user).units.count

@@ -18,8 +18,8 @@ from coterie.storage import check_keys, json_object, write_json
 from coterie.training.data.documents import Documents, read_documents
 from coterie.training.data.packing import Sequences
 from coterie.training.data.tokenizer import get_tokenizer, load_tokenizer_from, tokenize
-from coterie.training.folders import no_run, private_folder
-from coterie.training.single.setup import build_for, with_adapters
+from coterie.training.folders import TOKENIZER_FOLDER, no_run, private_folder
+from coterie.training.single.setup import as_trained, build_for
 
 MARKER = "run.json"
 """Names a run folder's run: the hash of its settings, and what else a resumed one is held to."""
@@ -67,7 +67,7 @@ def run_id(config: TrainConfig) -> str:
 def prepare(
     config: TrainConfig,
     *,
-    tokenizer_dir: Path | None = None,
+    kept: Path | None = None,
     run: str | None = None,
     spread_over: Ranks | None = None,
 ) -> tuple[Prepared, Documents]:
@@ -75,7 +75,8 @@ def prepare(
 
     Args:
         config: the settings of train.yaml.
-        tokenizer_dir: the tokenizer of an earlier start of this run, which wins over the settings.
+        kept: folder in which an earlier start of this run kept tokenizer and preconditioner, which win over the
+            settings.
         run: identity of an earlier start; default: that of these settings.
         spread_over: see `coterie.training.single.setup.build_for`.
 
@@ -89,9 +90,9 @@ def prepare(
     documents = read_documents(data.train, data, user_column=privacy.user_column if privacy else None)
     test = read_documents(data.test, data) if data.test else None
     tokenizer = (
-        load_tokenizer_from(tokenizer_dir) if tokenizer_dir else get_tokenizer(data.tokenizer, config.model, data)
+        load_tokenizer_from(kept / TOKENIZER_FOLDER) if kept else get_tokenizer(data.tokenizer, config.model, data)
     )
-    model = with_adapters(build_for(config, tokenizer, spread_over), config)
+    model = as_trained(build_for(config, tokenizer, spread_over), config, kept)
     prepared = Prepared(
         config,
         run or run_id(config),

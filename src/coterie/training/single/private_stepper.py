@@ -131,7 +131,8 @@ def _begun(
     )  # fmt: skip
     return start_session(
         prepared.model, optimizer, data, plan, ComputeOptions.of_settings(privacy).repeatable(plan.seed),
-        provenance=artefacts(config.model, config.data), ledger=_ledger(config), record=record_facts(config.data),
+        provenance=artefacts(config.model, config.data, preconditioner=config.preconditioner), ledger=_ledger(config),
+        record=record_facts(config.data),
         schedule=_schedule(config), ranks=ranks, loss_fn=_loss(prepared),
         trained=None if config.lora is None else config.lora.words(),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from coterie.config import FederationConfig, load_yaml
 from coterie.errors import CheckpointError, ModelError, as_argument
+from coterie.models.preconditioner import detach
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.card import write_card
 from coterie.models.split.exporter import write_from_checkpoint, write_from_memory
@@ -28,6 +29,8 @@ from coterie.training.single.trained import load_trained, model_of_party
 def save_result(prepared: Prepared, place: Path, trainings: Sequence[Training]) -> None:
     """Write ``place / "model"``, or with `lora` ``place / "adapter"``; it appears whole or not at all.
 
+    A model that was trained in other coordinates is put back into its own, and stays so.
+
     Args:
         prepared: of a run whose last checkpoint is written.
         place: folder in the run folder.
@@ -40,6 +43,7 @@ def save_result(prepared: Prepared, place: Path, trainings: Sequence[Training]) 
     lora, model = prepared.config.lora, prepared.model
     if lora is None:
         assert isinstance(model, PreTrainedModel)
+        detach(model)
         with writing(place / MODEL):
             save_model(model, place / MODEL, prepared.tokenizer, trainings)
         return

@@ -32,7 +32,14 @@ from coterie.ranks.ranks import Ranks, ranks_or_alone
 from coterie.revision import software
 from coterie.storage import put_away, write_json
 from coterie.training.evaluate import Evaluation, evaluate
-from coterie.training.folders import kept_private, no_run, private_folder, public_folder, write_statement
+from coterie.training.folders import (
+    TOKENIZER_FOLDER,
+    kept_private,
+    no_run,
+    private_folder,
+    public_folder,
+    write_statement,
+)
 from coterie.training.loop import StopFlag
 from coterie.training.metrics import MetricsWriter, read_metrics
 from coterie.training.planning.forecast import Announce
@@ -42,6 +49,7 @@ from coterie.training.public_figures import figures_of_train, public_start
 from coterie.training.single.prepared import MARKER, Prepared, lengthened, make_longer, prepare, read_run, run_id
 from coterie.training.single.private_stepper import PrivateStepper
 from coterie.training.single.result import save_result
+from coterie.training.single.setup import keep
 from coterie.training.single.stepper import PlainStepper, Step, Stepper
 from coterie.training.trackers import Trackers, check_report, reporting
 
@@ -119,7 +127,8 @@ def start(
         prepared, stepper = _begun(config, ranks, announce)
         with closing(stepper), kept_private(config.run_dir) as private, _reporting(config, private) as trackers:
             dump_yaml(config.run_dir / "config.yaml", config)
-            prepared.tokenizer.save_pretrained(str(private / "tokenizer"))
+            prepared.tokenizer.save_pretrained(str(private / TOKENIZER_FOLDER))
+            keep(prepared.model, private)
             run = Run(prepared, stepper, stop or StopFlag(), watch, ranks, trackers)
             if config.privacy is not None:  # the ledger holds the run from now on: it cannot begin again, only go on
                 run.save()
@@ -233,9 +242,8 @@ def _spread_over(config: TrainConfig, ranks: Ranks | None) -> Ranks | None:
 def _resumed(run_dir: Path, ranks: Ranks | None) -> tuple[Prepared, Stepper]:
     started, marker = read_run(run_dir)
     run, config = run_id(started), lengthened(started, marker)
-    prepared, documents = prepare(
-        config, tokenizer_dir=private_folder(run_dir) / "tokenizer", run=run, spread_over=_spread_over(config, ranks)
-    )
+    kept, spread_over = private_folder(run_dir), _spread_over(config, ranks)
+    prepared, documents = prepare(config, kept=kept, run=run, spread_over=spread_over)
     _check_unchanged(prepared, marker, run_dir)
     if config.privacy is None:
         return prepared, PlainStepper(prepared, prepared.store.newest())
@@ -392,7 +400,8 @@ class Run:
         place = self._place(stepper.statement())
         _agreed(self._ranks, _GIVE)
         start = prepared.config
-        before = trainings_before(start.model, start.data, prepared.run_id[:12])
+        run = prepared.run_id[:12]
+        before = trainings_before(start.model, start.data, run, preconditioner=start.preconditioner)
         save_result(prepared, place, (*before, stepper.training()))
         if outcome.statement:
             write_statement(place, outcome.statement)
@@ -404,5 +413,5 @@ class Run:
         if statement is None:
             return run_dir
         start = self._prepared.config
-        given_away = statement.private and public_start(start.model, start.data)
+        given_away = statement.private and public_start(start.model, start.data, start.preconditioner)
         return public_folder(run_dir) if given_away else self._private

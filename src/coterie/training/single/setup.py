@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,11 +12,14 @@ from coterie.config import DataSpec, ModelSpec, PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
 from coterie.errors import ConfigError
 from coterie.models.lora import attach_adapters
+from coterie.models.preconditioner import Preconditioner, attach, attached
 from coterie.models.spread.loaded import build_spread
 from coterie.models.zoo.build import build_model
 from coterie.ranks.ranks import Ranks
 from coterie.ranks.ways import gpu_of_this_rank
 from coterie.training.loop import use_checkpointing
+
+_KEPT = "preconditioner.safetensors"
 
 
 def build_for(
@@ -44,13 +49,34 @@ def build_for(
     return model
 
 
-def with_adapters(model: PreTrainedModel, config: TrainConfig) -> nn.Module:
-    """What is trained of a model that `build_for` gave: itself, or with `lora` peft's model around it.
+def as_trained(model: PreTrainedModel, config: TrainConfig, kept: Path | None = None) -> nn.Module:
+    """What is trained of a model that `build_for` gave.
+
+    Itself, with `privacy.preconditioner` in other coordinates; with `lora` peft's model around it.
+
+    Args:
+        model: is changed.
+        config: the settings.
+        kept: what a run has kept for itself; see `keep`. None: it begins.
 
     Raises:
-        ModelError: peft is not installed, or `lora` names what the model does not have.
+        ModelError: peft is not installed, `lora` names what the model does not have, or the preconditioner is of
+            another model.
     """
+    if config.preconditioner is not None:
+        attach(model, Preconditioner.load(kept / _KEPT if kept else config.preconditioner.path))
     return model if config.lora is None else attach_adapters(model, config.lora, config.train.seed)
+
+
+def keep(model: nn.Module, folder: Path) -> None:
+    """Keep a run's preconditioner with the run: the settings' file may be made anew, or go.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    factors = attached(model)
+    if factors.factors:
+        factors.save(folder / _KEPT)
 
 
 def with_vocabulary(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ModelSpec:

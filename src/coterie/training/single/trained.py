@@ -12,14 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from coterie.checkpoints import load_weights
 from coterie.config import FederationConfig, ModelSpec, PartyConfig, TrainConfig, TrainSpec, load_yaml
 from coterie.errors import CheckpointError, DataError, as_argument
+from coterie.models.preconditioner import detach
 from coterie.models.zoo.build import build_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.tokenizer import load_tokenizer_from, tokenize
 from coterie.training.evaluate import Evaluation, evaluate
-from coterie.training.folders import MODEL, private_folder, result_folder
-from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE, TOKENIZER_FOLDER
+from coterie.training.folders import MODEL, TOKENIZER_FOLDER, private_folder, result_folder
+from coterie.training.party.process import FEDERATION_FILE, PARTY_FILE
 from coterie.training.single.prepared import checkpoints_of, read_run
-from coterie.training.single.setup import build_for, pick_device, with_adapters
+from coterie.training.single.setup import as_trained, build_for, pick_device
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def load_trained(run_dir: Path) -> TrainedRun:
             fix=f"`coterie resume {as_argument(run_dir)}` goes on with the run",
         )
     model = build_for(config, tokenizer)
-    adapted: Any = with_adapters(model, config)
+    adapted: Any = as_trained(model, config, private_folder(run_dir))
     load_weights(newest, adapted)
+    detach(model)
     if config.lora is not None:
         model = adapted.merge_and_unload()
     return TrainedRun(config, tokenizer, model.eval(), newest.round)

@@ -1,0 +1,90 @@
+"""A run's preconditioner, from public text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coterie.config import TrainConfig
+from coterie.dp.losses import default_loss
+from coterie.errors import ConfigError
+from coterie.models.preconditioner import Preconditioner
+from coterie.models.second_moments import measure
+from coterie.training.data.documents import read_documents
+from coterie.training.data.packing import Sequences
+from coterie.training.data.tokenizer import get_tokenizer, tokenize
+from coterie.training.loop import to_device
+from coterie.training.single.setup import build_for
+
+
+@dataclass(frozen=True)
+class PublicRecords:
+    """Public text as a run's model would be trained on it.
+
+    Attributes:
+        model: without a preconditioner, in eval mode.
+        sequences: of all the text.
+        drawn: which of them are measured.
+    """
+
+    model: nn.Module
+    sequences: Sequences
+    drawn: Sequence[int]
+
+    @classmethod
+    def of(cls, config: TrainConfig, text: Sequence[Path], most: int) -> PublicRecords:
+        """Read text as the run's own is read.
+
+        Args:
+            config: of a train.yaml; its own text and its preconditioner are not read.
+            text: files.
+            most: how many records are drawn, by `train.seed`.
+
+        Raises:
+            ConfigError: the model does not fit the tokenizer or the sequence length.
+            DataError: the text cannot be used.
+        """
+        data = config.data
+        tokenizer = get_tokenizer(data.tokenizer, config.model, data)
+        sequences = tokenize(read_documents(text, data), data, tokenizer)
+        order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.train.seed))
+        return cls(build_for(config, tokenizer).eval(), sequences, order[:most].tolist())
+
+    def preconditioner(self, power: float, damping: float, done: Callable[[], None]) -> Preconditioner:
+        """Measure; see `coterie.models.second_moments.measure`.
+
+        Args:
+            power: see there.
+            damping: see there.
+            done: called after each record.
+        """
+        device = next(self.model.parameters()).device
+        words = self.sequences.words
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for number in self.drawn:
+                yield to_device(self.sequences.collate([self.sequences[number]]), device)
+                done()
+
+        return measure(self.model, batches(), default_loss if words is None else words.loss, power, damping)
+
+
+def place_of(config: TrainConfig) -> Path:
+    """The file that the settings name.
+
+    Raises:
+        ConfigError: they name none.
+    """
+    spec = config.preconditioner
+    if spec is None:
+        raise ConfigError(
+            "The settings name no preconditioner.",
+            code="config-no-preconditioner",
+            fix="add to `privacy`: `preconditioner: {path: preconditioner.safetensors, provenance: public}`",
+        )
+    return spec.path
