@@ -48,7 +48,8 @@ from coterie.dp.noise.pooled import PooledNoise
 from coterie.dp.open_run import OpenRun, RunEntry, open_run
 from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
-from coterie.models.preconditioner import attach, measure
+from coterie.models.preconditioner import attach
+from coterie.models.second_moments import measure
 from coterie.training.data.packing import Sequences
 from coterie.training.evaluate import Evaluation, evaluate, paired_bootstrap
 from coterie.training.optim import lr_at, make_optimizer, set_lr

@@ -29,7 +29,7 @@ def gain(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def recipe(gain: ModuleType) -> Any:
-    return gain.Recipe("demo", 3, 6, 0.15, 2.5e-3, "linear", 0.9, 1.0, 8.0, 1e-5, 1)
+    return gain.Recipe("demo", 3, 6, 0.15, 2.5e-3, "linear", 0.9, 1.0, 8.0, 1e-5, 1, True)
 
 
 def test_no_two_parties_of_an_arm_share_noise(gain: ModuleType, recipe: Any) -> None:
@@ -37,9 +37,10 @@ def test_no_two_parties_of_an_arm_share_noise(gain: ModuleType, recipe: Any) -> 
 
 
 def test_losses_alone_are_kept_for_one_recipe_and_seed(gain: ModuleType, recipe: Any, tmp_path: Path) -> None:
-    others = [replace(recipe, lr=1e-3), replace(recipe, rounds=7), replace(recipe, epsilon=3.0)]
+    changes: list[dict[str, Any]] = [{"lr": 1e-3}, {"rounds": 7}, {"epsilon": 3.0}, {"preconditioned": False}]
+    others = [replace(recipe, **change) for change in changes]
     names = {gain.kept_alone(tmp_path / "a.jsonl", each, seed) for each in (recipe, *others) for seed in (0, 1)}
-    assert len(names) == 8
+    assert len(names) == 10
 
 
 def test_everybodys_records_are_one_partys(gain: ModuleType) -> None:
