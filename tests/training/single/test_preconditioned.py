@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from coterie.cli.app import main
 from coterie.config import TrainConfig, dump_yaml
-from coterie.errors import ConfigError, ModelError
+from coterie.errors import ConfigError, DataError, ModelError
 from coterie.models import seam
 from coterie.training.evaluate import evaluate
 from coterie.training.loop import StopFlag
-from coterie.training.single.preconditioned import place_of
+from coterie.training.single.preconditioned import PublicRecords, place_of
 from coterie.training.single.prepared import prepare
+from coterie.training.single.previewed import preview
 from coterie.training.single.run import resume, start
 from coterie.training.single.trained import evaluate_run, load_trained
 
@@ -81,6 +82,9 @@ def test_the_model_of_a_run_is_an_ordinary_one(
     # Embedding, head, attention's four, and the experts of the layer; the router is no plain matrix.
     assert (figures["records"], figures["modules"]) == (4, 7)
     assert "written to" in capsys.readouterr().out
+    factors = load_file(tmp_path / "factors.safetensors")
+    without = preview(changed(settings, preconditioner=None)).state_bytes
+    assert preview(config).state_bytes == without + 4 * sum(value.numel() for value in factors.values())
     result = start(config)
     assert result.finished
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/public/model").eval()
@@ -136,8 +140,9 @@ def test_factors_from_private_text_keep_the_model_at_home(settings: dict[str, An
 
 def test_what_does_not_fit_is_refused_in_a_sentence(settings: dict[str, Any], tmp_path: Path) -> None:
     config = changed(settings)
-    with pytest.raises(ModelError, match="There is no file"):
-        start(config)
+    for entry in (preview, start):
+        with pytest.raises(ModelError, match="There is no file"):
+            entry(config)
     assert not (tmp_path / "ledger").exists()
     assert not (tmp_path / "run/run.json").exists()
     measured(config, tmp_path)
@@ -145,6 +150,11 @@ def test_what_does_not_fit_is_refused_in_a_sentence(settings: dict[str, Any], tm
         start(changed(settings | {"model": {"family": "olmoe", "config": SIZES | {"hidden_size": 24}}}))
     with pytest.raises(ConfigError, match="name no preconditioner"):
         place_of(changed(settings, preconditioner=None))
+    with pytest.raises(ConfigError, match="is something else"):
+        place_of(changed(settings, preconditioner={"path": tmp_path / "public.jsonl", "provenance": "public"}))
+    assert (tmp_path / "public.jsonl").read_text().startswith("{")
+    with pytest.raises(DataError, match="no data file"):
+        PublicRecords.of(config, [tmp_path / "absent.jsonl"], 3)
     path = {"model": {"path": "m", "provenance": "public"}}
     for more, said in (({"lora": {"rank": 2}} | path, "leave out `lora`"), ({"experts_over": 2}, "`experts_over`")):
         with pytest.raises(ValidationError, match=said):

@@ -12,7 +12,7 @@ from torch import nn
 
 from coterie.config import TrainConfig
 from coterie.dp.losses import default_loss
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, DataError, ModelError
 from coterie.models.preconditioner import Preconditioner
 from coterie.models.second_moments import measure
 from coterie.training.data.documents import read_documents
@@ -50,6 +50,13 @@ class PublicRecords:
             DataError: the text cannot be used.
         """
         data = config.data
+        for absent in (file for file in text if not file.exists()):
+            raise DataError(
+                f"There is no data file {absent}.",
+                code="data-no-file",
+                where="--text",
+                fix="check the path; a relative one starts from the current folder",
+            )
         tokenizer = get_tokenizer(data.tokenizer, config.model, data)
         sequences = tokenize(read_documents(text, data), data, tokenizer)
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.train.seed))
@@ -75,10 +82,10 @@ class PublicRecords:
 
 
 def place_of(config: TrainConfig) -> Path:
-    """The file that the settings name.
+    """The file that the settings name, to be written.
 
     Raises:
-        ConfigError: they name none.
+        ConfigError: they name none, or a file that is something else.
     """
     spec = config.preconditioner
     if spec is None:
@@ -87,4 +94,14 @@ def place_of(config: TrainConfig) -> Path:
             code="config-no-preconditioner",
             fix="add to `privacy`: `preconditioner: {path: preconditioner.safetensors, provenance: public}`",
         )
+    if spec.path.exists():
+        try:
+            Preconditioner.load(spec.path)
+        except ModelError as error:
+            raise ConfigError(
+                f"`privacy.preconditioner` names {spec.path}, which is there and is something else.",
+                code="config-preconditioner-taken",
+                why="the factors would take its place",
+                fix="name another file, or remove this one",
+            ) from error
     return spec.path

@@ -11,6 +11,7 @@ from torch import nn
 from coterie.config import LoraSpec, PrivacySpec, TrainConfig
 from coterie.dp.plan import PrivacyPlan
 from coterie.models.lora import adapter_sizes, larger_than_matrix, load_peft
+from coterie.models.preconditioner import Preconditioner, attach
 from coterie.models.seam import expert_layers
 from coterie.models.spread.spread import check_over
 from coterie.models.zoo.build import build_model, torch_dtype
@@ -121,7 +122,9 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
         if others:
             other = choices(plan, spending.units)
             bands = bands_choices(plan, spending.units, config.optim.momentum)
-    trained, state, at_rank = whole, held.at_rank(1), held.at_rank(config.ranks, config.spread_over)
+    factors = _factor_bytes(model, config)
+    trained, state = whole, held.at_rank(1) + factors
+    at_rank = held.at_rank(config.ranks, config.spread_over) + factors
     full = calibrate(config, tokenizer, records) if others else None
     calibration, lora = full, None
     if config.lora is not None:
@@ -138,6 +141,19 @@ def preview(config: TrainConfig, *, others: bool = False) -> Preview:
         spending, at_rank, held.over_devices(), held.over_experts(), tuple(other), tuple(bands), calibration, full,
         lora, trained, None if config.lora is None else larger_than_matrix(model, config.lora),
     )  # fmt: skip
+
+
+def _factor_bytes(model: nn.Module, config: TrainConfig) -> int:
+    """What a preconditioner adds to the weights in memory; that it fits the model is found here, too.
+
+    Raises:
+        ModelError: there is no such file, or it is of another model.
+    """
+    if config.preconditioner is None:
+        return 0
+    found = Preconditioner.load(config.preconditioner.path)
+    attach(model, found)
+    return sum(value.numel() for value in found.tensors().values()) * torch_dtype(config.model).itemsize
 
 
 def _with_adapters(config: TrainConfig, spec: LoraSpec, model: nn.Module, weights: int) -> AdaptersPreview:
