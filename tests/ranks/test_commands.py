@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from coterie.cli.app import main
 from coterie.cli.ranks import joined, start_if_asked, started_again
-from coterie.config import TrainConfig, dump_yaml
+from coterie.config import PreconditionerSpec, TrainConfig, dump_yaml
 from coterie.errors import ConfigError, PrivacyError
+from coterie.training.single.preconditioned import PublicRecords
 from coterie.training.single.run import start
 from coterie.training.single.trained import load_trained
 from helpers.comparing import relative
@@ -162,9 +163,22 @@ def test_a_run_is_gone_on_with_only_where_the_launcher_starts_it_again(
     assert started_again(config)
 
 
+def preconditioned(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The same in coordinates that three public records give."""
+    place = folder / "factors.safetensors"
+    if not place.exists():
+        PublicRecords.of(config, [folder / "public.txt"], 3).preconditioner(0.25, 0.1, lambda: None).save(place)
+    assert config.privacy is not None
+    spec = PreconditionerSpec(path=place, provenance="public")
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update={"preconditioner": spec})})
+
+
 @pytest.mark.slow
-def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("coordinates", ["own", "from public text"])
+def test_two_devices_train_what_one_does_and_the_number_is_no_part_of_a_run(coordinates: str, tmp_path: Path) -> None:
     alone, both = settings(tmp_path, "alone"), settings(tmp_path, "both", devices=2)
+    if coordinates != "own":
+        alone, both = preconditioned(alone, tmp_path), preconditioned(both, tmp_path)
     dump_yaml(tmp_path / "both.yaml", both)
     ended = subprocess.run(
         [sys.executable, "-m", "coterie", "train", "both.yaml", "--json", "both.json"],
