@@ -11,7 +11,9 @@ from coterie.cli.output import progress, say, table, write_json
 
 
 def command(
-    settings: Annotated[Path, typer.Argument(help="train.yaml with `privacy.preconditioner`.")],
+    settings: Annotated[
+        Path, typer.Argument(help="train.yaml or party.yaml, whose run or federation has `privacy.preconditioner`.")
+    ],
     text: Annotated[list[Path], typer.Option("--text", help="Public text, in the form of the run's own.")],
     records: Annotated[int, typer.Option("--records", min=1, help="Most records to measure.")] = 600,
     power: Annotated[
@@ -32,11 +34,13 @@ def command(
     Example:
         coterie precondition train.yaml --text public.jsonl
         coterie train train.yaml
-    """
-    from coterie.config import TrainConfig, load_yaml
-    from coterie.training.single.preconditioned import PublicRecords, place_of
 
-    config = load_yaml(settings, TrainConfig)
+        coterie precondition party.yaml --text public.jsonl
+        coterie split --federation federation.yaml --out parts
+    """
+    from coterie.training.single.preconditioned import PublicRecords, place_of, settings_for
+
+    config = settings_for(settings)
     place = place_of(config)
     public = PublicRecords.of(config, text, records)
     with progress("records", len(public.drawn)) as advance:

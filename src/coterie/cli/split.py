@@ -12,6 +12,7 @@ from coterie.errors import PlacementError
 
 if TYPE_CHECKING:
     from coterie.config import ModelSpec
+    from coterie.models.preconditioner import Preconditioner
 
 
 def command(
@@ -41,7 +42,8 @@ def command(
     """Turn a checkpoint into a trunk file and one shard of experts per party.
 
     Reads and writes one decoder layer at a time, so the model need not fit in memory. Give every party the trunk,
-    the `model` folder, its own shard, and manifest.json with the SHA-256 of each file.
+    the `model` folder, its own shard, and manifest.json with the SHA-256 of each file. With the federation's
+    `privacy.preconditioner` the parts are in its coordinates; `coterie export` joins them to an ordinary checkpoint.
 
     Example:
         coterie split ./olmoe --federation federation.yaml --out parts
@@ -66,7 +68,7 @@ def command(
         placed = Placement.round_robin(parties, counts)
     else:
         placed = Placement.of_table(layout, parties, counts)
-    manifest = split(spec, placed, out, seed=seed)
+    manifest = split(spec, placed, out, seed=seed, preconditioner=_agreed(federation))
     if json_file is not None:
         write_json(json_file, manifest)
     rows = [
@@ -99,6 +101,15 @@ def _plan(
             raise typer.BadParameter(f"--dtype {dtype}: use float32 or bfloat16")
         spec = spec.model_copy(update={"dtype": dtype})
     return spec, parties, layout, seed
+
+
+def _agreed(federation: Path | None) -> Preconditioner | None:
+    """The preconditioner that a federation agreed on."""
+    from coterie.config import FederationConfig, load_yaml
+    from coterie.models.preconditioner import Preconditioner
+
+    spec = None if federation is None else load_yaml(federation, FederationConfig).preconditioner
+    return None if spec is None else Preconditioner.load(spec.path)
 
 
 def _read_placement(path: Path) -> dict[str, dict[int, list[int]]]:

@@ -11,7 +11,14 @@ from coterie.config.base import LocalPath, Spec, content_hash
 from coterie.config.data import DataSpec
 from coterie.config.model import LoraSpec, ModelSpec
 from coterie.config.numbers import Count, Positive
-from coterie.config.privacy import RELEASED_LOADS, PartyPrivacy, PrivacyRules, PrivacySpec, undeclared_artefacts
+from coterie.config.privacy import (
+    RELEASED_LOADS,
+    PartyPrivacy,
+    PreconditionerSpec,
+    PrivacyRules,
+    PrivacySpec,
+    undeclared_artefacts,
+)
 from coterie.config.report import ReportSpec
 from coterie.config.train import Device, Devices, OptimSpec, TrainSpec, check_adds_up, check_groups
 from coterie.errors import ConfigError
@@ -216,6 +223,10 @@ class FederationConfig(Spec):
         if isinstance(self.privacy, PrivacyRules):
             check_adds_up(self.optim, self.privacy)
             object.__setattr__(self, "optim", self.optim.under_a_budget())
+        if self.lora is not None and self.preconditioner is not None:
+            raise ValueError(
+                "`privacy.preconditioner` is for training all weights: leave it out, or leave out `lora`"
+            )
         if self.lora is not None and self.exchange != "experts":
             raise ValueError("`lora` needs `exchange: experts`")
         listening = [*self.parties.items(), ("coordinator", self.coordinator)]
@@ -312,6 +323,11 @@ class FederationConfig(Spec):
             return self.lot_sizes[party]
         agreed = self.privacy.lot_size if isinstance(self.privacy, PrivacyRules) else None
         return agreed if isinstance(agreed, int) else self.train.batch_size
+
+    @property
+    def preconditioner(self) -> PreconditionerSpec | None:
+        """`privacy.preconditioner`; None also without a budget."""
+        return self.privacy.preconditioner if isinstance(self.privacy, PrivacyRules) else None
 
     @property
     def largest_lot(self) -> int:
@@ -444,6 +460,8 @@ def check_devices(party: PartyConfig, federation: FederationConfig) -> None:
         raise _whole_only(party, "`unit: user`", code="dp-spread-users")
     if rules.noise_bands > 1:
         raise _whole_only(party, "`noise_bands`", code="dp-spread-bands")
+    if rules.preconditioner is not None:
+        raise _whole_only(party, "`preconditioner`", code="dp-spread-coordinates")
 
 
 def _whole_only(

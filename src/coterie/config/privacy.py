@@ -35,7 +35,7 @@ class PrivacyRules(Spec):
 
     epsilon: Epsilon = Field(description="Budget of the whole run: smaller is more private.")
     delta: Fraction = Field(default=1e-5, description="Allowed failure probability; well below 1 / records.")
-    later_keys = frozenset({"noise_bands"})
+    later_keys = frozenset({"noise_bands", "preconditioner"})
 
     clip_norm: Positive = Field(default=1.0, description="C: most that one record may move the gradient sum.")
     clipping: Literal["flat", "per_layer", "per_group", "automatic"] = Field(
@@ -78,6 +78,11 @@ class PrivacyRules(Spec):
         default=1,
         description="Over how many rounds noise hangs together, each taking back part of earlier ones': 4 to 16 "
         "leave less noise in the weights at epsilon 8, more at 1 (`coterie plan` compares). Needs `optim.kind: sgd`.",
+    )
+
+    preconditioner: PreconditionerSpec | None = Field(
+        default=None,
+        description="Train in coordinates in which gradients are more even: more is learnt from the same budget.",
     )
 
     @model_validator(mode="after")
@@ -132,14 +137,10 @@ class LocalPrivacy(Spec):
 class PrivacySpec(PrivacyRules, LocalPrivacy):
     """The `privacy` block of train.yaml: mechanism and local choices together."""
 
-    later_keys = PrivacyRules.later_keys | LocalPrivacy.later_keys | {"compute_hours", "preconditioner"}
+    later_keys = PrivacyRules.later_keys | LocalPrivacy.later_keys | {"compute_hours"}
 
     compute_hours: Positive = Field(
         default=1.0, description="For `lot_size: auto`: hours that all rounds together may compute on this machine."
-    )
-    preconditioner: PreconditionerSpec | None = Field(
-        default=None,
-        description="Train in coordinates in which gradients are more even: more is learnt from the same budget.",
     )
     adaptive_quantile: Fraction | None = Field(
         default=None, description="Adapt the clip norms so that this share of units stays unclipped."

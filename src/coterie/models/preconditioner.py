@@ -16,7 +16,7 @@ Shape letters: V rows of a table, D model width, I inputs, O outputs, E experts.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -180,10 +180,12 @@ def _is_table(module: nn.Module) -> bool:
 @torch.no_grad()
 def _only_scales(table: nn.Embedding) -> bool:
     """Whether a table of a family's own gives its rows times one number: a norm of rows, say, is not linear."""
+    if table.weight.is_meta:  # nothing to try it on: these are transformers' names
+        return type(table).__name__.endswith("ScaledWordEmbedding")
     ids = torch.arange(min(8, table.num_embeddings), device=table.weight.device)
     plain, rows = F.embedding(ids, table.weight), table(ids)
     ratio = (rows * plain).sum() / plain.square().sum().clamp_min(1e-30)
-    return not table.weight.is_meta and torch.allclose(rows, ratio * plain, rtol=1e-3, atol=1e-6)
+    return torch.allclose(rows, ratio * plain, rtol=1e-3, atol=1e-6)
 
 
 # ---- computing ----
@@ -316,7 +318,7 @@ def _heads(model: nn.Module) -> dict[int, list[nn.Module]]:
     return found
 
 
-def _check_fits(name: str, own: Factors, place: Place | None) -> None:
+def _check_fits(name: str, own: Factors, place: Place | None) -> Place:
     if place is None:
         raise ModelError(
             f"the preconditioner has factors for `{name}`, which is no matrix of this model.",
@@ -330,6 +332,7 @@ def _check_fits(name: str, own: Factors, place: Place | None) -> None:
                 code="model-preconditioner",
                 fix="measure it for this model with `coterie precondition`",
             )
+    return place
 
 
 def _beside(weight: Tensor, factor: Tensor) -> Tensor:
@@ -341,19 +344,82 @@ def _convert(place: Place, own: Factors, of: Callable[[Tensor], Tensor]) -> None
     """Multiply a module's matrices by its factors, or by their inverses, in float64."""
     if place.inner.is_meta:
         return
-    inner, outer = (None if f is None else _wide(f.to(place.inner.device), of) for f in (own.inner, own.outer))
-    place.inner.copy_(_sides(place.inner, inner, of_rows=place.turned))
-    if place.outer is not None:
-        place.outer.copy_(_sides(place.outer, outer, of_rows=not place.turned))
-    if place.bias is not None and outer is not None:
-        place.bias.copy_(place.bias.double() @ outer)
+    for weight, factor, of_rows in _sides_of(place, own):
+        weight.copy_(_multiplied(weight, factor.to(weight.device), of, of_rows=of_rows))
 
 
-def _wide(factor: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-    return of(torch.diag(factor.double()) if factor.dim() == 1 else factor.double())
+def _sides_of(place: Place, own: Factors) -> Iterator[tuple[nn.Parameter, Tensor, bool]]:
+    """What each factor multiplies, and whether it does so from the left."""
+    if own.inner is not None:
+        yield place.inner, own.inner, place.turned
+    if own.outer is not None:
+        assert place.outer is not None
+        yield place.outer, own.outer, not place.turned
+        if place.bias is not None:
+            yield place.bias, own.outer, False
 
 
-def _sides(weight: Tensor, factor: Tensor | None, *, of_rows: bool) -> Tensor:
-    if factor is None:
-        return weight
-    return factor @ weight.double() if of_rows else weight.double() @ factor
+def _multiplied(weight: Tensor, factor: Tensor, of: Callable[[Tensor], Tensor], *, of_rows: bool) -> Tensor:
+    wide = of(torch.diag(factor.double()) if factor.dim() == 1 else factor.double())
+    return wide @ weight.double() if of_rows else weight.double() @ wide
+
+
+# ---- tensors of files ----
+
+
+class Converter:
+    """Tensors of a model that is never in memory as a whole, one at a time between its own coordinates and others.
+
+    Args:
+        model: may be on the meta device.
+        preconditioner: for it; without factors nothing is changed.
+
+    Raises:
+        ModelError: a module is not in the model, or of another size.
+    """
+
+    def __init__(self, model: nn.Module, preconditioner: Preconditioner) -> None:
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self._sides: dict[str, list[tuple[Tensor, bool]]] = {}
+        places = {place.name: place for place in places_of(model)}
+        for path, own in preconditioner.factors.items():
+            for weight, factor, of_rows in _sides_of(_check_fits(path, own, places.get(path)), own):
+                for name in names[id(weight)]:
+                    self._sides.setdefault(name, []).append((factor, of_rows))
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the plain model, as one with the factors stores it; both of all experts."""
+        return self._times(name, tensor, torch.linalg.inv)
+
+    def plain(self, name: str, tensor: Tensor) -> Tensor:
+        """What `stored` was given, to rounding."""
+        return self._times(name, tensor, lambda factor: factor)
+
+    def _times(self, name: str, tensor: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        out = tensor
+        for factor, of_rows in self._sides.get(name, ()):
+            out = _multiplied(out, factor, of, of_rows=of_rows).to(tensor.dtype)  # the same bits as `attach` gives
+        return out
+
+
+def in_file(model: nn.Module, names: Collection[str], read: Callable[[str], Tensor]) -> Preconditioner:
+    """The factors that a file of a model's weights holds beside them; empty where it holds none.
+
+    Args:
+        model: without a preconditioner; may be on the meta device.
+        names: of the file's tensors.
+        read: gives one of them.
+    """
+    found = {}
+    for place in places_of(model):
+        own = [f"{place.name}.{end}" for end in (_IN, _OUT)]
+        if any(name in names for name in own):
+            found[place.name] = Factors(*(read(name) if name in names else None for name in own))
+    return Preconditioner(found)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of that name is a factor, and no weight."""
+    return name.rpartition(".")[2] in (_IN, _OUT)

@@ -9,13 +9,12 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError, PlacementError
 from coterie.models import seam
-from coterie.models.seam import ExpertsCall, RoutedRows, expert_layers, expert_rows
+from coterie.models.seam import expert_layers
 from coterie.models.split.exporter import export, split_spec
 from coterie.models.split.origins import save_tensors
 from coterie.models.split.partial import build_partial
@@ -33,6 +32,7 @@ from coterie.models.split.splitter import split
 from coterie.models.zoo.build import build_model, quiet_loading
 from coterie.models.zoo.catalogue import causal_lm_types
 from coterie.models.zoo.tiny import VOCAB, tiny_config, tiny_model
+from helpers.shard_experts import ShardExperts
 
 PARTIES = ["alder", "birch", "cedar"]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -52,36 +52,6 @@ def split_tiny(family, tmp_path, dtype=torch.float32, **overrides):
     placement = Placement.of_spec("round_robin", PARTIES, model)
     split(spec, placement, tmp_path / "parts")
     return model, spec, tmp_path / "parts"
-
-
-class ShardExperts:
-    """Computes experts from shard files, weights read one expert at a time: the slow twin of a federation."""
-
-    def __init__(self, folder):
-        self.weights = {}
-        for party in PARTIES:
-            self.weights |= load_tensors(folder / shard_file(party))
-
-    def __call__(self, call: ExpertsCall) -> Tensor:
-        layer = call.layer
-
-        def linear(name, x_RI, ends_E):
-            parts, start = [], 0
-            for expert, end in enumerate(ends_E.tolist()):
-                weight = self.weights[expert_key(layer.index, expert, name)]
-                rows = x_RI[start:end].to(weight.dtype)
-                out = rows @ (weight if layer.layout.is_transposed else weight.T)
-                parts.append(
-                    out + self.weights[expert_key(layer.index, expert, f"{name}_bias")]
-                    if layer.layout.has_bias
-                    else out
-                )
-                start = end
-            return torch.cat(parts)
-
-        rows = RoutedRows.of(call.expert_ids_NK, layer.num_experts)
-        out_RD = expert_rows(layer, call.hidden_ND[rows.token_R], rows.ends_E, linear)
-        return rows.combine(out_RD, call.routing_weights_NK, call.hidden_ND.dtype)
 
 
 @pytest.fixture(scope="module", params=causal_lm_types())

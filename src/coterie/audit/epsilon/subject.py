@@ -20,6 +20,7 @@ from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.errors import AuditError, LedgerError
 from coterie.models.lora import attach_adapters
+from coterie.models.preconditioner import Preconditioner, attach
 from coterie.models.zoo.build import build_model
 from coterie.storage import json_object
 from coterie.training.data.documents import Documents, read_documents
@@ -151,6 +152,8 @@ class Subject:
             with_vocabulary(model_spec, tokenizer), device=pick_device(config.device), seed=seed
         )
         check_fit(model, tokenizer, data)
+        if federation.preconditioner is not None:
+            attach(model, Preconditioner.load(federation.preconditioner.path))
         if federation.lora is not None:
             model = attach_adapters(model, federation.lora, seed)
         plan = PrivacyPlan.of_settings(

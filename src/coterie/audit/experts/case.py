@@ -26,6 +26,7 @@ from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacyRule
 from coterie.dp.noise.pooled import PooledNoise
 from coterie.errors import AuditError
 from coterie.models import seam
+from coterie.models.preconditioner import Preconditioner, attach
 from coterie.models.zoo.build import build_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.packing import Sequences
@@ -98,6 +99,8 @@ class Case:
         transcript = next(iter(evidence.received.values()))
         self.transcript = transcript
         model = build_model(ModelSpec(path=evidence.start)).float()
+        if self.federation.preconditioner is not None:
+            attach(model, Preconditioner.load(self.federation.preconditioner.path))
         for each in evidence.received.values():
             each.check_start(model)
         round_as_served(model, transcript.weights_dtype, evidence.trunk == "shared")

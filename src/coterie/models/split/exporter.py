@@ -21,6 +21,7 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
+from coterie.models.preconditioner import Converter, in_file, is_factor
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.split.adapted import AdaptedModel
 from coterie.models.split.card import write_card
@@ -192,7 +193,8 @@ def write_from_layers(
     def stacked(of: ExpertLayer) -> dict[str, Tensor]:
         return {f"{of.name}.{name}": value.to(model.dtype) for name, value in layer(of.index).items()}
 
-    sources = _Sources(model, {name: (trunk, kept) for name, kept in names.items()}, stacked, {})
+    places = {name: (trunk, kept) for name, kept in names.items()}
+    sources = _Sources(model, places, stacked, {}, _converter(model, trunk))
     _write_checked(out, model, sources.groups())
 
 
@@ -276,12 +278,14 @@ class _Sources:
         trunk: the file of each trunk tensor, and its name there.
         experts: the stacked parameters of a layer, by their names in the model.
         changes: what adapters add, by the name of the weight.
+        converter: back from the coordinates in which the files are.
     """
 
     model: PreTrainedModel
     trunk: Mapping[str, tuple[Path, str]]
     experts: Callable[[ExpertLayer], dict[str, Tensor]]
     changes: Mapping[str, Callable[[], Tensor]]
+    converter: Converter
 
     @classmethod
     def of(
@@ -322,7 +326,7 @@ class _Sources:
         everything = {layer.index: range(layer.num_experts) for layer in expert_layers(model)}
         expected = {key: shape for key, (_, shape) in shard_shapes(model, everything).items()}
         _check_shapes("the set of shards", shapes, expected)
-        return cls(model, trunk_of, partial(_stack_experts, where=experts), changes)
+        return cls(model, trunk_of, partial(_stack_experts, where=experts), changes, _converter(model, trunk))
 
     def groups(self) -> Iterator[dict[str, Tensor]]:
         """The model's tensors by name, adapters merged, a decoder layer (or the rest) at a time."""
@@ -343,15 +347,22 @@ class _Sources:
                     else:
                         path, kept = self.trunk[name]
                         tensors[name] = files[path].get_tensor(kept)
+                tensors = {name: self.converter.plain(name, tensor) for name, tensor in tensors.items()}
                 for name in tensors.keys() & self.changes.keys():
                     tensors[name] = (tensors[name].float() + self.changes[name]()).to(tensors[name].dtype)
                 yield tensors
 
 
+def _converter(model: PreTrainedModel, trunk: Path) -> Converter:
+    """Out of a trunk file's coordinates into the model's own."""
+    with safe_open(trunk, framework="pt", backend="pread") as file:
+        return Converter(model, in_file(model, set(file.keys()), file.get_tensor))
+
+
 def _trunk_names(model: PreTrainedModel, trunk: Path) -> dict[str, str]:
     """The file's name of each of the model's own trunk tensors."""
     stored = stored_shapes(trunk)
-    names = {name: name for name in stored}
+    names = {name: name for name in stored if not is_factor(name)}
     tied = model.all_tied_weights_keys
     names = {name: kept for name, kept in names.items() if not (name in tied and tied[name] in names)}
     found = {name: stored[kept] for name, kept in names.items()}

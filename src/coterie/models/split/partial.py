@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
 from coterie.models.narrow import frozen_as_stored
+from coterie.models.preconditioner import attach, in_file
 from coterie.models.split.shards import load_tensors
 from coterie.models.split.splitter import expert_parameters, trunk_shapes
 from coterie.models.zoo.build import build_model, check_keys
@@ -19,7 +20,7 @@ from coterie.models.zoo.build import build_model, check_keys
 def build_partial(
     spec: ModelSpec, trunk_file: Path, *, device: torch.device | str = "cpu", frozen: bool = False
 ) -> PreTrainedModel:
-    """A model with the trunk of ``trunk_file`` and without any expert's weights.
+    """A model with the trunk of ``trunk_file`` and without any expert's weights, in the file's coordinates.
 
     Select an implementation that needs no local weights with `seam.select` before the first forward. Never move the
     model with ``.to(device)`` or put it through ``save_pretrained``: weights that are not there can be neither.
@@ -36,8 +37,11 @@ def build_partial(
     """
     model = build_model(spec, meta=True)
     compute_buffers(model, device)
-    shapes = trunk_shapes(model)
     trunk = load_tensors(trunk_file, device)
+    factors = in_file(model, trunk.keys(), trunk.__getitem__)
+    if factors.factors:
+        attach(model, factors)
+    shapes = trunk_shapes(model)
     tied = model.all_tied_weights_keys
     trunk = {name: tensor for name, tensor in trunk.items() if not (name in tied and tied[name] in trunk)}
     other = {name for name in shapes.keys() & trunk.keys() if shapes[name][1] != tuple(trunk[name].shape)}

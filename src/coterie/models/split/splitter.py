@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from coterie.config import ModelSpec
 from coterie.errors import ModelError
+from coterie.models.preconditioner import Converter, Preconditioner, attach, is_factor
 from coterie.models.seam import ExpertLayer, expert_layers
 from coterie.models.split.placement import Placement
 from coterie.models.split.read_checkpoint import stream_checkpoint, tensor_dtypes, without_loss
@@ -40,7 +41,14 @@ from coterie.storage import file_digest, is_vacant, new_folder, write_json
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
-def split(spec: ModelSpec, placement: Placement, out: Path, *, seed: int | None = None) -> dict[str, Any]:
+def split(
+    spec: ModelSpec,
+    placement: Placement,
+    out: Path,
+    *,
+    seed: int | None = None,
+    preconditioner: Preconditioner | None = None,
+) -> dict[str, Any]:
     """Write ``out``: trunk, shards, the model's config and tokenizer, and a manifest with digests.
 
     A bfloat16 checkpoint is written in bfloat16 whatever the spec's dtype: whoever reads it widens it, without loss.
@@ -50,13 +58,15 @@ def split(spec: ModelSpec, placement: Placement, out: Path, *, seed: int | None 
         placement: of the model's experts.
         out: a folder that does not exist yet, or is empty. It appears whole or not at all.
         seed: of a family's random weights.
+        preconditioner: what is written is in its coordinates and in float32, and the trunk holds the factors.
 
     Returns:
         The manifest.
 
     Raises:
         PlacementError: the placement is for other layers or experts.
-        ModelError: the checkpoint does not fit its config exactly, is quantised, or ``out`` is not empty.
+        ModelError: the checkpoint does not fit its config exactly, is quantised, or ``out`` is not empty; the
+            preconditioner is of another model.
     """
     check_vacant(out)
     folder = _local_folder(spec)
@@ -67,6 +77,10 @@ def split(spec: ModelSpec, placement: Placement, out: Path, *, seed: int | None 
     if folder is not None:
         model = structure_of(model.config, without_loss(folder, model))
     groups = stream_checkpoint(folder, model) if folder is not None else _in_memory(spec, seed)
+    if preconditioner is not None:
+        model = structure_of(model.config, torch.float32)
+        groups = _in_coordinates(groups, Converter(model, preconditioner))
+        attach(model, preconditioner)
     with new_folder(out) as aside:
         trainings = read_trainings(folder)
         _write_tensors(aside, model, placement, groups, trainings)
@@ -134,6 +148,15 @@ def _write_tensors(
                 layer, parameter = experts[name]
                 for expert, host in enumerate(placement.host_of(layer.index)):
                     shards[host].write(expert_key(layer.index, expert, parameter), tensor[expert])
+        for name, tensor in model.state_dict().items():
+            if is_factor(name):
+                trunk.write(name, tensor)
+
+
+def _in_coordinates(groups: Iterator[dict[str, Tensor]], converter: Converter) -> Iterator[dict[str, Tensor]]:
+    for group in groups:
+        wide = {name: t.float() if t.is_floating_point() else t for name, t in group.items()}
+        yield {name: converter.stored(name, tensor) for name, tensor in wide.items()}
 
 
 class _TrunkWriter:

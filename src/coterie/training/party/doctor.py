@@ -209,7 +209,10 @@ class _Examination:
         config = self._config
         if party_privacy(self._federation, config) is None:
             return "not needed: this party trains without a budget"
-        found = artefacts(self._federation.model, config.data, config.trunk, config.shard)
+        federation = self._federation
+        found = artefacts(
+            federation.model, config.data, config.trunk, config.shard, preconditioner=federation.preconditioner
+        )
         return ", ".join(f"{each.kind} {each.origin}" for each in found)
 
     def _trained(self) -> Diagnosis | str:

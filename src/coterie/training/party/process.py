@@ -33,6 +33,7 @@ from coterie.federation.rounds.settings import transport_settings
 from coterie.federation.wire import unreachable
 from coterie.federation.wire.grpc_transport import GrpcTransport
 from coterie.models.lora import attach_adapters
+from coterie.models.preconditioner import attached
 from coterie.models.seam import expert_layers
 from coterie.models.split.origins import check_content, origin_of
 from coterie.models.split.partial import build_partial
@@ -256,6 +257,7 @@ def _read_party(
     device = pick_device(config.device)
     frozen = federation.lora is not None
     model = build_partial(federation.model, config.trunk, device=device, frozen=frozen)
+    check_coordinates(model, federation, config.trunk)
     check_fit(model, tokenizer, data)
     check_experts_over(config, model)
     if federation.model.gradient_checkpointing:
@@ -297,13 +299,35 @@ def _read_party(
         roster=roster.content_hash() if roster is not None else "",
         trainings=(
             *trainings_before(
-                federation.model, data, f"{federation.name}-{config.party}", config.trunk, config.shard
+                federation.model,
+                data,
+                f"{federation.name}-{config.party}",
+                config.trunk,
+                config.shard,
+                preconditioner=federation.preconditioner,
             ),
             _training(config, federation, privacy),
         ),
         ranks=ranks,
         bases=_bases(config) if frozen else {},
     )
+
+
+def check_coordinates(model: nn.Module, federation: FederationConfig, trunk: Path) -> None:
+    """Make sure that a trunk is in other coordinates if, and only if, that was agreed.
+
+    Raises:
+        ModelError: it was split without the preconditioner that was agreed, or with one that was not.
+    """
+    found, agreed = bool(attached(model).factors), federation.preconditioner is not None
+    if found is not agreed:
+        raise ModelError(
+            f"{trunk} was split {'with' if found else 'without'} a preconditioner, and the federation agreed on "
+            f"{'one' if agreed else 'none'}.",
+            code="model-coordinates",
+            why="its statement would be about other text, or less would be learnt than was agreed",
+            fix="split the checkpoint again: `coterie split --federation federation.yaml` takes what is agreed",
+        )
 
 
 def party_forecast(inputs: PartyInputs, privacy: PrivacyInputs) -> Forecast:
@@ -344,7 +368,9 @@ def _privacy_inputs(
         spec,
         federation.train.rounds,
         seed=federation.train.seed if spec.seeded else None,
-        artefacts=artefacts(federation.model, config.data, config.trunk, config.shard),
+        artefacts=artefacts(
+            federation.model, config.data, config.trunk, config.shard, preconditioner=federation.preconditioner
+        ),
         digest=dataset_digest(documents.texts),
         push_after_s=federation.push_after_s,
         sequence_length=config.data.sequence_length,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coterie.config import TrainConfig
+from coterie.config import FederationConfig, PartyConfig, TrainConfig, TrainSpec, load_yaml, party_privacy
+from coterie.config.load import names_setting
 from coterie.dp.losses import default_loss
 from coterie.errors import ConfigError, DataError, ModelError
 from coterie.models.preconditioner import Preconditioner
@@ -79,6 +80,23 @@ class PublicRecords:
                 done()
 
         return measure(self.model, batches(), default_loss if words is None else words.loss, power, damping)
+
+
+def settings_for(file: Path) -> TrainConfig:
+    """What a train.yaml says of model, text and privacy, or a party.yaml with its federation.
+
+    Raises:
+        ConfigError: the file is neither, or does not fit its federation.
+    """
+    if not names_setting(file, "party"):
+        return load_yaml(file, TrainConfig)
+    party = load_yaml(file, PartyConfig)
+    federation = load_yaml(party.federation, FederationConfig)
+    train = TrainSpec(rounds=federation.train.rounds, seed=federation.train.seed)
+    return TrainConfig(
+        model=federation.model, data=party.data, train=train, privacy=party_privacy(federation, party),
+        run_dir=party.run_dir, device=party.device,
+    )  # fmt: skip
 
 
 def place_of(config: TrainConfig) -> Path:
