@@ -227,6 +227,10 @@ def test_file_and_model_are_held_to_each_other(tmp_path: Path) -> None:
     for file, said in (("other.safetensors", "no preconditioner"), ("absent", "There is no file")):
         with pytest.raises(ModelError, match=said):
             Preconditioner.load(tmp_path / file)
+    for factor in (torch.zeros(3, 3), torch.full((3,), float("nan")), torch.zeros(3), torch.ones(2, 3)):
+        Preconditioner({"x": Factors(factor, None)}).save(place)
+        with pytest.raises(ModelError, match="nothing can be computed with"):
+            Preconditioner.load(place)
     place.write_bytes(place.read_bytes()[:100])
     with pytest.raises(ModelError, match="no whole safetensors file"):
         Preconditioner.load(place)

@@ -102,7 +102,23 @@ class Preconditioner:
                 code="model-preconditioner",
                 fix="make it with `coterie precondition`",
             )
+        bad = [name for name, factor in tensors.items() if not _is_usable(factor)]
+        if bad:
+            raise ModelError(
+                f"{path} holds numbers for `{bad[0]}` that nothing can be computed with.",
+                code="model-preconditioner",
+                why="a factor is a vector or a square matrix of finite numbers that can be inverted",
+                fix="make it with `coterie precondition`",
+            )
         return cls.of_tensors(tensors)
+
+
+def _is_usable(factor: Tensor) -> bool:
+    if not factor.is_floating_point() or factor.dim() not in (1, 2) or not bool(factor.isfinite().all()):
+        return False
+    if factor.dim() == 1:
+        return bool((factor != 0).all())
+    return factor.shape[0] == factor.shape[1] and int(torch.linalg.inv_ex(factor.double()).info) == 0
 
 
 # ---- which modules ----

@@ -15,11 +15,14 @@ from coterie.config import FederationConfig, PartyConfig, PrivacyRules, dump_yam
 from coterie.errors import ConfigError, ModelError
 from coterie.models.split.exporter import export
 from coterie.models.zoo.tiny import tiny_model
+from coterie.training.party.doctor import Diagnosis, diagnose
 from coterie.training.party.in_process import run_in_process
 from coterie.training.party.process import keep_settings, prepare_party
 from coterie.training.party.run import PartyResult
 from coterie.training.single.trained import evaluate_run, load_trained
 from helpers.federations import PARTIES, settings
+
+MASKED = {"trunk": "shared", "aggregation": "masked", "noise_multiplier": 2.0}
 
 
 def command(*words: str) -> None:
@@ -69,13 +72,27 @@ def trained(folder: Path, *options: str, coordinates: bool = True, **changes: An
     return run_in_process(config, parts, folder / "coordinator")[1]
 
 
+def trunk_finding(folder: Path) -> Diagnosis:
+    """What `coterie doctor` says of a party's trunk."""
+    return next(found for found in diagnose(folder / "alder.yaml") if found.check == "trunk")
+
+
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder / name / "private" / "model").state_dict())
 
 
-@pytest.mark.parametrize("trunk", ["private", "shared"])
-def test_parties_end_with_ordinary_models_that_are_what_they_trained(trunk: str, tmp_path: Path) -> None:
-    results = trained(tmp_path, trunk=trunk)
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"trunk": "private"},
+        {"trunk": "shared"},
+        {"trunk": "shared", "aggregation": "masked", "noise_multiplier": 2.0},
+    ],
+    ids=["private trunks", "shared trunk", "masked"],
+)
+def test_parties_end_with_ordinary_models_that_are_what_they_trained(ways: dict[str, Any], tmp_path: Path) -> None:
+    results = trained(tmp_path, **ways)
+    assert trunk_finding(tmp_path).state == "ok"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     for name in PARTIES:
         own = weights(tmp_path, name)
@@ -113,6 +130,8 @@ def test_parts_in_other_coordinates_than_agreed_are_refused(tmp_path: Path) -> N
     assert isinstance(rules, PrivacyRules)
     plain = config.model_copy(update={"privacy": rules.model_copy(update={"preconditioner": None})})
     prepare_party(own, plain)
+    found = trunk_finding(tmp_path)
+    assert (found.state, found.code) == ("bad", "model-coordinates")
     spread = own.model_copy(update={"experts_over": 2})
     fast = config.model_copy(update={"privacy": rules.model_copy(update={"isolation": "fast"})})
     with pytest.raises(ConfigError, match="`preconditioner`"):

@@ -26,6 +26,7 @@ from coterie.federation.identity.roster import Roster, verify
 from coterie.federation.rounds.run_folder import is_running
 from coterie.federation.wire import newcomers, unreachable
 from coterie.federation.wire.base_transport import ALL_LANES
+from coterie.models.preconditioner import is_factor
 from coterie.models.split.placement import Placement
 from coterie.models.split.shards import stored_shapes
 from coterie.models.split.splitter import trunk_shapes
@@ -36,6 +37,7 @@ from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.party.inputs import PrivacyInputs, party_plan
 from coterie.training.party.process import (
     check_compared,
+    check_coordinates,
     check_experts_over,
     check_placement_signed,
     check_shard,
@@ -183,7 +185,9 @@ class _Examination:
     def _trunk(self) -> str:
         shapes, stored = trunk_shapes(model := self._model()), stored_shapes(self._config.trunk)
         tied = model.all_tied_weights_keys
-        held = {name: shape for name, shape in stored.items() if not (name in tied and tied[name] in stored)}
+        weights = {name: shape for name, shape in stored.items() if not is_factor(name)}
+        check_coordinates(len(weights) < len(stored), self._federation, self._config.trunk)
+        held = {name: shape for name, shape in weights.items() if not (name in tied and tied[name] in weights)}
         other = {name for name in shapes.keys() & held.keys() if shapes[name][1] != held[name]}
         missing, unexpected = shapes.keys() - held.keys(), held.keys() - shapes.keys()
         check_keys(str(self._config.trunk), set(missing), set(unexpected), other, code="model-bad-trunk")

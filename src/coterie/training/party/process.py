@@ -257,7 +257,7 @@ def _read_party(
     device = pick_device(config.device)
     frozen = federation.lora is not None
     model = build_partial(federation.model, config.trunk, device=device, frozen=frozen)
-    check_coordinates(model, federation, config.trunk)
+    check_coordinates(bool(attached(model).factors), federation, config.trunk)
     check_fit(model, tokenizer, data)
     check_experts_over(config, model)
     if federation.model.gradient_checkpointing:
@@ -313,13 +313,18 @@ def _read_party(
     )
 
 
-def check_coordinates(model: nn.Module, federation: FederationConfig, trunk: Path) -> None:
+def check_coordinates(found: bool, federation: FederationConfig, trunk: Path) -> None:
     """Make sure that a trunk is in other coordinates if, and only if, that was agreed.
+
+    Args:
+        found: it holds factors.
+        federation: what was agreed.
+        trunk: its file.
 
     Raises:
         ModelError: it was split without the preconditioner that was agreed, or with one that was not.
     """
-    found, agreed = bool(attached(model).factors), federation.preconditioner is not None
+    agreed = federation.preconditioner is not None
     if found is not agreed:
         raise ModelError(
             f"{trunk} was split {'with' if found else 'without'} a preconditioner, and the federation agreed on "
