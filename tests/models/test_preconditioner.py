@@ -236,6 +236,18 @@ def test_file_and_model_are_held_to_each_other(tmp_path: Path) -> None:
         Preconditioner.load(place)
 
 
+def test_a_module_without_a_gradient_is_left_as_it_is() -> None:
+    model = plain_model("olmoe")
+    model.unused = nn.Embedding(4, 3)
+    found = measure(model, batches(2), default_loss)
+    assert "unused" not in found.factors
+    assert "model.embed_tokens" in found.factors
+    attach(model, found)
+    assert torch.equal(model.unused(torch.tensor([1])), model.unused.weight[1:2])
+    with pytest.raises(ModelError, match="nothing can be computed with"):
+        attach(plain_model("olmoe"), Preconditioner({"lm_head": Factors(torch.full((3, 3), float("nan")), None)}))
+
+
 def test_what_cannot_be_measured_is_one_sentence() -> None:
     model = plain_model("olmoe")
     with pytest.raises(ModelError, match="no public record"):

@@ -237,8 +237,9 @@ class _Table(_Preconditioned):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows: Tensor = super().forward(ids)  # type: ignore[misc]
-        assert self.precondition_out is not None
-        return _times(rows * self.precondition_out[ids].unsqueeze(-1), self.precondition_in)
+        if self.precondition_out is not None:
+            rows = rows * self.precondition_out[ids].unsqueeze(-1)
+        return _times(rows, self.precondition_in)
 
 
 class _Experts(_Preconditioned):
@@ -342,6 +343,13 @@ def _check_fits(name: str, own: Factors, place: Place | None) -> Place:
             fix="measure it for this model with `coterie precondition`",
         )
     for factor, size in zip((own.inner, own.outer), place.sizes(), strict=True):
+        if factor is not None and not _is_usable(factor):
+            raise ModelError(
+                f"the preconditioner's factor for `{name}` holds numbers that nothing can be computed with.",
+                code="model-preconditioner",
+                why="a factor is a vector or a square matrix of finite numbers that can be inverted",
+                fix="measure it for this model with `coterie precondition`",
+            )
         if factor is not None and factor.shape[0] != size:
             raise ModelError(
                 f"the preconditioner's factor for `{name}` has {factor.shape[0]} rows, the model needs {size}.",

@@ -77,7 +77,8 @@ def measure(
     matrices = [each for own in moments.values() for each in own.matrices() if each[0] > 0.0]
     size = sum(numel for _, numel in matrices)
     middle = math.exp(sum(numel * math.log(energy / numel) for energy, numel in matrices) / max(1, size))
-    return Preconditioner({name: own.factors(power, damping, middle) for name, own in moments.items()})
+    found = {name: own.factors(power, damping, middle) for name, own in moments.items()}
+    return Preconditioner({name: own for name, own in found.items() if own.tensors()})  # others got no gradient
 
 
 @torch.no_grad()
