@@ -19,7 +19,7 @@ from coterie.dp.per_sample.engine import Engine
 from coterie.errors import ModelError
 from coterie.models import seam
 from coterie.models.preconditioner import Factors, Preconditioner, attach, detach, places_of
-from coterie.models.second_moments import measure
+from coterie.models.second_moments import factor_values, measure
 from coterie.models.zoo.catalogue import causal_lm_types
 from coterie.models.zoo.tiny import VOCAB, tiny_model
 
@@ -172,6 +172,13 @@ def test_factors_are_powers_of_second_moments() -> None:
             damped = side + 0.1 * side.diagonal().mean() * torch.eye(len(side))
             root = torch.linalg.matrix_power(got[end].double(), 4)  # (damped / scale) ** -1
             torch.testing.assert_close(root @ damped / scale, torch.eye(len(side)).double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "phimoe", "deepseek_v3", "qwen3_next"])
+def test_room_for_factors_is_known_without_weights(family: str) -> None:
+    model = plain_model(family)
+    made = measure(model, batches(2), default_loss).tensors().values()
+    assert factor_values(model.to("meta")) == sum(factor.numel() for factor in made)
 
 
 def test_without_power_nothing_changes() -> None:

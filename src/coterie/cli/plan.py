@@ -188,6 +188,8 @@ def command(
         f"adapters ({how}): {big(plan.lora.adapters)} values, in `experts`; frozen experts cross once, in the first "
         f"round: {moved(once)}; one place would hold {size(plan.lora.centralised_bytes)}"
     )
+    if plan.factor_bytes:
+        say(f"the preconditioner takes {size(plan.factor_bytes)} of each device, the one place's too")
     say("memory is state; activations come on top, and rows kept for clipping where `method` is book_keeping")
     say(
         f"tokens: {size(round(plan.bytes_per_token))} for each token; from {plan.break_even_tokens:,} tokens in a "

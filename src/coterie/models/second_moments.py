@@ -81,6 +81,14 @@ def measure(
     return Preconditioner({name: own for name, own in found.items() if own.tensors()})  # others got no gradient
 
 
+def factor_values(model: nn.Module) -> int:
+    """Numbers in the factors of a model, which may be on the meta device; one whose matrices are read elsewhere has
+    fewer.
+    """
+    places = [place for place in places_of(model) if place.trained]
+    return sum(side.values for place in places for side in _Moments(place).sides)
+
+
 @torch.no_grad()
 def _read_elsewhere(model: nn.Module, places: Sequence[Place], run: Callable[[], object]) -> set[int]:
     """Weights, by `id`, that other code than their own modules' reads, which would find them in other coordinates."""
@@ -141,8 +149,12 @@ class _Moments:
         self._outer = _Side(place.outer, turned=place.turned, rows=True, diagonal=place.is_table)
 
     def add(self, gradients: Mapping[int, Tensor], norm: float) -> None:
-        for side in (self._inner, self._outer):
+        for side in self.sides:
             side.add(gradients, norm)
+
+    @property
+    def sides(self) -> tuple[_Side, _Side]:
+        return self._inner, self._outer
 
     def matrices(self) -> list[tuple[float, int]]:
         """Squared norm and entries of each matrix."""
@@ -189,13 +201,24 @@ class _Side:
         g_ERC = gradient.reshape(-1, *gradient.shape[-2:]) / norm
         if self._turned is self._rows:  # so that the side's own entries are the rows
             g_ERC = g_ERC.mT
-        if self._diagonal or g_ERC.shape[1] > LARGEST_SIDE:
+        if self._is_diagonal(g_ERC.shape[1]):
             moment = g_ERC.double().pow(2).sum((0, 2))
         else:
             flat = g_ERC.transpose(0, 1).flatten(1)
             moment = (flat @ flat.mT).double()
         self._sum = moment if self._sum is None else self._sum + moment
         self.energy += float(g_ERC.double().pow(2).sum())
+
+    @property
+    def values(self) -> int:
+        """Numbers in its factor."""
+        if self._weight is None:
+            return 0
+        size = self._weight.shape[-2 if self._turned is not self._rows else -1]
+        return size if self._is_diagonal(size) else size * size
+
+    def _is_diagonal(self, size: int) -> bool:
+        return self._diagonal or size > LARGEST_SIDE
 
     @property
     def others(self) -> int:

@@ -55,6 +55,21 @@ def test_olmoe_is_what_its_paper_says_and_costs_what_arithmetic_says():
     assert alder.need.device == 2 * trunk + 2 * 2 * layer + 4 * layer * 2 // 3
 
 
+def test_a_preconditioner_takes_room_beside_every_trunk():
+    budget = {"epsilon": 8.0, "delta": 1e-5, "lot_size": 8}
+    factors = {"path": "anywhere.safetensors", "provenance": "public"}
+    plain, with_factors = make_plan(olmoe()), make_plan(olmoe(privacy={**budget, "preconditioner": factors}))
+    # By layer: q, k, v and o of 2048 by 2048, both ends of the experts; then the table (a number a row) and the head,
+    # whose 50304 rows are too many for a matrix. The router is no plain linear layer.
+    layer = 4 * 2 * 2048**2 + 2 * 2048**2
+    more = 2 * (16 * layer + 2 * (50304 + 2048**2))
+    assert with_factors.factor_bytes == more
+    assert with_factors.centralised_bytes == plain.centralised_bytes + more
+    for one, other in zip(with_factors.parties, plain.parties, strict=True):
+        if one.exchange == "experts":
+            assert (one.need.device, one.need.host) == (other.need.device + more, other.need.host)
+
+
 def test_with_float32_everywhere_on_the_device_tokens_saves_what_the_paper_counts():
     """PC-MoE keeps hosted experts with their optimiser on the device: f (1 - 1/n)."""
     shape = Shape(trunk=7, experts=93, layers=1, parties=4)

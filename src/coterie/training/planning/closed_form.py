@@ -30,6 +30,7 @@ class Shape:
         wire_bytes: of one weight on the wire and in the owner's cache.
         push_bytes: of one value of a sum on the wire.
         shared_trunk: trained together, each party hosting an equal share of it.
+        factors: numbers of a preconditioner, which lie beside the trunk and are never trained.
     """
 
     trunk: int
@@ -43,6 +44,12 @@ class Shape:
     wire_bytes: int = 2
     push_bytes: int = FLOAT32
     shared_trunk: bool = False
+    factors: int = 0
+
+    @property
+    def kept_trunk(self) -> int:
+        """Numbers of the trunk where it computes."""
+        return self.trunk + self.factors
 
     @property
     def expert_share(self) -> float:
@@ -103,17 +110,15 @@ def predict(arrangement: Arrangement, shape: Shape) -> Need:
       bytes on their way to the spool), and everybody's pushes for the hosted parts.
     """
     if arrangement == "centralised":
-        return Need(
-            shape.trained_bytes * (shape.trunk + shape.experts) + shape.compute_bytes * shape.matrix,
-            0,
-        )
+        computing = shape.compute_bytes * (shape.matrix + shape.factors)
+        return Need(shape.trained_bytes * (shape.trunk + shape.experts) + computing, 0)
     own, trained = shape.hosted, shape.trained_bytes
     if arrangement == "tokens":
         device = trained * shape.trunk + shape.compute_bytes * (own + own // shape.layers)
         return Need(device, (trained + shape.parties * FLOAT32) * own)
     narrow = min(shape.wire_bytes, shape.compute_bytes)
     largest = max(shape.matrix, shape.largest_trunk)
-    device = shape.compute_bytes * shape.trunk + 2 * narrow * (shape.experts // shape.layers) + FLOAT32 * largest
+    device = shape.compute_bytes * shape.kept_trunk + 2 * narrow * (shape.experts // shape.layers) + FLOAT32 * largest
     trunk_share = shape.trunk // shape.parties if shape.shared_trunk else 0
     stored, stepped = own + trunk_share, own + (trunk_share if shape.shared_trunk else shape.trunk)
     host = (

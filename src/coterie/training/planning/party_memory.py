@@ -121,10 +121,10 @@ class PartyMemory:
         return values * -(-self.experts_in_layer // over) // self.experts_in_layer
 
     def _trunk(self, over: int = 1) -> int:
-        """The trunk's weights; adapters, and once more those of own experts, where these are spread."""
+        """The trunk's weights and factors; adapters, and once more those of own experts, where these are spread."""
         own = 0 if over == 1 or self.adapters is None else sum(self.held.experts_at(over).values())
         adapters = 0 if self.adapters is None else self.adapters.trained
-        return self.shape.compute_bytes * self.shape.trunk + FLOAT32 * (adapters + own)
+        return self.shape.compute_bytes * self.shape.kept_trunk + FLOAT32 * (adapters + own)
 
     def _lent(self, over: int = 1) -> int:
         """Two layers, in the narrower of the formats that they come and are computed in."""

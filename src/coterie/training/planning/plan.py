@@ -19,6 +19,7 @@ from coterie.errors import ConfigError
 from coterie.federation.experts.parts import expert_parts
 from coterie.models import seam
 from coterie.models.lora import adapter_sizes, larger_than_matrix
+from coterie.models.second_moments import factor_values
 from coterie.models.sizes import experts_per_token
 from coterie.models.split.placement import Placement
 from coterie.models.zoo.build import build_model, torch_dtype
@@ -104,6 +105,7 @@ class FederationPlan:
         noise: what pooled noise is worth; empty where each party's own is seen.
         equal_rates: lots at which every party draws each of its records equally often; None where nobody said how
             many these are.
+        factor_bytes: of a preconditioner, on every party's device with the trunk.
     """
 
     trunk: int
@@ -120,6 +122,7 @@ class FederationPlan:
     lora: LoraPlan
     noise: tuple[NoiseRow, ...] = ()
     equal_rates: EqualRates | None = None
+    factor_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -230,7 +233,7 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
         math.ceil(max(rounds) / per_token) if per_token else 0, largest, reach.tokens,
         {"tokens": of_tokens(federation), "experts": [] if budgeted else of_pushes(federation, reach)},
         _with_adapters(federation, model, shapes), tuple(noise_table(federation)),
-        equal_rates(federation, units) if units else None,
+        equal_rates(federation, units) if units else None, first.compute_bytes * first.factors,
     )  # fmt: skip
 
 
@@ -295,6 +298,7 @@ def shape_of(federation: FederationConfig, model: nn.Module, layers: list[seam.E
         wire_bytes=getattr(torch, federation.weights_dtype).itemsize,
         push_bytes=_push_bytes(federation),
         shared_trunk=federation.trunk == "shared",
+        factors=0 if federation.preconditioner is None else factor_values(model),
     )
 
 
