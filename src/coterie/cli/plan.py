@@ -189,7 +189,7 @@ def command(
         f"round: {moved(once)}; one place would hold {size(plan.lora.centralised_bytes)}"
     )
     if plan.factor_bytes:
-        say(f"the preconditioner takes {size(plan.factor_bytes)} of each device, the one place's too")
+        say(f"all weights trained: {size(plan.factor_bytes)} of the device are the preconditioner, in one place, too")
     say("memory is state; activations come on top, and rows kept for clipping where `method` is book_keeping")
     say(
         f"tokens: {size(round(plan.bytes_per_token))} for each token; from {plan.break_even_tokens:,} tokens in a "
