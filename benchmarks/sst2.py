@@ -5,10 +5,14 @@
     python benchmarks/sst2.py --encoder minilm --data sentences --seeds 0 1 2 --json sst2.json
 
 A dense BERT is upcycled to 8 experts a layer. Embeddings and all layers but the last ones (``--train-layers``) stay
-frozen, so what they make of each record is computed once; the last layers (attention, router, experts, norms) and a
-linear head on the mean token are trained. Private arm: `coterie.dp.make_private` with secret Poisson lots, discrete
-noise on every trained parameter and a ledger in a temporary folder. Plain arm: the same start, optimiser, schedule
-and Poisson lots, without clipping and noise. Starts (head, router) follow the seed; private randomness never does.
+frozen, so what they make of each record is computed once. Trained are a linear head and, of the last layers, all
+weights, biases and norms (those of all experts among them), or nothing (``--train``). The head reads the mean tokens
+that enter and leave the last layer, each coordinate less its mean on public text and over its deviation there: most
+of a mean token is the same for every text, and would fill the clip norm.
+
+Private arm: `coterie.dp.make_private` with secret Poisson lots, discrete noise on every trained parameter and a
+ledger in a temporary folder. Plain arm: the same start, optimiser, schedule and Poisson lots, without clipping and
+noise. The router's start follows the seed; private randomness never does.
 
 An arm whose result is already in the JSON file is skipped, so a stopped run goes on where it was. ``--hold-out``
 trains on a part of the training rows and measures on the rest, for choosing settings without looking at a test set.
@@ -22,6 +26,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,9 +36,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coterie import dp
+from coterie.dp.clipping import Automatic, Clipping, Flat, PerGroup
 from coterie.models import seam
 from coterie.models.zoo.upcycle import upcycle
-from sst2_text import Features, Rows, attention_bias, collate, data_folder, encoder_of, joined, read_rows
+from sst2_text import (
+    Features,
+    Rows,
+    attention_bias,
+    collate,
+    data_folder,
+    encoder_of,
+    joined,
+    read_public,
+    read_rows,
+)
 
 PAPER = {"epochs": 20, "lot": 1024, "plain": 0.945, "private": 0.920, "train_rows": 67349, "encoder": "Switch-base-8"}
 """DP-MoE (arXiv 2402.07334): SST-2 at epsilon 8, delta 1/N, clip norm 1."""
@@ -49,31 +65,73 @@ SPLITS = {
 """What accuracies are measured on, by what is trained on. No phrase comes from a measured sentence, but `dev.tsv` of
 the phrases holds other phrases of the sentences trained on."""
 RESAMPLES = 10_000
+SMALLEST_DEVIATION = 0.1
+"""Of what the head reads, of the median."""
+CLIPPING: dict[str, Callable[[float], Clipping]] = {
+    "flat": Flat,
+    "automatic": Automatic,
+    "per_group": partial(PerGroup, groups={"head": ["classifier"]}),
+}
+"""Per group: the head and the layers have a share of the clip norm each, whatever the other's gradient is."""
+PUBLIC_TEXT = "wikitext2_eval/valid.txt"
 
 
-def logits_of(model: Any, batch: dict[str, Tensor], trained: int) -> Tensor:
-    """[B, 2] from hidden vectors: the last ``trained`` layers, the mean over tokens, the head."""
+class Head(nn.Module):
+    """Two classes from what `read` gives; zero at first, so both are equally likely.
+
+    Args:
+        public: [N, F], the same of public text.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, public: Tensor) -> None:
+        super().__init__()
+        deviation = public.std(0)
+        least = SMALLEST_DEVIATION * deviation.median()  # an encoder may have a coordinate that never moves
+        self.register_buffer("mean", public.mean(0))
+        self.register_buffer("scale", 1 / (deviation.clamp_min(least) * public.shape[1] ** 0.5))
+        self.linear = nn.Linear(public.shape[1], 2)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, read_BF: Tensor) -> Tensor:
+        logits_B2: Tensor = self.linear((read_BF - self.mean) * self.scale)
+        return logits_B2
+
+
+def read(model: Any, batch: dict[str, Tensor], layers: int) -> Tensor:
+    """[B, 2D] from hidden vectors: the mean tokens that enter and leave the last of the last ``layers`` layers."""
     hidden_BTD, real_BT = batch["inputs_embeds"], batch["attention_mask"]
-    bias = attention_bias(real_BT)
-    for layer in model.bert.encoder.layer[-trained:]:
-        hidden_BTD = layer(hidden_BTD, bias)
-    mean_BD = (hidden_BTD * real_BT[..., None]).sum(1) / real_BT.sum(1, keepdim=True)
-    logits: Tensor = model.classifier(mean_BD)
+    entering, bias = hidden_BTD, attention_bias(real_BT)
+    for layer in model.bert.encoder.layer[-layers:]:
+        entering, hidden_BTD = hidden_BTD, layer(hidden_BTD, bias)
+    both_BT2D = torch.cat([entering, hidden_BTD], -1)
+    return (both_BT2D * real_BT[..., None]).sum(1) / real_BT.sum(1, keepdim=True)
+
+
+def logits_of(model: Any, batch: dict[str, Tensor], layers: int) -> Tensor:
+    """[B, 2] from hidden vectors."""
+    logits: Tensor = model.classifier(read(model, batch, layers))
     return logits
 
 
-def model_of(dense: Any, seed: int, args: argparse.Namespace) -> Any:
-    """The upcycled encoder; trainable are its last layers and the head. No dropout: training takes few passes."""
+@torch.no_grad()
+def model_of(dense: Any, seed: int, args: argparse.Namespace, public: Features) -> Any:
+    """The upcycled encoder; what is trained requires a gradient. No dropout: training takes few passes."""
     model: Any = upcycle(dense, args.experts, args.top_k, args.expert_noise, seed=seed)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    torch.manual_seed(seed)
-    nn.init.normal_(model.classifier.weight, std=0.02)
-    nn.init.zeros_(model.classifier.bias)
+    model.eval()
+    of_public = [read(model, batch, args.train_layers) for batch in public.batches(range(len(public)), 256)]
+    model.classifier = Head(torch.cat(of_public))
     model.requires_grad_(False)
-    for part in (*model.bert.encoder.layer[-args.train_layers :], model.classifier):
-        part.requires_grad_(True)
+    for name, parameter in model.bert.encoder.layer[-args.train_layers :].named_parameters():
+        small = name.endswith("bias") or "LayerNorm" in name
+        parameter.requires_grad_(args.train == "all" or (args.train == "biases" and small))
+    model.classifier.requires_grad_(True)
     seam.select(model)
     return model
 
@@ -109,8 +167,8 @@ def train_private(model: Any, train: Features, rounds: int, args: argparse.Names
             lambda model, batch: F.cross_entropy(logits_of(model, batch, args.train_layers), batch["labels"],
                                                  reduction="none"),
             budget=dp.Budget(args.epsilon, 1 / len(train)), clip_norm=args.clip, lot_size=args.lot, rounds=rounds,
-            physical_batch=args.physical_batch, clipping=args.clipping, method="book_keeping", ledger=ledger,
-            digest=train.digest,
+            physical_batch=args.physical_batch, clipping=CLIPPING[args.clipping](args.clip), method="book_keeping",
+            ledger=ledger, digest=train.digest,
             provenance={"weights": "public", "tokenizer": "public"},
         ) as session,
     ):  # fmt: skip
@@ -186,8 +244,8 @@ def read_parts(args: argparse.Namespace) -> tuple[Rows, dict[str, Rows]]:
 def settings_of(args: argparse.Namespace, encoder: str) -> dict[str, Any]:
     """What tells one run's results from another's."""
     names = (
-        "data", "rows", "hold_out", "experts", "top_k", "expert_noise", "train_layers", "epochs", "lot", "lr",
-        "head_lr", "beta", "clip", "clipping",
+        "data", "rows", "hold_out", "experts", "top_k", "expert_noise", "train", "train_layers", "epochs", "lot",
+        "lr", "head_lr", "beta", "clip", "clipping",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"encoder": encoder, "epsilon_planned": args.epsilon}
 
@@ -242,17 +300,17 @@ def cut_against_paper(args: argparse.Namespace, encoder: str, rows: int, trained
     if args.epochs < PAPER["epochs"]:
         found.append(f"{args.epochs:g} epochs instead of {PAPER['epochs']}")
     if trained < total:
-        found.append(f"{trained / 1e6:.1f}M of {total / 1e6:.1f}M parameters trained (the last {args.train_layers} "
-                     "layers and the head), the others frozen")  # fmt: skip
+        of_layers = {"all": "all", "biases": "biases and norms", "head": "nothing"}[args.train]
+        found.append(f"{trained / 1e6:.3g}M of {total / 1e6:.1f}M parameters trained ({of_layers} of the last "
+                     f"{args.train_layers} layers, and the head), the others frozen")  # fmt: skip
     found.append(f"{rows} training rows, the paper {PAPER['train_rows']}")
     return found
 
 
 def run_arm(
-    arm: str, seed: int, dense: Any, train: Features, parts: dict[str, Features], args: argparse.Namespace
+    arm: str, seed: int, model: Any, train: Features, parts: dict[str, Features], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Train one arm from its start and measure it."""
-    model = model_of(dense, seed, args)
     rounds = max(1, round(args.epochs * len(train) / args.lot))
     began, began_cpu = time.perf_counter(), time.process_time()
     figures = (
@@ -283,15 +341,17 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--expert-noise", type=float, default=0.0, help="on each copy of a layer, see upcycle")
-    parser.add_argument("--train-layers", type=int, default=1)
+    parser.add_argument("--train", choices=["all", "biases", "head"], default="biases", help="of the last layers")
+    parser.add_argument("--train-layers", type=int, default=1, help="how many are the last, at least one")
+    parser.add_argument("--public-text", type=Path, help="what the head is scaled by; default: shared WikiText-2")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--lot", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak rate of the trained layers")
-    parser.add_argument("--head-lr", type=float, default=2e-2, help="peak rate of the new head")
+    parser.add_argument("--lot", type=int, default=4096)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of the trained layers")
+    parser.add_argument("--head-lr", type=float, default=0.1, help="peak rate of the new head")
     parser.add_argument("--beta", type=float, default=0.9, help="AdamW's first, of both arms")
     parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--clipping", default="flat", choices=["flat", "automatic"])
+    parser.add_argument("--clipping", default="per_group", choices=list(CLIPPING))
     parser.add_argument("--physical-batch", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -312,13 +372,15 @@ def main(given: Sequence[str] | None = None) -> None:
         print("every arm asked for is in the report already")
         return
     rows, measured = read_parts(args)
+    public = read_public(args.public_text or data_folder(args.data, args.data_root).parent / PUBLIC_TEXT)
     frozen = dense.config.num_hidden_layers - args.train_layers
     print(f"{encoder}; {len(rows)} training rows; reading them with {frozen} frozen layers", flush=True)
     train = Features(dense, tokenize, rows, frozen)
     parts = {name: Features(dense, tokenize, part, frozen) for name, part in measured.items()}
+    scaled_by = Features(dense, tokenize, public, frozen)
     for arm, seed in due:
         print(f"{arm}, seed {seed}", flush=True)
-        result = run_arm(arm, seed, dense, train, parts, args)
+        result = run_arm(arm, seed, model_of(dense, seed, args, scaled_by), train, parts, args)
         sizes = result["parameters"]
         cut = cut_against_paper(args, encoder, len(rows), sizes["trained"], sizes["all"])
         report["results"].append({**result, "settings": settings, "cut": cut, "machine": machine()})

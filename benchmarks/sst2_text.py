@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,24 @@ def read_rows(path: Path) -> Rows:
         texts.append(text.strip())
         labels.append(int(label))
     return Rows(texts, labels, hashlib.sha256(content).hexdigest())
+
+
+def read_public(path: Path, count: int = 4000) -> Rows:
+    """Pieces of sentences of a public text, about as long as phrases; their classes say nothing.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: there is no sentence in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; name a public text with --public-text")
+    content = path.read_bytes()
+    lines = [line.strip() for line in content.decode("utf-8").splitlines() if not line.strip().startswith("=")]
+    pieces = [piece for line in lines for piece in re.split(r"(?<=[.!?;,]) ", line) if len(piece.split()) > 1]
+    if not pieces:
+        raise ValueError(f"{path} holds no sentence")
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()[:count]
+    return Rows([pieces[i] for i in order], [0] * len(order), hashlib.sha256(content).hexdigest())
 
 
 def joined(some: Sequence[Rows]) -> Rows:

@@ -27,6 +27,9 @@ def sst2(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def write_rows(folder: Path, count: int) -> None:
     """Two words decide the class; lengths differ."""
     folder.mkdir(parents=True)
+    public = folder.parent / "wikitext2_eval/valid.txt"
+    public.parent.mkdir()
+    public.write_text("= Film =\n\nA good film , a bad one . The film was good . It was a film .\n", encoding="utf-8")
     for name, start in (("train", 0), ("test", 7)):
         lines = [
             " ".join([("good", "bad")[i % 2]] + ["film"] * (1 + i % 4)) + f"\t{1 - i % 2}"
@@ -55,6 +58,19 @@ def test_what_is_missing_is_said(sst2: ModuleType, tmp_path: Path) -> None:
         sst2.data_folder("phrases", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         sst2.encoder_of(str(tmp_path), 1)
+
+
+def test_public_text_comes_in_pieces_of_sentences(sst2: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "public.txt"
+    path.write_text("= A title =\n\nThe film , as they say , was good . It was !\nWell\n", encoding="utf-8")
+    found = sst2.read_public(path)
+    assert sorted(found.texts) == ["It was !", "The film ,", "as they say ,", "was good ."]
+    assert len(sst2.read_public(path, 2)) == 2
+    path.write_text("= A title =\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no sentence"):
+        sst2.read_public(path)
+    with pytest.raises(FileNotFoundError, match="--public-text"):
+        sst2.read_public(tmp_path / "absent.txt")
 
 
 def test_the_real_files_hold_what_the_report_says(sst2: ModuleType, real_text_dir: Path) -> None:
@@ -117,7 +133,8 @@ def small_encoder(folder: Path) -> None:
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
-def test_cached_lower_layers_give_the_whole_model_s_output(sst2: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["all", "biases", "head"])
+def test_cached_lower_layers_give_the_whole_model_s_output(sst2: ModuleType, tmp_path: Path, train: str) -> None:
     """The frozen part computed once and the trained part on top are the upcycled model, to half precision."""
     small_encoder(tmp_path / "encoder")
     write_rows(tmp_path / "sst2_sentences", 12)
@@ -127,28 +144,53 @@ def test_cached_lower_layers_give_the_whole_model_s_output(sst2: ModuleType, tmp
     lengths = [len(features[i]["inputs_embeds"]) for i in range(len(features))]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) == 4
-    args = sst2.arguments(["--experts", "4", "--train-layers", "1"])
-    model = sst2.model_of(dense, 0, args).eval()
+    args = sst2.arguments(["--experts", "4", "--train-layers", "1", "--train", train])
+    model = sst2.model_of(dense, 0, args, features).eval()
+    with torch.no_grad():
+        model.classifier.linear.weight.normal_()
     batch = next(features.batches(range(len(features)), len(features)))
     with torch.no_grad():
         found = sst2.logits_of(model, batch, 1)
         for i, text in enumerate(sorted(rows.texts, key=lambda text: len(text.split()))):
-            whole = model.bert(input_ids=torch.tensor([tokenize(text)])).last_hidden_state.mean(1)
-            assert torch.allclose(found[i], model.classifier(whole)[0], atol=5e-3), i
+            out = model.bert(input_ids=torch.tensor([tokenize(text)]), output_hidden_states=True)
+            means = torch.cat(out.hidden_states[1:], -1).mean(1)
+            assert torch.allclose(found[i], model.classifier(means)[0], atol=5e-3), i
+        standard = (sst2.read(model, batch, 1) - model.classifier.mean) * model.classifier.scale * 32**0.5
+        assert torch.allclose(standard.mean(0), torch.zeros(32), atol=1e-4)
+        assert torch.allclose(standard.std(0), torch.ones(32), atol=1e-3)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(name.startswith(("bert.encoder.layer.1.", "classifier.")) for name in trained)
-    assert "bert.encoder.layer.1.intermediate.experts.up_proj" in trained
+    heads = {"classifier.linear.weight", "classifier.linear.bias"}
+    assert heads <= trained
+    layer = {name.removeprefix("bert.encoder.layer.1.") for name in trained - heads}
+    experts = {"intermediate.experts.up_proj_bias", "intermediate.experts.down_proj_bias"}
+    if train == "head":
+        assert not layer
+    elif train == "biases":
+        assert experts <= layer
+        assert not any(name.endswith(("dense.weight", "up_proj", "down_proj", "gate.weight")) for name in layer)
+    else:
+        assert experts | {"intermediate.experts.up_proj", "attention.self.query.weight"} <= layer
+        assert all(name.startswith(("bert.encoder.layer.1.", "classifier.")) for name in trained)
 
 
+def test_a_coordinate_that_never_moves_on_public_text_has_no_endless_gradient(sst2: ModuleType) -> None:
+    public = torch.randn(50, 4)
+    public[:, 2] = 0.5
+    scale = sst2.Head(public).scale * 4**0.5
+    assert float(scale[2]) == pytest.approx(10 / float(public.std(0).median()))
+    assert torch.allclose(scale[[0, 1, 3]], 1 / public.std(0)[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("train", ["biases", "head"])
 @pytest.mark.filterwarnings("ignore:delta .* is not below 1/N")  # few records, and the delta of many
 def test_report_holds_both_arms_and_a_second_run_adds_nothing(
-    sst2: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sst2: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], train: str
 ) -> None:
     small_encoder(tmp_path / "encoder")
     write_rows(tmp_path / "sst2_sentences", 64)
     given = [
         "--encoder", str(tmp_path / "encoder"), "--data-root", str(tmp_path), "--epochs", "4", "--lot", "32",
-        "--experts", "4", "--physical-batch", "16", "--json", str(tmp_path / "out.json"),
+        "--experts", "4", "--physical-batch", "16", "--train", train, "--json", str(tmp_path / "out.json"),
     ]  # fmt: skip
     sst2.main(given)
     report = json.loads((tmp_path / "out.json").read_text())
