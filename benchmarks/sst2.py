@@ -241,13 +241,15 @@ def read_parts(args: argparse.Namespace) -> tuple[Rows, dict[str, Rows]]:
     }
 
 
-def settings_of(args: argparse.Namespace, encoder: str) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, encoder: str, public: Rows) -> dict[str, Any]:
     """What tells one run's results from another's."""
     names = (
         "data", "rows", "hold_out", "experts", "top_k", "expert_noise", "train", "train_layers", "epochs", "lot",
         "lr", "head_lr", "beta", "clip", "clipping",
     )  # fmt: skip
-    return {name: getattr(args, name) for name in names} | {"encoder": encoder, "epsilon_planned": args.epsilon}
+    return {name: getattr(args, name) for name in names} | {
+        "encoder": encoder, "epsilon_planned": args.epsilon, "public_text": public.digest,
+    }  # fmt: skip
 
 
 def finished(report: dict[str, Any], settings: dict[str, Any], arm: str, seed: int) -> bool:
@@ -355,7 +357,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--physical-batch", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    if args.train_layers < 1:
+        parser.error("--train-layers is at least 1; --train head trains nothing of it")
+    return args
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -363,7 +368,8 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dense, tokenize, encoder = encoder_of(args.encoder, args.train_layers)
-    settings = settings_of(args, encoder)
+    public = read_public(args.public_text or data_folder(args.data, args.data_root).parent / PUBLIC_TEXT)
+    settings = settings_of(args, encoder, public)
     report: dict[str, Any] = {"paper": PAPER, "results": []}
     if args.json and args.json.is_file():
         report = json.loads(args.json.read_text(encoding="utf-8"))
@@ -372,7 +378,6 @@ def main(given: Sequence[str] | None = None) -> None:
         print("every arm asked for is in the report already")
         return
     rows, measured = read_parts(args)
-    public = read_public(args.public_text or data_folder(args.data, args.data_root).parent / PUBLIC_TEXT)
     frozen = dense.config.num_hidden_layers - args.train_layers
     print(f"{encoder}; {len(rows)} training rows; reading them with {frozen} frozen layers", flush=True)
     train = Features(dense, tokenize, rows, frozen)

@@ -211,3 +211,10 @@ def test_report_holds_both_arms_and_a_second_run_adds_nothing(
     sst2.main(given)
     assert "already" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text()) == report
+    other = tmp_path / "other.txt"
+    other.write_text("A bad film . Good film .\n", encoding="utf-8")
+    sst2.main([*given, "--arms", "plain", "--public-text", str(other)])
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 3
+    with pytest.raises(SystemExit):
+        sst2.arguments(["--train-layers", "0"])
+    assert "--train head" in capsys.readouterr().err
