@@ -65,6 +65,8 @@ def small(folder: Path, **privacy: Any) -> TrainConfig:
     text = folder / "text.jsonl"
     lines = [" ".join(chosen.choices(WORDS, k=chosen.randint(3, 12))) for _ in range(60)]
     text.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    public = folder / "public.txt"
+    public.write_text(" ".join(WORDS) + "\n")
     settings = {
         "epsilon": 8.0,
         "clip_norm": 0.1,
@@ -77,7 +79,7 @@ def small(folder: Path, **privacy: Any) -> TrainConfig:
         data=DataSpec(
             train=(text,),
             sequence_length=16,
-            tokenizer=TokenizerSpec(train=TokenizerTraining(files=(text,), vocab_size=400)),
+            tokenizer=TokenizerSpec(train=TokenizerTraining(files=(public,), vocab_size=400)),
             provenance="private",
             packing="records",
         ),

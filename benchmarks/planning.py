@@ -115,6 +115,8 @@ def settings(case: Case, folder: Path, *, hidden: int, layers: int, length: int)
     text = folder / "text.jsonl"
     rows = [" ".join(WORDS[(row * 7 + word * word) % len(WORDS)] for word in range(length)) for row in range(48)]
     text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    public = folder / "public.txt"
+    public.write_text(" ".join(rows[0].split()[::-1]) + "\n", encoding="utf-8")
     own = {name: hidden if value == HIDDEN else value for name, value in case.settings.items()}
     sizes = {"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": layers}
     batch = {"batch_size": 16, "micro_batch": 4}
@@ -129,7 +131,7 @@ def settings(case: Case, folder: Path, *, hidden: int, layers: int, length: int)
                 "train": [text],
                 "sequence_length": length,
                 "packing": "records",
-                "tokenizer": {"train": {"files": [text], "vocab_size": 300}},
+                "tokenizer": {"train": {"files": [public], "vocab_size": 300}},
             },
             "optim": {"lr": 1e-4},
             "train": {"rounds": ROUNDS + 1, "eval_every": 0, "checkpoint_every": 0, **batch},

@@ -469,12 +469,12 @@ def test_keys_that_came_later_leave_the_hash_of_earlier_settings_as_it_was() -> 
 SHARED = "privacy: {epsilon: 8}\nnoise_multiplier: 1\nnoise: shared"
 
 
-def masked(folder: Path, more: str, *, parties: int = 3) -> FederationConfig:
+def masked(folder: Path, more: str, *, parties: int = 3, aggregation: str = "masked") -> FederationConfig:
     names = "".join(f"  party{i}: {{endpoint: 'localhost:{7500 + i}'}}\n" for i in range(parties))
     text = (
         f"name: grove\nmodel: {{family: olmoe}}\nparties:\n{names}"
         "coordinator: {endpoint: 'localhost:7400'}\n"
-        f"train: {{rounds: 2, batch_size: 4}}\naggregation: masked\n{more}\n"
+        f"train: {{rounds: 2, batch_size: 4}}\naggregation: {aggregation}\n{more}\n"
     )
     return load(folder, text, FederationConfig)
 
@@ -483,6 +483,8 @@ def test_masked_pushes_are_agreed_on_with_the_number_that_their_grid_needs(tmp_p
     found = masked(tmp_path, "privacy: {epsilon: 8}\nnoise_multiplier: 1.25")
     assert (found.aggregation, found.noise_multiplier) == ("masked", 1.25)
     assert masked(tmp_path, "privacy: none\npush_limit: 7").push_limit == 7.0
+    with pytest.raises(ConfigError, match="`push_limit` is for `aggregation: masked`"):
+        masked(tmp_path, "privacy: none\npush_limit: 7", aggregation="plain")
 
 
 @pytest.mark.parametrize(
@@ -495,6 +497,7 @@ def test_masked_pushes_are_agreed_on_with_the_number_that_their_grid_needs(tmp_p
         ("privacy: {epsilon: 8}\nnoise_multiplier: 1\npush_dtype: bfloat16", 3, "leave out `push_dtype`"),
         ("privacy: {epsilon: 8}\nnoise_multiplier: 1\nmixed_privacy: true", 3, "excludes `mixed_privacy`"),
         ("exchange: tokens", 3, "needs `exchange: experts`"),
+        ("privacy: {epsilon: 8}\nnoise_multiplier: 1\npush_limit: 7", 3, "`push_limit` is for"),
         (SHARED, 3, "belong together"),
         (f"{SHARED}\ncolluding: 3\ntrunk: shared", 3, "leaves nobody of 3 parties"),
         (f"{SHARED}\ncolluding: 1", 3, "needs `trunk: shared`"),

@@ -202,7 +202,7 @@ def command(
         f"experts: one layer comes in {seconds:.3g} s at {gbit:g} Gbit/s; fetching hides where the forward of the "
         "first physical batch takes longer than that for each layer"
     )
-    if plan.noise:
+    if plan.noise.rows:
         parties = len(federation.parties)
         table(
             (
@@ -222,15 +222,19 @@ def command(
                     f"{row.epsilon_one:.3g}",
                     "unbounded" if row.epsilon_all is None else f"{row.epsilon_all:.3g}",
                 )
-                for row in plan.noise
+                for row in plan.noise.rows
             ],
         )
-        say("noise in the sum: over that of one party alone; epsilon: for the largest lot that the noise allows")
+        say("noise in the sum: over that of one party alone")
+        if federation.colluding == parties - 1:
+            say(f"colluding: {parties - 1} is whole noise: against all others together there is nothing to share")
         fewest = fewest_parties(federation.colluding)
         say(
             "a party whose budget is spent contributes no more; the others go on, under the same promise, with the "
             f"shares that fewer parties need, while at least {fewest} contribute"
         )
+    for remark in plan.noise.remarks:
+        say(remark)
     if plan.equal_rates is not None:
         show_lots(federation, plan.equal_rates)
     if found is not None and sequence_length is not None:
@@ -389,6 +393,9 @@ def show_lots(federation: FederationConfig, proposed: EqualRates) -> None:
         "computed in both"
     )
     say(f"at one rate all parties need noise multiplier {proposed.noise_multiplier:g}; {now}")
+    agreed = federation.noise_multiplier
+    if agreed is not None and proposed.noise_now is not None and agreed < proposed.noise_now:
+        say(f"noise_multiplier {agreed:g} is too little for the lots of now: `coterie up` will refuse it")
     lots = ", ".join(f"{each.party}: {each.lot_size}" for each in proposed.lots)
     say(f"in federation.yaml: lot_sizes: {{{lots}}}")
     if federation.aggregation == "masked":

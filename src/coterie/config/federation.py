@@ -244,6 +244,12 @@ class FederationConfig(Spec):
     def _check_masked(self) -> None:
         with_budget = isinstance(self.privacy, PrivacyRules)
         self._check_shared_noise(with_budget)
+        bounded = self.push_limit != FederationConfig.model_fields["push_limit"].default
+        if bounded and (self.aggregation == "plain" or with_budget):
+            raise ValueError(
+                "`push_limit` is for `aggregation: masked` with `privacy: none`: under a budget the clip norm bounds "
+                "a push, and in plain ones `value_limit` does"
+            )
         if self.aggregation == "plain":
             if self.noise_multiplier is not None:
                 raise ValueError("`noise_multiplier` is for `aggregation: masked`; else each party finds its own")
@@ -502,7 +508,7 @@ def party_privacy(federation: FederationConfig, party: PartyConfig) -> PrivacySp
         raise _misfit(party, "must name `privacy.user_column` exactly when the federation's `unit` is `user`")
     if federation.noise == "shared" and local.get("seeded"):
         raise _misfit(party, "says `seeded`, but with `noise: shared` the others rely on secret noise")
-    undeclared = undeclared_artefacts(federation.model, party.data)
+    undeclared = undeclared_artefacts(federation.model, party.data, federation.preconditioner)
     if undeclared:
         raise _misfit(party, "; ".join(undeclared))
     return PrivacySpec(**{**rules.model_dump(), "lot_size": federation.lot_of(party.party), **local})

@@ -169,9 +169,20 @@ class PartyPrivacy(LocalPrivacy):
     delta: Fraction | None = Field(default=None, description="This party's own delta; absent: the federation's.")
 
 
-def undeclared_artefacts(model: ModelSpec, data: DataSpec) -> list[str]:
-    """Starting artefacts whose provenance private training has to know and the config does not say."""
-    problems = []
+def undeclared_artefacts(
+    model: ModelSpec, data: DataSpec, preconditioner: PreconditionerSpec | None = None
+) -> list[str]:
+    """What private training has to know of its starting artefacts and the config does not say: where they came
+    from, and of private ones from whose records."""
+    problems = [
+        f"`{name}.provenance` is `private`: say in `{name}.not_covered` whose records it was made from"
+        for name, spec in (
+            ("model", model),
+            ("data.tokenizer", data.tokenizer),
+            ("privacy.preconditioner", preconditioner),
+        )
+        if spec is not None and spec.provenance == "private" and spec.not_covered is None
+    ]
     if model.path is not None and model.provenance is None:
         problems.append("private training starts from `model.path`: declare `model.provenance`")
     if data.tokenizer.path is not None and data.tokenizer.provenance is None:

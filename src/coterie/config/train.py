@@ -203,7 +203,7 @@ class TrainConfig(Spec):
             check_adds_up(self.optim, self.privacy)
             object.__setattr__(self, "optim", self.optim.under_a_budget())
             self._check_preconditioner()
-            problems = undeclared_artefacts(self.model, self.data)
+            problems = undeclared_artefacts(self.model, self.data, self.preconditioner)
             if self.data.packing == "documents":
                 problems.append("packing `documents` mixes records in a sequence; use `chunks` or `records`")
             if problems:

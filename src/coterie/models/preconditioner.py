@@ -444,6 +444,34 @@ def in_file(model: nn.Module, names: Collection[str], read: Callable[[str], Tens
     return Preconditioner(found)
 
 
+def in_trunk(model: nn.Module, path: Path) -> Preconditioner:
+    """The factors of a federation, as the signed trunk file holds them: what settings name may have been made anew.
+
+    Args:
+        model: without a preconditioner.
+        path: of the trunk.
+
+    Raises:
+        ModelError: no such file, torn, or without factors.
+    """
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            found = in_file(model, set(file.keys()), file.get_tensor)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"There is no file {path}." if not path.exists() else f"{path} is no whole safetensors file: {error}.",
+            code="model-preconditioner",
+            fix="copy it from where `coterie split` wrote it",
+        ) from error
+    if not found.factors:
+        raise ModelError(
+            f"{path} holds no preconditioner.",
+            code="model-preconditioner",
+            fix="name the trunk that the federation's roster was signed for",
+        )
+    return found
+
+
 def is_factor(name: str) -> bool:
     """Whether a tensor of that name is a factor, and no weight."""
     return name.rpartition(".")[2] in (_IN, _OUT)

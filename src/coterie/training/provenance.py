@@ -16,6 +16,8 @@ from coterie.models.split.trainings import Training, joined, read_trainings, tra
 from coterie.models.zoo.build import load_config
 from coterie.training.data.documents import Documents
 from coterie.training.data.packing import Sequences
+from coterie.training.data.public_text import check_not_private
+from coterie.training.data.tokenizer import read_vocabulary_text
 from coterie.training.public_figures import public_start
 
 
@@ -86,7 +88,19 @@ def record_facts(data: DataSpec) -> dict[str, Any]:
     return {"packing": data.packing, "sequence_length": data.sequence_length}
 
 
-def originals(documents: Documents, records: Sequences) -> Originals:
-    """The documents behind the records, by which the ledger knows their text again."""
+def originals(documents: Documents, records: Sequences, data: DataSpec) -> Originals:
+    """The documents behind the records, by which the ledger knows their text again.
+
+    Raises:
+        DataError: the vocabulary is made from them, and would be published with the model.
+    """
+    made = data.tokenizer.train
+    files = () if made is None else tuple(file for file in made.files if file.exists())  # a resumed run has its own
+    if files:
+        check_not_private(
+            read_vocabulary_text(files, data), files, documents, data.train, "data.tokenizer.train.files",
+            "make the vocabulary from public text, or apart from the run, and name it with `path`, `provenance: "
+            "private` and `not_covered`",
+        )  # fmt: skip
     pieces = int(torch.bincount(records.document_S).max())
     return Originals(documents.texts, documents.users, pieces)

@@ -10,9 +10,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from coterie.audit.epsilon.subject import Subject
 from coterie.cli.app import main
 from coterie.config import FederationConfig, PartyConfig, PrivacyRules, dump_yaml, load_yaml
 from coterie.errors import ConfigError, ModelError
+from coterie.models.preconditioner import Preconditioner, attached
 from coterie.models.split.exporter import export
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.party.doctor import Diagnosis, diagnose
@@ -136,6 +138,26 @@ def test_parts_in_other_coordinates_than_agreed_are_refused(tmp_path: Path) -> N
     fast = config.model_copy(update={"privacy": rules.model_copy(update={"isolation": "fast"})})
     with pytest.raises(ConfigError, match="`preconditioner`"):
         prepare_party(spread, fast)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_audit_computes_in_the_coordinates_of_the_signed_trunk(gone: bool, tmp_path: Path) -> None:
+    """A party that joined was never handed the settings' file; elsewhere it may have been made anew."""
+    config = prepared(tmp_path, coordinates=True, seeded=False)
+    command("precondition", str(tmp_path / "alder.yaml"), "--text", str(tmp_path / "public.txt"))
+    command("split", "--federation", str(tmp_path / "federation.yaml"), "--out", str(tmp_path / "split"))
+    signed = Preconditioner.load(tmp_path / "factors.safetensors").tensors()
+    if gone:
+        (tmp_path / "factors.safetensors").unlink()
+    else:
+        (tmp_path / "other.txt").write_text("zebra quagga okapi\nanother thing entirely here\n" * 8)
+        command("precondition", str(tmp_path / "alder.yaml"), "--text", str(tmp_path / "other.txt"))
+    found = attached(Subject.of_party(load_yaml(tmp_path / "birch.yaml", PartyConfig), config).model).tensors()
+    assert found.keys() == signed.keys()
+    assert all(torch.equal(found[name].cpu(), own) for name, own in signed.items())
+    (tmp_path / "split/trunk.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"There is no file .*trunk\.safetensors"):
+        Subject.of_party(load_yaml(tmp_path / "birch.yaml", PartyConfig), config)
 
 
 def test_adapters_exclude_it(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def trained(folder: Path, **changes: object) -> tuple[FederationConfig, dict[str
     model = build_model(config.model, meta=True)
     split(config.model, Placement.of_spec(config.placement, list(PARTIES), model), folder / "split")
     (folder / "text.txt").write_text("the river and the stone, wind and rain\n" * 30)
+    (folder / "public.txt").write_text("the moss and the root of a fern\n" * 30)
     dump_yaml(folder / "federation.yaml", config)
     parts = []
     for name in PARTIES:
@@ -44,7 +45,7 @@ def trained(folder: Path, **changes: object) -> tuple[FederationConfig, dict[str
             "party": name, "federation": "federation.yaml", "kit": "kit", "run_dir": name,
             "data": {
                 "train": "text.txt", "test": "text.txt", "split_text": "line", "sequence_length": 16,
-                "tokenizer": {"train": {"files": ["text.txt"], "vocab_size": 260}},
+                "tokenizer": {"train": {"files": ["public.txt"], "vocab_size": 260}},
             },
             "trunk": "split/trunk.safetensors", "shard": f"split/experts-{name}.safetensors",
             "privacy": None if config.privacy == "none" else {"ledger": f"ledger-{name}"},
@@ -132,7 +133,10 @@ def test_a_model_that_a_budget_covers_promises_nothing_where_its_tokenizer_is_of
     party = load_yaml(folder / "alder.yaml", PartyConfig).model_dump(mode="json")
     party["federation"], party["run_dir"] = tmp_path / "federation.yaml", tmp_path / "alder"
     party["privacy"] = {"ledger": tmp_path / "ledger"}
-    party["data"]["tokenizer"] = {"path": folder / "alder" / "private" / "tokenizer", "provenance": provenance}
+    party["data"]["tokenizer"] = {
+        "path": folder / "alder" / "private" / "tokenizer", "provenance": provenance,
+        "not_covered": "the notes of another ward" if provenance == "private" else None,
+    }  # fmt: skip
     config = PartyConfig.model_validate(party)
     inputs = prepare_party(config, load_yaml(config.federation, FederationConfig))
     assert promise_of(inputs.trainings) == ("budget" if provenance == "public" else "none")

@@ -155,9 +155,19 @@ def test_what_does_not_fit_is_refused_in_a_sentence(settings: dict[str, Any], tm
     assert (tmp_path / "public.jsonl").read_text().startswith("{")
     with pytest.raises(DataError, match="no data file"):
         PublicRecords.of(config, [tmp_path / "absent.jsonl"], 3)
+    with pytest.raises(DataError, match=r"train\.jsonl is a file of `data\.train`"):
+        PublicRecords.of(config, [tmp_path / "public.jsonl", tmp_path / "train.jsonl"], 3)
     path = {"model": {"path": "m", "provenance": "public"}}
     for more, said in (({"lora": {"rank": 2}} | path, "leave out `lora`"), ({"experts_over": 2}, "`experts_over`")):
         with pytest.raises(ValidationError, match=said):
             changed(settings | more)
     with pytest.raises(ValidationError, match="provenance"):
         changed(settings, preconditioner={"path": tmp_path / "factors.safetensors"})
+    with pytest.raises(ValidationError, match=r"say in `privacy\.preconditioner\.not_covered` whose records"):
+        changed(settings, preconditioner={"path": tmp_path / "factors.safetensors", "provenance": "private"})
+
+
+def test_a_federation_s_factors_are_measured_where_no_text_is(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = changed(settings)
+    (tmp_path / "train.jsonl").unlink()
+    assert len(PublicRecords.of(config, [tmp_path / "public.jsonl"], 3).drawn) == 3

@@ -151,6 +151,34 @@ def test_before_anything_is_spent_a_run_says_what_it_will_cost(make_config: Make
     assert any(f"its epsilon is {figures.document_epsilon:.3g}" in line for line in figures.lines())
 
 
+def test_a_vocabulary_made_from_the_private_text_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    """It is published with the model, word by word."""
+    config = make_config()
+    made = {"files": list(config.data.train), "vocab_size": 265}
+    tokenizer = config.data.tokenizer.model_validate({"train": made})
+    private = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer})})
+    for entry in (preview, start):
+        with pytest.raises(DataError, match=r"is a file of `data\.train`") as refused:
+            entry(private)
+        assert (refused.value.code, refused.value.where) == ("data-not-public", "data.tokenizer.train.files")
+    assert not (tmp_path / "run/public").exists()
+    assert preview(private.model_copy(update={"privacy": None})).privacy is None
+
+
+@pytest.mark.parametrize(("bands", "rounds"), [(2, 4), (5, 4)])
+def test_in_bands_the_rate_is_of_the_block_whose_turn_it_is(make_config: MakeConfig, bands: int, rounds: int) -> None:
+    config = make_config(
+        train={"rounds": rounds}, privacy={"lot_size": 5, "noise_bands": bands}, optim={"kind": "sgd"}
+    )
+    told = preview(config).privacy
+    assert told is not None
+    assert told.rate == pytest.approx(5 * bands / told.units)
+    assert any(f"of one block in {bands}, which take turns" in line for line in told.lines())
+    assert not any("every record is in most rounds" in remark for remark in told.remarks)
+    unused = [remark for remark in told.remarks if "the rest of the text is never used" in remark]
+    assert len(unused) == (bands > rounds)
+
+
 def test_a_hopeless_budget_gets_a_remark(make_config: MakeConfig) -> None:
     """Epsilon 0.01 on 30 records is possible and useless; epsilon 8 on the same is said nothing bad of."""
 

@@ -209,7 +209,12 @@ def test_tuning_that_goes_on_takes_no_other_run_for_its_own(
         ("optim.lr=.nan", "optim.lr=.nan"),
         ("optim.lr=1e999", "optim.lr=1e999"),
         ("optim.lr=1e-3,privacy.clip_norm=", "privacy.clip_norm="),
-        ("optim.betas=[0.9,0.99]", "optim.betas="),
+        ("optim.betas=[0.9,0.99", r"optim.betas=\["),
+        ("optim.nope=3", "there is no such setting"),
+        ("optim.lr", "it gives no value"),
+        ("train.rounds=3", "what a round costs has to be the same"),
+        ("optim.lr=1e-3,optim.lr=2e-3", "is there twice"),
+        ("optim.kind=sgd,optim.noise_floor=2.0", "noise_floor"),
         ("privacy.clipping=per_lyer", "per_lyer"),
     ],
 )
@@ -226,6 +231,27 @@ def test_numbers_are_read_as_in_a_settings_file(tmp_path: Path) -> None:
     assert (found.optim.lr, found.optim.schedule) == (0.01, "linear")
     assert found.privacy is not None
     assert found.privacy.clip_norm == 0.25
+    assert tune.changed(config(tmp_path), "optim.betas=[0.2, 0.9],optim.lr=1e-3").optim.betas == (0.2, 0.9)
+
+
+def test_a_trial_of_another_optimiser_is_what_the_settings_file_would_be(tmp_path: Path) -> None:
+    own = config(tmp_path).model_dump(exclude_unset=True)
+    sgd = TrainConfig.model_validate(own | {"optim": {"kind": "sgd", "momentum": 0.8, "lr": 0.1}})
+    for tried, written in (
+        ("optim.kind=adamw,optim.lr=1e-3", {"kind": "adamw", "lr": 1e-3}),
+        ("optim.kind=adamw_corrected,optim.lr=1e-3", {"kind": "adamw_corrected", "lr": 1e-3}),
+        ("optim.momentum=0.5", {"kind": "sgd", "momentum": 0.5, "lr": 0.1}),
+    ):
+        assert tune.changed(sgd, tried) == TrainConfig.model_validate(own | {"optim": written})
+    with pytest.raises(ConfigError, match="`momentum` is for `kind: sgd`"):
+        tune.changed(sgd, "optim.kind=adamw,optim.momentum=0.5")
+
+
+def test_text_that_is_trained_on_chooses_nothing(tmp_path: Path) -> None:
+    own = config(tmp_path)
+    with pytest.raises(DataError) as refused:
+        tune.plan_tuning(own, TRIED, 2, [tmp_path / "train.jsonl"])
+    assert (refused.value.code, refused.value.where) == ("data-not-public", "--public")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +261,8 @@ def test_numbers_are_read_as_in_a_settings_file(tmp_path: Path) -> None:
         (lambda c: c.model_copy(update={"devices": 2}), TRIED, 1, "trials are of one process"),
         (lambda c: c.model_copy(update={"experts_over": 2}), TRIED, 1, "trials are of one process"),
         (lambda c: c, TRIED[:1], 1, "two different settings"),
-        (lambda c: c, (TRIED[0], TRIED[0]), 1, "two different settings"),
+        (lambda c: c, (TRIED[0], TRIED[0]), 1, "are the same settings"),
+        (lambda c: c, ("optim.lr=1e-3", "optim.lr=0.001"), 1, "are the same settings"),
         (lambda c: c, TRIED, 5, "a trial of 5 rounds, in a run of 4"),
     ],
 )

@@ -20,7 +20,7 @@ from coterie.dp.plan import ComputeOptions, PrivacyPlan
 from coterie.dp.private_data import PrivateData
 from coterie.errors import AuditError, LedgerError
 from coterie.models.lora import attach_adapters
-from coterie.models.preconditioner import Preconditioner, attach
+from coterie.models.preconditioner import attach, in_trunk
 from coterie.models.zoo.build import build_model
 from coterie.storage import json_object
 from coterie.training.data.documents import Documents, read_documents
@@ -153,7 +153,7 @@ class Subject:
         )
         check_fit(model, tokenizer, data)
         if federation.preconditioner is not None:
-            attach(model, Preconditioner.load(federation.preconditioner.path))
+            attach(model, in_trunk(model, config.trunk))
         if federation.lora is not None:
             model = attach_adapters(model, federation.lora, seed)
         plan = PrivacyPlan.of_settings(

@@ -26,7 +26,7 @@ from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacyRule
 from coterie.dp.noise.pooled import PooledNoise
 from coterie.errors import AuditError
 from coterie.models import seam
-from coterie.models.preconditioner import Preconditioner, attach
+from coterie.models.preconditioner import attach, in_trunk
 from coterie.models.zoo.build import build_model
 from coterie.training.data.documents import read_documents
 from coterie.training.data.packing import Sequences
@@ -100,7 +100,8 @@ class Case:
         self.transcript = transcript
         model = build_model(ModelSpec(path=evidence.start)).float()
         if self.federation.preconditioner is not None:
-            attach(model, Preconditioner.load(self.federation.preconditioner.path))
+            party = load_yaml(evidence.run_folder / PARTY_FILE, PartyConfig)
+            attach(model, in_trunk(model, party.trunk))
         for each in evidence.received.values():
             each.check_start(model)
         round_as_served(model, transcript.weights_dtype, evidence.trunk == "shared")

@@ -3,6 +3,7 @@
 `coterie.training.data.documents` reads what settings name, `coterie.training.data.readers` each kind of file;
 `coterie.training.data.chat` writes conversations by a template and knows the answers in them,
 `coterie.training.data.label_words` texts by a prompt that asks for their class;
+`coterie.training.data.public_text` holds what is called public against what is trained on;
 `coterie.training.data.tokenizer` makes or loads one; `coterie.training.data.packing` cuts sequences and says which of
 them a round takes. `coterie.training.data.check` shows what came out.
 """

@@ -55,8 +55,7 @@ def get_tokenizer(spec: TokenizerSpec, model: ModelSpec, data: DataSpec) -> PreT
             fix="set it to a path, or make one from public text with a `train` block",
         )
     if spec.train is not None:
-        public = data.model_copy(update={"format": None, "form": "text", "task": "text", "label_words": None})
-        return train_tokenizer(read_documents(spec.train.files, public).texts, spec.train.vocab_size)
+        return train_tokenizer(read_vocabulary_text(spec.train.files, data).texts, spec.train.vocab_size)
     if spec.path is not None:
         return load_tokenizer_from(spec.path)
     if model.path is not None:
@@ -69,6 +68,16 @@ def get_tokenizer(spec: TokenizerSpec, model: ModelSpec, data: DataSpec) -> PreT
             code="data-tokenizer",
             fix="check the name and the network, or set data.tokenizer to a path",
         ) from None
+
+
+def read_vocabulary_text(files: Sequence[Path], data: DataSpec) -> Documents:
+    """The text that a vocabulary is made from: plain text, whatever the run's own is.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    plain = data.model_copy(update={"format": None, "form": "text", "task": "text", "label_words": None})
+    return read_documents(files, plain)
 
 
 def load_tokenizer_from(path: Path) -> PreTrainedTokenizerBase:

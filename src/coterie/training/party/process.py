@@ -380,7 +380,7 @@ def _privacy_inputs(
         push_after_s=federation.push_after_s,
         sequence_length=config.data.sequence_length,
         record=record_facts(config.data),
-        originals=originals(documents, train),
+        originals=originals(documents, train, config.data),
         agreed_noise=federation.noise_multiplier,
         pooled=pooled_noise(federation),
         largest_lot=federation.largest_lot,

@@ -80,7 +80,7 @@ def equal_rates(federation: FederationConfig, units: Mapping[str, int]) -> Equal
         )
     wanted = sum(federation.lot_of(party) for party in federation.parties)
     rate = wanted / sum(units.values())
-    proposed = {party: _lot_plan(rules, count, _nearest(rate, count, rules)) for party, count in units.items()}
+    proposed = {party: lot_plan(rules, count, _nearest(rate, count, rules)) for party, count in units.items()}
     rounds, sigma = federation.train.rounds, _rounded_up(_needed(rules, federation.train.rounds, proposed.values()))
     lots = [
         PartyLot(party, plan.units, plan.lot_size, plan.rate, epsilon([(plan.mechanism(sigma), rounds)], rules.delta))
@@ -99,11 +99,12 @@ def _now(federation: FederationConfig, rules: PrivacyRules, units: Mapping[str, 
     """See `EqualRates.noise_now`; lots that do not fit are what the proposal mends."""
     if any(federation.lot_of(party) * rules.noise_bands > count for party, count in units.items()):
         return None
-    plans = [_lot_plan(rules, count, federation.lot_of(party)) for party, count in units.items()]
+    plans = [lot_plan(rules, count, federation.lot_of(party)) for party, count in units.items()]
     return _rounded_up(_needed(rules, federation.train.rounds, plans))
 
 
-def _lot_plan(rules: PrivacyRules, units: int, lot_size: int) -> LotPlan:
+def lot_plan(rules: PrivacyRules, units: int, lot_size: int) -> LotPlan:
+    """How a party of so many units draws its lots."""
     return LotPlan.of(units, lot_size, rules.sampler, rules.max_lot, rules.noise_bands)
 
 

@@ -29,8 +29,9 @@ class Forecast:
     Attributes:
         unit: what is protected: record or user.
         units: N.
-        lot_size: expected units in a round; rate: each unit's chance to be in it.
+        lot_size: expected units in a round; rate: each unit's chance to be in it, where it can be in it.
         rounds: planned.
+        bands: blocks of units that take turns; a unit can be in each round whose turn its block has.
         noise_multiplier: standard deviation of a round's noise, in clip norms.
         epsilon, delta: for one unit, when all rounds are released.
         pieces: most records that one document became; 1 where units are users.
@@ -43,6 +44,7 @@ class Forecast:
     lot_size: int
     rate: float
     rounds: int
+    bands: int
     noise_multiplier: float
     epsilon: float
     delta: float
@@ -58,9 +60,12 @@ class Forecast:
             if self.pieces > 1
             else []
         )
+        rate = f"rate {self.rate:.4g}"
+        if self.bands > 1:
+            rate += f" of one block in {self.bands}, which take turns"
         return [
             f"N = {self.units} {self.unit}s, about {self.lot_size} of them in each of {self.rounds} rounds "
-            f"(rate {self.rate:.4g}); noise multiplier {self.noise_multiplier:.3f}",
+            f"({rate}); noise multiplier {self.noise_multiplier:.3f}",
             f"epsilon {epsilon_digits(self.epsilon)} at delta {self.delta:g} for one {self.unit} when all rounds are "
             "done",
             *document,
@@ -144,8 +149,8 @@ def forecast(
     pieces = pieces if spec.unit == "record" else 1
     whole = group_epsilon([(mechanism, plan.rounds)], spec.delta, pieces) if pieces > 1 else spent
     figures = Forecast(
-        spec.unit, lots.units, lots.lot_size, lots.rate, plan.rounds, mechanism.noise_multiplier, spent, spec.delta,
-        pieces, whole, (),
+        spec.unit, lots.units, lots.lot_size, lots.rate, plan.rounds, mechanism.bands, mechanism.noise_multiplier,
+        spent, spec.delta, pieces, whole, (),
     )  # fmt: skip
     return replace(figures, remarks=(*_against(plan), *_remarks(figures, tested, parties)))
 
@@ -177,7 +182,12 @@ def _remarks(figures: Forecast, tested: bool, parties: int) -> list[str]:
         found.append(f"epsilon {figures.epsilon:.3g} promises next to nothing; 1 to 10 is usual")
     if figures.pieces > 1:
         found.append("`data.packing: records` makes a document one record, and cuts off what is longer")
-    if figures.rate > 0.5:
+    if figures.bands > figures.rounds:
+        found.append(
+            f"of {figures.bands} blocks that take turns only {figures.rounds} have one: the rest of the text is "
+            "never used. More rounds, or fewer `noise_bands`"
+        )
+    if figures.rate / figures.bands > 0.5:
         found.append("every record is in most rounds, so sampling hides little: smaller lots cost less noise")
     if not tested:
         found.append("without `data.test` nobody sees whether it learns")

@@ -29,7 +29,7 @@ from coterie.training.planning.closed_form import Adapters, Need, Shape, predict
 from coterie.training.planning.equal_rates import EqualRates, equal_rates
 from coterie.training.planning.exposure import Reach, of_pushes, of_tokens
 from coterie.training.planning.full_or_lora import SUITS, of_noise, usual_lora
-from coterie.training.planning.pooled_noise import NoiseRow, noise_table
+from coterie.training.planning.pooled_noise import NoiseTable, noise_table
 
 Exchange = Literal["tokens", "experts"]
 EXCHANGES: tuple[Exchange, ...] = ("tokens", "experts")
@@ -103,6 +103,7 @@ class FederationPlan:
         readable_tokens: about so many tokens in a push without noise can be read; see `exposure.Reach`.
         warnings: what others can read, for each exchange without a budget.
         noise: what pooled noise is worth; empty where each party's own is seen.
+        budgeted: whether there is a privacy budget.
         equal_rates: lots at which every party draws each of its records equally often; None where nobody said how
             many these are.
         factor_bytes: of a preconditioner, on every party's device with the trunk.
@@ -120,9 +121,10 @@ class FederationPlan:
     readable_tokens: int
     warnings: dict[Exchange, list[str]]
     lora: LoraPlan
-    noise: tuple[NoiseRow, ...] = ()
-    equal_rates: EqualRates | None = None
-    factor_bytes: int = 0
+    noise: NoiseTable
+    equal_rates: EqualRates | None
+    factor_bytes: int
+    budgeted: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -148,7 +150,7 @@ class FederationPlan:
             f"{ratio(lambda each: each.need.device)} of the state, host memory "
             f"1/{ratio(lambda each: each.need.host)}, and a round moves 1/{ratio(_moved)} of the bytes; the frozen "
             "weights cross once, in the first round",
-            of_noise(lora.weights, lora.adapters),
+            *([of_noise(lora.weights, lora.adapters)] if self.budgeted else []),
             SUITS,
             *([] if lora.remark is None else [f"note: {lora.remark}"]),
         ]
@@ -228,12 +230,14 @@ def make_plan(federation: FederationConfig, units: Mapping[str, int] | None = No
     largest = max((per_layer - own) * first.wire_bytes for name in names for own in hosted[name])
     reach = Reach.of_model(model, federation.lora)
     budgeted = federation.privacy not in (None, "none")
+    lots = equal_rates(federation, units) if units else None
     return FederationPlan(
         first.trunk, first.experts, first.expert_share, len(layers), whole, tuple(plans), per_token,
         math.ceil(max(rounds) / per_token) if per_token else 0, largest, reach.tokens,
         {"tokens": of_tokens(federation), "experts": [] if budgeted else of_pushes(federation, reach)},
-        _with_adapters(federation, model, shapes), tuple(noise_table(federation)),
-        equal_rates(federation, units) if units else None, first.compute_bytes * first.factors,
+        _with_adapters(federation, model, shapes), noise_table(federation, units),
+        lots, first.compute_bytes * first.factors,
+        budgeted,
     )  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from coterie.config import FederationConfig, PrivacyRules
 from coterie.dp.accounting.accountant import Mechanism, epsilon
 from coterie.dp.noise.pooled import PooledNoise
+from coterie.training.planning.equal_rates import lot_plan
 
 _STEPS = 10
 """Halvings of the sampling rate's interval: the rate comes out to a thousandth."""
@@ -32,22 +35,67 @@ class NoiseRow:
     epsilon_all: float | None
 
 
-def noise_table(federation: FederationConfig) -> list[NoiseRow]:
+@dataclass(frozen=True)
+class NoiseTable:
+    """What the agreed noise is worth.
+
+    Attributes:
+        rows: one for whole noise and one for every t; empty where nothing can be said.
+        remarks: what the figures are for, or why there are none, a sentence each.
+    """
+
+    rows: tuple[NoiseRow, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def noise_table(federation: FederationConfig, units: Mapping[str, int] | None = None) -> NoiseTable:
     """A row for whole noise and for every t, for a party whose budget the agreed noise just keeps.
 
     How often a record is drawn is each party's own; the rate here is the largest that the agreed noise allows, so a
-    party with a smaller one spends less in every column. Empty where no noise was agreed on, or others see a party's
-    own.
+    party with a smaller one spends less in every column. Truncated lots cost as much more as a party has few records,
+    so these have to be known; the figures are then the largest of all parties'. Empty where no noise was agreed on,
+    or others see a party's own.
+
+    Args:
+        federation: its settings.
+        units: N of every party, records or users; empty: nobody said.
     """
     rules, sigma = federation.privacy, federation.noise_multiplier
     if not isinstance(rules, PrivacyRules) or sigma is None or federation.trunk != "shared":
-        return []
+        return NoiseTable()
+    if rules.sampler != "poisson":
+        if not units:
+            return NoiseTable(remarks=(
+                "what the noise holds against depends on every party's number of records, as lots are truncated: say "
+                "it with --records",
+            ))  # fmt: skip
+        if any(federation.lot_of(party) > count for party, count in units.items()):
+            return NoiseTable(remarks=("the lots of now do not fit: a party has too few records",))
+        lots = [lot_plan(rules, count, federation.lot_of(party)) for party, count in units.items()]
+        said = "epsilon: the largest of the parties', with their lots of now"
+        return NoiseTable(_rows(federation, rules, [plan.mechanism(sigma) for plan in lots]), (said,))
+    rate = _largest_rate(sigma, rules, federation.train.rounds)
+    if rate is None:
+        return NoiseTable(remarks=(
+            f"noise_multiplier {sigma:g} keeps epsilon {rules.epsilon:g} in {federation.train.rounds} rounds for no "
+            "lot of a thousandth of the records or more: `coterie up` will refuse it and name one that does",
+        ))  # fmt: skip
+    said = "epsilon: for the largest lot that the noise allows"
+    if rate == 1:
+        said = "epsilon: for lots of all records; so much noise is more than any lot needs"
+    return NoiseTable(_rows(federation, rules, [Mechanism(sigma, rate)]), (said,))
+
+
+def _rows(federation: FederationConfig, rules: PrivacyRules, lots: Sequence[Mechanism]) -> tuple[NoiseRow, ...]:
     parties, rounds = len(federation.parties), federation.train.rounds
-    mechanism = Mechanism(sigma, _largest_rate(sigma, rules, rounds))
+
+    @cache
+    def spent(unknown: float) -> float:
+        left = {replace(own, noise_multiplier=own.noise_multiplier * unknown) for own in lots}
+        return max(epsilon([(own, rounds)], rules.delta) for own in left)
 
     def against(pooled: PooledNoise, others: int) -> float:
-        unknown = replace(mechanism, noise_multiplier=sigma * pooled.unknown(others))
-        return epsilon([(unknown, rounds)], rules.delta)
+        return spent(pooled.unknown(others))
 
     rows = []
     for colluding in (None, *range(1, parties)):
@@ -62,11 +110,11 @@ def noise_table(federation: FederationConfig) -> list[NoiseRow]:
                 worst if math.isfinite(worst) else None,
             )
         )
-    return rows
+    return tuple(rows)
 
 
-def _largest_rate(sigma: float, rules: PrivacyRules, rounds: int) -> float:
-    """The largest sampling rate at which so much noise keeps the budget; 1 where every round may use every record."""
+def _largest_rate(sigma: float, rules: PrivacyRules, rounds: int) -> float | None:
+    """The largest sampling rate at which so much noise keeps the budget, to a thousandth; None where none does."""
     low, high = 0.0, 1.0
     if epsilon([(Mechanism(sigma, high), rounds)], rules.delta) <= rules.epsilon:
         return high
@@ -76,4 +124,4 @@ def _largest_rate(sigma: float, rules: PrivacyRules, rounds: int) -> float:
             low = middle
         else:
             high = middle
-    return low or high
+    return low or None

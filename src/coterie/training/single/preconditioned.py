@@ -13,11 +13,12 @@ from torch import nn
 from coterie.config import FederationConfig, PartyConfig, TrainConfig, TrainSpec, load_yaml, party_privacy
 from coterie.config.load import names_setting
 from coterie.dp.losses import default_loss
-from coterie.errors import ConfigError, DataError, ModelError
+from coterie.errors import ConfigError, ModelError
 from coterie.models.preconditioner import Preconditioner
 from coterie.models.second_moments import measure
 from coterie.training.data.documents import read_documents
 from coterie.training.data.packing import Sequences
+from coterie.training.data.public_text import check_not_private, read_public
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.loop import to_device
 from coterie.training.single.setup import build_for
@@ -42,24 +43,25 @@ class PublicRecords:
         """Read text as the run's own is read.
 
         Args:
-            config: of a train.yaml; its own text and its preconditioner are not read.
+            config: of a train.yaml; its preconditioner is not read, and its own text only to see that this is none
+                of it.
             text: files.
             most: how many records are drawn, by `train.seed`.
 
         Raises:
             ConfigError: the model does not fit the tokenizer or the sequence length.
-            DataError: the text cannot be used.
+            DataError: the text cannot be used, or the run trains on it.
         """
         data = config.data
-        for absent in (file for file in text if not file.exists()):
-            raise DataError(
-                f"There is no data file {absent}.",
-                code="data-no-file",
-                where="--text",
-                fix="check the path; a relative one starts from the current folder",
-            )
+        public = read_public(text, data, "--text")
+        here = [file for file in data.train if file.exists()]  # who makes it for a federation may have no own text
+        if here:
+            check_not_private(
+                public, text, read_documents(here, data, classes_needed=False), here, "--text",
+                "name text that is nobody's secret",
+            )  # fmt: skip
         tokenizer = get_tokenizer(data.tokenizer, config.model, data)
-        sequences = tokenize(read_documents(text, data), data, tokenizer)
+        sequences = tokenize(public, data, tokenizer)
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.train.seed))
         return cls(build_for(config, tokenizer).eval(), sequences, order[:most].tolist())
 

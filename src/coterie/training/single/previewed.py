@@ -171,5 +171,5 @@ def forecast_of(
     Raises:
         BudgetError: no noise reaches the budget, or lots are larger than the data.
     """
-    pieces = originals(documents, records).pieces
+    pieces = originals(documents, records, config.data).pieces
     return forecast(spec, plan, records, pieces, tested=bool(config.data.test))

@@ -127,7 +127,7 @@ def _begun(
     config, privacy = prepared.config, _privacy(prepared.config)
     data = PrivateData.of(
         prepared.train, prepared.train.collate, users=prepared.train.users, records_per_user=plan.records_per_user,
-        digest=dataset_digest(documents.texts), originals=originals(documents, prepared.train),
+        digest=dataset_digest(documents.texts), originals=originals(documents, prepared.train, prepared.config.data),
     )  # fmt: skip
     return start_session(
         prepared.model, optimizer, data, plan, ComputeOptions.of_settings(privacy).repeatable(plan.seed),

@@ -9,6 +9,7 @@ of it without noise.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from coterie.errors import ConfigError, RoundError
 from coterie.models.zoo.build import build_model
 from coterie.storage import json_object, write_json
 from coterie.training.data.documents import read_documents
+from coterie.training.data.public_text import check_not_private, read_public
 from coterie.training.data.tokenizer import get_tokenizer, tokenize
 from coterie.training.single.prepared import MARKER, read_run, run_id
 from coterie.training.single.run import RunResult
@@ -35,6 +37,8 @@ from coterie.training.single.trained import evaluate_run, load_trained
 
 MAY_DIFFER = ("optim.", "privacy.clip_norm", "privacy.clipping")
 """Settings that trials may differ in: what a round costs follows from none of them."""
+_OF_ONE_KIND = {"momentum": "sgd", "noise_floor": "adamw_corrected"}
+"""Settings of an optimiser that stay behind where a trial takes another."""
 PLAN = "tune.json"
 _MARGIN = 1.0003
 """More noise than the budget needs, so that rounding of each run's own noise never adds up beyond it."""
@@ -75,7 +79,7 @@ class Plan:
             f"{self.trial_rounds} rounds and a run of {self.rounds}, all with noise multiplier "
             f"{self.noise_multiplier:.3f}",
             f"a trial spends epsilon {epsilon_digits(self.trial_epsilon)} by itself, the last run "
-            f"{epsilon_digits(self.epsilon)}; the ledger adds all of them up",
+            f"{epsilon_digits(self.epsilon)}; the ledger adds all of them up, and what other runs spent on this text",
         ]
 
 
@@ -113,18 +117,30 @@ def changed(config: TrainConfig, settings: str) -> TrainConfig:
         ConfigError: a trial names a setting that it may not change, or gives it a value that does not fit (code
             ``tune-setting``).
     """
-    values = config.model_dump()
+    known, values = config.model_dump(), config.model_dump(exclude_unset=True)  # defaults may follow from the rest
+    given: set[str] = set()
     try:
-        for each in settings.split(","):
-            name, equals, text = each.strip().partition("=")
+        for each in re.split(r",(?![^\[]*\])", settings):
+            name, equals, text = (part.strip() for part in each.partition("="))
             section, _, key = name.partition(".")
-            if not equals or not name.startswith(MAY_DIFFER) or key not in (values.get(section) or {}):
+            if not equals:
+                raise _unfit(each.strip(), "it gives no value")
+            if key not in (known.get(section) or {}):
+                raise _unfit(each.strip(), "there is no such setting")
+            if not name.startswith(MAY_DIFFER):
                 raise _unfit(
                     each.strip(),
                     "what a round costs has to be the same in all trials, so they may differ in the optimiser and in "
                     "how records are clipped",
                 )
-            values[section][key] = value_of(text)
+            if name in given:
+                raise _unfit(settings, f"`{name}` is there twice")
+            given.add(name)
+            values.setdefault(section, {})[key] = value_of(text)
+        if values.get("optim", {}).get("kind") != config.optim.kind:
+            for name, kind in _OF_ONE_KIND.items():
+                if f"optim.{name}" not in given and kind != values.get("optim", {}).get("kind"):
+                    values.get("optim", {}).pop(name, None)
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False)
@@ -163,7 +179,9 @@ def plan_tuning(config: TrainConfig, tried: Sequence[str], trial_rounds: int, pu
     documents = read_documents(data.train, data, user_column=spec.user_column)
     tokenizer = get_tokenizer(data.tokenizer, config.model, data)
     records = tokenize(documents, data, tokenizer)
-    tokenize(read_documents(public, data), data, tokenizer)  # before a trial is spent that nothing could judge
+    judge = read_public(public, data, "--public")
+    check_not_private(judge, public, documents, data.train, "--public", "choose by text that is nobody's secret")
+    tokenize(judge, data, tokenizer)  # before a trial is spent that nothing could judge
     plan = plan_of(config, spec, build_model(with_vocabulary(config.model, tokenizer), meta=True))
     units = PrivateData.of(records, users=records.users, records_per_user=plan.records_per_user).units.count
     least = plan.lots(units).mechanism(1.0)
@@ -191,12 +209,16 @@ def _problem(config: TrainConfig, tried: Sequence[str], trial_rounds: int) -> st
         return "`seeded` runs are not private"
     if spec.lot_size == "auto" or spec.noise_bands > 1 or spec.adaptive_quantile is not None:
         return "`lot_size: auto`, `noise_bands` and `adaptive_quantile` change what a round costs from run to run"
-    if len(set(tried)) < 2 or len(set(tried)) < len(tried):
+    if len(tried) < 2:
         return "it takes two different settings or more to choose"
     if not 1 <= trial_rounds <= config.train.rounds:
         return f"a trial of {trial_rounds} rounds, in a run of {config.train.rounds}"
+    same: dict[str, str] = {}
     for settings in tried:
-        changed(config, settings)
+        digest = content_hash(changed(config, settings))
+        if digest in same:
+            return f"`{same[digest]}` and `{settings}` are the same settings, and each would be paid for"
+        same[digest] = settings
     return ""
 
 
