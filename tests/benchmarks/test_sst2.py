@@ -9,7 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
+
+from coterie.dp.label_words import LabelWords
+from coterie.models.zoo.upcycle import upcycle
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -155,7 +158,8 @@ def test_cached_lower_layers_give_the_whole_model_s_output(sst2: ModuleType, tmp
             out = model.bert(input_ids=torch.tensor([tokenize(text)]), output_hidden_states=True)
             means = torch.cat(out.hidden_states[1:], -1).mean(1)
             assert torch.allclose(found[i], model.classifier(means)[0], atol=5e-3), i
-        standard = (sst2.read(model, batch, 1) - model.classifier.mean) * model.classifier.scale * 32**0.5
+        read = sst2.means(*sst2.last_layer(model, batch, 1))
+        standard = (read - model.classifier.mean) * model.classifier.scale * 32**0.5
         assert torch.allclose(standard.mean(0), torch.zeros(32), atol=1e-4)
         assert torch.allclose(standard.std(0), torch.ones(32), atol=1e-3)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -179,6 +183,50 @@ def test_a_coordinate_that_never_moves_on_public_text_has_no_endless_gradient(ss
     scale = sst2.Head(public).scale * 4**0.5
     assert float(scale[2]) == pytest.approx(10 / float(public.std(0).median()))
     assert torch.allclose(scale[[0, 1, 3]], 1 / public.std(0)[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("train", ["all", "biases", "head"])
+def test_words_are_asked_as_the_library_asks_them(sst2: ModuleType, tmp_path: Path, train: str) -> None:
+    """Scores of two words at the mask are those of `LabelWords` on the upcycled masked language model."""
+    small_encoder(tmp_path / "encoder")
+    torch.manual_seed(1)
+    config = BertConfig.from_pretrained(tmp_path / "encoder")
+    language_model = BertForMaskedLM(config).eval()
+    torch.nn.init.normal_(language_model.cls.predictions.bias)
+    language_model.save_pretrained(tmp_path / "encoder")
+    write_rows(tmp_path / "sst2_sentences", 12)
+    rows = sst2.read_rows(tmp_path / "sst2_sentences/train.tsv")
+    dense, _, _ = sst2.encoder_of(str(tmp_path / "encoder"), 1)
+    prompt = sst2.prompt_of(str(tmp_path / "encoder"), "film {word} {text}", ["bad", "good"])
+    assert (prompt.words, prompt.place) == ([6, 5], 2)
+    features = sst2.Features(dense, prompt.tokenize, rows, 1)
+    args = sst2.arguments(["--experts", "4", "--train", train, "--reads", "words"])
+    model = sst2.model_of(dense, 0, args, prompt).eval()
+    found = sst2.logits_of(model, next(features.batches(range(12), 12)), 1)
+    moe = upcycle(language_model, 4, 2, seed=0).eval()
+    asked = LabelWords((6, 5))
+    for i, text in enumerate(sorted(rows.texts, key=lambda text: len(text.split()))):
+        ids = torch.tensor([prompt.tokenize(text)])
+        labels = torch.where(ids == 4, 6, -100)
+        scores = asked.scores(moe, {"input_ids": ids, "labels": labels})
+        assert torch.allclose(found[i], scores[0], atol=5e-3), i
+    trained = {name for name, parameter in model.classifier.named_parameters() if parameter.requires_grad}
+    assert {"linear.weight", "linear.bias", "transform.dense.bias", "transform.LayerNorm.weight"} <= trained
+    assert ("transform.dense.weight" in trained) == (train == "all")
+
+
+def test_words_that_cannot_be_asked_are_refused(sst2: ModuleType, tmp_path: Path) -> None:
+    small_encoder(tmp_path / "encoder")
+    name = str(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=r"has no head of a masked language model; masked_language_model\.py"):
+        sst2.prompt_of(name, "{word} {text}", ["bad", "good"])
+    BertForMaskedLM(BertConfig.from_pretrained(name)).save_pretrained(name)
+    with pytest.raises(ValueError, match="'bad film' is 2 tokens"):
+        sst2.prompt_of(name, "{word} {text}", ["bad film", "good"])
+    with pytest.raises(ValueError, match="behind it"):
+        sst2.prompt_of(name, "{text} {word}", ["bad", "good"])
+    with pytest.raises(ValueError, match="know no words"):
+        sst2.prompt_of(None, "{word} {text}", ["bad", "good"])
 
 
 @pytest.mark.parametrize("train", ["biases", "head"])
