@@ -13,21 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertForMaskedLM, BertTokenizerFast, DataCollatorForLanguageModeling
+from transformers import AutoTokenizer, BertForMaskedLM, DataCollatorForLanguageModeling
 
 from sst2_text import checkpoint_folder
 
 LENGTH, BATCH, HELD_OUT = 128, 32, 0.05
 
 
-def pieces(tokenizer: BertTokenizerFast, files: list[Path]) -> list[list[int]]:
+def pieces(tokenizer: Any, files: list[Path]) -> list[list[int]]:
     """Texts of files, cut into sequences of LENGTH tokens; headings and blank lines are left out."""
     ids: list[int] = []
     for file in files:
@@ -62,7 +62,7 @@ def measure(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, float]:
     return {"loss": float(found[0]), "right": float(found[1])}
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="a BERT checkpoint folder, or minilm")
     parser.add_argument("--text", nargs="+", type=Path, required=True, help="public text")
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     folder, _ = checkpoint_folder(args.encoder)

@@ -215,6 +215,29 @@ def test_words_are_asked_as_the_library_asks_them(sst2: ModuleType, tmp_path: Pa
     assert ("transform.dense.weight" in trained) == (train == "all")
 
 
+def test_a_head_that_is_trained_on_public_text_can_be_asked(
+    sst2: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text in which a good film always follows a bad one: a masked word can be told from its neighbours."""
+    import masked_language_model as mlm
+
+    small_encoder(tmp_path / "encoder")
+    (tmp_path / "public.txt").write_text("= A title =\n\n" + "good film bad film\n" * 1500, encoding="utf-8")
+    monkeypatch.setattr(mlm, "LENGTH", 14)
+    mlm.main([
+        "--encoder", str(tmp_path / "encoder"), "--text", str(tmp_path / "public.txt"),
+        "--out", str(tmp_path / "mlm"), "--json", str(tmp_path / "mlm.json"), "--epochs", "10", "--lr", "3e-2",
+    ])  # fmt: skip
+    epochs = json.loads((tmp_path / "mlm.json").read_text())["epochs"]
+    how_often_alone = 1.04  # nats, of words that are one half, a quarter and a quarter of the text
+    assert epochs[-1]["loss"] < 0.8 < how_often_alone < epochs[0]["loss"]
+    assert epochs[-1]["right"] > 0.9 > 0.5 > epochs[0]["right"]
+    prompt = sst2.prompt_of(str(tmp_path / "mlm"), "film {word} {text}", ["bad", "good"])
+    assert prompt.words == [6, 5]
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "mlm")
+    assert mlm.pieces(tokenizer, [tmp_path / "public.txt"])[0] == [2, *[5, 7, 6, 7] * 3, 3]
+
+
 def test_words_that_cannot_be_asked_are_refused(sst2: ModuleType, tmp_path: Path) -> None:
     small_encoder(tmp_path / "encoder")
     name = str(tmp_path / "encoder")
