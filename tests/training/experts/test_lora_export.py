@@ -64,7 +64,8 @@ class Trained:
 
     def party(self, name: str) -> PartyConfig:
         text, private = str(self.folder / "text.txt"), self.config.privacy != "none"
-        tokenizer = {"train": {"files": [text], "vocab_size": 260}, "provenance": "public"}
+        files = [str(self.folder / "public.txt")]
+        tokenizer = {"train": {"files": files, "vocab_size": 260}, "provenance": "public"}
         return PartyConfig.model_validate(
             {
                 "party": name, "federation": str(self.folder / name / "federation.yaml"), "kit": "kit",
@@ -101,6 +102,7 @@ def begun(family: str, folder: Path, private: bool, stored: torch.dtype = torch.
     whole = build_model(config.model, meta=True)
     split(config.model, Placement.of_spec(config.placement, list(PARTIES), whole), folder / "split")
     (folder / "text.txt").write_text("the river and the stone, wind and rain\n" * 30)
+    (folder / "public.txt").write_text("the moss and the root of a fern\n" * 30)
     return Trained(folder, base, config)
 
 
