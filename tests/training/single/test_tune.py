@@ -213,6 +213,8 @@ def test_tuning_that_goes_on_takes_no_other_run_for_its_own(
         ("optim.nope=3", "there is no such setting"),
         ("optim.lr", "it gives no value"),
         ("train.rounds=3", "what a round costs has to be the same"),
+        ("run_dir.x=3", "what a round costs has to be the same"),
+        ("privacy.clip_norms=3", "there is no such setting"),
         ("optim.lr=1e-3,optim.lr=2e-3", "is there twice"),
         ("optim.kind=sgd,optim.noise_floor=2.0", "noise_floor"),
         ("privacy.clipping=per_lyer", "per_lyer"),

@@ -125,14 +125,14 @@ def changed(config: TrainConfig, settings: str) -> TrainConfig:
             section, _, key = name.partition(".")
             if not equals:
                 raise _unfit(each.strip(), "it gives no value")
-            if key not in (known.get(section) or {}):
-                raise _unfit(each.strip(), "there is no such setting")
             if not name.startswith(MAY_DIFFER):
                 raise _unfit(
                     each.strip(),
                     "what a round costs has to be the same in all trials, so they may differ in the optimiser and in "
                     "how records are clipped",
                 )
+            if key not in (known.get(section) or {}):
+                raise _unfit(each.strip(), "there is no such setting")
             if name in given:
                 raise _unfit(settings, f"`{name}` is there twice")
             given.add(name)
