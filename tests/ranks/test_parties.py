@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,37 +152,78 @@ PATIENT = """#!/bin/sh
 echo $$ > "{folder}/rank-$RANK"
 while [ ! -e "{folder}/end" ]; do sleep 0.05; done
 """
+COMMAND = """
+import subprocess, sys, time
+from coterie.cli.ranks import _run
+
+class Slow(subprocess.Popen):
+    '''Returns a while after the process runs, as on a busy machine.'''
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        time.sleep({pause})
+
+subprocess.Popen, sys.executable = Slow, {python!r}
+sys.exit(_run(2, []))
+"""
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux whether a process stands still")
-def test_ranks_stand_still_while_the_command_that_started_them_does(tmp_path: Path) -> None:
-    """Ctrl-Z: they meet at a store of that command's, and would give it up."""
+@pytest.fixture
+def command(tmp_path: Path, pause: float) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A command whose two ranks run until a file ``end`` is there; ``pause``: s until it knows what it started."""
     python = tmp_path / "python"
     python.write_text(PATIENT.replace("{folder}", str(tmp_path)))
     python.chmod(0o700)
-    start = f"import sys; from coterie.cli.ranks import _run; sys.executable = {str(python)!r}; sys.exit(_run(2, []))"
     path = os.pathsep.join(filter(None, sys.path))
-    command = subprocess.Popen([sys.executable, "-c", start], env=os.environ | {"PYTHONPATH": path})
-    files = [tmp_path / f"rank-{rank}" for rank in range(2)]
-    until(lambda: all(file.exists() and file.read_text().strip() for file in files), 120.0)
-    everybody = [command.pid, *(int(file.read_text()) for file in files)]
+    started = subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(pause=pause, python=str(python))],
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    everybody = [started.pid]
+    try:
+        files = [tmp_path / f"rank-{rank}" for rank in range(2)]
+        until(lambda: all(file.exists() and file.read_text().strip() for file in files), 120.0)
+        everybody += [int(file.read_text()) for file in files]
+        yield started, everybody
+    finally:
+        if started.poll() is None:
+            for pid in everybody:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            started.wait()
+
+
+DELAYS = pytest.mark.parametrize("pause", [0.0, 2.0], ids=["ranks known", "last rank not yet known"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux whether a process stands still")
+@DELAYS
+def test_ranks_stand_still_while_the_command_that_started_them_does(
+    tmp_path: Path, command: tuple[subprocess.Popen[bytes], list[int]]
+) -> None:
+    """Ctrl-Z: they meet at a store of that command's, and would give it up."""
+    started, everybody = command
 
     def still() -> set[bool]:
         states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in everybody]
         return {state == "T" for state in states}
 
-    try:
-        os.kill(command.pid, signal.SIGTSTP)
-        until(lambda: still() == {True}, 20.0)
-        os.kill(command.pid, signal.SIGCONT)
-        until(lambda: still() == {False}, 20.0)
-        (tmp_path / "end").touch()
-        assert command.wait(60.0) == 0
-    finally:
-        if command.poll() is None:
-            for pid in everybody:
-                os.kill(pid, signal.SIGKILL)
-            command.wait()
+    os.kill(started.pid, signal.SIGTSTP)
+    until(lambda: still() == {True})
+    os.kill(started.pid, signal.SIGCONT)
+    until(lambda: still() == {False})
+    (tmp_path / "end").touch()
+    assert started.wait(60.0) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@DELAYS
+def test_every_rank_hears_of_a_request_to_end(
+    command: tuple[subprocess.Popen[bytes], list[int]], number: signal.Signals
+) -> None:
+    """Also the one that was just started: the others would wait for it, and then be killed."""
+    started, _ = command
+    os.kill(started.pid, number)
+    assert started.wait(25.0) == 128 + number
 
 
 def test_experts_of_a_party_are_spread_over_gpus_only_where_ranks_compare(

@@ -181,22 +181,28 @@ def _run(count: int, arguments: Sequence[str]) -> int:
 
     handlers: dict[int, Callable[[int, FrameType | None], None]]
     handlers = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on)
-    with tempfile.TemporaryDirectory() as logs, handling(handlers | {signal.SIGTSTP: stand_still}):
+    handlers[signal.SIGTSTP] = stand_still
+    early: list[int] = []
+    with tempfile.TemporaryDirectory() as logs, handling(handlers):
         try:
-            for number in range(count):
-                variables = {"RANK": str(number), "LOCAL_RANK": str(number), LIFELINE: str(lifeline)}
-                with Path(logs, str(number)).open("wb") as log:
-                    ranks.append(
-                        subprocess.Popen(
-                            [sys.executable, "-P", "-m", "coterie", *arguments],
-                            env={**os.environ, **shared, **variables},
-                            pass_fds=(lifeline,),
-                            stdin=subprocess.DEVNULL,
-                            stdout=None if number == 0 else log,
-                            stderr=None if number == 0 else log,
-                            start_new_session=True,  # a Ctrl-C comes once, from here
+            # a rank runs before it is one of `ranks`: what came then would miss it
+            with handling(dict.fromkeys(handlers, lambda number, frame: early.append(number))):
+                for number in range(count):
+                    variables = {"RANK": str(number), "LOCAL_RANK": str(number), LIFELINE: str(lifeline)}
+                    with Path(logs, str(number)).open("wb") as log:
+                        ranks.append(
+                            subprocess.Popen(
+                                [sys.executable, "-P", "-m", "coterie", *arguments],
+                                env={**os.environ, **shared, **variables},
+                                pass_fds=(lifeline,),
+                                stdin=subprocess.DEVNULL,
+                                stdout=None if number == 0 else log,
+                                stderr=None if number == 0 else log,
+                                start_new_session=True,  # a Ctrl-C comes once, from here
+                            )
                         )
-                    )
+            for number in early:
+                signal.raise_signal(number)
             code = _ended(ranks)
             if code and (ranks[0].poll() or 0) <= 0:  # rank 0 was killed, or does not end: nobody has said why
                 failed = next(number for number, rank in enumerate(ranks) if rank.returncode)
