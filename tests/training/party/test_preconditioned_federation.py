@@ -8,14 +8,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coterie.audit.adversaries import Adversary
+from coterie.audit.answers import Answers
 from coterie.audit.epsilon.subject import Subject
+from coterie.audit.evidence import Evidence
+from coterie.audit.experts.case import Case
+from coterie.audit.experts.clipped import factors
+from coterie.audit.experts.opened import Opened
+from coterie.audit.experts.reader import Reader
+from coterie.audit.experts.simulate import rows_of, summed
+from coterie.audit.transcript import Transcript
 from coterie.cli.app import main
-from coterie.config import FederationConfig, PartyConfig, PrivacyRules, dump_yaml, load_yaml
+from coterie.config import FederationConfig, ModelSpec, PartyConfig, PrivacyRules, dump_yaml, load_yaml
 from coterie.errors import ConfigError, ModelError
 from coterie.models.preconditioner import Preconditioner, attached
 from coterie.models.split.exporter import export
+from coterie.models.zoo.build import build_model
 from coterie.models.zoo.tiny import tiny_model
 from coterie.training.party.doctor import Diagnosis, diagnose
 from coterie.training.party.in_process import run_in_process
@@ -33,10 +43,12 @@ def command(*words: str) -> None:
     assert not ended.value.code, words
 
 
-def prepared(folder: Path, coordinates: bool, seeded: bool = True, **changes: Any) -> FederationConfig:
+def prepared(
+    folder: Path, coordinates: bool, seeded: bool = True, epsilon: float = 8.0, **changes: Any
+) -> FederationConfig:
     """Settings and texts of three parties, in a folder; nothing is split yet."""
     tiny_model("olmoe", vocab_size=300).save_pretrained(folder / "base")
-    privacy: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-3, "lot_size": 6, "isolation": "exact"}
+    privacy: dict[str, Any] = {"epsilon": epsilon, "delta": 1e-3, "lot_size": 6, "isolation": "exact"}
     if coordinates:
         privacy["preconditioner"] = {"path": str(folder / "factors.safetensors"), "provenance": "public"}
     config = settings(**{
@@ -163,3 +175,45 @@ def test_an_audit_computes_in_the_coordinates_of_the_signed_trunk(gone: bool, tm
 def test_adapters_exclude_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is for training all weights"):
         prepared(tmp_path, coordinates=True, lora={"rank": 2})
+
+
+def test_an_audit_reads_pushes_in_the_coordinates_that_they_were_made_in(tmp_path: Path) -> None:
+    """A push is what its records add there, and noise; in the model's own coordinates their gradients are others."""
+    results = trained(tmp_path, epsilon=1000.0, trunk="shared", transcript={"rounds": "all", "max_gib": 1.0})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "alder" / "private" / "tokenizer")
+    lines = (tmp_path / "public.txt").read_text().splitlines()
+    evidence = Evidence(
+        owner="alder",
+        exchange="experts",
+        trunk="shared",
+        privacy=None,
+        start=tmp_path / "base",
+        public=[tokenizer(line)["input_ids"] for line in lines] * 8,
+        received={name: Transcript.read(tmp_path / name, "alder") for name in ("birch", "cedar")},
+        answers=Answers.read(tmp_path / "alder"),
+        run_folder=tmp_path / "alder",
+    )
+    case = Case(evidence, 0)
+    records = [record.ids for record in case.lot(1)]
+    opened = case.opened(Adversary.ALL_HOSTS, 1)
+    assert len(records) > 1
+
+    spent = results["alder"].privacy
+    assert spent is not None
+    noise = spent["noise_multiplier"] * case.clip_norm
+    plain = Reader(build_model(ModelSpec(path=evidence.start)).float())
+
+    def misfit(reader: Reader) -> float:
+        """How far off a push's inner product with what the lot adds to it is, in standard deviations of noise."""
+        scale = factors(reader.model, records, case.clip_norm)
+        supposed = summed(rows_of(reader, records), list(opened.experts), scale)
+
+        def flat(sums: Opened) -> torch.Tensor:
+            sides = [(sums.experts[key].first_DG, sums.experts[key].second_FD) for key in opened.experts]
+            return torch.cat([side.flatten().double() for pair in sides for side in pair])
+
+        own = flat(supposed)
+        return abs(float((flat(opened) - own) @ own)) / (noise * float(own.norm()))
+
+    assert misfit(case.reader) < 4.0
+    assert misfit(plain) > 6.0
