@@ -30,7 +30,7 @@ test-extras:
 	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(EXTRAS)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,eval,nvflare,prometheus,wandb,mlflow]"
 	$(EXTRAS)/bin/python -c "import lm_eval, mlflow, nvflare, prometheus_client, wandb"
-	PYTHONPATH=src $(EXTRAS)/bin/python -m pytest -m "faults or not faults" tests/training/tasks tests/training/test_trackers.py tests/flare $(ARGS)
+	PYTHONPATH=src $(EXTRAS)/bin/python -m pytest -o faulthandler_timeout=0 -m "faults or not faults" tests/training/tasks tests/training/test_trackers.py tests/flare $(ARGS)
 
 # The documentation, in build/site: a broken link or anchor stops it, and tests/docs see what Zensical does not.
 site: $(STAMP)
@@ -53,7 +53,7 @@ release:
 # cores. Writes docs/reliability.md. Network faults need root; without it they are skipped.
 faults: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[faults]"
-	$(BIN)/python -m pytest tests/faults -m "faults or not faults" $(ARGS)
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults" -o faulthandler_timeout=0 $(ARGS)
 
 # Every family by every method with experts over two ranks, tokens and layers travelling, beside one process; kills and
 # freezes of ranks at every step of a round, in sessions and in parties: more than an hour on two idle cores.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis.strategies import none
 from transformers import PreTrainedModel
 
 import coterie.federation  # noqa: F401 - before anything imports gRPC, as in every command
@@ -26,6 +28,18 @@ _ROOT = Path(__file__).resolve().parent.parent
 def _one_thread() -> None:
     """Several test processes share the machine; small matrices are faster on one thread anyway."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_python_while_garbage_is_collected() -> None:
+    """Hypothesis asks for the time whenever garbage is collected, from its first test on; that is taken off here.
+
+    `torch.get_rng_state` may collect garbage under a lock for which `torch.set_rng_state` waits without letting other
+    Python run. Where the first one's thread loses its turn in the middle to the second one's, a process stands still
+    for good. Parties that are threads of one process do both all the time.
+    """
+    given(none())(lambda nothing: None)()
+    gc.callbacks.clear()
 
 
 @pytest.fixture

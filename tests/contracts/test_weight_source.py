@@ -54,7 +54,7 @@ class Arriving:
             there.set()
 
     def get(self, layer: int) -> LayerWeights:
-        assert self._there[layer].wait(10.0)
+        assert self._there[layer].wait(60.0)
         return weights(layer)
 
     def digests(self) -> dict[int, str]:

@@ -121,6 +121,6 @@ def test_a_signal_to_the_demo_leaves_no_process_behind(tmp_path: Path, number: i
     until(lambda: all(said_here(tmp_path / f"p{n}.log") for n in range(2)))
     assert all(alive(pid) for pid in pids)
     os.kill(demo.pid, number)
-    assert demo.wait(timeout=30) == 130
+    assert demo.wait(timeout=60) == 130
     assert not any(alive(pid) for pid in pids)
     demo.stdout.close()

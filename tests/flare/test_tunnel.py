@@ -74,8 +74,8 @@ def carrier() -> Iterator[tuple[Carrier, Echo]]:
 
 def dialled(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
-    end = socket.create_connection((host, int(port)), timeout=10)
-    end.settimeout(10)
+    end = socket.create_connection((host, int(port)), timeout=60)
+    end.settimeout(60)
     return end
 
 
@@ -92,7 +92,7 @@ def test_bytes_arrive_whole_and_in_order_both_ways(carrier: tuple[Carrier, Echo]
     with dialled(made.tunnels["north"].start()["birch"]) as end:
         threading.Thread(target=end.sendall, args=(sent,), daemon=True).start()
         assert received(end, len(sent)) == sent
-    assert birch.ended.wait(10)
+    assert birch.ended.wait(60)
     assert {(source, target) for source, target, _ in made.seen} == {("north", "south"), ("south", "north")}
 
 
@@ -129,7 +129,7 @@ def test_where_a_piece_is_missing_both_ends_close(carrier: tuple[Carrier, Echo])
         with pytest.raises(OSError, match="piece 1 is missing"):
             made.tunnels["south"].handle("north", later)
         assert end.recv(1) == b""
-    assert birch.ended.wait(10)
+    assert birch.ended.wait(60)
 
 
 def test_a_process_that_takes_nothing_holds_up_its_own_connection_for_a_while_and_no_other(

@@ -80,12 +80,12 @@ class Inviter:
 
     def start(self) -> Inviter:
         self.thread.start()
-        assert self._shown.wait(30)
+        assert self._shown.wait(60)
         return self
 
     def heard(self, words: str) -> None:
         """Wait until it said so."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not any(words in line for line in self.told):
             assert time.monotonic() < until, self.told
             time.sleep(0.02)
@@ -99,7 +99,7 @@ def invites(settings: Path, **how: Any) -> Iterator[Inviter]:
         yield made
     finally:
         made.inviting.stop()
-        made.thread.join(20)
+        made.thread.join(60)
         assert not made.thread.is_alive()
 
 
@@ -129,6 +129,6 @@ class Joiner:
 
     def end(self) -> Joined:
         """What came of it."""
-        self.thread.join(40)
+        self.thread.join(60)
         assert self.joined is not None, self.problem
         return self.joined

@@ -27,7 +27,7 @@ def test_a_store_that_cannot_be_reached_once_does_not_end_a_pulse() -> None:
     store = Unsteady()
     own = Pulse(store, 1, 0.05)
     try:
-        until(lambda: store.check(["pulse/1"]) and int(store.get("pulse/1")) >= 4, 10.0)
+        until(lambda: store.check(["pulse/1"]) and int(store.get("pulse/1")) >= 4)
     finally:
         own.close()
 

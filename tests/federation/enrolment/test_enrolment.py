@@ -66,7 +66,7 @@ def refused(code: JoinCode, folder: Path, **how: Any) -> CoterieError:
 def test_an_invited_party_ends_with_its_kit_its_parts_and_the_roster(settings: Path, tmp_path: Path) -> None:
     with invites(settings) as inviter:
         joined = joins(inviter.codes["birch"], tmp_path / "birch")
-        inviter.thread.join(20)
+        inviter.thread.join(60)
         assert inviter.problem is None
         assert inviter.roster is not None
     assert joined.member == "birch"
@@ -102,7 +102,7 @@ def test_a_coordinator_elsewhere_is_invited_too_and_gets_no_tensor(settings: Pat
         other = Joiner(inviter.codes["birch"], tmp_path / "birch")
         joined = Joiner(inviter.codes["coordinator"], tmp_path / "hub").end()
         other.end()
-        inviter.thread.join(20)
+        inviter.thread.join(60)
         assert inviter.roster is not None
     assert joined.parts is None
     assert load_roster(load_kit(tmp_path / "hub" / "kit")).parties[0].name == "coordinator"
@@ -406,10 +406,10 @@ def test_an_inviter_that_was_stopped_goes_on_with_the_same_codes(tmp_path: Path)
         cedar = Joiner(codes["cedar"], tmp_path / "cedar")
         birch.end()
         cedar.end()
-        again.thread.join(20)
+        again.thread.join(60)
         assert again.roster is not None
     with invites(settings) as once_more:  # who has all it needs does not come back to say so
-        once_more.thread.join(20)
+        once_more.thread.join(60)
         assert once_more.roster is not None
     assert set(load_roster(load_kit(tmp_path / "birch" / "kit")).signatures) == {
         "coordinator",
@@ -421,7 +421,7 @@ def test_an_inviter_that_was_stopped_goes_on_with_the_same_codes(tmp_path: Path)
 
 def test_two_inviters_with_one_ca_are_refused(inviter: Inviter, settings: Path) -> None:
     second = Inviter(settings).start()
-    second.thread.join(20)
+    second.thread.join(60)
     assert isinstance(second.problem, IdentityError)
     assert second.problem.code == "invite-twice"
 

@@ -132,7 +132,7 @@ def test_following_parts_are_asked_for_before_the_first_one_has_come(world: Mirr
     def before(message: Message) -> None:
         if message.kind == CHUNK:
             chunks.append(message.address.part)
-            assert asked.wait(5), "the second part was not asked for while the first was on its way"
+            assert asked.wait(60), "the second part was not asked for while the first was on its way"
 
     begin = world.mirror._fetcher.begin
     begun: list[int] = []
@@ -220,7 +220,7 @@ def test_messages_for_a_line_that_was_given_up_hold_up_nothing() -> None:
     assert early.is_alive()
     pool.forget()
     pool.go_on_after(4)
-    early.join(5.0)
+    early.join(60.0)
     assert not early.is_alive()
     ask(9)  # one that was queued behind it
     assert refused == ["round-given-up"] * 2
@@ -229,6 +229,6 @@ def test_messages_for_a_line_that_was_given_up_hold_up_nothing() -> None:
     next_one.join(0.2)
     assert next_one.is_alive()
     pool.begin(Attempt(5, 1))
-    next_one.join(5.0)
+    next_one.join(60.0)
     assert not next_one.is_alive()
     assert len(refused) == 2

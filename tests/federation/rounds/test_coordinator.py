@@ -173,7 +173,7 @@ class Federation:
         """Its wire ends and it can write nothing more; the file is all that remains of it."""
         self.transports[COORDINATOR].close()  # type: ignore[attr-defined]
         self.journal.close()
-        self.threads[COORDINATOR].join(10)
+        self.threads[COORDINATOR].join(60)
 
     def join(self, timeout: float = 20.0) -> None:
         deadline = time.monotonic() + timeout
@@ -214,7 +214,7 @@ def test_failure_at_one_party_aborts_the_attempt_everywhere_and_it_is_tried_agai
 
     def slow(state: State) -> None:
         if (state.round, state.attempt) == (3, 1):
-            assert grove.actors["birch"].interrupted.wait(10)
+            assert grove.actors["birch"].interrupted.wait(60)
 
     grove.coordinate()
     grove.up("alder", fail_once)
@@ -249,17 +249,17 @@ def test_coordinator_killed_in_a_round_takes_it_up_where_it_was(grove: Federatio
     def wait(state: State) -> None:
         if state.round == 3:
             reached.set()
-            assert gate.wait(10)
+            assert gate.wait(60)
 
     grove.coordinate()
     for name in PARTIES:
         grove.up(name, wait)
-    assert reached.wait(10)
+    assert reached.wait(60)
     grove.kill_coordinator()
     gate.set()
     grove.coordinate()
     for name in PARTIES:
-        grove.threads[name].join(15)
+        grove.threads[name].join(60)
     for name in PARTIES:
         assert grove.actors[name].model == [1, 2, 3, 4]
         assert (3, 1) in grove.actors[name].computed
@@ -309,7 +309,7 @@ def test_second_wild_sum_pauses_the_run_everywhere_and_people_take_it_up_where_i
     assert {name: sorted(disk) for name, disk in grove.disks.items()} == {name: [1] for name in PARTIES}
     assert grove.statuses[-1].state.ending is Ending.PAUSED
     grove.coordinate()
-    grove.threads[COORDINATOR].join(10)
+    grove.threads[COORDINATOR].join(60)
     refused = grove.ends[COORDINATOR]
     assert isinstance(refused, RoundError)
     assert refused.code == "run-paused"

@@ -30,7 +30,7 @@ class Actor:
     def load(self, source: Saved, state: State) -> None:
         self.doing = "load"
         self.entered.set()
-        assert self.leave.wait(10)
+        assert self.leave.wait(60)
         self.doing = ""
 
     def compute(self, state: State, cancel: CancelToken) -> None:
@@ -88,15 +88,15 @@ def test_news_about_one_directive_does_not_interrupt_the_next() -> None:
     participant = Follower("alder", actor)
     main = threading.Thread(target=participant.run, args=(script,), daemon=True)
     main.start()
-    assert actor.entered.wait(10)
+    assert actor.entered.wait(60)
     news = threading.Thread(target=participant.on_change, name="news", daemon=True)
     news.start()
-    assert script.asked.wait(10)  # it knows what is being done, and is about to learn that it does not count any more
+    assert script.asked.wait(60)  # it knows what is being done, and is about to learn that it does not count any more
     actor.leave.set()
     main.join(0.3)  # were nothing to stop it, it would be computing by now
     script.answer.set()
-    news.join(10)
-    main.join(10)
+    news.join(60)
+    main.join(60)
     assert actor.interrupted == [""]
 
 

@@ -205,7 +205,7 @@ def test_a_message_of_a_round_that_begins_late_here_waits_for_it() -> None:
     thread = threading.Thread(target=lambda: answers.append(host.forward(exchange(), rows(), keep=True)))
     thread.start()
     host.begin(0, 0)
-    thread.join(10)
+    thread.join(60)
     assert len(answers) == 1
 
 

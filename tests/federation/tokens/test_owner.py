@@ -472,7 +472,7 @@ def test_a_round_can_be_interrupted_while_it_waits_for_a_host() -> None:
         while not three.parties["birch"].host._kept:
             time.sleep(0.01)
         alder.scheduler.cancel()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
         assert isinstance(caught[0], RoundError)
         three.abort(0)

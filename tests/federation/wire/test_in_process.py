@@ -87,7 +87,7 @@ def test_closing_while_a_handlers_thread_is_being_started_waits_for_it(
     monkeypatch.setattr(threading.Thread, "start", slowly)
     sender = threading.Thread(target=alder.send, args=("birch", Lane.CONTROL, Message("hello")))
     sender.start()
-    assert starting.wait(5.0)
+    assert starting.wait(60.0)
     birch.close()
-    sender.join(5.0)
+    sender.join(60.0)
     assert not [t for t in threading.enumerate() if t.name == "birch-alder-control"]
